@@ -90,7 +90,7 @@ def parse_json(text: str) -> Any:
 
 
 def too_deep(content: Any) -> bool:
-    """Whether sections and lists stand in each other more than DEEPEST levels deep."""
+    """Return whether sections and lists stand in each other more than DEEPEST levels deep."""
     level, depth = [content], 0
     while level:
         depth += 1

@@ -37,13 +37,14 @@ _SHORTEST = 8
 
 
 def holds_secret(text: str) -> bool:
-    """Whether a text has something in it that looks like a secret, or a secret's name with its value."""
+    """Return whether a text has something in it that looks like a secret, or a secret's name with its
+    value."""
     return bool(_LOOKS.search(text) or _GIVEN.search(text))
 
 
 @functools.cache
 def is_variable_of_secret(name: str) -> bool:
-    """Whether a variable of the environment is likely to hold a secret, by its name."""
+    """Return whether a variable of the environment is likely to hold a secret, by its name."""
     return bool(_NAME.search(name))
 
 
@@ -65,7 +66,7 @@ def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
 
 
 def redact_all(content: Any) -> Any:
-    """The same values, lists and mappings with each text, and each key, redacted."""
+    """Return the same values, lists and mappings with each text, and each key, redacted."""
     return _redact_all(content, _values(os.environ))
 
 

@@ -51,8 +51,8 @@ def bench(nproc: Ranks = None, disk: Disk = Path(), as_json: AsJson = False) -> 
 
 
 def _engines(rates: Rates) -> dict[str, dict[str, tuple[float, float]]]:
-    """What each engine that is here takes for a message and for a byte, by what ranks do with the memory that
-    they free."""
+    """Return what each engine that is here takes for a message and for a byte, by what ranks do with the
+    memory that they free."""
     from launcher.launch.malloc_env import LEAN, ROOMY
 
     here = ("fsdp", "deepspeed") if find_spec("deepspeed") else ("fsdp",)

@@ -18,7 +18,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
 class Role(enum.StrEnum):
-    """Which of a job's data sets."""
+    """Name one of a job's data sets."""
 
     train = "train"
     evaluation = "evaluation"

@@ -174,7 +174,7 @@ def _job(directory: Path, model: Path, num_steps: int) -> Path:
 
 
 def _plan(job_file: Path, path: Path) -> tuple[RunDirectory, Plan]:
-    """What `launcher run` does before it starts ranks."""
+    """Return what `launcher run` does before it starts ranks."""
     from launcher.cli.plan_tables import table
     from launcher.launch.run_setup import open_run
 

@@ -201,7 +201,7 @@ def _peak(plan: Plan) -> float | None:
 
 
 def summary(run: RunDirectory, path: str) -> str:
-    """What a finished run came to, and what to do with it. `path` is how people would type the run."""
+    """Return what a finished run came to, and what to do with it. `path` is how people would type the run."""
     totals, curve = Totals(run).refresh(), Curve(run).refresh()
     lines = [f"finished: {path}"]
     if curve.first and curve.last:

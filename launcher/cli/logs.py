@@ -21,7 +21,8 @@ _OVER = ("finished", "failed", "stopped", "interrupted")
 
 
 class Logs:
-    """What the ranks of an attempt printed; without a number of the newest, and of the next when that begins."""
+    """Show what the ranks of an attempt printed; without a number of the newest, and of the next when that
+    begins."""
 
     def __init__(
         self, run: RunDirectory, rank: int | None, attempt: int | None, lines: int, as_json: bool = False
@@ -98,7 +99,7 @@ class Logs:
         return read_status(self.run, self._totals).state in _OVER
 
     def _slurm_goes_on(self) -> bool:
-        """Whether Slurm still has the job: then another attempt comes."""
+        """Return whether Slurm still has the job: then another attempt comes."""
         from launcher.errors import SchedulerError
         from launcher.launch.slurm.queue import queue
         from launcher.launch.slurm.record import JobRecord, is_live

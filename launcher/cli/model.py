@@ -29,7 +29,7 @@ JobOfModel = Annotated[
 
 
 class ExportDtype(enum.StrEnum):
-    """What the exported parameters are stored as."""
+    """Name what the exported parameters are stored as."""
 
     keep = "keep"
     float32 = "float32"

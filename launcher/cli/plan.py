@@ -122,13 +122,13 @@ def _rows(
     Raises ConfigurationError where it is asked for the fewest GPUs and for every number of them.
     """
     from launcher.errors import ConfigurationError, Problem
-    from launcher.planner import comparison
+    from launcher.planner import comparison, fewest_gpus
 
     if fewest is not None and scale is not None:
         reason = "shows every number of GPUs, and --deadline and --max-gpus look for the fewest"
         raise ConfigurationError(Problem("--scale", scale, f"{reason}; leave one of them out"))
     if fewest is not None:
-        return comparison.fewest_gpus(job, *fewest, gpu, network, profiles), None
+        return fewest_gpus.fewest_gpus(job, *fewest, gpu, network, profiles), None
     if scale is not None:
         return comparison.scale(job, scale, gpu, network, profiles)
     return comparison.compare(job, gpu, network, profiles), None

@@ -82,7 +82,7 @@ class AttemptView:
         self.phase, self.total, self.unit = "training", None, ""
 
     def seconds_per_step(self) -> float | None:
-        """Of the last steps; None before there are two."""
+        """Return the seconds of one of the last steps; None before there are two."""
         if len(self._times) < 2:
             return None
         (first, began), (last, ended) = self._times[0], self._times[-1]

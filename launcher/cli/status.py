@@ -147,7 +147,7 @@ def describe(seen: dict[str, Any]) -> str:
 
 
 def _since_step(seen: dict[str, Any]) -> str:
-    """How long ago the last step was, of a run that trains."""
+    """Return how long ago the last step was, of a run that trains."""
     from launcher.runs.wording import duration
 
     age = seen["step_age_seconds"]

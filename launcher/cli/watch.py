@@ -170,7 +170,8 @@ def curve(losses: list[tuple[int, float]], width: int) -> RenderableType:
 
 
 def ranks_table(ranks: list[dict[str, Any]]) -> Table:
-    """What each rank says of itself: the one whose own work takes longest is the one the others wait for."""
+    """Return what each rank says of itself: the one whose own work takes longest is the one the others wait
+    for."""
     from rich.table import Table
 
     from launcher.cli.output import size

@@ -99,7 +99,7 @@ def _parquet(path: Path) -> Any:
 
 @contextmanager
 def whole_parquet(path: Path) -> Iterator[None]:
-    """What pyarrow raises at a file that it cannot read, as a DataError."""
+    """Raise what pyarrow raises at a file that it cannot read as a DataError."""
     import pyarrow
 
     try:
@@ -155,7 +155,7 @@ def open_arrow(path: Path, columns: Sequence[str]) -> Any:
 
 
 def features_of(schema: Any) -> dict[str, Any]:
-    """What `datasets` says of the columns of a file that it wrote; nothing for any other file."""
+    """Return what `datasets` says of the columns of a file that it wrote; nothing for any other file."""
     try:
         found = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
     except (ValueError, KeyError, TypeError):
@@ -195,5 +195,5 @@ def _named(value: Any, names: list[str]) -> Any:
 
 
 def num_arrow_rows(path: Path) -> int:
-    """How many rows an Arrow file has. Raises DataError where it cannot be read."""
+    """Return how many rows an Arrow file has. Raises DataError where it cannot be read."""
     return int(open_arrow(path, ()).num_rows)

@@ -29,13 +29,13 @@ class Part:
 
     @property
     def measure(self) -> float:
-        """What it has rows in proportion to, among files of its kind."""
+        """Return what it has rows in proportion to, among files of its kind."""
         return self.share * (self.size / LINE_BYTES if self.counted is None else self.counted)
 
 
 @dataclass
 class Seen:
-    """What was seen of a part."""
+    """Hold what was seen of a part."""
 
     num_rows: float
     """That it has."""

@@ -16,7 +16,7 @@ _EXACT = 2.0**53
 
 
 class RowProblem(Exception):
-    """Why a row cannot be used. `reason` is what rows are counted by, `detail` is about this one row."""
+    """Say why a row cannot be used. `reason` is what rows are counted by, `detail` is about this one row."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason, detail)
@@ -65,7 +65,7 @@ Read = Iterator[tuple[int, Values]]
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a value stands for none: null, or NaN, as pandas has it where a cell is empty."""
+    """Return whether a value stands for none: null, or NaN, as pandas has it where a cell is empty."""
     return value is None or (isinstance(value, (float, Decimal)) and math.isnan(value))
 
 
@@ -85,7 +85,7 @@ def text_of(values: dict[str, Any], column: str) -> str:
 
 
 def missing(values: dict[str, Any], column: str) -> RowProblem:
-    """Why there is nothing in a column of a row."""
+    """Return why there is nothing in a column of a row."""
     if column in values:
         return RowProblem(
             MISSING, f"{column!r} is {'null' if values[column] is None else 'NaN, a missing value'}"

@@ -30,7 +30,7 @@ _GOLDEN = (5**0.5 - 1) / 2
 
 @dataclass(frozen=True)
 class Sample:
-    """What was seen of a source."""
+    """Hold what was seen of a source."""
 
     num_rows: int
     """Of all files, up to the source's limit: counted where that is quick, else by what those looked at take
@@ -95,7 +95,7 @@ def _counted(path: Path, lines_too: bool) -> int | None:
 
 
 def _look(parts: Sequence[Part], columns: Sequence[str], most: int) -> tuple[list[float], tuple[Values, ...]]:
-    """How many rows each file has, and some of them."""
+    """Return how many rows each file has, and some of them."""
     some = _some(parts)
     size = sum(part.share * part.size for part in parts)
     measured = sum(part.measure for part in some)

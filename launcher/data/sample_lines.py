@@ -30,7 +30,7 @@ _MARKS = re.compile(rb'"+')
 
 @dataclass(frozen=True)
 class Layout:
-    """How rows stand in a file."""
+    """Say how rows stand in a file."""
 
     parse: Callable[[Iterable[bytes]], Read]
     quoted: bool = False
@@ -63,7 +63,7 @@ class _Found:
     num_bytes: int = 0
 
     def add(self, file: BinaryIO, layout: Layout, start: int, end: int) -> None:
-        """Those that begin between two bytes of a file."""
+        """Add the rows that begin between two bytes of a file."""
         if not _to_a_row(file, layout, start, end):
             return
         rows, lines, begin = [], _Lines(file), file.tell()
@@ -80,7 +80,7 @@ class _Found:
 
 
 def look_in_places(part: Part, layout: Layout, wanted: int, phase: float) -> Seen | None:
-    """How many rows there are, and about so many of them; None where the whole may as well be read.
+    """Return how many rows there are, and about so many of them; None where the whole may as well be read.
 
     Their number is exact where lines were counted and those looked at are a row each. Else it is an estimate,
     by how many rows the lines that were looked at are, or the bytes.
@@ -103,8 +103,8 @@ def look_in_places(part: Part, layout: Layout, wanted: int, phase: float) -> See
 
 
 def _look(path: Path, layout: Layout, size: int, span: float, places: int, phase: float) -> _Found:
-    """So many bytes, as many in each of some places, that long rows are no more likely than short ones; the
-    first row where none begins there."""
+    """Return so many bytes, as many in each of some places, that long rows are no more likely than short
+    ones; the first row where none begins there."""
     found, stride, each = _Found(), size / places, max(1, int(span / places))
     with open(path, "rb", opener=plain) as file:
         for place in range(places):
@@ -126,7 +126,7 @@ def table_layout(path: Path, columns: Sequence[str], dialect: type[csv.Dialect],
 
 
 def _decoded(lines: Iterable[bytes]) -> Iterator[str]:
-    """As a file that is opened as text gives them: a carriage return alone ends a line too."""
+    """Return the text as a file that is opened as text gives it: a carriage return alone ends a line too."""
     for line in lines:
         yield from io.StringIO(
             line.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape"), newline=""

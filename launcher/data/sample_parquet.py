@@ -28,9 +28,9 @@ _BYTES_OF_ROW = 1 << 17
 
 
 def look_in_groups(part: Part, columns: Sequence[str], wanted: int, phase: float) -> Seen:
-    """How many rows there are, by the footer, and about so many of them, any of some groups from all over the
-    file: of groups that are large for that, any of the first rows. Raises DataError where the file cannot be
-    read."""
+    """Return how many rows there are, by the footer, and about so many of them, any of some groups from all
+    over the file: of groups that are large for that, any of the first rows. Raises DataError where the file
+    cannot be read."""
     file = open_parquet(part.path, columns)
     with whole_parquet(part.path):
         num_rows = min(file.metadata.num_rows, part.first or file.metadata.num_rows)
@@ -46,7 +46,7 @@ def look_in_groups(part: Part, columns: Sequence[str], wanted: int, phase: float
 
 
 def _rows_of_groups(metadata: Any, num_rows: int) -> dict[int, int]:
-    """How many of the first rows of a file are in each of its groups, of those that have any."""
+    """Return how many of the first rows of a file are in each of its groups, of those that have any."""
     sizes = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
     left = [num_rows - end + size for size, end in zip(sizes, accumulate(sizes), strict=True)]
     return {
@@ -72,7 +72,8 @@ def _some_of(file: Any, group: int, columns: Sequence[str], have: int, wanted: i
 
 
 def look_in_table(part: Part, columns: Sequence[str], wanted: int) -> Seen:
-    """How many rows an Arrow file has, and so many of them, any. Raises DataError where it cannot be read."""
+    """Return how many rows an Arrow file has, and so many of them, any. Raises DataError where it cannot be
+    read."""
     table = open_arrow(part.path, columns)
     num_rows = min(table.num_rows, part.first or table.num_rows)
     names = names_of_classes(features_of(table.schema))

@@ -11,7 +11,7 @@ from launcher.values import Section
 
 
 class Source(Section):
-    """Where rows come from."""
+    """Say where rows come from."""
 
     path: str | None = None
     """A local file (.json .jsonl .csv .tsv .parquet .arrow .txt .conll) or a directory that `save_to_disk` of

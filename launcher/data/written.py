@@ -44,7 +44,7 @@ def list_in(text: str) -> list[Any] | None:
 
 
 def _as_python(text: str) -> Any:
-    """What Python reads there, where numpy left commas out with them; None where it reads nothing."""
+    """Return what Python reads there, where numpy left commas out with them; None where it reads nothing."""
     ways: list[Callable[[str], str]] = (
         [_with_commas] if _STRINGS_SIDE_BY_SIDE.search(text) else [str, _with_commas]
     )
@@ -59,8 +59,8 @@ def _as_python(text: str) -> Any:
 
 
 def _with_commas(text: str) -> str:
-    """The same with a comma between two elements that have none. `nan` is None: nothing stands there. Raises
-    as `tokenize` does."""
+    """Return the same text with a comma between two elements that have none. `nan` is None: nothing stands
+    there. Raises as `tokenize` does."""
     words: list[str] = []
     before: tokenize.TokenInfo | None = None
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
@@ -74,13 +74,14 @@ def _with_commas(text: str) -> str:
 
 
 def _ends(token: tokenize.TokenInfo) -> bool:
-    """Whether an element may end with it."""
+    """Return whether an element may end with it."""
     named = token.type == tokenize.NAME and token.string != "set"
     return named or token.type in (tokenize.STRING, tokenize.NUMBER) or token.string in _ENDS
 
 
 def _begins(token: tokenize.TokenInfo, before: tokenize.TokenInfo, text: str) -> bool:
-    """Whether an element begins with it; a sign does where a space stands before it and none behind."""
+    """Return whether an element begins with it; a sign does where a space stands before it and none
+    behind."""
     if token.string in ("-", "+"):
         line, column = token.end
         return token.start != before.end and not text.splitlines()[line - 1][column : column + 1].isspace()

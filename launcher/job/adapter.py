@@ -36,7 +36,8 @@ class Adapter(Section):
     are those of the run. `model.name` may name it in place of its base."""
 
     def takes(self, layer: str) -> bool:
-        """Whether a linear layer gets one by its name; with `all-linear` whoever asks has chosen the layers."""
+        """Return whether a linear layer gets one by its name; with `all-linear` whoever asks has chosen the
+        layers."""
         if self.targets == "all-linear":
             return True
         return any(
@@ -45,11 +46,11 @@ class Adapter(Section):
         )
 
     def trains(self, name: str) -> bool:
-        """Whether a parameter is trained: an adapter's matrix, or one of `train_also`."""
+        """Return whether a parameter is trained: an adapter's matrix, or one of `train_also`."""
         return name.endswith((".lora_A.weight", ".lora_B.weight")) or self.trains_also(name)
 
     def trains_also(self, name: str) -> bool:
-        """Whether a parameter of the model's own is trained in full."""
+        """Return whether a parameter of the model's own is trained in full."""
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.train_also)
 
     def unmatched(self, layers: Iterable[str], parameters: Iterable[str]) -> list[Problem]:

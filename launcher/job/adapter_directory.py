@@ -85,7 +85,7 @@ def _trained_in_full(directory: Path) -> tuple[str, ...]:
 
 
 def _reasons(directory: Path, found: dict[str, Any], model: Model) -> list[str]:
-    """Why this adapter cannot be gone on with."""
+    """Return why this adapter cannot be gone on with."""
     cure = (
         "; add it to its base with peft (merge_and_unload, save_pretrained), "
         "and name the model that comes out"

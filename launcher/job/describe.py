@@ -75,7 +75,7 @@ def choices(annotation: Any) -> list[str]:
 
 
 def expected(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
-    """What may be written for an annotation, in words: `a whole number of at least 1, or auto`."""
+    """Return what may be written for an annotation, in words: `a whole number of at least 1, or auto`."""
     if annotation is Interval:
         return "a number of steps (200), a time (30s, 15min, 2h) or epochs (epoch, 2 epochs)"
     if any(getattr(part, "func", None) is parse_seconds for part in metadata):
@@ -127,7 +127,7 @@ def _number(value: float) -> str:
 
 
 def expected_of(field: FieldInfo) -> str:
-    """What may be written for a field, in words."""
+    """Return what may be written for a field, in words."""
     return expected(field.annotation, tuple(field.metadata))
 
 

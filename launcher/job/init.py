@@ -21,7 +21,7 @@ _HEAD = f"""# yaml-language-server: $schema={SCHEMA_FILE}
 
 @dataclass(frozen=True)
 class Answers:
-    """What `launcher init` asks for."""
+    """Hold what `launcher init` asks for."""
 
     name: str
     model: str

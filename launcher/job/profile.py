@@ -27,7 +27,7 @@ _MERGED = ("environment", "sbatch")
 
 
 class Limits(Section):
-    """What one partition has at most."""
+    """Say what one partition has at most."""
 
     max_nodes: Annotated[int, Field(ge=1)] | None = None
     """Nodes of one job."""
@@ -48,7 +48,8 @@ class Profile(Section):
 
 
 def directories() -> list[Path]:
-    """Where profiles are looked for by name: the user's own, then those of the folder that this is called in."""
+    """Return where profiles are looked for by name: the user's own, then those of the folder that this is
+    called in."""
     configuration = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
     return [configuration / "launcher" / "profiles", Path("slurm") / "profiles"]
 
@@ -116,7 +117,8 @@ def apply(content: dict[str, Any], folder: Path) -> list[Problem]:
 
 
 def problems(cluster: Cluster, num_nodes: int, num_gpus: int, profile: Profile) -> list[Problem]:
-    """What a job asks for over the limits of the partitions it names; without one, nothing is known."""
+    """Return what a job asks for over the limits of the partitions it names; without one, nothing is
+    known."""
     found: list[Problem] = []
     for partition in (cluster.partition or "").split(","):
         if partition and profile.limits and partition not in profile.limits:

@@ -25,19 +25,9 @@ from launcher import tasks
 from launcher.data.section import Data
 from launcher.errors import ConfigurationError
 from launcher.job.adapter import Adapter
+from launcher.job.cluster import Auto, Cluster
 from launcher.tasks.generation import Evaluation
-from launcher.values import (
-    Every,
-    Fraction,
-    HangAfter,
-    Interval,
-    Line,
-    NodeCount,
-    Seconds,
-    Section,
-    Variable,
-    Word,
-)
+from launcher.values import Every, Fraction, Interval, Section
 
 
 def known_task(name: str) -> str:
@@ -49,18 +39,16 @@ def known_task(name: str) -> str:
     return name
 
 
-Auto = Literal["auto"]
 TaskName = Annotated[str, AfterValidator(known_task)]
 Precision = Literal["bf16", "fp16", "fp32"]
 ActivationCheckpointing = Literal["none", "full", "selective"]
 EngineName = Literal["fsdp", "deepspeed"]
 Sharding = Literal["full", "gradients", "optimizer", "none"]
 Offload = Literal["none", "optimizer", "parameters"]
-NetworkName = Literal["ib400", "ib200", "ib100", "ethernet100", "ethernet25"]
 
 
 class Model(Section):
-    """Which model, and what it is to do."""
+    """Name the model, and what it is to do."""
 
     name: str = Field(min_length=1)
     """A directory with a Hugging Face model, or a model's name on the hub."""
@@ -90,7 +78,7 @@ class Model(Section):
 
 
 class Batch(Section):
-    """How many samples a step takes, and how they are cut."""
+    """Say how many samples a step takes, and how they are cut."""
 
     global_batch_size: int = Field(default=32, ge=1, le=1_000_000_000)
     """Samples (packs, with packing) of one optimizer step, over all ranks."""
@@ -127,7 +115,7 @@ class OnSpike(Section):
 
 
 class Training(Section):
-    """How long, how fast, and with what."""
+    """Say how long to train, how fast, and with what."""
 
     epochs: float | None = Field(default=None, gt=0, le=1_000_000)
     """Passes over the data. 1 where neither epochs nor max_steps is given."""
@@ -166,7 +154,7 @@ class Training(Section):
 
 
 class Memory(Section):
-    """What to trade for memory."""
+    """Say what to trade for memory."""
 
     activation_checkpointing: ActivationCheckpointing | Auto = "auto"
     """`full` recomputes each layer, `selective` all but its matrix products, `none` keeps everything."""
@@ -178,7 +166,7 @@ class Memory(Section):
 
 
 class Parallel(Section):
-    """What is cut among the ranks."""
+    """Say what is cut among the ranks."""
 
     engine: EngineName | Auto = "auto"
     """The sharding engine: PyTorch's FSDP2, or DeepSpeed's ZeRO."""
@@ -197,7 +185,7 @@ class Parallel(Section):
 
 
 class Checkpoint(Section):
-    """When to save, and what to keep."""
+    """Say when to save, and what to keep."""
 
     every: Every = Interval(value=900, unit="seconds")
     """Steps (200), a time (15min) or epochs between saves; at the end in any case."""
@@ -211,108 +199,6 @@ class Checkpoint(Section):
     """Write while training goes on."""
 
     model_config = ConfigDict(populate_by_name=True)
-
-
-class Container(Section):
-    """The container that the ranks run in."""
-
-    image: Line
-    """An image file, or the address of one."""
-    runtime: Literal["apptainer", "pyxis"] = "apptainer"
-    """What starts it: Apptainer, or Slurm's own plugin Pyxis over Enroot."""
-    mounts: tuple[Line, ...] = ()
-    """Directories it sees besides the run's own, as /data or /data:/inside."""
-    python: Line = "python3"
-    """The interpreter inside, which has launcher installed."""
-    options: tuple[Line, ...] = ()
-    """Further options of the runtime, one a line."""
-
-
-class Cluster(Section):
-    """Where it runs."""
-
-    profile: Line | None = None
-    """A site's profile: its name below the profile directory, or a file. What stands here goes before it."""
-    nodes: NodeCount = 1
-    """Machines; under Slurm also a range (2-8): it starts on as many as there are."""
-    gpus_per_node: Annotated[int, Field(ge=0, le=1024)] | Auto = "auto"
-    """GPUs of each node; 0 trains on the CPU."""
-    gpu: Word | None = None
-    """Their kind, by its name in the planner's table, as h100-80gb: what is counted on where they are not on
-    this machine."""
-    network: NetworkName | None = None
-    """What joins the nodes, of one GPU: what the planner counts on; left out, what such nodes commonly have.
-    """
-    ranks_per_node: Annotated[int, Field(ge=1, le=1024)] | Auto = "auto"
-    """Processes of each node; with GPUs it is their number."""
-    threads_per_rank: Annotated[int, Field(ge=1, le=65_536)] | Auto = "auto"
-    """CPU threads of each rank."""
-    time_limit: Seconds | None = None
-    """Slurm: seconds (or 8h, 2d) that the job may take at a time; a longer run goes on in the next one."""
-    partition: Line | None = None
-    """Slurm: the partition, or several with commas."""
-    account: Line | None = None
-    """Slurm: who pays."""
-    qos: Line | None = None
-    """Slurm: the quality of service."""
-    reservation: Line | None = None
-    """Slurm: the reservation."""
-    constraint: Line | None = None
-    """Slurm: features that the nodes must have."""
-    exclude: Line | None = None
-    """Slurm: nodes to leave out."""
-    nodelist: Line | None = None
-    """Slurm: nodes to take."""
-    mem: Line | None = None
-    """Slurm: memory of each node, as 200G; 0 takes all of it."""
-    cpus_per_node: Annotated[int, Field(ge=1)] | None = None
-    """Slurm: cores of each node to ask for, where that is not ranks times threads."""
-    gpu_option: Literal["gres", "gpus-per-node"] = "gres"
-    """Slurm: how this site has GPUs asked for."""
-    gpu_type: Word | None = None
-    """Slurm: the site's name of the GPUs, as in gpu:TYPE:8."""
-    exclusive: bool = False
-    """Slurm: whole nodes."""
-    dependency: Line | None = None
-    """Slurm: what must be over before, as afterok:1234."""
-    begin: Line | None = None
-    """Slurm: when it may start at the earliest, as now+1hour."""
-    comment: Line | None = None
-    """Slurm: a remark."""
-    mail_user: Line | None = None
-    """Slurm: who gets mail."""
-    mail_type: Line | None = None
-    """Slurm: when, as END,FAIL."""
-    sbatch: dict[Word, Line | int | bool] = Field(default={})
-    """Slurm: any other option of sbatch by its long name; true for one without a value."""
-    modules: tuple[Line, ...] = ()
-    """Slurm: modules to load before the ranks start."""
-    setup: tuple[Line, ...] = ()
-    """Slurm: shell lines to run before the ranks start; the first that fails ends the job."""
-    environment: dict[Variable, Line] = Field(default={})
-    """Slurm: variables of the environment."""
-    container: Container | None = None
-    interface: Word | None = None
-    """The network interface between nodes; without it the one that leads to the other nodes."""
-    requeue: bool = True
-    """Slurm: go on by itself after preemption, the time limit, a lost node or rank."""
-    attempts_without_progress: int = Field(default=3, ge=1)
-    """Slurm: after so many attempts in a row that saved nothing new it stops. Preempted ones, and those whose
-    node was lost, are free."""
-    grace: Seconds = 30.0
-    """Seconds (or 30s, 2min) the ranks have to save and leave when they are told to stop."""
-    share_with_group: bool = False
-    """Let your group read what the run writes (logs, checkpoints, code, exports), whatever the umask says;
-    else the umask alone counts."""
-    hang_after: HangAfter = "auto"
-    """Seconds (or 90s, 5min) without life until a hang is named; as long again, and it is ended. `auto`: by
-    phase; `off`: never."""
-
-
-def node_range(nodes: int | str) -> tuple[int, int]:
-    """The fewest and the most nodes that `cluster.nodes` allows."""
-    low, _, high = str(nodes).partition("-")
-    return int(low), int(high or low)
 
 
 class Job(Section):

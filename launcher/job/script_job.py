@@ -50,7 +50,7 @@ def load(path: Path | None, overrides: list[str], script: Path) -> Job:
 
 
 def unused(job: Job) -> list[str]:
-    """What a job sets and a script decides itself, by key."""
+    """Return what a job sets and a script decides itself, by key."""
     given = job.model_dump(exclude_unset=True, by_alias=True)
     found = [
         key

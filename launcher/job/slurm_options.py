@@ -112,7 +112,7 @@ def long_name(option: str) -> str:
 
 
 def is_asked(value: object) -> bool:
-    """Whether a value in a job file asks for its option: false takes it back."""
+    """Return whether a value in a job file asks for its option: false takes it back."""
     return value is not None and value is not False
 
 

@@ -45,7 +45,8 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def _measure(self, node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
-        """How many values a node stands for once every alias in it is filled in, and how deep they are."""
+        """Return how many values a node stands for once every alias in it is filled in, and how deep they
+        are."""
         if id(node) in known:
             measured = known[id(node)]
             if measured is None:

@@ -55,7 +55,7 @@ _PASSWORD_IN_URL = re.compile(r"://[^/@\s]+@")
 
 @dataclass(frozen=True)
 class Meeting:
-    """Where the agents of several nodes meet, and which of them this is."""
+    """Say where the agents of several nodes meet, and which of them this is."""
 
     node: int
     address: str
@@ -104,7 +104,7 @@ def agent_of(num_nodes: int, num_ranks: int, meeting: Meeting | None, program: l
 def environment(
     run: RunDirectory, plan: Plan, attempt: int, meeting: Meeting | None = None
 ) -> dict[str, str]:
-    """What the agent and the ranks see."""
+    """Return what the agent and the ranks see."""
     interface = doors.loopback() if meeting is None else meeting.interface
     network = dict.fromkeys(doors.INTERFACE_VARIABLES, interface) if interface else {}
     if meeting is not None:

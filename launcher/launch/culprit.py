@@ -110,7 +110,7 @@ def _plural(text: str) -> str:
 
 
 def _what(seen: Seen, unheard: set[str], everyone: bool) -> str:
-    """What is wrong with a rank that the others wait for."""
+    """Return what is wrong with a rank that the others wait for."""
     if seen.state == "T":
         return "is stopped (SIGSTOP)"
     if seen.child:

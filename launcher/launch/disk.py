@@ -95,7 +95,7 @@ class Disk:
 
     @property
     def lost(self) -> str:
-        """Why the run directory counts as lost; empty while it is there."""
+        """Return why the run directory counts as lost; empty while it is there."""
         if self._missing is None:
             return ""
         since, why, is_gone = self._missing
@@ -103,12 +103,13 @@ class Disk:
 
     @property
     def missing(self) -> str:
-        """What is wrong with the run directory at this moment, however short it is; empty where it is there."""
+        """Return what is wrong with the run directory at this moment, however short it is; empty where it is
+        there."""
         return self._missing[1] if self._missing else ""
 
     @property
     def trouble(self) -> str:
-        """What is wrong with the disk and may pass, for people; empty where nothing is."""
+        """Return what is wrong with the disk and may pass, for people; empty where nothing is."""
         if self.stuck_seconds > STALL_SECONDS:
             return f"has not answered for {STALL_SECONDS:.0f} s: its storage hangs"
         if self._missing is None or self._missing[2] or time.monotonic() - self._missing[0] < STALL_SECONDS:
@@ -119,8 +120,8 @@ class Disk:
         )
 
     def place_now(self) -> Path | None:
-        """Where the run directory is now, where it was only renamed. The kernel knows: nothing is asked of
-        the disk."""
+        """Return where the run directory is now, where it was only renamed. The kernel knows: nothing is
+        asked of the disk."""
         if self._place is None:
             return None
         with contextlib.suppress(OSError):

@@ -21,7 +21,8 @@ from launcher.runs.wording import finite
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure: a run's checkpoint, or a model's directory, with the plan that says by what data."""
+    """Name what to measure: a run's checkpoint, or a model's directory, with the plan that says by what
+    data."""
 
     plan: Plan
     run: Path | None

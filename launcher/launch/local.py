@@ -107,7 +107,8 @@ def conclude(
     out_of_memory_killer: bool,
     signals: Signals,
 ) -> int:
-    """As `outcome`, whatever the run's disk does: within a bounded time, and without an error of its own."""
+    """Return what `outcome` does, whatever the run's disk does: within a bounded time, and without an error
+    of its own."""
     if end.forced == "gone" or (end.lost and not end.events & {"finished", "stopped"}):
         return _gone(run, number, end, screen)
     found: list[int | BaseException] = []
@@ -212,8 +213,8 @@ def _gone(run: RunDirectory, number: int, end: End, screen: Screen) -> int:
 def _without_the_disk(
     run: RunDirectory, plan: Plan, end: End, screen: Screen, trouble: OSError | StorageError
 ) -> int:
-    """How an attempt ended as far as it is known where the disk refuses to be read or written, or does not
-    answer."""
+    """Return how an attempt ended as far as it is known where the disk refuses to be read or written, or does
+    not answer."""
     if "finished" in end.events:
         return 0
     reason = trouble.strerror if isinstance(trouble, OSError) else str(trouble)
@@ -249,7 +250,7 @@ def _speak_for_script(run: RunDirectory, number: int, end: End) -> None:
 
 
 def _stopped(run: RunDirectory) -> str:
-    """What the ranks' last word about a stop comes to: saved, or why not and what that loses."""
+    """Return what the ranks' last word about a stop comes to: saved, or why not and what that loses."""
     record = last_record(run.events_file, lambda record: record.get("event") == "stopped") or {}
     if line := record.get("line"):
         return str(line)
@@ -284,7 +285,7 @@ def _failure(run: RunDirectory, number: int, end: End, plan: Plan, out_of_memory
 
 
 def _forced_failure(end: End, plan: Plan, directory: Path) -> Failure | None:
-    """Where the ranks hung, or did not leave in time after a stop was asked for."""
+    """Return the failure of ranks that hung, or did not leave in time after a stop was asked for."""
     if end.forced == "hung":
         return end.hung
     if end.forced == "second interrupt":
@@ -317,8 +318,8 @@ def _last_line(path: Path) -> str:
 
 
 def going_on(run: RunDirectory, plan: Plan, failure: Failure) -> tuple[str, str]:
-    """What to type next, and why. After out of memory, with the first change that makes a rank need less,
-    where one is known."""
+    """Return what to type next, and why. After out of memory, with the first change that makes a rank need
+    less, where one is known."""
     if is_scratch(run):
         return "", ""
     command = f"launcher resume {shown(run.path)}"

@@ -32,8 +32,8 @@ docs/benchmarks/allocator.md has what both take and hold."""
 
 
 def variables(run: RunDirectory) -> dict[str, str]:
-    """Of the environment of ranks on a CPU: ROOMY where the forecast says that there is room, LEAN where
-    there is not, or nobody knows."""
+    """Return the variables of the environment of ranks on a CPU: ROOMY where the forecast says that there is
+    room, LEAN where there is not, or nobody knows."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         forecast = read_json(run.forecast_file)
         highest = max(phase["live"] for phase in forecast["phases"].values())

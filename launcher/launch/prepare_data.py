@@ -18,7 +18,7 @@ MODULE = "launcher.training.data.inspect"
 def look(
     job: Job, role: str, num_rows: int, row: int | None, tokens: bool, watcher: Watcher
 ) -> dict[str, Any]:
-    """What `run` would train on: counts, lengths, labels and samples of one data set. Raises
+    """Return what `run` would train on: counts, lengths, labels and samples of one data set. Raises
     ConfigurationError where there is none."""
     if role == "evaluation" and job.data.evaluation is None:
         raise ConfigurationError(

@@ -38,7 +38,7 @@ def register(node: int) -> None:
 
 
 class _Rendezvous:
-    """What torchrun asks of a RendezvousHandler, for nodes that are known before and never change."""
+    """Answer torchrun as a RendezvousHandler, for nodes that are known before and never change."""
 
     def __init__(self, parameters: Any, node: int) -> None:
         self._num_nodes, self._node, self._id = parameters.max_nodes, node, parameters.run_id
@@ -49,7 +49,7 @@ class _Rendezvous:
 
     @property
     def use_agent_store(self) -> bool:
-        """Whether ranks are told that an agent's store is there for them."""
+        """Return whether ranks are told that an agent's store is there for them."""
         return self._num_nodes > 1
 
     def next_rendezvous(self) -> Any:

@@ -11,8 +11,9 @@ import yaml
 
 from launcher import tasks
 from launcher.errors import ConfigurationError, Problem
+from launcher.job.cluster import node_range
 from launcher.job.load import load
-from launcher.job.schema import Job, node_range
+from launcher.job.schema import Job
 from launcher.job.script_job import load as load_for_script
 from launcher.job.script_job import without_placeholders
 from launcher.launch.plan_file import read_plan, write_plan
@@ -81,8 +82,8 @@ def open_run(
 
 
 def _write_forecast(run: RunDirectory, plan: Plan, made: Forecast | None) -> None:
-    """What the run is expected to need and to do, with the plan that it is of; of another plan it would be
-    wrong."""
+    """Write what the run is expected to need and to do, with the plan that it is of; of another plan it
+    would be wrong."""
     if made is None:
         run.forecast_file.unlink(missing_ok=True)
         return
@@ -240,8 +241,8 @@ def _write(run: RunDirectory, job: Job, plan: Plan) -> None:
 
 
 def _decide_again(job: Job, nproc: int | None, stored: Plan, local: bool) -> Plan:
-    """What the job leaves open stays as it was decided before: memory that is free today must not change the
-    numbers.
+    """Return the job's plan, with what it leaves open as it was decided before: memory that is free today
+    must not change the numbers.
 
     On another number of ranks the micro-batch is decided anew, as it must divide.
     """
@@ -329,5 +330,6 @@ def _refuse_quiet_fallback(job: Job, stored: Plan, plan: Plan) -> None:
 
 
 def _longer(found: list[Change]) -> bool:
-    """Whether the run is to end elsewhere than before; a finished one then goes on from its last step."""
+    """Return whether the run is to end elsewhere than before; a finished one then goes on from its last
+    step."""
     return any(change.key.startswith("length") for change in found)

@@ -17,7 +17,7 @@ _BEGIN_SECONDS = 2.0
 
 
 class Watcher:
-    """Who shows what happens. This one only prints what must be said."""
+    """Show what happens. This one only prints what must be said."""
 
     def begin(self, run: RunDirectory, attempt: int) -> None:
         """The attempt's processes are about to start."""
@@ -50,27 +50,27 @@ class Screen:
         self._thread = Aside("screen")
 
     def begin(self, run: RunDirectory, attempt: int) -> None:
-        """As the watcher's. Comes back once it has begun, so that it misses nothing, or soon after where it
+        """Have the watcher begin. Comes back once it has, so that it misses nothing, or soon after where it
         cannot."""
         self._do(lambda watcher: watcher.begin(run, attempt))
         self._thread.wait(_BEGIN_SECONDS)
 
     def read(self) -> None:
-        """As the watcher's, by whoever calls this."""
+        """Have the watcher read, in the caller's own thread."""
         with contextlib.suppress(Exception):
             self._watcher.read()
 
     def tick(self) -> None:
-        """As the watcher's; left out while it is still showing."""
+        """Have the watcher look; left out while it is still showing."""
         if self._thread.idle:
             self._do(lambda watcher: watcher.tick())
 
     def say(self, line: str) -> None:
-        """As the watcher's."""
+        """Have the watcher print a line."""
         self._do(lambda watcher: watcher.say(line))
 
     def end(self) -> None:
-        """As the watcher's. Lines may still follow."""
+        """Have the watcher end. Lines may still follow."""
         self._do(lambda watcher: watcher.end())
 
     def close(self, code: int, seconds: float, enough: Callable[[], bool] = lambda: False) -> None:

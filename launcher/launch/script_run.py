@@ -50,7 +50,7 @@ def _refused(script: Path, reason: str) -> ConfigurationError:
 
 
 def script_variables(run: RunDirectory, plan: Plan, attempt: int) -> dict[str, str]:
-    """What the launcher itself sets for a script; the agent adds Accelerate's variables."""
+    """Return what the launcher itself sets for a script; the agent adds Accelerate's variables."""
     variables = {RUN_VARIABLE: str(run.path), "LAUNCHER_ATTEMPT": str(attempt)}
     if plan.mesh.device == "cpu":
         # No GPU that happens to be there is taken, and Accelerate shards all the same.
@@ -72,7 +72,7 @@ def configuration(run: RunDirectory) -> Path:
 
 
 def accelerate_variables(config: Path, precision: str) -> dict[str, str]:
-    """What `accelerate launch --config_file` would put into the environment of a script, by its own
+    """Return what `accelerate launch --config_file` would put into the environment of a script, by its own
     functions.
 
     For the agent, which has imported torch anyway. `precision` is said here because the file must not say it

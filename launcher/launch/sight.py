@@ -78,7 +78,8 @@ def _tracer(pid: int) -> bool:
 
 
 def _bytes_read(pid: int) -> int:
-    """What it has read, from whatever: written is not counted, as a save goes on while training hangs."""
+    """Return what it has read, from whatever: written is not counted, as a save goes on while training
+    hangs."""
     lines = (line.partition(": ") for line in _read(f"/proc/{pid}/io").splitlines())
     return sum(int(value) for name, _, value in lines if name in ("rchar", "read_bytes"))
 

@@ -39,7 +39,7 @@ _NOT_TELLING = re.compile(
 
 @dataclass(frozen=True)
 class Stack:
-    """What one rank's process was doing."""
+    """Show what one rank's process was doing."""
 
     text: str
     """For people: all threads, or why there are none."""
@@ -73,7 +73,7 @@ def _ask(pid: int) -> bool:
 
 
 def catches(pid: int, number: int) -> bool:
-    """Whether a process has a handler for a signal, as the kernel tells."""
+    """Return whether a process has a handler for a signal, as the kernel tells."""
     with contextlib.suppress(OSError, ValueError):
         for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("SigCgt:"):
@@ -110,7 +110,7 @@ def _written(path: str, start: int) -> str:
 
 
 def _kernel_stack(pid: int) -> str:
-    """Where it is in the kernel; only root may read it."""
+    """Return where it is in the kernel; only root may read it."""
     with contextlib.suppress(OSError):
         text = Path(f"/proc/{pid}/stack").read_text(encoding="utf-8", errors="replace").strip()
         return f"in the kernel:\n{text}" if text else ""
@@ -142,8 +142,8 @@ def _flight_recorder(rank: int, pid: int) -> str:
 
 
 def _py_spy(pid: int) -> str:
-    """What py-spy sees, native frames included, without stopping the process: a debugger's stop would look
-    like life."""
+    """Return what py-spy sees, native frames included, without stopping the process: a debugger's stop would
+    look like life."""
     program = shutil.which("py-spy")
     if program is None:
         return ""

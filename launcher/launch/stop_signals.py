@@ -45,7 +45,7 @@ class Signals:
         return self.received[0] if self.received else None
 
     def insisted(self) -> bool:
-        """Whether Ctrl-C was pressed after the stop had begun. A wrapper that passes the same key press on
-        does not count."""
+        """Return whether Ctrl-C was pressed after the stop had begun. A wrapper that passes the same key
+        press on does not count."""
         interrupts = [at for number, at in self.received if number == signal.SIGINT]
         return any(at - self.received[0][1] > _SAME_KEY_PRESS_SECONDS for at in interrupts)

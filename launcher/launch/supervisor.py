@@ -50,7 +50,8 @@ _SHORT_LOOK_SECONDS = 2.0
 
 @dataclass
 class End:
-    """How an attempt's processes ended: the agent's exit code, and why they were ended by force if they were."""
+    """Say how an attempt's processes ended: the agent's exit code, and why they were ended by force if they
+    were."""
 
     code: int
     forced: Force = ""
@@ -70,7 +71,7 @@ class End:
 
     @property
     def is_hurried(self) -> bool:
-        """Whether somebody waits for the end, or the disk is not worth waiting for."""
+        """Return whether somebody waits for the end, or the disk is not worth waiting for."""
         return self.is_disk_stuck or self.forced in ("second interrupt", "grace")
 
     hung: Failure | None = None
@@ -243,7 +244,7 @@ class Supervisor:
             self.screen.say(f"warning: the run directory {trouble or 'is there again'}")
 
     def _seconds_of_grace(self) -> float:
-        """What the ranks have from the first signal on; decided when it comes."""
+        """Return what the ranks have from the first signal on; decided when it comes."""
         if self._grace is None:
             self._grace = self.grace()
         return self._grace

@@ -56,7 +56,7 @@ _BEFORE_THE_RANKS_MEET = {"starting", "preparing", "waiting for the preparation"
 
 @dataclass
 class _Known:
-    """What is remembered of one rank, with the moments at which it changed, by the node's clock."""
+    """Remember one rank, with the moments at which it changed, by the node's clock."""
 
     moved: tuple[str, int, int]
     since: float
@@ -73,7 +73,7 @@ class _Known:
 
 @dataclass
 class Stillness:
-    """How long the ranks of one node have shown no life."""
+    """Say how long the ranks of one node have shown no life."""
 
     _ranks: dict[int, _Known] = field(default_factory=dict)
     _looked_at: float | None = None
@@ -132,8 +132,8 @@ class Stillness:
 
     @staticmethod
     def _lives(now: float, known: _Known, phase: str, place: Place, sight: Sight) -> bool:
-        """Whether it reads or computes. In steps only reading of the loader counts: a rank that waits for
-        others may compute for ever."""
+        """Return whether it reads or computes. In steps only reading of the loader counts: a rank that waits
+        for others may compute for ever."""
         if not sight.cpu_seconds:  # not looked at closely
             return False
         if not known.cpu_seconds:
@@ -154,7 +154,7 @@ class Stillness:
 
 @dataclass
 class Judge:
-    """Whether all ranks together hang."""
+    """Judge whether all ranks together hang."""
 
     hang_after: HangAfter = None
     suspected: bool = False
@@ -190,7 +190,7 @@ class Judge:
         return verdict
 
     def _remember(self, now: float, first: Seen) -> None:
-        """How long a step and a batch of an evaluation take, by rank 0: all ranks do the same."""
+        """Remember how long a step and a batch of an evaluation take, by rank 0: all ranks do the same."""
         before, place, step, done = self._last
         if (place, step, done) == (first.place, first.step, first.done):
             return

@@ -58,7 +58,7 @@ def engine_options(job: Job, first: Plan, side_by_side: bool = False) -> list[li
 
 @dataclass(frozen=True)
 class Cut:
-    """How parameters are cut and in how many copies, where the job leaves that open."""
+    """Say how parameters are cut and in how many copies, where the job leaves that open."""
 
     plan: Plan
     changed: dict[str, str | int]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from launcher.job.schema import NetworkName
+from launcher.job.cluster import NetworkName
 from launcher.planner.dataset.dataset_size import Items, evaluation_items, training_items
 from launcher.planner.hardware.calibration import kind_of
 from launcher.planner.hardware.detect import Hardware

@@ -16,10 +16,10 @@ from pydantic import BaseModel, ConfigDict, SerializeAsAny, ValidationError, mod
 from launcher import tasks
 from launcher.data.section import Data
 from launcher.errors import ConfigurationError, Problem
+from launcher.job.cluster import Container
 from launcher.job.schema import (
     ActivationCheckpointing,
     Checkpoint,
-    Container,
     EngineName,
     Interval,
     Model,
@@ -62,7 +62,7 @@ class Refused(Frozen):
 
 
 class Length(Frozen):
-    """How long training lasts."""
+    """Say how long training lasts."""
 
     value: float
     unit: Literal["steps", "epochs"]
@@ -78,7 +78,7 @@ class BatchPlan(Frozen):
 
 
 class Zero(Frozen):
-    """What DeepSpeed's ZeRO asks for besides the stage; sizes are numbers of elements."""
+    """Hold what DeepSpeed's ZeRO asks for besides the stage; sizes are numbers of elements."""
 
     stage: Literal[1, 2, 3]
     reduce_bucket_size: int
@@ -95,7 +95,7 @@ class Zero(Frozen):
 
 
 class Slurm(Frozen):
-    """What a submission asks of Slurm besides what the mesh says."""
+    """Hold what a submission asks of Slurm besides what the mesh says."""
 
     nodes: str | None = None
     """As `2-8`, where more than one number of nodes will do."""

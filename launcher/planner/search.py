@@ -7,7 +7,8 @@ from pathlib import Path
 
 from launcher.errors import ConfigurationError
 from launcher.job import profile
-from launcher.job.schema import ActivationCheckpointing, Job, node_range
+from launcher.job.cluster import node_range
+from launcher.job.schema import ActivationCheckpointing, Job
 from launcher.job.script_job import OWN
 from launcher.planner import candidates
 from launcher.planner.candidates import ENGINE_NAMES, Cut, EngineOption, cut_words

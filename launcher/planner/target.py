@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from launcher.job.schema import Cluster, Job, NetworkName
+from launcher.job.cluster import NetworkName
+from launcher.job.schema import Cluster, Job
 from launcher.planner.hardware.calibration import kind_of, rates_for, slack_kind
 from launcher.planner.hardware.detect import Hardware
 from launcher.planner.hardware.gpu_table import GpuType, as_hardware, gpu_type, on_network

@@ -102,7 +102,7 @@ def _zero(plan: Plan, zero: Zero) -> dict[str, Any]:
 
 
 def _offload(plan: Plan, zero: Zero) -> dict[str, Any]:
-    """What leaves the device, and where it goes."""
+    """Return what leaves the device, and where it goes."""
     if plan.offload == "none":
         return {}
     to_files = plan.offload_to != "cpu"

@@ -70,7 +70,7 @@ def quoted(words: list[str]) -> str:
 
 
 def variables(plan: Plan) -> dict[str, str]:
-    """What the ranks of any start see in their environment."""
+    """Return what the ranks of any start see in their environment."""
     return {
         "OMP_NUM_THREADS": str(plan.mesh.threads_per_rank),
         "TOKENIZERS_PARALLELISM": "false",

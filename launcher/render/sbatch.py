@@ -146,7 +146,8 @@ def srun_options(plan: Plan, place: Place) -> list[str]:
 
 
 def python_command(plan: Plan, place: Place) -> str:
-    """What starts the interpreter on the nodes as shell words, inside its container where there is one."""
+    """Return what starts the interpreter on the nodes as shell words, inside its container where there is
+    one."""
     container = plan.slurm.container
     if container is None:
         return quoted([*PATIENT, place.python])

@@ -50,7 +50,7 @@ class Aside:
 
     @property
     def idle(self) -> bool:
-        """Whether everything is done."""
+        """Return whether everything is done."""
         return self._work.unfinished_tasks == 0
 
     @property

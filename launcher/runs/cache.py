@@ -122,8 +122,8 @@ def entries(kinds: tuple[str, ...] = _KINDS) -> list[Entry]:
 
 
 def to_prune(found: list[Entry], older_than: float | None, max_size: int | None) -> list[Entry]:
-    """What would go: what was not used for `older_than` seconds, then what was used least recently until
-    `max_size` bytes are left.
+    """Return what would go: what was not used for `older_than` seconds, then what was used least recently
+    until `max_size` bytes are left.
 
     What a killed process left unfinished goes in any case; what is in use never.
     """
@@ -213,14 +213,14 @@ def _what(kind: str, path: Path) -> str:
 
 
 def _is_held(path: Path, last_used: float) -> bool:
-    """Whether some process uses an entry."""
+    """Return whether some process uses an entry."""
     with _exclusive(path, last_used) as free:
         return not free
 
 
 @contextlib.contextmanager
 def _exclusive(path: Path, last_used: float) -> Iterator[bool]:
-    """Whether nobody uses an entry; and nobody begins to while the context lasts."""
+    """Tell whether nobody uses an entry; nobody begins to while the context lasts."""
     used = _used(path)
     try:
         file = open(used, "r+b")  # noqa: SIM115
@@ -265,7 +265,7 @@ def _used(path: Path) -> Path:
 
 
 def _is_still(file: IO[bytes], path: Path) -> bool:
-    """Whether an open file is the one at that path: whoever removes an entry removes its file too."""
+    """Return whether an open file is the one at that path: whoever removes an entry removes its file too."""
     try:
         there, opened = path.stat(), os.fstat(file.fileno())
     except OSError:

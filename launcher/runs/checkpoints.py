@@ -30,14 +30,14 @@ class _Frozen(BaseModel):
 
 
 class FileRecord(_Frozen):
-    """What the writer knows of one file."""
+    """Hold what the writer knows of one file."""
 
     bytes: Annotated[int, Field(ge=0, lt=2**63)]
     xxh3_128: str
 
 
 class Progress(_Frozen):
-    """How far training was."""
+    """Say how far training was."""
 
     step: Count
     """Optimizer steps done."""
@@ -177,7 +177,7 @@ def _listing_problems(directory: Path, manifest: Manifest) -> list[str]:
 
 
 def file_problem(directory: Path, name: str, record: FileRecord) -> str | None:
-    """What is wrong with the content of one file of a checkpoint; None where nothing is."""
+    """Return what is wrong with the content of one file of a checkpoint; None where nothing is."""
     try:
         found = hash_file(directory / name)
     except OSError as error:
@@ -192,7 +192,8 @@ def file_problem(directory: Path, name: str, record: FileRecord) -> str | None:
 def content_problems(
     directory: Path, files: dict[str, FileRecord], num_threads: int | None = None
 ) -> list[str]:
-    """What is wrong with the content of these files. Hashing leaves the interpreter free, so threads help."""
+    """Return what is wrong with the content of these files. Hashing leaves the interpreter free, so threads
+    help."""
     workers = min(len(files), num_threads or len(os.sched_getaffinity(0)))
     if workers <= 1:
         found = [file_problem(directory, name, record) for name, record in files.items()]

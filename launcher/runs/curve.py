@@ -90,5 +90,5 @@ class Curve(Fold):
 
 
 def is_step(record: dict[str, Any]) -> bool:
-    """Whether a record of metrics.jsonl is of a training step."""
+    """Return whether a record of metrics.jsonl is of a training step."""
     return record.get("kind", "train") == "train" and isinstance(record.get("step"), int) and "loss" in record

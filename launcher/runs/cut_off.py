@@ -18,8 +18,8 @@ MADE_ANEW = "made anew by the next attempt"
 
 
 def cut_off_file(run: RunDirectory) -> str:
-    """Which file of a run is shorter than it was, with both lengths in bytes; empty where none is, or none
-    can be found."""
+    """Return which file of a run is shorter than it was, with both lengths in bytes; empty where none is, or
+    none can be found."""
     for what, path, expected in _mapped(run):
         with contextlib.suppress(OSError):
             if (found := path.stat().st_size) < expected:
@@ -28,7 +28,8 @@ def cut_off_file(run: RunDirectory) -> str:
 
 
 def is_shared_memory_full() -> bool:
-    """Whether nothing more can be put into /dev/shm: pages of it that do not exist are a SIGBUS too."""
+    """Return whether nothing more can be put into /dev/shm: pages of it that do not exist are a SIGBUS
+    too."""
     try:
         return os.statvfs("/dev/shm").f_bavail == 0
     except OSError:
@@ -36,7 +37,7 @@ def is_shared_memory_full() -> bool:
 
 
 def _mapped(run: RunDirectory) -> Iterator[tuple[str, Path, int]]:
-    """What a run maps: what it is for people, where it lies, and the bytes it should have."""
+    """Yield what a run maps: what it is for people, where it lies, and the bytes it should have."""
     for record in Totals(run).refresh().prepared.values():
         yield from _of_cache(Path(str(record.get("cache", ""))))
     for record_file in sorted(run.path.glob("data-*.json")):

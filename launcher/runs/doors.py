@@ -116,7 +116,7 @@ def connections() -> list[Connection]:
 
 
 def _place(text: str) -> tuple[str, int]:
-    """As proc(5) writes it: words of 32 bits in the machine's own order, and the port."""
+    """Return an address as proc(5) writes it: words of 32 bits in the machine's own order, and the port."""
     words, _, port = text.partition(":")
     content = b"".join(
         struct.pack("=I", int(words[begin : begin + 8], 16)) for begin in range(0, len(words), 8)

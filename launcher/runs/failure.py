@@ -77,8 +77,8 @@ _LONGEST_CAUSE = 400
 
 @dataclass(frozen=True)
 class Failure:
-    """How one rank failed. `step` is the last step that was done; `command` goes on from there, changed as
-    `advice` says."""
+    """Say how one rank failed. `step` is the last step that was done; `command` goes on from there, changed
+    as `advice` says."""
 
     time: float
     rank: int
@@ -158,7 +158,7 @@ def named(error: OSError) -> LauncherError | None:
 
 
 def of(rank: int, error: BaseException, step: int = 0) -> Failure:
-    """How this process, as that rank, failed by an error."""
+    """Return how this process, as that rank, failed by an error."""
     known, consequence = classify(error)
     cause = one_line(error)
     if known in (GpuError, LauncherError, RankLostError) and _OF_A_GPU.search(cause):

@@ -15,7 +15,8 @@ from launcher.runs.layout import write_atomically
 
 @dataclass(frozen=True)
 class Grace:
-    """How long the ranks of one machine have to save and leave, and by which signal their launcher was asked."""
+    """Say how long the ranks of one machine have to save and leave, and by which signal their launcher was
+    asked."""
 
     until: float
     """By this machine's clock since it booted, which all its processes share and nobody sets."""
@@ -23,12 +24,12 @@ class Grace:
 
     @classmethod
     def of(cls, seconds: float, signal_name: str) -> Grace:
-        """So many seconds from now on."""
+        """Return a grace that ends so many seconds from now."""
         return cls(time.clock_gettime(time.CLOCK_BOOTTIME) + seconds, signal_name)
 
     @classmethod
     def read(cls, path: Path) -> Grace | None:
-        """What a launcher wrote at `path`; None where there is nothing that can be read."""
+        """Return what a launcher wrote at `path`; None where there is nothing that can be read."""
         try:
             return cls(**read_json(path))
         except (OSError, ValueError, TypeError):
@@ -45,5 +46,5 @@ class Grace:
 
 
 def grace_file(directory: Path) -> Path:
-    """Where the ranks of this machine read how long they have."""
+    """Return where the ranks of this machine read how long they have."""
     return directory / f"grace-{os.uname().nodename}.json"

@@ -54,7 +54,7 @@ def newer(log: str, since: float) -> str:
 
 
 def killed_for_memory(log: str, pid: int) -> str:
-    """What the log says of the out-of-memory killer and this process; empty where that is nothing."""
+    """Return what the log says of the out-of-memory killer and this process; empty where that is nothing."""
     for kind, victim, name, kilobytes in _KILLED.findall(log):
         if int(victim) == pid:
             size = f", which had {int(kilobytes) / 2**20:.2f} GiB" if kilobytes else ""
@@ -68,7 +68,7 @@ def xids(log: str) -> list[tuple[int, str]]:
 
 
 def broken_gpus(log: str) -> str:
-    """What the log says of GPUs that are broken; empty where that is nothing."""
+    """Return what the log says of GPUs that are broken; empty where that is nothing."""
     return "; ".join(
         f"Xid {number} on {where}: {_BROKEN[number]}" for number, where in xids(log) if number in _BROKEN
     )

@@ -92,7 +92,8 @@ class RunDirectory:
 
     @property
     def forecast_file(self) -> Path:
-        """What was expected of the run before it began; missing where nothing was known of its model."""
+        """Return what was expected of the run before it began; missing where nothing was known of its
+        model."""
         return self.path / "forecast.json"
 
     @property
@@ -133,7 +134,7 @@ class RunDirectory:
         return self.finished_file.exists()
 
     def checkpoint(self, step: int) -> Path:
-        """Where the committed checkpoint of `step` is, or would be."""
+        """Return where the committed checkpoint of `step` is, or would be."""
         return self.checkpoints / f"step-{step:08d}"
 
     def evaluation(self, step: int) -> Path:

@@ -92,7 +92,7 @@ def _holder(content: str) -> str:
 
 
 def _is_dead(path: Path, found: str, silent_seconds: float) -> bool:
-    """Whether the holder is gone: at once for one on this machine, after a while of silence for one
+    """Return whether the holder is gone: at once for one on this machine, after a while of silence for one
     elsewhere."""
     who = Identity.parse(_holder(found))
     if who is not None and who.is_here:

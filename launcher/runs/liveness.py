@@ -14,8 +14,8 @@ _BY_THE_STEP = ("training", "evaluated", "saved", "save_failed", "compared")
 
 
 def phase(last: Events, step: dict[str, Any] | None) -> str | None:
-    """What the run is at: `training` once a step, or what comes with steps, is newer than another phase, or
-    that is over."""
+    """Return what the run is at: `training` once a step, or what comes with steps, is newer than another
+    phase, or that is over."""
     found = last.get("phase", {})
     trains = [last[name].get("time", 0.0) for name in _BY_THE_STEP if name in last]
     if step is not None and "training" in last:

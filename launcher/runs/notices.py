@@ -27,11 +27,11 @@ class Notices:
 
     @property
     def address(self) -> str:
-        """What to write to, for the environment of the agent and of the ranks."""
+        """Return what to write to, for the environment of the agent and of the ranks."""
         return f"/proc/{os.getpid()}/fd/{self._writing}"
 
     def records(self) -> list[dict[str, Any]]:
-        """What was told since the last call. Never waits."""
+        """Return what was told since the last call. Never waits."""
         with contextlib.suppress(BlockingIOError):
             while new := os.read(self._reading, 1 << 16):
                 self._rest += new

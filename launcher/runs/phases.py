@@ -30,8 +30,8 @@ class PhaseReport:
         self._written = 0.0
 
     def __call__(self, done: int, total: int) -> None:
-        """So many units of so many are done; 0 of 0 where another process does the work, and says how far it
-        is."""
+        """Note that so many units of so many are done; 0 of 0 where another process does the work, and says
+        how far it is."""
         if not self._began:
             self._began = True
             with contextlib.suppress(OSError):
@@ -55,8 +55,8 @@ class PhaseReport:
 
 
 def current_phase(run: RunDirectory) -> dict[str, Any] | None:
-    """What was said last, in the form of an event `phase`; None before the first, and where it cannot be
-    read."""
+    """Return what was said last, in the form of an event `phase`; None before the first, and where it cannot
+    be read."""
     with contextlib.suppress(OSError, ValueError):
         content = read_json(run.path / _FILE)
         return content if isinstance(content, dict) and "time" in content else None

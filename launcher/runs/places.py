@@ -117,7 +117,7 @@ class Page:
         self._memory[start : start + _TEXT_BYTES] = text.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")
 
     def read(self, rank: int, host: str, pid: int) -> Place:
-        """What the rank says now."""
+        """Return what the rank says now."""
         numbers, floats = self._numbers, self._floats
         return Place(
             rank=rank,
@@ -148,13 +148,13 @@ class Page:
         self._numbers[_BLOCKED] += state == "D"
 
     def looks(self) -> tuple[int, int, int]:
-        """How often a supervisor has looked, and how often it saw the rank stopped, and blocked in the
+        """Return how often a supervisor has looked, and how often it saw the rank stopped, and blocked in the
         kernel."""
         return self._numbers[_LOOKS], self._numbers[_STOPPED], self._numbers[_BLOCKED]
 
 
 class Whereabouts(Page):
-    """Where this process says that it is. Until `begin` nobody can read it."""
+    """Tell others where this process is. Until `begin` nobody can read it."""
 
     _SECONDS_BETWEEN_MEMORY = 0.5
 
@@ -235,7 +235,7 @@ class Whereabouts(Page):
         self._numbers[_COUNT] += 1
 
     def own_work(self, seconds: float) -> None:
-        """What this rank's own work of a step took."""
+        """Note the seconds of this rank's own work in a step."""
         self._floats[_OWN_SECONDS] = seconds
 
     def peak_memory(self, memory_bytes: Callable[[], int]) -> None:
@@ -246,28 +246,28 @@ class Whereabouts(Page):
             self._numbers[_MEMORY] = memory_bytes()
 
     def slow(self, factor: float) -> None:
-        """How many times slower than the others this rank is; 0 where it is not."""
+        """Note how many times slower than the others this rank is; 0 where it is not."""
         self._floats[_SLOWNESS] = factor
 
     def saving(self, state: str, step: int | None = None, detail: str = "") -> None:
-        """What the save does that goes on beside training: one of SAVE_STATES."""
+        """Note what the save does that goes on beside training: one of SAVE_STATES."""
         if step is not None:
             self._numbers[_SAVE_STEP], self._numbers[_SAVED_BYTES] = step, 0
         self.write_text("save_detail", detail)
         self._numbers[_SAVE] = SAVE_STATES.index(state)
 
     def saved_bytes(self, count: int) -> None:
-        """So many more bytes are written."""
+        """Note that so many more bytes are written."""
         self._numbers[_SAVED_BYTES] += count
 
     @property
     def save_progress(self) -> tuple[str, int, str]:
-        """What the save does, how many bytes it has written, and to which file."""
+        """Return what the save does, how many bytes it has written, and to which file."""
         return SAVE_STATES[self._numbers[_SAVE]], self._numbers[_SAVED_BYTES], self.text("save_detail")
 
     @property
     def last_save_seconds(self) -> float:
-        """What the last save took; 0 before the first."""
+        """Return what the last save took; 0 before the first."""
         return self._floats[_LAST_SAVE]
 
     def save_took(self, seconds: float) -> None:

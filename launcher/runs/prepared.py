@@ -20,7 +20,7 @@ _KEPT = (
 
 
 def line(record: dict[str, Any]) -> str:
-    """How many rows of how many are used, dropped (by reason) and cut: one line."""
+    """Return how many rows of how many are used, dropped (by reason) and cut: one line."""
     parts = [f"{record['rows_used']:,} of {record['rows_read']:,} rows used"]
     if dropped := record.get("dropped"):
         reasons = ", ".join(
@@ -38,13 +38,14 @@ def line(record: dict[str, Any]) -> str:
 
 
 def packs(record: dict[str, Any]) -> str:
-    """How many packs there are."""
+    """Return how many packs there are."""
     number = record.get("num_items", 0)
     return f"{number:,} pack" + "s" * (number != 1)
 
 
 def warning(record: dict[str, Any]) -> str | None:
-    """What is to be said where more than 1% of the rows are dropped, with the first of them; None where not."""
+    """Return what is to be said where more than 1% of the rows are dropped, with the first of them; None
+    where not."""
     number, rows = num_dropped(record), record["rows_read"]
     if number <= WARNED_SHARE * rows:
         return None
@@ -61,12 +62,12 @@ def first_dropped(record: dict[str, Any]) -> str:
 
 
 def place(example: dict[str, Any]) -> str:
-    """Where a row stands: the line of its file, or the row's number where the format has no lines."""
+    """Return where a row stands: the line of its file, or the row's number where the format has no lines."""
     return f"{example['file']}, line {example['line']}"
 
 
 def why(example: dict[str, Any]) -> str:
-    """What is wrong with a row."""
+    """Return what is wrong with a row."""
     return f"{example['reason']} ({example['detail']})" if example.get("detail") else str(example["reason"])
 
 

@@ -55,7 +55,7 @@ def _stat(pid: int) -> list[str]:
 
 
 def alive(pid: int) -> bool:
-    """Whether the process exists and is not merely waiting to be reaped."""
+    """Return whether the process exists and is not merely waiting to be reaped."""
     fields = _stat(pid)
     return bool(fields) and fields[0] not in "ZX"
 
@@ -67,8 +67,8 @@ def parent_of(pid: int) -> int:
 
 
 def started_at(pid: int) -> float:
-    """When the process began, in seconds since 1970, to about a second; infinity where there is no such
-    process."""
+    """Return when the process began, in seconds since 1970, to about a second; infinity where there is no
+    such process."""
     fields = _stat(pid)
     if not fields:
         return float("inf")
@@ -77,8 +77,8 @@ def started_at(pid: int) -> float:
 
 
 def started_ticks(pid: int) -> int:
-    """When the process began, in ticks since the machine booted, which no change of the clock moves; 0 where
-    there is no such process."""
+    """Return when the process began, in ticks since the machine booted, which no change of the clock moves; 0
+    where there is no such process."""
     fields = _stat(pid)
     return int(fields[19]) if fields else 0
 
@@ -101,7 +101,7 @@ class Identity:
 
     @classmethod
     def of_this_process(cls) -> Identity:
-        """Who we are."""
+        """Return who we are."""
         return cls(os.getpid(), os.uname().nodename, started_ticks(os.getpid()), _boot())
 
     @classmethod
@@ -124,13 +124,13 @@ class Identity:
 
     @property
     def is_here(self) -> bool:
-        """Whether it is, or was, a process of this machine."""
+        """Return whether it is, or was, a process of this machine."""
         return self.host == os.uname().nodename
 
     @property
     def lives(self) -> bool:
-        """Whether that very process lives. Only for one that `is_here`; where its beginning is not known, by
-        its number alone."""
+        """Return whether that very process lives. Only for one that `is_here`; where its beginning is not
+        known, by its number alone."""
         if not alive(self.pid):
             return False
         return self.ticks is None or (self.ticks == started_ticks(self.pid) and self.boot == _boot())
@@ -158,7 +158,7 @@ def signal_name(number: int) -> str:
 
 
 def oom_kills() -> int:
-    """How often the out-of-memory killer has struck: in this control group and on this host, added up.
+    """Return how often the out-of-memory killer has struck: in this control group and on this host, added up.
 
     Only a difference between two calls says something.
     """

@@ -11,21 +11,19 @@ import secrets
 import shutil
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Literal
 
+from launcher.metrics import Better, cost
 from launcher.runs.checkpoints import MANIFEST_NAME, Manifest, Stored, content_problems, list_checkpoints
 from launcher.runs.layout import STEP_DIRECTORY, RunDirectory, sync_directory
 
 ATTEMPT_PREFIX = ".attempt-"
 REPLACED_PREFIX = ".replaced-"
 REMOVED_PREFIX = ".removed-"
-Better = Literal["lower", "higher"]
 
 
 def _best(whole: list[Stored], count: int, metric: str, better: Better) -> list[Stored]:
-    sign = 1 if better == "lower" else -1
     scored = [
-        (sign * stored.manifest.metrics[metric], -stored.step, stored)
+        (cost(stored.manifest.metrics[metric], better), -stored.step, stored)
         for stored in whole
         if stored.manifest is not None and math.isfinite(stored.manifest.metrics.get(metric, math.nan))
     ]

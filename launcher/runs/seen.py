@@ -55,7 +55,7 @@ def publish(path: Path, ranks: list[Seen], number: int) -> None:
 
 
 def published(path: Path) -> tuple[int, list[Seen]] | None:
-    """What `publish` wrote; None where it cannot be read, as in the middle of a write."""
+    """Return what `publish` wrote; None where it cannot be read, as in the middle of a write."""
     known = {field.name for field in fields(Seen)}
     try:
         content = read_json(path)

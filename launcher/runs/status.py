@@ -70,8 +70,8 @@ class Status:
 
 
 def read_status(run: RunDirectory, totals: Totals | None = None) -> Status:
-    """What happened in a run, and whether it is running now. Who looks again and again hands in the totals
-    that it has."""
+    """Return what happened in a run, and whether it is running now. Who looks again and again hands in the
+    totals that it has."""
     totals = (totals or Totals(run)).refresh()
     last = totals.last
     record = last_record(run.metrics_file, is_step)
@@ -115,7 +115,7 @@ def _age(checkpoint: Path | None) -> float | None:
 
 
 def _last_word(last: dict[str, dict[str, Any]], state: str) -> str | None:
-    """What decided that the run goes on, or does not."""
+    """Return what decided that the run goes on, or does not."""
     if state == "finished":
         return None
     said = [(last[name]["time"], name) for name in ("requeued", "gave_up", "cancelled") if name in last]
@@ -136,7 +136,7 @@ def _state(run: RunDirectory, last: dict[str, dict[str, Any]]) -> str:
 
 
 def holder(run: RunDirectory) -> str | None:
-    """Who holds the run's lock, as `process PID on HOST`; None where nobody does.
+    """Return who holds the run's lock, as `process PID on HOST`; None where nobody does.
 
     A launcher that was killed leaves its name in the file: on the same host it counts only while that process
     lives.
@@ -159,7 +159,7 @@ def holder(run: RunDirectory) -> str | None:
 
 
 def _beats(run: RunDirectory) -> bool:
-    """Whether a launcher on another machine has shown that it lives; true where it never says."""
+    """Return whether a launcher on another machine has shown that it lives; true where it never says."""
     try:
         return (
             time.time() - (run.attempt(run.last_attempt()) / HEARTBEAT).stat().st_mtime

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launcher.metrics import Better
 from launcher.plain_files import read_json
 from launcher.runs.layout import RunDirectory
 from launcher.runs.records import made_of
-from launcher.runs.retention import Better
 from launcher.runs.tail import Tail, parse
 
 SWEEP_FILE = "sweep.json"
@@ -103,8 +103,8 @@ class Halving:
             return None
 
     def gives_up(self, run: RunDirectory) -> bool:
-        """Whether the run's last evaluation leaves it behind. Replays what decided anything in the sweep, in
-        the order of its times."""
+        """Return whether the run's last evaluation leaves it behind. Replays what decided anything in the
+        sweep, in the order of its times."""
         own = self._point(run.path)
         own.refresh()
         if not own.decisive or own.decisive[-1] is not own.newest:

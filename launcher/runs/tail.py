@@ -26,12 +26,12 @@ class Tail:
 
     @property
     def offset(self) -> int:
-        """How many bytes of the file are whole lines that were given."""
+        """Return how many bytes of the file are whole lines that were given."""
         return self._offset - len(self._rest)
 
     def lines(self) -> Iterator[bytes]:
-        """What was appended since the last call, without ever holding more than a block of it; to be read to
-        its end.
+        """Yield what was appended since the last call, without ever holding more than a block of it; to be
+        read to its end.
 
         A line that is not whole yet comes with a later call.
         """

@@ -89,7 +89,7 @@ class Totals(Fold):
 
     @property
     def prepared(self) -> dict[str, dict[str, Any]]:
-        """What became of the rows of each role, without the lists of files and examples."""
+        """Return what became of the rows of each role, without the lists of files and examples."""
         found: dict[str, dict[str, Any]] = self.state["prepared"]
         return found
 
@@ -101,7 +101,7 @@ class Totals(Fold):
 
     @property
     def save_seconds(self) -> list[float]:
-        """What the last three saves took."""
+        """Return what the last three saves took."""
         return list(self.state["saves"])
 
     @property

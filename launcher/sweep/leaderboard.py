@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from launcher.metrics import cost
 from launcher.runs.layout import RunDirectory
 from launcher.runs.status import read_status
 from launcher.runs.totals import Totals
@@ -28,27 +29,25 @@ class Line:
 
 def leaderboard(sweep: Sweep) -> list[Line]:
     """Every point, the best one first; those that were not measured yet, or measured as no number, last."""
-    lower = sweep.better == "lower"
-    lines = [_line(sweep, number, run, lower) for number, run in enumerate(sweep.runs)]
+    lines = [_line(sweep, number, run) for number, run in enumerate(sweep.runs)]
 
     def order(line: Line) -> tuple[bool, float, int]:
         known = line.best is not None and math.isfinite(line.best)
         return (
             not known,
-            (line.best if lower else -line.best) if known and line.best is not None else 0.0,
+            cost(line.best, sweep.better) if known and line.best is not None else 0.0,
             line.point,
         )
 
     return sorted(lines, key=order)
 
 
-def _line(sweep: Sweep, number: int, run: RunDirectory, lower: bool) -> Line:
+def _line(sweep: Sweep, number: int, run: RunDirectory) -> Line:
     overrides = sweep.points[number]
     if not run.plan_file.exists():
         return Line(number, overrides, "not begun", 0, None, None, None, None)
     totals = Totals(run)
     status = read_status(run, totals)
     state = "given up" if status.state == "finished" and "halved" in totals.last else status.state
-    return Line(
-        number, overrides, state, status.step, status.total_steps, *totals.measured(sweep.metric, lower)
-    )
+    measured = totals.measured(sweep.metric, sweep.better == "lower")
+    return Line(number, overrides, state, status.step, status.total_steps, *measured)

@@ -14,16 +14,16 @@ from launcher import tasks
 from launcher.errors import ConfigurationError, Problem
 from launcher.job.schema import Job
 from launcher.launch import run_setup
+from launcher.metrics import Better
 from launcher.plain_files import read_json
 from launcher.planner.plan import Plan
 from launcher.runs.layout import RunDirectory, write_atomically
-from launcher.runs.retention import Better
 from launcher.runs.successive_halving import SWEEP_FILE, better_of
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is tried, and by what it is judged."""
+    """Say what is tried, and by what it is judged."""
 
     path: Path
     points: tuple[tuple[str, ...], ...]

@@ -20,6 +20,7 @@ from launcher.data.rows import (
 from launcher.data.section import Data
 from launcher.errors import ConfigurationError, DataError, Problem
 from launcher.lazy import Lazy
+from launcher.metrics import Better
 from launcher.tasks.chat.rows import chat_columns, messages_of, texts_of, tools_of
 from launcher.tasks.encoding import (
     Tokens,
@@ -33,7 +34,6 @@ from launcher.tasks.generation import padded_prompts
 from launcher.tasks.task import (
     IGNORE,
     AnswerOptions,
-    Better,
     Draws,
     Encoded,
     Evaluator,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from launcher.data.rows import BAD_VALUE, TOO_LONG, Row, RowProblem, text_of
 from launcher.errors import ConfigurationError, DataError, Problem
 from launcher.lazy import Lazy
+from launcher.metrics import Better
 from launcher.tasks import classes
 from launcher.tasks.classes import Classes, by_class, is_number, new_head, taken_by_number
 from launcher.tasks.label_answers import one_label_answer, several_labels_answer
@@ -17,18 +18,7 @@ from launcher.tasks.label_losses import LabelLoss, balanced, label_loss
 from launcher.tasks.label_scores import LabelScores, Thresholds, chosen_classes
 from launcher.tasks.padding import counts_positions_from_padding, padded
 from launcher.tasks.row_labels import label_array, label_of, names_in
-from launcher.tasks.task import (
-    Better,
-    Draws,
-    Encoded,
-    Evaluator,
-    Finding,
-    Output,
-    Sample,
-    Task,
-    Traits,
-    sample_at,
-)
+from launcher.tasks.task import Draws, Encoded, Evaluator, Finding, Output, Sample, Task, Traits, sample_at
 
 if TYPE_CHECKING:
     import numpy as np

@@ -16,6 +16,7 @@ from launcher.data.rows import Row, RowProblem
 from launcher.data.section import Data
 from launcher.errors import Problem
 from launcher.lazy import Lazy
+from launcher.metrics import Better
 from launcher.tasks.companion import Companion
 from launcher.tasks.generation import Evaluation, GenerationOptions
 
@@ -30,8 +31,6 @@ SampleLayout = Literal["packed", "padded", "single"]
 Head = Literal["chunked", "model", "forward"]
 """Where a causal LM's loss comes from: the output matrix in chunks, the model's own head in chunks, or its
 whole forward."""
-Better = Literal["lower", "higher"]
-"""Which of two values of a metric is the better one."""
 IGNORE = -100
 """The target of a position that is not learned."""
 

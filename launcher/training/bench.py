@@ -267,8 +267,8 @@ def _rank(rank: int, num_ranks: int, device: str, store: str, result: str) -> No
 
 
 def unit_seconds(device: torch.device, num_units: int = 8) -> float:
-    """What FSDP takes for each of its messages beside the bytes: a step of tiny units, less the same step
-    without FSDP."""
+    """Return what FSDP takes for each of its messages beside the bytes: a step of tiny units, less the same
+    step without FSDP."""
     taken = []
     for cut in (False, True):
         model = nn.Sequential(*(nn.Linear(16, 16, device=device) for _ in range(num_units)))

@@ -37,8 +37,8 @@ class _Reference:
 def extra_seconds(
     engine: str, steps: Steps, num_ranks: int, allocator: Mapping[str, str], report: Report
 ) -> dict[str, tuple[float, ...]]:
-    """Of a step of each plan, of `num_ranks` ranks of this CPU, beyond the same passes without any engine, as
-    rank 0 sees it.
+    """Return the seconds, by name, that a step of each plan takes beyond the same passes without any engine,
+    as rank 0 of `num_ranks` ranks of this CPU sees it.
 
     `allocator` is how the ranks' C library keeps memory. Nothing of an engine that does not run here; why is
     reported.
@@ -57,7 +57,7 @@ def extra_seconds(
 
 
 def extra(plan: Plan, ds_config: dict[str, Any]) -> float:
-    """What a rank of a plan takes for a step beyond its passes."""
+    """Return what a rank of a plan takes for a step beyond its passes."""
     config, batch = pretrained.read_config(plan), reference_batch(plan.data.max_length, torch.device("cpu"))
     without = _bare_seconds(config, batch)
     return _engine_seconds(plan, config, ds_config, batch) - without

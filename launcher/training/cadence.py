@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from launcher.runs.retention import Better
+from launcher.metrics import Better, cost
 from launcher.values import Interval
 
 
@@ -19,7 +19,7 @@ class Cadence:
     last_step: int
 
     def due(self, step: int, now: float) -> bool:
-        """Whether it is due after `step` steps at time `now`, in seconds."""
+        """Return whether it is due after `step` steps at time `now`, in seconds."""
         if self.interval is None:
             return False
         if self.interval.unit == "seconds":
@@ -53,14 +53,17 @@ class Patience:
 
     @property
     def exhausted(self) -> bool:
-        """Whether it has run out."""
+        """Return whether it has run out."""
         return self.num_worse >= self.patience
 
     def exhausted_by(self, metrics: dict[str, float]) -> bool:
         """Take note of one evaluation; True when patience has run out."""
         value = metrics[self.metric]
-        sign = -1.0 if self.better == "lower" else 1.0
-        if self.best is None or math.isnan(self.best) or sign * (value - self.best) > self.minimum_delta:
+        if (
+            self.best is None
+            or math.isnan(self.best)
+            or cost(self.best - value, self.better) > self.minimum_delta
+        ):
             self.best, self.num_worse = value, 0
         else:
             self.num_worse += 1

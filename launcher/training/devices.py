@@ -70,7 +70,7 @@ class Lap(NamedTuple):
 
 
 def lap_memory(device: torch.device) -> Lap:
-    """What there was since the last call; the next call's figures begin from here."""
+    """Return what there was since the last call; the next call's figures begin from here."""
     peak, now = _peak_of_lap(device), memory_bytes(device)
     _before_laps[device] = max(_before_laps.get(device, 0), peak)
     if device.type == "cuda":
@@ -86,7 +86,7 @@ def lap_memory(device: torch.device) -> Lap:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """What this rank has now: allocated on a GPU, resident on a CPU."""
+    """Return what this rank has now: allocated on a GPU, resident on a CPU."""
     return (
         torch.cuda.memory_allocated(device)
         if device.type == "cuda"

@@ -38,12 +38,12 @@ class EarlyEnd:
 
     @property
     def reached(self) -> bool:
-        """Whether training is over, whatever steps are left."""
+        """Return whether training is over, whatever steps are left."""
         return self._left_behind or (self._patience is not None and self._patience.exhausted)
 
     def judge(self, step: int, is_last: bool, metrics: dict[str, float]) -> None:
-        """What the evaluation after `step` means. Raises ConfigurationError for a metric that the task does
-        not have."""
+        """Judge what the evaluation after `step` means. Raises ConfigurationError for a metric that the task
+        does not have."""
         self._be_patient(step, metrics)
         if self._halving is not None and step > 0 and not is_last:
             self._left_behind = self._agree(self._leads and self._halving.gives_up(self._run))
@@ -61,7 +61,7 @@ class EarlyEnd:
             self._event("early_stopping", step=step, metric=patience.metric, best=patience.best)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it."""
+        """Return what a checkpoint keeps of it."""
         return {"best": self._patience.best, "num_worse": self._patience.num_worse} if self._patience else {}
 
     def restore(self, best: float | None, num_worse: int) -> None:

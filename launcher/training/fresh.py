@@ -33,8 +33,8 @@ malloc.h)."""
 def in_fresh_ranks(
     work: Callable[..., Any], arguments: tuple[Any, ...], num_ranks: int, allocator: Mapping[str, str]
 ) -> Any:
-    """What `work` returns on rank 0, of plain values and tensors, where it runs on as many ranks of one gloo
-    group.
+    """Return what `work` returns on rank 0, of plain values and tensors, where it runs on as many ranks of
+    one gloo group.
 
     `work` is a function of a module; `allocator` has the variables of glibc's that ranks would be started
     with. Raises ProcessRaisedException with the traceback of a rank that fails, and ProcessExitedException.
@@ -84,8 +84,8 @@ def _rank(
 
 
 def _allocate_by(allocator: Mapping[str, str]) -> None:
-    """What the user has set stays; other C libraries have no such function; PyTorch's own is read at the
-    first tensor."""
+    """Set the allocator's options; what the user has set stays. Other C libraries have no such function;
+    PyTorch's own is read at the first tensor."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     for name, value in allocator.items():
         if name in os.environ:

@@ -20,12 +20,11 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from launcher.tasks.task import Head, Output
+from launcher.planner.limits import chunk_length
+from launcher.tasks.task import IGNORE, Head, Output
 from launcher.training.loss import (
-    IGNORED,
     CrossEntropy,
     LogitTransform,
-    chunk_length,
     chunked_cross_entropy,
     spread,
     supervised_only,
@@ -157,7 +156,8 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
 
 
 def _inputs(batch: Batch) -> Batch:
-    """What a decoder is called with: names of lengths as transformers' FlashAttentionKwargs have them."""
+    """Return what a decoder is called with: names of lengths as transformers' FlashAttentionKwargs have
+    them."""
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch} | {
         "use_cache": False
     }
@@ -200,7 +200,7 @@ def _by_own_head(model: PreTrainedModel, outputs: Any, targets: torch.Tensor) ->
     if not len(wanted):
         # Where nothing is learned, as in filler, the head is gone through all the same: all ranks add up its
         # gradient together.
-        hidden, wanted = outputs.last_hidden_state.flatten(0, 1)[:1], targets.new_full((1,), IGNORED)
+        hidden, wanted = outputs.last_hidden_state.flatten(0, 1)[:1], targets.new_full((1,), IGNORE)
     loss_sum = num_correct = torch.zeros((), device=hidden.device)
     losses = [hidden.new_zeros(0, dtype=torch.float32)]
 
@@ -260,12 +260,12 @@ _ENTROPIES: dict[str, Callable[[PreTrainedModel, Any, torch.Tensor], CrossEntrop
 
 
 def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> CrossEntropy:
-    """Of logits [tokens, vocabulary] that are all there."""
+    """Return the cross entropy of logits [tokens, vocabulary] that are all there."""
     num_correct = (logits.argmax(dim=-1) == targets).sum().float().detach()
     if torch.is_grad_enabled():
-        loss_sum = functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
+        loss_sum = functional.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="sum")
         return CrossEntropy(loss_sum, num_correct)
-    losses = functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="none")
+    losses = functional.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="none")
     return CrossEntropy(losses.sum(), num_correct, losses)
 
 
@@ -321,7 +321,7 @@ def _router_loss(model: PreTrainedModel, outputs: Any, batch: Batch) -> torch.Te
             balance = own_forward(model, sample).get("aux_loss")
         if not isinstance(balance, torch.Tensor):
             return None
-        total = total + balance * (batch["targets"][begin : begin + length] != IGNORED).sum()
+        total = total + balance * (batch["targets"][begin : begin + length] != IGNORE).sum()
     config = model.config.get_text_config()
     owners = ((model, "router_aux_loss_coef"), (config, "router_aux_loss_coef"), (config, "aux_loss_coef"))
     return total.float() * next(getattr(owner, name) for owner, name in owners if hasattr(owner, name))

@@ -27,7 +27,7 @@ from launcher.training.model import model_files, pretrained
 
 @dataclass(frozen=True)
 class TrainingInputs:
-    """What training needs before the ranks know each other: config, tokenizer, task and data."""
+    """Hold what training needs before the ranks know each other: config, tokenizer, task and data."""
 
     config: Any
     tokenizer: PreTrainedTokenizerBase
@@ -37,8 +37,8 @@ class TrainingInputs:
 
     @classmethod
     def prepare(cls, run: RunDirectory, plan: Plan) -> TrainingInputs:
-        """What a run trains on, said in its events before the first step. Raises DataError where the data is
-        not what the run began with, or where most rows would be dropped."""
+        """Return what a run trains on, said in its events before the first step. Raises DataError where the
+        data is not what the run began with, or where most rows would be dropped."""
         material = cls.of(run, plan)
         for dataset in material.datasets:
             refuse_mostly_dropped(dataset.report, plan)
@@ -82,7 +82,7 @@ class TrainingInputs:
 
     @property
     def datasets(self) -> tuple[Dataset, ...]:
-        """What is trained on, and what is measured on where there is such a thing."""
+        """Return what is trained on, and what is measured on where there is such a thing."""
         return (self.train,) if self.evaluation is None else (self.train, self.evaluation)
 
     def save_model_files(self, run: RunDirectory, plan: Plan, model: PreTrainedModel) -> None:

@@ -12,22 +12,20 @@ from typing import Any, NamedTuple
 
 import torch
 
-IGNORED = -100
-_CHUNK_ELEMENTS = 1 << 24
-"""Logits held at a time: 64 MiB in fp32."""
+from launcher.planner.limits import chunk_length
+from launcher.tasks.task import IGNORE
 
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What some models do to their logits: multiply them (Granite, Cohere), then cap them softly (Gemma
-    2)."""
+    """Change logits as some models do: multiply them (Granite, Cohere), then cap them softly (Gemma 2)."""
 
     scale: float = 1.0
     softcap: float | None = None
 
     @classmethod
     def of(cls, config: Any) -> LogitTransform:
-        """What this model's config asks for."""
+        """Return what this model's config asks for."""
         scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
             getattr(config, "logits_scaling", None) or 1.0
         )
@@ -79,21 +77,16 @@ def chunked_cross_entropy(
 
 def spread(losses: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Return the losses of supervised positions, fp32 [supervised], in their places among `targets` [tokens]."""
-    return losses.new_zeros(targets.shape).masked_scatter_(targets != IGNORED, losses)
+    return losses.new_zeros(targets.shape).masked_scatter_(targets != IGNORE, losses)
 
 
 def supervised_only(hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the rows of `hidden` [tokens, hidden] and the `targets` [tokens] that are supervised."""
-    supervised = targets != IGNORED
+    supervised = targets != IGNORE
     if bool(supervised.all()):
         return hidden, targets
     index = supervised.nonzero().squeeze(1)
     return hidden.index_select(0, index), targets.index_select(0, index)
-
-
-def chunk_length(vocabulary: int) -> int:
-    """Return the positions whose logits are held at a time."""
-    return max(128, _CHUNK_ELEMENTS // vocabulary)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -32,7 +32,7 @@ def prepare() -> None:
 
 
 def changes() -> dict[str, Callable[[ModuleType], None]]:
-    """The same by module, each to be changed once it is imported."""
+    """Return, by module, what is to be changed in it once it is imported."""
     return {
         "torch.distributed.rendezvous": _use_the_attempts_store,
         "torch.distributed.distributed_c10d": closing.shut_behind,

@@ -11,8 +11,8 @@ from launcher.training.model import loading as models
 
 
 def used_share(config: Any, shape: tuple[int, ...]) -> float:
-    """Of a parameter of this shape, what one token is multiplied with: of all experts in one tensor, those
-    that are chosen."""
+    """Return the share of a parameter of this shape that one token is multiplied with: of all experts in one
+    tensor, those that are chosen."""
     experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
     chosen = getattr(config, "num_experts_per_tok", None)
     return chosen / experts if experts and chosen and len(shape) == 3 and shape[0] == experts else 1.0

@@ -98,6 +98,6 @@ def sum_of_squares(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 
 def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
-    """The same learning rate for every group."""
+    """Set the same learning rate for every group."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate

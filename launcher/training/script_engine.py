@@ -42,7 +42,7 @@ class Seen:
         self._found: set[str] = set()
 
     def changes(self) -> dict[str, Change]:
-        """What is changed in which module as it is imported, so that this hears of it."""
+        """Return what is changed in which module as it is imported, so that this hears of it."""
         return {
             "torch.nn.parallel.distributed": self._hear(
                 "DistributedDataParallel.__init__", lambda bound: _COPIES
@@ -108,7 +108,7 @@ class Seen:
 
 
 def _trains(wrapped: Any) -> bool:
-    """Whether anything in it does: a model that only judges another may be on any engine."""
+    """Return whether anything in it does: a model that only judges another may be on any engine."""
     modules: Iterable[Any] = (
         wrapped if isinstance(wrapped, (list, tuple)) else [] if wrapped is None else [wrapped]
     )

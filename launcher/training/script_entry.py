@@ -165,7 +165,7 @@ def _named(error: BaseException) -> BaseException:
 
 
 def _comes_of_stopping(error: BaseException) -> bool:
-    """Whether it is how a script leaves when it is told to, or how a peer's leaving looks."""
+    """Return whether it is how a script leaves when it is told to, or how a peer's leaving looks."""
     time.sleep(0)  # let a handler run that is still due
     return isinstance(error, (SystemExit, KeyboardInterrupt)) or failure.classify(error)[1]
 

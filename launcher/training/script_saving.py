@@ -30,7 +30,7 @@ class Saving:
         self._saves = 0
 
     def changes(self) -> dict[str, Change]:
-        """What is changed in which module as it is imported."""
+        """Return what is changed in which module as it is imported."""
         return {"transformers.trainer": self._change_trainer, "deepspeed.runtime.engine": _gather}
 
     def finish(self) -> None:
@@ -88,8 +88,8 @@ class Saving:
 
 
 def _store() -> Any:
-    """What the ranks tell each other by, without a collective; None where the script has no process group
-    (any more)."""
+    """Return what the ranks tell each other by, without a collective; None where the script has no process
+    group (any more)."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():
         return None
@@ -97,7 +97,7 @@ def _store() -> Any:
 
 
 def _is_said(store: Any, name: str) -> bool:
-    """Whether rank 0 has said so. It may be through and gone, and the store with it."""
+    """Return whether rank 0 has said so. It may be through and gone, and the store with it."""
     try:
         return bool(store.check([name]))
     except RuntimeError:
@@ -105,7 +105,7 @@ def _is_said(store: Any, name: str) -> bool:
 
 
 def _is_sharded(trainer: Any) -> bool:
-    """Whether rank 0 cannot save the model alone."""
+    """Return whether rank 0 cannot save the model alone."""
     state = trainer.accelerator.state
     zero = getattr(state, "deepspeed_plugin", None)
     return getattr(state, "fsdp_plugin", None) is not None or (zero is not None and zero.zero_stage == 3)

@@ -13,7 +13,7 @@ from launcher.runs.processes import STOP_SIGNALS, heed
 
 
 class StopRequest:
-    """Whether somebody asked this rank to stop: by which signal, and when.
+    """Know whether somebody asked this rank to stop: by which signal, and when.
 
     Every signal of STOP_SIGNALS asks for the same: save at the next step boundary, and leave. More of them
     change nothing, so that a scheduler that signals every process, and a launcher that passes its own signal

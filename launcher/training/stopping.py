@@ -12,7 +12,7 @@ from launcher.training.signals import StopRequest
 
 @dataclass(frozen=True)
 class Farewell:
-    """How the ranks leave, the same on all of them; times in seconds."""
+    """Say how the ranks leave, the same on all of them; times in seconds."""
 
     signal: str
     """What asked for the stop, or `stop-at`."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from launcher.training.loss import IGNORED
+from launcher.tasks.task import IGNORE
 from tests.families.own import Pass
 from tests.families.tiny import PAD, VOCABULARY
 
@@ -38,7 +38,7 @@ def padded(ids: list[torch.Tensor], positions: bool = False) -> Iterator[Pass]:
     """One rectangle, padded on the right, with a mask; with positions where they are asked for."""
     width = max(len(each) for each in ids)
     rows = torch.full((len(ids), width), PAD)
-    mask, targets = torch.zeros_like(rows), torch.full_like(rows, IGNORED)
+    mask, targets = torch.zeros_like(rows), torch.full_like(rows, IGNORE)
     for index, each in enumerate(ids):
         rows[index, : len(each)], mask[index, : len(each)], targets[index, : len(each)] = (
             each,
@@ -61,7 +61,7 @@ def single(ids: list[torch.Tensor]) -> Iterator[Pass]:
 
 
 def _targets(ids: torch.Tensor) -> torch.Tensor:
-    return torch.cat([ids[1:], torch.tensor([IGNORED])])
+    return torch.cat([ids[1:], torch.tensor([IGNORE])])
 
 
 LAYOUTS = {

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from launcher.training.loss import IGNORED
+from launcher.tasks.task import IGNORE
 
 OPTIONAL = ("use_cache", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
@@ -89,6 +89,6 @@ def forward(model: PreTrainedModel, one: Pass, auxiliary: Auxiliary) -> Any:
     """Take the whole logits of the model's own forward."""
     out = call(model, one.inputs)
     loss = functional.cross_entropy(
-        out.logits.flatten(0, 1).float(), one.targets.flatten(), ignore_index=IGNORED, reduction="sum"
+        out.logits.flatten(0, 1).float(), one.targets.flatten(), ignore_index=IGNORE, reduction="sum"
     )
     return loss + auxiliary.of(out.get("router_logits"), one)

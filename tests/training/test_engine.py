@@ -197,7 +197,7 @@ def gatherings(plan: Plan, defers: bool) -> list[int]:
 
 def _send_gradients(defers: bool) -> None:
     """Once a step, or of every micro-batch, as FSDP does with a large model's."""
-    fsdp._DEFERRED_GRADIENT_BYTES = 4 << 30 if defers else 0
+    fsdp.DEFERRED_GRADIENT_BYTES = 4 << 30 if defers else 0
 
 
 def steps_that_send(plan: Plan, defers: bool) -> dict[str, Any]:

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch.nn import functional
 
-from launcher.training import loss as losses
+from launcher.planner import limits
 from launcher.training.loss import LogitTransform, chunked_cross_entropy
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "_CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(limits, "CHUNK_ELEMENTS", 1)
 
 
 @pytest.mark.parametrize("biased", [False, True])

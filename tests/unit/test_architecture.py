@@ -13,6 +13,10 @@ from tests.architecture_tree import BEGIN, END, PAGE, ROOT, summary, tree, with_
 PACKAGE = ROOT / "launcher"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 INDIRECT = re.compile(r"(Of|As|Those|These)\b")
+CLAUSE = re.compile(r"(Of|As|So|That|Those|These|The same|What|Whether|Which|How|Why|Where|When|Who)\b")
+"""With which a docstring begins that names neither what is done nor what is returned."""
+NOT_YET = ("importing", "doctor", "tasks", "planner/memory", "planner/search.py")
+"""Rooms whose docstrings were not gone through."""
 
 
 def test_the_tree_is_up_to_date() -> None:
@@ -38,6 +42,28 @@ def test_every_module_says_what_it_is_in_one_line(module: Path) -> None:
     assert len(first) <= 135
     assert not INDIRECT.match(first), "begin with a verb or with the thing itself"
     assert not rest or rest.startswith("\n"), "a blank line follows the first"
+
+
+def clauses(source: str) -> list[str]:
+    """Return the functions and classes whose docstring begins with a clause in place of a verb or a noun."""
+    defined = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, defined)]
+    return [node.name for node in nodes if CLAUSE.match(ast.get_docstring(node) or "")]
+
+
+@pytest.mark.parametrize(
+    "module",
+    [path for path in MODULES if not str(path.relative_to(PACKAGE)).startswith(NOT_YET)],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_docstrings_say_what_is_done_or_returned(module: Path) -> None:
+    assert clauses(module.read_text(encoding="utf-8")) == [], "begin with a verb in the imperative"
+
+
+def test_a_docstring_that_begins_with_a_clause_is_noticed() -> None:
+    good = 'def f():\n    """Return the number of rows."""\n'
+    wrong = 'class A:\n    """Of a rank in one step."""\n    def g(self):\n        """Whether it is."""\n'
+    assert clauses(good) == [] and sorted(clauses(wrong)) == ["A", "g"]
 
 
 def package(tmp_path: Path) -> Path:

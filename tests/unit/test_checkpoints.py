@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.metrics import Better
 from launcher.runs import retention
 from launcher.runs.checkpoints import (
     MANIFEST_NAME,
@@ -177,7 +178,7 @@ def test_every_kind_of_damage_is_made(run: RunDirectory, tmp_path: Path) -> None
 def test_retention_keeps_the_last_and_the_best(
     run: RunDirectory, keep_last: int, keep_best: int, metric: str, left: list[int]
 ) -> None:
-    better: retention.Better = "lower" if metric == "loss" else "higher"
+    better: Better = "lower" if metric == "loss" else "higher"
     losses = {1: 0.9, 2: 0.1, 3: float("nan"), 4: 0.8, 5: 0.2}
     for step, loss in losses.items():
         write_checkpoint(run, step, {"loss": loss, "accuracy": loss})

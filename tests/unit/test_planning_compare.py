@@ -13,8 +13,9 @@ from launcher.cli.plan_tables import cells, explained, scaling_plots
 from launcher.data.section import Source
 from launcher.errors import ConfigurationError
 from launcher.job.schema import Job
-from launcher.planner.comparison import compare, fewest_gpus, scale, with_prices
+from launcher.planner.comparison import compare, scale, with_prices
 from launcher.planner.dataset.dataset_size import why_no_items
+from launcher.planner.fewest_gpus import fewest_gpus
 from launcher.planner.forecast import forecast
 from launcher.planner.hardware.detect import Gpu, Hardware
 from launcher.planner.hardware.gpu_table import TABLE, gpu_type, seen

@@ -4,7 +4,6 @@ what it should."""
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +14,8 @@ import pytest
 from launcher.errors import ConfigurationError
 from launcher.planner.forecast import forecast
 from launcher.planner.memory import operators as ops
-from launcher.planner.memory.estimate import DEFERRED_GRADIENT_BYTES, Footprint, estimate
+from launcher.planner.memory.estimate import Footprint, estimate
 from launcher.planner.memory.formulas import formulas_of
-from launcher.planner.memory.loss import CHUNK_ELEMENTS
 from launcher.planner.memory.profiles import CACHED
 from launcher.planner.memory.program import Batch
 from launcher.planner.memory.symbolic import (
@@ -74,13 +72,6 @@ def test_what_is_kept_for_the_backward_pass(mode: str, kept: int) -> None:
     backward(result)
     del result
     assert meter.live == 0
-
-
-def test_the_sizes_that_the_trainer_uses_are_the_ones_here() -> None:
-    loss = (ROOT / "launcher/training/loss.py").read_text(encoding="utf-8")
-    engine = (ROOT / "launcher/training/engines/fsdp.py").read_text(encoding="utf-8")
-    assert eval(re.search(r"_CHUNK_ELEMENTS = (.*)", loss)[1]) == CHUNK_ELEMENTS  # type: ignore[index]
-    assert eval(re.search(r"_DEFERRED_GRADIENT_BYTES = (.*)", engine)[1]) == DEFERRED_GRADIENT_BYTES  # type: ignore[index]
 
 
 def footprint(

@@ -15,7 +15,8 @@ from launcher.errors import ConfigurationError, Problem
 from launcher.job.schema import Job
 from launcher.launch.plan_file import write_plan
 from launcher.launch.run_setup import fit_to_nodes, open_run
-from launcher.planner.comparison import fewest_gpus, scale
+from launcher.planner.comparison import scale
+from launcher.planner.fewest_gpus import fewest_gpus
 from launcher.planner.forecast import forecast
 from launcher.planner.hardware.detect import Hardware
 from launcher.planner.hardware.gpu_table import as_hardware, gpu_type

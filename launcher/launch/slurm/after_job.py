@@ -119,7 +119,7 @@ def _never_began(run: RunDirectory, allocation: Allocation, status: int) -> int:
 
 
 def _times_in_a_row(run: RunDirectory, reason: str) -> int:
-    """How often the run was requeued for this reason since something else happened to it."""
+    """Return how often the run was requeued for this reason since something else happened to it."""
     number = 0
     for line in lines_backwards(run.events_file):
         record = parse(line) or {}
@@ -131,7 +131,7 @@ def _times_in_a_row(run: RunDirectory, reason: str) -> int:
 
 
 def _meaning(allocation: Allocation, end: str) -> str:
-    """What Slurm meant by a SIGTERM: it tells by the state of the job."""
+    """Return what Slurm meant by a SIGTERM: it tells by the state of the job."""
     if end not in (TERMINATED, "lost", "failed"):
         return end
     known = {}

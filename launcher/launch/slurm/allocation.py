@@ -67,12 +67,12 @@ class Allocation:
 
     @property
     def is_head(self) -> bool:
-        """Whether this is the first node, which decides for all."""
+        """Return whether this is the first node, which decides for all."""
         return self.node_index == 0
 
     @property
     def first_port(self) -> int:
-        """Where to look for a free port: two jobs on one machine begin at different places."""
+        """Return where to look for a free port: two jobs on one machine begin at different places."""
         return 20_000 + int(self.raw_job_id) * 7 % 20_000
 
 
@@ -103,7 +103,7 @@ def claim(run: RunDirectory, allocation: Allocation) -> None:
 
 
 def is_claimed_by_another(run: RunDirectory, allocation: Allocation) -> bool:
-    """Whether a later allocation has claimed the run."""
+    """Return whether a later allocation has claimed the run."""
     try:
         return bool(read_json(run.path / "slurm" / _CLAIM) != [allocation.job_id, allocation.restart])
     except (OSError, ValueError):
@@ -144,7 +144,7 @@ def begin_attempt(run: RunDirectory, assignment: Assignment) -> int:
 
 
 def read_assignment(run: RunDirectory, number: int) -> Assignment | None:
-    """What an attempt's head wrote; None for an attempt that Slurm did not start."""
+    """Return what an attempt's head wrote; None for an attempt that Slurm did not start."""
     try:
         content = read_json(run.attempt(number) / FILE)
         return Assignment(**{**content, "hosts": tuple(content["hosts"])})

@@ -26,7 +26,7 @@ _PREFIXES = (
 
 
 def call(command: Sequence[str], seconds: float = 30.0, environment: Mapping[str, str] | None = None) -> str:
-    """What a command of Slurm prints. `environment` is another than one's own.
+    """Return what a command of Slurm prints. `environment` is another than one's own.
 
     Raises ControllerUnreachableError where the controller did not answer, else SchedulerError with what Slurm
     said.
@@ -56,8 +56,8 @@ def call(command: Sequence[str], seconds: float = 30.0, environment: Mapping[str
 
 
 def patiently(command: Sequence[str], seconds: float) -> str:
-    """As `call`, again and again for so long as the controller does not answer. Only for what may be asked
-    twice."""
+    """Call again and again, as `call` does, for so long as the controller does not answer. Only for what may
+    be asked twice."""
     until = time.monotonic() + seconds
     while True:
         try:

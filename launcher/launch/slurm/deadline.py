@@ -83,8 +83,8 @@ def seconds_since_1970(text: str) -> float | None:
 
 
 def lead_seconds(run: RunDirectory, plan: Plan, totals: Totals) -> float:
-    """How long before the end the ranks must be told: for two steps and two saves as they were measured, and
-    a margin.
+    """Return how long before the end the ranks must be told: for two steps and two saves as they were
+    measured, and a margin.
 
     Before the first save of the run, for the grace that the job allows. Asked every few seconds by who must
     not miss a signal meanwhile: `totals` are the run's, which take in what is new, and of the steps the last

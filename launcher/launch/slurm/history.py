@@ -31,7 +31,7 @@ def write_outcome(run: RunDirectory, number: int, end: str, **more: Any) -> None
 
 
 def read_outcome(run: RunDirectory, number: int) -> dict[str, Any] | None:
-    """What was written of an attempt's end; None where nothing was."""
+    """Return what was written of an attempt's end; None where nothing was."""
     return _read(run.attempt(number) / _OUTCOME)
 
 

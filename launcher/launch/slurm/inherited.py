@@ -107,7 +107,7 @@ def environment(environ: Mapping[str, str], written: Iterable[str]) -> dict[str,
 
 
 def _variables_of(written: Iterable[str]) -> set[str]:
-    """What sbatch would take from the environment for an option that the script says, or for one that
+    """Return what sbatch would take from the environment for an option that the script says, or for one that
     excludes it."""
     options = {*written} | _ALWAYS
     options |= {other for group in _ASKED_TOGETHER if options & group for other in group}

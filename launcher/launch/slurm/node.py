@@ -61,7 +61,7 @@ _SECONDS_FOR_REPORTS = 5.0
 
 
 class NodeTask:
-    """What submitit calls on each node."""
+    """Be what submitit calls on each node."""
 
     def __init__(self, run: str) -> None:
         self.run = run
@@ -252,7 +252,7 @@ def _lock(run: RunDirectory) -> Iterator[None]:
 
 
 def _reports(run: RunDirectory, number: int, num_nodes: int) -> list[bool]:
-    """Whether the out-of-memory killer struck on the other nodes, of those that say so in time."""
+    """Return whether the out-of-memory killer struck on the other nodes, of those that say so in time."""
     until = time.monotonic() + _SECONDS_FOR_REPORTS
     paths = [run.attempt(number) / f"node-{node}.json" for node in range(1, num_nodes)]
     while not all(path.exists() for path in paths) and time.monotonic() < until:
@@ -261,8 +261,8 @@ def _reports(run: RunDirectory, number: int, num_nodes: int) -> list[bool]:
 
 
 def _why(run: RunDirectory, end: End, code: int) -> str:
-    """How the attempt ended, as far as it is known here; what Slurm meant by a SIGTERM is asked for in the
-    batch script."""
+    """Return how the attempt ended, as far as it is known here; what Slurm meant by a SIGTERM is asked for in
+    the batch script."""
     if run.finished or code == 0:
         return "finished"
     if "stopped" not in end.events and end.forced != "grace":

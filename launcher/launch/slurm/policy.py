@@ -25,7 +25,7 @@ in which nothing was saved."""
 
 @dataclass(frozen=True)
 class Attempt:
-    """How one attempt under Slurm ended, with what had been saved before it and after it."""
+    """Say how one attempt under Slurm ended, with what had been saved before it and after it."""
 
     number: int
     end: str
@@ -46,7 +46,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Decision:
-    """What is done next, and why, for people."""
+    """Say what is done next, and why, for people."""
 
     again: bool
     reason: str
@@ -73,7 +73,7 @@ def decide(attempts: Sequence[Attempt], allowed: bool, bound: int) -> Decision:
 
 
 def _hangs_again(attempts: Sequence[Attempt]) -> bool:
-    """Whether the last attempt hung because of a node that others have hung because of."""
+    """Return whether the last attempt hung because of a node that others have hung because of."""
     last = attempts[-1]
     hung = [
         attempt
@@ -99,7 +99,7 @@ def _in_vain(attempts: Sequence[Attempt]) -> list[Attempt]:
 
 
 def _diagnosis(in_vain: Sequence[Attempt]) -> str:
-    """What attempts that saved nothing new have in common."""
+    """Return what attempts that saved nothing new have in common."""
     steps, causes = (
         {attempt.step for attempt in in_vain},
         {attempt.cause for attempt in in_vain if attempt.cause},

@@ -88,8 +88,8 @@ def queue(job_ids: Iterable[str] = ()) -> dict[str, Entry]:
 
 
 def record(job_id: str) -> dict[str, str]:
-    """What `scontrol show job` says, by its names (JobState, EndTime, PreemptTime, ...); empty for a job that
-    it has forgotten."""
+    """Return what `scontrol show job` says, by its names (JobState, EndTime, PreemptTime, ...); empty for a
+    job that it has forgotten."""
     try:
         text = call(["scontrol", "--oneliner", "show", "job", job_id])
     except ControllerUnreachableError:
@@ -122,8 +122,8 @@ def setting(name: str) -> str:
 
 
 def accounting(job_id: str) -> dict[str, str]:
-    """What sacct says of a job that may be long over (State, ExitCode, Elapsed, NodeList, Reason); empty
-    without accounting."""
+    """Return what sacct says of a job that may be long over (State, ExitCode, Elapsed, NodeList, Reason);
+    empty without accounting."""
     if shutil.which("sacct") is None:
         return {}
     names = ("State", "ExitCode", "Elapsed", "NodeList", "Reason")
@@ -145,7 +145,7 @@ def accounting(job_id: str) -> dict[str, str]:
 
 
 def nodes_down(hosts: Iterable[str]) -> list[str]:
-    """Those of these nodes that Slurm does not reach, or has given up."""
+    """Return those of these nodes that Slurm does not reach, or has given up."""
     text = call(["sinfo", "--noheader", "--Node", f"--nodes={','.join(hosts)}", "--format=%N %T"])
     return sorted(
         {line.split()[0] for line in text.splitlines() if line.split()[1].startswith(("down", "fail", "unk"))}

@@ -16,7 +16,7 @@ from launcher.runs.records import made_of
 
 
 def folder(run: RunDirectory) -> Path:
-    """Where submitit keeps what it submits, and Slurm what the nodes print."""
+    """Return where submitit keeps what it submits, and Slurm what the nodes print."""
     return run.path / "slurm"
 
 
@@ -25,7 +25,7 @@ _JOB_ID = re.compile(r"([0-9][0-9A-Za-z_.+-]*)?")
 
 @dataclass(frozen=True)
 class JobRecord:
-    """What was submitted. `job_id` is empty between the question to Slurm and its answer."""
+    """Record what was submitted. `job_id` is empty between the question to Slurm and its answer."""
 
     job_id: str
     script: str
@@ -62,7 +62,7 @@ class JobRecord:
 
 
 def _live(job_id: str) -> str:
-    """What state a job is in that still runs or will; empty for one that is over."""
+    """Return what state a job is in that still runs or will; empty for one that is over."""
     try:
         entry = queue([job_id]).get(job_id)
     except SchedulerError as error:
@@ -71,5 +71,5 @@ def _live(job_id: str) -> str:
 
 
 def is_live(entry: Entry | None) -> bool:
-    """Whether a job of the queue runs, or will run."""
+    """Return whether a job of the queue runs, or will run."""
     return entry is not None and entry.state not in OVER

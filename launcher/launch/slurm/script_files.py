@@ -30,8 +30,8 @@ class Chosen:
 
 
 def choose(script: Path) -> Chosen:
-    """What is copied with a script: the files that git tracks in its folder, and sources (.py .json .yaml
-    .toml .txt) that it does not.
+    """Return what is copied with a script: the files that git tracks in its folder, and sources (.py .json
+    .yaml .toml .txt) that it does not.
 
     Never dot-files, links that lead out of the folder, what is no plain file, and what holds a secret. Raises
     ConfigurationError where the script itself holds one, or where so much lies beside it that it cannot be
@@ -70,7 +70,7 @@ def choose(script: Path) -> Chosen:
 
 
 def _why_not(folder: Path, name: Path, tracked: set[Path]) -> str | None:
-    """Why a file is left out, by its name and by where it leads; None where nothing is against it."""
+    """Return why a file is left out, by its name and by where it leads; None where nothing is against it."""
     try:
         real = (folder / name).resolve(strict=True)
         status = real.stat()

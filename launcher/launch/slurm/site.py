@@ -175,8 +175,8 @@ def _number(text: str) -> int | None:
 
 
 def count_gpus(gres: str) -> dict[str, int]:
-    """How many GPUs of each type, from Slurm's `gpu:a100:4(S:0-1),gpu:2`; the type is empty where none is
-    said."""
+    """Return how many GPUs of each type, from Slurm's `gpu:a100:4(S:0-1),gpu:2`; the type is empty where none
+    is said."""
     found: dict[str, int] = {}
     for entry in re.sub(r"\([^)]*\)", "", gres).split(","):
         kind, *rest = entry.strip().split(":")

@@ -92,7 +92,7 @@ def find(script: Path, until: float) -> str | None:
 
 
 def parameters(plan: Plan, place: Place) -> dict[str, Any]:
-    """What submitit is told: the options of the rendered script, in its words."""
+    """Return what submitit is told: the options of the rendered script, in its words."""
     options = sbatch.options(plan)
     name, nodes, cores = options.pop("job-name"), options.pop("nodes"), options.pop("cpus-per-task")
     signal_seconds = int(options.pop("signal", f"@{sbatch.SIGNAL_SECONDS}").rpartition("@")[2])

@@ -77,8 +77,8 @@ class NodeSupervisor(Supervisor):
         super()._take_in(agent)
 
     def _note(self, record: dict[str, Any]) -> None:
-        """What Slurm keeps of the job's output says what became of the rows, as the display of `launcher run`
-        does."""
+        """Have what Slurm keeps of the job's output say what became of the rows, as the display of
+        `launcher run` does."""
         super()._note(record)
         for said in prepared.lines(record) if self._node == 0 else ():
             self.screen.say(said)
@@ -98,7 +98,7 @@ class NodeSupervisor(Supervisor):
             received.append((TIME_LIMIT, time.monotonic()))
 
     def also_read(self) -> None:
-        """Whether the attempt still counts, and how early the ranks must know of the end."""
+        """Read whether the attempt still counts, and how early the ranks must know of the end."""
         super().also_read()
         now = time.monotonic()
         if self.leads and (not self._lead_at or now - self._lead_at > _LEAD_SECONDS):
@@ -110,8 +110,8 @@ class NodeSupervisor(Supervisor):
             )
 
     def _is_over_at_the_head(self) -> bool:
-        """Whether the first node has given the attempt up: Slurm's step lasts until the last node leaves, and
-        what follows waits."""
+        """Return whether the first node has given the attempt up: Slurm's step lasts until the last node
+        leaves, and what follows waits."""
         outcome = read_outcome(self.run, self._number) if self._node > 0 else None
         return outcome is not None and outcome["end"] != "finished"
 

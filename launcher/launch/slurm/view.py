@@ -61,8 +61,8 @@ def views(runs: Iterable[RunDirectory]) -> list[dict[str, Any]]:
 
 
 def _past(job_id: str) -> dict[str, str]:
-    """What accounting says of a job that the controller has forgotten; that nothing does, where there is
-    none."""
+    """Return what accounting says of a job that the controller has forgotten; that nothing does, where there
+    is none."""
     past = accounting(job_id)
     if not past:
         return {"state": "", "note": "the controller has forgotten it, and accounting knows nothing of it"}

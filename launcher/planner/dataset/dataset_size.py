@@ -20,7 +20,7 @@ from launcher.planner.plan import BatchPlan, Plan
 
 @dataclass(frozen=True)
 class Items:
-    """What one pass over the data takes, as far as a look at some rows tells."""
+    """Hold what one pass over the data takes, as far as a look at some rows tells."""
 
     num_items: int
     """Samples, or packs."""
@@ -48,7 +48,7 @@ class Items:
         return total / count
 
     def words(self) -> str:
-        """What there is, and what that rests on."""
+        """Return what there is, and what that rests on."""
         kind = "packs" if self.packed else "samples"
         how = "by the model's tokenizer" if self.by_tokenizer else f"at {CHARACTERS} characters a token"
         return (
@@ -77,8 +77,8 @@ def evaluation_items(plan: Plan) -> Items | None:
 
 
 def why_no_items(plan: Plan) -> str | None:
-    """Why nothing is known of a pass over the training data, in one clause; None where it is, and where a
-    script brings its own."""
+    """Return why nothing is known of a pass over the training data, in one clause; None where it is, and
+    where a script brings its own."""
     return (
         None
         if plan.script
@@ -93,7 +93,7 @@ def one_pass(source: Source, data: Data, model: str, task: str) -> Items | None:
 
 
 def why_no_epoch(source: Source, data: Data, model: str, task: str) -> str | None:
-    """Why nothing is known of one pass over a source, in one clause; None where it is known."""
+    """Return why nothing is known of one pass over a source, in one clause; None where it is known."""
     found = _looked(source, data, model, task, _changed(source))
     return found if isinstance(found, str) else None
 
@@ -107,8 +107,8 @@ def _changed(source: Source) -> int:
 
 @lru_cache(maxsize=8)
 def _looked(source: Source, data: Data, model: str, task: str, changed: int) -> Items | str:
-    """What there is, or why it is not known. A search asks for the same again and again; `changed` lets what
-    was seen of an older file be forgotten."""
+    """Return what there is, or why it is not known. A search asks for the same again and again; `changed`
+    lets what was seen of an older file be forgotten."""
     learned = tasks.find(task)(data)
     try:
         seen = look(source, learned.columns)

@@ -18,7 +18,7 @@ _SHOWN = 4
 
 @dataclass(frozen=True)
 class Findings:
-    """What is wrong, and what is worth knowing though it works."""
+    """List what is wrong, and what is worth knowing though it works."""
 
     problems: tuple[Problem, ...] = ()
     remarks: tuple[Problem, ...] = ()

@@ -48,8 +48,8 @@ def device_of(plan: Plan, hardware: Hardware) -> str:
 
 
 def rates_for(plan: Plan, hardware: Hardware, machine: Machine | None = None) -> GpuType | None:
-    """What one rank of a plan on this machine computes with: as measured, else by the table of GPUs; None
-    where neither knows."""
+    """Return what one rank of a plan on this machine computes with: as measured, else by the table of GPUs;
+    None where neither knows."""
     known = (machine or Machine.read()).of(device_of(plan, hardware))
     table = seen(hardware) if plan.mesh.device == "cuda" else None
     if known is None or not known.matrix.get("fp32"):
@@ -82,7 +82,7 @@ def rates_for(plan: Plan, hardware: Hardware, machine: Machine | None = None) ->
 
 
 def _shares(plan: Plan, link_known: bool) -> dict[str, float]:
-    """What of measured rates a step reaches."""
+    """Return what of measured rates a step reaches."""
     if plan.mesh.device == "cpu":
         return {
             "matrix_share": _CPU_MATRIX_SHARE,
@@ -97,7 +97,7 @@ def _shares(plan: Plan, link_known: bool) -> dict[str, float]:
 
 
 def _shared(rates: Rates, num_ranks: int) -> dict[str, dict[str, tuple[float, float]]]:
-    """What messages cost in a step, and where more ranks share the CPU than it was measured with."""
+    """Return what messages cost in a step, and where more ranks share the CPU than it was measured with."""
     more = max(1.0, num_ranks / rates.num_ranks)
     return {
         way: {name: (_WAITING * each, _WAITING * more * per_byte) for name, (each, per_byte) in kinds.items()}
@@ -106,7 +106,8 @@ def _shared(rates: Rates, num_ranks: int) -> dict[str, dict[str, tuple[float, fl
 
 
 def operator_seconds(rates: Rates) -> dict[str, float]:
-    """Of calling one operator: the reference model's step by the operators that the memory model sees in it."""
+    """Return the seconds of calling one operator: the reference model's step by the operators that the memory
+    model sees in it."""
     program = Llama(REFERENCE)
     found = {}
     for way, seconds in rates.reference.items():

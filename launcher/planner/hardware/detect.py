@@ -24,7 +24,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Hardware:
-    """What the planner may count on; memory is what is free for us, in bytes."""
+    """Hold what the planner may count on; memory is what is free for us, in bytes."""
 
     num_cores: int
     memory_bytes: int

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from launcher.errors import ConfigurationError, Problem
-from launcher.job.schema import NetworkName
+from launcher.job.cluster import NetworkName
 from launcher.planner.hardware.detect import Gpu, Hardware
 
 PCIE_4, PCIE_5 = 32e9, 64e9
@@ -324,7 +324,7 @@ def seen(hardware: Hardware) -> GpuType | None:
 
 
 def _is_named(gpu: GpuType, name: str) -> bool:
-    """Whether a maker's name says that GPU, as a word: a GB200 is no B200, and an L40 no L4."""
+    """Return whether a maker's name says that GPU, as a word: a GB200 is no B200, and an L40 no L4."""
     word = re.sub(r"(?<=[a-z])(?=\d)", r"\\s*", gpu.key.split("-")[0])
     return re.search(rf"(?<![a-z0-9]){word}(?![a-z0-9])", name) is not None
 

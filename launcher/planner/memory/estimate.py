@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from launcher import tasks
+from launcher.planner.limits import DEFERRED_GRADIENT_BYTES
 from launcher.planner.memory.formulas import formulas_of
 from launcher.planner.memory.fsdp import Cut, FsdpStep
 from launcher.planner.memory.program import Batch, Program, Segment, Setting
@@ -13,8 +14,6 @@ from launcher.planner.memory.timeline import CONTEXT, OPTIMIZER, PARAMETERS, SLA
 from launcher.planner.memory.zero import ZeroCut, ZeroStep
 from launcher.planner.plan import Plan
 
-DEFERRED_GRADIENT_BYTES = 4 << 30
-"""`_DEFERRED_GRADIENT_BYTES` of the FSDP engine, which a test holds equal."""
 PHASES = ("loading", "first step", "steady step", "evaluating", "saving", "resuming")
 STATE_COPIES = {"adamw": 2, "adam": 2, "sgd": 1}
 STAGED = "staged checkpoint"

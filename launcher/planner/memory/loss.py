@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from launcher.planner.limits import chunk_length
 from launcher.planner.memory.program import Context
 from launcher.planner.memory.symbolic import Parameter, Storage, SymbolicTensor, new, node_of
 
-CHUNK_ELEMENTS = 1 << 24
-"""`_CHUNK_ELEMENTS` of the trainer's loss, which a test holds equal."""
 MOST_CHUNKS = 3
 
 
@@ -48,7 +47,7 @@ def _chunks(
     """The loop over chunks; what one iteration leaves in its variables is there until the next one replaces
     it."""
     meter, cuda = context.meter, context.setting.cuda
-    chunk = max(128, CHUNK_ELEMENTS // vocabulary)
+    chunk = chunk_length(vocabulary)
     whole, rest = divmod(rows, chunk)
     lengths = [chunk] * min(whole, MOST_CHUNKS) + [rest] * bool(rest)
     raw = logits = kept = gradient = None

@@ -36,7 +36,7 @@ def _hub_cache() -> Path:
 
 
 def _commit(folder: Path, revision: str) -> str:
-    """What a branch or a tag stood for when it was fetched; what is neither is taken for a commit."""
+    """Return what a branch or a tag stood for when it was fetched; what is neither is taken for a commit."""
     try:
         return (folder / "refs" / revision).read_text(encoding="utf-8").strip()
     except (OSError, ValueError):
@@ -53,7 +53,7 @@ def read_config(directory: str) -> dict[str, Any] | None:
 
 
 def config_of(model: Model) -> dict[str, Any] | None:
-    """What the job file says the model is, else what its own file says; None where that is not here.
+    """Return what the job file says the model is, else what its own file says; None where that is not here.
 
     With `resize_embeddings` it has a row for each token of the tokenizer.
     Raises ConfigurationError for sizes that cannot be, all of them at once.
@@ -74,7 +74,8 @@ def config_of(model: Model) -> dict[str, Any] | None:
 
 
 def num_embeddings(config: dict[str, Any]) -> int | None:
-    """How many tokens a model's embedding has rows for, by its config; None where that does not say."""
+    """Return how many tokens a model's embedding has rows for, by its config; None where that does not
+    say."""
     number = _of_text(config).get("vocab_size", config.get("vocab_size"))
     return number if is_size(number) else None
 

@@ -88,7 +88,8 @@ def _num_experts(config: dict[str, Any]) -> int:
 
 
 def _chosen_width(config: dict[str, Any]) -> int:
-    """Of a mixture of experts: how wide those together are that a token goes through; 0 for any other model."""
+    """Return how wide the experts are together that a token goes through; 0 for a model that is no
+    mixture."""
     width = config.get("moe_intermediate_size") or config.get("intermediate_size")
     return width * config["num_experts_per_tok"] if _num_experts(config) and isinstance(width, int) else 0
 

@@ -15,7 +15,7 @@ from launcher.planner.resolve.batch import multiples_around
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the program of an architecture reads; of what is missing it says so itself."""
+    """Hold what the program of an architecture reads; of what is missing it says so itself."""
 
     needed: tuple[str, ...]
     optional: tuple[str, ...] = ()
@@ -66,7 +66,7 @@ def wrong_sizes(config: dict[str, Any]) -> list[Problem]:
 
 
 def is_size(value: object) -> TypeGuard[int]:
-    """Whether it is a positive whole number."""
+    """Return whether it is a positive whole number."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 

@@ -36,7 +36,7 @@ class Way(NamedTuple):
 
 @dataclass(frozen=True)
 class Support:
-    """What is known of one `model_type` and task."""
+    """Hold what is known of one `model_type` and task."""
 
     ways: tuple[Way, ...]
     """The first is taken where the job asks for nothing else; none where the job is refused."""
@@ -115,7 +115,7 @@ def _cannot(table: dict[str, Any], kind: str, task: str) -> str:
 
 
 def _with_values(known: Support, entry: dict[str, Any], config: dict[str, Any], max_length: int) -> Support:
-    """What values in a config change of what is known of its type. Each was tried by the sweep, as
+    """Return what values in a config change of what is known of its type. Each was tried by the sweep, as
     `type+variant`."""
     kind = config["model_type"]
     config = {**config, **(config.get("text_config") or {})}  # of a composite it is the text part that trains

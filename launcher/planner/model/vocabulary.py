@@ -60,7 +60,7 @@ def read_vocabulary(directory: str) -> Vocabulary | None:
 
 @lru_cache(maxsize=8)
 def _read(directory: str, changed: tuple[int, ...]) -> Vocabulary | None:
-    """As `read_vocabulary`; `changed` lets what was read of older files be forgotten."""
+    """Read as `read_vocabulary` does; `changed` lets what was read of older files be forgotten."""
     try:
         return _vocabulary(directory)
     except (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from launcher.job.schema import node_range
+from launcher.job.cluster import node_range
 from launcher.planner.decider import Decider
 from launcher.planner.plan import Mesh
 from launcher.planner.resolve.batch import divisors, nearest

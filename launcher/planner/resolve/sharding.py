@@ -77,7 +77,7 @@ def _engine(decider: Decider) -> EngineName:
 
 
 def only_deepspeed(job: Job) -> str | None:
-    """What the job asks for that FSDP does not have; None where there is nothing."""
+    """Return what the job asks for that FSDP does not have; None where there is nothing."""
     parallel, memory = job.parallel, job.memory
     asked = {
         "parallel.shard: optimizer": parallel.shard == "optimizer",
@@ -89,7 +89,7 @@ def only_deepspeed(job: Job) -> str | None:
 
 
 def zeropp(job: Job) -> bool:
-    """Whether the job asks for a part of ZeRO++."""
+    """Return whether the job asks for a part of ZeRO++."""
     parallel = job.parallel
     return parallel.secondary_shard > 1 or parallel.quantized_weights or parallel.quantized_gradients
 
@@ -150,7 +150,7 @@ def _refuse_for_fsdp(decider: Decider, device: str) -> None:
 
 
 def _refuse_for_deepspeed(decider: Decider, sharding: Sharding, world_size: int, device: str) -> Sharding:
-    """What ZeRO cannot do; the sharding that it does instead where that computes the same."""
+    """Return what ZeRO cannot do; the sharding that it does instead where that computes the same."""
     job, parallel, memory = decider.job, decider.job.parallel, decider.job.memory
     if parallel.replicate > 1:
         reason = (

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from launcher.job import profile
-from launcher.job.schema import Cluster, node_range
+from launcher.job.cluster import node_range
+from launcher.job.schema import Cluster
 from launcher.planner.decider import Decider
 from launcher.planner.plan import Slurm
 

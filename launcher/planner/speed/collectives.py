@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import log2
 
 from launcher.planner.hardware.gpu_table import GpuType
-from launcher.planner.memory.estimate import DEFERRED_GRADIENT_BYTES
+from launcher.planner.limits import DEFERRED_GRADIENT_BYTES
 from launcher.planner.memory.program import Unit
 from launcher.planner.plan import Plan
 from launcher.planner.speed.flops import Units, passing_back
@@ -17,7 +17,7 @@ LATENCY = 20e-6
 
 @dataclass(frozen=True)
 class Traffic:
-    """Of a rank in one step."""
+    """Count what a rank sends and receives in one step."""
 
     num_messages: int
     received: float
@@ -27,7 +27,7 @@ class Traffic:
 
 
 def traffic(plan: Plan, units: Units) -> Traffic:
-    """What a step sends.
+    """Return what a step sends.
 
     FSDP gathers what it keeps cut for each pass, and the rest once; it sends gradients once a step, or with
     every micro-batch where there are too many. ZeRO-1 and 2 gather what was trained, once, and reduce
@@ -56,8 +56,8 @@ def traffic(plan: Plan, units: Units) -> Traffic:
 
 
 def _gatherings(plan: Plan, units: Units, times: _Times) -> list[int]:
-    """How often each layer is gathered in a step: backward where that goes through it, and by FSDP, which
-    looks ahead, one more."""
+    """Return how often each layer is gathered in a step: backward where that goes through it, and by FSDP,
+    which looks ahead, one more."""
     back = passing_back(units)
     if plan.zero is None and True in back:
         back[max(0, back.index(True) - 1)] = True
@@ -82,7 +82,7 @@ def _stays(plan: Plan, units: Units) -> int:
 
 
 def evaluation_traffic(plan: Plan, units: Units) -> Traffic:
-    """Of the forward passes of a global batch alone: what is gathered anew for each."""
+    """Return the traffic of the forward passes of a global batch alone: what is gathered anew for each."""
     root, layers = units
     ranks, accumulation = ranks_of(plan), plan.batch.accumulation_steps
     if plan.sharding != "full":
@@ -94,7 +94,7 @@ def evaluation_traffic(plan: Plan, units: Units) -> Traffic:
 
 @dataclass(frozen=True)
 class _Times:
-    """How often something is sent in a step."""
+    """Count how often something is sent in a step."""
 
     layer: int
     """A layer's parameters, forward."""
@@ -126,7 +126,7 @@ def _itemsize(plan: Plan) -> int:
 
 
 def seconds(sent: Traffic, plan: Plan, gpu: GpuType, roomy: bool) -> float:
-    """Of all messages, one after another, on links that are otherwise free.
+    """Return the seconds of all messages, one after another, on links that are otherwise free.
 
     Between nodes all GPUs of a node share what they receive alike. Copies are told apart by it: each rank's
     is another part, so that of several parts in a node each has its own GPU's way out.
@@ -154,7 +154,7 @@ def _costs(plan: Plan, gpu: GpuType, link: float, roomy: bool) -> tuple[float, f
 
 
 def exposed(taken: float, compute: float, plan: Plan, units: Units) -> float:
-    """What of the messages nothing runs beside."""
+    """Return what of the messages nothing runs beside."""
     if plan.mesh.device == "cpu":
         return taken  # the same cores compute and send
     # The first gathering and the last sending have nothing beside them: a layer's share of all.
@@ -162,7 +162,7 @@ def exposed(taken: float, compute: float, plan: Plan, units: Units) -> float:
 
 
 def offloads(plan: Plan) -> bool:
-    """Whether something of the training state is moved to and from the device at every step."""
+    """Return whether something of the training state is moved to and from the device at every step."""
     return plan.offload != "none" and plan.mesh.device == "cuda"
 
 

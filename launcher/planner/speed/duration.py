@@ -24,7 +24,7 @@ of an EPYC."""
 
 @dataclass(frozen=True)
 class Duration:
-    """Of a whole job, in seconds."""
+    """Hold the times of a whole job, in seconds."""
 
     num_steps: int
     step: float
@@ -97,7 +97,7 @@ def duration(
 
 
 def _num_steps(plan: Plan, items: Items | None) -> int | None:
-    """As the trainer has it: whole steps, the last of them with what is left."""
+    """Return the number of steps as the trainer has it: whole steps, the last of them with what is left."""
     if plan.length.unit == "steps":
         return int(plan.length.value)
     return (

@@ -14,7 +14,7 @@ Units = tuple[Unit, list[Unit]]
 
 @dataclass(frozen=True)
 class Operations:
-    """Of one micro-batch."""
+    """Count the floating-point operations of one micro-batch."""
 
     forward: float
     backward: float
@@ -23,7 +23,7 @@ class Operations:
 
     @property
     def needed(self) -> float:
-        """What the model needs, however it is computed."""
+        """Return what the model needs, however it is computed."""
         return self.forward + self.backward
 
     @property
@@ -32,7 +32,7 @@ class Operations:
 
 
 def operations(plan: Plan, units: Units, tokens: int) -> Operations:
-    """Of a micro-batch of so many tokens.
+    """Return the floating-point operations of a micro-batch of so many tokens.
 
     Two for each element of a matrix and token, once forward, once for the gradient of what goes in where
     something before it trains, and once for its own where it trains itself (Kaplan et al. 2020, arXiv
@@ -58,7 +58,7 @@ def operations(plan: Plan, units: Units, tokens: int) -> Operations:
 
 
 def passing_back(units: Units) -> list[bool]:
-    """Of each layer whether the backward pass goes through it: something in it or before it trains."""
+    """Return, per layer, whether the backward pass reaches it: something in it or before it trains."""
     root, layers = units
     found, before = [], any(weight.trains for weight in root.weights[: root.num_first])
     for unit in layers:
@@ -68,8 +68,8 @@ def passing_back(units: Units) -> list[bool]:
 
 
 def matrix_elements(unit: Unit, trained: bool = False) -> float:
-    """Of the matrices that one token is multiplied with: of experts, those that are chosen; with `trained` of
-    those alone that train."""
+    """Return the elements of the matrices that one token is multiplied with: of experts, those that are
+    chosen; with `trained` of those alone that train."""
     return sum(
         weight.num_elements * weight.used
         for weight in unit.weights

@@ -95,7 +95,8 @@ def speed(
 
 
 def optimizer_seconds(plan: Plan, units: Units, gpu: GpuType) -> float:
-    """Of a rank's part: parameter, gradient and moments are read and written."""
+    """Return the seconds of the optimizer on a rank's part: parameter, gradient and moments are read and
+    written."""
     root, layers = units
     state = sum(unit.num_elements(trained=True) for unit in (root, *layers)) / ranks_of(plan)
     # Offloaded, it is the processors that step, and the ranks of a node share their memory.

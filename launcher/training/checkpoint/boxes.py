@@ -45,7 +45,7 @@ def _in_row(row: int, inner: Iterator[Box]) -> Iterator[Box]:
 
 
 class FlatShard(torch.Tensor):
-    """What a rank holds of a tensor: its elements [start, start + count) in row-major order.
+    """Stand for what a rank holds of a tensor: its elements [start, start + count) in row-major order.
 
     The subclass carries shape and dtype for DCP, which asks it what to write and where to read to; no
     operator runs on it.
@@ -71,7 +71,7 @@ class FlatShard(torch.Tensor):
 
     @property
     def placements(self) -> tuple[int, int]:
-        """What the layout of a file depends on besides shape and dtype."""
+        """Return what the layout of a file depends on besides shape and dtype."""
         return self.start, self.count
 
     @classmethod

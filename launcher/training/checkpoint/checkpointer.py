@@ -41,7 +41,7 @@ Blocks = Callable[[], Iterator[memoryview]]
 
 @dataclass
 class _Layout:
-    """What a save of these tensors writes on this rank; planned once, as long as their shapes and shardings
+    """Plan what a save of these tensors writes on this rank: once, as long as their shapes and shardings
     stay."""
 
     key: tuple[object, ...]
@@ -299,7 +299,7 @@ class Checkpointer:
         self._ranks.from_first(functools.partial(self._leader.remove, steps))
 
     def _verify(self, stored: Stored) -> list[str]:
-        """What is wrong with a checkpoint, each rank reading its part of the bytes."""
+        """Return what is wrong with a checkpoint, each rank reading its part of the bytes."""
         if stored.problems or stored.manifest is None:
             return list(stored.problems)
         largest_first = sorted(stored.manifest.files.items(), key=lambda entry: (-entry[1].bytes, entry[0]))

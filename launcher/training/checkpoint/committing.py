@@ -163,5 +163,5 @@ class Leader:
 
 
 def has_no_room(error: BaseException) -> bool:
-    """Whether a disk or a quota is full."""
+    """Return whether a disk or a quota is full."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

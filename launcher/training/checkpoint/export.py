@@ -38,7 +38,7 @@ _OF_A_MODEL = ("config.json", "generation_config.json")
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote, and the checkpoints that were passed over on the way."""
+    """Name what an export wrote, and the checkpoints that were passed over on the way."""
 
     directory: Path
     step: int

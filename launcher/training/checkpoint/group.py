@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class RefusedError(Exception):
-    """Why a save cannot be done; its text is for people as it is."""
+    """Say why a save cannot be done; its text is for people as it is."""
 
 
 def describe(error: BaseException) -> str:
@@ -53,8 +53,8 @@ class Ranks:
         return [value] if self.world_size == 1 else exchange.all_gather(value, self.group)
 
     def from_first(self, work: Callable[[], T]) -> T:
-        """What `work` gives on rank 0, on every rank. What it raises there is raised everywhere, of the same
-        failure class."""
+        """Return what `work` gives on rank 0, on every rank. What it raises there is raised everywhere, of
+        the same failure class."""
         if self.world_size == 1:
             return work()
         if self.rank > 0:

@@ -26,8 +26,8 @@ class TensorDescription:
 
 @dataclass(frozen=True)
 class Difference:
-    """How one tensor differs between two checkpoints. `status`: equal (to the bit), different, only first,
-    only second, other shape."""
+    """Say how one tensor differs between two checkpoints. `status`: equal (to the bit), different, only
+    first, only second, other shape."""
 
     name: str
     status: str

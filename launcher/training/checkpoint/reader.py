@@ -104,8 +104,8 @@ def read_metadata(directory: Path) -> Metadata:
 
 
 def _what_is_wrong(metadata: Any) -> str:
-    """Why these objects do not describe a checkpoint, though each is of an allowed class; empty where they
-    do."""
+    """Return why these objects do not describe a checkpoint, though each is of an allowed class; empty where
+    they do."""
     if (
         not isinstance(metadata, Metadata)
         or not isinstance(metadata.storage_data, dict)
@@ -188,7 +188,7 @@ class CheckpointReader:
 
     @property
     def names(self) -> list[str]:
-        """Of all tensors, sorted."""
+        """Return the names of all tensors, sorted."""
         return sorted(self.metadata.state_dict_metadata)
 
     def describe(self, name: str) -> TensorStorageMetadata:

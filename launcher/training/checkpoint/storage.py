@@ -84,7 +84,7 @@ def archive_around(dtype: torch.dtype, sizes: tuple[int, ...]) -> tuple[bytes, b
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one piece of a tensor stands in its rank's file."""
+    """Say where one piece of a tensor stands in its rank's file."""
 
     item: WriteItem
     offset: int
@@ -142,7 +142,7 @@ class TensorPlanner(DefaultSavePlanner):
     business."""
 
     def local_plan(self, tensors: dict[str, torch.Tensor], is_coordinator: bool) -> SavePlan:
-        """What this rank could write. Raises TypeError for a value that is no tensor."""
+        """Return what this rank could write. Raises TypeError for a value that is no tensor."""
         for name, tensor in tensors.items():
             if not isinstance(tensor, torch.Tensor):
                 raise TypeError(
@@ -213,7 +213,8 @@ class Image:
 def live_blocks(
     layout: FileLayout, planner: TensorPlanner, tensors: dict[str, torch.Tensor]
 ) -> Iterator[memoryview]:
-    """The same content straight from the tensors, with no copy of the whole; they must not change meanwhile.
+    """Yield the content of a rank's file straight from the tensors, with no copy of the whole; they must not
+    change meanwhile.
 
     Two blocks of memory take turns: one must be done with before the next but one is asked for.
     """

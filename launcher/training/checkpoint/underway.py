@@ -60,7 +60,7 @@ class Underway:
 
     @property
     def is_given_up(self) -> bool:
-        """Whether the save whose thread was started last is."""
+        """Return whether the save whose thread was started last is."""
         return self._given_up.is_set()
 
     def start(self, work: Callable[[], None]) -> None:
@@ -134,11 +134,11 @@ class Failing:
         self._good = step
 
     def saved(self, step: int) -> None:
-        """That of `step` succeeded, or the run went on from it."""
+        """Note that the save of `step` succeeded, or the run went on from it."""
         self._in_a_row, self._good = 0, step
 
     def failed(self, step: int, reason: str) -> None:
-        """That of `step` failed."""
+        """Note that the save of `step` failed."""
         self._in_a_row += 1
         if (
             self._in_a_row > 1 and self._in_a_row & (self._in_a_row - 1) == 0

@@ -80,7 +80,7 @@ class Stored:
 
     @property
     def names(self) -> list[str]:
-        """Of the model's tensors. Raises CheckpointError where there are none."""
+        """Return the names of the model's tensors. Raises CheckpointError where there are none."""
         found = [name.removeprefix(_PREFIX) for name in self.reader.names if name.startswith(_PREFIX)]
         if not found:
             raise CheckpointError(f"{self.reader.directory} holds no tensor of a model")

@@ -15,7 +15,7 @@ from launcher.training.data.order import Order
 
 @dataclass(frozen=True)
 class StepBatch:
-    """What one rank computes in one step, and the counts of the whole global batch."""
+    """Hold what one rank computes in one step, and the counts of the whole global batch."""
 
     micro_batches: list[list[list[Sample]]]
     """[accumulation_steps][micro_batch_size] items of this rank, each a list of samples."""

@@ -19,6 +19,7 @@ from launcher.errors import DataError
 from launcher.plain_files import read_json
 from launcher.runs import prepared
 from launcher.runs.cache import Hold
+from launcher.runs.checkpoints import hash_file
 from launcher.runs.cut_off import MADE_ANEW
 from launcher.tasks.task import Sample
 
@@ -29,7 +30,7 @@ HASHES = "sample_hashes"
 
 @dataclass
 class DataReport:
-    """What became of the rows of one source."""
+    """Say what became of the rows of one source."""
 
     role: str
     source_hash: str
@@ -263,11 +264,5 @@ def sample_hash(id: int, window: int, arrays: Sequence[np.ndarray]) -> int:
 
 
 def file_digest(path: Path) -> str:
-    """xxh3 of a file's bytes, after their number."""
-    hasher = xxhash.xxh3_128()
-    size = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            hasher.update(block)
-            size += len(block)
-    return f"{size}:{hasher.hexdigest()}"
+    """Return the number of a file's bytes, and their xxh3."""
+    return f"{path.stat().st_size}:{hash_file(path)}"

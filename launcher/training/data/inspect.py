@@ -74,7 +74,7 @@ def _described(
 
 
 def _refused(dataset: Dataset, plan: Plan) -> str | None:
-    """Why a run would not begin; None where it would."""
+    """Return why a run would not begin; None where it would."""
     try:
         refuse_mostly_dropped(dataset.report, plan)
     except DataError as error:
@@ -83,8 +83,8 @@ def _refused(dataset: Dataset, plan: Plan) -> str | None:
 
 
 def spread(values: np.ndarray) -> dict[str, Any]:
-    """Of numbers: the least, median, mean and greatest, and how many are in each of at most 12 bins of equal,
-    round width.
+    """Return the least, median, mean and greatest of numbers, and how many are in each of at most 12 bins of
+    equal, round width.
 
     A bin is [low, high, count], and holds what is from `low` up to but not `high`; where all are whole
     numbers, so are its ends.
@@ -109,8 +109,8 @@ def spread(values: np.ndarray) -> dict[str, Any]:
 
 
 def _balance(dataset: Dataset, plan: Plan) -> dict[str, Any] | None:
-    """How many samples have each class, in the order of the classes; of a regression how the numbers are
-    spread."""
+    """Return how many samples have each class, in the order of the classes; of a regression how the numbers
+    are spread."""
     flat = dataset.column("label")
     if flat is None:
         return None
@@ -147,7 +147,7 @@ def _samples(
 
 
 def _sample(row: Row, dataset: Dataset, material: TrainingInputs, with_tokens: bool) -> dict[str, Any]:
-    """What became of a row: tokens and the label as they lie in the prepared data."""
+    """Return what became of a row: tokens and the label as they lie in the prepared data."""
     found = dataset.find(row.id)
     encoded = (
         row.values
@@ -178,7 +178,7 @@ def _sample(row: Row, dataset: Dataset, material: TrainingInputs, with_tokens: b
 
 
 def _learned(sample: Sample) -> list[bool]:
-    """Of each token, whether it is a target, which stands at the place of the token before it."""
+    """Return, per token, whether it is a target, which stands at the place of the token before it."""
     if "targets" not in sample:
         return [False] * sample.length
     return [False, *(sample["targets"][:-1] != IGNORE).tolist()]

@@ -44,7 +44,7 @@ def permute(values: np.ndarray, keys: np.ndarray, num_items: int) -> np.ndarray:
 
 
 class Order:
-    """Which item stands at each position of an endless sequence of epochs.
+    """Say which item stands at each position of an endless sequence of epochs.
 
     A position counts items over all epochs and all ranks; nothing depends on the number of ranks.
     """

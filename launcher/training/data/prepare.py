@@ -97,7 +97,7 @@ def refuse_mostly_dropped(report: DataReport, plan: Plan) -> None:
 
 
 def cache_root() -> Path:
-    """Where prepared data lies: XDG_CACHE_HOME/launcher/data."""
+    """Return where prepared data lies: XDG_CACHE_HOME/launcher/data."""
     return cache.root() / "data"
 
 
@@ -285,8 +285,8 @@ def _where(source: Source) -> str:
 
 
 def _shown(report: DataReport) -> str:
-    """How many rows were left out for each reason, and the first of each: in one line, as a failure is kept
-    and shown."""
+    """Return how many rows were left out for each reason, and the first of each: in one line, as a failure is
+    kept and shown."""
     firsts = {example["reason"]: example for example in reversed(report.examples)}
     parts = [
         f"{count:,} {reason}, the first at {prepared.place(firsts[reason])}"

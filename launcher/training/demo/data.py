@@ -63,7 +63,7 @@ class Entry:
 
     @property
     def held_out(self) -> bool:
-        """Whether this entry's module is measured on rather than learned from."""
+        """Return whether this entry's module is measured on rather than learned from."""
         return (
             int(hashlib.sha256(f"launcher demo {self.module}".encode()).hexdigest(), 16) % 100
             < _HELD_OUT_PERCENT
@@ -121,7 +121,7 @@ def _module_entries(module_name: str) -> Iterator[Entry]:
 
 
 def _defined_in(module_name: str, value: object) -> bool:
-    """Whether a public name is this module's own, or that of the C module behind it."""
+    """Return whether a public name is this module's own, or that of the C module behind it."""
     owner = (getattr(value, "__module__", None) or module_name).lstrip("_").split(".")[0]
     return owner in (module_name.split(".")[0], "posix", "posixpath", "genericpath", "builtins")
 

@@ -24,7 +24,8 @@ from launcher.runs import cache
 
 @dataclass(frozen=True)
 class Package:
-    """Where a model lies: the module to import, the distribution to install, the file or directory inside."""
+    """Say where a model lies: the module to import, the distribution to install, the file or directory
+    inside."""
 
     module: str
     requirement: str

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from launcher.planner.limits import DEFERRED_GRADIENT_BYTES
 from launcher.planner.plan import Plan
 from launcher.runs.places import here
 from launcher.tasks.generation import GenerationOptions
@@ -25,10 +26,6 @@ from launcher.training.heads import Batch
 from launcher.training.model import adapters
 from launcher.training.model import loading as models
 from launcher.training.precision import DTYPES
-
-_DEFERRED_GRADIENT_BYTES = 4 << 30
-"""Up to this size gradients are added up unsharded over the micro-batches of a step and sent once; above it,
-memory is worth more."""
 
 
 class FsdpEngine:
@@ -49,7 +46,7 @@ class FsdpEngine:
         gradient_bytes = 4 * sum(
             parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad
         )
-        self._defers = gradient_bytes <= _DEFERRED_GRADIENT_BYTES
+        self._defers = gradient_bytes <= DEFERRED_GRADIENT_BYTES
 
     def _shard(self, model: PreTrainedModel) -> None:
         """Cut the model: each repeated layer is a unit, the rest is the root unit."""

@@ -25,7 +25,7 @@ def keep_parameters_not_matrices(model: nn.Module) -> None:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether it is a linear layer that computes as `torch.nn.Linear` does."""
+    """Return whether it is a linear layer that computes as `torch.nn.Linear` does."""
     return type(module).forward is nn.Linear.forward
 
 

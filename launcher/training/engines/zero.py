@@ -28,7 +28,7 @@ class Piece:
 
 
 class Stage(Protocol):
-    """What the engine needs of a ZeRO optimizer."""
+    """Name what the engine needs of a ZeRO optimizer."""
 
     def piece(self, parameter: nn.Parameter) -> Piece: ...
     def steps(self) -> list[torch.Tensor]: ...
@@ -38,7 +38,7 @@ class Stage(Protocol):
 
 
 def _norms(offloaded: dict[Any, Any]) -> torch.Tensor:
-    """What DeepSpeed noted of gradients on their way off the device."""
+    """Return what DeepSpeed noted of gradients on their way off the device."""
     values = [torch.as_tensor(value, dtype=torch.float64).cpu() for value in offloaded.values()]
     return torch.stack(values).square().sum() if values else torch.zeros((), dtype=torch.float64)
 

@@ -47,7 +47,7 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def is_matrix(name: str) -> bool:
-    """Whether a parameter's plain name is that of an adapter's matrix."""
+    """Return whether a parameter's plain name is that of an adapter's matrix."""
     return name.endswith((".lora_A.weight", ".lora_B.weight"))
 
 
@@ -85,7 +85,7 @@ def trained(model: nn.Module, adapter: Adapter, new: tuple[str, ...]) -> None:
 
 
 def narrow(model: nn.Module, adapter: Adapter, dtype: torch.dtype) -> None:
-    """Of a model without numbers: what will not train gets the dtype of the computation, in which its files
+    """Give what will not train, in a model without numbers, the dtype of the computation, in which its files
     are then read."""
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not adapter.trains_also(name):

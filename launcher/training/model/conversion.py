@@ -46,8 +46,8 @@ def converted_whole() -> Iterator[None]:
 
 
 def _crosses(converter: WeightConverter) -> bool:
-    """Whether numbers move along the first axis, by which parameters are cut. Experts that come one by one
-    are the first axis."""
+    """Return whether numbers move along the first axis, by which parameters are cut. Experts that come one by
+    one are the first axis."""
     return not any("*" in pattern for pattern in converter.source_patterns) and not all(
         map(_keeps_first_axis, converter.operations)
     )

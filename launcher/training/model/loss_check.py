@@ -133,8 +133,8 @@ def _rows(task: Task, dataset: Dataset, ends: Sequence[int]) -> list[Sample]:
 
 
 def _ours(engine: Engine, task: Task, rows: Sequence[Sample], plan: Plan, way: Way) -> torch.Tensor | None:
-    """What the engine makes of the second row behind the first (alone, where the run has one sample a pass);
-    None where the model's code cannot do it that way, which is so on all ranks."""
+    """Return what the engine makes of the second row behind the first (alone, where the run has one sample a
+    pass); None where the model's code cannot do it that way, which is so on all ranks."""
     task.layout, task.head = way.layout, way.head
     shared = rows[1:] if plan.batch.micro_batch_size == 1 and not plan.data.packing else rows
     _attend(engine.model, way.attention)
@@ -146,7 +146,8 @@ def _ours(engine: Engine, task: Task, rows: Sequence[Sample], plan: Plan, way: W
 
 
 def _own(engine: Engine, task: Task, row: Sample, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the model's own class makes of the second row alone, and the size against which rounding is seen.
+    """Return what the model's own class makes of the second row alone, and the size against which rounding is
+    seen.
 
     Raises ConfigurationError where the class refuses the row, or makes no numbers of it.
     """
@@ -173,7 +174,7 @@ def _own(engine: Engine, task: Task, row: Sample, plan: Plan) -> tuple[torch.Ten
 
 
 def _values(task: Task, output: Output, row: Sample) -> torch.Tensor:
-    """What is compared: the loss of a token, or a classifier's outputs, those of padding left out."""
+    """Return what is compared: the loss of a token, or a classifier's outputs, those of padding left out."""
     if output.predictions is None:
         return output.loss_sum.reshape(1) / (row.length - 1)
     predictions = output.predictions[-1]
@@ -259,7 +260,7 @@ def _differ(ours: torch.Tensor, own: torch.Tensor, size: torch.Tensor) -> float:
 
 
 def _all(here: bool, device: torch.device) -> bool:
-    """Whether it holds on all ranks."""
+    """Return whether it holds on all ranks."""
     holds = torch.tensor(float(here), device=device)
     if distributed.get_world_size() > 1:
         distributed.all_reduce(holds, distributed.ReduceOp.MIN)

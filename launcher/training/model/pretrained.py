@@ -104,8 +104,8 @@ def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def model_class(loader: Any, config: Any, plan: Plan) -> type[PreTrainedModel]:
-    """What the Auto class `loader` would make of a config. Raises ConfigurationError for a model that cannot
-    do the plan's task."""
+    """Return what the Auto class `loader` would make of a config. Raises ConfigurationError for a model that
+    cannot do the plan's task."""
     reference = (getattr(config, "auto_map", None) or {}).get(loader.__name__)
     try:
         if plan.model.trust_remote_code and reference:
@@ -121,7 +121,8 @@ def model_class(loader: Any, config: Any, plan: Plan) -> type[PreTrainedModel]:
 
 
 def why_not_read(error: Exception) -> str | None:
-    """Why a model's weights could not be read, in our words; None where that is no fault of its files."""
+    """Return why a model's weights could not be read, in our words; None where that is no fault of its
+    files."""
     if isinstance(error, pickle.UnpicklingError):
         # torch goes on to say how to run what stands there; nobody should.
         return (

@@ -30,18 +30,18 @@ class Divergence:
 
     @property
     def rewinds(self) -> bool:
-        """Whether the job wants to go back, so that there must be something to go back to."""
+        """Return whether the job wants to go back, so that there must be something to go back to."""
         return self._training.on_spike.action == "rewind"
 
     @property
     def suspicious(self) -> bool:
-        """Whether the last losses stand out, and may prove to be a spike: no state to keep as one to go back
-        to."""
+        """Return whether the last losses stand out, and may prove to be a spike: no state to keep as one to
+        go back to."""
         return self.rewinds and bool(self._watch.above or self._num_skipped_in_a_row)
 
     def judge(self, step: int, loss: float, gradient_norm: float, scale: LossScale) -> Verdict:
-        """What is to be made of the numbers of `step`, counted from 1. Raises DivergedError where it cannot
-        go on like this."""
+        """Return what is to be made of the numbers of `step`, counted from 1. Raises DivergedError where it
+        cannot go on like this."""
         if math.isfinite(loss) and math.isfinite(gradient_norm):
             self._num_skipped_in_a_row = 0
             scale.good()
@@ -122,7 +122,7 @@ class Divergence:
         return DivergedError(f"{self._reason}; there is no whole checkpoint of a step before to go back to")
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it."""
+        """Return what a checkpoint keeps of it."""
         watched = {"losses": list(self._watch.losses), "above": list(self._watch.above)}
         return {
             "num_skipped_in_a_row": self._num_skipped_in_a_row,

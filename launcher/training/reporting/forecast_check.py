@@ -51,7 +51,7 @@ class ForecastCheck:
         self._held = max(self._held, lap.held - self._bare) if phase == STEADY else 0
 
     def saves(self) -> None:
-        """What is kept for a save is from now on beside what a step needs."""
+        """Note that memory is kept for a save from now on, beside what a step needs."""
         self._teaches = False
 
     def note(self, num_tokens: int, seconds: float) -> dict[str, Any] | None:
@@ -92,8 +92,8 @@ class ForecastCheck:
         return found
 
     def _ratio(self, speed: dict[str, float], lasts: dict[str, float] | None) -> float:
-        """What a step took of what the speed model alone had said; what it waits for its data is foreseen
-        beside that."""
+        """Return what a step took of what the speed model alone had said; what it waits for its data is
+        foreseen beside that."""
         bare_rate, seconds = (
             speed["tokens_per_second"] * speed["correction"],
             1 / statistics.median(self._rates[1:]),
@@ -114,8 +114,8 @@ class ForecastCheck:
 
 
 def _keeps_freed_memory() -> bool:
-    """Whether the C library was told to keep what is freed, as ranks on a CPU are where there is room: that
-    is no slack of the plan's."""
+    """Return whether the C library was told to keep what is freed, as ranks on a CPU are where there is room:
+    that is no slack of the plan's."""
     return (
         os.environ.get("MALLOC_TRIM_THRESHOLD_", "0").isdigit()
         and int(os.environ.get("MALLOC_TRIM_THRESHOLD_", "0")) >= 1 << 30

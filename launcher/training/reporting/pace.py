@@ -79,8 +79,8 @@ class Own:
             self._loader += seconds
 
     def end(self) -> float | None:
-        """What the step's own work took. On a GPU of the last measured one whose events are over; None where
-        there is none."""
+        """Return what the step's own work took. On a GPU of the last measured one whose events are over; None
+        where there is none."""
         if not self._on_gpu:
             return time.perf_counter() - self._began - (waited.seconds - self._waited)
         if not self._events or not self._events[-1][1].query():
@@ -105,7 +105,7 @@ class Own:
 
 
 class Pace:
-    """Who is slow. Every rank has one, and all come to the same."""
+    """Find out who is slow. Every rank has one, and all come to the same."""
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class Pace:
         self._is_said = False
 
     def worked(self, seconds: float | None) -> None:
-        """What this rank's own work of the step took."""
+        """Note the seconds of this rank's own work in the step."""
         self._steps += 1
         if seconds is not None:
             if self._world_size > 1:  # else nobody asks for them
@@ -136,17 +136,17 @@ class Pace:
 
     @property
     def measures(self) -> bool:
-        """Whether the numbers go along with the step that begins now."""
+        """Return whether the numbers go along with the step that begins now."""
         return self._world_size > 1 and (self._steps + 1) % self._every == 0
 
     @property
     def rides(self) -> bool:
-        """Whether the numbers go along with this step's exchange; the same on all ranks."""
+        """Return whether the numbers go along with this step's exchange; the same on all ranks."""
         return self._world_size > 1 and self._steps % self._every == 0
 
     def share(self) -> list[float]:
-        """What this rank adds to the exchange: a number for each rank, of which its own is not 0 in a step in
-        which they ride.
+        """Return what this rank adds to the exchange: a number for each rank, of which its own is not 0 in a
+        step in which they ride.
 
         As many in every step: how a sum is rounded may hang on the length of what is summed, and a resumed
         run counts its steps anew.
@@ -196,8 +196,8 @@ class Pace:
             self._evidence.popleft()
 
     def _slowness(self) -> tuple[float, float, float]:
-        """How many times slower than the others this rank was since then, 0 where it is not slow; its own
-        seconds, and theirs.
+        """Return how many times slower than the others this rank was since then, 0 where it is not slow; its
+        own seconds, and theirs.
 
         It counts as slow where it was in most of the comparisons: one long pause makes no slow rank.
         """

@@ -32,7 +32,7 @@ class Evidence:
 
     @classmethod
     def now(cls) -> Evidence:
-        """What the kernel and the supervisor say at this moment."""
+        """Return what the kernel and the supervisor say at this moment."""
         delay = _fields("/proc/self/schedstat")
         faults = _read("/proc/self/stat").rpartition(")")[2].split()
         return cls(
@@ -45,7 +45,7 @@ class Evidence:
 
 
 def reason(before: Evidence, after: Evidence) -> str:
-    """What is seen between two moments, the largest first; that nothing is seen where that is so."""
+    """Return what is seen between two moments, the largest first; that nothing is seen where that is so."""
     seconds = max(1e-3, after.time - before.time)
     looks = max(1, after.looks[0] - before.looks[0])
     shares = {
@@ -83,7 +83,7 @@ def _fields(path: str) -> list[str]:
 
 
 def _throttled_seconds() -> float:
-    """How long the process's control group was kept from running, added up over its cores."""
+    """Return how long the process's control group was kept from running, added up over its cores."""
     for line in _read("/proc/self/cgroup").splitlines():
         number, controllers, path = line.split(":", 2)
         if number == "0":
@@ -99,7 +99,7 @@ def _throttled_seconds() -> float:
 
 
 def _slow_clock() -> str:
-    """What nvidia-smi says of this rank's GPU, where it runs far below its highest clock."""
+    """Return what nvidia-smi says of this rank's GPU, where it runs far below its highest clock."""
     import torch
 
     if not torch.cuda.is_available():

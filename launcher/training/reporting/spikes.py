@@ -40,7 +40,7 @@ class SpikeWatch:
 
     @property
     def median(self) -> float:
-        """Of the last losses that did not stand out."""
+        """Return the median of the last losses that did not stand out."""
         return statistics.median(self.losses)
 
     def lasts(self, loss: float) -> bool:
@@ -61,8 +61,8 @@ class SpikeWatch:
 
 @dataclass
 class Ledger:
-    """Which steps of a run left no trace in its weights, and why: ranges of steps, in the order in which it
-    was decided.
+    """List which steps of a run left no trace in its weights, and why: ranges of steps, in the order in which
+    it was decided.
 
     The samples of these steps are not trained on again: a step has the same samples whatever happened before
     it.

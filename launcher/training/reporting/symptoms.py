@@ -92,8 +92,8 @@ class Symptoms:
             )
 
     def _is_falling(self) -> bool:
-        """Whether the later half of the last losses is lower: a model that begins with nothing learns, if
-        late."""
+        """Return whether the later half of the last losses is lower: a model that begins with nothing learns,
+        if late."""
         losses = list(self._losses)
         earlier, later = statistics.fmean(losses[: _STEPS // 2]), statistics.fmean(losses[_STEPS // 2 :])
         return later < (1 - _FALL) * earlier

@@ -101,8 +101,8 @@ class Counting(TorchDispatchMode):
 
 
 def _sums_gradients(function: Any, args: Any) -> bool:
-    """Whether autograd adds up two gradients where they meet: into the first one, if no one else holds it,
-    but for fake tensors."""
+    """Return whether autograd adds up two gradients where they meet: into the first one, if no one else holds
+    it, but for fake tensors."""
     if function is not _aten.add.Tensor or torch._C._current_graph_task_id() == -1:
         return False
     if (
@@ -119,15 +119,16 @@ def _sums_gradients(function: Any, args: Any) -> bool:
 
 
 def _grouped_shape(first: torch.Tensor, second: torch.Tensor, ends: torch.Tensor) -> tuple[int, ...]:
-    """Of `torch._grouped_mm`: groups of rows, of columns, or of what is summed over."""
+    """Return the result's shape of `torch._grouped_mm`: groups of rows, of columns, or of what is summed
+    over."""
     if first.dim() == 2 and second.dim() == 2:
         return ends.numel(), first.shape[0], second.shape[1]
     return first.shape[-2], second.shape[-1]
 
 
 def hidden_bytes(function: Any, args: Any, result: Any, cuda: bool) -> int:
-    """What a kernel takes and gives back within one operator, which no dispatch mode sees (torch 2.13): bytes
-    beyond its results."""
+    """Return what a kernel takes and gives back within one operator, which no dispatch mode sees (torch
+    2.13): bytes beyond its results."""
     if function is _aten.logsumexp.default:
         return int(args[0].numel() * args[0].itemsize)  # exp(logits - max)
     if function in (_aten.mm.default, _aten.addmm.default) and not cuda and result.itemsize == 2:

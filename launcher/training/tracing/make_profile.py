@@ -13,10 +13,10 @@ from typing import Any
 
 from launcher import tasks
 from launcher.errors import ConfigurationError
+from launcher.planner.limits import chunk_length
 from launcher.planner.memory.profile import FEW, MANY, RECOMPUTATIONS, Block, Pass, Profile
 from launcher.planner.plan import Plan
 from launcher.tasks.task import Draws, Sample, Task
-from launcher.training.loss import chunk_length
 from launcher.training.model import pretrained
 from launcher.training.precision import DTYPES
 from launcher.training.tracing.layers import Layer, spread

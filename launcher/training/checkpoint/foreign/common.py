@@ -50,7 +50,7 @@ def whole_tensor(value: torch.Tensor) -> ForeignTensor:
 
 @dataclass
 class Foreign:
-    """What was found in a foreign checkpoint. Names are Hugging Face names, without the prefixes of wrappers."""
+    """Hold what a foreign checkpoint has. Names are Hugging Face names, without the prefixes of wrappers."""
 
     origin: str
     """Who wrote it, as people say it: DeepSpeed 0.19.8, ZeRO-3, 2 ranks."""
@@ -76,7 +76,7 @@ def plain_name(name: str) -> str:
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """What `torch.save` wrote, its tensors as views of the file. Nothing in it is executed.
+    """Return what `torch.save` wrote, its tensors as views of the file. Nothing in it is executed.
 
     Raises CheckpointError, in one line, where it is missing, cut off, no dictionary, or names a class that no
     checkpoint needs.

@@ -30,12 +30,12 @@ _STATE = "optimizer.state."
 
 
 def found(source: Path) -> bool:
-    """Whether this looks like one of them."""
+    """Return whether this looks like one of them."""
     return (source / f"{_MODEL}_0").is_dir() or (source / f"{_MODEL}.bin").is_file()
 
 
 def read(source: Path) -> Foreign:
-    """Where everything is. Raises CheckpointError where a file is missing or cut off."""
+    """Return where everything is. Raises CheckpointError where a file is missing or cut off."""
     sharded = (source / f"{_MODEL}_0").is_dir()
     foreign = Foreign(f"Accelerate's FSDP, {'sharded' if sharded else 'one file'}", step=trainer_step(source))
     if sharded:

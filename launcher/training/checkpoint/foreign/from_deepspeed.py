@@ -32,13 +32,14 @@ _MASTER = "param"
 
 
 def found(source: Path) -> bool:
-    """Whether this looks like one of them: the directory that was saved to, or the one of a tag in it."""
+    """Return whether this looks like one of them: the directory that was saved to, or the one of a tag in
+    it."""
     return (source / "latest").is_file() or any(_OPTIMIZER_FILE.match(path.name) for path in source.iterdir())
 
 
 def read(source: Path) -> Foreign:
-    """Where everything is. Raises CheckpointError where a file is missing, cut off, or of another save than
-    the rest."""
+    """Return where everything is. Raises CheckpointError where a file is missing, cut off, or of another save
+    than the rest."""
     directory = _tag(source)
     optimizer_files, model_files = _files(directory)
     try:

@@ -135,7 +135,7 @@ def write(
 
 
 def _lazy(tensor: ForeignTensor, dtype: torch.dtype) -> torch.Tensor:
-    """As a tensor whose elements come when they are written, and go afterwards."""
+    """Return a tensor whose elements come when they are written, and go afterwards."""
     return FlatShard(tensor.shape, 0, tensor.shape.numel(), functools.partial(tensor.as_dtype, dtype), dtype)
 
 
@@ -203,7 +203,7 @@ def _step(foreign: Foreign, plan: Plan, samples: int | None, notes: list[str]) -
 
 
 def _optimizer_step(foreign: Foreign) -> float:
-    """How many steps Adam's averages are corrected for."""
+    """Return how many steps Adam's averages are corrected for."""
     if len(foreign.optimizer_steps) > 1:
         low, high = min(foreign.optimizer_steps), max(foreign.optimizer_steps)
         raise CheckpointError(
@@ -219,7 +219,7 @@ def _optimizer_step(foreign: Foreign) -> float:
 
 
 def _differences(foreign: Foreign, plan: Plan) -> list[str]:
-    """What the plan's optimizer does otherwise than the one that was saved."""
+    """Return what the plan's optimizer does otherwise than the one that was saved."""
     training = plan.training
     ours: dict[str, Any] = {
         "eps": training.epsilon,
@@ -260,8 +260,8 @@ def _differences(foreign: Foreign, plan: Plan) -> list[str]:
 
 
 def _extra(foreign: Foreign, plan: Plan, source: Path) -> dict[str, Any]:
-    """What the trainer needs beside the step. The run begins with an evaluation, as none was made of this
-    model."""
+    """Return what the trainer needs beside the step. The run begins with an evaluation, as none was made of
+    this model."""
     scale = LossScale(plan.precision == "fp16")
     if scale.used and foreign.loss_scale:
         scale.value = float(foreign.loss_scale)

@@ -1,0 +1,14 @@
+"""Sizes that the trainer keeps to and the planner counts with."""
+
+from __future__ import annotations
+
+DEFERRED_GRADIENT_BYTES = 4 << 30
+"""FSDP: up to this size a rank adds gradients up unsharded over the micro-batches of a step and sends them once;
+above it, memory is worth more."""
+CHUNK_ELEMENTS = 1 << 24
+"""Logits that the loss holds at a time: 64 MiB in fp32."""
+
+
+def chunk_length(vocabulary: int) -> int:
+    """Return the positions whose logits are held at a time."""
+    return max(128, CHUNK_ELEMENTS // vocabulary)
