@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shutil
 import subprocess
@@ -26,19 +27,12 @@ def check(is_needed: bool = False) -> list[Finding]:
     """Commands, controller, munge. Where there is no Slurm at all, that is fine unless it `is_needed`."""
     absent = [name for name in _COMMANDS if shutil.which(name) is None]
     if len(absent) == len(_COMMANDS):
-        said, advice = (
-            "no command of Slurm is here",
-            "call this on a login node of the cluster, or load the site's module of Slurm",
-        )
+        said = "no command of Slurm is here"
+        advice = "call this on a login node of the cluster, or load the site's module of Slurm"
         return [failed(_CHECK, said, advice) if is_needed else ok(_CHECK, said)]
     if absent:
-        return [
-            failed(
-                _CHECK,
-                f"{', '.join(absent)} are not in PATH",
-                "load the site's module of Slurm, or have PATH name its folder",
-            )
-        ]
+        advice = "load the site's module of Slurm, or have PATH name its folder"
+        return [failed(_CHECK, f"{', '.join(absent)} are not in PATH", advice)]
     answer = controller()
     return [answer] if answer.level == "failed" else [answer, *munge()]
 
@@ -72,13 +66,8 @@ def munge() -> list[Finding]:
     try:
         configuration = settings(call(["scontrol", "show", "config"], seconds=_SECONDS))
     except SchedulerError as error:
-        return [
-            failed(
-                "munge",
-                f"the controller refuses: {error}",
-                "have munged started here, with the cluster's key and the right time",
-            )
-        ]
+        advice = "have munged started here, with the cluster's key and the right time"
+        return [failed("munge", f"the controller refuses: {error}", advice)]
     kind = configuration.get("AuthType", "auth/munge")
     if kind != "auth/munge":
         return [ok("munge", f"is not used here ({kind})")]
@@ -86,21 +75,11 @@ def munge() -> list[Finding]:
         return [ok("munge", "its programs are not here; the controller accepts us")]
     socket = re.search(r"socket=([^,\s]+)", configuration.get("AuthInfo", ""))
     where = [f"--socket={socket[1]}"] if socket else []
+    run = functools.partial(subprocess.run, capture_output=True, text=True, timeout=_SECONDS, check=True)
     try:
-        sealed = subprocess.run(
-            ["munge", "--no-input", *where], capture_output=True, text=True, timeout=_SECONDS, check=True
-        )
-        subprocess.run(
-            ["unmunge", "--no-output", *where],
-            input=sealed.stdout,
-            capture_output=True,
-            text=True,
-            timeout=_SECONDS,
-            check=True,
-        )
+        run(["unmunge", "--no-output", *where], input=run(["munge", "--no-input", *where]).stdout)
     except (OSError, subprocess.SubprocessError) as error:
         reason = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[-1]
-        return [
-            failed("munge", reason, "have munged started here, with the cluster's key and the right time")
-        ]
+        advice = "have munged started here, with the cluster's key and the right time"
+        return [failed("munge", reason, advice)]
     return [ok("munge", "seals and opens")]

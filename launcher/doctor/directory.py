@@ -50,13 +50,8 @@ def check(directory: Path) -> list[Finding]:
         speed = write(path)
         ahead = before - path.stat().st_mtime
     except OSError as error:
-        return [
-            failed(
-                "directory",
-                f"{place}: {error.strerror}",
-                "name a directory that you may write with --directory",
-            )
-        ]
+        advice = "name a directory that you may write with --directory"
+        return [failed("directory", f"{place}: {error.strerror}", advice)]
     finally:
         path.unlink(missing_ok=True)
     free = shutil.disk_usage(place).free
@@ -74,9 +69,8 @@ def judge(place: Path, free: float, speed: float) -> Finding:
     """What room and speed come to."""
     said = f"{place}: {free / 1e9:.0f} GB free, written at {speed / 1e6:.0f} MB/s"
     if free < _LITTLE_ROOM:
-        return warning(
-            "directory", said, "make room: one checkpoint takes 12 bytes for each parameter of the model"
-        )
+        advice = "make room: one checkpoint takes 12 bytes for each parameter of the model"
+        return warning("directory", said, advice)
     if speed < _SLOW:
         return warning("directory", said, "a save will be slow; name a faster file system with --run-dir")
     return ok("directory", said)

@@ -82,11 +82,8 @@ def judge(table: list[dict[str, str]], xid: list[str] | None) -> Finding:
         )
         return failed(_CHECK, f"{said}; {'; '.join(broken)}", advice)
     if doubtful := [f"GPU {gpu['index']}: {reason}" for gpu in table for reason in _doubtful(gpu)]:
-        return warning(
-            _CHECK,
-            f"{said}; {'; '.join(doubtful)}",
-            "see with nvidia-smi who uses it, and whether it stays so",
-        )
+        advice = "see with nvidia-smi who uses it, and whether it stays so"
+        return warning(_CHECK, f"{said}; {'; '.join(doubtful)}", advice)
     return ok(
         _CHECK,
         f"{said}, no ECC "

@@ -33,13 +33,8 @@ def torch_sees(num_gpus: int) -> list[Finding]:
     except (subprocess.TimeoutExpired, ValueError):
         return [failed("torch", "cannot be imported here", 'see what `python -c "import torch"` says')]
     if cuda == "None":
-        return [
-            failed(
-                "torch",
-                f"is built without CUDA, and there are {num_gpus} GPUs",
-                "install the build of torch for your driver",
-            )
-        ]
+        advice = "install the build of torch for your driver"
+        return [failed("torch", f"is built without CUDA, and there are {num_gpus} GPUs", advice)]
     if int(seen) < num_gpus:
         advice = "see CUDA_VISIBLE_DEVICES, and whether the driver is new enough for this CUDA"
         return [failed("torch", f"sees {seen} of {num_gpus} GPUs (CUDA {cuda})", advice)]

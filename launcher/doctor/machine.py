@@ -36,11 +36,8 @@ def check_versions(known: Mapping[str, str]) -> Finding:
     """That what every run needs is installed."""
     shown = ", ".join(f"{name} {version or 'not installed'}" for name, version in known.items())
     if absent := [name for name in _NEEDED if not known.get(name)]:
-        return failed(
-            "versions",
-            f"{', '.join(absent)} not installed ({shown})",
-            "install launcher's dependencies into this environment",
-        )
+        advice = "install launcher's dependencies into this environment"
+        return failed("versions", f"{', '.join(absent)} not installed ({shown})", advice)
     return ok("versions", shown)
 
 
@@ -60,11 +57,8 @@ def check_caches(environment: Mapping[str, str]) -> Finding:
     for name, path in found.items():
         if (reason := _not_writable(nearest(path))) is not None:
             variable = "HF_HOME" if name == "HF cache" else "XDG_CACHE_HOME"
-            return failed(
-                "caches",
-                f"{name} {path}: {reason}",
-                f"set {variable} to a directory that you may write, in cluster.environment too",
-            )
+            advice = f"set {variable} to a directory that you may write, in cluster.environment too"
+            return failed("caches", f"{name} {path}: {reason}", advice)
     return ok("caches", ", ".join(f"{name} {path} is writable" for name, path in found.items()))
 
 
@@ -90,15 +84,13 @@ def check_interface(environment: Mapping[str, str]) -> Finding:
         # NCCL and gloo both take several, and NCCL prefixes and exclusions as well.
         if value.replace("_", "").isalnum() and not any(known.startswith(value) for known in there):
             known = ", ".join(sorted(there)) or "none"
+            advice = f"unset {name}, or set one of those"
             return failed(
-                "interface",
-                f"{name}={value}, which is no interface here; there are {known}",
-                f"unset {name}, or set one of those",
+                "interface", f"{name}={value}, which is no interface here; there are {known}", advice
             )
     if not there:
-        return warning(
-            "interface", "none but the loopback", "several nodes need a network; one machine does not"
-        )
+        advice = "several nodes need a network; one machine does not"
+        return warning("interface", "none but the loopback", advice)
     return ok("interface", ", ".join(f"{name} {address}" for name, address in sorted(there.items())))
 
 
@@ -112,17 +104,10 @@ def check_clock() -> Finding:
     except (OSError, subprocess.TimeoutExpired):
         said = ""
     if said == "no":
-        return warning(
-            "clock",
-            "is not synchronised",
-            "have the system's time service started (chronyd or systemd-timesyncd)",
-        )
-    return ok(
-        "clock",
-        "is synchronised"
-        if said == "yes"
-        else "whether it is synchronised is not known (timedatectl does not say)",
-    )
+        advice = "have the system's time service started (chronyd or systemd-timesyncd)"
+        return warning("clock", "is not synchronised", advice)
+    unknown = "whether it is synchronised is not known (timedatectl does not say)"
+    return ok("clock", "is synchronised" if said == "yes" else unknown)
 
 
 def own_name() -> str:

@@ -138,13 +138,8 @@ class Probe:
         if any("address" not in peer for peer in self._peers.values()):
             return {}
         first = next(iter(self._peers))
-        place = Meeting(
-            node=[*self._peers].index(self._hosts[self._node]),
-            address=self._address_of(first),
-            port=self._peers[first]["port"] + 1,
-            own_address=self._address,
-            interface=self._interface,
-        )
+        node, port = [*self._peers].index(self._hosts[self._node]), self._peers[first]["port"] + 1
+        place = Meeting(node, self._address_of(first), port, self._address, self._interface)
         num_gpus = min(peer["num_gpus"] for peer in self._peers.values())
         return collective_check.add_up(place, len(self._peers), num_gpus, self._secret)
 

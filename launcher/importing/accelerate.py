@@ -29,6 +29,7 @@ _KNOWN = {
     "distributed_type", "mixed_precision", "num_machines", "num_processes", "use_cpu", "fsdp_config",
     "deepspeed_config", "parallelism_config", "dynamo_config",
 }  # fmt: skip
+MARKS = {"distributed_type", "compute_environment", "fsdp_config", "deepspeed_config", "num_machines"}
 _FSDP_ALWAYS = {
     "state_dict_type": "launcher's checkpoints are always sharded; `launcher export` writes whole ones",
     "cpu_ram_efficient_loading": "each rank reads its own shard of the weights",

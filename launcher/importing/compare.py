@@ -86,6 +86,6 @@ def _rendered(plan: Plan, kinds: set[int]) -> list[Reading]:
     readings = []
     if plan.engine == "deepspeed":
         readings.append(foreign_files.read_content(deepspeed.config(plan), "(plan)"))
-    if plan.engine != "deepspeed" or kinds != {foreign_files.rank_of("deepspeed")}:
+    if plan.engine != "deepspeed" or kinds != {foreign_files.RANKS["deepspeed"]}:
         readings.append(foreign_files.read_content(accelerate.config(plan), "(plan, accelerate.yaml)"))
     return readings

@@ -26,6 +26,9 @@ _QUANTISED = {
     "zero_quantized_weights": "zero.quantized_weights",
     "zero_quantized_gradients": "zero.quantized_gradients",
 }
+MARKS = {
+    "zero_optimization", "zero_allow_untested_optimizer", "train_batch_size", "train_micro_batch_size_per_gpu",
+}  # fmt: skip
 _REPORTS = (
     "steps_per_print", "wall_clock_breakdown", "dump_state", "memory_breakdown", "flops_profiler",
     "tensorboard", "wandb", "csv_monitor", "comms_logger", "comet", "log_level", "monitor_config",

@@ -25,14 +25,9 @@ from launcher.plain_files import parse_json, read_bytes
 Kind = Literal[
     "deepspeed", "accelerate", "trainer", "llama-factory", "axolotl", "command line", "job", "plan"
 ]
-_RANKS: dict[Kind, int] = {
-    "command line": 0,
-    "deepspeed": 1,
-    "trainer": 2,
-    "llama-factory": 2,
-    "axolotl": 2,
-    "accelerate": 3,
-}
+RANKS: dict[Kind, int] = {"command line": 0, "deepspeed": 1, "trainer": 2, "accelerate": 3}
+RANKS |= {"llama-factory": RANKS["trainer"], "axolotl": RANKS["trainer"]}
+"""Where a kind of file stands when two say different things; the lower wins."""
 WINNERS = {
     "command line": "a command line overrides files",
     "deepspeed": "the engine runs by its own file",
@@ -40,7 +35,21 @@ WINNERS = {
     "accelerate": "it is the first that says so",
 }
 """Which of two files that say different things wins, in this order, and why."""
+_READERS: dict[Kind, Callable[[dict[str, Any], Reading], None]] = {
+    "deepspeed": deepspeed_config.read,
+    "accelerate": accelerate.read,
+    "llama-factory": llama_factory.read,
+    "axolotl": axolotl.read,
+}
+_KNOWN = (
+    "a DeepSpeed JSON, an Accelerate YAML, TrainingArguments as JSON or YAML, a file of TRL, "
+    "alignment-handbook, LLaMA-Factory or axolotl, or a script with a command line"
+)
 _LARGEST_BYTES = 4 << 20
+
+
+def _unreadable(path: Path | str, reason: str) -> ConfigurationError:
+    return ConfigurationError(Problem("FILE", str(path), reason))
 
 
 def content_of(path: Path) -> Any:
@@ -48,31 +57,22 @@ def content_of(path: Path) -> Any:
     try:
         text = read_bytes(path, _LARGEST_BYTES).decode("utf-8-sig")
     except FileNotFoundError:
-        raise ConfigurationError(
-            Problem("FILE", str(path), f"no such file{paths.nearest_file(path)}")
-        ) from None
+        raise _unreadable(path, f"no such file{paths.nearest_file(path)}") from None
     except IsADirectoryError:
-        raise ConfigurationError(Problem("FILE", str(path), "a directory; name the files in it")) from None
+        raise _unreadable(path, "a directory; name the files in it") from None
     except UnicodeDecodeError:
-        raise ConfigurationError(
-            Problem("FILE", str(path), "not UTF-8 text; write JSON, YAML or a shell script")
-        ) from None
+        raise _unreadable(path, "not UTF-8 text; write JSON, YAML or a shell script") from None
     except OSError as error:
-        raise ConfigurationError(Problem("FILE", str(path), f"cannot be read: {error.strerror}")) from None
+        raise _unreadable(path, f"cannot be read: {error.strerror}") from None
     if path.suffix.lower() in (".sh", ".txt", ".sbatch", ".bash", ".slurm", ".job") or text.startswith("#!"):
         return text
     if path.suffix.lower() == ".json" or text.lstrip().startswith("{"):
         return _json(text, path)
-    return _yaml(text, path)
-
-
-def _yaml(text: str, path: Path) -> Any:
     try:
         return parse(text, str(path))
     except ConfigurationError as error:
-        raise ConfigurationError(
-            [Problem("FILE", str(path), problem.reason) for problem in error.problems]
-        ) from None
+        problems = [Problem("FILE", str(path), problem.reason) for problem in error.problems]
+        raise ConfigurationError(problems) from None
 
 
 def _json(text: str, path: Path) -> Any:
@@ -84,17 +84,11 @@ def _json(text: str, path: Path) -> Any:
             return parse(text, str(path))  # DeepSpeed reads Hjson: comments, trailing commas
         except ConfigurationError:
             where = f"line {error.lineno}, column {error.colno}"
-            raise ConfigurationError(
-                Problem("FILE", str(path), f"not JSON: {error.msg} at {where}")
-            ) from None
+            raise _unreadable(path, f"not JSON: {error.msg} at {where}") from None
     except UnicodeEncodeError:
-        raise ConfigurationError(
-            Problem("FILE", str(path), "has a text with half a character in it (\\ud800 to \\udfff)")
-        ) from None
+        raise _unreadable(path, "has a text with half a character in it (\\ud800 to \\udfff)") from None
     except (ValueError, RecursionError):
-        raise ConfigurationError(
-            Problem("FILE", str(path), "not JSON: a number or a nesting beyond any sense")
-        ) from None
+        raise _unreadable(path, "not JSON: a number or a nesting beyond any sense") from None
     return content
 
 
@@ -115,17 +109,9 @@ def kind_of(content: Any) -> Kind | None:
         "dataset" in keys and keys & llama_factory.MARKS
     ):
         return "llama-factory"
-    if (
-        keys & {"distributed_type", "compute_environment", "fsdp_config", "deepspeed_config", "num_machines"}
-        and not keys & trainer.MARKS
-    ):
+    if keys & accelerate.MARKS and not keys & trainer.MARKS:
         return "accelerate"
-    if keys & {
-        "zero_optimization",
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-        "zero_allow_untested_optimizer",
-    }:
+    if keys & deepspeed_config.MARKS:
         return "deepspeed"
     if keys & (trainer.MARKS | sft.MARKS | {"model_name_or_path"}):
         return "trainer"
@@ -142,39 +128,21 @@ def read_content(content: Any, source: str, is_sft: bool = False) -> Reading:
     """What values or a text say; `source` names them, and `is_sft` says that TRL's SFTTrainer reads them."""
     kind = kind_of(content)
     if kind is None:
-        found = (
-            "empty"
-            if content in (None, {})
-            else "no mapping of keys"
-            if not isinstance(content, dict)
-            else "of another kind"
-        )
-        words = (
-            "a DeepSpeed JSON, an Accelerate YAML, TrainingArguments as JSON or YAML, a file of TRL, "
-            "alignment-handbook, LLaMA-Factory or "
-        )
-        words += "axolotl, or a script with a command line"
-        raise ConfigurationError(Problem("FILE", source, f"is {found}; write {words}"))
+        is_mapping = "of another kind" if isinstance(content, dict) else "no mapping of keys"
+        shown = "empty" if content in (None, {}) else is_mapping
+        raise _unreadable(source, f"is {shown}; write {_KNOWN}")
     if kind in ("job", "plan"):
         command = "launcher run" if kind == "job" else "launcher diff"
-        raise ConfigurationError(
-            Problem("FILE", source, f"is launcher's own {kind}, and needs no import; `{command}` reads it")
-        )
-    reading = Reading(source, _RANKS[kind])
+        raise _unreadable(source, f"is launcher's own {kind}, and needs no import; `{command}` reads it")
+    reading = Reading(source, RANKS[kind])
     if kind == "command line":
         command_line.read_script(content, reading)
         return reading
-    readers: dict[Kind, Callable[[dict[str, Any], Reading], None]] = {
-        "deepspeed": deepspeed_config.read,
-        "accelerate": accelerate.read,
-        "trainer": trainer.read,
-        "llama-factory": llama_factory.read,
-        "axolotl": axolotl.read,
-    }
-    if kind == "trainer" and is_sft:
-        trainer.read({str(key): value for key, value in content.items()}, reading, is_sft=True)
-        return reading
-    readers[kind]({str(key): value for key, value in content.items()}, reading)
+    values = {str(key): value for key, value in content.items()}
+    if kind == "trainer":
+        trainer.read(values, reading, is_sft)
+    else:
+        _READERS[kind](values, reading)
     return reading
 
 
@@ -216,15 +184,6 @@ def _overridden(path: Path, overrides: dict[str, Any], is_sft: bool) -> Reading:
     reading = read_content({**content, **overrides}, str(path), is_sft)
     for key, value in overrides.items():
         if key in content and str(content[key]) != str(value) and as_number(content[key]) != as_number(value):
-            reading.remark(
-                "conflict",
-                key,
-                brief(content[key]),
-                f"the command line says {brief(value)}, which won: it overrides the file",
-            )
+            text = f"the command line says {brief(value)}, which won: it overrides the file"
+            reading.remark("conflict", key, brief(content[key]), text)
     return reading
-
-
-def rank_of(kind: Kind) -> int:
-    """Where a kind of file stands when two say different things; the lower wins."""
-    return _RANKS[kind]
