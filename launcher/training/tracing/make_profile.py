@@ -15,7 +15,7 @@ from launcher import tasks
 from launcher.errors import ConfigurationError
 from launcher.planner.memory.profile import FEW, MANY, RECOMPUTATIONS, Block, Pass, Profile
 from launcher.planner.plan import Plan
-from launcher.tasks.task import Draws, Sample, Task
+from launcher.tasks.task import IGNORE, Draws, Sample, Task
 from launcher.training.loss import chunk_length
 from launcher.training.model import pretrained
 from launcher.training.precision import DTYPES
@@ -41,16 +41,8 @@ class ProfileMaker:
             plan.model_copy(update={"attention": "sdpa"}) if plan.attention == "flash_attention_2" else plan
         )
         self.config = config = pretrained.read_config(self.plan)
-        self.task: Task = tasks.unprepared(self.plan)
-        self.task.adopt(config)
-        self.task.labels = (self.task.own_labels or ["0", "1"]) if self.task.needs_labels else None
-        self.task.configure(config)
-        for one in (config, config.get_text_config()):
-            if getattr(one, "pad_token_id", None) is None:
-                one.pad_token_id = (
-                    0  # of a batch of texts the tokenizer's is; any will do where nothing is read
-                )
-        self.kind = pretrained.model_class(self.task.auto_class, config, plan)
+        self.task = prepared_task(self.plan, config)
+        pretrained.model_class(self.task.auto_class, config, plan)
         options = {"trust_remote_code": plan.model.trust_remote_code}
         self.traced = TracedModel(
             config, self.task.auto_class, self.task.loss, DTYPES[plan.precision], **options
@@ -163,37 +155,10 @@ class ProfileMaker:
         Raises Untraceable where the task cannot make one.
         """
         try:
-            samples = [
-                self._natural(self.task.example(length), number) for number, length in enumerate(lengths)
-            ]
-            return self.task.collate([[sample] for sample in samples], Draws(0, 0))
+            return example_batch(self.task, self.config, lengths)
         except Exception as error:  # a task of another package may raise anything
-            raise Untraceable(
-                f"its task {self.plan.task} makes no example: {pretrained.first_line(error)}"
-            ) from error
-
-    def _natural(self, sample: Sample, number: int) -> Sample:
-        """Return the sample as a text is: it has no padding within, ends with an end, and the last of a
-        causal one predicts nothing."""
-        config, arrays = self.config.get_text_config(), dict(sample)
-        special = {
-            value
-            for name, value in vars(config).items()
-            if name.endswith("_token_id") and isinstance(value, int)
-        }
-        word = next(number for number in range(len(special) + 1) if number not in special)
-        end = getattr(config, "eos_token_id", None)
-        end = end[0] if isinstance(end, list) and end else end
-        if "input_ids" in arrays:
-            arrays["input_ids"] = arrays["input_ids"] * 0 + min(
-                word, (getattr(config, "vocab_size", None) or word + 1) - 1
-            )
-            if isinstance(end, int):
-                arrays["input_ids"][-1] = end
-        if "targets" in arrays:
-            arrays["targets"] = arrays["targets"].copy()
-            arrays["targets"][-1] = -100
-        return Sample(arrays, number, sample.length)
+            reason = f"its task {self.plan.task} makes no example: {pretrained.first_line(error)}"
+            raise Untraceable(reason) from error
 
     def _tails(self, layers: Sequence[Layer]) -> dict[str, tuple[tuple[int, Block], ...]]:
         """Return what is behind the layers for each of several numbers of samples, where a loss in chunks
@@ -240,6 +205,45 @@ class ProfileMaker:
             if slope > 0
             else 0.0
         )
+
+
+def prepared_task(plan: Plan, config: Any) -> Task:
+    """Return the plan's task for a model that has no data yet: with the model's own classes, else with two."""
+    task = tasks.unprepared(plan)
+    task.adopt(config)
+    task.labels = (task.own_labels or ["0", "1"]) if task.needs_labels else None
+    task.configure(config)
+    for one in (config, config.get_text_config()):
+        if getattr(one, "pad_token_id", None) is None:
+            one.pad_token_id = 0  # of a batch of texts the tokenizer's is; any will do where nothing is read
+    return task
+
+
+def example_batch(task: Task, config: Any, lengths: Sequence[int]) -> dict[str, Any]:
+    """Return a micro-batch of examples of such lengths, as the task collates them."""
+    samples = [_natural(task.example(length), number, config) for number, length in enumerate(lengths)]
+    return task.collate([[sample] for sample in samples], Draws(0, 0))
+
+
+def _natural(sample: Sample, number: int, config: Any) -> Sample:
+    """Return the sample as a text is: without padding within, with an end, and of a causal one the last
+    position predicts nothing."""
+    text, arrays = config.get_text_config(), dict(sample)
+    special = {
+        value for name, value in vars(text).items() if name.endswith("_token_id") and isinstance(value, int)
+    }
+    word = next(number for number in range(len(special) + 1) if number not in special)
+    end = getattr(text, "eos_token_id", None)
+    end = end[0] if isinstance(end, list) and end else end
+    if "input_ids" in arrays:
+        most = (getattr(text, "vocab_size", None) or word + 1) - 1
+        arrays["input_ids"] = arrays["input_ids"] * 0 + min(word, most)
+        if isinstance(end, int) and end <= most:
+            arrays["input_ids"][-1] = end
+    if "targets" in arrays:
+        arrays["targets"] = arrays["targets"].copy()
+        arrays["targets"][-1] = IGNORE
+    return Sample(arrays, number, sample.length)
 
 
 def make_profile(plan: Plan) -> Profile:
