@@ -10,6 +10,7 @@ from launcher.errors import ConfigurationError, Problem
 from launcher.job.load import load
 from launcher.launch.scratch import ask
 from launcher.launch.screen import Watcher
+from launcher.planner.memory.profiles import Profiles
 from launcher.planner.plan import Plan
 from launcher.planner.search import plan_job
 from launcher.runs.layout import RunDirectory
@@ -38,7 +39,12 @@ class Request:
                         "RUN", target, "runs a script of its own, which alone knows how to measure its model"
                     )
                 )
-            return cls(plan_job(load(run.job_file, overrides), num_ranks), run.path, None, step)
+            return cls(
+                plan_job(load(run.job_file, overrides), num_ranks, profiles=Profiles(starts=True)),
+                run.path,
+                None,
+                step,
+            )
         if not (Path(target) / "config.json").is_file():
             raise ConfigurationError(
                 Problem(
@@ -49,7 +55,12 @@ class Request:
             raise ConfigurationError(
                 Problem("--checkpoint", step, "a model has no checkpoints; leave it out, or name a run")
             )
-        return cls(plan_job(load(job, overrides), num_ranks), None, str(Path(target).resolve()), None)
+        return cls(
+            plan_job(load(job, overrides), num_ranks, profiles=Profiles(starts=True)),
+            None,
+            str(Path(target).resolve()),
+            None,
+        )
 
 
 def evaluate_locally(request: Request, watcher: Watcher) -> dict[str, Any]:

@@ -23,11 +23,10 @@ from launcher.training.tracing.layers import Layer, spread
 from launcher.training.tracing.recorder import Passed, joined, same
 from launcher.training.tracing.traced_model import TracedModel, Untraceable
 
-_MOST_TOKENS = 1 << 15
-"""Tokens of a pass beyond which nobody goes, up to which a loss in chunks is traced."""
-_MOST_CHUNKS = 3
-"""More chunks of a loss than these need no more memory."""
-_STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+_MOST_SAMPLES = 64
+"""Of a pass in which a loss in chunks is traced; beyond, it is taken to grow on, which is never too little."""
+_CHUNKS = (1, 2, 3)
+"""So many chunks of a loss need more memory than fewer; further ones need no more."""
 
 
 class ProfileMaker:
@@ -138,10 +137,18 @@ class ProfileMaker:
         return one, Pass.of(spread([joined(*pair) for pair in zip(few, many, strict=True)], layers))
 
     def _go(
-        self, layers: Sequence[Layer], samples: int, length: int, recompute: str, training: bool
+        self,
+        layers: Sequence[Layer],
+        samples: int,
+        length: int,
+        recompute: str,
+        training: bool,
+        backward: bool = True,
     ) -> list[Passed]:
         cuda = self.plan.mesh.device == "cuda"
-        return self.traced.go(self.batch(self.lengths(samples, length)), layers, recompute, training, cuda)
+        return self.traced.go(
+            self.batch(self.lengths(samples, length)), layers, recompute, training, cuda, backward
+        )
 
     def lengths(self, samples: int, length: int) -> list[int]:
         """Return the samples' lengths: where they are padded one is shorter, so that there is a mask as in
@@ -163,16 +170,21 @@ class ProfileMaker:
     def _tails(self, layers: Sequence[Layer]) -> dict[str, tuple[tuple[int, Block], ...]]:
         """Return what is behind the layers for each of several numbers of samples, where a loss in chunks
         makes it no line."""
-        vocabulary, length = (
-            getattr(self.config.get_text_config(), "vocab_size", None),
-            self.plan.data.max_length,
-        )
+        vocabulary = getattr(self.config.get_text_config(), "vocab_size", None)
         if not vocabulary or self.task.traits.head != "every-position" or self.plan.layout == "single":
             return {}
-        most = _MOST_CHUNKS * chunk_length(vocabulary)
-        enough = next((number for number in _STEPS if number * length > most), _STEPS[-1])
-        steps = [number for number in _STEPS if number <= enough and number * length <= _MOST_TOKENS]
-        steps = [*steps, 2 * steps[-1], 4 * steps[-1]] if steps else [1, 2]
+        length = self.plan.data.max_length
+        breaks = [number * chunk_length(vocabulary) / length for number in _CHUNKS]
+        within = [samples for samples in breaks if samples < _MOST_SAMPLES]
+        if not within:
+            return {}
+        steps = {
+            1,
+            2,
+            *(max(1, int(samples)) for samples in within),
+            *(int(samples) + 1 for samples in within),
+        }
+        steps.add(2 * max(steps))
         ends = [
             layer if layer.traced and (layer.begins or layer.ends) else replace(layer, stands_in=-1)
             for layer in layers
@@ -180,8 +192,8 @@ class ProfileMaker:
         tails = {}
         for name, training in (("training", True), ("evaluation", False)):
             blocks = []
-            for number in steps:
-                passed = self._go(ends, number, length, "none", training)
+            for number in sorted(steps):
+                passed = self._go(ends, number, length, "none", training, backward=False)
                 blocks += [
                     (number, same(block)) for block in passed if block.kind == "tail" and not block.backward
                 ]
