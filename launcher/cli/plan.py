@@ -219,4 +219,4 @@ def profiles_for(starts: bool, formulas: bool = True) -> Profiles:
     """
     from launcher.planner.memory.profiles import Profiles
 
-    return Profiles(starts, formulas, lambda line: typer.echo(line, err=True))
+    return Profiles(starts, formulas)

@@ -13,6 +13,7 @@ from launcher.errors import ConfigurationError, Problem, StorageError
 from launcher.job.load import load
 from launcher.launch.scratch import ask
 from launcher.launch.screen import Watcher
+from launcher.planner.memory.profiles import Profiles
 from launcher.planner.plan import Plan
 from launcher.planner.search import plan_job
 from launcher.runs.layout import RunDirectory, make_directory, write_atomically
@@ -42,7 +43,12 @@ class Request:
             if Plan.read(run.plan_file).script:
                 reason = "runs a script of its own, which alone knows how to measure its model"
                 raise ConfigurationError(Problem("RUN", target, reason))
-            return cls(plan_job(load(run.job_file, overrides), num_ranks), run.path, None, step)
+            return cls(
+                plan_job(load(run.job_file, overrides), num_ranks, profiles=Profiles(starts=True)),
+                run.path,
+                None,
+                step,
+            )
         if not (Path(target) / "config.json").is_file():
             reason = "no config.json there; with --job it must be a directory with a model"
             raise ConfigurationError(Problem("MODEL", target, reason))
@@ -50,7 +56,12 @@ class Request:
             raise ConfigurationError(
                 Problem("--checkpoint", step, "a model has no checkpoints; leave it out, or name a run")
             )
-        return cls(plan_job(load(job, overrides), num_ranks), None, str(Path(target).resolve()), None)
+        return cls(
+            plan_job(load(job, overrides), num_ranks, profiles=Profiles(starts=True)),
+            None,
+            str(Path(target).resolve()),
+            None,
+        )
 
     def measured_on(self, other: Path) -> Request:
         """The same on another file with the same columns, or on the held-out rows of another job.
@@ -59,7 +70,7 @@ class Request:
         """
         data = self.plan.data
         if other.suffix in (".yaml", ".yml"):
-            theirs = plan_job(load(other), self.plan.mesh.world_size)
+            theirs = plan_job(load(other), self.plan.mesh.world_size, profiles=Profiles(starts=True))
             if theirs.task != self.plan.task:
                 reason = f"is a job of {theirs.task}, and what is measured does {self.plan.task}"
                 raise ConfigurationError(Problem("--on", str(other), reason))

@@ -16,6 +16,7 @@ from launcher.job.schema import Job
 from launcher.launch import run_setup
 from launcher.metrics import Better
 from launcher.plain_files import read_json
+from launcher.planner.memory.profiles import Profiles
 from launcher.planner.plan import Plan
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.successive_halving import SWEEP_FILE, better_of
@@ -112,7 +113,12 @@ class Sweep:
         named = f"name={self.path.name}-{number:03d}"
         job = self.path / "job.yaml"
         return run_setup.open_run(
-            job, [*self.points[number], named], self.nproc, self.run(number).path, local=local
+            job,
+            [*self.points[number], named],
+            self.nproc,
+            self.run(number).path,
+            local=local,
+            profiles=Profiles(starts=True),
         )
 
 

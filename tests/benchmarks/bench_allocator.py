@@ -58,7 +58,7 @@ def steps(plan: Plan, num_steps: int) -> list[list[float]]:
         plan.model.name, attn_implementation=attention.register(plan.attention)
     )
     engine = engines.build(plan, Causal(), config, {})  # type: ignore[arg-type]
-    batch = Causal.batch(Request(plan, "causal", (LENGTH,)), config)
+    batch = Causal.batch(Request(plan, (LENGTH,)), config)
     found = []
     for _ in range(num_steps + 1):
         faults, begun = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter()

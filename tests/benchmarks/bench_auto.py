@@ -167,9 +167,7 @@ def steps(plan: Plan, ds_config: dict[str, Any], num_steps: int, hopeless: float
         plan.model.name, attn_implementation=attention.register(plan.attention)
     )
     engine = engines.build(plan, Causal(), config, ds_config)  # type: ignore[arg-type]
-    batch = Causal.batch(
-        Request(plan, "causal", (plan.data.max_length,) * plan.batch.micro_batch_size), config
-    )
+    batch = Causal.batch(Request(plan, (plan.data.max_length,) * plan.batch.micro_batch_size), config)
     found: list[float] = []
     for _ in range(NUM_FIRST + num_steps):
         begun = time.perf_counter()
@@ -190,9 +188,7 @@ def peak(plan: Plan) -> int:
     from tests.benchmarks.memory_ranks import Request, measure
 
     return int(
-        measure(Request(plan, "causal", (plan.data.max_length,) * plan.batch.micro_batch_size))["peaks"][
-            "steady step"
-        ]
+        measure(Request(plan, (plan.data.max_length,) * plan.batch.micro_batch_size))["peaks"]["steady step"]
     )
 
 

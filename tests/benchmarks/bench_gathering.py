@@ -48,7 +48,7 @@ def seconds(plan: Plan, rounds: int) -> list[list[float]]:
         plan.model.name, attn_implementation=attention.register(plan.attention)
     )
     engine = engines.build(plan, Causal(), config, {})  # type: ignore[arg-type]
-    batch = Causal.batch(Request(plan, "causal", (LENGTH,)), config)
+    batch = Causal.batch(Request(plan, (LENGTH,)), config)
     kept = type(engine.model).set_reshard_after_backward
     found: list[list[float]] = [[], []]
     for turn in range(2 * rounds + 2):

@@ -21,27 +21,27 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from _report import conditions, sentence, table, write
-from launcher.planner.memory.families import Program
 
-from launcher.planner.memory.estimate import Estimator, estimate
+from launcher.planner.memory.estimate import Estimator
+from launcher.planner.memory.formulas import formulas_of
+from launcher.planner.memory.profile import Profile
 from launcher.planner.model.model_config import read_config
 from launcher.planner.plan import Plan
-from tests.benchmarks.memory_cases import POOLS, Case, draw
+from tests.benchmarks.memory_cases import Case, draw
 from tests.benchmarks.memory_pool import World
 
 PREFACE = """# The memory model against the allocator
 
-`python -m tests.benchmarks.bench_memory --seed S --count N` draws configurations at random, runs two steps of each on real gloo ranks, and
-compares the peak of live tensor bytes of the second step (from the allocator's own events, the rank that needs most) with what
-`launcher/planner/memory` says from config.json alone (formulas), and with what it says when the blocks of the model come from its own
-class, gone through under fake tensors (`launcher/training/tracing`, `launcher plan --trace`). A run after whose steps more than 1% of
-the peak seems to stay is measured again, up to twice, and the lowest counts: gloo's threads release memory where the profiler does not
-see it. Models are tiny, so what is constant weighs more than it would in a real one. An error above 0 is a plan that asks for too much,
-below 0 for too little.
+`python -m tests.benchmarks.bench_memory --seed S --count N` draws configurations at random and runs two steps of each
+on real gloo ranks. The peak of live tensor bytes of the second step (from the allocator's own events, the rank that
+needs most) is compared with what the planner says of it: by the profile of the model's own class, at one, two and
+eight samples, and for decoders by the formulas too. A run after whose steps more than 1% of the peak seems to stay is
+measured again, up to twice, and the lowest counts: gloo's threads release memory where the profiler does not see it.
+Models are tiny, so what is constant weighs more than it would in a real one. An error above 0 is a plan that asks for
+too much, below 0 for too little.
 """
 
 
-TITLES = {"first": "", "t5": "T5 and its like: ", "experts": "Mixtures of experts: "}
 COLUMNS = ("median", "95th percentile", "most under", "most over")
 
 
@@ -51,13 +51,13 @@ def main() -> None:
     found = conditions("torch", "transformers", "deepspeed")
     cases = [
         case
-        for case in draw(options.seed, options.count, options.pool)
+        for case in draw(options.seed, options.count)
         if options.only is None or case.number in options.only
     ]
     cases.sort(key=lambda case: (case.world_size, case.number))
     rows = measure(cases, explains=options.only is not None, budget=options.minutes * 60, kept=options.keep)
     if options.only is None and not options.dry:
-        title = f"{TITLES[options.pool]}Seed {options.seed}, {len(rows)} configurations"
+        title = f"Seed {options.seed}, {len(rows)} configurations"
         print(
             write(
                 "memory", title, describe(rows, options, found), {"conditions": found, "rows": rows}, PREFACE
@@ -70,7 +70,6 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seed", type=int, default=5)
-    parser.add_argument("--pool", choices=POOLS, default="first", help="the families that are drawn from")
     parser.add_argument("--count", type=int, default=120)
     parser.add_argument("--only", type=int, nargs="*", default=None, help="numbers of cases, explained")
     parser.add_argument("--minutes", type=float, default=60, help="measure no further case after so long")
@@ -84,41 +83,20 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def predicted(case: Case, directory: Path) -> dict[str, Any]:
-    """What the formulas say of a case."""
+def prepared(case: Case, directory: Path) -> tuple[Plan, dict[str, Any]]:
+    """The plan of a case, and what profile and formulas say of it."""
+    from launcher.training.tracing.make_profile import make_profile
+
     plan = case.plan(directory)
-    config = read_config(str(directory))
-    assert config is not None
-    footprint = estimate(plan, config, case.batch)
-    assert footprint is not None
-    steady = footprint.phase("steady step")
-    said = {"predicted": steady.peak, "where": steady.where, "loading": footprint.phase("loading").peak}
-    return said | {
-        "traced": Estimator(plan, traced(case, plan), case.batch).footprint().phase("steady step").peak
-    }
-
-
-def traced(case: Case, plan: Plan) -> Program:
-    """The model's own class as the planner's program."""
-    from launcher.training.tracing.program import Traced
-    from transformers import AutoConfig
-
-    from launcher.training.model import attention
-    from launcher.training.precision import DTYPES
-    from tests.benchmarks.memory_ranks import Request
-    from tests.benchmarks.memory_tasks import TASKS
-
-    task, request = TASKS[case.kind], Request(plan, case.kind, case.lengths, case.targets)
-    config = AutoConfig.from_pretrained(
-        plan.model.name, attn_implementation=attention.register(plan.attention)
-    )
-    return Traced(
-        config,
-        task.auto_class,
-        task.loss,
-        lambda _, config: task.batch(request, config),
-        DTYPES[plan.precision],
-    )
+    profile = Profile.from_json(json.loads(json.dumps(make_profile(plan).to_json())))
+    assert profile.untraceable is None, (case, profile.untraceable)
+    plan = case.with_buckets(plan, profile.units())
+    steady = Estimator(plan, profile).footprint().phase("steady step")
+    formulas = formulas_of(plan, read_config(str(directory)) or {})
+    said = {"predicted": steady.peak, "where": steady.where, "formulas": None}
+    if formulas is not None:
+        said["formulas"] = Estimator(plan, formulas).footprint().phase("steady step").peak
+    return plan, said
 
 
 def measure(
@@ -140,15 +118,13 @@ def measure(
             if case.number not in before and time.monotonic() - begun > budget:
                 continue
             directory = Path(scratch) / str(case.number)
-            row = {"number": case.number, "case": case.describe()} | predicted(case, directory)
+            plan, said = prepared(case, directory)
+            row = {"number": case.number, "case": case.describe()} | said
             if case.number in before:
                 row["measured"] = before[case.number]["measured"]
             else:
                 world = _world(world, case.world_size)
-                request = Request(
-                    case.plan(directory), case.kind, case.lengths, case.targets, explains=explains
-                )
-                results = settled(world, on_rank, request)
+                results = settled(world, on_rank, Request(plan, case.lengths, explains=explains))
                 row["measured"] = max(result["peaks"]["steady step"] for result in results)
                 if kept is not None:
                     with open(kept, "a") as file:
@@ -156,7 +132,7 @@ def measure(
                 if explains:
                     _explain(results)
             row["error"] = row["predicted"] / row["measured"] - 1
-            row["traced_error"] = row["traced"] / row["measured"] - 1
+            row["formula_error"] = None if row["formulas"] is None else row["formulas"] / row["measured"] - 1
             rows.append(row | _facts(case))
             print(line(rows[-1]), flush=True)
     if world is not None:
@@ -195,7 +171,8 @@ def _facts(case: Case) -> dict[str, Any]:
         "optimizer": case.optimizer,
         "checkpointing": case.checkpointing,
         "frozen": bool(case.freeze),
-        "tokens": case.batch.num_tokens,
+        "tokens": sum(case.lengths),
+        "adapter": case.adapter is not None,
         "samples": len(case.lengths),
         "passes": case.accumulation,
     }
@@ -218,18 +195,20 @@ def line(row: dict[str, Any]) -> str:
             "optimizer",
             "checkpointing",
             "frozen",
+            "adapter",
             "tokens",
             "passes",
         )
     )
-    errors = f"{row['error']:+7.2%} {row['traced_error']:+7.2%}"
+    formulas = "" if row["formula_error"] is None else f"{row['formula_error']:+7.2%}"
+    errors = f"{row['error']:+7.2%} {formulas:7}"
     return (
         f"{row['number']:4} {errors} {row['measured'] / 2**20:8.2f} {row['case']:32} {facts} ({row['where']})"
     )
 
 
 def summary(rows: list[dict[str, Any]], kind: str = "error") -> dict[str, float]:
-    """The errors of many rows in four numbers; `traced_error` are those of the traces."""
+    """The errors of many rows in four numbers; `formula_error` are those of the formulas."""
     sizes = sorted(abs(row[kind]) for row in rows)
     return {
         "configurations": len(rows),
@@ -258,55 +237,36 @@ def verdicts(
 def describe(rows: list[dict[str, Any]], options: argparse.Namespace, found: dict[str, Any]) -> str:
     """The section of the page."""
     groups: dict[str, list[dict[str, Any]]] = {"all": rows}
-    for key in ("engine", "precision", "checkpointing", "optimizer", "ranks", "frozen"):
+    for key in ("engine", "precision", "checkpointing", "optimizer", "ranks", "frozen", "adapter"):
         for value in sorted({str(row[key]) for row in rows}):
             groups[f"{key} {value}"] = [row for row in rows if str(row[key]) == value]
     for family in sorted({row["case"].split()[0] for row in rows}):
         groups[family] = [row for row in rows if row["case"].split()[0] == family]
     lines = []
     for name, group in groups.items():
-        numbers = [summary(group, kind) for kind in ("error", "traced_error")]
-        lines.append([name, len(group), *(f"{s[key]:+.2%}" for s in numbers for key in COLUMNS)])
+        known = [row for row in group if row["formula_error"] is not None]
+        ours = summary(group)
+        theirs = summary(known, "formula_error") if known else {}
+        cells = [f"{ours[key]:+.2%}" for key in COLUMNS]
+        cells += [f"{theirs[key]:+.2%}" if theirs else "" for key in COLUMNS]
+        lines.append([name, len(group), *cells])
     said = verdicts(rows, options.seed)
-    near = verdicts(rows, options.seed, predicted="traced")["near"]
     verdict = (
         f"The verdict fits or not, the bare figure against the limit: right of {said['any']['right']} "
-        f"of {said['any']['of']} limits "
-        f"between half and twice what was measured, of {said['near']['right']} of {said['near']['of']} "
-        "within 5% of it; by the traces, "
-        f"of {near['right']} of these."
+        f"of {said['any']['of']} limits between half and twice what was measured, of {said['near']['right']} "
+        f"of {said['near']['of']} within 5% of it."
     )
-    worst = sorted(rows, key=lambda row: -abs(row["error"]))[:12]
-    kept = [
-        [
-            f"{r['error']:+.2%}",
-            f"{r['traced_error']:+.2%}",
-            f"{r['measured'] / 2**20:.1f} MiB",
-            line(r)[30:].strip(),
-        ]
-        for r in worst
-    ]
-    kept_before = (
-        " What was measured before is not measured again; what is predicted is of this commit."
-        if options.keep
-        else ""
-    )
+    kept = []
+    for row in sorted(rows, key=lambda row: -abs(row["error"]))[:12]:
+        formulas = "" if row["formula_error"] is None else f"{row['formula_error']:+.2%}"
+        measured = f"{row['measured'] / 2**20:.1f} MiB"
+        kept.append([f"{row['error']:+.2%}", formulas, measured, line(row)[30:].strip()])
+    facts = "ranks, engine, precision, optimizer, checkpointing, frozen, adapter, tokens, passes, where"
+    heads = ["group", "configurations", *COLUMNS, *(f"formulas: {name}" for name in COLUMNS)]
     return (
-        f"{sentence(found)}{kept_before}\n\n"
-        f"Seed {options.seed}. Errors are (predicted - measured) / measured; median and percentile of "
-        "their size.\n\n"
-        + table(["group", "configurations", *COLUMNS, *(f"traced: {name}" for name in COLUMNS)], lines)
-        + f"\n{verdict}\n\nThe worst:\n\n"
-        + table(
-            [
-                "error",
-                "traced",
-                "measured",
-                "configuration (ranks, engine, precision, optimizer, checkpointing, frozen, tokens, "
-                "passes, where)",
-            ],
-            kept,
-        )
+        f"{sentence(found)}\n\nSeed {options.seed}. Errors are (predicted - measured) / measured; "
+        f"median and percentile of their size.\n\n{table(heads, lines)}\n{verdict}\n\nThe worst:\n\n"
+        + table(["error", "formulas", "measured", f"configuration ({facts})"], kept)
     )
 
 

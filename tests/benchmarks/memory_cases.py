@@ -7,27 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.planner.memory.families import program_of
-
-from launcher.planner.memory.program import Batch
+from launcher import tasks
+from launcher.planner.memory.program import Unit
 from launcher.planner.plan import Plan
 from tests.training.plans import plan_of
 
-FAMILIES = ("llama", "qwen3", "qwen2", "mistral", "gpt2", "bert", "roberta", "vit", "bart")
-POOLS = {
-    "first": FAMILIES,
-    "t5": ("t5", "mt5", "umt5"),
-    "experts": ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe"),
-}
-"""Families that are drawn from together: one that is added to a pool would change every draw of its seeds."""
-KINDS = {"bert": "classifying", "roberta": "classifying", "vit": "seeing"} | dict.fromkeys(
-    ("bart", *POOLS["t5"]), "translating"
-)
-TASKS = {
-    "classifying": "sequence-classification",
-    "seeing": "image-classification",
-    "translating": "translation",
-}
+DECODERS = ("llama", "qwen3", "qwen2", "mistral", "gpt2")
+ENCODERS = ("bert", "roberta", "distilbert")
+EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
+OTHERS = ("gpt_neox", "gemma3_text")
+FAMILIES = (*DECODERS, *ENCODERS, "bart", *EXPERTS, *OTHERS)
+CLASSIFIERS = (*ENCODERS, "bart")
+ADAPTED = ("llama", "qwen2", "gpt2", "bert", "distilbert", "gpt_neox")
+"""Families that are drawn with an adapter now and then."""
 
 
 @dataclass(frozen=True)
@@ -45,16 +37,13 @@ class Case:
     checkpointing: str
     freeze: tuple[str, ...]
     lengths: tuple[int, ...]
-    targets: tuple[int, ...]
+    adapter: dict[str, Any] | None
     accumulation: int
 
     @property
-    def kind(self) -> str:
-        return KINDS.get(self.family, "causal")
-
-    @property
-    def batch(self) -> Batch:
-        return Batch(self.lengths, self.kind != "causal", self.targets)
+    def classifies(self) -> bool:
+        """Whether it classifies padded samples, rather than learn packed ones."""
+        return self.family in CLASSIFIERS
 
     def describe(self) -> str:
         sizes = f"{self.width} x {self.depth}, {self.config.get('vocab_size', 0):,} words"
@@ -62,40 +51,46 @@ class Case:
 
     @property
     def width(self) -> int:
-        return self.config.get("hidden_size") or self.config.get("n_embd") or self.config["d_model"]
+        names = ("hidden_size", "n_embd", "d_model", "dim")
+        return next(self.config[name] for name in names if name in self.config)
 
     @property
     def depth(self) -> int:
-        return (
-            self.config.get("num_hidden_layers")
-            or self.config.get("n_layer")
-            or sum(
-                self.config[name]
-                for name in ("encoder_layers", "decoder_layers", "num_layers", "num_decoder_layers")
-                if name in self.config
-            )
-        )
+        names = ("num_hidden_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers")
+        return sum(self.config[name] for name in names if name in self.config)
 
     def plan(self, directory: Path) -> Plan:
-        """The plan of the case for a model in `directory`, which holds its config."""
+        """The plan of the case for a model in `directory`, which it writes: of an adapter's with its weights."""
         from transformers import AutoConfig
 
-        AutoConfig.for_model(self.family, **self.config).save_pretrained(directory)
+        config = AutoConfig.for_model(self.family, **self.config)
+        config.save_pretrained(directory)
+        if self.adapter is not None:
+            auto_class = tasks.find(self.task).auto_class.fget(None)  # type: ignore[attr-defined]
+            config.architectures = None
+            auto_class.from_config(config).save_pretrained(directory)
         micro, world = len(self.lengths), self.world_size
         batch = {"global_batch_size": micro * world * self.accumulation, "micro_batch_size": micro}
+        layout = ("padded", "sdpa") if self.classifies else ("packed", "packed")
+        columns = {"label": "label"} if self.classifies else {}
         changes: dict[str, Any] = {
             "precision": self.precision,
             "activation_checkpointing": self.checkpointing,
-            "model__weights": "random",
+            "model__task": self.task,
             "model__freeze": self.freeze,
-            "attention": "packed" if self.kind == "causal" else "sdpa",
-            "layout": "packed" if self.kind == "causal" else "padded",
+            **({"model__weights": "random"} if self.adapter is None else {"model__adapter": self.adapter}),
+            "task": self.task,
+            "layout": layout[0],
+            "attention": layout[1],
+            "data": {"train": {"path": "t"}, "text": "text", "max_length": max(self.lengths)} | columns,
             "training__optimizer": self.optimizer,
             "batch": batch | {"accumulation_steps": self.accumulation, "data_parallel_size": world},
         }
-        plan = plan_of(directory, world, **changes | self._sharding())
-        plan = plan.model_copy(update={"task": TASKS.get(self.kind, "causal-lm")})
-        return plan if plan.engine == "fsdp" else self._with_buckets(plan)
+        return plan_of(directory, world, **changes | self._sharding())
+
+    @property
+    def task(self) -> str:
+        return "sequence-classification" if self.classifies else "causal-lm"
 
     def _sharding(self) -> dict[str, Any]:
         if self.engine == "fsdp 2 copies":
@@ -116,78 +111,76 @@ class Case:
             "zero": zero,
         }
 
-    def _with_buckets(self, plan: Plan) -> Plan:
-        """The sizes that the planner would choose, without its least of a million elements, which would hold
-        all of so small a model."""
-        assert plan.zero is not None
-        program = program_of(self.config | {"model_type": self.family})
-        assert program is not None
-        root, layers = program.units()
+    def with_buckets(self, plan: Plan, units: tuple[Unit, list[Unit]]) -> Plan:
+        """Return the plan with the sizes that the planner would choose for ZeRO, without its least of a million
+        elements, which would hold all of so small a model."""
+        if plan.zero is None:
+            return plan
+        root, layers = units
         layer = max(unit.num_elements() for unit in layers)
         kept = {
             "persistence_threshold": 10 * self.width,
             "max_live_parameters": root.num_elements() + 3 * layer,
         }
-        every = dict.fromkeys(
-            ("reduce_bucket_size", "allgather_bucket_size", "prefetch_bucket_size", "sub_group_size"),
-            layer + layer % 2,
-        )
+        names = ("reduce_bucket_size", "allgather_bucket_size", "prefetch_bucket_size", "sub_group_size")
+        every = dict.fromkeys(names, layer + layer % 2)
         return plan.model_copy(update={"zero": plan.zero.model_copy(update=every | kept)})
 
 
-def draw(seed: int, count: int, pool: str = "first") -> list[Case]:
-    """`count` cases, always the same for the same seed and pool."""
+def draw(seed: int, count: int) -> list[Case]:
+    """`count` cases, always the same for the same seed."""
     generator = random.Random(seed)
-    return [_draw(generator, number, POOLS[pool]) for number in range(count)]
+    return [_draw(generator, number) for number in range(count)]
 
 
-def _draw(r: random.Random, number: int, families: tuple[str, ...]) -> Case:
-    family = r.choice(families)
+def _draw(r: random.Random, number: int) -> Case:
+    family = r.choice(FAMILIES)
     world = r.choice((1, 2, 2, 4))
     engines = ["fsdp", "fsdp", "zero 1", "zero 2", "zero 3"] if world > 1 else ["fsdp", "fsdp", "zero 2"]
     engine = r.choice(
         [*engines, *(["fsdp gradients"] if world > 1 else []), *(["fsdp 2 copies"] if world == 4 else [])]
     )
-    checkpointing = r.choice(
-        ("none", "none", "full", "selective") if engine != "zero 3" else ("none", "full")
-    )
+    ways = ("none", "none", "full", "selective") if engine != "zero 3" else ("none", "full")
+    checkpointing = r.choice(ways)
     # DeepSpeed takes fp16 on a CPU only where that has units for it.
     precision = r.choice(
         ("bf16", "bf16", "fp32", "fp16") if not engine.startswith("zero") else ("bf16", "fp32")
     )
     config = _config(r, family)
-    lengths = _lengths(r)
-    equal = family == "vit" or r.random() < 0.3
-    lengths = (max(lengths),) * len(lengths) if equal else lengths
-    targets = tuple(r.randint(10, 60) for _ in lengths) if KINDS.get(family) == "translating" else ()
-    freeze = _freeze(r, family) if r.random() < 0.25 else ()
+    samples, length = r.randint(1, 6), r.randint(16, 128)
+    # Padded samples are as the planner has them: all but one as long as they may be.
+    shorter = family in CLASSIFIERS and samples > 1
+    lengths = (length,) * (samples - shorter) + (length - 1,) * shorter
+    adapter = {"rank": r.choice((4, 8))} if family in ADAPTED and r.random() < 0.3 else None
+    freeze = _freeze(r, family) if r.random() < 0.25 and adapter is None else ()
+    optimizer, passes = r.choice(("adamw", "adamw", "sgd")), r.choice((1, 1, 2, 3))
     return Case(
-        number, family, config, world, engine, precision, r.choice(("adamw", "adamw", "sgd")), checkpointing,
-        freeze, lengths, targets,
-        r.choice((1, 1, 2, 3)),
-    )  # fmt: skip
-
-
-def _lengths(r: random.Random) -> tuple[int, ...]:
-    return tuple(r.randint(16, 128) for _ in range(r.randint(1, 4)))
+        number,
+        family,
+        config,
+        world,
+        engine,
+        precision,
+        optimizer,
+        checkpointing,
+        freeze,
+        lengths,
+        adapter,
+        passes,
+    )
 
 
 def _freeze(r: random.Random, family: str) -> tuple[str, ...]:
-    embeddings = {"gpt2": "transformer.wte.*", "bert": "bert.embeddings.*", "roberta": "roberta.embeddings.*"}
-    layers = {
-        "gpt2": "transformer.h.",
-        "bert": "bert.encoder.layer.",
-        "roberta": "roberta.encoder.layer.",
-        "vit": "vit.layers.",
+    stems = {
+        "gpt2": ("transformer.wte.*", "transformer.h."),
+        "bert": ("bert.embeddings.*", "bert.encoder.layer."),
+        "roberta": ("roberta.embeddings.*", "roberta.encoder.layer."),
+        "distilbert": ("distilbert.embeddings.*", "distilbert.transformer.layer."),
+        "bart": ("model.shared.*", "model.encoder.layers."),
+        "gpt_neox": ("gpt_neox.embed_in.*", "gpt_neox.layers."),
     }
-    first = (
-        {"vit": "vit.embeddings.*", "bart": "model.shared.*"}
-        | dict.fromkeys(POOLS["t5"], "shared.*")
-        | embeddings
-    )
-    stem = first.get(family, "model.embed_tokens.*")
-    prefix = {"bart": "model.encoder.layers."} | dict.fromkeys(POOLS["t5"], "encoder.block.") | layers
-    return r.choice([(stem,), (stem, f"{prefix.get(family, 'model.layers.')}0.*")])
+    stem, prefix = stems.get(family, ("model.embed_tokens.*", "model.layers."))
+    return r.choice([(stem,), (stem, f"{prefix}0.*")])
 
 
 def _experts(r: random.Random, family: str, hidden: int) -> dict[str, Any]:
@@ -221,50 +214,27 @@ def _config(r: random.Random, family: str) -> dict[str, Any]:
             "n_positions": 256,
         } | drops
     if family == "bart":
-        sides = {
-            "encoder_layers": layers,
-            "decoder_layers": r.randint(2, 4),
-            "encoder_ffn_dim": wide,
-            "decoder_ffn_dim": wide,
-        }
-        each = {
-            "encoder_attention_heads": heads,
-            "decoder_attention_heads": heads,
-            "max_position_embeddings": 256,
-        }
-        return (
-            sides
-            | each
-            | {"d_model": hidden, "vocab_size": words, "dropout": dropout, "attention_dropout": 0.0}
-        )
-    if family in POOLS["t5"]:
-        sides = {
-            "num_layers": layers,
-            "num_decoder_layers": r.randint(2, 4),
-            "num_heads": heads,
-            "d_kv": r.choice((24, 32)),
-        }
-        ways = {"feed_forward_proj": r.choice(("relu", "gated-gelu", "gated-silu")), "dropout_rate": dropout}
-        return sides | ways | {"d_model": hidden, "d_ff": wide, "vocab_size": words}
+        sides = {"encoder_layers": layers, "decoder_layers": r.randint(2, 4)}
+        each = dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), wide)
+        each |= dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), heads)
+        drops = {"dropout": dropout, "attention_dropout": 0.0}
+        return sides | each | drops | {"d_model": hidden, "vocab_size": words, "max_position_embeddings": 256}
+    if family == "distilbert":
+        drops = {"dropout": dropout, "attention_dropout": dropout}
+        sizes = {"dim": hidden, "n_layers": layers, "n_heads": heads, "hidden_dim": wide}
+        return sizes | drops | {"vocab_size": words, "max_position_embeddings": 256}
     common = {
         "hidden_size": hidden,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "intermediate_size": wide,
     }
-    if family == "vit":
-        return common | {
-            "image_size": r.choice((32, 64)),
-            "patch_size": 8,
-            "num_channels": 3,
-            "hidden_dropout_prob": dropout,
-        }
     if family in ("bert", "roberta"):
         drops = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
         return common | drops | {"vocab_size": words, "max_position_embeddings": 256}
     groups = r.choice([g for g in (1, 2, 4) if heads % g == 0])
     tied = r.random() < 0.5
-    if family in POOLS["experts"]:
+    if family in EXPERTS:
         common |= _experts(r, family, hidden)
     return common | {
         "num_key_value_heads": groups,

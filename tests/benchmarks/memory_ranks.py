@@ -21,13 +21,12 @@ from typing import Any
 import torch
 from torch import distributed
 from torch.profiler import ProfilerActivity, profile, record_function
-from transformers import AutoConfig
 
 from launcher.planner.plan import Plan
 from launcher.render.deepspeed import config as deepspeed_config
 from launcher.training import engines
-from launcher.training.model import attention
-from tests.benchmarks.memory_tasks import TASKS
+from launcher.training.model import pretrained
+from launcher.training.tracing.make_profile import example_batch, prepared_task
 
 PHASE, LIVE = "phase: ", "live: "
 PHASES = ("loading", "first step", "steady step", "evaluating")
@@ -38,12 +37,8 @@ class Request:
     """One case as a rank needs it."""
 
     plan: Plan
-    kind: str
-    """The key of `TASKS`."""
     lengths: tuple[int, ...]
     """Tokens of each sample of a micro-batch."""
-    other_lengths: tuple[int, ...] = ()
-    """Of an encoder-decoder, tokens of each target."""
     evaluates: bool = False
     explains: bool = False
     """Also say which tensors were live at the peak."""
@@ -151,19 +146,17 @@ def _say_what_lives(before: dict[int, int]) -> None:
 
 
 def _steps(request: Request, before: dict[int, int]) -> Any:
-    plan, task = request.plan, TASKS[request.kind]
+    plan = request.plan
     with record_function(f"{PHASE}loading"):
-        config = AutoConfig.from_pretrained(
-            plan.model.name, attn_implementation=attention.register(plan.attention)
-        )
-        engine = engines.build(
-            plan, task(), config, deepspeed_config(plan) if plan.engine == "deepspeed" else {}
-        )
+        config = pretrained.read_config(plan)
+        task = prepared_task(plan, config)
+        settings = deepspeed_config(plan) if plan.engine == "deepspeed" else {}
+        engine = engines.build(plan, task, config, settings)
     gc.collect()
     for name in ("first step", "steady step"):
         with record_function(f"{PHASE}{name}"):
             for index in range(plan.batch.accumulation_steps):
-                batch = task.batch(request, config)
+                batch = example_batch(task, config, request.lengths)
                 engine.micro_step(batch, 1.0, index == plan.batch.accumulation_steps - 1)
                 del batch
             engine.squared_gradient_norm()
@@ -172,7 +165,7 @@ def _steps(request: Request, before: dict[int, int]) -> Any:
             _say_what_lives(before)
     if request.evaluates:
         with record_function(f"{PHASE}evaluating"):
-            engine.evaluate(task.batch(request, config))
+            engine.evaluate(example_batch(task, config, request.lengths))
     return engine
 
 

@@ -47,7 +47,7 @@ def _compare(world: World, case: AdapterCase, directory: Path) -> tuple[int, int
     config = read_config(str(directory))
     made = estimate(plan, config or {}, case.batch)
     assert made is not None
-    results = settled(world, measure, Request(plan, "causal", case.lengths))
+    results = settled(world, measure, Request(plan, case.lengths))
     peak, left = (
         max(result[key][phase] for result in results)
         for key, phase in (("peaks", "steady step"), ("ends", "first step"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.planner.memory.profile import Profile
@@ -19,16 +18,17 @@ def traced(name: str) -> Profile:
     return Profile.from_json(json.loads((FOLDER / f"{name}.json").read_text()))
 
 
-@dataclass(eq=False)
 class Given(Profiles):
     """The one program, whatever the model."""
 
-    program_of_all: Program | Unknown = Unknown("nothing is given")
+    def __init__(self, program: Program | Unknown) -> None:
+        super().__init__()
+        self._given = program
 
     def find(self, plan: Plan) -> Program | Unknown:
-        return self.program_of_all
+        return self._given
 
 
 def given(program: Program | Unknown) -> Profiles:
     """Return where every model is this one."""
-    return Given(program_of_all=program)
+    return Given(program)

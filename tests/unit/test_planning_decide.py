@@ -263,7 +263,9 @@ def test_less_memory_means_more_recomputation_and_a_smaller_pass(tmp_path: Path)
 
 def test_sharding_leaves_more_memory(tmp_path: Path) -> None:
     machine = Hardware(8, 256 * GIB, frozenset(), (Gpu("small", int(3.2 * GIB), 9.0),) * 4)
-    local = job(model__name=model(tmp_path, num_hidden_layers=24), data__max_length=1024)
+    local = job(
+        model__name=model(tmp_path, num_hidden_layers=24), data__max_length=1024, memory__offload="none"
+    )
     alone, four = plan_job(local, 1, machine), plan_job(local, 4, machine)
     order = ["none", "selective", "full"]
     assert order.index(alone.activation_checkpointing) > order.index(four.activation_checkpointing)

@@ -73,7 +73,10 @@ def _formulas(config: str, freeze: tuple[str, ...], adapter: Adapter | None) -> 
 
 
 def program_of(config: dict[str, Any]) -> SymbolicProgram:
-    """Return the program of a model of one of `KNOWN`. Raises KeyError for a config without a size that it needs."""
+    """Return the program of a model of one of `KNOWN`.
+
+    Raises KeyError for a config without a size that it needs.
+    """
     return Gpt2(config) if config["model_type"] == "gpt2" else Llama(config)
 
 

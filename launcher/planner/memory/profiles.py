@@ -42,6 +42,11 @@ class Unknown:
     """Its parameters, where they are known all the same."""
 
 
+def tell(line: str) -> None:
+    """Write a line on the terminal, beside whatever a command prints."""
+    print(line, file=sys.stderr, flush=True)
+
+
 @dataclass(eq=False)
 class Profiles:
     """Where the planner has models from."""
@@ -50,7 +55,7 @@ class Profiles:
     """Start a trace, in a process of its own, where there is neither formula nor profile."""
     formulas: bool = True
     """Go by the formulas where they know the model."""
-    say: Callable[[str], None] = lambda line: None
+    say: Callable[[str], None] = tell
     """Told in one line why the seconds of a trace pass."""
     _known: dict[str, Program | Unknown | ConfigurationError] = field(default_factory=dict)
 

@@ -16,18 +16,17 @@ from launcher.errors import ConfigurationError
 from launcher.planner.limits import chunk_length
 from launcher.planner.memory.profile import FEW, MANY, RECOMPUTATIONS, Block, Pass, Profile
 from launcher.planner.plan import Plan
-from launcher.tasks.task import Draws, Sample, Task
+from launcher.tasks.task import IGNORE, Draws, Sample, Task
 from launcher.training.model import pretrained
 from launcher.training.precision import DTYPES
 from launcher.training.tracing.layers import Layer, spread
 from launcher.training.tracing.recorder import Passed, joined, same
 from launcher.training.tracing.traced_model import TracedModel, Untraceable
 
-_MOST_TOKENS = 1 << 15
-"""Tokens of a pass beyond which nobody goes, up to which a loss in chunks is traced."""
-_MOST_CHUNKS = 3
-"""More chunks of a loss than these need no more memory."""
-_STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+_MOST_SAMPLES = 64
+"""Of a pass in which a loss in chunks is traced; beyond, it is taken to grow on, which is never too little."""
+_CHUNKS = (1, 2, 3)
+"""So many chunks of a loss need more memory than fewer; further ones need no more."""
 
 
 class ProfileMaker:
@@ -41,16 +40,8 @@ class ProfileMaker:
             plan.model_copy(update={"attention": "sdpa"}) if plan.attention == "flash_attention_2" else plan
         )
         self.config = config = pretrained.read_config(self.plan)
-        self.task: Task = tasks.unprepared(self.plan)
-        self.task.adopt(config)
-        self.task.labels = (self.task.own_labels or ["0", "1"]) if self.task.needs_labels else None
-        self.task.configure(config)
-        for one in (config, config.get_text_config()):
-            if getattr(one, "pad_token_id", None) is None:
-                one.pad_token_id = (
-                    0  # of a batch of texts the tokenizer's is; any will do where nothing is read
-                )
-        self.kind = pretrained.model_class(self.task.auto_class, config, plan)
+        self.task = prepared_task(self.plan, config)
+        pretrained.model_class(self.task.auto_class, config, plan)
         options = {"trust_remote_code": plan.model.trust_remote_code}
         self.traced = TracedModel(
             config, self.task.auto_class, self.task.loss, DTYPES[plan.precision], **options
@@ -146,10 +137,18 @@ class ProfileMaker:
         return one, Pass.of(spread([joined(*pair) for pair in zip(few, many, strict=True)], layers))
 
     def _go(
-        self, layers: Sequence[Layer], samples: int, length: int, recompute: str, training: bool
+        self,
+        layers: Sequence[Layer],
+        samples: int,
+        length: int,
+        recompute: str,
+        training: bool,
+        backward: bool = True,
     ) -> list[Passed]:
         cuda = self.plan.mesh.device == "cuda"
-        return self.traced.go(self.batch(self.lengths(samples, length)), layers, recompute, training, cuda)
+        return self.traced.go(
+            self.batch(self.lengths(samples, length)), layers, recompute, training, cuda, backward
+        )
 
     def lengths(self, samples: int, length: int) -> list[int]:
         """Return the samples' lengths: where they are padded one is shorter, so that there is a mask as in
@@ -163,51 +162,29 @@ class ProfileMaker:
         Raises Untraceable where the task cannot make one.
         """
         try:
-            samples = [
-                self._natural(self.task.example(length), number) for number, length in enumerate(lengths)
-            ]
-            return self.task.collate([[sample] for sample in samples], Draws(0, 0))
+            return example_batch(self.task, self.config, lengths)
         except Exception as error:  # a task of another package may raise anything
-            raise Untraceable(
-                f"its task {self.plan.task} makes no example: {pretrained.first_line(error)}"
-            ) from error
-
-    def _natural(self, sample: Sample, number: int) -> Sample:
-        """Return the sample as a text is: it has no padding within, ends with an end, and the last of a
-        causal one predicts nothing."""
-        config, arrays = self.config.get_text_config(), dict(sample)
-        special = {
-            value
-            for name, value in vars(config).items()
-            if name.endswith("_token_id") and isinstance(value, int)
-        }
-        word = next(number for number in range(len(special) + 1) if number not in special)
-        end = getattr(config, "eos_token_id", None)
-        end = end[0] if isinstance(end, list) and end else end
-        if "input_ids" in arrays:
-            arrays["input_ids"] = arrays["input_ids"] * 0 + min(
-                word, (getattr(config, "vocab_size", None) or word + 1) - 1
-            )
-            if isinstance(end, int):
-                arrays["input_ids"][-1] = end
-        if "targets" in arrays:
-            arrays["targets"] = arrays["targets"].copy()
-            arrays["targets"][-1] = -100
-        return Sample(arrays, number, sample.length)
+            reason = f"its task {self.plan.task} makes no example: {pretrained.first_line(error)}"
+            raise Untraceable(reason) from error
 
     def _tails(self, layers: Sequence[Layer]) -> dict[str, tuple[tuple[int, Block], ...]]:
         """Return what is behind the layers for each of several numbers of samples, where a loss in chunks
         makes it no line."""
-        vocabulary, length = (
-            getattr(self.config.get_text_config(), "vocab_size", None),
-            self.plan.data.max_length,
-        )
+        vocabulary = getattr(self.config.get_text_config(), "vocab_size", None)
         if not vocabulary or self.task.traits.head != "every-position" or self.plan.layout == "single":
             return {}
-        most = _MOST_CHUNKS * chunk_length(vocabulary)
-        enough = next((number for number in _STEPS if number * length > most), _STEPS[-1])
-        steps = [number for number in _STEPS if number <= enough and number * length <= _MOST_TOKENS]
-        steps = [*steps, 2 * steps[-1], 4 * steps[-1]] if steps else [1, 2]
+        length = self.plan.data.max_length
+        breaks = [number * chunk_length(vocabulary) / length for number in _CHUNKS]
+        within = [samples for samples in breaks if samples < _MOST_SAMPLES]
+        if not within:
+            return {}
+        steps = {
+            1,
+            2,
+            *(max(1, int(samples)) for samples in within),
+            *(int(samples) + 1 for samples in within),
+        }
+        steps.add(2 * max(steps))
         ends = [
             layer if layer.traced and (layer.begins or layer.ends) else replace(layer, stands_in=-1)
             for layer in layers
@@ -215,8 +192,8 @@ class ProfileMaker:
         tails = {}
         for name, training in (("training", True), ("evaluation", False)):
             blocks = []
-            for number in steps:
-                passed = self._go(ends, number, length, "none", training)
+            for number in sorted(steps):
+                passed = self._go(ends, number, length, "none", training, backward=False)
                 blocks += [
                     (number, same(block)) for block in passed if block.kind == "tail" and not block.backward
                 ]
@@ -240,6 +217,45 @@ class ProfileMaker:
             if slope > 0
             else 0.0
         )
+
+
+def prepared_task(plan: Plan, config: Any) -> Task:
+    """Return the plan's task for a model that has no data yet: with the model's own classes, else with two."""
+    task = tasks.unprepared(plan)
+    task.adopt(config)
+    task.labels = (task.own_labels or ["0", "1"]) if task.needs_labels else None
+    task.configure(config)
+    for one in (config, config.get_text_config()):
+        if getattr(one, "pad_token_id", None) is None:
+            one.pad_token_id = 0  # of a batch of texts the tokenizer's is; any will do where nothing is read
+    return task
+
+
+def example_batch(task: Task, config: Any, lengths: Sequence[int]) -> dict[str, Any]:
+    """Return a micro-batch of examples of such lengths, as the task collates them."""
+    samples = [_natural(task.example(length), number, config) for number, length in enumerate(lengths)]
+    return task.collate([[sample] for sample in samples], Draws(0, 0))
+
+
+def _natural(sample: Sample, number: int, config: Any) -> Sample:
+    """Return the sample as a text is: without padding within, with an end, and of a causal one the last
+    position predicts nothing."""
+    text, arrays = config.get_text_config(), dict(sample)
+    special = {
+        value for name, value in vars(text).items() if name.endswith("_token_id") and isinstance(value, int)
+    }
+    word = next(number for number in range(len(special) + 1) if number not in special)
+    end = getattr(text, "eos_token_id", None)
+    end = end[0] if isinstance(end, list) and end else end
+    if "input_ids" in arrays:
+        most = (getattr(text, "vocab_size", None) or word + 1) - 1
+        arrays["input_ids"] = arrays["input_ids"] * 0 + min(word, most)
+        if isinstance(end, int) and end <= most:
+            arrays["input_ids"][-1] = end
+    if "targets" in arrays:
+        arrays["targets"] = arrays["targets"].copy()
+        arrays["targets"][-1] = IGNORE
+    return Sample(arrays, number, sample.length)
 
 
 def make_profile(plan: Plan) -> Profile:

@@ -80,9 +80,17 @@ class TracedModel:
         return places(self.model, models.repeated_layers(self.model), every)
 
     def go(
-        self, batch: dict[str, Any], layers: Sequence[Layer], checkpointing: str, training: bool, cuda: bool
+        self,
+        batch: dict[str, Any],
+        layers: Sequence[Layer],
+        checkpointing: str,
+        training: bool,
+        cuda: bool,
+        backward: bool = True,
     ) -> list[Passed]:
         """Go through a micro-batch, forward and, where it trains, backward; its blocks in their order.
+
+        backward: without it nothing comes after the loss.
 
         Raises Untraceable where the model's code does not run without numbers.
         """
@@ -98,6 +106,7 @@ class TracedModel:
                     recorder,
                     {key: self._without_numbers(key, value, counting) for key, value in batch.items()},
                     training,
+                    backward,
                 )
         return recorder.blocks
 
@@ -115,14 +124,15 @@ class TracedModel:
         yield from self.model.buffers()
         yield from self.model.parameters()
 
-    def _pass(self, recorder: Recorder, batch: dict[str, Any], training: bool) -> None:
+    def _pass(self, recorder: Recorder, batch: dict[str, Any], training: bool, backward: bool) -> None:
         self.model.train(training)
         with torch.set_grad_enabled(training):
             output = self._forward(self.model, batch)
             if training:
                 loss = output.loss_sum * 1.0
                 recorder.begin("tail", backward=True)
-                loss.backward()
+                if backward:
+                    loss.backward()
                 del loss
         del output, batch
         recorder.close()
