@@ -95,6 +95,19 @@ def test_windows_cover_the_text_and_share_the_stride(stride: int) -> None:
     assert [bool(len(sample["references"])) for sample in samples] == [True] + [False] * (len(samples) - 1)
 
 
+@pytest.mark.parametrize("stride", [0, 1, 3, 5])
+@pytest.mark.parametrize("limit", [12, 14, 19, 40])
+def test_the_planner_counts_the_same_windows(stride: int, limit: int) -> None:
+    task = task_of(max_length=limit, doc_stride=stride)
+    for question in ("the cat", "the cat sat on", "the cat sat on the mat one two"):
+        [made] = task.encode([row_of(question=question)], TOKENIZER)
+        counts = [len(question.split()), len(CONTEXT.split())]
+        lengths = [] if isinstance(made, RowProblem) else [one.length for one in made]
+        assert task.sample_lengths(counts, 3) == lengths
+        dropped = task_of(max_length=limit, doc_stride=stride, too_long="drop").sample_lengths(counts, 3)
+        assert dropped == (lengths if len(lengths) == 1 else [])
+
+
 def test_a_window_without_the_answer_points_at_the_first_token() -> None:
     samples = windows_of(task_of(max_length=12, doc_stride=3), row_of("cat sat"))
     held = [words(sample["input_ids"][slice(*(sample["positions"] + [0, 1]))]) for sample in samples]
