@@ -40,6 +40,10 @@ class LabelledColumns(Data):
     top_k: int | None = Field(default=None, ge=2)
     """Measure too whether the class is among the so many most probable ones."""
 
+    def __hash__(self) -> int:
+        """By its JSON: a mapping of classes has no hash."""
+        return hash(self.model_dump_json())
+
 
 def contradictions(data: LabelledColumns) -> Iterator[Finding]:
     """Yield what is missing, or makes no sense beside the rest."""

@@ -75,7 +75,7 @@ class QuestionAnswering(Task):
     """A question and a text to the part of the text that answers it, or to none."""
 
     name = "question-answering"
-    traits = Traits("padded", causal=False, head="every-position", peft_type="QUESTION_ANS")
+    traits = Traits("padded", causal=False, head="every-position", peft_type="QUESTION_ANS", windows=True)
     Columns = QuestionColumns
     column_ways = (("question", "context", "answers"),)
     data: QuestionColumns
@@ -155,6 +155,15 @@ class QuestionAnswering(Task):
 
     def added_tokens(self, num_texts: int, tokenizer: Any | None) -> int:
         return 3 if tokenizer is None else int(tokenizer.num_special_tokens_to_add(True))
+
+    def sample_lengths(self, tokens: Sequence[int], added: int) -> list[int]:
+        (question, context), limit = tokens, self.data.max_length
+        room, whole = limit - question - added, question + context + added
+        step = room - self.data.doc_stride
+        if whole <= limit or self.data.too_long != "cut" or step <= 0:
+            return [whole] if whole <= limit else []
+        num_more = -(-(context - room) // step)
+        return [limit] * num_more + [whole - num_more * step]
 
     def prepare(self, processor: Any) -> None:
         """Take the padding token and the one that stands for no answer. Raises ConfigurationError for a

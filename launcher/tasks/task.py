@@ -50,6 +50,8 @@ class Traits:
     """Whether the model reads one sequence and writes another."""
     peft_type: str | None = None
     """PEFT's name for it (`peft.TaskType`); None where PEFT has none."""
+    windows: bool = False
+    """Whether a row that is too long for one sample becomes several."""
 
 
 @dataclass(frozen=True)
@@ -258,6 +260,12 @@ class Task(ABC):
         """Return how many tokens a sample of so many texts has beside them. `tokenizer` is of the package
         tokenizers; None without one."""
         return 0
+
+    def sample_lengths(self, tokens: Sequence[int], added: int) -> list[int]:
+        """Return the tokens of each sample that a row becomes, by those of each of its texts and those added
+        beside them."""
+        length, limit = sum(tokens) + added, self.data.max_length
+        return [min(length, limit)] if self.data.too_long == "cut" or length <= limit else []
 
     def left_open(self) -> Iterator[Left]:
         """Yield the keys of `data` that the job left open and the plan settles; a resumed run keeps what its

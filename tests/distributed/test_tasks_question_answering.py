@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,11 @@ from launcher import tasks
 from launcher.data.rows import RowProblem
 from launcher.data.section import Source
 from launcher.errors import ConfigurationError
+from launcher.runs.prepared import place, why
 from launcher.tasks.question_answering import QuestionAnswering, QuestionColumns
 from launcher.tasks.task import AnswerOptions, Encoded, Output, Sample
+from launcher.training.data import inspect
+from launcher.training.data.prepare import prepare
 from tests.distributed.data_world import plan_of, word_tokenizer
 from tests.training.tiny import COMMON, model_of
 
@@ -93,6 +97,19 @@ def test_windows_cover_the_text_and_share_the_stride(stride: int) -> None:
         assert CONTEXT[begin:].startswith(sample["text"].tobytes().decode())
         assert words(sample["input_ids"]).startswith("[CLS] the cat [SEP]")
     assert [bool(len(sample["references"])) for sample in samples] == [True] + [False] * (len(samples) - 1)
+
+
+@pytest.mark.parametrize("stride", [0, 1, 3, 5])
+@pytest.mark.parametrize("limit", [12, 14, 19, 40])
+def test_the_planner_counts_the_same_windows(stride: int, limit: int) -> None:
+    task = task_of(max_length=limit, doc_stride=stride)
+    for question in ("the cat", "the cat sat on", "the cat sat on the mat one two"):
+        [made] = task.encode([row_of(question=question)], TOKENIZER)
+        counts = [len(question.split()), len(CONTEXT.split())]
+        lengths = [] if isinstance(made, RowProblem) else [one.length for one in made]
+        assert task.sample_lengths(counts, 3) == lengths
+        dropped = task_of(max_length=limit, doc_stride=stride, too_long="drop").sample_lengths(counts, 3)
+        assert dropped == (lengths if len(lengths) == 1 else [])
 
 
 def test_a_window_without_the_answer_points_at_the_first_token() -> None:
@@ -412,3 +429,36 @@ def test_an_example_can_be_collated() -> None:
     batch = task.collate([[task.example(9)], [task.example(5)]])
     assert batch["input_ids"].shape == (2, 9) and batch["positions"].shape == (2, 2)
     assert [field.name for field in dataclasses.fields(AnswerOptions)] == ["probabilities", "top_k"]
+
+
+def test_every_row_of_a_file_is_used_or_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    asked = [row_of("cat"), row_of(None), row_of("mat") | {"answers": [{"text": "mat", "answer_start": 3}]}]
+    paragraphs = [
+        {
+            "context": CONTEXT,
+            "qas": [{"question": row["question"], "answers": row["answers"]} for row in asked],
+        }
+    ]
+    path = tmp_path / "squad.json"
+    path.write_text(json.dumps({"version": "1.1", "data": [{"title": "a", "paragraphs": paragraphs}]}))
+    data = QuestionColumns(train=Source(path=str(path)), max_length=12, doc_stride=3)
+    plan = plan_of(data, "question-answering")
+    report = prepare(data.train, "train", plan, tasks.build(plan, TOKENIZER), TOKENIZER).report
+    assert (report.rows_read, report.rows_used, report.num_items) == (3, 1, 3)
+    assert report.dropped == {"label that cannot be used": 2}
+    said = [f"{place(one)}: {why(one)}" for one in report.examples]
+    assert (
+        "squad.json, line 2: label that cannot be used (a question without an answer; write data.unanswerable"
+        in said[0]
+    )
+    assert (
+        "squad.json, line 3: label that cannot be used (at character 3 stands ' tw', not 'mat'; that begins at 53"
+        in said[1]
+    )
+
+
+def test_the_inspected_tokens_of_the_answer_are_learned() -> None:
+    [sample] = windows_of(task_of(), row_of("cat sat"))
+    learned = inspect._learned(sample)
+    assert words(sample["input_ids"][learned]) == "cat sat" and len(learned) == sample.length

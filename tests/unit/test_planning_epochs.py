@@ -561,7 +561,7 @@ def test_an_epoch_in_samples_and_in_packs(tmp_path: Path) -> None:
     assert made.mean == pytest.approx(sum(range(1, 41)) / 40 + 1)
     packed = one_pass(data.train, data_of(tmp_path / "a.jsonl", packing=True), str(tmp_path), "causal-lm")
     assert packed is not None and packed.packed and packed.num_items == -(-(sum(range(1, 41)) + 40) // 64)
-    assert packed.words() == "about 14 packs of 40 rows, at 4 characters a token (40 rows looked at)"
+    assert packed.words() == "about 14 packs of 40 rows, at 4 characters a token (40 samples looked at)"
     classified = data_of(written(tmp_path, ".csv", TEXTS), "sequence-classification", label="label")
     assert one_pass(classified.train, classified, str(tmp_path), "sequence-classification") is not None
 

@@ -52,7 +52,7 @@ class Items:
         kind = "packs" if self.packed else "samples"
         how = "by the model's tokenizer" if self.by_tokenizer else f"at {CHARACTERS} characters a token"
         return (
-            f"about {self.num_items:,} {kind} of {self.num_rows:,} rows, {how} ({len(self.lengths):,} rows "
+            f"about {self.num_items:,} {kind} of {self.num_rows:,} rows, {how} ({len(self.lengths):,} samples "
             "looked at)"
         )
 

@@ -19,20 +19,18 @@ Rows = Sequence[dict[str, Any] | RowProblem]
 
 
 def lengths(rows: Rows, task: Task, model: str) -> tuple[tuple[int, ...], bool]:
-    """Return the tokens of the sample that each row becomes, without those that become none, and whether the
-    model's tokenizer counted."""
+    """Return the tokens of each sample that the rows become, and whether the model's tokenizer counted."""
     texts_by_row = [texts for row in rows if not isinstance(texts := _texts(row, task), RowProblem)]
-    tokenizer, limit = _tokenizer(model), task.data.max_length
-    flat = [text[: _LONGEST * limit] for texts in texts_by_row for text in texts]
+    tokenizer = _tokenizer(model)
+    most = None if task.traits.windows else _LONGEST * task.data.max_length
+    flat = [text[:most] for texts in texts_by_row for text in texts]
     counts = iter(
         [len(text) // CHARACTERS + 1 for text in flat] if tokenizer is None else _tokens(flat, tokenizer)
     )
-    whole = [
-        sum(next(counts) for _ in texts) + task.added_tokens(len(texts), tokenizer) for texts in texts_by_row
-    ]
-    return tuple(
-        min(length, limit) for length in whole if task.data.too_long == "cut" or length <= limit
-    ), tokenizer is not None
+    found: list[int] = []
+    for texts in texts_by_row:
+        found += task.sample_lengths([next(counts) for _ in texts], task.added_tokens(len(texts), tokenizer))
+    return tuple(found), tokenizer is not None
 
 
 def why_unusable(rows: Rows, task: Task) -> RowProblem:

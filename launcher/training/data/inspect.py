@@ -178,7 +178,11 @@ def _sample(row: Row, dataset: Dataset, material: TrainingInputs, with_tokens: b
 
 
 def _learned(sample: Sample) -> list[bool]:
-    """Return, per token, whether it is a target, which stands at the place of the token before it."""
+    """Return, per token, whether it is a target, which stands at the place of the token before it, or in a span
+    that is pointed at."""
+    if "positions" in sample:  # of the first and the last token of a span
+        first, last = sample["positions"].tolist()
+        return [first <= place <= last for place in range(sample.length)]
     if "targets" not in sample:
         return [False] * sample.length
     return [False, *(sample["targets"][:-1] != IGNORE).tolist()]
