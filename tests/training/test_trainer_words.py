@@ -12,6 +12,7 @@ import torch
 
 from launcher.planner.plan import Plan
 from launcher.runs.layout import RunDirectory
+from launcher.training.signals import StopRequest
 from tests.distributed.test_tasks_token_classification import piece_tokenizer
 from tests.training.plans import deepspeed
 from tests.training.runs import (
@@ -111,6 +112,13 @@ def numbers(run: RunDirectory) -> torch.Tensor:
     )
 
 
+def in_other_pieces(rank: int, stop: StopRequest) -> None:
+    """For a hook: the head is gone through in other pieces on each rank."""
+    from launcher.training import heads
+
+    heads.chunk_length = lambda vocabulary: (2, 500)[rank]
+
+
 @pytest.fixture(scope="module", params=["masked-lm", "token-classification"])
 def whole(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, encoder: Path
@@ -138,6 +146,14 @@ def test_two_ranks_have_the_numbers_of_one(
         assert metrics == pytest.approx(evaluations(alone)[step], rel=1e-3), (
             "as the same rows are masked in each evaluation"
         )
+
+
+def test_ranks_with_heads_in_other_pieces_do_not_wait_for_each_other(encoder: Path, tmp_path: Path) -> None:
+    """On ZeRO-3 every use of the head's matrices may be a message; one rank has many pieces, the other one."""
+    plan = plan_of(encoder, tmp_path, "masked-lm", batch_of(2, 4), 2, **deepspeed(3))
+    run = new_run(tmp_path / "run", plan)
+    finish(run, 2, in_other_pieces)
+    assert len(curve(run)) == 2
 
 
 def test_it_learns_and_does_not_know_of_a_stop(
