@@ -423,8 +423,8 @@ def test_answers_are_entities_with_text_place_and_probability() -> None:
 
 
 def test_answers_of_windows_are_those_of_the_row() -> None:
-    row = {"words": long_row()["words"] + ["\ufe0f"]}
-    task = task_of(max_length=24)
+    row = {"words": [*long_row()["words"], "\ufe0f"]}
+    task = task_of(max_length=24, label_pieces="all")
     task.for_prediction = True
     answer = asked(task, model(), row, AnswerOptions(probabilities=True))
     assert len(answer["tags"]) == len(answer["probabilities"]) == 61

@@ -178,7 +178,10 @@ def _sample(row: Row, dataset: Dataset, material: TrainingInputs, with_tokens: b
 
 
 def _learned(sample: Sample) -> list[bool]:
-    """Of each token, whether it is a target, which stands at the place of the token before it."""
+    """Of each token, whether it is a target, which stands at the place of the token before it, or has a label
+    of its own."""
+    if "labels" in sample:
+        return [bool(label != IGNORE) for label in sample["labels"]]
     if "targets" not in sample:
         return [False] * sample.length
     return [False, *(sample["targets"][:-1] != IGNORE).tolist()]
