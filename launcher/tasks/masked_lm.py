@@ -75,7 +75,7 @@ class MaskedLM(Task):
     def __init__(self, data: MaskedColumns, labels: list[str] | None = None) -> None:
         super().__init__(data, labels)
         self._around = Around((), ())
-        self._mask = self._first_position = 0
+        self._mask = self._first_position = self._num_tokens = 0
         self._tokenizer: Any = None
         self._others: np.ndarray = np.zeros(0, dtype=np.int64)
         """The tokens that may stand in another's place, int64."""
@@ -141,8 +141,8 @@ class MaskedLM(Task):
     def configure(self, config: Any) -> None:
         """Take how many tokens the model knows, and from where it counts positions."""
         self._first_position = first_position(config)
-        if self._others is not None:
-            self._others = self._others[self._others < config.get_text_config().vocab_size]
+        self._num_tokens = config.get_text_config().vocab_size
+        self._others = self._others[self._others < self._num_tokens]
 
     def encode(self, rows: Sequence[dict[str, Any]], processor: Any) -> list[Any]:
         """Return for each row its pieces: `input_ids` and `units`, int32 [n], the latter counting what is
@@ -242,7 +242,7 @@ class MaskedLM(Task):
         from launcher.training.heads import causal_lm, likeliest
 
         if batch["told"]:
-            return likeliest(model, batch, min(batch["told"], model.config.get_text_config().vocab_size))
+            return likeliest(model, batch, min(batch["told"], self._num_tokens))
         # What is between an encoder and its output matrix differs from class to class: its own head, at
         # hidden
         # tokens alone.

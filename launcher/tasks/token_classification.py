@@ -210,7 +210,8 @@ class TokenClassification(Task):
                     BAD_LABEL, f"{name!r} is not among the {len(ids.names)} tags of the {whose}"
                 )
             tags[number] = found
-        later = self._later(ids) if self.data.label_pieces == "all" else None
+        everywhere = self.data.label_pieces == "all" and row.tags is not None
+        later = self._later(ids) if everywhere else None
         return tagged_samples.samples(
             Pieces(pieces, offsets, row.words), tags, later, self.data, self._around
         )

@@ -196,20 +196,16 @@ def _chunked(model: PreTrainedModel, outputs: Any, targets: torch.Tensor) -> Cro
 def _by_own_head(model: PreTrainedModel, outputs: Any, targets: torch.Tensor) -> CrossEntropy:
     """Through all that the model's own forward does after its decoder, a few hundred positions at a time,
     each computed again backward."""
-    hidden, wanted = supervised_only(outputs.last_hidden_state.flatten(0, 1), targets)
-    if not len(wanted):
-        # Where nothing is learned, as in filler, the head is gone through all the same: all ranks add up its
-        # gradient together.
-        hidden, wanted = outputs.last_hidden_state.flatten(0, 1)[:1], targets.new_full((1,), IGNORE)
-    loss_sum = num_correct = torch.zeros((), device=hidden.device)
-    losses = [hidden.new_zeros(0, dtype=torch.float32)]
+    device = outputs.last_hidden_state.device
+    loss_sum = num_correct = torch.zeros((), device=device)
+    losses: list[torch.Tensor] = []
 
     def of(
         part: torch.Tensor, target: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         return tuple(_cross_entropy(_logits(model, outputs, part, target), target))  # type: ignore[return-value]
 
-    for part, target in _chunks(model, hidden, wanted):
+    for part, target in _chunks(model, outputs, targets):
         loss, correct, each = (
             checkpoint(of, part, target, use_reentrant=False) if torch.is_grad_enabled() else of(part, target)
         )
@@ -221,11 +217,31 @@ def _by_own_head(model: PreTrainedModel, outputs: Any, targets: torch.Tensor) ->
 
 
 def _chunks(
-    model: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor
+    model: PreTrainedModel, outputs: Any, targets: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """So many positions at a time as may have their logits held."""
+    """Yield hidden states and targets of supervised positions, so many at a time as may have their logits held.
+
+    At least once, so that a pass of filler has a gradient too, and under ZeRO-3 as often on every rank: to it
+    each use of a module is a message. What a rank lacks is made up, last, by a position that does not count.
+    """
+    flat = outputs.last_hidden_state.flatten(0, 1)
+    hidden, wanted = supervised_only(flat, targets)
     step = chunk_length(model.config.get_text_config().vocab_size)
-    yield from zip(hidden.split(step), targets.split(step), strict=True)
+    starts = range(0, len(wanted), step)
+    num_chunks = _most_on_any_rank(model, max(1, len(starts)))  # before the first of them is gone through
+    for begin in starts:
+        yield hidden[begin : begin + step], wanted[begin : begin + step]
+    for _ in range(num_chunks - len(starts)):
+        yield flat[:1], wanted.new_full((1,), IGNORE)
+
+
+def _most_on_any_rank(model: PreTrainedModel, number: int) -> int:
+    """Return the largest of the ranks' numbers where ZeRO-3 has cut the model; else this rank's own."""
+    if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return number
+    most = torch.tensor(number, device=next(model.parameters()).device)
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    return int(most)
 
 
 def _logits(
@@ -242,15 +258,15 @@ def likeliest(model: PreTrainedModel, batch: Batch, number: int) -> Output:
     likeliest tokens of each with their probabilities, fp32 [positions, number, 2]. Without a gradient."""
     decoder = decoder_of(model)
     outputs = decoder(**_accepted(type(decoder), _inputs(batch)))
-    hidden, targets = supervised_only(outputs.last_hidden_state.flatten(0, 1), batch["targets"])
-    sums, best = torch.zeros(2, device=hidden.device), [hidden.new_zeros((0, number, 2), dtype=torch.float32)]
-    for part, target in _chunks(model, hidden, targets):
+    sums, best = torch.zeros(2, device=outputs.last_hidden_state.device), []
+    for part, target in _chunks(model, outputs, batch["targets"]):
         logits = _logits(model, outputs, part, target)
         entropy = _cross_entropy(logits, target)
         sums += torch.stack([entropy.loss_sum, entropy.num_correct])
         found = logits.float().softmax(dim=-1).topk(number)
         best.append(torch.stack([found.indices.float(), found.values], dim=-1))
-    return Output(sums[0], sums[1], torch.cat(best))
+    num_supervised = int((batch["targets"] != IGNORE).sum())
+    return Output(sums[0], sums[1], torch.cat(best)[:num_supervised])
 
 
 _ENTROPIES: dict[str, Callable[[PreTrainedModel, Any, torch.Tensor], CrossEntropy]] = {

@@ -21,7 +21,7 @@ from launcher.data.rows import RowProblem
 from launcher.data.section import Source
 from launcher.errors import ConfigurationError
 from launcher.tasks.masked_lm import MaskedColumns, MaskedLM
-from launcher.tasks.task import Draws, Encoded, Sample
+from launcher.tasks.task import AnswerOptions, Draws, Encoded, Sample
 from launcher.training.model import attention
 from tests.distributed.data_world import plan_of, word_tokenizer
 from tests.distributed.test_tasks_token_classification import TOKENIZER
@@ -246,3 +246,48 @@ def test_metrics() -> None:
     found = evaluators[0].compute([evaluator.state() for evaluator in evaluators])
     assert found["loss"] == pytest.approx(total / count)
     assert found["perplexity"] == pytest.approx(np.exp(total / count)) and set(found) == set(task.metrics)
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_masks_of_a_row_are_filled_with_the_likeliest_tokens(layout: str) -> None:
+    task = task_of(max_length=16)
+    task.layout, task.for_prediction = layout, True  # type: ignore[assignment]
+    model = BertForMaskedLM(BertConfig(**SIZES, initializer_range=0.3)).eval()
+    model.set_attn_implementation(attention.register("packed" if layout == "packed" else "sdpa"))
+    rows = [{"text": "ab [MASK] cd [MASK] ef and so on"}, {"text": "one [MASK]"}]
+    encoded = [pieces_of(task, row) for row in rows]
+    assert [len(pieces) for pieces in encoded] == [1, 1], "a piece without a mask is not asked for"
+    samples = [Sample(pieces[0].arrays, number, pieces[0].length) for number, pieces in enumerate(encoded)]
+    order = [samples[1], samples[0].as_filler(), samples[0]]
+    batch = task.collate([[sample] for sample in order])
+    with torch.no_grad():
+        output = task.loss(model, batch)
+    parts = task.answers(output, batch, order, AnswerOptions(top_k=3))
+    answers = [task.answer(rows[0], [parts[2]]), task.answer(rows[1], [parts[0]])]
+    model.set_attn_implementation("eager")
+    for sample, answer in zip(samples, answers, strict=True):
+        ids = torch.tensor(sample["input_ids"][None].astype(np.int64))
+        shares = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.softmax(dim=-1)[ids == MASK]
+        for share, told in zip(shares, answer["masks"], strict=True):
+            best = share.topk(3)
+            assert [one["token"] for one in told] == [TOKENIZER.decode([k]).strip() for k in best.indices]
+            assert [one["probability"] for one in told] == pytest.approx(best.values.tolist(), rel=1e-4)
+    first, second = (mask[0]["token"] for mask in answers[0]["masks"])
+    assert answers[0]["text"] == f"ab {first} cd {second} ef and so on"
+    with pytest.raises(ConfigurationError, match="--top-k = 101: masked-lm tells 100 tokens at most"):
+        task.answers(output, batch, order, AnswerOptions(top_k=101))
+    with pytest.raises(RowProblem, match=r"nothing left to learn: it has no \[MASK\] to fill"):
+        pieces_of(task, {"text": "none"})
+
+
+def test_of_a_learned_row_the_hidden_tokens_are_told() -> None:
+    task, model = task_of(), BertForMaskedLM(BertConfig(**SIZES)).eval()
+    [sample] = samples_of(task, TEXT)
+    batch = task.collate([[sample]])
+    with torch.no_grad():
+        output = task.loss(model, batch)
+    own = task.loss(model, task.collate([[sample]], Draws(0, 0)))
+    torch.testing.assert_close(output.loss_sum, own.loss_sum)
+    assert own.predictions is None and output.num_correct == own.num_correct
+    answer = task.answer({"text": TEXT}, task.answers(output, batch, [sample], AnswerOptions()))
+    assert len(answer["hidden"]) == len(answer["told"]) == pieces_of(task, {"text": TEXT})[0].num_supervised

@@ -17,7 +17,7 @@ from launcher.data.section import Source
 from launcher.errors import ConfigurationError, DataError
 from launcher.tasks import tag_scores
 from launcher.tasks.tagged_rows import TaggedColumns
-from launcher.tasks.task import Encoded, Output, Sample, Task
+from launcher.tasks.task import AnswerOptions, Encoded, Output, Sample, Task
 from launcher.tasks.token_classification import TokenClassification
 from tests.distributed.data_world import byte_tokenizer, plan_of
 
@@ -387,3 +387,61 @@ def test_a_byte_level_tokenizer_serves_too() -> None:
     [[part]] = task.encode([{"words": ["the", "cat"], "tags": ["O", "B-person"]}], tokenizer)
     assert tokenizer.decode(part.arrays["input_ids"]) == "the cat"
     assert part.arrays["places"].tolist() == [0, 1]
+
+
+def asked(
+    task: TokenClassification, net: BertForTokenClassification, row: dict[str, Any], options: AnswerOptions
+) -> dict[str, Any]:
+    samples = samples_of(task, [row])
+    batch = task.collate([[sample] for sample in [samples[0].as_filler(), *samples]])
+    with torch.no_grad():
+        output = task.loss(net, batch)
+    parts = task.answers(output, batch, [samples[0].as_filler(), *samples], options)[1:]
+    return task.answer(row, parts)
+
+
+def test_answers_are_entities_with_text_place_and_probability() -> None:
+    task, net = task_of(words=None, tags=None, text="text", spans="spans"), model()
+    task.for_prediction = True
+    assert task.columns == ("text",)
+    row = {"text": "ab, lives in new york."}
+    answer = asked(task, net, row, AnswerOptions(probabilities=True, top_k=2))
+    ready = TOKENIZER(row["text"], return_tensors="pt")
+    shares = net(**ready).logits.detach()[0].softmax(dim=-1)[[1, 3, 4, 9, 11, 14, 18]]
+    assert answer["tags"] == [TAGS[number] for number in shares.argmax(dim=-1)]
+    assert answer["probabilities"] == pytest.approx(shares.max(dim=-1).values.tolist(), rel=1e-4)
+    assert [len(one) for one in answer["likeliest"]] == [2] * 7
+    entities = seqeval.sequence_labeling.get_entities(answer["tags"])
+    assert [(one["type"], one["words"]) for one in answer["entities"]] == [
+        (k, [a, b + 1]) for k, a, b in entities
+    ]
+    for entity in answer["entities"]:
+        assert row["text"][entity["start"] : entity["end"]] == entity["text"]
+        first, behind = entity["words"]
+        assert entity["probability"] == pytest.approx(np.mean(answer["probabilities"][first:behind]))
+    assert set(asked(task, net, row, AnswerOptions())) == {"tags", "entities"}
+
+
+def test_answers_of_windows_are_those_of_the_row() -> None:
+    row = {"words": [*long_row()["words"], "\ufe0f"]}
+    task = task_of(max_length=24, label_pieces="all")
+    task.for_prediction = True
+    answer = asked(task, model(), row, AnswerOptions(probabilities=True))
+    assert len(answer["tags"]) == len(answer["probabilities"]) == 61
+    assert answer["probabilities"][-1] is None
+    text = " ".join(row["words"])
+    assert all(text[one["start"] : one["end"]] == one["text"] for one in answer["entities"])
+    plain = task_of(["NOUN", "VERB"], scheme="none")
+    assert set(asked(plain, model(2), {"words": ["a"], "tags": ["VERB"]}, AnswerOptions())) == {"tags"}
+
+
+def test_a_row_that_is_drawn_twice_counts_twice() -> None:
+    task = task_of()
+    evaluator = task.evaluator()
+    words = np.array([[3, 0, 1, 1]])
+    batch = {"labels": torch.tensor([[1]]), "aside": {"words": words}}
+    evaluator.update(Output(torch.tensor(1.0), torch.tensor(0.0), torch.eye(5)[1:2]), batch)
+    state = evaluator.state()
+    states = [evaluator.told_apart(state, copy) for copy in (0, 1)]
+    assert evaluator.compute(states)["loss"] == 1.0
+    assert evaluator.details()["types"]["person"]["num_entities"] == 2

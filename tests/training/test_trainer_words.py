@@ -9,9 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
+from launcher import tasks
 from launcher.planner.plan import Plan
 from launcher.runs.layout import RunDirectory
+from launcher.tasks.task import AnswerOptions, Encoded, Sample
+from launcher.training.checkpoint.export import export
+from launcher.training.signals import StopRequest
 from tests.distributed.test_tasks_token_classification import piece_tokenizer
 from tests.training.plans import deepspeed
 from tests.training.runs import (
@@ -111,6 +116,13 @@ def numbers(run: RunDirectory) -> torch.Tensor:
     )
 
 
+def in_other_pieces(rank: int, stop: StopRequest) -> None:
+    """For a hook: the head is gone through in other pieces on each rank."""
+    from launcher.training import heads
+
+    heads.chunk_length = lambda vocabulary: (2, 500)[rank]
+
+
 @pytest.fixture(scope="module", params=["masked-lm", "token-classification"])
 def whole(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, encoder: Path
@@ -140,6 +152,14 @@ def test_two_ranks_have_the_numbers_of_one(
         )
 
 
+def test_ranks_with_heads_in_other_pieces_do_not_wait_for_each_other(encoder: Path, tmp_path: Path) -> None:
+    """On ZeRO-3 every use of the head's matrices may be a message; one rank has many pieces, the other one."""
+    plan = plan_of(encoder, tmp_path, "masked-lm", batch_of(2, 4), 2, **deepspeed(3))
+    run = new_run(tmp_path / "run", plan)
+    finish(run, 2, in_other_pieces)
+    assert len(curve(run)) == 2
+
+
 def test_it_learns_and_does_not_know_of_a_stop(
     whole: tuple[str, RunDirectory], encoder: Path, tmp_path: Path
 ) -> None:
@@ -151,3 +171,37 @@ def test_it_learns_and_does_not_know_of_a_stop(
     finish(stopped, 1)
     assert curve(stopped) == curve(alone)
     assert_equal(state(stopped), state(alone))
+
+
+def test_an_export_answers_in_its_pipeline_as_the_task_does(
+    whole: tuple[str, RunDirectory], tmp_path: Path
+) -> None:
+    name, run = whole
+    export(run, tmp_path / "out")
+    pipeline = transformers.pipeline(
+        "fill-mask" if name == "masked-lm" else name, model=str(tmp_path / "out")
+    )
+    plan = Plan.read(run.plan_file)
+    task = tasks.build(plan, pipeline.tokenizer)
+    task.adopt(pipeline.model.config, as_it_stands=True)
+    task.for_prediction = True
+    task.configure(pipeline.model.config)
+    row: dict[str, Any] = {"text": "qab [MASK] cd fa"}
+    if name == "token-classification":
+        row = {"words": ["qab", "fa", "cd", "fa"]}
+    [parts] = task.encode([row], pipeline.tokenizer)
+    assert isinstance(parts, tuple)
+    samples = [Sample(part.arrays, 0, part.length) for part in parts if isinstance(part, Encoded)]
+    batch = task.collate([[sample] for sample in samples])
+    with torch.no_grad():
+        output = task.loss(pipeline.model, batch)
+    answer = task.answer(row, task.answers(output, batch, samples, AnswerOptions(probabilities=True)))
+    if name == "masked-lm":
+        [best] = pipeline(row["text"], top_k=1)
+        assert answer["text"] == f"qab {best['token_str']} cd fa"
+        assert answer["masks"][0][0]["probability"] == pytest.approx(best["score"], rel=1e-4)
+        return
+    said = {one["start"]: one for one in pipeline(" ".join(row["words"]), ignore_labels=[])}
+    beginnings = [said[start] for start in (0, 4, 7, 10)]
+    assert answer["tags"] == [one["entity"] for one in beginnings]
+    assert answer["probabilities"] == pytest.approx([one["score"] for one in beginnings], rel=1e-4)

@@ -178,11 +178,13 @@ def _sample(row: Row, dataset: Dataset, material: TrainingInputs, with_tokens: b
 
 
 def _learned(sample: Sample) -> list[bool]:
-    """Return, per token, whether it is a target, which stands at the place of the token before it, or in a span
-    that is pointed at."""
+    """Return, per token, whether it is a target, which stands at the place of the token before it, or has a
+    label of its own, or is in a span that is pointed at."""
     if "positions" in sample:  # of the first and the last token of a span
         first, last = sample["positions"].tolist()
         return [first <= place <= last for place in range(sample.length)]
+    if "labels" in sample:
+        return [bool(label != IGNORE) for label in sample["labels"]]
     if "targets" not in sample:
         return [False] * sample.length
     return [False, *(sample["targets"][:-1] != IGNORE).tolist()]
