@@ -106,6 +106,11 @@ def _training(job: Job) -> Iterator[Finding]:
 
 
 def _evaluation(job: Job) -> Iterator[Finding]:
+    for key in sorted(job.evaluation.model_fields_set) if not tasks.find(job.model.task).writes else ():
+        if (value := getattr(job.evaluation, key)) is not None:
+            shown = value if isinstance(value, str) else None
+            reason = f"the model of a {job.model.task} task writes nothing; leave it out"
+            yield finding(f"evaluation.{key}", shown, reason, "model.task")
     if job.data.evaluation is not None:
         yield from _metrics(job)
         return

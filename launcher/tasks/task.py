@@ -211,6 +211,8 @@ class Task(ABC):
     """Where the loss of a causal LM comes from."""
     labels: list[str] | None = None
     """The names of the classes in the order of their ids, where the task has classes and they are known."""
+    writes: ClassVar[bool] = False
+    """Whether the model can write an answer to a row: what `generates` of a job may ask for."""
     for_prediction: bool = False
     """Whether rows are answered: labels may be absent, and `columns`, `texts` and `encode` ask for none."""
     evaluation: Evaluation = Evaluation()

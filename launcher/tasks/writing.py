@@ -21,6 +21,7 @@ else:
 class WritingTask(Task):
     """A task whose model can write an answer to a row; `prompts` says what it reads for that."""
 
+    writes = True
     tokenizer: Any = None
     """The model's, once prepared."""
     compared_by: Mapping[str, Better] = {}

@@ -12,7 +12,9 @@ from launcher.data.rows import RowProblem
 from launcher.data.section import Data, Source
 from launcher.errors import ConfigurationError
 from launcher.tasks.causal_lm import CausalColumns
+from launcher.tasks.generation import Evaluation, Generate
 from launcher.tasks.task import Output, Sample, Task
+from launcher.tasks.writing import from_bytes
 from tests.distributed.data_world import MARKED, byte_tokenizer, plan_of
 from tests.encoding import arrays_of
 
@@ -289,3 +291,70 @@ def test_metrics() -> None:
     assert compute([seen(1e6, 4, 10)])["perplexity"] == math.inf
     # The routers' loss is part of the loss, and says nothing of how well tokens are foreseen.
     assert compute([seen(20.0, 4, 10, 5.0)])["perplexity"] == math.exp(1.5)
+
+
+def writing(data: Data, **keys: Any) -> Any:
+    task = task_of(data)
+    task.evaluation = Evaluation(generate=Generate(**keys))
+    return task
+
+
+def asked(task: Any, row: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """What is asked of a row, and what the answer is held to; another row beside it is longer."""
+    longer = {"question": "a dog ran in the park ?" * 3, "answer": "x", "messages": [*TALK[:3], *TALK[1:]]}
+    rows = [Sample(arrays_of(task, one, TOKENIZER), number, 0) for number, one in enumerate((row, longer))]
+    for sample in rows:
+        sample.length = len(sample["input_ids"])
+    prompts = task.prompts(rows)
+    assert prompts["attention_mask"][1].all() and not prompts["attention_mask"][0].all()
+    assert (prompts["input_ids"][0][-1:] != task.generation.arguments["pad_token_id"]).all(), (
+        "padded on the left"
+    )
+    texts = [
+        TOKENIZER.decode(ids[mask.bool()].tolist())
+        for ids, mask in zip(prompts["input_ids"], prompts["attention_mask"], strict=True)
+    ]
+    return texts, task.collate([[one] for one in rows])["aside"]["references"]
+
+
+def test_the_model_writes_behind_a_prompt() -> None:
+    texts, references = asked(writing(PROMPTED), {"question": "the ca", "answer": "t sat"})
+    assert texts[0] == "the ca" and references[0] == ["t sat"]
+
+
+def test_of_a_chat_the_last_turn_is_written() -> None:
+    task = writing(CHAT)
+    texts, references = asked(task, {"messages": TALK})
+    last = max(number for number, message in enumerate(TALK) if message["role"] == "assistant")
+    assert texts[0] == TOKENIZER.apply_chat_template(TALK[:last], tokenize=False, add_generation_prompt=True)
+    assert references[0] == [TALK[last]["content"]]
+    assert TOKENIZER.convert_tokens_to_ids("<|im_end|>") in task.generation.arguments["eos_token_id"]
+
+
+def test_a_reference_is_whole_though_its_sample_is_cut() -> None:
+    task = writing(PROMPTED.model_copy(update={"max_length": 12}))
+    [encoded] = task.encode([{"question": "the cat", "answer": "a dog ran in the park " * 4}], TOKENIZER)
+    assert encoded.cut and from_bytes(encoded.arrays["references"]) == [
+        ("a dog ran in the park " * 4).strip()
+    ]
+
+
+def test_rows_that_are_asked_need_no_answer() -> None:
+    task, chat = writing(PROMPTED), writing(CHAT)
+    for one in (task, chat):
+        one.for_prediction = True
+    ids = arrays_of(task, {"question": "the cat"}, TOKENIZER)["input_ids"]
+    assert TOKENIZER.decode(ids.tolist()) == "the cat"
+    for messages in (TALK[:2], TALK[:3]):
+        ids = arrays_of(chat, {"messages": messages}, TOKENIZER)["input_ids"]
+        expected = TOKENIZER.apply_chat_template(TALK[:2], tokenize=False, add_generation_prompt=True)
+        assert TOKENIZER.decode(ids.tolist()) == expected, "an answer that is there already is left out"
+    with pytest.raises(RowProblem, match="no message that the assistant could answer"):
+        arrays_of(chat, {"messages": [{"role": "assistant", "content": "x"}]}, TOKENIZER)
+    with pytest.raises(RowProblem, match="too long"):
+        arrays_of(task, {"question": "the cat " * 2000}, TOKENIZER)
+
+
+def test_plain_text_asks_nothing() -> None:
+    found = [one.problem for one in writing(TEXT.model_copy(update={"evaluation": TRAIN})).checks()]
+    assert [problem.key for problem in found] == ["evaluation.generate"] and "plain text" in found[0].reason

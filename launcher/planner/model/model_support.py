@@ -44,6 +44,36 @@ class Support:
     """Why there is none, in one line."""
 
 
+_ENCODER_DECODERS = frozenset(
+    [
+        "bart",
+        "bigbird_pegasus",
+        "blenderbot",
+        "blenderbot-small",
+        "encoder-decoder",
+        "fsmt",
+        "led",
+        "longt5",
+        "m2m_100",
+        "marian",
+        "mbart",
+        "mt5",
+        "mvp",
+        "nllb-moe",
+        "pegasus",
+        "pegasus_x",
+        "plbart",
+        "prophetnet",
+        "seamless_m4t",
+        "seamless_m4t_v2",
+        "switch_transformers",
+        "t5",
+        "t5gemma",
+        "umt5",
+    ]
+)
+"""Those of transformers 5.23 that read a text and write one (`AutoModelForSeq2SeqLM`). The check after loading holds
+each to its own loss."""
 _UNKNOWN: dict[SampleLayout, Support] = {
     "packed": Support(
         (
@@ -96,7 +126,11 @@ def support(
     if config is None:
         return unknown(task)
     table, kind = read_table(), str(config.get("model_type"))
-    if task not in table or (trust_remote_code and "auto_map" in config):
+    if trust_remote_code and "auto_map" in config:
+        return untried(task)
+    if task not in table and tasks.find(task).traits.encoder_decoder and kind in table["types"]:
+        return unknown(task) if kind in _ENCODER_DECODERS else Support((), _cannot(table, kind, task))
+    if task not in table:
         return untried(task)
     entry = table[task].get(kind)
     if entry is None:

@@ -1,0 +1,257 @@
+"""Pairs of texts as an encoder-decoder reads and writes them, and what of them is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from transformers import MBartTokenizer, NllbTokenizer, PreTrainedTokenizerFast, T5Config
+
+from launcher import tasks
+from launcher.data.rows import RowProblem
+from launcher.data.section import Source
+from launcher.errors import ConfigurationError
+from launcher.job.load import load
+from launcher.tasks.generation import Evaluation, Generate, options_of
+from launcher.tasks.sequence_to_sequence import PairColumns, SequenceToSequence
+from launcher.tasks.task import AnswerOptions, Output, Sample
+from launcher.tasks.writing import from_bytes
+from tests.encoding import arrays_of
+from tests.training.runs import tokenizer as words
+
+ROW = {"de": "w1 w2 w3", "en": "w4 w5"}
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    made = words()
+    made.model_max_length = 1_000_000
+    return made
+
+
+def task_of(tokenizer: Any = None, evaluation: Evaluation | None = None, **keys: Any) -> SequenceToSequence:
+    columns = PairColumns(**{"train": Source(path="rows.jsonl"), "source": "de", "target": "en", **keys})
+    task = tasks.find("sequence-to-sequence")(columns)
+    assert isinstance(task, SequenceToSequence)
+    task.evaluation = evaluation or Evaluation()
+    task.prepare(tokenizer or word_tokenizer())
+    return task
+
+
+def test_both_texts_become_tokens_with_their_ends() -> None:
+    tokenizer = word_tokenizer()
+    arrays = arrays_of(task_of(prefix="w9 "), ROW, tokenizer)
+    assert tokenizer.convert_ids_to_tokens(arrays["input_ids"].tolist()) == [
+        "<s>",
+        "w9",
+        "w1",
+        "w2",
+        "w3",
+        "</s>",
+    ]
+    assert tokenizer.convert_ids_to_tokens(arrays["labels"].tolist()) == ["<s>", "w4", "w5", "</s>"]
+    [encoded] = task_of().encode([ROW], tokenizer)
+    assert (encoded.num_supervised, encoded.length, encoded.cut) == (4, 9, False)  # type: ignore[union-attr]
+
+
+def test_each_text_is_cut_at_a_length_of_its_own_and_keeps_its_end() -> None:
+    tokenizer, row = word_tokenizer(), {"de": "w1 " * 20, "en": "w2 " * 30}
+    [encoded] = task_of(max_length=10, max_target_length=12).encode([row], tokenizer)
+    assert not isinstance(encoded, RowProblem) and encoded.cut and encoded.length == 22
+    assert [encoded.arrays[name][-1] for name in ("input_ids", "labels")] == [tokenizer.eos_token_id] * 2
+    with pytest.raises(
+        RowProblem,
+        match="22 tokens of the source, and max_length is 10; 32 tokens of the target, and max_target_length is 12",
+    ):
+        arrays_of(task_of(max_length=10, max_target_length=12, too_long="refuse"), row, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"de": "w1"}, "missing key: no 'en'; the row has 'de'"),
+        ({"de": "w1", "en": None}, "missing key: 'en' is null"),
+        ({"de": " ", "en": "w1"}, "empty: 'de' has no text"),
+        ({"de": "w1", "en": ["w1"]}, "'en' is a list, not text"),
+        (ROW | {"more": [3]}, "'more' is not a list of texts"),
+        (ROW | {"more": []}, "'more' is not a list of texts"),
+    ],
+)
+def test_what_is_no_pair_is_left_out_with_its_reason(row: dict[str, Any], message: str) -> None:
+    generating = Evaluation(generate=Generate())
+    with pytest.raises(RowProblem, match=message):
+        arrays_of(task_of(evaluation=generating, references="more"), row, word_tokenizer())
+
+
+def test_references_are_those_of_the_row_or_its_target() -> None:
+    task = task_of(evaluation=Evaluation(generate=Generate()), references="more")
+    found = [
+        from_bytes(arrays_of(task, ROW | more, word_tokenizer())["references"])
+        for more in ({}, {"more": None}, {"more": "w7"}, {"more": ["w7", "w8 w9"]})
+    ]
+    assert found == [["w4 w5"], ["w4 w5"], ["w7"], ["w7", "w8 w9"]]
+    assert "references" not in arrays_of(task_of(references="more"), ROW, word_tokenizer()), (
+        "none without writing"
+    )
+
+
+def test_rows_that_are_asked_need_no_target() -> None:
+    task = task_of()
+    task.for_prediction = True
+    assert task.generates and task.texts({"de": "w1"}) == ["w1"]
+    [encoded] = task.encode([{"de": "w1 w2"}], word_tokenizer())
+    assert not isinstance(encoded, RowProblem)
+    sample = Sample(encoded.arrays, 0, encoded.length)
+    batch, ids = task.collate([[sample]]), word_tokenizer()(["w3 w4"], return_tensors="pt")["input_ids"]
+    output = Output(ids.sum(), ids.sum(), generated=ids)
+    assert task.answers(output, batch, [sample], AnswerOptions()) == [{"text": "w3 w4"}]
+
+
+def multilingual(kind: type) -> Any:
+    """A tokenizer of a multilingual model with three words."""
+    pieces = [
+        ("<s>", 0.0),
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", 0.0),
+        ("▁one", -1.0),
+        ("▁two", -1.0),
+        ("▁", -2.0),
+    ]
+    return kind(
+        vocab=pieces
+        if kind is MBartTokenizer
+        else {piece: number for number, (piece, _) in enumerate(pieces)}
+    )
+
+
+def test_a_language_code_begins_or_ends_what_is_read() -> None:
+    task = task_of(multilingual(MBartTokenizer), source_language="de_DE", target_language="en_XX")
+    tokenizer = task.tokenizer
+    arrays = arrays_of(task, {"de": "one two", "en": "two"}, tokenizer)
+    assert tokenizer.convert_ids_to_tokens(arrays["input_ids"].tolist())[-2:] == ["</s>", "de_DE"]
+    assert tokenizer.convert_ids_to_tokens(arrays["labels"].tolist())[-2:] == ["</s>", "en_XX"]
+    config = T5Config(decoder_start_token_id=2)
+    task.configure(config)
+    assert config.decoder_start_token_id == tokenizer.convert_tokens_to_ids("en_XX")
+    assert "forced_bos_token_id" not in task.generation.arguments
+
+
+def test_a_language_code_that_comes_first_is_written_first() -> None:
+    task = task_of(multilingual(NllbTokenizer), source_language="deu_Latn", target_language="eng_Latn")
+    code = task.tokenizer.convert_tokens_to_ids("eng_Latn")
+    assert arrays_of(task, {"de": "one", "en": "two"}, task.tokenizer)["labels"][0] == code
+    assert task.generation.arguments["forced_bos_token_id"] == code
+
+
+def test_language_codes_that_are_not_there() -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"has no language codes; leave it out, or say the language in data\.prefix"
+    ):
+        task_of(source_language="de")
+    with pytest.raises(ConfigurationError, match="the tokenizer has no such language code") as caught:
+        task_of(multilingual(MBartTokenizer), target_language="en")
+    assert caught.value.problems[0].key == "data.target_language"
+
+
+def test_a_tokenizer_without_padding_is_refused() -> None:
+    tokenizer = word_tokenizer()
+    tokenizer.pad_token = None
+    with pytest.raises(ConfigurationError, match="no padding token"):
+        task_of(tokenizer)
+
+
+def test_what_is_written_ends_at_the_first_stop_string() -> None:
+    task = task_of(evaluation=Evaluation(generate=Generate(stop_strings=("w5", "w7"))))
+    ids = np.array(word_tokenizer()("w1 w7 w2 w5 w3")["input_ids"] + [0, 0])
+    assert task.decode(ids) == "w1"
+    arguments = options_of(task.settings, task.tokenizer).arguments
+    assert arguments["stop_strings"] == ["w5", "w7"] and arguments["tokenizer"] is task.tokenizer
+
+
+def test_an_example_has_a_target_as_long_as_its_share() -> None:
+    example = task_of(max_length=64, max_target_length=16).example(32)
+    assert (len(example["input_ids"]), len(example["labels"]), example.length) == (32, 8, 40)
+
+
+def job(folder: Path, **changes: Any) -> Path:
+    (folder / "rows.jsonl").write_text('{"de": "w1", "en": "w2"}\n')
+    content: dict[str, Any] = {
+        "name": "pairs",
+        "model": {"name": "nowhere", "task": "sequence-to-sequence", "config": {"model_type": "t5"}},
+        "data": {
+            "train": {"path": "rows.jsonl"},
+            "evaluation": {"path": "rows.jsonl"},
+            "source": "de",
+            "target": "en",
+        },
+    }
+    for key, value in changes.items():
+        content[key] = content.get(key, {}) | value
+    path = folder / "job.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "message"),
+    [
+        (
+            {"evaluation": {"generate": {"num_beams": 4, "do_sample": True}}},
+            "evaluation.generate.num_beams",
+            "beams look",
+        ),
+        (
+            {"evaluation": {"generate": {"temperature": 0.5}}},
+            "evaluation.generate.temperature",
+            "only counts when tokens",
+        ),
+        ({"evaluation": {"scorer": "a:b"}}, "evaluation.scorer", "write evaluation.generate: true"),
+        (
+            {"evaluation": {"generate": True, "scorer": "a:bleu"}},
+            "evaluation.scorer",
+            "bleu is measured already",
+        ),
+        (
+            {"evaluation": {"generate": True}, "data": {"evaluation": None}},
+            "evaluation.generate",
+            "name data.evaluation",
+        ),
+        ({"data": {"packing": True}}, "data.packing", "only causal-lm packs"),
+        ({"data": {"target": "de"}}, "data.target", "is the source as well"),
+        (
+            {"checkpoint": {"keep_best": 1, "metric": "bleu"}},
+            "checkpoint.metric",
+            "measures loss, perplexity, accuracy",
+        ),
+    ],
+)
+def test_keys_that_contradict_each_other(
+    changes: dict[str, Any], key: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        load(job(tmp_path, **changes))
+    assert key in [problem.key for problem in caught.value.problems]
+
+
+def test_a_metric_of_what_is_written_can_be_watched(tmp_path: Path) -> None:
+    changes = {
+        "evaluation": {"generate": True, "scorer": "a:mine"},
+        "checkpoint": {"keep_best": 1, "metric": "mine"},
+    }
+    loaded = load(job(tmp_path, **changes))
+    assert loaded.evaluation.generate == Generate()
+
+
+def test_another_task_writes_nothing(tmp_path: Path) -> None:
+    path = job(tmp_path, evaluation={"generate": True})
+    content = yaml.safe_load(path.read_text())
+    content["model"]["task"], content["data"] = (
+        "sequence-classification",
+        {"train": {"path": "rows.jsonl"}, "text": "de", "label": "en"},
+    )
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(ConfigurationError, match="writes nothing"):
+        load(path)
