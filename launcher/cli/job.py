@@ -65,7 +65,7 @@ def init(
 
     ask = sys.stdin.isatty()
     model = _answer(ask, "--model", model, "Model (a directory, or a name on the hub)")
-    question = f"Task: {_either(tasks.TASKS)}"
+    question = f"Task: {_either(tasks.names())}"
     task = task or (typer.prompt(question, default="causal-lm") if ask else "causal-lm")
     columns = _columns(column, task)
     train = _answer(ask, "--train", train, "File to learn from (.jsonl, .csv, .parquet, .txt ...)")

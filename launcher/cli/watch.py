@@ -106,7 +106,7 @@ def screen(seen: dict[str, Any], width: int) -> Layout:
         Layout(Panel(ranks, title="ranks"), size=_RANKS_WIDTH),
     )
     below.update(Panel(events(seen["events"]), title="events"))
-    if seen["samples"]:
+    if seen.get("samples"):
         step, rows = seen["samples"]
         said = Layout(
             Panel(samples(rows), title=f"what the model says after step {step}"), size=2 + len(rows)

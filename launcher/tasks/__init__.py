@@ -65,11 +65,18 @@ def find(name: str) -> type[Task]:
     for entry in metadata.entry_points(group=GROUP, name=name):
         own: type[Task] = entry.load()
         return own
-    known = [*TASKS, *sorted(metadata.entry_points(group=GROUP).names)]
+    known = names()
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
     raise ConfigurationError(
         Problem("model.task", name, f"no such task; there are {', '.join(known)}; the nearest is {near}")
     )
+
+
+def names() -> list[str]:
+    """Return the name of every task: launcher's own, and those of installed packages."""
+    from importlib import metadata
+
+    return [*TASKS, *sorted(metadata.entry_points(group=GROUP).names)]
 
 
 def of_job(job: Asked) -> Task:

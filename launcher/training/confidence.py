@@ -29,7 +29,7 @@ class Whole(Evaluator):
         self.make, self.own = make, make()
         self.metrics: dict[str, float] = {}
         self.shown: dict[str, Any] = {}
-        """Its details, on the rank that computes."""
+        """Its details."""
 
     def update(self, output: Output, batch: dict[str, Any]) -> None:
         self.own.update(output, batch)
@@ -41,8 +41,7 @@ class Whole(Evaluator):
         return self.own.compute(states)
 
     def details(self) -> dict[str, Any]:
-        self.shown = self.own.details()
-        return self.shown
+        return self.own.details()
 
 
 class Apart(Whole):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import resource
 from datetime import timedelta
 from pathlib import Path
@@ -49,6 +50,17 @@ def to_device(batch: dict[str, Any], device: torch.device | str) -> dict[str, An
         for key, value in batch.items()
         if key != "aside"
     }
+
+
+def name_of(device: torch.device) -> str:
+    """Return what people call a device: the GPU's name, or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return f"cpu ({line.partition(':')[2].strip()})"
+    return f"cpu ({platform.machine()})"
 
 
 def peak_memory_bytes(device: torch.device) -> int:

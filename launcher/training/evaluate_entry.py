@@ -90,7 +90,15 @@ class Measuring:
             phase_report(self.scratch, "evaluating", "batches") if distributed.get_rank() == 0 else _silent
         )
         evaluator.metrics = evaluate(
-            engine, subject.task, dataset, plan, report, self.stops, evaluator=evaluator
+            engine,
+            subject.task,
+            dataset,
+            plan,
+            report,
+            self.stops,
+            lambda: self.stop.requested,
+            evaluator.shown.update,
+            evaluator,
         )
         return evaluator
 

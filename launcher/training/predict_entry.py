@@ -78,9 +78,8 @@ class Predicting:
             answers = ask(
                 self.engine, task, samples, self.options, self.subject.plan, lambda: self.stop.requested
             )
-            for sample, answer in zip(
-                samples, answers, strict=False
-            ):  # of filler, at the end, there is no answer
+            # Of filler, at the end, there is no answer.
+            for sample, answer in zip(samples, answers, strict=False):
                 said.setdefault(sample.id, []).append((sample.window, answer))
             here.moved(number + 1)
         if task.generates and self._stops():
@@ -156,7 +155,13 @@ def _identity(
     data = subject.plan.data.model_dump(
         mode="json", exclude={"train", "evaluation", "num_workers", "unusable", "packing"}
     )
-    of = {"the input's contents": rows.digest, "the task": subject.plan.task, "data": data}
+    asked = subject.task.evaluation.model_dump(mode="json", exclude={"samples"})
+    of = {
+        "the input's contents": rows.digest,
+        "the task": subject.plan.task,
+        "data": data,
+        "evaluation": asked,
+    }
     if run is not None:
         return of | {"the run": RunDirectory(run).run_id(), "the checkpoint's step": step}
     weights = [

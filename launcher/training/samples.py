@@ -102,4 +102,4 @@ def _short(value: Any) -> Any:
         return {str(key): _short(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
         return [_short(inner) for inner in value]
-    return value if value is None or isinstance(value, (bool, int, float)) else str(value)
+    return value if value is None or isinstance(value, (bool, int, float)) else _short(str(value))

@@ -10,7 +10,7 @@ from torch import distributed
 from transformers import PreTrainedTokenizerBase
 
 from launcher import tasks
-from launcher.errors import ConfigurationError, Problem
+from launcher.errors import CheckpointError, ConfigurationError, Problem
 from launcher.job.schema import Model
 from launcher.plain_files import read_json
 from launcher.planner.model.model_support import Way
@@ -73,11 +73,18 @@ class Subject:
 
 
 def _fitted(run: RunDirectory, step: int) -> dict[str, Any]:
-    """The details of the run's newest evaluation up to a step."""
-    files = (run.path / "evaluations").glob("step-*.json")
-    known = {int(path.stem.removeprefix("step-")): path for path in files}
-    newest = max((number for number in known if number <= step), default=None)
-    return {} if newest is None else dict(read_json(known[newest])["details"])
+    """The details of the run's newest evaluation up to a step. Raises CheckpointError where they are damaged."""
+    steps = [path.stem.removeprefix("step-") for path in (run.path / "evaluations").glob("step-*.json")]
+    newest = max((int(one) for one in steps if one.isdecimal() and int(one) <= step), default=None)
+    if newest is None:
+        return {}
+    try:
+        return dict(read_json(run.evaluation(newest))["details"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = "holds what was fitted on the held-out rows, and cannot be read"
+        raise CheckpointError(
+            f"{run.evaluation(newest)} {reason} ({error}); remove it to go without"
+        ) from None
 
 
 def as_it_stands(plan: Plan, model: str) -> Plan:
@@ -102,9 +109,8 @@ def as_trained(plan: Plan, run: Path | None) -> Plan:
 def _tokenizer(plan: Plan, job: Plan, model: str | None) -> PreTrainedTokenizerBase:
     try:
         return pretrained.read_tokenizer(plan)
-    except (
-        ConfigurationError
-    ):  # a directory with nothing but weights; the job's model says how texts are read
+    except ConfigurationError:
+        # A directory with nothing but weights; the job's model says how texts are read.
         if model is None:
             raise
         return pretrained.read_tokenizer(job)

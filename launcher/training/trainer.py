@@ -24,7 +24,7 @@ from launcher.training.cadence import Cadence
 from launcher.training.checkpoint.checkpointer import Checkpointer
 from launcher.training.data.batches import Batches, StepBatch, total_items
 from launcher.training.data.order import Order
-from launcher.training.devices import peak_memory_bytes, start_process_group, to_device
+from launcher.training.devices import name_of, peak_memory_bytes, start_process_group, to_device
 from launcher.training.early_stopping import EarlyEnd
 from launcher.training.engines.operators import build_operators
 from launcher.training.evaluation import Interrupted, evaluate
@@ -356,6 +356,7 @@ class Trainer:
             self.recorder.loaded()
         length = self.material.train.num_tokens / max(1, self.material.train.num_samples)
         about = description(self.engine, self.material.config, int(length))
+        about["device"] = name_of(self.device)
         self.event("training", first_step=self.state.step, total_steps=self.num_steps, **about)
 
     def _agree(self, wish: bool) -> bool:

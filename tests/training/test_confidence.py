@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from launcher.tasks.answer_scores import AnswerScores
 from launcher.tasks.task import Evaluator, Output
 from launcher.training.confidence import Apart, interval
 
@@ -65,6 +67,24 @@ def test_a_row_is_drawn_with_all_its_samples() -> None:
     values = [sign * number for number in range(1, 6) for sign in (1.0, -1.0)]
     ids = [number for number in range(5) for _ in range(2)]
     np.testing.assert_allclose(seen(values, ids, 2).drawn(50, 0)["loss"], 0, atol=1e-12)
+
+
+def test_a_question_that_is_drawn_twice_counts_twice() -> None:
+    """Its evaluator merges windows by their row: without telling copies apart, two would be one."""
+    scores = AnswerScores(False, None, 10)
+    texts = [b"so", json.dumps(["so"]).encode()]
+    lengths, content = np.array([2, len(texts[1])]), np.frombuffer(b"".join(texts), dtype=np.uint8)
+    state = [np.array([1.0, 1.0]), np.array([[7.0, 0.0, 3.0, -1.0]]), lengths, content]
+    other = [
+        np.array([1.0, 1.0]),
+        np.array([[8.0, 0.0, 3.0, -1.0]]),
+        lengths,
+        np.frombuffer(b"no" + texts[1], dtype=np.uint8),
+    ]
+    drawn = [scores.told_apart(one, copy) for copy, one in enumerate((state, state, other))]
+    found = scores.compute(drawn)
+    assert scores.details()["num_questions"] == 3
+    assert found["exact_match"] == pytest.approx(2 / 3)
 
 
 def test_a_metric_without_values_has_no_interval() -> None:

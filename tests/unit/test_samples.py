@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
+from rich.console import Console
+
+from launcher.cli.display import summary
+from launcher.cli.watch import screen
+from launcher.cli.watch_state import Watched
 from launcher.runs import samples
+from launcher.runs.events import append, event
 from launcher.runs.layout import RunDirectory
 
 
@@ -39,3 +46,21 @@ def test_lines_are_short_and_tell_the_texts(tmp_path: Path) -> None:
     first, second = samples.lines(rows)
     assert first == "good film -> label: positive, probability: 0.9877"
     assert second.startswith("question: why?, context: xxx") and second.endswith("… -> so")
+
+
+def test_watch_and_the_summary_show_the_newest(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    samples.write(run, 4, [{"row": 0, "input": {"text": "good film"}, "answer": {"label": "positive"}}])
+    seen = Watched(run).look(ask=False)
+    console = Console(width=120, file=io.StringIO(), record=True)
+    console.print(screen(seen, 120), height=40)
+    drawn = console.export_text()
+    assert "what the model says after step 4" in drawn and "good film -> positive" in drawn
+    assert "  says        good film -> positive" in summary(run, "run")
+
+
+def new_run(path: Path) -> RunDirectory:
+    run = RunDirectory(path)
+    event(run.events_file, "started", attempt=1, world_size=1)
+    append(run.metrics_file, {"kind": "train", "step": 1, "loss": 2.0})
+    return run
