@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from launcher.cli.main import main
@@ -602,7 +602,7 @@ CONTENT = st.dictionaries(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(CONTENT)
 def test_no_content_ends_in_a_traceback(content: dict[str, Any]) -> None:
     try:
@@ -611,7 +611,7 @@ def test_no_content_ends_in_a_traceback(content: dict[str, Any]) -> None:
         assert str(error)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(content=CONTENT)
 def test_a_job_is_made_or_every_reason_is_given(
     content: dict[str, Any], tmp_path_factory: pytest.TempPathFactory

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from launcher.errors import ConfigurationError
@@ -81,7 +81,7 @@ def test_an_open_quote_is_an_error(text: str) -> None:
         shell.parse(text)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.text(alphabet="aN= \n$(){}[]'\"\\`#;&|<>-1*/@!?:,", max_size=60))
 def test_no_text_ends_in_a_traceback(text: str) -> None:
     try:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from launcher.errors import ConfigurationError
@@ -417,7 +417,7 @@ MARKED = st.sampled_from(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.sampled_from(KEYS), NESTED, max_size=12), MARKED)
 def test_no_content_ends_in_a_traceback(content: dict[str, Any], marked: dict[str, Any]) -> None:
     merged = merge([foreign_files.read_content(content | marked, "fuzz.yaml")])
