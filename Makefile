@@ -27,6 +27,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/launcher demo $(DEMO_ARGS)
 
+# What a change most likely breaks; RUN_SLOW=1 adds what CI runs beside it, RUN_VERY_SLOW=1 what CI has no room for.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
