@@ -227,8 +227,8 @@ def _is_tail(segment: Segment) -> bool:
 
 
 def _tail(tails: Sequence[tuple[int, Block]], samples: float) -> Segment:
-    """Return what is behind the layers, between the two numbers of samples that were gone through: the peak
-    is that of the larger."""
+    """Return what is behind the layers, on the line through the two numbers of samples around it that were
+    gone through: those on both sides of a chunk's end are among them."""
     numbers = [number for number, _ in tails]
     place = bisect_left(numbers, samples)
     at = [block.segment(Scale(FEW), "gradient") for _, block in tails]
@@ -241,14 +241,11 @@ def _tail(tails: Sequence[tuple[int, Block]], samples: float) -> Segment:
         less, more = getattr(at[low], name), getattr(at[high], name)
         return round(less + part * (more - less))
 
-    peak, rest = between("peak"), between("rest")
-    if part < 1:
-        peak, rest = max(at[low].peak, at[high].peak), max(at[low].rest, at[high].rest)
     return replace(
         at[high],
         added=between("added"),
-        peak=peak,
-        rest=rest,
+        peak=between("peak"),
+        rest=between("rest"),
         traffic=between("traffic"),
         num_made=between("num_made"),
     )

@@ -20,8 +20,9 @@ from launcher.errors import ConfigurationError, Problem
 from launcher.plain_files import read_json
 from launcher.planner.memory.formulas import formulas_of
 from launcher.planner.memory.profile import Profile
-from launcher.planner.memory.program import Program
+from launcher.planner.memory.program import Program, Unit, Weight
 from launcher.planner.model.model_config import config_of, locate
+from launcher.planner.model.model_shape import stored_parameters
 from launcher.planner.plan import Plan
 from launcher.runs import cache
 
@@ -108,10 +109,12 @@ class Profiles:
             answer = _trace(plan)
             if "profile" in answer:
                 _keep(path, answer)
-        if "problems" in answer:
-            return ConfigurationError([Problem(*problem) for problem in answer["problems"]])
-        if "profile" not in answer:
-            return Unknown(f"its class cannot be traced: {answer['failure']}")
+        problems = [Problem(*problem) for problem in answer.get("problems", ())]
+        if any(problem.key != "model.name" for problem in problems):
+            return ConfigurationError(problems)
+        if "profile" not in answer:  # its class cannot be built here
+            reason = problems[0].reason if problems else answer["failure"]
+            return Unknown(f"its class cannot be traced: {reason}", _only_parameters(plan))
         profile = Profile.from_json(answer["profile"])
         return (
             profile
@@ -122,6 +125,14 @@ class Profiles:
 
 CACHED = Profiles()
 """Those that are in the cache: nothing is started."""
+
+
+def _only_parameters(plan: Plan) -> Profile | None:
+    """Return a profile of nothing but the number of parameters in the model's files; None without any."""
+    if plan.model.weights == "random" or plan.model.config is not None or plan.model.adapter is not None:
+        return None
+    number = stored_parameters(Path(locate(plan.model.name, plan.model.revision)))
+    return Profile(plan.data.max_length, Unit((Weight("all", (number,)),)), ()) if number else None
 
 
 def _key(plan: Plan, config: dict[str, Any]) -> str:

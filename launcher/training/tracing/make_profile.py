@@ -85,40 +85,23 @@ class ProfileMaker:
         return tuple(head) if type(model).__name__ not in (self.config.architectures or ()) else ()
 
     def _with_passes(self, profile: Profile) -> Profile:
-        passes, fixed = {}, None
+        """Return the profile with its passes. Where leaving layers out does not go well each is gone through."""
         layers = self.traced.layers()
         try:
-            for recompute in RECOMPUTATIONS:
-                passes[recompute] = self._passes(layers, recompute, training=True)
-            passes["evaluation"] = self._passes(layers, "none", training=False)
-        except ValueError as error:
+            return self._gone_through(profile, layers)
+        except (ValueError, Untraceable) as error:
             if all(layer.traced for layer in layers):
                 raise Untraceable(str(error)) from None
-            fixed = self.traced.layers(every=True)
-        if fixed is not None:
-            return self._with_every_layer(profile, fixed)
-        return replace(
-            profile,
-            passes=passes,
-            tails=self._tails(layers),
-            quadratic=self._quadratic(layers, passes["none"][1]),
-        )
-
-    def _with_every_layer(self, profile: Profile, layers: list[Layer]) -> Profile:
-        """Of a model whose layers do not run one after another each is gone through."""
         try:
-            passes = {
-                recompute: self._passes(layers, recompute, training=True) for recompute in RECOMPUTATIONS
-            }
-            passes["evaluation"] = self._passes(layers, "none", training=False)
+            return self._gone_through(profile, self.traced.layers(every=True))
         except ValueError as error:
             raise Untraceable(str(error)) from None
-        return replace(
-            profile,
-            passes=passes,
-            tails=self._tails(layers),
-            quadratic=self._quadratic(layers, passes["none"][1]),
-        )
+
+    def _gone_through(self, profile: Profile, layers: Sequence[Layer]) -> Profile:
+        passes = {recompute: self._passes(layers, recompute, training=True) for recompute in RECOMPUTATIONS}
+        passes["evaluation"] = self._passes(layers, "none", training=False)
+        tails, quadratic = self._tails(layers), self._quadratic(layers, passes["none"][1])
+        return replace(profile, passes=passes, tails=tails, quadratic=quadratic)
 
     def _passes(self, layers: Sequence[Layer], recompute: str, training: bool) -> tuple[Pass, Pass]:
         """Return a pass of one sample, and one of several as lines."""
