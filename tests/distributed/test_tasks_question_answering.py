@@ -469,9 +469,9 @@ def test_a_row_that_is_drawn_twice_counts_twice() -> None:
     task = task_of()
     right, wrong = windows_of(task, row_of("cat"), id=0)[0], windows_of(task, row_of("mat"), id=1)[0]
     states = []
-    for sample, place in ((right, right["positions"].tolist()), (wrong, [4, 4])):
+    for sample, point in ((right, right["positions"].tolist()), (wrong, [4, 4])):
         evaluator = task.evaluator()
-        output = Output(torch.tensor(1.0), torch.tensor(0.0), logits_at([sample], (*place, 5.0)))
+        output = Output(torch.tensor(1.0), torch.tensor(0.0), logits_at([sample], (*point, 5.0)))
         evaluator.update(output, task.collate([[sample]]))
         states.append(evaluator.state())
     evaluator = task.evaluator()
