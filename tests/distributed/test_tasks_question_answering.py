@@ -462,3 +462,19 @@ def test_the_inspected_tokens_of_the_answer_are_learned() -> None:
     [sample] = windows_of(task_of(), row_of("cat sat"))
     learned = inspect._learned(sample)
     assert words(sample["input_ids"][learned]) == "cat sat" and len(learned) == sample.length
+
+
+def test_a_row_that_is_drawn_twice_counts_twice() -> None:
+    """As bootstrap intervals draw rows anew."""
+    task = task_of()
+    right, wrong = windows_of(task, row_of("cat"), id=0)[0], windows_of(task, row_of("mat"), id=1)[0]
+    states = []
+    for sample, point in ((right, right["positions"].tolist()), (wrong, [4, 4])):
+        evaluator = task.evaluator()
+        output = Output(torch.tensor(1.0), torch.tensor(0.0), logits_at([sample], (*point, 5.0)))
+        evaluator.update(output, task.collate([[sample]]))
+        states.append(evaluator.state())
+    evaluator = task.evaluator()
+    drawn = [evaluator.told_apart(states[place], copy) for copy, place in enumerate([0, 0, 1, 0])]
+    assert evaluator.compute(drawn)["exact_match"] == 0.75
+    assert evaluator.compute(states)["exact_match"] == 0.5

@@ -569,3 +569,12 @@ def test_rows_to_be_predicted_need_no_label(problem: str) -> None:
     arrays = arrays_of(task, {"text": "the cat"}, TOKENIZER)
     assert arrays["label"].shape == ((3,) if problem == "multi-label" else (1,))
     task.collate([[Sample(arrays, 0, 4)]])
+
+
+def test_columns_with_numbers_by_class_have_a_hash() -> None:
+    """The planner remembers what it saw of a job's rows by the section `data`."""
+    one, same, other = (
+        LabelledColumns(train=TRAIN, text="text", label="label", class_weights={"a": weight})
+        for weight in (2.0, 2.0, 3.0)
+    )
+    assert hash(one) == hash(same) and one == same and hash(one) != hash(other)
