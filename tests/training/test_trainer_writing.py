@@ -184,3 +184,12 @@ def mean_length(answers: list[str], references: list[list[str]]) -> float:
     assert len(answers) == len(references) == 13 and all(len(texts) == 1 for texts in references)
     assert len(set(map(json.dumps, answers))) > 6, "answers differ from row to row"
     return sum(map(len, answers)) / len(answers)
+
+
+@pytest.mark.very_slow
+@pytest.mark.parametrize("family", ["encoder-decoder", "bart", "marian"])
+def test_other_families_train_and_write_sharded(family: str, models: dict[str, Path], tmp_path: Path) -> None:
+    own = {**models, "t5": model_directory(tmp_path / family, family)}
+    run = run_of(own, tmp_path, "run", 2, num_steps=2)
+    assert named(run, "checked") and evaluations(run)[2].keys() == evaluations(run)[0].keys()
+    assert evaluations(run)[2]["loss"] < evaluations(run)[0]["loss"]

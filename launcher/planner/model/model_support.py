@@ -50,8 +50,8 @@ _ENCODER_DECODERS = frozenset(
     nllb-moe pegasus pegasus_x plbart prophetnet seamless_m4t seamless_m4t_v2 switch_transformers t5 t5gemma umt5
     """.split()
 )
-"""Those of transformers 5.23 that read a text and write one (`AutoModelForSeq2SeqLM`). The check after loading holds
-each to its own loss."""
+"""Those of transformers 5.23 that read a text and write one (`AutoModelForSeq2SeqLM`). The check after
+loading holds each to its own loss."""
 _UNKNOWN: dict[SampleLayout, Support] = {
     "packed": Support(
         (
