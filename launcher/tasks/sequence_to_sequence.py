@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from launcher.data.rows import BAD_VALUE, TOO_LONG, IfThere, RowProblem, is_missing, text_of
+from launcher.data.rows import BAD_VALUE, EMPTY, TOO_LONG, IfThere, RowProblem, is_missing, text_of
 from launcher.data.section import Data
 from launcher.errors import ConfigurationError, Problem
 from launcher.lazy import Lazy
 from launcher.tasks.generation import GenerationOptions, padded_prompts
+from launcher.tasks.languages import set_language
 from launcher.tasks.task import (
     IGNORE,
     AnswerOptions,
@@ -124,7 +125,7 @@ class SequenceToSequence(WritingTask):
         self.tokenizer = processor
         for key, attribute in (("source_language", "src_lang"), ("target_language", "tgt_lang")):
             if (code := getattr(self.data, key)) is not None:
-                _set_language(processor, f"data.{key}", attribute, code)
+                set_language(processor, f"data.{key}", attribute, code)
         if processor.pad_token_id is None:
             reason = "its tokenizer has no padding token, and batches of texts need one to pad with"
             raise ConfigurationError(Problem("model.name", processor.name_or_path or None, reason))
@@ -135,10 +136,8 @@ class SequenceToSequence(WritingTask):
             self._first, self._start = (
                 (None, around[-1]) if around[0] == processor.eos_token_id else (around[0], None)
             )
-        elif processor.bos_token_id is not None or processor.cls_token_id is not None:
-            self._start = (
-                processor.cls_token_id if processor.cls_token_id is not None else processor.bos_token_id
-            )
+        else:
+            self._start = processor.bos_token_id if processor.cls_token_id is None else processor.cls_token_id
 
     def configure(self, config: Any) -> None:
         """Write the padding token and the decoder's first token where the config has none, as one of two
@@ -202,13 +201,14 @@ class SequenceToSequence(WritingTask):
         ]
         if long and self.data.too_long != "cut":
             return RowProblem(TOO_LONG, "; ".join(long))
-        arrays = {
-            "input_ids": np.array(source[0], dtype=np.int32),
-            "labels": np.array(target[0], dtype=np.int32),
-        }
+        if not source[0] or not (target[0] or self.for_prediction):
+            return RowProblem(EMPTY, "no tokens")
+        # A row that is asked has no target, and a batch wants one: it counts for nothing.
+        read, written = source[0], target[0] or [self._pad]
+        arrays = {"input_ids": np.array(read, dtype=np.int32), "labels": np.array(written, dtype=np.int32)}
         if self.generates:
             arrays["references"] = as_bytes(texts[2])
-        return Encoded(arrays, len(target[0]), len(source[0]) + len(target[0]), cut=bool(long))
+        return Encoded(arrays, len(written), len(read) + len(written), cut=bool(long))
 
     def example(self, length: int) -> Sample:
         """Return a source of so many tokens, and a target as much shorter as max_target_length is than
@@ -283,23 +283,3 @@ class SequenceToSequence(WritingTask):
 
     def evaluator(self) -> Evaluator:
         return TextEvaluator(self) if self.generates else TokenLosses()
-
-
-def _set_language(tokenizer: Any, key: str, attribute: str, code: str) -> None:
-    """Set one of a multilingual tokenizer's languages. Raises ConfigurationError where it has no languages,
-    or not this one."""
-    if not hasattr(tokenizer, attribute):
-        name = type(tokenizer).__name__
-        reason = f"a {name} has no language codes; leave it out, or say the language in data.prefix"
-        raise ConfigurationError(Problem(key, code, reason))
-    codes = sorted(
-        getattr(tokenizer, "lang_code_to_id", None) or getattr(tokenizer, "fairseq_language_code", None) or ()
-    )
-    tokens = tokenizer.convert_tokens_to_ids([code, f"__{code}__"])
-    if set(tokens) <= {None, tokenizer.unk_token_id}:
-        import difflib
-
-        near = difflib.get_close_matches(code, codes, n=1, cutoff=0.0)
-        reason = "the tokenizer has no such language code" + (f"; the nearest is {near[0]}" if near else "")
-        raise ConfigurationError(Problem(key, code, reason))
-    setattr(tokenizer, attribute, code)

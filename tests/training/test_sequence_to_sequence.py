@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig
 from transformers.trainer_pt_utils import LabelSmoother
 
 from launcher import tasks
 from launcher.data.section import Source
+from launcher.planner.plan import Plan
 from launcher.tasks.sequence_to_sequence import PairColumns, SequenceToSequence
 from launcher.tasks.task import Sample
+from launcher.training.engines import build
+from tests.training import pairs
 from tests.training.pairs import FAMILIES, model_of
+from tests.training.plans import plan_of
+from tests.training.ranks import on_ranks
+from tests.training.wholes import whole
 
 LENGTHS = ((9, 4), (3, 7), (5, 1), (2, 2))
 
@@ -107,3 +115,21 @@ def test_the_head_computes_as_before_behind_a_loss() -> None:
         with contextlib.suppress(KeyError):
             task_of().loss(model, {"labels": batch["labels"], "targets": batch["targets"]})
         assert torch.equal(model(**plain).logits, before), "after an error too"
+
+
+def positions(plan: Plan) -> list[torch.Tensor]:
+    """What a sharded model has for positions, whole."""
+    config = AutoConfig.from_pretrained(plan.model.name, attn_implementation="sdpa")
+    engine = build(plan, task_of(), config, {})
+    named = engine.model.state_dict(keep_vars=True)
+    return [whole(value) for name, value in named.items() if "embed_positions" in name]
+
+
+@pytest.mark.distributed
+def test_positions_that_no_file_holds_are_made_in_parts(tmp_path: Path) -> None:
+    model = pairs.model_of("marian")
+    model.save_pretrained(tmp_path)
+    own = [value for name, value in model.state_dict().items() if "embed_positions" in name]
+    for found in on_ranks(2, positions, plan_of(tmp_path, 2)):
+        assert len(found) == len(own) == 2
+        assert all(torch.equal(one, other) for one, other in zip(found, own, strict=True))

@@ -86,7 +86,7 @@ def check_alike(one: Any, other: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["t5", "llama"])
+@pytest.mark.parametrize("family", ["t5", pytest.param("llama", marks=pytest.mark.very_slow)])
 def test_three_ranks_are_as_one_and_zero_as_fsdp(
     family: str, models: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -97,7 +97,7 @@ def test_three_ranks_are_as_one_and_zero_as_fsdp(
     check_alike(one, run_of(models, tmp_path, "zero", 3, family=family, **deepspeed(3)))
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 def test_it_learns_to_write_pairs_by_heart(models: dict[str, Path], tmp_path: Path) -> None:
     plan = plan_of(models, tmp_path, 2, 150, training={"learning_rate": 1e-2})
     data = plan.data.model_copy(update={"train": plan.data.evaluation})
@@ -108,6 +108,7 @@ def test_it_learns_to_write_pairs_by_heart(models: dict[str, Path], tmp_path: Pa
     assert after["chrf"] > 90 and after["rougeL"] > 90 and after["perplexity"] < 1.5
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_as_one_that_was_not_stopped(models: dict[str, Path], tmp_path: Path) -> None:
     smoothed = plan_of(models, tmp_path, 2)
     smoothed = smoothed.model_copy(update={"data": smoothed.data.model_copy(update={"label_smoothing": 0.1})})
@@ -160,7 +161,7 @@ def test_a_stop_while_texts_are_written_is_honoured(models: dict[str, Path], tmp
     assert_equal(state(stopped), state(whole))
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 def test_packed_rows_are_written_to_one_by_one_and_scored_by_ones_own_function(
     models: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -183,3 +184,12 @@ def mean_length(answers: list[str], references: list[list[str]]) -> float:
     assert len(answers) == len(references) == 13 and all(len(texts) == 1 for texts in references)
     assert len(set(map(json.dumps, answers))) > 6, "answers differ from row to row"
     return sum(map(len, answers)) / len(answers)
+
+
+@pytest.mark.very_slow
+@pytest.mark.parametrize("family", ["encoder-decoder", "bart", "marian"])
+def test_other_families_train_and_write_sharded(family: str, models: dict[str, Path], tmp_path: Path) -> None:
+    own = {**models, "t5": model_directory(tmp_path / family, family)}
+    run = run_of(own, tmp_path, "run", 2, num_steps=2)
+    assert named(run, "checked") and evaluations(run)[2].keys() == evaluations(run)[0].keys()
+    assert evaluations(run)[2]["loss"] < evaluations(run)[0]["loss"]

@@ -72,8 +72,8 @@ _ENCODER_DECODERS = frozenset(
         "umt5",
     ]
 )
-"""Those of transformers 5.23 that read a text and write one (`AutoModelForSeq2SeqLM`). The check after loading holds
-each to its own loss."""
+"""Those of transformers 5.23 that read a text and write one (`AutoModelForSeq2SeqLM`). The check after
+loading holds each to its own loss."""
 _UNKNOWN: dict[SampleLayout, Support] = {
     "packed": Support(
         (

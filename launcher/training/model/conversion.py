@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from transformers import PreTrainedModel, modeling_utils
+from transformers import PreTrainedModel, initialization, modeling_utils
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
 
@@ -43,6 +43,29 @@ def converted_whole() -> Iterator[None]:
         yield
     finally:
         modeling_utils.convert_and_load_state_dict_in_model = original
+
+
+@contextlib.contextmanager
+def copied_in_parts() -> Iterator[None]:
+    """While inside, what a model's class computes whole and copies into a cut parameter is cut alike.
+
+    So do Marian and Pegasus with their positions, which no file of theirs holds.
+    """
+    original = initialization.copy_
+
+    def copy_(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        if isinstance(tensor, DTensor) and not isinstance(other, DTensor):
+            if not getattr(tensor, "_is_hf_initialized", False):
+                with torch.no_grad():
+                    tensor.to_local().copy_(cut_like(tensor, other))
+            return tensor
+        return original(tensor, other)
+
+    initialization.copy_ = copy_
+    try:
+        yield
+    finally:
+        initialization.copy_ = original
 
 
 def _crosses(converter: WeightConverter) -> bool:

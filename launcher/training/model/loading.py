@@ -25,7 +25,7 @@ from launcher.errors import ConfigurationError, Problem
 from launcher.planner.plan import Mesh, Plan
 from launcher.training.model import adapters, pretrained
 from launcher.training.model.buffers import restore_buffers
-from launcher.training.model.conversion import converted_whole, cut_like
+from launcher.training.model.conversion import converted_whole, copied_in_parts, cut_like
 from launcher.training.model.reading import Changes
 from launcher.training.precision import DTYPES
 from launcher.training.reporting.whereabouts import tensors_counted
@@ -53,7 +53,8 @@ def load(plan: Plan, auto_class: Any, config: Any, shard: Shard) -> LoadedModel:
     distributed = DistributedConfig(fsdp_size=plan.mesh.dp_shard, dp_replicate_size=plan.mesh.dp_replicate)
     kind = pretrained.model_class(auto_class, config, plan)
     seam = _Seam(plan, shard)
-    with seam.in_place(), converted_whole(), Changes.of(plan, kind, config).in_place(), tensors_counted():
+    changes = Changes.of(plan, kind, config)
+    with seam.in_place(), converted_whole(), copied_in_parts(), changes.in_place(), tensors_counted():
         try:
             model, information = kind.from_pretrained(
                 name,
