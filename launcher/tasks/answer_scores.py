@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 else:
     np = Lazy("numpy")
 
-_COPY = float(1 << 32)
-"""What tells the rows of one copy from those of the next."""
 NUM_COMPARED = 20
 """Spans among which probabilities are shared out, as in transformers' examples."""
 
@@ -128,7 +126,7 @@ class AnswerScores(Evaluator):
 
     def told_apart(self, state: Sequence[np.ndarray], copy: int) -> Sequence[np.ndarray]:
         sums, numbers, *texts = state
-        return [sums, numbers + np.array([copy * _COPY, 0, 0, 0]), *texts]
+        return [sums, np.column_stack([np.full(len(numbers), float(copy)), numbers[:, 1:]]), *texts]
 
 
 class _Window(NamedTuple):
