@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 else:
     np = Lazy("numpy")
 
-_COPY = float(1 << 32)
-"""What tells the rows of one copy from those of the next."""
 NUM_COMPARED = 20
 """Spans among which probabilities are shared out, as in transformers' examples."""
 
