@@ -177,9 +177,9 @@ def notice(record: dict[str, Any]) -> str | None:
                 "this run)"
             )
         case "other_engine":
-            found, planned = record.get("found"), record.get("planned")
+            measured, planned = record.get("found"), record.get("planned")
             return (
-                f"warning: the script trains on {found}, and the plan is {planned}: what the plan says of "
+                f"warning: the script trains on {measured}, and the plan is {planned}: what the plan says of "
                 "memory and speed does not hold"
             )
         case "early_stopping":

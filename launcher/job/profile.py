@@ -121,11 +121,11 @@ def apply(content: dict[str, Any], folder: Path) -> list[Problem]:
 def problems(cluster: Cluster, num_nodes: int, num_gpus: int, profile: Profile) -> list[Problem]:
     """Return what a job asks for over the limits of the partitions it names; without one, nothing is
     known."""
-    found: list[Problem] = []
+    wrong: list[Problem] = []
     for partition in (cluster.partition or "").split(","):
         if partition and profile.limits and partition not in profile.limits:
             near = difflib.get_close_matches(partition, profile.limits, n=1) or sorted(profile.limits)
-            found.append(
+            wrong.append(
                 Problem(
                     "cluster.partition",
                     partition,
@@ -133,12 +133,12 @@ def problems(cluster: Cluster, num_nodes: int, num_gpus: int, profile: Profile) 
                 )
             )
         elif partition:
-            found += _over(cluster, partition, num_nodes, num_gpus, profile.limits.get(partition, Limits()))
-    return found
+            wrong += _over(cluster, partition, num_nodes, num_gpus, profile.limits.get(partition, Limits()))
+    return wrong
 
 
 def _over(cluster: Cluster, partition: str, num_nodes: int, num_gpus: int, limits: Limits) -> list[Problem]:
-    asked = {
+    requested = {
         "nodes": (num_nodes, limits.max_nodes),
         "time_limit": (cluster.time_limit, limits.max_time),
         "gpus_per_node": (num_gpus, limits.gpus_per_node),
@@ -150,6 +150,6 @@ def _over(cluster: Cluster, partition: str, num_nodes: int, num_gpus: int, limit
             value,
             f"partition {partition} has at most {limit:g}{' s' if key == 'time_limit' else ''}",
         )
-        for key, (value, limit) in asked.items()
+        for key, (value, limit) in requested.items()
         if value is not None and limit is not None and value > limit
     ]

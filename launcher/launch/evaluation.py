@@ -55,9 +55,9 @@ class Request:
 
 def evaluate_locally(request: Request, watcher: Watcher) -> dict[str, Any]:
     """{"before": metrics, "after": metrics}. Raises the failure's own class where the ranks failed."""
-    asked = {
+    content = {
         "run": None if request.run is None else str(request.run),
         "model": request.model,
         "step": request.step,
     }
-    return ask(request.plan, "launcher.training.evaluate_entry", asked, "evaluation.json", watcher)
+    return ask(request.plan, "launcher.training.evaluate_entry", content, "evaluation.json", watcher)

@@ -19,12 +19,12 @@ _NUM_BYTES = 32
 def make(directory: Path) -> None:
     """Write a new secret into an attempt's directory, whole, for its owner alone whatever the umask says.
     Raises OSError."""
-    made = directory / f".{NAME}-{secrets.token_hex(4)}"
-    descriptor = os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    new = directory / f".{NAME}-{secrets.token_hex(4)}"
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w", encoding="ascii") as file:
         os.fchmod(descriptor, 0o600)
         file.write(secrets.token_hex(_NUM_BYTES))
-    made.rename(directory / NAME)
+    new.rename(directory / NAME)
 
 
 def read(path: Path) -> str:

@@ -71,9 +71,12 @@ def measure(
 def _as_it_stands(plan: Plan, model: str) -> Plan:
     """The plan for a model's directory: what the job does to the model that it trains is done to that one
     alone."""
-    asked = plan.model
+    planned = plan.model
     as_it_is = Model(
-        name=model, task=asked.task, attention=asked.attention, trust_remote_code=asked.trust_remote_code
+        name=model,
+        task=planned.task,
+        attention=planned.attention,
+        trust_remote_code=planned.trust_remote_code,
     )
     return plan.model_copy(update={"model": as_it_is})
 

@@ -53,11 +53,13 @@ def views(runs: Iterable[RunDirectory]) -> list[dict[str, Any]]:
     if any(record for _, record in known):
         with contextlib.suppress(SchedulerError):
             entries = queue()
-    found = []
+    known_views = []
     for run, record in known:
         job_id = record.job_id if record else ""
-        found.append(_together(read_status(run), entries.get(job_id), {"job_id": job_id} if record else {}))
-    return found
+        known_views.append(
+            _together(read_status(run), entries.get(job_id), {"job_id": job_id} if record else {})
+        )
+    return known_views
 
 
 def _past(job_id: str) -> dict[str, str]:
@@ -74,17 +76,17 @@ def _past(job_id: str) -> dict[str, str]:
     }
 
 
-def _together(status: Status, entry: Entry | None, said: dict[str, Any]) -> dict[str, Any]:
+def _together(status: Status, entry: Entry | None, fields: dict[str, Any]) -> dict[str, Any]:
     """The files tell how far the run is, the queue whether it waits or runs."""
     if entry is not None:
-        said = {**said, **entry.to_dict()}
+        fields = {**fields, **entry.to_dict()}
         if entry.state in _WAITING and status.state != "finished":
             status = replace(status, state="queued", phase=None, process=None, command=None)
         elif is_live(entry) and status.state not in ("running", "finished"):
             status = replace(status, state="starting", command=None)
         elif not is_live(entry) and status.state == "running":
             status = replace(status, state="interrupted")
-    return {**status.to_dict(), "slurm": said} if said else status.to_dict()
+    return {**status.to_dict(), "slurm": fields} if fields else status.to_dict()
 
 
 def starts_in(entry: dict[str, Any]) -> float | None:

@@ -164,15 +164,15 @@ class Dataset:
 
     def first_ids(self, count: int) -> list[int]:
         """The row numbers of the first samples."""
-        found: list[int] = self._sample_ids[:count].tolist()
-        return found
+        ids: list[int] = self._sample_ids[:count].tolist()
+        return ids
 
     def find(self, id: int) -> tuple[int, Sample] | None:
         """The sample of a row, and how many others are in its item; None where the row is not used."""
-        [found] = np.flatnonzero(self._sample_ids == id)[:1].tolist() or [None]
-        if found is None:
+        [places] = np.flatnonzero(self._sample_ids == id)[:1].tolist() or [None]
+        if places is None:
             return None
-        place = int(np.flatnonzero(self._item_samples == found)[0])
+        place = int(np.flatnonzero(self._item_samples == places)[0])
         item = self.item(int(np.searchsorted(self._item_offsets, place, side="right")) - 1)
         return len(item) - 1, next(sample for sample in item if sample.id == id)
 

@@ -236,10 +236,10 @@ def _write(directory: Path, rows: Rows, role: Role, plan: Plan, using: tuple[Tas
     report.seconds = round(time.monotonic() - began, 3)
     files = {path.name: file_digest(path) for path in sorted(directory.iterdir())}
     # Without what later formats added to the same samples: so those of an older format are known as the same.
-    made = {
+    digests = {
         name: digest for name, digest in files.items() if name not in (f"{HASHES}.npy", "sample_lengths.npy")
     }
-    report.samples_hash = xxhash.xxh3_128_hexdigest(json.dumps(made).encode())
+    report.samples_hash = xxhash.xxh3_128_hexdigest(json.dumps(digests).encode())
     meta = {
         "format": FORMAT,
         "padding_free": task.padding_free,

@@ -118,9 +118,9 @@ class Traced:
     def _without_numbers(self, key: str, value: Any, counting: Counting) -> Any:
         if not isinstance(value, torch.Tensor) or key in _READ:
             return value
-        made = self._mode.from_tensor(value)
-        counting.count(made.untyped_storage())
-        return made
+        fake = self._mode.from_tensor(value)
+        counting.count(fake.untyped_storage())
+        return fake
 
     @contextlib.contextmanager
     def _decided_by_numbers(self) -> Iterator[None]:
@@ -233,18 +233,18 @@ def _first_tensor(tree: Any) -> torch.Tensor | None:
 
 def _units(model: PreTrainedModel, layers: list[nn.Module]) -> tuple[Unit, list[Unit]]:
     of = {id(parameter): index for index, layer in enumerate(layers) for parameter in layer.parameters()}
-    found: dict[int, list[Weight]] = {index: [] for index in range(-1, len(layers))}
+    weights: dict[int, list[Weight]] = {index: [] for index in range(-1, len(layers))}
     whole = (nn.Embedding, nn.Conv2d, Conv1D)
     plainly = [module for module in model.modules() if is_plain(module) or isinstance(module, whole)]
     plain = {id(parameter) for module in plainly for parameter in module.parameters(recurse=False)}
     for name, parameter in model.named_parameters():
         shape, viewed = tuple(parameter.shape), parameter.dim() > 1 and id(parameter) not in plain
         share = operations.used_share(model.config.get_text_config(), shape)
-        found[of.get(id(parameter), -1)].append(Weight(name, shape, viewed=viewed, used=share))
+        weights[of.get(id(parameter), -1)].append(Weight(name, shape, viewed=viewed, used=share))
     names = [name for name, _ in model.named_parameters()]
-    first = names.index(found[0][0].name)
-    num_first = sum(names.index(weight.name) < first for weight in found[-1])
-    return Unit(tuple(found[-1]), num_first), [Unit(tuple(found[index])) for index in range(len(layers))]
+    first = names.index(weights[0][0].name)
+    num_first = sum(names.index(weight.name) < first for weight in weights[-1])
+    return Unit(tuple(weights[-1]), num_first), [Unit(tuple(weights[index])) for index in range(len(layers))]
 
 
 def _shortened(model: PreTrainedModel, layers: list[nn.Module]) -> list[tuple[nn.Module, _Place]]:
