@@ -168,8 +168,8 @@ def _show(reports: Sequence[Report]) -> None:
         console.print("", table, sep="\n")
     for report in reports:
         for finding in (finding for finding in report.findings if finding.level != "ok"):
-            said, advice = escape(f"{report.node}: {finding.check}: {finding.found}"), escape(finding.advice)
-            console.print(f"\n{_coloured(finding.level)} {said}\n  {advice}", soft_wrap=True)
+            line, advice = escape(f"{report.node}: {finding.check}: {finding.found}"), escape(finding.advice)
+            console.print(f"\n{_coloured(finding.level)} {line}\n  {advice}", soft_wrap=True)
 
 
 def _coloured(level: str) -> str:

@@ -105,14 +105,14 @@ def look_in_places(part: Part, layout: Layout, wanted: int, phase: float) -> See
 def _look(path: Path, layout: Layout, size: int, span: float, places: int, phase: float) -> _Found:
     """Return so many bytes, as many in each of some places, that long rows are no more likely than short
     ones; the first row where none begins there."""
-    found, stride, each = _Found(), size / places, max(1, int(span / places))
+    collected, stride, each = _Found(), size / places, max(1, int(span / places))
     with open(path, "rb", opener=plain) as file:
         for place in range(places):
             start = layout.begin + int(place * stride + phase * (stride - each))
-            found.add(file, layout, start, start + each)
-        if not found.rows:
-            found.add(file, layout, layout.begin, layout.begin + 1)
-    return found
+            collected.add(file, layout, start, start + each)
+        if not collected.rows:
+            collected.add(file, layout, layout.begin, layout.begin + 1)
+    return collected
 
 
 def table_layout(path: Path, columns: Sequence[str], dialect: type[csv.Dialect], quoted: bool) -> Layout:

@@ -104,16 +104,16 @@ def apply(content: dict[str, Any], folder: Path) -> list[Problem]:
         return []
     try:
         path = find(cluster["profile"], folder)
-        _, asked = read(path)
+        _, requested = read(path)
     except ConfigurationError as error:
         del cluster["profile"]
         return error.problems
-    said = slurm_options.named(cluster)
-    asked = slurm_options.without(asked, slurm_options.rivals(said) | ({"exclusive"} & said))
-    merged = {**asked, **cluster, "profile": str(path)}
+    named = slurm_options.named(cluster)
+    requested = slurm_options.without(requested, slurm_options.rivals(named) | ({"exclusive"} & named))
+    merged = {**requested, **cluster, "profile": str(path)}
     for key in _MERGED:
-        if isinstance(asked.get(key), dict) and isinstance(cluster.get(key), dict):
-            merged[key] = {**asked[key], **cluster[key]}
+        if isinstance(requested.get(key), dict) and isinstance(cluster.get(key), dict):
+            merged[key] = {**requested[key], **cluster[key]}
     content["cluster"] = merged
     return []
 

@@ -264,8 +264,8 @@ class Hangs:
         self._files.do(lambda: event(self._run.events_file, "suspected", **about))
 
     def _recovered(self) -> None:
-        said, self._asked = self._asked is None, None
-        if said:
+        suspected, self._asked = self._asked is None, None
+        if suspected:
             self._lines.append("it goes on again")
             self._files.do(lambda: event(self._run.events_file, "recovered"))
 

@@ -35,15 +35,15 @@ def view(run: RunDirectory, totals: Totals | None = None) -> dict[str, Any]:
     known = JobRecord.read(run)
     if known is None:
         return read_status(run, totals).to_dict()
-    said: dict[str, Any] = {"job_id": known.job_id}
+    content: dict[str, Any] = {"job_id": known.job_id}
     entry = None
     try:
         entry = queue([known.job_id]).get(known.job_id) if known.job_id else None
         if entry is None:
-            said |= _past(known.job_id)
+            content |= _past(known.job_id)
     except SchedulerError as error:
-        said["error"] = str(error)
-    return _together(read_status(run, totals), entry, said)
+        content["error"] = str(error)
+    return _together(read_status(run, totals), entry, content)
 
 
 def views(runs: Iterable[RunDirectory]) -> list[dict[str, Any]]:

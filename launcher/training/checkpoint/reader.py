@@ -73,17 +73,17 @@ class _MetadataUnpickler(pickle.Unpickler):
         )
 
 
-def _maker(made: Any) -> type:
+def _maker(kind: Any) -> type:
     """A class that lives as long as one unpickler, and makes what `made` makes: of a dataclass bare
     instances, which pickles fill."""
-    bare = dataclasses.is_dataclass(made)
+    bare = dataclasses.is_dataclass(kind)
 
     def make(_: type, *arguments: Any) -> Any:
         if bare and arguments:
-            raise CheckpointError(f"{METADATA_NAME} calls {made.__name__}, which is only ever filled in")
-        return object.__new__(made) if bare else made(*arguments)
+            raise CheckpointError(f"{METADATA_NAME} calls {kind.__name__}, which is only ever filled in")
+        return object.__new__(kind) if bare else kind(*arguments)
 
-    return type(made.__name__, (), {"__new__": make, "__slots__": ()})
+    return type(kind.__name__, (), {"__new__": make, "__slots__": ()})
 
 
 def read_metadata(directory: Path) -> Metadata:
