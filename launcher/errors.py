@@ -160,10 +160,10 @@ class Stopped(LauncherError):
 
 def leaves(root: type[LauncherError] = LauncherError) -> list[type[LauncherError]]:
     """The root and every class below it, in the order of their exit codes."""
-    found = [root]
+    classes = [root]
     for child in root.__subclasses__():
-        found += leaves(child)
-    return sorted(found, key=lambda error: error.exit_code)
+        classes += leaves(child)
+    return sorted(classes, key=lambda error: error.exit_code)
 
 
 def by_failure_class(failure_class: str) -> type[LauncherError]:

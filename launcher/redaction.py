@@ -50,13 +50,13 @@ def is_variable_of_secret(name: str) -> bool:
 
 def secret_arguments(words: Sequence[str]) -> list[str]:
     """Find the secrets among a command's words, each by the option that it is given to."""
-    found = []
+    secret = []
     for before, word in zip(["", *words], words, strict=False):
         if _GIVEN.fullmatch(f"{before} {word}") or holds_secret(word):
             name, equals, _ = word.partition("=")
             option = before if before.startswith("-") and "=" not in before else "an argument"
-            found.append(name if equals and word.startswith("-") else option)
-    return list(dict.fromkeys(found))
+            secret.append(name if equals and word.startswith("-") else option)
+    return list(dict.fromkeys(secret))
 
 
 def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:

@@ -32,14 +32,14 @@ class ScriptCommand(TyperCommand):
 def load(name: str) -> Any:
     """Import one command and make typer's object of it."""
     command = COMMANDS[name]
-    found = getattr(importlib.import_module(f"launcher.cli.{command.module}"), command.attribute)
-    if isinstance(found, typer.Typer):
-        group = typer.main.get_group(found)
+    loaded = getattr(importlib.import_module(f"launcher.cli.{command.module}"), command.attribute)
+    if isinstance(loaded, typer.Typer):
+        group = typer.main.get_group(loaded)
         group.name, group.help = name, command.help
         group.no_args_is_help = True
         return group
     single = typer.Typer(add_completion=False, rich_markup_mode=None)
-    single.command(name, cls=ScriptCommand)(found)
+    single.command(name, cls=ScriptCommand)(loaded)
     return typer.main.get_command(single)
 
 

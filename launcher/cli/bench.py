@@ -37,16 +37,16 @@ def bench(nproc: Ranks = None, disk: Disk = Path(), as_json: AsJson = False) -> 
     from launcher.training.bench import bench as measure
 
     ranks = nproc or len(find_gpus()[0]) or 2
-    found = measure(ranks, disk.absolute(), lambda what: typer.echo(f"measuring {what} ...", err=True))
-    Machine.read().with_rates(found.rates).write()
-    if found.rates.device == "cpu" and ranks > 1:
-        found = replace(found, rates=replace(found.rates, engines=_engines(found.rates)))
+    figures = measure(ranks, disk.absolute(), lambda what: typer.echo(f"measuring {what} ...", err=True))
+    Machine.read().with_rates(figures.rates).write()
+    if figures.rates.device == "cpu" and ranks > 1:
+        figures = replace(figures, rates=replace(figures.rates, engines=_engines(figures.rates)))
         # Runs may have written theirs meanwhile.
-        Machine.read().with_rates(found.rates).write()
+        Machine.read().with_rates(figures.rates).write()
     if as_json:
-        print_json({**asdict(found.rates), "messages": [asdict(message) for message in found.messages]})
+        print_json({**asdict(figures.rates), "messages": [asdict(message) for message in figures.messages]})
         return
-    print_table(["what", "rate"], _rows(found))
+    print_table(["what", "rate"], _rows(figures))
     typer.echo(f"kept in {path()}; `launcher plan` counts with it", err=True)
 
 
@@ -74,24 +74,24 @@ def _costs(engine: str, way: str, allocator: dict[str, str], rates: Rates) -> di
         name: tuple((plan, config(plan) if plan.zero else {}) for plan in both)
         for name, both in plans.items()
     }
-    found: dict[str, tuple[float, float]] = {}
+    costs: dict[str, tuple[float, float]] = {}
     for _ in range(_TRIES):
-        left = {name: both for name, both in steps.items() if name not in found}
+        left = {name: both for name, both in steps.items() if name not in costs}
         taken = extra_seconds(
             engine, left, rates.num_ranks, allocator, lambda line: typer.echo(line, err=True)
         )
         for name, (small, large) in taken.items():
-            if (made := _learnt(plans[name], (small, large), rates)) is not None:
-                found[name] = made
-        if not taken or len(found) == len(steps):
-            return found
-    missed = ", ".join(name for name in steps if name not in found)
+            if (learnt := _learnt(plans[name], (small, large), rates)) is not None:
+                costs[name] = learnt
+        if not taken or len(costs) == len(steps):
+            return costs
+    missed = ", ".join(name for name in steps if name not in costs)
     typer.echo(
         f"what a byte costs was less than what other work here took: {missed}; measure again on a "
         "quiet machine",
         err=True,
     )
-    return found
+    return costs
 
 
 def _learnt(
@@ -107,14 +107,14 @@ def _learnt(
     return comm_benchmark.costs(both, seconds, known)
 
 
-def _rows(found: Bench) -> list[list[str]]:
-    rates = found.rates
+def _rows(figures: Bench) -> list[list[str]]:
+    rates = figures.rates
     rows = [
         [f"matrix products, {precision}, {rates.device}", f"{rate / 1e9:,.1f} GFLOP/s"]
         for precision, rate in rates.matrix.items()
     ]
     rows.append(["memory, read and written", _bytes(rates.bandwidth)])
-    for message in found.messages:
+    for message in figures.messages:
         rows.append(
             [
                 f"{message.kind} of {message.num_bytes >> 10:,} KiB, {rates.num_ranks} ranks",

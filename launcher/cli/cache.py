@@ -30,10 +30,10 @@ def list_(as_json: AsJson = False) -> None:
     from launcher.runs import cache
     from launcher.runs.wording import duration
 
-    found, now = cache.entries(), time.time()
-    total, bound = sum(entry.bytes for entry in found), cache.bound()
+    listed, now = cache.entries(), time.time()
+    total, bound = sum(entry.bytes for entry in listed), cache.bound()
     if as_json:
-        entries = [entry.to_dict() for entry in found]
+        entries = [entry.to_dict() for entry in listed]
         return print_json(
             {"path": str(cache.root()), "bytes": total, "data_bound_bytes": bound, "entries": entries}
         )
@@ -45,7 +45,7 @@ def list_(as_json: AsJson = False) -> None:
             "in use" if entry.in_use else f"{duration(max(0.0, now - entry.last_used))} ago",
             entry.what,
         ]
-        for entry in found
+        for entry in listed
     ]
     if rows:
         print_table(["kind", "name", "size", "last used", "what"], rows)
@@ -72,11 +72,11 @@ def prune(
         raise ConfigurationError(
             Problem("prune", None, "say what goes: --older-than 30d, --max-size 20GB, or both")
         )
-    found = cache.entries()
-    going = cache.to_prune(found, age, most)
+    entries = cache.entries()
+    going = cache.to_prune(entries, age, most)
     gone = going if dry_run else cache.remove(going)
     paths = {entry.path for entry in gone}
-    left, freed = [entry for entry in found if entry.path not in paths], sum(entry.bytes for entry in gone)
+    left, freed = [entry for entry in entries if entry.path not in paths], sum(entry.bytes for entry in gone)
     if as_json:
         facts = {"dry_run": dry_run, "freed_bytes": freed, "left_bytes": sum(entry.bytes for entry in left)}
         return print_json({**facts, "removed": [entry.to_dict() for entry in gone]})

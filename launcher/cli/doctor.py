@@ -86,7 +86,7 @@ def doctor(
     from launcher.doctor import local
     from launcher.doctor.cluster import Examination, Request
 
-    asked = dict(zip(_ASKED, (partition, account, qos, reservation, nodelist, exclude), strict=True))
+    requested = dict(zip(_ASKED, (partition, account, qos, reservation, nodelist, exclude), strict=True))
     more = {
         "nodes": nodes,
         "gpus-per-node": gpus_per_node,
@@ -96,10 +96,10 @@ def doctor(
         "time": minutes,
     }
     if not slurm:
-        _refuse({**asked, **more})
+        _refuse({**requested, **more})
     reports, job = [local.examine(directory, os.environ, slurm)], ""
     if slurm:
-        options = (*(f"--{name}={value}" for name, value in asked.items() if value), *srun)
+        options = (*(f"--{name}={value}" for name, value in requested.items() if value), *srun)
         number = nodes or int(os.environ.get("SLURM_JOB_NUM_NODES") or 2)
         request = Request(
             number, directory, options, gpus_per_node or 0, interface, float(wait or 600), minutes or 10
@@ -168,8 +168,8 @@ def _show(reports: Sequence[Report]) -> None:
         console.print("", table, sep="\n")
     for report in reports:
         for finding in (finding for finding in report.findings if finding.level != "ok"):
-            said, advice = escape(f"{report.node}: {finding.check}: {finding.found}"), escape(finding.advice)
-            console.print(f"\n{_coloured(finding.level)} {said}\n  {advice}", soft_wrap=True)
+            line, advice = escape(f"{report.node}: {finding.check}: {finding.found}"), escape(finding.advice)
+            console.print(f"\n{_coloured(finding.level)} {line}\n  {advice}", soft_wrap=True)
 
 
 def _coloured(level: str) -> str:

@@ -45,19 +45,21 @@ def import_(
     if out is not None and not out.parent.is_dir():
         raise ConfigurationError(Problem("--out", str(out), f"the folder {out.parent} is not there"))
     paths, words = _parted(files)
-    made = import_files(paths, words)
+    imported = import_files(paths, words)
     if out is not None:
-        write_atomically(out, made.text)
+        write_atomically(out, imported.text)
     if as_json:
-        return print_json({"job": made.content, "remarks": [asdict(remark) for remark in made.remarks]})
+        return print_json(
+            {"job": imported.content, "remarks": [asdict(remark) for remark in imported.remarks]}
+        )
     if out is None:
-        typer.echo(made.text)
+        typer.echo(imported.text)
     for kind in ("conflict", "cannot be said", "changes meaning", "default", "chosen", "ignored", "fill in"):
-        found = [remark for remark in made.remarks if remark.kind == kind]
-        if found:
+        remarks = [remark for remark in imported.remarks if remark.kind == kind]
+        if remarks:
             typer.echo(f"{kind}:", err=out is None)
         source = ""
-        for remark in found:
+        for remark in remarks:
             if remark.source != source:
                 source = remark.source
                 typer.echo(f"  {source}", err=out is None)

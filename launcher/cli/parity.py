@@ -28,12 +28,12 @@ def parity(
     from launcher.planner.search import plan_job
 
     tolerance = TOLERANCE[plan_job(load(job, overrides), nproc).precision]
-    found: list[Outcome] = []
+    results: list[Outcome] = []
     for outcome in outcomes(job, nproc, steps, overrides, Watcher()):
-        found.append(outcome)
+        results.append(outcome)
         typer.echo(f"{outcome.name}: {outcome.problem or f'{len(outcome.losses)} steps'}", err=True)
-    reference = found[0]
-    rows = [_row(outcome, reference, tolerance) for outcome in found]
+    reference = results[0]
+    rows = [_row(outcome, reference, tolerance) for outcome in results]
     if as_json:
         print_json({"tolerance": tolerance, "cases": rows})
     else:

@@ -103,22 +103,22 @@ class AttemptView:
 
     def facts(self) -> list[str]:
         """The last step in words, the most wanted first."""
-        record, found = self.record, []
+        record, known = self.record, []
         if "loss" in record:
-            found.append(f"loss {record['loss']:.4f}")
+            known.append(f"loss {record['loss']:.4f}")
         if "learning_rate" in record:
-            found.append(f"learning rate {record['learning_rate']:.2e}")
+            known.append(f"learning rate {record['learning_rate']:.2e}")
         if "tokens_per_second" in record:
-            found.append(f"{record['tokens_per_second']:,.0f} tokens/s")
+            known.append(f"{record['tokens_per_second']:,.0f} tokens/s")
         if (share := self.share_of_peak()) is not None:
-            found.append(f"MFU {share:.1%}")
+            known.append(f"MFU {share:.1%}")
         if record.get("peak_memory_bytes"):
-            found.append(f"{record['peak_memory_bytes'] / 2**30:.2f} GiB")
+            known.append(f"{record['peak_memory_bytes'] / 2**30:.2f} GiB")
         if (left := self.seconds_left()) is not None:
-            found.append(f"{duration(left)} left")
+            known.append(f"{duration(left)} left")
         if self.saved_step is not None:
-            found.append(f"saved at step {self.saved_step}")
-        return found
+            known.append(f"saved at step {self.saved_step}")
+        return known
 
 
 def metrics_line(metrics: dict[str, float]) -> str:
@@ -177,9 +177,9 @@ def notice(record: dict[str, Any]) -> str | None:
                 "this run)"
             )
         case "other_engine":
-            found, planned = record.get("found"), record.get("planned")
+            measured, planned = record.get("found"), record.get("planned")
             return (
-                f"warning: the script trains on {found}, and the plan is {planned}: what the plan says of "
+                f"warning: the script trains on {measured}, and the plan is {planned}: what the plan says of "
                 "memory and speed does not hold"
             )
         case "early_stopping":

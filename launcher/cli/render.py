@@ -56,13 +56,13 @@ def render(
         plan = plan_job(loaded, nproc, local=False)
     place = Place(str((run_dir or Path("runs") / plan.name).absolute()), str(out.absolute()), sys.executable)
     written = write(out, files(plan, place), NAMES)
-    found = [*changed, *notes(plan)]
+    remarks = [*changed, *notes(plan)]
     if as_json:
-        listed = [{"key": note.key, "value": note.value, "text": note.text} for note in found]
+        listed = [{"key": note.key, "value": note.value, "text": note.text} for note in remarks]
         return print_json({"engine": plan.engine, "files": [str(path) for path in written], "notes": listed})
     typer.echo("\n".join(f"wrote {path}" for path in written))
     typer.echo("\nTo know:")
-    return print_table(["key", "value", ""], [[note.key, str(note.value), note.text] for note in found])
+    return print_table(["key", "value", ""], [[note.key, str(note.value), note.text] for note in remarks])
 
 
 Compared = Annotated[
@@ -74,15 +74,15 @@ def diff(a: Compared, b: Compared, as_json: AsJson = False) -> None:
     """Show how two plans, jobs or engines' configurations differ."""
     from launcher.importing.compare import compare
 
-    found = compare(a, b)
+    differences = compare(a, b)
     if as_json:
-        rows = [{"key": d.key, "a": d.a, "b": d.b} for d in found.differences]
-        return print_json({"equal": not rows, "differences": rows, "notes": found.notes})
-    for note in found.notes:
+        rows = [{"key": d.key, "a": d.a, "b": d.b} for d in differences.differences]
+        return print_json({"equal": not rows, "differences": rows, "notes": differences.notes})
+    for note in differences.notes:
         typer.echo(note)
-    if not found.differences:
+    if not differences.differences:
         return typer.echo("equal")
-    shown = [[d.key, _shown(d.a), _shown(d.b)] for d in found.differences]
+    shown = [[d.key, _shown(d.a), _shown(d.b)] for d in differences.differences]
     return print_table(["key", str(a), str(b)], shown)
 
 

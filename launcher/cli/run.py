@@ -88,11 +88,11 @@ def resume(
     from launcher.launch.run_setup import reopen
     from launcher.runs.layout import RunDirectory
 
-    found = RunDirectory.find(run)
-    if (found.path / "slurm" / "job.json").exists() and not local:
-        _resubmit(found, nproc, stop_at, as_json, overrides)
+    directory = RunDirectory.find(run)
+    if (directory.path / "slurm" / "job.json").exists() and not local:
+        _resubmit(directory, nproc, stop_at, as_json, overrides)
         return
-    _attempt(found, reopen(found, overrides, nproc), stop_at, as_json)
+    _attempt(directory, reopen(directory, overrides, nproc), stop_at, as_json)
 
 
 def _resubmit(

@@ -81,9 +81,9 @@ def cancel(run: Run, as_json: AsJson = False) -> None:
     from launcher.launch.slurm.cancelling import cancel as cancel_job
     from launcher.runs.layout import RunDirectory
 
-    found = RunDirectory.find(run)
-    job_id = cancel_job(found)
+    directory = RunDirectory.find(run)
+    job_id = cancel_job(directory)
     if as_json:
-        print_json({"run": str(found.path), "job": job_id})
+        print_json({"run": str(directory.path), "job": job_id})
         return
-    typer.echo(f"job {job_id} is cancelled; go on with: launcher resume {shown(found.path)}")
+    typer.echo(f"job {job_id} is cancelled; go on with: launcher resume {shown(directory.path)}")

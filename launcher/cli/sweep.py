@@ -77,17 +77,17 @@ def sweep(
     """Try several values of a job's keys, as a Slurm array or here."""
     from launcher.launch.local import shown
 
-    found = _open(what, grid, random, points, halving, seed, metric, out, nproc, overrides)
+    opened = _open(what, grid, random, points, halving, seed, metric, out, nproc, overrides)
     code = 0
-    if not show and found.left():
+    if not show and opened.left():
         if local:
-            code = _here(found)
+            code = _here(opened)
         else:
-            code = _submit(found, parallel, as_json)
+            code = _submit(opened, parallel, as_json)
             if not as_json:
-                typer.echo(f"see how it goes with: launcher sweep {shown(found.path)} --show", err=True)
+                typer.echo(f"see how it goes with: launcher sweep {shown(opened.path)} --show", err=True)
             raise typer.Exit(code)
-    _leaderboard(found, as_json)
+    _leaderboard(opened, as_json)
     raise typer.Exit(code)
 
 
@@ -143,39 +143,39 @@ def _open(
     )
 
 
-def _here(found: Sweep) -> int:
+def _here(sweep: Sweep) -> int:
     from launcher.launch.screen import Watcher
     from launcher.sweep.running import run_here
 
-    return run_here(found, Watcher())
+    return run_here(sweep, Watcher())
 
 
-def _submit(found: Sweep, parallel: int | None, as_json: bool) -> int:
+def _submit(sweep: Sweep, parallel: int | None, as_json: bool) -> int:
     from launcher.errors import SchedulerError
     from launcher.launch.slurm import submit_run
     from launcher.sweep.running import submit
 
     try:
-        job_id, numbers = submit(found, parallel)
+        job_id, numbers = submit(sweep, parallel)
     except SchedulerError as error:
         raise submit_run.explain(error) from None
     if as_json:
-        print_json({"sweep": str(found.path), "job": job_id, "points": numbers})
+        print_json({"sweep": str(sweep.path), "job": job_id, "points": numbers})
     else:
-        typer.echo(f"array {job_id}: {len(numbers)} of {len(found.points)} points of {found.path.name}")
+        typer.echo(f"array {job_id}: {len(numbers)} of {len(sweep.points)} points of {sweep.path.name}")
     return 0
 
 
-def _leaderboard(found: Sweep, as_json: bool) -> None:
+def _leaderboard(sweep: Sweep, as_json: bool) -> None:
     from launcher.sweep.leaderboard import leaderboard
 
-    lines = leaderboard(found)
+    lines = leaderboard(sweep)
     if as_json:
         print_json(
             {
-                "sweep": str(found.path),
-                "metric": found.metric,
-                "points": [_content(found, line) for line in lines],
+                "sweep": str(sweep.path),
+                "metric": sweep.metric,
+                "points": [_content(sweep, line) for line in lines],
             }
         )
         return
@@ -183,7 +183,7 @@ def _leaderboard(found: Sweep, as_json: bool) -> None:
         [str(place), f"{line.point:03d}", *_cells(line), " ".join(line.overrides)]
         for place, line in enumerate(lines, start=1)
     ]
-    print_table(["place", "point", found.metric, "at step", "state", "tried"], rows)
+    print_table(["place", "point", sweep.metric, "at step", "state", "tried"], rows)
 
 
 def _cells(line: Line) -> list[str]:
@@ -192,7 +192,7 @@ def _cells(line: Line) -> list[str]:
     return [best, "" if line.best_step is None else str(line.best_step), f"{line.state}, {line.step}{of}"]
 
 
-def _content(found: Sweep, line: Line) -> dict[str, Any]:
+def _content(sweep: Sweep, line: Line) -> dict[str, Any]:
     from dataclasses import asdict
 
-    return {**asdict(line), "run": str(found.run(line.point).path)}
+    return {**asdict(line), "run": str(sweep.run(line.point).path)}

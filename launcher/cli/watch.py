@@ -56,7 +56,7 @@ def _follow(watched: Any, console: Any, every: float) -> None:
     """Until the run is over or Ctrl-C comes; the last picture stays."""
     from rich.live import Live
 
-    asked = 0.0
+    asked_at = 0.0
     seen = watched.look(ask=True)
     with (
         leaving_at_interrupt() as leaving,
@@ -66,8 +66,8 @@ def _follow(watched: Any, console: Any, every: float) -> None:
             live.update(screen(seen, console.width), refresh=True)
             if leaving.wait(every):
                 break
-            ask = time.monotonic() - asked > _SECONDS_BETWEEN_QUESTIONS
-            asked = time.monotonic() if ask else asked
+            ask = time.monotonic() - asked_at > _SECONDS_BETWEEN_QUESTIONS
+            asked_at = time.monotonic() if ask else asked_at
             seen = watched.look(ask)
     console.print(screen(seen, console.width), height=32)
 
@@ -211,13 +211,13 @@ def events(records: list[dict[str, Any]]) -> Text:
 
     lines = []
     for record in records:
-        said = "  ".join(
+        text = "  ".join(
             f"{key} {value}"
             for key, value in record.items()
             if key not in ("time", "event") and isinstance(value, (str, int, float))
         )
         lines.append(
-            f"{time.strftime('%H:%M:%S', time.localtime(record['time']))}  {record['event']}  {said}"[:200]
+            f"{time.strftime('%H:%M:%S', time.localtime(record['time']))}  {record['event']}  {text}"[:200]
         )
     return Text("\n".join(lines), no_wrap=True, overflow="ellipsis")
 

@@ -67,5 +67,5 @@ class Watched:
 
     def _ranks(self) -> list[dict[str, Any]]:
         """Each rank as its supervisor saw it last, with how long it has shown no life."""
-        found = ranks_of(self.run.attempt(self.run.last_attempt()))
-        return [{**asdict(seen), "behind_seconds": seen.still_seconds} for seen in found]
+        ranks = ranks_of(self.run.attempt(self.run.last_attempt()))
+        return [{**asdict(seen), "behind_seconds": seen.still_seconds} for seen in ranks]

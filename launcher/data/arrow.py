@@ -157,15 +157,15 @@ def open_arrow(path: Path, columns: Sequence[str]) -> Any:
 def features_of(schema: Any) -> dict[str, Any]:
     """Return what `datasets` says of the columns of a file that it wrote; nothing for any other file."""
     try:
-        found = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
     except (ValueError, KeyError, TypeError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return features if isinstance(features, dict) else {}
 
 
 def names_of_classes(features: dict[str, Any]) -> dict[str, list[str]]:
     """The names of the classes of each column that has numbers, or lists of numbers, for them."""
-    found = {}
+    names = {}
     for column, feature in features.items():
         inner = feature.get("feature", feature) if isinstance(feature, dict) else {}
         if (
@@ -173,8 +173,8 @@ def names_of_classes(features: dict[str, Any]) -> dict[str, list[str]]:
             and inner.get("_type") == "ClassLabel"
             and isinstance(inner.get("names"), list)
         ):
-            found[column] = inner["names"]
-    return found
+            names[column] = inner["names"]
+    return names
 
 
 def with_names(values: Values, names: dict[str, list[str]]) -> Values:

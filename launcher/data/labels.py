@@ -41,7 +41,7 @@ def class_name(value: Any) -> str:
 def class_names(values: dict[str, Any], column: str, problem: str) -> list[str]:
     """The names of a row's classes: one for `single-label`, any number for `multi-label`. Raises RowProblem."""
     value = _present(values, column)
-    found = (
+    listed = (
         list_in(value)
         if isinstance(value, str)
         else list(value)
@@ -49,16 +49,16 @@ def class_names(values: dict[str, Any], column: str, problem: str) -> list[str]:
         else None
     )
     if problem == "single-label":
-        if found is not None:
+        if listed is not None:
             raise RowProblem(
                 BAD_LABEL,
                 f"{value!r} is not the name of a class, but a list; several at once are data.problem: "
                 "multi-label",
             )
         return [class_name(value)]
-    if found is None:
+    if listed is None:
         return _parts(value) if isinstance(value, str) else [class_name(value)]
-    names = [class_name(part) for part in found]
+    names = [class_name(part) for part in listed]
     if len(names) > len(set(names)) and (set(names) <= {"0", "1"} or set(names) <= {"false", "true"}):
         reason = (
             f"{value!r} says of each class whether the row has it; a list of the names of those that it "

@@ -188,11 +188,11 @@ def table_reader(lines: Iterable[str], dialect: type[csv.Dialect], strict: bool)
 def names_of_columns(path: Path, first: list[str], columns: Sequence[str]) -> list[str]:
     """The names of the columns: the first line where it has all that are asked for; else numbers, where
     numbers are asked for."""
-    asked = required(columns)
-    missing = [column for column in asked if column not in first]
+    wanted = required(columns)
+    missing = [column for column in wanted if column not in first]
     if not missing:
         return first
-    if all(column.isdecimal() for column in asked):
+    if all(column.isdecimal() for column in wanted):
         return [str(number) for number in range(len(first))]
     raise no_column(
         path, missing[0], first, "; in a file without a header, name columns by number from 0, as label: '0'"
@@ -220,13 +220,13 @@ def read_text(path: Path, columns: Sequence[str]) -> Read:
 
 def only_column(path: Path, columns: Sequence[str]) -> str:
     """The one column asked of a text file. Raises DataError where there are more."""
-    asked = required(columns)
-    if len(asked) != 1:
+    wanted = required(columns)
+    if len(wanted) != 1:
         raise DataError(
-            f"{path}: a text file has one column, and {', '.join(map(repr, asked))} are asked for; use "
+            f"{path}: a text file has one column, and {', '.join(map(repr, wanted))} are asked for; use "
             ".jsonl, .csv or .tsv"
         )
-    return asked[0]
+    return wanted[0]
 
 
 def text_rows(lines: Iterable[bytes], column: str) -> Read:

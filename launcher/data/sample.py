@@ -104,7 +104,7 @@ def _look(parts: Sequence[Part], columns: Sequence[str], most: int) -> tuple[lis
         wanted = max(_FEWEST, ceil(most * part.measure / max(1, measured)))
         whole = size <= format_of(part.path).whole_bytes
         seen[part.path] = _of_part(part, columns, wanted, whole, (0.5 + number * _GOLDEN) % 1)
-    each = sum(found.num_rows for found in seen.values()) / measured if measured else 0.0
+    each = sum(look.num_rows for look in seen.values()) / measured if measured else 0.0
     numbers = [seen[part.path].num_rows if part.path in seen else each * part.measure for part in parts]
     return numbers, _fairly(list(seen.values()), most)
 
@@ -146,9 +146,9 @@ def _reached(parts: Sequence[Part], numbers: Sequence[float], limit: int) -> lis
 def _fairly(seen: Sequence[Seen], most: int) -> tuple[Values, ...]:
     """At most so many rows, and of each file as many as its share of all rows is."""
     # Any of them, as every tenth may have something in common.
-    drawn, total = random.Random(0), sum(found.num_rows for found in seen)
+    drawn, total = random.Random(0), sum(look.num_rows for look in seen)
     chosen: list[Values] = []
-    for found in seen:
-        number = int(most * found.num_rows / max(1.0, total) + drawn.random())
-        chosen += drawn.sample(found.rows, min(number, len(found.rows)))
+    for look in seen:
+        number = int(most * look.num_rows / max(1.0, total) + drawn.random())
+        chosen += drawn.sample(look.rows, min(number, len(look.rows)))
     return tuple(chosen[:most])

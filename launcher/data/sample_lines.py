@@ -92,27 +92,27 @@ def look_in_places(part: Part, layout: Layout, wanted: int, phase: float) -> See
         span = wanted * min(of_row, _BYTES_OF_ROW)
         if span >= size:
             return None
-        found = _look(part.path, layout, size, span, places_for(wanted), phase)
-        if not found.rows:
+        rows = _look(part.path, layout, size, span, places_for(wanted), phase)
+        if not rows.rows:
             return None
-        of_row = found.num_bytes / len(found.rows)
-        if 2 * len(found.rows) >= wanted:
+        of_row = rows.num_bytes / len(rows.rows)
+        if 2 * len(rows.rows) >= wanted:
             break
-    number = num_lines * len(found.rows) / found.num_lines if num_lines else size / of_row
-    return Seen(max(number, len(found.rows)), found.rows)
+    number = num_lines * len(rows.rows) / rows.num_lines if num_lines else size / of_row
+    return Seen(max(number, len(rows.rows)), rows.rows)
 
 
 def _look(path: Path, layout: Layout, size: int, span: float, places: int, phase: float) -> _Found:
     """Return so many bytes, as many in each of some places, that long rows are no more likely than short
     ones; the first row where none begins there."""
-    found, stride, each = _Found(), size / places, max(1, int(span / places))
+    collected, stride, each = _Found(), size / places, max(1, int(span / places))
     with open(path, "rb", opener=plain) as file:
         for place in range(places):
             start = layout.begin + int(place * stride + phase * (stride - each))
-            found.add(file, layout, start, start + each)
-        if not found.rows:
-            found.add(file, layout, layout.begin, layout.begin + 1)
-    return found
+            collected.add(file, layout, start, start + each)
+        if not collected.rows:
+            collected.add(file, layout, layout.begin, layout.begin + 1)
+    return collected
 
 
 def table_layout(path: Path, columns: Sequence[str], dialect: type[csv.Dialect], quoted: bool) -> Layout:

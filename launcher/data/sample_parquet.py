@@ -38,11 +38,11 @@ def look_in_groups(part: Part, columns: Sequence[str], wanted: int, phase: float
         places = min(len(have), max(places_for(wanted), ceil(wanted * len(have) / max(1, num_rows))))
         chosen = [list(have)[int((place + phase) * len(have) / places)] for place in range(places)]
         in_these = sum(have[group] for group in chosen)
-        found = [
+        rows_seen = [
             _some_of(file, group, columns, have[group], ceil(wanted * have[group] / in_these))
             for group in chosen
         ]
-    return Seen(num_rows, [values for rows in found for values in rows])
+    return Seen(num_rows, [values for rows in rows_seen for values in rows])
 
 
 def _rows_of_groups(metadata: Any, num_rows: int) -> dict[int, int]:

@@ -35,12 +35,12 @@ def list_in(text: str) -> list[Any] | None:
     if not text.startswith(_BEGINS):
         return None
     try:
-        found = json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError):
-        found = _as_python(text)
-    if isinstance(found, (set, frozenset)):
-        return sorted(found, key=repr)
-    return list(found) if isinstance(found, (list, tuple)) else None
+        value = _as_python(text)
+    if isinstance(value, (set, frozenset)):
+        return sorted(value, key=repr)
+    return list(value) if isinstance(value, (list, tuple)) else None
 
 
 def _as_python(text: str) -> Any:

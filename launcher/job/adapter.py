@@ -81,5 +81,5 @@ class Adapter(Section):
 
 
 def _nearest(pattern: str, names: list[str]) -> str:
-    found = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
-    return f"the nearest are {', '.join(found)}" if found else "the model has none"
+    matches = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
+    return f"the nearest are {', '.join(matches)}" if matches else "the model has none"

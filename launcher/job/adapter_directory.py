@@ -42,33 +42,35 @@ def read(directory: Path, model: Model, key: str) -> tuple[Model, list[Problem]]
     where the directory is written.
     """
     try:
-        found = read_json(directory / SETTINGS)
-        base = found["base_model_name_or_path"]
-        if problems := [Problem(key, str(directory), reason) for reason in _reasons(directory, found, model)]:
+        settings = read_json(directory / SETTINGS)
+        base = settings["base_model_name_or_path"]
+        if problems := [
+            Problem(key, str(directory), reason) for reason in _reasons(directory, settings, model)
+        ]:
             return model, problems
         in_full = _trained_in_full(directory)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         return model, [
             Problem(key, str(directory), f"{SETTINGS} or {WEIGHTS} cannot be read: {one_line(error)}")
         ]
-    targets = found["target_modules"]
-    asked = {
-        "rank": found["r"],
-        "alpha": float(found["lora_alpha"]),
+    targets = settings["target_modules"]
+    keys = {
+        "rank": settings["r"],
+        "alpha": float(settings["lora_alpha"]),
         "targets": targets if isinstance(targets, str) else tuple(sorted(targets)),
     }
     given = model.adapter or Adapter()
-    for name, value in asked.items():
+    for name, value in keys.items():
         if name in given.model_fields_set and getattr(given, name) != value:
             reason = f"the adapter in {directory} has {value}; write that, or leave it out"
             problems.append(Problem(f"model.adapter.{name}", getattr(given, name), reason))
     dropout = (
-        {} if "dropout" in given.model_fields_set else {"dropout": float(found.get("lora_dropout") or 0.0)}
+        {} if "dropout" in given.model_fields_set else {"dropout": float(settings.get("lora_dropout") or 0.0)}
     )
     also = {} if "train_also" in given.model_fields_set else {"train_also": in_full}
-    adapter = given.model_copy(update={**asked, **dropout, **also, "weights": str(directory.resolve())})
+    adapter = given.model_copy(update={**keys, **dropout, **also, "weights": str(directory.resolve())})
     named = model.name if key != "model.name" else base
-    revision = model.revision if key != "model.name" else found.get("revision")
+    revision = model.revision if key != "model.name" else settings.get("revision")
     return model.model_copy(update={"name": named, "adapter": adapter, "revision": revision}), problems
 
 
@@ -84,23 +86,23 @@ def _trained_in_full(directory: Path) -> tuple[str, ...]:
     return tuple(sorted(name for name in names if ".lora_" not in name))
 
 
-def _reasons(directory: Path, found: dict[str, Any], model: Model) -> list[str]:
+def _reasons(directory: Path, settings: dict[str, Any], model: Model) -> list[str]:
     """Return why this adapter cannot be gone on with."""
     cure = (
         "; add it to its base with peft (merge_and_unload, save_pretrained), "
         "and name the model that comes out"
     )
-    reasons = [f"its {name} is {found.get(name)!r}, and a run goes on with {value!r} alone{cure}"
-               for name, value in _PLAIN.items() if found.get(name, value) != value]  # fmt: skip
-    reasons += [f"it uses {name}, which a run does not{cure}" for name in _NOT_KNOWN if found.get(name)]
-    targets = found.get("target_modules")
+    reasons = [f"its {name} is {settings.get(name)!r}, and a run goes on with {value!r} alone{cure}"
+               for name, value in _PLAIN.items() if settings.get(name, value) != value]  # fmt: skip
+    reasons += [f"it uses {name}, which a run does not{cure}" for name in _NOT_KNOWN if settings.get(name)]
+    targets = settings.get("target_modules")
     if not (targets == "all-linear" or (isinstance(targets, list) and targets)):
         reasons.append(
             f"its target_modules are {targets!r}, and a run goes on with a list of names alone{cure}"
         )
     if not (directory / WEIGHTS).is_file():
         reasons.append(f"there is no {WEIGHTS}; save it again with peft")
-    rank, alpha = found.get("r"), found.get("lora_alpha")
+    rank, alpha = settings.get("r"), settings.get("lora_alpha")
     if not isinstance(rank, int) or not isinstance(alpha, (int, float)) or rank <= 0 or alpha <= 0:
         reasons.append(f"its r is {rank!r} and its lora_alpha {alpha!r}, and positive numbers are needed")
     if tasks.find(model.task).traits.head != "every-position":

@@ -188,13 +188,13 @@ def _slurm(cluster: Cluster) -> Iterator[Finding]:
                 "gpu_type), and the rest here"
             )
             yield finding(key, value, reason, "cluster.gpus_per_node")
-    asked = slurm_options.named(cluster.model_dump(exclude={"sbatch"}))
+    named = slurm_options.named(cluster.model_dump(exclude={"sbatch"}))
     for number, (name, value) in enumerate(given.items()):
-        there = {option: f"cluster.{option}" for option in asked} | {
+        there = {option: f"cluster.{option}" for option in named} | {
             option: f"cluster.sbatch.{option}" for option in list(given)[:number]
         }
         for other in sorted(
-            {*slurm_options.rivals([name]), *({name} & asked - slurm_options.KEYS.keys())} & there.keys()
+            {*slurm_options.rivals([name]), *({name} & named - slurm_options.KEYS.keys())} & there.keys()
         ):
             yield finding(
                 f"cluster.sbatch.{name}",

@@ -113,12 +113,12 @@ def limits(metadata: tuple[Any, ...] | list[Any]) -> str:
     words = []
     for attribute, text in (("ge", "of at least"), ("gt", "above"), ("le", "of at most"), ("lt", "below")):
         for part in metadata:
-            found = (
+            parts = (
                 [part]
                 if hasattr(part, attribute)
                 else [inner for inner in getattr(part, "metadata", []) if hasattr(inner, attribute)]
             )
-            words += [f"{text} {_number(getattr(bound, attribute))}" for bound in found]
+            words += [f"{text} {_number(getattr(bound, attribute))}" for bound in parts]
     return " " + ", ".join(words).replace(", of at most", " and at most") if words else ""
 
 
@@ -134,13 +134,13 @@ def expected_of(field: FieldInfo) -> str:
 @functools.cache
 def _docstrings(module: str) -> dict[tuple[str, str], str]:
     tree = ast.parse(inspect.getsource(sys.modules[module]))
-    found = {}
+    docstrings = {}
     for section in (node for node in tree.body if isinstance(node, ast.ClassDef)):
         for field, text in zip(section.body, section.body[1:], strict=False):
             match field, text:
                 case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(words))):
-                    found[section.name, name] = inspect.cleandoc(words)
-    return found
+                    docstrings[section.name, name] = inspect.cleandoc(words)
+    return docstrings
 
 
 def docstring(section: type[BaseModel], name: str) -> str:

@@ -88,8 +88,8 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Job:
     problems += refused(content)
     problems += profile.apply(content, path.resolve().parent)
     problems += refused(content)  # of the profile
-    job, found = validate(content)
-    problems += found
+    job, validated = validate(content)
+    problems += validated
     bad = {problem.key for problem in problems}
     if job is None:
         job, _ = validate(without(content, bad))

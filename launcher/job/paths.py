@@ -60,11 +60,11 @@ def _source(source: Source, key: str, folder: Path, problems: list[Problem]) -> 
         )
         problems.append(Problem(key.replace(".path", ".split"), source.split, reason))
     elif not path.exists() and glob.has_magic(str(path)):
-        found = [Path(file) for file in glob.glob(str(path), recursive=True) if Path(file).is_file()]
-        if not found:
+        files = [Path(file) for file in glob.glob(str(path), recursive=True) if Path(file).is_file()]
+        if not files:
             problems.append(Problem(key, source.path, f"no file fits this pattern (looked in {folder})"))
         problems += [
-            _unreadable(key, source.path, file) for file in found if file.suffix.lower() not in FORMATS
+            _unreadable(key, source.path, file) for file in files if file.suffix.lower() not in FORMATS
         ][:1]
     elif not path.exists():
         problems.append(
@@ -103,9 +103,9 @@ def _unreadable(key: str, value: str, file: Path) -> Problem:
 def _model(model: Model, folder: Path, problems: list[Problem]) -> Model:
     path = folder / Path(model.name).expanduser()
     if adapter_directory.is_adapter(path):
-        model, found = adapter_directory.read(path, model, "model.name")
-        problems += found
-        return model if found else _base(model, folder, problems)
+        model, adapter = adapter_directory.read(path, model, "model.name")
+        problems += adapter
+        return model if adapter else _base(model, folder, problems)
     if model.adapter is not None and model.adapter.weights is not None:
         path = folder / Path(model.adapter.weights).expanduser()
         if not adapter_directory.is_adapter(path):
@@ -117,8 +117,8 @@ def _model(model: Model, folder: Path, problems: list[Problem]) -> Model:
                 )
             )
             return model
-        model, found = adapter_directory.read(path, model, "model.adapter.weights")
-        problems += found
+        model, adapter = adapter_directory.read(path, model, "model.adapter.weights")
+        problems += adapter
     return _base(model, folder, problems)
 
 

@@ -102,16 +102,16 @@ def apply(content: dict[str, Any], folder: Path) -> list[Problem]:
         return []
     try:
         path = find(cluster["profile"], folder)
-        _, asked = read(path)
+        _, requested = read(path)
     except ConfigurationError as error:
         del cluster["profile"]
         return error.problems
-    said = slurm_options.named(cluster)
-    asked = slurm_options.without(asked, slurm_options.rivals(said) | ({"exclusive"} & said))
-    merged = {**asked, **cluster, "profile": str(path)}
+    named = slurm_options.named(cluster)
+    requested = slurm_options.without(requested, slurm_options.rivals(named) | ({"exclusive"} & named))
+    merged = {**requested, **cluster, "profile": str(path)}
     for key in _MERGED:
-        if isinstance(asked.get(key), dict) and isinstance(cluster.get(key), dict):
-            merged[key] = {**asked[key], **cluster[key]}
+        if isinstance(requested.get(key), dict) and isinstance(cluster.get(key), dict):
+            merged[key] = {**requested[key], **cluster[key]}
     content["cluster"] = merged
     return []
 
@@ -119,11 +119,11 @@ def apply(content: dict[str, Any], folder: Path) -> list[Problem]:
 def problems(cluster: Cluster, num_nodes: int, num_gpus: int, profile: Profile) -> list[Problem]:
     """Return what a job asks for over the limits of the partitions it names; without one, nothing is
     known."""
-    found: list[Problem] = []
+    wrong: list[Problem] = []
     for partition in (cluster.partition or "").split(","):
         if partition and profile.limits and partition not in profile.limits:
             near = difflib.get_close_matches(partition, profile.limits, n=1) or sorted(profile.limits)
-            found.append(
+            wrong.append(
                 Problem(
                     "cluster.partition",
                     partition,
@@ -131,12 +131,12 @@ def problems(cluster: Cluster, num_nodes: int, num_gpus: int, profile: Profile) 
                 )
             )
         elif partition:
-            found += _over(cluster, partition, num_nodes, num_gpus, profile.limits.get(partition, Limits()))
-    return found
+            wrong += _over(cluster, partition, num_nodes, num_gpus, profile.limits.get(partition, Limits()))
+    return wrong
 
 
 def _over(cluster: Cluster, partition: str, num_nodes: int, num_gpus: int, limits: Limits) -> list[Problem]:
-    asked = {
+    requested = {
         "nodes": (num_nodes, limits.max_nodes),
         "time_limit": (cluster.time_limit, limits.max_time),
         "gpus_per_node": (num_gpus, limits.gpus_per_node),
@@ -148,6 +148,6 @@ def _over(cluster: Cluster, partition: str, num_nodes: int, num_gpus: int, limit
             value,
             f"partition {partition} has at most {limit:g}{' s' if key == 'time_limit' else ''}",
         )
-        for key, (value, limit) in asked.items()
+        for key, (value, limit) in requested.items()
         if value is not None and limit is not None and value > limit
     ]

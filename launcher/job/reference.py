@@ -39,22 +39,22 @@ _HEAD = ("", "| key | what to write | default | |", "|---|---|---|---|")
 
 def json_schema() -> dict[str, Any]:
     """The JSON schema of the job file, with each field's docstring as its description."""
-    made = Job.model_json_schema(by_alias=True)
+    schema = Job.model_json_schema(by_alias=True)
     for columns in columns_by_task().values():
-        made["$defs"][columns.__name__] = columns.model_json_schema(
+        schema["$defs"][columns.__name__] = columns.model_json_schema(
             by_alias=True, ref_template="#/$defs/{model}"
         )
-        made["$defs"][columns.__name__].pop("$defs", None)
-    made["properties"]["data"] = {
+        schema["$defs"][columns.__name__].pop("$defs", None)
+    schema["properties"]["data"] = {
         "anyOf": [{"$ref": f"#/$defs/{columns.__name__}"} for columns in columns_by_task().values()]
     }
-    made["$defs"].pop(Data.__name__)
-    made["$defs"]["Model"]["properties"]["task"]["enum"] = list(tasks.TASKS)
-    made["$defs"]["Interval"] = _INTERVAL
-    made["$defs"]["Cluster"]["properties"]["grace"] |= _DURATION
-    made["$defs"]["Cluster"]["properties"]["grace"].pop("type", None)
-    made["$defs"]["Cluster"]["properties"]["grace"].pop("exclusiveMinimum", None)
-    made["$defs"]["Cluster"]["properties"]["hang_after"] = {
+    schema["$defs"].pop(Data.__name__)
+    schema["$defs"]["Model"]["properties"]["task"]["enum"] = list(tasks.TASKS)
+    schema["$defs"]["Interval"] = _INTERVAL
+    schema["$defs"]["Cluster"]["properties"]["grace"] |= _DURATION
+    schema["$defs"]["Cluster"]["properties"]["grace"].pop("type", None)
+    schema["$defs"]["Cluster"]["properties"]["grace"].pop("exclusiveMinimum", None)
+    schema["$defs"]["Cluster"]["properties"]["hang_after"] = {
         "anyOf": [*_DURATION["anyOf"], {"enum": ["auto", "off", False]}],
         "default": "auto",
     }
@@ -64,14 +64,14 @@ def json_schema() -> dict[str, Any]:
             if key.section is not Data
             else [columns.__name__ for columns in columns_by_task().values()]
         )
-        for place in [made] if key.section is Job else [made["$defs"][name] for name in names]:
+        for place in [schema] if key.section is Job else [schema["$defs"][name] for name in names]:
             place["properties"][key.path.rsplit(".", 1)[-1]]["description"] = docstring(key.section, key.name)
-    for name, section in made["$defs"].items():
+    for name, section in schema["$defs"].items():
         for field in section.get("properties", {}).values():
             if isinstance(field.get("default"), dict) and set(field["default"]) == {"value", "unit"}:
                 field["default"] = shown(Interval(**field["default"]))
         section.setdefault("title", name)
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **made}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
 def schema_text() -> str:

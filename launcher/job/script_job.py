@@ -31,8 +31,8 @@ def load(path: Path | None, overrides: list[str], script: Path) -> Job:
     problems += refused(content)  # of the profile
     content.setdefault("name", _name(script))
     _fill(content)
-    job, found = validate(content)
-    problems += found
+    job, validated = validate(content)
+    problems += validated
     if job is None:
         job, _ = validate(without(content, {problem.key for problem in problems}))
     if job is not None:
@@ -52,12 +52,12 @@ def load(path: Path | None, overrides: list[str], script: Path) -> Job:
 def unused(job: Job) -> list[str]:
     """Return what a job sets and a script decides itself, by key."""
     given = job.model_dump(exclude_unset=True, by_alias=True)
-    found = [
+    unused_keys = [
         key
         for key in _DECIDED_BY_THE_SCRIPT
         if key in given and (key != "data" or job.data.train.name != OWN)
     ]
-    return found + [f"model.{key}" for key in given.get("model", {}) if key != "name"]
+    return unused_keys + [f"model.{key}" for key in given.get("model", {}) if key != "name"]
 
 
 def without_placeholders(content: dict[str, Any]) -> dict[str, Any]:

@@ -66,17 +66,17 @@ def main(arguments: list[str]) -> int:
     killed = _kill_instead_of_asking(SubprocessContext)
     node = int(os.environ.get(NODE_VARIABLE) or 0)
     rendezvous.register(node)
-    asked = torchrun.parse_args(arguments)
-    asked.log_dir = asked.log_dir or os.devnull
+    options = torchrun.parse_args(arguments)
+    options.log_dir = options.log_dir or os.devnull
     try:
-        torchrun.run(asked)
+        torchrun.run(options)
     except ChildFailedError as error:
         ends = [_end(rank, failure, killed) for rank, failure in error.failures.items()]
         tell(exits=ends)  # first without the disk, which may be full, gone or hang
         write_exits(Path(os.environ[ATTEMPT_VARIABLE]), ends, node)
         return 1
     except LauncherError as error:  # of the meeting, before there was a rank that could have written it down
-        record(Path(os.environ[ATTEMPT_VARIABLE]), node * int(asked.nproc_per_node), error)
+        record(Path(os.environ[ATTEMPT_VARIABLE]), node * int(options.nproc_per_node), error)
         return error.exit_code
     return 0
 

@@ -54,7 +54,7 @@ def _culprits(ranks: list[Seen], unheard: set[str]) -> list[Seen]:
     """Stopped ones; else those not heard of; else those blocked in the kernel; else those in no collective
     while others are; else the one that came least far."""
     waiting = [seen for seen in ranks if _is_waiting(seen)]
-    found = (
+    candidates = (
         [seen for seen in ranks if seen.state == "T" and not seen.traced],
         [seen for seen in ranks if seen.child],
         [seen for seen in ranks if seen.host in unheard],
@@ -65,7 +65,7 @@ def _culprits(ranks: list[Seen], unheard: set[str]) -> list[Seen]:
         ],
         [seen for seen in ranks if seen not in waiting] if waiting else [],
     )
-    return next((some for some in found if some), None) or _least_far(ranks)
+    return next((some for some in candidates if some), None) or _least_far(ranks)
 
 
 def _is_waiting(seen: Seen) -> bool:
@@ -85,11 +85,12 @@ def _progress(seen: Seen) -> tuple[int, int, int]:
 
 def _group(ranks: list[Seen], words: Callable[[Seen], str], hosts: bool) -> str:
     """Ranks of whom the same is to be said, said once; with their `hosts`."""
-    said: dict[str, list[Seen]] = {}
+    by_state: dict[str, list[Seen]] = {}
     for seen in ranks:
-        said.setdefault(words(seen), []).append(seen)
+        by_state.setdefault(words(seen), []).append(seen)
     return "; ".join(
-        f"{_names(some, hosts)} {text if len(some) == 1 else _plural(text)}" for text, some in said.items()
+        f"{_names(some, hosts)} {text if len(some) == 1 else _plural(text)}"
+        for text, some in by_state.items()
     )
 
 

@@ -22,8 +22,8 @@ def run_with_cuts(run: RunDirectory, plan: Plan, watcher: Watcher, stop_at: int 
     """
     code = local.run(run, plan, watcher, stop_at)
     while code == OutOfMemoryError.exit_code and (smaller := cut(run)):
-        plan, said = smaller
-        watcher.say(said)
+        plan, reason = smaller
+        watcher.say(reason)
         code = local.run(run, plan, watcher, stop_at)
     return code
 

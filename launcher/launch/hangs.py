@@ -99,10 +99,10 @@ class Hangs:
 
     def said(self) -> list[str]:
         """The lines that people are to see since the last call."""
-        found = []
+        records = []
         while self._lines:
-            found.append(self._lines.popleft())
-        return found
+            records.append(self._lines.popleft())
+        return records
 
     def _watch(self) -> None:
         try:
@@ -124,8 +124,8 @@ class Hangs:
 
     def _take_in(self, now: float) -> None:
         """See every rank of this node."""
-        found = [one for rank, pid in list(self._ranks.items()) if (one := self._see(rank, pid))]
-        self._own = [self._with_stack(seen) for seen in self._stillness.look(now, found)]
+        looks = [one for rank, pid in list(self._ranks.items()) if (one := self._see(rank, pid))]
+        self._own = [self._with_stack(seen) for seen in self._stillness.look(now, looks)]
 
     def _see(self, rank: int, pid: int) -> tuple[Place, sight.Sight] | None:
         if rank not in self._pages:
@@ -262,8 +262,8 @@ class Hangs:
         self._files.do(lambda: event(self._run.events_file, "suspected", **about))
 
     def _recovered(self) -> None:
-        said, self._asked = self._asked is None, None
-        if said:
+        suspected, self._asked = self._asked is None, None
+        if suspected:
             self._lines.append("it goes on again")
             self._files.do(lambda: event(self._run.events_file, "recovered"))
 
@@ -308,11 +308,11 @@ class Hangs:
         moved = dict(self._last)
 
         def work() -> None:
-            found = stacks.collect(wanted)
-            self._stacks = {rank: (moved[rank], stack) for rank, stack in found.items() if rank in moved}
+            collected = stacks.collect(wanted)
+            self._stacks = {rank: (moved[rank], stack) for rank, stack in collected.items() if rank in moved}
             if number <= _MOST_SUSPICIONS:
                 name = f"stacks-{number}-node-{self._node}.txt" if self._node else f"stacks-{number}.txt"
-                text = "\n".join(f"{stack.text}" for _, stack in sorted(found.items()))
+                text = "\n".join(f"{stack.text}" for _, stack in sorted(collected.items()))
                 self._files.do(lambda: write_atomically(self._directory / name, text))
 
         thread = threading.Thread(target=work, name="stacks", daemon=True)

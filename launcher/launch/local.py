@@ -111,13 +111,13 @@ def conclude(
     of its own."""
     if end.forced == "gone" or (end.lost and not end.events & {"finished", "stopped"}):
         return _gone(run, number, end, screen)
-    found: list[int | BaseException] = []
+    results: list[int | BaseException] = []
 
     def ask() -> None:
         try:
-            found.append(outcome(run, plan, number, end, screen, out_of_memory_killer))
+            results.append(outcome(run, plan, number, end, screen, out_of_memory_killer))
         except BaseException as error:
-            found.append(error)
+            results.append(error)
 
     # Reading has as long as writing, which comes after it and has a bound of its own.
     within(
@@ -126,8 +126,8 @@ def conclude(
         (lambda: False) if end.is_hurried else signals.insisted,
     )
     code = (
-        found[0]
-        if found
+        results[0]
+        if results
         else StorageError(f"the run directory {shown(run.path)} does not answer: its storage hangs")
     )
     if isinstance(code, int):
@@ -155,8 +155,8 @@ def outcome(
         event(run.events_file, "stopped", step=last_step(run))
         end.events.add("stopped")
     if "stopped" in end.events:
-        said = "stopped; the script goes on from what it saved itself" if plan.script else _stopped(run)
-        screen.say(said if is_scratch(run) else f"{said}; go on with: launcher resume {shown(run.path)}")
+        words = "stopped; the script goes on from what it saved itself" if plan.script else _stopped(run)
+        screen.say(words if is_scratch(run) else f"{words}; go on with: launcher resume {shown(run.path)}")
         return Stopped.exit_code
     failure = _failure(run, number, end, plan, out_of_memory_killer)
     failure = dataclasses.replace(failure, step=last_step(run))
@@ -270,9 +270,9 @@ def _failure(run: RunDirectory, number: int, end: End, plan: Plan, out_of_memory
     directory = run.attempt(number)
     if forced := _forced_failure(end, plan, directory):
         return forced
-    found = failures.first(directory, out_of_memory_killer, end.failures, end.exits)
-    if found is not None:
-        return found
+    failure = failures.first(directory, out_of_memory_killer, end.failures, end.exits)
+    if failure is not None:
+        return failure
     if end.code < 0:
         return _of_the_agent(RankLostError, f"killed by signal {-end.code} ({signal_name(-end.code)})")
     if end.code == 0:

@@ -81,17 +81,17 @@ def outcomes(
     Raises ConfigurationError where the job itself cannot be run; a case that cannot is an outcome that says
     why.
     """
-    asked = [*overrides, *_COMMON, f"training.max_steps={num_steps}"]
+    settings = [*overrides, *_COMMON, f"training.max_steps={num_steps}"]
     # Micro-batch and precision are decided once, so that every case computes the same.
-    first = plan_job(load(job, [*asked, *CASES["FSDP"], "memory.offload=none"]), num_ranks)
-    asked += [f"batch.micro_batch_size={first.batch.micro_batch_size}", f"precision={first.precision}"]
+    first = plan_job(load(job, [*settings, *CASES["FSDP"], "memory.offload=none"]), num_ranks)
+    settings += [f"batch.micro_batch_size={first.batch.micro_batch_size}", f"precision={first.precision}"]
     if first.activation_checkpointing == "selective":
-        asked.append("memory.activation_checkpointing=full")
-    single = [*asked, "parallel.engine=fsdp", "parallel.shard=none", "memory.offload=none"]
+        settings.append("memory.activation_checkpointing=full")
+    single = [*settings, "parallel.engine=fsdp", "parallel.shard=none", "memory.offload=none"]
     yield _outcome(SINGLE, plan_job(load(job, single), 1), watcher)
     for name, keys in CASES.items():
         try:
-            plan = plan_job(load(job, [*asked, "memory.offload=none", *keys]), num_ranks)
+            plan = plan_job(load(job, [*settings, "memory.offload=none", *keys]), num_ranks)
         except ConfigurationError as error:
             yield Outcome(name, problem="; ".join(str(problem) for problem in error.problems))
             continue

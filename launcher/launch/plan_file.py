@@ -36,10 +36,10 @@ def read_plan(run: RunDirectory) -> Plan:
     written = _written(run)
     if not written or any(not changes(known, plan) for known in written):
         return plan
-    found = changes(written[0], plan)
+    edits = changes(written[0], plan)
     problems = [
         Problem(f"plan.json: {change.key}", change.after, f"launcher wrote {change.before!r}")
-        for change in found
+        for change in edits
     ]
     way = (
         "put it back, and change it by `launcher resume RUN --set KEY=VALUE`, which says what may change, "

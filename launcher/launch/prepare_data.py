@@ -25,16 +25,16 @@ def look(
             Problem("--role", role, "the job names no data.evaluation; look at train, or name held-out rows")
         )
     request = {"roles": [role], "show": True, "num_rows": num_rows, "row": row, "tokens": tokens}
-    [found] = ask(_here(job), MODULE, request, "data.json", watcher)["datasets"]
-    result: dict[str, Any] = found
+    [datasets] = ask(_here(job), MODULE, request, "data.json", watcher)["datasets"]
+    result: dict[str, Any] = datasets
     return result
 
 
 def fill_cache(job: Job, watcher: Watcher) -> list[dict[str, Any]]:
     """Prepare all data of a job, for `run` to find; what became of each data set."""
     request = {"roles": ["train", "evaluation"], "show": False}
-    found: list[dict[str, Any]] = ask(_here(job), MODULE, request, "data.json", watcher)["datasets"]
-    return found
+    datasets: list[dict[str, Any]] = ask(_here(job), MODULE, request, "data.json", watcher)["datasets"]
+    return datasets
 
 
 def _here(job: Job) -> Plan:

@@ -71,25 +71,25 @@ def open_run(
             )
         )
     plan = decide_for(job, nproc, script, local, profiles)
-    made = preflight(job, plan, run.path, local, force, profiles)
+    forecast = preflight(job, plan, run.path, local, force, profiles)
     set_umask(plan.share_with_group)
     run.path.mkdir(parents=True, exist_ok=True)
     with run.lock():
-        _write_forecast(run, plan, made)
+        _write_forecast(run, plan, forecast)
         _write(run, job, plan)
         event(run.events_file, "planned", world_size=plan.mesh.world_size, digest=plan.digest())
     return run, plan
 
 
-def _write_forecast(run: RunDirectory, plan: Plan, made: Forecast | None) -> None:
+def _write_forecast(run: RunDirectory, plan: Plan, forecast: Forecast | None) -> None:
     """Write what the run is expected to need and to do, with the plan that it is of; of another plan it
     would be wrong."""
-    if made is None:
+    if forecast is None:
         run.forecast_file.unlink(missing_ok=True)
         return
     write_atomically(
         run.forecast_file,
-        json.dumps({"line": made.line(), "digest": plan.digest(), **made.to_dict()}, indent=2) + "\n",
+        json.dumps({"line": forecast.line(), "digest": plan.digest(), **forecast.to_dict()}, indent=2) + "\n",
     )
 
 
@@ -125,13 +125,13 @@ def fit_to_nodes(run: RunDirectory, num_nodes: int) -> Plan:
         raise ConfigurationError(Problem("cluster.nodes", num_nodes, reason))
     job = load_job(run.job_file, [], stored.script)
     plan = _most_nodes(job, stored, range(min(num_nodes, high), low - 1, -1))
-    found = check(stored, plan)
+    changed = check(stored, plan)
     _write_forecast(run, plan, preflight(job, plan, run.path, local=False, force=True))
     _write(run, job, plan)
     event(
         run.events_file,
         "plan_changed",
-        changes=[{"key": c.key, "before": c.before, "after": c.after} for c in found],
+        changes=[{"key": c.key, "before": c.before, "after": c.after} for c in changed],
     )
     return plan
 
@@ -182,16 +182,16 @@ def _refuse_secrets(script: tuple[str, ...]) -> None:
         "looks like a secret, which others would read in the run directory and in `ps`; have the script "
         "read it from the environment"
     )
-    if found := secret_arguments(script[1:]):
-        raise ConfigurationError([Problem(f"--script: {name}", None, reason) for name in found])
+    if secrets := secret_arguments(script[1:]):
+        raise ConfigurationError([Problem(f"--script: {name}", None, reason) for name in secrets])
 
 
 def _refuse_another_script(stored: Plan, script: tuple[str, ...] | None) -> None:
     if stored.script == script:
         return
-    began, asked = (shlex.join(words) if words else "no script" for words in (stored.script, script))
+    began, requested = (shlex.join(words) if words else "no script" for words in (stored.script, script))
     reason = f"this run was begun with {began}; write that again, or begin another run with --run-dir"
-    raise ConfigurationError(Problem("--script", asked, reason))
+    raise ConfigurationError(Problem("--script", requested, reason))
 
 
 def _go_on(run: RunDirectory, job: Job, nproc: int | None, local: bool) -> Plan:
@@ -209,19 +209,19 @@ def _go_on(run: RunDirectory, job: Job, nproc: int | None, local: bool) -> Plan:
             return stored
         plan = _decide_again(job, nproc, stored, local)
         _refuse_quiet_fallback(job, stored, plan)
-        found = check(stored, plan)
+        changed = check(stored, plan)
         if plan.share_with_group and not stored.share_with_group:
             set_umask(True)
             share(run.path)
         _write_forecast(run, plan, preflight(job, plan, run.path, local, force=True))
         _write(run, job, plan)
-        if found:
+        if changed:
             event(
                 run.events_file,
                 "plan_changed",
-                changes=[{"key": c.key, "before": c.before, "after": c.after} for c in found],
+                changes=[{"key": c.key, "before": c.before, "after": c.after} for c in changed],
             )
-        if run.finished and _longer(found):
+        if run.finished and _longer(changed):
             run.finished_file.unlink()
     return plan
 
@@ -329,7 +329,7 @@ def _refuse_quiet_fallback(job: Job, stored: Plan, plan: Plan) -> None:
         raise ConfigurationError(Problem("cluster.gpus_per_node", "auto", reason))
 
 
-def _longer(found: list[Change]) -> bool:
+def _longer(changed: list[Change]) -> bool:
     """Return whether the run is to end elsewhere than before; a finished one then goes on from its last
     step."""
-    return any(change.key.startswith("length") for change in found)
+    return any(change.key.startswith("length") for change in changed)

@@ -33,8 +33,8 @@ def ask(plan: Plan, module: str, request: dict[str, Any], answer: str, watcher: 
         if code != 0:
             _raise(scratch, code)
         for record in read(scratch.events_file):
-            for said in prepared.lines(record):
-                watcher.say(said)
+            for line in prepared.lines(record):
+                watcher.say(line)
         result: dict[str, Any] = read_json(scratch.path / answer)
         return result
 

@@ -36,7 +36,7 @@ def look(pid: int, closely: bool = True) -> Sight:
     if not closely:
         return Sight(fields[0])
     children = _children(pid)
-    stats = {child: found for child in children if (found := _stat(child))}
+    stats = {child: status for child in children if (status := _stat(child))}
     ticks = sum(sum(map(int, one[11:15])) for one in (fields, *stats.values()))
     return Sight(
         state=fields[0],
@@ -86,15 +86,15 @@ def _bytes_read(pid: int) -> int:
 
 def _children(pid: int) -> list[int]:
     """All processes below this one, as far as the kernel lists them."""
-    found: list[int] = []
+    children: list[int] = []
     waiting = [pid]
-    while waiting and len(found) < _MOST_CHILDREN:
+    while waiting and len(children) < _MOST_CHILDREN:
         parent = waiting.pop()
         for path in (f"/proc/{parent}/task/{thread}/children" for thread in _threads(parent)):
             below = [int(child) for child in _read(path).split()]
-            found += below
+            children += below
             waiting += below
-    return found
+    return children
 
 
 def _threads(pid: int) -> list[str]:

@@ -53,9 +53,9 @@ class Stack:
 def collect(ranks: dict[int, tuple[int, str]]) -> dict[int, Stack]:
     """The stacks of several ranks, given as pid and the path of their memory; takes about a second."""
     before = {rank: _size(path) for rank, (_, path) in ranks.items()}
-    asked = {rank for rank, (pid, path) in ranks.items() if path and _ask(pid)}
+    requested = {rank for rank, (pid, path) in ranks.items() if path and _ask(pid)}
     until = time.monotonic() + _SECONDS_TO_WRITE
-    while any(_size(ranks[rank][1]) == before[rank] for rank in asked) and time.monotonic() < until:
+    while any(_size(ranks[rank][1]) == before[rank] for rank in requested) and time.monotonic() < until:
         time.sleep(0.05)
     time.sleep(0.1)  # the last lines of those that have begun
     return {rank: _stack(rank, pid, path, before[rank]) for rank, (pid, path) in ranks.items()}
@@ -89,16 +89,16 @@ def _size(path: str) -> int:
 
 def _stack(rank: int, pid: int, path: str, before: int) -> Stack:
     sight = look(pid)
-    said = _written(path, max(before, PAGE_BYTES))
+    written = _written(path, max(before, PAGE_BYTES))
     head = f"rank {rank}, process {pid}, state {sight.state or 'gone'}" + (
         f", in {sight.wchan}" if sight.wchan else ""
     )
     if sight.state == "T":
         head += ": stopped (SIGSTOP or the like), so that it writes no stack"
-    elif not said:
+    elif not written:
         head += ": it wrote no stack"
-    parts = [head, said, _kernel_stack(pid), _flight_recorder(rank, pid), _py_spy(pid)]
-    waits_in, frame = innermost(said) if said else (None, "")
+    parts = [head, written, _kernel_stack(pid), _flight_recorder(rank, pid), _py_spy(pid)]
+    waits_in, frame = innermost(written) if written else (None, "")
     return Stack("\n".join(part.rstrip() for part in parts if part) + "\n", waits_in, frame)
 
 

@@ -247,7 +247,7 @@ def stalled_saves(ranks: Iterable[Seen], hang_after: HangAfter = None) -> list[S
     """The ranks whose save has not moved for longer than is usual: a warning, as training goes on beside it."""
     if hang_after == "off":
         return []
-    found = []
+    stalled = []
     for seen in ranks:
         limit = (
             hang_after
@@ -260,5 +260,5 @@ def stalled_saves(ranks: Iterable[Seen], hang_after: HangAfter = None) -> list[S
             and seen.save_still_seconds >= limit
             and not seen.traced
         ):
-            found.append(seen)
-    return found
+            stalled.append(seen)
+    return stalled

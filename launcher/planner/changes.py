@@ -75,11 +75,11 @@ def changes(before: Plan, after: Plan) -> list[Change]:
 
 def check(before: Plan, after: Plan) -> list[Change]:
     """The changes, all of which are allowed. Raises ConfigurationError with a problem for each that is not."""
-    found = changes(before, after)
-    refused = [change for change in found if not change.allowed]
+    changed = changes(before, after)
+    refused = [change for change in changed if not change.allowed]
     if refused:
         raise ConfigurationError([_problem(change) for change in refused], "this run was begun otherwise")
-    return found
+    return changed
 
 
 def _problem(change: Change) -> Problem:

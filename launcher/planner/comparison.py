@@ -127,8 +127,8 @@ def plan_on(
 
 def gpus_per_node(job: Job) -> int:
     """Return the GPUs of a node: as the job says, or what nodes commonly have."""
-    asked = job.cluster.gpus_per_node
-    return GPUS_PER_NODE if asked in ("auto", 0) else int(asked)
+    requested = job.cluster.gpus_per_node
+    return GPUS_PER_NODE if requested in ("auto", 0) else int(requested)
 
 
 def compare(

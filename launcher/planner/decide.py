@@ -39,7 +39,7 @@ def candidate(job: Job, nproc: int | None, hardware: Hardware, local: bool) -> P
     way = choose_way(decider, mesh.device)
     trackers = _trackers(decider)
     num_workers = _num_workers(decider)
-    asked = slurm_request.request(decider, mesh.ranks_per_node if mesh.device == "cuda" else 0)
+    requested = slurm_request.request(decider, mesh.ranks_per_node if mesh.device == "cuda" else 0)
     if decider.problems:
         raise ConfigurationError(decider.problems)
     batch = divide(job.batch, mesh.data_parallel_size)
@@ -55,7 +55,7 @@ def candidate(job: Job, nproc: int | None, hardware: Hardware, local: bool) -> P
         offload=placed.offload,
         offload_to=placed.offload_to,
         zero=_zero(decider, placed),
-        slurm=asked,
+        slurm=requested,
         precision=precision,
         activation_checkpointing="full" if recompute == "auto" else recompute,
         attention=way.attention,
@@ -82,9 +82,9 @@ def candidate(job: Job, nproc: int | None, hardware: Hardware, local: bool) -> P
 
 
 def _precision(decider: Decider, mesh: Mesh) -> Precision:
-    asked = decider.job.precision
-    if asked != "auto":
-        return asked
+    requested = decider.job.precision
+    if requested != "auto":
+        return requested
     if mesh.device == "cuda":
         weak = [gpu for gpu in decider.hardware.gpus if 0 < gpu.compute_capability < 8]
         if weak:
@@ -103,28 +103,28 @@ def _precision(decider: Decider, mesh: Mesh) -> Precision:
 
 
 def _trackers(decider: Decider) -> tuple[str, ...]:
-    asked = decider.job.trackers
-    if asked == "auto":
+    requested = decider.job.trackers
+    if requested == "auto":
         if importlib.util.find_spec("tensorboard"):
             return (decider.decide("trackers", "tensorboard", "it is installed"),)
         decider.decide(
             "trackers", "none", "tensorboard is not installed; metrics.jsonl is written in any case"
         )
         return ()
-    for name in asked:
+    for name in requested:
         if importlib.util.find_spec(name) is None:
             decider.refuse(
                 "trackers",
                 name,
                 "the package is not installed; install it or leave it out (metrics.jsonl is always written)",
             )
-    return asked
+    return requested
 
 
 def _num_workers(decider: Decider) -> int:
-    asked = decider.job.data.num_workers
-    if asked != "auto":
-        return asked
+    requested = decider.job.data.num_workers
+    if requested != "auto":
+        return requested
     return decider.decide(
         "data.num_workers", min(decider.hardware.num_cores, 16), "one for each core, before the ranks begin"
     )
@@ -132,11 +132,11 @@ def _num_workers(decider: Decider) -> int:
 
 def _checkpoint(decider: Decider, placed: Layout) -> Checkpoint:
     """Return how to save: not in the background, by a copy in memory, where the state is on files."""
-    asked = decider.job.checkpoint
-    if placed.offload_to == "cpu" or not asked.asynchronous:
-        return asked
+    requested = decider.job.checkpoint
+    if placed.offload_to == "cpu" or not requested.asynchronous:
+        return requested
     reason = "a save in the background would copy into memory what is on files"
-    return asked.model_copy(update={"asynchronous": decider.decide("checkpoint.async", False, reason)})
+    return requested.model_copy(update={"asynchronous": decider.decide("checkpoint.async", False, reason)})
 
 
 def _zero(decider: Decider, placed: Layout) -> Zero | None:

@@ -31,10 +31,10 @@ class Decider:
         self.decisions.append(Decision(key=key, value=value, reason=reason))
         return value
 
-    def take(self, found: Findings) -> None:
+    def take(self, findings: Findings) -> None:
         """Write down what speaks against the job, and what is worth knowing beside the decisions."""
-        self.problems += found.problems
-        for remark in found.remarks:
+        self.problems += findings.problems
+        for remark in findings.remarks:
             assert isinstance(remark.value, (str, int, float, bool))
             self.decide(remark.key, remark.value, remark.reason)
 

@@ -18,16 +18,16 @@ NAMES = ("ds_config.json", "accelerate.yaml", "torchrun.txt", "submit.sbatch", "
 def files(plan: Plan, place: Place) -> dict[str, str]:
     """Name -> text of everything that is written for a plan; ds_config.json only where the engine is
     DeepSpeed."""
-    made = {}
+    contents = {}
     if plan.engine == "deepspeed":
-        made["ds_config.json"] = json_text(deepspeed.config(plan))
-    made["accelerate.yaml"] = yaml_text(
+        contents["ds_config.json"] = json_text(deepspeed.config(plan))
+    contents["accelerate.yaml"] = yaml_text(
         accelerate.config(plan, str(PurePosixPath(place.rendered) / "ds_config.json"))
     )
-    made["torchrun.txt"] = torchrun.command(plan, place)
-    made["submit.sbatch"] = sbatch.script(plan, place)
-    made["plan.json"] = plan.to_json()
-    return made
+    contents["torchrun.txt"] = torchrun.command(plan, place)
+    contents["submit.sbatch"] = sbatch.script(plan, place)
+    contents["plan.json"] = plan.to_json()
+    return contents
 
 
 def json_text(content: dict[str, Any]) -> str:

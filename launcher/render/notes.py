@@ -23,9 +23,9 @@ class Note:
 
 def notes(plan: Plan) -> list[Note]:
     """Everything that the files of this plan leave out or say otherwise, then the reason of each size."""
-    found = [*_everywhere(plan), *(_deepspeed(plan) if plan.engine == "deepspeed" else _fsdp(plan))]
+    remarks = [*_everywhere(plan), *(_deepspeed(plan) if plan.engine == "deepspeed" else _fsdp(plan))]
     sizes = {f"zero.{name}" for name in _used(plan)}
-    return [*found, *(Note(d.key, d.value, d.reason) for d in plan.decisions if d.key in sizes)]
+    return [*remarks, *(Note(d.key, d.value, d.reason) for d in plan.decisions if d.key in sizes)]
 
 
 def _used(plan: Plan) -> list[str]:

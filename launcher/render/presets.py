@@ -84,13 +84,13 @@ def plan(keys: dict[str, Any]) -> Plan:
 
 def presets() -> dict[str, str]:
     """Name -> text of every preset."""
-    made = {}
+    contents = {}
     for name, keys in JOBS.items():
         if name.endswith(".json"):
-            made[name] = json_text(deepspeed.config(plan(keys)))
+            contents[name] = json_text(deepspeed.config(plan(keys)))
         else:
-            made[name] = yaml_text(accelerate.config(plan(keys), "zero3.json"))
-    return made
+            contents[name] = yaml_text(accelerate.config(plan(keys), "zero3.json"))
+    return contents
 
 
 def main() -> None:

@@ -38,10 +38,10 @@ way to that step."""
 
 def script(plan: Plan, place: Place) -> str:
     """The text of submit.sbatch. Every value from the plan or of a path is quoted."""
-    asked = options(plan) | {"signal": f"USR2@{SIGNAL_SECONDS}"}
+    requested = options(plan) | {"signal": f"USR2@{SIGNAL_SECONDS}"}
     if not any(sign in place.rendered for sign in "\\%"):  # sbatch would read these as patterns
-        asked |= {"output": f"{place.rendered}/slurm-%j.out"}
-    lines = ["#!/bin/bash", *(f"#SBATCH {_option(name, value)}" for name, value in asked.items()), ""]
+        requested |= {"output": f"{place.rendered}/slurm-%j.out"}
+    lines = ["#!/bin/bash", *(f"#SBATCH {_option(name, value)}" for name, value in requested.items()), ""]
     lines += [
         f"run={quoted([place.run])}",
         f"rendered={quoted([place.rendered])}",
@@ -57,22 +57,22 @@ def options(plan: Plan) -> dict[str, str]:
     """sbatch's long options by name; empty text for one that takes no value."""
     mesh, slurm = plan.mesh, plan.slurm
     cores = slurm.cpus_per_node or mesh.ranks_per_node * mesh.threads_per_rank
-    asked = {"job-name": plan.name, "nodes": slurm.nodes or str(mesh.nodes), "cpus-per-task": str(cores)}
+    requested = {"job-name": plan.name, "nodes": slurm.nodes or str(mesh.nodes), "cpus-per-task": str(cores)}
     if slurm.nodes is None:
-        asked["ntasks-per-node"] = "1"  # of a range it would have Slurm give the fewest (seen with 22.05)
+        requested["ntasks-per-node"] = "1"  # of a range it would have Slurm give the fewest (seen with 22.05)
     if mesh.device == "cuda":
         kind = f"{slurm.gpu_type}:" if slurm.gpu_type else ""
-        asked |= (
+        requested |= (
             {"gres": f"gpu:{kind}{mesh.ranks_per_node}"}
             if slurm.gpu_option == "gres"
             else {"gpus-per-node": f"{kind}{mesh.ranks_per_node}"}
         )
     if slurm.time_limit_minutes is not None:
-        asked["time"] = str(slurm.time_limit_minutes)
+        requested["time"] = str(slurm.time_limit_minutes)
     more = dict(slurm.options)
-    if "gres" in asked and "gres" in more:
-        more["gres"] = f"{asked['gres']},{more['gres']}"  # as a GPU beside a local disk
-    return asked | {"open-mode": "append", "requeue" if slurm.requeue else "no-requeue": "", **more}
+    if "gres" in requested and "gres" in more:
+        more["gres"] = f"{requested['gres']},{more['gres']}"  # as a GPU beside a local disk
+    return requested | {"open-mode": "append", "requeue" if slurm.requeue else "no-requeue": "", **more}
 
 
 def before(plan: Plan, place: Place) -> list[str]:
@@ -104,10 +104,10 @@ def before(plan: Plan, place: Place) -> list[str]:
     ]
 
 
-def _forgotten(asked: Collection[str]) -> list[str]:
-    names = [name for name, option in _OF_AN_ALLOCATION.items() if option not in asked]
+def _forgotten(requested: Collection[str]) -> list[str]:
+    names = [name for name, option in _OF_AN_ALLOCATION.items() if option not in requested]
     beginnings = [
-        f"${{!{name}*}}" for name in _OF_A_STEP if name != "SLURM_MEM_BIND" or "mem-bind" not in asked
+        f"${{!{name}*}}" for name in _OF_A_STEP if name != "SLURM_MEM_BIND" or "mem-bind" not in requested
     ]
     return [f"unset {' '.join(names)}", f"unset {' '.join(beginnings)}"]
 

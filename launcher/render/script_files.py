@@ -20,14 +20,14 @@ _FILLED_IN = (
 
 def files(plan: Plan, directory: str) -> dict[str, str]:
     """The text of each file by its name; `directory` is where they will lie, absolute."""
-    made = {
+    contents = {
         "accelerate.yaml": yaml.safe_dump(
             accelerate_config(plan, f"{directory}/ds_config.json"), sort_keys=False
         )
     }
     if plan.zero is not None:
-        made["ds_config.json"] = json.dumps(deepspeed_config(plan), indent=2) + "\n"
-    return made
+        contents["ds_config.json"] = json.dumps(deepspeed_config(plan), indent=2) + "\n"
+    return contents
 
 
 def accelerate_config(plan: Plan, deepspeed_file: str) -> dict[str, Any]:

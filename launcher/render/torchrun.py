@@ -17,11 +17,11 @@ def command(plan: Plan, place: Place, attempt: int = 1) -> str:
     """
     mesh = plan.mesh
     several = mesh.nodes > 1
-    said = (
+    comment = (
         "# Once on each node. Set HEAD to the first node's name on all of them, and NODE to 0 there and to "
         "1, 2 ... on the others."
     )
-    lines = [said if several else "# Once, in bash."]
+    lines = [comment if several else "# Once, in bash."]
     lines += [f"run={quoted([place.run])}", f"rendered={quoted([place.rendered])}", PREPARE.rstrip("\n")]
     lines += [f"export {name}={value}" for name, value in variables(plan).items()]
     lines += [f'export LAUNCHER_ATTEMPT_DIRECTORY="$run/attempts/{attempt:04d}"']

@@ -117,19 +117,21 @@ def hold_until_the_end(path: Path) -> None:
 
 def entries(kinds: tuple[str, ...] = _KINDS) -> list[Entry]:
     """All there is, what was used last first."""
-    found = [entry for kind in kinds for path in _paths(kind) if (entry := _look(kind, path)) is not None]
-    return sorted(found, key=lambda entry: -entry.last_used)
+    entries_there = [
+        entry for kind in kinds for path in _paths(kind) if (entry := _look(kind, path)) is not None
+    ]
+    return sorted(entries_there, key=lambda entry: -entry.last_used)
 
 
-def to_prune(found: list[Entry], older_than: float | None, max_size: int | None) -> list[Entry]:
+def to_prune(entries: list[Entry], older_than: float | None, max_size: int | None) -> list[Entry]:
     """Return what would go: what was not used for `older_than` seconds, then what was used least recently
     until `max_size` bytes are left.
 
     What a killed process left unfinished goes in any case; what is in use never.
     """
-    now, left = time.time(), sum(entry.bytes for entry in found)
+    now, left = time.time(), sum(entry.bytes for entry in entries)
     going = []
-    for entry in sorted(found, key=lambda entry: (entry.kind != "unfinished", entry.last_used)):
+    for entry in sorted(entries, key=lambda entry: (entry.kind != "unfinished", entry.last_used)):
         old = older_than is not None and now - entry.last_used > older_than
         if not entry.in_use and (
             entry.kind == "unfinished" or old or (max_size is not None and left > max_size)
@@ -162,11 +164,11 @@ def keep_bounded() -> list[Entry]:
 def bound() -> int | None:
     """Bytes of prepared data that are kept; None for any number. Raises ConfigurationError for a variable
     that is no size."""
-    asked = os.environ.get(SIZE_VARIABLE, "").strip()
-    if asked == "unlimited":
+    text = os.environ.get(SIZE_VARIABLE, "").strip()
+    if text == "unlimited":
         return None
-    if asked:
-        return parse_size(asked, SIZE_VARIABLE)
+    if text:
+        return parse_size(text, SIZE_VARIABLE)
     there = next(path for path in (root(), *root().parents) if path.exists())
     return min(int(shutil.disk_usage(there).total * _SHARE), _MOST)
 

@@ -157,35 +157,35 @@ def look(directory: Path, run_id: str | None) -> Stored:
 
 
 def _listing_problems(directory: Path, manifest: Manifest) -> list[str]:
-    found: dict[str, os.stat_result] = {}
+    present: dict[str, os.stat_result] = {}
     try:
         with os.scandir(directory) as entries:
             for entry in entries:
                 if entry.name != MANIFEST_NAME:
-                    found[entry.name] = entry.stat(follow_symlinks=False)
+                    present[entry.name] = entry.stat(follow_symlinks=False)
     except OSError as error:
         return [f"cannot be listed: {error}"]
-    problems = [f"{name} is missing" for name in sorted(manifest.files.keys() - found.keys())]
-    problems += [f"{name} does not belong to it" for name in sorted(found.keys() - manifest.files.keys())]
-    for name in sorted(found.keys() & manifest.files.keys()):
+    problems = [f"{name} is missing" for name in sorted(manifest.files.keys() - present.keys())]
+    problems += [f"{name} does not belong to it" for name in sorted(present.keys() - manifest.files.keys())]
+    for name in sorted(present.keys() & manifest.files.keys()):
         expected = manifest.files[name].bytes
-        if not stat.S_ISREG(found[name].st_mode):
+        if not stat.S_ISREG(present[name].st_mode):
             problems.append(f"{name} is not a plain file")
-        elif found[name].st_size != expected:
-            problems.append(f"{name} has {found[name].st_size:,} bytes, {expected:,} were written")
+        elif present[name].st_size != expected:
+            problems.append(f"{name} has {present[name].st_size:,} bytes, {expected:,} were written")
     return problems
 
 
 def file_problem(directory: Path, name: str, record: FileRecord) -> str | None:
     """Return what is wrong with the content of one file of a checkpoint; None where nothing is."""
     try:
-        found = hash_file(directory / name)
+        digest = hash_file(directory / name)
     except OSError as error:
         return f"{name} cannot be read: {error.strerror or error}"
     return (
         None
-        if found == record.xxh3_128
-        else f"{name} is not what was written (xxh3_128 {found}, should be {record.xxh3_128})"
+        if digest == record.xxh3_128
+        else f"{name} is not what was written (xxh3_128 {digest}, should be {record.xxh3_128})"
     )
 
 
@@ -196,11 +196,11 @@ def content_problems(
     help."""
     workers = min(len(files), num_threads or len(os.sched_getaffinity(0)))
     if workers <= 1:
-        found = [file_problem(directory, name, record) for name, record in files.items()]
+        problems = [file_problem(directory, name, record) for name, record in files.items()]
     else:
         with ThreadPoolExecutor(workers) as pool:
-            found = list(pool.map(lambda item: file_problem(directory, *item), files.items()))
-    return [problem for problem in found if problem]
+            problems = list(pool.map(lambda item: file_problem(directory, *item), files.items()))
+    return [problem for problem in problems if problem]
 
 
 def verify(directory: Path, run_id: str | None = None, num_threads: int | None = None) -> list[str]:

@@ -80,13 +80,13 @@ class Curve(Fold):
     @property
     def points(self) -> list[tuple[int, float]]:
         """Steps with their losses, in order; the first and the last step always among them."""
-        found = [(step, loss) for step, loss in self.state["points"]]
-        if self.first and (not found or found[0][0] > self.first[0]):
-            found.insert(0, self.first)
+        pairs = [(step, loss) for step, loss in self.state["points"]]
+        if self.first and (not pairs or pairs[0][0] > self.first[0]):
+            pairs.insert(0, self.first)
         last = self.last
-        if last and found[-1][0] < last["step"]:
-            found.append((last["step"], last["loss"]))
-        return found
+        if last and pairs[-1][0] < last["step"]:
+            pairs.append((last["step"], last["loss"]))
+        return pairs
 
 
 def is_step(record: dict[str, Any]) -> bool:

@@ -22,8 +22,8 @@ def cut_off_file(run: RunDirectory) -> str:
     none can be found."""
     for what, path, expected in _mapped(run):
         with contextlib.suppress(OSError):
-            if (found := path.stat().st_size) < expected:
-                return f"{what} {path} has {found:,} bytes of {expected:,}"
+            if (size := path.stat().st_size) < expected:
+                return f"{what} {path} has {size:,} bytes of {expected:,}"
     return ""
 
 

@@ -47,7 +47,7 @@ class Connection(NamedTuple):
 
 def listening() -> list[Listening]:
     """Find every TCP socket on which this process waits for connections."""
-    found = []
+    sockets = []
     for path in Path("/proc/self/fd").iterdir():
         with _socket(int(path.name)) as one:
             waits = (
@@ -56,8 +56,8 @@ def listening() -> list[Listening]:
                 and one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
             )
             if one and waits:
-                found.append(Listening(int(path.name), one.getsockname()[:2]))
-    return found
+                sockets.append(Listening(int(path.name), one.getsockname()[:2]))
+    return sockets
 
 
 @contextlib.contextmanager
@@ -105,14 +105,14 @@ def admit(descriptor: int, addresses: Collection[str] = ()) -> bool:
 
 def connections() -> list[Connection]:
     """Find all established TCP connections with an end on this machine, whoever's they are."""
-    found = []
+    pairs = []
     for name in ("tcp", "tcp6"):
         with contextlib.suppress(OSError):
             for line in Path("/proc/self/net", name).read_text(encoding="ascii").splitlines()[1:]:
                 _, near, far, state, _, _, _, user, *_ = line.split()
                 if state == _ESTABLISHED:
-                    found.append(Connection(_place(near), _place(far), int(user)))
-    return found
+                    pairs.append(Connection(_place(near), _place(far), int(user)))
+    return pairs
 
 
 def _place(text: str) -> tuple[str, int]:

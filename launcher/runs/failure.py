@@ -163,8 +163,8 @@ def of(rank: int, error: BaseException, step: int = 0) -> Failure:
     cause = one_line(error)
     if known in (GpuError, LauncherError, RankLostError) and _OF_A_GPU.search(cause):
         lived = time.time() - started_at(os.getpid()) + 60.0
-        if said := broken_gpus(kernel_log(lived)):
-            known, consequence, cause = GpuError, False, f"{cause}; the kernel's log: {said}"
+        if broken := broken_gpus(kernel_log(lived)):
+            known, consequence, cause = GpuError, False, f"{cause}; the kernel's log: {broken}"
     return Failure(
         time=time.time(),
         rank=rank,

@@ -66,9 +66,9 @@ class Fold(ABC):
         }
         # Not synced, as that can take as long as many steps: what a crash leaves of it is found out by the
         # checksum.
-        made = self._kept.with_name(f".{self._kept.name}.new")
-        made.write_text(json.dumps(content) + "\n", encoding="utf-8")
-        made.replace(self._kept)
+        new = self._kept.with_name(f".{self._kept.name}.new")
+        new.write_text(json.dumps(content) + "\n", encoding="utf-8")
+        new.replace(self._kept)
 
     def _recall(self) -> tuple[int, dict[str, Any]]:
         """The place and the state that were kept. Raises ValueError where they are not of this file."""

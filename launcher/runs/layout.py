@@ -63,8 +63,8 @@ def make_directory(path: Path) -> None:
     """Make a directory with all above it that are missing; each is durable. Raises OSError."""
     missing = [parent for parent in (path, *path.parents) if not parent.exists()]
     path.mkdir(parents=True, exist_ok=True)
-    for made in missing:
-        sync_directory(made.parent)
+    for directory in missing:
+        sync_directory(directory.parent)
 
 
 @dataclass(frozen=True)
@@ -167,11 +167,11 @@ class RunDirectory:
         such."""
         if not self.run_id_file.exists():
             # Linked into place whole: a crash leaves no empty identity, and of two makers one wins.
-            made = self.run_id_file.with_name(f".run_id.{secrets.token_hex(4)}")
-            made.write_text(secrets.token_hex(8), encoding="utf-8")
+            new = self.run_id_file.with_name(f".run_id.{secrets.token_hex(4)}")
+            new.write_text(secrets.token_hex(8), encoding="utf-8")
             with contextlib.suppress(FileExistsError):
-                os.link(made, self.run_id_file)
-            made.unlink()
+                os.link(new, self.run_id_file)
+            new.unlink()
         return self.run_id_file.read_text(encoding="utf-8").strip()
 
     @contextlib.contextmanager

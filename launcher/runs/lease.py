@@ -32,11 +32,11 @@ class Lease:
         self._holder = str(Identity.of_this_process())
         self._over = threading.Event()
         while not self._made():
-            found = _read(path)
-            if found is not None and not _is_dead(path, found, silent_seconds):
+            content = _read(path)
+            if content is not None and not _is_dead(path, content, silent_seconds):
                 raise BlockingIOError(errno.EWOULDBLOCK, "held by another process", str(path))
-            if found is not None:
-                self._clear_away(found)
+            if content is not None:
+                self._clear_away(content)
         threading.Thread(target=self._beat, name="lease", daemon=True).start()
 
     def release(self) -> None:
@@ -48,23 +48,23 @@ class Lease:
     def _made(self) -> bool:
         # A link to a whole file: nobody ever sees one without a holder, and of two makers one wins, over NFS
         # too.
-        made = self._path.with_name(f".{self._path.name}.{secrets.token_hex(4)}")
+        new = self._path.with_name(f".{self._path.name}.{secrets.token_hex(4)}")
         try:
-            made.write_text(f"{self._holder}\n0", encoding="utf-8")
-            os.link(made, self._path)
+            new.write_text(f"{self._holder}\n0", encoding="utf-8")
+            os.link(new, self._path)
         except FileExistsError:
             return False
         finally:
-            made.unlink(missing_ok=True)
+            new.unlink(missing_ok=True)
         return True
 
-    def _clear_away(self, found: str) -> None:
+    def _clear_away(self, content: str) -> None:
         """Remove a dead holder's file: of several that try, one; and never a living one's that has just been
         made in its place."""
         doomed = self._path.with_name(f".{self._path.name}.{secrets.token_hex(4)}")
         with contextlib.suppress(FileNotFoundError):
             self._path.rename(doomed)
-            if _read(doomed) != found:
+            if _read(doomed) != content:
                 with contextlib.suppress(FileExistsError):
                     os.link(doomed, self._path)
             doomed.unlink()
@@ -91,15 +91,15 @@ def _holder(content: str) -> str:
     return content.split("\n")[0]
 
 
-def _is_dead(path: Path, found: str, silent_seconds: float) -> bool:
+def _is_dead(path: Path, content: str, silent_seconds: float) -> bool:
     """Return whether the holder is gone: at once for one on this machine, after a while of silence for one
     elsewhere."""
-    who = Identity.parse(_holder(found))
+    who = Identity.parse(_holder(content))
     if who is not None and who.is_here:
         return not who.lives
     until = time.monotonic() + silent_seconds
     while time.monotonic() < until:
         time.sleep(min(1.0, silent_seconds / 10))
-        if _read(path) != found:
+        if _read(path) != content:
             return False
     return True

@@ -16,13 +16,13 @@ _BY_THE_STEP = ("training", "evaluated", "saved", "save_failed", "compared")
 def phase(last: Events, step: dict[str, Any] | None) -> str | None:
     """Return what the run is at: `training` once a step, or what comes with steps, is newer than another
     phase, or that is over."""
-    found = last.get("phase", {})
+    newest = last.get("phase", {})
     trains = [last[name].get("time", 0.0) for name in _BY_THE_STEP if name in last]
     if step is not None and "training" in last:
         trains.append(step.get("time", 0.0))
-    if "training" in last and max(trains, default=0.0) > found.get("time", 0.0):
+    if "training" in last and max(trains, default=0.0) > newest.get("time", 0.0):
         return "training"
-    return found.get("phase")
+    return newest.get("phase")
 
 
 def step_age(last: Events, step: dict[str, Any] | None) -> float | None:
@@ -35,10 +35,10 @@ def step_age(last: Events, step: dict[str, Any] | None) -> float | None:
 
 def suspicion(last: Events) -> str | None:
     """The line that names a hang which is suspected now."""
-    said = last.get("suspected")
-    if said is None or last.get("recovered", {}).get("time", 0.0) >= said.get("time", 0.0):
+    suspected = last.get("suspected")
+    if suspected is None or last.get("recovered", {}).get("time", 0.0) >= suspected.get("time", 0.0):
         return None
-    return str(said.get("line", ""))
+    return str(suspected.get("line", ""))
 
 
 def straggler(last: Events) -> str | None:

@@ -101,7 +101,7 @@ class Machine:
         """With newer figures of a device in the place of older ones, and without what runs have shown of
         forecasts by those."""
         kind = "cpu " if rates.device == "cpu" else "cuda "
-        ratios = {name: found for name, found in self.ratios.items() if not name.startswith(kind)}
+        ratios = {name: ratio for name, ratio in self.ratios.items() if not name.startswith(kind)}
         return replace(
             self,
             rates=(*(other for other in self.rates if other.device != rates.device), rates),
@@ -131,11 +131,11 @@ class Machine:
 
 
 def _rates(engines: Mapping[str, Mapping[str, list[float]]] | None = None, **others: Any) -> Rates:
-    made = {
+    rates = {
         way: {name: (each, per_byte) for name, (each, per_byte) in kinds.items()}
         for way, kinds in (engines or {}).items()
     }
-    return Rates(**others, engines=made)
+    return Rates(**others, engines=rates)
 
 
 def path(environment: Mapping[str, str] = os.environ) -> Path:

@@ -36,13 +36,13 @@ class Notices:
             while new := os.read(self._reading, 1 << 16):
                 self._rest += new
         *lines, self._rest = self._rest.split(b"\n")
-        found = []
+        notices = []
         for line in lines:
             with contextlib.suppress(ValueError):
                 record = json.loads(line)
                 if isinstance(record, dict):
-                    found.append(record)
-        return found
+                    notices.append(record)
+        return notices
 
     def close(self) -> None:
         """Give the pipe up."""

@@ -80,7 +80,7 @@ def lines(record: dict[str, Any]) -> list[str]:
     """All that such an event says to people; nothing of any other event."""
     if record.get("event") != "prepared":
         return []
-    return [said for said in (line(record), warning(record)) if said]
+    return [line_or_none for line_or_none in (line(record), warning(record)) if line_or_none]
 
 
 def numbers(record: dict[str, Any]) -> dict[str, Any]:

@@ -19,12 +19,12 @@ def make(directory: Path, secret: str = "") -> Path:
 
     It is written whole, for its owner alone whatever the umask says. Raises OSError.
     """
-    made = directory / f".{NAME}-{secrets.token_hex(4)}"
-    descriptor = os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    new = directory / f".{NAME}-{secrets.token_hex(4)}"
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w", encoding="ascii") as file:
         os.fchmod(descriptor, 0o600)
         file.write(secret or secrets.token_hex(_NUM_BYTES))
-    return made.rename(directory / NAME)
+    return new.rename(directory / NAME)
 
 
 def read(path: Path) -> str:

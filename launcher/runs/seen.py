@@ -68,7 +68,7 @@ def published(path: Path) -> tuple[int, list[Seen]] | None:
 
 def ranks_of(directory: Path) -> list[Seen]:
     """Each rank of an attempt as it was seen last, on all nodes, in the order of the ranks."""
-    found = [
+    ranks = [
         one for path in directory.glob("ranks-*.json") if (content := published(path)) for one in content[1]
     ]
-    return sorted(found, key=lambda seen: seen.rank)
+    return sorted(ranks, key=lambda seen: seen.rank)

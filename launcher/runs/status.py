@@ -118,10 +118,10 @@ def _last_word(last: dict[str, dict[str, Any]], state: str) -> str | None:
     """Return what decided that the run goes on, or does not."""
     if state == "finished":
         return None
-    said = [(last[name]["time"], name) for name in ("requeued", "gave_up", "cancelled") if name in last]
-    if not said:
+    words = [(last[name]["time"], name) for name in ("requeued", "gave_up", "cancelled") if name in last]
+    if not words:
         return None
-    name = max(said)[1]
+    name = max(words)[1]
     return f"{name.replace('_', ' ')}: {last[name]['reason']}" if "reason" in last[name] else name
 
 

@@ -58,14 +58,14 @@ def last_record(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> dict[st
 
 def last_records(path: Path, wanted: Callable[[dict[str, Any]], bool], count: int) -> list[dict[str, Any]]:
     """The last so many records that are wanted, the last one first."""
-    found: list[dict[str, Any]] = []
+    newest: list[dict[str, Any]] = []
     for line in lines_backwards(path):
         record = parse(line)
         if record is not None and wanted(record):
-            found.append(record)
-            if len(found) == count:
+            newest.append(record)
+            if len(newest) == count:
                 break
-    return found
+    return newest
 
 
 def end_of(path: Path) -> tuple[int, Iterator[bytes]]:

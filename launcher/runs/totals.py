@@ -84,14 +84,14 @@ class Totals(Fold):
     def last(self) -> dict[str, dict[str, Any]]:
         """The newest event of each name; of what belongs to one attempt, only of the newest attempt. A phase
         that is over is not there."""
-        found: dict[str, dict[str, Any]] = self.state["last"]
-        return found
+        events: dict[str, dict[str, Any]] = self.state["last"]
+        return events
 
     @property
     def prepared(self) -> dict[str, dict[str, Any]]:
         """Return what became of the rows of each role, without the lists of files and examples."""
-        found: dict[str, dict[str, Any]] = self.state["prepared"]
-        return found
+        reports: dict[str, dict[str, Any]] = self.state["prepared"]
+        return reports
 
     @property
     def evaluations(self) -> tuple[dict[str, Any], dict[str, Any]] | None:

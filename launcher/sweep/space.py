@@ -39,12 +39,12 @@ def points(grid: Sequence[str], random: Sequence[str], num_points: int | None, s
     if problems:
         raise ConfigurationError(problems)
     draws = list(ParameterSampler(drawn, num_points or 1, random_state=seed)) if drawn else [{}]
-    found = [_overrides({**point, **draw}) for draw in draws for point in ParameterGrid(fixed)]
-    if len(found) > _MOST_POINTS:
+    overrides = [_overrides({**point, **draw}) for draw in draws for point in ParameterGrid(fixed)]
+    if len(overrides) > _MOST_POINTS:
         raise ConfigurationError(
-            Problem("--grid", len(found), f"is more than {_MOST_POINTS} points; try fewer values")
+            Problem("--grid", len(overrides), f"is more than {_MOST_POINTS} points; try fewer values")
         )
-    return found
+    return overrides
 
 
 def rungs(text: str) -> tuple[int, int]:
@@ -60,14 +60,14 @@ def rungs(text: str) -> tuple[int, int]:
 
 
 def _collect(option: str, texts: Sequence[str], problems: list[Problem], ranges: bool) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    collected: dict[str, Any] = {}
     for text in texts:
         key, equals, values = text.partition("=")
         if not equals or not key.strip() or not values.strip():
             problems.append(
                 Problem(option, text, "write KEY=VALUE,VALUE,... as training.learning_rate=1e-5,2e-5")
             )
-        elif key in found:
+        elif key in collected:
             problems.append(Problem(option, key, "is there twice; name it once with all its values"))
         elif ".." in values and not ranges:
             problems.append(
@@ -75,10 +75,10 @@ def _collect(option: str, texts: Sequence[str], problems: list[Problem], ranges:
             )
         else:
             try:
-                found[key] = _range(values) if ".." in values else _values(values)
+                collected[key] = _range(values) if ".." in values else _values(values)
             except ValueError as error:
                 problems.append(Problem(option, text, str(error)))
-    return found
+    return collected
 
 
 def _values(text: str) -> list[Any]:

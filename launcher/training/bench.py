@@ -152,11 +152,11 @@ def reference_seconds(device_type: str) -> dict[str, float]:
     """
     device = torch.device(device_type)
     steps = {way: _reference_step(way, device) for way in ("none", "selective", "full")}
-    found: dict[str, list[float]] = {way: [] for way in steps}
+    taken: dict[str, list[float]] = {way: [] for way in steps}
     for _ in range(_TURNS):
         for way, step in steps.items():
-            found[way].append(seconds_of(step, device, _SECONDS / _TURNS))
-    return {way: min(seconds) for way, seconds in found.items()}
+            taken[way].append(seconds_of(step, device, _SECONDS / _TURNS))
+    return {way: min(seconds) for way, seconds in taken.items()}
 
 
 def _reference_step(way: str, device: torch.device) -> Callable[[], None]:

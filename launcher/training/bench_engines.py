@@ -43,17 +43,17 @@ def extra_seconds(
     `allocator` is how the ranks' C library keeps memory. Nothing of an engine that does not run here; why is
     reported.
     """
-    found = {}
+    seconds = {}
     for name, both in steps.items():
         try:
-            found[name] = tuple(in_fresh_ranks(extra, one, num_ranks, allocator) for one in both)
+            seconds[name] = tuple(in_fresh_ranks(extra, one, num_ranks, allocator) for one in both)
         except (multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException) as error:
             raised = [line for line in str(error).splitlines() if _RAISED.match(line)]
             report(
                 f"{engine} does not run here, and is left out: {' '.join(raised[-1:]) or first_line(error)}"
             )
             return {}
-    return found
+    return seconds
 
 
 def extra(plan: Plan, ds_config: dict[str, Any]) -> float:

@@ -31,8 +31,8 @@ _installed: list[torch.library.Library] = []
 
 def has_units(dtype: torch.dtype, capabilities: dict[str, Any] | None = None) -> bool:
     """Return whether this processor multiplies in `dtype` itself; True as well where PyTorch cannot tell."""
-    found = torch.cpu.get_capabilities() if capabilities is None else capabilities
-    known = [found[name] for name in _UNITS[dtype] if name in found]
+    flags = torch.cpu.get_capabilities() if capabilities is None else capabilities
+    known = [flags[name] for name in _UNITS[dtype] if name in flags]
     return any(known) or not known
 
 

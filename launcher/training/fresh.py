@@ -77,9 +77,9 @@ def _rank(
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=num_ranks
     )
-    found = work(*arguments)
+    result = work(*arguments)
     if rank == 0:
-        torch.save(found, Path(folder) / "result.pt")
+        torch.save(result, Path(folder) / "result.pt")
     leave()
 
 

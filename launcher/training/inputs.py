@@ -45,9 +45,9 @@ class TrainingInputs:
             refuse_change(run.path / f"data-{dataset.report.role}.json", dataset.report)
         if os.environ.get("RANK", "0") == "0":
             for dataset in material.datasets:
-                said = dataset.report.to_dict()
-                events.event(run.events_file, "prepared", **said)
-                print(*prepared.lines({"event": "prepared", **said}), sep="\n", file=sys.stderr)
+                report = dataset.report.to_dict()
+                events.event(run.events_file, "prepared", **report)
+                print(*prepared.lines({"event": "prepared", **report}), sep="\n", file=sys.stderr)
                 for text in dataset.report.remarks:
                     events.event(run.events_file, "noted", text=text)
         return material

@@ -60,8 +60,8 @@ def _meet(
     if not by_agent or given != {name: os.environ.get(name) for name in _ADDRESS}:
         yield from otherwise(url, timeout=timeout, **options)
         return
-    asked = dict(parse_qsl(urlparse(url).query))
-    rank, size = (int(asked.get(name.lower(), os.environ[name])) for name in ("RANK", "WORLD_SIZE"))
+    query = dict(parse_qsl(urlparse(url).query))
+    rank, size = (int(query.get(name.lower(), os.environ[name])) for name in ("RANK", "WORLD_SIZE"))
     # A group that is made after one that was destroyed must not meet what that one left behind.
     yield _store(f"group-{next(number)}", size, timeout), rank, size
 

@@ -154,8 +154,8 @@ def execute(script: list[str], then: Callable[[], None]) -> None:
 def _named(error: BaseException) -> BaseException:
     """An error of a known class as it is; any other as the script's own."""
     if isinstance(error, SystemExit):
-        said = f"exit code {error.code}" if isinstance(error.code, int) else str(error.code)
-        named = ScriptError(f"the script left with {said}")
+        text = f"exit code {error.code}" if isinstance(error.code, int) else str(error.code)
+        named = ScriptError(f"the script left with {text}")
     elif failure.classify(error)[0] is LauncherError:
         named = ScriptError(one_line(error))
     else:

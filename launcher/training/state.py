@@ -66,11 +66,11 @@ class TrainerState(BaseModel):
         try:
             return cls.model_validate(progress.extra)
         except ValidationError as error:
-            found = "; ".join(
+            problems = "; ".join(
                 f"{'.'.join(map(str, item['loc']))}: {item['msg'].lower()}"
                 for item in error.errors(include_url=False)
             )
-            reason = f"the state in {MANIFEST_NAME} (progress.extra) is none that a trainer wrote: {found}"
+            reason = f"the state in {MANIFEST_NAME} (progress.extra) is none that a trainer wrote: {problems}"
             raise CheckpointError(
                 f"{checkpoint}: {reason}; move the checkpoint away, and the one before it is taken"
             ) from None

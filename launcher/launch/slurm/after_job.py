@@ -108,13 +108,13 @@ def _never_began(run: RunDirectory, allocation: Allocation, status: int) -> int:
     if status == RunInUseError.exit_code:
         print("another job of this run is there; this one leaves it alone", flush=True)
         return status
-    said = (
+    end_in_words = (
         "cancelled"
         if end == "cancelled"
         else f"ended with code {status} before an attempt began: see the job's output"
     )
-    event(run.events_file, "gave_up", job=allocation.job_id, reason=said)
-    print(said, flush=True)
+    event(run.events_file, "gave_up", job=allocation.job_id, reason=end_in_words)
+    print(end_in_words, flush=True)
     return status or 1
 
 

@@ -129,14 +129,14 @@ def begin_attempt(run: RunDirectory, assignment: Assignment) -> int:
     """Make the next attempt's directory with the assignment and a secret in it from the first moment on; its
     number."""
     run.attempts.mkdir(exist_ok=True)
-    made = run.attempts / f".new-{secrets.token_hex(4)}"
-    made.mkdir()
-    secret.make(made)
-    write_atomically(made / FILE, json.dumps(assignment.to_dict(), indent=2) + "\n")
+    new = run.attempts / f".new-{secrets.token_hex(4)}"
+    new.mkdir()
+    secret.make(new)
+    write_atomically(new / FILE, json.dumps(assignment.to_dict(), indent=2) + "\n")
     while True:
         number = run.last_attempt() + 1
         try:
-            made.rename(run.attempt(number))  # fails where there is one with anything in it
+            new.rename(run.attempt(number))  # fails where there is one with anything in it
             return number
         except OSError:
             if not run.attempt(number).exists():

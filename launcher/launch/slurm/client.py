@@ -49,10 +49,10 @@ def call(command: Sequence[str], seconds: float = 30.0, environment: Mapping[str
         raise ControllerUnreachableError(f"{command[0]} got no answer in {seconds:g} s") from None
     if done.returncode == 0:
         return done.stdout
-    said = reason(done.stderr) or f"{command[0]} ended with code {done.returncode}"
+    text = reason(done.stderr) or f"{command[0]} ended with code {done.returncode}"
     if any(words in done.stderr.lower() for words in _UNREACHABLE):
-        raise ControllerUnreachableError(said)
-    raise SchedulerError(said)
+        raise ControllerUnreachableError(text)
+    raise SchedulerError(text)
 
 
 def patiently(command: Sequence[str], seconds: float) -> str:

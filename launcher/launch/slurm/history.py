@@ -45,7 +45,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def attempts(run: RunDirectory) -> list[Attempt]:
     """Every attempt that Slurm started, in order."""
-    found = []
+    known = []
     for number in range(1, run.last_attempt() + 1):
         assignment = read_assignment(run, number)
         if assignment is None:
@@ -54,7 +54,7 @@ def attempts(run: RunDirectory) -> list[Attempt]:
         if outcome["end"] == TERMINATED:
             outcome["end"] = "requeued"  # Slurm gave the batch script no time to ask what for
         failure = _read(run.attempt(number) / "failure.json") or {}
-        found.append(
+        known.append(
             Attempt(
                 number=number,
                 end=outcome["end"],
@@ -66,4 +66,4 @@ def attempts(run: RunDirectory) -> list[Attempt]:
                 step=failure.get("step", outcome["step_after"]),
             )
         )
-    return found
+    return known

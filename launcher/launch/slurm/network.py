@@ -27,16 +27,16 @@ def interfaces() -> dict[str, str]:
     import psutil
 
     states = psutil.net_if_stats()
-    found = {}
+    by_name = {}
     for name, addresses in psutil.net_if_addrs().items():
         address = next((one.address for one in addresses if one.family == socket.AF_INET), None)
         if address and states[name].isup:
-            found[name] = address
-    return found
+            by_name[name] = address
+    return by_name
 
 
 def choose(
-    hosts: Sequence[str], own: int, asked: str | None, environment: Mapping[str, str]
+    hosts: Sequence[str], own: int, requested: str | None, environment: Mapping[str, str]
 ) -> tuple[str, str]:
     """This node's interface towards the others, and its address there.
 
@@ -44,10 +44,12 @@ def choose(
     Raises ConfigurationError for one that is not there, or that leads nowhere but to this machine.
     """
     there = interfaces()
-    named = asked or next((environment[name] for name in INTERFACE_VARIABLES if environment.get(name)), None)
+    named = requested or next(
+        (environment[name] for name in INTERFACE_VARIABLES if environment.get(name)), None
+    )
     if named is None:
         return _by_route(resolve(hosts[1 if own == 0 else 0]), there)
-    key = "cluster.interface" if asked else "GLOO_SOCKET_IFNAME"
+    key = "cluster.interface" if requested else "GLOO_SOCKET_IFNAME"
     if named not in there:
         known = ", ".join(name for name in sorted(there) if not is_loopback(there[name]))
         raise ConfigurationError(

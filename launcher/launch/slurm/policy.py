@@ -89,13 +89,13 @@ def _hangs_again(attempts: Sequence[Attempt]) -> bool:
 
 def _in_vain(attempts: Sequence[Attempt]) -> list[Attempt]:
     """The attempts since the last progress that count."""
-    found: list[Attempt] = []
+    vain: list[Attempt] = []
     for attempt in reversed(attempts):
         if attempt.progressed:
             break
         if attempt.end not in FREE or (attempt.end == "time limit" and attempt.step_before == 0):
-            found.append(attempt)
-    return found[::-1]
+            vain.append(attempt)
+    return vain[::-1]
 
 
 def _diagnosis(in_vain: Sequence[Attempt]) -> str:
@@ -110,14 +110,14 @@ def _diagnosis(in_vain: Sequence[Attempt]) -> str:
         else f"after steps {', '.join(str(step) for step in sorted(steps))}"
     )
     ends = sorted({attempt.failure_class or attempt.end for attempt in in_vain})
-    said = (
+    saying = (
         f", saying: {causes.pop()}"
         if len(causes) == 1
         else f"; the last said: {in_vain[-1].cause}"
         if causes
         else ""
     )
-    text = f"no progress in {len(in_vain)} attempts in a row: ended ({', '.join(ends)}) {where}{said}"
+    text = f"no progress in {len(in_vain)} attempts in a row: ended ({', '.join(ends)}) {where}{saying}"
     if all(attempt.end == "time limit" for attempt in in_vain):
         text += "; the time limit is too short to load and save once: raise cluster.time_limit"
     return text

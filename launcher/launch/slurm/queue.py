@@ -101,15 +101,15 @@ def record(job_id: str) -> dict[str, str]:
 
 def fields(line: str) -> dict[str, str]:
     """`A=1 B=two words C=3` -> {A: 1, B: two words, C: 3}."""
-    found: dict[str, str] = {}
+    values: dict[str, str] = {}
     name = ""
     for word in line.split(" "):
         key, equals, value = word.partition("=")
         if equals and key.replace("/", "").replace(":", "").replace("_", "").isalnum() and key[:1].isupper():
-            name, found[key] = key, value
+            name, values[key] = key, value
         elif name:
-            found[name] += f" {word}"
-    return found
+            values[name] += f" {word}"
+    return values
 
 
 def setting(name: str) -> str:

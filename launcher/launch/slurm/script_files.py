@@ -95,7 +95,7 @@ def _why_not(folder: Path, name: Path, tracked: set[Path]) -> str | None:
 def _known_to_git(folder: Path) -> tuple[set[Path], set[Path]] | None:
     """Files below `folder` that git tracks, and those that it neither tracks nor ignores; None where there is
     no git, or no repository."""
-    found = []
+    tracked = []
     for which in (["--cached"], ["--others", "--exclude-standard"]):
         # A repository's own settings may name a program to run for this.
         command = ["git", "-C", str(folder), "-c", "core.fsmonitor=false", "ls-files", "-z", *which, "."]
@@ -104,8 +104,8 @@ def _known_to_git(folder: Path) -> tuple[set[Path], set[Path]] | None:
         except (OSError, subprocess.SubprocessError):
             return None
         names = {Path(os.fsdecode(name)) for name in listed.split(b"\0") if name}
-        found.append({name for name in names if os.path.lexists(folder / name)})
-    return found[0], found[1]
+        tracked.append({name for name in names if os.path.lexists(folder / name)})
+    return tracked[0], tracked[1]
 
 
 def _below(folder: Path, script: Path) -> set[Path]:

@@ -68,14 +68,14 @@ class Site:
 
     def partition(self, name: str) -> Partition:
         """Raises ConfigurationError with the nearest there is."""
-        found = next((partition for partition in self.partitions if partition.name == name), None)
-        if found is None:
+        match = next((partition for partition in self.partitions if partition.name == name), None)
+        if match is None:
             names = [partition.name for partition in self.partitions]
             near = difflib.get_close_matches(name, names, n=1) or sorted(names)
             raise ConfigurationError(
                 Problem("--partition", name, f"the site has no such partition; it has {', '.join(near)}")
             )
-        return found
+        return match
 
 
 def ask() -> Site:
@@ -129,10 +129,10 @@ def read_partitions(described: str, nodes: str) -> tuple[Partition, ...]:
         if len(values) == len(_NODE):
             node = dict(zip(_NODE, values, strict=True))
             of_nodes.setdefault(node["partition"], []).append(node)
-    found = [fields(line) for line in described.splitlines()]
+    partitions = [fields(line) for line in described.splitlines()]
     return tuple(
         _partition(known, of_nodes.get(known["PartitionName"], []))
-        for known in found
+        for known in partitions
         if known.get("PartitionName")
     )
 
@@ -177,14 +177,14 @@ def _number(text: str) -> int | None:
 def count_gpus(gres: str) -> dict[str, int]:
     """Return how many GPUs of each type, from Slurm's `gpu:a100:4(S:0-1),gpu:2`; the type is empty where none
     is said."""
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for entry in re.sub(r"\([^)]*\)", "", gres).split(","):
         kind, *rest = entry.strip().split(":")
         if kind != "gpu":
             continue
         number = int(rest.pop()) if rest and rest[-1].isdecimal() else 1
-        found[":".join(rest)] = found.get(":".join(rest), 0) + number
-    return found
+        counts[":".join(rest)] = counts.get(":".join(rest), 0) + number
+    return counts
 
 
 def seconds(time: str) -> float | None:

@@ -85,22 +85,22 @@ def _limits(partition: Partition) -> list[str]:
 
 
 def _remarks(partition: Partition) -> list[str]:
-    said = [f"{partition.num_nodes} nodes"]
+    remarks = [f"{partition.num_nodes} nodes"]
     if partition.memory_per_node:
-        said.append(f"{partition.memory_per_node / 1024:.0f} GiB each")
+        remarks.append(f"{partition.memory_per_node / 1024:.0f} GiB each")
     if partition.threads_per_core > 1:
-        said.append(f"{partition.threads_per_core} of the cpus are one core")
+        remarks.append(f"{partition.threads_per_core} of the cpus are one core")
     if partition.gpu_types:
-        said.append(f"GPUs are called {', '.join(map(_comment, partition.gpu_types))}")
+        remarks.append(f"GPUs are called {', '.join(map(_comment, partition.gpu_types))}")
     if not partition.is_uniform:
-        said.append("nodes differ, these are the largest")
+        remarks.append("nodes differ, these are the largest")
     if partition.max_time is None:
-        said.append("no time limit")
+        remarks.append("no time limit")
     if partition.accounts:
-        said.append(f"only for accounts {', '.join(map(_comment, partition.accounts))}")
+        remarks.append(f"only for accounts {', '.join(map(_comment, partition.accounts))}")
     if not partition.is_up:
-        said.append("not up at the moment")
-    return said
+        remarks.append("not up at the moment")
+    return remarks
 
 
 def duration(seconds: float | None) -> str | None:

@@ -30,10 +30,10 @@ def of_launcher(run: RunDirectory) -> Path:
 
 def _copied(source: Path, target: Path, name: str) -> Path:
     if not target.exists():
-        made = target.with_name(f".{target.name}.new")
-        shutil.rmtree(made, ignore_errors=True)
-        shutil.copytree(source, made / name, ignore=_LEFT_OUT)
-        made.rename(target)
+        new = target.with_name(f".{target.name}.new")
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.copytree(source, new / name, ignore=_LEFT_OUT)
+        new.rename(target)
     return target
 
 
@@ -50,16 +50,16 @@ def of_script(run: RunDirectory, script: Path) -> Path:
         digest.update(str(file).encode(errors="surrogateescape") + b"\0" + content + b"\0")
     target = run.path / "code" / f"script-{digest.hexdigest()[:12]}"
     if not target.exists():
-        made = target.with_name(f".{target.name}.new")
-        shutil.rmtree(made, ignore_errors=True)
+        new = target.with_name(f".{target.name}.new")
+        shutil.rmtree(new, ignore_errors=True)
         for file, (content, executable) in chosen.files.items():
-            (made / file).parent.mkdir(parents=True, exist_ok=True)
+            (new / file).parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(
-                made / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o777 if executable else 0o666
+                new / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o777 if executable else 0o666
             )
             with open(descriptor, "wb") as copy:
                 copy.write(content)
-        made.rename(target)
+        new.rename(target)
     lines = [f"{str(file)!r}: {reason}\n" for file, reason in chosen.left_out.items()]
     write_atomically(
         run.path / "code" / LEFT_OUT,

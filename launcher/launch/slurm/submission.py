@@ -68,8 +68,8 @@ def _sbatch(script: Path) -> str:
     variables = inherited.environment(os.environ, written)
     while True:
         try:
-            said = client.call(["sbatch", str(script)], seconds=60.0, environment=variables)
-            return Executor._get_job_id_from_submission_command(said)
+            answer = client.call(["sbatch", str(script)], seconds=60.0, environment=variables)
+            return Executor._get_job_id_from_submission_command(answer)
         except ControllerUnreachableError:
             if time.monotonic() > until:
                 raise
@@ -134,11 +134,11 @@ def submit(
     """
     refuse_second(run)
     place = place_of(run, python, code)
-    asked = plan.model_copy(
+    requested = plan.model_copy(
         update={"slurm": plan.slurm.model_copy(update={"options": plan.slurm.options | dict(more)})}
     )
     try:
-        executor = Executor(run, asked, place)
+        executor = Executor(run, requested, place)
         folder(run).mkdir(parents=True, exist_ok=True)
         return str(executor.submit(NodeTask(str(run.path))).job_id)
     except PermissionError as error:
@@ -181,11 +181,11 @@ def refuse_second(run: RunDirectory) -> None:
         return
     job_id = known.job_id
     if not job_id:
-        found = find(Path(known.script), time.monotonic() + _SECONDS_TO_FIND_OUT)
-        if found is None:
+        existing = find(Path(known.script), time.monotonic() + _SECONDS_TO_FIND_OUT)
+        if existing is None:
             return
-        JobRecord(found, known.script, known.time).write(run)
-        job_id = found
+        JobRecord(existing, known.script, known.time).write(run)
+        job_id = existing
     entry = queue([job_id]).get(job_id)
     if is_live(entry):
         assert entry is not None

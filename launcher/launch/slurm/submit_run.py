@@ -100,8 +100,10 @@ def _dependency(plan: Plan, after: Sequence[str]) -> str:
                 )
             )
         numbers.append(known.job_id)
-    asked = plan.slurm.options.get("dependency")
-    return ",".join([*([asked] if asked else []), *(["afterok:" + ":".join(numbers)] if numbers else [])])
+    requested = plan.slurm.options.get("dependency")
+    return ",".join(
+        [*([requested] if requested else []), *(["afterok:" + ":".join(numbers)] if numbers else [])]
+    )
 
 
 def _check(job: Job) -> None:

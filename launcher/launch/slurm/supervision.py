@@ -80,8 +80,8 @@ class NodeSupervisor(Supervisor):
         """Have what Slurm keeps of the job's output say what became of the rows, as the display of
         `launcher run` does."""
         super()._note(record)
-        for said in prepared.lines(record) if self._node == 0 else ():
-            self.screen.say(said)
+        for line in prepared.lines(record) if self._node == 0 else ():
+            self.screen.say(line)
 
     def _heed_the_clock(self) -> None:
         """Slurm's signal comes up to a minute early, and by then half of a short job may be left: who knows

@@ -35,15 +35,15 @@ def view(run: RunDirectory, totals: Totals | None = None) -> dict[str, Any]:
     known = JobRecord.read(run)
     if known is None:
         return read_status(run, totals).to_dict()
-    said: dict[str, Any] = {"job_id": known.job_id}
+    content: dict[str, Any] = {"job_id": known.job_id}
     entry = None
     try:
         entry = queue([known.job_id]).get(known.job_id) if known.job_id else None
         if entry is None:
-            said |= _past(known.job_id)
+            content |= _past(known.job_id)
     except SchedulerError as error:
-        said["error"] = str(error)
-    return _together(read_status(run, totals), entry, said)
+        content["error"] = str(error)
+    return _together(read_status(run, totals), entry, content)
 
 
 def views(runs: Iterable[RunDirectory]) -> list[dict[str, Any]]:
@@ -53,11 +53,13 @@ def views(runs: Iterable[RunDirectory]) -> list[dict[str, Any]]:
     if any(record for _, record in known):
         with contextlib.suppress(SchedulerError):
             entries = queue()
-    found = []
+    known_views = []
     for run, record in known:
         job_id = record.job_id if record else ""
-        found.append(_together(read_status(run), entries.get(job_id), {"job_id": job_id} if record else {}))
-    return found
+        known_views.append(
+            _together(read_status(run), entries.get(job_id), {"job_id": job_id} if record else {})
+        )
+    return known_views
 
 
 def _past(job_id: str) -> dict[str, str]:
@@ -74,17 +76,17 @@ def _past(job_id: str) -> dict[str, str]:
     }
 
 
-def _together(status: Status, entry: Entry | None, said: dict[str, Any]) -> dict[str, Any]:
+def _together(status: Status, entry: Entry | None, fields: dict[str, Any]) -> dict[str, Any]:
     """The files tell how far the run is, the queue whether it waits or runs."""
     if entry is not None:
-        said = {**said, **entry.to_dict()}
+        fields = {**fields, **entry.to_dict()}
         if entry.state in _WAITING and status.state != "finished":
             status = replace(status, state="queued", phase=None, process=None, command=None)
         elif is_live(entry) and status.state not in ("running", "finished"):
             status = replace(status, state="starting", command=None)
         elif not is_live(entry) and status.state == "running":
             status = replace(status, state="interrupted")
-    return {**status.to_dict(), "slurm": said} if said else status.to_dict()
+    return {**status.to_dict(), "slurm": fields} if fields else status.to_dict()
 
 
 def starts_in(entry: dict[str, Any]) -> float | None:

@@ -88,14 +88,14 @@ def why_no_items(plan: Plan) -> str | None:
 
 def one_pass(source: Source, data: Data, model: str, task: str) -> Items | None:
     """One pass over a source; None where it is not in files here, or where they cannot be read."""
-    found = _looked(source, data, model, task, _changed(source))
-    return found if isinstance(found, Items) else None
+    items = _looked(source, data, model, task, _changed(source))
+    return items if isinstance(items, Items) else None
 
 
 def why_no_epoch(source: Source, data: Data, model: str, task: str) -> str | None:
     """Return why nothing is known of one pass over a source, in one clause; None where it is known."""
-    found = _looked(source, data, model, task, _changed(source))
-    return found if isinstance(found, str) else None
+    items = _looked(source, data, model, task, _changed(source))
+    return items if isinstance(items, str) else None
 
 
 def _changed(source: Source) -> int:
@@ -116,28 +116,32 @@ def _looked(source: Source, data: Data, model: str, task: str, changed: int) -> 
         return str(error)
     if not seen.rows:
         return f"{source.path} has no rows"
-    found, by_tokenizer = lengths(seen.rows, learned, model)
-    if not found:
+    token_lengths, by_tokenizer = lengths(seen.rows, learned, model)
+    if not token_lengths:
         return (
             f"{source.path}: no row that was looked at can be used, the first for: "
             f"{why_unusable(seen.rows, learned)}"
         )
     scale, packed = seen.num_rows / len(seen.rows), learned.packs
-    number = ceil(scale * fewest_packs(found, data.max_length)) if packed else round(scale * len(found))
-    return Items(max(1, number), seen.num_rows, found, by_tokenizer, packed)
+    number = (
+        ceil(scale * fewest_packs(token_lengths, data.max_length))
+        if packed
+        else round(scale * len(token_lengths))
+    )
+    return Items(max(1, number), seen.num_rows, token_lengths, by_tokenizer, packed)
 
 
-def fewest_packs(found: Sequence[int], capacity: int) -> float:
+def fewest_packs(token_lengths: Sequence[int], capacity: int) -> float:
     """Packs of `capacity` that samples of these lengths need at the least, which the packing comes close to.
 
     The bound L2 of Martello and Toth 1990 (Knapsack Problems, section 8.3), but not rounded up, as the
     samples stand for many more.
     """
     best = 0.0
-    for small in {0, *(length for length in found if length <= capacity // 2)}:
-        alone = [length for length in found if length > capacity - small]
-        halves = [length for length in found if capacity - small >= length > capacity / 2]
-        rest = sum(length for length in found if capacity / 2 >= length >= small)
+    for small in {0, *(length for length in token_lengths if length <= capacity // 2)}:
+        alone = [length for length in token_lengths if length > capacity - small]
+        halves = [length for length in token_lengths if capacity - small >= length > capacity / 2]
+        rest = sum(length for length in token_lengths if capacity / 2 >= length >= small)
         over = max(0.0, (rest - (len(halves) * capacity - sum(halves))) / capacity)
         best = max(best, len(alone) + len(halves) + over)
     return best

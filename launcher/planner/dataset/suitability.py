@@ -29,19 +29,19 @@ def look(job: Job) -> Findings:
     for a script's own data."""
     if job.data.train.name == OWN or job.model.name == OWN:
         return Findings()
-    found = [_lengths(job.model, job.data), _tokens(job.model), _adapter(job.model)]
+    findings = [_lengths(job.model, job.data), _tokens(job.model), _adapter(job.model)]
     return Findings(
-        tuple(one for each in found for one in each.problems),
-        tuple(one for each in found for one in each.remarks),
+        tuple(one for each in findings for one in each.problems),
+        tuple(one for each in findings for one in each.remarks),
     )
 
 
 def check(job: Job) -> list[Problem]:
     """Return what is worth knowing. Raises ConfigurationError with everything that is wrong."""
-    found = look(job)
-    if found.problems:
-        raise ConfigurationError(list(found.problems))
-    return list(found.remarks)
+    findings = look(job)
+    if findings.problems:
+        raise ConfigurationError(list(findings.problems))
+    return list(findings.remarks)
 
 
 def _lengths(model: Model, data: Data) -> Findings:

@@ -56,12 +56,12 @@ def _tokenizer(model: str) -> Any:
     from tokenizers import Tokenizer
 
     try:
-        found = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception:  # the library raises nothing more precise; the trainer says what is wrong with it
         return None
-    found.no_truncation()
-    found.no_padding()
-    return found
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _tokens(texts: list[str], tokenizer: Any) -> list[int]:

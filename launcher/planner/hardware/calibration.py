@@ -109,9 +109,9 @@ def operator_seconds(rates: Rates) -> dict[str, float]:
     """Return the seconds of calling one operator: the reference model's step by the operators that the memory
     model sees in it."""
     program = Llama(REFERENCE)
-    found = {}
+    by_way = {}
     for way, seconds in rates.reference.items():
         setting = Setting(Batch((REFERENCE_LENGTH,)), 4, way, "packed", rates.device != "cpu", "causal-lm")
         calling = _CALLING if rates.device == "cpu" else 1.0
-        found[way] = calling * seconds / sum(segment.num_made for segment in program.blocks(setting))
-    return found
+        by_way[way] = calling * seconds / sum(segment.num_made for segment in program.blocks(setting))
+    return by_way

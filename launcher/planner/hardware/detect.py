@@ -143,8 +143,8 @@ def find_gpus(timeout: float = 20.0) -> tuple[tuple[Gpu, ...], str]:
     except OSError as error:
         return (), f"nvidia-smi cannot be started: {error.strerror}"
     if result.returncode:
-        said = (result.stdout + result.stderr).strip().splitlines()
-        return (), f"nvidia-smi failed: {said[0] if said else f'exit code {result.returncode}'}"
+        printed = (result.stdout + result.stderr).strip().splitlines()
+        return (), f"nvidia-smi failed: {printed[0] if printed else f'exit code {result.returncode}'}"
     rows = [
         [part.strip() for part in line.split(",")]
         for line in result.stdout.splitlines()
@@ -162,12 +162,12 @@ def _visible(rows: list[list[str]], wanted: list[str]) -> list[list[str]]:
     """CUDA's own rule: numbers or the beginnings of UUIDs, in their order, up to the first that is not there."""
     kept = []
     for name in wanted:
-        found = next(
+        match = next(
             (row for row in rows if row[0] == name or (not name.isdigit() and row[1].startswith(name))), None
         )
-        if found is None:
+        if match is None:
             break
-        kept.append(found)
+        kept.append(match)
     return kept
 
 

@@ -300,13 +300,13 @@ def on_network(gpu: GpuType, name: NetworkName | None) -> GpuType:
 
 def gpu_type(key: str, where: str = "--gpu") -> GpuType:
     """The GPU of that name, which stands at `where`. Raises ConfigurationError with the nearest names."""
-    found = BY_KEY.get(key.strip().lower())
-    if found is None:
+    match = BY_KEY.get(key.strip().lower())
+    if match is None:
         given = key.strip().lower()
         alike = [name for name in BY_KEY if given and given in name]
         near = alike or difflib.get_close_matches(given, BY_KEY, 3, 0.3) or list(BY_KEY)
         raise ConfigurationError(Problem(where, key, f"is not in the table; the nearest: {', '.join(near)}"))
-    return found
+    return match
 
 
 def seen(hardware: Hardware) -> GpuType | None:

@@ -22,9 +22,9 @@ def locate(name: str, revision: str | None = None) -> str:
     if (Path(name) / "config.json").exists():
         return name
     folder = _hub_cache() / f"models--{name.replace('/', '--')}"
-    found = sorted(folder.glob("snapshots/*/config.json"), key=lambda path: path.stat().st_mtime)
+    configs = sorted(folder.glob("snapshots/*/config.json"), key=lambda path: path.stat().st_mtime)
     commit = _commit(folder, revision or "main")
-    taken = [path for path in found if path.parent.name == commit] or (found if revision is None else [])
+    taken = [path for path in configs if path.parent.name == commit] or (configs if revision is None else [])
     return str(taken[-1].parent) if taken else name
 
 

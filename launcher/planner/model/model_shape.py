@@ -43,22 +43,22 @@ class ModelShape:
         if config is None:
             return None
         sizes = {**config, **config["text_config"]} if isinstance(config.get("text_config"), dict) else config
-        found = {
+        values = {
             key: next((sizes[name] for name in names if isinstance(sizes.get(name), int)), 0)
             for key, names in _NAMES.items()
         }
-        hidden, layers = found["hidden_size"], found["num_layers"]
+        hidden, layers = values["hidden_size"], values["num_layers"]
         if not hidden or not layers:
             return None
-        intermediate = _chosen_width(sizes) or found["intermediate_size"] or 4 * hidden
+        intermediate = _chosen_width(sizes) or values["intermediate_size"] or 4 * hidden
         made_up = model.weights == "random" or model.config is not None
         counted = 0 if made_up else stored_parameters(Path(locate(model.name, model.revision)))
         layer = _layer(sizes, hidden, intermediate)
-        embeddings = found["vocab_size"] * hidden * (1 if sizes.get("tie_word_embeddings", True) else 2)
+        embeddings = values["vocab_size"] * hidden * (1 if sizes.get("tie_word_embeddings", True) else 2)
         # Positions that are computed take no parameters: what looks like more than all that is not layers is
         # no table.
-        table = found["vocab_size"] * hidden
-        table = max(table, min(found["positions"] * hidden, embeddings))
+        table = values["vocab_size"] * hidden
+        table = max(table, min(values["positions"] * hidden, embeddings))
         return cls(counted or layers * layer + embeddings, hidden, layers, intermediate, layer, table)
 
 

@@ -73,28 +73,28 @@ def is_size(value: object) -> TypeGuard[int]:
 def _beyond_any_sense(config: dict[str, Any], prefix: str = "") -> list[Problem]:
     """A problem for each number, whatever its name, that no model has: what counts by it would not come to an
     end."""
-    found = []
+    problems = []
     for name, value in config.items():
         if isinstance(value, dict):
-            found += _beyond_any_sense(value, f"{prefix}{name}.")
+            problems += _beyond_any_sense(value, f"{prefix}{name}.")
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             most = next((most for words, most in _MOST.items() if re.search(words, str(name))), _LARGEST)
             if value > most and not (isinstance(value, float) and math.isinf(value)):
-                found.append(
+                problems.append(
                     Problem(f"{prefix}{name}", value, f"is beyond any sense; write at most {most:,}")
                 )
-    return found
+    return problems
 
 
 def _wrong(config: dict[str, Any], names: Iterable[str], optional: bool) -> list[Problem]:
-    found, wanted = [], f"write a positive whole number{', or null' if optional else ''}"
+    problems, wanted = [], f"write a positive whole number{', or null' if optional else ''}"
     for name in names:
         value = config.get(name, 1)
         if value is None and not optional:
-            found.append(Problem(name, None, f"is null; {wanted}"))
+            problems.append(Problem(name, None, f"is null; {wanted}"))
         elif value is not None and not is_size(value):
-            found.append(Problem(name, value, f"{wanted}{_nearest(value)}"))
-    return found
+            problems.append(Problem(name, value, f"{wanted}{_nearest(value)}"))
+    return problems
 
 
 def _nearest(value: object) -> str:
@@ -111,15 +111,15 @@ def _uneven(config: dict[str, Any], sizes: Sizes) -> list[Problem]:
     """Widths that their heads do not divide, where the width of a head is not given."""
     if "head_dim" in sizes.optional and config.get("head_dim") is not None:
         return []
-    found = []
+    problems = []
     for width, heads in sizes.divided:
         whole, parts = config.get(width), config.get(heads)
         if is_size(whole) and is_size(parts) and whole % parts:
-            found.append(
+            problems.append(
                 Problem(
                     width,
                     whole,
                     f"{heads} = {parts} does not divide it; the nearest is {multiples_around(whole, parts)}",
                 )
             )
-    return found
+    return problems

@@ -201,8 +201,8 @@ _REFUSED_VALUES = {
 def _growing_positions(config: dict[str, Any]) -> tuple[str, int]:
     """The kind of rotary embedding whose frequencies change with the longest sample of a pass, and from which
     length on; 0 for none."""
-    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    for rope in (found, *found.values()) if isinstance(found, dict) else ():
+    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    for rope in (parameters, *parameters.values()) if isinstance(parameters, dict) else ():
         kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, dict) else None
         if kind in ("longrope", "dynamic"):
             keys = (

@@ -74,9 +74,9 @@ def _read(directory: str, changed: tuple[int, ...]) -> Vocabulary | None:
 
 
 def _vocabulary(directory: str) -> Vocabulary | None:
-    found = {name: _json(Path(directory) / name) for name in _FILES if name.endswith(".json")}
-    settings = found["tokenizer_config.json"]
-    ids = _ids(directory, found)
+    contents = {name: _json(Path(directory) / name) for name in _FILES if name.endswith(".json")}
+    settings = contents["tokenizer_config.json"]
+    ids = _ids(directory, contents)
     if not ids:
         return None
     added = {
@@ -86,17 +86,19 @@ def _vocabulary(directory: str) -> Vocabulary | None:
     }
     added |= {
         token["id"]: token["content"]
-        for token in found["tokenizer.json"].get("added_tokens", [])
+        for token in contents["tokenizer.json"].get("added_tokens", [])
         if _is_token(token)
     }
-    added |= {number: name for name, number in found["added_tokens.json"].items() if isinstance(number, int)}
+    added |= {
+        number: name for name, number in contents["added_tokens.json"].items() if isinstance(number, int)
+    }
     known = {*ids, *added.values()}
     num_ids = max([*ids.values(), *added]) + 1
     if num_ids > _MOST_IDS or not all(isinstance(number, int) and number >= 0 for number in added):
         raise ValueError("an id that no token has")
     # What the settings name and the vocabulary lacks is added when the tokenizer is made.
     for name in dict.fromkeys(
-        _text(settings.get(key)) or _text(found["special_tokens_map.json"].get(key)) for key in _SPECIAL
+        _text(settings.get(key)) or _text(contents["special_tokens_map.json"].get(key)) for key in _SPECIAL
     ):
         if name and name not in known:
             added[num_ids] = name
@@ -104,9 +106,9 @@ def _vocabulary(directory: str) -> Vocabulary | None:
     return Vocabulary(num_ids, added, _not_text(settings, {name: number for number, name in added.items()}))
 
 
-def _ids(directory: str, found: dict[str, dict[str, Any]]) -> dict[str, int]:
+def _ids(directory: str, contents: dict[str, dict[str, Any]]) -> dict[str, int]:
     """The ids of the vocabulary itself, by token."""
-    vocabulary = found["tokenizer.json"].get("model", {}).get("vocab") or found["vocab.json"]
+    vocabulary = contents["tokenizer.json"].get("model", {}).get("vocab") or contents["vocab.json"]
     if isinstance(vocabulary, list):
         return {str(entry[0]): number for number, entry in enumerate(vocabulary)}
     if vocabulary:

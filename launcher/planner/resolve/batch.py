@@ -39,10 +39,10 @@ def divide(batch: Batch, data_parallel_size: int) -> BatchPlan:
     Raises ConfigurationError with the nearest global batch, micro-batch and number of ranks that work.
     """
     size, ranks = batch.global_batch_size, data_parallel_size
-    asked = None if batch.micro_batch_size == "auto" else batch.micro_batch_size
-    micro = asked or 1
+    requested = None if batch.micro_batch_size == "auto" else batch.micro_batch_size
+    micro = requested or 1
     if size % (ranks * micro):
-        raise ConfigurationError(_refusal(size, ranks, asked))
+        raise ConfigurationError(_refusal(size, ranks, requested))
     steps = size // ranks // micro
     return BatchPlan(
         global_batch_size=size, micro_batch_size=micro, accumulation_steps=steps, data_parallel_size=ranks

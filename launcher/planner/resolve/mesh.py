@@ -45,7 +45,7 @@ def mesh(decider: Decider) -> tuple[Mesh, Layout]:
         )
         decider.refuse("parallel.replicate", replicate, reason)
     replicate = world if placed.sharding == "none" else replicate
-    made = Mesh(
+    arranged = Mesh(
         nodes=nodes,
         ranks_per_node=ranks,
         world_size=world,
@@ -55,32 +55,32 @@ def mesh(decider: Decider) -> tuple[Mesh, Layout]:
         device=device,
         threads_per_rank=threads,
     )
-    return made, placed
+    return arranged, placed
 
 
 def _num_gpus(decider: Decider) -> int:
-    asked, seen = decider.job.cluster.gpus_per_node, len(decider.hardware.gpus)
-    if asked == "auto":
+    requested, seen = decider.job.cluster.gpus_per_node, len(decider.hardware.gpus)
+    if requested == "auto":
         note = (
             f"{seen} seen: {decider.hardware.gpus[0].name}"
             if seen
             else f"none seen: {decider.hardware.gpu_note or 'CPU'}"
         )
         return decider.decide("cluster.gpus_per_node", seen, note)
-    if decider.local and asked > seen:
+    if decider.local and requested > seen:
         why = f" ({decider.hardware.gpu_note})" if decider.hardware.gpu_note else ""
         here = f"write {seen}{'' if seen else ' to train on the CPU'}"
         elsewhere = (
             "to plan for GPUs that are not here, name them: `launcher plan --gpu NAME`, or cluster.gpu"
         )
         decider.refuse(
-            "cluster.gpus_per_node", asked, f"{seen} seen on this machine{why}; {here}; {elsewhere}"
+            "cluster.gpus_per_node", requested, f"{seen} seen on this machine{why}; {here}; {elsewhere}"
         )
-    return asked
+    return requested
 
 
 def _ranks(decider: Decider, num_gpus: int) -> int:
-    asked, nproc = decider.job.cluster.ranks_per_node, decider.nproc
+    requested, nproc = decider.job.cluster.ranks_per_node, decider.nproc
     if nproc is not None and nproc < 1:
         decider.refuse("--nproc", nproc, "at least one rank has to work")
         return 1
@@ -88,14 +88,14 @@ def _ranks(decider: Decider, num_gpus: int) -> int:
         if num_gpus and nproc > num_gpus:
             decider.refuse("--nproc", nproc, f"each rank needs a GPU of its own, and there are {num_gpus}")
         return decider.decide("cluster.ranks_per_node", nproc, "asked for with --nproc")
-    if asked != "auto":
-        if num_gpus and asked != num_gpus:
+    if requested != "auto":
+        if num_gpus and requested != num_gpus:
             decider.refuse(
                 "cluster.ranks_per_node",
-                asked,
+                requested,
                 f"each GPU has one rank, and there are {num_gpus}; leave it out",
             )
-        return asked
+        return requested
     if num_gpus:
         return decider.decide("cluster.ranks_per_node", num_gpus, "one for each GPU")
     return decider.decide(

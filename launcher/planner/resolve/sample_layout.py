@@ -55,7 +55,7 @@ def one_a_pass(job: Job) -> Job:
 
 
 def _write_down(decider: Decider, way: Way, known: Support) -> None:
-    task, asked = decider.job.model.task, decider.job.model.attention
+    task, requested = decider.job.model.task, decider.job.model.attention
     tried = known is not untried(task)
     proof = "its loss was held to transformers' own"
     if known is unknown(task):
@@ -68,7 +68,7 @@ def _write_down(decider: Decider, way: Way, known: Support) -> None:
             "packed",
             f"samples stand one after another without padding, and never see each other; {proof}",
         )
-    elif asked == "auto":
+    elif requested == "auto":
         why = (
             "PyTorch's own fused attention"
             if way.attention == "sdpa"
@@ -103,8 +103,8 @@ def _write_down(decider: Decider, way: Way, known: Support) -> None:
 
 
 def _check_flash(decider: Decider, device: str) -> None:
-    asked = decider.job.model.attention
+    requested = decider.job.model.attention
     if device == "cpu":
-        decider.refuse("model.attention", asked, f"needs a GPU, and this runs on the CPU; {_FLASH}")
+        decider.refuse("model.attention", requested, f"needs a GPU, and this runs on the CPU; {_FLASH}")
     elif importlib.util.find_spec("flash_attn") is None and decider.local:
-        decider.refuse("model.attention", asked, f"the package flash-attn is not installed; {_FLASH}")
+        decider.refuse("model.attention", requested, f"the package flash-attn is not installed; {_FLASH}")

@@ -70,22 +70,22 @@ def _settle_offload(decider: Decider, device: str) -> None:
 def _engine(decider: Decider) -> EngineName:
     if decider.job.parallel.engine != "auto":
         return decider.job.parallel.engine
-    asked = only_deepspeed(decider.job)
-    if asked is not None:
-        return decider.decide("parallel.engine", "deepspeed", f"{asked} is what only DeepSpeed has")
+    requested = only_deepspeed(decider.job)
+    if requested is not None:
+        return decider.decide("parallel.engine", "deepspeed", f"{requested} is what only DeepSpeed has")
     return decider.decide("parallel.engine", "fsdp", "part of PyTorch, and nothing asked for needs DeepSpeed")
 
 
 def only_deepspeed(job: Job) -> str | None:
     """Return what the job asks for that FSDP does not have; None where there is nothing."""
     parallel, memory = job.parallel, job.memory
-    asked = {
+    requested = {
         "parallel.shard: optimizer": parallel.shard == "optimizer",
         "memory.offload: optimizer": memory.offload == "optimizer",
         "memory.offload_to: a directory": memory.offload_to != "cpu",
         "ZeRO++ (parallel.secondary_shard, quantized_*)": zeropp(job),
     }
-    return next((reason for reason, there in asked.items() if there), None)
+    return next((reason for reason, there in requested.items() if there), None)
 
 
 def zeropp(job: Job) -> bool:

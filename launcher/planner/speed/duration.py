@@ -89,11 +89,11 @@ def duration(
         # What goes on is stopped for the copy, and where a save is still being written when the next one
         # comes.
         waits = _copy_seconds(plan, checkpoint_bytes, gpu) + max(0.0, written - num_steps / len(saved) * step)
-    made = Duration(num_steps, rate.step, data, len(saved), waits, written)
+    whole = Duration(num_steps, rate.step, data, len(saved), waits, written)
     if held_out is None:
-        return made
+        return whole
     evaluation = rate.evaluation * rate.correction * held_out.num_items / plan.batch.global_batch_size
-    return replace(made, num_evaluations=len(evaluated), evaluation=evaluation)
+    return replace(whole, num_evaluations=len(evaluated), evaluation=evaluation)
 
 
 def _num_steps(plan: Plan, items: Items | None) -> int | None:

@@ -60,11 +60,11 @@ def operations(plan: Plan, units: Units, tokens: int) -> Operations:
 def passing_back(units: Units) -> list[bool]:
     """Return, per layer, whether the backward pass reaches it: something in it or before it trains."""
     root, layers = units
-    found, before = [], any(weight.trains for weight in root.weights[: root.num_first])
+    reached, before = [], any(weight.trains for weight in root.weights[: root.num_first])
     for unit in layers:
         before = before or any(weight.trains for weight in unit.weights)
-        found.append(before)
-    return found
+        reached.append(before)
+    return reached
 
 
 def matrix_elements(unit: Unit, trained: bool = False) -> float:
@@ -80,10 +80,10 @@ def matrix_elements(unit: Unit, trained: bool = False) -> float:
 def attention_width(unit: Unit) -> int:
     """heads x head_dim of a layer: what goes into its output projection."""
     names = ("o_proj.weight", "out_proj.weight", "c_proj.weight", "output.dense.weight", ".o.weight")
-    found = [
+    shapes = [
         weight.shape for weight in unit.weights if weight.name.endswith(names) and "mlp" not in weight.name
     ]
-    return found[0][-1] if found else 0
+    return shapes[0][-1] if shapes else 0
 
 
 def _head(root: Unit) -> Weight:

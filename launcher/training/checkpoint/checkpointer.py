@@ -304,8 +304,10 @@ class Checkpointer:
             return list(stored.problems)
         largest_first = sorted(stored.manifest.files.items(), key=lambda entry: (-entry[1].bytes, entry[0]))
         mine = dict(largest_first[self._rank :: self._world_size])
-        found = content_problems(stored.directory, mine, num_threads=max(1, self._plan.mesh.threads_per_rank))
-        return [problem for problems in self._ranks.all_gather(found) for problem in problems]
+        own_problems = content_problems(
+            stored.directory, mine, num_threads=max(1, self._plan.mesh.threads_per_rank)
+        )
+        return [problem for problems in self._ranks.all_gather(own_problems) for problem in problems]
 
     def _read(self, stored: Stored, tensors: Tensors) -> None:
         problem = None
@@ -346,5 +348,5 @@ def _failures(reasons: list[str | None]) -> str:
     """All ranks' reasons as one; said once where they are the same everywhere."""
     if reasons[0] is not None and len(set(reasons)) == 1:
         return reasons[0]
-    found = [f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason]
-    return "; ".join([*found[:3], *([f"and {len(found) - 3} more ranks"] if len(found) > 3 else [])])
+    failed = [f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason]
+    return "; ".join([*failed[:3], *([f"and {len(failed) - 3} more ranks"] if len(failed) > 3 else [])])

@@ -41,15 +41,15 @@ def describe_tensors(directory: Path) -> list[TensorDescription]:
     reader = CheckpointReader(directory)
     descriptions = []
     for name in reader.names:
-        found = reader.describe(name)
-        dtype = found.properties.dtype
-        pieces = sum(1 for chunk in found.chunks if chunk.sizes.numel())
+        properties = reader.describe(name)
+        dtype = properties.properties.dtype
+        pieces = sum(1 for chunk in properties.chunks if chunk.sizes.numel())
         descriptions.append(
             TensorDescription(
                 name,
-                tuple(found.size),
+                tuple(properties.size),
                 str(dtype).removeprefix("torch."),
-                found.size.numel() * dtype.itemsize,
+                properties.size.numel() * dtype.itemsize,
                 pieces,
             )
         )

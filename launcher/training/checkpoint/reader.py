@@ -66,24 +66,24 @@ class _MetadataUnpickler(pickle.Unpickler):
             if (module, name) not in self._makers:
                 self._makers[module, name] = _maker(super().find_class(module, name))
             return self._makers[module, name]
-        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
-            return found
+        if module == "torch" and isinstance(allowed := getattr(torch, name, None), torch.dtype):
+            return allowed
         raise CheckpointError(
             f"{METADATA_NAME} names {module}.{name}, which no checkpoint needs; it is refused unread"
         )
 
 
-def _maker(made: Any) -> type:
+def _maker(kind: Any) -> type:
     """A class that lives as long as one unpickler, and makes what `made` makes: of a dataclass bare
     instances, which pickles fill."""
-    bare = dataclasses.is_dataclass(made)
+    bare = dataclasses.is_dataclass(kind)
 
     def make(_: type, *arguments: Any) -> Any:
         if bare and arguments:
-            raise CheckpointError(f"{METADATA_NAME} calls {made.__name__}, which is only ever filled in")
-        return object.__new__(made) if bare else made(*arguments)
+            raise CheckpointError(f"{METADATA_NAME} calls {kind.__name__}, which is only ever filled in")
+        return object.__new__(kind) if bare else kind(*arguments)
 
-    return type(made.__name__, (), {"__new__": make, "__slots__": ()})
+    return type(kind.__name__, (), {"__new__": make, "__slots__": ()})
 
 
 def read_metadata(directory: Path) -> Metadata:
@@ -193,12 +193,12 @@ class CheckpointReader:
 
     def describe(self, name: str) -> TensorStorageMetadata:
         """Size, dtype and pieces of a tensor. Raises CheckpointError where it is missing, or no tensor."""
-        found = self.metadata.state_dict_metadata.get(name)
-        if not isinstance(found, TensorStorageMetadata):
+        entry = self.metadata.state_dict_metadata.get(name)
+        if not isinstance(entry, TensorStorageMetadata):
             raise CheckpointError(
-                f"{self.directory}: {name} is {'missing' if found is None else 'no tensor'}"
+                f"{self.directory}: {name} is {'missing' if entry is None else 'no tensor'}"
             )
-        return found
+        return entry
 
     def piece(self, name: str, chunk: ChunkStorageMetadata) -> torch.Tensor:
         """One stored piece, shape `chunk.sizes`, as a view of the file (writing to it changes nothing on

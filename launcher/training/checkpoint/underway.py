@@ -120,9 +120,9 @@ class Underway:
 
 
 def _where(places: list[str]) -> str:
-    found = [f"rank {rank}: {place}" for rank, place in enumerate(places) if place]
-    more = [f"and {len(found) - 3} more ranks"] if len(found) > 3 else []
-    return ", ".join([*found[:3], *more]) or "the ranks wait for each other"
+    busy = [f"rank {rank}: {place}" for rank, place in enumerate(places) if place]
+    more = [f"and {len(busy) - 3} more ranks"] if len(busy) > 3 else []
+    return ", ".join([*busy[:3], *more]) or "the ranks wait for each other"
 
 
 class Failing:

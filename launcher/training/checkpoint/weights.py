@@ -61,8 +61,8 @@ class Weights(Protocol):
     def pieces(self, name: str) -> Iterator[torch.Tensor]: ...
 
 
-def _entry(name: str, shape: tuple[int, ...], stored: torch.dtype, asked: ExportDtype) -> Entry:
-    dtype = getattr(torch, asked) if asked != "keep" and stored.is_floating_point else stored
+def _entry(name: str, shape: tuple[int, ...], stored: torch.dtype, requested: ExportDtype) -> Entry:
+    dtype = getattr(torch, requested) if requested != "keep" and stored.is_floating_point else stored
     if dtype not in SAFETENSORS_NAMES:
         raise ConfigurationError(Problem(name, str(dtype), "safetensors has no such dtype"))
     return Entry(name, shape, dtype)
@@ -81,16 +81,16 @@ class Stored:
     @property
     def names(self) -> list[str]:
         """Return the names of the model's tensors. Raises CheckpointError where there are none."""
-        found = [name.removeprefix(_PREFIX) for name in self.reader.names if name.startswith(_PREFIX)]
-        if not found:
+        stored = [name.removeprefix(_PREFIX) for name in self.reader.names if name.startswith(_PREFIX)]
+        if not stored:
             raise CheckpointError(f"{self.reader.directory} holds no tensor of a model")
-        return found
+        return stored
 
     def entries(self) -> list[Entry]:
         described = {name: self.reader.describe(_PREFIX + name) for name in self.names}
         return [
-            _entry(name, tuple(found.size), found.properties.dtype, self.dtype)
-            for name, found in described.items()
+            _entry(name, tuple(described_entry.size), described_entry.properties.dtype, self.dtype)
+            for name, described_entry in described.items()
         ]
 
     def read(self, name: str) -> torch.Tensor:
@@ -234,9 +234,9 @@ def _whole_parameters(plan: Plan, stored: Stored, model_files: Path) -> dict[str
     model.tie_weights()
     named = dict(model.named_parameters(remove_duplicate=False))
     kept = {id(named[name]): name for name in stored.names if name in named}
-    found = {name: kept[id(parameter)] for name, parameter in named.items() if id(parameter) in kept}
-    for module in sorted({name.rpartition(".")[0] for name in found}):
-        rest = [name for name in named if name.startswith(f"{module}.") and name not in found]
+    parameters = {name: kept[id(parameter)] for name, parameter in named.items() if id(parameter) in kept}
+    for module in sorted({name.rpartition(".")[0] for name in parameters}):
+        rest = [name for name in named if name.startswith(f"{module}.") and name not in parameters]
         rest = sorted(rest) or sorted(name for name in stored.names if name.startswith(f"{module}.lora_"))
         if rest:
             reason = (
@@ -244,7 +244,7 @@ def _whole_parameters(plan: Plan, stored: Stored, model_files: Path) -> dict[str
                 "--adapter out for the whole model"
             )
             raise ConfigurationError(Problem("--adapter", module, reason))
-    return found
+    return parameters
 
 
 def _refuse_new_rows(plan: Plan, config: Any) -> None:

@@ -164,9 +164,9 @@ class Dataset:
         return next((flat for own, flat, _ in self._columns if own == name), None)
 
     def first_ids(self, count: int) -> list[int]:
-        """The numbers of the first rows that are used."""
-        found: list[int] = self._sample_ids[self._sample_windows == 0][:count].tolist()
-        return found
+        """Return the numbers of the first rows that are used."""
+        ids: list[int] = self._sample_ids[self._sample_windows == 0][:count].tolist()
+        return ids
 
     def samples_of(self, id: int) -> list[Sample]:
         """The samples of a row in window order; none where the row is not used."""
@@ -176,11 +176,11 @@ class Dataset:
         return sorted(found, key=lambda sample: sample.window)
 
     def find(self, id: int) -> tuple[int, Sample] | None:
-        """The first sample of a row, and how many others are in its item; None where the row is not used."""
-        [found] = np.flatnonzero(self._sample_ids == id)[:1].tolist() or [None]
-        if found is None:
+        """Return the first sample of a row, and how many others are in its item; None where the row is not used."""
+        [places] = np.flatnonzero(self._sample_ids == id)[:1].tolist() or [None]
+        if places is None:
             return None
-        place = int(np.flatnonzero(self._item_samples == found)[0])
+        place = int(np.flatnonzero(self._item_samples == places)[0])
         item = self.item(int(np.searchsorted(self._item_offsets, place, side="right")) - 1)
         return len(item) - 1, next(sample for sample in item if sample.id == id)
 

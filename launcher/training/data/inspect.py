@@ -44,11 +44,11 @@ def inspect(
     if not request["show"]:
         for dataset in wanted:
             refuse_mostly_dropped(dataset.report, plan)
-    found = [
+    datasets = [
         _described(dataset, material, plan, request) if request["show"] else dataset.report.to_dict()
         for dataset in wanted
     ]
-    write_atomically(scratch.path / "data.json", json.dumps({"datasets": found}) + "\n")
+    write_atomically(scratch.path / "data.json", json.dumps({"datasets": datasets}) + "\n")
     events.event(scratch.events_file, "finished", step=0, metrics={})
 
 
@@ -148,7 +148,7 @@ def _samples(
 
 def _sample(row: Row, dataset: Dataset, material: TrainingInputs, with_tokens: bool) -> dict[str, Any]:
     """Return what became of a row: tokens and the label as they lie in the prepared data."""
-    found = dataset.find(row.id)
+    index = dataset.find(row.id)
     encoded = (
         row.values
         if isinstance(row.values, RowProblem)
@@ -156,10 +156,10 @@ def _sample(row: Row, dataset: Dataset, material: TrainingInputs, with_tokens: b
     )
     if isinstance(encoded, tuple) and not isinstance(encoded, Encoded):
         encoded = encoded[0]
-    if isinstance(encoded, RowProblem) or found is None:
+    if isinstance(encoded, RowProblem) or index is None:
         problem = encoded if isinstance(encoded, RowProblem) else RowProblem("not used")
         return {"reason": problem.reason, "detail": problem.detail}
-    beside, sample = found
+    beside, sample = index
     ids, learned = sample["input_ids"].tolist(), _learned(sample)
     shown: dict[str, Any] = {
         "num_tokens": len(ids),

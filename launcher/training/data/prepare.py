@@ -237,8 +237,8 @@ def _write(directory: Path, rows: Rows, role: Role, plan: Plan, using: tuple[Tas
     files = {path.name: file_digest(path) for path in sorted(directory.iterdir())}
     # Without what later formats added to the same samples: so those of an older format are known as the same.
     later = (f"{HASHES}.npy", "sample_lengths.npy", "sample_windows.npy")
-    made = {name: digest for name, digest in files.items() if name not in later}
-    report.samples_hash = xxhash.xxh3_128_hexdigest(json.dumps(made).encode())
+    digests = {name: digest for name, digest in files.items() if name not in later}
+    report.samples_hash = xxhash.xxh3_128_hexdigest(json.dumps(digests).encode())
     meta = {
         "format": FORMAT,
         "padding_free": task.padding_free,

@@ -90,20 +90,20 @@ def write_rows(directory: Path) -> tuple[int, int]:
 
 def entries() -> list[Entry]:
     """Every entry, in the order of MODULES; a name or a summary that was there before is left out."""
-    found: dict[str, Entry] = {}
+    by_name: dict[str, Entry] = {}
     names: set[str] = set()
     for module_name in MODULES:
         for entry in _module_entries(module_name):
             key = re.sub(r"\W+", " ", entry.summary.lower())[:60]
-            if key not in found and entry.name not in names:
-                found[key] = entry
+            if key not in by_name and entry.name not in names:
+                by_name[key] = entry
                 names.add(entry.name)
-    return list(found.values())
+    return list(by_name.values())
 
 
-def _shuffled(found: list[Entry]) -> list[Entry]:
+def _shuffled(listed: list[Entry]) -> list[Entry]:
     """In an order that mixes modules and never changes."""
-    return sorted(found, key=lambda entry: hashlib.sha256(entry.name.encode()).digest())
+    return sorted(listed, key=lambda entry: hashlib.sha256(entry.name.encode()).digest())
 
 
 def _module_entries(module_name: str) -> Iterator[Entry]:

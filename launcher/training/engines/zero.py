@@ -64,10 +64,10 @@ class StageOneOrTwo:
             return Piece(0, 0, lambda key: torch.empty(0))
 
         def values(key: str) -> torch.Tensor:
-            found: torch.Tensor = (
+            fragment: torch.Tensor = (
                 mapping.get_hp_fragment() if key == "param" else mapping.get_optim_state_fragment(key)
             )
-            return found.detach()
+            return fragment.detach()
 
         return Piece(mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel, values)
 

@@ -66,15 +66,15 @@ def targets(model: PreTrainedModel, adapter: Adapter, layers: Layers) -> list[st
     if adapter.targets == "all-linear":
         repeated = {id(module) for layer in layers(model) for module in layer.modules()}
         without = WITHOUT_ADAPTER.get(model.config.model_type)
-        found = [
+        names = [
             name
             for name, module in linear.items()
             if id(module) in repeated and name.rpartition(".")[2] != without
         ]
-        if not found:
+        if not names:
             reason = f"the repeated layers of {type(model).__name__} hold no linear layer"
             raise ConfigurationError(Problem("model.adapter.targets", adapter.targets, reason))
-        return found
+        return names
     return [name for name in linear if adapter.takes(name)]
 
 

@@ -28,12 +28,12 @@ def restore_buffers(model: PreTrainedModel, kind: Any, config: Any, plan: Plan) 
     with init_empty_weights(include_buffers=False), no_init_weights():
         # An Auto class where the code came with the model, else the model's own.
         auto = hasattr(kind, "from_config")
-        made = (
+        whole_model = (
             kind.from_config(config, trust_remote_code=plan.model.trust_remote_code)
             if auto
             else kind._from_config(config)
         )
-    fresh = dict(made.named_buffers())
+    fresh = dict(whole_model.named_buffers())
     for name in names:
         if name in fresh and not fresh[name].is_meta:
             buffer = model.get_buffer(name)

@@ -59,13 +59,13 @@ def _check_loss(engine: Engine, task: Task, dataset: Dataset, plan: Plan, event:
     rows = _rows(task, dataset, [ends] if isinstance(ends, int) else ends or [])
     planned = way = Way(task.layout, plan.attention, task.head)
     own, size = _own(engine, task, rows[1], plan)
-    first = found = _ours(engine, task, rows, plan, planned)
+    first = ours = _ours(engine, task, rows, plan, planned)
     others = iter(
         way
         for way in _FALLBACKS
         if way != planned and (task.traits.head == "every-position" or way.head == "chunked")
     )
-    while found is None or _differ(found, own, size) > TOLERANCE[plan.precision]:
+    while ours is None or _differ(ours, own, size) > TOLERANCE[plan.precision]:
         if (other := next(others, None)) is None:
             reason = (
                 f"a row behind another in one pass has {_number(first)}, and alone by the model's own "
@@ -73,7 +73,7 @@ def _check_loss(engine: Engine, task: Task, dataset: Dataset, plan: Plan, event:
             )
             cure = "launcher cannot train it truly; write batch.micro_batch_size: 1, or another model"
             raise ConfigurationError(Problem("model.name", plan.model.name, f"{reason}: {cure}"))
-        way, found = other, _ours(engine, task, rows, plan, other)
+        way, ours = other, _ours(engine, task, rows, plan, other)
     numbers = {"ours": _number(first), "own": _number(own), "seconds": round(time.monotonic() - began, 2)}
     if way == planned:
         event("checked", **numbers)
@@ -89,7 +89,9 @@ def shortened(model: PreTrainedModel) -> Iterator[None]:
     Lists that hold parts of layers are left alone: a model counts those by itself.
     """
     removed = []
-    for layers in (found for found in models.lists_of_layers(model) if models.is_unsplit(model, found[0])):
+    for layers in (
+        layer_list for layer_list in models.lists_of_layers(model) if models.is_unsplit(model, layer_list[0])
+    ):
         kinds = _kinds(model, layers)
         num_kept = max(2, *(kinds.index(kind) + 1 for kind in set(kinds)))
         removed.append((layers, list(layers)[num_kept:]))

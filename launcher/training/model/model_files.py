@@ -51,10 +51,10 @@ def directory_of(plan: Plan) -> Path | None:
     if path.is_dir():
         return path
     try:
-        found = try_to_load_from_cache(plan.model.name, "config.json", revision=plan.model.revision)
+        cached = try_to_load_from_cache(plan.model.name, "config.json", revision=plan.model.revision)
     except ValueError:  # no name that the hub could have
         return None
-    return Path(found).parent if isinstance(found, str) else None
+    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def is_weights(path: Path) -> bool:

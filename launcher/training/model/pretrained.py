@@ -61,9 +61,9 @@ def settled(plan: Plan) -> Plan:
     ):
         return plan
     # A plan holds no `auto`: what it says of a model that was not there is what most models can.
-    asked = "auto" if plan.model.attention == "sdpa" else plan.model.attention
+    requested = "auto" if plan.model.attention == "sdpa" else plan.model.attention
     way = model_support.choose(
-        known, plan.model.name, config.model_type, asked, plan.data.packing, plan.batch.micro_batch_size
+        known, plan.model.name, config.model_type, requested, plan.data.packing, plan.batch.micro_batch_size
     )
     return plan.model_copy(update=way._asdict())
 

@@ -81,15 +81,15 @@ class ForecastCheck:
             live = {name: phase["live"] for name, phase in forecast["phases"].items()}
             live[BETWEEN] = live["loading"]
             phases = {name: live[name] for name in self._phases}
-            found = {"memory_bytes": max(phases.values()), "phases": phases}
+            expected = {"memory_bytes": max(phases.values()), "phases": phases}
             machine = Machine.read()
             if speed := forecast.get("speed"):
-                found["tokens_per_second"] = round(speed["tokens_per_second"], 2)
+                expected["tokens_per_second"] = round(speed["tokens_per_second"], 2)
                 machine = machine.with_ratio(forecast["kind"], self._ratio(speed, forecast.get("duration")))
             self._with_slack(machine, forecast).write()
         except (OSError, ValueError, KeyError, TypeError):
             return {}
-        return found
+        return expected
 
     def _ratio(self, speed: dict[str, float], lasts: dict[str, float] | None) -> float:
         """Return what a step took of what the speed model alone had said; what it waits for its data is

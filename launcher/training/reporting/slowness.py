@@ -59,17 +59,17 @@ def reason(before: Evidence, after: Evidence) -> str:
         )
         / seconds,
     }
-    found = sorted(
+    ranked = sorted(
         ((share, text.format(min(1.0, share))) for text, share in shares.items() if share >= _TELLING_SHARE),
         reverse=True,
     )
-    said = [text for _, text in found]
+    reasons = [text for _, text in ranked]
     faults = (after.major_faults - before.major_faults) / seconds
     if faults >= _MANY_FAULTS:
-        said.append(f"reads {faults:.0f} pages a second from disk")
+        reasons.append(f"reads {faults:.0f} pages a second from disk")
     if clock := _slow_clock():
-        said.append(clock)
-    return ", ".join(said) or "no reason can be seen: neither stopped, nor short of a core, nor throttled"
+        reasons.append(clock)
+    return ", ".join(reasons) or "no reason can be seen: neither stopped, nor short of a core, nor throttled"
 
 
 def _read(path: str) -> str:
@@ -117,7 +117,7 @@ def _slow_clock() -> str:
     )
     with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError, IndexError):
         command = [*query, "-i", which or str(torch.cuda.current_device())]
-        said = subprocess.run(
+        answer = subprocess.run(
             command,
             capture_output=True,
             text=True,
@@ -125,7 +125,7 @@ def _slow_clock() -> str:
             check=True,
             stdin=subprocess.DEVNULL,
         )
-        now, highest, temperature = (int(part) for part in said.stdout.split(","))
+        now, highest, temperature = (int(part) for part in answer.stdout.split(","))
         if now < _SLOW_CLOCK * highest:
             return f"its GPU runs at {now} of {highest} MHz, at {temperature} degrees"
     return ""

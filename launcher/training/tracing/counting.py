@@ -72,9 +72,9 @@ class Counting(TorchDispatchMode):
         return made
 
     def _new(self, like: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        made = like.new_empty(shape, dtype=dtype)
-        self.count(made.untyped_storage())
-        return made
+        tensor = like.new_empty(shape, dtype=dtype)
+        self.count(tensor.untyped_storage())
+        return tensor
 
     def count(self, storage: torch.UntypedStorage) -> None:
         """From now on until it is gone."""

@@ -105,10 +105,10 @@ def trainer_step(directory: Path) -> int | None:
     """The step in the trainer_state.json that Hugging Face's Trainer writes beside a checkpoint; None without
     one."""
     try:
-        found = read_json(directory / "trainer_state.json")["global_step"]
+        step = read_json(directory / "trainer_state.json")["global_step"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return found if isinstance(found, int) else None
+    return step if isinstance(step, int) else None
 
 
 def add_states(foreign: Foreign, name: str, states: Iterable[tuple[str, ForeignTensor]]) -> None:

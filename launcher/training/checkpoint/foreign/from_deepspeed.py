@@ -138,16 +138,16 @@ class _Rank:
     @property
     def keys(self) -> list[str]:
         """The optimizer's tensors that every group has."""
-        found = [
+        key_sets = [
             {key for key, value in state.items() if isinstance(value, torch.Tensor) and value.dim()}
             for state in self.states
         ]
-        return sorted(set.intersection(*found)) if found else []
+        return sorted(set.intersection(*key_sets)) if key_sets else []
 
     def steps(self) -> set[float]:
         groups = self.settings
-        said = [holder["step"] for holder in (*self.states, *groups) if "step" in holder]
-        return {float(step) for step in said}
+        counts = [holder["step"] for holder in (*self.states, *groups) if "step" in holder]
+        return {float(step) for step in counts}
 
     @property
     def settings(self) -> list[dict[str, Any]]:

@@ -226,9 +226,9 @@ def _differences(foreign: Foreign, plan: Plan) -> list[str]:
         "betas": tuple(training.betas),
         "momentum": training.momentum,
     }
-    asked = ("eps", "betas") if training.optimizer != "sgd" else ("momentum",)
+    settings = ("eps", "betas") if training.optimizer != "sgd" else ("momentum",)
     notes = []
-    for key in asked:
+    for key in settings:
         there = {
             tuple(group[key]) if isinstance(group[key], list) else group[key]
             for group in foreign.settings

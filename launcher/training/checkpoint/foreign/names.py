@@ -53,7 +53,7 @@ def expected(plan: Plan, foreign: Foreign) -> Expected:
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    aliases = {found[0]: tuple(found) for found in names.values()}
+    aliases = {shapes[0]: tuple(shapes) for shapes in names.values()}
     parameters = {name: parameter.shape for name, parameter in model.named_parameters()}
     frozen = frozenset(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
     buffers = {name: (buffer.shape, buffer.dtype) for name, buffer in models.persistent_buffers(model)}
@@ -114,9 +114,11 @@ def matched(foreign: Foreign, wanted: Expected, plan: Plan) -> dict[str, tuple[F
         if f"model.{name}" in chosen and chosen[f"model.{name}"][0].shape != shape
     ]
     if other:
-        found, needed = (tuple(shape) for shape in (chosen[f"model.{other[0]}"][0].shape, shapes[other[0]]))
+        shapes_there, needed = (
+            tuple(shape) for shape in (chosen[f"model.{other[0]}"][0].shape, shapes[other[0]])
+        )
         problems.append(
-            f"{len(other)} tensors have another shape, {other[0]} {found} there and {needed} in the model"
+            f"{len(other)} tensors have another shape, {other[0]} {shapes_there} there and {needed} in the model"
         )
     if problems:
         raise CheckpointError(
