@@ -237,7 +237,7 @@ def _write(directory: Path, rows: Rows, role: Role, plan: Plan, using: tuple[Tas
     files = {path.name: file_digest(path) for path in sorted(directory.iterdir())}
     # Without what later formats added to the same samples, so that those of an older format are known as the
     # same; and without the texts that answers are compared with, which may be asked for in a later attempt.
-    added = (f"{HASHES}.npy", "sample_lengths.npy")
+    added = (f"{HASHES}.npy", "sample_lengths.npy", "sample_windows.npy")
     made = {
         name: digest
         for name, digest in files.items()
