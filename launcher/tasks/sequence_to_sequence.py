@@ -278,8 +278,21 @@ class SequenceToSequence(WritingTask):
     def answers(
         self, output: Output, batch: dict[str, Any], samples: Sequence[Sample], options: AnswerOptions
     ) -> list[Any]:
-        """Return what the model writes to each sample."""
-        return self.texts_of(output)
+        """Return what the model writes to each sample; where it does not write, the log-probability of the
+        target, the number of its tokens and its perplexity."""
+        if output.generated is not None:
+            return self.texts_of(output)
+        assert output.losses is not None
+        sums = output.losses.double().view(batch["targets"].shape).sum(dim=1).tolist()
+        counts = (batch["targets"] != IGNORE).sum(dim=1).tolist()
+        return [
+            {
+                "log_probability": -total,
+                "tokens": count,
+                "perplexity": math.exp(min(total / max(count, 1), 700.0)),
+            }
+            for total, count in zip(sums, counts, strict=True)
+        ]
 
     def evaluator(self) -> Evaluator:
         return TextEvaluator(self) if self.generates else TokenLosses()

@@ -16,7 +16,7 @@ from launcher import tasks
 from launcher.data.section import Source
 from launcher.planner.plan import Plan
 from launcher.tasks.sequence_to_sequence import PairColumns, SequenceToSequence
-from launcher.tasks.task import Sample
+from launcher.tasks.task import AnswerOptions, Sample
 from launcher.training.engines import build
 from tests.training import pairs
 from tests.training.pairs import FAMILIES, model_of
@@ -133,3 +133,15 @@ def test_positions_that_no_file_holds_are_made_in_parts(tmp_path: Path) -> None:
     for found in on_ranks(2, positions, plan_of(tmp_path, 2)):
         assert len(found) == len(own) == 2
         assert all(torch.equal(one, other) for one, other in zip(found, own, strict=True))
+
+
+def test_a_model_that_does_not_write_is_asked_how_likely_targets_are() -> None:
+    model, made = model_of("t5").eval(), samples()
+    batch = task_of().collate([[sample] for sample in made])
+    with torch.no_grad():
+        output = task_of().loss(model, batch)
+        told = task_of().answers(output, batch, made, AnswerOptions())
+        alone = [task_of().loss(model, task_of().collate([[sample]])) for sample in made]
+    for one, own, sample in zip(told, alone, made, strict=True):
+        assert one["log_probability"] == pytest.approx(-float(own.loss_sum), rel=1e-4)
+        assert one["tokens"] == len(sample["labels"])

@@ -20,6 +20,7 @@ from tests.training.runs import (
     named,
     new_run,
     plan_for,
+    replan,
     state,
     write_rows,
 )
@@ -184,6 +185,16 @@ def mean_length(answers: list[str], references: list[list[str]]) -> float:
     assert len(answers) == len(references) == 13 and all(len(texts) == 1 for texts in references)
     assert len(set(map(json.dumps, answers))) > 6, "answers differ from row to row"
     return sum(map(len, answers)) / len(answers)
+
+
+@pytest.mark.slow
+def test_a_later_attempt_may_write_where_the_first_did_not(models: dict[str, Path], tmp_path: Path) -> None:
+    writes = plan_of(models, tmp_path, 1, 2)
+    run = new_run(tmp_path / "run", writes.model_copy(update={"evaluation": None}))
+    finish(run, 1, stop_at=1)
+    replan(run, writes)
+    finish(run, 1)
+    assert "bleu" not in evaluations(run)[0] and "bleu" in evaluations(run)[2]
 
 
 @pytest.mark.very_slow

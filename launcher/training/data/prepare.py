@@ -235,9 +235,14 @@ def _write(directory: Path, rows: Rows, role: Role, plan: Plan, using: tuple[Tas
     report.fill = report.num_tokens / (report.num_items * plan.data.max_length) if task.packs else None
     report.seconds = round(time.monotonic() - began, 3)
     files = {path.name: file_digest(path) for path in sorted(directory.iterdir())}
-    # Without what later formats added to the same samples: so those of an older format are known as the same.
-    later = (f"{HASHES}.npy", "sample_lengths.npy", "sample_windows.npy")
-    digests = {name: digest for name, digest in files.items() if name not in later}
+    # Without what later formats added to the same samples, so that those of an older format are known as the
+    # same; and without the texts that answers are compared with, which may be asked for in a later attempt.
+    added = (f"{HASHES}.npy", "sample_lengths.npy", "sample_windows.npy")
+    digests = {
+        name: digest
+        for name, digest in files.items()
+        if name not in added and not name.startswith("references")
+    }
     report.samples_hash = xxhash.xxh3_128_hexdigest(json.dumps(digests).encode())
     meta = {
         "format": FORMAT,
