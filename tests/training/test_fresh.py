@@ -41,7 +41,7 @@ class HeapInfo(ctypes.Structure):
 
 
 def memory_of_a_tensor(num_bytes: int) -> list[int]:
-    """Return the bytes that a tensor has in a mapping of its own, and those that the heap has free once it is gone."""
+    """Return the bytes that a tensor has in a mapping of its own, and those free in the heap once it is gone."""
     look = ctypes.CDLL(None).mallinfo2
     look.restype = HeapInfo
     before = look().mapped

@@ -165,7 +165,7 @@ def test_a_stop_with_too_little_grace_begins_no_save(
 
 @pytest.mark.slow
 def test_with_grace_enough_it_saves(tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
-    """The other side of the decision: 3,000 s suffice where the last save took 2,000, not where it took 4,000."""
+    """The other side: 3,000 s suffice where the last save took 2,000, not where it took 4,000."""
     for seconds, steps in ((2000.0, [2]), (4000.0, [])):
         run = new_run(tmp_path / str(seconds), plan(model, data))
         events.event(run.events_file, "saved", step=0, seconds=seconds, bytes=1)
