@@ -64,7 +64,8 @@ data: {train: {path: texts.jsonl}, evaluation: {path: texts-held-out.jsonl}, tex
 _CLASSES = """
 model: {name: encoder, task: sequence-classification}
 data:
-  {train: {path: classes.jsonl}, evaluation: {path: classes-held-out.jsonl}, text: text, label: label, max_length: 24}
+  {train: {path: classes.jsonl}, evaluation: {path: classes-held-out.jsonl}, text: text, label: label,
+   max_length: 24}
 """
 _FSDP, _ZERO_3 = "parallel: {engine: fsdp, shard: full}", "parallel: {engine: deepspeed, shard: full}"
 KINDS: dict[str, dict[str, Any]] = {

@@ -234,7 +234,7 @@ def test_two_ranks_go_on_as_three(tmp_path: Path, model: Path, data: dict[str, A
 
 
 CIRCUIT = (1, 2, 1, 3, 1, 4, 2, 3, 2, 4, 3, 4, 1)
-"""Numbers of ranks of one attempt after the other: each of the 12 changes between 1, 2, 3 and 4 comes once."""
+"""Ranks of one attempt after the other: each of the 12 changes between 1, 2, 3 and 4 comes once."""
 
 
 @pytest.mark.slow
