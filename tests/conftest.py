@@ -91,7 +91,7 @@ def _own_figures(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: py
 
 @pytest.fixture(autouse=True)
 def _own_signals() -> Iterator[None]:
-    """Leave to the next test of this process the signals as they were: what a test calls may block or catch some."""
+    """Leave the signals to the next test as they were: what a test calls may block or catch some."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     handlers = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
     yield

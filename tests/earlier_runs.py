@@ -1,13 +1,13 @@
 """Write the run directories of tests/data/runs.
 
-tests/training/test_earlier_runs.py reads them with the code of today. Run this in a checkout of the version whose
-runs are wanted, with this file copied into it:
+tests/training/test_earlier_runs.py reads them with the code of today. Run this in a checkout of the version
+whose runs are wanted, with this file copied into it:
 
     python -m tests.earlier_runs OUT
 
-It goes by the command line and by files that every version writes, so it outlives the modules of the day. Each run is
-stopped half-way; `continued.json` says what an uninterrupted one gives after that. Paths in the text files become
-placeholders.
+It goes by the command line and by files that every version writes, so it outlives the modules of the day.
+Each run is stopped half-way; `continued.json` says what an uninterrupted one gives after that. Paths in the
+text files become placeholders.
 """
 
 from __future__ import annotations
@@ -40,20 +40,10 @@ from transformers import (
 ROOT = Path(__file__).parents[1]
 NUM_STEPS, STOP_AT = 6, 3
 WORDS = [f"w{number}" for number in range(28)]
-SIZES = {
-    "vocab_size": 32,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-}
-SIZES |= {
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "initializer_range": 0.2,
-}
+SIZES = yaml.safe_load(
+    "{vocab_size: 32, hidden_size: 16, intermediate_size: 24, num_hidden_layers: 2, num_attention_heads: 2,"
+    " max_position_embeddings: 64, pad_token_id: 0, bos_token_id: 1, eos_token_id: 2, initializer_range: 0.2}"
+)
 TEXTS = (".json", ".jsonl", ".yaml", ".txt", ".log", ".sbatch")
 CLUSTER = {"gpus_per_node": 0, "ranks_per_node": 2, "threads_per_rank": 1}
 SCRIPT = '''"""Fails at its first start and says so; at the second it goes on."""
@@ -67,31 +57,22 @@ if os.environ["RANK"] == "0" and not begun.exists():
 print("went on")
 '''
 
-_CAUSAL: dict[str, Any] = {
-    "model": {"name": "decoder", "task": "causal-lm"},
-    "data": {
-        "train": {"path": "texts.jsonl"},
-        "evaluation": {"path": "texts-held-out.jsonl"},
-        "text": "text",
-        "max_length": 24,
-    },
-}
-_CLASSES: dict[str, Any] = {
-    "model": {"name": "encoder", "task": "sequence-classification"},
-    "data": {
-        "train": {"path": "classes.jsonl"},
-        "evaluation": {"path": "classes-held-out.jsonl"},
-        "text": "text",
-        "label": "label",
-    },
-}
-_CLASSES["data"]["max_length"] = 24
+_CAUSAL = """
+model: {name: decoder, task: causal-lm}
+data: {train: {path: texts.jsonl}, evaluation: {path: texts-held-out.jsonl}, text: text, max_length: 24}
+"""
+_CLASSES = """
+model: {name: encoder, task: sequence-classification}
+data:
+  {train: {path: classes.jsonl}, evaluation: {path: classes-held-out.jsonl}, text: text, label: label,
+   max_length: 24}
+"""
+_FSDP, _ZERO_3 = "parallel: {engine: fsdp, shard: full}", "parallel: {engine: deepspeed, shard: full}"
 KINDS: dict[str, dict[str, Any]] = {
-    "causal-lm": _CAUSAL | {"parallel": {"engine": "fsdp", "shard": "full"}},
-    "sequence-classification": _CLASSES | {"parallel": {"engine": "fsdp", "shard": "full"}},
-    "zero3": _CAUSAL | {"parallel": {"engine": "deepspeed", "shard": "full"}},
-    "adapter": _CAUSAL
-    | {"parallel": {"engine": "fsdp", "shard": "full"}, "model": _CAUSAL["model"] | {"adapter": {"rank": 2}}},
+    "causal-lm": yaml.safe_load(_CAUSAL + _FSDP),
+    "sequence-classification": yaml.safe_load(_CLASSES + _FSDP),
+    "zero3": yaml.safe_load(_CAUSAL + _ZERO_3),
+    "adapter": yaml.safe_load(_CAUSAL.replace("causal-lm}", "causal-lm, adapter: {rank: 2}}") + _FSDP),
 }
 
 
@@ -105,29 +86,16 @@ def main() -> None:
         for kind, job in KINDS.items():
             write_job(folder / f"{kind}.yaml", kind, job)
             run(folder, "run", f"{kind}.yaml", "--run-dir", "whole")
-            run(
-                folder, "run", f"{kind}.yaml", "--run-dir", f"runs/{kind}", "--stop-at", str(STOP_AT), code=75
-            )
-            (folder / "runs" / kind / "continued.json").write_text(
-                json.dumps(continued(folder / "whole"), indent=1) + "\n"
-            )
+            stopped = f"run {kind}.yaml --run-dir runs/{kind} --stop-at {STOP_AT}"
+            run(folder, *stopped.split(), code=75)
+            said = json.dumps(continued(folder / "whole"), indent=1) + "\n"
+            (folder / "runs" / kind / "continued.json").write_text(said)
             shutil.rmtree(folder / "whole")
         (folder / "script.py").write_text(SCRIPT)
-        (folder / "script.yaml").write_text(
-            yaml.safe_dump({"name": "script", "precision": "fp32", "cluster": CLUSTER})
-        )
-        run(
-            folder,
-            "run",
-            "script.yaml",
-            "--script",
-            "script.py",
-            "--run-dir",
-            "runs/script",
-            "--",
-            "two words",
-            code=10,
-        )
+        job = {"name": "script", "precision": "fp32", "cluster": CLUSTER}
+        (folder / "script.yaml").write_text(yaml.safe_dump(job))
+        script = "run script.yaml --script script.py --run-dir runs/script --"
+        run(folder, *script.split(), "two words", code=10)
         for directory in sorted((folder / "runs").iterdir()):
             pack(out / f"{directory.name}.tar.xz", folder, [directory])
         for name in ("runs", "cache", "state"):

@@ -11,7 +11,8 @@ import pytest
 def slow_but(kept: Collection[Any], cases: Iterable[Any]) -> list[Any]:
     """Mark all cases for `parametrize` as slow but those kept.
 
-    A case is a value, or a tuple with one for each argument; of a mapping the keys are the names, and say which are kept.
+    A case is a value, or a tuple with one for each argument. Of a mapping the keys are the names, and say
+    which are kept.
     """
     named = cases.items() if isinstance(cases, Mapping) else ((None, case) for case in cases)
     marked = []

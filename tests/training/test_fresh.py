@@ -41,7 +41,7 @@ class HeapInfo(ctypes.Structure):
 
 
 def memory_of_a_tensor(num_bytes: int) -> list[int]:
-    """Return the bytes that a tensor has in a mapping of its own, and those that the heap has free once it is gone."""
+    """Return the bytes that a tensor has in a mapping of its own, and the heap's free ones once it is gone."""
     look = ctypes.CDLL(None).mallinfo2
     look.restype = HeapInfo
     before = look().mapped
@@ -66,7 +66,7 @@ def test_a_rank_that_fails_is_heard_of() -> None:
     not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="glibc before 2.33, or another C library"
 )
 def test_ranks_keep_memory_or_give_it_back_as_told() -> None:
-    """A mapping goes when its block is freed. glibc itself is asked: pages and their faults are the system's."""
+    """A mapping goes when its block is freed. glibc is asked: pages and their faults are the system's."""
     num_bytes = 3 << 20
     (lean, _), (roomy, kept) = (
         in_fresh_ranks(memory_of_a_tensor, (num_bytes,), 1, way) for way in (LEAN, ROOMY)

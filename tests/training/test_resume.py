@@ -165,7 +165,7 @@ def test_a_stop_with_too_little_grace_begins_no_save(
 
 @pytest.mark.slow
 def test_with_grace_enough_it_saves(tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
-    """The other side of the decision: 3,000 s suffice where the last save took 2,000, not where it took 4,000."""
+    """The other side: 3,000 s suffice where the last save took 2,000, not where it took 4,000."""
     for seconds, steps in ((2000.0, [2]), (4000.0, [])):
         run = new_run(tmp_path / str(seconds), plan(model, data))
         events.event(run.events_file, "saved", step=0, seconds=seconds, bytes=1)
@@ -234,7 +234,7 @@ def test_two_ranks_go_on_as_three(tmp_path: Path, model: Path, data: dict[str, A
 
 
 CIRCUIT = (1, 2, 1, 3, 1, 4, 2, 3, 2, 4, 3, 4, 1)
-"""Numbers of ranks of one attempt after the other: each of the 12 changes between 1, 2, 3 and 4 comes once."""
+"""Ranks of one attempt after the other: each of the 12 changes between 1, 2, 3 and 4 comes once."""
 
 
 @pytest.mark.slow

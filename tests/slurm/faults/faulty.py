@@ -1,10 +1,11 @@
 """Break a rank from inside, where the ranks of a job are forked from a process that has imported this.
 
-A test has LAUNCHER_WARM=faulty and this folder on PYTHONPATH. FAULT is KIND:WHERE:STEP, WHERE a rank, a node's name or
-`all`.
+A test has LAUNCHER_WARM=faulty and this folder on PYTHONPATH. FAULT is KIND:WHERE:STEP, WHERE a rank, a
+node's name or `all`.
 
-Every attempt breaks that takes the step and begins the next one. Of `slow` the last part is seconds: each step takes so
-much longer; of `slow-first` in the first attempt alone; of `stuck-first` there too, but for its first step.
+Every attempt breaks that takes the step and begins the next one. Of `slow` the last part is seconds: each
+step takes so much longer. `slow-first` is so in the first attempt alone; `stuck-first` too, but for its first
+step.
 """
 
 import os
