@@ -37,7 +37,7 @@ def predict(
     as_json: AsJson = False,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
-    """Write what a model says of every row of a file; one that was stopped goes on where it was."""
+    """Write what a model says of every row of a file."""
     from launcher.cli.display import Display
     from launcher.launch.evaluation import Request
     from launcher.launch.prediction import Prediction

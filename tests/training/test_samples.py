@@ -52,6 +52,7 @@ def shown(run: RunDirectory) -> dict[str, list[dict[str, Any]]]:
     return {path.name: [json.loads(line) for line in path.read_text().splitlines()] for path in files}
 
 
+@pytest.mark.slow
 def test_with_samples_a_run_goes_the_same_way(model: Path, tmp_path: Path) -> None:
     """To the bit, and stopped between them too; the samples of a stopped run are those of the other."""
     without = trained(tmp_path / "without", model, 0)

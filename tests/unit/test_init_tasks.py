@@ -21,7 +21,7 @@ def test_each_way_makes_a_job_that_holds(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train.jsonl").write_text("{}\n")
     columns = [part for role in way for part in ("--column", f"{role}=my_{role}")]
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         main(["init", "--model", "org/model", "--task", name, "--train", "train.jsonl", *columns])
     job = load(tmp_path / "job.yaml")
     assert job.model.task == name
