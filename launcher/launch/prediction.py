@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import ConfigurationError, Problem
+from launcher.runs.partial import KEY, refuse_existing
 from launcher.launch.evaluation import Request
 from launcher.launch.scratch import ask
 from launcher.launch.screen import Watcher
-from launcher.runs.partial import KEY, refuse_existing
 from launcher.tasks.task import AnswerOptions
 
 

@@ -18,7 +18,6 @@ import torch
 import xxhash
 from torch import distributed
 
-from launcher.data.rows import Row, RowProblem
 from launcher.errors import ConfigurationError, Problem
 from launcher.plain_files import read_json
 from launcher.planner.plan import Plan
@@ -27,6 +26,7 @@ from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.partial import Partial
 from launcher.runs.phases import PhaseReport
 from launcher.runs.places import here
+from launcher.data.rows import Row, RowProblem
 from launcher.tasks.task import AnswerOptions
 from launcher.training import entry, exchange
 from launcher.training.asking import ask, refuse_silent

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from torch import distributed
 
-from launcher.data.rows import RowProblem
 from launcher.planner.plan import Plan
 from launcher.runs.places import here
+from launcher.data.rows import RowProblem
 from launcher.tasks.task import AnswerOptions, Sample, Task
 from launcher.training import exchange
 from launcher.training.asking import ask, says

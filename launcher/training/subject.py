@@ -19,9 +19,9 @@ from launcher.runs.layout import RunDirectory
 from launcher.runs.totals import Totals
 from launcher.tasks.task import Task
 from launcher.training import engines
+from launcher.training.model import pretrained
 from launcher.training.checkpoint.checkpointer import Checkpointer
 from launcher.training.engines.engine import Engine
-from launcher.training.model import pretrained
 
 
 @dataclass(frozen=True)

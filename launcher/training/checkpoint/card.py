@@ -14,7 +14,6 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.modelcard import TASK_MAPPING
 
 from launcher import __version__, tasks
-from launcher.data.section import Source
 from launcher.plain_files import read_json, read_text
 from launcher.planner.plan import Plan
 from launcher.redaction import redact
@@ -22,6 +21,7 @@ from launcher.runs import prepared
 from launcher.runs.layout import RunDirectory
 from launcher.runs.totals import Totals
 from launcher.runs.wording import duration
+from launcher.data.section import Source
 from launcher.training.model.model_files import directory_of
 
 _PACKAGES = ("torch", "transformers", "accelerate", "peft", "deepspeed", "datasets", "tokenizers")
