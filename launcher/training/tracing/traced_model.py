@@ -59,7 +59,7 @@ class TracedModel:
     def add_adapter(self, adapter: Adapter, new: Callable[[PreTrainedModel], tuple[str, ...]]) -> None:
         """Put an adapter in; it trains, and what `new` names. Raises ConfigurationError for a pattern that
         matches nothing."""
-        # peft moves what it makes to the device of what is there, which it leaves undone only outside of the mode.
+        # Outside of the mode: inside, peft would move what it makes, which fake tensors do not allow.
         adapters.Injected(self.model, adapter, models.repeated_layers)
         with self._mode:
             for module in self.model.modules():
