@@ -178,7 +178,9 @@ def test_red_only_on_a_terminal_and_without_no_color(job: Path) -> None:
 def test_plan_table_and_json(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("plan", "job.yaml", "--nproc", "2", "--set", "cluster.gpus_per_node=0") == 0
     table = capsys.readouterr().out
-    assert "32 = 4 x 4 x 2 (micro-batch x accumulation x ranks)" in table
+    assert "32 = 1 x 16 x 2 (micro-batch x accumulation x ranks)" in table, (
+        "no config.json is here: the least"
+    )
     assert call("plan", "job.yaml", "--nproc", "2", "--set", "cluster.gpus_per_node=0", "--json") == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["mesh"]["world_size"] == 2

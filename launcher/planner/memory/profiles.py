@@ -1,5 +1,4 @@
-"""Find the program of a plan's model: the formulas, a profile in the cache, or a trace that is started for
-it."""
+"""Find the program of a plan's model: formulas, a profile in the cache, or one that a trace makes."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Make the block profile of a plan's model: `python -m launcher.training.tracing.make_profile OUT`, the plan
-on stdin."""
+"""Make the block profile of a plan's model, in a process of its own.
+
+`python -m launcher.training.tracing.make_profile OUT` reads the plan on stdin.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The numbers of tensors that hang on the batch alone, for model code that goes by them in a trace."""
+"""The numbers of tensors in a trace that hang on the batch alone: positions, masks, labels."""
 
 from __future__ import annotations
 

@@ -59,8 +59,9 @@ class TracedModel:
     def add_adapter(self, adapter: Adapter, new: Callable[[PreTrainedModel], tuple[str, ...]]) -> None:
         """Put an adapter in; it trains, and what `new` names. Raises ConfigurationError for a pattern that
         matches nothing."""
+        # Outside of the mode: inside, peft would move what it makes, which fake tensors do not allow.
+        adapters.Injected(self.model, adapter, models.repeated_layers)
         with self._mode:
-            adapters.Injected(self.model, adapter, models.repeated_layers)
             for module in self.model.modules():
                 for name, parameter in list(module.named_parameters(recurse=False)):
                     if parameter.is_meta:
