@@ -151,23 +151,25 @@ def _drawn(run: Path | None, result: dict[str, Any]) -> dict[str, str]:
     from launcher.runs.events import read
     from launcher.runs.layout import RunDirectory
 
-    found: dict[str, str] = {}
+    results: dict[str, str] = {}
     if run is not None:
         records = [
             record for record in read(RunDirectory(run).metrics_file) if record.get("kind") == "evaluation"
         ]
         evaluations = [(record["step"], record["metrics"]) for record in records]
-        found["learning-curve"] = plots.learning_curve(Curve(RunDirectory(run)).refresh().points, evaluations)
+        results["learning-curve"] = plots.learning_curve(
+            Curve(RunDirectory(run)).refresh().points, evaluations
+        )
     details = result.get("details", {}).get("after", {})
     if "confusion_matrix" in details:
-        found["confusion"] = plots.confusion(details)
-    found = {name: text for name, text in found.items() if text}
+        results["confusion"] = plots.confusion(details)
+    results = {name: text for name, text in results.items() if text}
     if run is None:
-        return found
+        return results
     file = Path(result["file"])
     try:
-        for name, text in found.items():
+        for name, text in results.items():
             plots.write_svg(file.with_name(f"{file.stem}-{name}.svg"), text, f"{run.name}: {name}")
     except OSError as error:
         raise StorageError(f"{error.filename}: {error.strerror}") from None
-    return found
+    return results

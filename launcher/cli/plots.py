@@ -68,8 +68,8 @@ def _mistaken(labels: list[str], counts: list[list[int]]) -> Iterator[str]:
         for j, count in enumerate(row)
         if i != j and count
     ]
-    for count, true, said in sorted(pairs, key=lambda pair: -pair[0])[:_MOST_CLASSES]:
-        yield f"{count:8,}  {true} -> {said}"
+    for count, true, message in sorted(pairs, key=lambda pair: -pair[0])[:_MOST_CLASSES]:
+        yield f"{count:8,}  {true} -> {message}"
 
 
 def write_svg(path: Path, text: str, title: str) -> None:

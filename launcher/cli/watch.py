@@ -108,10 +108,10 @@ def screen(seen: dict[str, Any], width: int) -> Layout:
     below.update(Panel(events(seen["events"]), title="events"))
     if seen.get("samples"):
         step, rows = seen["samples"]
-        said = Layout(
+        message = Layout(
             Panel(samples(rows), title=f"what the model says after step {step}"), size=2 + len(rows)
         )
-        layout.add_split(said)
+        layout.add_split(message)
     return layout
 
 

@@ -81,5 +81,5 @@ def _check_columns(path: Path, columns: Sequence[str], width: int) -> None:
 
 def _row(lines: Sequence[Sequence[str]], columns: Sequence[str]) -> Values:
     width = len(lines[0])
-    asked = [number for number in range(-width, 0) if str(number) in columns]
-    return {str(number): [fields[number] for fields in lines] for number in (*range(width), *asked)}
+    request = [number for number in range(-width, 0) if str(number) in columns]
+    return {str(number): [fields[number] for fields in lines] for number in (*range(width), *request)}

@@ -83,8 +83,8 @@ def read_json(path: Path, columns: Sequence[str]) -> Read:
         rows = lists[0] if len(lists) == 1 and not set(required(columns)) & set(whole) else [whole]
     if not isinstance(rows, list):
         raise DataError(f"{path} holds a {type(rows).__name__}, not a list of objects")
-    asked = set(required(columns))
-    flat = (row for value in rows for row in _unnested(value, asked))
+    request = set(required(columns))
+    flat = (row for value in rows for row in _unnested(value, request))
     for number, row in enumerate(flat, start=1):
         yield (
             number,

@@ -96,8 +96,8 @@ def evaluate_locally(request: Request, watcher: Watcher, resamples: int = 0) -> 
     `resamples`: how often rows are drawn anew for intervals, by the seed of the job; 0 for none.
     """
     plan = request.plan
-    asked = request.asked | {"resamples": resamples, "seed": plan.training.seed}
-    result = ask(plan, "launcher.training.evaluate_entry", asked, "evaluation.json", watcher)
+    wanted = request.asked | {"resamples": resamples, "seed": plan.training.seed}
+    result = ask(plan, "launcher.training.evaluate_entry", wanted, "evaluation.json", watcher)
     result |= {"on": request.on and str(request.on), "engine": plan.engine, "precision": plan.precision}
     result |= {"ranks": plan.mesh.world_size, "time": round(time.time(), 3)}
     if request.run is not None:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import ConfigurationError, Problem
-from launcher.runs.partial import KEY, refuse_existing
 from launcher.launch.evaluation import Request
 from launcher.launch.scratch import ask
 from launcher.launch.screen import Watcher
+from launcher.runs.partial import KEY, refuse_existing
 from launcher.tasks.task import AnswerOptions
 
 
@@ -34,6 +34,6 @@ class Prediction:
         source = type(data.train)(path=str(self.rows.absolute()))
         data = data.model_copy(update={"evaluation": source, "packing": False})
         plan = self.request.plan.model_copy(update={"data": data})
-        asked = self.request.asked | {"output": str(self.output.absolute()), "options": asdict(self.options)}
-        summary = ask(plan, "launcher.training.predict_entry", asked, "prediction.json", watcher)
+        wanted = self.request.asked | {"output": str(self.output.absolute()), "options": asdict(self.options)}
+        summary = ask(plan, "launcher.training.predict_entry", wanted, "prediction.json", watcher)
         return {"output": str(self.output), **summary, "engine": plan.engine, "ranks": plan.mesh.world_size}

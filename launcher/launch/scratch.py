@@ -42,8 +42,8 @@ def ask(plan: Plan, module: str, request: dict[str, Any], answer: str, watcher: 
 def _raise(scratch: RunDirectory, code: int) -> None:
     if code == Stopped.exit_code:
         stops = [record for record in read(scratch.events_file) if record.get("event") == "stopped"]
-        said = next((record["line"] for record in reversed(stops) if "line" in record), None)
-        raise Stopped(said or "stopped before anything was done; the same command begins anew")
+        message = next((record["line"] for record in reversed(stops) if "line" in record), None)
+        raise Stopped(message or "stopped before anything was done; the same command begins anew")
     failure = failures.read(scratch.attempt(scratch.last_attempt()) / "failure.json")
     if failure is None:
         raise KeyboardInterrupt

@@ -34,12 +34,12 @@ def preflight(
         return None
     here = Hardware.detect() if local else None
     target = target_of_job(job, plan) if here is None else target_here(plan, here, job.cluster.network)
-    found = profiles.find(plan)
-    if isinstance(found, Unknown):
+    results = profiles.find(plan)
+    if isinstance(results, Unknown):
         if not force:
-            _check_state(plan, target, found)
+            _check_state(plan, target, results)
         return None
-    foreseen = forecast(plan, target, program=found)
+    foreseen = forecast(plan, target, program=results)
     if foreseen is None or force:
         return foreseen
     assumed = here is None and node_memory(job.cluster) is None

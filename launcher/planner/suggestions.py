@@ -219,19 +219,21 @@ def less_memory(plan: Plan, hardware: Hardware, peak: int = 0, profiles: Profile
     forecast, what its state takes decides.
     """
     memory = hardware.rank_memory(plan.mesh.device, plan.mesh.ranks_per_node)
-    found = profiles.find(plan)
-    advice = _smaller_pass(plan, hardware, peak, found) if memory and not isinstance(found, Unknown) else None
+    results = profiles.find(plan)
+    advice = (
+        _smaller_pass(plan, hardware, peak, results) if memory and not isinstance(results, Unknown) else None
+    )
     if advice is not None:
         return advice
     micro = plan.batch.micro_batch_size
     smaller = "" if plan.activation_checkpointing == "full" else "--set memory.activation_checkpointing=full"
     smaller = f"--set batch.micro_batch_size={largest_divisor(micro, micro // 2)}" if micro > 1 else smaller
-    if (isinstance(found, Unknown) and found.profile is None) or not memory or plan.offload != "none":
+    if (isinstance(results, Unknown) and results.profile is None) or not memory or plan.offload != "none":
         return Advice(smaller)
     usable = Target(memory).usable_bytes(plan.mesh.device)
-    if smaller and _least_needed(plan, found) <= usable:
+    if smaller and _least_needed(plan, results) <= usable:
         return Advice(smaller)
-    return _another_cut(plan, found, hardware, memory)
+    return _another_cut(plan, results, hardware, memory)
 
 
 def _smaller_pass(plan: Plan, hardware: Hardware, peak: int, program: Program) -> Advice | None:

@@ -27,14 +27,14 @@ def newest(run: RunDirectory) -> tuple[int, list[dict[str, Any]]] | None:
     """Return the step of the newest samples, and the samples; None where there are none, or they cannot be
     read."""
     try:
-        found = [
+        results = [
             (int(match[1]), path)
             for path in (run.path / "samples").iterdir()
             if (match := _FILE.match(path.name))
         ]
-        if not found:
+        if not results:
             return None
-        step, path = max(found)
+        step, path = max(results)
         return step, [record for line in read_bytes(path).split(b"\n") if (record := parse(line)) is not None]
     except OSError:
         return None

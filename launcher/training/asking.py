@@ -45,5 +45,5 @@ def ask(
     if task.generates:
         items = [[sample] for sample in samples]
         output = output._replace(generated=written(engine, task, items, plan.mesh.device, leaving))
-    said = task.answers(output, batch, samples, options)
-    return [one for one, sample in zip(said, samples, strict=True) if sample.weight]
+    message = task.answers(output, batch, samples, options)
+    return [one for one, sample in zip(message, samples, strict=True) if sample.weight]

@@ -78,7 +78,7 @@ class Apart(Whole):
         """Return each metric of so many drawings of as many rows as there are, float64 [number]. Equal
         seeds draw equal rows."""
         units, own = list(self.rows.values()), self.make()
-        found: dict[str, list[float]] = {}
+        results: dict[str, list[float]] = {}
         generator = np.random.default_rng(seed)
         here.at("measuring", total=number)
         for drawing in range(number):
@@ -87,23 +87,23 @@ class Apart(Whole):
                 own.told_apart(state, copy) for copy, place in enumerate(places) for state in units[place]
             ]
             for name, value in own.compute(states).items():
-                found.setdefault(name, []).append(float(value))
+                results.setdefault(name, []).append(float(value))
             here.moved(drawing + 1)
-        return {name: np.array(values) for name, values in found.items()}
+        return {name: np.array(values) for name, values in results.items()}
 
 
 def ids_of(batches: Batches) -> list[int]:
     """The rows of a rank's batches of one item each, in the order in which they come; without filler, which
     comes last."""
-    found: list[int] = []
+    results: list[int] = []
     for step in range(batches.num_steps):
         real = batches.indices(step)
         [[place]] = deal(batches.lengths(real), batches.batch, batches.dataset.padding_free)[
             :, batches.rank
         ].tolist()
         if place < len(real):
-            found += batches.dataset.sample_ids(real[[place]]).tolist()
-    return found
+            results += batches.dataset.sample_ids(real[[place]]).tolist()
+    return results
 
 
 def interval(values: np.ndarray) -> list[float]:

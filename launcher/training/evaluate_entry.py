@@ -150,15 +150,15 @@ def measure(
         own.dataset(one, one is subjects[0] and os.environ.get("RANK", "0") == "0") for one in subjects
     ]
     start_process_group(plan)
-    found: dict[str, Whole] = {}
+    results: dict[str, Whole] = {}
     step = None
     try:
         for subject, dataset in zip(subjects, datasets, strict=True):
             engine = own.engine(subject, dataset)
-            found["after" if found else "before"] = own.look(subject, engine, dataset)
+            results["after" if results else "before"] = own.look(subject, engine, dataset)
             if run is not None:
                 step = subject.load(run, engine, request["step"])
-                found["after"] = own.look(subject, engine, dataset)
+                results["after"] = own.look(subject, engine, dataset)
             del engine
             gc.collect()
     except Interrupted:
@@ -169,8 +169,8 @@ def measure(
         if distributed.get_rank() == 0:
             _write(
                 scratch,
-                found,
-                {"step": step} | ({"confidence": own.intervals(found)} if own.resamples else {}),
+                results,
+                {"step": step} | ({"confidence": own.intervals(results)} if own.resamples else {}),
                 datasets[0],
             )
     distributed.barrier()

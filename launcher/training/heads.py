@@ -263,8 +263,8 @@ def likeliest(model: PreTrainedModel, batch: Batch, number: int) -> Output:
         logits = _logits(model, outputs, part, target)
         entropy = _cross_entropy(logits, target)
         sums += torch.stack([entropy.loss_sum, entropy.num_correct])
-        found = logits.float().softmax(dim=-1).topk(number)
-        best.append(torch.stack([found.indices.float(), found.values], dim=-1))
+        results = logits.float().softmax(dim=-1).topk(number)
+        best.append(torch.stack([results.indices.float(), results.values], dim=-1))
     num_supervised = int((batch["targets"] != IGNORE).sum())
     return Output(sums[0], sums[1], torch.cat(best)[:num_supervised])
 

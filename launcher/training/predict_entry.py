@@ -18,6 +18,7 @@ import torch
 import xxhash
 from torch import distributed
 
+from launcher.data.rows import Row, RowProblem
 from launcher.errors import ConfigurationError, Problem
 from launcher.plain_files import read_json
 from launcher.planner.plan import Plan
@@ -26,7 +27,6 @@ from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.partial import Partial
 from launcher.runs.phases import PhaseReport
 from launcher.runs.places import here
-from launcher.data.rows import Row, RowProblem
 from launcher.tasks.task import AnswerOptions
 from launcher.training import entry, exchange
 from launcher.training.asking import ask, refuse_silent
@@ -68,7 +68,7 @@ class Predicting:
             yield [gathered[place % size][place // size] for place in range(len(rows))] if rank == 0 else []
 
     def _records(self, share: Share) -> list[dict[str, Any]]:
-        said: dict[int, list[tuple[int, Any]]] = {}
+        message: dict[int, list[tuple[int, Any]]] = {}
         task = self.subject.task
         passes = share.passes(self.subject.plan.batch.micro_batch_size)
         here.at("evaluating", total=len(passes))
@@ -80,11 +80,11 @@ class Predicting:
             )
             # Of filler, at the end, there is no answer.
             for sample, answer in zip(samples, answers, strict=False):
-                said.setdefault(sample.id, []).append((sample.window, answer))
+                message.setdefault(sample.id, []).append((sample.window, answer))
             here.moved(number + 1)
         if task.generates and self._stops():
             raise Interrupted  # what was written last may have been cut short
-        return [self._record(row, share, said.get(row.id, [])) for row in share.rows]
+        return [self._record(row, share, message.get(row.id, [])) for row in share.rows]
 
     def _record(self, row: Row, share: Share, parts: list[tuple[int, Any]]) -> dict[str, Any]:
         if (problem := share.problems.get(row.id)) is not None:
@@ -155,12 +155,12 @@ def _identity(
     data = subject.plan.data.model_dump(
         mode="json", exclude={"train", "evaluation", "num_workers", "unusable", "packing"}
     )
-    asked = subject.task.evaluation.model_dump(mode="json", exclude={"samples"})
+    wanted = subject.task.evaluation.model_dump(mode="json", exclude={"samples"})
     of = {
         "the input's contents": rows.digest,
         "the task": subject.plan.task,
         "data": data,
-        "evaluation": asked,
+        "evaluation": wanted,
     }
     if run is not None:
         return of | {"the run": RunDirectory(run).run_id(), "the checkpoint's step": step}

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from torch import distributed
 
+from launcher.data.rows import RowProblem
 from launcher.planner.plan import Plan
 from launcher.runs.places import here
-from launcher.data.rows import RowProblem
 from launcher.tasks.task import AnswerOptions, Sample, Task
 from launcher.training import exchange
 from launcher.training.asking import ask, says
@@ -42,8 +42,8 @@ class Shown:
         number, source = task.evaluation.samples, plan.data.evaluation
         if dataset is None or source is None or number == 0 or not says(task):
             return None
-        found = dataset.first_ids(_LOOKED_AT)
-        distinct = list(dict.fromkeys(found))
+        results = dataset.first_ids(_LOOKED_AT)
+        distinct = list(dict.fromkeys(results))
         ids = [
             distinct[place]
             for place in np.unique(np.linspace(0, len(distinct) - 1, number).round().astype(int))
@@ -71,12 +71,12 @@ class Shown:
         num_passes = -(-len(flat) // (size * micro))
         here.at("evaluating", total=num_passes)
         own, filler = flat[rank::size], flat[0].as_filler()
-        said: list[Any] = []
+        message: list[Any] = []
         for number in range(num_passes):
             samples = own[number * micro : (number + 1) * micro] or [filler]
-            said += ask(engine, task, samples, AnswerOptions(), plan, leaving)
+            message += ask(engine, task, samples, AnswerOptions(), plan, leaving)
             here.moved(number + 1)
-        gathered = exchange.all_gather(said)
+        gathered = exchange.all_gather(message)
         if rank != 0:
             return []
         parts = iter([gathered[place % size][place // size] for place in range(len(flat))])

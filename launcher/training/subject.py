@@ -19,9 +19,9 @@ from launcher.runs.layout import RunDirectory
 from launcher.runs.totals import Totals
 from launcher.tasks.task import Task
 from launcher.training import engines
-from launcher.training.model import pretrained
 from launcher.training.checkpoint.checkpointer import Checkpointer
 from launcher.training.engines.engine import Engine
+from launcher.training.model import pretrained
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,15 @@ class Subject:
 
         Raises ConfigurationError where there is none, CheckpointError where it is not whole.
         """
-        found = RunDirectory(run)
+        results = RunDirectory(run)
         ranks = distributed.get_rank(), distributed.get_world_size()
-        progress = Checkpointer(found, self.plan, *ranks).open(read_only=True).load(engine.state_dict(), step)
+        progress = (
+            Checkpointer(results, self.plan, *ranks).open(read_only=True).load(engine.state_dict(), step)
+        )
         if progress is None:
             raise ConfigurationError(Problem("RUN", str(run), "has no checkpoint yet"))
         engine.after_load()
-        self.task.adopt_evaluation(_fitted(found, progress.step))
+        self.task.adopt_evaluation(_fitted(results, progress.step))
         return progress.step
 
 
@@ -90,9 +92,12 @@ def _fitted(run: RunDirectory, step: int) -> dict[str, Any]:
 def as_it_stands(plan: Plan, model: str) -> Plan:
     """The plan for a model's directory: what the job does to the model that it trains is done to that one
     alone."""
-    asked = plan.model
+    request = plan.model
     own = Model(
-        name=model, task=asked.task, attention=asked.attention, trust_remote_code=asked.trust_remote_code
+        name=model,
+        task=request.task,
+        attention=request.attention,
+        trust_remote_code=request.trust_remote_code,
     )
     return plan.model_copy(update={"model": own})
 

@@ -27,10 +27,12 @@ def lengths(rows: Rows, task: Task, model: str) -> tuple[tuple[int, ...], bool]:
     counts = iter(
         [len(text) // CHARACTERS + 1 for text in flat] if tokenizer is None else _tokens(flat, tokenizer)
     )
-    found: list[int] = []
+    results: list[int] = []
     for texts in texts_by_row:
-        found += task.sample_lengths([next(counts) for _ in texts], task.added_tokens(len(texts), tokenizer))
-    return tuple(found), tokenizer is not None
+        results += task.sample_lengths(
+            [next(counts) for _ in texts], task.added_tokens(len(texts), tokenizer)
+        )
+    return tuple(results), tokenizer is not None
 
 
 def why_unusable(rows: Rows, task: Task) -> RowProblem:

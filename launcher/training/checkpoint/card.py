@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.modelcard import TASK_MAPPING
 
 from launcher import __version__, tasks
+from launcher.data.section import Source
 from launcher.plain_files import read_json, read_text
 from launcher.planner.plan import Plan
 from launcher.redaction import redact
@@ -21,7 +22,6 @@ from launcher.runs import prepared
 from launcher.runs.layout import RunDirectory
 from launcher.runs.totals import Totals
 from launcher.runs.wording import duration
-from launcher.data.section import Source
 from launcher.training.model.model_files import directory_of
 
 _PACKAGES = ("torch", "transformers", "accelerate", "peft", "deepspeed", "datasets", "tokenizers")
@@ -117,8 +117,8 @@ class Card:
         for role, source in (("train", self._plan.data.train), ("evaluation", self._plan.data.evaluation)):
             if source is None:
                 continue
-            said = self._totals.prepared.get(role)
-            rows = "" if said is None else f": {prepared.line(said).removeprefix(f'{role}: ')}"
+            message = self._totals.prepared.get(role)
+            rows = "" if message is None else f": {prepared.line(message).removeprefix(f'{role}: ')}"
             digest = _digest(self._run, role)
             yield f"- {role}: `{_name(source)}`{rows}" + (
                 f"; xxh3 of the contents {digest}" if digest else ""
@@ -145,9 +145,9 @@ class Card:
 
     def _training(self) -> Iterator[tuple[str, str]]:
         plan, training = self._plan, self._plan.training
-        said = self._totals.last.get("training", {})
+        message = self._totals.last.get("training", {})
         ranks, nodes = plan.mesh.world_size, plan.mesh.nodes
-        device = said.get("device") or plan.mesh.device
+        device = message.get("device") or plan.mesh.device
         yield "hardware", f"{ranks} rank{'s' * (ranks != 1)} on {nodes} node{'s' * (nodes != 1)}, {device}"
         attempts = max(1, self._run.last_attempt())
         yield (
@@ -193,10 +193,10 @@ def _licence(plan: Plan) -> dict[str, Any]:
     if directory is None or not (directory / "README.md").is_file():
         return {}
     try:
-        said = ModelCard(read_text(directory / "README.md"), ignore_metadata_errors=True).data.to_dict()
+        message = ModelCard(read_text(directory / "README.md"), ignore_metadata_errors=True).data.to_dict()
     except (OSError, ValueError, yaml.YAMLError):
         return {}
-    return {key: said[key] for key in _LICENCE if said.get(key)}
+    return {key: message[key] for key in _LICENCE if message.get(key)}
 
 
 def _name(source: Source) -> str:

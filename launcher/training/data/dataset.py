@@ -172,11 +172,11 @@ class Dataset:
         """The samples of a row in window order; none where the row is not used."""
         places = np.flatnonzero(np.isin(self._item_samples, np.flatnonzero(self._sample_ids == id)))
         items = np.unique(np.searchsorted(self._item_offsets, places, side="right") - 1)
-        found = [sample for item in self.items(items) for sample in item if sample.id == id]
-        return sorted(found, key=lambda sample: sample.window)
+        results = [sample for item in self.items(items) for sample in item if sample.id == id]
+        return sorted(results, key=lambda sample: sample.window)
 
     def find(self, id: int) -> tuple[int, Sample] | None:
-        """Return the first sample of a row, and how many others are in its item; None where the row is not used."""
+        """Return the first sample of a row, and how many others are in its item; None where it is not used."""
         [places] = np.flatnonzero(self._sample_ids == id)[:1].tolist() or [None]
         if places is None:
             return None

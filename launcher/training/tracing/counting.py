@@ -66,10 +66,10 @@ class Counting(TorchDispatchMode):
         """Return a counted fake tensor for a real one, whose numbers are known; a fake one as it is."""
         if isinstance(tensor, FakeTensor):
             return tensor
-        made = torch.empty(tensor.shape, dtype=tensor.dtype)
-        self.count(made.untyped_storage())
-        self.numbers.know(made, tensor)
-        return made
+        created = torch.empty(tensor.shape, dtype=tensor.dtype)
+        self.count(created.untyped_storage())
+        self.numbers.know(created, tensor)
+        return created
 
     def _new(self, like: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         tensor = like.new_empty(shape, dtype=dtype)

@@ -156,8 +156,8 @@ def spread(blocks: Sequence[Block], layers: Sequence[Layer]) -> list[Block]:
         passed.add(group)
         members = [layer for layer in layers if stack_of[layer.index] == group[0]]
         for layer in reversed(members) if block.backward else members:
-            if (found := own.get((layer.stands_in, block.backward))) is not None:
-                result.append(replace(found, layer=layer.index))
+            if (results := own.get((layer.stands_in, block.backward))) is not None:
+                result.append(replace(results, layer=layer.index))
     order = [(block.layer, block.backward) for block in blocks if block.kind == "layer"]
     if order != [
         place

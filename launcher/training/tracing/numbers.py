@@ -48,7 +48,7 @@ class Numbers:
         those, real."""
         if function not in _BY_MASK:
             return args, []
-        place, indices, made = _BY_MASK[function], [], []
+        place, indices, created = _BY_MASK[function], [], []
         for index in args[_BY_MASK[function]]:
             real = self.of(index)
             if index is None or index.dtype != torch.bool or real is None:
@@ -56,9 +56,9 @@ class Numbers:
                 continue
             with _disable_current_modes():
                 positions = list(real.nonzero().unbind(1))
-            made += positions
+            created += positions
             indices += positions
-        return (*args[:place], indices, *args[place + 1 :]), made
+        return (*args[:place], indices, *args[place + 1 :]), created
 
     def follow(self, function: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Compute the numbers of an operator's result where all that it takes is known."""

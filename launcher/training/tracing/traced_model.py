@@ -114,11 +114,11 @@ class TracedModel:
     def _without_numbers(self, key: str, value: Any, counting: Counting) -> Any:
         if not isinstance(value, torch.Tensor) or key in _READ:
             return value
-        made = self._mode.from_tensor(value)
-        counting.count(made.untyped_storage())
+        created = self._mode.from_tensor(value)
+        counting.count(created.untyped_storage())
         if not value.is_floating_point():
-            counting.numbers.know(made, value)
-        return made
+            counting.numbers.know(created, value)
+        return created
 
     def _held(self) -> Iterator[torch.Tensor]:
         """What is there before the step, which an engine answers for."""
@@ -216,7 +216,7 @@ def _after(recorder: Recorder, layer: Layer, skipped: Skipped) -> Callable[..., 
 
 def _units(model: PreTrainedModel, layers: list[nn.Module], narrow: bool) -> tuple[Unit, list[Unit]]:
     of = {id(parameter): index for index, layer in enumerate(layers) for parameter in layer.parameters()}
-    found: dict[int, list[Weight]] = {index: [] for index in range(-1, len(layers))}
+    results: dict[int, list[Weight]] = {index: [] for index in range(-1, len(layers))}
     whole = (nn.Embedding, nn.Conv2d, Conv1D)
     plainly = [module for module in model.modules() if is_plain(module) or isinstance(module, whole)]
     plain = {id(parameter) for module in plainly for parameter in module.parameters(recurse=False)}
@@ -225,8 +225,8 @@ def _units(model: PreTrainedModel, layers: list[nn.Module], narrow: bool) -> tup
         share = operations.used_share(model.config.get_text_config(), shape)
         trains = parameter.requires_grad
         weight = Weight(name, shape, trains=trains, viewed=viewed, used=share, narrow=narrow and not trains)
-        found[of.get(id(parameter), -1)].append(weight)
+        results[of.get(id(parameter), -1)].append(weight)
     names = [name for name, _ in adapters.named_parameters(model)]
-    first = names.index(found[0][0].name)
-    num_first = sum(names.index(weight.name) < first for weight in found[-1])
-    return Unit(tuple(found[-1]), num_first), [Unit(tuple(found[index])) for index in range(len(layers))]
+    first = names.index(results[0][0].name)
+    num_first = sum(names.index(weight.name) < first for weight in results[-1])
+    return Unit(tuple(results[-1]), num_first), [Unit(tuple(results[index])) for index in range(len(layers))]
