@@ -23,7 +23,7 @@ SUMMARY = "One job file in, a sharded fine-tuned model out."
 
 @dataclass(frozen=True)
 class Command:
-    """Where a command's function, or its Typer, is; and the line that `launcher --help` shows without
+    """Say where a command's function, or its Typer, is; and the line that `launcher --help` shows without
     importing it."""
 
     module: str
@@ -82,7 +82,7 @@ def available() -> dict[str, Command]:
 
 
 def help_text() -> str:
-    """What `launcher --help` shows. Made without typer, whose import takes longer than all the rest."""
+    """Return what `launcher --help` shows. Made without typer, whose import takes longer than all the rest."""
     options = {
         "--version": "Show the version and leave.",
         "--install-completion": "Install completion for the current shell.",

@@ -52,7 +52,7 @@ def predict(
 
 
 def described(summary: dict[str, Any]) -> str:
-    """What was written, and what could not be answered, in a line or two."""
+    """Return what was written, and what could not be answered, in a line or two."""
     lines = [
         f"{summary['rows']:,} rows in {summary['output']}, {summary['rows_per_second']:,.1f} rows a second"
     ]

@@ -64,7 +64,7 @@ class Request:
         )
 
     def measured_on(self, other: Path) -> Request:
-        """The same on another file with the same columns, or on the held-out rows of another job.
+        """Return the same on another file with the same columns, or on the held-out rows of another job.
 
         Raises ConfigurationError where that job has none, or another task.
         """
@@ -85,7 +85,7 @@ class Request:
 
     @property
     def asked(self) -> dict[str, Any]:
-        """What the ranks are told."""
+        """Return what the ranks are told."""
         return {"run": None if self.run is None else str(self.run), "model": self.model, "step": self.step}
 
 

@@ -16,7 +16,7 @@ from launcher.tasks.task import AnswerOptions
 
 @dataclass(frozen=True)
 class Prediction:
-    """Which model answers which rows, and where the answers go."""
+    """Say which model answers which rows, and where the answers go."""
 
     request: Request
     rows: Path

@@ -138,7 +138,7 @@ class RunDirectory:
         return self.checkpoints / f"step-{step:08d}"
 
     def evaluation(self, step: int) -> Path:
-        """What no single number shows of the evaluation at `step`: {"step", "metrics", "details"}; missing
+        """Return the file of what no number shows of the evaluation at `step`: step, metrics, details; missing
         where there is nothing of it."""
         return self.path / "evaluations" / f"step-{step:08d}.json"
 

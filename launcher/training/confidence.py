@@ -45,7 +45,7 @@ class Whole(Evaluator):
 
 
 class Apart(Whole):
-    """The same, of batches of one sample each, with what was seen of each row kept apart."""
+    """Collect batches of one sample each, with what was seen of each row kept apart."""
 
     def __init__(self, make: Callable[[], Evaluator], ids: Sequence[int]) -> None:
         """`ids` are the rows of this rank's batches, without filler, which comes last."""

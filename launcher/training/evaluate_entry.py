@@ -103,7 +103,7 @@ class Measuring:
         return evaluator
 
     def stops(self) -> bool:
-        """Whether any rank was asked to stop."""
+        """Return whether any rank was asked to stop."""
         vote = torch.tensor(float(self.stop.requested))
         distributed.all_reduce(vote)
         return bool(vote > 0)

@@ -151,7 +151,7 @@ def predict(
 def _identity(
     subject: Subject, rows: Rows, run: Path | None, model: str | None, step: int | None
 ) -> dict[str, Any]:
-    """What decides the answers, by names for people."""
+    """Return what decides the answers, by names for people."""
     data = subject.plan.data.model_dump(
         mode="json", exclude={"train", "evaluation", "num_workers", "unusable", "packing"}
     )

@@ -51,7 +51,7 @@ class Card:
         )
 
     def _data(self) -> ModelCardData:
-        """What a hub reads."""
+        """Return what a hub reads."""
         plan, tag = self._plan, pipeline_tag(self._config)
         sources = [source for source in (plan.data.train, plan.data.evaluation) if source is not None]
         extra: dict[str, Any] = _licence(plan)
@@ -188,7 +188,7 @@ def _base(plan: Plan) -> str | None:
 
 
 def _licence(plan: Plan) -> dict[str, Any]:
-    """What the base model's own card says of its licence and language."""
+    """Return what the base model's own card says of its licence and language."""
     directory = directory_of(plan)
     if directory is None or not (directory / "README.md").is_file():
         return {}
@@ -223,7 +223,7 @@ def _job(run: RunDirectory, plan: Plan) -> str:
 
 
 def _short(value: Any) -> Any:
-    """The same with absolute paths as names."""
+    """Return the same with absolute paths as names."""
     if isinstance(value, dict):
         return {key: _short(inner) for key, inner in value.items()}
     if isinstance(value, list):

@@ -36,7 +36,7 @@ class Layer:
 
     @property
     def traced(self) -> bool:
-        """Whether it is gone through itself."""
+        """Return whether it is gone through itself."""
         return self.stands_in == self.index
 
 
@@ -99,8 +99,7 @@ def _settings(module: nn.Module) -> tuple[Any, ...]:
 
 @dataclass
 class Skipped:
-    """What the layers of a stack that are not traced do in its place: they hand on what they get, as a layer
-    gives it back."""
+    """Stand for the layers of a stack that are not traced: hand on what comes in, as a layer gives it back."""
 
     output: Any = field(default=None)
     """What the last layer that was gone through gave back."""

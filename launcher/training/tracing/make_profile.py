@@ -19,6 +19,7 @@ from launcher.planner.limits import chunk_length
 from launcher.planner.memory.profile import FEW, MANY, RECOMPUTATIONS, Block, Pass, Profile
 from launcher.planner.plan import Plan
 from launcher.tasks.task import IGNORE, Draws, Sample, Task
+from launcher.training.devices import to_device
 from launcher.training.model import pretrained
 from launcher.training.precision import DTYPES
 from launcher.training.tracing.layers import Layer, spread
@@ -219,7 +220,7 @@ def prepared_task(plan: Plan, config: Any) -> Task:
 def example_batch(task: Task, config: Any, lengths: Sequence[int]) -> dict[str, Any]:
     """Return a micro-batch of examples of such lengths, as the task collates them."""
     samples = [_natural(task.example(length), number, config) for number, length in enumerate(lengths)]
-    return task.collate([[sample] for sample in samples], Draws(0, 0))
+    return to_device(task.collate([[sample] for sample in samples], Draws(0, 0)), "cpu")
 
 
 def _natural(sample: Sample, number: int, config: Any) -> Sample:

@@ -121,7 +121,7 @@ class TracedModel:
         return created
 
     def _held(self) -> Iterator[torch.Tensor]:
-        """What is there before the step, which an engine answers for."""
+        """Yield what is there before the step, which an engine answers for."""
         yield from self.model.buffers()
         yield from self.model.parameters()
 
