@@ -247,7 +247,7 @@ def _most_on_any_rank(model: PreTrainedModel, number: int) -> int:
 def _logits(
     model: PreTrainedModel, outputs: Any, hidden: torch.Tensor, targets: torch.Tensor
 ) -> torch.Tensor:
-    """Return what the model's own forward makes of hidden states [positions, hidden], [positions, vocabulary]."""
+    """Return what the model's forward makes of hidden states [positions, hidden]: [positions, vocabulary]."""
     with _answering(decoder_of(model), outputs, last_hidden_state=hidden[None]):
         logits: torch.Tensor = own_forward(model, {"input_ids": targets[None], "use_cache": False}).logits[0]
     return logits

@@ -63,7 +63,7 @@ class Share:
 
 
 def _of_rank(rank: int, own: Sample | None) -> Sample:
-    """Return that rank's sample, on every rank: whoever has none of a stretch has nothing to fill its passes with."""
+    """Return that rank's sample on every rank: one without a sample has nothing to fill its passes with."""
     length, names = exchange.all_gather((own.length, list(own)) if own else (0, []))[rank]
     arrays = exchange.all_gather_arrays(list(own.values()) if own else [])[rank]
     return Sample(dict(zip(names, arrays, strict=True)), -1, length)
