@@ -249,8 +249,8 @@ def test_signals_are_caught_and_given_back() -> None:
     [
         ({"precision": "bf16"}, {"precision"}),
         (
-            {"mesh__world_size": 4, "batch__data_parallel_size": 4},
-            {"mesh.world_size", "batch.data_parallel_size"},
+            {"mesh__world_size": 4, "mesh__dp_shard": 4, "batch__data_parallel_size": 4},
+            {"mesh.world_size", "mesh.dp_shard", "batch.data_parallel_size"},
         ),
         ({"length": {"value": 20, "unit": "steps"}}, {"length.value"}),
         ({"checkpoint": {"keep_last": 9}}, {"checkpoint.keep_last"}),
