@@ -1,5 +1,4 @@
-"""Read files of columns as CoNLL's tasks have them: a line for each word, an empty line behind each
-sentence."""
+"""Read files of columns as CoNLL's tasks have them: a word a line, an empty line behind each sentence."""
 
 from __future__ import annotations
 

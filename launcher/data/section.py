@@ -1,5 +1,4 @@
-"""The section `data` of a job file, as far as it is the same for every task; each task adds its own
-columns."""
+"""The section `data` of a job file, as far as it is the same for every task."""
 
 from __future__ import annotations
 

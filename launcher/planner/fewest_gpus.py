@@ -111,7 +111,7 @@ def _fewest_of_type(
         except ConfigurationError as error:
             smallest.reject(number, error)
         else:
-            smallest.add(Attempt(number, row.plan, row.forecast))
+            smallest.add(Attempt(number, row.plan, row.forecast, profiles.why_not(row.plan)))
     if smallest.taken is None:
         if smallest.hopeless is not None:
             raise smallest.hopeless

@@ -1,5 +1,4 @@
-"""Scores of tagged words: of entities as seqeval counts them, in all and by type, and the share of words that
-are right."""
+"""Score tagged words: entities as seqeval counts them, in all and by type, and the share of right words."""
 
 from __future__ import annotations
 

@@ -26,7 +26,8 @@ from launcher.tasks.task import Output, Task
 from launcher.training import generating
 from launcher.training import optimizer as optimizers
 from launcher.training.checkpoint.boxes import FlatShard
-from launcher.training.engines import companions
+from launcher.training.engines.companions import bind_loss
+from launcher.training.engines.companions import load as load_companions
 from launcher.training.engines.linear import keep_parameters_not_matrices
 from launcher.training.engines.recompute import checkpoint_activations
 from launcher.training.engines.unshard import cut_rows, gathered, replaced_one_by_one
@@ -64,8 +65,8 @@ class DeepSpeedEngine:
             checkpoint_activations(layer, plan.activation_checkpointing)
         masters = self._convert()
         self.model.train()
-        self.companions = companions.load(plan, self._task)
-        companions.bind_loss(self.model, self._task, self.companions)
+        self.companions = load_companions(plan, self._task)
+        bind_loss(self.model, self._task, self.companions)
         self._register_head()
         optimizer = optimizers.construct(self.model, plan.training)
         with _one_optimizer_for_all_stages(self._deepspeed):

@@ -19,7 +19,8 @@ from launcher.tasks.generation import GenerationOptions
 from launcher.tasks.task import Output, Task
 from launcher.training import generating
 from launcher.training import optimizer as optimizers
-from launcher.training.engines import companions
+from launcher.training.engines.companions import bind_loss
+from launcher.training.engines.companions import load as load_companions
 from launcher.training.engines.recompute import checkpoint_activations
 from launcher.training.engines.units import shard_units
 from launcher.training.heads import Batch
@@ -40,8 +41,8 @@ class FsdpEngine:
         self.model: PreTrainedModel = loaded.model
         self.new_parameters = loaded.new_parameters
         self.model.train()
-        self.companions = companions.load(self._plan, self._task)
-        companions.bind_loss(self.model, self._task, self.companions)
+        self.companions = load_companions(self._plan, self._task)
+        bind_loss(self.model, self._task, self.companions)
         self._optimizer = optimizers.build(self.model, self._plan.training) if self._trains else None
         gradient_bytes = 4 * sum(
             parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad
