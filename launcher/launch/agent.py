@@ -11,7 +11,7 @@ It differs from `python -m torch.distributed.run` in seven things:
 3. When a rank has failed, the others are killed at once with SIGKILL. torchrun sends SIGTERM and waits up to
   30 s, which a rank in a collective cannot even see. So a SIGTERM that reaches a rank is always a polite one,
   from outside.
-4. On a CPU the ranks are forks of one process that has imported the trainer (see warm.py).
+4. On a CPU the ranks are forks of one process that has imported the trainer (see fork_server.py).
 5. How each rank ended is written to exits.json, a signal as a negative code, and whether the agent ended it
   itself.
 6. Agents and ranks meet where others cannot reach them (see rendezvous.py).
