@@ -58,7 +58,7 @@ def contradictions(data: LabelledColumns) -> Iterator[Finding]:
     if data.label is None:
         yield finding("data.label", None, "is missing: sequence-classification learns a label", "model.task")
     if data.packing:
-        reason = "only causal-lm and masked-lm pack; classification batches are sorted by length and padded, so set it to false"
+        reason = "only language models pack; set it to false: these batches are sorted by length and padded"
         yield finding("data.packing", True, reason, "model.task")
     for_classes = {
         "class_weights": data.class_weights,

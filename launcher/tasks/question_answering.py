@@ -92,7 +92,7 @@ class QuestionAnswering(Task):
     def checks(self) -> Iterator[Finding]:
         data = self.data
         if data.packing:
-            reason = "only causal-lm and masked-lm pack; windows are sorted by length and padded, so set it to false"
+            reason = "only language models pack; set it to false: windows are sorted by length and padded"
             yield finding("data.packing", True, reason, "model.task")
         if data.doc_stride >= data.max_length:
             reason = (

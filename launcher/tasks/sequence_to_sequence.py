@@ -85,9 +85,7 @@ class SequenceToSequence(WritingTask):
     def checks(self) -> Iterator[Finding]:
         yield from super().checks()
         if self.data.packing:
-            reason = (
-                "only causal-lm and masked-lm pack; pairs are sorted by length and padded, so set it to false"
-            )
+            reason = "only language models pack; set it to false: pairs are sorted by length and padded"
             yield finding("data.packing", True, reason, "model.task")
         if self.data.source == self.data.target:
             yield finding(

@@ -219,7 +219,7 @@ def job(folder: Path, **changes: Any) -> Path:
             "evaluation.generate",
             "name data.evaluation",
         ),
-        ({"data": {"packing": True}}, "data.packing", "only causal-lm packs"),
+        ({"data": {"packing": True}}, "data.packing", "only language models pack"),
         ({"data": {"target": "de"}}, "data.target", "is the source as well"),
         (
             {"checkpoint": {"keep_best": 1, "metric": "bleu"}},
