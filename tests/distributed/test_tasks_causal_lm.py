@@ -218,7 +218,8 @@ def test_tokenizers_that_cannot_serve() -> None:
     with pytest.raises(ConfigurationError, match="a chat template"):
         task_of(CHAT, byte_tokenizer(template=None))
     with pytest.raises(
-        ConfigurationError, match="no such task; there are causal-lm, masked-lm, sequence-classification"
+        ConfigurationError,
+        match="no such task; there are causal-lm, masked-lm, question-answering, sequence-cl",
     ):
         tasks.build(plan_of(TEXT).model_copy(update={"task": "vision"}), TOKENIZER)
 

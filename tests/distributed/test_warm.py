@@ -19,7 +19,7 @@ from tests.tiers import slow_but
 SITE = """
 import os, sys
 said = " ".join(sys.orig_argv)
-if "launcher.training.entry" in said and "node_agent" not in said:
+if "launcher.training.entry" in said and "launcher.launch.agent" not in said:
     open(os.environ["STARTED"], "a").write(f"{os.getpid()}\\n")
 """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -42,6 +42,8 @@ OPTIONS = {
 
 class Plain:
     """A task of which the engine asks the loss alone."""
+
+    companions: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, reads_pairs: bool) -> None:
         self.auto_class = AutoModelForSeq2SeqLM if reads_pairs else AutoModelForCausalLM

@@ -137,7 +137,8 @@ def test_what_lies_beside_the_weights_is_in_the_export(tmp_path: Path) -> None:
         "generation_config.json",
         "model.safetensors",
     } <= found
-    assert found.isdisjoint({"README.md", "training_args.bin", "code/notes.txt", "rows.jsonl"})
+    assert found.isdisjoint({"training_args.bin", "code/notes.txt", "rows.jsonl"})
+    assert (tmp_path / "out" / "README.md").read_text() != "{}", "the card is this model's own"
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == words.chat_template
 
 

@@ -71,7 +71,7 @@ class Profiles:
             return Unknown(f"no config.json of {plan.model.name} on this machine; {ways}")
         if beside := tasks.unprepared(plan).companions:
             return Unknown(
-                f"the task asks models beside this one ({', '.join(beside)}), which nothing counts"
+                f"the task asks models beside this one ({', '.join(beside)}), whose memory nothing counts"
             )
         if self.formulas and (formulas := formulas_of(plan, config)) is not None:
             return formulas

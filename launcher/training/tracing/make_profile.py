@@ -85,6 +85,8 @@ class ProfileMaker:
         if inside is None:
             return ()
         head = [name for name, parameter in model.named_parameters() if id(parameter) not in inside]
+        if not self.config.architectures and model.get_output_embeddings() is not None:
+            return ()  # a config that does not say whose files these are; a language model has its head
         return tuple(head) if type(model).__name__ not in (self.config.architectures or ()) else ()
 
     def _with_passes(self, profile: Profile) -> Profile:
