@@ -9,7 +9,7 @@ from typing import NamedTuple
 from launcher.planner.candidates import with_cut
 from launcher.planner.forecast import Forecast, forecast, forecast_here, least_bytes
 from launcher.planner.hardware.detect import Hardware
-from launcher.planner.memory.estimate import Estimator
+from launcher.planner.memory.estimate import STAGED, Estimator
 from launcher.planner.memory.limits import gib
 from launcher.planner.memory.profiles import CACHED, Profiles, Unknown
 from launcher.planner.memory.program import Program
@@ -269,10 +269,11 @@ def _smaller_pass(plan: Plan, hardware: Hardware, peak: int, program: Program) -
 
 def _least_needed(plan: Plan, found: Program | Unknown) -> int:
     """Return the bytes of a rank with one sample a pass, all of it computed again; of the state alone where no
-    pass can be forecast."""
+    pass can be forecast. A copy for saving in the background is not among them: a save can do without."""
     if isinstance(found, Unknown):
         return _states(plan, found)
-    return Estimator(with_batch(plan, 1, "full"), found).footprint().highest.total
+    phases = Estimator(with_batch(plan, 1, "full"), found).footprint().phases
+    return max(phase.total - phase.parts.get(STAGED, 0) for phase in phases)
 
 
 def _states(plan: Plan, found: Program | Unknown) -> int:
@@ -288,17 +289,17 @@ def _another_cut(plan: Plan, found: Program | Unknown, hardware: Hardware, memor
     full = _fully_cut(plan, 1)
     if _states(full, found) < _states(plan, found) and _least_needed(full, found) <= usable:
         copies = " --set parallel.replicate=1" if plan.mesh.dp_replicate > 1 else ""
-        then = f"cut in full over the {world_size} ranks it is {gib(_states(full, found))}"
+        then = f"cut in full over the {world_size} ranks it is {gib(_least_needed(full, found))}"
         return Advice(f"--set parallel.shard=full{copies}", f"{have}; {then}")
     more = [ranks for ranks in divisors(plan.batch.global_batch_size) if ranks > world_size]
     wider = [_fully_cut(other, 1) for ranks in more if (other := _on_more(full, 1, ranks)) is not None]
     enough = next((cut for cut in wider if _least_needed(cut, found) <= usable), None)
     if enough is not None:
-        return _on_so_many(plan, enough, _states(enough, found), hardware, have)
+        return _on_so_many(plan, enough, _least_needed(enough, found), hardware, have)
     if _least_needed(plan, found) <= usable:
         return Advice(reason=f"{have}: by that it should do, and nothing that needs less is left to change")
     most = wider[-1] if wider else full
-    still = gib(_states(most, found))
+    still = gib(_least_needed(most, found))
     then = f"cut over {most.mesh.world_size} ranks, one for each sample of the batch, it is still {still}"
     return Advice(reason=f"{have}; {then}")
 
