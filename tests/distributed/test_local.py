@@ -155,7 +155,7 @@ def last_of(run: RunDirectory) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gloo", [True, False])
+@pytest.mark.parametrize("gloo", [True, pytest.param(False, marks=pytest.mark.very_slow)])
 def test_a_rank_killed_from_outside_is_noticed_and_the_run_goes_on_after(tmp_path: Path, gloo: bool) -> None:
     run = make_run(tmp_path, {"gloo": gloo}, num_steps=100_000)
     with launched(run) as process:

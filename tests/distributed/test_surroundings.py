@@ -81,7 +81,7 @@ def test_a_run_outlives_the_reader_of_its_output(tmp_path: Path) -> None:
     assert names(run)[-1] == "finished"
 
 
-@pytest.mark.parametrize("is_renamed", [True, False])
+@pytest.mark.parametrize("is_renamed", [True, pytest.param(False, marks=pytest.mark.very_slow)])
 def test_a_run_directory_that_is_removed_or_renamed_ends_the_run(is_renamed: bool, tmp_path: Path) -> None:
     run = make_run(tmp_path, {"kind": "carefree"}, **LONG)
     with launched(run) as process:

@@ -76,6 +76,7 @@ def test_a_node_with_a_broken_disk_is_left_out(cluster: Cluster, material: Train
     assert state(run.directory)
 
 
+@pytest.mark.very_slow
 def test_two_runs_on_the_same_nodes_never_meet(cluster: Cluster, material: TrainingInputs) -> None:
     """Both lead on n1, at the same time."""
     jobs = [material.job(name, ranks_per_node=1) for name in ("first", "second")]

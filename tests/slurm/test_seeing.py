@@ -96,6 +96,7 @@ def test_a_life_with_accounting(cluster_with_accounting: Cluster, material: Trai
     check_life(cluster_with_accounting, material, "accounted")
 
 
+@pytest.mark.very_slow
 def test_a_run_that_failed_and_one_whose_job_is_gone(cluster: Cluster, material: TrainingInputs) -> None:
     fault = {"FAULT": "memory:0:2", "PYTHONPATH": str(FAULTS), "LAUNCHER_WARM": "faulty"}
     run = material.submit(
@@ -111,6 +112,7 @@ def test_a_run_that_failed_and_one_whose_job_is_gone(cluster: Cluster, material:
     assert material.json("status", "gone", cluster=cluster)["slurm"]["state"] == "CANCELLED"
 
 
+@pytest.mark.very_slow
 def test_logs_are_followed_into_the_next_attempt_to_the_end(
     cluster: Cluster, material: TrainingInputs
 ) -> None:

@@ -151,6 +151,7 @@ def test_preempted_twice_before_the_first_step_counts_for_nothing(
     check_equal(run.directory, undisturbed)
 
 
+@pytest.mark.very_slow
 def test_a_node_loses_its_power_and_another_its_network(
     cluster: Cluster, material: TrainingInputs, undisturbed: RunDirectory
 ) -> None:
