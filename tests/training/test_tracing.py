@@ -71,6 +71,7 @@ def peak(plan: Plan, profile: Any) -> int:
     return Estimator(plan, profile).footprint().phase("steady step").peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro", [1, 3])
 @pytest.mark.parametrize(
     ("kind", "precision", "adapter"),
@@ -129,6 +130,7 @@ def test_lines_through_two_and_eight_are_what_a_trace_says(kind: str, recompute:
                 )
 
 
+@pytest.mark.slow
 def test_what_a_loss_in_chunks_needs_is_no_line(tmp_path: Path) -> None:
     """Of 40,000 words 419 positions are a chunk: what is behind the layers is traced for numbers on both sides."""
     plan = plan_for(tmp_path)
