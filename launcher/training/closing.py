@@ -13,6 +13,7 @@ from typing import Any
 
 from launcher.errors import RankLostError
 from launcher.runs import doors
+from launcher.training import shared_messages
 
 _LAZY = "TORCH_GLOO_LAZY_INIT"
 
@@ -36,14 +37,15 @@ def shut_behind(distributed: ModuleType) -> None:
 
 
 def stay_here() -> None:
-    """Have the groups of this process, which are all of this machine, listen to it alone, and shut their
-    ports."""
+    """Have the groups of this process, which are all of this machine, listen to it alone, shut their ports, and
+    pass large messages through shared memory."""
     from torch.distributed import (
         distributed_c10d,
     )  # not above: a script may set variables before it imports torch
 
     os.environ.update(dict.fromkeys(doors.INTERFACE_VARIABLES, here) if (here := doors.loopback()) else {})
     shut_behind(distributed_c10d)
+    shared_messages.use(distributed_c10d)
 
 
 def _shut(new: list[doors.Listening]) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlparse
 
 from launcher.runs import secret
-from launcher.training import closing
+from launcher.training import closing, shared_messages
 
 Found = Iterator[tuple[Any, int, int]]
 _ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
@@ -35,8 +35,13 @@ def changes() -> dict[str, Callable[[ModuleType], None]]:
     """Return, by module, what is to be changed in it once it is imported."""
     return {
         "torch.distributed.rendezvous": _use_the_attempts_store,
-        "torch.distributed.distributed_c10d": closing.shut_behind,
+        "torch.distributed.distributed_c10d": _change_groups,
     }
+
+
+def _change_groups(distributed: ModuleType) -> None:
+    closing.shut_behind(distributed)
+    shared_messages.use(distributed)
 
 
 def _use_the_attempts_store(rendezvous: ModuleType) -> None:

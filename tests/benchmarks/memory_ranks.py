@@ -20,11 +20,12 @@ from typing import Any
 
 import torch
 from torch import distributed
+from torch.distributed import distributed_c10d
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from launcher.planner.plan import Plan
 from launcher.render.deepspeed import config as deepspeed_config
-from launcher.training import engines
+from launcher.training import engines, shared_messages
 from launcher.training.model import pretrained
 from launcher.training.tracing.make_profile import example_batch, prepared_task
 
@@ -59,6 +60,7 @@ def serve(rank: int, world_size: int, port: int, pipe: Connection, times: bool) 
     os.environ["OMP_NUM_THREADS"] = "1"
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
+    shared_messages.use(distributed_c10d)
     distributed.init_process_group("gloo")
     if not times:
         _let_threads_finish()

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import distributed
+from torch.distributed import distributed_c10d
 
+from launcher.training import shared_messages
 from tests.ports import free_port
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -69,6 +71,7 @@ def _rank(
         MASTER_PORT=str(port),
     )
     torch.set_num_threads(1)
+    shared_messages.use(distributed_c10d)
     try:
         distributed.init_process_group("gloo")
         buffer = io.BytesIO()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -15,8 +16,8 @@ def test_the_coordinator_fetches_ahead_and_lets_go() -> None:
     weights = [Weight(f"m{number}.weight", (10, 10)) for number in range(10)]
     order = [*weights, *reversed(weights)]
     trace = [Module((weight,), ("layer", number % 10, number >= 10)) for number, weight in enumerate(order)]
-    narrow = Coordinator(trace, 100, 200, 0, gloo=False).go()
-    wide = Coordinator(trace, 100, 10_000, 10_000, gloo=False).go()
+    narrow = Coordinator(trace, 100, 200, 0, copied_below=0).go()
+    wide = Coordinator(trace, 100, 10_000, 10_000, copied_below=0).go()
     assert max(narrow.values()) <= 500 < max(wide.values())
 
 
@@ -28,14 +29,14 @@ def test_a_message_stays_until_the_last_of_its_parameters_is_called_for() -> Non
         Module((other,), ("stem", 0, False)),
         *(Module((weight,), ("layer", n, False)) for n, weight in enumerate((first, second))),
     ]
-    most = Coordinator(trace, 200, 10_000, 0, gloo=False).go()
+    most = Coordinator(trace, 200, 10_000, 0, copied_below=0).go()
     assert most == {
         ("stem", 0, False): 100 + 200,
         ("layer", 0, False): 200 + 200,
         ("layer", 1, False): 100,
         END: 0,
     }
-    doubled = Coordinator(trace, 200, 10_000, 0, gloo=True).go()
+    doubled = Coordinator(trace, 200, 10_000, 0, copied_below=math.inf).go()
     assert doubled["stem", 0, False] == 100 + 2 * 200 and doubled["layer", 0, False] == 200 + 200
 
 
@@ -43,7 +44,9 @@ def test_what_is_never_let_go_of_is_there_when_the_last_gradients_are_sent() -> 
     """A table of words, whose input no gradient goes to, and a message that was gone by then."""
     words, other = Weight("words.weight", (20, 10)), Weight("a.weight", (10, 10))
     back = [Module((other,), ("layer", 0, True)), Module((words,), ("stem", 0, True), leaves=False)]
-    most = Coordinator([Module((words,), ("stem", 0, False)), *back], 100, 10_000, 0, gloo=True).go()
+    most = Coordinator(
+        [Module((words,), ("stem", 0, False)), *back], 100, 10_000, 0, copied_below=math.inf
+    ).go()
     assert most[END] == most["stem", 0, True] == 200 < most["layer", 0, True]
 
 
@@ -53,7 +56,7 @@ def test_of_messages_under_way_as_many_are_there_twice_as_gloo_has_threads() -> 
     trace = [Module((), ("stem", n, False)) for n in range(3)] + [
         Module((weight,), ("layer", 0, False)) for weight in weights[:3]
     ]
-    most = Coordinator(trace, 100, 300, 0, gloo=True).go()
+    most = Coordinator(trace, 100, 300, 0, copied_below=math.inf).go()
     assert most["stem", 2, False] == 3 * 100 + GLOO_THREADS * 100
 
 
@@ -68,7 +71,7 @@ def test_autograd_keeps_a_view_that_is_multiplied_with() -> None:
             Module((other,), ("tail", 0, False)),
             Module((weight,), back),
         ]
-        most = Coordinator(trace, 1, 10_000, 0, gloo=False).go()
+        most = Coordinator(trace, 1, 10_000, 0, copied_below=0).go()
         assert most["tail", 0, False] == kept + 100 + 100 and most[back] == kept + 100
 
 
@@ -139,7 +142,9 @@ def test_what_is_held_is_the_sum_of_what_is_there(seed: int) -> None:
     ]
     external = frozenset(weight.name for weight in weights if r.random() < 0.1)
     limits = r.randint(1, 500), r.randint(1, 3000), r.randint(0, 1000)
-    most = Counted([*ahead, *back], *limits, gloo=r.random() < 0.5, external=external).go()
+    most = Counted(
+        [*ahead, *back], *limits, copied_below=r.choice([0, 100, math.inf]), external=external
+    ).go()
     assert max(most.values()) >= max(
         (weight.num_elements for module in ahead for weight in module.weights), default=0
     )

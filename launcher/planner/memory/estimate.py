@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 from launcher import tasks
-from launcher.planner.limits import DEFERRED_GRADIENT_BYTES
+from launcher.planner.limits import DEFERRED_GRADIENT_BYTES, SHARED_MESSAGE_BYTES
 from launcher.planner.memory.formulas import formulas_of
 from launcher.planner.memory.fsdp import Cut, FsdpStep
 from launcher.planner.memory.program import Batch, Program, Segment, Setting
@@ -217,7 +218,8 @@ class Estimator:
             itemsize=self.itemsize,
             reshard=plan.mesh.reshard_after_forward,
             state_copies=self.copies,
-            gloo=not self.cuda,
+            cpu=not self.cuda,
+            copied_below=self._copied_below(plan.mesh.dp_shard),
             accumulation=min(3, plan.batch.accumulation_steps),
             defers=self._sharded_gradient_bytes() <= DEFERRED_GRADIENT_BYTES,
             recomputes=plan.activation_checkpointing != "none",
@@ -227,6 +229,12 @@ class Estimator:
             and plan.mesh.world_size == 1
             and plan.offload != "parameters",
         )
+
+    def _copied_below(self, num_ranks: int) -> float:
+        """Bytes below which gloo copies the messages of that many neighbouring ranks."""
+        if self.cuda:
+            return 0
+        return SHARED_MESSAGE_BYTES if num_ranks <= self.plan.mesh.ranks_per_node else math.inf
 
     def _sharded_gradient_bytes(self) -> int:
         """What the engine compares: parameters as it sees them when it is made, whole by their shape."""
@@ -241,7 +249,8 @@ class Estimator:
             ranks=plan.mesh.world_size,
             itemsize=self.itemsize,
             state_copies=self.copies,
-            gloo=not self.cuda,
+            cpu=not self.cuda,
+            copied_below=self._copied_below(plan.mesh.world_size),
             accumulation=min(3, plan.batch.accumulation_steps),
             reduce_bucket=zero.reduce_bucket_size,
             prefetch_bucket=zero.prefetch_bucket_size,

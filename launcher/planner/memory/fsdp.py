@@ -26,8 +26,9 @@ class Cut:
     reshard: bool
     state_copies: int
     """fp32 tensors of the optimizer for each parameter."""
-    gloo: bool
-    """Collectives go through gloo, which copies what it sends."""
+    cpu: bool
+    copied_below: float
+    """Bytes; gloo copies messages that are smaller, and no others: none on GPUs, all between machines."""
     accumulation: int
     defers: bool
     """Gradients of all but the last micro-batch are added up before anything is sent."""
@@ -81,7 +82,7 @@ class FsdpStep:
         cast = (
             0 if cut.itemsize == 4 else (unit.shard(cut.ranks) - unit.narrow_shard(cut.ranks)) * cut.itemsize
         )
-        self.time.touch(MESSAGES, cast + received * (2 if cut.gloo else 1), "gathering")
+        self.time.touch(MESSAGES, cast + received * (1 + (received < cut.copied_below)), "gathering")
         self.time.up(MESSAGES, received, "gathering")
         return received
 
@@ -116,7 +117,7 @@ class FsdpStep:
         """After a unit's backward pass: its gradients leave, or wait for the next micro-batch."""
         cut, time = self.cut, self.time
         trained = unit.num_elements(trained=True)
-        if cut.gloo and cut.defers and cut.itemsize != 4 and not self.first_gradients:
+        if cut.cpu and cut.defers and cut.itemsize != 4 and not self.first_gradients:
             # They are added up before the unit is let go of, on a CPU from copies in fp32.
             time.touch(TEMPORARIES, 4 * unit.largest_trained, "adding up gradients")
         if not last and cut.defers and trained:
@@ -137,7 +138,7 @@ class FsdpStep:
         left = own * unit.last_trained // trained if cut.ranks > 1 else 0
         time.down(GRADIENTS, own - left)
         time.up(GRADIENTS, padded * 4, "sending gradients")
-        if cut.gloo and cut.ranks > 1:
+        if cut.ranks > 1 and self.sent < cut.copied_below:
             time.touch(MESSAGES, self.sent, "sending gradients")
         time.down(GRADIENTS, left)
         if (not cut.defers and not self.first_gradients) or cut.offloads:
@@ -216,7 +217,7 @@ class FsdpStep:
                     go_through(self.time, segment, self.cut.recomputes)
             else:
                 self.micro_step(segments, number == self.cut.accumulation - 1)
-        if self.cut.gloo:
+        if self.cut.cpu:
             # On a CPU the norm of a gradient in fp64 is taken of a copy in fp64.
             self.time.touch(
                 TEMPORARIES,

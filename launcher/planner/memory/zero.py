@@ -30,7 +30,9 @@ class ZeroCut:
     ranks: int
     itemsize: int
     state_copies: int
-    gloo: bool
+    cpu: bool
+    copied_below: float
+    """Bytes; gloo copies messages that are smaller, and no others: none on GPUs, all between machines."""
     accumulation: int
     reduce_bucket: int
     prefetch_bucket: int
@@ -199,10 +201,10 @@ class ZeroStep:
         """Bytes that come and go while what fills the bucket is sent."""
         cut = self.cut
         if cut.stage == 3:
-            # One fp32 gradient alone is sent as it lies, where it can be cut evenly; gloo takes a copy of
-            # what it sends.
+            # One fp32 gradient alone is sent as it lies, where it can be cut evenly; gloo may take a
+            # copy of what it sends.
             alone = self.filled > cut.reduce_bucket and cut.itemsize == 4 and self.filled % cut.ranks == 0
-            return 4 * (cut.gloo + (not alone)) * self.filled
+            return 4 * ((4 * self.filled < cut.copied_below) + (not alone)) * self.filled
         if cut.stage == 1:
             return 0
         wide = 4 * (cut.itemsize != 4)
@@ -264,10 +266,10 @@ class ZeroStep:
             time.parts[GRADIENTS] = copied + wide * 4 * max(
                 unit.largest_trained for unit in (self.root, *self.layers)
             )
-            time.touch(TEMPORARIES, wide * buffer + 8 * piece * cut.gloo, "norm of the gradients")
+            time.touch(TEMPORARIES, wide * buffer + 8 * piece * cut.cpu, "norm of the gradients")
         time.parts = dict(base)
         time.touch(GRADIENTS, part if wide else part + copied, "optimizer")
-        time.touch(GRADIENTS, copied + 8 * piece * cut.gloo, "norm of the gradients")
+        time.touch(GRADIENTS, copied + 8 * piece * cut.cpu, "norm of the gradients")
 
     def _head(self) -> Weight | None:
         """The output embeddings: the last matrix, if it is as large as the first, the table of words; else
@@ -288,7 +290,10 @@ class ZeroStep:
         head = self._head()
         trace = Tracer(self.root, self.layers, cut.persistence, head).trace(segments, cut.recomputes)
         external = frozenset({head.name} if head is not None else ())
-        coordinator = Coordinator(trace, cut.prefetch_bucket, cut.max_live, cut.max_live, cut.gloo, external)
+        copied_below = cut.copied_below / cut.itemsize
+        coordinator = Coordinator(
+            trace, cut.prefetch_bucket, cut.max_live, cut.max_live, copied_below, external
+        )
         return coordinator.go()
 
     def _stage_3(self, segments: list[Segment]) -> None:
@@ -314,7 +319,7 @@ class ZeroStep:
             cut.prefetch_bucket,
             cut.persistence,
             cut.max_live,
-            cut.gloo,
+            cut.copied_below,
             cut.recomputes,
             cut.speaks,
         )

@@ -62,7 +62,8 @@ class Coordinator:
     prefetch: int
     max_live: int
     max_reuse: int
-    gloo: bool
+    copied_below: float
+    """Elements; gloo copies messages of fewer, and no others."""
     external: frozenset[str] = frozenset()
     whole: set[str] = field(default_factory=set)
     """Names of what is there."""
@@ -96,12 +97,14 @@ class Coordinator:
 
     def _note(self, key: Key) -> None:
         held = self.held
-        if self.gloo and self.flying:
+        if self.copied_below and self.flying:
             # A thread of gloo gathers into a buffer of its own. How long that takes is up to the other ranks,
-            # which may be behind: the largest messages that the threads can be at are counted twice. NCCL
-            # gathers in place.
+            # which may be behind: the largest messages that the threads can be at are counted twice. NCCL, and
+            # ranks of one machine, gather in place.
             on_the_way = {
-                id(message): message.total for message in self.flying.values() if not message.arrived
+                id(message): message.total
+                for message in self.flying.values()
+                if not message.arrived and message.total < self.copied_below
             }
             held += sum(sorted(on_the_way.values(), reverse=True)[:GLOO_THREADS])
         self.most[key] = max(self.most.get(key, 0), held)

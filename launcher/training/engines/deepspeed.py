@@ -145,13 +145,13 @@ class DeepSpeedEngine:
         self, batch: Batch, options: GenerationOptions, each_token: generating.EachToken = lambda: False
     ) -> torch.Tensor:
         self._engine.eval()
-        with torch.no_grad(), self._whole_where_it_fits() as is_whole:
+        with torch.no_grad(), self.whole_where_it_fits() as is_whole:
             written = generating.generate(self.model, batch, options, each_token, synced=not is_whole)
         self._engine.train()
         return written
 
     @contextlib.contextmanager
-    def _whole_where_it_fits(self) -> Iterator[bool]:
+    def whole_where_it_fits(self) -> Iterator[bool]:
         """While inside, every rank has all parameters, where all ranks have the memory; say whether it is
         so."""
         assert self._plan.zero is not None

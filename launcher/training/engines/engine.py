@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
@@ -33,6 +34,9 @@ class Engine(Protocol):
 
     def evaluate(self, batch: Batch) -> Output:
         """Forward alone, without dropout or gradients."""
+
+    def whole_where_it_fits(self) -> AbstractContextManager[bool]:
+        """While inside, every rank has all parameters, where all ranks have the memory; say whether it is so."""
 
     def generate(
         self, batch: Batch, options: GenerationOptions, each_token: EachToken = lambda: False

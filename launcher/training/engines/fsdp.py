@@ -48,6 +48,10 @@ class FsdpEngine:
             parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad
         )
         self._defers = gradient_bytes <= DEFERRED_GRADIENT_BYTES
+        if isinstance(self.model, FSDPModule):
+            # The first pass would make its units and no others one family: those that a shortened model or an
+            # encoder alone leaves out would each be a root of its own, with streams of its own.
+            self.model._get_fsdp_state()._lazy_init()
 
     def _shard(self, model: PreTrainedModel) -> None:
         """Cut the model: each repeated layer is a unit, the rest is the root unit."""
@@ -91,20 +95,19 @@ class FsdpEngine:
         self, batch: Batch, options: GenerationOptions, each_token: generating.EachToken = lambda: False
     ) -> torch.Tensor:
         self.model.eval()
-        with torch.no_grad(), self._whole_where_it_fits() as is_whole:
+        with torch.no_grad(), self.whole_where_it_fits() as is_whole:
             written = generating.generate(self.model, batch, options, each_token, synced=not is_whole)
         self.model.train()
         return written
 
     @contextlib.contextmanager
-    def _whole_where_it_fits(self) -> Iterator[bool]:
+    def whole_where_it_fits(self) -> Iterator[bool]:
         """While inside, every rank has all parameters, where all ranks have the memory; say whether it is
         so."""
         units = [module for module in nn.Module.modules(self.model) if isinstance(module, FSDPModule)]
         if not units:
             yield True
             return
-        self.model._get_fsdp_state()._lazy_init()  # else an encoder, which is called first, would be the root
         num_bytes = DTYPES[self._plan.precision].itemsize * sum(
             parameter.numel() for parameter in self.model.parameters()
         )

@@ -49,12 +49,13 @@ def check_loss(engine: Engine, task: Task, dataset: Dataset, plan: Plan, event: 
     Raises ConfigurationError where no way is, with both numbers; DataError where samples do not have the next
     token as their target.
     """
-    with shortened(engine.model):
-        _check_loss(engine, task, dataset, plan, event)
-
-
-def _check_loss(engine: Engine, task: Task, dataset: Dataset, plan: Plan, event: Event) -> None:
+    # What both passes need is gathered once.
     began = time.monotonic()
+    with shortened(engine.model), engine.whole_where_it_fits():
+        _check_loss(engine, task, dataset, plan, event, began)
+
+
+def _check_loss(engine: Engine, task: Task, dataset: Dataset, plan: Plan, event: Event, began: float) -> None:
     ends = engine.model.config.get_text_config().eos_token_id
     rows = _rows(task, dataset, [ends] if isinstance(ends, int) else ends or [])
     planned = way = Way(task.layout, plan.attention, task.head)
