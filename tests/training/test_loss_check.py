@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import processors
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM
 
 from launcher import tasks
@@ -76,6 +77,11 @@ def checked(plan: Plan, fault: Fault = contextlib.nullcontext) -> dict[str, Any]
         "way": (task.layout, engine.model.config._attn_implementation, task.head),
         "num_layers": len(repeated_layers(engine.model)),
         "num_passed": num_passed,
+        "num_roots": sum(
+            unit._get_fsdp_state()._is_root is not False
+            for unit in engine.model.modules()
+            if isinstance(unit, FSDPModule)
+        ),
         "loss": float(output.loss_sum),
     }
 
@@ -245,6 +251,8 @@ def test_sharded(tmp_path: Path, data: dict[str, Any], engine: dict[str, Any]) -
     for result in on_ranks(2, checked, plan):
         assert result["said"][0][0] == "checked"
         assert (result["num_layers"], result["num_passed"]) == (5, [2])
+        # FSDP's units are one family, with the layers that the check left out.
+        assert result["num_roots"] == (0 if engine else 1)
         assert result["loss"] == pytest.approx(one["loss"], rel=1e-5)
     for result in on_ranks(2, checked, plan, leak):
         assert result["said"][0][1]["taken"] == "padded sdpa chunked"
