@@ -139,12 +139,14 @@ class Memory:
             node, boot = int(os.environ.get("GROUP_RANK", "0")), Path("/proc/sys/kernel/random/boot_id")
             machine = int(boot.read_text(encoding="ascii").replace("-", "")[:15], 16)
             own = [machine, Path("/proc/self/ns/pid").stat().st_ino, node, os.getpid(), descriptor]
-            said = torch.empty(group.size(), len(own), dtype=torch.int64)
-            group.all_gather_single(said, torch.tensor([own])).wait()
+            members = torch.empty(group.size(), len(own), dtype=torch.int64)
+            group.all_gather_single(members, torch.tensor([own])).wait()
             buffers: list[Any] = []
-            if len({tuple(one[:3]) for one in said.tolist()}) == 1:
+            if len({tuple(one[:3]) for one in members.tolist()}) == 1:
                 with contextlib.suppress(OSError):
-                    buffers = [_map(f"/proc/{process}/fd/{number}") for *_, process, number in said.tolist()]
+                    buffers = [
+                        _map(f"/proc/{process}/fd/{number}") for *_, process, number in members.tolist()
+                    ]
             all_have = torch.tensor([float(bool(buffers))])
             group.allreduce([all_have]).wait()
             return cls(group, buffers) if int(all_have) == group.size() else None
