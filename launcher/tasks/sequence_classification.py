@@ -61,6 +61,8 @@ class SequenceClassification(Task):
         self._weights: list[float] | None = None
         self._fitted: list[float] | None = None
         """The thresholds of the classes, where an evaluation fitted them."""
+        self._mean: float | None = None
+        """Of the training rows' numbers."""
 
     def checks(self) -> Iterator[Finding]:
         yield from contradictions(self.data)
@@ -136,6 +138,7 @@ class SequenceClassification(Task):
         it stands without one."""
         self.own_labels = classes.of_model(config)
         self._reads_last_end = config.model_type in _READS_LAST_END
+        self._mean = getattr(config, "label_mean", None)
         if not as_it_stands:
             return
         num_needed = 1 if self.data.problem == "regression" else None
@@ -191,8 +194,10 @@ class SequenceClassification(Task):
             raise ConfigurationError(Problem("data.label", self._label_column, reason))
 
     def learn_from(self, column: Callable[[str], np.ndarray | None]) -> None:
-        """Take what each class weighs. Raises ConfigurationError for weights and thresholds of what is no
-        class, and for a `top_k` of all."""
+        """Take what each class weighs, or the mean of the numbers. Raises ConfigurationError for weights and
+        thresholds of what is no class, and for a `top_k` of all."""
+        if self.data.problem == "regression" and (numbers := column("label")) is not None:
+            self._mean = float(numbers.mean(dtype=np.float64))
         names = list(self.labels or ())
         if self.data.top_k is not None and self.data.top_k >= len(names):
             reason = f"there are {len(names)} classes, and the right one is always among so many"
@@ -279,7 +284,8 @@ class SequenceClassification(Task):
         return batch
 
     def configure(self, config: Any) -> None:
-        """Write the classes, the kind of problem and the padding token into the model's config."""
+        """Write the classes, the kind of problem, the padding token and the mean of the numbers into the
+        model's config."""
         names = self.labels
         if names is None:
             names = (
@@ -289,6 +295,10 @@ class SequenceClassification(Task):
         config.id2label = dict(enumerate(names))
         config.label2id = {name: number for number, name in enumerate(names)}
         config.problem_type = HF_PROBLEM[self.data.problem]
+        if self.data.problem == "regression" and self._mean is not None:
+            config.label_mean = self._mean
+        else:
+            vars(config).pop("label_mean", None)
         if self._pad is None:
             return  # no tokenizer: the model is looked at, and no batch is made
         if counts_positions_from_padding(config):

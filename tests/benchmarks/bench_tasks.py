@@ -22,6 +22,8 @@ PREFACE = """# Real tasks
 checkpoint `keep_best` keeps; the last is that of the final step.
 """
 
+ENGINES = {"fsdp": "FSDP", "deepspeed": "DeepSpeed ZeRO"}
+
 
 def main() -> None:
     """Write one section for each run."""
@@ -29,8 +31,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
-    found = conditions("torch", "transformers")
-    for path in parser.parse_args().runs:
+    parser.add_argument("--title", help="of the section, where a job ran more than once; its name by default")
+    parser.add_argument("--note", default="", help="said below the figures: the command, baselines, samples")
+    found, options = conditions("torch", "transformers"), parser.parse_args()
+    if options.title and len(options.runs) > 1:
+        parser.error("--title is for one run")
+    for path in options.runs:
         run = RunDirectory(path)
         if not run.finished:
             parser.error(f"{path} is not finished")
@@ -38,8 +44,8 @@ def main() -> None:
         figures = measured(run, plan.checkpoint.metric)
         page = write(
             "tasks",
-            plan.name,
-            f"{sentence(found)}\n\n{description(plan, run)}\n\n{shown(figures)}",
+            options.title or plan.name,
+            f"{sentence(found)}\n\n{description(plan, run)}\n\n{shown(figures)}\n{options.note}",
             figures,
             PREFACE,
         )
@@ -66,7 +72,8 @@ def description(plan: Plan, run: RunDirectory) -> str:
     training, batch = plan.training, plan.batch
     attempts = sum(record["event"] == "started" for record in events.read(run.events_file))
     return (
-        f"{plan.mesh.world_size} ranks, {plan.precision}, batches of {batch.global_batch_size}, "
+        f"{plan.mesh.world_size} ranks, {ENGINES[plan.engine]} ({plan.sharding}), {plan.precision}, "
+        f"batches of {batch.global_batch_size}, "
         f"{plan.length.value:g} {plan.length.unit}, "
         f"{training.optimizer} at {training.learning_rate:g} ({training.schedule}, warm-up "
         f"{training.warmup:g}), seed {training.seed}; "

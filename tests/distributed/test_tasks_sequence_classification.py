@@ -323,6 +323,20 @@ def test_the_head_of_a_number_keeps_its_name() -> None:
     assert config.id2label == {0: "value"}
 
 
+def test_the_mean_of_the_numbers_goes_with_the_model_and_not_with_classes() -> None:
+    """A new head begins there, in training and where the run's beginning is measured again."""
+    task, config = task_of(problem="regression"), classifier_config()
+    task.learn_from({"label": np.array([1.0, 2.0, 4.5], dtype=np.float32)}.get)
+    task.configure(config)
+    assert config.label_mean == 2.5
+    again, other = task_of(problem="regression"), classifier_config()
+    again.adopt(config)
+    again.configure(other)
+    assert other.label_mean == 2.5
+    task_of(["no", "yes"]).configure(config)
+    assert "label_mean" not in config.to_dict()
+
+
 def test_a_model_that_stands_is_measured_by_its_own_classes() -> None:
     task = task_of()
     task.adopt(classifier_config("yes", "no"), as_it_stands=True)

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, BertConfig, BertForSequenceClassification, BertModel, PreTrainedModel
 
+from launcher.data.section import Source
 from launcher.planner.plan import Plan
 from launcher.render.deepspeed import config as deepspeed_config
+from launcher.tasks.sequence_classification import LabelledColumns, SequenceClassification
 from launcher.training.engines import build
 from launcher.training.model import attention, pretrained
 from launcher.training.model import loading as models
@@ -23,6 +25,7 @@ from tests.training.plans import deepspeed, plan_of
 from tests.training.ranks import on_ranks
 from tests.training.test_engine import Causal
 from tests.training.tiny import model_of
+from tests.training.wholes import whole
 
 pytestmark = pytest.mark.distributed
 
@@ -91,3 +94,37 @@ def test_no_memory_while_loading_is_not_the_models_fault(
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", without_memory)
     with pytest.raises(OSError, match="Cannot allocate memory"):
         models.load(plan, Causal.auto_class, pretrained.read_config(plan), lambda model: None)
+
+
+def biases(plan: Plan, config: Any) -> dict[str, Any]:
+    """What the head's tensors are after loading."""
+    data = LabelledColumns(train=Source(path="unused"), text="text", label="label", problem="regression")
+    task = SequenceClassification(data)
+    config.problem_type = "regression"
+    engine = build(plan, task, config, deepspeed_config(plan) if plan.engine == "deepspeed" else {})
+    state = engine.state_dict()
+    return {name: whole(state[f"model.{name}"]) for name in ("classifier.weight", "classifier.bias")}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "engine"),
+    [(1, {}), (2, {}), pytest.param(2, deepspeed(3), marks=pytest.mark.slow)],
+    ids=["1", "2, fsdp", "2, zero3"],
+)
+def test_a_new_head_begins_at_the_mean_of_the_numbers(
+    engine: dict[str, Any], world_size: int, tmp_path: Path
+) -> None:
+    """The bias alone, and only of a head that the files do not hold."""
+    if engine.get("engine") == "deepspeed":
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=40, num_labels=1, attn_implementation="sdpa", **sizes)
+    BertModel(config).save_pretrained(tmp_path / "body")
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "head")
+    config.label_mean = 3.5
+    for source, bias in (("body", 3.5), ("head", 0.0)):
+        task = {"task": "sequence-classification", "model__task": "sequence-classification"}
+        plan = plan_of(tmp_path / source, world_size, **task, attention="sdpa", layout="padded", **engine)
+        for found in on_ranks(world_size, biases, plan, config):
+            assert found["classifier.bias"].tolist() == [bias]
+            assert found["classifier.weight"].abs().max() < 1 and found["classifier.weight"].any()

@@ -21,12 +21,13 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 
+from launcher import tasks
 from launcher.errors import ConfigurationError, Problem
 from launcher.planner.plan import Mesh, Plan
 from launcher.training.model import adapters, pretrained
 from launcher.training.model.buffers import restore_buffers
 from launcher.training.model.conversion import converted_whole, copied_in_parts, cut_like
-from launcher.training.model.reading import Changes
+from launcher.training.model.reading import Changes, following
 from launcher.training.precision import DTYPES
 from launcher.training.reporting.whereabouts import tensors_counted
 
@@ -84,6 +85,9 @@ def load(plan: Plan, auto_class: Any, config: Any, shard: Shard) -> LoadedModel:
     new = tuple(name for name, _ in model.named_parameters() if name in missing)
     _widen(model, new)
     initialise(model, new, plan.training.seed)
+    mean = getattr(config, "label_mean", None)
+    if mean is not None and tasks.find(plan.task).traits.head == "one-per-sample":
+        _centre(model, set(new) & following(kind, config, "num_labels"), mean)
     freeze(model, plan.model.freeze)
     _add_adapter(model, seam.injected, plan, new, device)
     if plan.mesh.world_size == 1:
@@ -263,6 +267,18 @@ def initialise(model: PreTrainedModel, names: tuple[str, ...], seed: int) -> Non
                 module._parameters[key] = parameter
                 assert whole is not None
                 local_part(parameter).copy_(cut_like(parameter, whole.data))
+
+
+@torch.no_grad()
+def _centre(model: PreTrainedModel, head: set[str], mean: float) -> None:
+    """Begin the bias of a new head at the mean of the numbers that it learns.
+
+    From 0, the squared error is for many steps that of the mean alone: AdamW moves a bias by no more than the
+    learning rate a step, so the layers below move instead, and forget.
+    """
+    for parameter in map(model.get_parameter, head):
+        if len(parameter.shape) == 1:
+            local_part(parameter).fill_(mean)
 
 
 def whole_shape(parameter: torch.Tensor) -> torch.Size:

@@ -40,10 +40,8 @@ class Changes:
         describes."""
         if plan.model.weights == "random" or plan.model.config is not None:
             return cls()
-        grown = _following(kind, config, "vocab_size") if plan.model.resize_embeddings else frozenset()
-        return cls(
-            _following(kind, config, "num_labels") if _other_head(plan, config) else frozenset(), grown
-        )
+        grown = following(kind, config, "vocab_size") if plan.model.resize_embeddings else frozenset()
+        return cls(following(kind, config, "num_labels") if _other_head(plan, config) else frozenset(), grown)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
@@ -87,7 +85,7 @@ def _other_head(plan: Plan, config: Any) -> bool:
     )
 
 
-def _following(kind: type[PreTrainedModel], config: Any, size: str) -> frozenset[str]:
+def following(kind: type[PreTrainedModel], config: Any, size: str) -> frozenset[str]:
     """Return the parameters and buffers whose number of rows is the config's `size`, found by making the
     model twice without memory."""
     shapes = []
