@@ -65,6 +65,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0},
         "ffn_config": {"moe_top_k": 2, "moe_loss_weight": 0.1, "ffn_hidden_size": 48, "hidden_size": 64},
     },
+    "encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
     "esm": {"vocab_size": VOCABULARY, "mask_token_id": 4},
     "esmc": {"num_key_value_heads": 4},
     "layoutlmv3": {"coordinate_size": 8, "shape_size": 16, "visual_embed": False},
@@ -131,6 +132,23 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "zaya": {"lm_head_bias": True, "num_experts_per_tok": 1, "layer_types": ["hybrid", "hybrid_sliding"]},
 }  # fmt: skip
 
+_LONGROPE = {
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 8,
+        "long_factor": [4.0] * 8,
+        "original_max_position_embeddings": 16,
+        "factor": 4.0,
+    },
+    "original_max_position_embeddings": 16,
+}
+_SPEECH = (
+    "audioflamingo3", "glmasr", "granite_speech", "granite_speech_plus", "moss_transcribe_diarize",
+    "musicflamingo", "nemo_speechlm", "qwen2_audio", "qwen3_asr", "vibevoice_asr", "voxtral",
+    "voxtral_realtime",
+)  # fmt: skip
+
 VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
     ("causal-lm", "bamba+z_loss"): {"z_loss_coefficient": 0.1},
     ("causal-lm", "deepseek_v2+no_query_lora"): {"q_lora_rank": None},
@@ -155,17 +173,7 @@ VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
     ("causal-lm", "mistral+no_window"): {"sliding_window": None},
     ("causal-lm", "mpt+learned"): {"attn_config": {"alibi": False}},
     ("causal-lm", "opt+projected"): {"word_embed_proj_dim": 32, "do_layer_norm_before": False},
-    ("causal-lm", "phi3+longrope"): {
-        "rope_parameters": {
-            "rope_type": "longrope",
-            "rope_theta": 10000.0,
-            "short_factor": [1.0] * 8,
-            "long_factor": [4.0] * 8,
-            "original_max_position_embeddings": 16,
-            "factor": 4.0,
-        },
-        "original_max_position_embeddings": 16,
-    },
+    ("causal-lm", "phi3+longrope"): _LONGROPE,
     ("causal-lm", "phi3+no_window"): {"sliding_window": None},
     ("causal-lm", "phimoe+no_window"): {"sliding_window": None},
     ("causal-lm", "qwen2_moe+no_window"): {
@@ -188,6 +196,7 @@ VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
     ("causal-lm", "gemma4_text+dense"): {"enable_moe_block": False, "num_kv_shared_layers": 0},
     ("causal-lm", "zaya+no_window"): {"layer_types": ["hybrid", "hybrid"]},
     ("causal-lm", "granitemoehybrid+attention"): {"layer_types": ["full_attention", "full_attention"]},
+    ("token-classification", "phi3+longrope"): _LONGROPE,
     ("sequence-classification", "phi3+no_window"): {"sliding_window": None},
     ("sequence-classification", "deberta-v2+relative"): {
         "relative_attention": True,
@@ -233,5 +242,26 @@ UNABLE: dict[tuple[str, str], str] = {
         "reformer",
     ): "trains only on samples of exactly the length that axial_pos_shape multiplies to",
     ("sequence-classification", "layoutlmv2"): "needs detectron2 and an image of each page",
+    **dict.fromkeys(
+        (("masked-lm", kind) for kind in ("bart", "mbart", "mvp")),
+        "reads one sequence and writes another; masked-lm is for encoders such as BERT",
+    ),
+    ("masked-lm", "perceiver"): "its outputs are as many as it was made for, not as many as the text has",
+    **dict.fromkeys(
+        ((task, "reformer") for task in ("masked-lm", "question-answering")),
+        "trains only on samples of exactly the length that axial_pos_shape multiplies to",
+    ),
+    **dict.fromkeys(
+        ((task, "layoutlmv2") for task in ("token-classification", "question-answering")),
+        "needs detectron2 and an image of each page",
+    ),
+    ("token-classification", "bros"): "needs the place of each word on a page",
+    ("question-answering", "lxmert"): "needs an image beside the question",
+    ("sequence-to-sequence", "fsmt"): "its class does not say what the decoder reads to write its labels",
+    ("sequence-to-sequence", "prophetnet"): "its own loss asks each position for several tokens",
+    **dict.fromkeys(
+        (("sequence-to-sequence", kind) for kind in _SPEECH),
+        "reads sound; what it makes of text alone is a causal LM's",
+    ),
 }
 """Why a family has no tiny model, or none whose loss can be had of text alone."""

@@ -6,6 +6,7 @@ python -m tests.families.sweep [--out FILE] [--processes N] [--limit SECONDS] [m
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import multiprocessing
 import time
@@ -21,16 +22,25 @@ from transformers.models.auto import modeling_auto
 from tests.families import tiny
 from tests.families.causal import causal_lm
 from tests.families.classifiers import classification_of
+from tests.families.encoders import KINDS, found_of
 from tests.families.numbers import message
 from tests.families.special import UNABLE, VARIANTS
 
 RAW = Path(__file__).with_name("raw.json")
 
 
-TASKS = {tiny.CAUSAL_LM: causal_lm, tiny.SEQUENCE_CLASSIFICATION: classification_of}
+TASKS: dict[str, Callable[[str], dict[str, Any]]] = {
+    tiny.CAUSAL_LM: causal_lm,
+    tiny.SEQUENCE_CLASSIFICATION: classification_of,
+    **{task: functools.partial(found_of, task) for task in KINDS},
+}
 NAMES = {
     tiny.CAUSAL_LM: modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     tiny.SEQUENCE_CLASSIFICATION: modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    tiny.MASKED_LM: modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    tiny.TOKEN_CLASSIFICATION: modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    tiny.QUESTION_ANSWERING: modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    tiny.SEQUENCE_TO_SEQUENCE: modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 }
 
 

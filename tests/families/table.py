@@ -14,9 +14,17 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from launcher.planner.model.model_support import TABLE
 from tests.families.causal import CANDIDATES, HEADS
+from tests.families.encoders import KINDS
 from tests.families.numbers import is_ok
 from tests.families.sweep import RAW, as_lines
-from tests.families.tiny import CAUSAL_LM, SEQUENCE_CLASSIFICATION
+from tests.families.tiny import (
+    CAUSAL_LM,
+    MASKED_LM,
+    QUESTION_ANSWERING,
+    SEQUENCE_CLASSIFICATION,
+    SEQUENCE_TO_SEQUENCE,
+    TOKEN_CLASSIFICATION,
+)
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 _NOT_ITS_OWN = "its class adds to the loss what launcher does not compute"
@@ -27,7 +35,8 @@ def table_of(raw: dict[str, Any]) -> dict[str, Any]:
     """Return the planner's table: by task and model_type the ways that are right, the fastest first, or why
     there is none."""
     made: dict[str, Any] = {"versions": raw["versions"], "types": sorted(CONFIG_MAPPING_NAMES)}
-    for task, entry in ((CAUSAL_LM, _causal), (SEQUENCE_CLASSIFICATION, _classifier)):
+    entries = {CAUSAL_LM: _causal, SEQUENCE_CLASSIFICATION: _classifier, **dict.fromkeys(KINDS, _other)}
+    for task, entry in entries.items():
         made[task] = {kind: entry(found) for kind, found in sorted(raw[task].items()) if "+" not in kind}
     return made
 
@@ -59,6 +68,17 @@ def _classifier(found: dict[str, Any]) -> dict[str, Any]:
     return {"ways": ways} if ways else {"refused": _plain(found["reason"])}
 
 
+def _other(found: dict[str, Any]) -> dict[str, Any]:
+    ways: dict[str, str] = {}
+    for name, said in found.get("tried", {}).items():
+        layout, attention, head = name.split("/")
+        if is_ok(said):
+            ways.setdefault(f"{layout} {attention}", head)
+    if not ways:
+        return {"refused": _plain(found["reason"])}
+    return {"ways": [way if head == "chunked" else f"{way} {head}" for way, head in ways.items()]}
+
+
 def _plain(reason: str) -> str:
     """The first line of a reason, without the Python error behind it."""
     return reason.partition(": ")[0] if ": " in reason else reason
@@ -71,11 +91,15 @@ def page_of(table: dict[str, Any]) -> str:
         HEAD.format(versions=versions),
         _section("Causal LMs", table[CAUSAL_LM]),
         _section("Classifiers", table[SEQUENCE_CLASSIFICATION]),
+        _section("Masked LMs", table[MASKED_LM]),
+        _section("Tags of words", table[TOKEN_CLASSIFICATION]),
+        _section("Answers in a text", table[QUESTION_ANSWERING]),
+        _section("Encoder-decoders", table[SEQUENCE_TO_SEQUENCE], "chunked"),
     ]
     return "\n".join(lines)
 
 
-def _section(title: str, entries: dict[str, Any]) -> str:
+def _section(title: str, entries: dict[str, Any], loss: str = "forward") -> str:
     good = {kind: entry for kind, entry in entries.items() if "ways" in entry}
     refused = {kind: entry for kind, entry in entries.items() if "refused" in entry}
     lines = [
@@ -96,7 +120,7 @@ def _section(title: str, entries: dict[str, Any]) -> str:
         )
         note = " (with `is_decoder: true`)" if entry.get("encoder") else ""
         lines.append(
-            f"| `{kind}`{note} | {layout} | {attention} | {others} | {_LOSS[head[0] if head else '']} |"
+            f"| `{kind}`{note} | {layout} | {attention} | {others} | {_LOSS[head[0] if head else loss]} |"
         )
     lines += ["", "Refused by `launcher plan`:", "", "| model_type | why |", "|---|---|"]
     lines += [f"| `{kind}` | {entry['refused']} |" for kind, entry in refused.items()]
@@ -112,11 +136,10 @@ _LOSS = {
     "chunked": "chunks of the output matrix",
     "model": "chunks of its own head",
     "forward": "its own forward",
-    "": "its own forward",
 }
 HEAD = """# Models
 
-Every causal LM and classifier of transformers that can be built small, with its layout: how its samples share a pass.
+Every model type of transformers for each task that can be built small, with its layout: how its samples share a pass.
 The layout is such that the loss is the one that the model's own class computes for each sample alone. The terms are
 explained [with the data](guide-data.md#how-samples-share-a-pass). `attention` is what `auto` takes, `others` what
 `model.attention` may ask for instead.
@@ -124,7 +147,8 @@ explained [with the data](guide-data.md#how-samples-share-a-pass). `attention` i
 Made by `python -m tests.families.sweep` and `python -m tests.families.table`
 with {versions}. For each type a tiny
 model with random weights is built in fp32. The loss of 16 samples of 1 to 40 tokens, and the norm of its gradient, are
-compared with those of each sample alone, by the class's own forward. The tolerances are 1e-5 and 1e-4, relative; where
+compared with those of each sample alone, by the class's own forward (of the tables after the second, 12 samples of 2
+to 40 tokens). The tolerances are 1e-5 and 1e-4, relative; where
 rounding comes near to that, fp64 is used. Sliding windows, soft caps, multipliers, routers' losses and every kind of
 layer of a hybrid are in these models.
 
@@ -136,6 +160,8 @@ Four settings in a config change which layout is right, and the planner looks fo
 - `is_decoder: false` of an encoder: refused as a causal LM;
 - settings that let tokens see later ones (`is_causal: false`, `use_bidirectional_attention: true`): refused as a causal
   LM.
+
+The first of them was tried with `token-classification` as well, and holds for every task.
 
 The check after loading compares the effect of everything else in a config.
 

@@ -18,7 +18,14 @@ from tests.families.numbers import is_ok
 from tests.families.special import UNABLE, VARIANTS
 from tests.families.sweep import NAMES, RAW, TASKS, run
 from tests.families.table import PAGE, page_of, table_of
-from tests.families.tiny import CAUSAL_LM, SEQUENCE_CLASSIFICATION
+from tests.families.tiny import (
+    CAUSAL_LM,
+    MASKED_LM,
+    QUESTION_ANSWERING,
+    SEQUENCE_CLASSIFICATION,
+    SEQUENCE_TO_SEQUENCE,
+    TOKEN_CLASSIFICATION,
+)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "qwen3_moe", "lfm2", "bert"])
@@ -79,12 +86,29 @@ def test_ten_at_random_have_their_own_loss() -> None:
     for task, model_type in random.SystemRandom().sample(kinds, 10):
         known = support(task, tiny.config_of(model_type, task, 0.0).to_dict(), max_length=max(LENGTHS))
         tried = TASKS[task](model_type)["tried"]
-        names = ["/".join(way if task == CAUSAL_LM else way[:2]) for way in known.ways]
+        names = ["/".join(way[:2] if task == SEQUENCE_CLASSIFICATION else way) for way in known.ways]
         wrong |= {
             f"{task} {model_type} {name}": tried.get(name) for name in names if not is_ok(tried.get(name))
         }
         assert names, known.refused
     assert not wrong
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "model_type", "best"),
+    [
+        (MASKED_LM, "bert", "packed/packed/model"),
+        (MASKED_LM, "convbert", "single/eager/model"),
+        (MASKED_LM, "funnel", "single/eager/model"),
+        (TOKEN_CLASSIFICATION, "phi3+longrope", "single/sdpa/chunked"),
+        (QUESTION_ANSWERING, "longformer", "padded/eager/chunked"),
+        (SEQUENCE_TO_SEQUENCE, "encoder-decoder", "padded/sdpa/chunked"),
+    ],
+)
+def test_the_sweep_tells_which_layouts_are_right_of_encoders(task: str, model_type: str, best: str) -> None:
+    found = TASKS[task](model_type)
+    assert "/".join((found["layout"], found["attention"], found["head"])) == best
 
 
 @pytest.mark.slow

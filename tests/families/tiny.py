@@ -9,7 +9,11 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -18,7 +22,18 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from tests.families.special import SPECIAL, VARIANTS, VOCABULARY
 
 CAUSAL_LM, SEQUENCE_CLASSIFICATION = "causal-lm", "sequence-classification"
-_AUTO = {CAUSAL_LM: AutoModelForCausalLM, SEQUENCE_CLASSIFICATION: AutoModelForSequenceClassification}
+MASKED_LM, TOKEN_CLASSIFICATION = "masked-lm", "token-classification"
+QUESTION_ANSWERING, SEQUENCE_TO_SEQUENCE = "question-answering", "sequence-to-sequence"
+_AUTO = {
+    CAUSAL_LM: AutoModelForCausalLM,
+    SEQUENCE_CLASSIFICATION: AutoModelForSequenceClassification,
+    MASKED_LM: AutoModelForMaskedLM,
+    TOKEN_CLASSIFICATION: AutoModelForTokenClassification,
+    QUESTION_ANSWERING: AutoModelForQuestionAnswering,
+    SEQUENCE_TO_SEQUENCE: AutoModelForSeq2SeqLM,
+}
+NUM_LABELS = 3
+"""Of a model that classifies."""
 
 PAD, BEGIN, END = 1, 2, 3
 WINDOW = 9
@@ -124,12 +139,29 @@ def config_of(model_type: str, task: str, dropout: float | None = None) -> PreTr
     if task == CAUSAL_LM and "is_decoder" in _fields(CONFIG_MAPPING[model_type]):
         special = {"is_decoder": True, **special}
     config = _build(CONFIG_MAPPING[model_type], special)
-    if task == SEQUENCE_CLASSIFICATION:
-        for part in _parts(config):
-            part.num_labels = 3
+    num_labels = {
+        SEQUENCE_CLASSIFICATION: NUM_LABELS,
+        TOKEN_CLASSIFICATION: NUM_LABELS,
+        QUESTION_ANSWERING: 2,
+    }
+    for part in _parts(config) if task in num_labels else ():
+        part.num_labels = num_labels[task]
+    if task == SEQUENCE_TO_SEQUENCE:
+        _set_start(config)
     if dropout is not None:
         set_dropout(config, dropout)
     return config
+
+
+def _set_start(config: PreTrainedConfig) -> None:
+    """Have the decoder start from a token that there is; a mixture's routers add nothing to the loss, as by
+    default."""
+    start = getattr(config, "decoder_start_token_id", None)
+    if start is None or start >= VOCABULARY:
+        config.decoder_start_token_id = BEGIN
+    for part in _parts(config):
+        if hasattr(part, "output_router_logits"):
+            part.output_router_logits = False
 
 
 def set_dropout(config: PreTrainedConfig, rate: float) -> None:
@@ -162,6 +194,9 @@ def model_of(
     more = {} if experts is None else {"experts_implementation": experts}
     model = _AUTO[task].from_config(config, attn_implementation=attention, dtype=torch.float32, **more)
     redraw(model, seed)
+    for module in model.modules() if dropout is not None else ():
+        if isinstance(module, torch.nn.Dropout):  # a head may have a rate that no config says
+            module.p = dropout
     return model
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from launcher import tasks
 from launcher.errors import ConfigurationError
 from launcher.planner.hardware.detect import Hardware
 from launcher.planner.model import model_support
@@ -16,8 +17,6 @@ from launcher.planner.model.model_support import Way, read_table, support, untri
 from launcher.planner.plan import Plan
 from launcher.planner.search import plan_job as plan
 from tests.unit.test_planning_decide import CPU, H100, job
-
-TASKS = ("causal-lm", "sequence-classification")
 
 
 def planned(kind: str, hardware: Hardware = CPU, **changes: Any) -> Plan:
@@ -44,7 +43,7 @@ def test_auto_takes_a_way_that_is_right(kind: str, way: tuple[str, str, str]) ->
 
 def test_every_entry_of_the_table_has_a_way_or_a_reason() -> None:
     table = read_table()
-    for task in TASKS:
+    for task in tasks.TASKS:
         for kind, entry in table[task].items():
             known = support(task, {"model_type": kind})
             assert bool(known.ways) != bool(known.refused), (task, kind)
@@ -72,8 +71,67 @@ def test_packing_is_refused_where_samples_would_see_each_other() -> None:
 def test_a_model_that_cannot_do_the_task_is_refused_with_what_it_can() -> None:
     with pytest.raises(ConfigurationError, match="a vit model cannot do causal-lm"):
         planned("vit")
-    with pytest.raises(ConfigurationError, match="cannot do causal-lm; it can do sequence-classification"):
+    with pytest.raises(
+        ConfigurationError, match="cannot do causal-lm; it can do masked-lm, question-answering, sequence-"
+    ):
         planned("distilbert")
+
+
+@pytest.mark.parametrize(
+    ("task", "kind", "said"),
+    [
+        ("masked-lm", "llama", "other types can do masked-lm, such as bert, distilbert, roberta, deberta-v2"),
+        (
+            "masked-lm",
+            "bart",
+            "reads one sequence and writes another; masked-lm is for encoders such as BERT",
+        ),
+        (
+            "token-classification",
+            "bart",
+            "other types can do token-classification, such as llama, qwen3, bert",
+        ),
+        ("question-answering", "gemma", "other types can do question-answering, such as llama, qwen3, bert"),
+        ("question-answering", "lxmert", "needs an image beside the question"),
+        ("sequence-to-sequence", "bert", "other types can do sequence-to-sequence, such as t5, bart, marian"),
+        ("sequence-to-sequence", "voxtral", "reads sound"),
+    ],
+)
+def test_a_type_that_has_no_class_for_a_newer_task_is_refused_in_one_line(
+    task: str, kind: str, said: str
+) -> None:
+    known = support(task, {"model_type": kind})
+    assert not known.ways
+    assert said in known.refused
+    assert "\n" not in known.refused
+
+
+@pytest.mark.parametrize(
+    ("task", "kind", "way"),
+    [
+        ("masked-lm", "bert", ("packed", "packed", "model")),
+        ("masked-lm", "esm", ("padded", "sdpa", "model")),
+        ("masked-lm", "convbert", ("single", "eager", "model")),
+        ("token-classification", "gemma2", ("padded", "eager", "chunked")),
+        ("question-answering", "fnet", ("single", "eager", "chunked")),
+        ("sequence-to-sequence", "marian", ("padded", "sdpa", "chunked")),
+    ],
+)
+def test_a_newer_task_takes_the_way_that_was_found_right(
+    task: str, kind: str, way: tuple[str, str, str]
+) -> None:
+    assert support(task, {"model_type": kind}).ways[0] == Way(*way)
+
+
+def test_positions_that_follow_the_longest_sample_count_in_every_task() -> None:
+    config = {"model_type": "phi3", "rope_parameters": LONG}
+    assert {way.layout for way in support("token-classification", config, max_length=65).ways} == {"single"}
+    assert support("token-classification", config, max_length=64).ways[0].layout == "padded"
+
+
+def test_the_type_of_a_composite_counts_and_not_that_of_its_text() -> None:
+    nested = {"model_type": "gemma3", "text_config": {"model_type": "bamba", "z_loss_coefficient": 0.1}}
+    assert support("causal-lm", nested).ways
 
 
 def test_what_the_table_does_not_have_is_held_to_its_own_loss_after_loading() -> None:

@@ -44,36 +44,6 @@ class Support:
     """Why there is none, in one line."""
 
 
-_ENCODER_DECODERS = frozenset(
-    [
-        "bart",
-        "bigbird_pegasus",
-        "blenderbot",
-        "blenderbot-small",
-        "encoder-decoder",
-        "fsmt",
-        "led",
-        "longt5",
-        "m2m_100",
-        "marian",
-        "mbart",
-        "mt5",
-        "mvp",
-        "nllb-moe",
-        "pegasus",
-        "pegasus_x",
-        "plbart",
-        "prophetnet",
-        "seamless_m4t",
-        "seamless_m4t_v2",
-        "switch_transformers",
-        "t5",
-        "t5gemma",
-        "umt5",
-    ]
-)
-"""Those of transformers 5.23 that read a text and write one (`AutoModelForSeq2SeqLM`). The check after
-loading holds each to its own loss."""
 _UNKNOWN: dict[SampleLayout, Support] = {
     "packed": Support(
         (
@@ -128,31 +98,40 @@ def support(
     table, kind = read_table(), str(config.get("model_type"))
     if trust_remote_code and "auto_map" in config:
         return untried(task)
-    if task not in table and tasks.find(task).traits.encoder_decoder and kind in table["types"]:
-        return unknown(task) if kind in _ENCODER_DECODERS else Support((), _cannot(table, kind, task))
     if task not in table:
         return untried(task)
     entry = table[task].get(kind)
     if entry is None:
         return untried(task) if kind not in table["types"] else Support((), _cannot(table, kind, task))
     known = Support(tuple(Way(*way.split()) for way in entry.get("ways", ())), entry.get("refused", ""))
-    return (
-        _with_values(known, entry, config, max_length)
-        if tasks.find(task).traits.causal and known.ways
-        else known
-    )
+    if not known.ways:
+        return known
+    # Of a composite it is the text part that trains.
+    values = {**config, **(config.get("text_config") or {}), "model_type": kind}
+    if tasks.find(task).traits.causal:
+        known = _with_values(known, entry, values)
+    return _with_positions(known, values, max_length)
+
+
+_WIDELY_USED = ("llama", "qwen3", "bert", "distilbert", "roberta", "deberta-v2", "t5", "bart", "marian")
+"""Of the types that can do a task, those that a refusal names."""
 
 
 def _cannot(table: dict[str, Any], kind: str, task: str) -> str:
     others = [name for name in tasks.TASKS if table.get(name, {}).get(kind, {}).get("ways")]
-    return f"a {kind} model cannot do {task}" + (f"; it can do {' and '.join(others)}" if others else "")
+    can = [name for name, entry in table[task].items() if "ways" in entry]
+    named = [name for name in _WIDELY_USED if name in can] or can
+    return (
+        f"a {kind} model cannot do {task}"
+        + (f"; it can do {', '.join(others)}" if others else "")
+        + (f"; {len(can)} other types can do {task}, such as {', '.join(named[:4])}" if can else "")
+    )
 
 
-def _with_values(known: Support, entry: dict[str, Any], config: dict[str, Any], max_length: int) -> Support:
-    """Return what values in a config change of what is known of its type. Each was tried by the sweep, as
-    `type+variant`."""
+def _with_values(known: Support, entry: dict[str, Any], config: dict[str, Any]) -> Support:
+    """Return what values in a config change of what is known of its type as a causal LM. Each was tried by the
+    sweep, as `type+variant`."""
     kind = config["model_type"]
-    config = {**config, **(config.get("text_config") or {})}  # of a composite it is the text part that trains
     if "encoder" in entry and not config.get("is_decoder"):
         reason = (
             "is an encoder, whose tokens see those that come after; with is_decoder: true in its config it "
@@ -171,6 +150,11 @@ def _with_values(known: Support, entry: dict[str, Any], config: dict[str, Any], 
             return Support((), f"with {key}: {config[key]} in its config {reason}")
     if kind == "falcon" and config.get("alibi"):
         return Support(tuple(way for way in known.ways if way.attention == "eager"))
+    return known
+
+
+def _with_positions(known: Support, config: dict[str, Any], max_length: int) -> Support:
+    """Return what is known of a type whose rotary frequencies follow the longest sample of a pass."""
     rope, begun = _growing_positions(config)
     if begun and max_length > begun and rope == "dynamic":
         reason = (
