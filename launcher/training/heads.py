@@ -29,6 +29,7 @@ from launcher.training.loss import (
     spread,
     supervised_only,
 )
+from launcher.training.model import attention
 
 Batch = dict[str, Any]
 
@@ -162,6 +163,8 @@ def _inputs(batch: Batch) -> Batch:
         "use_cache": False
     }
     if "cu_seq_lens" in batch:
+        if "lengths" in batch:
+            attention.note_lengths(batch["cu_seq_lens"], batch["lengths"])
         inputs |= {"cu_seq_lens_q": batch["cu_seq_lens"], "cu_seq_lens_k": batch["cu_seq_lens"]}
         inputs |= {"max_length_q": batch["max_length"], "max_length_k": batch["max_length"]}
     return inputs

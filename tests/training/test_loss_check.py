@@ -103,12 +103,13 @@ def leak() -> Iterator[None]:
 @contextlib.contextmanager
 def wrong_mask() -> Iterator[None]:
     """Tokens see those after them."""
-    fused = torch.nn.functional.scaled_dot_product_attention
-    with mock.patch.object(
-        attention.functional,
-        "scaled_dot_product_attention",
-        lambda *a, **k: fused(*a, **(k | {"is_causal": False})),
-    ):
+    right = attention.packed
+
+    def wrong(*arguments: Any) -> Any:
+        *others, _, window = arguments
+        return right(*others, False, window)
+
+    with mock.patch.object(attention, "packed", wrong):
         yield
 
 

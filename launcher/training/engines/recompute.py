@@ -10,14 +10,35 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from launcher.training.model.attention import varlen
+
 _KEPT_BY_SELECTIVE = {
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten.bmm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    "aten": (
+        "mm",
+        "addmm",
+        "bmm",
+        "_grouped_mm",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+    ),
+    "torch_attn": ("_varlen_attn",),
+    "launcher": ("packed_attention",),
 }
+"""Matrix products and attention, on every device; of other versions of PyTorch some are not there."""
+
+
+@functools.cache
+def kept_by_selective() -> frozenset[Any]:
+    """Return the operators whose results selective recomputation keeps."""
+    varlen()  # it registers its operator where it is imported
+    return frozenset(
+        getattr(getattr(torch.ops, namespace), name).default
+        for namespace, names in _KEPT_BY_SELECTIVE.items()
+        for name in names
+        if hasattr(getattr(torch.ops, namespace), name)
+    )
 
 
 def checkpoint_activations(layer: nn.Module, mode: str) -> None:
@@ -32,4 +53,6 @@ def checkpoint_activations(layer: nn.Module, mode: str) -> None:
 
 
 def _selective_policy(_: Any, operator: Any, *__: Any, **___: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator in _KEPT_BY_SELECTIVE else CheckpointPolicy.PREFER_RECOMPUTE
+    return (
+        CheckpointPolicy.MUST_SAVE if operator in kept_by_selective() else CheckpointPolicy.PREFER_RECOMPUTE
+    )

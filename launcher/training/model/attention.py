@@ -1,35 +1,87 @@
 """Attention over several samples in one row that never see each other.
 
 The row holds the samples one after another; `cu_seq_lens_q` says where each begins, by the name that
-transformers' FlashAttentionKwargs use. Each sample attends within itself by PyTorch's fused causal kernel: no
-mask is ever built, and the work is the sum of the samples' squares instead of the square of the row.
-Soft-capped scores and sinks, which that kernel does not have, are written out, sample by sample.
+transformers' FlashAttentionKwargs use. No mask of the row is ever built, and the work is the sum of the
+samples' squares instead of the square of the row. On a GPU PyTorch's own operator for sequences of unlike
+lengths takes them all at once, on a CPU the one in packed_kernel.py. Dropout, fp32 on a GPU, soft-capped scores
+and sinks, which these do not have, are computed sample by sample.
 """
 
 from __future__ import annotations
 
-import itertools
+import functools
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.nn import functional
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
+
+from launcher.training.model.packed_kernel import mask_of, packed
 
 PACKED = "launcher_packed"
+VARLEN_DEVICES = {"cuda"}
+"""Where `varlen_attn` has a kernel of PyTorch's."""
+VARLEN_DTYPES = {torch.bfloat16, torch.float16}
+_VARLEN_HEAD = 256
+"""Numbers of the widest head that it takes."""
+_VARLEN_CAPABILITY = (8, 0)
+"""The oldest GPUs that it runs on (FlashAttention-2: Ampere)."""
+_VARLEN_NAMES = {"scale", "window_size"}
+"""Of its parameters those beside the tensors that are used here; torch 2.10 had another."""
 
 
 def register(name: str) -> str:
-    """The name by which transformers knows the plan's attention; `packed` is made known to it first."""
+    """Return the name by which transformers knows the plan's attention; `packed` is made known to it first.
+
+    No mask goes with it: for a name that has none transformers makes none, and never looks at a batch's numbers,
+    which would wait for the device once a pass.
+    """
     if name != "packed":
         return name
+    varlen()  # what this PyTorch has of it is looked up once, at the start
     AttentionInterface.register(PACKED, packed_attention)
-    AttentionMaskInterface.register(PACKED, _no_mask)
     return PACKED
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    return None
+@functools.cache
+def varlen() -> Callable[..., torch.Tensor] | None:
+    """Return PyTorch's attention over sequences of unlike lengths; None where it is not there with the
+    parameters that are used here. Keys and values may have fewer heads."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    names = set(inspect.signature(varlen_attn).parameters)
+    if not names >= _VARLEN_NAMES:
+        return None
+    return (
+        functools.partial(varlen_attn, enable_gqa=True) if "enable_gqa" in names else _repeating(varlen_attn)
+    )
+
+
+def _repeating(attend: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def attend_repeated(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **named: Any
+    ) -> Any:
+        times = query.shape[1] // key.shape[1]
+        if times > 1:
+            key, value = (tensor.repeat_interleave(times, dim=1) for tensor in (key, value))
+        return attend(query, key, value, *args, **named)
+
+    return attend_repeated
+
+
+def note_lengths(ends: torch.Tensor, lengths: Sequence[int]) -> None:
+    """Attach the samples' lengths, which the collator knows, to their bounds on the device: so they reach every
+    layer, and its recomputation, without the device being asked."""
+    ends.sample_lengths = lengths  # type: ignore[attr-defined]
+
+
+def _lengths_of(ends: torch.Tensor) -> list[int]:
+    noted = getattr(ends, "sample_lengths", None)
+    return list(noted) if noted is not None else ends.diff().tolist()
 
 
 def packed_attention(
@@ -42,6 +94,7 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
@@ -58,33 +111,95 @@ def packed_attention(
     if cu_seq_lens_q is None:
         raise ValueError("the model's class does not hand on to its attention where samples begin")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if not causal and (softcap is not None or s_aux is not None):
+    written_out = softcap is not None or s_aux is not None
+    if not causal and written_out:
         raise ValueError("soft-capped scores and sinks are known of causal attention alone")
-    bounds = cu_seq_lens_q.tolist()
-    grouped = key.shape[1] != query.shape[1]
-    parts = []
-    for begin, end in itertools.pairwise(bounds):
-        if softcap is not None or s_aux is not None:
-            sample = (query[:, :, begin:end], key[:, :, begin:end], value[:, :, begin:end])
-            parts.append(_written_out(*sample, scaling, dropout, sliding_window, softcap, s_aux))
-            continue
-        mask = _window(end - begin, sliding_window, query.device, causal)
-        parts.append(
-            functional.scaled_dot_product_attention(
-                query[:, :, begin:end], key[:, :, begin:end], value[:, :, begin:end],
-                attn_mask=mask, dropout_p=dropout, is_causal=causal and mask is None,
-                scale=scaling, enable_gqa=grouped,
-            )
-        )  # fmt: skip
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if not written_out and not dropout and query.shape[-1] == value.shape[-1]:
+        if query.device.type in VARLEN_DEVICES and max_length_q is not None and _has_varlen(query):
+            return _at_once(
+                query, key, value, cu_seq_lens_q, max_length_q, scale, causal, sliding_window
+            ), None
+        if query.device.type == "cpu":
+            return packed(query, key, value, cu_seq_lens_q, scale, causal, sliding_window)[0], None
+    lengths = _lengths_of(cu_seq_lens_q)
+    parts = [
+        _written_out(*sample, scale, dropout, sliding_window, softcap, s_aux)
+        if written_out
+        else _fused(*sample, scale, dropout, sliding_window, causal)
+        # Slices would each have a gradient as long as the row, to be added up.
+        for sample in zip(*(tensor.split(lengths, 2) for tensor in (query, key, value)), strict=True)
+    ]
     whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
     return whole.transpose(1, 2).contiguous(), None
+
+
+def _has_varlen(query: torch.Tensor) -> bool:
+    """Return whether the operator takes a query like this one."""
+    return (
+        varlen() is not None
+        and query.dtype in VARLEN_DTYPES
+        and query.shape[-1] <= _VARLEN_HEAD
+        and (query.device.type != "cuda" or _capability(query.device.index) >= _VARLEN_CAPABILITY)
+    )
+
+
+@functools.cache
+def _capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def _at_once(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    ends: torch.Tensor,
+    longest: int,
+    scale: float,
+    causal: bool,
+    window: int | None,
+) -> torch.Tensor:
+    """All samples by PyTorch's operator, [1, tokens, heads, head_dim].
+
+    A window of w positions, itself among them, reaches w - 1 to the left. It has to be a tuple: only (-1, 0) by
+    that type is known as causal.
+    """
+    attend = varlen()
+    assert attend is not None
+    left = -1 if window is None else window - 1
+    rows = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    bounds = (left, 0 if causal else left)
+    return attend(*rows, ends, ends, longest, longest, scale=scale, window_size=bounds).unsqueeze(0)
+
+
+def _fused(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    dropout: float,
+    window: int | None,
+    causal: bool,
+) -> torch.Tensor:
+    """One sample by PyTorch's fused attention, [1, heads, tokens, head_dim]."""
+    mask = mask_of(query.shape[2], window, query.device, causal)
+    times = query.shape[1] // key.shape[1]
+    half = query.dtype in VARLEN_DTYPES
+    if times > 1 and query.device.type != "cpu" and (mask is not None or not half):
+        # Grouped heads with a mask, or in fp32, a GPU has by writing all scores out; with as many heads of keys
+        # as of queries its memory-efficient kernel takes them.
+        key, value = (tensor.repeat_interleave(times, dim=1) for tensor in (key, value))
+    return functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal and mask is None, scale=scale,
+        enable_gqa=key.shape[1] != query.shape[1],
+    )  # fmt: skip
 
 
 def _written_out(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    scaling: float | None,
+    scale: float,
     dropout: float,
     window: int | None,
     softcap: float | None,
@@ -98,7 +213,7 @@ def _written_out(
     """
     num_heads, num_tokens = query.shape[1], query.shape[2]
     key, value = (tensor.repeat_interleave(num_heads // tensor.shape[1], dim=1) for tensor in (key, value))
-    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = query @ key.transpose(2, 3) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     visible = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=query.device).tril()
@@ -111,16 +226,3 @@ def _written_out(
         )
     weights = functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)[..., :num_tokens]
     return functional.dropout(weights, dropout) @ value
-
-
-def _window(length: int, window: int | None, device: torch.device, causal: bool) -> torch.Tensor | None:
-    """The mask of a sliding window where the sample is longer than it; None where plain attention is the
-    same.
-
-    Of an encoder it reaches as far to both sides, as transformers' own masks of windows do.
-    """
-    if window is None or length <= window:
-        return None
-    position = torch.arange(length, device=device)
-    distance = position[:, None] - position[None, :]
-    return (distance >= 0) & (distance < window) if causal else distance.abs() < window
