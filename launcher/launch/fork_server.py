@@ -1,8 +1,8 @@
 """Start the ranks of a CPU run as forks of one process that has imported the trainer.
 
-Each would take seconds of its own for that.
+Each would take seconds of its own for that, and the agent two more for torch: so the agent imports for all.
 
-The agent starts this process before it has a thread, and asks it for ranks. Each is forked twice, so that it
+The agent forks this process before it has a thread, and asks it for ranks. Each is forked twice, so that it
 becomes the agent's own child (prctl(2), PR_SET_CHILD_SUBREAPER): it is waited for, killed, and dies with the
 agent as if the agent had started it. GPU runs do not do this: CUDA libraries that were loaded before a fork
 may be unusable after it.
@@ -69,21 +69,25 @@ class Forked:
 
 
 class WarmProcess:
-    """The process that imports, as the agent sees it."""
+    """The process that ranks are forked from, as the agent sees it."""
 
     def __init__(self, module: str) -> None:
-        """Start it, and have it import a module. Only for a process with a single thread, in the environment
-        of the ranks to come."""
+        """Import a module, here and so in every rank, and start the process. Only for a process with a single
+        thread, in the environment of the ranks to come."""
         if threading.active_count() > 1:
             raise RuntimeError("a process with several threads cannot be forked safely")
+        # The agent has a thread for these once there is something to stop; ranks let them in themselves.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        with contextlib.suppress(BaseException):  # a rank that needs the module says what is wrong with it
+            importlib.import_module(module)
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for end in (self._channel, theirs):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _MOST_BYTES)
         agent = os.getpid()
-        if os.fork() == 0:
+        if len(list(Path("/proc/self/task").iterdir())) == 1 and os.fork() == 0:
             self._channel.close()
-            _serve(theirs, agent, module)
+            _serve(theirs, agent)
         theirs.close()
 
     def rank(self, command: tuple[str, ...], environment: dict[str, str]) -> Forked | None:
@@ -113,17 +117,13 @@ def attach(handler: type[Any], warm: WarmProcess) -> None:
     handler._popen = _popen
 
 
-def _serve(channel: socket.socket, agent: int, module: str) -> NoReturn:
-    """Import, then fork a rank for each request, until the agent is gone."""
+def _serve(channel: socket.socket, agent: int) -> NoReturn:
+    """Fork a rank for each request, until the agent is gone."""
     try:
         os.setsid()
         die_with_parent(agent)
-        # Ranks let these in themselves, once they can take them.
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        importlib.import_module(module)
-        alone = len(list(Path("/proc/self/task").iterdir())) == 1
         while request := channel.recv(_MOST_BYTES):
-            channel.send(str(_fork(channel, json.loads(request), agent) if alone else 0).encode())
+            channel.send(str(_fork(channel, json.loads(request), agent)).encode())
     finally:
         os._exit(0)
 

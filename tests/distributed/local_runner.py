@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 from launcher.cli.display import Display
 from launcher.launch import local, supervisor
+from launcher.launch.fork_server import VARIABLE as WARM_VARIABLE
 from launcher.planner.plan import Plan
 from launcher.runs.layout import RunDirectory
 
@@ -21,6 +23,8 @@ def main() -> int:
     parser.add_argument("--entry", default="imitation")
     options = parser.parse_args()
     supervisor.EXIT_SECONDS = options.exit_seconds
+    if options.entry == "imitation":  # it trains nothing: the agent's own import does for its ranks too
+        os.environ.setdefault(WARM_VARIABLE, "torch.distributed")
     run = RunDirectory(options.run)
     plan = Plan.read(run.plan_file)
     display = Display(plan, line_seconds=0.0) if options.display else None
