@@ -219,6 +219,6 @@ def summary(run: RunDirectory, path: str) -> str:
             f"  after       {metrics_line(after['metrics'])}",
         ]
     if (newest := samples.newest(run)) is not None:
-        lines += [f"  says        {message[:_SAID_WIDTH]}" for message in samples.lines(newest[1])]
+        lines += [f"  says        {message}" for message in samples.lines(newest[1], _SAID_WIDTH)]
     lines += ["next:", f"  launcher evaluate {path}", f"  launcher export {path} --out DIRECTORY"]
     return "\n".join(lines)

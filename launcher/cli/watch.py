@@ -109,7 +109,8 @@ def screen(seen: dict[str, Any], width: int) -> Layout:
     if seen.get("samples"):
         step, rows = seen["samples"]
         message = Layout(
-            Panel(samples(rows), title=f"what the model says after step {step}"), size=2 + len(rows)
+            Panel(samples(rows, width - 4), title=f"what the model says after step {step}"),
+            size=2 + len(rows),
         )
         layout.add_split(message)
     return layout
@@ -196,13 +197,13 @@ def ranks_table(ranks: list[dict[str, Any]]) -> Table:
     return table
 
 
-def samples(rows: list[dict[str, Any]]) -> Text:
-    """Each row with the model's answer, one a line."""
+def samples(rows: list[dict[str, Any]], width: int) -> Text:
+    """Each row with the model's answer, one a line of at most `width` characters."""
     from rich.text import Text
 
     from launcher.runs.samples import lines
 
-    return Text("\n".join(lines(rows)), no_wrap=True, overflow="ellipsis")
+    return Text("\n".join(lines(rows, width)), no_wrap=True, overflow="ellipsis")
 
 
 def events(records: list[dict[str, Any]]) -> Text:

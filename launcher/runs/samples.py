@@ -12,7 +12,6 @@ from launcher.runs.layout import RunDirectory, make_directory, write_atomically
 from launcher.runs.records import parse
 
 _FILE = re.compile(r"^step-(\d{8,})\.jsonl$")
-_WIDTH = 300
 
 
 def write(run: RunDirectory, step: int, rows: Sequence[dict[str, Any]]) -> None:
@@ -40,22 +39,28 @@ def newest(run: RunDirectory) -> tuple[int, list[dict[str, Any]]] | None:
         return None
 
 
-def lines(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Return each sample as a line for people: the row's texts, and what the model says of them."""
-    return [f"{_short(_told(row.get('input')))} -> {_short(_told(row.get('answer')))}" for row in rows]
+def lines(rows: Sequence[dict[str, Any]], width: int = 600) -> list[str]:
+    """Return each sample as a line for people of at most `width` characters: the row's texts, and what the
+    model says of them. Of the two the texts are cut first, and never to less than half of the line."""
+    results = []
+    for row in rows:
+        texts, answer = _told(row.get("input")), _told(row.get("answer"))
+        half, room = (width - 4) // 2, width - 4
+        answer = _short(answer, max(half, room - len(texts)))
+        results.append(f"{_short(texts, room - len(answer))} -> {answer}")
+    return results
 
 
 def _told(value: Any) -> str:
-    """A value without JSON's marks where it is a single text, or an object with one key."""
+    """A value on one line, without JSON's marks where it is a single text, or an object with one key."""
     if isinstance(value, dict) and len(value) == 1:
         [value] = value.values()
     if isinstance(value, dict):
         return ", ".join(f"{key}: {_told(inner)}" for key, inner in value.items())
     if isinstance(value, float):
         return f"{value:.4g}"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return " ".join(value.split()) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _short(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= _WIDTH else text[: _WIDTH - 1] + "…"
+def _short(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from launcher.cli.display import summary
@@ -46,6 +47,21 @@ def test_lines_are_short_and_tell_the_texts(tmp_path: Path) -> None:
     first, second = samples.lines(rows)
     assert first == "good film -> label: positive, probability: 0.9877"
     assert second.startswith("question: why?, context: xxx") and second.endswith("… -> so")
+
+
+@pytest.mark.parametrize(
+    ("texts", "answer", "expected"),
+    [
+        ("a" * 90, "b" * 3, "a" * 32 + "… -> bbb"),
+        ("a" * 3, "b" * 90, "aaa -> " + "b" * 32 + "…"),
+        ("a" * 90, "b" * 90, "a" * 17 + "… -> " + "b" * 17 + "…"),
+        ("a" * 18, "b" * 18, "a" * 18 + " -> " + "b" * 18),
+    ],
+)
+def test_the_answer_is_never_cut_away_for_a_long_text(texts: str, answer: str, expected: str) -> None:
+    assert samples.lines([{"input": {"text": texts}, "answer": {"label": answer}}], 40) == [expected]
+    run_width = samples.lines([{"input": {"text": texts * 9}, "answer": {"label": answer * 9}}])
+    assert all(len(line) <= 600 for line in run_width)
 
 
 def test_watch_and_the_summary_show_the_newest(tmp_path: Path) -> None:
