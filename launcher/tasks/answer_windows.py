@@ -14,7 +14,7 @@ from launcher.tasks.task import Encoded
 if TYPE_CHECKING:
     import numpy as np
 
-    from launcher.tasks.question_answering import QuestionColumns
+    from launcher.tasks.question_columns import QuestionColumns
 else:
     np = Lazy("numpy")
 

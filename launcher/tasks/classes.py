@@ -131,3 +131,27 @@ def by_class(key: str, given: float | Mapping[str, float], names: Sequence[str],
             raise ConfigurationError(Problem(key, name, reason))
         found[number] = value
     return found
+
+
+def write_to(config: Any, names: Sequence[str]) -> None:
+    """Write the classes into a model's config, in the order of their ids."""
+    config.num_labels = len(names)
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: number for number, name in enumerate(names)}
+
+
+def without_head(config: Any, has: str) -> ConfigurationError:
+    """Return the error for a model that is to be measured as it stands, and lacks the head for that."""
+    reason = f"{has}; train it first, and measure the run"
+    return ConfigurationError(Problem("MODEL", getattr(config, "name_or_path", None) or None, reason))
+
+
+def check_known(ids: Classes, found: Iterable[str], kind: str, key: str, column: str | None) -> None:
+    """Raise ConfigurationError where rows have classes that the model does not know: what it says of those rows
+    would count for nothing. `kind` is what the classes are called."""
+    if unknown := ids.unknown(found):
+        shown, own = ", ".join(map(repr, unknown[:5])), ", ".join(map(repr, ids.names[:8]))
+        reason = (
+            f"the rows have {len(unknown)} {kind} that the model does not know ({shown}); its own are {own}"
+        )
+        raise ConfigurationError(Problem(key, column, reason))

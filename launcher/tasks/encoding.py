@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from launcher.data.rows import BAD_VALUE, RowProblem
+from launcher.data.rows import BAD_VALUE, TOO_LONG, RowProblem
+from launcher.errors import ConfigurationError, Problem
 from launcher.lazy import Lazy
 
 if TYPE_CHECKING:
@@ -16,6 +18,45 @@ else:
 _APART = ("\n", ".", "a")
 """Texts behind which another is tokenised as in the middle of a text, where none of the two's tokens lies
 across the border."""
+
+
+Read = TypeVar("Read")
+Made = TypeVar("Made")
+
+
+def encode_usable(
+    rows: Iterable[dict[str, Any]],
+    read: Callable[[dict[str, Any]], Read],
+    encode: Callable[[list[Read]], Iterable[Made]],
+) -> list[Made | RowProblem]:
+    """Return for each row what `encode` makes of it once `read`, or why it cannot be read.
+
+    `encode` gets all that could be read at once, none but once, and gives one result for each.
+    """
+    found: list[Read | RowProblem] = []
+    for row in rows:
+        try:
+            found.append(read(row))
+        except RowProblem as problem:
+            found.append(problem)
+    good = [one for one in found if not isinstance(one, RowProblem)]
+    made = iter(encode(good) if good else ())
+    return [one if isinstance(one, RowProblem) else next(made) for one in found]
+
+
+def too_long(length: int, limit: int) -> RowProblem:
+    """Return why a sample of more than `limit` tokens is left out."""
+    return RowProblem(TOO_LONG, f"{length:,} tokens, and max_length is {limit:,}")
+
+
+def unfit(processor: Any, reason: str) -> ConfigurationError:
+    """Return the error for a model whose tokenizer cannot serve the task."""
+    return ConfigurationError(Problem("model.name", processor.name_or_path or None, reason))
+
+
+def special_tokens(tokenizer: Any | None, is_pair: bool = False) -> int:
+    """Return how many tokens are put around a text, or a pair of them; without a tokenizer as BERT's has it."""
+    return 2 + is_pair if tokenizer is None else int(tokenizer.num_special_tokens_to_add(is_pair))
 
 
 class Written(NamedTuple):
@@ -116,3 +157,47 @@ def continue_texts(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[lis
         apart = [tokens for before in _APART if (tokens := _behind(tokenizer, before, second)) is not None]
         found.append(apart[0] if apart else list(tokenise(tokenizer, [second])["input_ids"][0]))
     return found
+
+
+@dataclass(frozen=True)
+class Borders:
+    """How a text whose last part alone is learned becomes tokens: both parts by themselves, so that no token
+    spans the border."""
+
+    first: tuple[int, ...]
+    """What begins a text."""
+    end: int
+    """The token that ends it, and is learned."""
+    spaced: bool
+    """Whether the tokenizer puts a space before what is tokenised alone."""
+
+    @classmethod
+    def of(cls, tokenizer: Any, has_parts: bool) -> Borders:
+        """Return a tokenizer's. Raises ConfigurationError without an end token."""
+        if tokenizer.eos_token_id is None:
+            reason = (
+                "its tokenizer has no end-of-text token (eos_token), so that the model could not learn "
+                "where a text ends"
+            )
+            raise unfit(tokenizer, reason)
+        begin = tokenizer.bos_token_id
+        begins = begin is not None and tokenizer("")["input_ids"][:1] == [begin]
+        spaced = has_parts and puts_space_before(tokenizer)
+        return cls((begin,) if begins else (), tokenizer.eos_token_id, spaced)
+
+    def asked(self, tokenizer: Any, written: Sequence[Written]) -> list[Tokens]:
+        """Return the tokens of questions alone, of which none is learned."""
+        flat = tokenise(tokenizer, [one.text for one in written])["input_ids"]
+        questions = [np.array([*self.first, *ids], dtype=np.int32) for ids in flat]
+        return [Tokens(ids, np.zeros(len(ids), dtype=bool)) for ids in questions]
+
+    def learned(self, tokenizer: Any, written: Sequence[Written]) -> list[Tokens]:
+        """Return the tokens of texts that are learned from one place on, and of their ends."""
+        pairs = [(one.text[: one.learned[0][0]], one.text[one.learned[0][0] :]) for one in written]
+        flat = tokenise(tokenizer, [text for pair in pairs for text in pair])["input_ids"]
+        seconds = continue_texts(tokenizer, pairs) if self.spaced else flat[1::2]
+        found = []
+        for first, second in zip(flat[::2], seconds, strict=True):
+            ids = np.array([*self.first, *first, *second, self.end], dtype=np.int32)
+            found.append(Tokens(ids, np.arange(len(ids)) >= len(self.first) + len(first)))
+        return found

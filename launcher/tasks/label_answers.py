@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from launcher.lazy import Lazy
+from launcher.tasks.label_scores import chosen_classes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -13,6 +14,22 @@ if TYPE_CHECKING:
     from launcher.tasks.task import AnswerOptions
 else:
     np = Lazy("numpy")
+
+
+def label_answers(
+    logits: np.ndarray,
+    problem: str,
+    names: Sequence[str],
+    thresholds: Sequence[float] | None,
+    options: AnswerOptions,
+) -> list[dict[str, Any]]:
+    """Return of each sample its `label`, its `labels`, or its `value`, by logits [samples, outputs]."""
+    if problem == "regression":
+        return [{"value": float(row[0])} for row in logits]
+    if problem == "single-label":
+        return [one_label_answer(row, names, options) for row in logits]
+    given = chosen_classes(logits, thresholds)
+    return [several_labels_answer(*row, names, options) for row in zip(logits, given, strict=True)]
 
 
 def one_label_answer(logits: np.ndarray, names: Sequence[str], options: AnswerOptions) -> dict[str, Any]:

@@ -8,11 +8,23 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from launcher.data.section import Data
+from launcher.metrics import Better
 from launcher.tasks.task import Finding, finding
 from launcher.values import Columns, Fraction
 
 Problem = Literal["single-label", "multi-label", "regression"]
 Probability = Annotated[float, Field(ge=0, le=1)]
+
+HF_PROBLEM = {
+    "single-label": "single_label_classification",
+    "multi-label": "multi_label_classification",
+    "regression": "regression",
+}
+_METRICS: dict[str, dict[str, Better]] = {
+    "single-label": {"loss": "lower", "accuracy": "higher", "f1": "higher", "matthews": "higher"},
+    "multi-label": {"loss": "lower", "accuracy": "higher", "f1_micro": "higher", "f1_macro": "higher"},
+    "regression": {"loss": "lower", "mse": "lower", "pearson": "higher", "spearman": "higher"},
+}
 
 
 class LabelledColumns(Data):
@@ -45,6 +57,12 @@ class LabelledColumns(Data):
         return hash(self.model_dump_json())
 
 
+def measured(data: LabelledColumns) -> dict[str, Better]:
+    """Return what an evaluation measures, and which way is better."""
+    top_k: dict[str, Better] = {} if data.top_k is None else {f"top_{data.top_k}_accuracy": "higher"}
+    return _METRICS[data.problem] | top_k
+
+
 def contradictions(data: LabelledColumns) -> Iterator[Finding]:
     """Yield what is missing, or makes no sense beside the rest."""
     text = data.text
@@ -57,9 +75,6 @@ def contradictions(data: LabelledColumns) -> Iterator[Finding]:
         )
     if data.label is None:
         yield finding("data.label", None, "is missing: sequence-classification learns a label", "model.task")
-    if data.packing:
-        reason = "only language models pack; set it to false: these batches are sorted by length and padded"
-        yield finding("data.packing", True, reason, "model.task")
     for_classes = {
         "class_weights": data.class_weights,
         "label_smoothing": data.label_smoothing,

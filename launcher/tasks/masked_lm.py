@@ -5,16 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-
-from launcher.data.rows import EMPTY, NOTHING_TO_LEARN, TOO_LONG, RowProblem, text_of
-from launcher.data.section import Data
+from launcher.data.rows import EMPTY, NOTHING_TO_LEARN, RowProblem, text_of
 from launcher.errors import ConfigurationError, Problem
 from launcher.lazy import Lazy
-from launcher.tasks.encoding import tokenise
+from launcher.tasks.encoding import encode_usable, special_tokens, tokenise, too_long, unfit
+from launcher.tasks.masked_columns import MaskedColumns
 from launcher.tasks.masking import hide, num_hidden, units_of
+from launcher.tasks.padding import alone
 from launcher.tasks.task import (
     IGNORE,
     AnswerOptions,
@@ -32,7 +31,6 @@ from launcher.tasks.task import (
 from launcher.tasks.token_batches import first_position, joined, padded
 from launcher.tasks.token_losses import TokenLosses
 from launcher.tasks.words import Around, around
-from launcher.values import Columns
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,27 +44,12 @@ _FIXED = Draws(0, 0)
 """Where nothing may be random."""
 
 
-class MaskedColumns(Data):
-    """Rows of text."""
-
-    text: Columns | None = None
-    """The column of the text; of several, the texts are joined, each on a line of its own."""
-    mask_probability: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    """The share of a sample's tokens that are hidden and learned, drawn anew in each step; rounded, and at
-    least one."""
-    mask_whole_words: bool = False
-    """Hide all pieces of a word together."""
-    long_texts: Literal["pieces", "first"] = "pieces"
-    """What becomes of a text of more than max_length tokens where `too_long` is `cut`: pieces of max_length,
-    each a sample, so that nothing is lost; or its first tokens alone."""
-
-
 class MaskedLM(Task):
     """Predict hidden tokens from those around them: 80 % of them are masked, 10 % another token, 10 % left as
     they are."""
 
     name = "masked-lm"
-    traits = Traits("packed", causal=False, head="every-position")
+    traits = Traits("packed", causal=False, head="every-position", windows=True)
     Columns = MaskedColumns
     column_ways = (("text",),)
     data: MaskedColumns
@@ -81,6 +64,7 @@ class MaskedLM(Task):
         """The tokens that may stand in another's place, int64."""
 
     def checks(self) -> Iterator[Finding]:
+        yield from super().checks()
         if not self.data.text:
             yield finding(
                 "data.text", None, "is missing: masked-lm reads a column of text, or several", "model.task"
@@ -94,7 +78,13 @@ class MaskedLM(Task):
         return ["\n".join(text_of(row, column) for column in self.columns)]
 
     def added_tokens(self, num_texts: int, tokenizer: Any | None) -> int:
-        return 2 if tokenizer is None else int(tokenizer.num_special_tokens_to_add(False))
+        return special_tokens(tokenizer)
+
+    def sample_lengths(self, tokens: Sequence[int], added: int) -> list[int]:
+        whole, room = sum(tokens), self.data.max_length - added
+        if whole <= room or self.data.too_long != "cut" or self.data.long_texts == "first":
+            return super().sample_lengths(tokens, added) if whole else []
+        return [min(room, whole - begin) + added for begin in range(0, whole, room)]
 
     @property
     def auto_class(self) -> Any:
@@ -108,15 +98,14 @@ class MaskedLM(Task):
     def prepare(self, processor: Any) -> None:
         """Take the mask and what is put around a text. Raises ConfigurationError for a tokenizer without a
         mask, or one that does not say where its pieces stand where whole words are hidden."""
-        key, name = "model.name", processor.name_or_path or None
         if processor.mask_token_id is None:
             reason = (
                 "its tokenizer has no mask token to hide others by; take a model such as BERT, or causal-lm"
             )
-            raise ConfigurationError(Problem(key, name, reason))
+            raise unfit(processor, reason)
         if self.data.mask_whole_words and not processor.is_fast:
             reason = "its tokenizer does not say where its tokens stand; write data.mask_whole_words: false"
-            raise ConfigurationError(Problem(key, name, reason))
+            raise unfit(processor, reason)
         self._mask, self._around = processor.mask_token_id, around(processor)
         self._tokenizer = processor
         self._others = np.array(
@@ -147,49 +136,39 @@ class MaskedLM(Task):
     def encode(self, rows: Sequence[dict[str, Any]], processor: Any) -> list[Any]:
         """Return for each row its pieces: `input_ids` and `units`, int32 [n], the latter counting what is
         hidden together from 0, and -1 where nothing is ever hidden."""
-        texts = [self._text(row) for row in rows]
-        good = [text for text in texts if isinstance(text, str)]
         options = {"return_offsets_mapping": True} if self.data.mask_whole_words else {}
-        flat = tokenise(processor, good, **options) if good else {}
-        encoded = (self._pieces(text, flat, number, processor) for number, text in enumerate(good))
-        return [next(encoded) if isinstance(text, str) else text for text in texts]
 
-    def _text(self, row: dict[str, Any]) -> str | RowProblem:
-        try:
-            return self.texts(row)[0]
-        except RowProblem as problem:
-            return problem
+        def pieces(texts: list[str]) -> Iterator[tuple[Encoded, ...] | RowProblem]:
+            flat = tokenise(processor, texts, **options)
+            offsets = flat["offset_mapping"] if options else [None] * len(texts)
+            for text, ids, places in zip(texts, flat["input_ids"], offsets, strict=True):
+                units = units_of(list(ids), processor.all_special_ids, text, places)
+                yield self._pieces(list(ids), units)
 
-    def _pieces(self, text: str, flat: Any, number: int, tokenizer: Any) -> tuple[Encoded, ...] | RowProblem:
-        ids = list(flat["input_ids"][number])
-        offsets = flat["offset_mapping"][number] if self.data.mask_whole_words else None
-        units = units_of(ids, tokenizer.all_special_ids, text, offsets)
+        return encode_usable(rows, lambda row: self.texts(row)[0], pieces)
+
+    def _pieces(self, ids: list[int], units: np.ndarray) -> tuple[Encoded, ...] | RowProblem:
+        length, room = len(ids) + len(self._around), self.data.max_length - len(self._around)
         if not ids:
             return RowProblem(EMPTY, "no tokens")
-        length, room = len(ids) + len(self._around), self.data.max_length - len(self._around)
         is_long = len(ids) > room
         if is_long and self.data.too_long != "cut":
-            return RowProblem(TOO_LONG, f"{length:,} tokens, and max_length is {self.data.max_length:,}")
+            return too_long(length, self.data.max_length)
         cut = is_long and self.data.long_texts == "first"
-        ends = range(0, room if cut else len(ids), room)
-        pieces = [self._piece(ids[begin : begin + room], units[begin : begin + room], cut) for begin in ends]
-        used = tuple(piece for piece in pieces if piece.num_supervised)
-        missing = (
-            f"it has no {self._tokenizer.mask_token} to fill"
-            if self.for_prediction
-            else "it has special tokens alone"
-        )
-        return used or RowProblem(NOTHING_TO_LEARN, missing)
+        parts = [slice(begin, begin + room) for begin in range(0, room if cut else len(ids), room)]
+        pieces = (self._piece(ids[part], units[part], cut) for part in parts)
+        if used := tuple(piece for piece in pieces if piece.num_supervised):
+            return used
+        asked = f"it has no {self._tokenizer.mask_token} to fill"
+        return RowProblem(NOTHING_TO_LEARN, asked if self.for_prediction else "it has special tokens alone")
 
     def _piece(self, ids: list[int], units: np.ndarray, cut: bool) -> Encoded:
-        around = self._around
-        number = (
+        count = (
             ids.count(self._mask) if self.for_prediction else num_hidden(units, self.data.mask_probability)
         )
-        spread = np.array(
-            [-1] * len(around.before) + units.tolist() + [-1] * len(around.behind), dtype=np.int32
-        )
-        return Encoded({"input_ids": around.put(ids), "units": spread}, number, len(spread), cut)
+        spread = np.pad(units, (len(self._around.before), len(self._around.behind)), constant_values=-1)
+        arrays = {"input_ids": self._around.put(ids), "units": spread.astype(np.int32)}
+        return Encoded(arrays, count, len(spread), cut)
 
     def hidden(self, sample: Sample, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
         """Return a sample's tokens as the model sees them, and its targets, int64 [n] each: a hidden token,
@@ -233,8 +212,7 @@ class MaskedLM(Task):
 
     def plain_batch(self, sample: Sample) -> dict[str, Any] | None:
         """Return a shortened sample's tokens, with its targets as labels."""
-        names = {"input_ids": "input_ids", "labels": "targets"}
-        return {name: torch.from_numpy(sample[own].astype(np.int64))[None] for name, own in names.items()}
+        return alone(sample, labels="targets")
 
     def loss(self, model: torch.nn.Module, batch: dict[str, Any]) -> Output:
         """Return the summed loss of the hidden tokens; where a batch is asked for, also the likeliest

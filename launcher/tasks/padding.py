@@ -34,6 +34,24 @@ def padded(samples: Sequence[Sample], fills: Mapping[str, int]) -> dict[str, tor
     return batch
 
 
+def alone(sample: Sample, **names: str) -> dict[str, torch.Tensor]:
+    """Return a sample's arrays as a batch of one, int64 [1, n], by their own names or by others.
+
+    `labels="tags"` has an array under another name. Those that the sample does not have are left out.
+    """
+    names = {"input_ids": "input_ids", "token_type_ids": "token_type_ids"} | names
+    return {
+        name: torch.from_numpy(sample[own].astype(np.int64))[None]
+        for name, own in names.items()
+        if own in sample
+    }
+
+
+def weights(samples: Sequence[Sample]) -> torch.Tensor:
+    """Return the weights of samples, float32 [samples]: 0 for filler."""
+    return torch.tensor([float(sample.weight) for sample in samples])
+
+
 def counts_positions_from_padding(config: Any) -> bool:
     """Return whether the model's first position is the one behind its padding token's id, as in RoBERTa and
     what was made after it."""

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-
-from pydantic import Field
+from typing import TYPE_CHECKING, Any
 
 from launcher.data.rows import BAD_LABEL, IfThere, RowProblem, text_of
-from launcher.data.section import Data
-from launcher.errors import ConfigurationError, Problem
 from launcher.lazy import Lazy
-from launcher.tasks import answer_spans
+from launcher.tasks import answer_spans, question_columns
+from launcher.tasks.answer_losses import span_loss
 from launcher.tasks.answer_scores import NUM_COMPARED, AnswerScores, answer_of, pointed
 from launcher.tasks.answer_spans import IMPOSSIBLE, Answer
 from launcher.tasks.answer_windows import SEPARATORS, Asked, windows_of
-from launcher.tasks.padding import padded
+from launcher.tasks.classes import without_head
+from launcher.tasks.encoding import encode_usable, special_tokens, unfit
+from launcher.tasks.padding import alone, padded, weights
+from launcher.tasks.question_columns import QuestionColumns
 from launcher.tasks.task import (
     Better,
     Draws,
@@ -27,7 +27,7 @@ from launcher.tasks.task import (
     Sample,
     Task,
     Traits,
-    finding,
+    ends_of,
     sample_at,
 )
 
@@ -43,32 +43,6 @@ _ANSWERED: dict[str, Better] = {"loss": "lower", "exact_match": "higher", "f1": 
 _UNANSWERABLE: dict[str, Better] = dict.fromkeys(
     ("has_answer_exact_match", "has_answer_f1", "no_answer_accuracy", "best_exact_match", "best_f1"), "higher"
 )
-
-
-class QuestionColumns(Data):
-    """Rows of a question, a text and the answers in it."""
-
-    question: str = "question"
-    """The column of the question."""
-    context: str = "context"
-    """The column of the text that holds the answer."""
-    answers: str = "answers"
-    """The column of the answers: `{text: [...], answer_start: [...]}`, a list of `{text, answer_start}`, or
-    text beside `answer_start`."""
-    answer_start: str | None = None
-    """The column of the character, counted from 0, at which the answer begins, where `answers` holds its text
-    alone."""
-    doc_stride: int = Field(default=128, ge=0, le=1_000_000)
-    """Tokens of the text that a window shares with the one before, where question and text together have more
-    than max_length."""
-    max_answer_length: int = Field(default=30, ge=1, le=100_000)
-    """Tokens of the longest answer that is given."""
-    unanswerable: bool = False
-    """Whether a question may have no answer in its text, as in SQuAD 2.0; else a row without one cannot be
-    used."""
-    no_answer_threshold: Annotated[float, Field(ge=0, le=1)] | Literal["fit"] = "fit"
-    """The probability of there being no answer above which none is given; `fit` takes the one with the best
-    F1 on the evaluation."""
 
 
 class QuestionAnswering(Task):
@@ -90,31 +64,8 @@ class QuestionAnswering(Task):
         self._threshold = 0.5 if data.no_answer_threshold == "fit" else data.no_answer_threshold
 
     def checks(self) -> Iterator[Finding]:
-        data = self.data
-        if data.packing:
-            reason = "only language models pack; set it to false: windows are sorted by length and padded"
-            yield finding("data.packing", True, reason, "model.task")
-        if data.doc_stride >= data.max_length:
-            reason = (
-                f"windows of max_length = {data.max_length} tokens would share all of their text; write at "
-                f"most {data.max_length // 3}"
-            )
-            yield finding("data.doc_stride", data.doc_stride, reason, "data.max_length")
-        if data.no_answer_threshold != "fit" and not data.unanswerable:
-            reason = "every question has an answer here; leave it out, or write data.unanswerable: true"
-            yield finding("data.no_answer_threshold", data.no_answer_threshold, reason, "data.unanswerable")
-        names = {
-            "question": data.question,
-            "context": data.context,
-            "answers": data.answers,
-            "answer_start": data.answer_start,
-        }
-        for key, name in names.items():
-            if (
-                name is not None
-                and (same := next(other for other, value in names.items() if value == name)) != key
-            ):
-                yield finding(f"data.{key}", name, f"is the column of data.{same} too", f"data.{same}")
+        yield from super().checks()
+        yield from question_columns.contradictions(self.data)
 
     @property
     def metrics(self) -> Mapping[str, Better]:
@@ -154,7 +105,7 @@ class QuestionAnswering(Task):
         return answers
 
     def added_tokens(self, num_texts: int, tokenizer: Any | None) -> int:
-        return 3 if tokenizer is None else int(tokenizer.num_special_tokens_to_add(True))
+        return special_tokens(tokenizer, is_pair=True)
 
     def sample_lengths(self, tokens: Sequence[int], added: int) -> list[int]:
         (question, context), limit = tokens, self.data.max_length
@@ -173,7 +124,7 @@ class QuestionAnswering(Task):
                 f"its tokenizer ({type(processor).__name__}) does not say where in the text its tokens "
                 "stand; take a fast one"
             )
-            raise ConfigurationError(Problem("model.name", processor.name_or_path or None, reason))
+            raise unfit(processor, reason)
         self._pad = next(
             (one for one in (processor.pad_token_id, processor.eos_token_id) if one is not None), 0
         )
@@ -184,18 +135,16 @@ class QuestionAnswering(Task):
                     f"the model finds the question by {SEPARATORS} separators in a sequence, and its "
                     f"tokenizer puts {number} there"
                 )
-                raise ConfigurationError(Problem("model.name", processor.name_or_path or None, reason))
+                raise unfit(processor, reason)
 
     def adopt(self, config: Any, as_it_stands: bool = False) -> None:
         """Raise ConfigurationError where a model that stands has no head for answers."""
         self._finds_question = config.model_type == "longformer"
         kinds = getattr(config, "architectures", None) or ()
         if as_it_stands and not any("ForQuestionAnswering" in kind for kind in kinds):
-            reason = (
-                f"the model ({', '.join(kinds) or 'of no known class'}) has no head for answers; train it "
-                "first, and measure the run"
+            raise without_head(
+                config, f"the model ({', '.join(kinds) or 'of no known class'}) has no head for answers"
             )
-            raise ConfigurationError(Problem("MODEL", getattr(config, "name_or_path", None) or None, reason))
 
     def configure(self, config: Any) -> None:
         """Two numbers for each token, and the padding token where the model has none."""
@@ -207,7 +156,7 @@ class QuestionAnswering(Task):
 
     def encode(
         self, rows: Sequence[dict[str, Any]], processor: Any
-    ) -> list[Encoded | tuple[Encoded, ...] | RowProblem]:
+    ) -> list[tuple[Encoded, ...] | RowProblem]:
         """Return the windows of each row, as many as its text needs.
 
         `input_ids` and, where the tokenizer gives them, `token_type_ids`, int32 [n]; `positions`, of the
@@ -216,17 +165,13 @@ class QuestionAnswering(Task):
         the position of no answer; `text`, those characters, and in the first window `references`, a JSON
         list: both UTF-8 as uint8.
         """
-        read = [self._read(row) for row in rows]
-        good = [one for one in read if not isinstance(one, RowProblem)]
-        windows = iter(windows_of(good, processor, self.data, self._separator))
-        return [one if isinstance(one, RowProblem) else next(windows) for one in read]
+        return encode_usable(
+            rows, self._read, lambda asked: windows_of(asked, processor, self.data, self._separator)
+        )
 
-    def _read(self, row: dict[str, Any]) -> Asked | RowProblem:
-        try:
-            question, context = self.texts(row)
-            return Asked(question, context, self._answers(row, context))
-        except RowProblem as problem:
-            return problem
+    def _read(self, row: dict[str, Any]) -> Asked:
+        question, context = self.texts(row)
+        return Asked(question, context, self._answers(row, context))
 
     def example(self, length: int) -> Sample:
         ids, nothing = np.zeros(length, dtype=np.int32), np.zeros(0, dtype=np.uint8)
@@ -248,12 +193,12 @@ class QuestionAnswering(Task):
         batch["positions"] = torch.from_numpy(
             np.stack([sample["positions"] for sample in samples]).astype(np.int64)
         )
-        batch["weights"] = torch.tensor([float(sample.weight) for sample in samples])
+        batch["weights"] = weights(samples)
         return batch | {"aside": {"samples": samples}}
 
     def shortened(self, sample: Sample, length: int, ends: Sequence[int]) -> Sample:
         """Keep every separator by which the model finds the question."""
-        kept = np.r_[: min(length, sample.length) - 1, sample.length - 1]
+        kept = ends_of(sample.length, length)
         if self._finds_question:
             kept = np.union1d(kept, np.flatnonzero(sample["input_ids"] == self._separator))
         short = sample_at(sample, kept)
@@ -261,42 +206,10 @@ class QuestionAnswering(Task):
         return short
 
     def plain_batch(self, sample: Sample) -> dict[str, Any] | None:
-        names = ("input_ids", "token_type_ids")
-        return {
-            name: torch.from_numpy(sample[name].astype(np.int64))[None] for name in names if name in sample
-        }
+        return alone(sample)
 
     def loss(self, model: torch.nn.Module, batch: dict[str, Any]) -> Output:
-        """Return the sum over windows of the mean cross entropy of where the answer begins and ends, and the
-        logits [B, L, 2] in fp32.
-
-        As transformers has it for each window by itself: positions beyond the sequence count for nothing.
-        """
-        from torch.nn import functional
-
-        from launcher.training.heads import own_forward
-
-        outputs = own_forward(
-            model,
-            {
-                name: batch[name]
-                for name in ("input_ids", "attention_mask", "token_type_ids")
-                if name in batch
-            },
-        )
-        logits = torch.stack((outputs.start_logits, outputs.end_logits), dim=-1).float()
-        # Padding is no place to answer; counted in, it would have a window's loss hang on the others of its
-        # pass.
-        logits = logits.masked_fill(batch["attention_mask"].unsqueeze(-1) == 0, -torch.inf)
-        beyond = logits.shape[1]
-        positions = batch["positions"].clamp(0, beyond)
-        losses = functional.cross_entropy(logits, positions, ignore_index=beyond, reduction="none").mean(
-            dim=-1
-        )
-        correct = (logits.argmax(dim=1) == positions).all(dim=-1).float()
-        return Output(
-            (losses * batch["weights"]).sum(), (correct * batch["weights"]).sum().detach(), logits.detach()
-        )
+        return span_loss(model, batch)
 
     def evaluator(self) -> Evaluator:
         threshold = None if self.data.no_answer_threshold == "fit" else self.data.no_answer_threshold

@@ -6,19 +6,32 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from launcher.data.rows import BAD_VALUE, TOO_LONG, Row, RowProblem, text_of
+from launcher.data.rows import Row, RowProblem, text_of
 from launcher.errors import ConfigurationError, DataError, Problem
 from launcher.lazy import Lazy
 from launcher.metrics import Better
 from launcher.tasks import classes
 from launcher.tasks.classes import Classes, by_class, is_number, new_head, taken_by_number
-from launcher.tasks.label_answers import one_label_answer, several_labels_answer
-from launcher.tasks.label_columns import LabelledColumns, contradictions
+from launcher.tasks.encoding import encode_usable, special_tokens, unfit
+from launcher.tasks.label_answers import label_answers
+from launcher.tasks.label_columns import HF_PROBLEM, LabelledColumns, contradictions, measured
 from launcher.tasks.label_losses import LabelLoss, balanced, label_loss
-from launcher.tasks.label_scores import LabelScores, Thresholds, chosen_classes
-from launcher.tasks.padding import counts_positions_from_padding, padded
+from launcher.tasks.label_samples import TextSamples, tokenise_columns
+from launcher.tasks.label_scores import LabelScores, Thresholds
+from launcher.tasks.padding import alone, counts_positions_from_padding, padded, weights
 from launcher.tasks.row_labels import label_array, label_of, names_in
-from launcher.tasks.task import Draws, Encoded, Evaluator, Finding, Output, Sample, Task, Traits, sample_at
+from launcher.tasks.task import (
+    Draws,
+    Encoded,
+    Evaluator,
+    Finding,
+    Output,
+    Sample,
+    Task,
+    Traits,
+    ends_of,
+    sample_at,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,16 +44,6 @@ else:
 _READS_LAST_END = {"bart", "bigbird_pegasus", "mbart", "mt5", "mvp", "plbart", "t5", "umt5"}
 """The model types whose classifiers look at the last end token of a text, and refuse a pass in which texts
 have unlike numbers of them."""
-HF_PROBLEM = {
-    "single-label": "single_label_classification",
-    "multi-label": "multi_label_classification",
-    "regression": "regression",
-}
-_METRICS: dict[str, dict[str, Better]] = {
-    "single-label": {"loss": "lower", "accuracy": "higher", "f1": "higher", "matthews": "higher"},
-    "multi-label": {"loss": "lower", "accuracy": "higher", "f1_micro": "higher", "f1_macro": "higher"},
-    "regression": {"loss": "lower", "mse": "lower", "pearson": "higher", "spearman": "higher"},
-}
 
 
 class SequenceClassification(Task):
@@ -65,14 +68,12 @@ class SequenceClassification(Task):
         """Of the training rows' numbers."""
 
     def checks(self) -> Iterator[Finding]:
+        yield from super().checks()
         yield from contradictions(self.data)
 
     @property
     def metrics(self) -> Mapping[str, Better]:
-        top_k: dict[str, Better] = (
-            {} if self.data.top_k is None else {f"top_{self.data.top_k}_accuracy": "higher"}
-        )
-        return _METRICS[self.data.problem] | top_k
+        return measured(self.data)
 
     @property
     def kind(self) -> str:
@@ -99,8 +100,7 @@ class SequenceClassification(Task):
         return texts
 
     def added_tokens(self, num_texts: int, tokenizer: Any | None) -> int:
-        is_pair = num_texts > 1
-        return 2 + is_pair if tokenizer is None else int(tokenizer.num_special_tokens_to_add(is_pair))
+        return special_tokens(tokenizer, num_texts > 1)
 
     def chance_loss(self, config: Any) -> float | None:
         if self.data.problem == "regression":
@@ -128,9 +128,9 @@ class SequenceClassification(Task):
                 "its tokenizer has neither a padding nor an end token, and batches of texts need one to "
                 "pad with"
             )
-            raise ConfigurationError(Problem("model.name", processor.name_or_path or None, reason))
+            raise unfit(processor, reason)
         if self._reads_last_end and (end := processor.eos_token_id) is not None:
-            [empty] = _tokenise(processor, [("",) * len(self._text_columns)], None)
+            [empty] = tokenise_columns(processor, [("",) * len(self._text_columns)], None)
             self._ends = end, empty["input_ids"].count(end)
 
     def adopt(self, config: Any, as_it_stands: bool = False) -> None:
@@ -148,8 +148,7 @@ class SequenceClassification(Task):
                 if self.own_labels is None
                 else (f"{len(self.own_labels)} classes, and a number is one output")
             )
-            reason = f"the model has {has}; train it first, and measure the run"
-            raise ConfigurationError(Problem("MODEL", getattr(config, "name_or_path", None) or None, reason))
+            raise classes.without_head(config, f"the model has {has}")
         if self.needs_labels:
             self.labels, self.labels_given = self.own_labels, True
 
@@ -179,19 +178,11 @@ class SequenceClassification(Task):
         self.labels = sorted(found, key=int) if all(is_number(name) for name in found) else sorted(found)
 
     def refuse_unknown(self, rows: Iterable[Row]) -> None:
-        """Raise ConfigurationError where rows have classes that the model does not: what it says of those
-        rows would count for nothing."""
-        if not self.needs_labels or self.labels is None:
-            return
-        if unknown := Classes(self.labels, by_number=True).unknown(
-            names_in(rows, self._label_column, self.data.problem)
-        ):
-            shown, own = ", ".join(map(repr, unknown[:5])), ", ".join(map(repr, self.labels[:8]))
-            reason = (
-                f"the rows have {len(unknown)} classes that the model does not know ({shown}); its own are "
-                f"{own}"
-            )
-            raise ConfigurationError(Problem("data.label", self._label_column, reason))
+        """Raise ConfigurationError where rows have classes that the model does not."""
+        if self.needs_labels and self.labels is not None:
+            ids = Classes(self.labels, by_number=True)
+            found = names_in(rows, self._label_column, self.data.problem)
+            classes.check_known(ids, found, "classes", "data.label", self._label_column)
 
     def learn_from(self, column: Callable[[str], np.ndarray | None]) -> None:
         """Take what each class weighs, or the mean of the numbers. Raises ConfigurationError for weights and
@@ -222,48 +213,17 @@ class SequenceClassification(Task):
         """Return what the tokenizer makes of the texts, int32 [n] each, and `label`: int64 [1], float32
         [num_labels] or float32 [1]."""
         ids = Classes(self.labels or (), by_number=self.labels is not None and self.labels == self.own_labels)
-        prepared = [self._texts_and_label(row, ids) for row in rows]
-        texts = [row[0] for row in prepared if not isinstance(row, RowProblem)]
-        whole = iter(_tokenise(processor, texts, None))
-        results: list[Encoded | RowProblem] = []
-        for row in prepared:
-            results.append(row if isinstance(row, RowProblem) else self._encoded(next(whole), row, processor))
-        return results
+        samples = TextSamples(processor, self.data, self._ends)
+        return encode_usable(
+            rows, lambda row: (tuple(self.texts(row)), self._label(row, ids)), samples.encoded
+        )
 
-    def _texts_and_label(
-        self, row: dict[str, Any], ids: Classes
-    ) -> tuple[tuple[str, ...], np.ndarray] | RowProblem:
+    def _label(self, row: dict[str, Any], ids: Classes) -> np.ndarray:
         problem, whose = self.data.problem, "model" if ids.names == self.own_labels else "training rows"
-        try:
-            texts = tuple(self.texts(row))
-            if self.for_prediction:
-                size = len(ids.names) if problem == "multi-label" else 1
-                return texts, np.zeros(size, dtype=np.int64 if problem == "single-label" else np.float32)
-            return texts, label_array(label_of(row, self._label_column, problem), ids, problem, whose)
-        except RowProblem as unusable:
-            return unusable
-
-    def _encoded(
-        self, arrays: dict[str, list[int]], row: tuple[tuple[str, ...], np.ndarray], tokenizer: Any
-    ) -> Encoded | RowProblem:
-        texts, label = row
-        length = len(arrays["input_ids"])
-        cut = length > self.data.max_length
-        if cut and self.data.too_long != "cut":
-            return RowProblem(TOO_LONG, f"{length:,} tokens, and max_length is {self.data.max_length:,}")
-        if cut:
-            [arrays] = _tokenise(tokenizer, [texts], self.data.max_length)
-        if self._ends is not None and arrays["input_ids"].count(self._ends[0]) != self._ends[1]:
-            reason = (
-                f"it holds {tokenizer.eos_token!r} as a word, and the model finds the end of a text by it"
-            )
-            return RowProblem(BAD_VALUE, reason)
-        kept: dict[str, np.ndarray] = {
-            name: np.asarray(arrays[name], dtype=np.int32)
-            for name in ("input_ids", "token_type_ids")
-            if name in arrays
-        }
-        return Encoded({**kept, "label": label}, 1, len(kept["input_ids"]), cut)
+        if self.for_prediction:
+            size = len(ids.names) if problem == "multi-label" else 1
+            return np.zeros(size, dtype=np.int64 if problem == "single-label" else np.float32)
+        return label_array(label_of(row, self._label_column, problem), ids, problem, whose)
 
     def example(self, length: int) -> Sample:
         num_outputs = len(self.labels or "?") if self.data.problem == "multi-label" else 1
@@ -280,7 +240,7 @@ class SequenceClassification(Task):
         batch["labels"] = torch.from_numpy(
             labels if self.data.problem == "multi-label" else labels[:, 0].copy()
         )
-        batch["weights"] = torch.tensor([float(sample.weight) for sample in samples])
+        batch["weights"] = weights(samples)
         return batch
 
     def configure(self, config: Any) -> None:
@@ -291,9 +251,7 @@ class SequenceClassification(Task):
             names = (
                 self.own_labels if self.own_labels is not None and len(self.own_labels) == 1 else ["value"]
             )
-        config.num_labels = len(names)
-        config.id2label = dict(enumerate(names))
-        config.label2id = {name: number for number, name in enumerate(names)}
+        classes.write_to(config, names)
         config.problem_type = HF_PROBLEM[self.data.problem]
         if self.data.problem == "regression" and self._mean is not None:
             config.label_mean = self._mean
@@ -310,18 +268,14 @@ class SequenceClassification(Task):
 
     def shortened(self, sample: Sample, length: int, ends: Sequence[int]) -> Sample:
         """Keep every end token: BART's and T5's kin read the last, and want as many in all rows of a pass."""
-        kept = np.r_[: min(length, sample.length) - 1, sample.length - 1]
-        kept = np.union1d(kept, np.flatnonzero(np.isin(sample["input_ids"], ends)))
+        kept = np.union1d(ends_of(sample.length, length), np.flatnonzero(np.isin(sample["input_ids"], ends)))
         # A sample may have as many labels as tokens.
         return Sample(
             sample_at(sample, kept) | {"label": sample["label"]}, sample.id, len(kept), sample.weight
         )
 
     def plain_batch(self, sample: Sample) -> dict[str, Any] | None:
-        names = ("input_ids", "token_type_ids")
-        return {
-            name: torch.from_numpy(sample[name].astype(np.int64))[None] for name in names if name in sample
-        }
+        return alone(sample)
 
     def loss(self, model: torch.nn.Module, batch: dict[str, Any]) -> Output:
         data = self.data
@@ -347,23 +301,5 @@ class SequenceClassification(Task):
         probable classes on request."""
         assert output.predictions is not None
         logits = output.predictions.float().cpu().numpy()
-        if self.data.problem == "regression":
-            return [{"value": float(row[0])} for row in logits]
-        names = list(self.labels or ())
-        if self.data.problem == "single-label":
-            return [one_label_answer(row, names, options) for row in logits]
-        given = chosen_classes(logits, self._fitted or self._numbers("thresholds", 0.5))
-        return [several_labels_answer(*row, names, options) for row in zip(logits, given, strict=True)]
-
-
-def _tokenise(
-    tokenizer: Any, texts: Sequence[tuple[str, ...]], max_length: int | None
-) -> list[dict[str, list[int]]]:
-    """What the tokenizer gives for each text or pair, the longer text of a pair cut first."""
-    if not texts:
-        return []
-    columns = [list(column) for column in zip(*texts, strict=True)]
-    encoded = tokenizer(
-        *columns, truncation="longest_first" if max_length else False, max_length=max_length, verbose=False
-    )
-    return [{name: encoded[name][number] for name in encoded} for number in range(len(texts))]
+        thresholds = self._fitted or self._numbers("thresholds", 0.5)
+        return label_answers(logits, self.data.problem, list(self.labels or ()), thresholds, options)

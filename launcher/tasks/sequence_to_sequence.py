@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-
-from launcher.data.rows import BAD_VALUE, EMPTY, TOO_LONG, IfThere, RowProblem, is_missing, text_of
-from launcher.data.section import Data
-from launcher.errors import ConfigurationError, Problem
+from launcher.data.rows import EMPTY, TOO_LONG, IfThere, RowProblem, text_of
 from launcher.lazy import Lazy
+from launcher.tasks.encoding import encode_usable, special_tokens, unfit
 from launcher.tasks.generation import GenerationOptions, padded_prompts
 from launcher.tasks.languages import set_language
+from launcher.tasks.padding import alone
+from launcher.tasks.pair_columns import PairColumns, contradictions, references_of
 from launcher.tasks.task import (
     IGNORE,
     AnswerOptions,
@@ -25,10 +25,10 @@ from launcher.tasks.task import (
     Output,
     Sample,
     Traits,
-    finding,
+    ends_of,
 )
 from launcher.tasks.text_scores import OVERLAP
-from launcher.tasks.token_losses import TokenLosses
+from launcher.tasks.token_losses import TokenLosses, likelihood
 from launcher.tasks.writing import LOSSES, TextEvaluator, WritingTask, as_bytes
 
 if TYPE_CHECKING:
@@ -36,29 +36,6 @@ if TYPE_CHECKING:
     import torch
 else:
     np, torch = Lazy("numpy"), Lazy("torch")
-
-
-class PairColumns(Data):
-    """Rows of a text and what it becomes."""
-
-    source: str
-    """The column of the text that is read."""
-    target: str
-    """The column of the text that is written: learned."""
-    references: str | None = None
-    """The column with a list of texts that an answer is compared with, of held-out rows that have it; else
-    it is the target."""
-    prefix: str = ""
-    """Put before every source, as T5 wants it (`translate English to German: `)."""
-    source_language: str | None = None
-    """The source's language, by the code that a multilingual model's tokenizer has for it (mBART `de_DE`,
-    NLLB `deu_Latn`)."""
-    target_language: str | None = None
-    """The target's language, by such a code: what is written begins with it."""
-    max_target_length: int = Field(default=128, ge=8, le=100_000_000)
-    """Tokens of the longest target; max_length is the source's."""
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """The share of each target's probability that is spread over all tokens, in training alone."""
 
 
 class SequenceToSequence(WritingTask):
@@ -84,15 +61,7 @@ class SequenceToSequence(WritingTask):
 
     def checks(self) -> Iterator[Finding]:
         yield from super().checks()
-        if self.data.packing:
-            reason = "only language models pack; set it to false: pairs are sorted by length and padded"
-            yield finding("data.packing", True, reason, "model.task")
-        if self.data.source == self.data.target:
-            yield finding(
-                "data.target",
-                self.data.target,
-                "is the source as well; name the column of what is to be written",
-            )
+        yield from contradictions(self.data)
 
     @property
     def metrics(self) -> Mapping[str, Better]:
@@ -108,7 +77,7 @@ class SequenceToSequence(WritingTask):
         return [source] if self.for_prediction else [source, text_of(row, self.data.target)]
 
     def added_tokens(self, num_texts: int, tokenizer: Any | None) -> int:
-        return num_texts * (1 if tokenizer is None else int(tokenizer.num_special_tokens_to_add(False)))
+        return num_texts * (1 if tokenizer is None else special_tokens(tokenizer))
 
     @property
     def auto_class(self) -> Any:
@@ -128,7 +97,7 @@ class SequenceToSequence(WritingTask):
                 set_language(processor, f"data.{key}", attribute, code)
         if processor.pad_token_id is None:
             reason = "its tokenizer has no padding token, and batches of texts need one to pad with"
-            raise ConfigurationError(Problem("model.name", processor.name_or_path or None, reason))
+            raise unfit(processor, reason)
         self._pad = processor.pad_token_id
         around = processor(text_target="")["input_ids"]
         if self.data.target_language is not None and around:
@@ -157,35 +126,22 @@ class SequenceToSequence(WritingTask):
     def encode(self, rows: Sequence[dict[str, Any]], processor: Any) -> list[Encoded | RowProblem]:
         """Return `input_ids` and `labels`, int32 each, for every row that can be used; with generation
         `references` too, as bytes."""
-        read = [self._read(row) for row in rows]
-        good = [texts for texts in read if not isinstance(texts, RowProblem)]
-        sources = self._tokens(processor, [texts[0] for texts in good], self.data.max_length, "text")
-        targets = self._tokens(
-            processor, [texts[1] for texts in good], self.data.max_target_length, "text_target"
-        )
-        encoded = iter([self._encoded(*one) for one in zip(good, sources, targets, strict=True)])
-        return [one if isinstance(one, RowProblem) else next(encoded) for one in read]
+        return encode_usable(rows, self._read, functools.partial(self._samples, processor))
 
-    def _read(self, row: dict[str, Any]) -> tuple[str, str, list[str]] | RowProblem:
-        try:
-            source, *targets = self.texts(row)
-            return source, (targets or [""])[0], self._references(row) or targets
-        except RowProblem as problem:
-            return problem
+    def _read(self, row: dict[str, Any]) -> tuple[str, str, list[str]]:
+        source, *targets = self.texts(row)
+        return source, (targets or [""])[0], references_of(row, self.data.references) or targets
 
-    def _references(self, row: dict[str, Any]) -> list[str]:
-        column = self.data.references
-        if column is None or is_missing(texts := row.get(column)):
-            return []
-        texts = [texts] if isinstance(texts, str) else texts
-        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-            raise RowProblem(BAD_VALUE, f"{column!r} is not a list of texts")
-        return texts
+    def _samples(
+        self, processor: Any, texts: list[tuple[str, str, list[str]]]
+    ) -> Iterator[Encoded | RowProblem]:
+        sources = self._tokens(processor, [one[0] for one in texts], self.data.max_length, "text")
+        limit = self.data.max_target_length
+        targets = self._tokens(processor, [one[1] for one in texts], limit, "text_target")
+        return map(self._encoded, texts, sources, targets)
 
     def _tokens(self, processor: Any, texts: list[str], limit: int, role: str) -> list[tuple[list[int], int]]:
         """The tokens of each text, cut to `limit` with its end kept, and how many there were."""
-        if not texts:
-            return []
         whole = processor(**{role: texts}, truncation=False, verbose=False)["input_ids"]
         cut = processor(**{role: texts}, truncation=True, max_length=limit, verbose=False)["input_ids"]
         return [(short, len(long)) for short, long in zip(cut, whole, strict=True)]
@@ -238,16 +194,11 @@ class SequenceToSequence(WritingTask):
     def shortened(self, sample: Sample, length: int, ends: Sequence[int]) -> Sample:
         """Return the sample with both texts cut to about `length` tokens, the last ones kept."""
         names = ("input_ids", "labels")
-        short = {
-            name: sample[name][np.r_[: min(length, len(sample[name])) - 1, len(sample[name]) - 1]]
-            for name in names
-        }
+        short = {name: sample[name][ends_of(len(sample[name]), length)] for name in names}
         return Sample({**sample, **short}, sample.id, sum(map(len, short.values())), sample.weight)
 
     def plain_batch(self, sample: Sample) -> dict[str, Any] | None:
-        return {
-            name: torch.from_numpy(sample[name].astype(np.int64))[None] for name in ("input_ids", "labels")
-        }
+        return alone(sample, labels="labels")
 
     def loss(self, model: torch.nn.Module, batch: dict[str, Any]) -> Output:
         """Return the summed loss of the targets' tokens. Labels are smoothed in training alone, so that
@@ -283,16 +234,8 @@ class SequenceToSequence(WritingTask):
         if output.generated is not None:
             return self.texts_of(output)
         assert output.losses is not None
-        sums = output.losses.double().view(batch["targets"].shape).sum(dim=1).tolist()
-        counts = (batch["targets"] != IGNORE).sum(dim=1).tolist()
-        return [
-            {
-                "log_probability": -total,
-                "tokens": count,
-                "perplexity": math.exp(min(total / max(count, 1), 700.0)),
-            }
-            for total, count in zip(sums, counts, strict=True)
-        ]
+        losses = output.losses.double().view(batch["targets"].shape).cpu()
+        return [likelihood(*one) for one in zip(losses, batch["targets"].cpu(), strict=True)]
 
     def evaluator(self) -> Evaluator:
         return TextEvaluator(self) if self.generates else TokenLosses()

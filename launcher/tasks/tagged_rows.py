@@ -76,9 +76,6 @@ def checks(data: TaggedColumns) -> Iterator[Finding]:
     if overlap is not None and not 0 <= overlap <= most:
         reason = f"write 0 to {most}, half of data.max_length"
         yield finding("data.window_overlap", overlap, reason, "data.max_length")
-    if data.packing:
-        reason = "token-classification sorts its batches by length and pads them, so set it to false"
-        yield finding("data.packing", True, reason, "model.task")
 
 
 class Marked(NamedTuple):

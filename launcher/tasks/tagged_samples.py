@@ -38,13 +38,6 @@ class Pieces:
         self.anchors = np.maximum.accumulate(np.maximum(self.places, 0))
         """The same; of a word without a piece, that of the word before it."""
 
-    def split(self, data: TaggedColumns, room: int) -> list[Window]:
-        """Return the windows of at most `room` pieces that a text is read in."""
-        if len(self.ids) <= room or data.long_texts == "first":
-            return [Window(0, min(room, len(self.ids)), 0, len(self.ids))]
-        overlap = data.max_length // 4 if data.window_overlap is None else data.window_overlap
-        return windows(self.firsts, len(self.ids), room, min(overlap, room // 2))
-
     def sample(self, part: Window, tags: np.ndarray, later: np.ndarray | None, around: Around) -> Encoded:
         """Return one window as a sample. `tags`, int32 [words]; `later`: what other pieces of a word with
         each tag learn, if anything."""
@@ -66,6 +59,14 @@ class Pieces:
         return Encoded(arrays, int((labels >= 0).sum()), len(input_ids), cut=part.end < part.last)
 
 
+def split(firsts: np.ndarray, num_pieces: int, data: TaggedColumns, room: int) -> list[Window]:
+    """Return the windows of at most `room` pieces that a text is read in; `firsts`, int [words], begin words."""
+    if num_pieces <= room or data.long_texts == "first":
+        return [Window(0, min(room, num_pieces), 0, num_pieces)]
+    overlap = data.max_length // 4 if data.window_overlap is None else data.window_overlap
+    return windows(firsts, num_pieces, room, min(overlap, room // 2))
+
+
 def samples(
     pieces: Pieces, tags: np.ndarray, later: np.ndarray | None, data: TaggedColumns, around: Around
 ) -> tuple[Encoded, ...] | RowProblem:
@@ -78,7 +79,9 @@ def samples(
         return RowProblem(TOO_LONG, f"{length:,} tokens, and max_length is {data.max_length:,}")
     if not len(pieces.firsts):
         return RowProblem(NOTHING_TO_LEARN, "the tokenizer makes nothing of its words")
-    parts = (pieces.sample(part, tags, later, around) for part in pieces.split(data, room))
+    parts = (
+        pieces.sample(part, tags, later, around) for part in split(pieces.firsts, len(pieces.ids), data, room)
+    )
     return tuple(part for part in parts if len(part.arrays["words"]))
 
 

@@ -15,24 +15,43 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 from launcher.data.rows import Row, RowProblem
 from launcher.data.section import Data
 from launcher.errors import Problem
-from launcher.lazy import Lazy
 from launcher.metrics import Better
 from launcher.tasks.companion import Companion
+from launcher.tasks.evaluator import Evaluator, Output
 from launcher.tasks.generation import Evaluation, GenerationOptions
+from launcher.tasks.sample import IGNORE, Draws, Encoded, Sample, ends_of, sample_at
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
-else:
-    np = Lazy("numpy")
+
+__all__ = [
+    "IGNORE",
+    "AnswerOptions",
+    "Better",
+    "Companion",
+    "Draws",
+    "Encoded",
+    "Evaluator",
+    "Finding",
+    "Head",
+    "Left",
+    "Output",
+    "Sample",
+    "SampleLayout",
+    "Task",
+    "Traits",
+    "ends_of",
+    "finding",
+    "sample_at",
+]
+"""What a module that holds a task needs of the contract, from one place."""
 
 SampleLayout = Literal["packed", "padded", "single"]
 """How samples share a pass: joined end to end, padded on the right, or not at all."""
 Head = Literal["chunked", "model", "forward"]
 """Where a causal LM's loss comes from: the output matrix in chunks, the model's own head in chunks, or its
 whole forward."""
-IGNORE = -100
-"""The target of a position that is not learned."""
 
 
 @dataclass(frozen=True)
@@ -86,114 +105,6 @@ class AnswerOptions:
     """So many of the likeliest candidates; None for the likeliest alone."""
 
 
-class Encoded(NamedTuple):
-    """A sample's arrays by name, each with one entry per position or of any shape that `collate`
-    understands."""
-
-    arrays: dict[str, np.ndarray]
-    num_supervised: int
-    """Supervised tokens, or 1 where the sample as a whole is."""
-    length: int
-    """The positions that it costs in a pass; of text, its tokens."""
-    cut: bool | str = False
-    """Whether it was longer than max_length, or in words what of the row was left out."""
-
-
-class Sample(dict[str, "np.ndarray"]):
-    """One sample's arrays by name.
-
-    `id` is its row number in the source, `window` its number among the samples of that row, `length` the
-    positions that it costs. A `weight` of 0 marks filler, which only keeps shapes equal among ranks:
-    `collate` must leave nothing of it supervised.
-    """
-
-    __slots__ = ("id", "length", "weight", "window")
-
-    def __init__(
-        self, arrays: Mapping[str, np.ndarray], id: int, length: int, weight: int = 1, window: int = 0
-    ) -> None:
-        super().__init__(arrays)
-        self.id = id
-        self.length = length
-        self.weight = weight
-        self.window = window
-
-    def as_filler(self) -> Sample:
-        """Return the same arrays with weight 0."""
-        return Sample(self, self.id, self.length, 0, self.window)
-
-
-def sample_at(sample: Sample, positions: np.ndarray) -> Sample:
-    """Return the sample with these positions alone, int [n]; arrays that are not as long as it stay as they
-    are."""
-    arrays = {
-        name: array[positions] if len(array) == sample.length else array for name, array in sample.items()
-    }
-    return Sample(arrays, sample.id, len(positions), sample.weight, sample.window)
-
-
-@dataclass(frozen=True)
-class Draws:
-    """Random numbers for a sample by the run's seed, the step and the sample alone: equal on any number of
-    ranks, and after a resume."""
-
-    seed: int
-    step: int
-
-    def of(self, sample: Sample) -> np.random.Generator:
-        """Return a generator of this sample's own."""
-        return np.random.default_rng((self.seed, self.step, sample.id, sample.window))
-
-
-class Output(NamedTuple):
-    """Sums over what this micro-batch supervises; a NamedTuple, because sharding looks for tensors inside."""
-
-    loss_sum: torch.Tensor
-    """Scalar, fp32."""
-    num_correct: torch.Tensor
-    """Scalar."""
-    predictions: torch.Tensor | None = None
-    """What the task's evaluator needs beside the sums."""
-    router_loss_sum: torch.Tensor | None = None
-    """Scalar, of `loss_sum`: what a mixture of experts adds for the balance of its routers."""
-    losses: torch.Tensor | None = None
-    """fp32, flat over the positions: the loss of each, 0 where nothing is learned. Of an evaluation of a
-    language model alone."""
-    generated: torch.Tensor | None = None
-    """What the model wrote to each sample of the batch, int64 [samples, n], where the task has it write; set
-    beside `loss`."""
-
-
-class Evaluator(ABC):
-    """Collects what an evaluation sees on one rank, and makes metrics of what all ranks saw."""
-
-    @abstractmethod
-    def update(self, output: Output, batch: dict[str, Any]) -> None:
-        """Take in one micro-batch: the model's output, and the batch as `collate` made it, on the host.
-        Filler must not count."""
-
-    @abstractmethod
-    def state(self) -> list[np.ndarray]:
-        """Return what this rank has seen as arrays of numbers, of any shape."""
-
-    @abstractmethod
-    def compute(self, states: Sequence[Sequence[np.ndarray]]) -> dict[str, float]:
-        """Return the metrics of all ranks' states; `loss` is always among them. Called on one rank."""
-
-    def details(self) -> dict[str, Any]:
-        """Return what no single number shows of the metrics just computed, as JSON values: a confusion
-        matrix, a fitted threshold."""
-        return {}
-
-    def told_apart(self, state: Sequence[np.ndarray], copy: int) -> Sequence[np.ndarray]:
-        """Return the state of one row's sample as that of its `copy`, from 0: drawn anew, a row may come
-        twice.
-
-        For an evaluator that merges what it saw by the ids of rows; others count an equal state twice anyway.
-        """
-        return state
-
-
 class Task(ABC):
     """What is learned, from the columns of a row to the metrics of an evaluation."""
 
@@ -235,7 +146,9 @@ class Task(ABC):
 
     def checks(self) -> Iterator[Finding]:
         """Yield what in the task's own keys contradicts itself."""
-        yield from ()
+        if self.data.packing and self.traits.layout != "packed":
+            reason = "only language models pack; set it to false: samples are sorted by length and padded"
+            yield finding("data.packing", True, reason, "model.task")
 
     @property
     @abstractmethod
@@ -379,7 +292,7 @@ class Task(ABC):
         `ends`: the ids of the model's end tokens. Raises DataError where the sample is not what `encode`
         makes.
         """
-        return sample_at(sample, np.r_[: min(length, sample.length) - 1, sample.length - 1])
+        return sample_at(sample, ends_of(sample.length, length))
 
     def plain_batch(self, sample: Sample) -> dict[str, Any] | None:
         """Return one sample as transformers' documentation has it, for the model's own class: `labels` where

@@ -11,7 +11,7 @@ from launcher.errors import ConfigurationError, DataError, Problem
 from launcher.lazy import Lazy
 from launcher.tasks import classes, schemes, tagged_answers, tagged_rows, tagged_samples
 from launcher.tasks.classes import Classes
-from launcher.tasks.encoding import tokenise
+from launcher.tasks.encoding import encode_usable, special_tokens, tokenise, unfit
 from launcher.tasks.tag_scores import TagScores
 from launcher.tasks.tagged_rows import Marked, TaggedColumns
 from launcher.tasks.tagged_samples import Pieces
@@ -27,6 +27,7 @@ from launcher.tasks.task import (
     Sample,
     Task,
     Traits,
+    ends_of,
 )
 from launcher.tasks.words import Around, around
 
@@ -50,7 +51,7 @@ class TokenClassification(Task):
     """A tag for each word of a text, at the first of its pieces."""
 
     name = "token-classification"
-    traits = Traits("padded", causal=False, head="few-per-position", peft_type="TOKEN_CLS")
+    traits = Traits("padded", causal=False, head="few-per-position", peft_type="TOKEN_CLS", windows=True)
     Columns = TaggedColumns
     column_ways = (("words", "tags"), ("text", "spans"))
     data: TaggedColumns
@@ -62,7 +63,8 @@ class TokenClassification(Task):
         self._pad = 0
 
     def checks(self) -> Iterator[Finding]:
-        return tagged_rows.checks(self.data)
+        yield from super().checks()
+        yield from tagged_rows.checks(self.data)
 
     @property
     def metrics(self) -> Mapping[str, Better]:
@@ -82,7 +84,15 @@ class TokenClassification(Task):
         return [self._read(row).text]
 
     def added_tokens(self, num_texts: int, tokenizer: Any | None) -> int:
-        return 2 if tokenizer is None else int(tokenizer.num_special_tokens_to_add(False))
+        return special_tokens(tokenizer)
+
+    def sample_lengths(self, tokens: Sequence[int], added: int) -> list[int]:
+        """Count windows as if each piece were a word; where words have several, there may be some more."""
+        num_pieces, room = sum(tokens), self.data.max_length - added
+        if num_pieces <= room or self.data.too_long != "cut" or room <= 0:
+            return super().sample_lengths(tokens, added) if num_pieces else []
+        parts = tagged_samples.split(np.arange(num_pieces), num_pieces, self.data, room)
+        return [part.end - part.begin + added for part in parts]
 
     @property
     def auto_class(self) -> Any:
@@ -98,7 +108,7 @@ class TokenClassification(Task):
         where its pieces stand."""
         if not processor.is_fast:
             reason = "its tokenizer does not say where its pieces stand in a text; tags need a fast tokenizer"
-            raise ConfigurationError(Problem("model.name", processor.name_or_path or None, reason))
+            raise unfit(processor, reason)
         self._around, self._pad = around(processor), processor.pad_token_id or 0
         if self.data.max_length <= 2 * len(self._around):
             reason = (
@@ -113,16 +123,12 @@ class TokenClassification(Task):
         if not as_it_stands:
             return
         if self.own_labels is None:
-            reason = "the model has no head for tags; train it first, and measure the run"
-            raise ConfigurationError(Problem("MODEL", getattr(config, "name_or_path", None) or None, reason))
+            raise classes.without_head(config, "the model has no head for tags")
         self.labels, self.labels_given = self.own_labels, True
 
     def configure(self, config: Any) -> None:
         """Write the tags into the model's config."""
-        names = self.labels or ["?"]
-        config.num_labels = len(names)
-        config.id2label = dict(enumerate(names))
-        config.label2id = {name: number for number, name in enumerate(names)}
+        classes.write_to(config, self.labels or ["?"])
 
     def fit(self, rows: Iterable[Row]) -> None:
         """Take the tags from the rows: the model's own in its own order, where each of the rows' tags is one
@@ -152,10 +158,9 @@ class TokenClassification(Task):
 
     def _tags_in(self, rows: Iterable[Row]) -> set[str]:
         found: set[str] = set()
-        for row in rows:
-            if not isinstance(row.values, RowProblem) and not isinstance(
-                marked := self._marked(row.values), RowProblem
-            ):
+        values = (row.values for row in rows if not isinstance(row.values, RowProblem))
+        for marked in encode_usable(values, self._read, list):
+            if not isinstance(marked, RowProblem):
                 found.update(marked.tags or ())
         return found | {schemes.inside(name) for name in found if self._goes_on}
 
@@ -166,38 +171,25 @@ class TokenClassification(Task):
 
     def refuse_unknown(self, rows: Iterable[Row]) -> None:
         """Raise ConfigurationError where rows have tags that the model does not."""
-        if self.labels is not None and (unknown := Classes(self.labels).unknown(self._tags_in(rows))):
-            shown, own = ", ".join(map(repr, unknown[:5])), ", ".join(map(repr, self.labels[:8]))
-            reason = (
-                f"the rows have {len(unknown)} tags that the model does not know ({shown}); its own are {own}"
-            )
-            raise ConfigurationError(Problem(f"data.{self._label_key}", self._label_column, reason))
+        if self.labels is not None:
+            key = f"data.{self._label_key}"
+            classes.check_known(Classes(self.labels), self._tags_in(rows), "tags", key, self._label_column)
 
     def _read(self, row: dict[str, Any]) -> Marked:
         return tagged_rows.read(row, self.data, with_tags=not self.for_prediction)
-
-    def _marked(self, row: dict[str, Any]) -> Marked | RowProblem:
-        try:
-            return self._read(row)
-        except RowProblem as problem:
-            return problem
 
     def encode(self, rows: Sequence[dict[str, Any]], processor: Any) -> list[Any]:
         """Return for each row its windows: `input_ids` and `labels`, int32 [n], and of the words that it
         answers for `words` (their numbers in the row), `places` (of their first pieces, or why there is none)
         and `tags`, int32 [words]."""
-        marked = [self._marked(row) for row in rows]
-        texts = [one.text for one in marked if isinstance(one, Marked)]
-        flat = (
-            tokenise(processor, texts, return_offsets_mapping=True)
-            if texts
-            else {"input_ids": [], "offset_mapping": []}
-        )
-        pieces = iter(zip(flat["input_ids"], flat["offset_mapping"], strict=True))
         ids = Classes(self.labels or ())
-        return [
-            one if isinstance(one, RowProblem) else self._encoded(one, *next(pieces), ids) for one in marked
-        ]
+
+        def samples(marked: list[Marked]) -> Iterator[tuple[Encoded, ...] | RowProblem]:
+            flat = tokenise(processor, [one.text for one in marked], return_offsets_mapping=True)
+            for one, pieces, offsets in zip(marked, flat["input_ids"], flat["offset_mapping"], strict=True):
+                yield self._encoded(one, pieces, offsets, ids)
+
+        return encode_usable(rows, self._read, samples)
 
     def _encoded(
         self, row: Marked, pieces: list[int], offsets: Any, ids: Classes
@@ -231,7 +223,7 @@ class TokenClassification(Task):
 
     def shortened(self, sample: Sample, length: int, ends: Sequence[int]) -> Sample:
         """Keep the tokens; each of them counts as a word."""
-        kept = np.r_[: min(length, sample.length) - 1, sample.length - 1]
+        kept = ends_of(sample.length, length)
         short = Sample(self.example(len(kept)), sample.id, len(kept), sample.weight)
         short["input_ids"] = sample["input_ids"][kept]
         return short

@@ -41,3 +41,13 @@ class TokenLosses(Evaluator):
         entropy = (loss_sum - router_loss_sum) / num_tokens
         perplexity = math.exp(entropy) if entropy < 700 else math.inf
         return {"loss": loss_sum / num_tokens, "perplexity": perplexity, "accuracy": num_correct / num_tokens}
+
+
+def likelihood(losses: Any, targets: Any) -> dict[str, Any]:
+    """Return the `log_probability` of a sample's targets, the number of its `tokens`, and its `perplexity`.
+
+    `losses` float and `targets` int, of one shape: arrays or tensors; a loss is 0 where nothing is learned.
+    """
+    total, tokens = float(losses.sum()), int((targets != IGNORE).sum())
+    perplexity = math.exp(min(total / max(tokens, 1), 700.0))
+    return {"log_probability": -total, "tokens": tokens, "perplexity": perplexity}

@@ -41,6 +41,7 @@ class WritingTask(Task):
         return {**self.compared_by, **({} if own is None else {own: "higher"})}
 
     def checks(self) -> Iterator[Finding]:
+        yield from super().checks()
         evaluation, settings = self.evaluation, self.evaluation.generate
         if settings is None:
             if evaluation.scorer is not None:

@@ -236,7 +236,7 @@ def test_a_tokenizer_that_does_not_say_where_its_pieces_stand_is_refused() -> No
         ),
         ({"rows_scheme": "none"}, "data.rows_scheme = 'none': cannot be converted to BIO"),
         ({"window_overlap": 17}, "data.window_overlap = 17: write 0 to 16, half of data.max_length"),
-        ({"packing": True}, "data.packing = True: token-classification sorts"),
+        ({"packing": True}, "data.packing = True: only language models pack"),
     ],
 )
 def test_keys_that_contradict_each_other(settings: dict[str, Any], message: str) -> None:

@@ -1,0 +1,70 @@
+"""Tokens of a text as a sample of a causal language model, and what of it a model that writes is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from launcher.data.rows import EMPTY, NOTHING_TO_LEARN, RowProblem
+from launcher.lazy import Lazy
+from launcher.tasks.encoding import Tokens, too_long
+from launcher.tasks.task import IGNORE, Encoded
+from launcher.tasks.writing import as_bytes
+
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    np = Lazy("numpy")
+
+
+def sample_of(
+    tokens: Tokens, max_length: int, may_cut: bool, tokenizer: Any | None = None
+) -> Encoded | RowProblem:
+    """Return a text's `input_ids` and `targets`, the next tokens that are learned; or why there is no sample.
+
+    With a tokenizer also `references`: the last piece that is learned, as text, though the sample may be cut
+    before its end.
+    """
+    length = len(tokens.ids)
+    if length > max_length and not may_cut:
+        return too_long(length, max_length)
+    if length == 0:
+        return RowProblem(EMPTY, "no tokens")
+    ids, learned = tokens.ids[:max_length], tokens.learned[:max_length]
+    targets = np.full(len(ids), IGNORE, dtype=np.int32)
+    targets[:-1] = np.where(learned[1:], ids[1:], IGNORE)
+    num_supervised = int(np.count_nonzero(learned[1:]))
+    if num_supervised == 0:
+        filled = f"what is not learned fills max_length = {max_length:,}"
+        return RowProblem(NOTHING_TO_LEARN, filled if length > len(ids) else "too few tokens")
+    arrays = {"input_ids": ids, "targets": targets}
+    if tokenizer is not None:
+        arrays["references"] = as_bytes([_last_learned(tokens, num_asked(arrays), tokenizer)])
+    return Encoded(arrays, num_supervised, len(ids), cut=length > len(ids))
+
+
+def question_of(tokens: Tokens, max_length: int) -> Encoded | RowProblem:
+    """Return a sample of which nothing is learned; or why there is none: a question is never cut."""
+    length = len(tokens.ids)
+    if length > max_length:
+        return too_long(length, max_length)
+    if length == 0:
+        return RowProblem(EMPTY, "no tokens")
+    targets = np.full(length, IGNORE, dtype=np.int32)
+    arrays = {"input_ids": tokens.ids, "targets": targets, "references": as_bytes([])}
+    return Encoded(arrays, 1, length)
+
+
+def _last_learned(tokens: Tokens, begin: int, tokenizer: Any) -> str:
+    unlearned = np.flatnonzero(~tokens.learned[begin:])
+    end = begin + int(unlearned[0]) if len(unlearned) else len(tokens.ids)
+    return str(tokenizer.decode(tokens.ids[begin:end], skip_special_tokens=True)).strip()
+
+
+def num_asked(sample: Mapping[str, np.ndarray]) -> int:
+    """Return the number of tokens before the last piece that is learned; all of them where none is."""
+    learned = np.flatnonzero(sample["targets"] != IGNORE) + 1
+    if not len(learned):
+        return len(sample["input_ids"])
+    begins = np.flatnonzero(np.diff(learned) > 1) + 1
+    return int(learned[begins[-1] if len(begins) else 0])

@@ -1,0 +1,60 @@
+"""What a task's loss gives back for a micro-batch, and what makes metrics of an evaluation's."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+
+class Output(NamedTuple):
+    """Sums over what this micro-batch supervises; a NamedTuple, because sharding looks for tensors inside."""
+
+    loss_sum: torch.Tensor
+    """Scalar, fp32."""
+    num_correct: torch.Tensor
+    """Scalar."""
+    predictions: torch.Tensor | None = None
+    """What the task's evaluator needs beside the sums."""
+    router_loss_sum: torch.Tensor | None = None
+    """Scalar, of `loss_sum`: what a mixture of experts adds for the balance of its routers."""
+    losses: torch.Tensor | None = None
+    """fp32, flat over the positions: the loss of each, 0 where nothing is learned. Of an evaluation of a
+    language model alone."""
+    generated: torch.Tensor | None = None
+    """What the model wrote to each sample of the batch, int64 [samples, n], where the task has it write; set
+    beside `loss`."""
+
+
+class Evaluator(ABC):
+    """Collects what an evaluation sees on one rank, and makes metrics of what all ranks saw."""
+
+    @abstractmethod
+    def update(self, output: Output, batch: dict[str, Any]) -> None:
+        """Take in one micro-batch: the model's output, and the batch as `collate` made it, on the host.
+        Filler must not count."""
+
+    @abstractmethod
+    def state(self) -> list[np.ndarray]:
+        """Return what this rank has seen as arrays of numbers, of any shape."""
+
+    @abstractmethod
+    def compute(self, states: Sequence[Sequence[np.ndarray]]) -> dict[str, float]:
+        """Return the metrics of all ranks' states; `loss` is always among them. Called on one rank."""
+
+    def details(self) -> dict[str, Any]:
+        """Return what no single number shows of the metrics just computed, as JSON values: a confusion
+        matrix, a fitted threshold."""
+        return {}
+
+    def told_apart(self, state: Sequence[np.ndarray], copy: int) -> Sequence[np.ndarray]:
+        """Return the state of one row's sample as that of its `copy`, from 0: drawn anew, a row may come
+        twice.
+
+        For an evaluator that merges what it saw by the ids of rows; others count an equal state twice anyway.
+        """
+        return state

@@ -1,0 +1,65 @@
+"""Texts, or pairs of texts, with a label as samples of one sequence each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from launcher.data.rows import BAD_VALUE, RowProblem
+from launcher.lazy import Lazy
+from launcher.tasks.encoding import too_long
+from launcher.tasks.label_columns import LabelledColumns
+from launcher.tasks.task import Encoded
+
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    np = Lazy("numpy")
+
+
+@dataclass(frozen=True)
+class TextSamples:
+    """How rows become samples, with one tokenizer."""
+
+    tokenizer: Any
+    data: LabelledColumns
+    ends: tuple[int, int] | None
+    """Where the model finds the end of a text by a token: which, and how many of them a sequence has."""
+
+    def encoded(self, rows: Sequence[tuple[tuple[str, ...], np.ndarray]]) -> Iterator[Encoded | RowProblem]:
+        """Yield a sample of each row's texts and label, or why there is none."""
+        whole = tokenise_columns(self.tokenizer, [texts for texts, _ in rows], None)
+        for (texts, label), arrays in zip(rows, whole, strict=True):
+            yield self._sample(texts, label, arrays)
+
+    def _sample(
+        self, texts: tuple[str, ...], label: np.ndarray, arrays: dict[str, list[int]]
+    ) -> Encoded | RowProblem:
+        length, limit = len(arrays["input_ids"]), self.data.max_length
+        cut = length > limit
+        if cut and self.data.too_long != "cut":
+            return too_long(length, limit)
+        if cut:
+            [arrays] = tokenise_columns(self.tokenizer, [texts], limit)
+        if self.ends is not None and arrays["input_ids"].count(self.ends[0]) != self.ends[1]:
+            end = self.tokenizer.eos_token
+            reason = f"it holds {end!r} as a word, and the model finds the end of a text by it"
+            return RowProblem(BAD_VALUE, reason)
+        kept: dict[str, np.ndarray] = {
+            name: np.asarray(arrays[name], dtype=np.int32)
+            for name in ("input_ids", "token_type_ids")
+            if name in arrays
+        }
+        return Encoded({**kept, "label": label}, 1, len(kept["input_ids"]), cut)
+
+
+def tokenise_columns(
+    tokenizer: Any, texts: Sequence[tuple[str, ...]], max_length: int | None
+) -> list[dict[str, list[int]]]:
+    """Return what the tokenizer gives for each text or pair, the longer text of a pair cut first."""
+    columns = [list(column) for column in zip(*texts, strict=True)]
+    encoded = tokenizer(
+        *columns, truncation="longest_first" if max_length else False, max_length=max_length, verbose=False
+    )
+    return [{name: encoded[name][number] for name in encoded} for number in range(len(texts))]

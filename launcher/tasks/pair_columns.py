@@ -1,0 +1,53 @@
+"""The section `data` of a job that writes one text from another, and what of a row is compared with answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import Field
+
+from launcher.data.rows import BAD_VALUE, RowProblem, is_missing
+from launcher.data.section import Data
+from launcher.tasks.task import Finding, finding
+
+
+class PairColumns(Data):
+    """Rows of a text and what it becomes."""
+
+    source: str
+    """The column of the text that is read."""
+    target: str
+    """The column of the text that is written: learned."""
+    references: str | None = None
+    """The column with a list of texts that an answer is compared with, of held-out rows that have it; else
+    it is the target."""
+    prefix: str = ""
+    """Put before every source, as T5 wants it (`translate English to German: `)."""
+    source_language: str | None = None
+    """The source's language, by the code that a multilingual model's tokenizer has for it (mBART `de_DE`,
+    NLLB `deu_Latn`)."""
+    target_language: str | None = None
+    """The target's language, by such a code: what is written begins with it."""
+    max_target_length: int = Field(default=128, ge=8, le=100_000_000)
+    """Tokens of the longest target; max_length is the source's."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """The share of each target's probability that is spread over all tokens, in training alone."""
+
+
+def contradictions(data: PairColumns) -> Iterator[Finding]:
+    """Yield what makes no sense beside the rest."""
+    if data.source == data.target:
+        reason = "is the source as well; name the column of what is to be written"
+        yield finding("data.target", data.target, reason)
+
+
+def references_of(row: dict[str, Any], column: str | None) -> list[str]:
+    """Return the references that a row has of its own, or none. Raises RowProblem for what is no list of
+    texts."""
+    if column is None or is_missing(texts := row.get(column)):
+        return []
+    texts = [texts] if isinstance(texts, str) else texts
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        raise RowProblem(BAD_VALUE, f"{column!r} is not a list of texts")
+    return texts
