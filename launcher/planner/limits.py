@@ -6,9 +6,15 @@ DEFERRED_GRADIENT_BYTES = 4 << 30
 """FSDP: up to this size a rank adds gradients up unsharded over the micro-batches of a step and sends them once;
 above it, memory is worth more."""
 CHUNK_ELEMENTS = 1 << 24
-"""Logits that the loss holds at a time: 64 MiB in fp32."""
+"""Logits that the loss holds at a time on a CPU: 64 MiB in fp32."""
+CHUNK_ELEMENTS_OF_GPU = 1 << 28
+"""On a GPU: 1 GiB in fp32. Each chunk reads the whole output matrix, which fewer positions would not pay for."""
+WIDENED_AT_MOST = 1024
+"""Tokens of the longest packed sample whose attention's backward pass a CPU computes in fp32, in half precision.
+The fused kernel's own in bf16 takes up to four times as long on short samples, and no less up to here
+(docs/benchmarks/speed.md)."""
 
 
-def chunk_length(vocabulary: int) -> int:
+def chunk_length(vocabulary: int, cuda: bool) -> int:
     """Return the positions whose logits are held at a time."""
-    return max(128, CHUNK_ELEMENTS // vocabulary)
+    return max(128, (CHUNK_ELEMENTS_OF_GPU if cuda else CHUNK_ELEMENTS) // vocabulary)
