@@ -9,9 +9,15 @@ SHARED_MESSAGE_BYTES = 1 << 18
 """On a CPU: a message of at least this size between ranks of one machine goes through shared memory, where
 nothing copies it; a smaller one through gloo, which is as quick there."""
 CHUNK_ELEMENTS = 1 << 24
-"""Logits that the loss holds at a time: 64 MiB in fp32."""
+"""Logits that the loss holds at a time on a CPU: 64 MiB in fp32."""
+CHUNK_ELEMENTS_OF_GPU = 1 << 28
+"""On a GPU: 1 GiB in fp32. Each chunk reads the whole output matrix, which fewer positions would not pay for."""
+WIDENED_AT_MOST = 1024
+"""Tokens of the longest packed sample whose attention's backward pass a CPU computes in fp32, in half precision.
+The fused kernel's own in bf16 takes up to four times as long on short samples, and no less up to here
+(docs/benchmarks/speed.md)."""
 
 
-def chunk_length(vocabulary: int) -> int:
+def chunk_length(vocabulary: int, cuda: bool) -> int:
     """Return the positions whose logits are held at a time."""
-    return max(128, CHUNK_ELEMENTS // vocabulary)
+    return max(128, (CHUNK_ELEMENTS_OF_GPU if cuda else CHUNK_ELEMENTS) // vocabulary)

@@ -25,11 +25,12 @@ from launcher.tasks.task import IGNORE, Head, Output
 from launcher.training.loss import (
     CrossEntropy,
     LogitTransform,
+    at,
     chunked_cross_entropy,
     spread,
-    supervised_only,
+    supervised_places,
 )
-from launcher.training.model import attention
+from launcher.training.model.packed_kernel import note_lengths
 
 Batch = dict[str, Any]
 
@@ -40,7 +41,7 @@ def causal_lm(model: PreTrainedModel, batch: Batch, head: Head = "chunked") -> O
 
     Packed: `input_ids`, `position_ids` [1, tokens], `cu_seq_lens` [samples + 1], `max_length`. Padded:
     `input_ids`, `attention_mask` [samples, longest]. Both: `targets`, the next token or -100, flat over all
-    positions, and `lengths` of the samples.
+    positions, `supervised`, the places of those that are not -100, and `lengths` of the samples.
     """
     routes = bool(getattr(model.config.get_text_config(), "output_router_logits", False))
     inputs = _inputs(batch) | ({"output_router_logits": True} if routes else {})
@@ -54,7 +55,7 @@ def causal_lm(model: PreTrainedModel, batch: Batch, head: Head = "chunked") -> O
     else:
         decoder = decoder_of(model)
         outputs = decoder(**_accepted(type(decoder), inputs))
-        entropy = _ENTROPIES[head](model, outputs, batch["targets"])
+        entropy = _ENTROPIES[head](model, outputs, batch)
     router = _router_loss(model, outputs, batch) if routes else None
     if router is None:
         return Output(entropy.loss_sum, entropy.num_correct, losses=entropy.losses)
@@ -84,6 +85,7 @@ def encoder_decoder(model: PreTrainedModel, batch: Batch, smoothing: float = 0.0
         seen[-1].flatten(0, 1),
         head.weight,
         batch["targets"].flatten(),
+        batch.get("supervised"),
         bias=sum(part.flatten().to(head.weight.dtype) for part in bias) if bias else None,
         transform=LogitTransform.of(model.config.get_text_config(decoder=True)),
         count_correct=not torch.is_grad_enabled(),
@@ -164,7 +166,7 @@ def _inputs(batch: Batch) -> Batch:
     }
     if "cu_seq_lens" in batch:
         if "lengths" in batch:
-            attention.note_lengths(batch["cu_seq_lens"], batch["lengths"])
+            note_lengths(batch["cu_seq_lens"], batch["lengths"])
         inputs |= {"cu_seq_lens_q": batch["cu_seq_lens"], "cu_seq_lens_k": batch["cu_seq_lens"]}
         inputs |= {"max_length_q": batch["max_length"], "max_length_k": batch["max_length"]}
     return inputs
@@ -183,20 +185,21 @@ def _parameters(forward: Callable[..., Any]) -> frozenset[str] | None:
     return None if takes_any else frozenset(parameters)
 
 
-def _chunked(model: PreTrainedModel, outputs: Any, targets: torch.Tensor) -> CrossEntropy:
+def _chunked(model: PreTrainedModel, outputs: Any, batch: Batch) -> CrossEntropy:
     """Through the output matrix, by our own cross entropy."""
     head = model.get_output_embeddings()
     return chunked_cross_entropy(
         outputs.last_hidden_state.flatten(0, 1),
         head.weight,
-        targets,
+        batch["targets"],
+        batch.get("supervised"),
         bias=head.bias,
         transform=LogitTransform.of(model.config.get_text_config()),
         count_correct=not torch.is_grad_enabled(),
     )
 
 
-def _by_own_head(model: PreTrainedModel, outputs: Any, targets: torch.Tensor) -> CrossEntropy:
+def _by_own_head(model: PreTrainedModel, outputs: Any, batch: Batch) -> CrossEntropy:
     """Through all that the model's own forward does after its decoder, a few hundred positions at a time,
     each computed again backward."""
     device = outputs.last_hidden_state.device
@@ -208,19 +211,29 @@ def _by_own_head(model: PreTrainedModel, outputs: Any, targets: torch.Tensor) ->
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         return tuple(_cross_entropy(_logits(model, outputs, part, target), target))  # type: ignore[return-value]
 
-    for part, target in _chunks(model, outputs, targets):
+    for part, target in _chunks(model, outputs, batch):
         loss, correct, each = (
             checkpoint(of, part, target, use_reentrant=False) if torch.is_grad_enabled() else of(part, target)
         )
         loss_sum, num_correct = loss_sum + loss, num_correct + correct
         losses += [] if each is None else [each]
+    if torch.is_grad_enabled():
+        return CrossEntropy(loss_sum, num_correct)
+    places = _places(batch)
+    # What was made up for other ranks came last.
     return CrossEntropy(
-        loss_sum, num_correct, None if torch.is_grad_enabled() else spread(torch.cat(losses), targets)
+        loss_sum, num_correct, spread(torch.cat(losses)[: len(places)], batch["targets"], places)
     )
 
 
+def _places(batch: Batch) -> torch.Tensor:
+    """Return the supervised positions of a batch, int64 [n]: those that its collator chose."""
+    places: torch.Tensor | None = batch.get("supervised")
+    return supervised_places(batch["targets"]) if places is None else places
+
+
 def _chunks(
-    model: PreTrainedModel, outputs: Any, targets: torch.Tensor
+    model: PreTrainedModel, outputs: Any, batch: Batch
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield hidden states and targets of supervised positions, so many at a time as may have their logits held.
 
@@ -228,8 +241,8 @@ def _chunks(
     each use of a module is a message. What a rank lacks is made up, last, by a position that does not count.
     """
     flat = outputs.last_hidden_state.flatten(0, 1)
-    hidden, wanted = supervised_only(flat, targets)
-    step = chunk_length(model.config.get_text_config().vocab_size)
+    hidden, wanted = at(_places(batch), flat, batch["targets"])
+    step = chunk_length(model.config.get_text_config().vocab_size, flat.is_cuda)
     starts = range(0, len(wanted), step)
     num_chunks = _most_on_any_rank(model, max(1, len(starts)))  # before the first of them is gone through
     for begin in starts:
@@ -262,17 +275,16 @@ def likeliest(model: PreTrainedModel, batch: Batch, number: int) -> Output:
     decoder = decoder_of(model)
     outputs = decoder(**_accepted(type(decoder), _inputs(batch)))
     sums, best = torch.zeros(2, device=outputs.last_hidden_state.device), []
-    for part, target in _chunks(model, outputs, batch["targets"]):
+    for part, target in _chunks(model, outputs, batch):
         logits = _logits(model, outputs, part, target)
         entropy = _cross_entropy(logits, target)
         sums += torch.stack([entropy.loss_sum, entropy.num_correct])
         results = logits.float().softmax(dim=-1).topk(number)
         best.append(torch.stack([results.indices.float(), results.values], dim=-1))
-    num_supervised = int((batch["targets"] != IGNORE).sum())
-    return Output(sums[0], sums[1], torch.cat(best)[:num_supervised])
+    return Output(sums[0], sums[1], torch.cat(best)[: len(_places(batch))])
 
 
-_ENTROPIES: dict[str, Callable[[PreTrainedModel, Any, torch.Tensor], CrossEntropy]] = {
+_ENTROPIES: dict[str, Callable[[PreTrainedModel, Any, Batch], CrossEntropy]] = {
     "chunked": _chunked,
     "model": _by_own_head,
 }

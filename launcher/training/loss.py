@@ -55,6 +55,7 @@ def chunked_cross_entropy(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     targets: torch.Tensor,
+    supervised: torch.Tensor | None = None,
     *,
     bias: torch.Tensor | None = None,
     transform: LogitTransform = LogitTransform(),
@@ -65,28 +66,37 @@ def chunked_cross_entropy(
     [vocabulary, hidden].
 
     `smoothing` is the share of a target's probability that is spread evenly over the vocabulary (arXiv
-    1512.00567, section 7). Targets of -100 are not supervised and cost nothing. `num_correct` is counted, and
-    `losses` are kept, only where asked for; to count costs a pass over the logits.
+    1512.00567, section 7). Targets of -100 are not supervised and cost nothing: `supervised`, int64 [n], are
+    the others, which a device would have to be asked for. `num_correct` is counted, and `losses` are kept,
+    only where asked for; to count costs a pass over the logits.
     """
-    supervised, wanted = supervised_only(hidden, targets)
+    places = supervised_places(targets) if supervised is None else supervised
+    chosen, wanted = at(places, hidden, targets)
     loss_sum, num_correct, losses = _ChunkedCrossEntropy.apply(
-        supervised, weight, bias, wanted, transform, count_correct, smoothing
+        chosen, weight, bias, wanted, transform, count_correct, smoothing
     )
-    return CrossEntropy(loss_sum, num_correct, spread(losses, targets) if count_correct else None)
+    return CrossEntropy(loss_sum, num_correct, spread(losses, targets, places) if count_correct else None)
 
 
-def spread(losses: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the losses of supervised positions, fp32 [supervised], in their places among `targets` [tokens]."""
-    return losses.new_zeros(targets.shape).masked_scatter_(targets != IGNORE, losses)
+def supervised_places(targets: torch.Tensor) -> torch.Tensor:
+    """Return which of `targets` [tokens] are supervised, int64 [n]; of a device this waits for it."""
+    return (targets != IGNORE).nonzero().squeeze(1)
 
 
-def supervised_only(hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the rows of `hidden` [tokens, hidden] and the `targets` [tokens] that are supervised."""
-    supervised = targets != IGNORE
-    if bool(supervised.all()):
+def spread(losses: torch.Tensor, targets: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Return the losses of supervised positions, fp32 [n], in their places, int64 [n], among `targets`
+    [tokens]."""
+    return losses.new_zeros(targets.shape).index_copy_(0, places, losses)
+
+
+def at(
+    places: torch.Tensor, hidden: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the rows of `hidden` [tokens, hidden] and the `targets` [tokens] at these places, int64 [n] in
+    their order."""
+    if len(places) == len(targets):
         return hidden, targets
-    index = supervised.nonzero().squeeze(1)
-    return hidden.index_select(0, index), targets.index_select(0, index)
+    return hidden.index_select(0, places), targets.index_select(0, places)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -110,7 +120,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs[1] else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs[2] else None
-        chunk = chunk_length(weight.shape[0])
+        chunk = chunk_length(weight.shape[0], weight.is_cuda)
         for begin in range(0, hidden.shape[0], chunk):
             part, target = (hidden[begin : begin + chunk], targets[begin : begin + chunk].unsqueeze(1))
             raw = part @ weight.t() if bias is None else torch.addmm(bias, part, weight.t())
@@ -159,5 +169,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def _accumulate(total: torch.Tensor, gradient: torch.Tensor, part: torch.Tensor) -> None:
     if part.dtype == torch.float32:
         total.addmm_(gradient.t(), part)
+    elif part.is_cuda:
+        # In fp32 within the product: nothing is rounded to half precision, and the sum is read and written once.
+        torch.addmm(total, gradient.t(), part, out_dtype=torch.float32, out=total)
     else:
         total += gradient.t() @ part

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from launcher.training.model import attention
+from launcher.training.model.packed_kernel import note_lengths
 from tests.training.varlen_on_cpu import a_gpus_way
 
 WAYS = {"cpu": contextlib.nullcontext, "gpu": a_gpus_way}
@@ -106,8 +107,8 @@ def test_sample_by_sample_as_where_no_operator_is(seed: int, monkeypatch: pytest
     """A soft cap far above any score goes by the loop, which changes nothing; so do lengths that are noted."""
     tensors, way = drawn(seed, torch.float32)
     noted: list[torch.Tensor] = []
-    lengths_of = attention._lengths_of
-    monkeypatch.setattr(attention, "_lengths_of", lambda ends: (noted.append(ends), lengths_of(ends))[1])
+    lengths_of = attention.lengths_of
+    monkeypatch.setattr(attention, "lengths_of", lambda ends: (noted.append(ends), lengths_of(ends))[1])
     compare(tensors, way | {"causal": True}, softcap=1e4)
     assert len(noted) == 1
 
@@ -164,7 +165,7 @@ def test_what_a_gpus_operator_has_not_goes_by_the_loop(
             torch.ones(1, 4, 5, 8, dtype=dtype),
             torch.ones(1, 2, 5, 8, dtype=dtype),
         )
-    attention.note_lengths(ends, [3, 2])
+    note_lengths(ends, [3, 2])
     result, _ = attention.packed_attention(
         torch.nn.Module(), query, key, key, None, cu_seq_lens_q=ends, max_length_q=3, **options
     )

@@ -120,7 +120,7 @@ def in_other_pieces(rank: int, stop: StopRequest) -> None:
     """For a hook: the head is gone through in other pieces on each rank."""
     from launcher.training import heads
 
-    heads.chunk_length = lambda vocabulary: (3, 500)[rank]
+    heads.chunk_length = lambda vocabulary, cuda: (3, 500)[rank]
 
 
 @pytest.fixture(scope="module", params=["masked-lm", "token-classification"])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from launcher.planner.limits import WIDENED_AT_MOST
 from launcher.planner.memory.operators import add, cast, copy, dropout, multiply, pointwise, product, scale
 from launcher.planner.memory.symbolic import Storage, SymbolicTensor, new, node_of
 
@@ -17,6 +20,25 @@ def rotate(x: SymbolicTensor, cosine: SymbolicTensor, sine: SymbolicTensor) -> S
     return add(first, second)
 
 
+def packed_bytes(
+    lengths: Sequence[int], width: int, key_width: int, heads: int, size: int, cuda: bool
+) -> tuple[int, int]:
+    """Return what attention over packed samples takes and gives back within itself, forward and backward.
+
+    `width` and `key_width` are the numbers of a token's queries and keys. A CPU has one sample's results beside
+    the row's, and to widen it its inputs (launcher/training/model/packed_kernel.py). A GPU's backward kernel
+    adds up the queries' gradient in fp32, and makes one of keys and values for each head of queries
+    (FlashAttention-2).
+    """
+    longest, tokens = max(lengths), sum(lengths)
+    if cuda:
+        grouped = 2 * size * width if key_width < width else 0
+        return 0, tokens * (4 * width + grouped)
+    wide = size if size > 2 or longest > WIDENED_AT_MOST else 4
+    copies = 0 if wide == size else 3 * width + 2 * key_width
+    return longest * (size * width + 4 * heads), longest * wide * (width + 2 * key_width + copies)
+
+
 def fused(
     query: SymbolicTensor,
     key: SymbolicTensor,
@@ -25,11 +47,13 @@ def fused(
     num_queries: int,
     mask: int = 0,
     bias: SymbolicTensor | None = None,
+    hidden: int = 0,
 ) -> SymbolicTensor:
     """`scaled_dot_product_attention`, flash: it keeps query, key, value, its output, one fp32 number of each
     head and query, and the mask, of which it makes one in its own precision (`mask` is its number of
     elements). A `bias` is kept as it is; the gradient of one that is learned, which a GPU's memory-efficient
-    kernel makes, is one of every sample before it is summed."""
+    kernel makes, is one of every sample before it is summed. `hidden` bytes are taken and given back within
+    the backward pass."""
     meter, size = query.meter, query.itemsize
     sizes = [tensor.num_elements * size for tensor in (query, key, value)]
     learned = bias.num_elements * size if bias is not None and bias.needs_gradient else 0
@@ -37,6 +61,7 @@ def fused(
 
     def gradients(gradient: Storage) -> list[Storage | None]:
         made: list[Storage | None] = [Storage(meter, num_bytes) for num_bytes in sizes]
+        meter.transient(hidden)
         if not learned:
             return [*made, None]
         of_all = Storage(meter, scores)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from launcher.planner.memory import operators as ops
-from launcher.planner.memory.attention import fused, plain, rotate
+from launcher.planner.memory.attention import fused, packed_bytes, plain, rotate
 from launcher.planner.memory.loss import cross_entropy
 from launcher.planner.memory.program import Context, SymbolicProgram, Unit, Weight, of_stack
 from launcher.planner.memory.symbolic import Parameter, Storage, SymbolicTensor, checkpoint, node_of
@@ -206,13 +206,20 @@ def packed(
     heads: int,
     drop: float = 0.0,
 ) -> SymbolicTensor:
-    """`packed_attention`: each sample by itself, then one row again."""
+    """`packed_attention`: all samples at once; to drop some of the scores each sample by itself, then one row
+    again."""
     lengths, cuda = context.setting.batch.lengths, context.setting.cuda
+    if not (drop and context.setting.training):
+        width, key_width = (tensor.num_elements // sum(lengths) for tensor in (query, key))
+        forward, backward = packed_bytes(lengths, width, key_width, heads, query.itemsize, cuda)
+        result = fused(query, key, value, heads, sum(lengths), hidden=backward)
+        context.meter.transient(forward)
+        return result
     parts = []
     for length in lengths:
         share = length / sum(lengths)
         q, k, v = (_part(tensor, share) for tensor in (query, key, value))
-        if drop and not cuda and context.setting.training:
+        if not cuda:
             mask = context.tensor(length * length, 5)
             parts.append(plain(q, k, v, heads * length * length, 1, drop, cuda))
             del mask
@@ -222,7 +229,7 @@ def packed(
     whole = parts[0] if len(parts) == 1 else ops.concatenate(*parts)
     # One sample's result lies as [tokens, heads, head_dim] already; several have been joined along the tokens
     # within each head.
-    return ops.copy(whole) if len(lengths) > 1 or (drop and not cuda) else whole
+    return ops.copy(whole) if len(lengths) > 1 or not cuda else whole
 
 
 def _part(tensor: SymbolicTensor, share: float) -> SymbolicTensor:

@@ -47,7 +47,7 @@ def _chunks(
     """The loop over chunks; what one iteration leaves in its variables is there until the next one replaces
     it."""
     meter, cuda = context.meter, context.setting.cuda
-    chunk = chunk_length(vocabulary)
+    chunk = chunk_length(vocabulary, cuda)
     whole, rest = divmod(rows, chunk)
     lengths = [chunk] * min(whole, MOST_CHUNKS) + [rest] * bool(rest)
     raw = logits = kept = gradient = None
@@ -62,8 +62,7 @@ def _chunks(
         gradient = None if size == 4 else Storage(meter, elements * size)
         if size == 4:
             gradient = logits
-        if needs_weight and size != 4:
-            of_weight = vocabulary * width * size
-            # The sum in fp32 takes a copy in fp32 on a CPU; a GPU's kernel converts as it goes.
-            meter.transient(of_weight + (0 if cuda else vocabulary * width * 4))
+        if needs_weight and size != 4 and not cuda:
+            # The product, and a copy in fp32 to add up; a GPU's product adds in fp32 itself.
+            meter.transient(vocabulary * width * (size + 4))
     del raw, logits, kept, gradient

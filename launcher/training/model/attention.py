@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.nn import functional
 from transformers import AttentionInterface
 
-from launcher.training.model.packed_kernel import mask_of, packed
+from launcher.training.model.packed_kernel import lengths_of, mask_of, packed
 
 PACKED = "launcher_packed"
 VARLEN_DEVICES = {"cuda"}
@@ -46,7 +46,7 @@ def register(name: str) -> str:
 
 
 @functools.cache
-def varlen() -> Callable[..., torch.Tensor] | None:
+def varlen() -> Callable[..., Any] | None:
     """Return PyTorch's attention over sequences of unlike lengths; None where it is not there with the
     parameters that are used here. Keys and values may have fewer heads."""
     try:
@@ -61,7 +61,7 @@ def varlen() -> Callable[..., torch.Tensor] | None:
     )
 
 
-def _repeating(attend: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+def _repeating(attend: Callable[..., Any]) -> Callable[..., Any]:
     def attend_repeated(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **named: Any
     ) -> Any:
@@ -71,17 +71,6 @@ def _repeating(attend: Callable[..., torch.Tensor]) -> Callable[..., torch.Tenso
         return attend(query, key, value, *args, **named)
 
     return attend_repeated
-
-
-def note_lengths(ends: torch.Tensor, lengths: Sequence[int]) -> None:
-    """Attach the samples' lengths, which the collator knows, to their bounds on the device: so they reach every
-    layer, and its recomputation, without the device being asked."""
-    ends.sample_lengths = lengths  # type: ignore[attr-defined]
-
-
-def _lengths_of(ends: torch.Tensor) -> list[int]:
-    noted = getattr(ends, "sample_lengths", None)
-    return list(noted) if noted is not None else ends.diff().tolist()
 
 
 def packed_attention(
@@ -122,13 +111,14 @@ def packed_attention(
             ), None
         if query.device.type == "cpu":
             return packed(query, key, value, cu_seq_lens_q, scale, causal, sliding_window)[0], None
-    lengths = _lengths_of(cu_seq_lens_q)
+    lengths = lengths_of(cu_seq_lens_q)
+    # Slices would each have a gradient as long as the row, to be added up.
+    samples = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     parts = [
-        _written_out(*sample, scale, dropout, sliding_window, softcap, s_aux)
+        _written_out(q, k, v, scale, dropout, sliding_window, softcap, s_aux)
         if written_out
-        else _fused(*sample, scale, dropout, sliding_window, causal)
-        # Slices would each have a gradient as long as the row, to be added up.
-        for sample in zip(*(tensor.split(lengths, 2) for tensor in (query, key, value)), strict=True)
+        else _fused(q, k, v, scale, dropout, sliding_window, causal)
+        for q, k, v in samples
     ]
     whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
     return whole.transpose(1, 2).contiguous(), None
@@ -169,7 +159,8 @@ def _at_once(
     left = -1 if window is None else window - 1
     rows = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     bounds = (left, 0 if causal else left)
-    return attend(*rows, ends, ends, longest, longest, scale=scale, window_size=bounds).unsqueeze(0)
+    result: torch.Tensor = attend(*rows, ends, ends, longest, longest, scale=scale, window_size=bounds)
+    return result.unsqueeze(0)
 
 
 def _fused(

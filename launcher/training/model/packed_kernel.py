@@ -8,15 +8,26 @@ kernel, a sample at a time, on views of the row.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
+from launcher.planner.limits import WIDENED_AT_MOST
+
 _aten = torch.ops.aten
-WIDENED_AT_MOST = 1024
-"""Tokens of the longest sample whose backward pass in half precision is computed in fp32. The fused kernel's own
-in bf16 takes up to four times as long on short samples, and no less up to here (docs/benchmarks/speed.md)."""
+
+
+def note_lengths(ends: torch.Tensor, lengths: Sequence[int]) -> None:
+    """Attach the samples' lengths, which the collator knows, to their bounds on the device: so they reach every
+    layer, and its recomputation, without the device being asked."""
+    ends.sample_lengths = lengths  # type: ignore[attr-defined]
+
+
+def lengths_of(ends: torch.Tensor) -> list[int]:
+    """Return what was noted of bounds; where nothing was, the device is asked."""
+    noted = getattr(ends, "sample_lengths", None)
+    return list(noted) if noted is not None else ends.diff().tolist()
 
 
 @torch.library.custom_op("launcher::packed_attention", mutates_args=(), device_types="cpu")

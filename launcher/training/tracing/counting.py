@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from launcher.planner.memory.attention import packed_bytes as attention_bytes
 from launcher.planner.memory.symbolic import Meter, packed_bytes
+from launcher.training.model.packed_kernel import lengths_of, packed, packed_backward
 from launcher.training.tracing.numbers import Numbers
 
 _aten = torch.ops.aten
+_PACKED = tuple(kernel._opoverload for kernel in (packed, packed_backward))
 _HELD_BY_THE_CALL = 4
 """References to an operator's first argument from the call itself and from the one who owns it (torch 2.13; a
 test holds it)."""
@@ -129,6 +132,15 @@ def _grouped_shape(first: torch.Tensor, second: torch.Tensor, ends: torch.Tensor
 def hidden_bytes(function: Any, args: Any, result: Any, cuda: bool) -> int:
     """Return what a kernel takes and gives back within one operator, which no dispatch mode sees (torch
     2.13): bytes beyond its results."""
+    if function in _PACKED:
+        sizes = [tensor for tensor in args if isinstance(tensor, torch.Tensor)]
+        query, key = sizes[:2] if function is _PACKED[0] else sizes[1:3]
+        width, key_width = (tensor.shape[1] * tensor.shape[3] for tensor in (query, key))
+        with _disable_current_modes():
+            lengths = lengths_of(next(tensor for tensor in sizes if not tensor.is_floating_point()))
+        return attention_bytes(lengths, width, key_width, query.shape[1], query.itemsize, cuda)[
+            _PACKED.index(function)
+        ]
     if function is _aten.logsumexp.default:
         return int(args[0].numel() * args[0].itemsize)  # exp(logits - max)
     if function in (_aten.mm.default, _aten.addmm.default) and not cuda and result.itemsize == 2:

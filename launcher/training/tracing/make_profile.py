@@ -162,7 +162,9 @@ class ProfileMaker:
         if not vocabulary or self.task.traits.head != "every-position" or self.plan.layout == "single":
             return {}
         length = self.plan.data.max_length
-        breaks = [number * chunk_length(vocabulary) / length for number in _CHUNKS]
+        breaks = [
+            number * chunk_length(vocabulary, self.plan.mesh.device == "cuda") / length for number in _CHUNKS
+        ]
         within = [samples for samples in breaks if samples < _MOST_SAMPLES]
         if not within:
             return {}
