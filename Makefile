@@ -27,9 +27,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/launcher demo $(DEMO_ARGS)
 
+# Tests start hundreds of processes: bytecode is written even where the machine says not to.
 # What a change most likely breaks; RUN_SLOW=1 adds what CI runs beside it, RUN_VERY_SLOW=1 what CI has no room for.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -21,16 +21,19 @@ _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, s
 _MISSING = {"gpu": ("nvidia-smi", "no GPU here"), "slurm": ("sbatch", "no Slurm cluster here")}
 _LONGEST = (
     "slurm/test_submit.py",
-    "slurm/test_seeing.py",
-    "slurm/test_failing.py",
     "training/test_adapters.py",
     "distributed/test_script.py",
-    "slurm/test_doctor.py",
-    "distributed/test_local.py",
-    "training/test_too_large.py",
-    "distributed/test_surroundings.py",
-    "slurm/test_train_sbatch.py",
+    "slurm/test_seeing.py",
     "training/test_engine.py",
+    "training/test_tracing.py",
+    "slurm/test_failing.py",
+    "training/test_too_large.py",
+    "slurm/test_doctor.py",
+    "distributed/test_surroundings.py",
+    "slurm/test_cluster.py",
+    "distributed/test_local.py",
+    "slurm/test_train_sbatch.py",
+    "slurm/test_doors.py",
     "distributed/test_checkpoint_import.py",
     "training/test_deepspeed.py",
     "distributed/test_hangs.py",
@@ -40,10 +43,10 @@ _LONGEST = (
     "distributed/test_demo.py",
     "training/test_corruptions.py",
     "training/test_kills.py",
-    "training/test_tracing.py",
 )
 """Files that take minutes, in this order before all others: so no process has one of them left when the
-others are done, and those that mostly wait (for Slurm) run beside those that compute."""
+others are done. Those that mostly wait (for Slurm) stand between those that compute, so that they run beside
+them and seldom beside each other."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -70,10 +70,11 @@ class Request:
         """
         data = self.plan.data
         if other.suffix in (".yaml", ".yml"):
-            theirs = plan_job(load(other), self.plan.mesh.world_size, profiles=Profiles(starts=True))
-            if theirs.task != self.plan.task:
-                reason = f"is a job of {theirs.task}, and what is measured does {self.plan.task}"
+            job = load(other)
+            if job.model.task != self.plan.task:
+                reason = f"is a job of {job.model.task}, and what is measured does {self.plan.task}"
                 raise ConfigurationError(Problem("--on", str(other), reason))
+            theirs = plan_job(job, self.plan.mesh.world_size, profiles=Profiles(starts=True))
             if theirs.data.evaluation is None:
                 raise ConfigurationError(
                     Problem("--on", str(other), "names no held-out rows (data.evaluation)")

@@ -82,12 +82,11 @@ def build_shard(plan: Plan) -> Any:
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
-        ("llama", {"tie_word_embeddings": True}),
-        ("llama", {"tie_word_embeddings": False}),
-        ("gpt2", {}),
-        ("phi", {}),
+        pytest.param("llama", {"tie_word_embeddings": True}, id="tied"),
+        pytest.param("llama", {"tie_word_embeddings": False}, id="untied", marks=pytest.mark.slow),
+        pytest.param("gpt2", {}, id="gpt2", marks=pytest.mark.slow),
+        pytest.param("phi", {}, id="a head with a bias", marks=pytest.mark.slow),
     ],
-    ids=["tied", "untied", "gpt2", "a head with a bias"],
 )
 def test_new_rows_are_the_mean_of_the_old_on_any_number_of_ranks(
     family: str, changes: dict[str, Any], tmp_path: Path

@@ -29,6 +29,7 @@ from launcher.training.tracing.recorder import same
 from launcher.training.tracing.traced_model import Untraceable
 from tests.benchmarks.memory_pool import World
 from tests.benchmarks.memory_ranks import Request
+from tests.tiers import slow_but
 from tests.training.plans import deepspeed, plan_of
 
 SIZES = {
@@ -105,7 +106,10 @@ def test_the_formulas_of_decoders_are_held_to_their_profiles(
                 assert ours.phase(name).peak == pytest.approx(wanted, rel=near), (recompute, engine, name)
 
 
-@pytest.mark.parametrize(("kind", "recompute"), [("bert", "selective"), ("llama", "full"), ("bart", "none")])
+@pytest.mark.parametrize(
+    ("kind", "recompute"),
+    slow_but([("bert", "selective")], [("bert", "selective"), ("llama", "full"), ("bart", "none")]),
+)
 def test_lines_through_two_and_eight_are_what_a_trace_says(kind: str, recompute: str, tmp_path: Path) -> None:
     """Every level of every block, with 3 samples and with 16."""
     plan = plan_for(tmp_path, kind, precision="bf16")
@@ -235,6 +239,7 @@ def test_code_that_goes_by_activations_has_parameters_and_no_passes(
         maker._go(maker.traced.layers(), 1, LENGTH, "none", True)
 
 
+@pytest.mark.slow
 def test_what_hangs_on_the_batch_alone_is_known(tmp_path: Path) -> None:
     """BART's classifier takes the last end of each text, by their number."""
     assert make_profile(plan_for(tmp_path, "bart")).untraceable is None
@@ -260,6 +265,7 @@ def test_what_the_trainer_would_refuse(changes: dict[str, Any], said: str, tmp_p
         make_profile(plan_of(tmp_path, 1))
 
 
+@pytest.mark.slow
 def test_beside_an_adapter_a_new_head_trains(tmp_path: Path) -> None:
     plan = plan_for(tmp_path, "bert", model__adapter={"rank": 4}, precision="bf16")
     root, layers = make_profile(plan).units()

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.tiers import slow_but
 from tests.unit.fuzz_targets import TARGETS, check, check_replaced, content_of, make_folder, spoil
 
 CORPUS = sorted((Path(__file__).parent / "fuzz_corpus").iterdir())
@@ -56,7 +57,8 @@ def test_what_was_found_once_is_answered_now(path: Path, folder: Path) -> None:
     check(path.name.rpartition("-")[0], path.read_bytes(), folder)
 
 
-@pytest.mark.parametrize("name", TARGETS)
+# A spoilt configuration of a model is of an unknown family, which a process with torch traces.
+@pytest.mark.parametrize("name", slow_but([name for name in TARGETS if name != "config"], TARGETS))
 @settings(max_examples=8, derandomize=True, deadline=None, suppress_health_check=FIXTURES)
 @given(generator=st.randoms(use_true_random=False))
 def test_spoilt_files_are_answered(name: str, folder: Path, generator: random.Random) -> None:
