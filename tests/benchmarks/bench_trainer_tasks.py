@@ -25,6 +25,7 @@ from launcher.training.demo.models import model_directory
 
 HERE = Path(__file__).parent
 NUM_RANKS = 2
+SIDES = ("launcher", "Trainer")
 PREFACE = """# The same tasks in the Hugging Face Trainer
 
 `tests/benchmarks/bench_trainer_tasks.py` trains each job on 2 ranks in launcher and in transformers' Trainer (`peer_trainer.py`), in
@@ -32,7 +33,7 @@ turns. Model, rows, steps, batch, learning rate, schedule, weight decay and clip
 model by FSDP2, the Trainer has a whole copy on each rank (DDP); the order of the rows and the masks of dropout come from each one's
 own random numbers; in bf16 launcher computes in bf16 over fp32 weights, the Trainer under autocast. Each side reads the rows with code
 of its own. The metric is that of the held-out rows after the last step. Seconds are those from the end of the first step to the end of
-the last, memory the most of a rank, resident, from outside.
+the last, memory the most of a rank, resident, from outside. Seconds compare only where both sides ran in turns under a like load.
 """
 
 
@@ -76,6 +77,7 @@ def main() -> None:
     parser.add_argument("--model", default=None, help="a model's directory; MiniLM-L6 where it is left out")
     parser.add_argument("--tasks", nargs="+", choices=list(CASES), default=["classes", "tags"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[17, 18, 19])
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
     parser.add_argument("--steps", type=int, default=None, help="in place of each task's own")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--work", type=Path, required=True, help="where the runs are kept")
@@ -86,7 +88,7 @@ def main() -> None:
     found = conditions("torch", "transformers", "accelerate")
     for name in options.tasks:
         case = CASES[name]._replace(steps=options.steps or CASES[name].steps)
-        results: dict[str, list[dict[str, float]]] = {"launcher": [], "Trainer": []}
+        results: dict[str, list[dict[str, float]]] = {side: [] for side in options.sides}
         for seed in options.seeds:
             for side, own in results.items():
                 own.append(measured(side, name, case, seed, options))
@@ -154,7 +156,7 @@ def launcher_command(
         **{f"data.{key}": value for key, value in case.more},
     }
     if name == "translation":
-        settings |= {"data.prefix": "null", "data.label_smoothing": "null"}
+        settings |= {"data.prefix": '""', "data.label_smoothing": 0}
         settings |= {"evaluation.generate": '{"max_new_tokens": 64}'}
     changes = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     run = ["run", str(ROOT / case.job), "--run-dir", str(scratch / "run")]

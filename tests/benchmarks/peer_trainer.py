@@ -184,7 +184,9 @@ def answers(request: dict[str, Any], tokenizer: Any) -> Kind:
             for value, begin, end in _spans(inside, starts, ends):
                 if value > best.get(row["_question"], (-np.inf,))[0]:
                     best[row["_question"]] = value, context[begin:end]
-        return float(np.mean([squad.f1(best[one["number"]][1], one["answers"]) for one in asked[1]]))
+        return float(
+            np.mean([squad.f1(best.get(one["number"], (0.0, ""))[1], one["answers"]) for one in asked[1]])
+        )
 
     model = transformers.AutoModelForQuestionAnswering.from_pretrained(request["model"])
     evaluation = [_without(row) for row, _ in found]
