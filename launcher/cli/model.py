@@ -96,7 +96,10 @@ def evaluate(
         ),
     ] = 0,
     plots: Annotated[
-        bool, typer.Option("--plots", help="Draw the learning curve and the confusion matrix.")
+        bool,
+        typer.Option(
+            "--plots", help="Draw the learning curve, the confusion matrix, and F1 by class or type."
+        ),
     ] = False,
     nproc: NumRanks = None,
     as_json: AsJson = False,
@@ -163,6 +166,7 @@ def _drawn(run: Path | None, result: dict[str, Any]) -> dict[str, str]:
     details = result.get("details", {}).get("after", {})
     if "confusion_matrix" in details:
         results["confusion"] = plots.confusion(details)
+    results["f1"] = plots.f1_bars(details)
     results = {name: text for name, text in results.items() if text}
     if run is None:
         return results

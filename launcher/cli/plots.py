@@ -13,6 +13,8 @@ from launcher.cli.output import line_plot
 WIDTH = 100
 _MOST_CLASSES = 20
 """Of a confusion matrix: more fit on no terminal."""
+_MOST_BARS = 40
+"""Of types or classes, each a line."""
 
 
 def learning_curve(losses: list[tuple[int, float]], evaluations: list[tuple[int, dict[str, float]]]) -> str:
@@ -57,6 +59,24 @@ def confusion(table: dict[str, Any]) -> str:
                 ]
             )
         )
+    return "\n".join(lines)
+
+
+def f1_bars(details: dict[str, Any]) -> str:
+    """Return the F1 of each type of entity, or of each class, as bars with how many of them the rows have, the
+    most frequent first; empty for details without either."""
+    found = {
+        str(name): (scores["f1"], int(scores.get("num_entities", scores.get("support", 0))))
+        for name, scores in (details.get("types") or details.get("per_class") or {}).items()
+    }
+    if not found:
+        return ""
+    width = max(len(name[:40]) for name in found)
+    lines = [f"{'':{width}}  F1, and how many there are"]
+    for name, (score, number) in sorted(found.items(), key=lambda one: -one[1][1])[:_MOST_BARS]:
+        lines.append(f"{name[:40]:{width}}  {score:.3f} {'█' * round(score * 40):40} {number:,}")
+    if len(found) > _MOST_BARS:
+        lines.append(f"and {len(found) - _MOST_BARS} that are rarer")
     return "\n".join(lines)
 
 

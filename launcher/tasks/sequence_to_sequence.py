@@ -217,8 +217,21 @@ class SequenceToSequence(WritingTask):
 
     @property
     def generation(self) -> GenerationOptions:
-        options = super().generation
-        return options if self._first is None else options.also(forced_bos_token_id=self._first)
+        return super().generation.also(**self._beginning)
+
+    @property
+    def _beginning(self) -> dict[str, int]:
+        """What an answer in the target's language begins with, by `generate`'s names; else the model's own."""
+        if self._first is not None:
+            return {"forced_bos_token_id": self._first}
+        # A generation config that lies with a model may name another language than its config.
+        if self.data.target_language is None or self._start is None:
+            return {}
+        return {"decoder_start_token_id": self._start}
+
+    def configure_generation(self, generation: Any) -> None:
+        for name, token in self._beginning.items():
+            setattr(generation, name, token)
 
     @property
     def end_tokens(self) -> Sequence[int]:

@@ -215,6 +215,10 @@ class Task(ABC):
     def configure(self, config: Any) -> None:  # noqa: B027
         """Write what the model must know of the task (classes, kind of problem, padding) into its config."""
 
+    def configure_generation(self, generation: Any) -> None:  # noqa: B027
+        """Write what the task settles of how answers begin into a transformers GenerationConfig: that of an
+        export."""
+
     def chance_loss(self, config: Any) -> float | None:
         """Return the loss of guessing, which a model that learns nothing stays at; None where there is no
         such number."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import secrets
 import sys
@@ -101,6 +102,8 @@ class TrainingInputs:
         self.tokenizer.save_pretrained(directory)
         generation: GenerationConfig | None = getattr(model, "generation_config", None)
         if generation is not None:
+            generation = copy.deepcopy(generation)
+            self.task.configure_generation(generation)
             generation.save_pretrained(directory)
         self.config.architectures = [heads.model_class_of(model).__name__]
         self.config.save_pretrained(directory)

@@ -8,17 +8,27 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from transformers import MBartTokenizer, NllbTokenizer, PreTrainedTokenizerFast, T5Config
+from transformers import (
+    GenerationConfig,
+    MBartTokenizer,
+    NllbTokenizer,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from launcher import tasks
 from launcher.data.rows import RowProblem
 from launcher.data.section import Source
 from launcher.errors import ConfigurationError
 from launcher.job.load import load
+from launcher.runs.layout import RunDirectory
 from launcher.tasks.generation import Evaluation, Generate, options_of
 from launcher.tasks.sequence_to_sequence import PairColumns, SequenceToSequence
 from launcher.tasks.task import AnswerOptions, Output, Sample
 from launcher.tasks.writing import from_bytes
+from launcher.training.inputs import TrainingInputs
+from tests.distributed.data_world import plan_of
 from tests.encoding import arrays_of
 from tests.training.runs import tokenizer as words
 
@@ -137,6 +147,11 @@ def test_a_language_code_begins_or_ends_what_is_read() -> None:
     task.configure(config)
     assert config.decoder_start_token_id == tokenizer.convert_tokens_to_ids("en_XX")
     assert "forced_bos_token_id" not in task.generation.arguments
+    # A generation config may lie with the model that begins with another language.
+    generation = GenerationConfig(decoder_start_token_id=2)
+    task.configure_generation(generation)
+    assert generation.decoder_start_token_id == config.decoder_start_token_id
+    assert task.generation.arguments["decoder_start_token_id"] == config.decoder_start_token_id
 
 
 def test_a_language_code_that_comes_first_is_written_first() -> None:
@@ -144,6 +159,24 @@ def test_a_language_code_that_comes_first_is_written_first() -> None:
     code = task.tokenizer.convert_tokens_to_ids("eng_Latn")
     assert arrays_of(task, {"de": "one", "en": "two"}, task.tokenizer)["labels"][0] == code
     assert task.generation.arguments["forced_bos_token_id"] == code
+
+
+def test_an_export_begins_what_it_writes_with_the_language_too(tmp_path: Path) -> None:
+    task = task_of(multilingual(NllbTokenizer), source_language="deu_Latn", target_language="eng_Latn")
+    sizes = {"d_model": 8, "d_ff": 8, "d_kv": 4, "num_layers": 1, "num_heads": 2}
+    config = T5Config(vocab_size=len(task.tokenizer), decoder_start_token_id=2, **sizes)
+    model = T5ForConditionalGeneration(config)
+    run, plan = RunDirectory(tmp_path), plan_of(task.data, "sequence-to-sequence")
+    TrainingInputs(config, task.tokenizer, task, None, None).save_model_files(run, plan, model)  # type: ignore[arg-type]
+    written = GenerationConfig.from_pretrained(tmp_path / "model")
+    assert written.forced_bos_token_id == task.tokenizer.convert_tokens_to_ids("eng_Latn")
+    assert model.generation_config.forced_bos_token_id is None
+
+
+def test_without_a_language_the_models_own_generation_config_is_kept() -> None:
+    generation = GenerationConfig(forced_bos_token_id=5, decoder_start_token_id=6)
+    task_of().configure_generation(generation)
+    assert (generation.forced_bos_token_id, generation.decoder_start_token_id) == (5, 6)
 
 
 def test_language_codes_that_are_not_there() -> None:

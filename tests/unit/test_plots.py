@@ -32,3 +32,31 @@ def test_of_many_classes_the_most_frequent_mistakes() -> None:
     counts[3][7], counts[8][1] = 9, 4
     lines = plots.confusion({"labels": labels, "confusion_matrix": counts}).splitlines()
     assert [line.split(maxsplit=1)[1] for line in lines[1:]] == ["class 3 -> class 7", "class 8 -> class 1"]
+
+
+def test_f1_of_each_type_is_a_bar_the_most_frequent_first() -> None:
+    scores = {"precision": 0.5, "recall": 0.5}
+    types = {
+        "place": scores | {"f1": 0.25, "num_entities": 8.0},
+        "person": scores | {"f1": 1.0, "num_entities": 1200.0},
+    }
+    first, person, place = plots.f1_bars({"types": types}).splitlines()
+    assert first.split() == ["F1,", "and", "how", "many", "there", "are"]
+    assert person.split() == ["person", "1.000", "█" * 40, "1,200"]
+    assert place.split() == ["place", "0.250", "█" * 10, "8"]
+    assert len(person) - len("1,200") == len(place) - len("8")
+
+
+def test_f1_of_each_class_of_a_classifier_and_many_of_them_cut() -> None:
+    scores = {f"c{number}": {"f1": 0.5, "support": float(number)} for number in range(60)}
+    lines = plots.f1_bars({"labels": list(scores), "per_class": scores}).splitlines()
+    assert lines[1].split() == ["c59", "0.500", "█" * 20, "59"]
+    assert lines[-1] == "and 20 that are rarer"
+
+
+def test_details_without_classes_have_no_bars(tmp_path: Path) -> None:
+    assert plots.f1_bars({"num_questions": 3}) == ""
+    plots.write_svg(
+        tmp_path / "f1.svg", plots.f1_bars({"types": {"a": {"f1": 1.0, "num_entities": 2.0}}}), "f1"
+    )
+    assert "█" * 40 in "".join(ElementTree.parse(tmp_path / "f1.svg").getroot().itertext())
