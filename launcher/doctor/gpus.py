@@ -20,6 +20,7 @@ _FIELDS = (
     "temperature.gpu",
     "ecc.errors.uncorrected.volatile.total",
     "retired_pages.pending",
+    "clocks_event_reasons.active",
     "clocks_throttle_reasons.active",
 )
 _SLOWED_DOWN = {0x8: "the hardware slows it down", 0x20: "too hot", 0x40: "too hot", 0x80: "too little power"}
@@ -105,7 +106,9 @@ def _broken(gpu: dict[str, str]) -> list[str]:
 
 
 def _doubtful(gpu: dict[str, str]) -> list[str]:
-    reasons, used = gpu.get("clocks_throttle_reasons.active", ""), gpu.get("memory.used", "")
+    # Newer drivers have the first name, older ones the second; most know both.
+    names = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
+    reasons, used = next((gpu[name] for name in names if name in gpu), ""), gpu.get("memory.used", "")
     bits = int(reasons, 16) if re.fullmatch(r"0x[0-9a-fA-F]+", reasons) else 0
     found = list(dict.fromkeys(why for bit, why in _SLOWED_DOWN.items() if bits & bit))
     return [*found, f"{used} MiB are in use"] if used.isdigit() and int(used) > _IN_USE_MIB else found
