@@ -6,18 +6,22 @@ them would have the processor wait for all that was launched.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from launcher.training import heads
 from launcher.training.engines.recompute import checkpoint_activations
 from launcher.training.model import attention
 from launcher.training.model.loading import repeated_layers
 from launcher.training.tracing.make_profile import example_batch, prepared_task
+from tests.training.batches import batch_of_samples
 from tests.training.plans import plan_of
 from tests.training.varlen_on_cpu import a_gpus_way
 
@@ -59,3 +63,31 @@ def test_a_micro_step_asks_for_no_value(kind: str, recompute: str, tmp_path: Pat
         }
         task.loss(model, batch).loss_sum.backward()
     assert all(parameter.grad is not None for parameter in repeated_layers(model)[0].parameters())
+
+
+FAMILIES = {"llama": {}, "qwen3": {"head_dim": 8}, "mistral": {"sliding_window": 5}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["cpu", "gpu"])
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_a_layer_is_one_graph(family: str, way: str) -> None:
+    """With fullgraph a break raises; the count says the same. Loss and gradients are those of eager layers."""
+    config = AutoConfig.for_model(
+        family, **SMALL | FAMILIES[family], attn_implementation=attention.register("packed")
+    )
+    model = AutoModelForCausalLM.from_config(config).train()
+    generator = torch.Generator().manual_seed(1)
+    batch = batch_of_samples([torch.randint(3, 99, (length,), generator=generator) for length in LENGTHS])
+    torch._dynamo.reset()
+    counters.clear()
+    results = []
+    with a_gpus_way() if way == "gpu" else contextlib.nullcontext():
+        for compiled in (False, True):
+            if compiled:
+                for layer in repeated_layers(model):
+                    layer.compile(backend="aot_eager", fullgraph=True)
+            loss = heads.causal_lm(model, batch).loss_sum
+            results.append((loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))))
+    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] >= 1
+    torch.testing.assert_close(results[1], results[0])
