@@ -20,8 +20,10 @@ _FIELDS = (
     "temperature.gpu",
     "ecc.errors.uncorrected.volatile.total",
     "retired_pages.pending",
-    "clocks_throttle_reasons.active",
+    "clocks_event_reasons.active",
 )
+_OLDER = {"clocks_event_reasons.active": "clocks_throttle_reasons.active"}
+"""Names of fields in drivers before these."""
 _SLOWED_DOWN = {0x8: "the hardware slows it down", 0x20: "too hot", 0x40: "too hot", 0x80: "too little power"}
 """Bits of the reasons why a GPU is slower than it could be; idle, and limits that people set, are none to
 worry about."""
@@ -58,7 +60,8 @@ def query() -> list[dict[str, str]]:
             raise ValueError(
                 said.strip().splitlines()[-1] if said.strip() else f"it ended with code {done.returncode}"
             )
-        names.remove(unknown[1])
+        names[names.index(unknown[1])] = _OLDER.get(unknown[1], "")
+        names = [name for name in names if name]
 
 
 def read(text: str, names: list[str]) -> list[dict[str, str]]:
@@ -105,7 +108,8 @@ def _broken(gpu: dict[str, str]) -> list[str]:
 
 
 def _doubtful(gpu: dict[str, str]) -> list[str]:
-    reasons, used = gpu.get("clocks_throttle_reasons.active", ""), gpu.get("memory.used", "")
+    field = "clocks_event_reasons.active"
+    reasons, used = gpu.get(field) or gpu.get(_OLDER[field], ""), gpu.get("memory.used", "")
     bits = int(reasons, 16) if re.fullmatch(r"0x[0-9a-fA-F]+", reasons) else 0
     found = list(dict.fromkeys(why for bit, why in _SLOWED_DOWN.items() if bits & bit))
     return [*found, f"{used} MiB are in use"] if used.isdigit() and int(used) > _IN_USE_MIB else found

@@ -118,6 +118,8 @@ def environment(
         "OMP_NUM_THREADS": str(plan.mesh.threads_per_rank),
         "TOKENIZERS_PARALLELISM": os.environ.get("TOKENIZERS_PARALLELISM", "false"),
         "PYTHONUNBUFFERED": "1",
+        # transformers takes the first GPU that it sees, whatever the plan says.
+        **({"CUDA_VISIBLE_DEVICES": ""} if plan.mesh.device == "cpu" else {}),
         PARENT_VARIABLE: str(os.getpid()),
         ATTEMPT_VARIABLE: str(run.attempt(attempt)),
         NODE_VARIABLE: str(meeting.node if meeting else 0),

@@ -78,6 +78,16 @@ class TestGpus:
         found, number = gpus.check()
         assert number == 1 and found.level == "ok" and found.found.endswith("no Xid error")
 
+    def test_an_older_driver_has_another_name_for_what_slows_a_gpu_down(self, programs: Programs) -> None:
+        refuse = 'Field "clocks_event_reasons.active" is not a valid field to query.'
+        hot = self.GOOD.replace("0001", "0060")
+        programs(
+            **{"nvidia-smi": f"case $1 in *event*) echo '{refuse}'; exit 2;; esac\necho '{hot}'"},
+            dmesg="echo quiet",
+        )
+        found, _ = gpus.check()
+        assert found.level == "warning" and "too hot" in found.found
+
     @pytest.mark.parametrize(
         ("script", "said"),
         [("echo 'No devices were found'; exit 6", "No devices were found"), ("exit 9", "code 9")],

@@ -91,6 +91,14 @@ def test_ranks_get_the_threads_of_the_plan(run: RunDirectory) -> None:
     assert environment(run, plan(), 1)["OMP_NUM_THREADS"] == "3"
 
 
+def test_a_plan_of_cpus_sees_no_gpu(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the user's own environment says; a plan of GPUs leaves it as it is."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,2")
+    assert environment(run, plan(), 1)["CUDA_VISIBLE_DEVICES"] == ""
+    gpu = plan().model_copy(update={"mesh": plan().mesh.model_copy(update={"device": "cuda"})})
+    assert environment(run, gpu, 1)["CUDA_VISIBLE_DEVICES"] == "1,2"
+
+
 def test_ranks_on_the_cpu_give_memory_back_unless_told_otherwise(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

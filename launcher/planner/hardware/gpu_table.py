@@ -29,7 +29,7 @@ class GpuType:
     key: str
     name: str
     memory_bytes: int
-    """What a program can have; of its nominal size a little less."""
+    """What a program can have, as the driver gives it where that is known; makers' sizes are not all in GiB."""
     half_rate: float
     """Matrix products in bf16 or fp16 with sums in fp32, dense."""
     full_rate: float
@@ -58,10 +58,6 @@ class GpuType:
     """To the host's memory, one way."""
     host_bandwidth: float = HOST_BANDWIDTH
     """Of the host's memory, which all GPUs of a node share."""
-
-
-def _gb(size: float) -> int:
-    return int(size * 0.99 * 1e9)
 
 
 _NV = "https://www.nvidia.com/en-us/data-center"
@@ -130,7 +126,7 @@ TABLE = (
     GpuType(
         "h100-nvl",
         "NVIDIA H100 NVL",
-        _gb(94),
+        95_830 << 20,
         835e12,
         60e12,
         3.9e12,
@@ -143,7 +139,7 @@ TABLE = (
     GpuType(
         "h200",
         "NVIDIA H200",
-        _gb(141),
+        143_771 << 20,
         989e12,
         67e12,
         4.8e12,
@@ -156,7 +152,7 @@ TABLE = (
     GpuType(
         "b200",
         "NVIDIA B200",
-        _gb(180),
+        182_630 << 20,
         2250e12,
         75e12,
         8.0e12,
@@ -169,7 +165,7 @@ TABLE = (
     GpuType(
         "gb200",
         "NVIDIA GB200",
-        _gb(186),
+        int(186 * 0.99e9),
         2500e12,
         80e12,
         8.0e12,

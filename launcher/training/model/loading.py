@@ -73,6 +73,8 @@ def load(plan: Plan, auto_class: Any, config: Any, shard: Shard) -> LoadedModel:
     device = torch.device("cpu") if plan.offload == "parameters" else _device(plan.mesh)
     if plan.mesh.world_size == 1 or device != _device(plan.mesh):
         model.to(device)
+        for buffer in model.buffers():  # who offloads parameters computes on the GPU all the same
+            buffer.data = buffer.data.to(_device(plan.mesh))
     if mismatched := information.get("mismatched_keys"):
         raise ConfigurationError(
             Problem(
