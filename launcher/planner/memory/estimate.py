@@ -222,6 +222,7 @@ class Estimator:
             copied_below=self._copied_below(plan.mesh.dp_shard),
             accumulation=min(3, plan.batch.accumulation_steps),
             defers=self._sharded_gradient_bytes() <= DEFERRED_GRADIENT_BYTES,
+            replicates=plan.mesh.dp_replicate > 1,
             recomputes=plan.activation_checkpointing != "none",
             plain=plan.mesh.world_size == 1 and plan.precision == "fp32" and plan.offload == "none",
             offloads=self._offloads,

@@ -32,6 +32,8 @@ class Cut:
     accumulation: int
     defers: bool
     """Gradients of all but the last micro-batch are added up before anything is sent."""
+    replicates: bool = False
+    """Other ranks have the same shard."""
     recomputes: bool = False
     plain: bool = False
     """Not FSDP at all: one rank in fp32."""
@@ -140,6 +142,9 @@ class FsdpStep:
         time.up(GRADIENTS, padded * 4, "sending gradients")
         if cut.ranks > 1 and self.sent < cut.copied_below:
             time.touch(MESSAGES, self.sent, "sending gradients")
+        if cut.cpu and cut.replicates:
+            # Copies of a shard are added up by gloo, which takes a copy of it.
+            time.touch(MESSAGES, padded * 4, "sending gradients")
         time.down(GRADIENTS, left)
         if (not cut.defers and not self.first_gradients) or cut.offloads:
             time.down(GRADIENTS, padded * 4)
