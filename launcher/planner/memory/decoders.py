@@ -5,10 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from launcher.planner.memory import operators as ops
-from launcher.planner.memory.attention import fused, packed_bytes, plain, rotate
+from launcher.planner.memory.attention import fused, plain, rotate
 from launcher.planner.memory.loss import cross_entropy
 from launcher.planner.memory.program import Context, SymbolicProgram, Unit, Weight, of_stack
-from launcher.planner.memory.symbolic import Parameter, Storage, SymbolicTensor, checkpoint, node_of
+from launcher.planner.memory.symbolic import (
+    Parameter,
+    Storage,
+    SymbolicTensor,
+    attention_bytes,
+    checkpoint,
+    node_of,
+)
 
 LLAMAS = ("llama", "mistral", "qwen2", "qwen3")
 """Built as Llama is."""
@@ -211,7 +218,7 @@ def packed(
     lengths, cuda = context.setting.batch.lengths, context.setting.cuda
     if not (drop and context.setting.training):
         width, key_width = (tensor.num_elements // sum(lengths) for tensor in (query, key))
-        forward, backward = packed_bytes(lengths, width, key_width, heads, query.itemsize, cuda)
+        forward, backward = attention_bytes(lengths, width, key_width, heads, query.itemsize, cuda)
         result = fused(query, key, value, heads, sum(lengths), hidden=backward)
         context.meter.transient(forward)
         return result
