@@ -22,7 +22,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.training.preloaded"])
 
 
-PATIENCE_SECONDS = 400
+PATIENCE_SECONDS = 800
 """A rank that says nothing for so long hangs. Compiling takes most of it on a busy machine."""
 
 
