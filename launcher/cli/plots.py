@@ -65,18 +65,18 @@ def confusion(table: dict[str, Any]) -> str:
 def f1_bars(details: dict[str, Any]) -> str:
     """Return the F1 of each type of entity, or of each class, as bars with how many of them the rows have, the
     most frequent first; empty for details without either."""
-    found = {
+    by_name = {
         str(name): (scores["f1"], int(scores.get("num_entities", scores.get("support", 0))))
         for name, scores in (details.get("types") or details.get("per_class") or {}).items()
     }
-    if not found:
+    if not by_name:
         return ""
-    width = max(len(name[:40]) for name in found)
+    width = max(len(name[:40]) for name in by_name)
     lines = [f"{'':{width}}  F1, and how many there are"]
-    for name, (score, number) in sorted(found.items(), key=lambda one: -one[1][1])[:_MOST_BARS]:
+    for name, (score, number) in sorted(by_name.items(), key=lambda one: -one[1][1])[:_MOST_BARS]:
         lines.append(f"{name[:40]:{width}}  {score:.3f} {'█' * round(score * 40):40} {number:,}")
-    if len(found) > _MOST_BARS:
-        lines.append(f"and {len(found) - _MOST_BARS} that are rarer")
+    if len(by_name) > _MOST_BARS:
+        lines.append(f"and {len(by_name) - _MOST_BARS} that are rarer")
     return "\n".join(lines)
 
 
