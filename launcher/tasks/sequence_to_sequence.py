@@ -28,7 +28,6 @@ from launcher.tasks.task import (
     ends_of,
 )
 from launcher.tasks.text_scores import OVERLAP
-from launcher.tasks.token_batches import supervision
 from launcher.tasks.token_losses import TokenLosses, likelihood
 from launcher.tasks.writing import LOSSES, TextEvaluator, WritingTask, as_bytes
 
@@ -176,8 +175,7 @@ class SequenceToSequence(WritingTask):
 
     def collate(self, items: Sequence[Sequence[Sample]], draws: Draws | None = None) -> dict[str, Any]:
         """Return `input_ids` and `attention_mask` int64 [B, source], and `labels` int64 [B, target], padded
-        with -100; `targets` are the labels, and -100 in filler: of that the decoder still reads something.
-        `supervised` are the places of the other targets, flat."""
+        with -100; `targets` are the labels, and -100 in filler: of that the decoder still reads something."""
         samples = [sample for item in items for sample in item]
         read = padded_prompts(
             [sample["input_ids"] for sample in samples], samples, self._pad, on_the_left=False
@@ -191,8 +189,7 @@ class SequenceToSequence(WritingTask):
             "labels": torch.from_numpy(labels)
         }
         targets = np.where(weights[:, None] > 0, labels, IGNORE)
-        batch |= supervision(targets.reshape(-1))
-        batch["targets"] = batch["targets"].view(targets.shape)
+        batch["targets"] = torch.from_numpy(targets)
         return batch | ({"aside": self.aside(samples)} if self.generates else {})
 
     def shortened(self, sample: Sample, length: int, ends: Sequence[int]) -> Sample:

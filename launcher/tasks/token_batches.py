@@ -20,8 +20,8 @@ def joined(samples: Sequence[Sample], first_position: int = 0) -> dict[str, Any]
     """Return samples end to end, each with `input_ids` and `targets` [n], of which filler's do not count.
 
     `input_ids` and `position_ids` int64 [1, T], the latter from `first_position` in every sample; `targets`
-    int64 [T], and `supervised`, the places of those that are learned; `cu_seq_lens` int32 [num_samples + 1],
-    where samples begin and end; `max_length`, the longest sample, and `lengths` of all.
+    int64 [T]; `cu_seq_lens` int32 [num_samples + 1], where samples begin and end; `max_length`, the longest
+    sample, and `lengths` of all.
     """
     lengths = np.array([sample.length for sample in samples], dtype=np.int64)
     ends = np.cumsum(lengths)
@@ -32,7 +32,7 @@ def joined(samples: Sequence[Sample], first_position: int = 0) -> dict[str, Any]
             np.concatenate([s["input_ids"] for s in samples]).astype(np.int64)
         ).unsqueeze(0),
         "position_ids": torch.from_numpy(positions).unsqueeze(0),
-        **supervision(targets),
+        "targets": torch.from_numpy(targets),
         "cu_seq_lens": torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
         "max_length": int(lengths.max()),
         "lengths": lengths.tolist(),
@@ -40,9 +40,8 @@ def joined(samples: Sequence[Sample], first_position: int = 0) -> dict[str, Any]
 
 
 def padded(samples: Sequence[Sample]) -> dict[str, Any]:
-    """Return a row for each sample: `input_ids` int64 [B, L], `targets` int64 [B x L] and `supervised`, the
-    places of those that are learned, `lengths`, and where samples differ in length `attention_mask` int64
-    [B, L]."""
+    """Return a row for each sample: `input_ids` int64 [B, L], `targets` int64 [B x L], `lengths`, and where
+    samples differ in length `attention_mask` int64 [B, L]."""
     lengths = np.array([sample.length for sample in samples], dtype=np.int64)
     real = np.arange(lengths.max()) < lengths[:, None]
     # Of padding nothing is seen or learned, so that any token will do: the first is in every vocabulary.
@@ -54,17 +53,10 @@ def padded(samples: Sequence[Sample]) -> dict[str, Any]:
     mask = {} if real.all() else {"attention_mask": torch.from_numpy(real.astype(np.int64))}
     flat = {
         "input_ids": torch.from_numpy(input_ids),
-        **supervision(targets.reshape(-1)),
+        "targets": torch.from_numpy(targets.reshape(-1)),
         "lengths": lengths.tolist(),
     }
     return flat | mask
-
-
-def supervision(targets: np.ndarray) -> dict[str, torch.Tensor]:
-    """Return `targets`, int64 [n], and `supervised`, the places of those that are not -100: found here, as a
-    device would have to be waited for."""
-    places = np.flatnonzero(targets != IGNORE)
-    return {"targets": torch.from_numpy(targets), "supervised": torch.from_numpy(places)}
 
 
 def _targets(sample: Sample) -> np.ndarray:

@@ -17,6 +17,7 @@ from torch import distributed
 from launcher.errors import ConfigurationError, Problem
 from launcher.planner.plan import Plan
 from launcher.training import cpu_half_matmul, exchange, meeting
+from launcher.training.loss import supervised_places
 from launcher.training.precision import DTYPES
 
 
@@ -44,7 +45,13 @@ def start_process_group(plan: Plan) -> torch.device:
 
 
 def to_device(batch: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
-    """Return the batch with its tensors on `device`, without what is kept `aside` for the evaluator."""
+    """Return the batch with its tensors on `device`, without what is kept `aside` for the evaluator.
+
+    Where it has `targets`, `supervised` are the places of those that are not -100, int64 [n]: found here, as the
+    device would have to be waited for.
+    """
+    if "targets" in batch:
+        batch = batch | {"supervised": supervised_places(batch["targets"].reshape(-1))}
     return {
         key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
         for key, value in batch.items()

@@ -52,14 +52,14 @@ def test_a_micro_step_asks_for_no_value(kind: str, recompute: str, tmp_path: Pat
     implementation = attention.register("packed" if name == "causal-lm" else "sdpa")
     config = AutoConfig.for_model(family, **SMALL, attn_implementation=implementation)
     task = prepared_task(plan, config)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    example, mode = example_batch(task, config, LENGTHS), FakeTensorMode(allow_non_fake_inputs=True)
     with mode, a_gpus_way():
         model = task.auto_class.from_config(config, attn_implementation=implementation).train()
         for layer in repeated_layers(model):
             checkpoint_activations(layer, recompute)
         batch = {
             key: mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
-            for key, value in example_batch(task, config, LENGTHS).items()
+            for key, value in example.items()
         }
         task.loss(model, batch).loss_sum.backward()
     assert all(parameter.grad is not None for parameter in repeated_layers(model)[0].parameters())
