@@ -91,11 +91,11 @@ def packed_backward(
         dtype = torch.float32 if half and length <= WIDENED_AT_MOST else query.dtype
         along = [tensor[:, sample].transpose(1, 2).to(dtype) for tensor in (gradient, result)]
         inputs = [tensor[:, :, sample].to(dtype) for tensor in (query, key, value)]
-        made = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        parts = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
             along[0], *inputs, along[1], sums[:, sample].transpose(1, 2), 0.0, causal and mask is None,
             attn_mask=_added(mask, dtype), scale=scale,
         )  # fmt: skip
-        for whole, part in zip(gradients, made, strict=True):
+        for whole, part in zip(gradients, parts, strict=True):
             whole[:, :, sample] = part
     return gradients
 
@@ -131,7 +131,7 @@ def mask_of(length: int, window: int | None, device: torch.device, causal: bool)
 
 
 def _added(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """As the kernel takes it: what is added to the scores."""
+    """Return the mask as the kernel takes it: numbers to add to the scores."""
     return None if mask is None else torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))
 
 
@@ -144,8 +144,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.T
 
 def _backward(ctx: Any, gradient: torch.Tensor, _: Any) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
-    made = packed_backward(gradient, *saved, ctx.scale, ctx.causal, ctx.window)
-    return *made, None, None, None, None
+    parts = packed_backward(gradient, *saved, ctx.scale, ctx.causal, ctx.window)
+    return *parts, None, None, None, None
 
 
 packed.register_autograd(_backward, setup_context=_keep)
