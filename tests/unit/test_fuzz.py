@@ -58,7 +58,7 @@ def test_what_was_found_once_is_answered_now(path: Path, folder: Path) -> None:
 
 
 # A spoilt configuration of a model is of an unknown family, which a process with torch traces.
-@pytest.mark.parametrize("name", slow_but([name for name in TARGETS if name != "config"], TARGETS))
+@pytest.mark.parametrize("name", slow_but([name for name in TARGETS if name != "config"], list(TARGETS)))
 @settings(max_examples=8, derandomize=True, deadline=None, suppress_health_check=FIXTURES)
 @given(generator=st.randoms(use_true_random=False))
 def test_spoilt_files_are_answered(name: str, folder: Path, generator: random.Random) -> None:
