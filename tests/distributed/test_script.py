@@ -196,7 +196,9 @@ def test_an_unchanged_script_is_sharded_and_learns_the_same(
             "Test reinstantiated state",
             marks=pytest.mark.very_slow,
         ),
-        ("test_ops", ENGINES["fsdp"], "testing sending tensors across devices"),
+        pytest.param(
+            "test_ops", ENGINES["fsdp"], "testing sending tensors across devices", marks=pytest.mark.very_slow
+        ),
         pytest.param(
             "test_ops",
             ENGINES["zero3"],

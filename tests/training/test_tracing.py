@@ -78,7 +78,7 @@ def peak(plan: Plan, profile: Any) -> int:
     ("kind", "precision", "adapter"),
     [
         ("llama", "bf16", None),
-        ("gpt2", "fp32", None),
+        pytest.param("gpt2", "fp32", None, marks=pytest.mark.very_slow),
         pytest.param("llama", "fp32", {"rank": 4}, marks=pytest.mark.very_slow),
         ("gpt2", "bf16", {"rank": 8}),
     ],
@@ -192,7 +192,7 @@ def ranks() -> Iterator[World]:
     ("kind", "changes"),
     [
         ("gpt_neox", {}),
-        ("bart", {"activation_checkpointing": "selective"}),
+        pytest.param("bart", {"activation_checkpointing": "selective"}, marks=pytest.mark.very_slow),
         pytest.param("gemma3_text", {"precision": "bf16"}, marks=pytest.mark.very_slow),
         pytest.param("granitemoe", {}, marks=pytest.mark.very_slow),
         pytest.param("phi3", {"activation_checkpointing": "full"}, marks=pytest.mark.very_slow),

@@ -329,7 +329,20 @@ def test_directories_that_are_no_adapter_to_go_on_with(tmp_path: Path) -> None:
 @pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
 @pytest.mark.parametrize("task", ["causal-lm", "sequence-classification"])
 @pytest.mark.parametrize(
-    "kind", ["bart", "mbart", "t5", "vit", "mamba", "phi3", "gemma3", "roberta", "not-known", None, 7]
+    "kind",
+    [
+        "bart",
+        pytest.param("mbart", marks=pytest.mark.very_slow),
+        "t5",
+        "vit",
+        "mamba",
+        "phi3",
+        pytest.param("gemma3", marks=pytest.mark.very_slow),
+        "roberta",
+        "not-known",
+        None,
+        7,
+    ],
 )
 def test_a_model_of_any_kind_is_planned_or_refused(kind: Any, task: str, engine: str, tmp_path: Path) -> None:
     """Never with a traceback, whatever the formulas know."""
