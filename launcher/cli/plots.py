@@ -14,7 +14,7 @@ WIDTH = 100
 _MOST_CLASSES = 20
 """Of a confusion matrix: more fit on no terminal."""
 _MOST_BARS = 40
-"""Of types or classes, each a line."""
+"""Types or classes that are drawn at most, each a line."""
 
 
 def learning_curve(losses: list[tuple[int, float]], evaluations: list[tuple[int, dict[str, float]]]) -> str:

@@ -169,7 +169,7 @@ class Whereabouts(Page):
         """Say it where a supervisor can read it: the path, and the descriptor for stacks; an empty path where
         there is no memory for it."""
         try:
-            self._descriptor = _shared_memory()
+            self._descriptor = shared_memory(PAGE_BYTES)
         except OSError:
             return "", 2
         self.__dict__.update(Page(mmap.mmap(self._descriptor, PAGE_BYTES)).__dict__)
@@ -275,21 +275,21 @@ class Whereabouts(Page):
         self._floats[_LAST_SAVE] = seconds
 
 
-def _shared_memory() -> int:
-    """A file of one page in memory, without a name. Raises OSError.
+def shared_memory(num_bytes: int) -> int:
+    """Return the descriptor of a file in memory, without a name. Raises OSError.
 
     Where the kernel has no memfd, a file without a name in /dev/shm or the directory for temporary files; its
-    page is taken at once, as a file system that is full would end whoever writes into it later.
+    pages are taken at once, as a file system that is full would end whoever writes into it later.
     """
     with contextlib.suppress(OSError, AttributeError):
-        descriptor = os.memfd_create("launcher-places")
-        os.ftruncate(descriptor, PAGE_BYTES)
+        descriptor = os.memfd_create("launcher")
+        os.ftruncate(descriptor, num_bytes)
         return descriptor
     problem = OSError("no memory for it")
     for directory in ("/dev/shm", tempfile.gettempdir()):
         try:
             with tempfile.TemporaryFile(dir=directory) as file:
-                os.posix_fallocate(file.fileno(), 0, PAGE_BYTES)
+                os.posix_fallocate(file.fileno(), 0, num_bytes)
                 return os.dup(file.fileno())
         except OSError as error:
             problem = error

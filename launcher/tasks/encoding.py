@@ -165,7 +165,7 @@ class Borders:
     spans the border."""
 
     first: tuple[int, ...]
-    """What begins a text."""
+    """Tokens that begin a text."""
     end: int
     """The token that ends it, and is learned."""
     spaced: bool

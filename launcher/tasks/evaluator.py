@@ -1,4 +1,4 @@
-"""What a task's loss gives back for a micro-batch, and what makes metrics of an evaluation's."""
+"""Hold the output of a task's loss, and make metrics of an evaluation's outputs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Output(NamedTuple):
     num_correct: torch.Tensor
     """Scalar."""
     predictions: torch.Tensor | None = None
-    """What the task's evaluator needs beside the sums."""
+    """Numbers that the task's evaluator needs beside the sums."""
     router_loss_sum: torch.Tensor | None = None
     """Scalar, of `loss_sum`: what a mixture of experts adds for the balance of its routers."""
     losses: torch.Tensor | None = None

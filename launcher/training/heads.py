@@ -227,7 +227,7 @@ def _by_own_head(model: PreTrainedModel, outputs: Any, batch: Batch) -> CrossEnt
 
 
 def _places(batch: Batch) -> torch.Tensor:
-    """Return the supervised positions of a batch, int64 [n]: those that its collator chose."""
+    """Return the supervised positions of a batch, int64 [n]; `to_device` found them on the host."""
     places: torch.Tensor | None = batch.get("supervised")
     return supervised_places(batch["targets"]) if places is None else places
 

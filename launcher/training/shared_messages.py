@@ -12,6 +12,7 @@ import contextlib
 import functools
 import mmap
 import os
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +20,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from launcher.planner.limits import SHARED_MESSAGE_BYTES
+from launcher.runs.places import shared_memory
 
 PIECE_BYTES = 1 << 22
 """Bytes that a rank writes before it waits for its peers; twice that is kept, to write one while one is read."""
@@ -64,7 +66,12 @@ def _all_gather(group: Any, output: Any, part: Any, *_: Any, **__: Any) -> bool:
 
 
 def _reduce_scatter(group: Any, output: Any, whole: Any, options: Any = None, *_: Any, **__: Any) -> bool:
-    memory = _memory(group, whole, output, options)
+    import torch
+
+    sums, means = torch.distributed.ReduceOp.SUM, torch.distributed.ReduceOp.AVG
+    if options is None or not (options.reduceOp == sums or options.reduceOp == means):
+        return False
+    memory = _memory(group, whole, output)
     if memory is None:
         return False
     rows, output = whole.detach().view(memory.size, -1), output.detach().view(-1)
@@ -76,19 +83,13 @@ def _reduce_scatter(group: Any, output: Any, whole: Any, options: Any = None, *_
             theirs[memory.rank * num_bytes :][:num_bytes].view(whole.dtype)
             for theirs in memory.exchange(group, [_as_bytes(piece) for piece in pieces])
         ]
-        _sum(parts, output[begin : begin + count], options)
+        # In the order of ranks, whichever of them adds up.
+        total = torch.add(parts[0], parts[1], out=output[begin : begin + count])
+        for part in parts[2:]:
+            total.add_(part)
+        if options.reduceOp == means:
+            total.div_(memory.size)
     return True
-
-
-def _sum(parts: Sequence[Any], output: Any, options: Any) -> None:
-    """Add up in the order of ranks, so that all ranks have the same sum to the bit."""
-    import torch
-
-    torch.add(parts[0], parts[1], out=output)
-    for part in parts[2:]:
-        output.add_(part)
-    if options.reduceOp == torch.distributed.ReduceOp.AVG:
-        output.div_(len(parts))
 
 
 def _as_bytes(tensor: Any) -> Any:
@@ -97,18 +98,14 @@ def _as_bytes(tensor: Any) -> Any:
     return tensor.view(-1).view(torch.uint8)
 
 
-def _memory(group: Any, large: Any, small: Any, options: Any = None) -> Memory | None:
+def _memory(group: Any, large: Any, small: Any) -> Memory | None:
     """Return the group's memory; None where the message does not go through it, which is so on all ranks."""
-    import torch
-
-    sums, means = torch.distributed.ReduceOp.SUM, torch.distributed.ReduceOp.AVG
     if (
         large.device.type != "cpu"
         or large.numel() * large.element_size() < SHARED_MESSAGE_BYTES
         or group.size() == 1
-        or large.dtype != small.dtype
+        or (large.dtype, large.numel()) != (small.dtype, small.numel() * group.size())
         or not (large.is_contiguous() and small.is_contiguous())
-        or (options is not None and not (options.reduceOp == sums or options.reduceOp == means))
     ):
         return None
     if group not in _memories:
@@ -133,12 +130,12 @@ class Memory:
         """Make the group's memory; None where its ranks are not all of one machine. Called by all of them."""
         import torch
 
-        descriptor = os.memfd_create("launcher-messages")
         try:
-            os.ftruncate(descriptor, 2 * PIECE_BYTES)
-            node, boot = int(os.environ.get("GROUP_RANK", "0")), Path("/proc/sys/kernel/random/boot_id")
-            machine = int(boot.read_text(encoding="ascii").replace("-", "")[:15], 16)
-            own = [machine, Path("/proc/self/ns/pid").stat().st_ino, node, os.getpid(), descriptor]
+            descriptor = shared_memory(2 * PIECE_BYTES)
+        except OSError:
+            descriptor = -1  # which nobody can open
+        try:
+            own = [*_surroundings(), os.getpid(), descriptor]
             members = torch.empty(group.size(), len(own), dtype=torch.int64)
             group.all_gather_single(members, torch.tensor([own])).wait()
             buffers: list[Any] = []
@@ -151,7 +148,8 @@ class Memory:
             group.allreduce([all_have]).wait()
             return cls(group, buffers) if int(all_have) == group.size() else None
         finally:
-            os.close(descriptor)
+            if descriptor >= 0:
+                os.close(descriptor)
 
     def exchange(self, group: Any, pieces: Sequence[Any]) -> Iterator[Any]:
         """Write own bytes, one piece behind another; return what each rank wrote, once all have."""
@@ -162,6 +160,17 @@ class Memory:
         group.barrier().wait()
         turn, self._turn = self._turn, 1 - self._turn
         return (each[turn] for each in self._buffers)
+
+
+def _surroundings() -> tuple[int, int, int]:
+    """Return what is equal for processes of one node that know each other by their numbers: the start of the
+    machine, the name space of processes, the node's number in the run."""
+    try:
+        start = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").replace("-", "")
+        processes = Path("/proc/self/ns/pid").stat().st_ino
+    except OSError:
+        return secrets.randbits(60), 0, 0  # like no other
+    return int(start[:15], 16), processes, int(os.environ.get("GROUP_RANK", "0"))
 
 
 _memories: WeakKeyDictionary[Any, Memory | None] = WeakKeyDictionary()

@@ -29,7 +29,8 @@ class GpuType:
     key: str
     name: str
     memory_bytes: int
-    """What a program can have, as the driver gives it where that is known; makers' sizes are not all in GiB."""
+    """Memory that a program can have, as the driver gives it where that is known; makers' sizes are not all in
+    GiB."""
     half_rate: float
     """Matrix products in bf16 or fp16 with sums in fp32, dense."""
     full_rate: float

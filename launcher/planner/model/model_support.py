@@ -114,7 +114,7 @@ def support(
 
 
 _WIDELY_USED = ("llama", "qwen3", "bert", "distilbert", "roberta", "deberta-v2", "t5", "bart", "marian")
-"""Of the types that can do a task, those that a refusal names."""
+"""Types that a refusal names, where they can do the task."""
 
 
 def _cannot(table: dict[str, Any], kind: str, task: str) -> str:
