@@ -71,8 +71,14 @@ def checked(plan: Plan, fault: Fault = contextlib.nullcontext) -> dict[str, Any]
             )
         except (ConfigurationError, DataError) as error:
             return {"error": str(error)}
+    whole = [
+        unit._get_fsdp_state()._fsdp_param_group.is_unsharded
+        for unit in engine.model.modules()
+        if isinstance(unit, FSDPModule)
+    ]
     output = engine.evaluate(task.collate([dataset.item(0)]))
     return {
+        "whole": whole,
         "said": said,
         "way": (task.layout, engine.model.config._attn_implementation, task.head),
         "num_layers": len(repeated_layers(engine.model)),
@@ -254,6 +260,8 @@ def test_sharded(tmp_path: Path, data: dict[str, Any], engine: dict[str, Any]) -
         assert (result["num_layers"], result["num_passed"]) == (5, [2])
         # FSDP's units are one family, with the layers that the check left out.
         assert result["num_roots"] == (0 if engine else 1)
+        # Only what the first pass would gather before all else is still whole.
+        assert result["whole"] == ([] if engine else [True, *[False] * 5])
         assert result["loss"] == pytest.approx(one["loss"], rel=1e-5)
     for result in on_ranks(2, checked, plan, leak):
         assert result["said"][0][1]["taken"] == "padded sdpa chunked"

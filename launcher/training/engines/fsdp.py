@@ -122,9 +122,10 @@ class FsdpEngine:
         try:
             yield True
         finally:
+            # The root stays whole, as it does after every pass: the next one would gather it again.
             for layer in units[1:]:
                 layer.set_reshard_after_forward(self._plan.mesh.reshard_after_forward, recurse=False)
-            self._reshard()
+                layer.reshard()
 
     def squared_gradient_norm(self) -> torch.Tensor:
         # Replicas hold equal gradients, so each counts for its share.
