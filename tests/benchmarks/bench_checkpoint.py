@@ -1,5 +1,5 @@
-"""What checkpoints cost: verification speed, DCP's own writer beside ours, and the wall time training loses
-to a plain and to an asynchronous save.
+"""What checkpoints cost: verification speed, DCP's own writer beside ours (as it is, and with a stream that
+hashes), and the wall time training loses to a plain and to an asynchronous save.
 
     PYTHONPATH=. python -m torch.distributed.run --nproc-per-node 2 tests/benchmarks/bench_checkpoint.py
 
@@ -13,6 +13,7 @@ docs/benchmarks/checkpoints.md.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -20,6 +21,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import xxhash
 from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
@@ -37,6 +41,39 @@ from launcher.training.checkpoint.checkpointer import Checkpointer
 from tests.distributed.checkpoint_world import make_plan
 
 FIGURES = Path(__file__).parents[2] / "docs" / "benchmarks" / "checkpoints.md"
+
+
+class HashedStream:
+    """A file that is hashed as it is written."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self._digest = stream, xxhash.xxh3_128()
+
+    def write(self, data: Any) -> int:
+        self._digest.update(data)
+        return self._stream.write(data)
+
+    def close(self) -> None:
+        """Leave the file open: DCP closes each tensor's stream, which is the file's where nothing transforms
+        it."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class HashingFiles(FileSystem):
+    @contextlib.contextmanager
+    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
+        with super().create_stream(path, mode) as stream:
+            yield HashedStream(stream) if "w" in mode else stream
+
+
+class HashingWriter(FileSystemWriter):
+    """DCP's own writer with files that are hashed, as a checkpoint of ours has to be."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.fs = HashingFiles()
 
 
 @dataclass(frozen=True)
@@ -118,28 +155,44 @@ def measure(settings: Settings, run: RunDirectory) -> dict[str, Any]:
 
 
 def measure_writers(settings: Settings, run: RunDirectory) -> dict[str, Any]:
-    """Seconds of a whole save by our writer, which hashes what it writes, and by DCP's own, which does not;
-    both synced to the disk."""
+    """Seconds, and seconds of this rank's processor, of a whole save by our writer, which hashes what it
+    writes, by DCP's own, which does not, and by a subclass of it that does; all synced to the disk."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     tensors = make_tensors(settings, world_size)
     saver = Checkpointer(run, make_plan(world_size, keep_last=1), rank, world_size).open()
-    seconds: dict[str, list[float]] = {"ours": [], "dcp": []}
-    for number in range(settings.rounds + 1):  # the first one warms both up
-        for name in ("ours", "dcp") if number % 2 else ("dcp", "ours"):
+    writers = {
+        "ours": None,
+        "dcp": FileSystemWriter(run.path / "dcp", sync_files=True, overwrite=True),
+        "hashing": HashingWriter(run.path / "hashing", sync_files=True, overwrite=True),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in writers}
+    processor: dict[str, list[float]] = {name: [] for name in writers}
+    for number in range(settings.rounds + 1):  # the first one warms all up
+        names = [*writers][number % 3 :] + [*writers][: number % 3]
+        for name in names:
             dist.barrier()
-            begin = time.perf_counter()
-            if name == "ours":
+            begin, busy = time.perf_counter(), time.process_time()
+            if writers[name] is None:
                 step = 10**6 + number
                 saver.save(tensors, Progress(step=step, samples=step, tokens=step), wait=True)
             else:
-                target = run.path / "dcp"
-                dcp.save(tensors, storage_writer=FileSystemWriter(target, sync_files=True, overwrite=True))
+                dcp.save(tensors, storage_writer=writers[name])
+            busy = time.process_time() - busy
             dist.barrier()
             if number:
                 seconds[name].append(time.perf_counter() - begin)
+                processor[name].append(busy)
     saver.finish()
-    ratios = [theirs / ours for ours, theirs in zip(seconds["ours"], seconds["dcp"], strict=True)]
-    return {"seconds": seconds, "ratio": statistics.median(ratios), "ratios": ratios}
+    ratios = {
+        name: [theirs / ours for ours, theirs in zip(seconds["ours"], seconds[name], strict=True)]
+        for name in ("dcp", "hashing")
+    }
+    return {
+        "seconds": seconds,
+        "processor_seconds": {name: statistics.median(values) for name, values in processor.items()},
+        "ratio": {name: statistics.median(values) for name, values in ratios.items()},
+        "ratios": ratios,
+    }
 
 
 def measure_verification(run: RunDirectory, rounds: int) -> dict[str, Any]:
@@ -157,6 +210,15 @@ def measure_verification(run: RunDirectory, rounds: int) -> dict[str, Any]:
     return {"gigabytes": gigabytes, **speeds}
 
 
+def each_round(writers: dict[str, Any]) -> str:
+    names = {"ours": "ours", "dcp": "DCP's own", "hashing": "DCP's own, hashing"}
+    return "\n".join(
+        f"- {words}: {', '.join(f'{value:.2f}' for value in writers['seconds'][name])} s"
+        f" ({writers['processor_seconds'][name]:.2f} s)"
+        for name, words in names.items()
+    )
+
+
 def report(result: dict[str, Any]) -> str:
     settings, verification = result["settings"], result["verification"]
     return f"""# Checkpoints: what they cost
@@ -172,10 +234,11 @@ Written by `tests/benchmarks/bench_checkpoint.py`; conditions: {result["machine"
 | wall time lost to a plain save, with fsync | {result["median_lost_plain"]:.2f} s |
 | wall time lost to an asynchronous save, next steps and the last wait included | {result["median_lost_async"]:.2f} s |
 | asynchronous as a share of plain | {result["async_share_of_plain"]:.2f} |
-| DCP's own writer on the same state, synced, nothing hashed: times our plain save | {result["writers"]["ratio"]:.2f} |
+| DCP's own writer on the same state, synced, nothing hashed: times our plain save | {result["writers"]["ratio"]["dcp"]:.2f} |
+| a subclass of it that hashes what it writes: times our plain save | {result["writers"]["ratio"]["hashing"]:.2f} |
 
-A save alone, each round: ours {", ".join(f"{value:.2f}" for value in result["writers"]["seconds"]["ours"])} s;
-DCP {", ".join(f"{value:.2f}" for value in result["writers"]["seconds"]["dcp"])} s.
+A save alone, each round (and the median of a rank's processor time):
+{each_round(result["writers"])}
 Each round in the loop: plain {", ".join(f"{value:.2f}" for value in result["lost_seconds_per_save"]["plain"])} s;
 asynchronous {", ".join(f"{value:.2f}" for value in result["lost_seconds_per_save"]["async"])} s.
 """
