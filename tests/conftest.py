@@ -43,7 +43,6 @@ _LONGEST = (
     "distributed/test_demo.py",
     "training/test_corruptions.py",
     "training/test_kills.py",
-    "unit/test_suitability.py",
 )
 """Files that take minutes, in this order before all others: so no process has one of them left when the
 others are done. Those that mostly wait (for Slurm) stand between those that compute, so that they run beside
