@@ -83,11 +83,10 @@ def speed_lines(forecast: Forecast, no_epoch: str | None = None) -> str:
         lines.append(f"  an epoch     is not known: {no_epoch}")
     messages = f"{_seconds(speed.communication)} of messages ({_seconds(speed.exposed)} of them waited for)"
     parts = f"{_seconds(speed.compute)} computing, {messages}, {_seconds(speed.optimizer)} optimizer"
-    learnt = f", x{speed.correction:.2f} as runs here took" if speed.correction != 1 else ""
     share = f"{speed.utilisation:.0%} of the " + (
         "processors' measured rate" if on_cpu else "GPUs' peak (MFU)"
     )
-    lines.append(f"  a step       {_seconds(speed.step)}: {parts}{learnt}")
+    lines.append(f"  a step       {_seconds(speed.step)}: {parts}")
     lines.append(f"  rate         {speed.tokens_per_second:,.0f} tokens/s, {share}")
     if whole := forecast.duration:
         waiting = f"{whole.data * whole.num_steps:.1f} s for data"

@@ -39,18 +39,16 @@ class EngineOption:
         return job.model_copy(update=sections)
 
 
-def engine_options(job: Job, first: Plan, side_by_side: bool = False) -> list[list[EngineOption]]:
+def engine_options(job: Job, first: Plan) -> list[list[EngineOption]]:
     """Return what the job leaves open of engine and offloading, in groups.
 
     Of a group the fastest is taken; a later group only where nothing of the earlier ones fits. FSDP goes
     before DeepSpeed, and nothing offloaded before anything. first: the plan that the job begins with.
-    side_by_side: both engines are one group, as both were measured here.
     """
     # DeepSpeed always cuts, so that it is no choice for a job that wants whole copies.
     engine_open = job.parallel.engine == "auto" and job.parallel.shard != "none" and first.engine == "fsdp"
     engines: list[EngineName] = [first.engine, "deepspeed"] if engine_open else [first.engine]
-    resident = [EngineOption(engine, first.offload) for engine in engines]
-    groups = [resident] if side_by_side else [[option] for option in resident]
+    groups = [[EngineOption(engine, first.offload)] for engine in engines]
     if job.memory.offload == "auto" and first.mesh.device == "cuda":
         groups += [[EngineOption(engine, offload) for offload in _OFFLOADS[engine]] for engine in engines]
     return groups

@@ -7,11 +7,10 @@ from typing import Any
 
 from launcher.job.cluster import NetworkName
 from launcher.planner.dataset.dataset_size import Items, evaluation_items, training_items
-from launcher.planner.hardware.calibration import kind_of
 from launcher.planner.hardware.detect import Hardware
 from launcher.planner.memory.estimate import Estimator, Footprint
 from launcher.planner.memory.formulas import Formulas
-from launcher.planner.memory.limits import gib, keeps_freed
+from launcher.planner.memory.limits import gib
 from launcher.planner.memory.profiles import CACHED, Profiles
 from launcher.planner.memory.program import Program
 from launcher.planner.plan import Plan
@@ -90,13 +89,11 @@ class Forecast:
         """Return the summary that `run` and `submit` print, in one line."""
         highest, speed, there = self.footprint.highest, self.speed, self.target.memory_bytes
         memory = f"{gib(highest.total)} of a rank's {gib(there)}" if there else f"{gib(highest.total)} a rank"
-        memory += f" with the {gib(highest.slack)} of slack that runs here had" if self.target.slack else ""
         rate = ""
         if speed:
             share = "MFU" if self.plan.mesh.device == "cuda" else "of the measured rate"
             share = f"{speed.utilisation:.0%} {share}"
-            learnt = f", x{speed.correction:.2f} a step as runs here took" if speed.correction != 1 else ""
-            rate = f", about {speed.tokens_per_second:,.0f} tokens/s ({share}{learnt})"
+            rate = f", about {speed.tokens_per_second:,.0f} tokens/s ({share})"
         end = f", {wording.duration(self.duration.total)} to the end" if self.duration else ""
         return f"{memory} at the highest ({highest.name}){rate}{end}"
 
@@ -112,15 +109,14 @@ class Forecast:
             }
             for phase in self.footprint.phases
         }
-        target, kind = self.target, kind_of(self.plan, self.target.gpu)
-        content: dict[str, Any] = {"fits": self.fits, "memory_bytes": target.memory_bytes, "phases": phases}
-        content |= {"checkpoint_bytes": self.checkpoint_bytes, "kind": kind, "traced": self.traced}
-        content |= {"slack": target.slack, "slack_kind": target.slack_kind}
+        memory_bytes = self.target.memory_bytes
+        content: dict[str, Any] = {"fits": self.fits, "memory_bytes": memory_bytes, "phases": phases}
+        content |= {"checkpoint_bytes": self.checkpoint_bytes, "traced": self.traced}
         if self.speed:
             s = self.speed
             content["speed"] = {
-                "step_seconds": s.step, "correction": s.correction,
-                "tokens_per_second": s.tokens_per_second, "mfu": s.utilisation, "compute_seconds": s.compute,
+                "step_seconds": s.step, "tokens_per_second": s.tokens_per_second,
+                "mfu": s.utilisation, "compute_seconds": s.compute,
                 "communication_seconds": s.communication, "exposed_seconds": s.exposed,
                 "optimizer_seconds": s.optimizer,
             }  # fmt: skip
@@ -150,22 +146,21 @@ def forecast(
     program = program or profiles.program(plan)
     if program is None:
         return None
-    estimator = Estimator(plan, program, slack=target.slack)
+    estimator = Estimator(plan, program)
     footprint, gpu = estimator.footprint(), target.gpu
     foreseen = Forecast(plan, footprint, target, estimator.checkpoint_bytes, program)
     if gpu is None:
         return foreseen
-    roomy = keeps_freed(max(phase.peak for phase in footprint.phases), target.memory_bytes)
     items, padded = training_items(plan), None
     if items is None or items.packed:
-        rate = speed(plan, estimator.units, estimator.segments(), gpu, target.correction, roomy)
+        rate = speed(plan, estimator.units, estimator.segments(), gpu)
     else:
         # Samples that were looked at: the speed is that of samples as long as they are, with their padding.
         padded = items.mean if plan.layout == "packed" else items.padded(plan.batch)
         length = max(1, round(padded))
         shorter = plan.model_copy(update={"data": plan.data.model_copy(update={"max_length": length})})
         typical = Estimator(shorter, program)
-        rate = speed(shorter, typical.units, typical.segments(), gpu, target.correction, roomy)
+        rate = speed(shorter, typical.units, typical.segments(), gpu)
         share = items.mean / length
         rate = replace(rate, tokens=round(rate.tokens * share), model_flops=rate.model_flops * share)
     lasts = duration(

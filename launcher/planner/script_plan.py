@@ -43,7 +43,7 @@ def plan(
         }
     )
     # What the script computes is not known, and its engine's messages are its own.
-    decided = plan_job(neutral, nproc, hardware, local, by_speed=False)
+    decided = plan_job(neutral, nproc, hardware, local)
     ours = tuple(decision for decision in decided.decisions if decision.key.startswith(_OURS))
     if job.precision == "auto":
         ours += (Decision(key="precision", value="fp32", reason="unless the script itself asks for another"),)

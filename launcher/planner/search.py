@@ -41,7 +41,6 @@ class _Request:
     local: bool
     offloading: Offloading
     profiles: Profiles
-    by_speed: bool
 
     def candidate(self, job: Job) -> Plan:
         return candidate(job, self.nproc, self.hardware, self.local)
@@ -54,20 +53,18 @@ def plan_job(
     local: bool = True,
     offloading: Offloading = "where needed",
     profiles: Profiles = CACHED,
-    by_speed: bool = True,
 ) -> Plan:
     """Return the plan of a job: everything that it leaves open is decided, each with its reason.
 
     nproc: ranks of a node, where they are given. local: it runs on this machine; a plan for other machines
-    is not refused for what this one lacks. profiles: where the model's program comes from. by_speed: of
-    engines that were both measured here the faster is taken; else FSDP goes first.
+    is not refused for what this one lacks. profiles: where the model's program comes from.
 
     Raises ConfigurationError with every problem: GPUs that are not there, ranks and batches that do not
     divide, packages that are missing.
     """
     job = one_a_pass(job)
     hardware = hardware or hardware_of(job, local)
-    request = _Request(job, nproc, hardware, local, offloading, profiles, by_speed)
+    request = _Request(job, nproc, hardware, local, offloading, profiles)
     low, high = node_range(job.cluster.nodes)
     return _plan_fewest_nodes(request) if low < high and not local else _best_plan(request)
 
@@ -162,8 +159,7 @@ def _best_plan(request: _Request) -> Plan:
         return _with_unknown_memory(job, first)
     if search.nothing_is_open():
         return _with_the_least(job, first, "nothing else is open")
-    together = request.by_speed and request.local and _both_engines_measured(first, target)
-    for group in candidates.engine_options(job, first, together):
+    for group in candidates.engine_options(job, first):
         offloads = group[0].offload != first.offload
         if request.offloading == ("never" if offloads else "only"):
             continue
@@ -218,14 +214,6 @@ def _with_unknown_memory(job: Job, plan: Plan) -> Plan:
 def _nothing_offloaded(plan: Plan) -> Decision:
     reason = "nothing has to leave the GPUs, as far as is known"
     return Decision(key="memory.offload", value=plan.offload, reason=reason)
-
-
-def _both_engines_measured(plan: Plan, target: Target) -> bool:
-    """Return whether both engines' messages were measured for the plan: between the ranks of one CPU."""
-    if target.gpu is None or plan.mesh.device != "cpu" or plan.mesh.world_size == 1:
-        return False
-    measured = [{name.partition(" ")[0] for name in kinds} for kinds in target.gpu.engine_seconds.values()]
-    return bool(measured) and all(engines == set(ENGINE_NAMES) for engines in measured)
 
 
 @dataclass(frozen=True)
@@ -300,7 +288,7 @@ class _Search:
             return cuts
         if first.speed is None:
             return []  # nothing is known of times
-        if first.speed.exposed * first.speed.correction >= (1 - WORTH) * first.step:
+        if first.speed.exposed >= (1 - WORTH) * first.step:
             return cuts
         if first.plan.activation_checkpointing != "full":
             return []
@@ -391,45 +379,33 @@ class _Search:
         return forecast(with_batch(plan, micro_batch_size, recompute), self.target, program=self.program)
 
     def fastest(self) -> Plan:
-        """Return the fastest of the plans that fit, with its decisions and with what was not taken.
-
-        Another engine than the first has to be worth it.
-        """
-        engine = self.first.engine
-        taken = min(
-            self.fits, key=lambda fit: fit.forecast.step * (WORTH if fit.option.engine == engine else 1.0)
-        )
-        step = taken.forecast.step
-        gain: float | None = None
+        """Return the fastest of the plans that fit, with its decisions and with what was not taken."""
+        taken = min(self.fits, key=lambda fit: fit.forecast.step)
+        plan, step = taken.forecast.plan, taken.forecast.step
         for fit in self.fits:
-            ratio = fit.forecast.step / step if step else 0.0
-            if fit.option.engine == engine:
-                gain = ratio
             if fit is not taken:
-                reason = f"{ratio:.2f}x the step" if step else "moves more"
-                reason += ", not worth another engine" if fit.forecast.step < step else ""
+                reason = f"{fit.forecast.step / step:.2f}x the step" if step else "moves more"
                 self.refuse(fit.option.words, "slower", reason)
-        plan = taken.forecast.plan
         # Of another engine, what the first had to decide about its own no longer holds.
         default = [
-            each for each in self.first.decisions if each.key == "parallel.engine" and plan.engine == engine
+            each
+            for each in self.first.decisions
+            if each.key == "parallel.engine" and plan.engine == self.first.engine
         ]
-        chosen = (*default, *plan.decisions, *self._decisions(taken, gain), *taken.decisions)
+        chosen = (*default, *plan.decisions, *self._decisions(taken), *taken.decisions)
         decisions = {decision.key: decision for decision in chosen}
         return plan.model_copy(
             update={"decisions": tuple(decisions.values()), "refused": tuple(self.refused)}
         )
 
-    def _decisions(self, taken: _Fit, gain: float | None) -> list[Decision]:
-        """Return what was decided here. gain: the first engine's step over this one's, where it fits too."""
+    def _decisions(self, taken: _Fit) -> list[Decision]:
+        """Return what was decided here."""
         job, first, plan = self.job, self.first, taken.forecast.plan
         decisions = []
         if plan.engine != first.engine:
             name = ENGINE_NAMES[first.engine]
             moved = "" if plan.offload == first.offload else " even with offloading"
             reason = f"no plan of {name} fits{moved}; this does"
-            if gain:
-                reason = f"{gain:.2f}x as fast as {name}, by what `launcher bench` measured of both"
             decisions.append(Decision(key="parallel.engine", value=plan.engine, reason=reason))
         if job.memory.offload == "auto" and plan.mesh.device == "cuda":
             reason = "all of it fits the GPUs"

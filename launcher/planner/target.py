@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from launcher.job.cluster import NetworkName
 from launcher.job.schema import Cluster, Job
-from launcher.planner.hardware.calibration import kind_of, rates_for, slack_kind
+from launcher.planner.hardware.calibration import rates_for
 from launcher.planner.hardware.detect import Hardware
 from launcher.planner.hardware.gpu_table import GpuType, as_hardware, gpu_type, on_network
 from launcher.planner.plan import Plan
@@ -35,12 +35,6 @@ class Target:
     """Of a node's own memory, for what is offloaded; 0 where it is not known."""
     disk_rate: float | None = None
     """Bytes a second of a node's disk, where it was measured."""
-    correction: float = 1.0
-    """What a step takes of what the speed model says, as runs on the same machine have shown."""
-    slack: float | None = None
-    """The share of what comes and goes that the allocator kept beside it in runs there; None: assumed."""
-    slack_kind: str = ""
-    """The name under which a run of the plan keeps its own slack."""
 
     def usable_bytes(self, device: str) -> int:
         """Return the bytes of the device's memory that a plan may fill."""
@@ -48,26 +42,15 @@ class Target:
 
 
 def target_of(plan: Plan, hardware: Hardware, network: NetworkName | None = None) -> Target:
-    """Return the device of one rank of a plan on such hardware, with its nodes joined by `network`.
-
-    Nothing in it comes from runs, as those on this machine say nothing of another.
-    """
+    """Return the device of one rank of a plan on such hardware, with its nodes joined by `network`."""
     rates = rates_for(plan, hardware)
     memory_bytes = hardware.rank_memory(plan.mesh.device, plan.mesh.ranks_per_node)
     return Target(memory_bytes, rates and on_network(rates, network), hardware.memory_bytes)
 
 
 def target_here(plan: Plan, hardware: Hardware, network: NetworkName | None = None) -> Target:
-    """Return the device of one rank of a plan on this machine, with what runs here have shown."""
-    machine, target, kind = Machine.read(), target_of(plan, hardware, network), slack_kind(plan, hardware)
-    correction = machine.correction(kind_of(plan, target.gpu))
-    return replace(
-        target,
-        disk_rate=machine.disk_rate(),
-        correction=correction,
-        slack=machine.slack(kind),
-        slack_kind=kind,
-    )
+    """Return the device of one rank of a plan on this machine, whose disk may have been measured."""
+    return replace(target_of(plan, hardware, network), disk_rate=Machine.read().disk_rate())
 
 
 def target_of_job(job: Job, plan: Plan) -> Target:

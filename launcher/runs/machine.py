@@ -1,15 +1,13 @@
-"""Measurements of this machine, and how runs here compared with their forecasts."""
+"""Measurements of this machine."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
-import statistics
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
 
 from launcher.plain_files import read_json
 from launcher.runs.layout import write_atomically
@@ -21,8 +19,6 @@ REFERENCE = {
 }  # fmt: skip
 """A model so small that a step of it is nothing but the calling of operators."""
 REFERENCE_LENGTH = 16
-_KEPT = 10
-"""Runs of a kind whose comparison is remembered."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +44,6 @@ class Rates:
     to_host: float | None = None
     disk_write: float | None = None
     disk_read: float | None = None
-    engines: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
-    """Seconds of each message beside its bytes, and of each byte that a rank receives, among ranks of this
-    CPU: by whether they give back what they free (`lean`) or keep it (`roomy`), and by engine and sharding.
-    """
     num_ranks: int = 1
     """Among which messages were measured."""
 
@@ -61,21 +53,17 @@ class Machine:
     """All that is known of one machine."""
 
     rates: tuple[Rates, ...] = ()
-    ratios: dict[str, list[float]] = field(default_factory=dict)
-    """Seconds of a step as measured over those foreseen, by kind of run; the newest last."""
-    slacks: dict[str, list[float]] = field(default_factory=dict)
-    """Memory as measured less what was foreseen to live, as a share of what comes and goes, by kind of run;
-    the newest last."""
 
     @classmethod
     def read(cls) -> Machine:
         """This machine's; empty where nothing was measured, or the file cannot be read."""
         try:
-            content = read_json(path())
+            known = {one.name for one in fields(Rates)}  # earlier versions kept more
             return cls(
-                tuple(_rates(**rates) for rates in content["rates"]),
-                content["ratios"],
-                content.get("slacks", {}),
+                tuple(
+                    Rates(**{name: value for name, value in rates.items() if name in known})
+                    for rates in read_json(path())["rates"]
+                )
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return cls()
@@ -98,44 +86,9 @@ class Machine:
         return min(known, default=None)
 
     def with_rates(self, rates: Rates) -> Machine:
-        """With newer figures of a device in the place of older ones, and without what runs have shown of
-        forecasts by those."""
-        kind = "cpu " if rates.device == "cpu" else "cuda "
-        ratios = {name: ratio for name, ratio in self.ratios.items() if not name.startswith(kind)}
-        return replace(
-            self,
-            rates=(*(other for other in self.rates if other.device != rates.device), rates),
-            ratios=ratios,
-        )
-
-    def with_ratio(self, kind: str, ratio: float) -> Machine:
-        """With one more comparison of a run of that kind."""
-        return replace(
-            self, ratios={**self.ratios, kind: [*self.ratios.get(kind, []), round(ratio, 4)][-_KEPT:]}
-        )
-
-    def with_slack(self, kind: str, share: float) -> Machine:
-        """With one more run's slack of that kind."""
-        return replace(
-            self, slacks={**self.slacks, kind: [*self.slacks.get(kind, []), round(share, 4)][-_KEPT:]}
-        )
-
-    def slack(self, kind: str) -> float | None:
-        """The most of the last runs of that kind, as too little would be found out by a failure; None where
-        there was none."""
-        return max(self.slacks.get(kind, ()), default=None)
-
-    def correction(self, kind: str) -> float:
-        """The middle of the comparisons of that kind; 1 where there are none."""
-        return statistics.median(self.ratios.get(kind) or [1.0])
-
-
-def _rates(engines: Mapping[str, Mapping[str, list[float]]] | None = None, **others: Any) -> Rates:
-    rates = {
-        way: {name: (each, per_byte) for name, (each, per_byte) in kinds.items()}
-        for way, kinds in (engines or {}).items()
-    }
-    return Rates(**others, engines=rates)
+        """With newer figures of a device in the place of older ones."""
+        others = (other for other in self.rates if other.device != rates.device)
+        return replace(self, rates=(*others, rates))
 
 
 def path(environment: Mapping[str, str] = os.environ) -> Path:

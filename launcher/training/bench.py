@@ -73,7 +73,7 @@ def bench(num_ranks: int, directory: Path, report: Report) -> Bench:
     reference = (
         reference_seconds("cuda")
         if device.type == "cuda"
-        else in_fresh_ranks(reference_seconds, ("cpu",), num_ranks, {})
+        else in_fresh_ranks(reference_seconds, ("cpu",), num_ranks)
     )
     report(f"files in {directory}")
     written, read = file_rates(directory)

@@ -82,10 +82,6 @@ class Lap(NamedTuple):
     """The most there was: of tensors on a GPU, resident on a CPU."""
     now: int
     """At the end."""
-    held: int
-    """The most that was taken from the device: on a GPU with what the allocator keeps in reserve."""
-    is_fresh: bool
-    """Whether the next lap begins anew; where the system does not let it, its figures are of all laps."""
 
 
 def lap_memory(device: torch.device) -> Lap:
@@ -93,15 +89,13 @@ def lap_memory(device: torch.device) -> Lap:
     peak, now = _peak_of_lap(device), memory_bytes(device)
     _before_laps[device] = max(_before_laps.get(device, 0), peak)
     if device.type == "cuda":
-        held = torch.cuda.max_memory_reserved(device)
         torch.cuda.reset_peak_memory_stats(device)
-        return Lap(peak, now, held, True)
-    try:
-        # Linux then takes the resident size of this moment for the highest so far.
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return Lap(peak, now, peak, False)
-    return Lap(peak, now, peak, True)
+    else:
+        # Linux then takes the resident size of this moment for the highest so far. Where the system does not
+        # let it, the next lap's figures are of all laps.
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return Lap(peak, now)
 
 
 def memory_bytes(device: torch.device) -> int:

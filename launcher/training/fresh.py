@@ -8,12 +8,11 @@ which takes a moment.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import multiprocessing
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from multiprocessing import util
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,23 +24,17 @@ from transformers.utils import logging
 
 from launcher.training import closing
 
-_OPTIONS = {"MALLOC_TRIM_THRESHOLD_": -1, "MALLOC_MMAP_THRESHOLD_": -3, "MALLOC_ARENA_MAX": -8}
-"""What glibc's mallopt calls that which it reads from the environment when a process starts (mallopt(3),
-malloc.h)."""
 
-
-def in_fresh_ranks(
-    work: Callable[..., Any], arguments: tuple[Any, ...], num_ranks: int, allocator: Mapping[str, str]
-) -> Any:
+def in_fresh_ranks(work: Callable[..., Any], arguments: tuple[Any, ...], num_ranks: int) -> Any:
     """Return what `work` returns on rank 0, of plain values and tensors, where it runs on as many ranks of
     one gloo group.
 
-    `work` is a function of a module; `allocator` has the variables of glibc's that ranks would be started
-    with. Raises ProcessRaisedException with the traceback of a rank that fails, and ProcessExitedException.
+    `work` is a function of a module. Raises ProcessRaisedException with the traceback of a rank that fails,
+    and ProcessExitedException.
     """
     multiprocessing.set_forkserver_preload([__name__, "launcher.training.fresh_imports", work.__module__])
     with tempfile.TemporaryDirectory(prefix="launcher-bench-") as folder, _accelerator("cpu"):
-        started = (num_ranks, folder, dict(allocator), work, arguments)
+        started = (num_ranks, folder, work, arguments)
         ranks_of.start_processes(_rank, started, num_ranks, start_method="forkserver")
         return torch.load(Path(folder) / "result.pt", weights_only=True)
 
@@ -60,14 +53,8 @@ def _accelerator(name: str) -> Iterator[None]:
 
 
 def _rank(
-    rank: int,
-    num_ranks: int,
-    folder: str,
-    allocator: Mapping[str, str],
-    work: Callable[..., Any],
-    arguments: tuple[Any, ...],
+    rank: int, num_ranks: int, folder: str, work: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
-    _allocate_by(allocator)
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -81,19 +68,6 @@ def _rank(
     if rank == 0:
         torch.save(result, Path(folder) / "result.pt")
     leave()
-
-
-def _allocate_by(allocator: Mapping[str, str]) -> None:
-    """Set the allocator's options; what the user has set stays. Other C libraries have no such function;
-    PyTorch's own is read at the first tensor."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    for name, value in allocator.items():
-        if name in os.environ:
-            continue
-        if name not in _OPTIONS:
-            os.environ[name] = value
-        elif mallopt is not None:
-            mallopt(_OPTIONS[name], int(value))
 
 
 def leave() -> NoReturn:

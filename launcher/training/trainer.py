@@ -303,8 +303,6 @@ class Trainer:
         """
         here.at("staging")
         self.saving.done(self.state.step, time.monotonic())
-        if self.recorder:
-            self.recorder.saves()
         saved = self.keeper.save(self.engine.state_dict(), wait)
         if wait and must and not saved:
             reason = f"step {self.state.step} could not be saved before leaving: {self.checkpointer.problem}"

@@ -105,7 +105,7 @@ def losses_of_launcher(
     content |= {"trackers": [], "cluster": {"gpus_per_node": 0, "ranks_per_node": 1}}
     job = folder / "job.yaml"
     job.write_text(yaml.safe_dump(content), encoding="utf-8")
-    plan = decide(load(job), hardware=Hardware(1, 8 << 30), by_speed=False)
+    plan = decide(load(job), hardware=Hardware(1, 8 << 30))
     run = new_run(folder / "run", plan)
     finish(run, 1)
     return [record["loss"] for record in curve(run).values()]

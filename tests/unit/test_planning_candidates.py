@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,10 @@ from launcher.planner.memory.limits import RECOMPUTATIONS
 from launcher.planner.plan import Plan
 from launcher.planner.preview import preview_job
 from launcher.planner.resolve.batch import divisors, with_batch
-from launcher.planner.script_plan import plan as decide_script
 from launcher.planner.search import WORTH, plan_job
 from launcher.planner.speed.collectives import offloads
 from launcher.planner.suggestions import nearest_that_fit
 from launcher.planner.target import USABLE, Target
-from launcher.runs.machine import Machine, Rates, path
 from tests.unit.test_planning_footprint import LLAMA
 from tests.unit.test_planning_search import decided, job_of
 
@@ -128,77 +125,6 @@ def test_what_is_taken_is_what_trying_everything_would_take(
         return
     assert said.fits and key(made) in {key(other.plan) for other in group}
     assert said.speed.step * WORTH <= min(other.speed.step for other in group if other.speed)
-
-
-@pytest.fixture
-def measured_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float | None], Job]]:
-    """A job for the CPU that does little but send, where a byte costs FSDP 4e-9 s; ZeRO what is given, or it
-    was not measured."""
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-
-    def write(cost: float | None) -> Job:
-        cuts = {f"fsdp {cut}": (0.001, 4e-9) for cut in ("full", "gradients")}
-        cuts |= (
-            {f"deepspeed {cut}": (0.001, cost) for cut in ("optimizer", "gradients", "full")} if cost else {}
-        )
-        Machine(
-            (
-                Rates(
-                    "cpu",
-                    "2026-11-24",
-                    {"fp32": 1e14},
-                    1e14,
-                    2e9,
-                    engines={"lean": cuts, "roomy": cuts},
-                    num_ranks=2,
-                ),
-            )
-        ).write()
-        return job
-
-    job = small(tmp_path, cluster={"gpus_per_node": 0})
-    (tmp_path / "config.json").write_text(
-        json.dumps(LLAMA | {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 500})
-    )
-    yield write
-    path().unlink(missing_ok=True)
-
-
-@pytest.mark.parametrize(
-    ("cost", "engine"), [(1e-9, "deepspeed"), (2.6e-9, "fsdp"), (6e-9, "fsdp"), (None, "fsdp")]
-)
-def test_on_a_cpu_the_faster_engine_is_taken_where_both_were_measured(
-    cost: float | None, engine: str, measured_cpu: Callable[[float | None], Job]
-) -> None:
-    """Another engine has to be worth it: ZeRO-1 receives 12 bytes for each parameter where FSDP receives 8."""
-    made = plan_job(measured_cpu(cost), 2, Hardware(4, 64 * GIB))
-    assert made.engine == engine
-    reason = next(decision.reason for decision in made.decisions if decision.key == "parallel.engine")
-    assert ("x as fast as FSDP, by what `launcher bench` measured of both" in reason) is (
-        engine == "deepspeed"
-    )
-    beside = [
-        refused
-        for refused in made.refused
-        if refused.what == ("FSDP" if engine == "deepspeed" else "DeepSpeed")
-    ]
-    assert len(beside) == (cost is not None) and all(refused.why == "slower" for refused in beside)
-    assert all(("not worth another engine" in refused.reason) is (cost == 2.6e-9) for refused in beside)
-
-
-def test_where_what_was_measured_says_nothing_fsdp_goes_first(
-    measured_cpu: Callable[[float | None], Job],
-) -> None:
-    """One rank, another machine, a script of the user's own."""
-    job, here = measured_cpu(1e-9), Hardware(4, 64 * GIB)
-    assert plan_job(job, 2, here).engine == "deepspeed"
-    for made in (
-        plan_job(job, 1, here),
-        plan_job(job, 2, here, local=False),
-        plan_job(job, 2, here, by_speed=False),
-    ):
-        assert made.engine == "fsdp"
-    assert decide_script(job, ("train.py",), 2, here).engine == "fsdp"
 
 
 def test_the_cases_above_are_of_every_kind(tmp_path: Path) -> None:

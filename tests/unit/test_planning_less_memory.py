@@ -10,17 +10,13 @@ from typing import Any
 
 import pytest
 
-from launcher.planner.forecast import forecast
 from launcher.planner.hardware import detect as hardware_module
 from launcher.planner.hardware.detect import Gpu, Hardware
 from launcher.planner.memory.profile import Profile
 from launcher.planner.memory.profiles import Unknown
 from launcher.planner.memory.program import Unit, Weight
 from launcher.planner.plan import Plan
-from launcher.planner.resolve.batch import with_batch
 from launcher.planner.suggestions import Advice, less_memory
-from launcher.planner.target import Target
-from launcher.runs.machine import Machine, path
 from tests.training.plans import plan_of
 from tests.unit.given_profiles import given
 from tests.unit.test_planning_footprint import LLAMA
@@ -198,26 +194,6 @@ def test_the_limit_of_a_process_is_a_ranks(monkeypatch: pytest.MonkeyPatch) -> N
     assert hardware_module.process_limit() == 5 * GIB
     limits[resource.RLIMIT_DATA] = resource.RLIM_INFINITY
     assert hardware_module.process_limit() == 0
-
-
-def test_what_runs_here_have_shown_counts_after_out_of_memory_too(tmp_path: Path) -> None:
-    """By the bare formulas half a pass would do; with what the allocator was seen to keep beside it, a
-    quarter."""
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA | SMALL))
-    plan = on(tmp_path, 1, 16, 16, activation_checkpointing="full", data__max_length=512)
-    needs = {}
-    for slack in (None, 1.0):
-        for micro in (8, 4):
-            made = forecast(with_batch(plan, micro), Target(slack=slack))
-            assert made is not None
-            needs[slack, micro] = made.footprint.highest.total
-    room = Hardware(4, int(max(needs[None, 8], needs[1.0, 4]) / 0.9) + (1 << 20))
-    assert needs[1.0, 8] > room.memory_bytes * 0.9
-    assert less_memory(plan, room).options == "--set batch.micro_batch_size=8"
-    Machine().with_slack("cpu", 1.0).write()
-    advice = less_memory(plan, room)
-    path().unlink()
-    assert advice.options == "--set batch.micro_batch_size=4"
 
 
 def test_what_is_offloaded_has_to_fit_the_host_after_out_of_memory_too(tmp_path: Path) -> None:

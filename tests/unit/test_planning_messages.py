@@ -99,7 +99,7 @@ def test_copies_add_up_gradients_as_often_as_they_are_sent() -> None:
 
 
 def test_a_rank_alone_sends_nothing() -> None:
-    assert seconds(traffic(plan(1), MODEL), plan(1), gpu_type("h100-80gb"), False) == 0
+    assert seconds(traffic(plan(1), MODEL), plan(1), gpu_type("h100-80gb")) == 0
 
 
 def test_each_part_of_a_node_has_its_own_way_to_its_copies() -> None:
@@ -119,9 +119,9 @@ def test_each_part_of_a_node_has_its_own_way_to_its_copies() -> None:
             mesh__dp_shard=shard,
         )
 
-    own, shared = (seconds(sent, nodes(replicate), gpu, False) for replicate in (2, 16))
+    own, shared = (seconds(sent, nodes(replicate), gpu) for replicate in (2, 16))
     assert own == pytest.approx(1e9 / (gpu.network * 0.75)) and shared == pytest.approx(own / 8)
-    alike = seconds(Traffic(0, 1e9, 0.0), nodes(1), gpu, False)
+    alike = seconds(Traffic(0, 1e9, 0.0), nodes(1), gpu)
     assert alike == pytest.approx(shared), "what all gather alike crosses once for a node"
 
 

@@ -192,12 +192,10 @@ def test_advice_is_for_the_gpus_of_the_forecast(tmp_path: Path) -> None:
     lines = {}
     for name in ("a100-80gb", "h100-80gb"):
         kind = gpu_type(name)
-        made = forecast(plan, Target(kind.memory_bytes, kind, correction=1.5, host_memory_bytes=1 << 40))
+        made = forecast(plan, Target(kind.memory_bytes, kind, host_memory_bytes=1 << 40))
         assert made is not None and not made.fits
         words, other = nearest_that_fit(made)[0]
-        expected = forecast(
-            other.plan, Target(kind.memory_bytes, kind, correction=1.5, host_memory_bytes=1 << 40)
-        )
+        expected = forecast(other.plan, Target(kind.memory_bytes, kind, host_memory_bytes=1 << 40))
         assert expected is not None and other.speed == expected.speed and other.target.gpu == kind
         assert f"{words}: {expected.line()}" in nearest(nearest_that_fit(made))
         lines[name] = other.line()
@@ -212,16 +210,14 @@ def test_advice_keeps_what_this_machine_has_shown(tmp_path: Path) -> None:
     plan = plan_for(tmp_path, mesh__device="cpu", precision="fp32", batch__micro_batch_size=2)
     here = Hardware(4, 256 << 30)
     Machine(
-        (Rates("cpu", "2026-11-23", {"fp32": 100e9}, 20e9, link=2e9, disk_write=0.5e9, disk_read=3e9),),
-        {},
-        {"cpu": [0.5]},
+        (Rates("cpu", "2026-11-23", {"fp32": 100e9}, 20e9, link=2e9, disk_write=0.5e9, disk_read=3e9),)
     ).write()
     large = forecast_here(plan, here)
     assert (
         large is not None
         and large.speed is not None
         and large.duration is not None
-        and large.target.slack == 0.5
+        and large.target.disk_rate == 0.5e9
     )
     target = replace(
         large.target, memory_bytes=int(least(large).footprint.highest.total / 0.89), host_memory_bytes=1 << 35
@@ -232,7 +228,7 @@ def test_advice_keeps_what_this_machine_has_shown(tmp_path: Path) -> None:
     found = nearest_that_fit(tight)
     assert found
     for _, other in found:
-        assert other.target == target and other.target.slack_kind == "cpu" and other.duration is not None
+        assert other.target == target and other.duration is not None
         nodes = other.plan.mesh.nodes
         assert other.duration.last_save == pytest.approx(other.checkpoint_bytes / nodes / 0.5e9), (
             "the disk is as slow as it was measured"

@@ -24,7 +24,6 @@ from launcher.planner.memory.program import Program
 from launcher.planner.plan import Plan
 from launcher.runs.events import read
 from launcher.runs.layout import RunDirectory
-from launcher.runs.machine import Machine, Rates, path
 
 SMALL: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
@@ -160,35 +159,6 @@ def test_an_engine_that_was_chosen_stays_until_something_else_is_asked_for(job: 
     assert (asked.engine, asked.sharding) == ("fsdp", "full")
     write_plan(run, plan)
     assert reopen(run, ["parallel.engine=auto", "parallel.shard=optimizer"], None).engine == "deepspeed"
-
-
-@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
-def test_an_engine_that_was_chosen_stays_beside_a_cut_that_is_asked_for(engine: str, job: Path) -> None:
-    """Figures of the machine that were measured since would have the other one chosen."""
-    pytest.importorskip("deepspeed")
-    costs = {"fsdp": 4e-9, "deepspeed": 4e-9} | {engine: 9e-9}
-    cuts = {f"{name} gradients": (0.001, cost) for name, cost in costs.items()}
-    run, plan = open_run(job, ["parallel.shard=gradients", f"parallel.engine={engine}"], 2, None)
-    assert plan.engine == engine
-    Machine(
-        (
-            Rates(
-                "cpu",
-                "2026-11-24",
-                {"fp32": 1e14},
-                1e14,
-                2e9,
-                engines={"lean": cuts, "roomy": cuts},
-                num_ranks=2,
-            ),
-        )
-    ).write()
-    try:
-        changed = reopen(run, ["parallel.engine=auto", "checkpoint.keep_last=5"], None)
-        fresh = open_run(job, ["parallel.shard=gradients"], 2, Path("fresh"))[1]
-    finally:
-        path().unlink()
-    assert (changed.engine, changed.sharding) == (engine, "gradients") and fresh.engine != engine
 
 
 def test_another_number_of_ranks(job: Path) -> None:

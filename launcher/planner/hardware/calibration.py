@@ -21,27 +21,6 @@ for each other. Fitted to 171 plans of six jobs on two ranks (seed 7 of tests/be
 docs/benchmarks/auto.md is of another seed."""
 
 
-def kind_of(plan: Plan, rates: GpuType | None = None) -> str:
-    """Runs that are alike in what the speed model may be wrong about, foreseen by `rates`."""
-    kind = (
-        f"{plan.mesh.device} {plan.engine} {plan.sharding} {plan.precision} {plan.activation_checkpointing}"
-    )
-    parts = {
-        f"{plan.offload} offloaded": plan.offload != "none",
-        "adapter": plan.model.adapter is not None,
-        "frozen": bool(plan.model.freeze),
-        f"{plan.mesh.nodes} nodes": plan.mesh.nodes > 1,
-        "by the table": rates is not None and rates.key != MEASURED,
-    }
-    return " ".join([kind, *(name for name, applies in parts.items() if applies)])
-
-
-def slack_kind(plan: Plan, hardware: Hardware) -> str:
-    """Runs that are alike in what their allocator keeps beside what lives: all of a device, or an engine
-    never tried would look leaner."""
-    return device_of(plan, hardware)
-
-
 def device_of(plan: Plan, hardware: Hardware) -> str:
     """The name under which rates of the plan's device are kept."""
     return hardware.gpus[0].name if plan.mesh.device == "cuda" and hardware.gpus else "cpu"
@@ -75,7 +54,6 @@ def rates_for(plan: Plan, hardware: Hardware, machine: Machine | None = None) ->
         **_shares(plan, known.link is not None),
         operator_seconds=operator_seconds(known),
         message_seconds=known.message and known.message * (_WAITING if plan.mesh.device == "cpu" else 1.0),
-        engine_seconds=_shared(known, plan.mesh.ranks_per_node),
         host_link=min(ways) if ways else table.host_link if table else PCIE_4,
         host_bandwidth=host.bandwidth if host else HOST_BANDWIDTH,
     )
@@ -93,15 +71,6 @@ def _shares(plan: Plan, link_known: bool) -> dict[str, float]:
         "matrix_share": _MATRIX_SHARE,
         "memory_share": _MEMORY_SHARE,
         **({"link_share": 1.0} if link_known else {}),
-    }
-
-
-def _shared(rates: Rates, num_ranks: int) -> dict[str, dict[str, tuple[float, float]]]:
-    """Return what messages cost in a step, and where more ranks share the CPU than it was measured with."""
-    more = max(1.0, num_ranks / rates.num_ranks)
-    return {
-        way: {name: (_WAITING * each, _WAITING * more * per_byte) for name, (each, per_byte) in kinds.items()}
-        for way, kinds in rates.engines.items()
     }
 
 

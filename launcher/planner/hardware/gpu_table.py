@@ -52,9 +52,6 @@ class GpuType:
     """Of calling one operator, by what is recomputed, where it was measured."""
     message_seconds: float | None = None
     """Of one message beside its bytes, where it was measured."""
-    engine_seconds: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
-    """Of one message beside its bytes and of each byte that a rank receives, where they were measured: by
-    what the ranks do with the memory that they free (`lean`, `roomy`), and by engine and sharding."""
     host_link: float = PCIE_4
     """To the host's memory, one way."""
     host_bandwidth: float = HOST_BANDWIDTH

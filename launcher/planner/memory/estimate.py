@@ -82,18 +82,14 @@ def batch_of(plan: Plan) -> Batch:
 class Estimator:
     """A plan, the program of its model, and one micro-batch."""
 
-    def __init__(
-        self, plan: Plan, program: Program, batch: Batch | None = None, slack: float | None = None
-    ) -> None:
-        """`batch`: where it is left out every sample is as long as it may be. `slack` is the allocator's
-        share of what comes and goes, where it was measured; where more is
-        assumed, that counts."""
+    def __init__(self, plan: Plan, program: Program, batch: Batch | None = None) -> None:
+        """`batch`: where it is left out every sample is as long as it may be."""
         self.plan, self.program = plan, program
         self.adapter = plan.model.adapter
         self.units = program.units()
         self.itemsize = 4 if plan.precision == "fp32" else 2
         self.cuda = plan.mesh.device == "cuda"
-        self.slack = max(slack or 0.0, CUDA_SLACK if self.cuda else 0.0)
+        self.slack = CUDA_SLACK if self.cuda else 0.0
         self.setting = Setting(
             batch or batch_of(plan), self.itemsize, plan.activation_checkpointing, plan.attention, self.cuda,
             plan.task,

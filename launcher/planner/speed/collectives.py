@@ -125,7 +125,7 @@ def _itemsize(plan: Plan) -> int:
     return 4 if plan.precision == "fp32" else 2
 
 
-def seconds(sent: Traffic, plan: Plan, gpu: GpuType, roomy: bool) -> float:
+def seconds(sent: Traffic, plan: Plan, gpu: GpuType) -> float:
     """Return the seconds of all messages, one after another, on links that are otherwise free.
 
     Between nodes all GPUs of a node share what they receive alike. Copies are told apart by it: each rank's
@@ -136,21 +136,12 @@ def seconds(sent: Traffic, plan: Plan, gpu: GpuType, roomy: bool) -> float:
         return 0.0
     within, ranks = min(mesh.ranks_per_node, mesh.world_size), ranks_of(plan)
     between = min(gpu.link, gpu.network * within)
-    each, per_byte = _costs(plan, gpu, gpu.link if ranks <= within else between, roomy)
+    each = LATENCY * log2(mesh.world_size) if gpu.message_seconds is None else gpu.message_seconds
+    per_byte = 1 / ((gpu.link if ranks <= within else between) * gpu.link_share)
     among_copies = (
         gpu.link if mesh.world_size <= within else min(gpu.link, gpu.network * within / min(ranks, within))
     )
     return sent.received * per_byte + sent.num_messages * each + sent.copied / (among_copies * gpu.link_share)
-
-
-def _costs(plan: Plan, gpu: GpuType, link: float, roomy: bool) -> tuple[float, float]:
-    """Seconds of a message, and of each byte that a rank receives: as measured of that engine on one CPU, or
-    by the link."""
-    measured = gpu.engine_seconds.get("roomy" if roomy else "lean", {}).get(f"{plan.engine} {plan.sharding}")
-    if measured is not None and plan.mesh.nodes == 1:
-        return measured
-    each = LATENCY * log2(plan.mesh.world_size) if gpu.message_seconds is None else gpu.message_seconds
-    return each, 1 / (link * gpu.link_share)
 
 
 def exposed(taken: float, compute: float, plan: Plan, units: Units) -> float:

@@ -92,7 +92,7 @@ def duration(
     whole = Duration(num_steps, rate.step, data, len(saved), waits, written)
     if held_out is None:
         return whole
-    evaluation = rate.evaluation * rate.correction * held_out.num_items / plan.batch.global_batch_size
+    evaluation = rate.evaluation * held_out.num_items / plan.batch.global_batch_size
     return replace(whole, num_evaluations=len(evaluated), evaluation=evaluation)
 
 

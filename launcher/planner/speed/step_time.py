@@ -33,14 +33,12 @@ class Speed:
     """Operations of a global batch that a model needs, without recomputation."""
     peak_rate: float
     """Of all GPUs together."""
-    correction: float = 1.0
-    """What a step takes of what these sum up to, as runs on the same machine have shown."""
     evaluation: float = 0.0
     """Of the forward passes alone over as many samples, with what is waited for."""
 
     @property
     def step(self) -> float:
-        return (self.compute + self.exposed + self.optimizer) * self.correction
+        return self.compute + self.exposed + self.optimizer
 
     @property
     def tokens_per_second(self) -> float:
@@ -52,18 +50,10 @@ class Speed:
         return self.model_flops / self.step / self.peak_rate
 
 
-def speed(
-    plan: Plan,
-    units: Units,
-    segments: list[Segment],
-    gpu: GpuType,
-    correction: float = 1.0,
-    roomy: bool = False,
-) -> Speed:
-    """The speed of a plan on such GPUs.
+def speed(plan: Plan, units: Units, segments: list[Segment], gpu: GpuType) -> Speed:
+    """Return the speed of a plan on such GPUs.
 
-    `roomy`: ranks of a CPU keep what they free. `segments` are the blocks of one micro-batch (bytes they
-    write: `Segment.traffic`).
+    `segments` are the blocks of one micro-batch (bytes they write: `Segment.traffic`).
     """
     mesh, batch = plan.mesh, plan.batch
     tokens = batch.micro_batch_size * plan.data.max_length
@@ -80,17 +70,17 @@ def speed(
     pass_seconds = max(pass_seconds, called) if mesh.device == "cuda" else pass_seconds + called
     compute = pass_seconds * batch.accumulation_steps
     over_host = gpu.host_link * gpu.link_share
-    sent = seconds_of(traffic(plan, units), plan, gpu, roomy) + moved(plan, units) / over_host
+    sent = seconds_of(traffic(plan, units), plan, gpu) + moved(plan, units) / over_host
     forward = compute * done.forward / done.made if done.made else 0.0
     for_evaluation = (
-        seconds_of(evaluation_traffic(plan, units), plan, gpu, roomy)
+        seconds_of(evaluation_traffic(plan, units), plan, gpu)
         + moved(plan, units, training=False) / over_host
     )
     return Speed(
         compute, sent, exposed(sent, compute, plan, units), optimizer_seconds(plan, units, gpu),
         tokens * batch.accumulation_steps * mesh.world_size,
         done.needed * batch.accumulation_steps * mesh.world_size,
-        rate * mesh.world_size, correction, forward + exposed(for_evaluation, forward, plan, units),
+        rate * mesh.world_size, forward + exposed(for_evaluation, forward, plan, units),
     )  # fmt: skip
 
 

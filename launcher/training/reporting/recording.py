@@ -43,10 +43,6 @@ class Recorder:
         self._foreseen.ended("loading")
         self._keep()
 
-    def saves(self) -> None:
-        """A checkpoint is about to be made."""
-        self._foreseen.saves()
-
     def step(
         self,
         state: State,
