@@ -8,7 +8,7 @@ from typing import Any
 
 from launcher import tasks
 from launcher.planner.limits import DEFERRED_GRADIENT_BYTES, SHARED_MESSAGE_BYTES
-from launcher.planner.memory.formulas import formulas_of
+from launcher.planner.memory.formulas import formulas_of, grouped
 from launcher.planner.memory.fsdp import Cut, FsdpStep
 from launcher.planner.memory.program import Batch, Program, Segment, Setting
 from launcher.planner.memory.timeline import CONTEXT, OPTIMIZER, PARAMETERS, SLACK, TEMPORARIES, Timeline
@@ -90,20 +90,25 @@ class Estimator:
         assumed, that counts."""
         self.plan, self.program = plan, program
         self.adapter = plan.model.adapter
-        self.units = program.units()
+        self.units = grouped(program.units(), plan)
         self.itemsize = 4 if plan.precision == "fp32" else 2
         self.cuda = plan.mesh.device == "cuda"
         self.slack = max(slack or 0.0, CUDA_SLACK if self.cuda else 0.0)
         self.setting = Setting(
             batch or batch_of(plan), self.itemsize, plan.activation_checkpointing, plan.attention, self.cuda,
             plan.task,
-            frozen=plan.model.freeze, adapter=self.adapter, half=plan.precision == "fp16",
+            frozen=self._frozen(), adapter=self.adapter, half=plan.precision == "fp16",
         )  # fmt: skip
         self.copies = (
             STATE_COPIES[plan.training.optimizer]
             if plan.training.optimizer != "sgd" or plan.training.momentum
             else 0
         )
+
+    def _frozen(self) -> frozenset[str]:
+        root, layers = self.units
+        weights = [weight for unit in (root, *layers) for weight in unit.weights]
+        return frozenset(weight.name for weight in weights if not weight.trains and self.adapter is None)
 
     def footprint(self) -> Footprint:
         """All phases."""
