@@ -65,7 +65,7 @@ _CHANGES: dict[str, str] = {
     "learned whole",
     "val_set_size": HELD_OUT,
     "early_stopping_patience": "training.early_stopping.patience with data.evaluation",
-    "unfrozen_parameters": "launcher freezes by names: model.freeze",
+    "unfrozen_parameters": "launcher freezes by depth and by names: model.freeze",
     "special_tokens": "launcher takes the tokenizer as it lies with the model; set them there",
     "tokens": "launcher takes the tokenizer as it lies with the model; add them there, and write "
     "model.resize_embeddings: true",

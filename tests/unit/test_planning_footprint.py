@@ -140,6 +140,37 @@ def test_frozen_parameters_have_neither_gradient_nor_state() -> None:
     assert frozen.highest.total < all_trained.highest.total
 
 
+@pytest.mark.parametrize(
+    ("by_depth", "by_name"),
+    [
+        ({"layers": "all"}, ("model.layers.*",)),
+        ({"layers": "0-7", "embeddings": True}, ("model.layers.[0-7].*", "model.embed_tokens.*")),
+        ({"base": True}, ("model.*",)),
+        ({"layers": "all but last 2"}, (*(f"model.layers.{i}.*" for i in range(30)),)),
+    ],
+)
+def test_frozen_by_depth_is_frozen_by_name(by_depth: dict[str, Any], by_name: tuple[str, ...]) -> None:
+    assert footprint(model__freeze=by_depth) == footprint(model__freeze=by_name)
+
+
+def test_what_thaws_is_planned_as_if_it_trained_from_the_start() -> None:
+    freeze = {"layers": "all", "embeddings": True}
+    thaws = ({"at": "10%", "from": 20}, {"at": "20%", "from": 4})
+    later = footprint(model__freeze=freeze, model__unfreeze=thaws)
+    assert later == footprint(model__freeze={"layers": "0-3", "embeddings": True})
+    with pytest.raises(ConfigurationError, match="the model has 32 repeated layers"):
+        footprint(model__freeze={"layers": "0-40"})
+
+
+def test_groups_of_the_optimizer_change_what_zero_copies_whole() -> None:
+    """Of fp32 gradients a rank copies every parameter whole of which it has any part: more groups, more
+    borders."""
+    options = deepspeed(2) | {"precision": "fp32", "activation_checkpointing": "full", "lengths": (512,)}
+    one, several = footprint(**options), footprint(training__layer_decay=0.9, **options)
+    assert one.phase("loading") == several.phase("loading")
+    assert several.highest.total != one.highest.total
+
+
 def test_beside_an_adapter_the_weights_are_two_bytes_and_what_trains_sixteen() -> None:
     """By hand: of Llama 3.1 8B, rank 16 beside seven matrices of each layer (peft prints 41,943,040 trainable
     parameters)."""
