@@ -58,14 +58,15 @@ class Training(Section):
     """Optimizer steps, instead of epochs."""
     learning_rate: float = Field(default=2e-5, gt=0)
     """The highest learning rate."""
-    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
-    """AdamW (decoupled weight decay), Adam, or SGD with momentum."""
+    optimizer: Literal["adamw", "adam", "sgd", "muon"] = "adamw"
+    """AdamW (decoupled weight decay), Adam, SGD with momentum, or Muon for the matrices of the layers with AdamW
+    for the rest (FSDP)."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     """Decay of Adam's two moments."""
     epsilon: float = Field(default=1e-8, gt=0)
     """Added to Adam's denominator."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
-    """Of SGD."""
+    """Of SGD and Muon, whose authors take 0.95."""
     weight_decay: float = Field(default=0.0, ge=0)
     """On matrices; biases and norms are never decayed, unless `groups` says so."""
     layer_decay: float = Field(default=1.0, gt=0, le=1)
@@ -115,4 +116,11 @@ class Training(Section):
             decay = own.weight_decay
         if own is not None and own.learning_rate is not None:
             scale = own.learning_rate / self.learning_rate
-        return GroupKey(decay, scale, stage)
+        inside = 0 <= place.layer < place.num_layers
+        kind = "adamw" if self.optimizer == "muon" else self.optimizer
+        return GroupKey(
+            decay,
+            scale,
+            stage,
+            "muon" if self.optimizer == "muon" and inside and num_dimensions == 2 else kind,
+        )

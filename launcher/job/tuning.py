@@ -166,6 +166,8 @@ class GroupKey(NamedTuple):
     """Times the schedule's learning rate."""
     stage: int
     """Of `model.unfreeze`, from 1: the entry that lets it train; 0 trains from the start."""
+    kind: str
+    """The optimizer that steps it: that of the training, or with Muon `muon` or `adamw`."""
 
 
 def stages(freeze: Freeze, unfreeze: Sequence[Thaw], places: Sequence[Place]) -> dict[str, int]:

@@ -13,6 +13,7 @@ from launcher.job.tuning import GroupKey, Place, unmatched
 from launcher.training.model import adapters
 from launcher.training.model.loading import whole_shape
 from launcher.training.model.places import places, stages_of
+from launcher.training.muon import MuonAndAdamW
 
 Optimizer = torch.optim.Optimizer
 
@@ -32,6 +33,8 @@ def construct(model: nn.Module, training: Training, own: Model | None = None) ->
     """
     groups = parameter_groups(model, training, own)
     common: dict[str, Any] = {"lr": training.learning_rate}
+    if training.optimizer == "muon":
+        return MuonAndAdamW(groups, training)
     if training.optimizer == "sgd":
         # PyTorch has no fused SGD for sharded tensors.
         optimizer: Optimizer = torch.optim.SGD(groups, momentum=training.momentum, foreach=True, **common)
@@ -47,7 +50,7 @@ def parameter_groups(model: nn.Module, training: Training, own: Model | None = N
     trainable = [entry for entry in adapters.named_parameters(model) if entry[1].requires_grad]
     if problems := unmatched(training.groups, [name for name, _ in trainable]):
         raise ConfigurationError(problems)
-    goes_by_depth = training.layer_decay < 1
+    goes_by_depth = training.layer_decay < 1 or training.optimizer == "muon"
     where = {place.name: place for place in places(model)} if goes_by_depth else {}
     opened = stages_of(model, own) if own is not None and own.unfreeze else {}
     found: dict[GroupKey, list[nn.Parameter]] = {}
@@ -63,13 +66,15 @@ def make_states(optimizer: Optimizer, training: Training) -> None:
     """Give every parameter of the optimizer its state before the first step."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            optimizer.state[parameter] = first_state(training.optimizer, parameter, training.momentum)
+            optimizer.state[parameter] = first_state(group["kind"], parameter, training.momentum)
 
 
 def first_state(kind: str, parameter: torch.Tensor, momentum: float) -> dict[str, torch.Tensor]:
     """The state of one parameter before the first step."""
+    if kind == "muon" or (kind == "sgd" and momentum):
+        return {"momentum_buffer": torch.zeros_like(parameter)}
     if kind == "sgd":
-        return {"momentum_buffer": torch.zeros_like(parameter)} if momentum else {}
+        return {}
     step = torch.zeros((), dtype=torch.float32, device=parameter.device)
     return {"step": step, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
 
@@ -86,9 +91,9 @@ def state_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, torch.Ten
 
 
 def moments(training: Training) -> tuple[str, ...]:
-    """The names of the optimizer's tensors that have a parameter's shape."""
-    if training.optimizer == "sgd":
-        return ("momentum_buffer",) if training.momentum else ()
+    """The names of the optimizer's tensors that have a parameter's shape; of Muon those of its matrices."""
+    if training.optimizer in ("sgd", "muon"):
+        return ("momentum_buffer",) if training.momentum or training.optimizer == "muon" else ()
     return ("exp_avg", "exp_avg_sq")
 
 

@@ -361,8 +361,8 @@ CONTRADICTIONS = [
     (CAUSAL, ["training.groups=[{learning_rate: 1}]"], "training.groups.0.parameters", "is missing"),
     (
         CAUSAL,
-        ["training.groups=[{parameters: [a], decay: 1}]"],
-        "training.groups.0.decay",
+        ["training.groups=[{parameters: [a], weigth_decay: 1}]"],
+        "training.groups.0.weigth_decay",
         "the nearest known one is training.groups.0.weight_decay",
     ),
     (CAUSAL, ["training.restarts=2"], "training.restarts", "a key of the schedule cosine-restarts"),

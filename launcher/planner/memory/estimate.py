@@ -16,7 +16,8 @@ from launcher.planner.memory.zero import ZeroCut, ZeroStep
 from launcher.planner.plan import Plan
 
 PHASES = ("loading", "first step", "steady step", "evaluating", "saving", "resuming")
-STATE_COPIES = {"adamw": 2, "adam": 2, "sgd": 1}
+STATE_COPIES = {"adamw": 2, "adam": 2, "sgd": 1, "muon": 2}
+"""fp32 numbers of each that trains; of a matrix that Muon steps one less."""
 STAGED = "staged checkpoint"
 CUDA_CONTEXT = 1 << 30
 """Assumed, not measured here: the CUDA context, its libraries and NCCL's own buffers."""
@@ -198,7 +199,8 @@ class Estimator:
         root, layers = self.units
         parameters = sum(unit.num_elements(trained=self.adapter is not None) for unit in (root, *layers))
         trained = sum(unit.num_elements(trained=True) for unit in (root, *layers))
-        return 4 * (parameters + self.copies * trained)
+        by_muon = sum(unit.muon_shard(1) for unit in (root, *layers))
+        return 4 * (parameters + self.copies * trained - by_muon)
 
     def _staged(self) -> int:
         """A rank's share of a checkpoint."""

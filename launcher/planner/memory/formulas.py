@@ -155,12 +155,16 @@ def places(units: tuple[Unit, list[Unit]]) -> list[Place]:
 def grouped(units: tuple[Unit, list[Unit]], plan: Plan) -> tuple[Unit, list[Unit]]:
     """The units with the optimizer's group of each weight, where there are more than matrices and the rest."""
     training, model = plan.training, plan.model
-    if training.layer_decay == 1 and not training.groups and not model.unfreeze:
+    plain = training.layer_decay == 1 and not training.groups and not model.unfreeze
+    if plain and training.optimizer != "muon":
         return units
     where = {place.name: place for place in places(units)}
 
     def changed(unit: Unit) -> Unit:
-        return replace(unit, weights=tuple(replace(weight, group=group(weight)) for weight in unit.weights))
+        keys = [(weight, group(weight)) for weight in unit.weights]
+        return replace(
+            unit, weights=tuple(replace(one, group=key, by_muon=key.kind == "muon") for one, key in keys)
+        )
 
     def group(weight: Weight) -> GroupKey:
         place = where[weight.name]

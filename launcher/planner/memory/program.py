@@ -34,6 +34,7 @@ class Weight:
     """Kept in the precision of the computation, and not in fp32."""
     group: Hashable = None
     """Which of the optimizer's groups it is in, beside whether it is a matrix."""
+    by_muon: bool = False
 
     @functools.cached_property
     def num_elements(self) -> int:
@@ -67,6 +68,10 @@ class Unit:
                 weight.shard(ranks) for weight in self.weights if weight.trains or not trained
             )
         return self._known[ranks, trained]
+
+    def muon_shard(self, ranks: int) -> int:
+        """Of the largest rank's part, elements that Muon steps, whose state is one number each."""
+        return sum(weight.shard(ranks) for weight in self.weights if weight.by_muon and weight.trains)
 
     def narrow_shard(self, ranks: int) -> int:
         """Of the largest rank's part, elements that are kept in the precision of the computation."""
