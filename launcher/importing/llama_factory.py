@@ -20,7 +20,8 @@ ADAPTER = lora.Names(
     targets="lora_target",
     also="additional_target",
     stabilised="use_rslora",
-    variants=("use_dora", "pissa_init", "loraplus_lr_ratio"),
+    ratio="loraplus_lr_ratio",
+    variants=("use_dora", "pissa_init"),
     details=("loraplus_lr_embedding", "pissa_iter", "pissa_convert", "create_new_adapter"),
 )
 _ATTENTION = {"fa2": "flash_attention_2", "sdpa": "sdpa", "disabled": "eager"}

@@ -147,7 +147,9 @@ def trainer_optimizer(name: str, said: str, reading: Reading) -> None:
         reading.say("training.momentum", 0.0, said)
         return
     if name not in _ADAMW:
-        reading.cannot_say(said, name, "launcher has adamw, adam and sgd with fp32 states; taken: adamw")
+        reading.cannot_say(
+            said, name, "launcher has adamw, adam, sgd and muon with fp32 states; taken: adamw"
+        )
     reading.say("training.optimizer", "adamw", said)
 
 
@@ -185,7 +187,9 @@ def _deepspeed_optimizer(optimizer: dict[str, Any], params: dict[str, Any], read
         else:
             found = "sgd" if name == "sgd" else "adamw"
             if name != "sgd":
-                reading.cannot_say("optimizer.type", kind, "launcher has adamw, adam and sgd; taken: adamw")
+                reading.cannot_say(
+                    "optimizer.type", kind, "launcher has adamw, adam, sgd and muon; taken: adamw"
+                )
         reading.say("training.optimizer", found, "optimizer.type")
     for said, key in (
         ("lr", "training.learning_rate"),

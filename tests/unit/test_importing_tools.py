@@ -293,6 +293,8 @@ SAID: list[tuple[dict[str, Any], tuple[str, ...], Any]] = [
     (LLAMA_FACTORY | {"additional_target": "embed_tokens"}, ("model", "adapter", "train_also"),
     ["*embed_tokens.*"]),
     (LLAMA_FACTORY | {"lora_rank": 16, "use_rslora": True}, ("model", "adapter", "alpha"), 128.0),
+    (LLAMA_FACTORY | {"learning_rate": 1e-4, "loraplus_lr_ratio": 16.0}, ("training", "groups"),
+    [{"parameters": ["*.lora_B.weight"], "learning_rate": pytest.approx(1.6e-3)}]),
     (LLAMA_FACTORY | {"flash_attn": "fa2"}, ("model", "attention"), "flash_attention_2"),
     (LLAMA_FACTORY | {"trust_remote_code": True}, ("model", "trust_remote_code"), True),
     (AXOLOTL | {"sdp_attention": True}, ("model", "attention"), "sdpa"),

@@ -96,6 +96,13 @@ def test_states_are_sixteen_bytes_of_a_parameter_over_the_ranks() -> None:
     assert footprint(**sgd).phase("loading").peak == parameters * 8 // 8
 
 
+def test_of_muon_the_matrices_of_the_layers_have_one_number_of_state() -> None:
+    """By hand: of Llama 3.1 8B all but the two matrices of the vocabulary and the norms."""
+    parameters, matrices = 8_030_261_248, 8_030_261_248 - 2 * 128256 * 4096 - 65 * 4096
+    muon = footprint(training__optimizer="muon", world=1)
+    assert muon.phase("loading").peak == 12 * parameters - 4 * matrices
+
+
 def test_more_recomputation_needs_less() -> None:
     peaks = [
         footprint(activation_checkpointing=mode).phase("steady step").peak
