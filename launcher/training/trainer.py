@@ -227,7 +227,7 @@ class Trainer:
         stage = stage_at(unfreeze, step, self.num_steps)
         if stage > stage_at(unfreeze, step - 1, self.num_steps):
             lowest = unfreeze[stage - 1].from_
-            what = "every layer" if lowest == "embeddings" else f"layer {lowest} and all above it"
+            what = "all layers" if lowest == "embeddings" else f"layer {lowest} and all above it"
             self.event("noted", text=f"from step {step + 1} on {what} train (model.unfreeze)")
         self.engine.stage = stage
 

@@ -227,7 +227,7 @@ def test_stopped_before_and_after_a_thaw_a_run_goes_on_to_the_bit(tmp_path: Path
     said = [record["text"] for record in named(whole_run, "noted") if "model.unfreeze" in record["text"]]
     assert said == [
         "from step 3 on layer -1 and all above it train (model.unfreeze)",
-        "from step 4 on every layer train (model.unfreeze)",
+        "from step 4 on all layers train (model.unfreeze)",
     ]
 
 

@@ -169,6 +169,12 @@ def test_what_thaws_is_planned_as_if_it_trained_from_the_start() -> None:
         footprint(model__freeze={"layers": "0-40"})
 
 
+def test_a_group_that_matches_nothing_is_refused_with_the_plan() -> None:
+    group = {"parameters": ("clasifier.*",), "learning_rate": 1e-3}
+    with pytest.raises(ConfigurationError, match="matches no parameter that trains; they look like"):
+        footprint(training__groups=(group,))
+
+
 def test_groups_of_the_optimizer_change_what_zero_copies_whole() -> None:
     """Of fp32 gradients a rank copies every parameter whole of which it has any part: more groups, more
     borders."""

@@ -12,7 +12,7 @@ from launcher import tasks
 from launcher.errors import ConfigurationError, Problem
 from launcher.job.adapter import Adapter
 from launcher.job.schema import Model
-from launcher.job.tuning import GroupKey, Place, stages
+from launcher.job.tuning import GroupKey, Place, stages, unmatched
 from launcher.planner.memory.decoders import LLAMAS, Gpt2, Llama
 from launcher.planner.memory.program import Segment, Setting, SymbolicProgram, Unit, Weight
 from launcher.planner.plan import Plan
@@ -153,12 +153,18 @@ def places(units: tuple[Unit, list[Unit]]) -> list[Place]:
 
 
 def grouped(units: tuple[Unit, list[Unit]], plan: Plan) -> tuple[Unit, list[Unit]]:
-    """The units with the optimizer's group of each weight, where there are more than matrices and the rest."""
+    """The units with the optimizer's group of each weight, where there are more than matrices and the rest.
+
+    Raises ConfigurationError for a pattern of `training.groups` that matches nothing that trains.
+    """
     training, model = plan.training, plan.model
     plain = training.layer_decay == 1 and not training.groups and not model.unfreeze
     if plain and training.optimizer != "muon":
         return units
     where = {place.name: place for place in places(units)}
+    trained = [weight.name for unit in (units[0], *units[1]) for weight in unit.weights if weight.trains]
+    if problems := unmatched(training.groups, trained):
+        raise ConfigurationError(problems)
 
     def changed(unit: Unit) -> Unit:
         keys = [(weight, group(weight)) for weight in unit.weights]
