@@ -21,11 +21,12 @@ ADAPTER = lora.Names(
     targets="lora_target_modules",
     also="lora_modules_to_save",
     stabilised="peft_use_rslora",
+    ratio="loraplus_lr_ratio",
     variants=(
         "peft_use_dora", "lora_target_parameters", "lora_rank_pattern", "lora_alpha_pattern",
         "peft_layers_to_transform",
         "peft_layer_replication", "peft_init_lora_weights", "peft_trainable_token_indices",
-        "loraplus_lr_ratio", "peft", "relora",
+        "peft", "relora",
     ),
     details=(
         "lora_target_linear", "lora_fan_in_fan_out", "peft_layers_pattern", "peft_ensure_weight_tying",
@@ -65,7 +66,7 @@ _CHANGES: dict[str, str] = {
     "learned whole",
     "val_set_size": HELD_OUT,
     "early_stopping_patience": "training.early_stopping.patience with data.evaluation",
-    "unfrozen_parameters": "launcher freezes by names: model.freeze",
+    "unfrozen_parameters": "launcher freezes by depth and by names: model.freeze",
     "special_tokens": "launcher takes the tokenizer as it lies with the model; set them there",
     "tokens": "launcher takes the tokenizer as it lies with the model; add them there, and write "
     "model.resize_embeddings: true",

@@ -20,7 +20,8 @@ ADAPTER = lora.Names(
     targets="lora_target",
     also="additional_target",
     stabilised="use_rslora",
-    variants=("use_dora", "pissa_init", "loraplus_lr_ratio"),
+    ratio="loraplus_lr_ratio",
+    variants=("use_dora", "pissa_init"),
     details=("loraplus_lr_embedding", "pissa_iter", "pissa_convert", "create_new_adapter"),
 )
 _ATTENTION = {"fa2": "flash_attention_2", "sdpa": "sdpa", "disabled": "eager"}
@@ -36,7 +37,7 @@ _CHANGES: dict[str, str] = {
     "train_on_prompt": "launcher learns completions, or what the assistant says; a column of whole texts is "
     "learned whole",
     "mask_history": "launcher learns every turn of the assistant, not the last alone",
-    "freeze_trainable_layers": "launcher freezes by names: model.freeze",
+    "freeze_trainable_layers": "launcher freezes by depth and by names: model.freeze",
     "adapter_name_or_path": "launcher goes on with an adapter by model.adapter.weights; name its directory "
     "there",
     "pure_bf16": "launcher keeps what trains in fp32, and computes in bf16",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher.importing.defaults import AdapterDefaults
-from launcher.importing.reading import Reading, brief
+from launcher.importing.reading import Reading, as_number, brief
 
 QUANTISED = ("load_in_4bit", "load_in_8bit", "quantization_bit")
 
@@ -22,6 +22,8 @@ class Names:
     stabilised: str
     alpha: str = "lora_alpha"
     dropout: str = "lora_dropout"
+    ratio: str = ""
+    """The key of how many times as fast B learns as A."""
     variants: tuple[str, ...] = ()
     """Keys of other kinds of adapters: true, or anything but None, makes one that launcher lacks."""
     details: tuple[str, ...] = ()
@@ -29,7 +31,9 @@ class Names:
 
     def all(self) -> set[str]:
         """Every key by its name."""
-        own = {self.rank, self.alpha, self.dropout, self.targets, self.also, self.stabilised}
+        own = {self.rank, self.alpha, self.dropout, self.targets, self.also, self.stabilised, self.ratio} - {
+            ""
+        }
         return own | set(self.variants) | set(self.details)
 
 
@@ -69,11 +73,24 @@ def read(content: dict[str, Any], names: Names, defaults: AdapterDefaults, readi
     _targets(content.get(names.targets), names, defaults, reading)
     if also := words_of(content.get(names.also)):
         reading.say("model.adapter.train_also", [f"*{name}.*" for name in also], names.also)
+    _faster_b(content, names, reading)
     for key in names.variants:
         value = content.get(key)
         if value not in (None, False, "", [], {}, "false", "False", 0):
             text = "another kind of adapter than LoRA's B A x alpha / rank; taken: LoRA without it"
             reading.cannot_say(key, brief(value), text)
+
+
+def _faster_b(content: dict[str, Any], names: Names, reading: Reading) -> None:
+    """Say LoRA+ (Hayou et al. 2024, arXiv 2402.12354): B learns so many times as fast as A."""
+    ratio = reading.number(content, names.ratio) if names.ratio else None
+    if ratio is None or ratio == 1:
+        return None
+    if (rate := as_number(content.get("learning_rate"))) is None:
+        text = "times the learning rate is that of B: write training.groups"
+        return reading.fill_in(names.ratio, ratio, text)
+    group = {"parameters": ["*.lora_B.weight"], "learning_rate": ratio * rate}
+    return reading.say("training.groups", [group], names.ratio)
 
 
 def _targets(value: Any, names: Names, defaults: AdapterDefaults, reading: Reading) -> None:

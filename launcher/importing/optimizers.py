@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from launcher.importing.defaults import DEEPSPEED
 from launcher.importing.reading import Reading, as_number, brief
+from launcher.job.training import Schedules
 
 _SCHEDULES = {
     "linear": "linear",
@@ -16,6 +17,7 @@ _SCHEDULES = {
     "constant": "constant",
     "constant_with_warmup": "constant",
     "inverse_sqrt": "inverse-sqrt",
+    "warmup_stable_decay": "warmup-stable-decay",
 }
 """What transformers computes by these names is what launcher computes by those, with the keyword arguments of
 `_NEUTRAL`."""
@@ -24,6 +26,7 @@ _NEUTRAL: dict[str, dict[str, float]] = {
     "cosine_with_min_lr": {"num_cycles": 0.5},
     "cosine_with_restarts": {"num_cycles": 1},
     "polynomial": {"power": 1},
+    "warmup_stable_decay": {"num_cycles": 0.5},
 }
 """transformers, optimization.py: the defaults at which a schedule has no turn that launcher's lacks."""
 _NEAREST_SCHEDULE = {
@@ -48,7 +51,7 @@ def trainer_schedule(name: str, options: dict[str, Any], said: str, reading: Rea
     found = _SCHEDULES.get(name)
     if found is None:
         found = _NEAREST_SCHEDULE.get(name, "linear")
-        text = f"launcher has linear, cosine, constant and inverse-sqrt; taken: {found}"
+        text = f"launcher has {', '.join(get_args(Schedules))}; taken: {found}"
         reading.cannot_say(said, name, text)
     options = dict(options)
     rate = reading.said_value("training.learning_rate")
@@ -64,8 +67,10 @@ def trainer_schedule(name: str, options: dict[str, Any], said: str, reading: Rea
     elif share is not None:
         text = "a share of the learning rate: write training.minimum_learning_rate"
         reading.fill_in("lr_scheduler_kwargs", share, text)
+    found = _shaped(name, found, options, reading)
     for key, value in options.items():
-        if as_number(value) != _NEUTRAL.get(name, {}).get(key):
+        neutral = _NEUTRAL.get(name, {})
+        if value is not None and (key not in neutral or as_number(value) != neutral[key]):
             text = f"launcher's {found} has no such key; left out"
             reading.cannot_say(f"lr_scheduler_kwargs.{key}", brief(value), text)
     if name == "constant" and reading.said_value("training.warmup"):
@@ -80,6 +85,48 @@ def trainer_schedule(name: str, options: dict[str, Any], said: str, reading: Rea
         reading.cannot_say(said, name, text)
         found = "constant"
     reading.say("training.schedule", found, said)
+
+
+def _shaped(name: str, found: str, options: dict[str, Any], reading: Reading) -> str:
+    """Say the keyword arguments that a schedule of launcher's has a key for, and take them out; return that
+    schedule."""
+    cycles, power = as_number(options.get("num_cycles")), as_number(options.get("power"))
+    if name == "cosine_with_restarts" and cycles is not None and cycles > 1 and cycles == int(cycles):
+        del options["num_cycles"]
+        reading.say("training.restarts", int(cycles), "lr_scheduler_kwargs.num_cycles")
+        return "cosine-restarts"
+    if name == "polynomial" and power not in (None, 1) and power > 0:
+        del options["power"]
+        reading.say("training.power", power, "lr_scheduler_kwargs.power")
+        return "polynomial"
+    if name == "warmup_stable_decay":
+        return _stable(found, options, reading)
+    return found
+
+
+def _stable(found: str, options: dict[str, Any], reading: Reading) -> str:
+    """Say the fall of a schedule that keeps its rate until then; transformers leaves its length to the user."""
+    said = "lr_scheduler_kwargs"
+    steps = as_number(options.pop("num_decay_steps", None))
+    if steps is not None and steps >= 1:
+        reading.say("training.decay", float(steps), f"{said}.num_decay_steps")
+    else:
+        reading.fill_in(f"{said}.num_decay_steps", steps, "the steps of the fall: write training.decay")
+    shape = options.pop("decay_type", "cosine")  # transformers, get_wsd_schedule
+    if shape in ("linear", "cosine", "1-sqrt"):
+        reading.say("training.decay_shape", shape, f"{said}.decay_type")
+    else:
+        reading.cannot_say(f"{said}.decay_type", brief(shape), "launcher falls as linear, cosine or 1-sqrt")
+    if options.get("warmup_type") == "linear":
+        del options["warmup_type"]
+    rate, ratio = reading.said_value("training.learning_rate"), as_number(options.pop("min_lr_ratio", None))
+    if ratio and rate is not None:
+        reading.say("training.minimum_learning_rate", ratio * rate, f"{said}.min_lr_ratio")
+    elif ratio:
+        reading.fill_in(
+            f"{said}.min_lr_ratio", ratio, "a share of the learning rate: training.minimum_learning_rate"
+        )
+    return found
 
 
 def warmup(reading: Reading) -> None:
@@ -100,7 +147,9 @@ def trainer_optimizer(name: str, said: str, reading: Reading) -> None:
         reading.say("training.momentum", 0.0, said)
         return
     if name not in _ADAMW:
-        reading.cannot_say(said, name, "launcher has adamw, adam and sgd with fp32 states; taken: adamw")
+        reading.cannot_say(
+            said, name, "launcher has adamw, adam, sgd and muon with fp32 states; taken: adamw"
+        )
     reading.say("training.optimizer", "adamw", said)
 
 
@@ -138,7 +187,9 @@ def _deepspeed_optimizer(optimizer: dict[str, Any], params: dict[str, Any], read
         else:
             found = "sgd" if name == "sgd" else "adamw"
             if name != "sgd":
-                reading.cannot_say("optimizer.type", kind, "launcher has adamw, adam and sgd; taken: adamw")
+                reading.cannot_say(
+                    "optimizer.type", kind, "launcher has adamw, adam, sgd and muon; taken: adamw"
+                )
         reading.say("training.optimizer", found, "optimizer.type")
     for said, key in (
         ("lr", "training.learning_rate"),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterator
 
 from launcher import tasks
 from launcher.data.section import Source
 from launcher.job import slurm_options
 from launcher.job.schema import Cluster, Job
+from launcher.job.training import Training
 from launcher.tasks.task import Finding, finding
 
 
@@ -55,7 +57,8 @@ def _adapter(job: Job) -> Iterator[Finding]:
             "an adapter leaves all weights as they are but those of "
             "model.adapter.train_also; leave freeze out"
         )
-        yield finding("model.freeze", list(model.freeze), reason, "model.adapter")
+        shown = list(model.freeze.parameters) or str(model.freeze.model_dump(exclude_defaults=True))
+        yield finding("model.freeze", shown, reason, "model.adapter")
     if model.weights == "random":
         reason = (
             "an adapter is trained beside weights that were learned; write pretrained, or leave "
@@ -88,6 +91,8 @@ def _training(job: Job) -> Iterator[Finding]:
         yield finding(
             "training.minimum_learning_rate", training.minimum_learning_rate, reason, "training.learning_rate"
         )
+    yield from _unfreeze(job)
+    yield from _schedule(training)
     if training.warmup >= 1 and training.warmup != int(training.warmup):
         yield finding(
             "training.warmup",
@@ -103,6 +108,56 @@ def _training(job: Job) -> Iterator[Finding]:
             "the whole step"
         )
         yield finding("batch.micro_batch_size", batch.micro_batch_size, reason, "batch.global_batch_size")
+
+
+def _unfreeze(job: Job) -> Iterator[Finding]:
+    """Yield what is wrong with the order of `model.unfreeze`: top down, one after another."""
+    model = job.model
+    if model.unfreeze and not model.freeze.by_depth:
+        reason = (
+            "nothing is frozen by depth (model.freeze: layers, embeddings, base), so nothing is there to open"
+        )
+        yield finding("model.unfreeze", None, reason, "model.freeze")
+    for earlier, later in itertools.pairwise(model.unfreeze):
+        if (earlier.at < 1) != (later.at < 1):
+            reason = "one entry says a share of all steps and another a number; write all of them alike"
+            yield finding("model.unfreeze", f"{later.at:g}", reason)
+        elif later.at <= earlier.at:
+            reason = f"comes after the entry at {earlier.at:g}, and entries stand in their order in time"
+            yield finding("model.unfreeze", f"{later.at:g}", reason)
+    for number, one in enumerate(model.unfreeze if job.training.max_steps else ()):
+        if one.at >= job.training.max_steps:  # type: ignore[operator]
+            reason = f"never comes: the training has {job.training.max_steps} steps"
+            yield finding("model.unfreeze", f"{one.at:g} (entry {number})", reason, "training.max_steps")
+
+
+_OF_SCHEDULES = {
+    "decay": "warmup-stable-decay",
+    "decay_shape": "warmup-stable-decay",
+    "restarts": "cosine-restarts",
+    "power": "polynomial",
+    "start_division": "one-cycle",
+}
+
+
+def _schedule(training: Training) -> Iterator[Finding]:
+    """Yield keys of another schedule than the one that is asked for, and a fall that is no whole number of
+    steps."""
+    for key, schedule in _OF_SCHEDULES.items():
+        value = getattr(training, key)
+        if training.schedule != schedule and value != Training.model_fields[key].default:
+            reason = f"is a key of the schedule {schedule}, and training.schedule is {training.schedule}"
+            yield finding(f"training.{key}", value, f"{reason}; leave it out", "training.schedule")
+    if training.decay >= 1 and training.decay != int(training.decay):
+        reason = "from 1 it is a number of steps, and steps are whole; below 1 it is a share of all steps"
+        yield finding("training.decay", training.decay, reason)
+    if training.schedule == "one-cycle" and training.start_division * training.minimum_learning_rate > (
+        training.learning_rate
+    ):
+        reason = (
+            f"above the first rate, {training.learning_rate / training.start_division:g}: the end is lower"
+        )
+        yield finding("training.minimum_learning_rate", training.minimum_learning_rate, reason)
 
 
 def _evaluation(job: Job) -> Iterator[Finding]:

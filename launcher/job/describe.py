@@ -17,9 +17,16 @@ from pydantic.fields import FieldInfo
 from launcher import tasks
 from launcher.data.section import Data
 from launcher.job.schema import Job, known_task
+from launcher.job.tuning import parse_freeze, parse_layers, parse_share
 from launcher.values import Interval, parse_seconds
 
 _PLAIN = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+_IN_WORDS: dict[Any, str] = {
+    parse_layers: "layers by their numbers from 0, as 0-7 or 5, or all, or all but last 4",
+    parse_share: "a share of all steps below 1, or as 10%, or a whole number of steps from 1",
+    parse_freeze: "a list of patterns of parameter names, or a section of keys",
+}
+"""What may be written for a value that is read by a function."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,10 @@ def expected(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
         return "a number of steps (200), a time (30s, 15min, 2h) or epochs (epoch, 2 epochs)"
     if any(getattr(part, "func", None) is parse_seconds for part in metadata):
         return "a time in seconds, or as 30s, 15min, 2h"
+    if words := next(
+        (_IN_WORDS[part.func] for part in metadata if getattr(part, "func", None) in _IN_WORDS), ""
+    ):
+        return words
     if any(getattr(part, "func", None) is known_task for part in metadata):
         return f"one of {', '.join(tasks.TASKS)}, or a task that an installed package brings"
     origin, parts = get_origin(annotation), get_args(annotation)
@@ -103,6 +114,8 @@ def expected(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
             inner = get_args(parts[0])[0] if get_origin(parts[0]) is Annotated else parts[0]
             if get_origin(inner) is dict:
                 return "a list of objects"
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                return "a list of sections of keys"
             return "a list of texts" if inner is str else f"a list of {' | '.join(choices(inner))}"
         return f"a list of {len(parts)}: each {expected(parts[0])}"
     return _PLAIN.get(annotation, "a section of keys") + limits(metadata)

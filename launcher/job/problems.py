@@ -107,6 +107,8 @@ def _locate(
     for step in loc:
         fields = {written(name, info): info for name, info in section.model_fields.items()}
         path.append(str(step))
+        if isinstance(step, int) and field is not None and section_of(field) is section:
+            continue  # an entry of a list of sections
         if step not in fields:
             return path, section, None
         field = fields[str(step)]
@@ -123,7 +125,10 @@ def _field_name(section: type[BaseModel], key: str) -> str:
 
 def _value(content: Any, path: list[str]) -> Any:
     for step in path:
-        content = content.get(step) if isinstance(content, dict) else None
+        if isinstance(content, (list, tuple)):
+            content = content[int(step)] if step.isdigit() and int(step) < len(content) else None
+        else:
+            content = content.get(step) if isinstance(content, dict) else None
     return content
 
 

@@ -10,7 +10,7 @@ import inspect
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from pydantic import BaseModel
 
@@ -51,6 +51,16 @@ def json_schema() -> dict[str, Any]:
     schema["$defs"].pop(Data.__name__)
     schema["$defs"]["Model"]["properties"]["task"]["enum"] = list(tasks.TASKS)
     schema["$defs"]["Interval"] = _INTERVAL
+    freeze = schema["$defs"]["Model"]["properties"]["freeze"]
+    freeze["anyOf"] = [{"type": "array", "items": {"type": "string"}}, {"$ref": freeze.pop("$ref")}]
+    freeze["default"] = []
+    schema["$defs"]["Freeze"]["properties"]["layers"]["anyOf"].insert(0, {"type": "integer", "minimum": 0})
+    schema["$defs"]["Thaw"]["properties"]["at"] = {
+        "anyOf": [
+            {"type": "number", "exclusiveMinimum": 0},
+            {"type": "string", "pattern": r"^\s*\d+(\.\d+)?\s*%\s*$"},
+        ]
+    }
     schema["$defs"]["Cluster"]["properties"]["grace"] |= _DURATION
     schema["$defs"]["Cluster"]["properties"]["grace"].pop("type", None)
     schema["$defs"]["Cluster"]["properties"]["grace"].pop("exclusiveMinimum", None)
@@ -128,7 +138,8 @@ def _section(title: str, section: type[BaseModel], prefix: str) -> list[str]:
     for key in nested:
         child = section_of(key.field)
         assert child is not None
-        lines += _section(f"`{key.path}`", child, key.path + ".")
+        many = " (a list of such sections)" if get_origin(key.field.annotation) is tuple else ""
+        lines += _section(f"`{key.path}`{many}", child, key.path + ".")
     return lines
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     ConfigDict,
     Field,
     ModelWrapValidatorHandler,
@@ -26,8 +27,10 @@ from launcher.data.section import Data
 from launcher.errors import ConfigurationError
 from launcher.job.adapter import Adapter
 from launcher.job.cluster import Auto, Cluster
+from launcher.job.training import Training
+from launcher.job.tuning import Freeze, Thaw, parse_freeze
 from launcher.tasks.generation import Evaluation
-from launcher.values import Every, Fraction, Interval, Section
+from launcher.values import Every, Interval, Section
 
 
 def known_task(name: str) -> str:
@@ -63,8 +66,10 @@ class Model(Section):
     """The attention implementation."""
     weights: Literal["pretrained", "random"] = "pretrained"
     """`random` makes up new weights from the model's config."""
-    freeze: tuple[str, ...] = ()
-    """Patterns of parameter names that are not trained, as `model.embed_tokens.*`."""
+    freeze: Annotated[Freeze, BeforeValidator(parse_freeze)] = Freeze()
+    """What is not trained: a list of patterns of parameter names, or a section that goes by depth too."""
+    unfreeze: tuple[Thaw, ...] = ()
+    """When what is frozen by depth begins to train, from the top down: a list of sections."""
     adapter: Adapter | None = None
     """Train small matrices beside the weights (LoRA) in place of the weights."""
     resize_embeddings: bool | None = None
@@ -84,73 +89,6 @@ class Batch(Section):
     """Samples (packs, with packing) of one optimizer step, over all ranks."""
     micro_batch_size: Annotated[int, Field(ge=1, le=1_000_000_000)] | Auto = "auto"
     """Samples of one forward pass, per rank."""
-
-
-class EarlyStopping(Section):
-    """Stop when an evaluation metric no longer gets better."""
-
-    metric: str = "loss"
-    """The metric watched, by its name in the evaluation."""
-    patience: int = Field(default=3, ge=1)
-    """Evaluations without an improvement before the run ends."""
-    minimum_delta: float = Field(default=0.0, ge=0)
-    """The smallest change that counts as an improvement."""
-
-
-class OnSpike(Section):
-    """Say so, or go back, where the loss jumps and stays up."""
-
-    action: Literal["ignore", "warn", "rewind"] = "warn"
-    """`warn` says so and goes on; `rewind` goes back to the weights before and leaves out the samples since;
-    `ignore` does neither."""
-    threshold: float = Field(default=6.0, gt=0)
-    """How far above the running median a loss stands out: in standard deviations (1.4826 MAD), of at least 5%
-    of the median."""
-    steps: int = Field(default=5, ge=1)
-    """Losses in a row that stand out."""
-    window: int = Field(default=64, ge=4)
-    """Steps that the running median is of; nothing stands out before half of them are done."""
-    times: int = Field(default=2, ge=1)
-    """Rewinds of one run; where the loss jumps once more, it ends with exit code 8."""
-
-
-class Training(Section):
-    """Say how long to train, how fast, and with what."""
-
-    epochs: float | None = Field(default=None, gt=0, le=1_000_000)
-    """Passes over the data. 1 where neither epochs nor max_steps is given."""
-    max_steps: int | None = Field(default=None, ge=1, le=1_000_000_000_000)
-    """Optimizer steps, instead of epochs."""
-    learning_rate: float = Field(default=2e-5, gt=0)
-    """The highest learning rate."""
-    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
-    """AdamW (decoupled weight decay), Adam, or SGD with momentum."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    """Decay of Adam's two moments."""
-    epsilon: float = Field(default=1e-8, gt=0)
-    """Added to Adam's denominator."""
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    """Of SGD."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """On matrices; biases and norms are never decayed."""
-    schedule: Literal["linear", "cosine", "constant", "inverse-sqrt"] = "cosine"
-    """How the learning rate falls after the warm-up."""
-    warmup: float = Field(default=0.03, ge=0)
-    """Below 1: the share of all steps; from 1: steps."""
-    minimum_learning_rate: float = Field(default=0.0, ge=0)
-    """Where linear and cosine end."""
-    clip_norm: float = Field(default=1.0, ge=0)
-    """The largest global gradient norm; 0 leaves gradients as they are."""
-    seed: int = Field(default=17, ge=0)
-    """Of the order of the data, dropout and new weights."""
-    evaluate_every: Every | None = None
-    """Steps, a time, or epochs between evaluations; at the start and the end in any case."""
-    early_stopping: EarlyStopping | None = None
-    """Stop when a metric no longer gets better."""
-    skip_nonfinite: int = Field(default=10, ge=0)
-    """Steps in a row with a NaN or Inf loss or gradient that are skipped before the run stops, or goes back
-    where `on_spike` says so."""
-    on_spike: OnSpike = OnSpike()
 
 
 class Memory(Section):

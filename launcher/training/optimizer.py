@@ -7,32 +7,34 @@ from typing import Any
 import torch
 from torch import nn
 
-from launcher.job.schema import Training
+from launcher.errors import ConfigurationError
+from launcher.job.schema import Model, Training
+from launcher.job.tuning import GroupKey, Place, unmatched
 from launcher.training.model import adapters
 from launcher.training.model.loading import whole_shape
+from launcher.training.model.places import places, stages_of
+from launcher.training.muon import MuonAndAdamW
 
 Optimizer = torch.optim.Optimizer
 
 
-def build(model: nn.Module, training: Training) -> Optimizer:
+def build(model: nn.Module, training: Training, own: Model | None = None) -> Optimizer:
     """The plan's optimizer over the parameters that train, with its state already made, so that saving and
     loading see one shape."""
-    optimizer = construct(model, training)
+    optimizer = construct(model, training, own)
     make_states(optimizer, training)
     return optimizer
 
 
-def construct(model: nn.Module, training: Training) -> Optimizer:
-    """The plan's optimizer over the parameters that train, without state yet."""
-    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    decayed = [parameter for _, parameter in trainable if len(whole_shape(parameter)) >= 2]
-    plain = [parameter for _, parameter in trainable if len(whole_shape(parameter)) < 2]
-    groups = [
-        {"params": decayed, "weight_decay": training.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+def construct(model: nn.Module, training: Training, own: Model | None = None) -> Optimizer:
+    """The plan's optimizer over the parameters that train, without state yet.
+
+    Raises ConfigurationError where a pattern of `training.groups` matches none of them.
+    """
+    groups = parameter_groups(model, training, own)
     common: dict[str, Any] = {"lr": training.learning_rate}
+    if training.optimizer == "muon":
+        return MuonAndAdamW(groups, training)
     if training.optimizer == "sgd":
         # PyTorch has no fused SGD for sharded tensors.
         optimizer: Optimizer = torch.optim.SGD(groups, momentum=training.momentum, foreach=True, **common)
@@ -42,47 +44,88 @@ def construct(model: nn.Module, training: Training) -> Optimizer:
     return optimizer
 
 
+def parameter_groups(model: nn.Module, training: Training, own: Model | None = None) -> list[dict[str, Any]]:
+    """Return the groups of parameters that share a weight decay, a `scale` of the learning rate, and a `stage`
+    of `model.unfreeze`: matrices first."""
+    trainable = [entry for entry in adapters.named_parameters(model) if entry[1].requires_grad]
+    if problems := unmatched(training.groups, [name for name, _ in trainable]):
+        raise ConfigurationError(problems)
+    goes_by_depth = training.layer_decay < 1 or training.optimizer == "muon"
+    where = {place.name: place for place in places(model)} if goes_by_depth else {}
+    opened = stages_of(model, own) if own is not None and own.unfreeze else {}
+    found: dict[GroupKey, list[nn.Parameter]] = {}
+    # A stable order: on every engine and number of ranks a group is made of the same parameters.
+    for name, parameter in sorted(trainable, key=lambda entry: len(whole_shape(entry[1])) < 2):
+        place = where.get(name) or Place(name, 0, 0)
+        key = training.group_of(place, len(whole_shape(parameter)), opened.get(name, 0))
+        found.setdefault(key, []).append(parameter)
+    return [{"params": parameters, **key._asdict()} for key, parameters in found.items()]
+
+
 def make_states(optimizer: Optimizer, training: Training) -> None:
     """Give every parameter of the optimizer its state before the first step."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            optimizer.state[parameter] = first_state(training.optimizer, parameter, training.momentum)
+            optimizer.state[parameter] = first_state(group["kind"], parameter, training.momentum)
 
 
 def first_state(kind: str, parameter: torch.Tensor, momentum: float) -> dict[str, torch.Tensor]:
     """The state of one parameter before the first step."""
+    if kind == "muon" or (kind == "sgd" and momentum):
+        return {"momentum_buffer": torch.zeros_like(parameter)}
     if kind == "sgd":
-        return {"momentum_buffer": torch.zeros_like(parameter)} if momentum else {}
+        return {}
     step = torch.zeros((), dtype=torch.float32, device=parameter.device)
     return {"step": step, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
 
 
 def state_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor]:
-    """The optimizer's tensors by name: `optimizer.<parameter>.<key>`, and `optimizer.step` once, since all
-    parameters share it."""
+    """The optimizer's tensors by name: `optimizer.<parameter>.<key>`, and once for each stage the count of
+    steps, since all its parameters share it."""
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in adapters.named_parameters(model):
         for key, value in optimizer.state.get(parameter, {}).items():
             if key != "step":
                 tensors[f"optimizer.{name}.{key}"] = value
-    steps = [state["step"] for state in optimizer.state.values() if "step" in state]
-    if steps:
-        tensors["optimizer.step"] = steps[0]
-    return tensors
+    return tensors | {step_name(stage): counts[0] for stage, counts in steps(optimizer).items()}
 
 
 def moments(training: Training) -> tuple[str, ...]:
-    """The names of the optimizer's tensors that have a parameter's shape."""
-    if training.optimizer == "sgd":
-        return ("momentum_buffer",) if training.momentum else ()
+    """The names of the optimizer's tensors that have a parameter's shape; of Muon those of its matrices."""
+    if training.optimizer in ("sgd", "muon"):
+        return ("momentum_buffer",) if training.momentum or training.optimizer == "muon" else ()
     return ("exp_avg", "exp_avg_sq")
 
 
-def spread_step(optimizer: Optimizer) -> None:
-    """After a load: give every parameter the step that was loaded into the first one."""
-    steps = [state["step"] for state in optimizer.state.values() if "step" in state]
-    for step in steps[1:]:
-        step.copy_(steps[0])
+def step_name(stage: int) -> str:
+    """Return the name of the count of steps of what trains from a stage of `model.unfreeze` on; 0 is the
+    start."""
+    return f"optimizer.step.{stage}" if stage else "optimizer.step"
+
+
+def steps(optimizer: Optimizer) -> dict[int, list[torch.Tensor]]:
+    """Return the counts of steps of an optimizer's parameters, by the stage from which on they train."""
+    found: dict[int, list[torch.Tensor]] = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if "step" in (state := optimizer.state.get(parameter, {})):
+                found.setdefault(group["stage"], []).append(state["step"])
+    return found
+
+
+def spread_step(counts: dict[int, list[torch.Tensor]]) -> None:
+    """After a load: give every parameter of a stage the count that was loaded into the first one."""
+    for first, *others in counts.values():
+        for step in others:
+            step.copy_(first)
+
+
+def drop_gradients(optimizer: Optimizer, stage: int) -> None:
+    """Clear the gradients of what trains only from a later stage on, so that no step moves it or its state."""
+    for group in optimizer.param_groups:
+        if group["stage"] > stage:
+            for parameter in group["params"]:
+                parameter.grad = None
 
 
 def sum_of_squares(tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -98,6 +141,6 @@ def sum_of_squares(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 
 def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
-    """Set the same learning rate for every group."""
+    """Set the schedule's learning rate, times each group's scale."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group["scale"]

@@ -1,20 +1,42 @@
-"""The learning rate as a pure function of the step."""
+"""The learning rate as a pure function of the step, and what of the model trains by then."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from launcher.job.schema import Training
+from launcher.job.tuning import Thaw
+
+_ONE_CYCLE_END = 1e4
+"""torch.optim.lr_scheduler.OneCycleLR: final_div_factor."""
+_FALLS: dict[str, Callable[[float], float]] = {
+    "linear": lambda done: 1 - done,
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+    "1-sqrt": lambda done: 1 - math.sqrt(done),
+}
+
+
+def steps_of(value: float, num_steps: int) -> int:
+    """Return a number of steps: below 1 it is a share of `num_steps`, rounded up."""
+    return math.ceil(value * num_steps - 1e-9) if value < 1 else int(value)
+
+
+def stage_at(unfreeze: Sequence[Thaw], step: int, num_steps: int) -> int:
+    """Return how many entries of `model.unfreeze` have come before step `step`, counted from 0, is taken."""
+    return sum(steps_of(one.at, num_steps) <= step for one in unfreeze)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up, then the fall that `kind` names. Steps count from 0."""
+    """The warm-up, then what `training.schedule` names. Steps count from 0.
 
-    kind: str
-    peak: float
-    minimum: float
+    After a linear warm-up the rates are those of transformers' schedules (optimization.py); `one-cycle` is
+    torch's OneCycleLR without its turn of the momentum, whose warm-up is a cosine.
+    """
+
+    training: Training
     num_warmup_steps: int
     num_steps: int
 
@@ -22,27 +44,48 @@ class Schedule:
     def of(cls, training: Training, num_steps: int) -> Schedule:
         """The schedule of a run of `num_steps`; a warm-up below 1 is a share of them, from 1 on a number of
         steps."""
-        warmup = training.warmup
-        num_warmup_steps = math.ceil(warmup * num_steps - 1e-9) if warmup < 1 else int(warmup)
-        return cls(
-            training.schedule,
-            training.learning_rate,
-            training.minimum_learning_rate,
-            num_warmup_steps,
-            num_steps,
-        )
+        return cls(training, steps_of(training.warmup, num_steps), num_steps)
 
     def at(self, step: int) -> float:
         """The learning rate of step `step`. The first step of a warm-up is already above 0, so that no step
         is wasted."""
+        peak, minimum = self.training.learning_rate, self.training.minimum_learning_rate
+        kind = self.training.schedule
+        if kind == "one-cycle":
+            return self._one_cycle(step)
         if step < self.num_warmup_steps:
-            return self.peak * ((step + 1) / self.num_warmup_steps)
-        if self.kind == "constant":
-            return self.peak
-        if self.kind == "inverse-sqrt":
-            return self.peak * math.sqrt(
+            return peak * ((step + 1) / self.num_warmup_steps)
+        if kind == "constant":
+            return peak
+        if kind == "inverse-sqrt":
+            return peak * math.sqrt(
                 max(1, self.num_warmup_steps) / (step + 1 if self.num_warmup_steps == 0 else step)
             )
-        done = min(1.0, (step - self.num_warmup_steps) / max(1, self.num_steps - self.num_warmup_steps))
-        share = 1 - done if self.kind == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-        return self.minimum + (self.peak - self.minimum) * share
+        return minimum + (peak - minimum) * self._share(kind, step)
+
+    def _share(self, kind: str, step: int) -> float:
+        """Return what is left, between 1 and 0, of the way from the highest rate to the lowest."""
+        num_falling = self.num_steps - self.num_warmup_steps
+        if kind == "warmup-stable-decay":
+            num_falling = min(num_falling, steps_of(self.training.decay, self.num_steps))
+            kind = self.training.decay_shape
+        done = min(1.0, max(0.0, (step - self.num_steps + num_falling) / max(1, num_falling)))
+        if kind == "polynomial":
+            return (1 - done) ** self.training.power
+        if kind == "cosine-restarts":
+            return 0.0 if done >= 1 else _FALLS["cosine"](self.training.restarts * done % 1.0)
+        return _FALLS[kind](done)
+
+    def _one_cycle(self, step: int) -> float:
+        """Return the rate of OneCycleLR, whose `pct_start` is the share of the warm-up."""
+        training, warmup = self.training, self.training.warmup
+        first = training.learning_rate / training.start_division
+        last = training.minimum_learning_rate or first / _ONE_CYCLE_END
+        risen = (warmup if warmup < 1 else warmup / self.num_steps) * self.num_steps - 1
+        if step <= risen and risen > 0:
+            begin, end, done = first, training.learning_rate, step / risen
+        else:
+            left = self.num_steps - 1 - max(0.0, risen)
+            begin, end = training.learning_rate, last
+            done = min(1.0, (step - max(0.0, risen)) / left) if left > 0 else 0.0
+        return end + (begin - end) * _FALLS["cosine"](done)

@@ -41,7 +41,7 @@ from launcher.training.reporting.tracking import Journal
 from launcher.training.reporting.whereabouts import say_compiling, waited
 from launcher.training.rescue import Rescue
 from launcher.training.samples import Shown
-from launcher.training.schedule import Schedule
+from launcher.training.schedule import Schedule, stage_at
 from launcher.training.signals import StopRequest
 from launcher.training.state import Counters, State
 from launcher.training.state_keeper import StateKeeper
@@ -192,6 +192,7 @@ class Trainer:
         self.own.begin(self.pace.measures)
         here.at("data", detail=str(self.material.train.directory))
         step_batch = self.batches.step(self.state.step)
+        self._thaw()
         self.own.loaded(time.monotonic() - started)
         with self.rescue.passes(self.state.step, self.state.step == self.keeper.saved_step):
             loss_sum = self._accumulate(step_batch)
@@ -219,6 +220,16 @@ class Trainer:
         if verdict == "rewind":
             self._rewind()
         return totals.due
+
+    def _thaw(self) -> None:
+        """Let train what is due to by now, and say so once."""
+        unfreeze, step = self.plan.model.unfreeze, self.state.step
+        stage = stage_at(unfreeze, step, self.num_steps)
+        if stage > stage_at(unfreeze, step - 1, self.num_steps):
+            lowest = unfreeze[stage - 1].from_
+            what = "all layers" if lowest == "embeddings" else f"layer {lowest} and all above it"
+            self.event("noted", text=f"from step {step + 1} on {what} train (model.unfreeze)")
+        self.engine.stage = stage
 
     def _accumulate(self, step_batch: StepBatch) -> torch.Tensor:
         """Run forward and backward over this rank's micro-batches; return the sum of their losses, fp64

@@ -13,7 +13,8 @@ import pytest
 from transformers import AutoConfig
 
 from launcher.errors import DivergedError
-from launcher.job.schema import OnSpike, Training
+from launcher.job.schema import Training
+from launcher.job.training import OnSpike
 from launcher.runs.checkpoints import list_checkpoints
 from launcher.training.precision import LossScale
 from launcher.training.reporting.divergence import Divergence

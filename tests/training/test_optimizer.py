@@ -22,7 +22,8 @@ def train(module: nn.Module, optimizer: torch.optim.Optimizer, num_steps: int, f
     for step in range(first, first + num_steps):
         generator = torch.Generator().manual_seed(step)
         module(torch.randn(5, 4, generator=generator)).square().sum().backward()
-        optimizers.set_learning_rate(optimizer, 0.1 / (step + 1))
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1 / (step + 1)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -88,7 +89,7 @@ def test_its_tensors_are_all_that_it_needs_to_go_on(kind: str) -> None:
     another = optimizers.build(resumed, training)
     for name, tensor in optimizers.state_tensors(resumed, another).items():
         tensor.copy_(optimizers.state_tensors(whole, optimizer)[name])
-    optimizers.spread_step(another)
+    optimizers.spread_step(optimizers.steps(another))
     train(whole, optimizer, 2, first=3)
     train(resumed, another, 2, first=3)
     for parameter, wanted in zip(resumed.parameters(), whole.parameters(), strict=True):

@@ -237,6 +237,7 @@ def test_missing_keys_say_what_they_are(folder: Path) -> None:
 
 
 ADAPTER = "model.adapter.rank=8"
+FROZEN = "model.freeze={layers: all}"
 CONTRADICTIONS = [
     (
         CAUSAL,
@@ -325,6 +326,54 @@ CONTRADICTIONS = [
     (CAUSAL, ["cluster.profile=site"], "cluster.profile", "no profile of that name"),
     (CAUSAL, ['cluster.partition="a\\nb"'], "cluster.partition", "on one line"),
     (CAUSAL, [ADAPTER, "model.freeze=['*.bias']"], "model.freeze", "leave freeze out"),
+    (CAUSAL, [ADAPTER, "model.freeze={layers: all}"], "model.freeze", "leave freeze out"),
+    (CAUSAL, ["model.freeze=7"], "model.freeze", "a list of patterns of parameter names, or a section"),
+    (CAUSAL, ["model.freeze={layers: top}"], "model.freeze.layers", "all but last 4"),
+    (
+        CAUSAL,
+        ["model.freeze={layer: 0-3}"],
+        "model.freeze.layer",
+        "the nearest known one is model.freeze.layers",
+    ),
+    (CAUSAL, ["model.unfreeze=[{at: 10%, from: 2}]"], "model.unfreeze", "nothing is frozen by depth"),
+    (CAUSAL, [FROZEN, "model.unfreeze=[{at: 10%, from: top}]"], "model.unfreeze.0.from", "or embeddings"),
+    (CAUSAL, [FROZEN, "model.unfreeze=[{at: 1.5, from: 2}]"], "model.unfreeze.0.at", "steps are whole"),
+    (CAUSAL, [FROZEN, "model.unfreeze=[{from: 2}]"], "model.unfreeze.0.at", "is missing"),
+    (
+        CAUSAL,
+        [FROZEN, "model.unfreeze=[{at: 10%, from: 2}, {at: 5, from: 1}]"],
+        "model.unfreeze",
+        "write all of them alike",
+    ),
+    (
+        CAUSAL,
+        [FROZEN, "model.unfreeze=[{at: 30%, from: 2}, {at: 20%, from: 1}]"],
+        "model.unfreeze",
+        "stand in their order in time",
+    ),
+    (
+        CAUSAL,
+        [FROZEN, "training.max_steps=40", "model.unfreeze=[{at: 50, from: 2}]"],
+        "model.unfreeze",
+        "never comes: the training has 40 steps",
+    ),
+    (CAUSAL, ["training.layer_decay=1.1"], "training.layer_decay", "at most 1"),
+    (CAUSAL, ["training.groups=[{learning_rate: 1}]"], "training.groups.0.parameters", "is missing"),
+    (
+        CAUSAL,
+        ["training.groups=[{parameters: [a], weigth_decay: 1}]"],
+        "training.groups.0.weigth_decay",
+        "the nearest known one is training.groups.0.weight_decay",
+    ),
+    (CAUSAL, ["training.restarts=2"], "training.restarts", "a key of the schedule cosine-restarts"),
+    (CAUSAL, ["training.schedule=wsd"], "training.schedule", "warmup-stable-decay, one-cycle"),
+    (CAUSAL, ["training.schedule=warmup-stable-decay", "training.decay=3.5"], "training.decay", "are whole"),
+    (
+        CAUSAL,
+        ["training.schedule=one-cycle", "training.minimum_learning_rate=1e-5"],
+        "training.minimum_learning_rate",
+        "above the first rate, 8e-07",
+    ),
     (CAUSAL, [ADAPTER, "model.weights=random"], "model.weights", "write pretrained"),
     (CAUSAL, [ADAPTER, "model.compile=true"], "model.compile", "layers with adapters are not compiled"),
     (CAUSAL, ["model.adapter.rank=0"], "model.adapter.rank", "at least 1"),

@@ -344,6 +344,14 @@ def test_what_is_not_to_be_cut_is_not_handed_to_an_engine_that_cuts(tmp_path: Pa
     assert (made.engine, made.sharding) == ("fsdp", "none")
 
 
+def test_muon_is_not_handed_to_an_engine_that_cuts_matrices_up_nor_off_the_device(tmp_path: Path) -> None:
+    job = small(tmp_path, training={"optimizer": "muon"})
+    made = plan_job(job, None, machine(80), local=False)
+    assert [[(one.engine, one.offload) for one in group] for group in engine_options(job, made)] == [
+        [("fsdp", "none")]
+    ]
+
+
 @pytest.mark.parametrize("offload", ["none", "optimizer", "parameters"])
 def test_an_adapter_needs_little_beside_a_model_that_stays_as_it_is(offload: str, tmp_path: Path) -> None:
     parallel = {"engine": "deepspeed", "shard": "full"}

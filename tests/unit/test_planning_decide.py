@@ -407,6 +407,12 @@ def test_stages_of_deepspeed(shard: str, stage: int) -> None:
             "parallel.quantized_gradients",
             "ZeRO++",
         ),
+        ({**DEEPSPEED, "training__optimizer": "muon"}, "training.optimizer", "write parallel.engine: fsdp"),
+        (
+            {"training__optimizer": "muon", "memory__offload": "parameters", "parallel__engine": "fsdp"},
+            "memory.offload",
+            "Muon multiplies whole matrices",
+        ),
         ({**DEEPSPEED, "parallel__replicate": 2}, "parallel.replicate", "ZeRO cuts over all ranks"),
         ({**DEEPSPEED, "model__compile": True}, "model.compile", "for parallel.engine: fsdp"),
         (

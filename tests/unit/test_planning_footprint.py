@@ -96,6 +96,13 @@ def test_states_are_sixteen_bytes_of_a_parameter_over_the_ranks() -> None:
     assert footprint(**sgd).phase("loading").peak == parameters * 8 // 8
 
 
+def test_of_muon_the_matrices_of_the_layers_have_one_number_of_state() -> None:
+    """By hand: of Llama 3.1 8B all but the two matrices of the vocabulary and the norms."""
+    parameters, matrices = 8_030_261_248, 8_030_261_248 - 2 * 128256 * 4096 - 65 * 4096
+    muon = footprint(training__optimizer="muon", world=1)
+    assert muon.phase("loading").peak == 12 * parameters - 4 * matrices
+
+
 def test_more_recomputation_needs_less() -> None:
     peaks = [
         footprint(activation_checkpointing=mode).phase("steady step").peak
@@ -138,6 +145,43 @@ def test_frozen_parameters_have_neither_gradient_nor_state() -> None:
     all_trained, frozen = footprint(), footprint(model__freeze=("model.layers.*",))
     assert frozen.phase("loading").peak < 0.5 * all_trained.phase("loading").peak
     assert frozen.highest.total < all_trained.highest.total
+
+
+@pytest.mark.parametrize(
+    ("by_depth", "by_name"),
+    [
+        ({"layers": "all"}, ("model.layers.*",)),
+        ({"layers": "0-7", "embeddings": True}, ("model.layers.[0-7].*", "model.embed_tokens.*")),
+        ({"base": True}, ("model.*",)),
+        ({"layers": "all but last 2"}, (*(f"model.layers.{i}.*" for i in range(30)),)),
+    ],
+)
+def test_frozen_by_depth_is_frozen_by_name(by_depth: dict[str, Any], by_name: tuple[str, ...]) -> None:
+    assert footprint(model__freeze=by_depth) == footprint(model__freeze=by_name)
+
+
+def test_what_thaws_is_planned_as_if_it_trained_from_the_start() -> None:
+    freeze = {"layers": "all", "embeddings": True}
+    thaws = ({"at": "10%", "from": 20}, {"at": "20%", "from": 4})
+    later = footprint(model__freeze=freeze, model__unfreeze=thaws)
+    assert later == footprint(model__freeze={"layers": "0-3", "embeddings": True})
+    with pytest.raises(ConfigurationError, match="the model has 32 repeated layers"):
+        footprint(model__freeze={"layers": "0-40"})
+
+
+def test_a_group_that_matches_nothing_is_refused_with_the_plan() -> None:
+    group = {"parameters": ("clasifier.*",), "learning_rate": 1e-3}
+    with pytest.raises(ConfigurationError, match="matches no parameter that trains; they look like"):
+        footprint(training__groups=(group,))
+
+
+def test_groups_of_the_optimizer_change_what_zero_copies_whole() -> None:
+    """Of fp32 gradients a rank copies every parameter whole of which it has any part: more groups, more
+    borders."""
+    options = deepspeed(2) | {"precision": "fp32", "activation_checkpointing": "full", "lengths": (512,)}
+    one, several = footprint(**options), footprint(training__layer_decay=0.9, **options)
+    assert one.phase("loading") == several.phase("loading")
+    assert several.highest.total != one.highest.total
 
 
 def test_beside_an_adapter_the_weights_are_two_bytes_and_what_trains_sixteen() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from launcher import tasks
 from launcher.planner.limits import DEFERRED_GRADIENT_BYTES, SHARED_MESSAGE_BYTES
-from launcher.planner.memory.formulas import formulas_of
+from launcher.planner.memory.formulas import formulas_of, grouped
 from launcher.planner.memory.fsdp import Cut, FsdpStep
 from launcher.planner.memory.program import Batch, Program, Segment, Setting
 from launcher.planner.memory.timeline import CONTEXT, OPTIMIZER, PARAMETERS, SLACK, TEMPORARIES, Timeline
@@ -16,7 +16,8 @@ from launcher.planner.memory.zero import ZeroCut, ZeroStep
 from launcher.planner.plan import Plan
 
 PHASES = ("loading", "first step", "steady step", "evaluating", "saving", "resuming")
-STATE_COPIES = {"adamw": 2, "adam": 2, "sgd": 1}
+STATE_COPIES = {"adamw": 2, "adam": 2, "sgd": 1, "muon": 2}
+"""fp32 numbers of each that trains; of a matrix that Muon steps one less."""
 STAGED = "staged checkpoint"
 CUDA_CONTEXT = 1 << 30
 """Assumed, not measured here: the CUDA context, its libraries and NCCL's own buffers."""
@@ -86,20 +87,25 @@ class Estimator:
         """`batch`: where it is left out every sample is as long as it may be."""
         self.plan, self.program = plan, program
         self.adapter = plan.model.adapter
-        self.units = program.units()
+        self.units = grouped(program.units(), plan)
         self.itemsize = 4 if plan.precision == "fp32" else 2
         self.cuda = plan.mesh.device == "cuda"
         self.slack = CUDA_SLACK if self.cuda else 0.0
         self.setting = Setting(
             batch or batch_of(plan), self.itemsize, plan.activation_checkpointing, plan.attention, self.cuda,
             plan.task,
-            frozen=plan.model.freeze, adapter=self.adapter, half=plan.precision == "fp16",
+            frozen=self._frozen(), adapter=self.adapter, half=plan.precision == "fp16",
         )  # fmt: skip
         self.copies = (
             STATE_COPIES[plan.training.optimizer]
             if plan.training.optimizer != "sgd" or plan.training.momentum
             else 0
         )
+
+    def _frozen(self) -> frozenset[str]:
+        root, layers = self.units
+        weights = [weight for unit in (root, *layers) for weight in unit.weights]
+        return frozenset(weight.name for weight in weights if not weight.trains and self.adapter is None)
 
     def footprint(self) -> Footprint:
         """All phases."""
@@ -189,7 +195,8 @@ class Estimator:
         root, layers = self.units
         parameters = sum(unit.num_elements(trained=self.adapter is not None) for unit in (root, *layers))
         trained = sum(unit.num_elements(trained=True) for unit in (root, *layers))
-        return 4 * (parameters + self.copies * trained)
+        by_muon = sum(unit.muon_shard(1) for unit in (root, *layers))
+        return 4 * (parameters + self.copies * trained - by_muon)
 
     def _staged(self) -> int:
         """A rank's share of a checkpoint."""

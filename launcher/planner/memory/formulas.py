@@ -11,8 +11,10 @@ from typing import Any
 from launcher import tasks
 from launcher.errors import ConfigurationError, Problem
 from launcher.job.adapter import Adapter
+from launcher.job.schema import Model
+from launcher.job.tuning import GroupKey, Place, stages, unmatched
 from launcher.planner.memory.decoders import LLAMAS, Gpt2, Llama
-from launcher.planner.memory.program import Segment, Setting, SymbolicProgram, Unit, Weight, matches
+from launcher.planner.memory.program import Segment, Setting, SymbolicProgram, Unit, Weight
 from launcher.planner.plan import Plan
 
 KNOWN = (*LLAMAS, "gpt2")
@@ -23,20 +25,20 @@ class Formulas:
     """A decoder written down at the level of sizes, with what of it trains."""
 
     program: SymbolicProgram
-    freeze: tuple[str, ...] = ()
-    adapter: Adapter | None = None
+    model: Model
 
     def units(self) -> tuple[Unit, list[Unit]]:
         """Return what is outside of the layers, and each layer.
 
-        Raises ConfigurationError for a pattern of an adapter that matches nothing.
+        Raises ConfigurationError for a pattern that matches nothing.
         """
         return self._units
 
     @functools.cached_property
     def _units(self) -> tuple[Unit, list[Unit]]:
         units = self.program.units()
-        return frozen(units, self.freeze) if self.adapter is None else adapted(units, self.adapter)
+        adapter = self.model.adapter
+        return frozen(units, self.model) if adapter is None else adapted(units, adapter)
 
     def blocks(self, setting: Setting) -> list[Segment]:
         """Return the blocks of one micro-batch, all layers of the model among them."""
@@ -58,7 +60,8 @@ def formulas_of(plan: Plan, config: dict[str, Any]) -> Formulas | None:
     if kind not in KNOWN or not (generates and packed):
         return None
     try:
-        return _formulas(json.dumps(config, default=str), plan.model.freeze, plan.model.adapter)
+        keys = plan.model.model_dump_json(include={"freeze", "unfreeze", "adapter"}, by_alias=True)
+        return _formulas(json.dumps(config, default=str), keys)
     except KeyError as error:
         key, value, where = "model.name", plan.model.name, "its config.json"
         if plan.model.config is not None:
@@ -68,8 +71,8 @@ def formulas_of(plan: Plan, config: dict[str, Any]) -> Formulas | None:
 
 
 @functools.lru_cache(maxsize=8)
-def _formulas(config: str, freeze: tuple[str, ...], adapter: Adapter | None) -> Formulas:
-    return Formulas(program_of(json.loads(config)), freeze, adapter)
+def _formulas(config: str, keys: str) -> Formulas:
+    return Formulas(program_of(json.loads(config)), Model.model_validate({"name": "any"} | json.loads(keys)))
 
 
 def program_of(config: dict[str, Any]) -> SymbolicProgram:
@@ -119,16 +122,61 @@ def _beside(unit: Unit, adapter: Adapter, linear: Sequence[str]) -> Unit:
     return replace(unit, weights=tuple(found))
 
 
-def frozen(units: tuple[Unit, list[Unit]], patterns: tuple[str, ...]) -> tuple[Unit, list[Unit]]:
-    """The units with the parameters that match a pattern not trained."""
+def frozen(units: tuple[Unit, list[Unit]], model: Model) -> tuple[Unit, list[Unit]]:
+    """The units with the parameters not trained that are frozen for good.
+
+    Raises ConfigurationError where `model.freeze` or `model.unfreeze` is not of this model.
+    """
+    if not model.freeze:
+        return units
+    trained = stages(model.freeze, model.unfreeze, places(units))
 
     def changed(unit: Unit) -> Unit:
         return replace(
-            unit,
-            weights=tuple(
-                replace(weight, trains=not matches(weight.name, patterns)) for weight in unit.weights
-            ),
+            unit, weights=tuple(replace(weight, trains=weight.name in trained) for weight in unit.weights)
         )
 
     root, layers = units
-    return (changed(root), [changed(layer) for layer in layers]) if patterns else units
+    return changed(root), [changed(layer) for layer in layers]
+
+
+def places(units: tuple[Unit, list[Unit]]) -> list[Place]:
+    """Return where the parameters of these units stand; the matrix that makes logits is a head's."""
+    root, layers = units
+    placed = [*((weight, -1) for weight in root.weights[: root.num_first])]
+    placed += [(weight, index) for index, unit in enumerate(layers) for weight in unit.weights]
+    placed += [(weight, len(layers)) for weight in root.weights[root.num_first :]]
+    return [
+        Place(weight.name, layer, len(layers), not weight.name.startswith("lm_head."))
+        for weight, layer in placed
+    ]
+
+
+def grouped(units: tuple[Unit, list[Unit]], plan: Plan) -> tuple[Unit, list[Unit]]:
+    """The units with the optimizer's group of each weight, where there are more than matrices and the rest.
+
+    Raises ConfigurationError for a pattern of `training.groups` that matches nothing that trains.
+    """
+    training, model = plan.training, plan.model
+    plain = training.layer_decay == 1 and not training.groups and not model.unfreeze
+    if plain and training.optimizer != "muon":
+        return units
+    where = {place.name: place for place in places(units)}
+    trained = [weight.name for unit in (units[0], *units[1]) for weight in unit.weights if weight.trains]
+    if problems := unmatched(training.groups, trained):
+        raise ConfigurationError(problems)
+
+    def changed(unit: Unit) -> Unit:
+        keys = [(weight, group(weight)) for weight in unit.weights]
+        return replace(
+            unit, weights=tuple(replace(one, group=key, by_muon=key.kind == "muon") for one, key in keys)
+        )
+
+    def group(weight: Weight) -> GroupKey:
+        place = where[weight.name]
+        opened = (k for k, one in enumerate(model.unfreeze, 1) if place.layer >= one.lowest(place.num_layers))
+        stage = next(opened, 0) if model.freeze.reaches(place) else 0
+        return training.group_of(place, len(weight.shape), stage)
+
+    root, layers = units
+    return changed(root), [changed(layer) for layer in layers]

@@ -69,8 +69,11 @@ class FsdpStep:
         trained = sum(unit.shard(self.cut.ranks, trained=True) for unit in self.units)
         return {
             PARAMETERS: 4 * parameters - (4 - self.cut.itemsize) * narrow,
-            OPTIMIZER: 4 * self.cut.state_copies * trained,
+            OPTIMIZER: 4 * self.cut.state_copies * trained - 4 * sum(map(self._by_muon, self.units)),
         }
+
+    def _by_muon(self, unit: Unit) -> int:
+        return unit.muon_shard(self.cut.ranks)
 
     def _whole(self, unit: Unit) -> int:
         return unit.shard(self.cut.ranks, trained=self.cut.leaves_frozen) * self.cut.ranks * self.cut.itemsize
@@ -209,6 +212,24 @@ class FsdpStep:
         self.first_gradients = False
         self.is_whole = not last
 
+    def _muon(self) -> None:
+        """The exchange of a block of matrices, one on each rank, and what one that is whole is made of.
+
+        Its rows before, sent and received, the update in fp32, and four matrices in bf16 as torch.optim.Muon
+        goes through its iteration: the matrix, two products of its shorter side, the next one.
+        """
+        largest = max(
+            (one for unit in self.units for one in unit.weights if one.by_muon and one.trains),
+            key=lambda one: one.num_elements,
+            default=None,
+        )
+        if largest is None:
+            return
+        whole, short = largest.num_elements, min(largest.shape)
+        exchanged = 8 if self.cut.ranks > 1 else 0
+        num_bytes = (4 + exchanged + 4 + 3 * 2) * whole + 2 * 2 * short * short
+        self.time.touch(TEMPORARIES, num_bytes, "Muon")
+
     def step(self, first: list[Segment], more: list[Segment]) -> Timeline:
         """A steady step of all micro-batches. `more` are the blocks where gradients are there already."""
         self.time.parts = {} if self.cut.offloads else self.states()
@@ -222,6 +243,7 @@ class FsdpStep:
                     go_through(self.time, segment, self.cut.recomputes)
             else:
                 self.micro_step(segments, number == self.cut.accumulation - 1)
+        self._muon()
         if self.cut.cpu:
             # On a CPU the norm of a gradient in fp64 is taken of a copy in fp64.
             self.time.touch(

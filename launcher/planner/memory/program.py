@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import fnmatch
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, Protocol
@@ -33,6 +32,9 @@ class Weight:
     """The share of it that one token is multiplied with: of experts, those that are chosen."""
     narrow: bool = False
     """Kept in the precision of the computation, and not in fp32."""
+    group: Hashable = None
+    """Which of the optimizer's groups it is in, beside whether it is a matrix."""
+    by_muon: bool = False
 
     @functools.cached_property
     def num_elements(self) -> int:
@@ -66,6 +68,10 @@ class Unit:
                 weight.shard(ranks) for weight in self.weights if weight.trains or not trained
             )
         return self._known[ranks, trained]
+
+    def muon_shard(self, ranks: int) -> int:
+        """Of the largest rank's part, elements that Muon steps, whose state is one number each."""
+        return sum(weight.shard(ranks) for weight in self.weights if weight.by_muon and weight.trains)
 
     def narrow_shard(self, ranks: int) -> int:
         """Of the largest rank's part, elements that are kept in the precision of the computation."""
@@ -116,7 +122,8 @@ class Setting:
     cuda: bool
     task: str
     training: bool = True
-    frozen: tuple[str, ...] = ()
+    frozen: frozenset[str] = frozenset()
+    """The names of parameters that never train."""
     adapter: Adapter | None = None
     accumulates: bool = False
     """Gradients of an earlier micro-batch are there already, and these are added to them; or they leave as
@@ -222,13 +229,9 @@ class Context:
             self.begin(kind, layer, is_backward=True)
 
 
-def matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
-
-
-def trains(name: str, frozen: Sequence[str], adapter: Adapter | None) -> bool:
+def trains(name: str, frozen: frozenset[str], adapter: Adapter | None) -> bool:
     """Whether a parameter is trained."""
-    return not matches(name, frozen) if adapter is None else adapter.trains(name)
+    return name not in frozen if adapter is None else adapter.trains(name)
 
 
 def run(setting: Setting, model: Callable[[Context], SymbolicTensor]) -> list[Segment]:

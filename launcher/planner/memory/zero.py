@@ -79,11 +79,11 @@ class ZeroStep:
         DeepSpeed copies fp32 gradients of the former whole.
         """
         whole, largest = [0] * self.cut.ranks, [0] * self.cut.ranks
-        for group in (
-            [w for w in self.weights if len(w.shape) >= 2],
-            [w for w in self.weights if len(w.shape) < 2],
-        ):
-            trained = [weight.num_elements for weight in group if weight.trains]
+        groups: dict[Hashable, list[int]] = {}
+        for weight in sorted(self.weights, key=lambda weight: len(weight.shape) < 2):
+            if weight.trains:
+                groups.setdefault((weight.group, len(weight.shape) >= 2), []).append(weight.num_elements)
+        for trained in groups.values():
             part, begin = max(1, self._part(sum(trained))), 0
             for size in trained:
                 for rank in range(begin // part, min(self.cut.ranks - 1, (begin + size - 1) // part) + 1):

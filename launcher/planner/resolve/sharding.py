@@ -115,6 +115,9 @@ def _sharding(decider: Decider, engine: EngineName, world_size: int) -> Sharding
 
 def _refuse_for_fsdp(decider: Decider, device: str) -> None:
     parallel, memory = decider.job.parallel, decider.job.memory
+    if decider.job.training.optimizer == "muon" and memory.offload == "parameters":
+        reason = "Muon multiplies whole matrices, on the device; write none, or training.optimizer: adamw"
+        decider.refuse("memory.offload", memory.offload, reason)
     if parallel.shard == "optimizer":
         reason = (
             "FSDP cuts gradients wherever it cuts the optimizer; write gradients, or parallel.engine: "
@@ -152,6 +155,12 @@ def _refuse_for_fsdp(decider: Decider, device: str) -> None:
 def _refuse_for_deepspeed(decider: Decider, sharding: Sharding, world_size: int, device: str) -> Sharding:
     """Return what ZeRO cannot do; the sharding that it does instead where that computes the same."""
     job, parallel, memory = decider.job, decider.job.parallel, decider.job.memory
+    if job.training.optimizer == "muon":
+        reason = (
+            "Muon works on whole matrices, and ZeRO cuts parameters into flat pieces; write "
+            "parallel.engine: fsdp, or adamw"
+        )
+        decider.refuse("training.optimizer", "muon", reason)
     if parallel.replicate > 1:
         reason = (
             "ZeRO cuts over all ranks; leave it out, write parallel.engine: fsdp, or keep a copy on each "

@@ -91,4 +91,18 @@ def optimizer_seconds(plan: Plan, units: Units, gpu: GpuType) -> float:
     state = sum(unit.num_elements(trained=True) for unit in (root, *layers)) / ranks_of(plan)
     # Offloaded, it is the processors that step, and the ranks of a node share their memory.
     rate = gpu.host_bandwidth / plan.mesh.ranks_per_node if offloads(plan) else gpu.bandwidth
-    return 28 * state / (rate * gpu.memory_share)
+    return 28 * state / (rate * gpu.memory_share) + _muon_operations(plan, units) / (
+        ranks_of(plan) * gpu.half_rate * gpu.matrix_share
+    )
+
+
+def _muon_operations(plan: Plan, units: Units) -> float:
+    """Return the operations of Muon's five iterations: of a matrix of m rows and n columns, m the fewer, 4 m^2 n
+    for the products with it and 2 m^3 for the square between them. In bf16; each matrix on one rank."""
+    if plan.training.optimizer != "muon":
+        return 0.0
+    weights = [
+        weight for unit in units[1] for weight in unit.weights if weight.trains and len(weight.shape) == 2
+    ]
+    sides = [(min(weight.shape), max(weight.shape)) for weight in weights]
+    return 5.0 * sum(4 * short**2 * long + 2 * short**3 for short, long in sides)

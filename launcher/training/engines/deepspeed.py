@@ -49,6 +49,7 @@ class DeepSpeedEngine:
         self._plan, self._task, self._config = plan, task, config
         self._ds_config = _taken_over(ds_config)
         self._frozen: dict[str, torch.Tensor] = {}
+        self.stage = 0
 
     def load(self) -> None:
         """Load the model cut evenly, hand it to DeepSpeed parameter by parameter, and set its fp32 masters to
@@ -68,7 +69,7 @@ class DeepSpeedEngine:
         self.companions = load_companions(plan, self._task)
         bind_loss(self.model, self._task, self.companions)
         self._register_head()
-        optimizer = optimizers.construct(self.model, plan.training)
+        optimizer = optimizers.construct(self.model, plan.training, plan.model)
         with _one_optimizer_for_all_stages(self._deepspeed):
             self._engine, *_ = self._deepspeed.initialize(
                 model=self.model, optimizer=optimizer, config=self._ds_config, dist_init_required=False
@@ -174,6 +175,7 @@ class DeepSpeedEngine:
                     parameter.ds_active_sub_modules.discard(_WRITING)
 
     def squared_gradient_norm(self) -> torch.Tensor:
+        self._stage.stage = self.stage
         return self._stage.squared_gradient_norm()
 
     def optimizer_step(self, learning_rate: float, multiplier: float) -> None:
@@ -204,8 +206,7 @@ class DeepSpeedEngine:
         tensors |= {
             f"model.{adapters.plain(name)}": buffer for name, buffer in models.persistent_buffers(self.model)
         }
-        if steps := self._stage.steps():
-            states["optimizer.step"] = steps[0]
+        states |= {optimizers.step_name(stage): counts[0] for stage, counts in self._stage.steps().items()}
         return tensors | states
 
     def _frozen_piece(self, name: str, parameter: nn.Parameter) -> Piece:
@@ -215,9 +216,7 @@ class DeepSpeedEngine:
         )
 
     def after_load(self) -> None:
-        steps = self._stage.steps()
-        for step in steps[1:]:
-            step.copy_(steps[0])
+        optimizers.spread_step(self._stage.steps())
         self._stage.publish()
         self._publish_frozen()
 

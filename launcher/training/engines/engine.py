@@ -22,6 +22,9 @@ class Engine(Protocol):
     model: PreTrainedModel
     new_parameters: tuple[str, ...]
     """Names that the model's files did not hold, as a classification head's."""
+    stage: int
+    """How many entries of `model.unfreeze` have come: what waits for a later one counts in no gradient norm, and
+    no step moves it."""
     companions: dict[str, nn.Module]
     """The task's frozen models beside the one that trains, by name; no checkpoint holds them."""
 

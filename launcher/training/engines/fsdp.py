@@ -43,7 +43,9 @@ class FsdpEngine:
         self.model.train()
         self.companions = load_companions(self._plan, self._task)
         bind_loss(self.model, self._task, self.companions)
-        self._optimizer = optimizers.build(self.model, self._plan.training) if self._trains else None
+        self.stage = 0
+        plan = self._plan
+        self._optimizer = optimizers.build(self.model, plan.training, plan.model) if self._trains else None
         gradient_bytes = 4 * sum(
             parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad
         )
@@ -128,6 +130,8 @@ class FsdpEngine:
                 layer.reshard()
 
     def squared_gradient_norm(self) -> torch.Tensor:
+        if self._optimizer is not None:
+            optimizers.drop_gradients(self._optimizer, self.stage)
         # Replicas hold equal gradients, so each counts for its share.
         return optimizers.sum_of_squares(self._gradients()) / self._plan.mesh.dp_replicate
 
@@ -162,7 +166,7 @@ class FsdpEngine:
 
     def after_load(self) -> None:
         if self._optimizer:
-            optimizers.spread_step(self._optimizer)
+            optimizers.spread_step(optimizers.steps(self._optimizer))
         self._reshard()
 
     def _reshard(self) -> None:

@@ -30,17 +30,50 @@ class Piece:
 class Stage(Protocol):
     """Name what the engine needs of a ZeRO optimizer."""
 
+    stage: int
+    """Of `model.unfreeze`, as the engine says it."""
+
     def piece(self, parameter: nn.Parameter) -> Piece: ...
-    def steps(self) -> list[torch.Tensor]: ...
+    def steps(self) -> dict[int, list[torch.Tensor]]: ...
     def squared_gradient_norm(self) -> torch.Tensor: ...
     def zero_grad(self) -> None: ...
     def publish(self) -> None: ...
 
 
-def _norms(offloaded: dict[Any, Any]) -> torch.Tensor:
-    """Return what DeepSpeed noted of gradients on their way off the device."""
-    values = [torch.as_tensor(value, dtype=torch.float64).cpu() for value in offloaded.values()]
+def _norms(zero: Any, stages: list[int], groups: list[list[nn.Parameter]], stage: int) -> torch.Tensor:
+    """Return what DeepSpeed noted of gradients on their way off the device, of the groups that train by now."""
+    waiting = {
+        zero.get_param_id(parameter)
+        for own, group in zip(stages, groups, strict=True)
+        if own > stage
+        for parameter in group
+    }
+    values = [
+        torch.as_tensor(value, dtype=torch.float64).cpu()
+        for key, value in zero.norm_for_param_grads.items()
+        if key not in waiting
+    ]
     return torch.stack(values).square().sum() if values else torch.zeros((), dtype=torch.float64)
+
+
+def _leave_waiting_groups(zero: Any, stages: list[int], keeper: Stage) -> None:
+    """Have DeepSpeed's step pass over groups that train only from a later stage on, by their numbers."""
+    step = zero._optimizer_step
+
+    def step_if_it_trains(group: int) -> None:
+        if stages[group] <= keeper.stage:
+            step(group)
+
+    zero._optimizer_step = step_if_it_trains
+
+
+def _steps(zero: Any, stages: list[int], partitions: list[Any]) -> dict[int, list[torch.Tensor]]:
+    """Return the counts of steps of all groups, by the stage from which on they train."""
+    found: dict[int, list[torch.Tensor]] = {}
+    for stage, partition in zip(stages, partitions, strict=True):
+        if "step" in (state := zero.optimizer.state[partition]):
+            found.setdefault(stage, []).append(state["step"])
+    return found
 
 
 class StageOneOrTwo:
@@ -48,7 +81,9 @@ class StageOneOrTwo:
     across a border."""
 
     def __init__(self, zero: Any, training: Training) -> None:
-        self._zero = zero
+        self._zero, self.stage = zero, 0
+        self._stages = [group["stage"] for group in zero.optimizer.param_groups]
+        _leave_waiting_groups(zero, self._stages, self)
         for partition in zero.single_partition_of_fp32_groups:
             zero.optimizer.state[partition] = optimizers.first_state(
                 training.optimizer, partition.detach(), training.momentum
@@ -71,18 +106,18 @@ class StageOneOrTwo:
 
         return Piece(mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel, values)
 
-    def steps(self) -> list[torch.Tensor]:
-        return [state["step"] for state in self._zero.optimizer.state.values() if "step" in state]
+    def steps(self) -> dict[int, list[torch.Tensor]]:
+        return _steps(self._zero, self._stages, self._zero.single_partition_of_fp32_groups)
 
     def squared_gradient_norm(self) -> torch.Tensor:
         if self._zero.cpu_offload:
             self._zero._wait_for_offload_copies()
-            return _norms(self._zero.norm_for_param_grads)
+            return _norms(self._zero, self._stages, self._zero.bit16_groups, self.stage)
         return optimizers.sum_of_squares(
             [
                 gradient
-                for group in self._zero.averaged_gradients.values()
-                if group is not None
+                for index, group in self._zero.averaged_gradients.items()
+                if group is not None and self._stages[index] <= self.stage
                 for gradient in group
             ]
         )
@@ -110,7 +145,12 @@ class StageThree:
     sub-groups, on NVMe one by one."""
 
     def __init__(self, zero: Any, training: Training) -> None:
-        self._zero = zero
+        self._zero, self.stage = zero, 0
+        self._stages = [
+            zero.optimizer.param_groups[zero.sub_group_to_group_id[index]]["stage"]
+            for index in range(len(zero.fp16_groups))
+        ]
+        _leave_waiting_groups(zero, self._stages, self)
         self._open: int | None = None
         for index, partition in enumerate(zero.fp32_partitioned_groups_flat):
             if zero._swappable_optimizer_subgroup(index):
@@ -169,14 +209,19 @@ class StageThree:
             self._zero._optimizer_states_and_gradient_swap_out(self._open)
             self._open = None
 
-    def steps(self) -> list[torch.Tensor]:
-        return [state["step"] for state in self._zero.optimizer.state.values() if "step" in state]
+    def steps(self) -> dict[int, list[torch.Tensor]]:
+        return _steps(self._zero, self._stages, self._zero.fp32_partitioned_groups_flat)
 
     def squared_gradient_norm(self) -> torch.Tensor:
         if self._zero.offload_optimizer:
-            return _norms(self._zero.norm_for_param_grads)
+            return _norms(self._zero, self._stages, self._zero.fp16_groups, self.stage)
         return optimizers.sum_of_squares(
-            [gradient for group in self._zero.averaged_gradients.values() for gradient in group]
+            [
+                gradient
+                for index, group in self._zero.averaged_gradients.items()
+                if self._stages[index] <= self.stage
+                for gradient in group
+            ]
         )
 
     def zero_grad(self) -> None:

@@ -9,7 +9,6 @@ gathers the whole model on every rank).
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from launcher.planner.plan import Mesh, Plan
 from launcher.training.model import adapters, pretrained
 from launcher.training.model.buffers import restore_buffers
 from launcher.training.model.conversion import converted_whole, copied_in_parts, cut_like
+from launcher.training.model.places import freeze, repeated_layers
 from launcher.training.model.reading import Changes, following
 from launcher.training.precision import DTYPES
 from launcher.training.reporting.whereabouts import tensors_counted
@@ -90,7 +90,7 @@ def load(plan: Plan, auto_class: Any, config: Any, shard: Shard) -> LoadedModel:
     mean = getattr(config, "label_mean", None)
     if mean is not None and tasks.find(plan.task).traits.head == "one-per-sample":
         _centre(model, set(new) & following(kind, config, "num_labels"), mean)
-    freeze(model, plan.model.freeze)
+    freeze(model, plan.model)
     _add_adapter(model, seam.injected, plan, new, device)
     if plan.mesh.world_size == 1:
         shard(model)
@@ -214,36 +214,6 @@ class _Seam:
             self.injected.take_out()
 
 
-def repeated_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The layers that repeat, in the order of the model: the units of sharding and of activation
-    checkpointing.
-
-    They are the elements of the outermost ModuleLists whose class the model names as not to be split,
-    else of all outermost ModuleLists of two or more. Raises ConfigurationError where there are none.
-    """
-    outermost = lists_of_layers(model)
-    named = [layer for module in outermost for layer in module if is_unsplit(model, layer)]
-    layers = named or [layer for module in outermost if len(module) >= 2 for layer in module]
-    if not layers:
-        reason = f"{type(model).__name__} has no repeated layers that could be sharded one by one"
-        raise ConfigurationError(Problem("model.name", model.name_or_path, reason))
-    return layers
-
-
-def is_unsplit(model: PreTrainedModel, layer: nn.Module) -> bool:
-    """Return whether the model names the layer's class as not to be split. FSDP makes a class of its own of
-    it, which has that one as its base."""
-    unsplit = set(model._no_split_modules or ())
-    return any(kind.__name__ in unsplit for kind in type(layer).__mro__)
-
-
-def lists_of_layers(model: nn.Module) -> list[nn.ModuleList]:
-    """The outermost ModuleLists, without empty ones."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) >= 1]
-    inner = {id(child) for outer in lists for child in outer.modules() if child is not outer}
-    return [module for module in lists if id(module) not in inner]
-
-
 def initialise(model: PreTrainedModel, names: tuple[str, ...], seed: int) -> None:
     """Give new parameters values that depend on the seed and their name alone, never on the number of ranks.
 
@@ -292,28 +262,6 @@ def whole_shape(parameter: torch.Tensor) -> torch.Size:
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a DTensor; a plain tensor is its own part."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor.data
-
-
-def freeze(model: nn.Module, patterns: tuple[str, ...]) -> None:
-    """Stop the training of parameters whose name matches a pattern. A pattern that matches nothing is
-    refused."""
-    names = [name for name, _ in model.named_parameters()]
-    problems = [
-        Problem("model.freeze", pattern, f"matches no parameter; they look like {names[0]}, {names[-1]}")
-        for pattern in patterns
-        if not fnmatch.filter(names, pattern)
-    ]
-    if problems:
-        raise ConfigurationError(problems)
-    for name, parameter in model.named_parameters():
-        if any(fnmatch.fnmatch(name, pattern) for pattern in patterns):
-            parameter.requires_grad_(False)
-    if patterns and not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigurationError(
-            Problem(
-                "model.freeze", list(patterns), "freezes every parameter, so that nothing is left to train"
-            )
-        )
 
 
 def persistent_buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:

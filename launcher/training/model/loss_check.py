@@ -27,7 +27,7 @@ from launcher.training.devices import to_device
 from launcher.training.engines.engine import Engine
 from launcher.training.heads import Batch
 from launcher.training.model import attention
-from launcher.training.model import loading as models
+from launcher.training.model.places import is_unsplit, lists_of_layers
 
 LENGTHS = (11, 7)
 """Tokens of the two rows: the longer one first, so that what it leaves behind would show in the other."""
@@ -90,9 +90,7 @@ def shortened(model: PreTrainedModel) -> Iterator[None]:
     Lists that hold parts of layers are left alone: a model counts those by itself.
     """
     removed = []
-    for layers in (
-        layer_list for layer_list in models.lists_of_layers(model) if models.is_unsplit(model, layer_list[0])
-    ):
+    for layers in (layer_list for layer_list in lists_of_layers(model) if is_unsplit(model, layer_list[0])):
         kinds = _kinds(model, layers)
         num_kept = max(2, *(kinds.index(kind) + 1 for kind in set(kinds)))
         removed.append((layers, list(layers)[num_kept:]))

@@ -8,7 +8,7 @@ import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
-from launcher.job.schema import OnSpike
+from launcher.job.training import OnSpike
 
 _NORMAL = 1.4826
 """Times the median absolute deviation is the standard deviation, where a normal distribution is what

@@ -65,10 +65,10 @@ class ProfileMaker:
             return Profile(length, root, tuple(layers), untraceable=str(error))
 
     def _choose_what_trains(self) -> None:
-        from launcher.training.model.loading import freeze
+        from launcher.training.model.places import freeze
 
         if self.plan.model.adapter is None:
-            freeze(self.traced.model, self.plan.model.freeze)
+            freeze(self.traced.model, self.plan.model)
         else:
             self.traced.add_adapter(self.plan.model.adapter, self._new_parameters)
 

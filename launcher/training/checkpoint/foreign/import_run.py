@@ -32,6 +32,7 @@ from launcher.training.checkpoint.storage import (
     live_blocks,
 )
 from launcher.training.checkpoint.writing import write_hashed
+from launcher.training.optimizer import step_name
 from launcher.training.precision import LossScale
 
 Report = Callable[[int, int], None]
@@ -82,7 +83,8 @@ def prepare(source: Path, plan: Plan, samples: int | None = None) -> Prepared:
     tensors = {name: _lazy(tensor, dtype) for name, (tensor, dtype) in chosen.items()}
     counted = _optimizer_step(foreign) if plan.training.optimizer != "sgd" else None
     if counted is not None:
-        tensors["optimizer.step"] = torch.tensor(counted, dtype=torch.float32)
+        for stage in range(len(plan.model.unfreeze) + 1):
+            tensors[step_name(stage)] = torch.tensor(counted, dtype=torch.float32)
     progress = Progress(
         step=step, samples=step * plan.batch.global_batch_size, tokens=0, extra=_extra(foreign, plan, source)
     )

@@ -49,7 +49,7 @@ def expected(plan: Plan, foreign: Foreign) -> Expected:
     if task.traits.head != "every-position":
         _take_num_labels(plan, task.auto_class, config, foreign)
     model = _empty(plan, task.auto_class, config)
-    models.freeze(model, plan.model.freeze)
+    models.freeze(model, plan.model)
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)

@@ -1,0 +1,126 @@
+"""The section `training`: how long, how fast, with which optimizer, and what is done where it goes wrong."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from launcher.job.tuning import GroupKey, ParameterGroup, Place
+from launcher.values import Every, Fraction, Section
+
+Schedules = Literal[
+    "linear",
+    "cosine",
+    "constant",
+    "inverse-sqrt",
+    "cosine-restarts",
+    "polynomial",
+    "warmup-stable-decay",
+    "one-cycle",
+]
+
+
+class EarlyStopping(Section):
+    """Stop when an evaluation metric no longer gets better."""
+
+    metric: str = "loss"
+    """The metric watched, by its name in the evaluation."""
+    patience: int = Field(default=3, ge=1)
+    """Evaluations without an improvement before the run ends."""
+    minimum_delta: float = Field(default=0.0, ge=0)
+    """The smallest change that counts as an improvement."""
+
+
+class OnSpike(Section):
+    """Say so, or go back, where the loss jumps and stays up."""
+
+    action: Literal["ignore", "warn", "rewind"] = "warn"
+    """`warn` says so and goes on; `rewind` goes back to the weights before and leaves out the samples since;
+    `ignore` does neither."""
+    threshold: float = Field(default=6.0, gt=0)
+    """How far above the running median a loss stands out: in standard deviations (1.4826 MAD), of at least 5%
+    of the median."""
+    steps: int = Field(default=5, ge=1)
+    """Losses in a row that stand out."""
+    window: int = Field(default=64, ge=4)
+    """Steps that the running median is of; nothing stands out before half of them are done."""
+    times: int = Field(default=2, ge=1)
+    """Rewinds of one run; where the loss jumps once more, it ends with exit code 8."""
+
+
+class Training(Section):
+    """Say how long to train, how fast, and with what."""
+
+    epochs: float | None = Field(default=None, gt=0, le=1_000_000)
+    """Passes over the data. 1 where neither epochs nor max_steps is given."""
+    max_steps: int | None = Field(default=None, ge=1, le=1_000_000_000_000)
+    """Optimizer steps, instead of epochs."""
+    learning_rate: float = Field(default=2e-5, gt=0)
+    """The highest learning rate."""
+    optimizer: Literal["adamw", "adam", "sgd", "muon"] = "adamw"
+    """AdamW (decoupled weight decay), Adam, SGD with momentum, or Muon for the matrices of the layers with AdamW
+    for the rest (FSDP)."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Decay of Adam's two moments."""
+    epsilon: float = Field(default=1e-8, gt=0)
+    """Added to Adam's denominator."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Of SGD and Muon, whose authors take 0.95."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """On matrices; biases and norms are never decayed, unless `groups` says so."""
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    """What the learning rate of a layer is multiplied with for each layer above it, the head among them: the
+    highest of n layers has this, the lowest its n-th power, embeddings one more."""
+    groups: tuple[ParameterGroup, ...] = ()
+    """Learning rates and weight decays by the names of parameters: a list of sections."""
+    schedule: Schedules = "cosine"
+    """How the learning rate moves after the warm-up, or with it (`one-cycle`)."""
+    decay: float = Field(default=0.2, gt=0)
+    """Of `warmup-stable-decay`: how long the fall at the end is, as `warmup` says it."""
+    decay_shape: Literal["linear", "cosine", "1-sqrt"] = "linear"
+    """Of `warmup-stable-decay`: how it falls."""
+    restarts: int = Field(default=4, ge=1, le=1_000_000)
+    """Of `cosine-restarts`: how often it falls from the highest rate."""
+    power: float = Field(default=2.0, gt=0)
+    """Of `polynomial`: the power of what is left of the steps."""
+    start_division: float = Field(default=25.0, ge=1)
+    """Of `one-cycle`: the highest rate over that of the first step."""
+    warmup: float = Field(default=0.03, ge=0)
+    """Below 1: the share of all steps; from 1: steps."""
+    minimum_learning_rate: float = Field(default=0.0, ge=0)
+    """Where the fall ends. `constant` and `inverse-sqrt` have no end."""
+    clip_norm: float = Field(default=1.0, ge=0)
+    """The largest global gradient norm; 0 leaves gradients as they are."""
+    seed: int = Field(default=17, ge=0)
+    """Of the order of the data, dropout and new weights."""
+    evaluate_every: Every | None = None
+    """Steps, a time, or epochs between evaluations; at the start and the end in any case."""
+    early_stopping: EarlyStopping | None = None
+    """Stop when a metric no longer gets better."""
+    skip_nonfinite: int = Field(default=10, ge=0)
+    """Steps in a row with a NaN or Inf loss or gradient that are skipped before the run stops, or goes back
+    where `on_spike` says so."""
+    on_spike: OnSpike = OnSpike()
+
+    def group_of(self, place: Place, num_dimensions: int, stage: int = 0) -> GroupKey:
+        """Return which group of the optimizer a parameter belongs to.
+
+        Layer-wise decay is that of BEiT (Bao et al. 2021, arXiv 2106.08254): the head has the whole rate,
+        layer i of n the (n - i)-th power, from 0, and what comes before the layers the (n + 1)-th.
+        """
+        own = next((group for group in self.groups if group.matches(place.name)), None)
+        decay = self.weight_decay if num_dimensions >= 2 else 0.0
+        scale: float = self.layer_decay ** (place.num_layers - place.layer)
+        if own is not None and own.weight_decay is not None:
+            decay = own.weight_decay
+        if own is not None and own.learning_rate is not None:
+            scale = own.learning_rate / self.learning_rate
+        inside = 0 <= place.layer < place.num_layers
+        kind = "adamw" if self.optimizer == "muon" else self.optimizer
+        return GroupKey(
+            decay,
+            scale,
+            stage,
+            "muon" if self.optimizer == "muon" and inside and num_dimensions == 2 else kind,
+        )
