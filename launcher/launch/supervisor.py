@@ -24,7 +24,7 @@ from typing import Any, Literal
 from launcher.launch.disk import Disk
 from launcher.launch.hangs import Hangs
 from launcher.launch.screen import Screen
-from launcher.launch.sight import exit_code, look
+from launcher.launch.sight import exit_code, is_stopped
 from launcher.launch.stop_signals import Signals
 from launcher.launch.watchdog import HangAfter
 from launcher.runs.events import event
@@ -151,26 +151,25 @@ class Supervisor:
             self._take_in(agent)
             if self.signals.first:
                 self._stop_politely()
-            self._say_trouble()
+            if self.disk.trouble != self._trouble:
+                self._trouble = self.disk.trouble
+                self.screen.say(f"warning: the run directory {self._trouble or 'is there again'}")
             forced = self._reason_to_force()
             for line in self.hangs.said():
                 self.screen.say(line)
             self.screen.tick()
         stopped: tuple[int, ...] = ()
         if forced:
-            stopped = tuple(
-                rank
-                for rank, pid in sorted(self._ranks.items())
-                if look(pid, closely=False).state in ("T", "t")
-            )
+            stopped = tuple(rank for rank, pid in sorted(self._ranks.items()) if is_stopped(pid))
             self._dump_stacks(forced)
-            if look(agent.pid, closely=False).state in (
-                "T",
-                "t",
-            ):  # one that runs tells itself how ranks ended, and which it ended
+            if is_stopped(agent.pid):  # one that runs tells itself how ranks ended, and which it ended
                 self._note_unreaped()
             self._kill(agent)
-        looked = self._last_look(forced)
+        looked = (
+            self.disk.last_look(_SHORT_LOOK_SECONDS, lambda: False)
+            if forced
+            else self.disk.last_look(_LAST_LOOK_SECONDS, self.signals.insisted)
+        )
         self._take_in(agent)
         first = self.signals.first
         name = first[0].name if first else ""
@@ -182,11 +181,6 @@ class Supervisor:
     def also_read(self) -> None:
         """Read what else is wanted of the disk. Called with every look, by the thread that may hang with it."""
         self.screen.read()
-
-    def _last_look(self, forced: Force) -> bool:
-        if forced:
-            return self.disk.last_look(_SHORT_LOOK_SECONDS, lambda: False)
-        return self.disk.last_look(_LAST_LOOK_SECONDS, self.signals.insisted)
 
     def _take_in(self, agent: subprocess.Popen[bytes]) -> None:
         """Learn from memory which ranks there are, what was written and told, and whether one has failed."""
@@ -223,7 +217,10 @@ class Supervisor:
         if not self._said_stopping:
             self._said_stopping = True
             self._say_stopping()
-        self._ask_ranks()
+        for pid in set(self._ranks.values()) - self._asked:
+            self._asked.add(pid)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGUSR1)
 
     def _say_stopping(self) -> None:
         assert self.signals.first is not None
@@ -236,13 +233,6 @@ class Supervisor:
             self.screen.say(f"{name}: saving at the next step, then leaving, within {seconds:.0f} s{again}")
         self.disk.written(_GRACE_FILE_SECONDS)
 
-    def _say_trouble(self) -> None:
-        """Say once what is wrong with the disk, and once that it is over."""
-        trouble = self.disk.trouble
-        if trouble != self._trouble:
-            self._trouble = trouble
-            self.screen.say(f"warning: the run directory {trouble or 'is there again'}")
-
     def _seconds_of_grace(self) -> float:
         """Return what the ranks have from the first signal on; decided when it comes."""
         if self._grace is None:
@@ -252,12 +242,6 @@ class Supervisor:
     def grace(self) -> float:
         """Seconds between the first signal and the end by force."""
         return self.grace_seconds
-
-    def _ask_ranks(self) -> None:
-        for pid in set(self._ranks.values()) - self._asked:
-            self._asked.add(pid)
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGUSR1)
 
     def _reason_to_force(self) -> Force:
         now = time.monotonic()
@@ -291,15 +275,8 @@ class Supervisor:
         told, host = {end.get("rank") for end in self._exits}, os.uname().nodename
         for rank, pid in self._ranks.items():
             if rank not in told and (code := exit_code(pid)) is not None:
-                end = {
-                    "rank": rank,
-                    "pid": pid,
-                    "code": code,
-                    "time": time.time(),
-                    "by_agent": False,
-                    "host": host,
-                }
-                self._exits.append(end)
+                end = {"rank": rank, "pid": pid, "code": code, "by_agent": False, "host": host}
+                self._exits.append({**end, "time": time.time()})
 
     def _kill(self, agent: subprocess.Popen[bytes]) -> None:
         """End everything that is left of the attempt, what the ranks started included, and see it gone."""
@@ -310,9 +287,8 @@ class Supervisor:
         if agent.poll() is None:
             kill_group(agent.pid)
         deadline = time.monotonic() + 5
-        with contextlib.suppress(
-            subprocess.TimeoutExpired
-        ):  # one that hangs in the kernel, as with a dead disk, does not even die
+        # One that hangs in the kernel, as with a dead disk, does not even die.
+        with contextlib.suppress(subprocess.TimeoutExpired):
             agent.wait(5)
         while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
             time.sleep(0.02)
