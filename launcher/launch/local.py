@@ -14,8 +14,8 @@ from launcher.launch.screen import Screen, Watcher
 from launcher.launch.stop_signals import Signals
 from launcher.launch.supervisor import End, Supervisor, attempt_directory
 from launcher.planner.hardware.detect import Hardware
+from launcher.planner.less_memory import less_memory
 from launcher.planner.plan import Plan
-from launcher.planner.suggestions import less_memory
 from launcher.runs import failure as failures
 from launcher.runs.aside import within
 from launcher.runs.events import event

@@ -13,12 +13,12 @@ import pytest
 from launcher.planner.forecast import forecast
 from launcher.planner.hardware import detect as hardware_module
 from launcher.planner.hardware.detect import Gpu, Hardware
+from launcher.planner.less_memory import Advice, less_memory
 from launcher.planner.memory.profile import Profile
 from launcher.planner.memory.profiles import Unknown
 from launcher.planner.memory.program import Unit, Weight
 from launcher.planner.plan import Plan
 from launcher.planner.resolve.batch import with_batch
-from launcher.planner.suggestions import Advice, less_memory
 from launcher.planner.target import Target
 from launcher.runs.machine import Machine, path
 from tests.training.plans import plan_of
