@@ -45,10 +45,10 @@ _ADAMW = (
 
 def trainer_schedule(name: str, options: dict[str, Any], said: str, reading: Reading) -> None:
     """Say a schedule of the Trainer's with its keyword arguments, or the nearest there is."""
-    found = _SCHEDULES.get(name)
-    if found is None:
-        found = _NEAREST_SCHEDULE.get(name, "linear")
-        text = f"launcher has linear, cosine, constant and inverse-sqrt; taken: {found}"
+    schedule = _SCHEDULES.get(name)
+    if schedule is None:
+        schedule = _NEAREST_SCHEDULE.get(name, "linear")
+        text = f"launcher has linear, cosine, constant and inverse-sqrt; taken: {schedule}"
         reading.cannot_say(said, name, text)
     options = dict(options)
     rate = reading.said_value("training.learning_rate")
@@ -66,7 +66,7 @@ def trainer_schedule(name: str, options: dict[str, Any], said: str, reading: Rea
         reading.fill_in("lr_scheduler_kwargs", share, text)
     for key, value in options.items():
         if as_number(value) != _NEUTRAL.get(name, {}).get(key):
-            text = f"launcher's {found} has no such key; left out"
+            text = f"launcher's {schedule} has no such key; left out"
             reading.cannot_say(f"lr_scheduler_kwargs.{key}", brief(value), text)
     if name == "constant" and reading.said_value("training.warmup"):
         reading.facts = [fact for fact in reading.facts if fact.key != "training.warmup"]
@@ -78,8 +78,8 @@ def trainer_schedule(name: str, options: dict[str, Any], said: str, reading: Rea
             "taken: constant"
         )
         reading.cannot_say(said, name, text)
-        found = "constant"
-    reading.say("training.schedule", found, said)
+        schedule = "constant"
+    reading.say("training.schedule", schedule, said)
 
 
 def warmup(reading: Reading) -> None:
@@ -131,24 +131,24 @@ def _deepspeed_optimizer(optimizer: dict[str, Any], params: dict[str, Any], read
     if kind is not None:
         name = kind.lower()
         if name in ("adam", "adamw"):
-            found = "adamw" if name == "adamw" or decoupled else "adam"
+            taken = "adamw" if name == "adamw" or decoupled else "adam"
             if name == "adam" and decoupled:
                 text = "DeepSpeed's Adam decays as AdamW unless adam_w_mode is false"
                 reading.change("optimizer.type", kind, text)
         else:
-            found = "sgd" if name == "sgd" else "adamw"
+            taken = "sgd" if name == "sgd" else "adamw"
             if name != "sgd":
                 reading.cannot_say("optimizer.type", kind, "launcher has adamw, adam and sgd; taken: adamw")
-        reading.say("training.optimizer", found, "optimizer.type")
-    for said, key in (
+        reading.say("training.optimizer", taken, "optimizer.type")
+    for option, key in (
         ("lr", "training.learning_rate"),
         ("weight_decay", "training.weight_decay"),
         ("eps", "training.epsilon"),
         ("momentum", "training.momentum"),
     ):
-        if (value := reading.number(params, said, prefix)) is not None:
-            reading.say(key, value, prefix + said)
-        elif said in params:
+        if (value := reading.number(params, option, prefix)) is not None:
+            reading.say(key, value, prefix + option)
+        elif option in params:
             reading.leave_open(key)
     if reading.said_value("training.optimizer") == "sgd":
         reading.default("training.momentum", 0.0, prefix + "momentum")  # torch.optim.SGD
@@ -189,11 +189,11 @@ def _deepspeed_scheduler(scheduler: dict[str, Any], reading: Reading) -> None:
     kind, prefix = reading.word(scheduler, "type", "scheduler."), "scheduler.params."
     params = reading.section(scheduler, "params", "scheduler.")
     if kind is not None:
-        found = _DEEPSPEED_SCHEDULES.get(kind) or _NEAREST_DEEPSPEED_SCHEDULE.get(kind, "linear")
+        schedule = _DEEPSPEED_SCHEDULES.get(kind) or _NEAREST_DEEPSPEED_SCHEDULE.get(kind, "linear")
         if kind not in _DEEPSPEED_SCHEDULES:
-            text = f"launcher has linear, cosine and constant; taken: {found}"
+            text = f"launcher has linear, cosine and constant; taken: {schedule}"
             reading.cannot_say("scheduler.type", kind, text)
-        reading.say("training.schedule", found, "scheduler.type")
+        reading.say("training.schedule", schedule, "scheduler.type")
     if kind not in _DEEPSPEED_SCHEDULES:
         return
     reading.take(params, {"warmup_num_steps": "training.warmup"}, Reading.size, prefix)
