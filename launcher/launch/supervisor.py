@@ -165,11 +165,8 @@ class Supervisor:
             if is_stopped(agent.pid):  # one that runs tells itself how ranks ended, and which it ended
                 self._note_unreaped()
             self._kill(agent)
-        looked = (
-            self.disk.last_look(_SHORT_LOOK_SECONDS, lambda: False)
-            if forced
-            else self.disk.last_look(_LAST_LOOK_SECONDS, self.signals.insisted)
-        )
+        seconds = _SHORT_LOOK_SECONDS if forced else _LAST_LOOK_SECONDS
+        looked = self.disk.last_look(seconds, (lambda: False) if forced else self.signals.insisted)
         self._take_in(agent)
         first = self.signals.first
         name = first[0].name if first else ""
