@@ -151,9 +151,7 @@ class Supervisor:
             self._take_in(agent)
             if self.signals.first:
                 self._stop_politely()
-            if self.disk.trouble != self._trouble:
-                self._trouble = self.disk.trouble
-                self.screen.say(f"warning: the run directory {self._trouble or 'is there again'}")
+            self._say_trouble()
             forced = self._reason_to_force()
             for line in self.hangs.said():
                 self.screen.say(line)
@@ -168,8 +166,7 @@ class Supervisor:
         seconds = _SHORT_LOOK_SECONDS if forced else _LAST_LOOK_SECONDS
         looked = self.disk.last_look(seconds, (lambda: False) if forced else self.signals.insisted)
         self._take_in(agent)
-        first = self.signals.first
-        name = first[0].name if first else ""
+        name = self.signals.first[0].name if self.signals.first else ""
         told = self._failures, self._exits, self.disk.missing, self.disk.place_now()
         code = agent.poll()
         ended = (-signal.SIGKILL if code is None else code), forced, name, set(self._events), self._grace
@@ -184,12 +181,8 @@ class Supervisor:
         for record in self.disk.events():
             self._note(record)
         for rank, who in list(self.disk.ranks.items()):
-            # Another machine's processes have numbers of their own.
-            if (
-                rank not in self._ranks
-                and who["host"] == os.uname().nodename
-                and parent_of(who["pid"]) == agent.pid
-            ):
+            is_here = who["host"] == os.uname().nodename  # another machine's processes have its own numbers
+            if rank not in self._ranks and is_here and parent_of(who["pid"]) == agent.pid:
                 self._ranks[rank] = who["pid"]
         for record in self.notices.records():
             self._heed(record)
@@ -230,6 +223,13 @@ class Supervisor:
             self.screen.say(f"{name}: saving at the next step, then leaving, within {seconds:.0f} s{again}")
         self.disk.written(_GRACE_FILE_SECONDS)
 
+    def _say_trouble(self) -> None:
+        """Say once what is wrong with the disk, and once that it is over."""
+        trouble = self.disk.trouble
+        if trouble != self._trouble:
+            self._trouble = trouble
+            self.screen.say(f"warning: the run directory {trouble or 'is there again'}")
+
     def _seconds_of_grace(self) -> float:
         """Return what the ranks have from the first signal on; decided when it comes."""
         if self._grace is None:
@@ -244,9 +244,8 @@ class Supervisor:
         now = time.monotonic()
         if self.signals.insisted():
             return "second interrupt"
-        over = min(
-            (self._events[name] for name in ("finished", "stopped") if name in self._events), default=None
-        )
+        ends = [self._events[name] for name in ("finished", "stopped") if name in self._events]
+        over = min(ends, default=None)
         if over is not None:
             return "exit" if now - over > EXIT_SECONDS else ""
         if self._failed_at is not None and now - self._failed_at > FAILURE_SECONDS:

@@ -171,18 +171,20 @@ class Coordinator:
             if module.key[2] and name in self.kept:
                 self.kept.remove(name)
                 self.held -= weight.num_elements
-            uses = self._uses[name]
-            index = bisect_left(uses, step)
-            # Used from this step on before so many elements of others have been.
-            soon = index < len(uses) and self._passed[uses[index]] - self._passed[step] < self.max_reuse
-            done = self._fetched.get(name, -1) <= step and name not in self.external and not soon
-            if done and name in self.whole and name not in self.flying:
+            done = self._fetched.get(name, -1) <= step and name not in self.external
+            if done and not self._used_soon(name, step) and name in self.whole and name not in self.flying:
                 self.whole.remove(name)
                 self.num_available -= weight.num_elements
                 if module.keeps and weight.viewed and name not in self.kept:
                     self.kept.add(name)
                 else:
                     self.held -= weight.num_elements
+
+    def _used_soon(self, name: str, step: int) -> bool:
+        """Return whether it is used from this step on before so many elements of others have been."""
+        uses = self._uses[name]
+        index = bisect_left(uses, step)
+        return index < len(uses) and self._passed[uses[index]] - self._passed[step] < self.max_reuse
 
     def __post_init__(self) -> None:
         self._sizes = {weight.name: weight.num_elements for module in self.trace for weight in module.weights}
