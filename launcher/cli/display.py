@@ -15,7 +15,6 @@ from rich.table import Table
 from rich.text import Text
 
 from launcher.cli.progress import AttemptView, metrics_line, notice
-from launcher.launch.local import shown
 from launcher.launch.screen import Watcher
 from launcher.planner.plan import Plan
 from launcher.runs import samples
@@ -25,7 +24,7 @@ from launcher.runs.phases import current_phase
 from launcher.runs.prepared import line
 from launcher.runs.tail import Tail
 from launcher.runs.totals import Totals
-from launcher.runs.wording import duration
+from launcher.runs.wording import duration, shown
 
 _REFRESH_SECONDS = 0.25
 _LINE_SECONDS = 15.0
@@ -133,7 +132,10 @@ class Display(Watcher):
             self.progress.event(phase)
         while self._metrics:
             if self.progress.metric(self._metrics.popleft()):
-                self._say_step(now)
+                if self._live or (self._line_at is not None and now - self._line_at < self._line_seconds):
+                    continue
+                self._line_at = now
+                self.say(f"{_count(self.progress)}  {'  '.join(self.progress.facts())}")
 
     def _say_phase(self) -> None:
         phase = self.progress.phase
@@ -144,12 +146,6 @@ class Display(Watcher):
         ):
             self.say(phase)
         self._phase_said = phase
-
-    def _say_step(self, now: float) -> None:
-        if self._live or (self._line_at is not None and now - self._line_at < self._line_seconds):
-            return
-        self._line_at = now
-        self.say(f"{_count(self.progress)}  {'  '.join(self.progress.facts())}")
 
     def render(self) -> Group:
         """The live display: what is going on with its bar, the last step, the last evaluations."""

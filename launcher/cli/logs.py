@@ -42,12 +42,14 @@ class Logs:
         not there."""
         self._check_rank(follow)
         self._print(self.lines)
-        while follow and not (over := self._over() and not self._slurm_goes_on()):
-            time.sleep(_POLL_SECONDS)
-            self._next_attempt()
+        while follow:
+            over = read_status(self.run, self._totals).state in _OVER and not self._slurm_goes_on()
+            if not over:
+                time.sleep(_POLL_SECONDS)
+                self._next_attempt()
             self._print(0)
-        if follow and over:
-            self._print(0)
+            if over:
+                return
 
     def _check_rank(self, follow: bool) -> None:
         there = sorted(
@@ -64,16 +66,12 @@ class Logs:
                 Problem("--rank", self.rank, f"attempt {self.attempt} has ranks {there[0]} to {there[-1]}")
             )
 
-    def _files(self) -> list[Path]:
-        directory = self.run.attempt(self.attempt)
-        if self.rank is not None:
-            return [directory / f"rank-{self.rank}.log"]
-        return sorted(directory.glob("rank-*.log"), key=lambda path: int(path.stem.partition("-")[2]))
-
     def _print(self, lines: int) -> None:
         """Print what is new of each log, block by block; of one that was not looked at yet its last `lines`,
         0 for all."""
-        for path in self._files():
+        directory = self.run.attempt(self.attempt)
+        files = sorted(directory.glob("rank-*.log"), key=lambda path: int(path.stem.partition("-")[2]))
+        for path in files if self.rank is None else [directory / f"rank-{self.rank}.log"]:
             if path not in self._tails:
                 offset, backwards = end_of(path) if lines else (0, iter(()))
                 self._tails[path] = Tail(path, offset=offset)
@@ -94,9 +92,6 @@ class Logs:
                 ensure_ascii=False,
             )
         return line if self.rank is not None else f"[{path.stem.replace('-', ' ')}] {line}"
-
-    def _over(self) -> bool:
-        return read_status(self.run, self._totals).state in _OVER
 
     def _slurm_goes_on(self) -> bool:
         """Return whether Slurm still has the job: then another attempt comes."""

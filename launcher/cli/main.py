@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:
-        from launcher.runs.failure import named
+        from launcher.runs.error_class import named
 
         known = named(error)
         if known is None:

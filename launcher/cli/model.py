@@ -133,17 +133,14 @@ def table(result: dict[str, Any]) -> str:
     for name, value in after.items():
         lines.append(f"{name:<{width}}{before[name]:>20.4f}{value:>20.4f}{value - before[name]:>+20.4f}")
         if intervals:
-            cells = (intervals[when].get(name) for when in ("before", "after", "change"))
-            lines.append(" " * width + "".join(f"{_interval(*cell) if cell else '':>20}" for cell in cells))
+            cells = [intervals[when].get(name) for when in ("before", "after", "change")]
+            texts = ["[{:.4f}, {:.4f}]".format(*cell) if cell else "" for cell in cells]
+            lines.append(" " * width + "".join(f"{text:>20}" for text in texts))
     if intervals:
         lines.append(
             f"in brackets: {intervals['level']:.0%} intervals of {intervals['resamples']:,} drawings of the rows"
         )
     return "\n".join(lines)
-
-
-def _interval(low: float, high: float) -> str:
-    return f"[{low:.4f}, {high:.4f}]"
 
 
 def _drawn(run: Path | None, result: dict[str, Any]) -> dict[str, str]:

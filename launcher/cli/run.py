@@ -101,8 +101,8 @@ def _resubmit(
     """A run that was submitted goes on under Slurm."""
     from launcher.cli.output import print_json
     from launcher.errors import ConfigurationError, Problem, SchedulerError
-    from launcher.launch.local import shown
     from launcher.launch.slurm import submit_run
+    from launcher.runs.wording import shown
 
     for option, value in (("--nproc", nproc), ("--stop-at", stop_at)):
         if value is not None:
@@ -132,10 +132,10 @@ def _attempt(run: RunDirectory, plan: Plan, stop_at: int | None, as_json: bool) 
     """One attempt with its display, then the summary; leaves with the attempt's exit code."""
     from launcher.cli.display import Display, summary
     from launcher.errors import ConfigurationError, Problem
-    from launcher.launch import local
     from launcher.launch.cutting import run_with_cuts
     from launcher.launch.screen import mute
     from launcher.runs.status import read_status
+    from launcher.runs.wording import shown
 
     if plan.script and stop_at is not None:
         raise ConfigurationError(
@@ -148,10 +148,10 @@ def _attempt(run: RunDirectory, plan: Plan, stop_at: int | None, as_json: bool) 
             print_json({**read_status(run).to_dict(), "exit_code": code})
         elif code == 0 and plan.script:
             typer.echo(
-                f"finished: {local.shown(run.path)}; what the ranks printed is in "
-                f"{local.shown(run.attempt(run.last_attempt()))}"
+                f"finished: {shown(run.path)}; what the ranks printed is in "
+                f"{shown(run.attempt(run.last_attempt()))}"
             )
         elif code == 0:
-            typer.echo(summary(run, local.shown(run.path)))
+            typer.echo(summary(run, shown(run.path)))
     mute()
     raise typer.Exit(code)

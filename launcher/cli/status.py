@@ -154,10 +154,6 @@ def _since_step(seen: dict[str, Any]) -> str:
     return f", last step {duration(age)} ago" if age is not None and seen["phase"] == "training" else ""
 
 
-def _unsaid(slurm: dict[str, Any]) -> str:
-    return f"Slurm could not be asked: {slurm['error']}" if "error" in slurm else ""
-
-
 def _job(slurm: dict[str, Any]) -> str | None:
     """The Slurm job in one line: its state, why it waits and when it may start; or that Slurm could not be
     asked."""
@@ -168,7 +164,7 @@ def _job(slurm: dict[str, Any]) -> str | None:
         slurm.get("state", "").lower(),
         slurm.get("reason", ""),
         slurm.get("note", ""),
-        _unsaid(slurm),
+        f"Slurm could not be asked: {slurm['error']}" if "error" in slurm else "",
     ]
     if slurm.get("state") == "PENDING" and slurm.get("expected_start"):
         parts.append(f"expected to start at {slurm['expected_start']}")

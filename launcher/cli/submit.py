@@ -37,11 +37,11 @@ def submit(
 ) -> None:
     """Hand a job to Slurm; a run that stopped goes on where it was."""
     from launcher.errors import SchedulerError
-    from launcher.launch.local import shown
     from launcher.launch.run_setup import expectation
     from launcher.launch.script_run import script_command
     from launcher.launch.slurm import submit_run
     from launcher.launch.slurm.snapshot import LEFT_OUT, left_out
+    from launcher.runs.wording import shown
 
     command = None if script is None else script_command(script, context.meta.get(SCRIPT_ARGUMENTS, []))
     if dry_run:
@@ -77,9 +77,9 @@ def submit(
 
 def cancel(run: Run, as_json: AsJson = False) -> None:
     """End a run's Slurm job; the ranks save first, if there is time."""
-    from launcher.launch.local import shown
     from launcher.launch.slurm.cancelling import cancel as cancel_job
     from launcher.runs.layout import RunDirectory
+    from launcher.runs.wording import shown
 
     directory = RunDirectory.find(run)
     job_id = cancel_job(directory)

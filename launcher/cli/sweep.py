@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -75,13 +75,15 @@ def sweep(
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Try several values of a job's keys, as a Slurm array or here."""
-    from launcher.launch.local import shown
+    from launcher.launch.screen import Watcher
+    from launcher.runs.wording import shown
+    from launcher.sweep.running import run_here
 
     opened = _open(what, grid, random, points, halving, seed, metric, out, nproc, overrides)
     code = 0
     if not show and opened.left():
         if local:
-            code = _here(opened)
+            code = run_here(opened, Watcher())
         else:
             code = _submit(opened, parallel, as_json)
             if not as_json:
@@ -143,13 +145,6 @@ def _open(
     )
 
 
-def _here(sweep: Sweep) -> int:
-    from launcher.launch.screen import Watcher
-    from launcher.sweep.running import run_here
-
-    return run_here(sweep, Watcher())
-
-
 def _submit(sweep: Sweep, parallel: int | None, as_json: bool) -> int:
     from launcher.errors import SchedulerError
     from launcher.launch.slurm import submit_run
@@ -167,17 +162,14 @@ def _submit(sweep: Sweep, parallel: int | None, as_json: bool) -> int:
 
 
 def _leaderboard(sweep: Sweep, as_json: bool) -> None:
+    from dataclasses import asdict
+
     from launcher.sweep.leaderboard import leaderboard
 
     lines = leaderboard(sweep)
     if as_json:
-        print_json(
-            {
-                "sweep": str(sweep.path),
-                "metric": sweep.metric,
-                "points": [_content(sweep, line) for line in lines],
-            }
-        )
+        points = [{**asdict(line), "run": str(sweep.run(line.point).path)} for line in lines]
+        print_json({"sweep": str(sweep.path), "metric": sweep.metric, "points": points})
         return
     rows = [
         [str(place), f"{line.point:03d}", *_cells(line), " ".join(line.overrides)]
@@ -190,9 +182,3 @@ def _cells(line: Line) -> list[str]:
     of = f" of {line.total_steps}" if line.total_steps else ""
     best = "" if line.best is None else f"{line.best:.4f}"
     return [best, "" if line.best_step is None else str(line.best_step), f"{line.state}, {line.step}{of}"]
-
-
-def _content(sweep: Sweep, line: Line) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return {**asdict(line), "run": str(sweep.run(line.point).path)}

@@ -121,6 +121,8 @@ def header(status: dict[str, Any]) -> Table:
     from rich.progress_bar import ProgressBar
     from rich.table import Table
 
+    from launcher.runs.wording import duration
+
     slurm = status.get("slurm", {})
     rate, total = status["tokens_per_second"], status["total_steps"]
     parts = [
@@ -137,7 +139,7 @@ def header(status: dict[str, Any]) -> Table:
     age = (
         ""
         if status["checkpoint_age_seconds"] is None
-        else f"checkpoint of step {status['checkpoint_step']}, {_ago(status['checkpoint_age_seconds'])} old"
+        else f"checkpoint of step {status['checkpoint_step']}, {duration(status['checkpoint_age_seconds'])} old"
     )
     grid = Table.grid(padding=(0, 2))
     grid.add_row("  ".join(part for part in parts if part))
@@ -221,9 +223,3 @@ def events(records: list[dict[str, Any]]) -> Text:
             f"{time.strftime('%H:%M:%S', time.localtime(record['time']))}  {record['event']}  {text}"[:200]
         )
     return Text("\n".join(lines), no_wrap=True, overflow="ellipsis")
-
-
-def _ago(seconds: float) -> str:
-    from launcher.runs.wording import duration
-
-    return duration(seconds)

@@ -46,10 +46,11 @@ class Watched:
                 {"slurm": self._slurm} if self._slurm else {}
             )
         self._take_in_events()
+        ranks = ranks_of(self.run.attempt(self.run.last_attempt()))
         return {
             "status": status,
             "losses": self._curve.refresh().points,
-            "ranks": self._ranks(),
+            "ranks": [{**asdict(seen), "behind_seconds": seen.still_seconds} for seen in ranks],
             "events": list(self._last),
             "samples": samples.newest(self.run),
             "goes_on": not self.run.finished and self._slurm.get("state") in _LIVE,
@@ -64,8 +65,3 @@ class Watched:
             self._last.extendleft(islice(filter(_is_shown, records), _EVENTS))
         else:
             self._last.extend(filter(_is_shown, self._events.records()))
-
-    def _ranks(self) -> list[dict[str, Any]]:
-        """Each rank as its supervisor saw it last, with how long it has shown no life."""
-        ranks = ranks_of(self.run.attempt(self.run.last_attempt()))
-        return [{**asdict(seen), "behind_seconds": seen.still_seconds} for seen in ranks]

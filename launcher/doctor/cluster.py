@@ -30,7 +30,7 @@ _SECONDS = {
 """The orders, and what a node has at most for each; then it counts as silent."""
 _SECONDS_FOR_HELLO = 90.0
 _TOLD = {"addresses", "port", "num_gpus", "address"}
-"""What all nodes are told of each other, of what they have said so far."""
+"""Values that all nodes are told of each other, of what they have said so far."""
 _LOGIN = "this machine"
 _OPTIONS = ("--ntasks-per-node=1", "--label", "--no-kill", "--kill-on-bad-exit=0", "--wait=0", "--mpi=none")
 """srun's: a node that fails takes no other along."""
@@ -38,7 +38,7 @@ _OPTIONS = ("--ntasks-per-node=1", "--label", "--no-kill", "--kill-on-bad-exit=0
 
 @dataclass(frozen=True)
 class Request:
-    """What to examine, and how Slurm is asked for it."""
+    """The examination that is wanted, and how Slurm is asked for it."""
 
     num_nodes: int
     directory: Path
@@ -56,8 +56,8 @@ class Request:
             counts += [f"--gres=gpu:{self.gpus_per_node}", f"--cpus-per-task={2 * self.gpus_per_node}"]
         named = ["--job-name=launcher-doctor", *(["--overlap"] if inside else [])]
         program = [sys.executable, "-u", "-m", probe.__name__, str(nearest(self.directory)), word]
-        asked = [self.interface] if self.interface else []
-        return ["srun", *counts, *_OPTIONS, *named, *self.options, *program, *asked]
+        interface = [self.interface] if self.interface else []
+        return ["srun", *counts, *_OPTIONS, *named, *self.options, *program, *interface]
 
 
 @dataclass
@@ -96,14 +96,11 @@ class Examination:
                 wrote_here = [_LOGIN]
             self._go_round(step, wrote_here)
         finally:
-            step.end(self._whole(inside))
+            # What to cancel: our own job; of somebody's job our step alone.
+            number = next((node.said("hello").get("step") for node in self.nodes if node.said("hello")), "")
+            step.end(self.job if not inside else f"{self.job}.{number}" if self.job and number else "")
             shutil.rmtree(folder, ignore_errors=True)
         return compare.reports(self.nodes, place)
-
-    def _whole(self, inside: bool) -> str:
-        """Name what to cancel: our own job; of somebody's job our step alone."""
-        step = next((node.said("hello").get("step") for node in self.nodes if node.said("hello")), "")
-        return (f"{self.job}.{step}" if self.job and step else "") if inside else self.job
 
     def _greet(self, step: Step) -> None:
         """Wait for the nodes to come, and have those that do say what they are."""
@@ -127,7 +124,7 @@ class Examination:
             self.say(order)
             wrote = [*wrote_here, *(node.name for node in self.nodes if "free" in node.said("write"))]
             peers = {
-                node.name: {key: said[key] for said in node.answers.values() for key in said.keys() & _TOLD}
+                node.name: {key: told[key] for told in node.answers.values() for key in told.keys() & _TOLD}
                 for node in there.values()
             }
             step.tell(order, peers=peers, wrote=wrote, secret=secret)

@@ -55,17 +55,17 @@ def _findings(
         yield failed("answers", f"no answer to `{node.silent_at}`{words}", advice)
     yield from (Finding(**entry) for entry in node.said("hello").get("findings", []))
     yield from _versions(node.said("hello").get("versions", {}), usual)
-    if said := node.said("meet"):
-        yield _names(said, node.name, silent)
-        yield _interface(said)
-    if said := node.said("connect"):
-        yield _ports(said, silent)
+    if answer := node.said("meet"):
+        yield _names(answer, node.name, silent)
+        yield _interface(answer)
+    if answer := node.said("connect"):
+        yield _ports(answer, silent)
     if node.name in skews:
         yield _clock(node.name, skews[node.name])
-    if said := node.said("write"):
-        yield _directory(said, node.said("read"), place, silent)
-    if said := node.said("reduce"):
-        yield _all_reduce(said, silent)
+    if answer := node.said("write"):
+        yield _directory(answer, node.said("read"), place, silent)
+    if answer := node.said("reduce"):
+        yield _all_reduce(answer, silent)
 
 
 def _versions(own: dict[str, str], usual: dict[str, str]) -> Iterator[Finding]:
@@ -128,11 +128,11 @@ def _skews(nodes: Sequence[Node]) -> dict[str, float]:
 
 
 def _clock(node: str, skew: float) -> Finding:
-    said = f"{abs(skew):.3f} s {'ahead of' if skew > 0 else 'behind'} the others"
+    text = f"{abs(skew):.3f} s {'ahead of' if skew > 0 else 'behind'} the others"
     if abs(skew) < _SKEW_SECONDS[0]:
-        return ok("clock", said)
+        return ok("clock", text)
     advice = f"have the time service of {node} started; munge refuses clocks that are minutes apart"
-    return failed("clock", said, advice) if abs(skew) >= _SKEW_SECONDS[1] else warning("clock", said, advice)
+    return failed("clock", text, advice) if abs(skew) >= _SKEW_SECONDS[1] else warning("clock", text, advice)
 
 
 def _directory(wrote: dict[str, Any], read: dict[str, Any], place: Path, silent: set[str]) -> Finding:

@@ -24,12 +24,12 @@ _AWAY = (
 
 
 def check(is_needed: bool = False) -> list[Finding]:
-    """Commands, controller, munge. Where there is no Slurm at all, that is fine unless it `is_needed`."""
+    """Check commands, controller and munge. No Slurm at all is fine unless it `is_needed`."""
     absent = [name for name in _COMMANDS if shutil.which(name) is None]
     if len(absent) == len(_COMMANDS):
-        said = "no command of Slurm is here"
+        text = "no command of Slurm is here"
         advice = "call this on a login node of the cluster, or load the site's module of Slurm"
-        return [failed(_CHECK, said, advice) if is_needed else ok(_CHECK, said)]
+        return [failed(_CHECK, text, advice) if is_needed else ok(_CHECK, text)]
     if absent:
         advice = "load the site's module of Slurm, or have PATH name its folder"
         return [failed(_CHECK, f"{', '.join(absent)} are not in PATH", advice)]
@@ -38,7 +38,7 @@ def check(is_needed: bool = False) -> list[Finding]:
 
 
 def controller() -> Finding:
-    """Whether one of the controllers answers, when asked twice: a busy one may miss a question."""
+    """Check whether one of the controllers answers, when asked twice: a busy one may miss a question."""
     answer = _ping()
     if answer.level == "failed":
         time.sleep(_SECONDS_BEFORE_ASKING_AGAIN)
@@ -48,21 +48,21 @@ def controller() -> Finding:
 
 def _ping() -> Finding:
     try:
-        said = call(["scontrol", "ping"], seconds=_SECONDS)
+        answer = call(["scontrol", "ping"], seconds=_SECONDS)
     except SchedulerError as error:
         return failed(_CHECK, f"scontrol ping: {error}", _AWAY)
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    lines = [line.strip() for line in answer.splitlines() if line.strip()]
     up = [line for line in lines if line.endswith("UP")]
     if not up:
-        found = "; ".join(lines) or "scontrol ping says nothing"
-        return failed(_CHECK, found, _AWAY)
+        reason = "; ".join(lines) or "scontrol ping says nothing"
+        return failed(_CHECK, reason, _AWAY)
     if len(up) < len(lines):
         return warning(_CHECK, "; ".join(lines), "one controller is away; Slurm goes on with the other")
     return ok(_CHECK, "; ".join(lines))
 
 
 def munge() -> list[Finding]:
-    """Whether munge seals and opens, at sites that use it."""
+    """Check whether munge seals and opens, at sites that use it."""
     try:
         configuration = settings(call(["scontrol", "show", "config"], seconds=_SECONDS))
     except SchedulerError as error:

@@ -34,7 +34,7 @@ def write(path: Path, word: str = "", size: int = SIZE) -> float:
 
 
 def is_whole(path: Path, word: str) -> bool:
-    """Whether a file reads as it was written, to its last word."""
+    """Return whether a file reads as it was written, to its last word."""
     with path.open("rb") as file:
         file.seek(0, os.SEEK_END)
         file.seek(max(0, file.tell() - len(word)))
@@ -42,7 +42,7 @@ def is_whole(path: Path, word: str) -> bool:
 
 
 def check(directory: Path) -> list[Finding]:
-    """Room and speed where a run directory is, or would be made; the file written for it is removed."""
+    """Check room and speed where a run directory is, or would be made; the file written for it is removed."""
     place = nearest(directory)
     path = place / f".launcher-doctor-{secrets.token_hex(4)}"
     try:
@@ -55,22 +55,22 @@ def check(directory: Path) -> list[Finding]:
     finally:
         path.unlink(missing_ok=True)
     free = shutil.disk_usage(place).free
-    found = [judge(place, free, speed)]
+    findings = [judge(place, free, speed)]
     # The file was written after `before`: what is left of the difference is the time that writing took.
     if ahead > _FAR_SECONDS:
         advice = (
             "have both clocks synchronised: files look older than they are, and a run may seem to stand still"
         )
-        found.append(warning("clock", f"is {ahead:.0f} s ahead of the file system of {place}", advice))
-    return found
+        findings.append(warning("clock", f"is {ahead:.0f} s ahead of the file system of {place}", advice))
+    return findings
 
 
 def judge(place: Path, free: float, speed: float) -> Finding:
-    """What room and speed come to."""
-    said = f"{place}: {free / 1e9:.0f} GB free, written at {speed / 1e6:.0f} MB/s"
+    """Return the finding that room and speed come to."""
+    facts = f"{place}: {free / 1e9:.0f} GB free, written at {speed / 1e6:.0f} MB/s"
     if free < _LITTLE_ROOM:
         advice = "make room: one checkpoint takes 12 bytes for each parameter of the model"
-        return warning("directory", said, advice)
+        return warning("directory", facts, advice)
     if speed < _SLOW:
-        return warning("directory", said, "a save will be slow; name a faster file system with --run-dir")
-    return ok("directory", said)
+        return warning("directory", facts, "a save will be slow; name a faster file system with --run-dir")
+    return ok("directory", facts)

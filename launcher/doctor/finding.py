@@ -35,7 +35,7 @@ class Report:
         return worst(finding.level for finding in self.findings)
 
     def found(self, check: str) -> str:
-        """What was found by one check, where all is well with it."""
+        """Return what was found by one check, where all is well with it."""
         return (
             "; ".join(
                 finding.found for finding in self.findings if finding.check == check and finding.level == "ok"
@@ -52,7 +52,7 @@ class Report:
 
 
 def worst(levels: Iterable[Level]) -> Level:
-    """The worst of several; ok where there is none."""
+    """Return the worst of several; ok where there is none."""
     return max(levels, key=_ORDER.index, default="ok")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from collections import Counter
 
 from launcher.doctor.finding import Finding, failed, ok, warning
 from launcher.errors import first_line
@@ -33,7 +34,7 @@ _INVALID = re.compile(r'Field "([^"]+)" is not a valid field')
 
 
 def check() -> tuple[Finding, int]:
-    """What is to be said of the GPUs, and how many there are."""
+    """Return the finding on the GPUs, and how many there are."""
     if shutil.which("nvidia-smi") is None:
         return ok(_CHECK, "none (no nvidia-smi here)"), 0
     try:
@@ -47,35 +48,35 @@ def check() -> tuple[Finding, int]:
 
 
 def query() -> list[dict[str, str]]:
-    """One mapping for each GPU; fields that this driver does not know are left out."""
+    """Return one mapping for each GPU; fields that this driver does not know are left out."""
     names = list(_FIELDS)
     while True:
         command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
-        said = done.stdout + done.stderr
+        output = done.stdout + done.stderr
         if done.returncode == 0:
             return read(done.stdout, names)
-        unknown = _INVALID.search(said)
+        unknown = _INVALID.search(output)
         if unknown is None or unknown[1] not in names:
             raise ValueError(
-                said.strip().splitlines()[-1] if said.strip() else f"it ended with code {done.returncode}"
+                output.strip().splitlines()[-1] if output.strip() else f"it ended with code {done.returncode}"
             )
         names[names.index(unknown[1])] = _OLDER.get(unknown[1], "")
         names = [name for name in names if name]
 
 
 def read(text: str, names: list[str]) -> list[dict[str, str]]:
-    """nvidia-smi's lines by field."""
+    """Return nvidia-smi's lines by field."""
     rows = [[value.strip() for value in line.split(",")] for line in text.splitlines()]
     return [dict(zip(names, row, strict=True)) for row in rows if len(row) == len(names)]
 
 
 def judge(table: list[dict[str, str]], xid: list[str] | None) -> Finding:
-    """The worst of what is wrong with any of them."""
+    """Return the worst of what is wrong with any of them."""
     if not table:
         return ok(_CHECK, "none (nvidia-smi lists none)")
-    said = ", ".join(f"{count} x {name}" for name, count in _counted([gpu["name"] for gpu in table]).items())
-    said += f", driver {table[0].get('driver_version', '?')}"
+    facts = ", ".join(f"{count} x {name}" for name, count in Counter(gpu["name"] for gpu in table).items())
+    facts += f", driver {table[0].get('driver_version', '?')}"
     if broken := [f"GPU {gpu['index']}: {reason}" for gpu in table for reason in _broken(gpu)] + [
         f"Xid {entry}" for entry in xid or []
     ]:
@@ -83,19 +84,15 @@ def judge(table: list[dict[str, str]], xid: list[str] | None) -> Finding:
             "leave the node out (cluster.exclude), and tell whoever runs it: such a GPU has to be reset or "
             "replaced"
         )
-        return failed(_CHECK, f"{said}; {'; '.join(broken)}", advice)
+        return failed(_CHECK, f"{facts}; {'; '.join(broken)}", advice)
     if doubtful := [f"GPU {gpu['index']}: {reason}" for gpu in table for reason in _doubtful(gpu)]:
         advice = "see with nvidia-smi who uses it, and whether it stays so"
-        return warning(_CHECK, f"{said}; {'; '.join(doubtful)}", advice)
+        return warning(_CHECK, f"{facts}; {'; '.join(doubtful)}", advice)
     return ok(
         _CHECK,
-        f"{said}, no ECC "
+        f"{facts}, no ECC "
         f"error{', the log of Xid errors is not readable' if xid is None else ', no Xid error'}",
     )
-
-
-def _counted(names: list[str]) -> dict[str, int]:
-    return {name: names.count(name) for name in dict.fromkeys(names)}
 
 
 def _broken(gpu: dict[str, str]) -> list[str]:
@@ -103,20 +100,20 @@ def _broken(gpu: dict[str, str]) -> list[str]:
         gpu.get("ecc.errors.uncorrected.volatile.total", ""),
         gpu.get("retired_pages.pending", ""),
     )
-    found = [f"{errors} uncorrected ECC errors"] if errors.isdigit() and int(errors) else []
-    return [*found, "memory pages wait to be retired"] if pending.lower() == "yes" else found
+    reasons = [f"{errors} uncorrected ECC errors"] if errors.isdigit() and int(errors) else []
+    return [*reasons, "memory pages wait to be retired"] if pending.lower() == "yes" else reasons
 
 
 def _doubtful(gpu: dict[str, str]) -> list[str]:
     field = "clocks_event_reasons.active"
     reasons, used = gpu.get(field) or gpu.get(_OLDER[field], ""), gpu.get("memory.used", "")
     bits = int(reasons, 16) if re.fullmatch(r"0x[0-9a-fA-F]+", reasons) else 0
-    found = list(dict.fromkeys(why for bit, why in _SLOWED_DOWN.items() if bits & bit))
-    return [*found, f"{used} MiB are in use"] if used.isdigit() and int(used) > _IN_USE_MIB else found
+    causes = list(dict.fromkeys(why for bit, why in _SLOWED_DOWN.items() if bits & bit))
+    return [*causes, f"{used} MiB are in use"] if used.isdigit() and int(used) > _IN_USE_MIB else causes
 
 
 def xids(log: str | None) -> list[str] | None:
-    """The Xid errors in the kernel's log, each once; None where it cannot be read."""
+    """Return the Xid errors in the kernel's log, each once; None where it cannot be read."""
     if log is None:
         return None
     return [f"{number} on {where}" for number, where in kernel.xids(log)]

@@ -23,17 +23,17 @@ _SECONDS_TO_ASK = 5.0
 
 
 def versions() -> dict[str, str]:
-    """By name; empty for what is not installed. Nothing is imported for it."""
-    found = {"python": platform.python_version(), "launcher": launcher.__version__}
+    """Return versions by name; empty for what is not installed. Nothing is imported for it."""
+    by_name = {"python": platform.python_version(), "launcher": launcher.__version__}
     for name in (*_NEEDED, *_OPTIONAL):
-        found[name] = ""
+        by_name[name] = ""
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            by_name[name] = importlib.metadata.version(name)
+    return by_name
 
 
 def check_versions(known: Mapping[str, str]) -> Finding:
-    """That what every run needs is installed."""
+    """Check that what every run needs is installed."""
     shown = ", ".join(f"{name} {version or 'not installed'}" for name, version in known.items())
     if absent := [name for name in _NEEDED if not known.get(name)]:
         advice = "install launcher's dependencies into this environment"
@@ -42,7 +42,7 @@ def check_versions(known: Mapping[str, str]) -> Finding:
 
 
 def cache_directories(environment: Mapping[str, str]) -> dict[str, Path]:
-    """Where models and data sets are kept, and where launcher keeps prepared data."""
+    """Return where models and data sets are kept, and where launcher keeps prepared data."""
     cache = Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     home = Path(environment.get("HF_HOME") or cache / "huggingface")
     return {
@@ -52,18 +52,18 @@ def cache_directories(environment: Mapping[str, str]) -> dict[str, Path]:
 
 
 def check_caches(environment: Mapping[str, str]) -> Finding:
-    """Whether files can be made in the caches, or the caches themselves where they are not there yet."""
-    found = cache_directories(environment)
-    for name, path in found.items():
+    """Check whether files can be made in the caches, or the caches themselves where they are not there yet."""
+    directories = cache_directories(environment)
+    for name, path in directories.items():
         if (reason := _not_writable(nearest(path))) is not None:
             variable = "HF_HOME" if name == "HF cache" else "XDG_CACHE_HOME"
             advice = f"set {variable} to a directory that you may write, in cluster.environment too"
             return failed("caches", f"{name} {path}: {reason}", advice)
-    return ok("caches", ", ".join(f"{name} {path} is writable" for name, path in found.items()))
+    return ok("caches", ", ".join(f"{name} {path} is writable" for name, path in directories.items()))
 
 
 def nearest(path: Path) -> Path:
-    """The directory itself, or the nearest above it that is there."""
+    """Return the directory itself, or the nearest above it that is there."""
     path = path.absolute()
     return next(place for place in (path, *path.parents) if place.is_dir())
 
@@ -77,7 +77,7 @@ def _not_writable(directory: Path) -> str | None:
 
 
 def check_interface(environment: Mapping[str, str]) -> Finding:
-    """The interfaces that others could be reached by, and that the environment names none that is not there."""
+    """Check the interfaces that lead to others, and that the environment names none that is not there."""
     there = {name: address for name, address in interfaces().items() if not is_loopback(address)}
     for name in INTERFACE_VARIABLES:
         value = environment.get(name, "")
@@ -95,19 +95,21 @@ def check_interface(environment: Mapping[str, str]) -> Finding:
 
 
 def check_clock() -> Finding:
-    """Whether the system says that its clock is held to others'."""
+    """Check whether the system says that its clock is held to others'."""
     if shutil.which("timedatectl") is None:
         return ok("clock", "whether it is synchronised is not known (no timedatectl here)")
     try:
         command = ["timedatectl", "show", "--property=NTPSynchronized", "--value"]
-        said = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS_TO_ASK).stdout.strip()
+        answer = subprocess.run(
+            command, capture_output=True, text=True, timeout=_SECONDS_TO_ASK
+        ).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
-        said = ""
-    if said == "no":
+        answer = ""
+    if answer == "no":
         advice = "have the system's time service started (chronyd or systemd-timesyncd)"
         return warning("clock", "is not synchronised", advice)
     unknown = "whether it is synchronised is not known (timedatectl does not say)"
-    return ok("clock", "is synchronised" if said == "yes" else unknown)
+    return ok("clock", "is synchronised" if answer == "yes" else unknown)
 
 
 def own_name() -> str:

@@ -133,8 +133,8 @@ def _sharding(fsdp: dict[str, Any], version: int, content: dict[str, Any], readi
             text = "Accelerate does not read it with FSDP2; fsdp_reshard_after_forward says it"
             reading.ignore(f"{prefix}sharding_strategy", brief(fsdp["sharding_strategy"]), text)
         reshards = reading.flag(fsdp, "reshard_after_forward", prefix)
-        said = f"{prefix}reshard_after_forward" if reshards is not None else "(FSDP2 reshards by default)"
-        reading.say("sharding", "gradients" if reshards is False else "full", said)
+        option = f"{prefix}reshard_after_forward" if reshards is not None else "(FSDP2 reshards by default)"
+        reading.say("sharding", "gradients" if reshards is False else "full", option)
         return
     key = "sharding_strategy" if "sharding_strategy" in fsdp else "reshard_after_forward"
     value = (reading.word(fsdp, key, prefix) or "FULL_SHARD").upper()
@@ -191,14 +191,14 @@ def _deepspeed_inline(section: dict[str, Any], reading: Reading) -> None:
     keys = ("gradient_accumulation_steps", "gradient_clipping")
     # Accelerate's own file for DeepSpeed says `auto` of what is left out, and clips at 1, or where the
     # Trainer does.
-    made = {
+    config = {
         "bf16": {"enabled": "auto"},
         "gradient_clipping": "auto",
         "zero_optimization": zero,
         **{key: section[key] for key in keys if section.get(key) is not None},
     }
     inner = Reading(reading.source)
-    deepspeed_config.read(made, inner)
+    deepspeed_config.read(config, inner)
     reading.facts += [fact for fact in inner.facts if fact.key != "engine"]
     reading.remarks += [remark for remark in inner.remarks if remark.said != "bf16.enabled"]
     reading.problems += inner.problems

@@ -100,30 +100,30 @@ def read(content: dict[str, Any], reading: Reading) -> None:
     _data(content, reading)
     _tokens(content, reading)
     _remarks(content, reading)
-    made = {_RENAMED.get(key, key): value for key, value in content.items()}
-    _schedule(content, made)
-    made |= {
+    arguments = {_RENAMED.get(key, key): value for key, value in content.items()}
+    _schedule(content, arguments)
+    arguments |= {
         "bf16": "auto"
         if content.get("bf16") in ("auto", "full")
         else content.get("bf16", content.get("bfloat16"))
     }
     if content.get("gradient_checkpointing") in ("offload", "offload_disk"):
-        made["gradient_checkpointing"] = True
+        arguments["gradient_checkpointing"] = True
         text = (
             "recomputed from activations that are kept off the GPU; launcher recomputes from those on it: "
             "the same is learned"
         )
         reading.ignore("gradient_checkpointing", content["gradient_checkpointing"], text)
     if isinstance(config := content.get("fsdp_config"), dict):
-        made["fsdp"] = content.get("fsdp") or True
-        made["fsdp_config"] = {"fsdp_version": content.get("fsdp_version"), **config}
+        arguments["fsdp"] = content.get("fsdp") or True
+        arguments["fsdp_config"] = {"fsdp_version": content.get("fsdp_version"), **config}
     own = {
         "datasets", "test_datasets", "chat_template", "chat_template_jinja", "rl", "sample_packing",
         "excess_length_strategy", "adapter", "fsdp_version", "bfloat16", "float32", "float16",
         "cosine_min_lr_ratio", "wandb_project", "use_wandb", "use_mlflow", "tf32", "saves_per_epoch",
         "evals_per_epoch", *lora.QUANTISED, *ADAPTER.all(), *_ATTENTION, *_NOTHING, *_CHANGES,
     }  # fmt: skip
-    trainer.arguments(made, reading, defaults.AXOLOTL, own)
+    trainer.arguments(arguments, reading, defaults.AXOLOTL, own)
     fact = next((fact for fact in reading.facts if fact.key == "training.warmup"), None)
     if fact is not None and fact.is_default:
         text = (
@@ -144,9 +144,9 @@ def _adapter(content: dict[str, Any], reading: Reading) -> None:
     kind = reading.word(content, "adapter")
     if kind in ("lora", "qlora"):
         linear = bool(reading.flag(content, "lora_target_linear"))
-        found = {**content, "lora_target_modules": "all-linear"} if linear else content
+        keys = {**content, "lora_target_modules": "all-linear"} if linear else content
         reading.names |= {"lora_target_modules": "lora_target_linear"} if linear else {}
-        lora.read(found, ADAPTER, defaults.AXOLOTL_ADAPTER, reading)
+        lora.read(keys, ADAPTER, defaults.AXOLOTL_ADAPTER, reading)
     else:
         lora.unused(content, ADAPTER, "without an adapter axolotl reads none of them", reading)
         if kind is not None:
@@ -162,19 +162,19 @@ def _adapter(content: dict[str, Any], reading: Reading) -> None:
 
 
 def _data(content: dict[str, Any], reading: Reading) -> None:
-    for said, key in (("datasets", "data.train"), ("test_datasets", "data.evaluation")):
-        listed = content.get(said)
+    for option, key in (("datasets", "data.train"), ("test_datasets", "data.evaluation")):
+        listed = content.get(option)
         entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
         if listed and not entries:
-            reading.cannot_say(said, brief(listed), f"cannot be read as data sets; write {key} yourself")
+            reading.cannot_say(option, brief(listed), f"cannot be read as data sets; write {key} yourself")
         if len(entries) > 1:
             text = (
                 f"launcher reads one data set; taken: {entries[0].get('path')}. Write the rows of all to "
                 "one file, and name that"
             )
-            reading.cannot_say(said, ", ".join(str(entry.get("path")) for entry in entries)[:120], text)
+            reading.cannot_say(option, ", ".join(str(entry.get("path")) for entry in entries)[:120], text)
         if entries:
-            _data_set({str(name): value for name, value in entries[0].items()}, said, key, reading)
+            _data_set({str(name): value for name, value in entries[0].items()}, option, key, reading)
 
 
 def _data_set(entry: dict[str, Any], said: str, key: str, reading: Reading) -> None:
@@ -184,9 +184,9 @@ def _data_set(entry: dict[str, Any], said: str, key: str, reading: Reading) -> N
     if path is not None:
         kind, value = sft.source(path)
         reading.say(f"{key}.{kind}", value, f"{said}.path")
-        for name, found in (("subset", entry.get("name")), ("split", entry.get("split"))):
-            if found and kind == "name":
-                reading.say(f"{key}.{name}", str(found), f"{said}.{name}")
+        for name, part in (("subset", entry.get("name")), ("split", entry.get("split"))):
+            if part and kind == "name":
+                reading.say(f"{key}.{name}", str(part), f"{said}.{name}")
     way = entry.get("type")
     if way == "chat_template":
         reading.say("data.messages", str(entry.get("field_messages") or "messages"), f"{said}.field_messages")
@@ -223,11 +223,11 @@ def _tokens(content: dict[str, Any], reading: Reading) -> None:
     reading.take(content, {"sample_packing": "data.packing"}, Reading.flag)
     strategy = reading.word(content, "excess_length_strategy")
     if strategy is not None:
-        found = {"drop": "drop", "truncate": "cut", "raise": "refuse"}.get(strategy.lower())
-        if found is None:
+        too_long = {"drop": "drop", "truncate": "cut", "raise": "refuse"}.get(strategy.lower())
+        if too_long is None:
             reading.refuse("excess_length_strategy", strategy, "write drop, truncate or raise")
         else:
-            reading.say("data.too_long", found, "excess_length_strategy")
+            reading.say("data.too_long", too_long, "excess_length_strategy")
     template = reading.word(content, "chat_template")
     if content.get("chat_template_jinja") or template not in (None, "tokenizer_default"):
         text = (
@@ -240,25 +240,25 @@ def _tokens(content: dict[str, Any], reading: Reading) -> None:
 
 
 def _remarks(content: dict[str, Any], reading: Reading) -> None:
-    for said, attention in _ATTENTION.items():
-        if reading.flag(content, said):
-            reading.say("model.attention", attention, said)
+    for option, attention in _ATTENTION.items():
+        if reading.flag(content, option):
+            reading.say("model.attention", attention, option)
     trackers = {
         "wandb": ("wandb_project", "use_wandb"),
         "mlflow": ("mlflow_tracking_uri", "use_mlflow"),
         "tensorboard": ("use_tensorboard",),
     }
-    if found := [name for name, keys in trackers.items() if any(content.get(key) for key in keys)]:
-        reading.say("trackers", found, "use_*")
+    if names := [name for name, keys in trackers.items() if any(content.get(key) for key in keys)]:
+        reading.say("trackers", names, "use_*")
     tokens = content.get("special_tokens")
     is_padding = isinstance(tokens, dict) and set(tokens) <= {"pad_token"}
     trainer_keys.changes(content | ({"special_tokens": None} if is_padding else {}), _CHANGES, reading)
-    for said, key in (("saves_per_epoch", "checkpoint.every"), ("evals_per_epoch", "evaluate_every")):
-        if (times := reading.count(content, said, least=0)) == 1:
-            reading.say(key, "epoch", said)
+    for option, key in (("saves_per_epoch", "checkpoint.every"), ("evals_per_epoch", "evaluate_every")):
+        if (times := reading.count(content, option, least=0)) == 1:
+            reading.say(key, "epoch", option)
         elif times:
-            reading.change(said, times, "launcher takes steps, a time or whole epochs; left out")
+            reading.change(option, times, "launcher takes steps, a time or whole epochs; left out")
     if content.get("tf32") in (True, "true"):
         reading.cannot_say("tf32", True, "launcher leaves the products of fp32 as PyTorch has them")
-    if found := sorted(key for key in _NOTHING if content.get(key) not in (None, "", [], {})):
-        reading.ignore(", ".join(found), None, "how it is computed, reported and saved; the same is learned")
+    if names := sorted(key for key in _NOTHING if content.get(key) not in (None, "", [], {})):
+        reading.ignore(", ".join(names), None, "how it is computed, reported and saved; the same is learned")

@@ -96,23 +96,23 @@ def read(words: list[str], reading: Reading) -> None:
 
 
 def _read_commands(script: shell.Script, reading: Reading) -> None:
-    found = [training for words in script.commands if (training := _training(words)) is not None]
-    best = max((training.rank for training in found), default=0)
-    found = [training for training in found if training.rank == best]
-    if not found:
+    trainings = [training for words in script.commands if (training := _training(words)) is not None]
+    best = max((training.rank for training in trainings), default=0)
+    trainings = [training for training in trainings if training.rank == best]
+    if not trainings:
         return reading.refuse("command line", None, _nothing(script))
-    for other in found[1:]:
-        text = f"starts a training too, and one job is one training; taken: {found[0]}"
+    for other in trainings[1:]:
+        text = f"starts a training too, and one job is one training; taken: {trainings[0]}"
         reading.cannot_say("command", str(other), text)
-    _read(found[0], reading)
-    for index, word in enumerate(found[0].before):
+    _read(trainings[0], reading)
+    for index, word in enumerate(trainings[0].before):
         if PurePath(word).name == "srun":
-            slurm.of_srun(found[0].before[index + 1 :], reading)
+            slurm.of_srun(trainings[0].before[index + 1 :], reading)
     return None
 
 
 def _nothing(script: shell.Script) -> str:
-    """Why no command of a script is taken."""
+    """Say why no command of a script is taken."""
     starters = f"one begins with {', '.join(STARTERS)}"
     for words in script.commands:
         variable = next((word for word in words if word.startswith("$")), None)

@@ -33,7 +33,7 @@ class Comparison:
 
 
 def compare(a: Path, b: Path) -> Comparison:
-    """How two files or run directories differ. Two plans are compared in full, anything else in what an
+    """Return how two files or run directories differ. Two plans are compared in full, anything else in what an
     engine's file can say.
 
     Raises ConfigurationError for what cannot be read.

@@ -122,14 +122,14 @@ def _zero(zero: dict[str, Any], there: bool, reading: Reading) -> None:
         reason = "ZeRO has the stages 0, 1, 2 and 3; the nearest is 3"
         reading.refuse("zero_optimization.stage", stage, reason)
         return
-    said = "zero_optimization.stage" if there else "(no zero_optimization)"
-    reading.say("sharding", _STAGES[stage], said)
+    option = "zero_optimization.stage" if there else "(no zero_optimization)"
+    reading.say("sharding", _STAGES[stage], option)
     if stage == 0:
         text = (
             "stage 0 takes a wrong first step in half precision; ZeRO-1 runs instead, which computes the "
             "same in less memory"
         )
-        reading.change(said, 0, text)
+        reading.change(option, 0, text)
     _offload(zero, stage, reading)
     reading.take(zero, {"zero_hpz_partition_size": "zero.secondary_shard"}, Reading.count, prefix)
     reading.take(zero, _QUANTISED, Reading.flag, prefix)
@@ -169,20 +169,20 @@ def _offload(zero: dict[str, Any], stage: int, reading: Reading) -> None:
 
 def _place(devices: dict[str, str], paths: dict[str, str], stage: int, reading: Reading) -> None:
     optimizer, parameters = devices.get("offload_optimizer", "none"), devices.get("offload_param", "none")
-    said = "zero_optimization.offload_param"
+    key = "zero_optimization.offload_param"
     if parameters != "none" and stage < 3:
         text = f"only stage 3 offloads parameters, and this is stage {stage}"
-        reading.ignore(f"{said}.device", parameters, text)
+        reading.ignore(f"{key}.device", parameters, text)
         parameters = "none"
     if parameters != "none" and optimizer == "none":
         text = "offloading parameters, launcher offloads the optimizer state too"
-        reading.change(f"{said}.device", parameters, text)
+        reading.change(f"{key}.device", parameters, text)
     if "none" not in (parameters, optimizer) and paths["offload_optimizer"] != paths["offload_param"]:
         text = (
             f"the optimizer state goes to {paths['offload_optimizer']}; launcher has one place for both, "
             "and takes this one"
         )
-        reading.cannot_say(said, paths["offload_param"], text)
+        reading.cannot_say(key, paths["offload_param"], text)
     offload = "parameters" if parameters != "none" else "optimizer" if optimizer != "none" else "none"
     reading.say("offload", offload, "zero_optimization.offload_*")
     if offload != "none":

@@ -31,10 +31,10 @@ class Defaults:
         reading.tool = self.tool
         if reading.is_partial:
             return
-        for key, (said, value) in self.values.items():
+        for key, (option, value) in self.values.items():
             if key == "training.epochs" and reading.says("training.max_steps"):
                 continue
-            reading.default(key, value, said)
+            reading.default(key, value, option)
 
 
 TRAINER = Defaults(
@@ -99,8 +99,8 @@ ACCELERATE = Defaults(
 
 @dataclass(frozen=True)
 class AdapterDefaults:
-    """What an adapter has where the file leaves it out. None: the tool refuses that, or it follows from other
-    keys."""
+    """The values of an adapter where the file leaves it out. None: the tool refuses that, or it follows from
+    other keys."""
 
     rank: int | None
     alpha: float | None

@@ -119,13 +119,13 @@ def kind_of(content: Any) -> Kind | None:
 
 
 def read(path: Path) -> Reading:
-    """What the file at `path` says. Raises ConfigurationError where it cannot be read; problems of its keys
-    are in the reading."""
+    """Return what the file at `path` says. Raises ConfigurationError where it cannot be read; problems of its
+    keys are in the reading."""
     return read_content(content_of(path), str(path))
 
 
 def read_content(content: Any, source: str, is_sft: bool = False) -> Reading:
-    """What values or a text say; `source` names them, and `is_sft` says that TRL's SFTTrainer reads them."""
+    """Return what values or a text say. `source` names them; `is_sft`: TRL's SFTTrainer reads them."""
     kind = kind_of(content)
     if kind is None:
         is_mapping = "of another kind" if isinstance(content, dict) else "no mapping of keys"
@@ -154,8 +154,8 @@ def follow(readings: list[Reading], folders: dict[str, Path]) -> None:
         for name in reading.follow:
             folder = folders.get(reading.source, Path())
             overrides, is_sft = reading.overrides.get(name, ({}, False))
-            found = next((path for path in (folder / name, Path(name)) if path.is_file()), None)
-            if found is None:
+            file = next((path for path in (folder / name, Path(name)) if path.is_file()), None)
+            if file is None:
                 text = "is not here; import it together with this one"
                 reading.fill_in("(a file that it names)", name, text)
                 if name in reading.overrides:
@@ -163,21 +163,21 @@ def follow(readings: list[Reading], folders: dict[str, Path]) -> None:
                     command_line.read_arguments(overrides, is_sft, "", reading)
                 else:
                     reading.lacks_engine = True
-            elif found.resolve() not in known or overrides:
-                known.add(found.resolve())
+            elif file.resolve() not in known or overrides:
+                known.add(file.resolve())
                 readings[:] = [
                     other
                     for other in readings
-                    if not overrides or Path(other.source).resolve() != found.resolve()
+                    if not overrides or Path(other.source).resolve() != file.resolve()
                 ]
-                more = _overridden(found, overrides, is_sft)
-                folders[more.source] = found.parent
+                more = _overridden(file, overrides, is_sft)
+                folders[more.source] = file.parent
                 readings.append(more)
                 queue.append(more)
 
 
 def _overridden(path: Path, overrides: dict[str, Any], is_sft: bool) -> Reading:
-    """What a file says with other values for some of its keys."""
+    """Return what a file says with other values for some of its keys."""
     content = content_of(path)
     if not overrides or not isinstance(content, dict):
         return read_content(content, str(path), is_sft)

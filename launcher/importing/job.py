@@ -29,7 +29,7 @@ class Imported:
 
 
 def import_files(paths: list[Path], words: list[str] | None = None) -> Imported:
-    """The job that the files, and the words of a command line, say together.
+    """Return the job that the files, and the words of a command line, say together.
 
     Raises ConfigurationError with every problem: files that cannot be read, values that are none, numbers
     that do not divide.
@@ -59,33 +59,22 @@ def import_files(paths: list[Path], words: list[str] | None = None) -> Imported:
     problems += _unfit(content, merged.facts) if not problems else []
     if problems:
         raise ConfigurationError(problems)
-    placeholders = [
-        Remark("fill in", "(no file)", key, value, text)
-        for key, value, text in (
-            (
-                "model.name",
-                content["model"]["name"] if content["model"]["name"] == MODEL else None,
-                "the model's directory or its name on the hub",
-            ),
-            (
-                "data.train",
-                TRAIN if content["data"]["train"].get("path") == TRAIN else None,
-                "the rows to learn from",
-            ),
-            (
-                "data",
-                _columns(content["data"]),
-                "which columns are what: text, or prompt and completion, or messages, or text and label",
-            ),
-        )
-        if value is not None
-    ]
+    data = content["data"]
+    open_keys = []
+    if content["model"]["name"] == MODEL:
+        open_keys.append(("model.name", MODEL, "the model's directory or its name on the hub"))
+    if data["train"].get("path") == TRAIN:
+        open_keys.append(("data.train", TRAIN, "the rows to learn from"))
+    if not data.keys() & {"text", "prompt", "messages"}:
+        text = "which columns are what: text, or prompt and completion, or messages, or text and label"
+        open_keys.append(("data", "(no column)", text))
+    placeholders = [Remark("fill in", "(no file)", *one) for one in open_keys]
     remarks = (*merged.remarks, *placeholders, *_left_to_launcher(merged.facts))
     return Imported(content, _text(content, readings), remarks)
 
 
 def _left_to_launcher(facts: dict[str, Any]) -> list[Remark]:
-    """What no file says of a training: launcher's own defaults, which are hardly those of the script."""
+    """Remark what no file says of a training: launcher's own defaults, which are hardly those of the script."""
     names = {key: Training.model_fields[key].default for key in ("learning_rate", "schedule", "warmup")}
     left = [f"{key} {value}" for key, value in names.items() if f"training.{key}" not in facts]
     left += [] if {"training.epochs", "training.max_steps"} & facts.keys() else ["epochs 1"]
@@ -93,17 +82,14 @@ def _left_to_launcher(facts: dict[str, Any]) -> list[Remark]:
     return [Remark("fill in", "(no file)", "training", ", ".join(left), text)] if left else []
 
 
-def _columns(data: dict[str, Any]) -> str | None:
-    return None if data.keys() & {"text", "prompt", "messages"} else "(no column)"
-
-
 def _unfit(content: dict[str, Any], facts: dict[str, Any]) -> list[Problem]:
-    """What the job file itself would refuse, by the key that said it."""
-    said = {JOB_KEYS.get(key, key): f"{fact.source}: {fact.said}" for key, fact in facts.items()}
+    """Return what the job file itself would refuse, by the key that said it."""
+    sources = {JOB_KEYS.get(key, key): f"{fact.source}: {fact.said}" for key, fact in facts.items()}
     kept = without(content, set())
-    found = refused(kept)
-    found += [problem for problem in validate(kept)[1] if problem.key not in {secret.key for secret in found}]
-    return [Problem(said.get(problem.key, problem.key), problem.value, problem.reason) for problem in found]
+    problems = refused(kept)
+    secrets = {problem.key for problem in problems}
+    problems += [problem for problem in validate(kept)[1] if problem.key not in secrets]
+    return [Problem(sources.get(one.key, one.key), one.value, one.reason) for one in problems]
 
 
 def _text(content: dict[str, Any], readings: list[Reading]) -> str:

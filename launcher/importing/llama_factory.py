@@ -72,8 +72,8 @@ def read(content: dict[str, Any], reading: Reading) -> None:
     if (plain := reading.flag(content, "disable_gradient_checkpointing")) is not None:
         reading.say("activation_checkpointing", "none" if plain else "full", "disable_gradient_checkpointing")
     trainer_keys.changes(content, _CHANGES, reading)
-    if found := sorted(key for key in _NOTHING if content.get(key) not in (None, "")):
-        reading.ignore(", ".join(found), None, "how it is computed and reported; the same is learned")
+    if unused := sorted(key for key in _NOTHING if content.get(key) not in (None, "")):
+        reading.ignore(", ".join(unused), None, "how it is computed and reported; the same is learned")
     own = {
         "stage", "finetuning_type", "template", "dataset", "eval_dataset", "dataset_dir", "cutoff_len",
         "max_samples", "packing", "neat_packing", "flash_attn", "disable_gradient_checkpointing",
@@ -135,15 +135,15 @@ def _data(content: dict[str, Any], stage: str, reading: Reading) -> None:
 
 
 def _rows(content: dict[str, Any], reading: Reading) -> None:
-    for said, key in (("dataset", "data.train"), ("eval_dataset", "data.evaluation")):
-        names = lora.words_of(content.get(said))
+    for option, key in (("dataset", "data.train"), ("eval_dataset", "data.evaluation")):
+        names = lora.words_of(content.get(option))
         if names:
             text = (
                 "entries of LLaMA-Factory's dataset_info.json: write the file, or the data set on the "
                 f"hub, as {key}, and its columns"
             )
-            reading.fill_in(said, ", ".join(names), text)
+            reading.fill_in(option, ", ".join(names), text)
         if len(names) > 1:
             text = "launcher reads one data set: write the rows of all to one file, and name that"
-            reading.cannot_say(said, ", ".join(names), text)
+            reading.cannot_say(option, ", ".join(names), text)
     reading.take(content, {"max_samples": "data.train.limit"}, Reading.count)

@@ -14,7 +14,7 @@ QUANTISED = ("load_in_4bit", "load_in_8bit", "quantization_bit")
 
 @dataclass(frozen=True)
 class Names:
-    """How a tool spells an adapter's keys."""
+    """The spelling of an adapter's keys."""
 
     rank: str
     targets: str
@@ -46,26 +46,22 @@ def read(content: dict[str, Any], names: Names, defaults: AdapterDefaults, readi
     elif rank is not None:
         reading.say("model.adapter.rank", rank, names.rank)
     stabilised = bool(reading.flag(content, names.stabilised))
-    made = (
-        alpha
-        if alpha is not None
-        else 2.0 * rank
-        if defaults.is_twice and rank is not None
-        else defaults.alpha
-    )
-    if made is not None and stabilised and rank:
+    scaled_alpha = alpha
+    if alpha is None:
+        scaled_alpha = 2.0 * rank if defaults.is_twice and rank is not None else defaults.alpha
+    if scaled_alpha is not None and stabilised and rank:
         text = (
-            f"what is added counts alpha / sqrt(rank) times there; alpha = {made:g} x sqrt({rank}) is the "
-            "same here"
+            "what is added counts alpha / sqrt(rank) times there; "
+            f"alpha = {scaled_alpha:g} x sqrt({rank}) is the same here"
         )
         reading.change(names.stabilised, True, text)
-        made *= math.sqrt(rank)
-    if made is not None:
-        (reading.default if alpha is None else reading.say)("model.adapter.alpha", made, names.alpha)
-    for said, value in ((names.rank, rank), (names.alpha, made)):
+        scaled_alpha *= math.sqrt(rank)
+    if scaled_alpha is not None:
+        (reading.default if alpha is None else reading.say)("model.adapter.alpha", scaled_alpha, names.alpha)
+    for option, value in ((names.rank, rank), (names.alpha, scaled_alpha)):
         if value is None:
             text = "is missing; launcher's own stands under model.adapter"
-            reading.fill_in(said, "(nothing)", text)
+            reading.fill_in(option, "(nothing)", text)
     dropout = reading.number(content, names.dropout)
     (reading.default if dropout is None else reading.say)(
         "model.adapter.dropout", defaults.dropout if dropout is None else dropout, names.dropout
@@ -94,17 +90,17 @@ def _faster_b(content: dict[str, Any], names: Names, reading: Reading) -> None:
 
 
 def _targets(value: Any, names: Names, defaults: AdapterDefaults, reading: Reading) -> None:
-    said = words_of(value)
-    if not said and defaults.targets is not None:
+    names_of_layers = words_of(value)
+    if not names_of_layers and defaults.targets is not None:
         return reading.default("model.adapter.targets", "all-linear", names.targets)
-    if not said:
+    if not names_of_layers:
         reading.default("model.adapter.targets", ["q_proj", "v_proj"], names.targets)
         text = (
             "left out: peft then goes by the model's family; these are those of Llama, Mistral, Qwen and "
             "Gemma, others have others"
         )
         return reading.remark("fill in", names.targets, "(nothing)", text)
-    if any(name in ("all", "all-linear") for name in said):
+    if any(name in ("all", "all-linear") for name in names_of_layers):
         return reading.say("model.adapter.targets", "all-linear", names.targets)
     if isinstance(value, str) and any(sign in value for sign in "\\^$*+()[]|?"):
         text = (
@@ -112,13 +108,13 @@ def _targets(value: Any, names: Names, defaults: AdapterDefaults, reading: Readi
         )
         reading.cannot_say(names.targets, value, text)
         return reading.say("model.adapter.targets", "all-linear", names.targets)
-    return reading.say("model.adapter.targets", said, names.targets)
+    return reading.say("model.adapter.targets", names_of_layers, names.targets)
 
 
 def unused(content: dict[str, Any], names: Names, why: str, reading: Reading) -> None:
     """Say of an adapter's keys that the tool reads none of them."""
-    if found := sorted(key for key in names.all() if content.get(key) not in (None, False, "", [], {})):
-        reading.ignore(", ".join(found), None, why)
+    if unused_keys := sorted(key for key in names.all() if content.get(key) not in (None, False, "", [], {})):
+        reading.ignore(", ".join(unused_keys), None, why)
 
 
 def quantised(content: dict[str, Any], keys: tuple[str, ...], reading: Reading) -> None:
@@ -132,6 +128,6 @@ def quantised(content: dict[str, Any], keys: tuple[str, ...], reading: Reading) 
 
 
 def words_of(value: Any) -> list[str]:
-    """The words of a list, or of a text with commas or spaces between them."""
+    """Return the words of a list, or of a text with commas or spaces between them."""
     entries = value if isinstance(value, (list, tuple)) else [] if value in (None, False) else [value]
     return [word for entry in entries for word in str(entry).replace(",", " ").split()]

@@ -36,7 +36,7 @@ _BATCH = ("batch.global_batch_size", "batch.micro_batch_size", "batch.accumulati
 
 @dataclass
 class Merged:
-    """What all files together say."""
+    """The facts, remarks and problems of all files together."""
 
     facts: dict[str, Fact] = field(default_factory=dict)
     remarks: list[Remark] = field(default_factory=list)
@@ -52,12 +52,12 @@ class Merged:
         return self.facts[key].value if key in self.facts else None
 
     def values(self) -> dict[str, Any]:
-        """Plan key -> value, of what a file says itself."""
+        """Return plan key -> value, of what a file says itself."""
         return {key: fact.value for key, fact in self.facts.items() if not fact.is_default}
 
 
 def merge(readings: list[Reading]) -> Merged:
-    """One value for each key; where files differ, the reason why one won. Batch and ranks are made to agree."""
+    """Take one value for each key; where files differ, remark why one won. Batch and ranks are made to agree."""
     merged = Merged()
     by_rank, ranks = list(WINNERS.values()), {reading.source: reading.rank for reading in readings}
     ordered = sorted(readings, key=lambda reading: reading.rank)
@@ -76,7 +76,12 @@ def merge(readings: list[Reading]) -> Merged:
                 reason = by_rank[winner] if winner != reading.rank else "it comes first"
                 text = f"{first.said} in {first.source} says {first.value}, which won: {reason}"
                 merged.remark("conflict", fact, text)
-    _end_once(merged)
+    # DeepSpeed's schedule says when the rate has fallen, not when the run ends.
+    fall = merged.facts.get("training.max_steps")
+    if fall is not None and fall.said.startswith("scheduler.") and "training.epochs" in merged.facts:
+        del merged.facts["training.max_steps"]
+        text = "launcher's schedule ends with the run, whose epochs are said; taken: the epochs"
+        merged.remark("cannot be said", fall, text)
     is_open = any(reading.lacks_engine for reading in readings)
     _take_defaults(
         [pair for pair in defaults if not is_open or pair[1].key not in ("precision", "training.clip_norm")],
@@ -86,23 +91,13 @@ def merge(readings: list[Reading]) -> Merged:
     return merged
 
 
-def _end_once(merged: Merged) -> None:
-    """Epochs go before the length of DeepSpeed's schedule: it says when the rate has fallen, not when the run
-    ends."""
-    fact = merged.facts.get("training.max_steps")
-    if fact is not None and fact.said.startswith("scheduler.") and "training.epochs" in merged.facts:
-        del merged.facts["training.max_steps"]
-        text = "launcher's schedule ends with the run, whose epochs are said; taken: the epochs"
-        merged.remark("cannot be said", fact, text)
-
-
 def _take_defaults(defaults: list[tuple[Reading, Fact]], merged: Merged) -> None:
     """Fill what no file says with what the tools take there: the Trainer's and its like before the engines'.
 
     Clipping is DeepSpeed's own wherever it runs: neither Accelerate nor the Trainer clips then (transformers
     5.23, accelerate 1.15).
     """
-    said = set(merged.facts)
+    keys = set(merged.facts)
     for _, fact in sorted(defaults, key=lambda pair: _ENGINES_LAST[pair[0].rank]):
         if fact.key == "training.clip_norm" and fact.said == "gradient_clipping":
             first = merged.facts.get(fact.key)
@@ -113,16 +108,12 @@ def _take_defaults(defaults: list[tuple[Reading, Fact]], merged: Merged) -> None
                 )
                 merged.remark("conflict", first, text)
             merged.facts[fact.key] = fact
-        elif _OTHERWISE.get(fact.key) not in said:
+        elif _OTHERWISE.get(fact.key) not in keys:
             merged.facts.setdefault(fact.key, fact)
     tools = {reading.source: reading.tool for reading, _ in defaults}
     for source, tool in tools.items():
-        own = [
-            fact
-            for fact in merged.facts.values()
-            if fact.is_default and fact.source == source and differs(fact)
-        ]
-        if own:
+        left_out = (fact for fact in merged.facts.values() if fact.is_default and fact.source == source)
+        if own := [fact for fact in left_out if differs(fact)]:
             names, values = ", ".join(fact.said for fact in own), ", ".join(str(fact.value) for fact in own)
             text = (
                 f"left out there: what {tool} then takes, written out since launcher's own defaults are "
@@ -143,7 +134,7 @@ follow."""
 
 
 def _of_engine(reading: Reading, engine: str | None, merged: Merged) -> list[Fact]:
-    """The facts that still hold: how another engine than the one that won cuts and offloads is of no use."""
+    """Return the facts that still hold: how an engine that lost cuts and offloads is of no use."""
     own = {fact.value for fact in reading.facts if fact.key == "engine"}
     if not own or engine in own:
         return reading.facts
@@ -165,11 +156,15 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _agree(merged: Merged, unknown: set[str]) -> None:
-    """global = micro x accumulation x ranks: what is missing is filled in, what does not fit is said.
+    """Make global = micro x accumulation x ranks hold: what is missing is filled in, what does not fit is said.
 
     Nothing is made of numbers that the shell alone knows, which are `unknown`.
     """
     _count_ranks(merged)
+    # Numbers without which nothing can be made of a micro-batch, where the shell alone knows them.
+    needed = ["gradient_accumulation_steps", "per_device_train_batch_size"]
+    needed += [] if "mesh.nodes" in merged.facts else ["num_machines", "nnodes", "num_nodes"]
+    of_shell = [name for name in needed if name in unknown]
     total, micro, steps, ranks = (merged.value(key) for key in _BATCH)
     if total and micro and not ranks:
         passes = micro * (steps or 1)
@@ -182,27 +177,14 @@ def _agree(merged: Merged, unknown: set[str]) -> None:
             merged.refuse(fact, reason)
         elif steps:
             _fill(merged, "mesh.world_size", total // passes, f"{total} / ({micro} x {steps})")
-    elif micro and not total and (of_shell := _shells_numbers(merged, unknown)):
-        text = (
-            "the shell's: batch.global_batch_size stays open, write it. It is micro-batch x accumulation x "
-            "ranks"
-        )
-        merged.remarks.append(
-            Remark(
-                "fill in",
-                merged.facts[_BATCH[1]].source,
-                "batch.global_batch_size",
-                ", ".join(of_shell),
-                text,
-            )
-        )
+    elif micro and not total and of_shell:
+        text = "the shell's: batch.global_batch_size stays open, write it. It is micro-batch x accumulation "
+        text += "x ranks"
+        source = merged.facts[_BATCH[1]].source
+        merged.remarks.append(Remark("fill in", source, _BATCH[0], ", ".join(of_shell), text))
     elif micro and ranks and not total:
-        _fill(
-            merged,
-            _BATCH[0],
-            micro * (steps or 1) * ranks,
-            f"{micro} x {steps or 1} x {ranks} (micro-batch x accumulation x ranks)",
-        )
+        how = f"{micro} x {steps or 1} x {ranks} (micro-batch x accumulation x ranks)"
+        _fill(merged, _BATCH[0], micro * (steps or 1) * ranks, how)
     elif total and micro and ranks and steps and micro * steps * ranks != total:
         fact = merged.facts[_BATCH[0]]
         product = f"{micro} x {steps} x {ranks} = {micro * steps * ranks}"
@@ -212,13 +194,8 @@ def _agree(merged: Merged, unknown: set[str]) -> None:
             merged.facts.pop("batch.micro_batch_size")
             merged.facts.pop("batch.accumulation_steps")
     elif micro and not total:
-        _fill(
-            merged,
-            _BATCH[0],
-            micro * (steps or 1),
-            f"{micro} x {steps or 1} of one rank: multiply it by the number of ranks",
-            "fill in",
-        )
+        how = f"{micro} x {steps or 1} of one rank: multiply it by the number of ranks"
+        _fill(merged, _BATCH[0], micro * (steps or 1), how, "fill in")
     elif steps and not total:
         text = "stays open: neither batch nor ranks are said; write batch.global_batch_size"
         merged.remarks.append(
@@ -231,15 +208,8 @@ def _agree(merged: Merged, unknown: set[str]) -> None:
         merged.refuse(fact, reason)
 
 
-def _shells_numbers(merged: Merged, unknown: set[str]) -> list[str]:
-    """The numbers without which nothing can be made of a micro-batch, where the shell alone knows them."""
-    of_batch = ["gradient_accumulation_steps", "per_device_train_batch_size"]
-    of_nodes = [] if "mesh.nodes" in merged.facts else ["num_machines", "nnodes", "num_nodes"]
-    return [name for name in (*of_batch, *of_nodes) if name in unknown]
-
-
 def _count_ranks(merged: Merged) -> None:
-    """Ranks of all nodes, where a file says those of one."""
+    """Count the ranks of all nodes, where a file says those of one."""
     each = merged.facts.get("mesh.ranks_per_node")
     if each is None:
         return
@@ -260,24 +230,18 @@ def _near(value: int, unit: int) -> int:
 
 
 def _fill(merged: Merged, key: str, value: int, how: str, kind: Any = "changes meaning") -> None:
-    said = merged.facts["batch.micro_batch_size"]
-    merged.facts[key] = Fact(key, value, said.source, how)
+    first = merged.facts["batch.micro_batch_size"]
+    merged.facts[key] = Fact(key, value, first.source, how)
     merged.remarks.append(
-        Remark(kind, said.source, said.said, said.value, f"{JOB_KEYS.get(key, key)} = {value}: {how}")
+        Remark(kind, first.source, first.said, first.value, f"{JOB_KEYS.get(key, key)} = {value}: {how}")
     )
 
 
 def job_content(merged: Merged, sources: list[str]) -> dict[str, Any]:
-    """The job file's content; what no file says and every job needs is a placeholder."""
+    """Return the job file's content; what no file says and every job needs is a placeholder."""
     content: dict[str, Any] = {part: {} for part in _PARTS}
     facts = dict(merged.facts)
-    for key in (
-        "batch.accumulation_steps",
-        "mesh.nodes",
-        "mesh.world_size",
-        "mesh.ranks_per_node",
-        "mesh.device",
-    ):
+    for key in ("batch.accumulation_steps", *(key for key in merged.facts if key in _MESH)):
         facts.pop(key, None)
     if merged.value("offload") in (None, "none"):
         facts.pop("offload_to", None)
@@ -302,6 +266,7 @@ def job_content(merged: Merged, sources: list[str]) -> dict[str, Any]:
     return {part: content[part] for part in _PARTS if content[part]}
 
 
+_MESH = ("mesh.nodes", "mesh.world_size", "mesh.ranks_per_node", "mesh.device")
 _NOTHING = {
     "parallel.replicate": 1,
     "parallel.secondary_shard": 1,
@@ -312,25 +277,19 @@ _NOTHING = {
 
 
 def _cluster(merged: Merged) -> dict[str, Any]:
-    nodes, ranks, device = (
-        merged.value("mesh.nodes") or 1,
-        merged.value("mesh.world_size"),
-        merged.value("mesh.device"),
-    )
-    made: dict[str, Any] = {"nodes": nodes} if nodes > 1 else {}
+    nodes, ranks = merged.value("mesh.nodes") or 1, merged.value("mesh.world_size")
+    device = merged.value("mesh.device")
+    cluster: dict[str, Any] = {"nodes": nodes} if nodes > 1 else {}
     if device == "cpu":
-        made["gpus_per_node"] = 0
+        cluster["gpus_per_node"] = 0
     if device == "cuda" and not ranks:
         fact = merged.facts["mesh.device"]
         text = "no file says how many GPUs; write cluster.gpus_per_node, or it is what this machine has"
         merged.remark("fill in", fact, text)
     if ranks:
-        made["ranks_per_node" if device == "cpu" else "gpus_per_node"] = max(1, ranks // nodes)
+        cluster["ranks_per_node" if device == "cpu" else "gpus_per_node"] = max(1, ranks // nodes)
         if device is None and nodes == 1:
             fact = merged.facts["mesh.world_size"]
-            merged.remark(
-                "chosen",
-                fact,
-                "taken as GPUs of one node; write cluster.nodes for more, and gpus_per_node: 0 for CPUs",
-            )
-    return made
+            text = "taken as GPUs of one node; write cluster.nodes for more, and gpus_per_node: 0 for CPUs"
+            merged.remark("chosen", fact, text)
+    return cluster

@@ -48,10 +48,10 @@ _ADAMW = (
 
 def trainer_schedule(name: str, options: dict[str, Any], said: str, reading: Reading) -> None:
     """Say a schedule of the Trainer's with its keyword arguments, or the nearest there is."""
-    found = _SCHEDULES.get(name)
-    if found is None:
-        found = _NEAREST_SCHEDULE.get(name, "linear")
-        text = f"launcher has {', '.join(get_args(Schedules))}; taken: {found}"
+    schedule = _SCHEDULES.get(name)
+    if schedule is None:
+        schedule = _NEAREST_SCHEDULE.get(name, "linear")
+        text = f"launcher has {', '.join(get_args(Schedules))}; taken: {schedule}"
         reading.cannot_say(said, name, text)
     options = dict(options)
     rate = reading.said_value("training.learning_rate")
@@ -67,11 +67,11 @@ def trainer_schedule(name: str, options: dict[str, Any], said: str, reading: Rea
     elif share is not None:
         text = "a share of the learning rate: write training.minimum_learning_rate"
         reading.fill_in("lr_scheduler_kwargs", share, text)
-    found = _shaped(name, found, options, reading)
+    schedule = _shaped(name, schedule, options, reading)
     for key, value in options.items():
         neutral = _NEUTRAL.get(name, {})
         if value is not None and (key not in neutral or as_number(value) != neutral[key]):
-            text = f"launcher's {found} has no such key; left out"
+            text = f"launcher's {schedule} has no such key; left out"
             reading.cannot_say(f"lr_scheduler_kwargs.{key}", brief(value), text)
     if name == "constant" and reading.said_value("training.warmup"):
         reading.facts = [fact for fact in reading.facts if fact.key != "training.warmup"]
@@ -83,11 +83,11 @@ def trainer_schedule(name: str, options: dict[str, Any], said: str, reading: Rea
             "taken: constant"
         )
         reading.cannot_say(said, name, text)
-        found = "constant"
-    reading.say("training.schedule", found, said)
+        schedule = "constant"
+    reading.say("training.schedule", schedule, said)
 
 
-def _shaped(name: str, found: str, options: dict[str, Any], reading: Reading) -> str:
+def _shaped(name: str, schedule: str, options: dict[str, Any], reading: Reading) -> str:
     """Say the keyword arguments that a schedule of launcher's has a key for, and take them out; return that
     schedule."""
     cycles, power = as_number(options.get("num_cycles")), as_number(options.get("power"))
@@ -100,11 +100,11 @@ def _shaped(name: str, found: str, options: dict[str, Any], reading: Reading) ->
         reading.say("training.power", power, "lr_scheduler_kwargs.power")
         return "polynomial"
     if name == "warmup_stable_decay":
-        return _stable(found, options, reading)
-    return found
+        return _stable(schedule, options, reading)
+    return schedule
 
 
-def _stable(found: str, options: dict[str, Any], reading: Reading) -> str:
+def _stable(schedule: str, options: dict[str, Any], reading: Reading) -> str:
     """Say the fall of a schedule that keeps its rate until then; transformers leaves its length to the user."""
     said = "lr_scheduler_kwargs"
     steps = as_number(options.pop("num_decay_steps", None))
@@ -126,7 +126,7 @@ def _stable(found: str, options: dict[str, Any], reading: Reading) -> str:
         reading.fill_in(
             f"{said}.min_lr_ratio", ratio, "a share of the learning rate: training.minimum_learning_rate"
         )
-    return found
+    return schedule
 
 
 def warmup(reading: Reading) -> None:
@@ -180,26 +180,25 @@ def _deepspeed_optimizer(optimizer: dict[str, Any], params: dict[str, Any], read
     if kind is not None:
         name = kind.lower()
         if name in ("adam", "adamw"):
-            found = "adamw" if name == "adamw" or decoupled else "adam"
+            taken = "adamw" if name == "adamw" or decoupled else "adam"
             if name == "adam" and decoupled:
                 text = "DeepSpeed's Adam decays as AdamW unless adam_w_mode is false"
                 reading.change("optimizer.type", kind, text)
         else:
-            found = "sgd" if name == "sgd" else "adamw"
+            taken = "sgd" if name == "sgd" else "adamw"
             if name != "sgd":
-                reading.cannot_say(
-                    "optimizer.type", kind, "launcher has adamw, adam, sgd and muon; taken: adamw"
-                )
-        reading.say("training.optimizer", found, "optimizer.type")
-    for said, key in (
+                text = "launcher has adamw, adam, sgd and muon; taken: adamw"
+                reading.cannot_say("optimizer.type", kind, text)
+        reading.say("training.optimizer", taken, "optimizer.type")
+    for option, key in (
         ("lr", "training.learning_rate"),
         ("weight_decay", "training.weight_decay"),
         ("eps", "training.epsilon"),
         ("momentum", "training.momentum"),
     ):
-        if (value := reading.number(params, said, prefix)) is not None:
-            reading.say(key, value, prefix + said)
-        elif said in params:
+        if (value := reading.number(params, option, prefix)) is not None:
+            reading.say(key, value, prefix + option)
+        elif option in params:
             reading.leave_open(key)
     if reading.said_value("training.optimizer") == "sgd":
         reading.default("training.momentum", 0.0, prefix + "momentum")  # torch.optim.SGD
@@ -240,11 +239,11 @@ def _deepspeed_scheduler(scheduler: dict[str, Any], reading: Reading) -> None:
     kind, prefix = reading.word(scheduler, "type", "scheduler."), "scheduler.params."
     params = reading.section(scheduler, "params", "scheduler.")
     if kind is not None:
-        found = _DEEPSPEED_SCHEDULES.get(kind) or _NEAREST_DEEPSPEED_SCHEDULE.get(kind, "linear")
+        schedule = _DEEPSPEED_SCHEDULES.get(kind) or _NEAREST_DEEPSPEED_SCHEDULE.get(kind, "linear")
         if kind not in _DEEPSPEED_SCHEDULES:
-            text = f"launcher has linear, cosine and constant; taken: {found}"
+            text = f"launcher has linear, cosine and constant; taken: {schedule}"
             reading.cannot_say("scheduler.type", kind, text)
-        reading.say("training.schedule", found, "scheduler.type")
+        reading.say("training.schedule", schedule, "scheduler.type")
     if kind not in _DEEPSPEED_SCHEDULES:
         return
     reading.take(params, {"warmup_num_steps": "training.warmup"}, Reading.size, prefix)

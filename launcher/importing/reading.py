@@ -83,9 +83,9 @@ class Reading:
 
     def take(self, content: dict[str, Any], keys: dict[str, str], read: Read, prefix: str = "") -> None:
         """Say what stands at each of the file's keys as the job's key, as `read`, one of ours, reads it."""
-        for said, key in keys.items():
-            if (value := read(self, content, said, prefix)) is not None:
-                self.say(key, value, prefix + said)
+        for option, key in keys.items():
+            if (value := read(self, content, option, prefix)) is not None:
+                self.say(key, value, prefix + option)
 
     def say_once(self, key: str, value: Any, said: str) -> None:
         """Say a value, unless another key of the file has said one before."""
@@ -93,11 +93,11 @@ class Reading:
             self.say(key, value, said)
 
     def says(self, key: str) -> bool:
-        """Whether the file has said something of a key."""
+        """Return whether the file has said something of a key."""
         return any(fact.key == key for fact in self.facts)
 
     def said_value(self, key: str) -> Any:
-        """What it said first; None where it said nothing."""
+        """Return what it said first; None where it said nothing."""
         return next((fact.value for fact in self.facts if fact.key == key), None)
 
     def leave_open(self, key: str) -> None:
@@ -106,9 +106,9 @@ class Reading:
 
     def remark(self, kind: Kind, said: str, value: Any, text: str) -> None:
         """Write down what there is to know of a key; a value that may be a secret is not kept."""
-        said = self._spelled(said)
-        shown = "(not shown)" if _SECRET.search(said) and value is not None else redact_all(value)
-        self.remarks.append(Remark(kind, self.source, said, shown, redact(text)))
+        spelled = self._spelled(said)
+        shown = "(not shown)" if _SECRET.search(spelled) and value is not None else redact_all(value)
+        self.remarks.append(Remark(kind, self.source, spelled, shown, redact(text)))
 
     def cannot_say(self, said: str, value: Any, text: str) -> None:
         """Remark what a job has no word for."""
@@ -138,15 +138,17 @@ class Reading:
         self.remark("fill in", said, value, text)
 
     def refuse(self, said: str, value: Any, reason: str) -> None:
-        said = self._spelled(said)
-        shown = None if _SECRET.search(said) or isinstance(value, (dict, list)) else value
-        self.problems.append(Problem(f"{self.source}: {said}", _short(redact_all(shown)), redact(reason)))
+        spelled = self._spelled(said)
+        shown = None if _SECRET.search(spelled) or isinstance(value, (dict, list)) else redact_all(value)
+        if isinstance(shown, str) and len(shown) > 60:
+            shown = f"{shown[:60]}..."
+        self.problems.append(Problem(f"{self.source}: {spelled}", shown, redact(reason)))
 
     def _spelled(self, said: str) -> str:
         return ", ".join(self.names.get(name, name) for name in said.split(", "))
 
     def section(self, content: dict[str, Any], key: str, prefix: str = "") -> dict[str, Any]:
-        """The mapping at a key; empty where there is none. Another type is a problem."""
+        """Return the mapping at a key; empty where there is none. Another type is a problem."""
         value = content.get(key)
         if value is None:
             return {}
@@ -156,7 +158,7 @@ class Reading:
         return {str(name): entry for name, entry in value.items()}
 
     def number(self, content: dict[str, Any], key: str, prefix: str = "", least: float = 0.0) -> float | None:
-        """A finite number of at least `least`; None where it is absent, `auto`, or not one (which is a
+        """Return a finite number of at least `least`; None where it is absent, `auto`, or not one (which is a
         problem)."""
         value = content.get(key)
         if value is None or self._is_auto(value, f"{prefix}{key}"):
@@ -169,7 +171,7 @@ class Reading:
         return number
 
     def count(self, content: dict[str, Any], key: str, prefix: str = "", least: int = 1) -> int | None:
-        """A whole number; None as for `number`."""
+        """Return a whole number; None as for `number`."""
         number = self.number(content, key, prefix, least)
         if number is not None and number != int(number):
             self.refuse(f"{prefix}{key}", content[key], "write a whole number")
@@ -177,22 +179,22 @@ class Reading:
         return None if number is None else int(number)
 
     def size(self, content: dict[str, Any], key: str, prefix: str = "") -> int | None:
-        """A whole number that may be 0; None as for `number`."""
+        """Return a whole number that may be 0; None as for `number`."""
         return self.count(content, key, prefix, 0)
 
     def flag(self, content: dict[str, Any], key: str, prefix: str = "") -> bool | None:
-        """true or false, as YAML, JSON or a command line write it; None as for `number`."""
+        """Return true or false, as YAML, JSON or a command line write it; None as for `number`."""
         value = content.get(key)
         if value is None or self._is_auto(value, f"{prefix}{key}"):
             return None
         words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-        found = words.get(str(value).strip().lower())
-        if found is None:
+        flag = words.get(str(value).strip().lower())
+        if flag is None:
             self.refuse(f"{prefix}{key}", value, "write true or false")
-        return found
+        return flag
 
     def word(self, content: dict[str, Any], key: str, prefix: str = "") -> str | None:
-        """A text; None as for `number`."""
+        """Return a text; None as for `number`."""
         value = content.get(key)
         if value is None or self._is_auto(value, f"{prefix}{key}"):
             return None
@@ -209,7 +211,7 @@ class Reading:
         return True
 
     def all_remarks(self) -> list[Remark]:
-        """The remarks, and one for all keys that are `auto`."""
+        """Return the remarks, and one for all keys that are `auto`."""
         if not self.open:
             return self.remarks
         text = (
@@ -220,7 +222,7 @@ class Reading:
 
 
 def as_number(value: Any) -> float | None:
-    """The number in a value, written as one or as text; None where there is none."""
+    """Return the number in a value, written as one or as text; None where there is none."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:
@@ -230,7 +232,7 @@ def as_number(value: Any) -> float | None:
 
 
 def brief(value: Any) -> str:
-    """A value of any kind in few characters; what is nested is not shown."""
+    """Return a value of any kind in few characters; what is nested is not shown."""
     return (
         "{...}"
         if isinstance(value, dict)
@@ -244,7 +246,3 @@ def _kind(value: Any) -> str:
     return {dict: "a section", list: "a list", str: "text", bool: "true or false"}.get(
         type(value), "a number"
     )
-
-
-def _short(value: Any) -> Any:
-    return f"{value[:60]}..." if isinstance(value, str) and len(value) > 60 else value

@@ -152,9 +152,9 @@ def data_set(content: dict[str, Any], reading: Reading, evaluates: bool = False)
     if split is not None:
         reading.say("data.train.split", split, "dataset_train_split")
     if evaluates:
-        for key, found, said in (("name", value, "dataset_name"), ("subset", subset, subset_said)):
-            if found is not None:
-                reading.say(f"data.evaluation.{key}", found, said)
+        for key, part, option in (("name", value, "dataset_name"), ("subset", subset, subset_said)):
+            if part is not None:
+                reading.say(f"data.evaluation.{key}", part, option)
         reading.say("data.evaluation.split", held_out or "test", "dataset_test_split")
     return _DATA
 
@@ -172,9 +172,9 @@ def _mixture(content: dict[str, Any], reading: Reading) -> list[str]:
     first = entries[0]
     kind, name = source(first["id"])
     reading.say(f"data.train.{kind}", name, key)
-    for said, found in (("subset", first.get("config")), ("split", first.get("split"))):
-        if found and found != "default" and kind == "name":
-            reading.say(f"data.train.{said}", str(found), key)
+    for option, part in (("subset", first.get("config")), ("split", first.get("split"))):
+        if part and part != "default" and kind == "name":
+            reading.say(f"data.train.{option}", str(part), key)
     if len(entries) > 1:
         text = (
             f"launcher reads one data set; taken: {first['id']}. Write the rows of all to one file, and "
@@ -187,8 +187,8 @@ def _mixture(content: dict[str, Any], reading: Reading) -> list[str]:
             "many"
         )
         reading.cannot_say(f"{key}.weight", first["weight"], text)
-    for said, value in more.items():
-        reading.cannot_say(f"{key}.{said}", brief(value), HELD_OUT)
+    for option, value in more.items():
+        reading.cannot_say(f"{key}.{option}", brief(value), HELD_OUT)
     columns = first.get("columns")
     return [str(column) for column in columns] if isinstance(columns, list) else []
 
@@ -220,15 +220,15 @@ def _entries(value: Any, splits: Any, reading: Reading) -> tuple[list[dict[str, 
         for entry in entries
         if isinstance(entry, dict)
     )
-    found = [
+    parts = [
         {names.get(str(key), str(key)): entry_value for key, entry_value in entry.items()}
         for entry, names in zip([entry for entry in entries if isinstance(entry, dict)], renamed, strict=True)
     ]
-    return found, more
+    return parts, more
 
 
 def _loss(content: dict[str, Any], columns: list[str], reading: Reading) -> None:
-    """Which tokens are learned."""
+    """Say which tokens are learned."""
     whole, answers = (
         reading.flag(content, "assistant_only_loss") is not True,
         reading.flag(content, "completion_only_loss"),

@@ -27,7 +27,7 @@ _DEEPEST = 8
 
 @dataclass
 class Script:
-    """What a script does, as far as its text says."""
+    """The commands and settings of a script, as far as its text says."""
 
     commands: list[list[str]] = field(default_factory=list)
     """The words of each command, in order; what only the shell knows stands in them as it is written, as

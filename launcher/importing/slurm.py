@@ -42,7 +42,7 @@ _GPUS = ("gres", "gpus-per-node", "gpus", "gpus-per-task", "ntasks-per-gpu")
 
 def options(words: list[str]) -> tuple[dict[str, str], list[str]]:
     """Options by their long names, and the words after them."""
-    found: dict[str, str] = {}
+    by_name: dict[str, str] = {}
     index = 0
     while index < len(words) and words[index].startswith("-") and len(words[index]) > 1:
         word = words[index]
@@ -53,48 +53,48 @@ def options(words: list[str]) -> tuple[dict[str, str], list[str]]:
         if not equals and name not in _SWITCHES and index + 1 < len(words):
             index += 1
             value = words[index]
-        found[name] = value
+        by_name[name] = value
         index += 1
-    return found, words[index:]
+    return by_name, words[index:]
 
 
 def read(given: dict[str, str], reading: Reading) -> None:
     """Say what sbatch's options say of the cluster."""
-    said = {name: f"#SBATCH --{name}" for name in given}
+    option = {name: f"#SBATCH --{name}" for name in given}
     for name in [name for name, value in given.items() if "$" in value or "`" in value]:
         text = "the shell fills this in; nothing is executed here, so write it yourself"
-        reading.fill_in(said[name], given.pop(name)[:40], text)
+        reading.fill_in(option[name], given.pop(name)[:40], text)
     nodes = _nodes(given, reading)
     gpus(given, nodes, reading)
     if "job-name" in given:
-        reading.say_once("name", given["job-name"], said["job-name"])
+        reading.say_once("name", given["job-name"], option["job-name"])
     if "time" in given:
         seconds = seconds_of(given["time"])
         if seconds is not None:
-            reading.say("cluster.time_limit", int(seconds), said["time"])
+            reading.say("cluster.time_limit", int(seconds), option["time"])
         elif given["time"].upper() not in ("UNLIMITED", "INFINITE", "0"):
             reason = "write a time as Slurm has it: 30, 2:30:00, 1-12:00:00"
-            reading.refuse(said["time"], given["time"], reason)
+            reading.refuse(option["time"], given["time"], reason)
     for name, key in _SAME.items():
         if given.get(name):
-            reading.say(f"cluster.{key}", given[name], said[name])
+            reading.say(f"cluster.{key}", given[name], option[name])
     if "exclusive" in given:
-        reading.say("cluster.exclusive", True, said["exclusive"])
+        reading.say("cluster.exclusive", True, option["exclusive"])
     if "no-requeue" in given:
-        reading.say("cluster.requeue", False, said["no-requeue"])
+        reading.say("cluster.requeue", False, option["no-requeue"])
     cores = as_number(given.get("cpus-per-task"))
     if cores:
-        reading.say("cluster.cpus_per_node", int(cores) * _tasks(given, nodes), said["cpus-per-task"])
+        reading.say("cluster.cpus_per_node", int(cores) * _tasks(given, nodes), option["cpus-per-task"])
     if "array" in given:
         text = "one job here; `launcher sweep` makes an array of jobs that differ in keys"
-        reading.cannot_say(said["array"], given["array"], text)
+        reading.cannot_say(option["array"], given["array"], text)
     read_keys = {
         "nodes", "job-name", "time", "exclusive", "requeue", "no-requeue", "array", *_SAME, *_GPUS, *_OWN,
     }  # fmt: skip
     for name, value in given.items():
         if name not in read_keys and re.fullmatch(r"[A-Za-z][\w-]*", name):
-            reading.say(f"cluster.sbatch.{name}", value or True, said[name])
-    if own := [said[name] for name in given if name in _OWN and name not in ("cpus-per-task", *_GPUS)]:
+            reading.say(f"cluster.sbatch.{name}", value or True, option[name])
+    if own := [option[name] for name in given if name in _OWN and name not in ("cpus-per-task", *_GPUS)]:
         text = (
             "launcher's own script says it: one task a node, logs in the run directory, a signal in time "
             "to save"

@@ -118,13 +118,13 @@ def of_accelerate(flags: dict[str, Any], reading: Reading) -> None:
     if "distributed_type" not in content and (fsdp or deepspeed) and file is None:
         content["distributed_type"] = "NO"
     content |= {
-        name: made
-        for name, made in (
+        name: wanted
+        for name, wanted in (
             ("fsdp_config", fsdp),
             ("deepspeed_config", deepspeed),
             ("parallelism_config", parallel),
         )
-        if made
+        if wanted
     }
     if "distributed_type" in content:
         accelerate.read(content, reading)
@@ -133,7 +133,7 @@ def of_accelerate(flags: dict[str, Any], reading: Reading) -> None:
 
 
 def of_torchrun(flags: dict[str, Any], reading: Reading) -> None:
-    """How many nodes and ranks torchrun starts."""
+    """Say how many nodes and ranks torchrun starts."""
     flags = without_variables(flags, reading)
     if ":" in str(flags.get("nnodes", "")):
         text = "launcher has a fixed number of nodes; taken: the largest"
@@ -146,7 +146,7 @@ def of_torchrun(flags: dict[str, Any], reading: Reading) -> None:
 
 
 def of_deepspeed(flags: dict[str, Any], reading: Reading) -> None:
-    """How many nodes and ranks `deepspeed` starts: by numbers, by `--include HOST:SLOT,SLOT@HOST`, or by a
+    """Say how many nodes and ranks `deepspeed` starts: by numbers, by `--include HOST:SLOT,SLOT@HOST`, or by a
     file of hosts."""
     flags = without_variables(flags, reading)
     if "num_accelerators" in flags:
@@ -154,9 +154,9 @@ def of_deepspeed(flags: dict[str, Any], reading: Reading) -> None:
     if flags.get("num_gpus") == "-1":
         flags.pop("num_gpus")
     slots = _hosts(str(flags["hostfile"]), reading) if "hostfile" in flags else {}
-    said = "hostfile" if "hostfile" in flags else "include"
+    option = "hostfile" if "hostfile" in flags else "include"
     if "include" in flags:
-        said = "include"
+        option = "include"
         named = _filter(str(flags["include"]))
         slots = {host: len(numbers) if numbers else slots.get(host, 0) for host, numbers in named.items()}
     elif "exclude" in flags:
@@ -177,12 +177,12 @@ def of_deepspeed(flags: dict[str, Any], reading: Reading) -> None:
         if len(counts) > 1:
             text = f"as many on each node in launcher; taken: {min(counts)} of each"
             reading.cannot_say(
-                f"--{said}", ", ".join(f"{host}:{count}" for host, count in slots.items()), text
+                f"--{option}", ", ".join(f"{host}:{count}" for host, count in slots.items()), text
             )
         if min(counts):
             flags.setdefault("num_gpus", str(min(counts)))
         else:
-            reading.fill_in(f"--{said}", flags[said], "names no slots: write cluster.gpus_per_node")
+            reading.fill_in(f"--{option}", flags[option], "names no slots: write cluster.gpus_per_node")
     _counted(
         {key: value for key, value in flags.items() if key not in ("include", "exclude")},
         "num_nodes",
@@ -194,11 +194,11 @@ def of_deepspeed(flags: dict[str, Any], reading: Reading) -> None:
 
 def _filter(text: str) -> dict[str, list[str]]:
     """`a:0,1@b` -> {a: [0, 1], b: []}: slots by host, none where all are meant."""
-    found: dict[str, list[str]] = {}
+    slots_by_host: dict[str, list[str]] = {}
     for part in text.split("@"):
         host, _, slots = part.strip().partition(":")
-        found[host] = [slot for slot in slots.split(",") if slot.strip()]
-    return found
+        slots_by_host[host] = [slot for slot in slots.split(",") if slot.strip()]
+    return slots_by_host
 
 
 def _hosts(file: str, reading: Reading) -> dict[str, int]:
@@ -207,12 +207,12 @@ def _hosts(file: str, reading: Reading) -> dict[str, int]:
     if path is None:
         reading.fill_in("--hostfile", file, "is not here: write cluster.nodes and cluster.gpus_per_node")
         return {}
-    found: dict[str, int] = {}
+    slots_by_host: dict[str, int] = {}
     for line in read_bytes(path).decode("utf-8", errors="replace").splitlines():
         host, _, slots = line.partition("#")[0].strip().partition("slots=")
         if host and slots.strip().isdecimal():
-            found[host.strip()] = int(slots)
-    return found
+            slots_by_host[host.strip()] = int(slots)
+    return slots_by_host
 
 
 def _counted(flags: dict[str, Any], several: str, per_node: str, starter: str, reading: Reading) -> None:

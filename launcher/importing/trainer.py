@@ -91,23 +91,23 @@ def arguments(
 
 
 def _words(content: dict[str, Any], reading: Reading, read_elsewhere: set[str]) -> None:
-    for said, key in _WORDS.items():
-        word = None if said in read_elsewhere else reading.word(content, said)
+    for option, key in _WORDS.items():
+        word = None if option in read_elsewhere else reading.word(content, option)
         if word is not None and key == "model.attention" and word not in _ATTENTION:
             if word != "auto":
                 text = f"launcher has {', '.join(_ATTENTION)}; left to `launcher plan`"
-                reading.cannot_say(said, word, text)
+                reading.cannot_say(option, word, text)
         elif word is not None:
-            reading.say(key, word, said)
-    for said in _LENGTHS:
-        if (length := reading.count(content, said, least=8)) is not None:
-            reading.say("data.max_length", length, said)
-            if said == "block_size":
+            reading.say(key, word, option)
+    for option in _LENGTHS:
+        if (length := reading.count(content, option, least=8)) is not None:
+            reading.say("data.max_length", length, option)
+            if option == "block_size":
                 text = (
                     "scripts with a block_size join all texts and cut them every so many tokens; launcher "
                     "keeps rows apart"
                 )
-                reading.cannot_say(said, length, text)
+                reading.cannot_say(option, length, text)
     if reading.flag(content, "trust_remote_code"):
         reading.say("model.trust_remote_code", True, "trust_remote_code")
         text = "as it is there: code that comes with the model runs, so read it first"
@@ -138,17 +138,17 @@ def _length(content: dict[str, Any], reading: Reading) -> None:
             reading.ignore("num_train_epochs", epochs, f"{counted} is there too, and goes before it")
     elif epochs:
         reading.say("training.epochs", epochs, "num_train_epochs")
-    said = "warmup_steps" if "warmup_steps" in content else "num_warmup_steps"
-    steps_of_warmup = reading.number(content, said)
+    option = "warmup_steps" if "warmup_steps" in content else "num_warmup_steps"
+    steps_of_warmup = reading.number(content, option)
     ratio = reading.number(content, "warmup_ratio")
     if ratio is not None and ratio >= 1:
         reading.refuse("warmup_ratio", ratio, "is a share of all steps, below 1")
     if steps_of_warmup:
-        reading.say("training.warmup", steps_of_warmup, said)
+        reading.say("training.warmup", steps_of_warmup, option)
         if ratio:
-            reading.ignore("warmup_ratio", ratio, f"{said} is there too, and the Trainer goes by it")
+            reading.ignore("warmup_ratio", ratio, f"{option} is there too, and the Trainer goes by it")
     elif ratio is not None or steps_of_warmup is not None:
-        reading.say("training.warmup", ratio or 0.0, "warmup_ratio" if ratio is not None else said)
+        reading.say("training.warmup", ratio or 0.0, "warmup_ratio" if ratio is not None else option)
 
 
 def _epochs(reading: Reading) -> None:
@@ -162,7 +162,7 @@ def _epochs(reading: Reading) -> None:
 
 
 def _accumulation(reading: Reading) -> None:
-    """What the Trainer makes of the micro-batches of a classifier (transformers 5.23:
+    """Say what the Trainer makes of the micro-batches of a classifier (transformers 5.23:
     `model_accepts_loss_kwargs` of its own classes)."""
     fact = next((fact for fact in reading.facts if fact.key == "batch.accumulation_steps"), None)
     if fact is not None and fact.value > 1:
@@ -209,9 +209,9 @@ def _precision(content: dict[str, Any], reading: Reading) -> None:
     _kept_in(content, reading)
     if bf16 is False and not fp16:
         reading.say_once("precision", "fp32", "bf16, fp16: neither is true")
-    for said in ("gradient_checkpointing", "activation_checkpointing"):
-        if (recomputes := reading.flag(content, said)) is not None:
-            reading.say("activation_checkpointing", "full" if recomputes else "none", said)
+    for option in ("gradient_checkpointing", "activation_checkpointing"):
+        if (recomputes := reading.flag(content, option)) is not None:
+            reading.say("activation_checkpointing", "full" if recomputes else "none", option)
     if reading.flag(content, "torch_compile"):
         reading.say("model.compile", True, "torch_compile")
         reading.change("torch_compile", True, "launcher compiles each repeated layer by itself")
@@ -220,24 +220,24 @@ def _precision(content: dict[str, Any], reading: Reading) -> None:
 
 
 def _kept_in(content: dict[str, Any], reading: Reading) -> None:
-    """What the weights are kept in there: launcher keeps what trains in fp32, and what does not in the plan's
-    precision."""
-    for said in ("torch_dtype", "dtype"):
-        kept = (reading.word(content, said) or "auto").rpartition(".")[2]
+    """Say what the weights are kept in there: launcher keeps what trains in fp32, and what does not in the
+    plan's precision."""
+    for option in ("torch_dtype", "dtype"):
+        kept = (reading.word(content, option) or "auto").rpartition(".")[2]
         if kept in ("auto", "float32"):
             continue
         short = {"bfloat16": "bf16", "float16": "fp16"}.get(kept)
         if short is not None:
-            reading.say_once("precision", short, said)
+            reading.say_once("precision", short, option)
         if short is not None and any(fact.key.startswith("model.adapter.") for fact in reading.facts):
             text = "beside an adapter the model is kept in the plan's precision in any case"
-            reading.ignore(said, kept, text)
+            reading.ignore(option, kept, text)
         else:
             text = (
                 "the weights themselves are kept and updated in it there; launcher keeps what trains in "
                 "fp32, and computes in precision"
             )
-            reading.cannot_say(said, kept, text)
+            reading.cannot_say(option, kept, text)
 
 
 def _saving(content: dict[str, Any], reading: Reading) -> None:
@@ -287,13 +287,13 @@ def _engine(content: dict[str, Any], reading: Reading) -> None:
     if isinstance(config, str):
         text = "a file of its own kind; write its keys into the arguments' JSON instead"
         reading.cannot_say("fsdp_config", config, text)
-    made = {str(key): value for key, value in config.items()} if isinstance(config, dict) else {}
+    settings = {str(key): value for key, value in config.items()} if isinstance(config, dict) else {}
     for word in words:
         if word.upper() in ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "HYBRID_SHARD_ZERO2"):
-            made["fsdp_sharding_strategy"] = word.upper()
+            settings["fsdp_sharding_strategy"] = word.upper()
         elif word == "offload":
-            made["fsdp_offload_params"] = True
+            settings["fsdp_offload_params"] = True
         elif word not in ("auto_wrap", "True", "true"):
             reason = "write full_shard, shard_grad_op, no_shard, hybrid_shard, offload or auto_wrap"
             reading.refuse("fsdp", word, reason)
-    accelerate.read({"distributed_type": "FSDP", "fsdp_config": made}, reading, has_own_precision=True)
+    accelerate.read({"distributed_type": "FSDP", "fsdp_config": settings}, reading, has_own_precision=True)

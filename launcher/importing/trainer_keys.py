@@ -139,8 +139,8 @@ def rest(content: dict[str, Any], read: set[str], reading: Reading) -> None:
         (REPORTS, "what is reported, saved and pushed; nothing of it changes what is learned"),
         (PLACES, "how and in which order it is computed; the same is learned"),
     ):
-        if found := sorted(key for key, value in kept.items() if key in keys and value is not False):
-            reading.ignore(", ".join(found), None, text)
+        if unused := sorted(key for key, value in kept.items() if key in keys and value is not False):
+            reading.ignore(", ".join(unused), None, text)
 
 
 def changes(content: dict[str, Any], table: dict[str, str], reading: Reading) -> None:
@@ -151,8 +151,8 @@ def changes(content: dict[str, Any], table: dict[str, str], reading: Reading) ->
 
 
 def does_nothing(key: str, value: Any) -> bool:
-    """Whether a key that changes what is learned has a value, as files or command lines write it, that does
-    not."""
+    """Return whether a key that changes what is learned has a value, as files or command lines write it, that
+    does not."""
     words = {"true": True, "false": False, "none": None, "auto": None, "": None, "0": 0, "0.0": 0}
     value, neutral = words.get(str(value).lower(), value), NEUTRAL.get(key, False)
     return value in (None, [], {}, neutral, f"<{key.upper()}>") or (value is False and neutral is not True)

@@ -42,21 +42,21 @@ class Variables:
 
     def expand(self, text: str, within: tuple[str, ...] = ()) -> str:
         """The text with its known variables filled in, comments left out; quotes stay for the lexer."""
-        made: list[str] = []
+        pieces: list[str] = []
         quote, index = "", 0
         while index < len(text):
             sign = text[index]
             if sign == "'" and not quote:
                 end = text.find("'", index + 1)
                 end = len(text) if end < 0 else end + 1
-                made.append(text[index:end])
+                pieces.append(text[index:end])
                 index = end
             elif sign == "\\":
-                made.append(text[index : index + 2])
+                pieces.append(text[index : index + 2])
                 index += 2
             elif sign == '"':
                 quote = "" if quote else '"'
-                made.append(sign)
+                pieces.append(sign)
                 index += 1
             elif sign in "$`":
                 length, value = self._reference(text[index:], within)
@@ -65,7 +65,7 @@ class Variables:
                     and "[@]" in text[index : index + length]
                 )
                 # "${A[@]}" is each of its words; anything else in double quotes is part of one.
-                made.append(
+                pieces.append(
                     f'"{value}"'
                     if quote and whole
                     else re.sub(r'(["\\])', r"\\\1", value)
@@ -84,12 +84,12 @@ class Variables:
             ):
                 index += 1  # the number of a stream, as in 2>&1
             else:
-                made.append(";" if sign == "\n" and not quote and not within else sign)
+                pieces.append(";" if sign == "\n" and not quote and not within else sign)
                 index += 1
-        return "".join(made)
+        return "".join(pieces)
 
     def _reference(self, text: str, within: tuple[str, ...]) -> tuple[int, str]:
-        """How long what begins with `$` or a backtick is, and what stands for it."""
+        """Return how long what begins with `$` or a backtick is, and what stands for it."""
         if text.startswith("$(("):
             end = text.find("))")
             whole = text[: end + 2] if end >= 0 else text
@@ -137,7 +137,7 @@ def _evaluate(node: ast.expr) -> int:
 
 
 def _closing(text: str, opening: int) -> int:
-    """Where the bracket at `opening` is closed, one past it; the end where it is not."""
+    """Return where the bracket at `opening` is closed, one past it; the end where it is not."""
     depth = 0
     for index in range(opening, len(text)):
         depth += (text[index] == "(") - (text[index] == ")")

@@ -16,19 +16,15 @@ from launcher.tasks.task import Finding, finding
 
 def findings(job: Job) -> Iterator[Finding]:
     """Everything in a job that contradicts itself."""
-    yield from _sources(job)
+    for role, source in (("train", job.data.train), ("evaluation", job.data.evaluation)):
+        if source is not None:
+            yield from _source(f"data.{role}", source)
     yield from tasks.of_job(job).checks()
     yield from _adapter(job)
     yield from _training(job)
     yield from _evaluation(job)
     yield from _machine(job)
     yield from _slurm(job.cluster)
-
-
-def _sources(job: Job) -> Iterator[Finding]:
-    for role, source in (("train", job.data.train), ("evaluation", job.data.evaluation)):
-        if source is not None:
-            yield from _source(f"data.{role}", source)
 
 
 def _source(key: str, source: Source) -> Iterator[Finding]:

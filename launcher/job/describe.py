@@ -131,12 +131,11 @@ def limits(metadata: tuple[Any, ...] | list[Any]) -> str:
                 if hasattr(part, attribute)
                 else [inner for inner in getattr(part, "metadata", []) if hasattr(inner, attribute)]
             )
-            words += [f"{text} {_number(getattr(bound, attribute))}" for bound in parts]
+            values = [getattr(bound, attribute) for bound in parts]
+            words += [
+                f"{text} {value:,}" if isinstance(value, int) else f"{text} {value:g}" for value in values
+            ]
     return " " + ", ".join(words).replace(", of at most", " and at most") if words else ""
-
-
-def _number(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
 def expected_of(field: FieldInfo) -> str:

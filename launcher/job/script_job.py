@@ -29,8 +29,14 @@ def load(path: Path | None, overrides: list[str], script: Path) -> Job:
     problems = override(content, overrides) + refused(content)
     problems += profile.apply(content, Path.cwd() if path is None else path.resolve().parent)
     problems += refused(content)  # of the profile
-    content.setdefault("name", _name(script))
-    _fill(content)
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", script.stem).lstrip("._-")[:100]
+    content.setdefault("name", name or "script")
+    # Something stands in for what a job must have and a script brings.
+    for section, key, value in (("model", "name", OWN), ("data", "train", {"name": OWN})):
+        if content.get(section) is None:
+            content[section] = {}
+        if isinstance(content[section], dict):
+            content[section].setdefault(key, value)
     job, validated = validate(content)
     problems += validated
     if job is None:
@@ -67,17 +73,3 @@ def without_placeholders(content: dict[str, Any]) -> dict[str, Any]:
         del kept["data"]
     kept["model"] = {key: value for key, value in content.get("model", {}).items() if value != OWN}
     return {key: value for key, value in kept.items() if value or key != "model"}
-
-
-def _fill(content: dict[str, Any]) -> None:
-    """Stand something in for what a job must have and a script brings."""
-    for section, key, value in (("model", "name", OWN), ("data", "train", {"name": OWN})):
-        if content.get(section) is None:
-            content[section] = {}
-        if isinstance(content[section], dict):
-            content[section].setdefault(key, value)
-
-
-def _name(script: Path) -> str:
-    """A run's name from a file's: `train.py` is `train`."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", script.stem).lstrip("._-")[:100] or "script"

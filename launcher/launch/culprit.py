@@ -41,13 +41,10 @@ def _head(culprit: Seen, ranks: list[Seen], seconds: float, step_seconds: float)
         "exchange",
         "optimizer",
     ):
-        takes = f" (a step takes {_short(step_seconds)})" if step_seconds else ""
+        rounded = f"{step_seconds:.1f}" if step_seconds >= 0.1 else f"{step_seconds:.2g}"
+        takes = f" (a step takes {rounded} s)" if step_seconds else ""
         return f"no step {still} after step {max(seen.step for seen in ranks)}{takes}"
     return f"nothing has moved {still} in {culprit.place if culprit.count else 'the script'}"
-
-
-def _short(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds >= 0.1 else f"{seconds:.2g} s"
 
 
 def _culprits(ranks: list[Seen], unheard: set[str]) -> list[Seen]:
@@ -65,18 +62,14 @@ def _culprits(ranks: list[Seen], unheard: set[str]) -> list[Seen]:
         ],
         [seen for seen in ranks if seen not in waiting] if waiting else [],
     )
-    return next((some for some in candidates if some), None) or _least_far(ranks)
+    least = min(map(_progress, ranks))
+    return next(filter(None, candidates), [seen for seen in ranks if _progress(seen) == least])
 
 
 def _is_waiting(seen: Seen) -> bool:
     if seen.phase == "wait":
         return True
     return seen.collective or bool(seen.waits_in)
-
-
-def _least_far(ranks: list[Seen]) -> list[Seen]:
-    least = min(_progress(seen) for seen in ranks)
-    return [seen for seen in ranks if _progress(seen) == least]
 
 
 def _progress(seen: Seen) -> tuple[int, int, int]:

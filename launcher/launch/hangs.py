@@ -57,13 +57,8 @@ class Hangs:
     ) -> None:
         self.failure: Failure | None = None
         """Set once the run is to be ended as hung."""
-        self._run, self._directory, self._ranks, self._node, self._nodes = (
-            run,
-            run.attempt(attempt),
-            ranks,
-            node,
-            nodes,
-        )
+        self._run, self._directory, self._ranks = run, run.attempt(attempt), ranks
+        self._node, self._nodes = node, nodes
         self._judge, self._stillness = Judge(hang_after), Stillness()
         self._hang_after = hang_after
         self._host = os.uname().nodename
@@ -98,11 +93,8 @@ class Hangs:
             self._files.wait(_SECONDS_TO_END)
 
     def said(self) -> list[str]:
-        """The lines that people are to see since the last call."""
-        records = []
-        while self._lines:
-            records.append(self._lines.popleft())
-        return records
+        """Return the lines that people are to see since the last call."""
+        return [self._lines.popleft() for _ in range(len(self._lines))]
 
     def _watch(self) -> None:
         try:
@@ -119,8 +111,8 @@ class Hangs:
             self._files.do(lambda: self._exchange(own))
         if self._node == 0:
             self._judge_all(now)
-        else:
-            self._answer()
+        elif (number := self._number) and (self._asked is None or self._asked[0] != number):
+            self._asked = (number, self._collect(number))  # as the first node has ordered
 
     def _take_in(self, now: float) -> None:
         """See every rank of this node."""
@@ -129,7 +121,12 @@ class Hangs:
 
     def _see(self, rank: int, pid: int) -> tuple[Place, sight.Sight] | None:
         if rank not in self._pages:
-            self._pages[rank] = self._open(rank)
+            path = ""
+            self._pages[rank] = None, path
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                path = read_json(self._directory / f"rank-{rank}.json")["places"]
+                self._pages[rank] = None, path
+                self._pages[rank] = Page.open(path), path
         page, _ = self._pages[rank]
         if page is None:
             return None
@@ -144,13 +141,6 @@ class Hangs:
             stopped = holder if theirs.state == "T" else 0
             seen = dataclasses.replace(theirs, state=seen.state, stopped_child=stopped, wchan=seen.wchan)
         return place, seen
-
-    def _open(self, rank: int) -> tuple[Page | None, str]:
-        path = ""
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            path = read_json(self._directory / f"rank-{rank}.json")["places"]
-            return Page.open(path), path
-        return None, path
 
     def _with_stack(self, seen: Seen) -> Seen:
         """With what its stack ended in, for as long as it has not moved since."""
@@ -185,7 +175,10 @@ class Hangs:
         if verdict == "suspected":
             self._ask(now)
         elif verdict == "recovered":
-            self._recovered()
+            suspected, self._asked = self._asked is None, None
+            if suspected:
+                self._lines.append("it goes on again")
+                self._files.do(lambda: event(self._run.events_file, "recovered"))
         if self._asked and (verdict == "hung" or self._answered(ranks, now)):
             self._say(ranks, unheard)
         if verdict == "hung" and self.failure is None:
@@ -241,31 +234,14 @@ class Hangs:
         path = self._directory / f"stacks-{self._number}.txt"
         self._lines.append(f"{line}. Stacks: {path}" if self._number <= _MOST_SUSPICIONS else line)
         short = [
-            {
-                "rank": s.rank,
-                "host": s.host,
-                "place": s.place,
-                "state": s.state,
-                "wchan": s.wchan,
-                "in": s.waits_in,
-            }
+            {"rank": s.rank, "host": s.host, "place": s.place, "state": s.state}
+            | {"wchan": s.wchan, "in": s.waits_in}
             for s in ranks[:64]
         ]
-        about: dict[str, Any] = {
-            "line": line,
-            "rank": guilty.rank,
-            "host": guilty.host,
-            "place": guilty.place,
-            "step": guilty.step,
-        }
+        about: dict[str, Any] = {"line": line, "rank": guilty.rank, "host": guilty.host}
+        about |= {"place": guilty.place, "step": guilty.step}
         about |= {"seconds": round(self._judge.seconds, 1), "stacks": str(path), "ranks": short}
         self._files.do(lambda: event(self._run.events_file, "suspected", **about))
-
-    def _recovered(self) -> None:
-        suspected, self._asked = self._asked is None, None
-        if suspected:
-            self._lines.append("it goes on again")
-            self._files.do(lambda: event(self._run.events_file, "recovered"))
 
     def _say_save(self, seen: Seen) -> None:
         if seen.save_step in self._saves_named:
@@ -280,24 +256,10 @@ class Hangs:
             f"{what}{kernel}; training goes on"
         )
         self._lines.append(f"warning: {line}")
-        self._files.do(
-            lambda: event(
-                self._run.events_file,
-                "save_stalled",
-                step=seen.save_step,
-                line=line,
-                rank=seen.rank,
-                host=seen.host,
-            )
-        )
+        about = {"step": seen.save_step, "line": line, "rank": seen.rank, "host": seen.host}
+        self._files.do(lambda: event(self._run.events_file, "save_stalled", **about))
 
     # Stacks, on every node.
-
-    def _answer(self) -> None:
-        """Do what the first node has ordered."""
-        number = self._number
-        if number and (self._asked is None or self._asked[0] != number):
-            self._asked = (number, self._collect(number))
 
     def _collect(self, number: int) -> threading.Thread:
         wanted = {

@@ -2,39 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import os
-import shlex
-import time
 from pathlib import Path
 
-from launcher.errors import LauncherError, OutOfMemoryError, RankLostError, Stopped, StorageError
+from launcher.errors import OutOfMemoryError, Stopped, StorageError
+from launcher.launch.attempt_failure import failure_of_agent, find_failure, forced_failure, write_failure
 from launcher.launch.command import agent_command, environment, write_command
 from launcher.launch.limits import raise_open_files
 from launcher.launch.screen import Screen, Watcher
 from launcher.launch.stop_signals import Signals
 from launcher.launch.supervisor import End, Supervisor, attempt_directory
 from launcher.planner.hardware.detect import Hardware
+from launcher.planner.less_memory import less_memory
 from launcher.planner.plan import Plan
-from launcher.planner.suggestions import less_memory
 from launcher.runs import failure as failures
 from launcher.runs.aside import within
 from launcher.runs.events import event
 from launcher.runs.failure import Failure
-from launcher.runs.layout import RunDirectory, write_atomically
-from launcher.runs.processes import oom_kills, signal_name
+from launcher.runs.layout import RunDirectory
+from launcher.runs.processes import oom_kills
 from launcher.runs.seen import ranks_of
 from launcher.runs.sharing import set_umask
 from launcher.runs.status import last_step
 from launcher.runs.tail import last_record
+from launcher.runs.wording import shown
 
 REQUEST = "request.json"
 """What a command asks of its ranks, in a directory of its own."""
-FORCED_EXIT = 130
-"""Ended by force after a stop was asked for (a second Ctrl-C, or the grace ran out): nothing more was saved.
-"""
 _LONG_SECONDS = 60.0
 """For a slow disk or terminal, at the end of an attempt."""
 _SHORT_SECONDS = 5.0
@@ -84,18 +79,6 @@ def run(
 def is_scratch(run: RunDirectory) -> bool:
     """Return whether it is the directory of a command (evaluate, predict) that nobody can go on with later."""
     return (run.path / REQUEST).is_file()
-
-
-def shown(path: Path) -> str:
-    """A path as people would type it: relative where it lies below the working directory, quoted where it
-    must be."""
-    try:
-        absolute, here = path.absolute(), Path.cwd()
-    except FileNotFoundError:  # the working directory is gone
-        return shlex.quote(str(path))
-    return shlex.quote(
-        str(absolute.relative_to(here) if absolute.is_relative_to(here) and absolute != here else absolute)
-    )
 
 
 def conclude(
@@ -158,34 +141,19 @@ def outcome(
         words = "stopped; the script goes on from what it saved itself" if plan.script else _stopped(run)
         screen.say(words if is_scratch(run) else f"{words}; go on with: launcher resume {shown(run.path)}")
         return Stopped.exit_code
-    failure = _failure(run, number, end, plan, out_of_memory_killer)
+    failure = find_failure(run, number, end, plan, out_of_memory_killer)
     failure = dataclasses.replace(failure, step=last_step(run))
     command, advice = going_on(run, plan, failure)
     failure = dataclasses.replace(failure, command=command, advice=advice)
     screen.say(failure.line())
     if not within(
-        _SHORT_SECONDS if end.is_hurried else _LONG_SECONDS, lambda: _write_failure(run, number, failure)
+        _SHORT_SECONDS if end.is_hurried else _LONG_SECONDS, lambda: write_failure(run, number, failure)
     ):
         screen.say(
             f"warning: nothing of this could be written down: the run directory {shown(run.path)} does "
             "not answer"
         )
     return failure.exit_code
-
-
-def _write_failure(run: RunDirectory, number: int, failure: Failure) -> None:
-    """Into failure.json and the events, as far as the disk takes it: that it is full may be what is to be
-    written."""
-    written = dataclasses.asdict(failure)
-    with contextlib.suppress(OSError):
-        write_atomically(run.attempt(number) / "failure.json", json.dumps(written, indent=2) + "\n")
-    with contextlib.suppress(OSError):
-        event(
-            run.events_file,
-            "failed",
-            attempt=number,
-            failure={key: value for key, value in written.items() if key != "traceback"},
-        )
 
 
 def _gone(run: RunDirectory, number: int, end: End, screen: Screen) -> int:
@@ -197,7 +165,7 @@ def _gone(run: RunDirectory, number: int, end: End, screen: Screen) -> int:
     else:
         why = f": {end.lost}"
     cause = f"{where}{why}; nothing could be saved there any more, and the ranks were ended"
-    failure = _of_the_agent(StorageError, cause)
+    failure = failure_of_agent(StorageError, cause)
     screen.say(
         f"{failure.failure_class}: {cause}; go on with: launcher resume "
         f"{shown(now.path)}{'' if end.place else ', once it is back'}"
@@ -205,7 +173,7 @@ def _gone(run: RunDirectory, number: int, end: End, screen: Screen) -> int:
     if end.place is not None:
         within(
             _SHORT_SECONDS,
-            lambda: _write_failure(now, number, dataclasses.replace(failure, step=last_step(now))),
+            lambda: write_failure(now, number, dataclasses.replace(failure, step=last_step(now))),
         )
     return failure.exit_code
 
@@ -222,18 +190,16 @@ def _without_the_disk(
     if "stopped" in end.events:
         screen.say(f"stopped; nothing more could be read or written ({reason}); {going_on}")
         return Stopped.exit_code
-    failure = _forced_failure(end, plan, run.attempts) or _told_failure(end)
-    if failure is None:
-        failure = _of_the_agent(StorageError, str(reason))
+    failure = (
+        forced_failure(end, plan, run.attempts)
+        or failures.first(Path(os.devnull), failures=end.failures, exits=end.exits)
+        or failure_of_agent(StorageError, str(reason))
+    )
     screen.say(
         f"{failure.failure_class}: {failure.cause}; nothing of it could be written down ({reason}); "
         f"{going_on}"
     )
     return failure.exit_code
-
-
-def _told_failure(end: End) -> Failure | None:
-    return failures.first(Path(os.devnull), failures=end.failures, exits=end.exits)
 
 
 def _speak_for_script(run: RunDirectory, number: int, end: End) -> None:
@@ -264,57 +230,6 @@ def _stopped(run: RunDirectory) -> str:
         )
         return f"stopped; {reason}; {kept}, {record['num_steps_lost']} steps before"
     return f"stopped after step {last_step(run)}, saved"
-
-
-def _failure(run: RunDirectory, number: int, end: End, plan: Plan, out_of_memory_killer: bool) -> Failure:
-    directory = run.attempt(number)
-    if forced := _forced_failure(end, plan, directory):
-        return forced
-    failure = failures.first(directory, out_of_memory_killer, end.failures, end.exits)
-    if failure is not None:
-        return failure
-    if end.code < 0:
-        return _of_the_agent(RankLostError, f"killed by signal {-end.code} ({signal_name(-end.code)})")
-    if end.code == 0:
-        return _of_the_agent(
-            LauncherError, "every rank ended well, but none said that the run was finished or stopped"
-        )
-    return _of_the_agent(
-        LauncherError, f"{_last_line(directory / 'agent.log')} (see {shown(directory / 'agent.log')})"
-    )
-
-
-def _forced_failure(end: End, plan: Plan, directory: Path) -> Failure | None:
-    """Return the failure of ranks that hung, or did not leave in time after a stop was asked for."""
-    if end.forced == "hung":
-        return end.hung
-    if end.forced == "second interrupt":
-        return _of_the_agent(Stopped, "ended by a second Ctrl-C; nothing more was saved", FORCED_EXIT)
-    if end.forced != "grace":
-        return None
-    seconds = plan.grace_seconds if end.grace_seconds is None else end.grace_seconds
-    given = (
-        f"{seconds:.0f} s of grace "
-        f"({'cluster.grace' if seconds == plan.grace_seconds else 'what Slurm leaves'})"
-    )
-    cause = f"{end.signal_name}: the ranks had not saved and left after {given} and were ended"
-    if end.stopped:
-        held = "ranks" if len(end.stopped) > 1 else "rank"
-        cause += (
-            f"; {held} {', '.join(map(str, end.stopped))} did not run: stopped by a signal (SIGSTOP) or a "
-            "debugger"
-        )
-    return _of_the_agent(Stopped, f"{cause}; their stacks are in {shown(directory)}/rank-*.log", FORCED_EXIT)
-
-
-def _of_the_agent(kind: type[LauncherError], cause: str, exit_code: int | None = None) -> Failure:
-    code = kind.exit_code if exit_code is None else exit_code
-    return Failure(time.time(), -1, os.uname().nodename, os.getpid(), kind.failure_class, code, cause)
-
-
-def _last_line(path: Path) -> str:
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it ended without a word")
 
 
 def going_on(run: RunDirectory, plan: Plan, failure: Failure) -> tuple[str, str]:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import yaml
 
-from launcher import tasks
 from launcher.errors import ConfigurationError, Problem
 from launcher.job.cluster import node_range
 from launcher.job.load import load
@@ -17,14 +16,14 @@ from launcher.job.schema import Job
 from launcher.job.script_job import load as load_for_script
 from launcher.job.script_job import without_placeholders
 from launcher.launch.plan_file import read_plan, write_plan
+from launcher.launch.redecide import decide_again, has_devices, plan_for_most_nodes
 from launcher.launch.script_run import write_configuration
 from launcher.plain_files import read_json
-from launcher.planner.changes import Change, check
+from launcher.planner.changes import check
 from launcher.planner.forecast import Forecast
 from launcher.planner.memory.profiles import CACHED, Profiles
 from launcher.planner.plan import Plan
 from launcher.planner.preflight import preflight
-from launcher.planner.resolve.sharding import only_deepspeed
 from launcher.planner.script_plan import plan as decide_script
 from launcher.planner.search import plan_job
 from launcher.redaction import secret_arguments
@@ -124,7 +123,7 @@ def fit_to_nodes(run: RunDirectory, num_nodes: int) -> Plan:
         )
         raise ConfigurationError(Problem("cluster.nodes", num_nodes, reason))
     job = load_job(run.job_file, [], stored.script)
-    plan = _most_nodes(job, stored, range(min(num_nodes, high), low - 1, -1))
+    plan = plan_for_most_nodes(job, stored, range(min(num_nodes, high), low - 1, -1))
     changed = check(stored, plan)
     _write_forecast(run, plan, preflight(job, plan, run.path, local=False, force=True))
     _write(run, job, plan)
@@ -134,22 +133,6 @@ def fit_to_nodes(run: RunDirectory, num_nodes: int) -> Plan:
         changes=[{"key": c.key, "before": c.before, "after": c.after} for c in changed],
     )
     return plan
-
-
-def _most_nodes(job: Job, stored: Plan, counts: range) -> Plan:
-    """The plan for the first of these numbers of nodes that works."""
-    first: ConfigurationError | None = None
-    for count in counts:
-        cluster = job.cluster.model_copy(update={"nodes": count})
-        try:
-            plan = _decide_again(
-                job.model_copy(update={"cluster": cluster}), stored.mesh.ranks_per_node, stored, local=False
-            )
-            return plan.model_copy(update={"slurm": stored.slurm})
-        except ConfigurationError as error:
-            first = first or error
-    assert first is not None
-    raise first
 
 
 def decide_for(
@@ -204,10 +187,10 @@ def _go_on(run: RunDirectory, job: Job, nproc: int | None, local: bool) -> Plan:
         if (
             same_ranks
             and job.model_dump() == load_job(run.job_file, [], stored.script).model_dump()
-            and _devices_are_there(stored, local)
+            and has_devices(stored, local)
         ):
             return stored
-        plan = _decide_again(job, nproc, stored, local)
+        plan = decide_again(job, nproc, stored, local)
         _refuse_quiet_fallback(job, stored, plan)
         changed = check(stored, plan)
         if plan.share_with_group and not stored.share_with_group:
@@ -221,8 +204,8 @@ def _go_on(run: RunDirectory, job: Job, nproc: int | None, local: bool) -> Plan:
                 "plan_changed",
                 changes=[{"key": c.key, "before": c.before, "after": c.after} for c in changed],
             )
-        if run.finished and _longer(changed):
-            run.finished_file.unlink()
+        if run.finished and any(change.key.startswith("length") for change in changed):
+            run.finished_file.unlink()  # it goes on from its last step
     return plan
 
 
@@ -240,86 +223,6 @@ def _write(run: RunDirectory, job: Job, plan: Plan) -> None:
     write_plan(run, plan)
 
 
-def _decide_again(job: Job, nproc: int | None, stored: Plan, local: bool) -> Plan:
-    """Return the job's plan, with what it leaves open as it was decided before: memory that is free today
-    must not change the numbers.
-
-    On another number of ranks the micro-batch is decided anew, as it must divide.
-    """
-    updates: dict[str, object] = {}
-    if stored.script:
-        return decide_script(job, stored.script, _ranks(job, nproc, stored), local=local)
-    if job.precision == "auto":
-        updates["precision"] = stored.precision
-    if left := [one.key for one in tasks.of_job(job).left_open()]:
-        updates["data"] = job.data.model_copy(update={key: getattr(stored.data, key) for key in left})
-    if job.memory.activation_checkpointing == "auto":
-        updates["memory"] = job.memory.model_copy(
-            update={"activation_checkpointing": stored.activation_checkpointing}
-        )
-    fewest, most = node_range(job.cluster.nodes)
-    if fewest <= stored.mesh.nodes <= most and _ranks(job, nproc, stored) in (
-        None,
-        stored.mesh.ranks_per_node,
-    ):
-        # Of a range another number of nodes may be taken this time, over which as many copies need not
-        # divide.
-        updates |= _as_placed(job.model_copy(update=updates), stored, copies=fewest == most)
-    job, num_ranks = job.model_copy(update=updates), _ranks(job, nproc, stored)
-    plan = plan_job(job, num_ranks, local=local)
-    if job.batch.micro_batch_size != "auto" or plan.mesh.world_size != stored.mesh.world_size:
-        return plan
-    batch = job.batch.model_copy(update={"micro_batch_size": stored.batch.micro_batch_size})
-    # Another global batch is refused by `check`, with a better reason than that it does not divide.
-    return (
-        plan
-        if batch.global_batch_size != stored.batch.global_batch_size
-        else plan_job(job.model_copy(update={"batch": batch}), num_ranks, local=local)
-    )
-
-
-def _as_placed(job: Job, stored: Plan, copies: bool) -> dict[str, object]:
-    """Engine, cut, offloading and, with `copies`, how many copies, as they were, where nothing is asked for
-    now that contradicts them."""
-    parallel, memory = job.parallel, job.memory
-    if parallel.engine not in ("auto", stored.engine) or (stored.engine == "fsdp" and only_deepspeed(job)):
-        return {}
-    cut: dict[str, object] = {}
-    updates: dict[str, object] = {}
-    if parallel.shard == "auto" and "replicate" not in parallel.model_fields_set:
-        cut = {"engine": stored.engine, "shard": stored.sharding}
-        cut |= (
-            {"replicate": stored.mesh.dp_replicate}
-            if copies and stored.engine == "fsdp" and stored.sharding != "none"
-            else {}
-        )
-        updates["parallel"] = parallel.model_copy(update=cut)
-    elif parallel.engine == "auto" and stored.sharding != "none":
-        updates["parallel"] = parallel.model_copy(update={"engine": stored.engine})
-    if memory.offload == "auto" and parallel.shard in ("auto", stored.sharding):
-        updates["memory"] = memory.model_copy(
-            update={"offload": stored.offload, "offload_to": stored.offload_to}
-        )
-    return updates
-
-
-def _ranks(job: Job, nproc: int | None, stored: Plan) -> int | None:
-    """The ranks asked for; without a wish as many as before, so that going on changes nothing by itself."""
-    if nproc is not None:
-        return nproc
-    cluster = job.cluster
-    open_still = cluster.ranks_per_node == "auto" and cluster.gpus_per_node in ("auto", 0)
-    return stored.mesh.ranks_per_node if open_still else None
-
-
-def _devices_are_there(plan: Plan, local: bool) -> bool:
-    if plan.mesh.device == "cpu" or not local:
-        return True
-    from launcher.planner.hardware.detect import find_gpus
-
-    return len(find_gpus()[0]) >= plan.mesh.ranks_per_node
-
-
 def _refuse_quiet_fallback(job: Job, stored: Plan, plan: Plan) -> None:
     if stored.mesh.device == "cuda" and plan.mesh.device == "cpu" and job.cluster.gpus_per_node == "auto":
         reason = (
@@ -327,9 +230,3 @@ def _refuse_quiet_fallback(job: Job, stored: Plan, plan: Plan) -> None:
             "cluster.gpus_per_node=0 to go on on the CPU"
         )
         raise ConfigurationError(Problem("cluster.gpus_per_node", "auto", reason))
-
-
-def _longer(changed: list[Change]) -> bool:
-    """Return whether the run is to end elsewhere than before; a finished one then goes on from its last
-    step."""
-    return any(change.key.startswith("length") for change in changed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,11 @@ class Sight:
     """A process that it has started and that is stopped; 0 where there is none."""
 
 
+def is_stopped(pid: int) -> bool:
+    """Return whether a signal or a debugger holds a process."""
+    return look(pid, closely=False).state in ("T", "t")
+
+
 def look(pid: int, closely: bool = True) -> Sight:
     """See a process; not `closely` its state alone, which is one read."""
     fields = _stat(pid)
@@ -40,7 +46,7 @@ def look(pid: int, closely: bool = True) -> Sight:
     ticks = sum(sum(map(int, one[11:15])) for one in (fields, *stats.values()))
     return Sight(
         state=fields[0],
-        traced=_tracer(pid),
+        traced=bool(re.search(r"^TracerPid:\s*[1-9]", _read(f"/proc/{pid}/status"), re.MULTILINE)),
         wchan=_read(f"/proc/{pid}/wchan").strip("0\n"),
         read_bytes=_bytes_read(pid) + 4096 * int(fields[9]),
         cpu_seconds=ticks / _TICKS,
@@ -69,14 +75,6 @@ def _stat(pid: int) -> list[str]:
     return _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
 
 
-def _tracer(pid: int) -> bool:
-    line = next(
-        (line for line in _read(f"/proc/{pid}/status").splitlines() if line.startswith("TracerPid:")),
-        "TracerPid: 0",
-    )
-    return line.split()[1] != "0"
-
-
 def _bytes_read(pid: int) -> int:
     """Return what it has read, from whatever: written is not counted, as a save goes on while training
     hangs."""
@@ -90,17 +88,12 @@ def _children(pid: int) -> list[int]:
     waiting = [pid]
     while waiting and len(children) < _MOST_CHILDREN:
         parent = waiting.pop()
-        for path in (f"/proc/{parent}/task/{thread}/children" for thread in _threads(parent)):
-            below = [int(child) for child in _read(path).split()]
-            children += below
-            waiting += below
+        with contextlib.suppress(OSError):
+            for thread in Path(f"/proc/{parent}/task").iterdir():
+                below = [int(child) for child in _read(f"{thread}/children").split()]
+                children += below
+                waiting += below
     return children
-
-
-def _threads(pid: int) -> list[str]:
-    with contextlib.suppress(OSError):
-        return [path.name for path in Path(f"/proc/{pid}/task").iterdir()]
-    return []
 
 
 def lock_holder(path: Path) -> int:

@@ -24,7 +24,7 @@ from typing import Any, Literal
 from launcher.launch.disk import Disk
 from launcher.launch.hangs import Hangs
 from launcher.launch.screen import Screen
-from launcher.launch.sight import exit_code, look
+from launcher.launch.sight import exit_code, is_stopped
 from launcher.launch.stop_signals import Signals
 from launcher.launch.watchdog import HangAfter
 from launcher.runs.events import event
@@ -158,22 +158,15 @@ class Supervisor:
             self.screen.tick()
         stopped: tuple[int, ...] = ()
         if forced:
-            stopped = tuple(
-                rank
-                for rank, pid in sorted(self._ranks.items())
-                if look(pid, closely=False).state in ("T", "t")
-            )
+            stopped = tuple(rank for rank, pid in sorted(self._ranks.items()) if is_stopped(pid))
             self._dump_stacks(forced)
-            if look(agent.pid, closely=False).state in (
-                "T",
-                "t",
-            ):  # one that runs tells itself how ranks ended, and which it ended
+            if is_stopped(agent.pid):  # one that runs tells itself how ranks ended, and which it ended
                 self._note_unreaped()
             self._kill(agent)
-        looked = self._last_look(forced)
+        seconds = _SHORT_LOOK_SECONDS if forced else _LAST_LOOK_SECONDS
+        looked = self.disk.last_look(seconds, (lambda: False) if forced else self.signals.insisted)
         self._take_in(agent)
-        first = self.signals.first
-        name = first[0].name if first else ""
+        name = self.signals.first[0].name if self.signals.first else ""
         told = self._failures, self._exits, self.disk.missing, self.disk.place_now()
         code = agent.poll()
         ended = (-signal.SIGKILL if code is None else code), forced, name, set(self._events), self._grace
@@ -183,22 +176,13 @@ class Supervisor:
         """Read what else is wanted of the disk. Called with every look, by the thread that may hang with it."""
         self.screen.read()
 
-    def _last_look(self, forced: Force) -> bool:
-        if forced:
-            return self.disk.last_look(_SHORT_LOOK_SECONDS, lambda: False)
-        return self.disk.last_look(_LAST_LOOK_SECONDS, self.signals.insisted)
-
     def _take_in(self, agent: subprocess.Popen[bytes]) -> None:
         """Learn from memory which ranks there are, what was written and told, and whether one has failed."""
         for record in self.disk.events():
             self._note(record)
         for rank, who in list(self.disk.ranks.items()):
-            # Another machine's processes have numbers of their own.
-            if (
-                rank not in self._ranks
-                and who["host"] == os.uname().nodename
-                and parent_of(who["pid"]) == agent.pid
-            ):
+            is_here = who["host"] == os.uname().nodename  # another machine's processes have its own numbers
+            if rank not in self._ranks and is_here and parent_of(who["pid"]) == agent.pid:
                 self._ranks[rank] = who["pid"]
         for record in self.notices.records():
             self._heed(record)
@@ -223,7 +207,10 @@ class Supervisor:
         if not self._said_stopping:
             self._said_stopping = True
             self._say_stopping()
-        self._ask_ranks()
+        for pid in set(self._ranks.values()) - self._asked:
+            self._asked.add(pid)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGUSR1)
 
     def _say_stopping(self) -> None:
         assert self.signals.first is not None
@@ -253,19 +240,12 @@ class Supervisor:
         """Seconds between the first signal and the end by force."""
         return self.grace_seconds
 
-    def _ask_ranks(self) -> None:
-        for pid in set(self._ranks.values()) - self._asked:
-            self._asked.add(pid)
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGUSR1)
-
     def _reason_to_force(self) -> Force:
         now = time.monotonic()
         if self.signals.insisted():
             return "second interrupt"
-        over = min(
-            (self._events[name] for name in ("finished", "stopped") if name in self._events), default=None
-        )
+        ends = [self._events[name] for name in ("finished", "stopped") if name in self._events]
+        over = min(ends, default=None)
         if over is not None:
             return "exit" if now - over > EXIT_SECONDS else ""
         if self._failed_at is not None and now - self._failed_at > FAILURE_SECONDS:
@@ -291,15 +271,8 @@ class Supervisor:
         told, host = {end.get("rank") for end in self._exits}, os.uname().nodename
         for rank, pid in self._ranks.items():
             if rank not in told and (code := exit_code(pid)) is not None:
-                end = {
-                    "rank": rank,
-                    "pid": pid,
-                    "code": code,
-                    "time": time.time(),
-                    "by_agent": False,
-                    "host": host,
-                }
-                self._exits.append(end)
+                end = {"rank": rank, "pid": pid, "code": code, "by_agent": False, "host": host}
+                self._exits.append({**end, "time": time.time()})
 
     def _kill(self, agent: subprocess.Popen[bytes]) -> None:
         """End everything that is left of the attempt, what the ranks started included, and see it gone."""
@@ -310,9 +283,8 @@ class Supervisor:
         if agent.poll() is None:
             kill_group(agent.pid)
         deadline = time.monotonic() + 5
-        with contextlib.suppress(
-            subprocess.TimeoutExpired
-        ):  # one that hangs in the kernel, as with a dead disk, does not even die
+        # One that hangs in the kernel, as with a dead disk, does not even die.
+        with contextlib.suppress(subprocess.TimeoutExpired):
             agent.wait(5)
         while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
             time.sleep(0.02)

@@ -81,13 +81,10 @@ class Stillness:
     def look(self, now: float, seen: Iterable[tuple[Place, Sight]]) -> list[Seen]:
         """Take in a look at each rank at the moment `now`, seconds of a clock that never goes back."""
         if self._looked_at is not None and now - self._looked_at > GAP_SECONDS:
-            self._begin_anew(now)
+            for known in self._ranks.values():
+                known.since = known.state_since = known.save_since = known.moved_at = known.cpu_at = now
         self._looked_at = now
         return [self._one(now, place, sight) for place, sight in seen]
-
-    def _begin_anew(self, now: float) -> None:
-        for known in self._ranks.values():
-            known.since = known.state_since = known.save_since = known.moved_at = known.cpu_at = now
 
     def _one(self, now: float, place: Place, sight: Sight) -> Seen:
         moved, save = (place.place, place.count, place.step), (place.save, place.save_bytes, place.save_step)

@@ -29,7 +29,10 @@ def preflight(
     profiles: where the model's program comes from.
     Raises OutOfMemoryError, StorageError or ConfigurationError where it cannot run, unless `force`.
     """
-    _check_sizes(plan)
+    if plan.model.config is not None and plan.model.weights == "pretrained":  # its files say the sizes
+        ways = "leave it out where its weights are loaded, or write model.weights: random"
+        reason = f"stands for a model that is not here yet; {ways}"
+        raise ConfigurationError(Problem("model.config", None, reason))
     if plan.script:
         return None
     here = Hardware.detect() if local else None
@@ -47,14 +50,6 @@ def preflight(
     _check_disk(foreseen, directory)
     _check_time(foreseen)
     return foreseen
-
-
-def _check_sizes(plan: Plan) -> None:
-    """Raise ConfigurationError for sizes in the job file of a model that is loaded: its files say them."""
-    if plan.model.config is not None and plan.model.weights == "pretrained":
-        ways = "leave it out where its weights are loaded, or write model.weights: random"
-        reason = f"stands for a model that is not here yet; {ways}"
-        raise ConfigurationError(Problem("model.config", None, reason))
 
 
 def _check_state(plan: Plan, target: Target, unknown: Unknown) -> None:

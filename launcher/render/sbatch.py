@@ -41,8 +41,13 @@ def script(plan: Plan, place: Place) -> str:
     requested = options(plan) | {"signal": f"USR2@{SIGNAL_SECONDS}"}
     if not any(sign in place.rendered for sign in "\\%"):  # sbatch would read these as patterns
         requested |= {"output": f"{place.rendered}/slurm-%j.out"}
-    lines = ["#!/bin/bash", *(f"#SBATCH {_option(name, value)}" for name, value in requested.items()), ""]
+    lines = ["#!/bin/bash"]
     lines += [
+        f"#SBATCH --{name}" + (f"={_sbatch_quoted(value)}" if value else "")
+        for name, value in requested.items()
+    ]
+    lines += [
+        "",
         f"run={quoted([place.run])}",
         f"rendered={quoted([place.rendered])}",
         PREPARE.rstrip("\n"),
@@ -166,10 +171,6 @@ def _mounts(container: Container, place: Place) -> list[str]:
         f"{place.run}:{place.run}",
         *(mount if ":" in mount else f"{mount}:{mount}" for mount in container.mounts),
     ]
-
-
-def _option(name: str, value: str) -> str:
-    return f"--{name}={_sbatch_quoted(value)}" if value else f"--{name}"
 
 
 def _sbatch_quoted(value: str) -> str:

@@ -194,9 +194,8 @@ def _look(kind: str, path: Path) -> Entry | None:
     except OSError:
         return None
     what = "left by a process that was killed" if unfinished else _what(kind, path)
-    return Entry(
-        "unfinished" if unfinished else kind, path.name, str(path), what, size, last, _is_held(held, last)
-    )
+    with _exclusive(held, last) as free:
+        return Entry("unfinished" if unfinished else kind, path.name, str(path), what, size, last, not free)
 
 
 def _what(kind: str, path: Path) -> str:
@@ -212,12 +211,6 @@ def _what(kind: str, path: Path) -> str:
         others = f" and {len(report['files']) - 1} more" if len(report["files"]) > 1 else ""
         return f"{report['role']}, {report['rows_used']:,} rows of {report['files'][0]['path']}{others}"
     return "prepared rows"
-
-
-def _is_held(path: Path, last_used: float) -> bool:
-    """Return whether some process uses an entry."""
-    with _exclusive(path, last_used) as free:
-        return not free
 
 
 @contextlib.contextmanager

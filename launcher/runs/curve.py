@@ -50,17 +50,13 @@ class Curve(Fold):
             if first:
                 state["first"] = [step, record["loss"]]
             if not thin:
-                self._add([step, record["loss"]])
+                state["points"].append([step, record["loss"]])
+                while len(state["points"]) > MOST_POINTS:
+                    state["stride"] *= 2
+                    state["points"] = [point for point in state["points"] if point[0] % state["stride"] == 0]
         elif again:
             self._forget_from(step)
         state["last_step"], state["last_line"] = step, line.decode(errors="replace")
-
-    def _add(self, point: list[Any]) -> None:
-        state = self.state
-        state["points"].append(point)
-        while len(state["points"]) > MOST_POINTS:
-            state["stride"] *= 2
-            state["points"] = [point for point in state["points"] if point[0] % state["stride"] == 0]
 
     def _forget_from(self, step: int) -> None:
         points = self.state["points"]

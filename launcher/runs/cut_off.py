@@ -39,7 +39,10 @@ def is_shared_memory_full() -> bool:
 def _mapped(run: RunDirectory) -> Iterator[tuple[str, Path, int]]:
     """Yield what a run maps: what it is for people, where it lies, and the bytes it should have."""
     for record in Totals(run).refresh().prepared.values():
-        yield from _of_cache(Path(str(record.get("cache", ""))))
+        directory = Path(str(record.get("cache", "")))
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            for name, digest in read_json(directory / "meta.json")["files"].items():
+                yield f"prepared data ({MADE_ANEW})", directory / name, int(digest.partition(":")[0])
     for record_file in sorted(run.path.glob("data-*.json")):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             for file in read_json(record_file)["files"]:
@@ -48,13 +51,6 @@ def _mapped(run: RunDirectory) -> Iterator[tuple[str, Path, int]]:
         model = Path(read_json(run.plan_file)["model"]["name"])
         for path in sorted(model.glob("*.safetensors")) if model.is_dir() else ():
             yield "the model's file", path, _safetensors_bytes(path)
-
-
-def _of_cache(directory: Path) -> Iterator[tuple[str, Path, int]]:
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        files = read_json(directory / "meta.json")["files"]
-        for name, digest in files.items():
-            yield f"prepared data ({MADE_ANEW})", directory / name, int(digest.partition(":")[0])
 
 
 def _safetensors_bytes(path: Path) -> int:

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import json
 import os
 import re
-import resource
 import signal
 import time
 import traceback
@@ -23,21 +21,19 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import (
-    ConfigurationError,
     DataError,
     GpuError,
     LauncherError,
     OutOfMemoryError,
-    Problem,
     RankLostError,
     ScriptError,
-    StorageError,
     by_failure_class,
     one_line,
 )
 from launcher.plain_files import plain, read_json
 from launcher.redaction import redact
 from launcher.runs.cut_off import cut_off_file, is_shared_memory_full
+from launcher.runs.error_class import GPU_BROKEN, NO_MEMORY, classify
 from launcher.runs.kernel import broken_gpus, kernel_log, killed_for_memory
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.processes import signal_name, started_at
@@ -46,31 +42,7 @@ from launcher.runs.records import made_of
 EXITS = "exits*.json"
 SIGNS_OF_FAILURE = ("failure-rank-*.json", EXITS)
 """What appears in an attempt's directory as soon as a rank has failed, on whichever node."""
-_STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
-_NO_MEMORY = re.compile(
-    r"(can't|cannot) allocate memory|not enough memory|out of "
-    r"memory|std::bad_alloc|CUBLAS_STATUS_ALLOC_FAILED"
-    r"|failed to map segment from shared object",
-    re.IGNORECASE,
-)
 _TAIL_BYTES = 1 << 16
-_PEER_LOST = re.compile(
-    r"connection (was )?(closed|reset) by (remote )?peer|remote process exited|broken pipe|connection refused"
-    r"|(gloo|nccl|tcpstore|socket).*(timed? ?out|timeout)",
-    re.IGNORECASE,
-)
-_DISK_FULL = re.compile(
-    r"no space left on device|disk quota exceeded|read-only file system|input/output error", re.IGNORECASE
-)
-_GPU_BROKEN = re.compile(
-    r"uncorrectable (ECC|NVLink) error|\bXid \d+|fallen off the bus|GPU is lost|(CUDA error|cuda "
-    r"failure)[^\n]*unknown error"
-    r"|no CUDA-capable device is detected|CUDA-capable device\(s\) is/are busy or unavailable|CUDA "
-    r"error: system not yet initialized",
-    re.IGNORECASE,
-)
-"""What CUDA says of a GPU that has to be reset or replaced (the texts of cudaGetErrorString). Illegal
-addresses and failed launches are mostly the program's own; of those the kernel's log tells more."""
 _OF_A_GPU = re.compile(r"\b(CUDA|NCCL|cuBLAS|cuDNN)", re.IGNORECASE)
 _LONGEST_CAUSE = 400
 
@@ -94,10 +66,8 @@ class Failure:
     advice: str = ""
 
     def __post_init__(self) -> None:
-        for name in (
-            "cause",
-            "traceback",
-        ):  # an error's text may hold whatever it was given, as an address with a password
+        # An error's text may hold whatever it was given, as an address with a password.
+        for name in ("cause", "traceback"):
             object.__setattr__(self, name, redact(getattr(self, name)))
 
     def line(self) -> str:
@@ -106,55 +76,6 @@ class Failure:
         going_on = f"; go on with: {self.command}" if self.command else ""
         advice = f"; {self.advice}" if self.advice else ""
         return f"{self.failure_class}: {who} after step {self.step}: {self.cause}{advice}{going_on}"
-
-
-def classify(error: BaseException) -> tuple[type[LauncherError], bool]:
-    """The class of an error, and whether it is only the consequence of another rank's end.
-
-    launcher's own errors keep their class; others are known by type, errno or text, wherever in the chain of
-    causes they stand. torch is not imported for it.
-    """
-    link: BaseException | None = error
-    while link is not None:
-        known, consequence = _classify_one(link)
-        if known is not LauncherError:
-            return known, consequence
-        link = link.__cause__
-    return LauncherError, False
-
-
-def _classify_one(error: BaseException) -> tuple[type[LauncherError], bool]:
-    if isinstance(error, LauncherError):
-        return type(error), False
-    if isinstance(error, MemoryError) or any(
-        kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__
-    ):
-        return OutOfMemoryError, False
-    if isinstance(error, OSError):
-        if error.errno == errno.ENOMEM:
-            return OutOfMemoryError, False
-        return (StorageError if error.errno in _STORAGE_ERRORS else LauncherError), False
-    if isinstance(error, RuntimeError) and _GPU_BROKEN.search(str(error)):
-        return GpuError, False
-    if isinstance(error, (RuntimeError, ImportError)) and _NO_MEMORY.search(str(error)):
-        return OutOfMemoryError, False
-    if isinstance(error, RuntimeError) and _DISK_FULL.search(str(error)):
-        return StorageError, False
-    if isinstance(error, RuntimeError) and _PEER_LOST.search(str(error)):
-        return RankLostError, True
-    if isinstance(error, UnicodeDecodeError):
-        return DataError, False
-    return LauncherError, False
-
-
-def named(error: OSError) -> LauncherError | None:
-    """An error of the system that no code foresaw, in words; None where nothing is known that it comes from."""
-    if error.errno in (errno.EMFILE, errno.ENFILE):
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        return ConfigurationError(Problem("ulimit -n", limit, f"{error.strerror}; write: ulimit -n 4096"))
-    if error.filename is not None:
-        return StorageError(f"{os.fsdecode(error.filename)}: {error.strerror}")
-    return StorageError(error.strerror) if error.errno in _STORAGE_ERRORS else None
 
 
 def of(rank: int, error: BaseException, step: int = 0) -> Failure:
@@ -210,7 +131,7 @@ def lost(
     told: Iterable[dict[str, Any]] = (),
     spoken: Collection[int] = (),
 ) -> list[Failure]:
-    """The ranks that ended without a word: killed from outside, or crashed in native code.
+    """Return the ranks that ended without a word: killed from outside, or crashed in native code.
 
     `told`: ends of ranks that the agent told without the disk; `spoken`: ranks that said themselves how they
     failed.
@@ -255,10 +176,10 @@ def _lost(end: dict[str, Any], directory: Path, out_of_memory_killer: bool) -> F
             else "a file that it maps was cut off, or its disk cannot be read"
         )
         cause += f": a file it maps was cut off: {file}" if file else f": {guess}"
-    elif code == -signal.SIGABRT and (line := _says(_GPU_BROKEN, log)):
+    elif code == -signal.SIGABRT and (line := _says(GPU_BROKEN, log)):
         known = GpuError
         cause += f", having said: {line}"
-    elif code == -signal.SIGABRT and (line := _says(_NO_MEMORY, log)):
+    elif code == -signal.SIGABRT and (line := _says(NO_MEMORY, log)):
         known = OutOfMemoryError
         cause += f", having said: {line}"
     return Failure(
@@ -295,7 +216,7 @@ def first(
     failures: Iterable[Failure] = (),
     exits: Iterable[dict[str, Any]] = (),
 ) -> Failure | None:
-    """The failure that all others follow from; None where nobody failed.
+    """Return the failure that all others follow from; None where nobody failed.
 
     An error that names its class, or a rank that was killed, comes before an error of unknown class (which
     may be how a lost peer looks to a library), and that before one that is known to be a consequence. Among
@@ -311,10 +232,9 @@ def first(
         }
     )
     everything = [*spoken.values(), *lost(directory, out_of_memory_killer, exits, spoken)]
-    return min(everything, key=lambda failure: (_rank_of_cause(failure), failure.time), default=None)
 
+    def order(failure: Failure) -> tuple[int, float]:
+        unknown = by_failure_class(failure.failure_class) in (LauncherError, ScriptError)
+        return 2 if failure.consequence else int(unknown), failure.time
 
-def _rank_of_cause(failure: Failure) -> int:
-    if failure.consequence:
-        return 2
-    return 1 if by_failure_class(failure.failure_class) in (LauncherError, ScriptError) else 0
+    return min(everything, key=order, default=None)

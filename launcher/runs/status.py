@@ -106,7 +106,7 @@ def read_status(run: RunDirectory, totals: Totals | None = None) -> Status:
 
 
 def _age(checkpoint: Path | None) -> float | None:
-    """Seconds since a checkpoint was committed."""
+    """Return the seconds since a checkpoint was committed."""
     if checkpoint is None:
         return None
     with contextlib.suppress(OSError):

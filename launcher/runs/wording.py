@@ -1,7 +1,9 @@
-"""Format a duration as people say it."""
+"""Write durations, paths and numbers as people do."""
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
 from typing import Any
 
 
@@ -23,3 +25,15 @@ def finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: finite(entry) for key, entry in value.items()}
     return [finite(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+
+def shown(path: Path) -> str:
+    """Return a path as people would type it: relative where it lies below the working directory, quoted where
+    it must be."""
+    try:
+        absolute, here = path.absolute(), Path.cwd()
+    except FileNotFoundError:  # the working directory is gone
+        return shlex.quote(str(path))
+    return shlex.quote(
+        str(absolute.relative_to(here) if absolute.is_relative_to(here) and absolute != here else absolute)
+    )

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
 
 from launcher.errors import ConfigurationError, LauncherError, Problem, Stopped
-from launcher.launch import local
+from launcher.launch.attempt_failure import FORCED_EXIT
 from launcher.launch.cutting import run_with_cuts
 from launcher.launch.screen import Watcher
 from launcher.launch.slurm import snapshot, submit_run
@@ -35,7 +34,7 @@ def run_here(sweep: Sweep, watcher: Watcher) -> int:
             worst = worst or error.exit_code
             continue
         code = run_with_cuts(run, plan, watcher)
-        if code in (Stopped.exit_code, local.FORCED_EXIT):
+        if code in (Stopped.exit_code, FORCED_EXIT):
             return code
         worst = worst or code
     return worst
@@ -54,7 +53,7 @@ def submit(sweep: Sweep, parallel: int | None) -> tuple[str, list[int]]:
         refuse_second(sweep.run(number))
     opened = [sweep.open(number, local=False) for number in numbers]
     _check_alike(opened, numbers)
-    code = _one_snapshot(sweep.path)
+    code = snapshot.of_launcher(RunDirectory(sweep.path))
     job_id = submit_array(
         sweep.path, [run for run, _ in opened], opened[0][1], sys.executable, code, parallel
     )
@@ -65,11 +64,6 @@ def submit(sweep: Sweep, parallel: int | None) -> tuple[str, list[int]]:
             run.events_file, "submitted", job=f"{job_id}_{index}", nodes=plan.slurm.nodes or plan.mesh.nodes
         )
     return job_id, numbers
-
-
-def _one_snapshot(path: Path) -> Path:
-    """The code of all points."""
-    return snapshot.of_launcher(RunDirectory(path))
 
 
 def _check_alike(opened: list[tuple[RunDirectory, Plan]], numbers: list[int]) -> None:

@@ -39,7 +39,8 @@ def points(grid: Sequence[str], random: Sequence[str], num_points: int | None, s
     if problems:
         raise ConfigurationError(problems)
     draws = list(ParameterSampler(drawn, num_points or 1, random_state=seed)) if drawn else [{}]
-    overrides = [_overrides({**point, **draw}) for draw in draws for point in ParameterGrid(fixed)]
+    tried = [{**point, **draw} for draw in draws for point in ParameterGrid(fixed)]
+    overrides = [[f"{key}={_written(value)}" for key, value in sorted(point.items())] for point in tried]
     if len(overrides) > _MOST_POINTS:
         raise ConfigurationError(
             Problem("--grid", len(overrides), f"is more than {_MOST_POINTS} points; try fewer values")
@@ -110,12 +111,8 @@ def _range(text: str) -> Any:
     return stats.loguniform(low, high) if match[3] == "log" else stats.uniform(low, high - low)
 
 
-def _overrides(point: dict[str, Any]) -> list[str]:
-    """A point as `--set` reads it; drawn numbers with four digits, which people can read and type again."""
-    return [f"{key}={_written(value)}" for key, value in sorted(point.items())]
-
-
 def _written(value: Any) -> str:
+    """Return a value as `--set` reads it; a number with four digits, which people can read and type again."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):

@@ -13,7 +13,7 @@ import torch
 from torch import distributed
 
 from launcher.errors import CheckpointError, ConfigurationError, LauncherError
-from launcher.runs.failure import classify
+from launcher.runs.error_class import classify
 from launcher.training import exchange
 from launcher.training.checkpoint import messages
 from launcher.training.checkpoint.group import Ranks

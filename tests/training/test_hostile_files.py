@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 
 from launcher.errors import CheckpointError, ConfigurationError
 from launcher.runs.checkpoints import MANIFEST_NAME, Progress, _canonical, _text_hash, hash_file
-from launcher.runs.failure import classify
+from launcher.runs.error_class import classify
 from launcher.runs.layout import RunDirectory
 from launcher.training.checkpoint.reader import CheckpointReader, read_metadata
 from launcher.training.signals import StopRequest

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from launcher.errors import OutOfMemoryError
-from launcher.runs.failure import classify
+from launcher.runs.error_class import classify
 from launcher.runs.layout import RunDirectory
 from launcher.runs.status import newest_checkpoint
 from launcher.training.signals import StopRequest

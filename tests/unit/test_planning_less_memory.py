@@ -12,11 +12,11 @@ import pytest
 
 from launcher.planner.hardware import detect as hardware_module
 from launcher.planner.hardware.detect import Gpu, Hardware
+from launcher.planner.less_memory import Advice, less_memory
 from launcher.planner.memory.profile import Profile
 from launcher.planner.memory.profiles import Unknown
 from launcher.planner.memory.program import Unit, Weight
 from launcher.planner.plan import Plan
-from launcher.planner.suggestions import Advice, less_memory
 from tests.training.plans import plan_of
 from tests.unit.given_profiles import given
 from tests.unit.test_planning_footprint import LLAMA

@@ -14,13 +14,14 @@ from launcher.job.schema import Job
 from launcher.planner.candidates import cut_words, other_cuts
 from launcher.planner.comparison import scale
 from launcher.planner.decide import candidate
+from launcher.planner.fastest import NEARLY
 from launcher.planner.forecast import forecast_here
 from launcher.planner.hardware.detect import Hardware
 from launcher.planner.hardware.gpu_table import gpu_type, on_network
 from launcher.planner.plan import Plan
 from launcher.planner.preview import preview_job
 from launcher.planner.resolve.batch import with_batch
-from launcher.planner.search import NEARLY, _with_the_least, plan_job
+from launcher.planner.search import _with_the_least, plan_job
 from launcher.planner.speed.step_time import speed
 from launcher.planner.target import hardware_of
 from launcher.runs.machine import Machine, Rates, path

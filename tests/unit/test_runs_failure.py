@@ -20,7 +20,7 @@ from launcher.errors import (
     RankLostError,
     StorageError,
 )
-from launcher.runs import failure, kernel, processes
+from launcher.runs import error_class, failure, kernel, processes
 from launcher.runs.events import event
 from launcher.runs.failure import Failure
 from launcher.runs.layout import RunDirectory
@@ -115,7 +115,7 @@ def caused(error: BaseException, by: BaseException) -> BaseException:
     ],
 )
 def test_classify(error: BaseException, known: type[LauncherError], consequence: bool) -> None:
-    assert failure.classify(error) == (known, consequence)
+    assert error_class.classify(error) == (known, consequence)
 
 
 def test_record_is_read_back_as_it_was(tmp_path: Path) -> None:

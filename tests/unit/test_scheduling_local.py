@@ -20,6 +20,7 @@ from launcher.planner.plan import Plan
 from launcher.runs.events import append, event
 from launcher.runs.failure import Failure
 from launcher.runs.layout import RunDirectory
+from launcher.runs.wording import shown
 from tests.training.plans import plan_of
 
 
@@ -229,9 +230,9 @@ def test_the_command_to_go_on(
 
 def test_paths_are_shown_as_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert local.shown(tmp_path / "runs" / "a b") == "'runs/a b'"
-    assert local.shown(tmp_path) == str(tmp_path)
-    assert local.shown(Path("/elsewhere/x")) == "/elsewhere/x"
+    assert shown(tmp_path / "runs" / "a b") == "'runs/a b'"
+    assert shown(tmp_path) == str(tmp_path)
+    assert shown(Path("/elsewhere/x")) == "/elsewhere/x"
 
 
 def test_a_key_press_that_arrives_twice_is_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,8 +28,9 @@ from launcher.launch.disk import Disk
 from launcher.launch.screen import Screen
 from launcher.launch.stop_signals import Signals
 from launcher.launch.supervisor import End, Supervisor, attempt_directory
+from launcher.runs.error_class import named
 from launcher.runs.events import event
-from launcher.runs.failure import Failure, first, named
+from launcher.runs.failure import Failure, first
 from launcher.runs.grace import Grace
 from launcher.runs.layout import RunDirectory
 from launcher.training.signals import StopRequest

@@ -27,6 +27,7 @@ from launcher.render.script_files import accelerate_config, deepspeed_config, fi
 from launcher.runs.events import event
 from launcher.runs.failure import Failure
 from launcher.runs.layout import RunDirectory
+from launcher.runs.wording import shown
 
 CPU = ["cluster.gpus_per_node=0"]
 HERE = Hardware(num_cores=4, memory_bytes=8 << 30, cpu_flags=frozenset(), gpus=(), gpu_note="no driver")
@@ -262,7 +263,7 @@ def test_a_script_that_was_asked_to_stop_has_stopped_whatever_its_code(script: P
 def test_memory_that_is_not_ours_to_plan_gets_no_advice_on_batches(script: Path) -> None:
     run, made = opened(script)
     failure = Failure(0.0, 1, "host", 1, "out-of-memory", 4, "MemoryError")
-    assert local.going_on(run, made, failure) == (f"launcher resume {local.shown(run.path)}", "")
+    assert local.going_on(run, made, failure) == (f"launcher resume {shown(run.path)}", "")
 
 
 @pytest.mark.parametrize(

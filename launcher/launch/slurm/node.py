@@ -71,8 +71,8 @@ class NodeTask:
 
 
 def work(run: RunDirectory) -> int:
-    """One node's part of one attempt, to its end; the exit code of the attempt on the first node, 0 on the
-    others."""
+    """Do one node's part of one attempt, to its end; return the attempt's exit code on the first node, 0 on
+    the others."""
     signals = Signals()
     with signals.caught():
         allocation = Allocation.of(os.environ)
@@ -121,7 +121,7 @@ def _lead(run: RunDirectory, allocation: Allocation, signals: Signals) -> int:
 
 
 def _begin(run: RunDirectory, allocation: Allocation) -> tuple[Plan, int, Meeting | None]:
-    """The plan for the nodes there are, and the attempt with its place to meet."""
+    """Return the plan for the nodes there are, and the attempt with its place to meet."""
     from launcher.launch.run_setup import fit_to_nodes
 
     _note_previous(run, allocation)
@@ -132,18 +132,7 @@ def _begin(run: RunDirectory, allocation: Allocation) -> tuple[Plan, int, Meetin
         interface, address = network.choose(hosts, 0, plan.slurm.interface, os.environ)
         port = network.free_port(allocation.first_port, address)
     set_umask(plan.share_with_group)
-    number = begin_attempt(
-        run,
-        Assignment(
-            allocation.job_id,
-            allocation.restart,
-            hosts,
-            address,
-            port,
-            checkpoint_step(run),
-            round(time.time(), 3),
-        ),
-    )
+    number = _claim_attempt(run, allocation, hosts, address, port)
     details = {"job": allocation.job_id, "restart": allocation.restart, "nodes": list(hosts)}
     if left_out := allocation.hosts[plan.mesh.nodes :]:
         details["idle"] = list(left_out)
@@ -153,6 +142,16 @@ def _begin(run: RunDirectory, allocation: Allocation) -> tuple[Plan, int, Meetin
         return plan, number, None
     print(f"{os.uname().nodename}: interface {interface}, {address}, port {port}", flush=True)
     return plan, number, Meeting(0, address, port, address, interface)
+
+
+def _claim_attempt(
+    run: RunDirectory, allocation: Allocation, hosts: tuple[str, ...], address: str, port: int
+) -> int:
+    """Begin the attempt that this job's restart makes, to meet at the address; return its number."""
+    place, now = (hosts, address, port), round(time.time(), 3)
+    return begin_attempt(
+        run, Assignment(allocation.job_id, allocation.restart, *place, checkpoint_step(run), now)
+    )
 
 
 def _note_previous(run: RunDirectory, allocation: Allocation) -> None:
@@ -274,21 +273,9 @@ def _why(run: RunDirectory, end: End, code: int) -> str:
 
 def _fail_to_begin(run: RunDirectory, allocation: Allocation, error: LauncherError) -> int:
     """An attempt that could not even begin, written down like any other."""
-    number = find_attempt(run, allocation) or begin_attempt(
-        run,
-        Assignment(
-            allocation.job_id, allocation.restart, (), "", 0, checkpoint_step(run), round(time.time(), 3)
-        ),
-    )
-    event(
-        run.events_file,
-        "started",
-        attempt=number,
-        world_size=0,
-        job=allocation.job_id,
-        restart=allocation.restart,
-        nodes=[],
-    )
+    number = find_attempt(run, allocation) or _claim_attempt(run, allocation, (), "", 0)
+    details = {"job": allocation.job_id, "restart": allocation.restart, "nodes": []}
+    event(run.events_file, "started", attempt=number, world_size=0, **details)
     failures.record(run.attempt(number), 0, error)
     code = outcome(run, Plan.read(run.plan_file), number, End(1), Watcher(), False)
     write_outcome(run, number, "failed", signal="", exit_code=code)

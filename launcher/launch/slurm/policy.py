@@ -69,7 +69,8 @@ def decide(attempts: Sequence[Attempt], allowed: bool, bound: int) -> Decision:
     if len(in_vain) >= bound:
         return Decision(False, _diagnosis(in_vain))
     exclude = (last.host,) if node_fault or _hangs_again(attempts) else ()
-    return Decision(True, _why(last), exclude)
+    reasons = {"failed": f"{last.failure_class}: {last.cause}", "lost": "its launcher was killed"}
+    return Decision(True, reasons.get(last.end, last.end), exclude)
 
 
 def _hangs_again(attempts: Sequence[Attempt]) -> bool:
@@ -121,9 +122,3 @@ def _diagnosis(in_vain: Sequence[Attempt]) -> str:
     if all(attempt.end == "time limit" for attempt in in_vain):
         text += "; the time limit is too short to load and save once: raise cluster.time_limit"
     return text
-
-
-def _why(last: Attempt) -> str:
-    if last.end == "failed":
-        return f"{last.failure_class}: {last.cause}"
-    return "its launcher was killed" if last.end == "lost" else last.end

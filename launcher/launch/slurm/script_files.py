@@ -38,7 +38,7 @@ def choose(script: Path) -> Chosen:
     code.
     """
     folder, chosen, total = script.parent, Chosen(), 0
-    tracked, untracked = _known_to_git(folder) or (set(), _below(folder, script))
+    tracked, untracked = _known_to_git(folder) or (set(), set(_walk(folder, script)))
     own = Path(script.name)
     for name in sorted({own} | tracked | set(untracked)):
         reason = None if name == own else _why_not(folder, name, tracked)
@@ -106,11 +106,6 @@ def _known_to_git(folder: Path) -> tuple[set[Path], set[Path]] | None:
         names = {Path(os.fsdecode(name)) for name in listed.split(b"\0") if name}
         tracked.append({name for name in names if os.path.lexists(folder / name)})
     return tracked[0], tracked[1]
-
-
-def _below(folder: Path, script: Path) -> set[Path]:
-    """Every file below a folder that git does not know, but for what Python makes."""
-    return set(_walk(folder, script))
 
 
 def _walk(folder: Path, script: Path) -> Iterator[Path]:

@@ -37,7 +37,13 @@ def _cluster(site: Site, chosen: Partition | None) -> list[str]:
         if site.account
         else "# account: Slurm knows no default account of yours"
     ]
-    return [*lines, *_gpus(site, chosen), *_to_fill_in()]
+    return [
+        *lines,
+        *_gpus(site, chosen),
+        "# What Slurm cannot know, for you to fill in:",
+        "# modules: [cuda]",
+        "# setup: [source /path/of/your/environment.sh]",
+    ]
 
 
 def _gpus(site: Site, chosen: Partition | None) -> list[str]:
@@ -63,14 +69,6 @@ def _gpus(site: Site, chosen: Partition | None) -> list[str]:
     elif types:
         lines += [f"# gpu_type: any of them unless named: {', '.join(map(_comment, types))}"]
     return lines
-
-
-def _to_fill_in() -> list[str]:
-    return [
-        "# What Slurm cannot know, for you to fill in:",
-        "# modules: [cuda]",
-        "# setup: [source /path/of/your/environment.sh]",
-    ]
 
 
 def _limits(partition: Partition) -> list[str]:

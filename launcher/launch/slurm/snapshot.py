@@ -25,14 +25,11 @@ def of_launcher(run: RunDirectory) -> Path:
     digest = hashlib.sha256()
     for path in files:
         digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes() + b"\0")
-    return _copied(package, run.path / "code" / f"launcher-{digest.hexdigest()[:12]}", package.name)
-
-
-def _copied(source: Path, target: Path, name: str) -> Path:
+    target = run.path / "code" / f"launcher-{digest.hexdigest()[:12]}"
     if not target.exists():
         new = target.with_name(f".{target.name}.new")
         shutil.rmtree(new, ignore_errors=True)
-        shutil.copytree(source, new / name, ignore=_LEFT_OUT)
+        shutil.copytree(package, new / package.name, ignore=_LEFT_OUT)
         new.rename(target)
     return target
 
@@ -61,15 +58,9 @@ def of_script(run: RunDirectory, script: Path) -> Path:
                 copy.write(content)
         new.rename(target)
     lines = [f"{str(file)!r}: {reason}\n" for file, reason in chosen.left_out.items()]
-    write_atomically(
-        run.path / "code" / LEFT_OUT,
-        "".join(lines[:_MOST_NAMED]) + (_more(lines) if len(lines) > _MOST_NAMED else ""),
-    )
+    more = f"and {len(lines) - _MOST_NAMED:,} more\n" if len(lines) > _MOST_NAMED else ""
+    write_atomically(run.path / "code" / LEFT_OUT, "".join(lines[:_MOST_NAMED]) + more)
     return target / script.name
-
-
-def _more(lines: list[str]) -> str:
-    return f"and {len(lines) - _MOST_NAMED:,} more\n"
 
 
 def left_out(run: RunDirectory) -> list[str]:

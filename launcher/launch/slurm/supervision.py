@@ -87,9 +87,12 @@ class NodeSupervisor(Supervisor):
         """Slurm's signal comes up to a minute early, and by then half of a short job may be left: who knows
         the end decides by it."""
         received = self.signals.received
-        if self._decided or (self._node == 0 and self._clock.end is None):
+        end = self._clock.end
+        if self._decided or (self._node == 0 and end is None):
             return
-        if self._node > 0 or not self._is_near_the_end():
+        # Before anything was read, as where the disk hangs from the beginning, the grace that the job allows.
+        lead = self._lead if self._lead_at else self._plan.grace_seconds
+        if self._node > 0 or end is None or time.time() <= end - lead:
             received[:] = [(number, at) for number, at in received if number != TIME_LIMIT]
             return
         # A save that takes less than was thought moves the moment, and nothing that has been decided.
@@ -105,20 +108,10 @@ class NodeSupervisor(Supervisor):
             self._lead, self._lead_at = lead_seconds(self.run, self._plan, self._totals), now
         if now - self._looked_at > _LOOK_SECONDS:
             self._looked_at = now
-            self._superseded = (
-                is_claimed_by_another(self.run, self._allocation) or self._is_over_at_the_head()
-            )
-
-    def _is_over_at_the_head(self) -> bool:
-        """Return whether the first node has given the attempt up: Slurm's step lasts until the last node
-        leaves, and what follows waits."""
-        outcome = read_outcome(self.run, self._number) if self._node > 0 else None
-        return outcome is not None and outcome["end"] != "finished"
-
-    def _is_near_the_end(self) -> bool:
-        # Before anything was read, as where the disk hangs from the beginning, the grace that the job allows.
-        lead = self._lead if self._lead_at else self._plan.grace_seconds
-        return self._clock.end is not None and time.time() > self._clock.end - lead
+            # Slurm's step lasts until the last node leaves: the others leave where the first gave up.
+            outcome = read_outcome(self.run, self._number) if self._node > 0 else None
+            over_at_the_head = outcome is not None and outcome["end"] != "finished"
+            self._superseded = is_claimed_by_another(self.run, self._allocation) or over_at_the_head
 
     def _reason_to_force(self) -> Force:
         return "superseded" if self._superseded else super()._reason_to_force()

@@ -24,9 +24,11 @@ def lengths(rows: Rows, task: Task, model: str) -> tuple[tuple[int, ...], bool]:
     tokenizer = _tokenizer(model)
     most = None if task.traits.windows else _LONGEST * task.data.max_length
     flat = [text[:most] for texts in texts_by_row for text in texts]
-    counts = iter(
-        [len(text) // CHARACTERS + 1 for text in flat] if tokenizer is None else _tokens(flat, tokenizer)
-    )
+    if tokenizer is None:
+        counts = iter([len(text) // CHARACTERS + 1 for text in flat])
+    else:
+        encodings = tokenizer.encode_batch_fast(flat, add_special_tokens=False)
+        counts = iter([len(encoding.ids) for encoding in encodings])
     results: list[int] = []
     for texts in texts_by_row:
         results += task.sample_lengths(
@@ -64,7 +66,3 @@ def _tokenizer(model: str) -> Any:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
-
-
-def _tokens(texts: list[str], tokenizer: Any) -> list[int]:
-    return [len(encoding.ids) for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]

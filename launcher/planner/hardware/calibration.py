@@ -80,7 +80,7 @@ def operator_seconds(rates: Rates) -> dict[str, float]:
     program = Llama(REFERENCE)
     by_way = {}
     for way, seconds in rates.reference.items():
-        setting = Setting(Batch((REFERENCE_LENGTH,)), 4, way, "packed", rates.device != "cpu", "causal-lm")
+        setting = Setting(Batch((REFERENCE_LENGTH,)), 4, way, rates.device != "cpu")
         calling = _CALLING if rates.device == "cpu" else 1.0
         by_way[way] = calling * seconds / sum(segment.num_made for segment in program.blocks(setting))
     return by_way

@@ -1,13 +1,16 @@
-"""Attention on symbolic tensors: PyTorch's fused kernels and transformers' eager one."""
+"""Attention on symbolic tensors: PyTorch's flash kernels, and its formula written out."""
 
 from __future__ import annotations
 
-from launcher.planner.memory.operators import add, cast, copy, dropout, multiply, pointwise, product, scale
+from collections.abc import Sequence
+
+from launcher.planner.limits import WIDENED_AT_MOST
+from launcher.planner.memory.operators import add, cast, dropout, multiply, pointwise, product, scale
 from launcher.planner.memory.symbolic import Storage, SymbolicTensor, new, node_of
 
 
 def rotate(x: SymbolicTensor, cosine: SymbolicTensor, sine: SymbolicTensor) -> SymbolicTensor:
-    """`x * cos + rotate_half(x) * sin`."""
+    """Return `x * cos + rotate_half(x) * sin`."""
     first = multiply(x, cosine)
     half = pointwise(x, "nothing", num_elements=x.num_elements // 2)
     turned = pointwise(x, "nothing")
@@ -23,36 +26,22 @@ def fused(
     value: SymbolicTensor,
     num_heads: int,
     num_queries: int,
-    mask: int = 0,
-    bias: SymbolicTensor | None = None,
     hidden: int = 0,
 ) -> SymbolicTensor:
-    """`scaled_dot_product_attention`, flash: it keeps query, key, value, its output, one fp32 number of each
-    head and query, and the mask, of which it makes one in its own precision (`mask` is its number of
-    elements). A `bias` is kept as it is; the gradient of one that is learned, which a GPU's memory-efficient
-    kernel makes, is one of every sample before it is summed. `hidden` bytes are taken and given back within
-    the backward pass."""
+    """Return `scaled_dot_product_attention` by a flash kernel: it keeps query, key, value, its output, and one
+    fp32 number of each head and query. `hidden` bytes are taken and given back within the backward pass."""
     meter, size = query.meter, query.itemsize
     sizes = [tensor.num_elements * size for tensor in (query, key, value)]
-    learned = bias.num_elements * size if bias is not None and bias.needs_gradient else 0
-    scores = num_heads * num_queries * (key.num_elements * num_queries // query.num_elements) * size
 
     def gradients(gradient: Storage) -> list[Storage | None]:
-        made: list[Storage | None] = [Storage(meter, num_bytes) for num_bytes in sizes]
+        of_inputs: list[Storage | None] = [Storage(meter, num_bytes) for num_bytes in sizes]
         meter.transient(hidden)
-        if not learned:
-            return [*made, None]
-        of_all = Storage(meter, scores)
-        return [*made, of_all if scores == learned else Storage(meter, learned)]
+        return of_inputs
 
-    node = node_of(meter, (query, key, value, bias), gradients)
+    node = node_of(meter, (query, key, value), gradients)
     if node is not None:
-        for tensor in (query, key, value) if bias is None else (query, key, value, bias):
+        for tensor in (query, key, value):
             node.save(tensor.storage)
-    if mask:
-        written = Storage(meter, mask * size)
-        if node is not None:
-            node.save(written)
     result = new(meter, query.num_elements, size, node, kept_by_selective=True)
     sums = Storage(meter, num_heads * num_queries * 4)
     if node is not None:
@@ -66,50 +55,42 @@ def plain(
     key: SymbolicTensor,
     value: SymbolicTensor,
     num_scores: int,
-    batch: int,
     probability: float,
     cuda: bool,
-    bias: SymbolicTensor | None = None,
 ) -> SymbolicTensor:
-    """`_scaled_dot_product_attention_math`: in fp32, the scores written out. A CPU takes it to drop some of
-    them, or to learn a bias."""
+    """Return one sample's attention by `_scaled_dot_product_attention_math`: in fp32, the scores written out.
+    A CPU takes it to drop some of them."""
     size = query.itemsize
     wide = [cast(tensor, 4) for tensor in (query, key, value)]
     scaled = scale(wide[0])
-    scores = product(_batched(scaled, batch), _batched(scale(wide[1]), batch), num_scores)
-    if bias is not None:
-        scores = _added(scores, bias)
+    scores = product(scaled, scale(wide[1]), num_scores)
     weights = pointwise(scores, "output")
     del scores
     weights.meter.transient(num_scores)
     if probability:
         weights = pointwise(weights, "nothing")
         weights = dropout(weights, probability, cuda)
-    mixed = product(weights, _batched(wide[2], batch), query.num_elements)
+    mixed = product(weights, wide[2], query.num_elements)
     result = cast(mixed, size)
     if size != 4:
         weights.meter.transient(num_scores * size)
     return result
 
 
-def _batched(tensor: SymbolicTensor, batch: int) -> SymbolicTensor:
-    """In the order that a batched product wants, [samples x heads, ...]: one sample's lies so already."""
-    return copy(tensor) if batch > 1 else tensor
+def attention_bytes(
+    lengths: Sequence[int], width: int, key_width: int, heads: int, size: int, cuda: bool
+) -> tuple[int, int]:
+    """Return what attention over packed samples takes and gives back within itself, forward and backward.
 
-
-def _added(scores: SymbolicTensor, bias: SymbolicTensor) -> SymbolicTensor:
-    """A bias added in place, learned or not; not in place under selective checkpointing, whose dispatch mode
-    PyTorch heeds."""
-    meter, size = bias.meter, bias.num_elements * bias.itemsize
-    node = node_of(
-        meter,
-        (scores, bias),
-        lambda gradient: [gradient, Storage(meter, size) if size < gradient.num_bytes else gradient],
-    )
-    if meter.frame is not None and meter.frame.selective:
-        result = new(meter, scores.num_elements, scores.itemsize, node)
-    else:
-        result = SymbolicTensor(scores.num_elements, scores.itemsize, scores.storage, node)
-    # A CPU adds in one precision, and takes a copy of what comes in another.
-    meter.transient(bias.num_elements * scores.itemsize * (bias.itemsize != scores.itemsize))
-    return result
+    `width` and `key_width` are the numbers of a token's queries and keys. A CPU has one sample's results beside
+    the row's, and to widen it its inputs (launcher/training/model/packed_kernel.py). A GPU's backward kernel
+    adds up the queries' gradient in fp32, and makes one of keys and values for each head of queries
+    (FlashAttention-2).
+    """
+    longest, tokens = max(lengths), sum(lengths)
+    if cuda:
+        grouped = 2 * size * width if key_width < width else 0
+        return 0, tokens * (4 * width + grouped)
+    wide = size if size > 2 or longest > WIDENED_AT_MOST else 4
+    copies = 0 if wide == size else 3 * width + 2 * key_width
+    return longest * (size * width + 4 * heads), longest * wide * (width + 2 * key_width + copies)

@@ -41,12 +41,12 @@ class Phase:
 
     @property
     def slack(self) -> int:
-        """Bytes that the allocator keeps beside what lives."""
+        """Return the bytes that the allocator keeps beside what lives."""
         return self.parts.get(SLACK, 0)
 
     @property
     def total(self) -> int:
-        """Bytes that the device has to have."""
+        """Return the bytes that the device has to have."""
         return self.peak + self.parts.get(CONTEXT, 0) + self.slack
 
 
@@ -58,7 +58,7 @@ class Footprint:
 
     @property
     def highest(self) -> Phase:
-        """The phase that needs most of the device."""
+        """Return the phase that needs most of the device."""
         return max(self.phases, key=lambda phase: phase.total)
 
     def phase(self, name: str) -> Phase:
@@ -76,7 +76,7 @@ def estimate(plan: Plan, config: dict[str, Any], batch: Batch | None = None) -> 
 
 
 def batch_of(plan: Plan) -> Batch:
-    """One micro-batch of a rank where every sample is as long as the plan lets it be."""
+    """Return one micro-batch of a rank where every sample is as long as the plan lets it be."""
     return Batch((plan.data.max_length,) * plan.batch.micro_batch_size, padded=plan.layout != "packed")
 
 
@@ -84,7 +84,8 @@ class Estimator:
     """A plan, the program of its model, and one micro-batch."""
 
     def __init__(self, plan: Plan, program: Program, batch: Batch | None = None) -> None:
-        """`batch`: where it is left out every sample is as long as it may be."""
+        """Take a plan and its model's program. `batch`: where it is left out every sample is as long as it
+        may be."""
         self.plan, self.program = plan, program
         self.adapter = plan.model.adapter
         self.units = grouped(program.units(), plan)
@@ -92,10 +93,13 @@ class Estimator:
         self.cuda = plan.mesh.device == "cuda"
         self.slack = CUDA_SLACK if self.cuda else 0.0
         self.setting = Setting(
-            batch or batch_of(plan), self.itemsize, plan.activation_checkpointing, plan.attention, self.cuda,
-            plan.task,
-            frozen=self._frozen(), adapter=self.adapter, half=plan.precision == "fp16",
-        )  # fmt: skip
+            batch or batch_of(plan),
+            self.itemsize,
+            plan.activation_checkpointing,
+            self.cuda,
+            frozen=self._frozen(),
+            adapter=self.adapter,
+        )
         self.copies = (
             STATE_COPIES[plan.training.optimizer]
             if plan.training.optimizer != "sgd" or plan.training.momentum
@@ -108,43 +112,32 @@ class Estimator:
         return frozenset(weight.name for weight in weights if not weight.trains and self.adapter is None)
 
     def footprint(self) -> Footprint:
-        """All phases."""
+        """Return the memory of all phases."""
         steady = self._step()
         states, host = self._states()
-        resident, staged = sum(states.values()), self._staged()
+        resident, staged = sum(states.values()), self.checkpoint_bytes // self.plan.mesh.world_size
         loaded = states | {PARAMETERS: states.get(PARAMETERS, 0) + self._loaded()}
         loading = Timeline(dict(loaded), sum(loaded.values()), "every parameter and its state", dict(loaded))
         saving = Timeline(dict(states), resident, "a copy, written while training goes on", dict(states))
         if not self.cuda and self.plan.checkpoint.asynchronous:
-            saving = Timeline(
-                {},
-                steady.peak + staged,
-                f"a copy of the state; {steady.where}",
-                steady.at_peak | {STAGED: staged},
+            where, parts = f"a copy of the state; {steady.where}", steady.at_peak | {STAGED: staged}
+            saving = Timeline({}, steady.peak + staged, where, parts)
+        copied = staged if self.cuda and self.plan.checkpoint.asynchronous else 0
+        times = (loading, steady, steady, self._evaluation(), saving, loading)
+        return Footprint(
+            tuple(
+                self._phase(name, time, host + copied * (name == "saving"))
+                for name, time in zip(PHASES, times, strict=True)
             )
-        evaluating = self._evaluation()
-        made = [
-            ("loading", loading),
-            ("first step", steady),
-            ("steady step", steady),
-            ("evaluating", evaluating),
-        ]
-        phases = [
-            self._phase(name, time, host) for name, time in [*made, ("saving", saving), ("resuming", loading)]
-        ]
-        if self.cuda and self.plan.checkpoint.asynchronous:
-            phases = [
-                replace(phase, host=host + staged) if phase.name == "saving" else phase for phase in phases
-            ]
-        return Footprint(tuple(phases))
+        )
 
     @property
     def _offloads(self) -> bool:
-        """Whether FSDP's state waits in the host's memory; what of ZeRO's does, its own step says."""
+        """Return whether FSDP's state waits in the host's memory; what of ZeRO's does, its own step says."""
         return self.cuda and self.plan.offload == "parameters" and self.plan.zero is None
 
     def _states(self) -> tuple[dict[str, int], int]:
-        """Bytes between two steps on the device, by kind, and those that were moved to the host's memory."""
+        """Return the bytes between two steps: on the device by kind, and those moved to the host's memory."""
         engine = self._engine()
         if isinstance(engine, ZeroStep):
             # Files take what they are named for in the place of the host's memory.
@@ -155,8 +148,8 @@ class Estimator:
         return {}, sum(engine.states().values()) + 4 * trained
 
     def least(self) -> int:
-        """Bytes of the device without which no pass is possible, however small: the state, and what stays
-        whole after the forward pass."""
+        """Return the bytes of the device without which no pass is possible, however small: the state, and
+        what stays whole after the forward pass."""
         states, _ = self._states()
         mesh = self.plan.mesh
         whole = self.plan.zero is None and mesh.dp_shard > 1 and not mesh.reshard_after_forward
@@ -165,8 +158,8 @@ class Estimator:
         return sum(states.values()) + gathered + (CUDA_CONTEXT if self.cuda else 0)
 
     def _loaded(self) -> int:
-        """Bytes that are on the device as the model is loaded and no longer after: shards whose masters are
-        made in the host's memory."""
+        """Return the bytes that are on the device as the model is loaded and no longer after: shards whose
+        masters are made in the host's memory."""
         zero = self.plan.zero
         if zero is None or not self.cuda or self.plan.offload != "optimizer":
             return 0
@@ -190,20 +183,16 @@ class Estimator:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Of a whole checkpoint: parameters and the optimizer's state in fp32; beside an adapter of what
-        trains alone."""
+        """Return the bytes of a whole checkpoint: parameters and the optimizer's state in fp32; beside an
+        adapter of what trains alone."""
         root, layers = self.units
         parameters = sum(unit.num_elements(trained=self.adapter is not None) for unit in (root, *layers))
         trained = sum(unit.num_elements(trained=True) for unit in (root, *layers))
         by_muon = sum(unit.muon_shard(1) for unit in (root, *layers))
         return 4 * (parameters + self.copies * trained - by_muon)
 
-    def _staged(self) -> int:
-        """A rank's share of a checkpoint."""
-        return self.checkpoint_bytes // self.plan.mesh.world_size
-
     def segments(self, **changes: Any) -> list[Segment]:
-        """The blocks of one micro-batch."""
+        """Return the blocks of one micro-batch."""
         return self.program.blocks(replace(self.setting, **changes))
 
     def _engine(self) -> FsdpStep | ZeroStep:
@@ -215,7 +204,9 @@ class Estimator:
         )
 
     def _cut(self) -> Cut:
-        plan = self.plan
+        plan, (root, layers) = self.plan, self.units
+        # What the engine compares: parameters as it sees them when it is made, whole by their shape.
+        gradient_bytes = 4 * sum(unit.num_elements(trained=True) for unit in (root, *layers))
         return Cut(
             ranks=plan.mesh.dp_shard,
             itemsize=self.itemsize,
@@ -224,7 +215,7 @@ class Estimator:
             cpu=not self.cuda,
             copied_below=self._copied_below(plan.mesh.dp_shard),
             accumulation=min(3, plan.batch.accumulation_steps),
-            defers=self._sharded_gradient_bytes() <= DEFERRED_GRADIENT_BYTES,
+            defers=gradient_bytes <= DEFERRED_GRADIENT_BYTES,
             replicates=plan.mesh.dp_replicate > 1,
             recomputes=plan.activation_checkpointing != "none",
             plain=plan.mesh.world_size == 1 and plan.precision == "fp32" and plan.offload == "none",
@@ -235,15 +226,10 @@ class Estimator:
         )
 
     def _copied_below(self, num_ranks: int) -> float:
-        """Bytes below which gloo copies the messages of that many neighbouring ranks."""
+        """Return the bytes below which gloo copies the messages of that many neighbouring ranks."""
         if self.cuda:
             return 0
         return SHARED_MESSAGE_BYTES if num_ranks <= self.plan.mesh.ranks_per_node else math.inf
-
-    def _sharded_gradient_bytes(self) -> int:
-        """What the engine compares: parameters as it sees them when it is made, whole by their shape."""
-        root, layers = self.units
-        return 4 * sum(unit.num_elements(trained=True) for unit in (root, *layers))
 
     def _zero_cut(self) -> ZeroCut:
         plan, zero = self.plan, self.plan.zero

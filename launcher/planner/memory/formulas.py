@@ -13,8 +13,10 @@ from launcher.errors import ConfigurationError, Problem
 from launcher.job.adapter import Adapter
 from launcher.job.schema import Model
 from launcher.job.tuning import GroupKey, Place, stages, unmatched
-from launcher.planner.memory.decoders import LLAMAS, Gpt2, Llama
-from launcher.planner.memory.program import Segment, Setting, SymbolicProgram, Unit, Weight
+from launcher.planner.memory.decoders import LLAMAS, Llama
+from launcher.planner.memory.gpt2 import Gpt2
+from launcher.planner.memory.program import Segment, Setting, Unit, Weight
+from launcher.planner.memory.symbolic_program import SymbolicProgram
 from launcher.planner.plan import Plan
 
 KNOWN = (*LLAMAS, "gpt2")
@@ -84,8 +86,8 @@ def program_of(config: dict[str, Any]) -> SymbolicProgram:
 
 
 def adapted(units: tuple[Unit, list[Unit]], adapter: Adapter) -> tuple[Unit, list[Unit]]:
-    """The units with an adapter's two matrices after each linear layer of a repeated layer that has one, and
-    the rest not trained.
+    """Return the units with an adapter's two matrices after each linear layer of a repeated layer that has
+    one, and the rest not trained.
 
     Raises ConfigurationError for a pattern that matches none of them.
     """
@@ -101,29 +103,29 @@ def adapted(units: tuple[Unit, list[Unit]], adapter: Adapter) -> tuple[Unit, lis
 
 
 def is_linear(weight: Weight) -> bool:
-    """Of a repeated layer's weights."""
+    """Return whether a repeated layer's weight is the matrix of a linear layer."""
     return len(weight.shape) == 2 and weight.name.endswith(".weight")
 
 
 def _beside(unit: Unit, adapter: Adapter, linear: Sequence[str]) -> Unit:
-    names, found = set(linear), list[Weight]()
+    names, weights = set(linear), list[Weight]()
     for index, weight in enumerate(unit.weights):
         learned = adapter.trains(weight.name)
-        found.append(replace(weight, trains=learned, narrow=not learned))
+        weights.append(replace(weight, trains=learned, narrow=not learned))
         module = weight.name.rpartition(".")[0]
         last = index + 1 == len(unit.weights) or unit.weights[index + 1].name.rpartition(".")[0] != module
         if last and module in names and adapter.takes(module):
             matrix = next(one for one in unit.weights if one.name == f"{module}.weight")
             num_out, num_in = reversed(matrix.shape) if matrix.input_first else matrix.shape
-            found += [
+            weights += [
                 Weight(f"{module}.lora_A.weight", (adapter.rank, num_in)),
                 Weight(f"{module}.lora_B.weight", (num_out, adapter.rank)),
             ]
-    return replace(unit, weights=tuple(found))
+    return replace(unit, weights=tuple(weights))
 
 
 def frozen(units: tuple[Unit, list[Unit]], model: Model) -> tuple[Unit, list[Unit]]:
-    """The units with the parameters not trained that are frozen for good.
+    """Return the units with the parameters not trained that are frozen for good.
 
     Raises ConfigurationError where `model.freeze` or `model.unfreeze` is not of this model.
     """
@@ -153,7 +155,7 @@ def places(units: tuple[Unit, list[Unit]]) -> list[Place]:
 
 
 def grouped(units: tuple[Unit, list[Unit]], plan: Plan) -> tuple[Unit, list[Unit]]:
-    """The units with the optimizer's group of each weight, where there are more than matrices and the rest.
+    """Return the units with the optimizer's group of each weight, where there are more than two.
 
     Raises ConfigurationError for a pattern of `training.groups` that matches nothing that trains.
     """

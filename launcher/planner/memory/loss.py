@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from launcher.planner.limits import chunk_length
-from launcher.planner.memory.program import Context
 from launcher.planner.memory.symbolic import Parameter, Storage, SymbolicTensor, new, node_of
+from launcher.planner.memory.symbolic_program import Context
 
 MOST_CHUNKS = 3
 
@@ -12,7 +12,7 @@ MOST_CHUNKS = 3
 def cross_entropy(
     context: Context, hidden: SymbolicTensor, width: int, vocabulary: int, supervised: int, weight: Parameter
 ) -> SymbolicTensor:
-    """Chunked cross entropy: gradients of hidden states and weight are made in the forward pass
+    """Return chunked cross entropy, which makes the gradients of hidden states and weight in the forward pass
     (`_ChunkedCrossEntropy`)."""
     meter, size = context.meter, hidden.itemsize
     num_tokens = hidden.num_elements // width
@@ -44,7 +44,7 @@ def cross_entropy(
 def _chunks(
     context: Context, rows: int, width: int, vocabulary: int, size: int, learns: bool, needs_weight: bool
 ) -> None:
-    """The loop over chunks; what one iteration leaves in its variables is there until the next one replaces
+    """Go through the chunks; what one iteration leaves in its variables is there until the next one replaces
     it."""
     meter, cuda = context.meter, context.setting.cuda
     chunk = chunk_length(vocabulary, cuda)

@@ -28,7 +28,7 @@ Line = tuple[int, int]
 
 @dataclass(frozen=True)
 class Scale:
-    """Where on the lines a micro-batch stands: its samples, and their length over that of the trace."""
+    """A place on the lines: a micro-batch's samples, and their length over that of the trace."""
 
     samples: int
     length: float = 1.0
@@ -116,7 +116,7 @@ def envelope(lines: Iterable[Line]) -> tuple[Line, ...]:
 
 
 def _meet(flat: tuple[int, int], steep: tuple[int, int]) -> float:
-    """Where the steeper of two lines overtakes the flatter, from `FEW` on."""
+    """Return the samples beyond `FEW` from which the steeper of two lines is above the flatter."""
     return (flat[1] - steep[1]) / (steep[0] - flat[0])
 
 
@@ -134,8 +134,8 @@ class Pass:
         distinct: dict[Block, int] = {}
         order = []
         for block in blocks:
-            alike = replace(block, layer=min(block.layer, 0))
-            order.append((distinct.setdefault(alike, len(distinct)), block.layer))
+            of_any_layer = replace(block, layer=min(block.layer, 0))
+            order.append((distinct.setdefault(of_any_layer, len(distinct)), block.layer))
         return cls(tuple(distinct), tuple(order))
 
     def __iter__(self) -> Iterator[Block]:
@@ -143,9 +143,10 @@ class Pass:
 
     def segments(self, scale: Scale, stays: Stays, traffic_scale: Scale) -> list[Segment]:
         """Return the bytes of each block for so many samples."""
-        made = [block.segment(scale, stays, traffic_scale) for block in self.blocks]
+        distinct = [block.segment(scale, stays, traffic_scale) for block in self.blocks]
         return [
-            made[number] if layer < 0 else replace(made[number], layer=layer) for number, layer in self.order
+            distinct[number] if layer < 0 else replace(distinct[number], layer=layer)
+            for number, layer in self.order
         ]
 
 
@@ -187,7 +188,10 @@ class Profile:
         taken = one if samples == 1 and share == 1 else several
         segments = taken.segments(Scale(samples, share), stays, written)
         tails = self.tails.get("training" if setting.training else "evaluation", ())
-        return [_tail(tails, samples * share) if tails and _is_tail(each) else each for each in segments]
+        return [
+            _tail(tails, samples * share) if tails and each.kind == "tail" and not each.backward else each
+            for each in segments
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """Return the profile as JSON has it."""
@@ -220,10 +224,6 @@ class Profile:
         layers = tuple(_unit_of_json(unit) for unit in content["layers"])
         root, length = _unit_of_json(content["root"]), content["length"]
         return cls(length, root, layers, passes, tails, content["quadratic"], content["untraceable"])
-
-
-def _is_tail(segment: Segment) -> bool:
-    return segment.kind == "tail" and not segment.backward
 
 
 def _tail(tails: Sequence[tuple[int, Block]], samples: float) -> Segment:
@@ -270,8 +270,8 @@ def _pass_of_json(content: dict[str, Any]) -> Pass:
 
 def _block_of_json(content: list[Any]) -> Block:
     kind, layer, backward, (few, many), gaps, gradients, traffic, num_made = content
-    made = tuple(
+    own = tuple(
         Gradient((level[0], level[1]), num_elements, itemsize) for level, num_elements, itemsize in gradients
     )
     lines = tuple(tuple((low, high) for low, high in gap) for gap in gaps)
-    return Block(kind, layer, backward, (few, many), lines, made, (traffic[0], traffic[1]), num_made)
+    return Block(kind, layer, backward, (few, many), lines, own, (traffic[0], traffic[1]), num_made)

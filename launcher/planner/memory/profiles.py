@@ -49,7 +49,7 @@ def tell(line: str) -> None:
 
 @dataclass(eq=False)
 class Profiles:
-    """Where the planner has models from."""
+    """The planner's source of models: formulas, profiles in the cache, and traces."""
 
     starts: bool = False
     """Start a trace, in a process of its own, where there is neither formula nor profile."""
@@ -79,10 +79,10 @@ class Profiles:
         key = _key(plan, config)
         if key not in self._known:
             self._known[key] = self._profile(plan, key)
-        found = self._known[key]
-        if isinstance(found, ConfigurationError):
-            raise found
-        return found
+        answer = self._known[key]
+        if isinstance(answer, ConfigurationError):
+            raise answer
+        return answer
 
     def program(self, plan: Plan) -> Program | None:
         """Return the program of a plan's model; None where no pass can be forecast."""
@@ -153,13 +153,13 @@ def _own_code(name: str, revision: str | None) -> list[tuple[str, int, int]]:
 
 @functools.cache
 def _versions() -> list[str]:
-    found = []
+    versions = []
     for name in _PACKAGES:
         try:
-            found.append(importlib.metadata.version(name))
+            versions.append(importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
-            found.append("")
-    return found
+            versions.append("")
+    return versions
 
 
 def _read(path: Path) -> dict[str, Any] | None:

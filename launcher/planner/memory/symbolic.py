@@ -13,12 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from launcher.planner.limits import WIDENED_AT_MOST
-
 Result = TypeVar("Result")
-PACKED_AT_MOST = 3 << 19
-"""Bytes of the blocks in which oneDNN copies what it multiplies in half precision: up to 1.4 MB was seen
-(torch 2.13, avx512_bf16)."""
 
 
 class Meter:
@@ -51,43 +46,13 @@ class Meter:
             self.peak = self.live
 
     def mark(self) -> int:
-        """Begin a new peak; the level now."""
+        """Begin a new peak, and return the level now, in bytes."""
         self.peak = self.live
         return self.live
 
     def transient(self, num_bytes: float) -> None:
-        """Something taken and given back within one operator."""
+        """Count bytes that are taken and given back within one operator."""
         self.peak = max(self.peak, self.live + int(num_bytes))
-
-
-def packed_bytes(rows: int, num_out: int) -> int:
-    """What the product [out, rows] x [rows, in] of a weight's gradient takes for itself on a CPU in half
-    precision.
-
-    A block of each side, at most 256 of the outputs and 64 of the inputs, and their sum in fp32. Read off 34
-    products from 40 x 48 x 96 to 512 x 2,048 x 8,192: up to 600 rows within a tenth, above mostly over.
-    """
-    block = num_out / -(-num_out // 256)
-    return min(PACKED_AT_MOST, int(1.05 * (2 * rows * (block + 64) + 256 * block)))
-
-
-def attention_bytes(
-    lengths: Sequence[int], width: int, key_width: int, heads: int, size: int, cuda: bool
-) -> tuple[int, int]:
-    """Return what attention over packed samples takes and gives back within itself, forward and backward.
-
-    `width` and `key_width` are the numbers of a token's queries and keys. A CPU has one sample's results beside
-    the row's, and to widen it its inputs (launcher/training/model/packed_kernel.py). A GPU's backward kernel
-    adds up the queries' gradient in fp32, and makes one of keys and values for each head of queries
-    (FlashAttention-2).
-    """
-    longest, tokens = max(lengths), sum(lengths)
-    if cuda:
-        grouped = 2 * size * width if key_width < width else 0
-        return 0, tokens * (4 * width + grouped)
-    wide = size if size > 2 or longest > WIDENED_AT_MOST else 4
-    copies = 0 if wide == size else 3 * width + 2 * key_width
-    return longest * (size * width + 4 * heads), longest * wide * (width + 2 * key_width + copies)
 
 
 class Storage:
@@ -132,13 +97,9 @@ class SymbolicTensor:
     def needs_gradient(self) -> bool:
         return self.node is not None
 
-    def view(self) -> SymbolicTensor:
-        """The same memory by another shape."""
-        return self
-
 
 class StopRecomputing(Exception):
-    """Everything that the backward pass needs is there again."""
+    """Raised once everything that the backward pass needs is there again."""
 
 
 class Frame:
@@ -204,7 +165,7 @@ class Node:
         frame.num_saved += 1
 
     def kept(self) -> list[Storage]:
-        """What was saved; under checkpointing computed again where that has not been done."""
+        """Return what was saved; under checkpointing computed again where that has not been done."""
         if self.frame is None:
             saved, self.saved = self.saved, []
             return saved
@@ -223,7 +184,7 @@ def node_of(
     inputs: Sequence[SymbolicTensor | Parameter | None],
     backward: Callable[[Storage], list[Any]],
 ) -> Node | None:
-    """The backward half of an operator; None where nothing that it takes needs a gradient."""
+    """Return the backward half of an operator; None where nothing that it takes needs a gradient."""
     edges = [
         i.node if isinstance(i, SymbolicTensor) else i if isinstance(i, Parameter) and i.trains else None
         for i in inputs
@@ -250,7 +211,7 @@ def node_of(
 def new(
     meter: Meter, num_elements: int, itemsize: int, node: Node | None = None, kept_by_selective: bool = False
 ) -> SymbolicTensor:
-    """A new tensor; what selective checkpointing keeps is taken from there the second time."""
+    """Return a new tensor; what selective checkpointing keeps is taken from there the second time."""
     frame = meter.frame
     if kept_by_selective and frame is not None and frame.selective:
         if frame.recomputing:
@@ -262,7 +223,7 @@ def new(
 
 
 def checkpoint(meter: Meter, mode: str, function: Callable[..., Result], *inputs: Any) -> Result:
-    """`function(*inputs)`, keeping of it what the mode keeps: `none` is all, `full` the inputs, `selective`
+    """Return `function(*inputs)`, keeping what the mode keeps: `none` all, `full` the inputs, `selective`
     matrix products as well."""
     if mode == "none":
         return function(*inputs)
@@ -276,8 +237,8 @@ def checkpoint(meter: Meter, mode: str, function: Callable[..., Result], *inputs
 
 
 def backward(output: SymbolicTensor) -> None:
-    """The backward pass of a scalar: nodes in the reverse order of their making, gradients added up where
-    they meet."""
+    """Go through the backward pass of a scalar: nodes in the reverse order of their making, gradients added
+    up where they meet."""
     meter = output.meter
     assert output.node is not None
     waiting: list[tuple[int, Node]] = [(-output.node.sequence, output.node)]
@@ -308,14 +269,13 @@ def backward(output: SymbolicTensor) -> None:
 
 
 def _sum(meter: Meter, first: Storage) -> Storage:
-    """Where two gradients meet the second is added into the first, unless something else still holds that
-    one."""
+    """Return where two gradients that meet are added up: in the first, unless something else still holds it."""
     shared = sys.getrefcount(first) > 3
     return Storage(meter, first.num_bytes) if shared else first
 
 
 def _accumulate(meter: Meter, parameter: Parameter, gradient: Storage) -> None:
-    """A parameter's gradient stays as it is, or, where an engine adds them up in fp32, as that; a second one
+    """Keep a parameter's gradient: as it is, or, where an engine adds them up in fp32, as that; a second one
     is added to the first."""
     parameter.expected -= 1
     if parameter.arrived is None:

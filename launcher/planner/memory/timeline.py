@@ -27,7 +27,7 @@ KINDS = (
 
 @dataclass
 class Timeline:
-    """What is live now and at most."""
+    """Bytes that are live now, and the most so far."""
 
     parts: dict[str, int] = field(default_factory=dict)
     peak: int = 0
@@ -46,7 +46,7 @@ class Timeline:
         self.parts[kind] = self.parts.get(kind, 0) - int(num_bytes)
 
     def touch(self, kind: str, num_bytes: float, where: str = "") -> None:
-        """Something taken and given back."""
+        """Count bytes that are taken and given back."""
         reached = self.level + int(num_bytes)
         if reached > self.peak:
             self.peak, self.where, self.at_peak = reached, where, dict(self.parts)
@@ -54,7 +54,7 @@ class Timeline:
 
 
 def go_through(time: Timeline, segment: Segment, recomputes: bool) -> None:
-    """One block of a model: up to its peak, and to where it ends."""
+    """Go through one block of a model: up to its peak, and to where it ends."""
     where = f"{segment.kind}, {'backward' if segment.backward else 'forward'}"
     kind = (
         LOSS if segment.kind == "tail" else RECOMPUTATION if segment.backward and recomputes else TEMPORARIES
@@ -64,7 +64,7 @@ def go_through(time: Timeline, segment: Segment, recomputes: bool) -> None:
 
 
 def leave(time: Timeline, segment: Segment) -> None:
-    """What a block leaves behind; it was touched already."""
+    """Count what a block leaves behind; its peak was touched already."""
     kept = LOSS if segment.kind == "tail" else ACTIVATIONS
     for kind, num_bytes in ((GRADIENTS, segment.made), (kept, segment.added - segment.made)):
         time.parts[kind] = time.parts.get(kind, 0) + num_bytes

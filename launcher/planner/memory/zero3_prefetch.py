@@ -79,8 +79,8 @@ class Coordinator:
     most: dict[Key, int] = field(default_factory=dict)
 
     def go(self) -> dict[Key, int]:
-        """The most elements that are held during each block, in a micro-batch whose trace is known, and those
-        at its end.
+        """Return the most elements that are held during each block, in a micro-batch whose trace is known,
+        and those at its end.
 
         It begins with nothing whole.
         """
@@ -137,7 +137,7 @@ class Coordinator:
         self._note(module.key)
 
     def _wait(self, weight: Weight, key: Key) -> None:
-        """Several parameters of one message are copied out of it; one alone is the message itself."""
+        """Wait for a parameter. Several of one message are copied out of it; one alone is the message itself."""
         message = self.flying.get(weight.name)
         if message is None:
             return
@@ -171,12 +171,8 @@ class Coordinator:
             if module.key[2] and name in self.kept:
                 self.kept.remove(name)
                 self.held -= weight.num_elements
-            done = (
-                self._fetched.get(name, -1) <= step
-                and name not in self.external
-                and not self._used_soon(name, step)
-            )
-            if done and name in self.whole and name not in self.flying:
+            done = self._fetched.get(name, -1) <= step and name not in self.external
+            if done and not self._used_soon(name, step) and name in self.whole and name not in self.flying:
                 self.whole.remove(name)
                 self.num_available -= weight.num_elements
                 if module.keeps and weight.viewed and name not in self.kept:
@@ -185,7 +181,7 @@ class Coordinator:
                     self.held -= weight.num_elements
 
     def _used_soon(self, name: str, step: int) -> bool:
-        """Whether it is used from this step on before so many elements of others have been."""
+        """Return whether it is used from this step on before so many elements of others have been."""
         uses = self._uses[name]
         index = bisect_left(uses, step)
         return index < len(uses) and self._passed[uses[index]] - self._passed[step] < self.max_reuse
@@ -211,8 +207,8 @@ class Tracer:
         """The path of the module before."""
 
     def trace(self, segments: list[Segment], recomputes: bool) -> list[Module]:
-        """All modules of a micro-batch. The head is multiplied with outside of its module, and registered
-        with the whole model."""
+        """Return all modules of a micro-batch. The head is multiplied with outside of its module, and
+        registered with the whole model."""
         trace: list[Module] = []
         kinds, turned = {segment.kind for segment in segments}, None
         self._learning = {(segment.kind, segment.layer) for segment in segments if segment.backward}
@@ -229,8 +225,8 @@ class Tracer:
         return trace
 
     def _weights(self, segment: Segment, bridged: bool) -> tuple[Weight, ...]:
-        """Of one block. What is outside of the layers and not before them stands between two stacks, where
-        there are two."""
+        """Return the weights of one block. What is outside of the layers and not before them stands between
+        two stacks, where there are two."""
         if segment.kind == "layer":
             return self.layers[segment.layer].weights
         first, last = self.root.weights[: self.root.num_first], self.root.weights[self.root.num_first :]
@@ -240,18 +236,15 @@ class Tracer:
         return own if bridged == (segment.kind == "bridge") else ()
 
     def _modules(self, weights: Iterable[Weight], key: Key) -> list[Module]:
-        found: list[Module] = []
+        modules: list[Module] = []
         for path, own in groupby(weights, lambda weight: tuple(weight.name.split(".")[:-1])):
-            found += [Module((), key)] * self._entered(path)
-            found.append(self._module(list(own), key))
-        return found
-
-    def _entered(self, path: tuple[str, ...]) -> int:
-        """How many modules are called on the way from the one before: a list of layers, whose parts have
-        numbers, is not called."""
-        before, self._inside = self._inside, path
-        outer = [path[:depth] for depth in range(1, len(path)) if not path[depth].isdigit()]
-        return sum(before[: len(prefix)] != prefix for prefix in outer)
+            # Those that are called on the way from the one before; a list of layers, whose parts have numbers,
+            # is not called.
+            before, self._inside = self._inside, path
+            outer = [path[:depth] for depth in range(1, len(path)) if not path[depth].isdigit()]
+            num_entered = sum(before[: len(prefix)] != prefix for prefix in outer)
+            modules += [*[Module((), key)] * num_entered, self._module(list(own), key)]
+        return modules
 
     def _module(self, weights: list[Weight], key: Key) -> Module:
         large = tuple(weight for weight in weights if weight.num_elements > self.persistence)

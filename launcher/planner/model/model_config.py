@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ def locate(name: str, revision: str | None = None) -> str:
         return name
     folder = _hub_cache() / f"models--{name.replace('/', '--')}"
     configs = sorted(folder.glob("snapshots/*/config.json"), key=lambda path: path.stat().st_mtime)
-    commit = _commit(folder, revision or "main")
+    commit = revision or "main"
+    with contextlib.suppress(OSError, ValueError):  # what is no branch and no tag is taken for a commit
+        commit = (folder / "refs" / commit).read_text(encoding="utf-8").strip()
     taken = [path for path in configs if path.parent.name == commit] or (configs if revision is None else [])
     return str(taken[-1].parent) if taken else name
 
@@ -33,14 +36,6 @@ def _hub_cache() -> Path:
     home = os.environ.get("HF_HOME") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
     folder = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or f"{home}/hub"
     return Path(os.path.expandvars(folder)).expanduser()
-
-
-def _commit(folder: Path, revision: str) -> str:
-    """Return what a branch or a tag stood for when it was fetched; what is neither is taken for a commit."""
-    try:
-        return (folder / "refs" / revision).read_text(encoding="utf-8").strip()
-    except (OSError, ValueError):
-        return revision
 
 
 def read_config(directory: str) -> dict[str, Any] | None:

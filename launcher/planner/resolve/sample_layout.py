@@ -22,18 +22,17 @@ def choose_way(decider: Decider, device: str) -> Way:
     if job.data.train.name == OWN:  # a script brings its own model and data
         return Way("packed", "eager")
     if model.attention == "flash_attention_2":
-        _check_flash(decider, device)
+        reason = f"needs a GPU, and this runs on the CPU; {_FLASH}" if device == "cpu" else ""
+        if device != "cpu" and importlib.util.find_spec("flash_attn") is None and decider.local:
+            reason = f"the package flash-attn is not installed; {_FLASH}"
+        if reason:
+            decider.refuse("model.attention", model.attention, reason)
     config = config_of(model)
     known = support(model.task, config, model.trust_remote_code, job.data.max_length)
     try:
-        way = choose(
-            known,
-            model.name,
-            str((config or {}).get("model_type")),
-            model.attention,
-            job.data.packing,
-            job.batch.micro_batch_size,
-        )
+        kind = str((config or {}).get("model_type"))
+        wishes = model.attention, job.data.packing, job.batch.micro_batch_size
+        way = choose(known, model.name, kind, *wishes)
     except ConfigurationError as error:
         decider.problems += error.problems
         return unknown(model.task).ways[0]
@@ -100,11 +99,3 @@ def _write_down(decider: Decider, way: Way, known: Support) -> None:
             way.head,
             f"the model's own {'head' if way.head == 'model' else 'forward'}, {whose}: it {why}",
         )
-
-
-def _check_flash(decider: Decider, device: str) -> None:
-    requested = decider.job.model.attention
-    if device == "cpu":
-        decider.refuse("model.attention", requested, f"needs a GPU, and this runs on the CPU; {_FLASH}")
-    elif importlib.util.find_spec("flash_attn") is None and decider.local:
-        decider.refuse("model.attention", requested, f"the package flash-attn is not installed; {_FLASH}")

@@ -100,7 +100,8 @@ class Card:
     def _loading(self) -> str:
         kind = tasks.unprepared(self._plan).auto_class.__name__
         if self._adapter:
-            base = f'{kind}.from_pretrained("{self._base}"{self._num_labels()})'
+            labels = f", num_labels={len(self._config['id2label'])}" if "id2label" in self._config else ""
+            base = f'{kind}.from_pretrained("{self._base}"{labels})'
             imports = f"from peft import PeftModel\nfrom transformers import {kind}"
             return f'{imports}\n\nmodel = PeftModel.from_pretrained({base}, "DIRECTORY")'
         lines = [f"from transformers import {', '.join(sorted(('AutoTokenizer', kind)))}", ""]
@@ -109,9 +110,6 @@ class Card:
             'tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")',
         ]
         return "\n".join(lines)
-
-    def _num_labels(self) -> str:
-        return f", num_labels={len(self._config['id2label'])}" if "id2label" in self._config else ""
 
     def _rows(self) -> Iterator[str]:
         for role, source in (("train", self._plan.data.train), ("evaluation", self._plan.data.evaluation)):

@@ -10,9 +10,6 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-import torch
-from torch.distributed.checkpoint.planner import SavePlan
-
 from launcher.errors import CheckpointError
 from launcher.planner.plan import Plan
 from launcher.runs import retention
@@ -24,47 +21,20 @@ from launcher.training.checkpoint import messages
 from launcher.training.checkpoint.committing import Leader, Saving, has_no_room
 from launcher.training.checkpoint.group import Ranks, RefusedError, describe
 from launcher.training.checkpoint.reader import CheckpointReader
-from launcher.training.checkpoint.storage import (
-    METADATA_NAME,
-    FileLayout,
-    Image,
-    TensorPlanner,
-    global_plan,
-    live_blocks,
-)
+from launcher.training.checkpoint.save_layout import Layout, Tensors, plan_save
+from launcher.training.checkpoint.storage import METADATA_NAME, Image, live_blocks
 from launcher.training.checkpoint.underway import Underway, told
 from launcher.training.checkpoint.writing import write_hashed
 
-Tensors = dict[str, torch.Tensor]
 Blocks = Callable[[], Iterator[memoryview]]
-
-
-@dataclass
-class _Layout:
-    """Plan what a save of these tensors writes on this rank: once, as long as their shapes and shardings
-    stay."""
-
-    key: tuple[object, ...]
-    planner: TensorPlanner
-    file: FileLayout
-    metadata: bytes
-    """The content of `.metadata`; empty on all ranks but the first."""
-    image: Image | None = None
 
 
 @dataclass(frozen=True)
 class _Save(Saving):
     """One save under way, with what this rank writes of it."""
 
-    layout: _Layout | None
+    layout: Layout | None
     blocks: Blocks
-
-
-def _key(tensors: Tensors) -> tuple[object, ...]:
-    properties = ("dtype", "shape", "placements")
-    return tuple(
-        (name, *(getattr(tensor, key, None) for key in properties)) for name, tensor in tensors.items()
-    )
 
 
 class Checkpointer:
@@ -88,7 +58,7 @@ class Checkpointer:
         self._run, self._plan = run, plan
         self._rank, self._world_size, self._event = rank, world_size, write_event
         self._num_saves = 0
-        self._layout: _Layout | None = None
+        self._layout: Layout | None = None
         self._step = 0
         """Of the save that was begun last."""
         self.problem: str | None = None
@@ -132,15 +102,13 @@ class Checkpointer:
                 self._leader.failing.failed(progress.step, self.problem or "")
             return False
         self._num_saves += 1
-        attempt = (
-            self._run.checkpoints
-            / f"{retention.ATTEMPT_PREFIX}{progress.step:08d}-{self._nonce}{self._num_saves:04d}"
-        )
+        name = f"{retention.ATTEMPT_PREFIX}{progress.step:08d}-{self._nonce}{self._num_saves:04d}"
+        attempt = self._run.checkpoints / name
         asynchronous = self._plan.checkpoint.asynchronous and not wait
-        layout: _Layout | None = None
+        layout: Layout | None = None
         blocks: Blocks
         try:
-            layout = self._planned(tensors)
+            layout = self._layout = plan_save(tensors, self._ranks, self._layout)
             live = functools.partial(live_blocks, layout.file, layout.planner, tensors)
             blocks = self._staged(layout, tensors) if asynchronous else live
         except Exception as error:
@@ -174,34 +142,7 @@ class Checkpointer:
             self._leader.given_up(self._step, reason)
         return False
 
-    def _planned(self, tensors: Tensors) -> _Layout:
-        key = _key(tensors)
-        if self._layout is not None and self._layout.key == key:
-            return self._layout
-        planner = TensorPlanner()
-        problem, local = (
-            None,
-            None,
-        )  # the latter as JSON, of which a plan that cannot be told is a problem too
-        try:
-            local = messages.of_plan(planner.local_plan(tensors, is_coordinator=self._rank == 0))
-        except Exception as error:
-            problem = describe(error)
-        gathered = self._ranks.all_gather((problem, local))
-        metadata = b""
-
-        def decide() -> list[Any]:
-            nonlocal metadata
-            plans, metadata = global_plan(
-                planner, [_value(rank, *entry) for rank, entry in enumerate(gathered)]
-            )
-            return [messages.of_plan(plan) for plan in plans]
-
-        mine = messages.plan(self._ranks.from_first(decide)[self._rank])
-        self._layout = _Layout(key, planner, FileLayout.of(self._rank, mine.items), metadata)
-        return self._layout
-
-    def _staged(self, layout: _Layout, tensors: Tensors) -> Blocks:
+    def _staged(self, layout: Layout, tensors: Tensors) -> Blocks:
         if layout.image is None:
             layout.image = Image(layout.file, pinned=self._plan.mesh.device == "cuda")
         layout.image.fill(layout.planner, tensors)
@@ -245,8 +186,7 @@ class Checkpointer:
         records = {
             name: record for _, _, written in gathered for name, record in messages.files(written).items()
         }
-        reason, is_full = self._ranks.from_first(functools.partial(self._leader.commit, save, records))
-        return reason, is_full
+        return self._ranks.from_first(functools.partial(self._leader.commit, save, records))
 
     def _write_files(self, save: _Save) -> dict[str, FileRecord]:
         save.attempt.mkdir(exist_ok=True)
@@ -258,9 +198,8 @@ class Checkpointer:
             here.saving("writing", detail=name)
             files[name] = write_hashed(save.attempt / name, told(blocks, name))
         if self._rank == 0 and layout is not None:
-            files[METADATA_NAME] = write_hashed(
-                save.attempt / METADATA_NAME, iter([memoryview(layout.metadata)])
-            )
+            metadata = iter([memoryview(layout.metadata)])
+            files[METADATA_NAME] = write_hashed(save.attempt / METADATA_NAME, metadata)
         return files
 
     def load(self, tensors: Tensors, step: int | None = None, until: int | None = None) -> Progress | None:
@@ -272,9 +211,7 @@ class Checkpointer:
         shapes or dtypes are not the checkpoint's.
         """
         self.finish()
-        entries = self._ranks.from_first(
-            lambda: [messages.of_stored(stored) for stored in list_checkpoints(self._run)]
-        )
+        entries = self._ranks.from_first(lambda: [*map(messages.of_stored, list_checkpoints(self._run))])
         listed = [messages.stored(self._run, *entry) for entry in entries]
         if until is not None:
             listed = [stored for stored in listed if stored.step <= until]
@@ -304,19 +241,17 @@ class Checkpointer:
             return list(stored.problems)
         largest_first = sorted(stored.manifest.files.items(), key=lambda entry: (-entry[1].bytes, entry[0]))
         mine = dict(largest_first[self._rank :: self._world_size])
-        own_problems = content_problems(
-            stored.directory, mine, num_threads=max(1, self._plan.mesh.threads_per_rank)
-        )
-        return [problem for problems in self._ranks.all_gather(own_problems) for problem in problems]
+        num_threads = max(1, self._plan.mesh.threads_per_rank)
+        gathered = self._ranks.all_gather(content_problems(stored.directory, mine, num_threads=num_threads))
+        return [problem for problems in gathered for problem in problems]
 
     def _read(self, stored: Stored, tensors: Tensors) -> None:
         problem = None
         try:
             CheckpointReader(stored.directory).load_into(tensors)
         except Exception as error:
-            problem = (
-                str(error) if isinstance(error, CheckpointError) else f"{stored.name}: {describe(error)}"
-            )
+            known = isinstance(error, CheckpointError)
+            problem = str(error) if known else f"{stored.name}: {describe(error)}"
         for rank, reason in enumerate(self._ranks.all_gather(problem)):
             if reason:
                 raise CheckpointError(reason if rank == 0 else f"rank {rank}: {reason}")
@@ -324,10 +259,8 @@ class Checkpointer:
     def _refusal(self, listed: list[Stored], rejected: list[Stored], step: int | None) -> str:
         reasons = "; ".join(f"{stored.name}: {', '.join(stored.problems)}" for stored in rejected)
         if step is None:
-            return (
-                f"none of the checkpoints of {self._run.path.name} is whole ({reasons}); move them away to "
-                "start over"
-            )
+            name = self._run.path.name
+            return f"none of the checkpoints of {name} is whole ({reasons}); move them away to start over"
         others = [stored for stored in reversed(listed) if stored.step != step]
         good = next((stored.step for stored in others if not self._verify(stored)), None)
         instead = "no other checkpoint is whole" if good is None else f"the newest good one is step {good}"
@@ -336,12 +269,6 @@ class Checkpointer:
 
 def _refuse(reason: str) -> Iterator[memoryview]:
     raise RefusedError(reason)
-
-
-def _value(rank: int, problem: str | None, value: Any) -> SavePlan:
-    if problem is not None:
-        raise RefusedError(problem if rank == 0 else f"rank {rank}: {problem}")
-    return messages.plan(value)
 
 
 def _failures(reasons: list[str | None]) -> str:

@@ -234,11 +234,8 @@ def _below_stage_three(ranks: list[_Rank], groups: list[dict[str, torch.Size]]) 
         position = 0
         for number, (name, shape) in enumerate(shapes.items()):
             _within(name, position + shape.numel(), sum(lengths))
-            yield (
-                name,
-                torch.Size(shape),
-                functools.partial(_across_ranks, ranks, index, position, shape.numel()),
-            )
+            flat = functools.partial(_across_ranks, ranks, index, position, shape.numel())
+            yield name, torch.Size(shape), flat
             position += shape.numel() + (paddings[index][number] if paddings else 0)
 
 
@@ -286,15 +283,10 @@ def _frozen(stage: int, models: list[dict[str, Any]]) -> Iterator[tuple[str, For
     """Parameters that no optimizer has, in the precision that computed; stage 1 keeps them among the rest of
     the model only."""
     if stage < 3:
-        owned = {name for shapes in models[0]["param_shapes"] for name in shapes} | set(
-            models[0]["buffer_names"]
-        )
-        shared = models[0].get("shared_params") or {}
-        yield from (
-            (name, whole_tensor(value))
-            for name, value in models[0]["module"].items()
-            if name not in owned and name not in shared
-        )
+        known = {*models[0]["buffer_names"], *(models[0].get("shared_params") or {})}
+        known.update(*models[0]["param_shapes"])
+        values = models[0]["module"].items()
+        yield from ((name, whole_tensor(value)) for name, value in values if name not in known)
         return
     for name, shape in (models[0].get("frozen_param_shapes") or {}).items():
         fragments = [model["frozen_param_fragments"][name] for model in models]

@@ -1,0 +1,90 @@
+"""Say why an attempt failed: as its ranks wrote, as its processes ended, or as it was ended by force."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import time
+from pathlib import Path
+
+from launcher.errors import LauncherError, RankLostError, Stopped
+from launcher.launch.supervisor import End
+from launcher.planner.plan import Plan
+from launcher.runs import failure as failures
+from launcher.runs.events import event
+from launcher.runs.failure import Failure
+from launcher.runs.layout import RunDirectory, write_atomically
+from launcher.runs.processes import signal_name
+from launcher.runs.wording import shown
+
+FORCED_EXIT = 130
+"""Ended by force after a stop was asked for (a second Ctrl-C, or the grace ran out): nothing more was saved.
+"""
+
+
+def write_failure(run: RunDirectory, number: int, failure: Failure) -> None:
+    """Write a failure to failure.json and the events, as far as the disk takes it: that it is full may be
+    what is to be written."""
+    written = dataclasses.asdict(failure)
+    with contextlib.suppress(OSError):
+        write_atomically(run.attempt(number) / "failure.json", json.dumps(written, indent=2) + "\n")
+    with contextlib.suppress(OSError):
+        event(
+            run.events_file,
+            "failed",
+            attempt=number,
+            failure={key: value for key, value in written.items() if key != "traceback"},
+        )
+
+
+def find_failure(run: RunDirectory, number: int, end: End, plan: Plan, out_of_memory_killer: bool) -> Failure:
+    """Return the failure that ended an attempt: of those that asked for its end, of a rank, or of the agent."""
+    directory = run.attempt(number)
+    if forced := forced_failure(end, plan, directory):
+        return forced
+    failure = failures.first(directory, out_of_memory_killer, end.failures, end.exits)
+    if failure is not None:
+        return failure
+    if end.code < 0:
+        return failure_of_agent(RankLostError, f"killed by signal {-end.code} ({signal_name(-end.code)})")
+    if end.code == 0:
+        return failure_of_agent(
+            LauncherError, "every rank ended well, but none said that the run was finished or stopped"
+        )
+    log = directory / "agent.log"
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.exists() else []
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "it ended without a word")
+    return failure_of_agent(LauncherError, f"{last} (see {shown(log)})")
+
+
+def forced_failure(end: End, plan: Plan, directory: Path) -> Failure | None:
+    """Return the failure of ranks that hung, or did not leave in time after a stop was asked for."""
+    if end.forced == "hung":
+        return end.hung
+    if end.forced == "second interrupt":
+        return failure_of_agent(Stopped, "ended by a second Ctrl-C; nothing more was saved", FORCED_EXIT)
+    if end.forced != "grace":
+        return None
+    seconds = plan.grace_seconds if end.grace_seconds is None else end.grace_seconds
+    given = (
+        f"{seconds:.0f} s of grace "
+        f"({'cluster.grace' if seconds == plan.grace_seconds else 'what Slurm leaves'})"
+    )
+    cause = f"{end.signal_name}: the ranks had not saved and left after {given} and were ended"
+    if end.stopped:
+        held = "ranks" if len(end.stopped) > 1 else "rank"
+        cause += (
+            f"; {held} {', '.join(map(str, end.stopped))} did not run: stopped by a signal (SIGSTOP) or a "
+            "debugger"
+        )
+    return failure_of_agent(
+        Stopped, f"{cause}; their stacks are in {shown(directory)}/rank-*.log", FORCED_EXIT
+    )
+
+
+def failure_of_agent(kind: type[LauncherError], cause: str, exit_code: int | None = None) -> Failure:
+    """Return a failure that no rank told of, with the class's own exit code unless another is given."""
+    code = kind.exit_code if exit_code is None else exit_code
+    return Failure(time.time(), -1, os.uname().nodename, os.getpid(), kind.failure_class, code, cause)

@@ -1,0 +1,109 @@
+"""Decide a plan again for a run that goes on: what the job leaves open stays as it was decided before."""
+
+from __future__ import annotations
+
+from launcher import tasks
+from launcher.errors import ConfigurationError
+from launcher.job.cluster import node_range
+from launcher.job.schema import Job
+from launcher.planner.plan import Plan
+from launcher.planner.resolve.sharding import only_deepspeed
+from launcher.planner.script_plan import plan as decide_script
+from launcher.planner.search import plan_job
+
+
+def plan_for_most_nodes(job: Job, stored: Plan, counts: range) -> Plan:
+    """Return the plan for the first of these numbers of nodes that works, or raise why the first does not."""
+    first: ConfigurationError | None = None
+    for count in counts:
+        cluster = job.cluster.model_copy(update={"nodes": count})
+        try:
+            plan = decide_again(
+                job.model_copy(update={"cluster": cluster}), stored.mesh.ranks_per_node, stored, local=False
+            )
+            return plan.model_copy(update={"slurm": stored.slurm})
+        except ConfigurationError as error:
+            first = first or error
+    assert first is not None
+    raise first
+
+
+def decide_again(job: Job, nproc: int | None, stored: Plan, local: bool) -> Plan:
+    """Return the job's plan, with what it leaves open as it was decided before: memory that is free today
+    must not change the numbers.
+
+    On another number of ranks the micro-batch is decided anew, as it must divide.
+    """
+    updates: dict[str, object] = {}
+    if stored.script:
+        return decide_script(job, stored.script, _ranks(job, nproc, stored), local=local)
+    if job.precision == "auto":
+        updates["precision"] = stored.precision
+    if left := [one.key for one in tasks.of_job(job).left_open()]:
+        updates["data"] = job.data.model_copy(update={key: getattr(stored.data, key) for key in left})
+    if job.memory.activation_checkpointing == "auto":
+        updates["memory"] = job.memory.model_copy(
+            update={"activation_checkpointing": stored.activation_checkpointing}
+        )
+    fewest, most = node_range(job.cluster.nodes)
+    if fewest <= stored.mesh.nodes <= most and _ranks(job, nproc, stored) in (
+        None,
+        stored.mesh.ranks_per_node,
+    ):
+        # Of a range another number of nodes may be taken this time, over which as many copies need not
+        # divide.
+        updates |= _as_placed(job.model_copy(update=updates), stored, copies=fewest == most)
+    job, num_ranks = job.model_copy(update=updates), _ranks(job, nproc, stored)
+    plan = plan_job(job, num_ranks, local=local)
+    if job.batch.micro_batch_size != "auto" or plan.mesh.world_size != stored.mesh.world_size:
+        return plan
+    batch = job.batch.model_copy(update={"micro_batch_size": stored.batch.micro_batch_size})
+    # Another global batch is refused by `check`, with a better reason than that it does not divide.
+    return (
+        plan
+        if batch.global_batch_size != stored.batch.global_batch_size
+        else plan_job(job.model_copy(update={"batch": batch}), num_ranks, local=local)
+    )
+
+
+def _as_placed(job: Job, stored: Plan, copies: bool) -> dict[str, object]:
+    """Return engine, cut, offloading and, with `copies`, how many copies, as they were decided before, where
+    nothing is asked for now that contradicts them."""
+    parallel, memory = job.parallel, job.memory
+    if parallel.engine not in ("auto", stored.engine) or (stored.engine == "fsdp" and only_deepspeed(job)):
+        return {}
+    cut: dict[str, object] = {}
+    updates: dict[str, object] = {}
+    if parallel.shard == "auto" and "replicate" not in parallel.model_fields_set:
+        cut = {"engine": stored.engine, "shard": stored.sharding}
+        cut |= (
+            {"replicate": stored.mesh.dp_replicate}
+            if copies and stored.engine == "fsdp" and stored.sharding != "none"
+            else {}
+        )
+        updates["parallel"] = parallel.model_copy(update=cut)
+    elif parallel.engine == "auto" and stored.sharding != "none":
+        updates["parallel"] = parallel.model_copy(update={"engine": stored.engine})
+    if memory.offload == "auto" and parallel.shard in ("auto", stored.sharding):
+        updates["memory"] = memory.model_copy(
+            update={"offload": stored.offload, "offload_to": stored.offload_to}
+        )
+    return updates
+
+
+def _ranks(job: Job, nproc: int | None, stored: Plan) -> int | None:
+    """Return the ranks asked for; without a wish as many as before, so that going on changes nothing."""
+    if nproc is not None:
+        return nproc
+    cluster = job.cluster
+    open_still = cluster.ranks_per_node == "auto" and cluster.gpus_per_node in ("auto", 0)
+    return stored.mesh.ranks_per_node if open_still else None
+
+
+def has_devices(plan: Plan, local: bool) -> bool:
+    """Return whether this machine has the GPUs that a plan is for; of other machines that is taken to be so."""
+    if plan.mesh.device == "cpu" or not local:
+        return True
+    from launcher.planner.hardware.detect import find_gpus
+
+    return len(find_gpus()[0]) >= plan.mesh.ranks_per_node
