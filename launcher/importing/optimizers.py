@@ -106,25 +106,27 @@ def _shaped(name: str, schedule: str, options: dict[str, Any], reading: Reading)
 
 def _stable(schedule: str, options: dict[str, Any], reading: Reading) -> str:
     """Say the fall of a schedule that keeps its rate until then; transformers leaves its length to the user."""
-    said = "lr_scheduler_kwargs"
+    keyword = "lr_scheduler_kwargs"
     steps = as_number(options.pop("num_decay_steps", None))
     if steps is not None and steps >= 1:
-        reading.say("training.decay", float(steps), f"{said}.num_decay_steps")
+        reading.say("training.decay", float(steps), f"{keyword}.num_decay_steps")
     else:
-        reading.fill_in(f"{said}.num_decay_steps", steps, "the steps of the fall: write training.decay")
+        reading.fill_in(f"{keyword}.num_decay_steps", steps, "the steps of the fall: write training.decay")
     shape = options.pop("decay_type", "cosine")  # transformers, get_wsd_schedule
     if shape in ("linear", "cosine", "1-sqrt"):
-        reading.say("training.decay_shape", shape, f"{said}.decay_type")
+        reading.say("training.decay_shape", shape, f"{keyword}.decay_type")
     else:
-        reading.cannot_say(f"{said}.decay_type", brief(shape), "launcher falls as linear, cosine or 1-sqrt")
+        reading.cannot_say(
+            f"{keyword}.decay_type", brief(shape), "launcher falls as linear, cosine or 1-sqrt"
+        )
     if options.get("warmup_type") == "linear":
         del options["warmup_type"]
     rate, ratio = reading.said_value("training.learning_rate"), as_number(options.pop("min_lr_ratio", None))
     if ratio and rate is not None:
-        reading.say("training.minimum_learning_rate", ratio * rate, f"{said}.min_lr_ratio")
+        reading.say("training.minimum_learning_rate", ratio * rate, f"{keyword}.min_lr_ratio")
     elif ratio:
         reading.fill_in(
-            f"{said}.min_lr_ratio", ratio, "a share of the learning rate: training.minimum_learning_rate"
+            f"{keyword}.min_lr_ratio", ratio, "a share of the learning rate: training.minimum_learning_rate"
         )
     return schedule
 

@@ -159,7 +159,7 @@ class ParameterGroup(Section):
 
 
 class GroupKey(NamedTuple):
-    """What the parameters of one group of an optimizer have in common."""
+    """Tell apart the groups of an optimizer: all parameters of one have the same of each."""
 
     weight_decay: float
     scale: float
