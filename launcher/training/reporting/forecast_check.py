@@ -38,7 +38,10 @@ class ForecastCheck:
         self._rates: list[float] = []
         self._phases: dict[str, int] = {}
         self._held = 0
-        self._teaches = lap.is_fresh and not _keeps_freed_memory()
+        # Where there is room ranks on a CPU have the C library keep what is freed: no slack of the plan's.
+        threshold = os.environ.get("MALLOC_TRIM_THRESHOLD_", "0")
+        keeps_freed_memory = threshold.isdigit() and int(threshold) >= 1 << 30
+        self._teaches = lap.is_fresh and not keeps_freed_memory
         """Whether what a step holds says something of the allocator."""
 
     def ended(self, phase: str) -> None:
@@ -111,12 +114,3 @@ class ForecastCheck:
         if not kind or not self._teaches or moving < _LEAST:
             return machine
         return machine.with_slack(kind, min(_MOST, max(0.0, (self._held - phase["live"]) / moving)))
-
-
-def _keeps_freed_memory() -> bool:
-    """Return whether the C library was told to keep what is freed, as ranks on a CPU are where there is room:
-    that is no slack of the plan's."""
-    return (
-        os.environ.get("MALLOC_TRIM_THRESHOLD_", "0").isdigit()
-        and int(os.environ.get("MALLOC_TRIM_THRESHOLD_", "0")) >= 1 << 30
-    )
