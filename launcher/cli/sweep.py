@@ -83,6 +83,9 @@ def sweep(
     code = 0
     if not show and opened.left():
         if local:
+            from launcher.launch.screen import Watcher
+            from launcher.sweep.running import run_here
+
             code = run_here(opened, Watcher())
         else:
             code = _submit(opened, parallel, as_json)
