@@ -75,9 +75,7 @@ def sweep(
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Try several values of a job's keys, as a Slurm array or here."""
-    from launcher.launch.screen import Watcher
     from launcher.runs.wording import shown
-    from launcher.sweep.running import run_here
 
     opened = _open(what, grid, random, points, halving, seed, metric, out, nproc, overrides)
     code = 0
