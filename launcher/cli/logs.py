@@ -70,8 +70,10 @@ class Logs:
         """Print what is new of each log, block by block; of one that was not looked at yet its last `lines`,
         0 for all."""
         directory = self.run.attempt(self.attempt)
-        files = sorted(directory.glob("rank-*.log"), key=lambda path: int(path.stem.partition("-")[2]))
-        for path in files if self.rank is None else [directory / f"rank-{self.rank}.log"]:
+        files = [directory / f"rank-{self.rank}.log"]
+        if self.rank is None:
+            files = sorted(directory.glob("rank-*.log"), key=lambda path: int(path.stem.partition("-")[2]))
+        for path in files:
             if path not in self._tails:
                 offset, backwards = end_of(path) if lines else (0, iter(()))
                 self._tails[path] = Tail(path, offset=offset)

@@ -75,14 +75,15 @@ def sweep(
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Try several values of a job's keys, as a Slurm array or here."""
-    from launcher.launch.screen import Watcher
     from launcher.runs.wording import shown
-    from launcher.sweep.running import run_here
 
     opened = _open(what, grid, random, points, halving, seed, metric, out, nproc, overrides)
     code = 0
     if not show and opened.left():
         if local:
+            from launcher.launch.screen import Watcher
+            from launcher.sweep.running import run_here
+
             code = run_here(opened, Watcher())
         else:
             code = _submit(opened, parallel, as_json)

@@ -98,9 +98,8 @@ def _interface(said: dict[str, Any]) -> Finding:
     if problem := said.get("problem"):
         advice = "leave cluster.interface out, or name one that leads to the other nodes"
         return failed("interface", problem, advice)
-    return ok(
-        "interface", f"{said['interface']} {said['address']}" if said["interface"] else "one node needs none"
-    )
+    named = said["interface"]
+    return ok("interface", f"{named} {said['address']}" if named else "one node needs none")
 
 
 def _ports(said: dict[str, Any], silent: set[str]) -> Finding:

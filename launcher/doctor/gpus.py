@@ -96,10 +96,8 @@ def judge(table: list[dict[str, str]], xid: list[str] | None) -> Finding:
 
 
 def _broken(gpu: dict[str, str]) -> list[str]:
-    errors, pending = (
-        gpu.get("ecc.errors.uncorrected.volatile.total", ""),
-        gpu.get("retired_pages.pending", ""),
-    )
+    errors = gpu.get("ecc.errors.uncorrected.volatile.total", "")
+    pending = gpu.get("retired_pages.pending", "")
     reasons = [f"{errors} uncorrected ECC errors"] if errors.isdigit() and int(errors) else []
     return [*reasons, "memory pages wait to be retired"] if pending.lower() == "yes" else reasons
 

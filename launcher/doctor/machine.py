@@ -55,10 +55,12 @@ def check_caches(environment: Mapping[str, str]) -> Finding:
     """Check whether files can be made in the caches, or the caches themselves where they are not there yet."""
     directories = cache_directories(environment)
     for name, path in directories.items():
-        if (reason := _not_writable(nearest(path))) is not None:
+        try:
+            tempfile.NamedTemporaryFile(dir=nearest(path), prefix=".launcher-doctor-").close()
+        except OSError as error:
             variable = "HF_HOME" if name == "HF cache" else "XDG_CACHE_HOME"
             advice = f"set {variable} to a directory that you may write, in cluster.environment too"
-            return failed("caches", f"{name} {path}: {reason}", advice)
+            return failed("caches", f"{name} {path}: {error.strerror or error}", advice)
     return ok("caches", ", ".join(f"{name} {path} is writable" for name, path in directories.items()))
 
 
@@ -66,14 +68,6 @@ def nearest(path: Path) -> Path:
     """Return the directory itself, or the nearest above it that is there."""
     path = path.absolute()
     return next(place for place in (path, *path.parents) if place.is_dir())
-
-
-def _not_writable(directory: Path) -> str | None:
-    try:
-        with tempfile.NamedTemporaryFile(dir=directory, prefix=".launcher-doctor-"):
-            return None
-    except OSError as error:
-        return error.strerror or str(error)
 
 
 def check_interface(environment: Mapping[str, str]) -> Finding:

@@ -102,11 +102,8 @@ def read(content: dict[str, Any], reading: Reading) -> None:
     _remarks(content, reading)
     arguments = {_RENAMED.get(key, key): value for key, value in content.items()}
     _schedule(content, arguments)
-    arguments |= {
-        "bf16": "auto"
-        if content.get("bf16") in ("auto", "full")
-        else content.get("bf16", content.get("bfloat16"))
-    }
+    half = content.get("bf16", content.get("bfloat16"))
+    arguments["bf16"] = "auto" if half in ("auto", "full") and "bf16" in content else half
     if content.get("gradient_checkpointing") in ("offload", "offload_disk"):
         arguments["gradient_checkpointing"] = True
         text = (

@@ -131,7 +131,8 @@ def _training(words: list[str]) -> Training | None:
     if program in _NO_WRAPPERS or (program in _WITH_RUN and not {"run", "exec"} & set(words[1:4])):
         return None
     for index, word in enumerate(words):
-        starter, rest = _starter(word), words[index + 1 :]
+        name, rest = PurePath(word).name, words[index + 1 :]
+        starter = next((one for one in STARTERS if re.fullmatch(rf"{one}[\d.]*", name)), "")
         if starter == "python":
             return _of_python(rest, words[:index])
         if starter in _BY_NAME:
@@ -142,13 +143,6 @@ def _training(words: list[str]) -> Training | None:
         elif starter and rest and (starter != "trl" or rest[0] == "sft" or _OTHER_LOSSES.search(rest[0])):
             return Training(starter, rest, words[:index], 2)
     return None
-
-
-def _starter(word: str) -> str:
-    name = PurePath(word).name
-    return next(
-        (starter for starter in STARTERS if name == starter or re.fullmatch(rf"{starter}[\d.]*", name)), ""
-    )
 
 
 def _of_python(words: list[str], before: list[str]) -> Training | None:

@@ -67,7 +67,9 @@ def read(content: dict[str, Any], reading: Reading) -> set[str]:
         reading.refuse(other, content[other], text)
     _adapter(content, bool(reading.flag(content, "use_peft")), reading)
     mixed = _mixture(content, reading)
-    named = data_set(content, reading, evaluates=_evaluates(content))
+    when = str(content.get("eval_strategy", content.get("evaluation_strategy", "no")))
+    evaluates = when.rpartition(".")[2].lower() not in ("no", "false", "none")
+    named = data_set(content, reading, evaluates)
     _loss(content, mixed, reading)
     _packing(content, reading)
     trainer_keys.changes(content, _LEARNED, reading)
@@ -116,13 +118,6 @@ def _adapter(content: dict[str, Any], has_adapter: bool, reading: Reading) -> No
     else:
         lora.unused(content, ADAPTER, "without use_peft TRL reads none of them", reading)
     lora.quantised(content, lora.QUANTISED, reading)
-
-
-def _evaluates(content: dict[str, Any]) -> bool:
-    way = (
-        str(content.get("eval_strategy", content.get("evaluation_strategy", "no"))).rpartition(".")[2].lower()
-    )
-    return way not in ("no", "false", "none")
 
 
 def source(value: str) -> tuple[str, str]:

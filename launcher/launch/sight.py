@@ -43,12 +43,15 @@ def look(pid: int, closely: bool = True) -> Sight:
         return Sight(fields[0])
     children = _children(pid)
     stats = {child: status for child in children if (status := _stat(child))}
+    # What was written is not counted, as a save goes on while training hangs.
+    lines = (line.partition(": ") for line in _read(f"/proc/{pid}/io").splitlines())
+    bytes_read = sum(int(value) for name, _, value in lines if name in ("rchar", "read_bytes"))
     ticks = sum(sum(map(int, one[11:15])) for one in (fields, *stats.values()))
     return Sight(
         state=fields[0],
         traced=bool(re.search(r"^TracerPid:\s*[1-9]", _read(f"/proc/{pid}/status"), re.MULTILINE)),
         wchan=_read(f"/proc/{pid}/wchan").strip("0\n"),
-        read_bytes=_bytes_read(pid) + 4096 * int(fields[9]),
+        read_bytes=bytes_read + 4096 * int(fields[9]),
         cpu_seconds=ticks / _TICKS,
         stopped_child=next((child for child, one in stats.items() if one[0] == "T"), 0),
     )
@@ -73,13 +76,6 @@ def _read(path: str) -> str:
 def _stat(pid: int) -> list[str]:
     """The fields of /proc/PID/stat from the state on."""
     return _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
-
-
-def _bytes_read(pid: int) -> int:
-    """Return what it has read, from whatever: written is not counted, as a save goes on while training
-    hangs."""
-    lines = (line.partition(": ") for line in _read(f"/proc/{pid}/io").splitlines())
-    return sum(int(value) for name, _, value in lines if name in ("rchar", "read_bytes"))
 
 
 def _children(pid: int) -> list[int]:

@@ -88,13 +88,10 @@ def ask() -> Site:
         raise SchedulerError(
             "Slurm shows no partition to this user; `scontrol show partition --all` lists hidden ones"
         )
-    types = configuration.get("GresTypes", "").split(",")
-    return Site(_word(configuration.get("ClusterName", "")), partitions, _account(), "gpu" in types)
-
-
-def _word(name: str) -> str:
-    """The cluster's name as a part of a file's name."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", "" if name in _NOTHING else name).strip(".-") or "slurm"
+    types, name = configuration.get("GresTypes", "").split(","), configuration.get("ClusterName", "")
+    # As a part of a file's name.
+    word = re.sub(r"[^A-Za-z0-9._-]+", "-", "" if name in _NOTHING else name).strip(".-") or "slurm"
+    return Site(word, partitions, _account(), "gpu" in types)
 
 
 def settings(text: str) -> dict[str, str]:

@@ -78,7 +78,7 @@ class Profiles:
         # What of the plan a profile does not hang on changes thousands of times in a search.
         key = _key(plan, config)
         if key not in self._known:
-            self._known[key] = self._profile(plan, key)
+            self._known[key] = self._profile(plan, key, str(config.get("model_type")))
         answer = self._known[key]
         if isinstance(answer, ConfigurationError):
             raise answer
@@ -94,10 +94,9 @@ class Profiles:
         program = self.find(plan)
         return program.reason if isinstance(program, Unknown) else ""
 
-    def _profile(self, plan: Plan, key: str) -> Program | Unknown | ConfigurationError:
+    def _profile(self, plan: Plan, key: str, kind: str) -> Program | Unknown | ConfigurationError:
         path = cache.root() / "profiles" / f"{key}.json"
         answer = _read(path)
-        kind = (config_of(plan.model) or {}).get("model_type")
         if answer is None and not self.starts:
             return Unknown(
                 f"no profile of this {kind} model for {plan.task} is in the cache, and none is made now"

@@ -58,14 +58,16 @@ def config_of(model: Model) -> dict[str, Any] | None:
     wrong = wrong_sizes(config or {})
     if wrong and model.config is None:
         path = Path(directory) / "config.json"
-        raise ConfigurationError(
-            [Problem("model.name", model.name, f"in {path}, {problem}") for problem in wrong]
-        )
+        raise ConfigurationError([Problem("model.name", model.name, f"in {path}, {one}") for one in wrong])
     if wrong:
-        raise ConfigurationError(
-            [Problem(f"model.config.{problem.key}", problem.value, problem.reason) for problem in wrong]
-        )
-    return _resized(config, model) if config is not None and model.resize_embeddings else config
+        raise ConfigurationError([Problem(f"model.config.{one.key}", one.value, one.reason) for one in wrong])
+    if config is None or not model.resize_embeddings:
+        return config
+    vocabulary, number = read_vocabulary(locate(model.name, model.revision)), num_embeddings(config)
+    if vocabulary is None or number is None or vocabulary.num_ids <= number:
+        return config
+    text = {**_of_text(config), "vocab_size": vocabulary.num_ids}
+    return {**config, "text_config": text} if isinstance(config.get("text_config"), dict) else text
 
 
 def num_embeddings(config: dict[str, Any]) -> int | None:
@@ -77,11 +79,3 @@ def num_embeddings(config: dict[str, Any]) -> int | None:
 
 def _of_text(config: dict[str, Any]) -> dict[str, Any]:
     return config["text_config"] if isinstance(config.get("text_config"), dict) else config
-
-
-def _resized(config: dict[str, Any], model: Model) -> dict[str, Any]:
-    vocabulary, number = read_vocabulary(locate(model.name, model.revision)), num_embeddings(config)
-    if vocabulary is None or number is None or vocabulary.num_ids <= number:
-        return config
-    text = {**_of_text(config), "vocab_size": vocabulary.num_ids}
-    return {**config, "text_config": text} if isinstance(config.get("text_config"), dict) else text

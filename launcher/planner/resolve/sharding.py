@@ -41,11 +41,8 @@ def layout(decider: Decider, world_size: int, device: str) -> Layout:
     else:
         sharding = _refuse_for_deepspeed(decider, sharding, world_size, device)
     if memory.offload_to != "cpu" and memory.offload == "none":
-        decider.refuse(
-            "memory.offload_to",
-            memory.offload_to,
-            "nothing is offloaded; set memory.offload to optimizer or parameters too",
-        )
+        reason = "nothing is offloaded; set memory.offload to optimizer or parameters too"
+        decider.refuse("memory.offload_to", memory.offload_to, reason)
     if decider.local and memory.offload != "none" and memory.offload_to != "cpu":
         _check_nvme(decider, memory.offload_to)
     offload: Offload = "none" if memory.offload == "auto" else memory.offload
@@ -213,16 +210,14 @@ def _check_nvme(decider: Decider, directory: str) -> None:
     """Offloading to files: the directory, and what DeepSpeed compiles its file operator from."""
     path = Path(directory)
     if not path.is_dir():
-        decider.refuse(
-            "memory.offload_to",
-            directory,
-            "no such directory on this machine; name one on a local NVMe disk, or write cpu",
-        )
+        reason = "no such directory on this machine; name one on a local NVMe disk, or write cpu"
+        decider.refuse("memory.offload_to", directory, reason)
     elif not os.access(path, os.W_OK):
         decider.refuse(
             "memory.offload_to", directory, "cannot be written to; name a directory that can, or write cpu"
         )
-    if not any((Path(folder) / "libaio.h").exists() for folder in _header_folders()):
+    own = ":".join(os.environ.get(name, "") for name in ("CPATH", "CPLUS_INCLUDE_PATH")).split(":")
+    if not any((Path(folder) / "libaio.h").exists() for folder in (*filter(None, own), *_HEADERS)):
         reason = (
             "DeepSpeed compiles its file operator from libaio.h, which is not here; install libaio-dev (or "
             "libaio-devel), or write cpu"
@@ -236,10 +231,3 @@ def _check_nvme(decider: Decider, directory: str) -> None:
             "install it, or write cpu"
         )
         decider.refuse("memory.offload_to", directory, reason)
-
-
-def _header_folders() -> list[str]:
-    more = [
-        folder for name in ("CPATH", "CPLUS_INCLUDE_PATH") for folder in os.environ.get(name, "").split(":")
-    ]
-    return [*filter(None, more), *_HEADERS]

@@ -42,26 +42,19 @@ def traffic(plan: Plan, units: Units) -> Traffic:
     if zero is not None and zero.stage < 3:
         number, gathered = len(layers) + 1, float(trained)
     else:
-        gatherings = _gatherings(plan, units, times)
+        back = passing_back(units)
+        if zero is None and True in back:
+            back[max(0, back.index(True) - 1)] = True  # FSDP looks ahead
+        gatherings = [times.layer + times.layer_back * goes for goes in back]
         number = sum(gatherings) + times.root
         gathered = sum(count * unit.num_elements() for count, unit in zip(gatherings, layers, strict=True))
-        gathered += times.root * root.num_elements() - (
-            0.0 if zero is None else times.layer * _stays(plan, units)
-        )
+        gathered += times.root * root.num_elements()
+        gathered -= 0.0 if zero is None else times.layer * _stays(plan, units)
     number += times.gradients * (len(layers) + 1) * (2 if mesh.dp_replicate > 1 else 1)
     reduced = (8 if zero is not None and zero.stage < 3 else 4) * times.gradients * trained
     # Copies add up their gradients, each rank its part of them.
     copied = 8 * times.gradients * trained / ranks * (mesh.dp_replicate - 1) / mesh.dp_replicate
     return Traffic(number, (_itemsize(plan) * gathered + reduced) * (ranks - 1) / ranks, copied)
-
-
-def _gatherings(plan: Plan, units: Units, times: _Times) -> list[int]:
-    """Return how often each layer is gathered in a step: backward where that goes through it, and by FSDP,
-    which looks ahead, one more."""
-    back = passing_back(units)
-    if plan.zero is None and True in back:
-        back[max(0, back.index(True) - 1)] = True
-    return [times.layer + times.layer_back * goes for goes in back]
 
 
 def _stays(plan: Plan, units: Units) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from launcher import tasks
-from launcher.planner.memory.program import Unit, Weight
+from launcher.planner.memory.program import Unit
 from launcher.planner.plan import Plan
 
 Units = tuple[Unit, list[Unit]]
@@ -51,7 +51,10 @@ def operations(plan: Plan, units: Units, tokens: int) -> Operations:
             again += products + attention if plan.activation_checkpointing == "full" else 0.0
     # A head that sees one token of each sample is next to nothing.
     if traits.head == "every-position":
-        head, last = _head(root), any(passing_back(units)[-1:])
+        # The largest matrix behind the layers; the table of words where it is one with that.
+        behind = [weight for weight in root.weights[root.num_first :] if len(weight.shape) >= 2]
+        head = max(behind or root.weights, key=lambda weight: weight.num_elements)
+        last = any(passing_back(units)[-1:])
         forward += 2 * tokens * head.num_elements
         backward += 2 * tokens * head.num_elements * (last + head.trains)
     return Operations(forward, backward, again)
@@ -84,9 +87,3 @@ def attention_width(unit: Unit) -> int:
         weight.shape for weight in unit.weights if weight.name.endswith(names) and "mlp" not in weight.name
     ]
     return shapes[0][-1] if shapes else 0
-
-
-def _head(root: Unit) -> Weight:
-    """The largest matrix behind the layers; the table of words where it is one with that."""
-    behind = [weight for weight in root.weights[root.num_first :] if len(weight.shape) >= 2]
-    return max(behind or root.weights, key=lambda weight: weight.num_elements)

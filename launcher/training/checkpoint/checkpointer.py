@@ -186,7 +186,8 @@ class Checkpointer:
         records = {
             name: record for _, _, written in gathered for name, record in messages.files(written).items()
         }
-        return self._ranks.from_first(functools.partial(self._leader.commit, save, records))
+        reason, is_full = self._ranks.from_first(functools.partial(self._leader.commit, save, records))
+        return reason, is_full
 
     def _write_files(self, save: _Save) -> dict[str, FileRecord]:
         save.attempt.mkdir(exist_ok=True)

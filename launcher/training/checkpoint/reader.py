@@ -249,16 +249,10 @@ class CheckpointReader:
         with torch.no_grad():
             for item in planner.create_local_plan().items:
                 assert item.type is LoadItemType.TENSOR
-                self._copy(
-                    item.storage_index, item.storage_offsets, item.lengths, planner.resolve_tensor(item)
-                )
-
-    def _copy(
-        self, index: MetadataIndex, offsets: torch.Size, lengths: torch.Size, target: torch.Tensor
-    ) -> None:
-        chunk = next(chunk for chunk in self.describe(index.fqn).chunks if chunk.offsets == index.offset)
-        where = tuple(slice(offset, offset + length) for offset, length in zip(offsets, lengths, strict=True))
-        target.detach().copy_(self.piece(index.fqn, chunk)[where])
+                index, spans = item.storage_index, zip(item.storage_offsets, item.lengths, strict=True)
+                chunk = next(one for one in self.describe(index.fqn).chunks if one.offsets == index.offset)
+                where = tuple(slice(offset, offset + length) for offset, length in spans)
+                planner.resolve_tensor(item).detach().copy_(self.piece(index.fqn, chunk)[where])
 
     def _map(self, file_name: str) -> mmap.mmap:
         if file_name not in self._maps:

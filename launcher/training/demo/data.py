@@ -80,7 +80,8 @@ class Entry:
 def write_rows(directory: Path) -> tuple[int, int]:
     """Write train.jsonl and heldout.jsonl (keys prompt, completion, name); returns how many rows each has."""
     rows: dict[bool, list[dict[str, str]]] = {False: [], True: []}
-    for entry in _shuffled(entries()):
+    # In an order that mixes modules and never changes.
+    for entry in sorted(entries(), key=lambda entry: hashlib.sha256(entry.name.encode()).digest()):
         rows[entry.held_out].append(entry.row())
     for held_out, name in ((False, "train.jsonl"), (True, "heldout.jsonl")):
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[held_out])
@@ -99,11 +100,6 @@ def entries() -> list[Entry]:
                 by_name[key] = entry
                 names.add(entry.name)
     return list(by_name.values())
-
-
-def _shuffled(listed: list[Entry]) -> list[Entry]:
-    """In an order that mixes modules and never changes."""
-    return sorted(listed, key=lambda entry: hashlib.sha256(entry.name.encode()).digest())
 
 
 def _module_entries(module_name: str) -> Iterator[Entry]:

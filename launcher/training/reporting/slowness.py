@@ -33,7 +33,7 @@ class Evidence:
     @classmethod
     def now(cls) -> Evidence:
         """Return what the kernel and the supervisor say at this moment."""
-        delay = _fields("/proc/self/schedstat")
+        delay = _read("/proc/self/schedstat").split()
         faults = _read("/proc/self/stat").rpartition(")")[2].split()
         return cls(
             time=time.monotonic(),
@@ -76,10 +76,6 @@ def _read(path: str) -> str:
     with contextlib.suppress(OSError):
         return Path(path).read_text(encoding="utf-8", errors="replace")
     return ""
-
-
-def _fields(path: str) -> list[str]:
-    return _read(path).split()
 
 
 def _throttled_seconds() -> float:

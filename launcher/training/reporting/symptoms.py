@@ -78,8 +78,11 @@ class Symptoms:
         if self._chance is None or step <= self._judges_from:
             return
         self._losses.append(loss)
-        mean = statistics.fmean(self._losses)
-        if len(self._losses) == _STEPS and mean >= _OF_CHANCE * self._chance and not self._is_falling():
+        losses, mean = list(self._losses), statistics.fmean(self._losses)
+        if len(losses) == _STEPS and mean >= _OF_CHANCE * self._chance:
+            earlier, later = statistics.fmean(losses[: _STEPS // 2]), statistics.fmean(losses[_STEPS // 2 :])
+            if later < (1 - _FALL) * earlier:
+                return  # a model that begins with nothing learns, if late
             place = "is above" if mean > (2 - _OF_CHANCE) * self._chance else "stays at"
             text = (
                 f"the loss {place} what guessing gives: {mean:.4g} over {_STEPS} steps, and guessing "
@@ -90,13 +93,6 @@ class Symptoms:
                 step,
                 f"{text}; lower {self._rate}, or look at the labels and at what of a row is learned",
             )
-
-    def _is_falling(self) -> bool:
-        """Return whether the later half of the last losses is lower: a model that begins with nothing learns,
-        if late."""
-        losses = list(self._losses)
-        earlier, later = statistics.fmean(losses[: _STEPS // 2]), statistics.fmean(losses[_STEPS // 2 :])
-        return later < (1 - _FALL) * earlier
 
     def _explodes(self, step: int, norm: float) -> None:
         known = 2 * len(self._norms) >= _WINDOW

@@ -55,22 +55,19 @@ class ProfileMaker:
 
         Raises ConfigurationError for patterns that match nothing, and for a model without repeated layers.
         """
+        from launcher.training.model.places import freeze
+
         adapter = self.plan.model.adapter
-        self._choose_what_trains()
+        if adapter is None:
+            freeze(self.traced.model, self.plan.model)
+        else:
+            self.traced.add_adapter(adapter, self._new_parameters)
         root, layers = self.traced.units(narrow=adapter is not None)
         length = self.plan.data.max_length
         try:
             return self._with_passes(Profile(length, root, tuple(layers)))
         except Untraceable as error:
             return Profile(length, root, tuple(layers), untraceable=str(error))
-
-    def _choose_what_trains(self) -> None:
-        from launcher.training.model.places import freeze
-
-        if self.plan.model.adapter is None:
-            freeze(self.traced.model, self.plan.model)
-        else:
-            self.traced.add_adapter(self.plan.model.adapter, self._new_parameters)
 
     def _new_parameters(self, model: Any) -> tuple[str, ...]:
         """Return the names that the model's files do not hold: of its head, where they are of another class

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -100,7 +101,9 @@ class TracedModel:
         for parameter in self.model.parameters():
             parameter.grad = None
         with self._mode:
-            counting = Counting(recorder.meter, self._held(), cuda)
+            # What is there before the step an engine answers for.
+            held = chain(self.model.buffers(), self.model.parameters())
+            counting = Counting(recorder.meter, held, cuda)
             with self._prepared(recorder, layers, checkpointing), counting, _decided_by_numbers():
                 recorder.begin("stem")
                 self._pass(
@@ -119,11 +122,6 @@ class TracedModel:
         if not value.is_floating_point():
             counting.numbers.know(created, value)
         return created
-
-    def _held(self) -> Iterator[torch.Tensor]:
-        """Yield what is there before the step, which an engine answers for."""
-        yield from self.model.buffers()
-        yield from self.model.parameters()
 
     def _pass(self, recorder: Recorder, batch: dict[str, Any], training: bool, backward: bool) -> None:
         self.model.train(training)
