@@ -381,6 +381,10 @@ def test_answers_are_judged_with_and_without_a_threshold() -> None:
     other = task_of(unanswerable=True)
     other.adopt_evaluation(evaluator.details())
     assert other._threshold == evaluator.details()["no_answer_threshold"] != 0.5
+    other.keeps_fitted = True
+    again = other.evaluator()
+    again.compute([evaluator.state()])
+    assert again.details()["no_answer_threshold"] == other._threshold
 
 
 def test_an_answer_is_at_most_so_long() -> None:
