@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from launcher.errors import ConfigurationError, Problem
-from launcher.importing import command_line, foreign_files
+from launcher.importing import command_line, foreign_files, seq2seq
 from launcher.importing.merge import JOB_KEYS, MODEL, TRAIN, job_content, merge
 from launcher.importing.reading import Reading, Remark
 from launcher.job.load import validate, without
@@ -94,7 +94,7 @@ def _left_to_launcher(facts: dict[str, Any]) -> list[Remark]:
 
 
 def _columns(data: dict[str, Any]) -> str | None:
-    return None if data.keys() & {"text", "prompt", "messages"} else "(no column)"
+    return None if data.keys() & {"text", "prompt", "messages", "source"} else "(no column)"
 
 
 def _unfit(content: dict[str, Any], facts: dict[str, Any]) -> list[Problem]:
@@ -117,8 +117,9 @@ def _text(content: dict[str, Any], readings: list[Reading]) -> str:
     )
     body = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     body = body.replace(f"{MODEL}\n", f"{MODEL}   # fill in: a directory, or a name on the hub\n")
-    body = body.replace(
-        f"{TRAIN}\n",
-        f"{TRAIN}   # fill in, and which columns are what: text, or prompt and completion, or messages\n",
-    )
+    columns = ", and which columns are what: text, or prompt and completion, or messages"
+    columns = columns if _columns(content["data"]) else ""
+    body = body.replace(f"{TRAIN}\n", f"{TRAIN}   # fill in{columns}\n")
+    for placeholder in (*seq2seq.PLACEHOLDERS.values(), seq2seq.HELD_OUT):
+        body = body.replace(f"{placeholder}\n", f"{placeholder}   # fill in\n")
     return "\n".join([*head, body])

@@ -34,7 +34,7 @@ def _sources(job: Job) -> Iterator[Finding]:
 
 
 def _targets(key: str, targets: str, source: Source, job: Job) -> Iterator[Finding]:
-    """What goes against reading two text files side by side."""
+    """Yield what goes against reading two text files side by side."""
     if source.path is None:
         reason = (
             "is read line for line beside path, and there is none; a data set on the hub has its own columns"
