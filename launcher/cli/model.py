@@ -98,7 +98,8 @@ def evaluate(
     plots: Annotated[
         bool,
         typer.Option(
-            "--plots", help="Draw the learning curve, the confusion matrix, and F1 by class or type."
+            "--plots",
+            help="Draw the learning curve, the confusion matrix, F1 by class or type, and the metric by length.",
         ),
     ] = False,
     nproc: NumRanks = None,
@@ -164,6 +165,7 @@ def _drawn(run: Path | None, result: dict[str, Any]) -> dict[str, str]:
     if "confusion_matrix" in details:
         results["confusion"] = plots.confusion(details)
     results["f1"] = plots.f1_bars(details)
+    results["groups"] = plots.group_bars(details)
     results = {name: text for name, text in results.items() if text}
     if run is None:
         return results

@@ -80,6 +80,27 @@ def f1_bars(details: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def group_bars(details: dict[str, Any]) -> str:
+    """Return the main metric of each group of rows (by length, by kind of question) as bars with the number of
+    rows; empty for details without groups.
+
+    A bar is full at 1, or at the highest where values are above 1.
+    """
+    parts = []
+    for name, groups in (details.get("groups") or {}).items():
+        if not groups:
+            continue
+        metric = next(iter(next(iter(groups.values()))))
+        values = {str(group): float(scores[metric]) for group, scores in groups.items()}
+        full, width = max(1.0, *values.values()), max(map(len, [*values, name]))
+        lines = [f"{name:{width}}  {metric}, and how many rows"]
+        for (group, value), scores in zip(values.items(), groups.values(), strict=True):
+            bar = "█" * round(40 * max(0.0, value) / full)
+            lines.append(f"{group:{width}}  {value:7.3f} {bar:40} {int(scores['num_rows']):,}")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
 def _mistaken(labels: list[str], counts: list[list[int]]) -> Iterator[str]:
     """The most frequent mistakes, one a line."""
     pairs = [

@@ -20,20 +20,7 @@ def find_files(pattern: str, split: str = "train") -> list[Path]:
     exact = Path(pattern)
     if exact.is_dir():
         return _saved(exact, split)
-    paths = (
-        [exact]
-        if exact.is_file()
-        else sorted(p for p in map(Path, glob.glob(pattern, recursive=True)) if p.is_file())
-    )
-    if not paths:
-        near = (
-            difflib.get_close_matches(exact.name, [p.name for p in exact.parent.glob("*")], n=1)
-            if exact.parent.is_dir()
-            else []
-        )
-        raise DataError(
-            f"{pattern}: no such file" + (f"; did you mean {exact.parent / near[0]}?" if near else "")
-        )
+    paths = matching(pattern)
     for path in paths:
         if path.suffix.lower() not in FORMATS:
             raise DataError(
@@ -41,6 +28,24 @@ def find_files(pattern: str, split: str = "train") -> list[Path]:
                 f"readers for {known}"
             )
     return paths
+
+
+def matching(pattern: str) -> list[Path]:
+    """Return the files of a path or a pattern, sorted by name, whatever they end in. Raises DataError where
+    there are none."""
+    exact = Path(pattern)
+    if exact.is_file():
+        return [exact]
+    if paths := sorted(p for p in map(Path, glob.glob(pattern, recursive=True)) if p.is_file()):
+        return paths
+    near = (
+        difflib.get_close_matches(exact.name, [p.name for p in exact.parent.glob("*")], n=1)
+        if exact.parent.is_dir()
+        else []
+    )
+    raise DataError(
+        f"{pattern}: no such file" + (f"; did you mean {exact.parent / near[0]}?" if near else "")
+    )
 
 
 def _saved(directory: Path, split: str) -> list[Path]:

@@ -9,6 +9,7 @@ from itertools import islice
 from math import ceil
 from pathlib import Path
 
+from launcher.data.aligned import look_at_pairs
 from launcher.data.files import find_files
 from launcher.data.formats import format_of, num_lines
 from launcher.data.parts import Part, Seen
@@ -48,6 +49,8 @@ def look(source: Source, columns: Sequence[str], most: int = 1024) -> Sample:
     if source.path is None:
         raise DataError("data on the hub are not looked at")
     try:
+        if source.targets is not None:
+            return Sample(*look_at_pairs(source, columns, most))
         paths = find_files(source.path, source.split)
         if source.limit is not None and source.limit <= most:
             rows = tuple(islice(_in_order(paths, columns), source.limit))

@@ -15,6 +15,10 @@ class Source(Section):
     path: str | None = None
     """A local file (.json .jsonl .csv .tsv .parquet .arrow .txt .conll) or a directory that `save_to_disk` of
     `datasets` wrote, relative to the job file; or a pattern of several files."""
+    targets: str | None = None
+    """A second text file, line for line beside `path`, relative to the job file: `path` has the task's first
+    column, this one its second (source and target, prompt and completion, text and label). Both may end in
+    anything; or patterns of as many files, which go together in the order of their names."""
     name: str | None = None
     """A data set's name on the hub, instead of a path."""
     subset: str | None = None

@@ -14,6 +14,7 @@ from launcher.importing import (
     command_line,
     deepspeed_config,
     llama_factory,
+    seq2seq,
     sft,
     trainer,
 )
@@ -113,7 +114,7 @@ def kind_of(content: Any) -> Kind | None:
         return "accelerate"
     if keys & deepspeed_config.MARKS:
         return "deepspeed"
-    if keys & (trainer.MARKS | sft.MARKS | {"model_name_or_path"}):
+    if keys & (trainer.MARKS | seq2seq.MARKS | sft.MARKS | {"model_name_or_path"}):
         return "trainer"
     return None
 

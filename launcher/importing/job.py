@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from launcher.errors import ConfigurationError, Problem
-from launcher.importing import command_line, foreign_files
+from launcher.importing import command_line, foreign_files, seq2seq
 from launcher.importing.merge import JOB_KEYS, MODEL, TRAIN, job_content, merge
 from launcher.importing.reading import Reading, Remark
 from launcher.job.load import validate, without
@@ -65,7 +65,7 @@ def import_files(paths: list[Path], words: list[str] | None = None) -> Imported:
         open_keys.append(("model.name", MODEL, "the model's directory or its name on the hub"))
     if data["train"].get("path") == TRAIN:
         open_keys.append(("data.train", TRAIN, "the rows to learn from"))
-    if not data.keys() & {"text", "prompt", "messages"}:
+    if not data.keys() & {"text", "prompt", "messages", "source"}:
         text = "which columns are what: text, or prompt and completion, or messages, or text and label"
         open_keys.append(("data", "(no column)", text))
     placeholders = [Remark("fill in", "(no file)", *one) for one in open_keys]
@@ -103,8 +103,9 @@ def _text(content: dict[str, Any], readings: list[Reading]) -> str:
     )
     body = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     body = body.replace(f"{MODEL}\n", f"{MODEL}   # fill in: a directory, or a name on the hub\n")
-    body = body.replace(
-        f"{TRAIN}\n",
-        f"{TRAIN}   # fill in, and which columns are what: text, or prompt and completion, or messages\n",
-    )
+    columns = ", and which columns are what: text, or prompt and completion, or messages"
+    columns = columns if _columns(content["data"]) else ""
+    body = body.replace(f"{TRAIN}\n", f"{TRAIN}   # fill in{columns}\n")
+    for placeholder in (*seq2seq.PLACEHOLDERS.values(), seq2seq.HELD_OUT):
+        body = body.replace(f"{placeholder}\n", f"{placeholder}   # fill in\n")
     return "\n".join([*head, body])

@@ -27,8 +27,8 @@ JOB_KEYS = {
 """Keys of the plan that stand elsewhere in a job; the others stand where they are, or nowhere (`zero.`,
 `mesh.`)."""
 _PARTS = (
-    "name", "model", "data", "batch", "training", "precision", "memory", "parallel", "checkpoint", "cluster",
-    "trackers",
+    "name", "model", "data", "evaluation", "batch", "training", "precision", "memory", "parallel",
+    "checkpoint", "cluster", "trackers",
 )  # fmt: skip
 MODEL, TRAIN = "./FILL-IN-model", "FILL-IN.jsonl"
 _BATCH = ("batch.global_batch_size", "batch.micro_batch_size", "batch.accumulation_steps", "mesh.world_size")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from launcher.importing import accelerate, optimizers, sft, trainer_keys
+from launcher.importing import accelerate, optimizers, seq2seq, sft, trainer_keys
 from launcher.importing.defaults import TRAINER, Defaults
 from launcher.importing.reading import Reading, brief
 
@@ -50,20 +50,23 @@ READ = {
 
 
 def read(content: dict[str, Any], reading: Reading, is_sft: bool = False) -> None:
-    """Say what TrainingArguments, and the usual arguments of a script beside them, say; TRL's too where they
-    are TRL's."""
-    if (
-        is_sft
-        or sft.MARKS & content.keys()
-        or {"dataset_name", "max_length"} <= content.keys()
-        or "max_prompt_length" in content
+    """Say what TrainingArguments, and the usual arguments of a script beside them, say; TRL's and
+    Seq2SeqTrainer's too where they are theirs."""
+    writes = not is_sft and bool(seq2seq.MARKS & content.keys())
+    if is_sft or (
+        not writes
+        and (
+            sft.MARKS & content.keys()
+            or {"dataset_name", "max_length"} <= content.keys()
+            or "max_prompt_length" in content
+        )
     ):
         return arguments(content, reading, sft.DEFAULTS, sft.read(content, reading))
-    adapter = sft.adapter_of_a_script(content, reading)
-    named = sft.data_set(content, reading)
-    arguments(
-        content, reading, TRAINER if MARKS & (content.keys() | reading.unknown) else None, adapter | named
-    )
+    own = sft.adapter_of_a_script(content, reading) | sft.data_set(content, reading)
+    if writes:
+        own |= seq2seq.read(content, reading)
+    known = (MARKS | seq2seq.MARKS) & (content.keys() | reading.unknown)
+    arguments(content, reading, TRAINER if known else None, own)
     return None
 
 

@@ -28,7 +28,8 @@ def resolve(job: Job, folder: Path) -> tuple[Job, list[Problem]]:
     sources = {}
     for role, source in (("train", job.data.train), ("evaluation", job.data.evaluation)):
         if source is not None and source.path is not None:
-            sources[role] = _source(source, f"data.{role}.path", folder, problems)
+            read = _source if source.targets is None else _pair
+            sources[role] = read(source, f"data.{role}.path", folder, problems)
     data: Data = job.data.model_copy(update=sources)
     memory = job.memory
     if memory.offload_to != "cpu":
@@ -73,6 +74,27 @@ def _source(source: Source, key: str, folder: Path, problems: list[Problem]) -> 
     elif path.suffix.lower() not in FORMATS:
         problems.append(_unreadable(key, source.path, path))
     return source.model_copy(update={"path": str(path)})
+
+
+def _pair(source: Source, key: str, folder: Path, problems: list[Problem]) -> Source:
+    """A source of two text files, or two patterns of as many."""
+    absolute, numbers = {}, {}
+    for name, value in (("path", source.path), ("targets", source.targets)):
+        assert value is not None
+        path = folder / Path(value).expanduser()
+        absolute[name] = str(path)
+        files = [path] if path.is_file() else glob.glob(str(path), recursive=True)
+        numbers[name] = sum(Path(file).is_file() for file in files)
+        if not numbers[name]:
+            reason = f"no such file (looked in {path.parent}){nearest_file(path)}"
+            problems.append(Problem(key.replace(".path", f".{name}"), value, reason))
+    if all(numbers.values()) and numbers["path"] != numbers["targets"]:
+        reason = f"names {numbers['targets']} files, and path {numbers['path']}: name as many of both"
+        problems.append(Problem(key.replace(".path", ".targets"), source.targets, reason))
+    if "split" in source.model_fields_set:
+        reason = "text files have no splits; leave it out"
+        problems.append(Problem(key.replace(".path", ".split"), source.split, reason))
+    return source.model_copy(update=absolute)
 
 
 def _split(source: Source, key: str, splits: list[str]) -> list[Problem]:

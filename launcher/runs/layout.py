@@ -142,6 +142,12 @@ class RunDirectory:
         where there is nothing of it."""
         return self.path / "evaluations" / f"step-{step:08d}.json"
 
+    def newest_evaluation(self, step: int) -> Path | None:
+        """Return the newest of these files up to a step; None where there is none."""
+        steps = [path.stem.removeprefix("step-") for path in (self.path / "evaluations").glob("step-*.json")]
+        newest = max((int(one) for one in steps if one.isdecimal() and int(one) <= step), default=None)
+        return None if newest is None else self.evaluation(newest)
+
     def attempt(self, number: int) -> Path:
         """The directory of one attempt: rank logs, failure.json, command.json."""
         return self.attempts / f"{number:04d}"

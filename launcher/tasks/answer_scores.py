@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from launcher.lazy import Lazy
 from launcher.tasks import squad
 from launcher.tasks.answer_spans import best_spans, probabilities
+from launcher.tasks.groups import by_length, measured
 from launcher.tasks.task import Evaluator, Output, Sample
 
 if TYPE_CHECKING:
@@ -87,6 +88,8 @@ class AnswerScores(Evaluator):
         self._numbers: list[tuple[float, ...]] = []
         self._texts: list[bytes] = []
         self._details: dict[str, Any] = {}
+        self._asked: list[squad.Asked] = []
+        self._lengths: list[int] = []
 
     def update(self, output: Output, batch: dict[str, Any]) -> None:
         assert output.predictions is not None
@@ -97,14 +100,15 @@ class AnswerScores(Evaluator):
             if sample.weight:
                 spans, none = pointed(sample, scores, 1, self._longest)
                 best = spans[0] if spans else Pointed("", 0, 0, -math.inf)
-                self._numbers.append((sample.id, sample.window, best.score, none))
+                end = int(sample["spans"][:, 1].max(initial=0))
+                self._numbers.append((sample.id, sample.window, best.score, none, end))
                 self._texts += [best.answer.encode(), sample["references"].tobytes()]
 
     def state(self) -> list[np.ndarray]:
-        """Return the sums; of each window its row, its number, the scores of its answer and of none; and the
-        texts as bytes."""
+        """Return the sums; of each window its row, its number, the scores of its answer and of none, and where
+        in the row's text it ends; and the texts as bytes."""
         lengths = np.array([len(text) for text in self._texts], dtype=np.int64)
-        numbers = np.array(self._numbers, dtype=np.float64).reshape(-1, 4)
+        numbers = np.array(self._numbers, dtype=np.float64).reshape(-1, 5)
         return [self._sums, numbers, lengths, np.frombuffer(b"".join(self._texts), dtype=np.uint8)]
 
     def compute(self, states: Sequence[Sequence[np.ndarray]]) -> dict[str, float]:
@@ -113,7 +117,8 @@ class AnswerScores(Evaluator):
         rows: dict[int, list[_Window]] = {}
         for window in windows:
             rows.setdefault(window.row, []).append(window)
-        asked = [_asked(own) for own in rows.values()]
+        self._asked = asked = [_asked(own) for own in rows.values()]
+        self._lengths = [max(window.end for window in own) for own in rows.values()]
         loss = {"loss": loss_sum / max(1.0, num_learned)}
         if not self._unanswerable:
             self._details = {"num_questions": len(asked)}
@@ -122,7 +127,25 @@ class AnswerScores(Evaluator):
         return loss | metrics
 
     def details(self) -> dict[str, Any]:
-        return self._details
+        """Return the thresholds and numbers of questions, and the F1 by characters of the text and by kind of
+        question."""
+        if not self._asked:
+            return self._details
+        kinds: dict[str, list[int]] = {"with an answer": [], "without one": []}
+        for place, one in enumerate(self._asked):
+            kinds["with an answer" if one.references else "without one"].append(place)
+        groups = {"characters of the text": measured(by_length(self._lengths), self._of)}
+        groups |= {"questions": measured(kinds, self._of)} if self._unanswerable else {}
+        return {**self._details, "groups": groups}
+
+    def _of(self, places: Sequence[int]) -> dict[str, float]:
+        """Return F1 and exact match of some questions, by the threshold that all of them are measured by."""
+        asked = [self._asked[place] for place in places]
+        if self._unanswerable:
+            found, _ = squad.with_unanswerable(asked, self._details["no_answer_threshold"])
+        else:
+            found = squad.answered(asked)
+        return {name: found[name] for name in ("f1", "exact_match")}
 
     def told_apart(self, state: Sequence[np.ndarray], copy: int) -> Sequence[np.ndarray]:
         sums, numbers, *texts = state
@@ -136,6 +159,7 @@ class _Window(NamedTuple):
     number: int
     score: float
     none: float
+    end: int
     answer: str
     references: str
 
@@ -144,10 +168,10 @@ def _windows(state: Sequence[np.ndarray]) -> Iterable[_Window]:
     _, numbers, lengths, content = state
     ends = np.cumsum(lengths).tolist()
     texts = [content[begin:end].tobytes().decode() for begin, end in zip([0, *ends], ends, strict=False)]
-    for (row, number, score, none), answer, references in zip(
+    for (row, number, score, none, end), answer, references in zip(
         numbers.tolist(), texts[::2], texts[1::2], strict=True
     ):
-        yield _Window(int(row), int(number), score, none, answer, references)
+        yield _Window(int(row), int(number), score, none, int(end), answer, references)
 
 
 def _asked(windows: Sequence[_Window]) -> squad.Asked:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from launcher.lazy import Lazy
 from launcher.tasks import metrics as measure
+from launcher.tasks.groups import by_length, measured
 from launcher.tasks.task import Evaluator, Output
 
 if TYPE_CHECKING:
@@ -29,14 +30,19 @@ class LabelScores(Evaluator):
     ) -> None:
         self._problem, self._labels, self._thresholds, self._top_k = problem, labels, thresholds, top_k
         self._loss_sum = 0.0
-        self._seen: list[tuple[np.ndarray, np.ndarray]] = []
+        self._seen: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self._last: tuple[np.ndarray, np.ndarray] | None = None
+        self._lengths = np.zeros(0, dtype=np.int64)
 
     def update(self, output: Output, batch: dict[str, Any]) -> None:
         self._loss_sum += float(output.loss_sum)
         assert output.predictions is not None
         real = batch["weights"].numpy() > 0
-        self._seen.append((output.predictions.cpu().numpy()[real], batch["labels"].numpy()[real]))
+        mask = batch.get("attention_mask")  # of what is no text there is none
+        lengths = np.zeros(len(real), dtype=np.int64) if mask is None else mask.sum(dim=1).cpu().numpy()
+        self._seen.append(
+            (output.predictions.cpu().numpy()[real], batch["labels"].numpy()[real], lengths[real])
+        )
 
     def state(self) -> list[np.ndarray]:
         return [
@@ -46,47 +52,61 @@ class LabelScores(Evaluator):
 
     def compute(self, states: Sequence[Sequence[np.ndarray]]) -> dict[str, float]:
         loss_sum = float(np.sum([sums for sums, *_ in states]))
-        self._last = _together(states)
-        if self._last is None:
+        parts = [seen for _, *seen in states if seen]  # a rank without a batch has seen nothing
+        if not parts:
+            self._last = None
             return {"loss": loss_sum}
-        predictions, labels = self._last
-        loss = {"loss": loss_sum / len(labels)}
+        predictions, labels, self._lengths = map(np.concatenate, zip(*parts, strict=True))
+        self._last = predictions, labels
+        found = self._measured(predictions, labels, self._taken(predictions, labels))
+        return {"loss": loss_sum / len(labels)} | found
+
+    def _measured(
+        self, predictions: np.ndarray, labels: np.ndarray, thresholds: Sequence[float] | None
+    ) -> dict[str, float]:
+        """Return the measures of the problem; `thresholds` are those of several labels at once."""
         if self._problem == "regression":
-            return loss | measure.regression(predictions, labels)
+            return measure.regression(predictions, labels)
         if self._problem == "multi-label":
-            return loss | measure.multi_label(
-                chosen_classes(predictions, self._taken(predictions, labels)), labels
-            )
+            return measure.multi_label(chosen_classes(predictions, thresholds), labels)
         number = self._top_k
         more = (
             {}
             if number is None
             else {f"top_{number}_accuracy": measure.top_k_accuracy(predictions, labels, number)}
         )
-        return loss | measure.single_label(predictions, labels, len(self._labels)) | more
+        return measure.single_label(predictions, labels, len(self._labels)) | more
 
     def _taken(self, predictions: np.ndarray, labels: np.ndarray) -> Sequence[float] | None:
+        if self._problem != "multi-label":
+            return None
         return fitted_thresholds(predictions, labels) if self._thresholds == "fit" else self._thresholds
 
     def details(self) -> dict[str, Any]:
-        """Return the confusion matrix and the measures of each class; of several at once the thresholds too."""
-        if self._last is None or self._problem == "regression":
+        """Return the confusion matrix and the measures of each class, of several at once the thresholds too;
+        and the main measure by tokens of the text."""
+        if self._last is None:
             return {}
         predictions, labels = self._last
-        if self._problem == "single-label":
-            return one_label_details(predictions, labels, self._labels)
         thresholds = self._taken(predictions, labels)
-        chosen = chosen_classes(predictions, thresholds)
-        return several_labels_details(chosen, labels, self._labels, thresholds or [0.5] * labels.shape[1])
+
+        def main(places: Sequence[int]) -> dict[str, float]:
+            found = self._measured(predictions[places], labels[places], thresholds)
+            return {_MAIN[self._problem]: found[_MAIN[self._problem]]}
+
+        told: dict[str, Any] = {}
+        if self._problem == "single-label":
+            told = one_label_details(predictions, labels, self._labels)
+        elif self._problem == "multi-label":
+            chosen = chosen_classes(predictions, thresholds)
+            told = several_labels_details(chosen, labels, self._labels, thresholds or [0.5] * labels.shape[1])
+        if self._lengths.any():
+            told["groups"] = {"tokens of the text": measured(by_length(self._lengths.tolist()), main)}
+        return told
 
 
-def _together(states: Sequence[Sequence[np.ndarray]]) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return what all ranks saw; None where there was nothing. A rank without a batch has seen nothing."""
-    parts = [seen for _, *seen in states if seen]
-    if not parts:
-        return None
-    predictions, labels = map(np.concatenate, zip(*parts, strict=True))
-    return predictions, labels
+_MAIN = {"regression": "mse", "multi-label": "f1_micro", "single-label": "accuracy"}
+"""What a few rows can be measured by: correlations and means over classes of them say little."""
 
 
 def chosen_classes(logits: np.ndarray, thresholds: Sequence[float] | None) -> np.ndarray:

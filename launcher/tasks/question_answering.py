@@ -62,6 +62,7 @@ class QuestionAnswering(Task):
         self._separator: int | None = None
         """Where it does, the token of which every sequence has three."""
         self._threshold = 0.5 if data.no_answer_threshold == "fit" else data.no_answer_threshold
+        self._was_fitted = False
 
     def checks(self) -> Iterator[Finding]:
         yield from super().checks()
@@ -212,13 +213,14 @@ class QuestionAnswering(Task):
         return span_loss(model, batch)
 
     def evaluator(self) -> Evaluator:
-        threshold = None if self.data.no_answer_threshold == "fit" else self.data.no_answer_threshold
+        fits = self.data.no_answer_threshold == "fit" and not (self.keeps_fitted and self._was_fitted)
+        threshold = None if fits else self._threshold
         return AnswerScores(self.data.unanswerable, threshold, self.data.max_answer_length)
 
     def adopt_evaluation(self, details: Mapping[str, Any]) -> None:
         """Take the threshold that an evaluation of the model fitted, where the job leaves it to that."""
-        if self.data.no_answer_threshold == "fit":
-            self._threshold = float(details.get("no_answer_threshold", self._threshold))
+        if self.data.no_answer_threshold == "fit" and "no_answer_threshold" in details:
+            self._threshold, self._was_fitted = float(details["no_answer_threshold"]), True
 
     def answers(
         self, output: Output, batch: dict[str, Any], samples: Sequence[Sample], options: AnswerOptions

@@ -286,7 +286,10 @@ class SequenceClassification(Task):
         )
 
     def evaluator(self) -> Evaluator:
-        thresholds: Thresholds = "fit" if self.data.thresholds == "fit" else self._numbers("thresholds", 0.5)
+        kept = self._fitted if self.keeps_fitted else None
+        thresholds: Thresholds = kept or (
+            "fit" if self.data.thresholds == "fit" else self._numbers("thresholds", 0.5)
+        )
         return LabelScores(self.data.problem, self.labels or (), thresholds, self.data.top_k)
 
     def adopt_evaluation(self, details: Mapping[str, Any]) -> None:

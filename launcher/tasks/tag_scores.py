@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from launcher.lazy import Lazy
+from launcher.tasks.groups import by_length, measured
 from launcher.tasks.schemes import OUTSIDE, Entity, Scheme, inside
 from launcher.tasks.task import Evaluator, Output
 
@@ -66,6 +67,8 @@ class TagScores(Evaluator):
         self._sums = np.zeros(2)
         self._words: list[np.ndarray] = []
         self._types: dict[str, dict[str, float]] = {}
+        self._tags: tuple[list[list[str]], list[list[str]]] = [], []
+        """Of each row the right tags, and those of the model."""
 
     def update(self, output: Output, batch: dict[str, Any]) -> None:
         words = batch["aside"]["words"].copy()  # row, number in the row, tag, place: see `collate`
@@ -89,6 +92,7 @@ class TagScores(Evaluator):
         for _, tags, found in _rows(np.concatenate([words for _, words in states])):
             gold.append([self._names[number] for number in tags])
             predicted.append(completed(found, self._names))
+        self._tags = gold, predicted
         metrics = {"loss": loss_sum / max(num_learned, 1)}
         flat = [[name for tags in side for name in tags] for side in (gold, predicted)]
         if not flat[0]:
@@ -107,7 +111,18 @@ class TagScores(Evaluator):
         }
 
     def details(self) -> dict[str, Any]:
-        return {"types": self._types} if self._types else {}
+        """Return the scores of each type of entity, and F1 (without a scheme accuracy) by words of the row."""
+        groups = by_length(list(map(len, self._tags[0])))
+        told: dict[str, Any] = {"types": self._types} if self._types else {}
+        return told | ({"groups": {"words of the row": measured(groups, self._of)}} if groups else {})
+
+    def _of(self, places: Sequence[int]) -> dict[str, float]:
+        """Return the F1 of the entities of some rows, or the share of their words that are right."""
+        gold, predicted = ([side[place] for place in places] for side in self._tags)
+        if self._scheme != "none":
+            return {"f1": entity_scores(gold, predicted)[0]["f1"]}
+        pairs = [pair for own in zip(gold, predicted, strict=True) for pair in zip(*own, strict=True)]
+        return {"accuracy": sum(one == other for one, other in pairs) / max(1, len(pairs))}
 
 
 def _rows(words: np.ndarray) -> Iterator[tuple[int, list[int], list[int]]]:

@@ -126,6 +126,9 @@ class Task(ABC):
     """Whether the model can write an answer to a row: what `generates` of a job may ask for."""
     for_prediction: bool = False
     """Whether rows are answered: labels may be absent, and `columns`, `texts` and `encode` ask for none."""
+    keeps_fitted: bool = False
+    """Whether an evaluation goes by what `adopt_evaluation` took, as a model that is done is measured, and
+    fits nothing anew."""
     evaluation: Evaluation = Evaluation()
     """What is done with held-out rows beside computing their loss: the section `evaluation` of the job."""
 

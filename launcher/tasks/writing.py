@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.lazy import Lazy
 from launcher.tasks.generation import Generate, GenerationOptions, options_of
+from launcher.tasks.groups import by_length, measured
 from launcher.tasks.task import Better, Finding, Output, Sample, Task, finding
 from launcher.tasks.text_scores import scores
 from launcher.tasks.token_losses import TokenLosses
@@ -114,6 +115,8 @@ class TextEvaluator(TokenLosses):
         super().__init__()
         self._task = task
         self._rows: list[tuple[int, int, str, list[str]]] = []
+        self._texts: tuple[list[str], list[list[str]]] = [], []
+        """Of each row the answer and its references."""
 
     def update(self, output: Output, batch: dict[str, Any]) -> None:
         super().update(output, batch)
@@ -132,8 +135,26 @@ class TextEvaluator(TokenLosses):
         losses = super().compute(states)
         # Whatever rank wrote them, the rows stand in their own order, so that sums over them are rounded alike.
         rows = sorted((row for _, written in states for row in from_bytes(written)), key=lambda row: row[:2])
-        answers, references = [row[2] for row in rows], [row[3] for row in rows]
+        answers, references = self._texts = [row[2] for row in rows], [row[3] for row in rows]
         return losses | scores(answers, references, self._task.evaluation, tuple(self._task.compared_by))
+
+    def details(self) -> dict[str, Any]:
+        """Return how many answers differ, and the scores by words of the first reference."""
+        answers, references = self._texts
+        if not answers:
+            return {}
+        names, plain = (
+            tuple(self._task.compared_by),
+            self._task.evaluation.model_copy(update={"scorer": None}),
+        )
+
+        def scored(places: Sequence[int]) -> dict[str, float]:
+            own = [answers[place] for place in places], [references[place] for place in places]
+            return scores(*own, plain, names)
+
+        groups = by_length([len(texts[0].split()) if texts else 0 for texts in references])
+        distinct = {"num_answers": len(answers), "num_distinct_answers": len(set(answers))}
+        return {**distinct, "groups": {"words of the reference": measured(groups, scored)}}
 
 
 def as_bytes(value: Any) -> np.ndarray:

@@ -35,7 +35,7 @@ from launcher.training.data.stretches import Share, stretches
 from launcher.training.devices import start_process_group
 from launcher.training.engines.engine import Engine
 from launcher.training.evaluation import Interrupted
-from launcher.training.model.model_files import is_weights
+from launcher.training.model.model_files import EVALUATION, is_weights
 from launcher.training.signals import StopRequest
 from launcher.training.subject import Subject, as_trained
 
@@ -164,8 +164,9 @@ def _identity(
     }
     if run is not None:
         return of | {"the run": RunDirectory(run).run_id(), "the checkpoint's step": step}
+    telling = ("config.json", EVALUATION)
     weights = [
-        path for path in sorted(Path(str(model)).iterdir()) if is_weights(path) or path.name == "config.json"
+        path for path in sorted(Path(str(model)).iterdir()) if is_weights(path) or path.name in telling
     ]
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weights]
     return of | {"the model's files": xxhash.xxh3_64_hexdigest(json.dumps(files).encode())}

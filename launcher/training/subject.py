@@ -22,6 +22,7 @@ from launcher.training import engines
 from launcher.training.checkpoint.checkpointer import Checkpointer
 from launcher.training.engines.engine import Engine
 from launcher.training.model import pretrained
+from launcher.training.model.model_files import EVALUATION
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,10 @@ class Subject:
             task.adopt(pretrained.read_config(as_it_stands(planned, str(run / "model"))), as_it_stands=True)
         else:
             task.adopt(config, as_it_stands=model is not None)
-        return cls(planned, config, tokenizer, task)
+        subject = cls(planned, config, tokenizer, task)
+        if model is not None and (file := Path(model) / EVALUATION).is_file():
+            subject.adopt(file)
+        return subject
 
     def build(self, scratch: RunDirectory) -> Engine:
         """The plan's engine with the model loaded. Called by all ranks together."""
@@ -70,23 +74,19 @@ class Subject:
         if progress is None:
             raise ConfigurationError(Problem("RUN", str(run), "has no checkpoint yet"))
         engine.after_load()
-        self.task.adopt_evaluation(_fitted(results, progress.step))
+        if (file := results.newest_evaluation(progress.step)) is not None:
+            self.adopt(file)
         return progress.step
 
-
-def _fitted(run: RunDirectory, step: int) -> dict[str, Any]:
-    """The details of the run's newest evaluation up to a step. Raises CheckpointError where they are damaged."""
-    steps = [path.stem.removeprefix("step-") for path in (run.path / "evaluations").glob("step-*.json")]
-    newest = max((int(one) for one in steps if one.isdecimal() and int(one) <= step), default=None)
-    if newest is None:
-        return {}
-    try:
-        return dict(read_json(run.evaluation(newest))["details"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = "holds what was fitted on the held-out rows, and cannot be read"
-        raise CheckpointError(
-            f"{run.evaluation(newest)} {reason} ({error}); remove it to go without"
-        ) from None
+    def adopt(self, file: Path) -> None:
+        """Take what an evaluation of this model fitted, and keep to it. Raises CheckpointError where the file
+        is damaged."""
+        try:
+            self.task.adopt_evaluation(dict(read_json(file)["details"]))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = "holds what was fitted on the held-out rows, and cannot be read"
+            raise CheckpointError(f"{file} {reason} ({error}); remove it to go without") from None
+        self.task.keeps_fitted = True
 
 
 def as_it_stands(plan: Plan, model: str) -> Plan:

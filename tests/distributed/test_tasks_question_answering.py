@@ -378,9 +378,20 @@ def test_answers_are_judged_with_and_without_a_threshold() -> None:
     fitted = evaluator.compute([evaluator.state()])
     assert fitted["f1"] == fitted["best_f1"] == pytest.approx(2 / 3)
     assert evaluator.details()["num_without_answer"] == 1
+    groups = evaluator.details()["groups"]
+    kinds = groups["questions"]
+    assert [kinds[name]["num_rows"] for name in ("with an answer", "without one")] == [2, 1]
+    assert kinds["with an answer"]["f1"] == fitted["has_answer_f1"]
+    assert kinds["without one"]["f1"] == fitted["no_answer_accuracy"]
+    lengths = groups["characters of the text"].values()
+    assert sum(one["f1"] * one["num_rows"] for one in lengths) == pytest.approx(3 * fitted["f1"])
     other = task_of(unanswerable=True)
     other.adopt_evaluation(evaluator.details())
     assert other._threshold == evaluator.details()["no_answer_threshold"] != 0.5
+    other.keeps_fitted = True
+    again = other.evaluator()
+    again.compute([evaluator.state()])
+    assert again.details()["no_answer_threshold"] == other._threshold
 
 
 def test_an_answer_is_at_most_so_long() -> None:

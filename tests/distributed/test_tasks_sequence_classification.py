@@ -570,9 +570,20 @@ def test_what_the_model_says() -> None:
     fitted = task_of(["a", "b", "c"], problem="multi-label", thresholds="fit")
     fitted.adopt_evaluation({"thresholds": {"a": 0.4, "b": 0.95, "c": 0.7}})
     assert fitted.answers(output_of(logits), {}, [], plain) == [{"labels": ["a", "c"]}, {"labels": ["a"]}]
+    assert measured_by(fitted)["a"] == 0.5  # fitted on the rows that are measured, of which none has it
+    fitted.keeps_fitted = True
+    assert measured_by(fitted) == {"a": 0.4, "b": 0.95, "c": 0.7}
     number = task_of(problem="regression")
     assert number.answers(output_of([[2.5], [1.0]]), {}, [], all_of_it) == [{"value": 2.5}, {"value": 1.0}]
     assert number.answer({}, [{"value": 2.5}]) == {"value": 2.5}
+
+
+def measured_by(task: SequenceClassification) -> dict[str, float]:
+    """The thresholds by which a task's evaluator goes, on two rows without a class."""
+    evaluator, weights = task.evaluator(), torch.ones(2)
+    evaluator.update(output_of([[0.0, 2.0, 1.0]] * 2), {"weights": weights, "labels": torch.zeros(2, 3)})
+    evaluator.compute([evaluator.state()])
+    return dict(evaluator.details()["thresholds"])
 
 
 @pytest.mark.parametrize("problem", ["single-label", "multi-label", "regression"])

@@ -445,3 +445,16 @@ def test_a_row_that_is_drawn_twice_counts_twice() -> None:
     states = [evaluator.told_apart(state, copy) for copy in (0, 1)]
     assert evaluator.compute(states)["loss"] == 1.0
     assert evaluator.details()["types"]["person"]["num_entities"] == 2
+    assert evaluator.details()["groups"] == {"words of the row": {"1": {"f1": 1.0, "num_rows": 2}}}
+
+
+@pytest.mark.parametrize(("scheme", "metric", "wanted"), [("BIO", "f1", 0.0), ("none", "accuracy", 0.75)])
+def test_rows_of_like_lengths_are_scored_together(scheme: str, metric: str, wanted: float) -> None:
+    """A group without any entity has an F1 of 0, as all of seqeval's shares of nothing."""
+    evaluator = task_of(scheme=scheme).evaluator()
+    plain, entities = np.zeros((4, 4), dtype=np.int64), np.ones((9, 4), dtype=np.int64)
+    plain[:, 1], entities[:, 1] = np.arange(4), np.arange(9)
+    plain[3, 3] = 0 if scheme == "BIO" else 1
+    evaluator.compute([[np.zeros(2), plain], [np.zeros(2), entities]])
+    found = evaluator.details()["groups"]["words of the row"]
+    assert found == {"3 to 4": {metric: wanted, "num_rows": 1}, "9 to 16": {metric: 1.0, "num_rows": 1}}

@@ -74,10 +74,10 @@ def test_a_question_that_is_drawn_twice_counts_twice() -> None:
     scores = AnswerScores(False, None, 10)
     texts = [b"so", json.dumps(["so"]).encode()]
     lengths, content = np.array([2, len(texts[1])]), np.frombuffer(b"".join(texts), dtype=np.uint8)
-    state = [np.array([1.0, 1.0]), np.array([[7.0, 0.0, 3.0, -1.0]]), lengths, content]
+    state = [np.array([1.0, 1.0]), np.array([[7.0, 0.0, 3.0, -1.0, 9.0]]), lengths, content]
     other = [
         np.array([1.0, 1.0]),
-        np.array([[8.0, 0.0, 3.0, -1.0]]),
+        np.array([[8.0, 0.0, 3.0, -1.0, 9.0]]),
         lengths,
         np.frombuffer(b"no" + texts[1], dtype=np.uint8),
     ]

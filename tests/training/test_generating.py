@@ -85,6 +85,9 @@ def write(plan: Plan, reads_pairs: bool) -> dict[str, Any]:
             found["losses"].append(float(engine.evaluate(train).loss_sum))
             engine.micro_step(train, 1.0, True)
             engine.optimizer_step(0.0, 1.0)
+    # The first rank's texts end at once, behind a step of training and while the others write on: nobody waits.
+    engine.generate(batch, OPTIONS["greedy"].also(max_new_tokens=24 if rank else 1))
+    found["losses"].append(float(engine.evaluate(train).loss_sum))
     return found
 
 

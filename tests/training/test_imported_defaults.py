@@ -16,9 +16,9 @@ import yaml
 from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
-from transformers import TrainingArguments, get_scheduler
+from transformers import Seq2SeqTrainingArguments, TrainingArguments, get_scheduler
 
-from launcher.importing import accelerate, defaults, sft, starting, trainer, trainer_keys
+from launcher.importing import accelerate, defaults, seq2seq, sft, starting, trainer, trainer_keys
 from launcher.importing.job import import_files
 from launcher.job.schema import Training
 from launcher.training.schedule import Schedule
@@ -63,6 +63,11 @@ def test_every_argument_of_the_trainer_is_in_a_table() -> None:
         | {"accelerator_config"}
     )
     assert fields_of(TrainingArguments).keys() - tables == set()
+
+
+def test_every_argument_that_is_the_seq2seq_trainers_alone_is_read() -> None:
+    own = fields_of(Seq2SeqTrainingArguments).keys() - fields_of(TrainingArguments).keys()
+    assert own == seq2seq.MARKS | {"generation_config"} and own <= seq2seq.READ
 
 
 @pytest.mark.parametrize("key", sorted(trainer_keys.CHANGES.keys() & fields_of(TrainingArguments).keys()))

@@ -20,12 +20,15 @@ def drawn(seed: int) -> tuple[np.ndarray, np.ndarray]:
     ).astype(np.float32)
 
 
-def computed(evaluator: LabelScores, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+def computed(
+    evaluator: LabelScores, logits: np.ndarray, labels: np.ndarray, lengths: np.ndarray | None = None
+) -> dict[str, float]:
+    lengths = np.zeros(len(labels), dtype=np.int64) if lengths is None else lengths
     return evaluator.compute(
         [
-            [np.array([1.0]), logits[:10], labels[:10]],
+            [np.array([1.0]), logits[:10], labels[:10], lengths[:10]],
             [np.array([0.0])],
-            [np.array([1.0]), logits[10:], labels[10:]],
+            [np.array([1.0]), logits[10:], labels[10:], lengths[10:]],
         ]
     )
 
@@ -68,6 +71,30 @@ def test_fitted_thresholds_make_the_metrics_and_are_told() -> None:
     [[without, wrong], [missed, right]] = told["confusion_matrices"]["a"]
     assert without + wrong + missed + right == 25 and missed + right == labels[:, 0].sum()
     json.dumps(told)
+
+
+def test_texts_of_like_lengths_are_measured_together() -> None:
+    """By the thresholds of all rows: none is fitted on a group."""
+    logits, labels = drawn(1)
+    lengths = np.array([3] * 12 + [40] * 13)
+    evaluator = LabelScores("multi-label", list("abcd"), "fit")
+    computed(evaluator, logits, labels, lengths)
+    told = evaluator.details()
+    given = chosen_classes(logits, list(told["thresholds"].values()))
+    assert told["groups"] == {
+        "tokens of the text": {
+            name: {
+                "f1_micro": pytest.approx(f1_score(labels[rows], given[rows], average="micro")),
+                "num_rows": size,
+            }
+            for name, rows, size in (("3 to 4", slice(12), 12), ("33 to 64", slice(12, None), 13))
+        }
+    }
+    one = LabelScores("single-label", list("abcd"))
+    computed(one, logits, labels[:, 0], lengths)
+    shares = one.details()["groups"]["tokens of the text"]
+    right = logits.argmax(axis=1) == labels[:, 0]
+    assert [group["accuracy"] for group in shares.values()] == [right[:12].mean(), right[12:].mean()]
 
 
 def test_the_confusion_matrix_has_a_row_for_each_true_class() -> None:

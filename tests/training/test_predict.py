@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from launcher.planner.plan import Plan
 from launcher.runs.layout import RunDirectory
 from launcher.training.engines.fsdp import FsdpEngine
 from launcher.training.evaluate_entry import measure
+from launcher.training.model.model_files import EVALUATION
 from launcher.training.predict_entry import predict
 from launcher.training.signals import StopRequest
 from tests.training.plans import deepspeed
@@ -110,6 +112,16 @@ def test_two_ranks_say_what_transformers_says(folder: Path, tmp_path: Path) -> N
         [theirs] = asked([" ".join(words[:46])])
         assert row["label"] == theirs[0]["label"]
         assert shares(row) == pytest.approx({one["label"]: one["score"] for one in theirs}, abs=2e-6)
+
+
+def test_several_classes_are_given_by_the_thresholds_beside_the_model(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "bert", tmp_path / "export")
+    thresholds = {"a": 0.0, "b": 1.0, "c": 0.0}
+    (tmp_path / "export" / EVALUATION).write_text(json.dumps({"details": {"thresholds": thresholds}}))
+    own = plan(folder, "bert", 1)
+    data = own.data.model_copy(update={"problem": "multi-label", "thresholds": "fit"})
+    found = answered(tmp_path, own.model_copy(update={"data": data}), tmp_path / "export")
+    assert all(row["labels"] == ["a", "c"] for row in found if "problem" not in row)
 
 
 def test_a_language_model_says_how_likely_each_text_is(folder: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,14 @@ from tokenizers import processors
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 from launcher import tasks
+from launcher.errors import CheckpointError
 from launcher.planner.plan import Plan
 from launcher.runs.layout import RunDirectory
 from launcher.tasks.task import AnswerOptions, Sample
 from launcher.training.checkpoint.export import export
+from launcher.training.evaluate_entry import measure
+from launcher.training.model.model_files import EVALUATION, kept
+from launcher.training.subject import Subject
 from tests.training.plans import deepspeed
 from tests.training.runs import (
     assert_equal,
@@ -116,6 +121,38 @@ def test_it_learns_in_windows(learned: RunDirectory) -> None:
     told = json.loads(learned.evaluation(NUM_STEPS).read_text())
     assert told["metrics"] == after and told["details"]["num_without_answer"] == 6
     assert told["details"]["no_answer_threshold"] >= told["details"]["best_f1_threshold"]
+
+
+def test_an_export_keeps_the_threshold_that_was_fitted(learned: RunDirectory, tmp_path: Path) -> None:
+    """Other rows are measured by it, and no threshold is fitted on them; what goes along is of that model alone."""
+    export(learned, tmp_path / "export")
+    told = json.loads(learned.evaluation(NUM_STEPS).read_text())
+    fitted = told["details"]["no_answer_threshold"]
+    plan = Plan.read(learned.plan_file)
+    other = write_rows(tmp_path / "other.jsonl", rows(16, seed=9))
+    data = plan.data.model_copy(update={"evaluation": type(plan.data.train)(**other)})
+    scratch = new_run(tmp_path / "scratch", plan.model_copy(update={"data": data}))
+    request = {"run": None, "model": str(tmp_path / "export"), "step": None, "resamples": 0, "seed": 1}
+    (scratch.path / "request.json").write_text(json.dumps(request))
+    finish(scratch, 2, entry=measure)
+    result = json.loads((scratch.path / "evaluation.json").read_text())
+    assert result["details"]["after"]["no_answer_threshold"] == fitted
+    assert result["details"]["before"]["no_answer_threshold"] != fitted  # the model that the job begins with
+    assert Path(EVALUATION) not in kept(tmp_path / "export")
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"details": [1]}', '{"details": {"no_answer_threshold": "high"}}']
+)
+def test_a_damaged_evaluation_beside_a_model_is_named(
+    learned: RunDirectory, tmp_path: Path, content: str
+) -> None:
+    shutil.copytree(learned.path / "model", tmp_path / "model")
+    (tmp_path / "model" / EVALUATION).write_text(content)
+    with pytest.raises(
+        CheckpointError, match=f"{EVALUATION} holds what was fitted .* remove it to go without"
+    ):
+        Subject.of(Plan.read(learned.plan_file), None, str(tmp_path / "model"))
 
 
 def test_an_export_answers_as_the_run(learned: RunDirectory, tmp_path: Path) -> None:

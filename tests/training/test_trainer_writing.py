@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from launcher.planner.plan import Plan
+from launcher.training import generating
 from launcher.training.signals import StopRequest
 from tests.training.pairs import model_directory, pairs
 from tests.training.plans import deepspeed
@@ -125,6 +126,8 @@ def test_a_resumed_run_is_as_one_that_was_not_stopped(models: dict[str, Path], t
 def stop_while_writing(rank: int, stop: StopRequest) -> None:
     """A hook: rank 1 alone is told to stop when it has written five tokens of the last evaluation."""
     from launcher.training import evaluation
+    from launcher.training.engines.deepspeed import DeepSpeedEngine
+    from launcher.training.engines.fsdp import FsdpEngine
 
     written, passes = evaluation.written, [0]
 
@@ -140,23 +143,45 @@ def stop_while_writing(rank: int, stop: StopRequest) -> None:
         return written(engine, task, items, device, asked)
 
     evaluation.written = counted
-    from launcher.training.engines.fsdp import FsdpEngine
+    for kind in (FsdpEngine, DeepSpeedEngine):
+        count_steps(kind)
 
-    step, FsdpEngine.steps_done = FsdpEngine.optimizer_step, 0  # type: ignore[attr-defined]
 
-    def stepped(self: FsdpEngine, *arguments: Any) -> None:
-        self.steps_done += 1  # type: ignore[attr-defined]
+def count_steps(kind: Any) -> None:
+    step, kind.steps_done = kind.optimizer_step, 0
+
+    def stepped(self: Any, *arguments: Any) -> None:
+        self.steps_done += 1
         step(self, *arguments)
 
-    FsdpEngine.optimizer_step = stepped  # type: ignore[method-assign]
+    kind.optimizer_step = stepped
+
+
+def stop_in_step(rank: int, stop: StopRequest) -> None:
+    """The same where parameters are gathered pass by pass, so that no rank may leave before the others."""
+    generating.SHARE_FOR_PARAMETERS = 0.0
+    stop_while_writing(rank, stop)
 
 
 @pytest.mark.slow
-def test_a_stop_while_texts_are_written_is_honoured(models: dict[str, Path], tmp_path: Path) -> None:
-    whole, stopped = (new_run(tmp_path / name, plan_of(models, tmp_path, 2)) for name in ("whole", "stopped"))
+@pytest.mark.parametrize(
+    ("engine", "hook"),
+    [
+        ({}, stop_while_writing),
+        (deepspeed(3), stop_in_step),
+        pytest.param({}, stop_in_step, marks=pytest.mark.very_slow),
+        (deepspeed(3), stop_while_writing),
+    ],
+    ids=["fsdp-alone", "zero-in-step", "fsdp-in-step", "zero-alone"],
+)
+def test_a_stop_while_texts_are_written_is_honoured(
+    engine: dict[str, Any], hook: Any, models: dict[str, Path], tmp_path: Path
+) -> None:
+    plan = plan_of(models, tmp_path, 2, 2, **engine)
+    whole, stopped = (new_run(tmp_path / name, plan) for name in ("whole", "stopped"))
     finish(whole, 2)
-    finish(stopped, 2, stop_while_writing)
-    assert 6 not in evaluations(stopped) and named(stopped, "stopped"), "left before the evaluation was over"
+    finish(stopped, 2, hook)
+    assert 2 not in evaluations(stopped) and named(stopped, "stopped"), "left before the evaluation was over"
     finish(stopped, 2)
     assert evaluations(stopped) == evaluations(whole), "and makes it when it goes on"
     assert_equal(state(stopped), state(whole))

@@ -60,3 +60,25 @@ def test_details_without_classes_have_no_bars(tmp_path: Path) -> None:
         tmp_path / "f1.svg", plots.f1_bars({"types": {"a": {"f1": 1.0, "num_entities": 2.0}}}), "f1"
     )
     assert "█" * 40 in "".join(ElementTree.parse(tmp_path / "f1.svg").getroot().itertext())
+
+
+def test_groups_are_bars_of_their_main_metric() -> None:
+    lengths = {
+        "1 to 2": {"f1": 0.5, "exact_match": 0.1, "num_rows": 1200},
+        "3 to 4": {"f1": 1.0, "num_rows": 2},
+    }
+    kinds = {"with an answer": {"f1": 0.25, "num_rows": 3}}
+    drawn = plots.group_bars({"groups": {"words of the row": lengths, "questions": kinds, "none": {}}})
+    first, second = (part.splitlines() for part in drawn.split("\n\n"))
+    assert first[0] == "words of the row  f1, and how many rows"
+    assert first[1].split() == ["1", "to", "2", "0.500", "█" * 20, "1,200"]
+    assert first[2].split() == ["3", "to", "4", "1.000", "█" * 40, "2"]
+    assert second[1].split() == ["with", "an", "answer", "0.250", "█" * 10, "3"]
+    assert len({line.index("█") for line in first[1:]}) == 1
+    assert plots.group_bars({"num_questions": 3}) == ""
+
+
+def test_bars_of_more_than_one_go_by_the_highest() -> None:
+    groups = {"1 to 2": {"bleu": 40.0, "num_rows": 1}, "3 to 4": {"bleu": 10.0, "num_rows": 1}}
+    lines = plots.group_bars({"groups": {"words": groups}}).splitlines()
+    assert [line.count("█") for line in lines] == [0, 40, 10]

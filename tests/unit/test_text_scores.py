@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -98,3 +99,27 @@ def test_a_function_that_cannot_score(
     with pytest.raises(ConfigurationError, match=message) as caught:
         scores(["a"], [["a"]], Evaluation(scorer=scorer), ())
     assert caught.value.problems[0].key == "evaluation.scorer"
+
+
+def test_texts_are_scored_in_groups_and_distinct_ones_counted() -> None:
+    """The scorer of the user's own is asked once, of all answers."""
+    import numpy as np
+
+    from launcher.tasks.writing import TextEvaluator, as_bytes
+
+    class Writer:
+        compared_by = OVERLAP
+        evaluation = Evaluation(scorer="tests.unit.no_such_module:score")
+
+    evaluator: Any = TextEvaluator(cast(Any, Writer()))
+    assert evaluator.details() == {}
+    rows = [[number, 0, *pair] for number, pair in enumerate(zip(ANSWERS * 2, REFERENCES * 2, strict=True))]
+    with pytest.raises(ConfigurationError, match="cannot be imported"):
+        evaluator.compute([[np.zeros(4), as_bytes(rows)]])
+    told = evaluator.details()
+    assert (told["num_answers"], told["num_distinct_answers"]) == (10, 5)
+    groups = told["groups"]["words of the reference"]
+    assert {name: group["num_rows"] for name, group in groups.items()} == {"1": 2, "3 to 4": 4, "5 to 8": 4}
+    short = scores(["a dog", ANSWERS[3]], [REFERENCES[1], REFERENCES[3]], Evaluation(), tuple(OVERLAP))
+    assert {name: groups["3 to 4"][name] for name in short} == pytest.approx(short)
+    assert next(iter(groups["1"])) == "bleu"

@@ -100,7 +100,7 @@ def why_no_epoch(source: Source, data: Data, model: str, task: str) -> str | Non
 
 def _changed(source: Source) -> int:
     try:
-        return Path(source.path).stat().st_mtime_ns if source.path else 0
+        return sum(Path(path).stat().st_mtime_ns for path in (source.path, source.targets) if path)
     except OSError:  # a pattern, or nothing
         return 0
 

@@ -31,7 +31,7 @@ from launcher.training.checkpoint.weights import (
     Stored,
     Weights,
 )
-from launcher.training.model.model_files import kept
+from launcher.training.model.model_files import EVALUATION, kept
 
 _OF_A_MODEL = ("config.json", "generation_config.json")
 
@@ -87,6 +87,8 @@ def export(
             weights.write_settings(temporary)
         else:
             _set_dtype(temporary / "config.json", shards)
+            if (evaluation := run.newest_evaluation(chosen.step)) is not None:
+                shutil.copyfile(evaluation, temporary / EVALUATION)
         if plan is not None and plan.script is None:
             Card(run, plan, chosen.step, chosen.manifest.metrics if chosen.manifest else {}, adapter).write(
                 temporary

@@ -11,6 +11,7 @@ from typing import Any
 
 import xxhash
 
+from launcher.data.aligned import find_pairs, read_pair, refuse_unpaired
 from launcher.data.files import find_files
 from launcher.data.formats import format_of
 from launcher.data.rows import Row
@@ -46,6 +47,7 @@ class Rows:
     columns: tuple[str, ...]
     """The columns the task asks for."""
     files: tuple[SourceFile, ...]
+    """Where the source has `targets`, each is followed by its partner."""
     digest: str
     """Of the contents of the files, in their order."""
     num_rows_expected: int
@@ -60,19 +62,37 @@ class Rows:
             for line, values in hub_rows(self.source, self.columns):
                 yield line, str(self.source.name), values
             return
+        if self.source.targets is not None:
+            for file, beside in zip(self.files[::2], self.files[1::2], strict=True):
+                for line, values in read_pair(Path(file.path), Path(beside.path), self.columns):
+                    yield line, file.path, values
+            return
         for file in self.files:
             for line, values in format_of(file.path).read(Path(file.path), self.columns):
                 yield line, file.path, values
 
 
 def open_source(source: Source, columns: Sequence[str]) -> Rows:
-    """Find and hash a source. Raises DataError where there is no such file, or no reader for it."""
+    """Find and hash a source. Raises DataError where there is no such file, no reader for it,
+    or a line without a partner."""
     if source.path is None:
         return _open_hub(source, tuple(columns))
+    if source.targets is not None:
+        return _open_pairs(source, tuple(columns))
     paths = find_files(source.path, source.split)
     files = tuple(hash_file(path) for path in paths)
     expected = sum(_num_rows(path, file) for path, file in zip(paths, files, strict=True))
     return Rows(source, tuple(columns), files, _digest(files), _limited(expected, source))
+
+
+def _open_pairs(source: Source, columns: tuple[str, ...]) -> Rows:
+    files: list[SourceFile] = []
+    for first, second in find_pairs(source):
+        left, right = hash_file(first), hash_file(second)
+        refuse_unpaired(first, left.num_lines, second, right.num_lines)
+        files += [left, right]
+    expected = sum(file.num_lines for file in files[::2])
+    return Rows(source, columns, tuple(files), _digest(files), _limited(expected, source))
 
 
 def _num_rows(path: Path, file: SourceFile) -> int:

@@ -37,9 +37,6 @@ from launcher.training.model import adapters
 from launcher.training.model import loading as models
 from launcher.training.precision import DTYPES
 
-_WRITING = -1
-"""The number of a module that does not exist, which uses every parameter while texts are written."""
-
 
 class DeepSpeedEngine:
     """The engine protocol over `deepspeed.initialize`."""
@@ -159,20 +156,15 @@ class DeepSpeedEngine:
         if self._plan.zero.stage < 3:
             yield True
             return
+        self._zero.empty_partition_cache()  # what the last pass fetched ahead may still be on its way
         absent: list[Any] = [one for one in self.model.parameters() if one.ds_status.name != "AVAILABLE"]
         num_bytes = sum(parameter.ds_numel * parameter.element_size() for parameter in absent)
         device = torch.device(self._plan.mesh.device)
         if not generating.fits_whole(num_bytes, device, self._plan.mesh.ranks_per_node):
             yield self._plan.mesh.world_size == 1
             return
-        with self._deepspeed.zero.GatheredParameters(absent):
-            for parameter in absent:  # what a module uses that is never left, ZeRO's hooks do not free
-                parameter.ds_active_sub_modules.add(_WRITING)
-            try:
-                yield True
-            finally:
-                for parameter in absent:
-                    parameter.ds_active_sub_modules.discard(_WRITING)
+        with self._deepspeed.zero.GatheredParameters(absent), _without_hooks(self.model):
+            yield True
 
     def squared_gradient_norm(self) -> torch.Tensor:
         self._stage.stage = self.stage
@@ -236,6 +228,29 @@ class DeepSpeedEngine:
                 part.data.copy_(
                     _joined(self._frozen[name], parameter.numel(), self._plan).view(parameter.shape)
                 )
+
+
+@contextlib.contextmanager
+def _without_hooks(model: nn.Module) -> Iterator[None]:
+    """While inside, DeepSpeed does nothing before and after a module.
+
+    Its hooks free parameters, and compare the order of the modules with the other ranks' wherever a pass differs
+    from the last one: a rank that writes more tokens than the others would wait for them for ever.
+    """
+    hooks: list[dict[int, Any]] = [
+        one for module in model.modules() for one in (module._forward_pre_hooks, module._forward_hooks)
+    ]
+    before = [dict(one) for one in hooks]
+    for one in hooks:
+        for number, hook in list(one.items()):
+            if hook.__module__.startswith("deepspeed."):
+                del one[number]
+    try:
+        yield
+    finally:
+        for one, kept in zip(hooks, before, strict=True):
+            one.clear()
+            one.update(kept)
 
 
 def _import(plan: Plan) -> Any:

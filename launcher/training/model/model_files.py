@@ -30,7 +30,10 @@ _WEIGHTS = (
     ".npz",
     ".index.json",
 )
+EVALUATION = "launcher_evaluation.json"
+"""In an export: the newest evaluation of its run, with the thresholds that were fitted on the held-out rows."""
 _OF_ITSELF = (
+    EVALUATION,
     "README.md",
     ".gitattributes",
     ".gitignore",

@@ -1,0 +1,93 @@
+"""Two text files side by side: the lines of one have a row's first column, those of the other its second."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+from launcher.data.files import matching
+from launcher.data.formats import FORMATS, num_lines
+from launcher.data.readers import text_rows
+from launcher.data.rows import Read, RowProblem, Values
+from launcher.data.section import Source
+from launcher.errors import DataError
+from launcher.plain_files import plain
+
+NUM_COLUMNS = 2
+_MOST_LINES = 1 << 20
+"""From which rows are sampled: to read them takes half a second."""
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+
+
+def unfit(name: str) -> str | None:
+    """Return why a file with this name is no text of a sentence a line; None where it may be one, whatever it
+    ends in."""
+    suffix = Path(name).suffix.lower()
+    if suffix in _COMPRESSED:
+        return f"is compressed ({suffix}); unpack it"
+    if suffix in FORMATS and suffix != ".txt":
+        return f"has both columns itself, as {suffix} files do; name it as path, without targets"
+    return None
+
+
+def find_pairs(source: Source) -> list[tuple[Path, Path]]:
+    """Return the files of a source that has `targets`, two and two, in the order of their names. Raises
+    DataError where one is missing."""
+    assert source.path is not None and source.targets is not None
+    firsts, seconds = matching(source.path), matching(source.targets)
+    if len(firsts) != len(seconds):
+        raise DataError(
+            f"{source.path} names {len(firsts)} files and {source.targets} {len(seconds)}: name as many of both"
+        )
+    return list(zip(firsts, seconds, strict=True))
+
+
+def refuse_unpaired(first: Path, number: int, second: Path, other: int) -> None:
+    """Raise DataError where two files have not the same number of lines, `number` and `other`."""
+    if number != other:
+        longer = first if number > other else second
+        raise DataError(
+            f"{first} has {number:,} lines and {second} {other:,}: line {min(number, other) + 1:,} of {longer} "
+            "has no partner; lines belong together by their number"
+        )
+
+
+def read_pair(first: Path, second: Path, columns: Sequence[str]) -> Read:
+    """Yield a row for each line of both files, under the first two columns. Raises DataError where one file
+    ends before the other."""
+    one, two = columns[:NUM_COLUMNS]
+    with open(first, "rb", opener=plain) as left, open(second, "rb", opener=plain) as right:
+        rights = text_rows(right, two)
+        number = 0
+        for number, values in text_rows(left, one):
+            beside = next(rights, None)
+            if beside is None:
+                refuse_unpaired(first, num_lines(first), second, number - 1)
+            else:
+                yield number, _together(values, beside[1], second)
+        if next(rights, None) is not None:
+            refuse_unpaired(first, number, second, num_lines(second))
+
+
+def _together(values: Values, beside: Values, second: Path) -> Values:
+    if isinstance(values, RowProblem):
+        return values
+    if isinstance(beside, RowProblem):
+        return RowProblem(beside.reason, f"{beside.detail}, in {second.name}")
+    return values | beside
+
+
+def look_at_pairs(source: Source, columns: Sequence[str], most: int) -> tuple[int, tuple[Values, ...]]:
+    """Return how many rows a source with `targets` has, up to its limit, and about so many from all over its
+    first million. Raises DataError as `find_pairs` and `refuse_unpaired`."""
+    pairs = find_pairs(source)
+    total = 0
+    for first, second in pairs:
+        number = num_lines(first)
+        refuse_unpaired(first, number, second, num_lines(second))
+        total += number
+    total = total if source.limit is None else min(total, source.limit)
+    step = max(1, min(total, _MOST_LINES) // most)
+    rows: Iterator[Values] = (values for pair in pairs for _, values in read_pair(*pair, columns))
+    return total, tuple(islice(rows, step // 2, min(total, _MOST_LINES), step))

@@ -1,0 +1,84 @@
+"""Read Seq2SeqTrainingArguments, and those of transformers' scripts for translation and summaries.
+
+What the Trainer's own arguments say is read elsewhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from launcher.importing.reading import Reading
+
+MARKS = {"predict_with_generate", "generation_max_length", "generation_num_beams", "sortish_sampler"}
+"""Names that only Seq2SeqTrainingArguments have: with any of them a model reads one text and writes
+another."""
+PLACEHOLDERS = {"data.source": "FILL-IN-source", "data.target": "FILL-IN-target"}
+HELD_OUT = "FILL-IN-held-out.jsonl"
+_LENGTHS = ("generation_max_length", "val_max_target_length", "max_target_length")
+"""By whichever is said first, as transformers' scripts take them (examples/pytorch/translation of 5.23)."""
+_BEAMS = ("num_beams", "generation_num_beams")
+_COLUMNS = {"text_column": "data.source", "summary_column": "data.target"}
+_SORTED = "launcher draws batches by seed alone, whatever the lengths"
+READ = {
+    *MARKS, *_LENGTHS, *_BEAMS, *_COLUMNS, "generation_config", "source_prefix", "source_lang", "target_lang",
+    "label_smoothing_factor",
+}  # fmt: skip
+
+
+def read(content: dict[str, Any], reading: Reading) -> set[str]:
+    """Say what such arguments say, and what has to be filled in; the keys that are read."""
+    reading.say("model.task", "sequence-to-sequence", next(key for key in content if key in MARKS))
+    _rows(content, reading)
+    if (share := reading.number(content, "label_smoothing_factor")) is not None:
+        reading.say("data.label_smoothing", share, "label_smoothing_factor")
+    if reading.flag(content, "sortish_sampler"):
+        reading.cannot_say("sortish_sampler", True, _SORTED)
+    if content.get("generation_config") is not None:
+        text = "a file of its own kind; write its keys under evaluation.generate"
+        reading.cannot_say("generation_config", "{...}", text)
+    _generation(content, reading)
+    return READ
+
+
+def _rows(content: dict[str, Any], reading: Reading) -> None:
+    reading.take(content, {"max_target_length": "data.max_target_length"}, Reading.count)
+    reading.take(content, _COLUMNS, Reading.word)
+    if isinstance(prefix := content.get("source_prefix"), str):
+        reading.say("data.prefix", prefix, "source_prefix")  # as it is: a space may stand at its end
+    for said in ("source_lang", "target_lang"):
+        if (language := reading.word(content, said)) is not None:
+            text = (
+                f"a name inside `translation` there. Write the column of these sentences as data.{said[:6]}; a "
+                f"multilingual model wants its tokenizer's code as data.{said[:6]}_language"
+            )
+            reading.fill_in(said, language, text)
+    for key, value in PLACEHOLDERS.items():
+        if not reading.says(key):
+            reading.say(key, value, "(no key)")
+            what = "read" if key.endswith("source") else "written"
+            reading.fill_in(key, value, f"the column of the text that is {what}")
+
+
+def _generation(content: dict[str, Any], reading: Reading) -> None:
+    """What is written in an evaluation. There a length counts the token that the decoder starts from."""
+    named = [key for key in (*_LENGTHS[:2], *_BEAMS) if content.get(key) is not None]
+    if not reading.flag(content, "predict_with_generate"):
+        if named:
+            text = "counts where predict_with_generate is true: nothing is written in an evaluation"
+            reading.ignore(", ".join(named), None, text)
+        return
+    said = next((key for key in _LENGTHS if content.get(key) is not None), None)
+    length = None if said is None else reading.count(content, said, least=2)
+    if said is not None and length is not None:
+        reading.say("evaluation.generate.max_new_tokens", length - 1, said)
+        text = f"evaluation.generate.max_new_tokens = {length - 1}: the decoder's first token counts there"
+        reading.change(said, length, text)
+    elif said is None:
+        text = "left out there: the model's own then, 20 where it has none; launcher's is 128 tokens"
+        reading.fill_in("evaluation.generate.max_new_tokens", None, text)
+    beams = next((key for key in _BEAMS if content.get(key) is not None), None)
+    number = 1 if beams is None else reading.count(content, beams)
+    reading.say("evaluation.generate.num_beams", number or 1, beams or "predict_with_generate")
+    if content.get("validation_file") is None and not reading.says("data.evaluation.name"):
+        reading.say("data.evaluation.path", HELD_OUT, "(no key)")
+        reading.fill_in("data.evaluation", HELD_OUT, "the rows to which the model writes in an evaluation")

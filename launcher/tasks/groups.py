@@ -1,0 +1,27 @@
+"""Measure the rows of an evaluation in groups: by length, or by a kind that the task knows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+NUM_ROWS = "num_rows"
+
+
+def by_length(lengths: Sequence[int]) -> dict[str, list[int]]:
+    """Return the places of the rows of each length that occurs, shortest first: lengths up to twice as long
+    go together (`17 to 32`)."""
+    found: dict[int, list[int]] = {}
+    for place, length in enumerate(lengths):
+        found.setdefault((max(int(length), 1) - 1).bit_length(), []).append(place)
+    return {_name(1 << number): places for number, places in sorted(found.items())}
+
+
+def _name(longest: int) -> str:
+    return f"{longest // 2 + 1} to {longest}" if longest > 2 else str(longest)
+
+
+def measured(
+    groups: Mapping[str, Sequence[int]], measure: Callable[[Sequence[int]], Mapping[str, float]]
+) -> dict[str, dict[str, float]]:
+    """Return what `measure` says of the places of each group, its own first, and `num_rows`."""
+    return {name: {**measure(places), NUM_ROWS: len(places)} for name, places in groups.items() if places}
