@@ -48,7 +48,7 @@ def look(source: Source, columns: Sequence[str], most: int = 1024) -> Sample:
     if source.path is None:
         raise DataError("data on the hub are not looked at")
     try:
-        paths = find_files(source.path, source.split)
+        paths = find_files(source.path, source.split, columns)
         if source.limit is not None and source.limit <= most:
             rows = tuple(islice(_in_order(paths, columns), source.limit))
             return Sample(len(rows), rows)

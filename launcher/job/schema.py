@@ -65,6 +65,8 @@ class Model(Section):
     """`random` makes up new weights from the model's config."""
     freeze: tuple[str, ...] = ()
     """Patterns of parameter names that are not trained, as `model.embed_tokens.*`."""
+    freeze_normalization: bool = False
+    """Train no layer that normalises, and leave the running statistics of batch norm as they are."""
     adapter: Adapter | None = None
     """Train small matrices beside the weights (LoRA) in place of the weights."""
     resize_embeddings: bool | None = None

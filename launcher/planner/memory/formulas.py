@@ -16,6 +16,8 @@ from launcher.planner.memory.program import Segment, Setting, SymbolicProgram, U
 from launcher.planner.plan import Plan
 
 KNOWN = (*LLAMAS, "gpt2")
+_NORMALIZATIONS = ("*norm*", "*ln_*")
+"""The names of the layers that normalise, in these models."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +60,8 @@ def formulas_of(plan: Plan, config: dict[str, Any]) -> Formulas | None:
     if kind not in KNOWN or not (generates and packed):
         return None
     try:
-        return _formulas(json.dumps(config, default=str), plan.model.freeze, plan.model.adapter)
+        patterns = (*plan.model.freeze, *(_NORMALIZATIONS if plan.model.freeze_normalization else ()))
+        return _formulas(json.dumps(config, default=str), patterns, plan.model.adapter)
     except KeyError as error:
         key, value, where = "model.name", plan.model.name, "its config.json"
         if plan.model.config is not None:

@@ -10,11 +10,12 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from launcher import tasks
 from launcher.errors import ConfigurationError, Problem, first_line
 from launcher.planner.model import model_support
 from launcher.planner.plan import Plan
 from launcher.training.model import attention
-from launcher.training.model.model_files import own_code
+from launcher.training.model.model_files import lacks_processor, own_code
 
 
 def read_config(plan: Plan) -> Any:
@@ -96,6 +97,22 @@ def read_tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def read_processor(plan: Plan) -> Any:
+    """What reads the rows of the plan's task: its own processor, as of images, or else the model's tokenizer."""
+    task, model = tasks.unprepared(plan), plan.model
+    if not task.has_processor:
+        return read_tokenizer(plan)
+    try:
+        with own_code(plan):
+            if model.config is None and not lacks_processor(plan):
+                options = {"revision": model.revision or "main", "trust_remote_code": model.trust_remote_code}
+                return task.read_processor(model.name, options)
+            return task.usual_processor(read_config(plan))
+    except (OSError, ValueError, ImportError) as error:
+        reason = f"no processor of its {task.traits.unit}s: {first_line(error)}"
+        raise ConfigurationError(Problem("model.name", model.name, reason)) from None
 
 
 def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -20,7 +20,7 @@ from launcher.planner.memory.profile import FEW, MANY, RECOMPUTATIONS, Block, Pa
 from launcher.planner.plan import Plan
 from launcher.tasks.task import IGNORE, Draws, Sample, Task
 from launcher.training.devices import to_device
-from launcher.training.model import pretrained
+from launcher.training.model import normalization, pretrained
 from launcher.training.precision import DTYPES
 from launcher.training.tracing.layers import Layer, spread
 from launcher.training.tracing.recorder import Passed, joined, same
@@ -69,6 +69,8 @@ class ProfileMaker:
 
         if self.plan.model.adapter is None:
             freeze(self.traced.model, self.plan.model.freeze)
+            if self.plan.model.freeze_normalization:
+                normalization.freeze(self.traced.model, self.plan.model.name)
         else:
             self.traced.add_adapter(self.plan.model.adapter, self._new_parameters)
 
@@ -212,6 +214,8 @@ class ProfileMaker:
 def prepared_task(plan: Plan, config: Any) -> Task:
     """Return the plan's task for a model that has no data yet: with the model's own classes, else with two."""
     task = tasks.unprepared(plan)
+    if task.has_processor:
+        task.prepare(pretrained.read_processor(plan))
     task.adopt(config)
     task.labels = (task.own_labels or ["0", "1"]) if task.needs_labels else None
     task.configure(config)
