@@ -361,6 +361,7 @@ class Trainer:
         length = self.material.train.num_tokens / max(1, self.material.train.num_samples)
         about = description(self.engine, self.material.config, int(length))
         if self.task.traits.unit != "token":
+            about["unit"] = self.task.traits.unit
             del about["flops_per_token"]  # by how often its parameters are used, which only of tokens is once
         about["device"] = name_of(self.device)
         self.event("training", first_step=self.state.step, total_steps=self.num_steps, **about)

@@ -227,7 +227,9 @@ def _write(directory: Path, rows: Rows, role: Role, plan: Plan, using: tuple[Tas
         task.fit(rows)
     sources = [{"path": file.path, "bytes": file.bytes} for file in rows.files]
     remarks = task.remarks if role == "train" else []
-    report = DataReport(role, rows.digest, labels=task.labels, remarks=remarks, files=sources)
+    report = DataReport(
+        role, rows.digest, labels=task.labels, remarks=remarks, files=sources, unit=task.traits.unit
+    )
     writer = Writer(directory)
     for chunk in encode_rows(rows, task, tokenizer, plan.num_data_workers):
         report.rows_read += chunk.num_rows
