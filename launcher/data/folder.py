@@ -50,12 +50,12 @@ def file_column(columns: Sequence[str]) -> FileColumn | None:
 def metadata_of(folder: Path) -> Path | None:
     """Return the file that says what the files of a folder are; None without one. Raises DataError where
     there are two."""
-    found = [path for name in METADATA if (path := folder / name).is_file()]
-    if len(found) > 1:
+    paths = [path for name in METADATA if (path := folder / name).is_file()]
+    if len(paths) > 1:
         raise DataError(
-            f"{folder} has {' and '.join(path.name for path in found)}; name the one that is meant"
+            f"{folder} has {' and '.join(path.name for path in paths)}; name the one that is meant"
         )
-    return found[0] if found else None
+    return paths[0] if paths else None
 
 
 def why_no_rows(folder: Path) -> str | None:

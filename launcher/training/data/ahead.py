@@ -72,18 +72,18 @@ class Loader:
         if self._running is None or self._next != (step, index):
             self._running = self._begin(step, index)
         try:
-            made = next(self._running)
+            batch = next(self._running)
         except RuntimeError as error:
             reason = (
                 "a process that decodes files ended, for want of memory most likely; lower data.num_workers"
             )
             raise OutOfMemoryError(f"{reason} ({str(error).splitlines()[0]})") from None
-        if isinstance(made, LauncherError):
-            raise made
+        if isinstance(batch, LauncherError):
+            raise batch
         self._next = (step, index + 1) if index + 1 < self._source.places else (step + 1, 0)
         return {
             key: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-            for key, value in made.items()
+            for key, value in batch.items()
         }
 
     def _begin(self, step: int, index: int) -> Iterator[Any]:
@@ -120,8 +120,8 @@ def workers_of(plan: Plan) -> int:
     return max(1, plan.num_data_workers // plan.mesh.ranks_per_node)
 
 
-def _as_it_is(made: Any) -> Any:
-    return made
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _begin_worker(parent: int) -> None:

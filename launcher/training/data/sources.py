@@ -72,8 +72,8 @@ class Rows:
             values = {} if isinstance(row.values, RowProblem) else row.values
             for path in (value for name in names if isinstance(value := values.get(name), str)):
                 try:
-                    found = Path(path).stat()
-                    hasher.update(f"{path} {found.st_size} {found.st_mtime_ns}\n".encode())
+                    status = Path(path).stat()
+                    hasher.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
                 except (OSError, ValueError):
                     hasher.update(f"{path} none\n".encode(errors="replace"))
         return str(hasher.hexdigest())

@@ -100,7 +100,7 @@ def read_tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
 
 
 def read_processor(plan: Plan) -> Any:
-    """What reads the rows of the plan's task: its own processor, as of images, or else the model's tokenizer."""
+    """Return what reads the rows of the plan's task: its own processor, or the model's tokenizer."""
     task, model = tasks.unprepared(plan), plan.model
     if not task.has_processor:
         return read_tokenizer(plan)
@@ -128,7 +128,11 @@ def model_class(loader: Any, config: Any, plan: Plan) -> type[PreTrainedModel]:
         if plan.model.trust_remote_code and reference:
             with own_code(plan):
                 return get_class_from_dynamic_module(reference, plan.model.name, revision=plan.model.revision)
-        return loader._model_mapping[type(config)]
+        kinds = loader._model_mapping[type(config)]
+        if not isinstance(kinds, tuple):
+            return kinds
+        named = config.architectures or ()
+        return next((kind for kind in kinds if kind.__name__ in named), kinds[0])
     except KeyError:
         reason = f"a {config.model_type} model cannot do {plan.task}"
         raise ConfigurationError(Problem("model.task", plan.task, reason)) from None

@@ -44,7 +44,9 @@ class ProfileMaker:
         )
         self.config = config = pretrained.read_config(self.plan)
         self.task = prepared_task(self.plan, config)
-        pretrained.model_class(self.task.auto_class, config, plan)
+        kind = pretrained.model_class(self.task.auto_class, config, plan)
+        # Of a type with two classes transformers looks for the one that a config names.
+        config.architectures = config.architectures or [kind.__name__]
         options = {"trust_remote_code": plan.model.trust_remote_code}
         self.traced = TracedModel(
             config, self.task.auto_class, self.task.loss, DTYPES[plan.precision], **options
