@@ -64,6 +64,8 @@ def _show_left_out(seen: dict[str, Any], console: Console) -> None:
 
 
 def _show_lengths(seen: dict[str, Any], console: Console) -> None:
+    if seen.get("unit", "token") != "token":
+        return
     lengths = seen["lengths"]
     console.print(Text(f"\nLengths in tokens (max_length {seen['max_length']:,})", style="bold"))
     least, most = round(lengths["shortest"]), round(lengths["longest"])
@@ -135,6 +137,8 @@ def _show_samples(seen: dict[str, Any], console: Console, whole: bool) -> None:
             console.print(Text(f"not used: {sample['reason']} ({_plain(sample['detail'])})", style="yellow"))
         elif "tokens" in sample:
             console.print(_tokens(sample["tokens"], coloured))
+        elif "path" in sample:
+            console.print(Text(_plain(sample["path"])), soft_wrap=True)
         else:
             console.print(_text(sample["pieces"], coloured, None if whole else _CHARACTERS))
 
@@ -151,10 +155,11 @@ def _legend(coloured: bool, learns: bool) -> Text:
 def _heading(sample: dict[str, Any]) -> str:
     facts = [f"row {sample['row']:,}", f"{PurePath(sample['file']).name}, line {sample['line']:,}"]
     if "pieces" in sample:
-        facts.append(
-            f"{sample['num_tokens']:,} tokens"
-            + (f", {sample['num_learned']:,} learned" if sample["num_learned"] else "")
-        )
+        if "num_tokens" in sample:
+            facts.append(
+                f"{sample['num_tokens']:,} tokens"
+                + (f", {sample['num_learned']:,} learned" if sample["num_learned"] else "")
+            )
         if sample["cut"]:
             facts.append("cut")
         if sample["num_beside"]:

@@ -206,7 +206,8 @@ def summary(run: RunDirectory, path: str) -> str:
         tokens = f"{last['tokens_so_far']:,} in " if "tokens_so_far" in last else ""
         took = duration(totals.seconds_in_attempts)
         attempts = f"over {run.last_attempt()} attempt{'s' * (run.last_attempt() != 1)}"
-        lines.append(f"  {'tokens' if tokens else 'time':11} {tokens}{took}, {attempts}")
+        unit = next((record.get("unit", "token") for record in totals.prepared.values()), "token")
+        lines.append(f"  {f'{unit}s' if tokens else 'time':11} {tokens}{took}, {attempts}")
     lines += [f"  rows        {line(record)}" for record in totals.prepared.values()]
     if totals.evaluations:
         before, after = totals.evaluations

@@ -18,7 +18,9 @@ def predict(
     rows: Annotated[
         Path,
         typer.Option(
-            "--input", metavar="FILE", help="The rows: .jsonl .csv .tsv .parquet .arrow .json .txt."
+            "--input",
+            metavar="FILE",
+            help="The rows: .jsonl .csv .tsv .parquet .arrow .json .txt; a folder of images.",
         ),
     ],
     output: Annotated[

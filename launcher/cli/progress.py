@@ -30,6 +30,8 @@ class AttemptView:
     total_steps: int | None = None
     num_parameters: int | None = None
     flops_per_token: float | None = None
+    counted: str = "token"
+    """What the lengths of samples count."""
     record: dict[str, Any] = field(default_factory=dict)
     saved_step: int | None = None
     evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
@@ -47,6 +49,7 @@ class AttemptView:
             )
         elif name == "training":
             self._enter_training()
+            self.counted = record.get("unit", "token")
             self.step, self.total_steps = record.get("first_step", 0), record.get("total_steps")
             self.num_parameters, self.flops_per_token = (
                 record.get("num_parameters"),
@@ -109,7 +112,7 @@ class AttemptView:
         if "learning_rate" in record:
             known.append(f"learning rate {record['learning_rate']:.2e}")
         if "tokens_per_second" in record:
-            known.append(f"{record['tokens_per_second']:,.0f} tokens/s")
+            known.append(f"{record['tokens_per_second']:,.0f} {self.counted}s/s")
         if (share := self.share_of_peak()) is not None:
             known.append(f"MFU {share:.1%}")
         if record.get("peak_memory_bytes"):

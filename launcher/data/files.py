@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import difflib
 import glob
+from collections.abc import Sequence
 from pathlib import Path
 
+from launcher.data.folder import file_column, metadata_of
 from launcher.data.formats import FORMATS
 from launcher.data.saved import saved_splits
 from launcher.errors import DataError
 from launcher.plain_files import read_json
 
 
-def find_files(pattern: str, split: str = "train") -> list[Path]:
+def find_files(pattern: str, split: str = "train", columns: Sequence[str] = ()) -> list[Path]:
     """The files a path or a pattern means, sorted by name; of a directory that `save_to_disk` wrote those of
-    its data set, or of the split where it has several, in their order. Raises DataError where there are none
-    that can be read."""
+    its data set, or of the split where it has several, in their order; of one with files that `columns` ask
+    for, its metadata file, else itself. Raises DataError where there are none that can be read."""
     known = ", ".join(sorted(FORMATS))
     exact = Path(pattern)
+    if exact.is_dir() and file_column(columns) and saved_splits(exact) is None:
+        return [metadata_of(exact) or exact]
     if exact.is_dir():
         return _saved(exact, split)
     paths = matching(pattern)

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from launcher.data import arrow, readers, sample_parquet
 from launcher.data.conll import read_conll
+from launcher.data.folder import listing, read_folder
 from launcher.data.parts import Part, Seen
 from launcher.data.rows import Read
 from launcher.data.sample_lines import Layout, look_in_places, table_layout
@@ -162,6 +163,23 @@ class Arrow(Format):
         return sample_parquet.look_in_table(part, columns, wanted)
 
 
+class Folder(Format):
+    """A folder whose files are the rows, and its sub-folders the labels."""
+
+    suffixes = ()
+
+    def read(self, path: Path, columns: Sequence[str]) -> Read:
+        return read_folder(path, columns)
+
+    def num_rows(self, path: Path) -> int | None:
+        return len(listing(path))
+
+    def look(self, part: Part, columns: Sequence[str], wanted: int, phase: float) -> Seen | None:
+        rows = [values for _, values in read_folder(part.path, columns)][: part.first]
+        return Seen(len(rows), rows[:: max(1, len(rows) // wanted)])
+
+
+_FOLDER = Folder()
 FORMATS: dict[str, Format] = {
     suffix: one
     for one in (Json(), JsonLines(), Csv(), Tsv(), Parquet(), Arrow(), Text(), Conll())
@@ -171,7 +189,10 @@ FORMATS: dict[str, Format] = {
 
 
 def format_of(path: str | Path) -> Format:
-    """Return the format of a file by its name. Raises KeyError for an ending that is none."""
+    """Return the format of a file by its name, or that of a folder. Raises KeyError for an ending that is
+    none."""
+    if Path(path).is_dir():
+        return _FOLDER
     return FORMATS[Path(path).suffix.lower()]
 
 

@@ -51,7 +51,7 @@ def look(source: Source, columns: Sequence[str], most: int = 1024) -> Sample:
     try:
         if source.targets is not None:
             return Sample(*look_at_pairs(source, columns, most))
-        paths = find_files(source.path, source.split)
+        paths = find_files(source.path, source.split, columns)
         if source.limit is not None and source.limit <= most:
             rows = tuple(islice(_in_order(paths, columns), source.limit))
             return Sample(len(rows), rows)

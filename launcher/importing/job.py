@@ -17,6 +17,8 @@ from launcher.job.problems import refused
 from launcher.job.schema import Training
 
 COMMAND = "command line"
+_COLUMNS = {"text", "prompt", "messages", "source"}
+"""One of which a job has once its columns are known."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def import_files(paths: list[Path], words: list[str] | None = None) -> Imported:
         open_keys.append(("model.name", MODEL, "the model's directory or its name on the hub"))
     if data["train"].get("path") == TRAIN:
         open_keys.append(("data.train", TRAIN, "the rows to learn from"))
-    if not data.keys() & {"text", "prompt", "messages", "source"}:
+    if not data.keys() & _COLUMNS:
         text = "which columns are what: text, or prompt and completion, or messages, or text and label"
         open_keys.append(("data", "(no column)", text))
     placeholders = [Remark("fill in", "(no file)", *one) for one in open_keys]
@@ -104,7 +106,7 @@ def _text(content: dict[str, Any], readings: list[Reading]) -> str:
     body = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     body = body.replace(f"{MODEL}\n", f"{MODEL}   # fill in: a directory, or a name on the hub\n")
     columns = ", and which columns are what: text, or prompt and completion, or messages"
-    columns = columns if _columns(content["data"]) else ""
+    columns = "" if content["data"].keys() & _COLUMNS else columns
     body = body.replace(f"{TRAIN}\n", f"{TRAIN}   # fill in{columns}\n")
     for placeholder in (*seq2seq.PLACEHOLDERS.values(), seq2seq.HELD_OUT):
         body = body.replace(f"{placeholder}\n", f"{placeholder}   # fill in\n")

@@ -6,6 +6,8 @@ import difflib
 import glob
 from pathlib import Path
 
+from launcher import tasks
+from launcher.data.folder import file_column, why_no_rows
 from launcher.data.formats import FORMATS
 from launcher.data.saved import saved_splits
 from launcher.data.section import Data, Source
@@ -26,10 +28,15 @@ def resolve(job: Job, folder: Path) -> tuple[Job, list[Problem]]:
     """The job with absolute paths, and a problem for each file that is not there."""
     problems: list[Problem] = []
     sources = {}
+    holds_files = file_column(tasks.of_job(job).columns) is not None
     for role, source in (("train", job.data.train), ("evaluation", job.data.evaluation)):
         if source is not None and source.path is not None:
-            read = _source if source.targets is None else _pair
-            sources[role] = read(source, f"data.{role}.path", folder, problems)
+            key = f"data.{role}.path"
+            sources[role] = (
+                _source(source, key, folder, problems, holds_files)
+                if source.targets is None
+                else _pair(source, key, folder, problems)
+            )
     data: Data = job.data.model_copy(update=sources)
     memory = job.memory
     if memory.offload_to != "cpu":
@@ -41,11 +48,17 @@ def resolve(job: Job, folder: Path) -> tuple[Job, list[Problem]]:
     ), problems
 
 
-def _source(source: Source, key: str, folder: Path, problems: list[Problem]) -> Source:
+def _source(
+    source: Source, key: str, folder: Path, problems: list[Problem], holds_files: bool = False
+) -> Source:
+    """holds_files: a folder may be a source, whose files are the rows."""
     assert source.path is not None
     path = folder / Path(source.path).expanduser()
     if path.is_dir() and (splits := saved_splits(path)) is not None:
         problems += _split(source, key, splits)
+    elif path.is_dir() and holds_files:
+        if (why := why_no_rows(path)) is not None:
+            problems.append(Problem(key, source.path, why))
     elif path.is_dir():
         pattern = f"{source.path.rstrip('/')}/*.jsonl"
         problems.append(

@@ -70,6 +70,8 @@ class Model(Section):
     """What is not trained: a list of patterns of parameter names, or a section that goes by depth too."""
     unfreeze: tuple[Thaw, ...] = ()
     """When what is frozen by depth begins to train, from the top down: a list of sections."""
+    freeze_normalization: bool = False
+    """Train no layer that normalises, and leave the running statistics of batch norm as they are."""
     adapter: Adapter | None = None
     """Train small matrices beside the weights (LoRA) in place of the weights."""
     resize_embeddings: bool | None = None

@@ -31,7 +31,8 @@ def line(record: dict[str, Any]) -> str:
         parts.append(f"{record['num_cut']:,} cut")
     if record.get("fill") is None and record.get("num_items", 0) > record["rows_used"]:
         parts.append(f"{record['num_items']:,} windows")
-    parts.append(f"{record['num_tokens']:,} tokens")
+    if record.get("unit", "token") == "token":  # of all else a sample is one
+        parts.append(f"{record['num_tokens']:,} tokens")
     if record.get("fill") is not None:
         parts.append(f"{packs(record)} {record['fill']:.1%} full")
     return f"{record['role']}: " + ", ".join(parts)

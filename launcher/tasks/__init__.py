@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 TASKS = {
     "causal-lm": "launcher.tasks.causal_lm:CausalLM",
+    "image-classification": "launcher.tasks.image_classification:ImageClassification",
     "masked-lm": "launcher.tasks.masked_lm:MaskedLM",
     "question-answering": "launcher.tasks.question_answering:QuestionAnswering",
     "sequence-classification": "launcher.tasks.sequence_classification:SequenceClassification",

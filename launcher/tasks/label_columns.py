@@ -27,11 +27,9 @@ _METRICS: dict[str, dict[str, Better]] = {
 }
 
 
-class LabelledColumns(Data):
-    """Rows of a text, or of a pair of texts, with a label."""
+class LabelColumns(Data):
+    """Rows with a label, whatever it is a label of."""
 
-    text: Columns | None = None
-    """The column of the text, or two columns for a pair."""
     label: str | None = None
     """The column of the label: a class, a list of classes, or a number for regression."""
     problem: Problem = "single-label"
@@ -57,14 +55,21 @@ class LabelledColumns(Data):
         return hash(self.model_dump_json())
 
 
-def measured(data: LabelledColumns) -> dict[str, Better]:
+class LabelledColumns(LabelColumns):
+    """Rows of a text, or of a pair of texts, with a label."""
+
+    text: Columns | None = None
+    """The column of the text, or two columns for a pair."""
+
+
+def measured(data: LabelColumns) -> dict[str, Better]:
     """Return what an evaluation measures, and which way is better."""
     top_k: dict[str, Better] = {} if data.top_k is None else {f"top_{data.top_k}_accuracy": "higher"}
     return _METRICS[data.problem] | top_k
 
 
-def contradictions(data: LabelledColumns) -> Iterator[Finding]:
-    """Yield what is missing, or makes no sense beside the rest."""
+def text_contradictions(data: LabelledColumns) -> Iterator[Finding]:
+    """Yield what is wrong with the columns of the text."""
     text = data.text
     if text is None:
         reason = "is missing: sequence-classification reads a column of text, or two for a pair"
@@ -73,8 +78,12 @@ def contradictions(data: LabelledColumns) -> Iterator[Finding]:
         yield finding(
             "data.text", list(text), f"a pair is exactly two columns; here are {len(text)}", "model.task"
         )
+
+
+def contradictions(data: LabelColumns, task: str) -> Iterator[Finding]:
+    """Yield what is missing, or makes no sense beside the rest."""
     if data.label is None:
-        yield finding("data.label", None, "is missing: sequence-classification learns a label", "model.task")
+        yield finding("data.label", None, f"is missing: {task} learns a label", "model.task")
     for_classes = {
         "class_weights": data.class_weights,
         "label_smoothing": data.label_smoothing,

@@ -75,6 +75,8 @@ class Draws:
 
     seed: int
     step: int
+    training: bool = False
+    """Whether the samples are learned from, rather than measured on."""
 
     def of(self, sample: Sample) -> np.random.Generator:
         """Return a generator of this sample's own."""

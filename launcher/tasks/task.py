@@ -71,6 +71,10 @@ class Traits:
     """PEFT's name for it (`peft.TaskType`); None where PEFT has none."""
     windows: bool = False
     """Whether a row that is too long for one sample becomes several."""
+    unit: str = "token"
+    """What a sample's length counts."""
+    reads_files: bool = False
+    """Whether `encode` and `collate` read and decode files, so that processes do it ahead of the step."""
 
 
 @dataclass(frozen=True)
@@ -207,6 +211,24 @@ class Task(ABC):
     def auto_class(self) -> Any:
         """The transformers Auto class that makes the model."""
 
+    @property
+    def has_processor(self) -> bool:
+        """Whether rows are read by a processor that `read_processor` gives, and not by a tokenizer."""
+        return type(self).read_processor is not Task.read_processor
+
+    def read_processor(self, name: str, options: dict[str, Any]) -> Any:
+        """Return what reads rows, in the place of a tokenizer, from a model's files.
+
+        `options` are those of `from_pretrained`: `revision`, `trust_remote_code`. Raises OSError or ValueError
+        where the files have none that can be used.
+        """
+        raise NotImplementedError(f"a {self.name} task reads rows by a tokenizer")
+
+    def usual_processor(self, config: Any) -> Any:
+        """Return what reads rows for models of a kind, where the files of this one have nothing. Raises
+        ValueError where there is no such thing."""
+        raise ValueError("its files have none")
+
     def adopt(self, config: Any, as_it_stands: bool = False) -> None:  # noqa: B027
         """Take from a model's own config what the task keeps to. Called before any row is encoded and before
         `configure`.
@@ -263,8 +285,9 @@ class Task(ABC):
         """
 
     def prepare(self, processor: Any) -> None:  # noqa: B027
-        """Take from the model's processor (a tokenizer) what the task needs of it. Called before any row is
-        encoded or batch collated.
+        """Take from the model's processor (a tokenizer, or what `read_processor` gives) what the task needs.
+
+        Called before any row is encoded or batch collated.
 
         Raises ConfigurationError where this processor cannot serve the task.
         """

@@ -13,6 +13,7 @@ from launcher.planner.plan import BatchPlan, Plan
 from launcher.runs.places import here
 from launcher.tasks.task import Draws, Evaluator, Sample, Task
 from launcher.training import exchange
+from launcher.training.data.ahead import Loader
 from launcher.training.data.batches import Batches
 from launcher.training.data.dataset import Dataset
 from launcher.training.data.order import Order
@@ -51,13 +52,14 @@ def evaluate(
         global_batch_size=micro * size, micro_batch_size=micro, accumulation_steps=1, data_parallel_size=size
     )
     batches = Batches(dataset, Order(0, dataset.num_items, shuffle=False), cut, data_rank, dataset.num_items)
+    loader = Loader(task, batches, plan, lambda step: Draws(plan.training.seed, 0))
     evaluator = evaluator or task.evaluator()
     here.at("evaluating", total=batches.num_steps)
     for step in range(batches.num_steps):
         if stopping():
             raise Interrupted
         items = batches.step(step).micro_batches[0]
-        batch = task.collate(items, Draws(plan.training.seed, 0))
+        batch = loader.batch(step, 0, items)
         output = engine.evaluate(to_device(batch, plan.mesh.device))
         if task.generates:
             output = output._replace(generated=written(engine, task, items, plan.mesh.device, leaving))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel
 
 from launcher import tasks
 from launcher.errors import ConfigurationError, Problem
@@ -31,7 +31,8 @@ class TrainingInputs:
     """Hold what training needs before the ranks know each other: config, tokenizer, task and data."""
 
     config: Any
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any
+    """What reads the rows: a tokenizer, or what the task has in its place."""
     task: Task
     train: Dataset
     evaluation: Dataset | None
@@ -59,7 +60,7 @@ class TrainingInputs:
         them, the others wait."""
         cache.hold_until_the_end(Path(plan.model.name))
         config = pretrained.read_config(plan)
-        tokenizer = pretrained.read_tokenizer(plan)
+        tokenizer = pretrained.read_processor(plan)
         task = tasks.build(plan, tokenizer)
         task.adopt(config)
         train = prepare(
@@ -111,7 +112,7 @@ class TrainingInputs:
         directory.rename(target)
 
 
-def refuse_tokens(dataset: Dataset | None, key: str, tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
+def refuse_tokens(dataset: Dataset | None, key: str, tokenizer: Any, config: Any) -> None:
     """Raise ConfigurationError where rows have a token for which the model's embedding has no row."""
     num_rows = getattr(config.get_text_config(), "vocab_size", None)
     # To read every sample takes a while: only where the tokenizer has such tokens. Of characters there is no

@@ -18,6 +18,15 @@ def used_share(config: Any, shape: tuple[int, ...]) -> float:
     return chosen / experts if experts and chosen and len(shape) == 3 and shape[0] == experts else 1.0
 
 
+def _table_size(model: PreTrainedModel) -> int:
+    """Return the elements of the table of words; 0 for a model that reads something else."""
+    try:
+        table = getattr(model.get_input_embeddings(), "weight", None)
+    except NotImplementedError:
+        return 0
+    return 0 if table is None else models.whole_shape(table).numel()
+
+
 def flops_per_token(model: PreTrainedModel, config: Any, length: int) -> float:
     """Floating-point operations of one token, forward and backward, of samples of `length` tokens.
 
@@ -29,7 +38,7 @@ def flops_per_token(model: PreTrainedModel, config: Any, length: int) -> float:
     # A table that is the head too is multiplied with; a classifier of texts has no such head, whatever its
     # config says.
     tied = getattr(config, "tie_word_embeddings", False) and model.get_output_embeddings() is not None
-    embeddings = 0 if tied else models.whole_shape(model.get_input_embeddings().weight).numel()
+    embeddings = 0 if tied else _table_size(model)
     shapes = [models.whole_shape(parameter) for parameter in model.parameters()]
     matrices = (
         sum(shape.numel() * used_share(config, tuple(shape)) for shape in shapes if len(shape) >= 2)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import distributed
-from transformers import PreTrainedTokenizerBase
 
 from launcher import tasks
 from launcher.errors import CheckpointError, ConfigurationError, Problem
@@ -32,7 +31,7 @@ class Subject:
 
     plan: Plan
     config: Any
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any
     task: Task
 
     @classmethod
@@ -111,11 +110,11 @@ def as_trained(plan: Plan, run: Path | None) -> Plan:
     return plan.model_copy(update=Way(*taken.split())._asdict()) if taken else plan
 
 
-def _tokenizer(plan: Plan, job: Plan, model: str | None) -> PreTrainedTokenizerBase:
+def _tokenizer(plan: Plan, job: Plan, model: str | None) -> Any:
     try:
-        return pretrained.read_tokenizer(plan)
+        return pretrained.read_processor(plan)
     except ConfigurationError:
         # A directory with nothing but weights; the job's model says how texts are read.
         if model is None:
             raise
-        return pretrained.read_tokenizer(job)
+        return pretrained.read_processor(job)

@@ -22,6 +22,7 @@ from launcher.tasks.task import Draws
 from launcher.training import engines, step_totals, stopping
 from launcher.training.cadence import Cadence
 from launcher.training.checkpoint.checkpointer import Checkpointer
+from launcher.training.data.ahead import Loader
 from launcher.training.data.batches import Batches, StepBatch, total_items
 from launcher.training.data.order import Order
 from launcher.training.devices import name_of, peak_memory_bytes, start_process_group, to_device
@@ -100,6 +101,9 @@ class Trainer:
         order = Order(plan.training.seed, material.train.num_items, shuffle=True)
         self.batches = Batches(material.train, order, plan.batch, self.data_rank, num_items)
         self.num_steps = self.batches.num_steps
+        self.loader = Loader(
+            self.task, self.batches, plan, lambda step: Draws(plan.training.seed, step, training=True)
+        )
         self.schedule = Schedule.of(plan.training, self.num_steps)
         self.state = State()
         self.loss_scale = LossScale(plan.precision == "fp16")
@@ -241,7 +245,7 @@ class Trainer:
         for index, items in enumerate(step_batch.micro_batches):
             here.at("data", done=index, total=last + 1, detail=str(self.material.train.directory))
             began = time.monotonic()
-            batch = to_device(self.task.collate(items, Draws(seed, step)), self.device)
+            batch = to_device(self.loader.batch(step, index, items), self.device)
             self.own.loaded(time.monotonic() - began)
             here.at("forward", done=index, total=last + 1)
             torch.manual_seed(dropout_seed(seed, step, self.data_rank, index))
@@ -365,6 +369,9 @@ class Trainer:
             self.recorder.loaded()
         length = self.material.train.num_tokens / max(1, self.material.train.num_samples)
         about = description(self.engine, self.material.config, int(length))
+        if self.task.traits.unit != "token":
+            about["unit"] = self.task.traits.unit
+            del about["flops_per_token"]  # by how often its parameters are used, which only of tokens is once
         about["device"] = name_of(self.device)
         self.event("training", first_step=self.state.step, total_steps=self.num_steps, **about)
 

@@ -23,6 +23,7 @@ from tests.families import tiny
 from tests.families.causal import causal_lm
 from tests.families.classifiers import classification_of
 from tests.families.encoders import KINDS, found_of
+from tests.families.images import images_of
 from tests.families.numbers import message
 from tests.families.special import UNABLE, VARIANTS
 
@@ -32,6 +33,7 @@ RAW = Path(__file__).with_name("raw.json")
 TASKS: dict[str, Callable[[str], dict[str, Any]]] = {
     tiny.CAUSAL_LM: causal_lm,
     tiny.SEQUENCE_CLASSIFICATION: classification_of,
+    tiny.IMAGE_CLASSIFICATION: images_of,
     **{task: functools.partial(found_of, task) for task in KINDS},
 }
 NAMES = {
@@ -40,6 +42,7 @@ NAMES = {
     tiny.MASKED_LM: modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     tiny.TOKEN_CLASSIFICATION: modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
     tiny.QUESTION_ANSWERING: modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    tiny.IMAGE_CLASSIFICATION: modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     tiny.SEQUENCE_TO_SEQUENCE: modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 }
 

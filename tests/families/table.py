@@ -19,6 +19,7 @@ from tests.families.numbers import is_ok
 from tests.families.sweep import RAW, as_lines
 from tests.families.tiny import (
     CAUSAL_LM,
+    IMAGE_CLASSIFICATION,
     MASKED_LM,
     QUESTION_ANSWERING,
     SEQUENCE_CLASSIFICATION,
@@ -35,7 +36,11 @@ def table_of(raw: dict[str, Any]) -> dict[str, Any]:
     """Return the planner's table: by task and model_type the ways that are right, the fastest first, or why
     there is none."""
     made: dict[str, Any] = {"versions": raw["versions"], "types": sorted(CONFIG_MAPPING_NAMES)}
-    entries = {CAUSAL_LM: _causal, SEQUENCE_CLASSIFICATION: _classifier, **dict.fromkeys(KINDS, _other)}
+    entries = {
+        CAUSAL_LM: _causal,
+        SEQUENCE_CLASSIFICATION: _classifier,
+        **dict.fromkeys((*KINDS, IMAGE_CLASSIFICATION), _other),
+    }
     for task, entry in entries.items():
         made[task] = {kind: entry(found) for kind, found in sorted(raw[task].items()) if "+" not in kind}
     return made
@@ -95,6 +100,7 @@ def page_of(table: dict[str, Any]) -> str:
         _section("Tags of words", table[TOKEN_CLASSIFICATION]),
         _section("Answers in a text", table[QUESTION_ANSWERING]),
         _section("Encoder-decoders", table[SEQUENCE_TO_SEQUENCE], "chunked"),
+        _section("Classifiers of images", table[IMAGE_CLASSIFICATION]),
     ]
     return "\n".join(lines)
 
@@ -148,7 +154,7 @@ Made by `python -m tests.families.sweep` and `python -m tests.families.table`
 with {versions}. For each type a tiny
 model with random weights is built in fp32. The loss of 16 samples of 1 to 40 tokens, and the norm of its gradient, are
 compared with those of each sample alone, by the class's own forward (of the tables after the second, 12 samples of 2
-to 40 tokens). The tolerances are 1e-5 and 1e-4, relative; where
+to 40 tokens; of the last, 4 images). The tolerances are 1e-5 and 1e-4, relative; where
 rounding comes near to that, fp64 is used. Sliding windows, soft caps, multipliers, routers' losses and every kind of
 layer of a hybrid are in these models.
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
@@ -24,7 +25,9 @@ from tests.families.special import SPECIAL, VARIANTS, VOCABULARY
 CAUSAL_LM, SEQUENCE_CLASSIFICATION = "causal-lm", "sequence-classification"
 MASKED_LM, TOKEN_CLASSIFICATION = "masked-lm", "token-classification"
 QUESTION_ANSWERING, SEQUENCE_TO_SEQUENCE = "question-answering", "sequence-to-sequence"
+IMAGE_CLASSIFICATION = "image-classification"
 _AUTO = {
+    IMAGE_CLASSIFICATION: AutoModelForImageClassification,
     CAUSAL_LM: AutoModelForCausalLM,
     SEQUENCE_CLASSIFICATION: AutoModelForSequenceClassification,
     MASKED_LM: AutoModelForMaskedLM,
@@ -141,6 +144,7 @@ def config_of(model_type: str, task: str, dropout: float | None = None) -> PreTr
     config = _build(CONFIG_MAPPING[model_type], special)
     num_labels = {
         SEQUENCE_CLASSIFICATION: NUM_LABELS,
+        IMAGE_CLASSIFICATION: NUM_LABELS,
         TOKEN_CLASSIFICATION: NUM_LABELS,
         QUESTION_ANSWERING: 2,
     }

@@ -16,8 +16,12 @@ EXAMPLES = sorted((Path(__file__).parents[2] / "docs" / "examples").rglob("*.yam
 
 
 def stand_in(folder: Path, named: str, columns: Sequence[str]) -> Path:
-    """A file of the same format with a row of these columns, as the data lies on no other machine."""
+    """A file of the same format with a row of these columns, or a folder, as the data lies on no other machine."""
     path = folder / Path(named).name.replace("*", "0")
+    if not path.suffix:  # a folder whose files are the rows
+        (path / "word").mkdir(parents=True)
+        (path / "word" / "0.jpg").touch()
+        return path
     row = dict.fromkeys(columns, "word")
     if path.suffix in (".tsv", ".csv"):
         between = "\t" if path.suffix == ".tsv" else ","

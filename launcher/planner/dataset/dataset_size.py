@@ -30,6 +30,8 @@ class Items:
     by_tokenizer: bool
     """Whether the model's own tokenizer counted them."""
     packed: bool
+    of_text: bool = True
+    """Whether a sample's length is one of tokens."""
 
     @property
     def mean(self) -> float:
@@ -50,9 +52,10 @@ class Items:
     def words(self) -> str:
         """Return what there is, and what that rests on."""
         kind = "packs" if self.packed else "samples"
-        how = "by the model's tokenizer" if self.by_tokenizer else f"at {CHARACTERS} characters a token"
+        how = ", by the model's tokenizer" if self.by_tokenizer else f", at {CHARACTERS} characters a token"
+        how = how if self.of_text else ""
         return (
-            f"about {self.num_items:,} {kind} of {self.num_rows:,} rows, {how} ({len(self.lengths):,} samples "
+            f"about {self.num_items:,} {kind} of {self.num_rows:,} rows{how} ({len(self.lengths):,} samples "
             "looked at)"
         )
 
@@ -128,7 +131,8 @@ def _looked(source: Source, data: Data, model: str, task: str, changed: int) -> 
         if packed
         else round(scale * len(token_lengths))
     )
-    return Items(max(1, number), seen.num_rows, token_lengths, by_tokenizer, packed)
+    of_text = learned.traits.unit == "token"
+    return Items(max(1, number), seen.num_rows, token_lengths, by_tokenizer, packed, of_text)
 
 
 def fewest_packs(token_lengths: Sequence[int], capacity: int) -> float:

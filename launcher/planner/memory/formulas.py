@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import json
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ from launcher.planner.memory.symbolic_program import SymbolicProgram
 from launcher.planner.plan import Plan
 
 KNOWN = (*LLAMAS, "gpt2")
+_NORMALIZATIONS = ("*norm*", "*ln_*")
+"""The names of the layers that normalise, in these models."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +65,8 @@ def formulas_of(plan: Plan, config: dict[str, Any]) -> Formulas | None:
     if kind not in KNOWN or not (generates and packed):
         return None
     try:
-        keys = plan.model.model_dump_json(include={"freeze", "unfreeze", "adapter"}, by_alias=True)
+        names = {"freeze", "unfreeze", "freeze_normalization", "adapter"}
+        keys = plan.model.model_dump_json(include=names, by_alias=True)
         return _formulas(json.dumps(config, default=str), keys)
     except KeyError as error:
         key, value, where = "model.name", plan.model.name, "its config.json"
@@ -129,9 +133,14 @@ def frozen(units: tuple[Unit, list[Unit]], model: Model) -> tuple[Unit, list[Uni
 
     Raises ConfigurationError where `model.freeze` or `model.unfreeze` is not of this model.
     """
-    if not model.freeze:
+    if not model.freeze and not model.freeze_normalization:
         return units
-    trained = stages(model.freeze, model.unfreeze, places(units))
+    still = _NORMALIZATIONS if model.freeze_normalization else ()
+    trained = {
+        name
+        for name in stages(model.freeze, model.unfreeze, places(units))
+        if not any(fnmatch.fnmatch(name, pattern) for pattern in still)
+    }
 
     def changed(unit: Unit) -> Unit:
         return replace(

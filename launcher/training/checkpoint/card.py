@@ -98,16 +98,20 @@ class Card:
         yield f"The job:\n\n```yaml\n{_job(self._run, plan)}```"
 
     def _loading(self) -> str:
-        kind = tasks.unprepared(self._plan).auto_class.__name__
+        task = tasks.unprepared(self._plan)
+        kind = task.auto_class.__name__
+        reader, name = (
+            ("AutoProcessor", "processor") if task.has_processor else ("AutoTokenizer", "tokenizer")
+        )
         if self._adapter:
             labels = f", num_labels={len(self._config['id2label'])}" if "id2label" in self._config else ""
             base = f'{kind}.from_pretrained("{self._base}"{labels})'
             imports = f"from peft import PeftModel\nfrom transformers import {kind}"
             return f'{imports}\n\nmodel = PeftModel.from_pretrained({base}, "DIRECTORY")'
-        lines = [f"from transformers import {', '.join(sorted(('AutoTokenizer', kind)))}", ""]
+        lines = [f"from transformers import {', '.join(sorted((reader, kind)))}", ""]
         lines += [
             f'model = {kind}.from_pretrained("DIRECTORY")',
-            'tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")',
+            f'{name} = {reader}.from_pretrained("DIRECTORY")',
         ]
         return "\n".join(lines)
 

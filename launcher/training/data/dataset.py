@@ -58,6 +58,8 @@ class DataReport:
     labels: list[str] | None = None
     remarks: list[str] = field(default_factory=list)
     """What the task has to say of how the rows and the model go together."""
+    unit: str = "token"
+    """What lengths count: `Traits.unit`."""
     seconds: float = 0.0
     """What preparing took, when it was done."""
     cached: bool = False

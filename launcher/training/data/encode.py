@@ -93,7 +93,8 @@ def encode_rows(rows: Rows, task: Task, tokenizer: Any, num_workers: int) -> Ite
     """The chunks of a source in order, the same for any number of workers."""
     source = iter(rows)
     chunks = iter(lambda: list(islice(source, CHUNK_ROWS)), [])
-    if num_workers <= 1 or rows.num_rows_expected < FEWEST_ROWS_FOR_WORKERS:
+    fewest = CHUNK_ROWS if task.traits.reads_files else FEWEST_ROWS_FOR_WORKERS
+    if num_workers <= 1 or rows.num_rows_expected < fewest:
         for chunk in chunks:
             yield encode_chunk(chunk, task, tokenizer)
         return

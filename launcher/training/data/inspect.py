@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from launcher.data.folder import FileColumn
 from launcher.data.rows import Row, RowProblem
 from launcher.data.section import Source
 from launcher.errors import ConfigurationError, DataError, Problem
@@ -16,7 +17,7 @@ from launcher.plain_files import read_json
 from launcher.planner.plan import Plan
 from launcher.runs import events
 from launcher.runs.layout import RunDirectory, write_atomically
-from launcher.tasks.task import IGNORE, Encoded, Sample
+from launcher.tasks.task import IGNORE, Encoded, Sample, Task
 from launcher.training import entry
 from launcher.training.data.dataset import Dataset
 from launcher.training.data.prepare import refuse_mostly_dropped
@@ -142,8 +143,17 @@ def _samples(
             "row": wanted + 1,
             "file": row.file,
             "line": row.line,
+            **_place(row, material.task),
             **_sample(row, dataset, material, request["tokens"]),
         }
+
+
+def _place(row: Row, task: Task) -> dict[str, str]:
+    """Return where the file of a row lies, where rows name files."""
+    values = {} if isinstance(row.values, RowProblem) else row.values
+    names = [column for column in task.columns if isinstance(column, FileColumn)]
+    paths = [value for name in names if isinstance(value := values.get(name), str)]
+    return {"path": paths[0]} if paths else {}
 
 
 def _sample(row: Row, dataset: Dataset, material: TrainingInputs, with_tokens: bool) -> dict[str, Any]:
@@ -160,6 +170,13 @@ def _sample(row: Row, dataset: Dataset, material: TrainingInputs, with_tokens: b
         problem = encoded if isinstance(encoded, RowProblem) else RowProblem("not used")
         return {"reason": problem.reason, "detail": problem.detail}
     beside, sample = index
+    if "input_ids" not in sample:
+        return {
+            "cut": bool(encoded.cut),
+            "num_beside": beside,
+            "label": _label(sample, dataset),
+            "pieces": [],
+        }
     ids, learned = sample["input_ids"].tolist(), _learned(sample)
     shown: dict[str, Any] = {
         "num_tokens": len(ids),

@@ -29,6 +29,8 @@ from launcher.training.data.sources import Rows, difference, hash_file, open_sou
 FORMAT = 7
 """Of the files, and of how samples and packs are made: a change of either makes everything anew."""
 NUM_EXAMPLES = 10
+_IN_THE_BATCH = ("augmentation", "image_size")
+"""Keys of `data` that decide nothing before a batch is made."""
 Role = Literal["train", "evaluation"]
 ReportRows = Callable[[int, int], None]
 
@@ -104,7 +106,9 @@ def cache_root() -> Path:
 def cache_key(rows: Rows, role: Role, plan: Plan, task: Task, tokenizer: Any) -> str:
     """A hash of all that decides what the prepared data is: contents, what is read of them, settings, task,
     classes, tokenizer."""
-    settings = plan.data.model_dump(mode="json", exclude={"train", "evaluation", "num_workers", "date"})
+    settings = plan.data.model_dump(
+        mode="json", exclude={"train", "evaluation", "num_workers", "date", *_IN_THE_BATCH}
+    )
     # The two give the same samples, and differ in what is then said of them.
     settings["unusable"] = settings["unusable"].replace("drop-few", "drop")
     classes: Any = task.labels if role == "evaluation" or task.labels_given else None
@@ -117,13 +121,22 @@ def cache_key(rows: Rows, role: Role, plan: Plan, task: Task, tokenizer: Any) ->
         [Path(file.path).suffix.lower() for file in rows.files],
         rows.source.limit,
     ]
+    # Where the files that rows name lie, and when they were written: other ones are read anew.
+    parts += [stamp] if (stamp := rows.stamp) else []
     parts += [settings, task.name, task.key, task.layout, classes, tokenizer_digest(tokenizer)]
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """A hash of what a tokenizer does: its algorithm and vocabulary, special tokens and chat template."""
+    """A hash of what a tokenizer does: its algorithm and vocabulary, special tokens and chat template.
+
+    Of a processor of files, its settings.
+    """
     hasher = xxhash.xxh3_128()
+    if not hasattr(tokenizer, "get_vocab"):
+        settings = [type(tokenizer).__name__, tokenizer.to_dict()]
+        hasher.update(json.dumps(settings, sort_keys=True, default=str).encode())
+        return str(hasher.hexdigest())
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         # Every encoding call sets these two anew; left from the last one, they would change the hash.
@@ -214,7 +227,9 @@ def _write(directory: Path, rows: Rows, role: Role, plan: Plan, using: tuple[Tas
         task.fit(rows)
     sources = [{"path": file.path, "bytes": file.bytes} for file in rows.files]
     remarks = task.remarks if role == "train" else []
-    report = DataReport(role, rows.digest, labels=task.labels, remarks=remarks, files=sources)
+    report = DataReport(
+        role, rows.digest, labels=task.labels, remarks=remarks, files=sources, unit=task.traits.unit
+    )
     writer = Writer(directory)
     for chunk in encode_rows(rows, task, tokenizer, plan.num_data_workers):
         report.rows_read += chunk.num_rows
@@ -236,12 +251,13 @@ def _write(directory: Path, rows: Rows, role: Role, plan: Plan, using: tuple[Tas
     report.seconds = round(time.monotonic() - began, 3)
     files = {path.name: file_digest(path) for path in sorted(directory.iterdir())}
     # Without what later formats added to the same samples, so that those of an older format are known as the
-    # same; and without the texts that answers are compared with, which may be asked for in a later attempt.
+    # same; without the texts that answers are compared with, which may be asked for in a later attempt; and
+    # without the places of files, of whose contents there is a hash.
     added = (f"{HASHES}.npy", "sample_lengths.npy", "sample_windows.npy")
     digests = {
         name: digest
         for name, digest in files.items()
-        if name not in added and not name.startswith("references")
+        if name not in added and not name.startswith(("references", "media.", "media_offsets."))
     }
     report.samples_hash = xxhash.xxh3_128_hexdigest(json.dumps(digests).encode())
     meta = {

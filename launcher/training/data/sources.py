@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,8 +14,9 @@ import xxhash
 
 from launcher.data.aligned import find_pairs, read_pair, refuse_unpaired
 from launcher.data.files import find_files
+from launcher.data.folder import FileColumn, listing, with_places
 from launcher.data.formats import format_of
-from launcher.data.rows import Row
+from launcher.data.rows import Row, RowProblem
 from launcher.data.section import Source
 from launcher.errors import DataError
 from launcher.plain_files import plain, read_json
@@ -55,7 +57,28 @@ class Rows:
 
     def __iter__(self) -> Iterator[Row]:
         for number, (line, file, values) in enumerate(islice(self._read(), self.source.limit)):
-            yield Row(number, file, line, values)
+            yield Row(number, file, line, with_places(values, self.columns, _folder(file)))
+
+    @functools.cached_property
+    def stamp(self) -> str:
+        """Return a hash of where the files lie that rows name, how large they are, and when they were written;
+        empty where rows name none.
+
+        Not of what is in them: each sample keeps a hash of its file, and who reads it compares.
+        """
+        names = [column for column in self.columns if isinstance(column, FileColumn)]
+        if not names:
+            return ""
+        hasher = xxhash.xxh3_128()
+        for row in self:
+            values = {} if isinstance(row.values, RowProblem) else row.values
+            for path in (value for name in names if isinstance(value := values.get(name), str)):
+                try:
+                    status = Path(path).stat()
+                    hasher.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
+                except (OSError, ValueError):
+                    hasher.update(f"{path} none\n".encode(errors="replace"))
+        return str(hasher.hexdigest())
 
     def _read(self) -> Iterator[tuple[int, str, Any]]:
         if self.source.path is None:
@@ -79,7 +102,7 @@ def open_source(source: Source, columns: Sequence[str]) -> Rows:
         return _open_hub(source, tuple(columns))
     if source.targets is not None:
         return _open_pairs(source, tuple(columns))
-    paths = find_files(source.path, source.split)
+    paths = find_files(source.path, source.split, columns)
     files = tuple(hash_file(path) for path in paths)
     expected = sum(_num_rows(path, file) for path, file in zip(paths, files, strict=True))
     return Rows(source, tuple(columns), files, _digest(files), _limited(expected, source))
@@ -101,7 +124,12 @@ def _num_rows(path: Path, file: SourceFile) -> int:
 
 
 def hash_file(path: Path) -> SourceFile:
-    """Hash every MiB of a file and count its lines. Raises DataError where it cannot be read."""
+    """Hash every MiB of a file and count its lines; of a folder the names and sizes of its files.
+
+    Raises DataError where it cannot be read.
+    """
+    if path.is_dir():
+        return _hash_folder(path)
     blocks: list[str] = []
     size = num_lines = 0
     last = b"\n"
@@ -115,6 +143,19 @@ def hash_file(path: Path) -> SourceFile:
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
     return SourceFile(str(path), size, tuple(blocks), num_lines + (last != b"\n"))
+
+
+def _hash_folder(path: Path) -> SourceFile:
+    files = listing(path)
+    names = "".join(f"{file.path} {file.size}\n" for file in files)
+    digest = xxhash.xxh3_64_hexdigest(names.encode(errors="surrogateescape"))
+    return SourceFile(str(path), sum(file.size for file in files), (digest,), len(files))
+
+
+def _folder(file: str) -> Path:
+    """Return the folder that the paths in a file are relative to: a folder itself."""
+    path = Path(file)
+    return path if path.is_dir() else path.parent
 
 
 def _digest(files: Sequence[SourceFile]) -> str:

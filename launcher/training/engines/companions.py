@@ -16,7 +16,7 @@ from launcher.tasks.companion import Companion
 from launcher.tasks.task import Output, Task
 from launcher.training.engines.units import shard_units
 from launcher.training.model import loading as models
-from launcher.training.model import pretrained
+from launcher.training.model import normalization, pretrained
 from launcher.training.precision import DTYPES
 
 
@@ -36,7 +36,8 @@ def bind_loss(model: PreTrainedModel, task: Task, others: Mapping[str, nn.Module
     """Have the model's own forward compute the task's loss, inside its sharding hooks; `others` are its
     companions."""
     loss: Callable[..., Output] = task.loss
-    model.forward = functools.partial(loss, model, **({"others": others} if others else {}))
+    forward = functools.partial(loss, model, **({"others": others} if others else {}))
+    model.forward = normalization.noting_samples(model, forward)
 
 
 def _load(plan: Plan, task: Task, companion: Companion) -> PreTrainedModel:

@@ -33,7 +33,7 @@ from launcher.training.engines.recompute import checkpoint_activations
 from launcher.training.engines.unshard import cut_rows, gathered, replaced_one_by_one
 from launcher.training.engines.zero import Piece, StageOneOrTwo, StageThree
 from launcher.training.heads import Batch
-from launcher.training.model import adapters
+from launcher.training.model import adapters, normalization
 from launcher.training.model import loading as models
 from launcher.training.precision import DTYPES
 
@@ -67,7 +67,7 @@ class DeepSpeedEngine:
         bind_loss(self.model, self._task, self.companions)
         self._register_head()
         optimizer = optimizers.construct(self.model, plan.training, plan.model)
-        with _one_optimizer_for_all_stages(self._deepspeed):
+        with _one_optimizer_for_all_stages(self._deepspeed), normalization.kept_exact(self.model):
             self._engine, *_ = self._deepspeed.initialize(
                 model=self.model, optimizer=optimizer, config=self._ds_config, dist_init_required=False
             )

@@ -23,7 +23,7 @@ from transformers.distributed import DistributedConfig
 from launcher import tasks
 from launcher.errors import ConfigurationError, Problem
 from launcher.planner.plan import Mesh, Plan
-from launcher.training.model import adapters, pretrained
+from launcher.training.model import adapters, normalization, pretrained
 from launcher.training.model.buffers import restore_buffers
 from launcher.training.model.conversion import converted_whole, copied_in_parts, cut_like
 from launcher.training.model.places import freeze, repeated_layers
@@ -91,6 +91,12 @@ def load(plan: Plan, auto_class: Any, config: Any, shard: Shard) -> LoadedModel:
     if mean is not None and tasks.find(plan.task).traits.head == "one-per-sample":
         _centre(model, set(new) & following(kind, config, "num_labels"), mean)
     freeze(model, plan.model)
+    if plan.model.freeze_normalization:
+        normalization.freeze(model, plan.model.name)
+    # Beside an adapter nothing of the model changes, and what an adapter's files hold are its matrices alone.
+    normalization.share_statistics(
+        model, frozen=plan.model.freeze_normalization or plan.model.adapter is not None
+    )
     _add_adapter(model, seam.injected, plan, new, device)
     if plan.mesh.world_size == 1:
         shard(model)

@@ -56,7 +56,7 @@ def check_loss(engine: Engine, task: Task, dataset: Dataset, plan: Plan, event: 
 
 
 def _check_loss(engine: Engine, task: Task, dataset: Dataset, plan: Plan, event: Event, began: float) -> None:
-    ends = engine.model.config.get_text_config().eos_token_id
+    ends = getattr(engine.model.config.get_text_config(), "eos_token_id", None)
     rows = _rows(task, dataset, [ends] if isinstance(ends, int) else ends or [])
     planned = way = Way(task.layout, plan.attention, task.head)
     own, size = _own(engine, task, rows[1], plan)
@@ -185,13 +185,14 @@ def _values(task: Task, output: Output, row: Sample) -> torch.Tensor:
 def _alone(model: PreTrainedModel, batch: Batch) -> Output:
     """The loss or the outputs of one row; in the place of `num_correct` how large they usually are."""
     with _size_of_outputs(model) as sizes:
-        output, ids = heads.own_forward(model, batch | {"use_cache": False}), batch["input_ids"][0]
+        output = heads.own_forward(model, batch | {"use_cache": False})
     # A head for answers has two outputs, for where they begin and where they end.
     logits = (
         output.logits if "logits" in output else torch.stack((output.start_logits, output.end_logits), dim=-1)
     ).float()
     if "labels" not in batch:
         return Output(logits.sum(), sizes[-1] if sizes else logits.new_zeros(()), logits)
+    ids = batch["input_ids"][0]
     if batch["labels"].shape != batch["input_ids"].shape or bool(
         (batch["labels"] != batch["input_ids"]).any()
     ):

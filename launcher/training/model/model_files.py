@@ -43,6 +43,7 @@ _OF_ITSELF = (
 )
 """What says something of that model, or of its own training, and would be wrong of another."""
 _OF_A_MODEL = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".bpe", ".codes", ".vocab", ".spm")
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 _TEMPLATES = "additional_chat_templates"
 
@@ -58,6 +59,12 @@ def directory_of(plan: Plan) -> Path | None:
     except ValueError:  # no name that the hub could have
         return None
     return Path(cached).parent if isinstance(cached, str) else None
+
+
+def lacks_processor(plan: Plan) -> bool:
+    """Return whether the model's files are here, and say nothing of images or sounds."""
+    directory = directory_of(plan)
+    return directory is not None and not any((directory / name).is_file() for name in _PROCESSORS)
 
 
 def is_weights(path: Path) -> bool:

@@ -10,11 +10,12 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from launcher import tasks
 from launcher.errors import ConfigurationError, Problem, first_line
 from launcher.planner.model import model_support
 from launcher.planner.plan import Plan
 from launcher.training.model import attention
-from launcher.training.model.model_files import own_code
+from launcher.training.model.model_files import lacks_processor, own_code
 
 
 def read_config(plan: Plan) -> Any:
@@ -98,6 +99,22 @@ def read_tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def read_processor(plan: Plan) -> Any:
+    """Return what reads the rows of the plan's task: its own processor, or the model's tokenizer."""
+    task, model = tasks.unprepared(plan), plan.model
+    if not task.has_processor:
+        return read_tokenizer(plan)
+    try:
+        with own_code(plan):
+            if model.config is None and not lacks_processor(plan):
+                options = {"revision": model.revision or "main", "trust_remote_code": model.trust_remote_code}
+                return task.read_processor(model.name, options)
+            return task.usual_processor(read_config(plan))
+    except (OSError, ValueError, ImportError) as error:
+        reason = f"no processor of its {task.traits.unit}s: {first_line(error)}"
+        raise ConfigurationError(Problem("model.name", model.name, reason)) from None
+
+
 def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
     """One more than the highest id of a tokenizer's tokens: ids may have gaps."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
@@ -111,7 +128,11 @@ def model_class(loader: Any, config: Any, plan: Plan) -> type[PreTrainedModel]:
         if plan.model.trust_remote_code and reference:
             with own_code(plan):
                 return get_class_from_dynamic_module(reference, plan.model.name, revision=plan.model.revision)
-        return loader._model_mapping[type(config)]
+        kinds = loader._model_mapping[type(config)]
+        if not isinstance(kinds, tuple):
+            return kinds
+        named = config.architectures or ()
+        return next((kind for kind in kinds if kind.__name__ in named), kinds[0])
     except KeyError:
         reason = f"a {config.model_type} model cannot do {plan.task}"
         raise ConfigurationError(Problem("model.task", plan.task, reason)) from None

@@ -20,7 +20,7 @@ from launcher.planner.memory.profile import FEW, MANY, RECOMPUTATIONS, Block, Pa
 from launcher.planner.plan import Plan
 from launcher.tasks.task import IGNORE, Draws, Sample, Task
 from launcher.training.devices import to_device
-from launcher.training.model import pretrained
+from launcher.training.model import normalization, pretrained
 from launcher.training.precision import DTYPES
 from launcher.training.tracing.layers import Layer, spread
 from launcher.training.tracing.recorder import Passed, joined, same
@@ -44,7 +44,9 @@ class ProfileMaker:
         )
         self.config = config = pretrained.read_config(self.plan)
         self.task = prepared_task(self.plan, config)
-        pretrained.model_class(self.task.auto_class, config, plan)
+        kind = pretrained.model_class(self.task.auto_class, config, plan)
+        # Of a type with two classes transformers looks for the one that a config names.
+        config.architectures = config.architectures or [kind.__name__]
         options = {"trust_remote_code": plan.model.trust_remote_code}
         self.traced = TracedModel(
             config, self.task.auto_class, self.task.loss, DTYPES[plan.precision], **options
@@ -60,6 +62,8 @@ class ProfileMaker:
         adapter = self.plan.model.adapter
         if adapter is None:
             freeze(self.traced.model, self.plan.model)
+            if self.plan.model.freeze_normalization:
+                normalization.freeze(self.traced.model, self.plan.model.name)
         else:
             self.traced.add_adapter(adapter, self._new_parameters)
         root, layers = self.traced.units(narrow=adapter is not None)
@@ -209,6 +213,8 @@ class ProfileMaker:
 def prepared_task(plan: Plan, config: Any) -> Task:
     """Return the plan's task for a model that has no data yet: with the model's own classes, else with two."""
     task = tasks.unprepared(plan)
+    if task.has_processor:
+        task.prepare(pretrained.read_processor(plan))
     task.adopt(config)
     task.labels = (task.own_labels or ["0", "1"]) if task.needs_labels else None
     task.configure(config)

@@ -45,7 +45,7 @@ def expected(plan: Plan, foreign: Foreign) -> Expected:
         )
         raise ConfigurationError(Problem("model.adapter", f"rank {plan.model.adapter.rank}", reason))
     config = pretrained.read_config(plan)
-    task = tasks.build(plan, pretrained.read_tokenizer(plan))
+    task = tasks.build(plan, pretrained.read_processor(plan))
     if task.traits.head != "every-position":
         _take_num_labels(plan, task.auto_class, config, foreign)
     model = _empty(plan, task.auto_class, config)

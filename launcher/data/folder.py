@@ -1,0 +1,127 @@
+"""Files that are rows: columns that name them, and folders whose files and sub-folders are the rows."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from launcher.data.rows import UNREADABLE, IfThere, Read, RowProblem, Values
+from launcher.errors import DataError
+
+IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+"""The endings of images, in formats that Pillow has in every build."""
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+"""What `datasets` calls the file that says what the files of a folder are."""
+_SPLITS = {"train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation"}
+
+
+class FileColumn(str):
+    """The name of a column with files: the path of each, relative to the file that names it, or its bytes."""
+
+    suffixes: tuple[str, ...]
+    """The endings of such files."""
+
+    def __new__(cls, name: str, suffixes: tuple[str, ...]) -> FileColumn:
+        column = super().__new__(cls, name)
+        column.suffixes = suffixes
+        return column
+
+
+class FileColumnIfThere(FileColumn, IfThere):
+    """One that is read where a source has it, and not missed where it has not."""
+
+
+class Listed(NamedTuple):
+    """A file of a folder."""
+
+    path: str
+    """Relative to the folder, with `/` between its parts."""
+    size: int
+    """Bytes."""
+
+
+def file_column(columns: Sequence[str]) -> FileColumn | None:
+    """Return the first column with files; None without one."""
+    return next((column for column in columns if isinstance(column, FileColumn)), None)
+
+
+def metadata_of(folder: Path) -> Path | None:
+    """Return the file that says what the files of a folder are; None without one. Raises DataError where
+    there are two."""
+    paths = [path for name in METADATA if (path := folder / name).is_file()]
+    if len(paths) > 1:
+        raise DataError(
+            f"{folder} has {' and '.join(path.name for path in paths)}; name the one that is meant"
+        )
+    return paths[0] if paths else None
+
+
+def why_no_rows(folder: Path) -> str | None:
+    """Return why a folder is no source of rows, in one clause; None where it may be."""
+    try:
+        if metadata_of(folder) is not None:
+            return None
+    except DataError as error:
+        return str(error).removeprefix(f"{folder} ")
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
+    if names and {name.lower() for name in names} <= _SPLITS:
+        return f"holds splits ({', '.join(names)}), not classes; name one of them, as {folder / names[0]}"
+    return None
+
+
+def listing(folder: Path) -> list[Listed]:
+    """Return the files of a folder and of those in it, by path; hidden ones are passed over. Raises DataError
+    where it cannot be read."""
+    try:
+        return sorted(_files(folder, ""))
+    except OSError as error:
+        raise DataError(f"{error.filename or folder} cannot be read: {error.strerror or error}") from None
+
+
+def _files(folder: Path, before: str) -> Iterator[Listed]:
+    for entry in os.scandir(folder):
+        if entry.name.startswith(".") or entry.name in ("Thumbs.db", "desktop.ini"):
+            continue
+        if entry.is_dir():
+            yield from _files(folder / entry.name, f"{before}{entry.name}/")
+        else:
+            yield Listed(f"{before}{entry.name}", entry.stat().st_size)
+
+
+def read_folder(folder: Path, columns: Sequence[str]) -> Read:
+    """Yield a row for each file of a folder: its path, and as the label the name of the sub-folder it is in.
+
+    A file at the top has no label. Raises DataError for a folder that is no such source.
+    """
+    column = file_column(columns)
+    if column is None:
+        raise DataError(f"{folder} is a directory; name its files by a pattern such as {folder}/*.jsonl")
+    if why := why_no_rows(folder):
+        raise DataError(f"{folder} {why}")
+    others = [name for name in columns if not isinstance(name, FileColumn)]
+    for number, (path, _) in enumerate(listing(folder), start=1):
+        if not path.lower().endswith(column.suffixes):
+            reason = f"{path}: its name ends like none of {' '.join(column.suffixes)}"
+            yield number, RowProblem(UNREADABLE, reason)
+            continue
+        label, slash, _ = path.partition("/")
+        yield number, {column: path} | (dict.fromkeys(others, label) if slash else {})
+
+
+def with_places(values: Values, columns: Sequence[str], folder: Path) -> Values:
+    """Return a row whose files are named by whole paths: what it says is relative to `folder`.
+
+    A struct of `bytes` and `path`, as `datasets` writes it, becomes its bytes where it has any.
+    """
+    names = [column for column in columns if isinstance(column, FileColumn)]
+    if isinstance(values, RowProblem) or not names:
+        return values
+    return {**values, **{name: _placed(values[name], folder) for name in names if name in values}}
+
+
+def _placed(value: Any, folder: Path) -> Any:
+    if isinstance(value, dict) and set(value) <= {"bytes", "path"} and value:
+        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+    return str(folder / value) if isinstance(value, str) and value.strip() else value

@@ -1,0 +1,210 @@
+"""Classification of whatever a sample holds: one class, several at once, or a number.
+
+What tasks with a label share: their classes, their loss, their metrics and their answers. What of a row is
+classified is a subclass's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from launcher.data.rows import Row
+from launcher.errors import ConfigurationError, DataError, Problem
+from launcher.lazy import Lazy
+from launcher.metrics import Better
+from launcher.tasks import classes
+from launcher.tasks.classes import Classes, by_class, is_number, new_head, taken_by_number
+from launcher.tasks.label_answers import label_answers
+from launcher.tasks.label_columns import HF_PROBLEM, LabelColumns, measured
+from launcher.tasks.label_losses import LabelLoss, balanced, label_loss
+from launcher.tasks.label_scores import LabelScores, Thresholds
+from launcher.tasks.row_labels import label_array, label_of, names_in
+from launcher.tasks.task import Evaluator, Output, Sample, Task
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from launcher.tasks.task import AnswerOptions
+else:
+    np, torch = Lazy("numpy"), Lazy("torch")
+
+
+class Classification(Task):
+    """A sample to a class, several classes, or a number."""
+
+    head_name: ClassVar[str]
+    """How the names of transformers' classes with such a head end, behind `For`."""
+    data: LabelColumns
+
+    def __init__(self, data: LabelColumns, labels: list[str] | None = None) -> None:
+        super().__init__(data, labels)
+        self._weights: list[float] | None = None
+        self._fitted: list[float] | None = None
+        """The thresholds of the classes, where an evaluation fitted them."""
+        self._mean: float | None = None
+        """Of the training rows' numbers."""
+
+    def adopt(self, config: Any, as_it_stands: bool = False) -> None:
+        """Take the classes of a model that has a classification head already. Raises ConfigurationError where
+        it stands without one."""
+        self.own_labels = classes.of_model(config, self.head_name)
+        self._mean = getattr(config, "label_mean", None)
+        if not as_it_stands:
+            return
+        num_needed = 1 if self.data.problem == "regression" else None
+        if self.own_labels is None or num_needed not in (None, len(self.own_labels)):
+            has = (
+                "no classification head"
+                if self.own_labels is None
+                else (f"{len(self.own_labels)} classes, and a number is one output")
+            )
+            raise classes.without_head(config, f"the model has {has}")
+        if self.needs_labels:
+            self.labels, self.labels_given = self.own_labels, True
+
+    def configure(self, config: Any) -> None:
+        """Write the classes, the kind of problem and the mean of the numbers into the model's config."""
+        names = self.labels
+        if names is None:
+            names = (
+                self.own_labels if self.own_labels is not None and len(self.own_labels) == 1 else ["value"]
+            )
+        classes.write_to(config, names)
+        config.problem_type = HF_PROBLEM[self.data.problem]
+        if self.data.problem == "regression" and self._mean is not None:
+            config.label_mean = self._mean
+        else:
+            vars(config).pop("label_mean", None)
+
+    @property
+    def metrics(self) -> Mapping[str, Better]:
+        return measured(self.data)
+
+    @property
+    def kind(self) -> str:
+        return self.data.problem
+
+    def chance_loss(self, config: Any) -> float | None:
+        if self.data.problem == "regression":
+            return None
+        return math.log(2 if self.data.problem == "multi-label" else max(2, config.num_labels))
+
+    @property
+    def _label_column(self) -> str:
+        return self.data.label or "label"
+
+    @property
+    def needs_labels(self) -> bool:
+        return self.data.problem != "regression"
+
+    def fit(self, rows: Iterable[Row]) -> None:
+        """Take the classes from the rows: the model's own in its own order, where each of the rows' classes
+        is one of them.
+
+        Else in the order of their numbers where all are numbers, else by name. Raises DataError where there
+        are fewer than two.
+        """
+        found = names_in(rows, self._label_column, self.data.problem)
+        if found and self.own_labels is not None:
+            own = Classes(self.own_labels, by_number=True)
+            if not (unknown := own.unknown(found)):
+                self.labels, self.remarks = (
+                    self.own_labels,
+                    [taken_by_number(own)] if own.numbered(found) else [],
+                )
+                return
+            self.remarks = [new_head(self.own_labels, found, unknown)]
+        if len(found) < 2:
+            shown = f"only {next(iter(found))!r}" if found else "no label"
+            raise DataError(
+                f"data.label = {self._label_column!r}: the training rows have {shown}; a classifier needs "
+                "at least two classes"
+            )
+        self.labels = sorted(found, key=int) if all(is_number(name) for name in found) else sorted(found)
+
+    def refuse_unknown(self, rows: Iterable[Row]) -> None:
+        """Raise ConfigurationError where rows have classes that the model does not."""
+        if self.needs_labels and self.labels is not None:
+            ids = Classes(self.labels, by_number=True)
+            found = names_in(rows, self._label_column, self.data.problem)
+            classes.check_known(ids, found, "classes", "data.label", self._label_column)
+
+    def learn_from(self, column: Callable[[str], np.ndarray | None]) -> None:
+        """Take what each class weighs, or the mean of the numbers. Raises ConfigurationError for weights and
+        thresholds of what is no class, and for a `top_k` of all."""
+        if self.data.problem == "regression" and (numbers := column("label")) is not None:
+            self._mean = float(numbers.mean(dtype=np.float64))
+        names = list(self.labels or ())
+        if self.data.top_k is not None and self.data.top_k >= len(names):
+            reason = f"there are {len(names)} classes, and the right one is always among so many"
+            raise ConfigurationError(Problem("data.top_k", self.data.top_k, reason))
+        self._numbers("thresholds", 0.5)
+        self._weights = self._numbers("class_weights", 1.0)
+        if self.data.class_weights == "balanced" and (labels := column("label")) is not None:
+            self._weights = balanced(
+                labels.reshape(-1, len(names)) if self.data.problem == "multi-label" else labels, len(names)
+            )
+
+    def _numbers(self, key: str, other: float) -> list[float] | None:
+        """Return what a key gives for each class; None where it gives no numbers."""
+        given = getattr(self.data, key)
+        return (
+            None
+            if given is None or isinstance(given, str)
+            else by_class(f"data.{key}", given, self.labels or (), other)
+        )
+
+    def _label(self, row: dict[str, Any], ids: Classes) -> np.ndarray:
+        problem, whose = self.data.problem, "model" if ids.names == self.own_labels else "training rows"
+        if self.for_prediction:
+            size = len(ids.names) if problem == "multi-label" else 1
+            return np.zeros(size, dtype=np.int64 if problem == "single-label" else np.float32)
+        return label_array(label_of(row, self._label_column, problem), ids, problem, whose)
+
+    def loss(self, model: torch.nn.Module, batch: dict[str, Any]) -> Output:
+        data = self.data
+        return label_loss(
+            model,
+            batch,
+            LabelLoss(data.problem, self._weights, data.label_smoothing or 0.0, data.focal_gamma),
+        )
+
+    def evaluator(self) -> Evaluator:
+        kept = self._fitted if self.keeps_fitted else None
+        thresholds: Thresholds = kept or (
+            "fit" if self.data.thresholds == "fit" else self._numbers("thresholds", 0.5)
+        )
+        return LabelScores(self.data.problem, self.labels or (), thresholds, self.data.top_k)
+
+    def adopt_evaluation(self, details: Mapping[str, Any]) -> None:
+        """Take the thresholds that an evaluation of the model fitted, where the job leaves them to that."""
+        if self.data.thresholds == "fit" and "thresholds" in details:
+            self._fitted = [float(details["thresholds"].get(name, 0.5)) for name in self.labels or ()]
+
+    def answers(
+        self, output: Output, batch: dict[str, Any], samples: Sequence[Sample], options: AnswerOptions
+    ) -> list[Any]:
+        """Return of each sample its `label`, its `labels`, or its `value`; probabilities and the most
+        probable classes on request."""
+        assert output.predictions is not None
+        logits = output.predictions.float().cpu().numpy()
+        thresholds = self._fitted or self._numbers("thresholds", 0.5)
+        return label_answers(logits, self.data.problem, list(self.labels or ()), thresholds, options)
+
+    @property
+    def _ids(self) -> Classes:
+        return Classes(
+            self.labels or (), by_number=self.labels is not None and self.labels == self.own_labels
+        )
+
+    def _example_label(self) -> np.ndarray:
+        num_outputs = len(self.labels or "?") if self.data.problem == "multi-label" else 1
+        return np.zeros(num_outputs, dtype=np.int64 if self.data.problem == "single-label" else np.float32)
+
+    def _label_tensor(self, samples: Sequence[Sample]) -> torch.Tensor:
+        """Return the labels of a batch: int64 [B], float32 [B, num_labels] or float32 [B]."""
+        labels = np.stack([sample["label"] for sample in samples])
+        return torch.from_numpy(labels if self.data.problem == "multi-label" else labels[:, 0].copy())

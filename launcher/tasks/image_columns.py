@@ -1,0 +1,64 @@
+"""The section `data` of a job that reads images: their column, their size, and how they are altered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from launcher.data.folder import IMAGES, FileColumn, FileColumnIfThere
+from launcher.tasks.label_columns import LabelColumns
+from launcher.tasks.task import Finding, finding
+from launcher.values import Fraction, Section
+
+Probability = Annotated[float, Field(gt=0, le=1)]
+
+
+class Augmentation(Section):
+    """How images are altered in training, each anew at every pass; what is left out is not done."""
+
+    random_crop: Probability | None = None
+    """A part of at least this share of the image, of a width 3/4 to 4/3 of its height, is enlarged to the whole
+    (Szegedy et al. 2015, arXiv 1409.4842; 0.08 there)."""
+    horizontal_flip: Probability | None = None
+    """How likely an image is mirrored."""
+    color_jitter: Fraction | None = None
+    """How far brightness, contrast and saturation may change, each as a share of its own."""
+    rand_augment: tuple[Annotated[int, Field(ge=1, le=10)], Annotated[int, Field(ge=1, le=30)]] | None = None
+    """RandAugment (Cubuk et al. 2020, arXiv 1909.13719): so many alterations, of this strength each."""
+    random_erasing: Probability | None = None
+    """How likely a part of 2 to 33% of the image is made grey (Zhong et al. 2020, arXiv 1708.04896)."""
+
+
+class ImageColumns(LabelColumns):
+    """Rows of an image with a label."""
+
+    image: str | None = None
+    """The column of the image: a path relative to the file that it stands in, or the bytes of a file. Left out,
+    `file_name` or `image`, whichever there is."""
+    label: str | None = "label"
+    """The column of the label: a class, a list of classes, or a number for regression. Of a folder without
+    metadata, the sub-folders are the classes."""
+    image_size: Annotated[int, Field(ge=8, le=4096)] | None = None
+    """Width and height in pixels of what the model sees. Left out, what its image processor says."""
+    augmentation: Augmentation | None = None
+    """How images are altered in training."""
+    max_length: Literal[1] = 1
+    """An image is one position of a pass, whatever its size."""
+    too_long: Literal["cut", "drop", "refuse"] = "cut"
+    """What to do with an image of several frames (an animation): `cut` takes the first."""
+
+    @property
+    def image_columns(self) -> tuple[FileColumn, ...]:
+        """Return the columns where an image may be."""
+        if self.image is not None:
+            return (FileColumn(self.image, IMAGES),)
+        return FileColumnIfThere("file_name", IMAGES), FileColumnIfThere("image", IMAGES)
+
+
+def image_contradictions(data: ImageColumns) -> Iterator[Finding]:
+    """Yield what makes no sense beside the rest."""
+    if data.augmentation is not None and not data.augmentation.model_fields_set:
+        reason = f"names no alteration; there are {', '.join(Augmentation.model_fields)}, or leave it out"
+        yield finding("data.augmentation", None, reason)

@@ -1,0 +1,118 @@
+"""Files as parts of samples: a sample keeps where its file lies, or its bytes as they are, and a hash of them.
+
+What is decoded of a file is never stored. It is made anew for each batch, and what was hashed is compared.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from launcher.data.rows import BAD_VALUE, EMPTY, MISSING, UNREADABLE, RowProblem, is_missing, missing
+from launcher.errors import DataError
+from launcher.lazy import Lazy
+from launcher.plain_files import plain
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import numpy as np
+    import xxhash
+else:
+    np, xxhash = Lazy("numpy"), Lazy("xxhash")
+
+MOST_BYTES = 1 << 30
+"""Of a file that is read as a whole."""
+_PATH, _BYTES = 0, 1
+"""What the first byte of a stored file says that the others are."""
+
+
+class Content(NamedTuple):
+    """A file's bytes, as they lie on the disk or in a row."""
+
+    name: str
+    """For people: the end of its path; empty for bytes in a row."""
+    data: bytes
+
+    @property
+    def begins(self) -> str:
+        """Return how a sentence about it begins."""
+        return f"{self.name}: " if self.name else ""
+
+
+def named(row: Mapping[str, Any], columns: Sequence[str]) -> str | bytes:
+    """Return the path or the bytes that a row holds in the first of the columns that it has.
+
+    Raises RowProblem where there is none.
+    """
+    column = next((column for column in columns if not is_missing(row.get(column))), None)
+    if column is None:
+        present = next((column for column in columns if column in row), columns[-1])
+        raise missing(dict(row), present)
+    value = row[column]
+    if isinstance(value, bytes) or (isinstance(value, str) and value.strip()):
+        return value
+    if isinstance(value, str):
+        raise RowProblem(EMPTY, f"{column!r} names no file")
+    raise RowProblem(BAD_VALUE, f"{column!r} is a {type(value).__name__}, not a path or bytes")
+
+
+def content(value: str | bytes) -> Content:
+    """Return the bytes that a row names or holds. Raises RowProblem where there are none."""
+    if isinstance(value, bytes):
+        return _filled(Content("", value))
+    name = "/".join(Path(value).parts[-2:])
+    try:
+        with open(value, "rb", opener=plain) as file:
+            data = file.read(MOST_BYTES + 1)
+    except FileNotFoundError:
+        raise RowProblem(MISSING, f"{name}: no such file") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise RowProblem(UNREADABLE, f"{name}: {reason}") from None
+    if len(data) > MOST_BYTES:
+        raise RowProblem(UNREADABLE, f"{name}: more than {MOST_BYTES:,} bytes")
+    return _filled(Content(name, data))
+
+
+def _filled(one: Content) -> Content:
+    if not one.data:
+        raise RowProblem(EMPTY, f"{one.begins}no bytes in it")
+    return one
+
+
+def stored(value: str | bytes, one: Content) -> dict[str, np.ndarray]:
+    """Return the arrays that a sample keeps of a file.
+
+    `media`, uint8 [n]: its path, or its bytes where a row holds them; `media_hash`, uint64 [1]: xxh3 of the
+    bytes.
+    """
+    kind, data = (
+        (_BYTES, value) if isinstance(value, bytes) else (_PATH, value.encode(errors="surrogateescape"))
+    )
+    return {
+        "media": np.frombuffer(bytes((kind,)) + data, dtype=np.uint8),
+        "media_hash": np.array([xxhash.xxh3_64_intdigest(one.data)], dtype=np.uint64),
+    }
+
+
+def stored_content(sample: Mapping[str, np.ndarray]) -> Content:
+    """Return the bytes of a sample's file. Raises DataError where they are not those that it was made of."""
+    whole = sample["media"].tobytes()
+    value: str | bytes = whole[1:]
+    if whole[0] == _PATH:
+        value = whole[1:].decode(errors="surrogateescape")
+    try:
+        one = content(value)
+    except RowProblem as problem:
+        raise DataError(
+            f"{_place(value)} was read when the data was prepared, and is not now: {problem}"
+        ) from None
+    if xxhash.xxh3_64_intdigest(one.data) != int(sample["media_hash"][0]):
+        reason = "changed since the data was prepared; put it back as it was, or begin a new run"
+        raise DataError(f"{_place(value)} {reason}")
+    return one
+
+
+def _place(value: str | bytes) -> str:
+    return value if isinstance(value, str) else "a file in the rows"

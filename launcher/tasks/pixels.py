@@ -1,0 +1,123 @@
+"""Images as the tensor that a model sees: by its own image processor, altered in training."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from launcher.errors import ConfigurationError, Problem
+from launcher.lazy import Lazy
+from launcher.tasks.image_columns import Augmentation
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+else:
+    np, torch = Lazy("numpy"), Lazy("torch")
+
+_NEAREST_TRIES = 10
+"""Parts of an image that are drawn before all of it is taken, as in torchvision's RandomResizedCrop."""
+
+
+def resized(processor: Any, size: int) -> None:
+    """Have an image processor give images of `size` x `size` pixels, and cut off the same share at the edges."""
+    square = {"height": size, "width": size}
+    if getattr(processor, "do_center_crop", None):
+        before = _edge(processor.crop_size)
+        edges = {name: round(edge * size / before) for name, edge in dict(processor.size).items() if edge}
+        processor.size, processor.crop_size = (
+            type(processor.size)(**edges),
+            type(processor.crop_size)(**square),
+        )
+    elif getattr(processor, "crop_pct", None) is not None:
+        # ConvNeXT's, which cuts off what its share says, of an image with that shortest edge.
+        processor.size = type(processor.size)(shortest_edge=size)
+    else:
+        processor.size = type(processor.size)(**square)
+    processor.do_resize = True
+
+
+def _edge(size: Any) -> int:
+    edges = [edge for edge in dict(size).values() if edge]
+    return int(edges[0])
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """What a model sees of an image, with its processor."""
+
+    processor: Any
+    height: int
+    width: int
+
+    @classmethod
+    def of(cls, processor: Any, size: int | None) -> Pixels:
+        """Return what the processor makes of every image, set to `size` pixels where that is given.
+
+        Raises ConfigurationError for a processor whose images have no one size, or that makes something else.
+        """
+        if size is not None:
+            resized(processor, size)
+        from PIL import Image
+
+        try:
+            shapes = {
+                processor(Image.new("RGB", edges), return_tensors="np")["pixel_values"].shape
+                for edges in ((61, 47), (47, 61))
+            }
+        except Exception as error:  # a class of transformers may raise anything
+            raise _unfit(processor, f"makes nothing of an image: {error}") from None
+        [shape, *others] = shapes
+        if others or len(shape) != 4 or shape[:2] != (1, 3):
+            shown = " and ".join(" x ".join(map(str, one)) for one in sorted(shapes))
+            reason = f"gives images of {shown}, and a batch needs 3 x height x width, the same of all"
+            raise _unfit(processor, f"{reason}; data.image_size sets one size")
+        return cls(processor, *shape[2:])
+
+    def of_image(self, image: Any) -> np.ndarray:
+        """Return an RGB image as the processor has it: float32 [3, height, width]."""
+        found: np.ndarray = self.processor(image, return_tensors="np")["pixel_values"][0]
+        return np.ascontiguousarray(found, dtype=np.float32)
+
+    def altered(self, image: Any, how: Augmentation, draws: np.random.Generator) -> np.ndarray:
+        """Return an RGB image cut and altered by chance, then normalised: float32 [3, height, width]."""
+        from launcher.tasks.augmentation import alter
+
+        if how.random_crop is not None:
+            box = crop_box(image.size, how.random_crop, draws)
+            image = image.resize((self.width, self.height), self.processor.resample, box=box)
+            shown = np.asarray(image).transpose(2, 0, 1)
+        else:
+            plain = self.processor(image, return_tensors="np", do_rescale=False, do_normalize=False)
+            shown = plain["pixel_values"][0]
+        unit = torch.from_numpy(np.array(shown, dtype=np.float32)) / 255
+        pixels = (alter(unit.clamp_(0, 1), how, draws) * 255).numpy()
+        whole = {"do_resize": False, "do_center_crop": False, "input_data_format": "channels_first"}
+        return np.ascontiguousarray(
+            self.processor(pixels, return_tensors="np", **whole)["pixel_values"][0], dtype=np.float32
+        )
+
+
+def crop_box(size: tuple[int, int], least: float, draws: np.random.Generator) -> tuple[int, int, int, int]:
+    """Return a part of an image of (width, height) by chance: left, upper, right and lower edge in pixels.
+
+    Its area is `least` to all of the image's, evenly, its width 3/4 to 4/3 of its height, evenly by logarithm.
+    """
+    width, height = size
+    for _ in range(_NEAREST_TRIES):
+        area = width * height * draws.uniform(least, 1.0)
+        ratio = math.exp(draws.uniform(math.log(3 / 4), math.log(4 / 3)))
+        across, down = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < across <= width and 0 < down <= height:
+            left, upper = (
+                int(draws.integers(0, width - across + 1)),
+                int(draws.integers(0, height - down + 1)),
+            )
+            return left, upper, left + across, upper + down
+    return 0, 0, width, height
+
+
+def _unfit(processor: Any, reason: str) -> ConfigurationError:
+    name = getattr(processor, "name_or_path", None)
+    return ConfigurationError(Problem("model.name", name, f"its {type(processor).__name__} {reason}"))

@@ -1,0 +1,132 @@
+"""Make micro-batches ahead of the step, in processes of their own, where making one takes files to be decoded.
+
+What a micro-batch holds hangs on the seed, the step and its samples alone. So it is the same from a process,
+from this one, after a resume, and on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from launcher.errors import LauncherError, OutOfMemoryError
+from launcher.planner.plan import Plan
+from launcher.runs.processes import die_with_parent
+from launcher.tasks.task import Draws, Sample, Task
+from launcher.training.data.batches import Batches
+
+_EACH = 2
+"""Micro-batches that each process makes ahead: what bounds the memory."""
+Items = Sequence[Sequence[Sample]]
+
+
+@dataclass(frozen=True)
+class Ahead(Dataset[Any]):
+    """Micro-batches by step and place in the step."""
+
+    task: Task
+    batches: Batches
+    draws: Callable[[int], Draws]
+    """The random numbers of a step."""
+
+    def __getitem__(self, place: tuple[int, int]) -> dict[str, Any] | LauncherError:
+        """Return a collated micro-batch, its tensors as arrays; a fault of the data as what it is."""
+        step, index = place
+        try:
+            batch = self.task.collate(self.batches.step(step).micro_batches[index], self.draws(step))
+        except LauncherError as error:
+            return error  # a worker's own traceback would stand in the message
+        return {
+            key: value.numpy() if isinstance(value, torch.Tensor) else value for key, value in batch.items()
+        }
+
+    @property
+    def places(self) -> int:
+        """Micro-batches of a step."""
+        return self.batches.batch.accumulation_steps
+
+
+class Loader:
+    """The micro-batches of a rank, in order, each collated once."""
+
+    def __init__(self, task: Task, batches: Batches, plan: Plan, draws: Callable[[int], Draws]) -> None:
+        self._source = Ahead(task, batches, draws)
+        self._num_workers = workers_of(plan) if task.traits.reads_files else 0
+        self._running: Iterator[Any] | None = None
+        self._next = (-1, -1)
+
+    def batch(self, step: int, index: int, items: Items) -> dict[str, Any]:
+        """Return a collated micro-batch, the one of `items`; those that come after it are begun.
+
+        Raises DataError for a file that changed, OutOfMemoryError where a process was killed.
+        """
+        if not self._num_workers:
+            return self._source.task.collate(items, self._source.draws(step))
+        if self._running is None or self._next != (step, index):
+            self._running = self._begin(step, index)
+        try:
+            batch = next(self._running)
+        except RuntimeError as error:
+            reason = (
+                "a process that decodes files ended, for want of memory most likely; lower data.num_workers"
+            )
+            raise OutOfMemoryError(f"{reason} ({str(error).splitlines()[0]})") from None
+        if isinstance(batch, LauncherError):
+            raise batch
+        self._next = (step, index + 1) if index + 1 < self._source.places else (step + 1, 0)
+        return {
+            key: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+            for key, value in batch.items()
+        }
+
+    def _begin(self, step: int, index: int) -> Iterator[Any]:
+        parent = os.getpid()
+        loader: DataLoader[Any] = DataLoader(
+            self._source,
+            batch_size=None,
+            sampler=_From(step, index, self._source),
+            num_workers=self._num_workers,
+            prefetch_factor=_EACH,
+            collate_fn=_as_it_is,
+            worker_init_fn=lambda _: _begin_worker(parent),
+            multiprocessing_context="fork",
+        )
+        return iter(loader)
+
+
+@dataclass(frozen=True)
+class _From:
+    """The places from one on to the end, in order."""
+
+    step: int
+    index: int
+    source: Ahead
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for step in range(self.step, self.source.batches.num_steps):
+            for index in range(self.index if step == self.step else 0, self.source.places):
+                yield step, index
+
+
+def workers_of(plan: Plan) -> int:
+    """Return the processes that each rank of a node has for decoding, at least one."""
+    return max(1, plan.num_data_workers // plan.mesh.ranks_per_node)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _begin_worker(parent: int) -> None:
+    """Leave signals to the rank, and end with it."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with_parent(parent)
