@@ -53,13 +53,13 @@ def parameter_groups(model: nn.Module, training: Training, own: Model | None = N
     goes_by_depth = training.layer_decay < 1 or training.optimizer == "muon"
     where = {place.name: place for place in places(model)} if goes_by_depth else {}
     opened = stages_of(model, own) if own is not None and own.unfreeze else {}
-    found: dict[GroupKey, list[nn.Parameter]] = {}
+    groups: dict[GroupKey, list[nn.Parameter]] = {}
     # A stable order: on every engine and number of ranks a group is made of the same parameters.
     for name, parameter in sorted(trainable, key=lambda entry: len(whole_shape(entry[1])) < 2):
         place = where.get(name) or Place(name, 0, 0)
         key = training.group_of(place, len(whole_shape(parameter)), opened.get(name, 0))
-        found.setdefault(key, []).append(parameter)
-    return [{"params": parameters, **key._asdict()} for key, parameters in found.items()]
+        groups.setdefault(key, []).append(parameter)
+    return [{"params": parameters, **key._asdict()} for key, parameters in groups.items()]
 
 
 def make_states(optimizer: Optimizer, training: Training) -> None:
@@ -105,12 +105,12 @@ def step_name(stage: int) -> str:
 
 def steps(optimizer: Optimizer) -> dict[int, list[torch.Tensor]]:
     """Return the counts of steps of an optimizer's parameters, by the stage from which on they train."""
-    found: dict[int, list[torch.Tensor]] = {}
+    counts: dict[int, list[torch.Tensor]] = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if "step" in (state := optimizer.state.get(parameter, {})):
-                found.setdefault(group["stage"], []).append(state["step"])
-    return found
+                counts.setdefault(group["stage"], []).append(state["step"])
+    return counts
 
 
 def spread_step(counts: dict[int, list[torch.Tensor]]) -> None:

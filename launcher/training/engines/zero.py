@@ -69,11 +69,11 @@ def _leave_waiting_groups(zero: Any, stages: list[int], keeper: Stage) -> None:
 
 def _steps(zero: Any, stages: list[int], partitions: list[Any]) -> dict[int, list[torch.Tensor]]:
     """Return the counts of steps of all groups, by the stage from which on they train."""
-    found: dict[int, list[torch.Tensor]] = {}
+    counts: dict[int, list[torch.Tensor]] = {}
     for stage, partition in zip(stages, partitions, strict=True):
         if "step" in (state := zero.optimizer.state[partition]):
-            found.setdefault(stage, []).append(state["step"])
-    return found
+            counts.setdefault(stage, []).append(state["step"])
+    return counts
 
 
 class StageOneOrTwo:
