@@ -159,7 +159,7 @@ class ParameterGroup(Section):
 
 
 class GroupKey(NamedTuple):
-    """What the parameters of one group of an optimizer have in common."""
+    """Name what the parameters of one group of an optimizer have in common."""
 
     weight_decay: float
     scale: float
