@@ -40,7 +40,7 @@ def parse_layers(value: object) -> object:
 
 
 def parse_share(value: object) -> object:
-    """`10%` as 0.1; anything else unchanged, for pydantic to judge."""
+    """Return `10%` as 0.1, and anything else unchanged, for pydantic to judge."""
     if isinstance(value, str) and (match := re.match(r"^\s*(\d+(?:\.\d+)?)\s*%\s*$", value)):
         return float(match[1]) / 100
     return value
@@ -159,7 +159,7 @@ class ParameterGroup(Section):
 
 
 class GroupKey(NamedTuple):
-    """Tell apart the groups of an optimizer: all parameters of one have the same of each."""
+    """Name what the parameters of one group of an optimizer have in common."""
 
     weight_decay: float
     scale: float
