@@ -79,6 +79,7 @@ TRAINING_MAY_IMPORT = {
 TASKS_MAY_IMPORT = {"launcher.training.heads"}
 """The last steps of a model's forward pass: a task's loss calls them on a rank, where torch is there."""
 TRACING_MAY_IMPORT = {
+    "launcher.planner.memory.kernel_bytes",
     "launcher.planner.memory.profile",
     "launcher.planner.memory.program",
     "launcher.planner.memory.symbolic",
