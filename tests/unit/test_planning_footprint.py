@@ -115,7 +115,7 @@ def test_longer_samples_more_of_them_and_more_layers_need_more() -> None:
 
 def test_the_middle_layers_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     short = footprint().phase("steady step")
-    monkeypatch.setattr("launcher.planner.memory.program.MOST_LAYERS", 100)
+    monkeypatch.setattr("launcher.planner.memory.symbolic_program.MOST_LAYERS", 100)
     assert footprint().phase("steady step") == short
 
 
