@@ -272,7 +272,7 @@ def test_with_a_trace_a_run_is_what_the_plan_with_a_trace_shows(
     asked: list[str] = []
 
     class Traced(Profiles):
-        def _profile(self, plan: Plan, key: str) -> Program | Unknown:
+        def _profile(self, plan: Plan, key: str, kind: str) -> Program | Unknown:
             asked.append(plan.activation_checkpointing)
             return Llama(SMALL)
 

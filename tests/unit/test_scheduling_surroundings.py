@@ -334,7 +334,7 @@ def test_a_disk_that_takes_nothing_is_not_waited_for(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     over, heard = threading.Event(), Heard()
-    monkeypatch.setattr(local, "write_atomically", lambda *arguments: over.wait(60))
+    monkeypatch.setattr(attempt_failure, "write_atomically", lambda *arguments: over.wait(60))
     monkeypatch.setattr(local, "_SHORT_SECONDS", 0.2)
     screen = Screen(heard)
     code = local.conclude(
