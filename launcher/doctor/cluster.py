@@ -96,11 +96,14 @@ class Examination:
                 wrote_here = [_LOGIN]
             self._go_round(step, wrote_here)
         finally:
-            # What to cancel: our own job; of somebody's job our step alone.
-            number = next((node.said("hello").get("step") for node in self.nodes if node.said("hello")), "")
-            step.end(self.job if not inside else f"{self.job}.{number}" if self.job and number else "")
+            step.end(self._to_cancel(inside))
             shutil.rmtree(folder, ignore_errors=True)
         return compare.reports(self.nodes, place)
+
+    def _to_cancel(self, inside: bool) -> str:
+        """Name what to cancel: our own job; of somebody's job our step alone."""
+        step = next((node.said("hello").get("step") for node in self.nodes if node.said("hello")), "")
+        return (f"{self.job}.{step}" if self.job and step else "") if inside else self.job
 
     def _greet(self, step: Step) -> None:
         """Wait for the nodes to come, and have those that do say what they are."""

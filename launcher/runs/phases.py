@@ -41,14 +41,17 @@ class PhaseReport:
             self._written = now
             content = {"time": round(time.time(), 3), "event": "phase", **self._content(done, total)}
             with contextlib.suppress(OSError):
-                descriptor = os.open(self._run.path / _FILE, os.O_WRONLY | os.O_CREAT, 0o666)
-                try:
-                    os.pwrite(descriptor, json.dumps(content).ljust(_BYTES).encode(), 0)
-                finally:
-                    os.close(descriptor)
+                self._write(json.dumps(content).ljust(_BYTES).encode())
 
     def _content(self, done: int, total: int) -> dict[str, Any]:
         return {"phase": self._phase, "done": done, "total": total, "unit": self._unit}
+
+    def _write(self, content: bytes) -> None:
+        descriptor = os.open(self._run.path / _FILE, os.O_WRONLY | os.O_CREAT, 0o666)
+        try:
+            os.pwrite(descriptor, content, 0)
+        finally:
+            os.close(descriptor)
 
 
 def current_phase(run: RunDirectory) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from launcher.runs import error_class, failure
+from launcher.runs import failure
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.notices import tell
 from launcher.runs.places import here
@@ -51,7 +51,7 @@ class Rank:
 
     def fail(self, error: BaseException) -> NoReturn:
         """Write the failure down for the launcher, and end with the exit code of its class."""
-        code = error_class.classify(error)[0].exit_code
+        code = failure.classify(error)[0].exit_code
         # First without the disk, which may be full, gone or hang: the launcher then ends all within seconds.
         tell(failure=dataclasses.asdict(failure.of(self.number, error)))
         with contextlib.suppress(Exception):

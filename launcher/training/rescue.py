@@ -22,7 +22,7 @@ import torch
 
 from launcher.errors import OutOfMemoryError
 from launcher.plain_files import read_json
-from launcher.runs.error_class import classify
+from launcher.runs.failure import classify
 from launcher.runs.layout import write_atomically
 
 CALL = "out-of-memory.json"

@@ -23,7 +23,7 @@ from typing import NoReturn
 
 from launcher.errors import LauncherError, ScriptError, one_line
 from launcher.planner.plan import Plan
-from launcher.runs import error_class
+from launcher.runs import failure
 from launcher.runs.events import event
 from launcher.runs.layout import RunDirectory
 from launcher.runs.processes import STOP_SIGNALS, die_with_parent, heed
@@ -156,7 +156,7 @@ def _named(error: BaseException) -> BaseException:
     if isinstance(error, SystemExit):
         text = f"exit code {error.code}" if isinstance(error.code, int) else str(error.code)
         named = ScriptError(f"the script left with {text}")
-    elif error_class.classify(error)[0] is LauncherError:
+    elif failure.classify(error)[0] is LauncherError:
         named = ScriptError(one_line(error))
     else:
         return error
@@ -167,7 +167,7 @@ def _named(error: BaseException) -> BaseException:
 def _comes_of_stopping(error: BaseException) -> bool:
     """Return whether it is how a script leaves when it is told to, or how a peer's leaving looks."""
     time.sleep(0)  # let a handler run that is still due
-    return isinstance(error, (SystemExit, KeyboardInterrupt)) or error_class.classify(error)[1]
+    return isinstance(error, (SystemExit, KeyboardInterrupt)) or failure.classify(error)[1]
 
 
 if __name__ == "__main__":

@@ -141,8 +141,8 @@ echo 'srun: error: n2: tasks 1-2: Exited with exit code 1' >&2; read line; read 
 
     def test_inside_of_a_job_the_step_alone_is_cancelled(self) -> None:
         examination = Examination(Request(2, PLACE), print, [Node("n1", {"hello": {"step": "3"}})], "12")
-        assert examination._whole(inside=True) == "12.3" and examination._whole(inside=False) == "12"
-        assert Examination(Request(2, PLACE), print)._whole(inside=True) == ""
+        assert examination._to_cancel(inside=True) == "12.3" and examination._to_cancel(inside=False) == "12"
+        assert Examination(Request(2, PLACE), print)._to_cancel(inside=True) == ""
 
     def test_what_srun_is_asked(self) -> None:
         request = Request(3, PLACE, ("--partition=a b",), gpus_per_node=4, interface="eth1")

@@ -73,14 +73,13 @@ TRAINING_MAY_IMPORT = {
         "launcher.planner.limits",
         "launcher.planner.model.model_support",
     ),
-    *("launcher.job.schema", "launcher.job.adapter", "launcher.job.training", "launcher.job.tuning"),
+    *("launcher.job.schema", "launcher.job.adapter"),
 }
 """What will run, what is known of architectures, and what was asked."""
 TASKS_MAY_IMPORT = {"launcher.training.heads"}
 """The last steps of a model's forward pass: a task's loss calls them on a rank, where torch is there."""
 TRACING_MAY_IMPORT = {
-    "launcher.planner.memory.attention",
-    "launcher.planner.memory.operators",
+    "launcher.planner.memory.kernel_bytes",
     "launcher.planner.memory.profile",
     "launcher.planner.memory.program",
     "launcher.planner.memory.symbolic",

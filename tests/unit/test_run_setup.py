@@ -13,10 +13,10 @@ import pytest
 import yaml
 
 from launcher.errors import ConfigurationError, OutOfMemoryError, RunInUseError
-from launcher.launch import plan_file, run_setup
+from launcher.launch import plan_file, redecide, run_setup
 from launcher.launch.plan_file import write_plan
 from launcher.launch.run_setup import expectation, fit_to_nodes, open_run, reopen
-from launcher.planner import search
+from launcher.planner import fastest
 from launcher.planner.hardware import detect
 from launcher.planner.memory.decoders import Llama
 from launcher.planner.memory.profiles import Profiles, Unknown
@@ -83,6 +83,7 @@ def test_going_on_takes_the_stored_plan_as_it_is(job: Path, monkeypatch: pytest.
         raise AssertionError("nothing changed, so nothing is decided again")
 
     monkeypatch.setattr(run_setup, "plan_job", never)
+    monkeypatch.setattr(redecide, "plan_job", never)
     assert open_run(job, [], None, None)[1] == plan
     assert open_run(job, [], 2, None)[1] == plan
     assert reopen(run, [], None) == plan
@@ -93,7 +94,7 @@ def test_what_was_decided_stays_when_something_else_changes(
     job: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, plan = open_run(job, [], None, None)
-    monkeypatch.setattr(search, "samples_per_pass", lambda plan: 1)
+    monkeypatch.setattr(fastest, "samples_per_pass", lambda plan: 1)
     assert (
         open_run(job, [], None, job.parent / "other")[1].batch.micro_batch_size
         == 1
@@ -241,7 +242,7 @@ def test_with_a_trace_a_run_is_what_the_plan_with_a_trace_shows(
     asked: list[str] = []
 
     class Traced(Profiles):
-        def _profile(self, plan: Plan, key: str) -> Program | Unknown:
+        def _profile(self, plan: Plan, key: str, kind: str) -> Program | Unknown:
             asked.append(plan.activation_checkpointing)
             return Llama(SMALL)
 

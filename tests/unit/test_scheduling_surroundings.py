@@ -22,8 +22,8 @@ import pytest
 from launcher.cli import main as cli
 from launcher.cli.display import _Console
 from launcher.errors import ConfigurationError
+from launcher.launch import attempt_failure, limits, local
 from launcher.launch import disk as disks
-from launcher.launch import limits, local
 from launcher.launch.disk import Disk
 from launcher.launch.screen import Screen
 from launcher.launch.stop_signals import Signals
@@ -323,7 +323,8 @@ def test_a_full_disk_takes_nothing_from_what_is_said(
     def full(*arguments: Any, **more: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(local, "write_atomically", full)
+    monkeypatch.setattr(attempt_failure, "write_atomically", full)
+    monkeypatch.setattr(attempt_failure, "event", full)
     monkeypatch.setattr(local, "event", full)
     code, line = concluded(run, end_of(failures=[LOST]), monkeypatch)
     assert code == 9 and line.startswith("rank-lost: rank 1 on n1 after step 0: killed by signal 9")
@@ -333,7 +334,7 @@ def test_a_disk_that_takes_nothing_is_not_waited_for(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     over, heard = threading.Event(), Heard()
-    monkeypatch.setattr(local, "write_atomically", lambda *arguments: over.wait(60))
+    monkeypatch.setattr(attempt_failure, "write_atomically", lambda *arguments: over.wait(60))
     monkeypatch.setattr(local, "_SHORT_SECONDS", 0.2)
     screen = Screen(heard)
     code = local.conclude(

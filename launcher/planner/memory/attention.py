@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from launcher.planner.limits import WIDENED_AT_MOST
 from launcher.planner.memory.operators import add, cast, dropout, multiply, pointwise, product, scale
 from launcher.planner.memory.symbolic import Storage, SymbolicTensor, new, node_of
 
@@ -75,22 +72,3 @@ def plain(
     if size != 4:
         weights.meter.transient(num_scores * size)
     return result
-
-
-def attention_bytes(
-    lengths: Sequence[int], width: int, key_width: int, heads: int, size: int, cuda: bool
-) -> tuple[int, int]:
-    """Return what attention over packed samples takes and gives back within itself, forward and backward.
-
-    `width` and `key_width` are the numbers of a token's queries and keys. A CPU has one sample's results beside
-    the row's, and to widen it its inputs (launcher/training/model/packed_kernel.py). A GPU's backward kernel
-    adds up the queries' gradient in fp32, and makes one of keys and values for each head of queries
-    (FlashAttention-2).
-    """
-    longest, tokens = max(lengths), sum(lengths)
-    if cuda:
-        grouped = 2 * size * width if key_width < width else 0
-        return 0, tokens * (4 * width + grouped)
-    wide = size if size > 2 or longest > WIDENED_AT_MOST else 4
-    copies = 0 if wide == size else 3 * width + 2 * key_width
-    return longest * (size * width + 4 * heads), longest * wide * (width + 2 * key_width + copies)

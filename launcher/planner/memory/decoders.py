@@ -6,7 +6,8 @@ from math import prod
 from typing import Any
 
 from launcher.planner.memory import operators as ops
-from launcher.planner.memory.attention import attention_bytes, fused, plain, rotate
+from launcher.planner.memory.attention import fused, plain, rotate
+from launcher.planner.memory.kernel_bytes import attention_bytes
 from launcher.planner.memory.loss import cross_entropy
 from launcher.planner.memory.program import Unit, Weight
 from launcher.planner.memory.symbolic import Parameter, SymbolicTensor, checkpoint

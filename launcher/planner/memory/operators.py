@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
+from launcher.planner.memory.kernel_bytes import packed_bytes
 from launcher.planner.memory.symbolic import Parameter, Storage, SymbolicTensor, new, node_of
-
-PACKED_AT_MOST = 3 << 19
-"""Bytes of the blocks in which oneDNN copies what it multiplies in half precision: up to 1.4 MB was seen
-(torch 2.13, avx512_bf16)."""
 
 
 def linear(
@@ -210,14 +207,3 @@ def concatenate(*tensors: SymbolicTensor) -> SymbolicTensor:
     number = len(tensors)
     node = node_of(meter, tensors, lambda gradient: [gradient] * number)
     return new(meter, sum(tensor.num_elements for tensor in tensors), size, node)
-
-
-def packed_bytes(rows: int, num_out: int) -> int:
-    """Return the bytes that the product [out, rows] x [rows, in] of a weight's gradient takes for itself on a
-    CPU in half precision.
-
-    A block of each side, at most 256 of the outputs and 64 of the inputs, and their sum in fp32. Read off 34
-    products from 40 x 48 x 96 to 512 x 2,048 x 8,192: up to 600 rows within a tenth, above mostly over.
-    """
-    block = num_out / -(-num_out // 256)
-    return min(PACKED_AT_MOST, int(1.05 * (2 * rows * (block + 64) + 256 * block)))

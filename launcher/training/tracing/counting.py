@@ -12,8 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from launcher.planner.memory.attention import attention_bytes
-from launcher.planner.memory.operators import packed_bytes
+from launcher.planner.memory.kernel_bytes import attention_bytes, packed_bytes
 from launcher.planner.memory.symbolic import Meter
 from launcher.training.model.packed_kernel import lengths_of, packed, packed_backward
 from launcher.training.tracing.numbers import Numbers
