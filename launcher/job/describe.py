@@ -63,9 +63,7 @@ def keys(section: type[BaseModel] = Job, prefix: str = "") -> Iterator[Key]:
         if child is Data:
             for columns in columns_by_task().values():
                 yield from (
-                    key
-                    for key in keys(columns, "data.")
-                    if key.name not in Data.model_fields and "." not in key.path[5:]
+                    key for key in keys(columns, "data.") if key.path.split(".")[1] not in Data.model_fields
                 )
 
 
@@ -156,7 +154,14 @@ def _docstrings(module: str) -> dict[tuple[str, str], str]:
 
 
 def docstring(section: type[BaseModel], name: str) -> str:
-    """The docstring line under a field in the source, or the docstring of the section that the field holds."""
+    """The docstring line under a field in the source, in the class that it is from.
+
+    Without one, the docstring of the section that the field holds.
+    """
     child = section_of(section.model_fields[name])
     fallback = inspect.getdoc(child) if child else None
-    return _docstrings(section.__module__).get((section.__name__, name)) or fallback or ""
+    kinds = (kind for kind in section.__mro__ if issubclass(kind, BaseModel) and kind is not BaseModel)
+    lines = (
+        _docstrings(kind.__module__).get((kind.__name__, name)) for kind in kinds if name in kind.model_fields
+    )
+    return next((line for line in lines if line), None) or fallback or ""

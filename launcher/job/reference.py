@@ -44,7 +44,8 @@ def json_schema() -> dict[str, Any]:
         schema["$defs"][columns.__name__] = columns.model_json_schema(
             by_alias=True, ref_template="#/$defs/{model}"
         )
-        schema["$defs"][columns.__name__].pop("$defs", None)
+        inside = schema["$defs"][columns.__name__].pop("$defs", {})
+        schema["$defs"] = inside | schema["$defs"]
     schema["properties"]["data"] = {
         "anyOf": [{"$ref": f"#/$defs/{columns.__name__}"} for columns in columns_by_task().values()]
     }
@@ -130,11 +131,16 @@ def _section(title: str, section: type[BaseModel], prefix: str) -> list[str]:
     lines += [_row(key) for key in plain if key.section is section]
     for task, columns in columns_by_task().items() if section is Data else ():
         lines += ["", f"### Columns of `{task}`", "", inspect.getdoc(columns) or "", *_HEAD]
-        lines += [
-            _row(key)
+        own = [
+            key
             for key in keys(columns, prefix)
             if key.section is columns and key.name not in Data.model_fields
         ]
+        lines += map(_row, own)
+        inside = [(key.path, child) for key in own if (child := section_of(key.field))]
+        for path, child in inside:
+            lines += ["", f"#### `{path}`", "", inspect.getdoc(child) or "", *_HEAD]
+            lines += [_row(key) for key in keys(child, f"{path}.")]
     for key in nested:
         child = section_of(key.field)
         assert child is not None

@@ -189,7 +189,8 @@ def test_its_keys_are_checked_like_any_others(folder: Path) -> None:
     assert "data.word" in text and "the nearest known one is data.words" in text
     assert (
         "data.label" in text
-        and "belongs to sequence-classification, and model.task is text-length, which reads words" in text
+        and "belongs to image-classification and sequence-classification, and model.task is text-length, which reads words"
+        in text
     )
     metric = job(folder, "fsdp", checkpoint={"keep_best": 1, "metric": "eror"})
     assert "a text-length evaluation measures loss, error; the nearest is error" in launcher(

@@ -22,6 +22,7 @@ from launcher.tasks.media import Content
 from launcher.tasks.pixels import Pixels, crop_box
 from launcher.tasks.task import Draws, Sample
 from launcher.training.data.prepare import prepare
+from launcher.training.model import normalization
 from launcher.training.model.pretrained import read_processor
 from tests.training.pictures import SIZE, folder_of, metadata_of, model_of, picture, plan_of
 
@@ -264,3 +265,53 @@ def test_the_loss_is_that_of_transformers_own_class(vit: Path, resnet: Path, pic
         assert ("interpolate_pos_encoding" in batch) == (size is not None)
         own = model(**{key: value for key, value in batch.items() if key != "weights"}).loss
         assert torch.isclose(task.loss(model, batch).loss_sum / 3, own, rtol=1e-6)
+
+
+def test_what_a_row_must_have_for_an_image() -> None:
+    columns = ImageColumns.model_validate({"train": {"path": "images"}}).image_columns
+    for row, reason in (
+        ({"label": "red"}, "missing key: no 'image'"),
+        ({"image": None}, "missing key: 'image' is null"),
+        ({"image": " "}, "empty: 'image' names no file"),
+        ({"image": 3}, "value that cannot be used: 'image' is a int, not a path or bytes"),
+    ):
+        with pytest.raises(RowProblem) as caught:
+            media.named(row, columns)
+        assert str(caught.value).startswith(reason)
+    with pytest.raises(RowProblem, match="missing key: there/no.png: no such file|no such file"):
+        media.content("not/there/no.png")
+
+
+def test_a_model_without_a_processor_gets_that_of_its_kind(tmp_path: Path, pictures: Path) -> None:
+    model = model_of(tmp_path / "vit")
+    (model / "preprocessor_config.json").unlink()
+    processor = read_processor(plan_of(model, pictures))
+    assert dict(processor.size)["height"] == SIZE
+    from transformers import LlamaConfig
+
+    LlamaConfig(num_hidden_layers=1).save_pretrained(model)
+    with pytest.raises(ConfigurationError, match="a llama model has none of its own"):
+        read_processor(plan_of(model, pictures))
+
+
+def test_a_model_without_normalization_cannot_have_it_frozen() -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"freeze_normalization.*org/model has no layers that normalise"
+    ):
+        normalization.freeze(torch.nn.Sequential(torch.nn.Linear(2, 2)), "org/model")
+
+
+def test_layers_that_are_computed_again_count_their_samples_once() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    torch.manual_seed(0)
+    plain, again = (torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)) for _ in range(2))
+    again.load_state_dict(plain.state_dict())
+    normalization.share_statistics(again, frozen=False)
+    hidden = torch.randn(5, 3, 6, 6)
+    plain(hidden).square().sum().backward()
+    checkpoint(again, hidden, use_reentrant=False).square().sum().backward()
+    for (name, own), other in zip(plain.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(own, other), name
+    for one, other in zip(plain.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)

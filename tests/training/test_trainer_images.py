@@ -33,7 +33,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 pictures of each of three classes: not a multiple of the batch, so that the last one has filler."""
+    """9 pictures of each of three classes: not a multiple of the batch, so that the last one has filler."""
     return folder_of(tmp_path_factory.mktemp("pictures"), 9)
 
 
@@ -61,7 +61,8 @@ def assert_near(one: RunDirectory, other: RunDirectory) -> None:
         assert row["loss"] == pytest.approx(curve(other)[step]["loss"], rel=2e-4), step
     first, second = state(one), state(other)
     for name in first:
-        if name.startswith("model."):
+        # The bias of keys moves no attention: its gradient is noise, which Adam makes steps of.
+        if name.startswith("model.") and not name.endswith("k_proj.bias"):
             torch.testing.assert_close(first[name].float(), second[name].float(), **NEAR, msg=name)
 
 
@@ -70,7 +71,7 @@ def assert_near(one: RunDirectory, other: RunDirectory) -> None:
 def test_ranks_and_engines_compute_the_same(
     kind: str, models: dict[str, Path], pictures: Path, tmp_path: Path
 ) -> None:
-    """27 pictures in steps of 12 for more than an epoch: the running statistics too, and filler counts nowhere."""
+    """27 pictures in steps of 12: the running statistics too, and filler counts nowhere."""
     model, length = models[kind], {"value": 1.0, "unit": "epochs"}
     single = run_of(tmp_path / "single", planned(model, pictures, 1, length=length), 1)
     two = run_of(tmp_path / "two", planned(model, pictures, 2, length=length), 2)

@@ -1,0 +1,119 @@
+"""Folders as sources of rows, and what a job with images may say."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from launcher.data.files import find_files
+from launcher.data.folder import IMAGES, FileColumn, FileColumnIfThere, read_folder, with_places
+from launcher.data.rows import RowProblem
+from launcher.data.sample import look
+from launcher.data.section import Source
+from launcher.errors import ConfigurationError, DataError
+from launcher.job.load import load
+from launcher.planner.search import plan_job
+from tests.unit.test_planning_decide import CPU
+
+COLUMNS = (FileColumnIfThere("file_name", IMAGES), FileColumnIfThere("image", IMAGES), "label")
+
+
+def folder_of(path: Path, *names: str) -> Path:
+    for name in names:
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).touch()
+    return path
+
+
+def test_a_folders_files_are_rows_and_its_sub_folders_their_labels(tmp_path: Path) -> None:
+    folder = folder_of(
+        tmp_path, "dog/b.JPG", "cat/inner/a.png", "top.png", ".hidden.png", "cat/Thumbs.db", "dog/n.txt"
+    )
+    rows = [values for _, values in read_folder(folder, COLUMNS)]
+    assert rows[:2] == [
+        {"file_name": "cat/inner/a.png", "label": "cat"},
+        {"file_name": "dog/b.JPG", "label": "dog"},
+    ]
+    assert isinstance(rows[2], RowProblem) and "dog/n.txt: its name ends like none of" in rows[2].detail
+    assert rows[3] == {"file_name": "top.png"}
+    seen = look(Source(path=str(folder)), COLUMNS)
+    assert (seen.num_rows, len(seen.rows)) == (4, 4)
+
+
+def test_a_metadata_file_says_what_a_folder_holds(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, "train/a.png", "metadata.jsonl")
+    assert find_files(str(folder), columns=COLUMNS) == [folder / "metadata.jsonl"]
+    folder_of(folder, "metadata.csv")
+    with pytest.raises(DataError, match=r"has metadata\.jsonl and metadata\.csv; name the one that is meant"):
+        find_files(str(folder), columns=COLUMNS)
+    with pytest.raises(DataError, match="is a directory; name its files"):
+        find_files(str(folder))
+    with pytest.raises(DataError, match="is a directory; name its files"):
+        list(read_folder(folder, ("text",)))
+
+
+def test_paths_are_relative_to_the_file_that_they_stand_in(tmp_path: Path) -> None:
+    column = (FileColumn("image", IMAGES),)
+    for value, wanted in (
+        ("a/b.png", str(tmp_path / "a/b.png")), ("/x/b.png", "/x/b.png"), (b"bytes", b"bytes"),
+        ({"bytes": b"bytes", "path": "b.png"}, b"bytes"), ({"path": "b.png"}, str(tmp_path / "b.png")), (None, None),
+    ):  # fmt: skip
+        assert with_places({"image": value, "n": 1}, column, tmp_path) == {"image": wanted, "n": 1}
+
+
+def job_of(tmp_path: Path, **data: Any) -> Path:
+    folder_of(tmp_path, "train/cat/a.png", "train/dog/b.png", "splits/train/a.png", "splits/test/b.png")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    content = {
+        "name": "images",
+        "model": {"name": "org/vit", "task": "image-classification", "config": {"model_type": "vit"}},
+        "data": {"train": {"path": "train"}, **data},
+    }
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_a_job_with_a_folder_is_planned(tmp_path: Path) -> None:
+    plan = plan_job(load(job_of(tmp_path)), hardware=CPU)
+    assert (plan.task, plan.layout, plan.attention, plan.data.max_length) == (
+        "image-classification", "padded", "sdpa", 1,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"train": {"path": "splits"}}, "holds splits (test, train), not classes; name one of them"),
+        ({"augmentation": {}}, "names no alteration; there are random_crop"),
+        ({"max_length": 512}, "data.max_length"),
+        ({"text": "text"}, "data.text = 'text': belongs to causal-lm"),
+        ({"augmentation": {"flip": 0.5}}, "data.augmentation.flip"),
+    ],
+)
+def test_what_makes_no_sense_of_images_is_refused(data: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        load(job_of(tmp_path, **data))
+    assert message in str(caught.value)
+
+
+def test_an_alteration_without_its_package_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = job_of(tmp_path, augmentation={"rand_augment": [2, 9], "horizontal_flip": 0.5})
+    load(path)
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "kornia" else found(name))
+    with pytest.raises(ConfigurationError, match=r"rand_augment.*pip install 'finetune-launcher\[image\]'"):
+        load(path)
+
+
+def test_a_model_that_sees_no_images_is_refused(tmp_path: Path) -> None:
+    path = job_of(tmp_path)
+    with pytest.raises(ConfigurationError, match="a llama model cannot do image-classification"):
+        plan_job(load(path, ["model.config.model_type=llama"]), hardware=CPU)
