@@ -45,13 +45,13 @@ def _rows(content: dict[str, Any], reading: Reading) -> None:
     reading.take(content, _COLUMNS, Reading.word)
     if isinstance(prefix := content.get("source_prefix"), str):
         reading.say("data.prefix", prefix, "source_prefix")  # as it is: a space may stand at its end
-    for said in ("source_lang", "target_lang"):
-        if (language := reading.word(content, said)) is not None:
+    for key in ("source_lang", "target_lang"):
+        if (language := reading.word(content, key)) is not None:
             text = (
-                f"a name inside `translation` there. Write the column of these sentences as data.{said[:6]}; a "
-                f"multilingual model wants its tokenizer's code as data.{said[:6]}_language"
+                f"a name inside `translation` there. Write the column of these sentences as data.{key[:6]}; a "
+                f"multilingual model wants its tokenizer's code as data.{key[:6]}_language"
             )
-            reading.fill_in(said, language, text)
+            reading.fill_in(key, language, text)
     for key, value in PLACEHOLDERS.items():
         if not reading.says(key):
             reading.say(key, value, "(no key)")
@@ -60,20 +60,20 @@ def _rows(content: dict[str, Any], reading: Reading) -> None:
 
 
 def _generation(content: dict[str, Any], reading: Reading) -> None:
-    """What is written in an evaluation. There a length counts the token that the decoder starts from."""
+    """Say what is written in an evaluation. There a length counts the token that the decoder starts from."""
     named = [key for key in (*_LENGTHS[:2], *_BEAMS) if content.get(key) is not None]
     if not reading.flag(content, "predict_with_generate"):
         if named:
             text = "counts where predict_with_generate is true: nothing is written in an evaluation"
             reading.ignore(", ".join(named), None, text)
         return
-    said = next((key for key in _LENGTHS if content.get(key) is not None), None)
-    length = None if said is None else reading.count(content, said, least=2)
-    if said is not None and length is not None:
-        reading.say("evaluation.generate.max_new_tokens", length - 1, said)
+    longest = next((key for key in _LENGTHS if content.get(key) is not None), None)
+    length = None if longest is None else reading.count(content, longest, least=2)
+    if longest is not None and length is not None:
+        reading.say("evaluation.generate.max_new_tokens", length - 1, longest)
         text = f"evaluation.generate.max_new_tokens = {length - 1}: the decoder's first token counts there"
-        reading.change(said, length, text)
-    elif said is None:
+        reading.change(longest, length, text)
+    elif longest is None:
         text = "left out there: the model's own then, 20 where it has none; launcher's is 128 tokens"
         reading.fill_in("evaluation.generate.max_new_tokens", None, text)
     beams = next((key for key in _BEAMS if content.get(key) is not None), None)

@@ -73,7 +73,7 @@ TRAINING_MAY_IMPORT = {
         "launcher.planner.limits",
         "launcher.planner.model.model_support",
     ),
-    *("launcher.job.schema", "launcher.job.adapter"),
+    *("launcher.job.schema", "launcher.job.adapter", "launcher.job.training", "launcher.job.tuning"),
 }
 """What will run, what is known of architectures, and what was asked."""
 TASKS_MAY_IMPORT = {"launcher.training.heads"}
