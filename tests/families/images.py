@@ -50,6 +50,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "mobilenet_v2": {"image_size": 64, "depth_multiplier": 0.25},
 }
 """Sizes of tiny models; of other types they are those of `tiny`, else the usual ones."""
+LARGE = ("mobilevitv2", "shieldgemma2")
+"""Of which no tiny model is known."""
 
 
 def model_of(model_type: str, attention: str, small: bool) -> Any:
@@ -69,6 +71,8 @@ def images_of(model_type: str) -> dict[str, Any]:
     """Try every way on one type and say which are right. Without dropout, and batch norm by its running
     statistics: in training those of a pass are shared by its images, as the class has it."""
     began, last = time.monotonic(), None
+    if model_type in LARGE:
+        raise ValueError("its usual size takes minutes")
     for small in (True, False):
         try:
             model = model_of(model_type, "eager", small).eval()

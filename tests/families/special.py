@@ -211,6 +211,26 @@ VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
 """`model_type+name`: what else a config of this type may say that bears on how samples may share a pass."""
 
 UNABLE: dict[tuple[str, str], str] = {
+    **dict.fromkeys(
+        (
+            ("image-classification", name)
+            for name in (
+                "clip",
+                "dinat",
+                "hiera",
+                "imagegpt",
+                "metaclip_2",
+                "mobilevitv2",
+                "pp_lcnet",
+                "shieldgemma2",
+                "siglip",
+                "siglip2",
+                "timm_wrapper",
+            )
+        ),
+        "launcher has not tried it: no small model of it was made",
+    ),
+    ("image-classification", "cvt"): "several images in a pass have another loss than each alone",
     ("causal-lm", "gemma3n"): "its image encoder needs timm; gemma3n_text is the same without it",
     (
         "causal-lm",

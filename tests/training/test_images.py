@@ -17,7 +17,7 @@ from launcher.data.rows import RowProblem
 from launcher.errors import ConfigurationError, DataError
 from launcher.tasks import images, media
 from launcher.tasks.image_classification import ImageClassification
-from launcher.tasks.image_columns import Augmentation
+from launcher.tasks.image_columns import Augmentation, ImageColumns
 from launcher.tasks.media import Content
 from launcher.tasks.pixels import Pixels, crop_box
 from launcher.tasks.task import Draws, Sample
@@ -278,7 +278,7 @@ def test_what_a_row_must_have_for_an_image() -> None:
         with pytest.raises(RowProblem) as caught:
             media.named(row, columns)
         assert str(caught.value).startswith(reason)
-    with pytest.raises(RowProblem, match="missing key: there/no.png: no such file|no such file"):
+    with pytest.raises(RowProblem, match=r"there/no\.png: no such file"):
         media.content("not/there/no.png")
 
 

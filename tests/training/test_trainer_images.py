@@ -67,7 +67,7 @@ def assert_near(one: RunDirectory, other: RunDirectory) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["vit", "resnet"])
+@pytest.mark.parametrize("kind", [pytest.param("vit", marks=pytest.mark.very_slow), "resnet"])
 def test_ranks_and_engines_compute_the_same(
     kind: str, models: dict[str, Path], pictures: Path, tmp_path: Path
 ) -> None:
@@ -120,6 +120,7 @@ def test_it_learns_and_its_export_answers_in_a_pipeline(
 
 
 @pytest.mark.slow
+@pytest.mark.very_slow
 def test_normalization_that_is_frozen_stays_as_it_was(
     models: dict[str, Path], pictures: Path, tmp_path: Path
 ) -> None:

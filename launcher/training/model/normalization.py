@@ -103,14 +103,12 @@ def _forward(module: _BatchNorm, of: Pass, frozen: bool, hidden: torch.Tensor) -
         normal = functional.batch_norm(hidden.float(), mean, variance, weight, bias, False, 0.0, module.eps)
         return normal.to(hidden.dtype)
     own = _weights_of(of.weights, hidden)
-    # Layers that are computed again see their samples twice.
+    # Layers that are computed again see their samples twice: they then weigh nothing, and all else is as before,
+    # as torch compares what both passes keep.
     again = torch._C._current_graph_task_id() != -1
     share = 0.0 if again else _next_share(module)
     if own is None and (not distributed.is_initialized() or distributed.get_world_size() == 1):
-        kept = (None, None) if again else (mean, variance)
-        normal = functional.batch_norm(
-            hidden.float(), kept[0], kept[1], weight, bias, True, share, module.eps
-        )
+        normal = functional.batch_norm(hidden.float(), mean, variance, weight, bias, True, share, module.eps)
         return normal.to(hidden.dtype)
     own = hidden.new_ones(len(hidden), dtype=torch.float32) if own is None else own
     normal, batch_mean, batch_variance, number = _Normal.apply(hidden.float(), own, weight, bias, module.eps)
