@@ -15,6 +15,7 @@ from launcher.cli.plan_tables import explained, not_taken
 from launcher.errors import ConfigurationError
 from launcher.job.schema import Job
 from launcher.planner.candidates import engine_options
+from launcher.planner.fastest import WORTH
 from launcher.planner.forecast import Forecast, forecast, least_bytes
 from launcher.planner.hardware.detect import Gpu, Hardware
 from launcher.planner.hardware.gpu_table import gpu_type
@@ -23,7 +24,7 @@ from launcher.planner.plan import Plan
 from launcher.planner.preview import preview_job
 from launcher.planner.resolve.batch import divisors, with_batch
 from launcher.planner.script_plan import plan as decide_script
-from launcher.planner.search import WORTH, plan_job
+from launcher.planner.search import plan_job
 from launcher.planner.speed.collectives import offloads
 from launcher.planner.suggestions import nearest_that_fit
 from launcher.planner.target import USABLE, Target

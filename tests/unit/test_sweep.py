@@ -223,11 +223,11 @@ def test_a_point_that_cannot_begin_leaves_the_others_their_turn(
         return opened(self, number, local)
 
     monkeypatch.setattr(Sweep, "open", open_but_one)
-    monkeypatch.setattr(running.local, "run", lambda run, plan, *_: ran.append(run.path.name) or 0)
+    monkeypatch.setattr(local, "run", lambda run, plan, *_: ran.append(run.path.name) or 0)
     heard = Heard()
     assert running.run_here(sweep, heard) == OutOfMemoryError.exit_code
     assert ran == ["000", "002"] and "point 1 cannot begin: it needs more than there is" in heard.lines
-    monkeypatch.setattr(running.local, "run", lambda run, plan, *_: Stopped.exit_code)
+    monkeypatch.setattr(local, "run", lambda run, plan, *_: Stopped.exit_code)
     assert running.run_here(sweep, heard) == Stopped.exit_code, "a stop ends the sweep"
 
 
