@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from launcher.errors import ConfigurationError, OutOfMemoryError, Stopped
+from launcher.launch import local
 from launcher.runs.events import append, event
 from launcher.runs.layout import RunDirectory
 from launcher.runs.successive_halving import Halving, better_of
