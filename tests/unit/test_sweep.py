@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from launcher.errors import ConfigurationError, OutOfMemoryError, Stopped
+from launcher.launch import local
 from launcher.runs.events import append, event
 from launcher.runs.layout import RunDirectory
 from launcher.runs.successive_halving import Halving, better_of
@@ -223,11 +224,11 @@ def test_a_point_that_cannot_begin_leaves_the_others_their_turn(
         return opened(self, number, local)
 
     monkeypatch.setattr(Sweep, "open", open_but_one)
-    monkeypatch.setattr(running.local, "run", lambda run, plan, *_: ran.append(run.path.name) or 0)
+    monkeypatch.setattr(local, "run", lambda run, plan, *_: ran.append(run.path.name) or 0)
     heard = Heard()
     assert running.run_here(sweep, heard) == OutOfMemoryError.exit_code
     assert ran == ["000", "002"] and "point 1 cannot begin: it needs more than there is" in heard.lines
-    monkeypatch.setattr(running.local, "run", lambda run, plan, *_: Stopped.exit_code)
+    monkeypatch.setattr(local, "run", lambda run, plan, *_: Stopped.exit_code)
     assert running.run_here(sweep, heard) == Stopped.exit_code, "a stop ends the sweep"
 
 
