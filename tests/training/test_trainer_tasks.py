@@ -85,11 +85,12 @@ def test_it_learns(problem: str, metric: str, wanted: float, encoder: Path, tmp_
     before, after = evaluations(run)[0], evaluations(run)[24]
     assert after["loss"] < 0.5 * before["loss"], (before, after)
     assert after[metric] > wanted, (before, after)
-    if problem == "regression":
-        assert not run.evaluation(24).exists()
-        return
     told = json.loads(run.evaluation(24).read_text())
     assert told["metrics"] == after and told["step"] == 24
+    assert list(told["details"]["groups"]) == ["tokens of the text"]
+    if problem == "regression":
+        assert list(told["details"]) == ["groups"]
+        return
     matrix = "confusion_matrix" if problem == "single-label" else "confusion_matrices"
     assert told["details"][matrix] and told["details"]["per_class"][told["details"]["labels"][0]]["f1"] > 0.8
 

@@ -45,6 +45,7 @@ class ProfileMaker:
         self.config = config = pretrained.read_config(self.plan)
         self.task = prepared_task(self.plan, config)
         kind = pretrained.model_class(self.task.auto_class, config, plan)
+        self._classes_of_files = tuple(config.architectures or ())
         # Of a type with two classes transformers looks for the one that a config names.
         config.architectures = config.architectures or [kind.__name__]
         options = {"trust_remote_code": plan.model.trust_remote_code}
@@ -86,9 +87,9 @@ class ProfileMaker:
         if inside is None:
             return ()
         head = [name for name, parameter in model.named_parameters() if id(parameter) not in inside]
-        if not self.config.architectures and model.get_output_embeddings() is not None:
+        if not self._classes_of_files and model.get_output_embeddings() is not None:
             return ()  # a config that does not say whose files these are; a language model has its head
-        return tuple(head) if type(model).__name__ not in (self.config.architectures or ()) else ()
+        return tuple(head) if type(model).__name__ not in self._classes_of_files else ()
 
     def _with_passes(self, profile: Profile) -> Profile:
         """Return the profile with its passes. Where leaving layers out does not go well each is gone through."""
