@@ -15,7 +15,7 @@ from launcher.errors import ConfigurationError
 from launcher.planner.plan import Plan
 from launcher.planner.speed.collectives import _Times
 from launcher.render.deepspeed import config as deepspeed_config
-from launcher.tasks.sequence_classification import label_loss
+from launcher.tasks.label_losses import label_loss
 from launcher.tasks.task import Output
 from launcher.training import heads
 from launcher.training.engines import build, fsdp
