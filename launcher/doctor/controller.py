@@ -16,7 +16,7 @@ from launcher.launch.slurm.site import settings
 _CHECK = "Slurm"
 _COMMANDS = ("sbatch", "srun", "squeue", "scontrol", "scancel", "sinfo")
 _SECONDS = 10.0
-_SECONDS_BEFORE_ASKING_AGAIN = 1.0
+_SECONDS_BEFORE_ASKING_AGAIN = (1.0, 2.0, 2.0)
 _AWAY = (
     "wait for the controller, without which jobs go on; where only this machine gets no answer, see its "
     "slurm.conf and munged"
@@ -38,10 +38,12 @@ def check(is_needed: bool = False) -> list[Finding]:
 
 
 def controller() -> Finding:
-    """Check whether one of the controllers answers, when asked twice: a busy one may miss a question."""
+    """Check whether one of the controllers answers, when asked a few times: a busy one may miss a question."""
     answer = _ping()
-    if answer.level == "failed":
-        time.sleep(_SECONDS_BEFORE_ASKING_AGAIN)
+    for seconds in _SECONDS_BEFORE_ASKING_AGAIN:
+        if answer.level != "failed":
+            break
+        time.sleep(seconds)
         answer = _ping()
     return answer
 
