@@ -54,13 +54,17 @@ LARGE = ("mobilevitv2", "shieldgemma2")
 """Of which no tiny model is known."""
 
 
-def model_of(model_type: str, attention: str, small: bool) -> Any:
-    """A model with random weights: tiny where its kind can be, else of its usual size."""
+def config_of(model_type: str, small: bool) -> Any:
+    """The config of a tiny model, else of one of its usual size. A kind that cannot be tiny may raise anything."""
     if model_type in SMALL or not small:
         sizes = SMALL[model_type] if small else {}
-        config = CONFIG_MAPPING[model_type](num_labels=tiny.NUM_LABELS, **sizes)
-    else:
-        config = tiny.config_of(model_type, tiny.IMAGE_CLASSIFICATION, 0.0)
+        return CONFIG_MAPPING[model_type](num_labels=tiny.NUM_LABELS, **sizes)
+    return tiny.config_of(model_type, tiny.IMAGE_CLASSIFICATION, 0.0)
+
+
+def model_of(model_type: str, attention: str, small: bool) -> Any:
+    """A model with random weights: tiny where its kind can be, else of its usual size."""
+    config = config_of(model_type, small)
     # Of a type with two classes transformers looks for the one that a config names.
     config.architectures = config.architectures or []
     torch.manual_seed(0)

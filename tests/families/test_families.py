@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from launcher.planner.model.model_support import read_table, support
-from tests.families import tiny
+from tests.families import images, tiny
 from tests.families.causal import causal_lm
 from tests.families.layouts import LENGTHS
 from tests.families.numbers import is_ok
@@ -20,6 +20,7 @@ from tests.families.sweep import NAMES, RAW, TASKS, run
 from tests.families.table import PAGE, page_of, table_of
 from tests.families.tiny import (
     CAUSAL_LM,
+    IMAGE_CLASSIFICATION,
     MASKED_LM,
     QUESTION_ANSWERING,
     SEQUENCE_CLASSIFICATION,
@@ -84,7 +85,12 @@ def test_ten_at_random_have_their_own_loss() -> None:
     kinds = [(task, kind) for task in TASKS for kind, entry in read_table()[task].items() if "ways" in entry]
     wrong = {}
     for task, model_type in random.SystemRandom().sample(kinds, 10):
-        known = support(task, tiny.config_of(model_type, task, 0.0).to_dict(), max_length=max(LENGTHS))
+        config = (
+            images.config_of(model_type, model_type in images.SMALL)
+            if task == IMAGE_CLASSIFICATION
+            else tiny.config_of(model_type, task, 0.0)
+        )
+        known = support(task, config.to_dict(), max_length=max(LENGTHS))
         tried = TASKS[task](model_type)["tried"]
         names = ["/".join(way[:2] if task == SEQUENCE_CLASSIFICATION else way) for way in known.ways]
         wrong |= {
