@@ -238,7 +238,9 @@ Written by `tests/benchmarks/bench_checkpoint.py`; conditions: {result["machine"
 | a subclass of it that hashes what it writes: times our plain save | {result["writers"]["ratio"]["hashing"]:.2f} |
 
 A save alone, each round (and the median of a rank's processor time):
+
 {each_round(result["writers"])}
+
 Each round in the loop: plain {", ".join(f"{value:.2f}" for value in result["lost_seconds_per_save"]["plain"])} s;
 asynchronous {", ".join(f"{value:.2f}" for value in result["lost_seconds_per_save"]["async"])} s.
 """
