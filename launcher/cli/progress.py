@@ -31,7 +31,7 @@ class AttemptView:
     num_parameters: int | None = None
     flops_per_token: float | None = None
     counted: str = "token"
-    """What the lengths of samples count."""
+    """The unit of a sample's length: `token`, or `image`."""
     record: dict[str, Any] = field(default_factory=dict)
     saved_step: int | None = None
     evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)

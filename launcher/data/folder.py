@@ -13,7 +13,7 @@ from launcher.errors import DataError
 IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """The endings of images, in formats that Pillow has in every build."""
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-"""What `datasets` calls the file that says what the files of a folder are."""
+"""Names that `datasets` has for the file that says what the files of a folder are."""
 _SPLITS = {"train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation"}
 
 

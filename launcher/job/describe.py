@@ -26,7 +26,7 @@ _IN_WORDS: dict[Any, str] = {
     parse_share: "a share of all steps below 1, or as 10%, or a whole number of steps from 1",
     parse_freeze: "a list of patterns of parameter names, or a section of keys",
 }
-"""What may be written for a value that is read by a function."""
+"""Forms of a value that a function reads, as people write it."""
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ class Model(Section):
     weights: Literal["pretrained", "random"] = "pretrained"
     """`random` makes up new weights from the model's config."""
     freeze: Annotated[Freeze, BeforeValidator(parse_freeze)] = Freeze()
-    """What is not trained: a list of patterns of parameter names, or a section that goes by depth too."""
+    """Parameters that are not trained: a list of patterns of names, or a section that goes by depth too."""
     unfreeze: tuple[Thaw, ...] = ()
     """When what is frozen by depth begins to train, from the top down: a list of sections."""
     freeze_normalization: bool = False

@@ -66,11 +66,11 @@ class Training(Section):
     epsilon: float = Field(default=1e-8, gt=0)
     """Added to Adam's denominator."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
-    """Of SGD and Muon, whose authors take 0.95."""
+    """The momentum of SGD, or of Muon, whose authors take 0.95."""
     weight_decay: float = Field(default=0.0, ge=0)
     """On matrices; biases and norms are never decayed, unless `groups` says so."""
     layer_decay: float = Field(default=1.0, gt=0, le=1)
-    """What the learning rate of a layer is multiplied with for each layer above it, the head among them: the
+    """The factor of a layer's learning rate for each layer above it, the head among them: the
     highest of n layers has this, the lowest its n-th power, embeddings one more."""
     groups: tuple[ParameterGroup, ...] = ()
     """Learning rates and weight decays by the names of parameters: a list of sections."""

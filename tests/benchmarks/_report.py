@@ -3,6 +3,7 @@ figures go."""
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import importlib.metadata
 import json
@@ -20,6 +21,15 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = ROOT / "docs" / "benchmarks"
 _FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile")
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Return the parser of a benchmark's command line, with `--dry`."""
+    arguments = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    arguments.add_argument("--dry", action="store_true", help="print, and write nothing")
+    return arguments
 
 
 def conditions(*packages: str) -> dict[str, Any]:

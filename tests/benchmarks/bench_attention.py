@@ -8,7 +8,6 @@ did before it had an operator. One thread; processor time; forward and backward 
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import statistics
 import sys
@@ -16,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from _report import ROOT, conditions, sentence, table, write
+from _report import ROOT, conditions, parser, sentence, table, write
 
 sys.path.insert(0, str(ROOT))
 
@@ -88,11 +87,7 @@ def main() -> None:
     """Measure every case, and write the section."""
     import torch
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--dry", action="store_true", help="print, and write nothing")
-    options = parser.parse_args()
+    options = parser(__doc__).parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     found = conditions("torch")

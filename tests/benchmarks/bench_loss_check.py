@@ -11,7 +11,6 @@ check gathers what the first step would gather otherwise. Every run is made twic
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -20,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from _report import ROOT, conditions, sentence, table, write
+from _report import ROOT, conditions, parser, sentence, table, write
 
 PREFACE = """# The check after loading
 
@@ -130,11 +129,7 @@ def seconds(
 
 def main() -> None:
     """Measure every engine and precision, and write the section."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--dry", action="store_true", help="print, and write nothing")
-    options = parser.parse_args()
+    options = parser(__doc__).parse_args()
     found = conditions("torch", "transformers", "deepspeed")
     times: dict[tuple[str, int, str], list[float]] = {run: [] for run in RUNS}
     costs: dict[tuple[str, int, str], list[float]] = {run: [] for run in RUNS}

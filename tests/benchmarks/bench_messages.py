@@ -8,13 +8,12 @@ the mean of the ranks'.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
 from typing import Any
 
-from _report import ROOT, conditions, sentence, table, write
+from _report import ROOT, conditions, parser, sentence, table, write
 
 sys.path.insert(0, str(ROOT))
 
@@ -82,11 +81,7 @@ def measured(num_ranks: int, kibibytes: int) -> list[list[Any]]:
 
 def main() -> None:
     """Measure on two ranks and on three, and write the section."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--dry", action="store_true", help="print, and write nothing")
-    options = parser.parse_args()
+    options = parser(__doc__).parse_args()
     found = conditions("torch")
     rows = [row for ranks in (2, 3) for kibibytes in KIBIBYTES for row in measured(ranks, kibibytes)]
     head = ["ranks", "KiB", "message", "gloo, ms", "shared, ms", "ratio"]

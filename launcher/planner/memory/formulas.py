@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from launcher import tasks
 from launcher.errors import ConfigurationError, Problem
 from launcher.job.adapter import Adapter
 from launcher.job.schema import Model
-from launcher.job.tuning import GroupKey, Place, stages, unmatched
+from launcher.job.tuning import Place, stages, unmatched
 from launcher.planner.memory.decoders import LLAMAS, Llama
 from launcher.planner.memory.gpt2 import Gpt2
 from launcher.planner.memory.program import Segment, Setting, Unit, Weight
@@ -142,13 +142,15 @@ def frozen(units: tuple[Unit, list[Unit]], model: Model) -> tuple[Unit, list[Uni
         if not any(fnmatch.fnmatch(name, pattern) for pattern in still)
     }
 
-    def changed(unit: Unit) -> Unit:
-        return replace(
-            unit, weights=tuple(replace(weight, trains=weight.name in trained) for weight in unit.weights)
-        )
+    def changed(weight: Weight) -> Weight:
+        return replace(weight, trains=weight.name in trained)
 
     root, layers = units
-    return changed(root), [changed(layer) for layer in layers]
+    return _each(root, changed), [_each(layer, changed) for layer in layers]
+
+
+def _each(unit: Unit, changed: Callable[[Weight], Weight]) -> Unit:
+    return replace(unit, weights=tuple(map(changed, unit.weights)))
 
 
 def places(units: tuple[Unit, list[Unit]]) -> list[Place]:
@@ -173,21 +175,14 @@ def grouped(units: tuple[Unit, list[Unit]], plan: Plan) -> tuple[Unit, list[Unit
     if plain and training.optimizer != "muon":
         return units
     where = {place.name: place for place in places(units)}
+    opened = stages(model.freeze, model.unfreeze, [*where.values()]) if model.unfreeze else {}
     trained = [weight.name for unit in (units[0], *units[1]) for weight in unit.weights if weight.trains]
     if problems := unmatched(training.groups, trained):
         raise ConfigurationError(problems)
 
-    def changed(unit: Unit) -> Unit:
-        keys = [(weight, group(weight)) for weight in unit.weights]
-        return replace(
-            unit, weights=tuple(replace(one, group=key, by_muon=key.kind == "muon") for one, key in keys)
-        )
-
-    def group(weight: Weight) -> GroupKey:
-        place = where[weight.name]
-        opened = (k for k, one in enumerate(model.unfreeze, 1) if place.layer >= one.lowest(place.num_layers))
-        stage = next(opened, 0) if model.freeze.reaches(place) else 0
-        return training.group_of(place, len(weight.shape), stage)
+    def changed(weight: Weight) -> Weight:
+        key = training.group_of(where[weight.name], len(weight.shape), opened.get(weight.name, 0))
+        return replace(weight, group=key, by_muon=key.kind == "muon")
 
     root, layers = units
-    return changed(root), [changed(layer) for layer in layers]
+    return _each(root, changed), [_each(layer, changed) for layer in layers]

@@ -3,6 +3,8 @@
 torch's batch norm takes its statistics from the samples of one rank. Here they are of all samples that the ranks
 go through at the same time, without filler. So a run on several ranks computes what one rank does with a
 micro-batch as large as all of theirs, and the running statistics are the same on every rank.
+torch.nn.SyncBatchNorm does so on GPUs alone. It knows no filler, and counts the samples of a layer twice that is
+computed again.
 """
 
 from __future__ import annotations
