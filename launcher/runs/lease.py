@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import secrets
 import threading
@@ -28,7 +29,7 @@ class Lease:
     """One such file. Raises BlockingIOError where another process holds it; else it is held until `release`."""
 
     def __init__(self, path: Path, silent_seconds: float = SILENT_SECONDS) -> None:
-        self._path = path
+        self._path, self._silent_seconds = path, silent_seconds
         self._holder = str(Identity.of_this_process())
         self._over = threading.Event()
         while not self._made():
@@ -59,15 +60,18 @@ class Lease:
         return True
 
     def _clear_away(self, content: str) -> None:
-        """Remove a dead holder's file: of several that try, one; and never a living one's that has just been
-        made in its place."""
-        doomed = self._path.with_name(f".{self._path.name}.{secrets.token_hex(4)}")
-        with contextlib.suppress(FileNotFoundError):
-            self._path.rename(doomed)
-            if _read(doomed) != content:
-                with contextlib.suppress(FileExistsError):
-                    os.link(doomed, self._path)
-            doomed.unlink()
+        """Remove a dead holder's file, and never a living one's that was made in its place meanwhile.
+
+        Only who holds the right to remove just that content may do so: a lease of its own, named by it. While
+        it is held nobody else can put another file there. Raises BlockingIOError where somebody else has it.
+        """
+        name = hashlib.sha256(content.encode()).hexdigest()[:16]
+        right = Lease(self._path.with_name(f"{self._path.name}.{name}"), self._silent_seconds)
+        try:
+            if _read(self._path) == content:
+                self._path.unlink()
+        finally:
+            right.release()
 
     def _beat(self) -> None:
         beat = 0
