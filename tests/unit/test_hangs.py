@@ -47,17 +47,17 @@ all_gather()
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[[RunDirectory, int], int]]:
-    """Start a rank of a run that says where it is, and then waits for ever."""
+    """Start a rank of a run that says where it is, and return once it waits, which it does for ever."""
     processes: list[subprocess.Popen[str]] = []
 
     def begin(run: RunDirectory, rank: int) -> int:
         process = subprocess.Popen([sys.executable, "-c", RANK, "12"], stdout=subprocess.PIPE, text=True)
         processes.append(process)
         assert process.stdout is not None
+        path = process.stdout.readline().strip()
+        wait_for(lambda: Page.open(path).read(rank, "", process.pid).collective)
         run.attempt(1).mkdir(parents=True, exist_ok=True)
-        write_atomically(
-            run.attempt(1) / f"rank-{rank}.json", f'{{"places": "{process.stdout.readline().strip()}"}}'
-        )
+        write_atomically(run.attempt(1) / f"rank-{rank}.json", f'{{"places": "{path}"}}')
         return process.pid
 
     yield begin
