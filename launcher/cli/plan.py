@@ -102,7 +102,7 @@ def plan(
     if picture is not None:
         _draw(picture, preview)
     if explain is not None:
-        _explain(preview, explain, as_json)
+        _explain(preview, wanted, explain, as_json)
     elif as_json:
         _print_as_json(preview, bool(trace))
     else:
@@ -187,16 +187,16 @@ def _draw(file: Path, preview: Preview) -> None:
     file.write_text(picture(preview.shown), encoding="utf-8")
 
 
-def _explain(preview: Preview, key: str, as_json: bool) -> None:
+def _explain(preview: Preview, job: Job, key: str, as_json: bool) -> None:
     from launcher.cli.output import print_json
     from launcher.cli.plan_tables import SEARCHED, decision_of, explained
 
     if not as_json:
-        typer.echo(explained(preview.plan, key))
+        typer.echo(explained(preview.plan, key, job))
         return
     refused = preview.plan.refused if key.startswith(SEARCHED) else ()
     beside = {"refused": [each.model_dump(mode="json") for each in refused]}
-    print_json(decision_of(preview.plan, key).model_dump(mode="json") | beside)
+    print_json(decision_of(preview.plan, key, job).model_dump(mode="json") | beside)
 
 
 def _refuse_of_one_plan(options: dict[str, int | str | None], trace: bool | None) -> None:

@@ -11,6 +11,7 @@ import typer
 from launcher.cli.output import line_plot, print_table
 
 if TYPE_CHECKING:
+    from launcher.job.schema import Job
     from launcher.planner.comparison import PlanRow
     from launcher.planner.plan import Decision, Plan, Refused
 
@@ -68,26 +69,36 @@ def not_taken(plan: Plan) -> list[str]:
     return lines
 
 
-def explained(plan: Plan, key: str) -> str:
-    """Return why a key of the plan has its value.
+def explained(plan: Plan, key: str, job: Job | None = None) -> str:
+    """Return why a key of the plan, or of the job that it is of, has its value.
 
-    Raises ConfigurationError with the nearest keys for one that was not decided here.
+    Raises ConfigurationError with the nearest keys for one that neither has.
     """
-    decision = decision_of(plan, key)
+    decision = decision_of(plan, key, job)
     lines = [f"{decision.key} = {decision.value}: {decision.reason}"]
     return "\n".join(lines + (not_taken(plan) if key.startswith(SEARCHED) else []))
 
 
-def decision_of(plan: Plan, key: str) -> Decision:
-    """Return the decision about a key. Raises ConfigurationError as `explained` does."""
+def decision_of(plan: Plan, key: str, job: Job | None = None) -> Decision:
+    """Return the decision about a key; of one that the plan left alone, the job's value or its default. Raises
+    ConfigurationError as `explained` does."""
     import difflib
 
     from launcher.errors import ConfigurationError, Problem
+    from launcher.job.describe import value_of
+    from launcher.planner.plan import Decision
 
     decisions = {decision.key: decision for decision in plan.decisions}
+    if key not in decisions and job is not None and (settled := value_of(job, key)) is not None:
+        value, reason = (
+            settled[0],
+            "the job sets it" if settled[1] else "the default, as the job does not set it",
+        )
+        plain = value if isinstance(value, (str, int, float, bool)) else str(value)
+        return Decision(key=key, value=plain, reason=reason)
     if key not in decisions:
         near = difflib.get_close_matches(key, decisions, 3, 0.3) or list(decisions)[:3]
-        reason = f"was not decided here (the job sets it, or there is no such key); try {', '.join(near)}"
+        reason = f"there is no such key; try {', '.join(near)}"
         raise ConfigurationError(Problem("--explain", key, reason))
     return decisions[key]
 

@@ -16,7 +16,7 @@ from launcher.cli.plan import AsJson
 from launcher.cli.status import SomeRun, newest
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType
     from rich.layout import Layout
     from rich.table import Table
     from rich.text import Text
@@ -208,18 +208,39 @@ def samples(rows: list[dict[str, Any]], width: int) -> Text:
     return Text("\n".join(lines(rows, width)), no_wrap=True, overflow="ellipsis")
 
 
-def events(records: list[dict[str, Any]]) -> Text:
-    """The last events, one a line."""
-    from rich.text import Text
+class Latest:
+    """The last lines of a text, as many as there is room for: what is new stands at the foot of a panel."""
 
+    def __init__(self, lines: list[str]) -> None:
+        self.lines = lines
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        from rich.text import Text
+
+        most = len(self.lines) if options.height is None else options.height
+        yield Text("\n".join(self.lines[max(0, len(self.lines) - most) :]), no_wrap=True, overflow="ellipsis")
+
+
+def events(records: list[dict[str, Any]]) -> Latest:
+    """The last events with their values, one a line."""
     lines = []
     for record in records:
-        text = "  ".join(
-            f"{key} {value}"
-            for key, value in record.items()
-            if key not in ("time", "event") and isinstance(value, (str, int, float))
-        )
-        lines.append(
-            f"{time.strftime('%H:%M:%S', time.localtime(record['time']))}  {record['event']}  {text}"[:200]
-        )
-    return Text("\n".join(lines), no_wrap=True, overflow="ellipsis")
+        text = "  ".join(f"{key} {value}" for key, value in _values(record))
+        clock = time.strftime("%H:%M:%S", time.localtime(record["time"]))
+        lines.append(f"{clock}  {record['event']}  {text}"[:200])
+    return Latest(lines)
+
+
+def _values(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield what people read of an event: its metrics one by one, sizes with their unit, no digests."""
+    from launcher.cli.output import size
+
+    for key, value in (record | (record.get("metrics") or {})).items():
+        if key in ("time", "event", "digest"):
+            continue
+        if key == "bytes" and isinstance(value, (int, float)):
+            yield "size", size(int(value))
+        elif isinstance(value, float):
+            yield key, f"{value:.4g}"
+        elif isinstance(value, (str, int)):
+            yield key, str(value)

@@ -29,6 +29,10 @@ _GOLDEN = (5**0.5 - 1) / 2
 """Whose multiples lie spread between whole numbers: where in each of several files places are."""
 
 
+class TooLargeError(DataError):
+    """A file's format has it read as a whole, and it is too large for a look."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """Hold what was seen of a source."""
@@ -74,7 +78,7 @@ def _in_order(paths: Sequence[Path], columns: Sequence[str]) -> Iterator[Values]
 def _read(path: Path, columns: Sequence[str]) -> Read:
     one = format_of(path)
     if one.most_bytes is not None and (size := path.stat().st_size) > one.most_bytes:
-        raise DataError(
+        raise TooLargeError(
             f"{path} would have to be read as a whole, {size:,} bytes; as .jsonl it would be looked at "
             "in places"
         )

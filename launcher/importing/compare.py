@@ -68,6 +68,8 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[Difference]:
 
 
 def _side(path: Path) -> Plan | list[Reading]:
+    if not path.exists() and (named := Path("runs") / path).is_dir():
+        path = named
     path = path / "plan.json" if path.is_dir() else path
     content = foreign_files.content_of(path)
     kind = foreign_files.kind_of(content)

@@ -67,6 +67,21 @@ def keys(section: type[BaseModel] = Job, prefix: str = "") -> Iterator[Key]:
                 )
 
 
+def value_of(job: Job, key: str) -> tuple[Any, bool] | None:
+    """Return the value of a key of a job, and whether the job sets it; None where there is no such key, or it is
+    a section."""
+    value: Any = job
+    is_set = True
+    for word in key.split("."):
+        fields = type(value).model_fields if isinstance(value, BaseModel) else {}
+        name = next((name for name, field in fields.items() if written(name, field) == word), None)
+        if name is None:
+            return None
+        is_set = is_set and name in value.model_fields_set
+        value = getattr(value, name)
+    return None if isinstance(value, BaseModel) else (value, is_set)
+
+
 def columns_by_task() -> dict[str, type[Data]]:
     """Return the section `data` of every task that comes with launcher."""
     return {name: tasks.find(name).Columns for name in tasks.TASKS}

@@ -6,7 +6,7 @@ import dataclasses
 import os
 from pathlib import Path
 
-from launcher.errors import OutOfMemoryError, Stopped, StorageError
+from launcher.errors import ConfigurationError, DataError, OutOfMemoryError, Stopped, StorageError
 from launcher.launch.attempt_failure import failure_of_agent, find_failure, forced_failure, write_failure
 from launcher.launch.command import agent_command, environment, write_command
 from launcher.launch.limits import raise_open_files
@@ -24,12 +24,14 @@ from launcher.runs.layout import RunDirectory
 from launcher.runs.processes import oom_kills
 from launcher.runs.seen import ranks_of
 from launcher.runs.sharing import set_umask
-from launcher.runs.status import last_step
+from launcher.runs.status import has_learned, last_step
 from launcher.runs.tail import last_record
 from launcher.runs.wording import shown
 
 REQUEST = "request.json"
 """What a command asks of its ranks, in a directory of its own."""
+_OF_THE_JOB = {ConfigurationError.failure_class, DataError.failure_class}
+"""Failures that come again, whoever goes on, until the job or its data are mended."""
 _LONG_SECONDS = 60.0
 """For a slow disk or terminal, at the end of an attempt."""
 _SHORT_SECONDS = 5.0
@@ -237,6 +239,8 @@ def going_on(run: RunDirectory, plan: Plan, failure: Failure) -> tuple[str, str]
     less, where one is known."""
     if is_scratch(run):
         return "", ""
+    if failure.failure_class in _OF_THE_JOB and not has_learned(run) and not plan.script:
+        return "", "nothing was learned yet: mend it, and launcher run begins the job anew"
     command = f"launcher resume {shown(run.path)}"
     if failure.failure_class != OutOfMemoryError.failure_class or plan.script:
         return command, ""

@@ -19,7 +19,7 @@ from launcher.launch.plan_file import read_plan, write_plan
 from launcher.launch.redecide import decide_again, has_devices, plan_for_most_nodes
 from launcher.launch.script_run import write_configuration
 from launcher.plain_files import read_json
-from launcher.planner.changes import check
+from launcher.planner.changes import changes, check
 from launcher.planner.forecast import Forecast
 from launcher.planner.memory.profiles import CACHED, Profiles
 from launcher.planner.plan import Plan
@@ -33,6 +33,7 @@ from launcher.render.write import write
 from launcher.runs.events import event
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.sharing import set_umask, share
+from launcher.runs.status import has_learned
 
 
 def open_run(
@@ -192,7 +193,8 @@ def _go_on(run: RunDirectory, job: Job, nproc: int | None, local: bool) -> Plan:
             return stored
         plan = decide_again(job, nproc, stored, local)
         _refuse_quiet_fallback(job, stored, plan)
-        changed = check(stored, plan)
+        # What has learned nothing yet is begun anew in place, whatever was wrong with it.
+        changed = check(stored, plan) if stored.script or has_learned(run) else changes(stored, plan)
         if plan.share_with_group and not stored.share_with_group:
             set_umask(True)
             share(run.path)

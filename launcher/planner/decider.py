@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from launcher.errors import Problem
 from launcher.job.schema import Job
-from launcher.planner.dataset.suitability import Findings
+from launcher.planner.dataset.findings import Findings
 from launcher.planner.hardware.detect import Hardware
 from launcher.planner.plan import Decision
 

@@ -182,3 +182,8 @@ def last_step(run: RunDirectory) -> int:
     """The last step that is written in metrics.jsonl; 0 before the first."""
     record = last_record(run.metrics_file, is_step)
     return int(record["step"]) if record else 0
+
+
+def has_learned(run: RunDirectory) -> bool:
+    """Return whether a step of the run is written down, or saved."""
+    return last_step(run) > 0 or newest_checkpoint(run) is not None

@@ -7,9 +7,10 @@ classified is a subclass's.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from launcher.data.labels import class_names
 from launcher.data.rows import Row
 from launcher.errors import ConfigurationError, DataError, Problem
 from launcher.lazy import Lazy
@@ -32,6 +33,10 @@ else:
     np, torch = Lazy("numpy"), Lazy("torch")
 
 
+_FEW_ROWS = 16
+"""Of fewer, that no two have the same class says nothing."""
+
+
 class Classification(Task):
     """A sample to a class, several classes, or a number."""
 
@@ -46,6 +51,15 @@ class Classification(Task):
         """The thresholds of the classes, where an evaluation fitted them."""
         self._mean: float | None = None
         """Of the training rows' numbers."""
+
+    def doubts(self, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+        if self.data.problem == "single-label" and not self.for_prediction and len(rows) >= _FEW_ROWS:
+            names = [name for row in rows for name in class_names(row, self._label_column, "single-label")]
+            if len(set(names)) == len(names):
+                yield (
+                    f"each of {len(rows)} rows has a class of its own, as {names[0][:40]!r}; is the label in "
+                    f"another column than {str(self._label_column)!r}?"
+                )
 
     def adopt(self, config: Any, as_it_stands: bool = False) -> None:
         """Take the classes of a model that has a classification head already. Raises ConfigurationError where

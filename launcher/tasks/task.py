@@ -178,6 +178,11 @@ class Task(ABC):
         """Return the texts of a row that become tokens, as long as what is trained. Raises RowProblem where
         the row cannot be used."""
 
+    def doubts(self, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+        """Yield what makes one doubt, of some usable rows, that their columns are what the job takes them
+        for."""
+        yield from ()
+
     def added_tokens(self, num_texts: int, tokenizer: Any | None) -> int:
         """Return how many tokens a sample of so many texts has beside them. `tokenizer` is of the package
         tokenizers; None without one."""

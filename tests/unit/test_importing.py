@@ -4,6 +4,7 @@ cannot."""
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -625,7 +626,9 @@ def test_a_job_is_made_or_every_reason_is_given(
         assert yaml.safe_load(made.text) == made.content
 
 
-def test_plans_jobs_and_configurations_are_compared_in_one_vocabulary(tmp_path: Path) -> None:
+def test_plans_jobs_and_configurations_are_compared_in_one_vocabulary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     zero2, zero3 = ROOT / "ds_configs" / "zero2.json", ROOT / "ds_configs" / "zero3.json"
     assert {difference.key: (difference.a, difference.b) for difference in compare(zero2, zero3).differences}[
         "sharding"
@@ -641,6 +644,9 @@ def test_plans_jobs_and_configurations_are_compared_in_one_vocabulary(tmp_path: 
     both = {difference.key for difference in compare(folder, other).differences}
     assert {"engine", "sharding", "zero.stage"} <= both
     assert compare(folder / "plan.json", folder).differences == []
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder, tmp_path / "runs" / "named")
+    assert compare(Path("named"), folder).differences == [], "a run by its name, as every command takes it"
 
 
 def test_a_job_file_is_planned_and_compared(tmp_path: Path) -> None:

@@ -440,7 +440,15 @@ def test_explained_and_not(job: Job) -> None:
     plan = preview_job(job, gpu="h100-80gb").plan
     assert "part of PyTorch" in explained(plan, "parallel.engine")
     with pytest.raises(ConfigurationError, match=r"parallel\.engine"):
-        explained(plan, "parallel.engin")
+        explained(plan, "parallel.engin", job)
+    assert explained(plan, "batch.global_batch_size", job).endswith(": the job sets it")
+    rate = explained(plan, "training.weight_decay", job)
+    assert (
+        rate
+        == f"training.weight_decay = {job.training.weight_decay}: the default, as the job does not set it"
+    )
+    with pytest.raises(ConfigurationError, match="there is no such key"):
+        explained(plan, "training", job)
 
 
 def test_a_model_in_the_hubs_cache_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from launcher.cli.main import main
 from launcher.errors import ConfigurationError, OutOfMemoryError, RunInUseError
 from launcher.launch import plan_file, redecide, run_setup
 from launcher.launch.plan_file import write_plan
@@ -110,6 +111,8 @@ def test_what_was_decided_stays_when_something_else_changes(
 
 def test_the_date_of_a_chat_stays(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = ["data.text=null", "data.messages=messages"]
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (job.parent / "train.jsonl").write_text(json.dumps({"text": "a", "messages": turns}) + "\n")
     run, plan = open_run(job, asked, None, None)
     assert plan.data.date == datetime.date.today().isoformat()
     assert "data.date" in {decision.key for decision in plan.decisions}
@@ -126,6 +129,7 @@ def test_the_date_of_a_chat_stays(job: Path, monkeypatch: pytest.MonkeyPatch) ->
         open_run(job, [*asked, "data.date=2026-02-28"], None, job.parent / "asked")[1].data.date
         == "2026-02-28"
     )
+    learn(run)
     with pytest.raises(ConfigurationError, match=r"data\.date.*begin another run"):
         reopen(run, ["data.date=2026-02-28"], None)
     assert open_run(job, [], None, job.parent / "text")[1].data.date is None, "nothing else writes one"
@@ -175,8 +179,40 @@ def test_another_number_of_ranks(job: Path) -> None:
     assert "mesh.world_size" in changed
 
 
+def learn(run: RunDirectory) -> None:
+    """Write down a step of a run, as its trainer would."""
+    run.metrics_file.write_text(json.dumps({"step": 1, "loss": 2.5, "time": 0.0}) + "\n")
+
+
+def test_what_has_learned_nothing_is_begun_anew_in_place(job: Path) -> None:
+    """A wrong column is mended in the job file, and the same command begins the run that it did not."""
+    run, _ = open_run(job, ["training.seed=5", "training.learning_rate=3"], None, None)
+    mended, plan = open_run(job, ["training.seed=6"], None, None)
+    assert mended.path == run.path and Plan.read(run.plan_file) == plan and plan.training.seed == 6
+    [record] = [record for record in read(run.events_file) if record["event"] == "plan_changed"]
+    assert {change["key"] for change in record["changes"]} == {"training.learning_rate", "training.seed"}
+    learn(run)
+    with pytest.raises(ConfigurationError, match=r"this run was begun otherwise"):
+        open_run(job, ["training.seed=7"], None, None)
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_run_is_not_told_to_stop_where_it_has_been(
+    job: Path, step: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, _ = open_run(job, [], None, None)
+    run.checkpoint(3).mkdir(parents=True)
+    (run.checkpoint(3) / "manifest.json").touch()
+    with pytest.raises(SystemExit) as caught:
+        main(["resume", "tiny", "--stop-at", str(step)])
+    assert caught.value.code == ConfigurationError.exit_code
+    reason = "the run goes on from step 3; name a later one"
+    assert f"--stop-at = {step}: {reason}" in capsys.readouterr().err
+
+
 def test_what_would_be_another_run_is_refused_and_changes_nothing(job: Path) -> None:
     run, plan = open_run(job, [], None, None)
+    learn(run)
     with pytest.raises(ConfigurationError) as caught:
         open_run(job, ["training.learning_rate=1", "data.max_length=32"], None, None)
     assert [problem.key for problem in caught.value.problems] == ["data.max_length", "training.learning_rate"]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
+from rich.panel import Panel
 
 from launcher.cli.display import summary
-from launcher.cli.watch import screen
+from launcher.cli.watch import events, screen
 from launcher.cli.watch_state import Watched
 from launcher.runs import samples
 from launcher.runs.events import append, event
@@ -80,3 +82,21 @@ def new_run(path: Path) -> RunDirectory:
     event(run.events_file, "started", attempt=1, world_size=1)
     append(run.metrics_file, {"kind": "train", "step": 1, "loss": 2.0})
     return run
+
+
+def test_of_many_events_the_newest_are_seen_with_their_values() -> None:
+    """A panel with too little room leaves out the oldest, not the newest."""
+    many: list[dict[str, Any]] = [
+        {"time": 1.0, "event": "evaluated", "step": step, "metrics": {"loss": 2.123456, "accuracy": 0.5}}
+        for step in range(9)
+    ]
+    many.append(
+        {"time": 1.0, "event": "saved", "step": 9, "bytes": 273_713_166, "digest": "8272fcd26d675f20"}
+    )
+    console = Console(file=io.StringIO(), width=80)
+    console.print(Panel(events(many), height=4))
+    drawn = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "evaluated  step 8  loss 2.123  accuracy 0.5" in drawn and "saved  step 9  size 274 MB" in drawn
+    assert "step 7" not in drawn and "8272fcd" not in drawn
+    console.print(events(many))
+    assert "step 0" in console.file.getvalue()  # type: ignore[attr-defined]

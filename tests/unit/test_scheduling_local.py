@@ -228,6 +228,17 @@ def test_the_command_to_go_on(
     )
 
 
+@pytest.mark.parametrize("failure_class", ["data", "configuration"])
+def test_what_comes_again_until_it_is_mended_is_not_gone_on_with(
+    run: RunDirectory, failure_class: str
+) -> None:
+    assert local.going_on(run, plan(), failure_of(failure_class)) == (
+        "", "nothing was learned yet: mend it, and launcher run begins the job anew"
+    )  # fmt: skip
+    run.metrics_file.write_text('{"step": 1, "loss": 2.5, "time": 0.0}\n')
+    assert local.going_on(run, plan(), failure_of(failure_class)) == (f"launcher resume {run.path}", "")
+
+
 def test_paths_are_shown_as_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert shown(tmp_path / "runs" / "a b") == "'runs/a b'"

@@ -1,13 +1,13 @@
-"""Check a job's rows against its model's files: lengths and tokens."""
+"""Check a job against its model's files and its rows: lengths, tokens, columns."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 from launcher.data.section import Data
 from launcher.errors import ConfigurationError, Problem
 from launcher.job.schema import Job, Model
 from launcher.job.script_job import OWN
+from launcher.planner.dataset.findings import Findings
+from launcher.planner.dataset.usable_rows import look_at_rows
 from launcher.planner.model import positions
 from launcher.planner.model.model_config import config_of, locate, num_embeddings
 from launcher.planner.model.model_support import WITHOUT_ADAPTER
@@ -16,23 +16,13 @@ from launcher.planner.model.vocabulary import read_vocabulary
 _SHOWN = 4
 
 
-@dataclass(frozen=True)
-class Findings:
-    """List what is wrong, and what is worth knowing though it works."""
-
-    problems: tuple[Problem, ...] = ()
-    remarks: tuple[Problem, ...] = ()
-
-
 def look(job: Job) -> Findings:
-    """Return what a job's model and its tokenizer say against its data; nothing where they are not here, and
-    for a script's own data."""
+    """Return what a job's model, its tokenizer and its rows say against each other; nothing where they are not
+    here, and for a script's own data."""
     if job.data.train.name == OWN or job.model.name == OWN:
         return Findings()
-    findings = [_lengths(job.model, job.data), _tokens(job.model), _adapter(job.model)]
-    return Findings(
-        tuple(one for each in findings for one in each.problems),
-        tuple(one for each in findings for one in each.remarks),
+    return Findings.joined(
+        (_lengths(job.model, job.data), _tokens(job.model), _adapter(job.model), look_at_rows(job))
     )
 
 

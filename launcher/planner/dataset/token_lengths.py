@@ -20,7 +20,7 @@ Rows = Sequence[dict[str, Any] | RowProblem]
 
 def lengths(rows: Rows, task: Task, model: str) -> tuple[tuple[int, ...], bool]:
     """Return the tokens of each sample that the rows become, and whether the model's tokenizer counted."""
-    texts_by_row = [texts for row in rows if not isinstance(texts := _texts(row, task), RowProblem)]
+    texts_by_row = [texts for row in rows if not isinstance(texts := texts_or_problem(row, task), RowProblem)]
     tokenizer = _tokenizer(model)
     most = None if task.traits.windows else _LONGEST * task.data.max_length
     flat = [text[:most] for texts in texts_by_row for text in texts]
@@ -39,11 +39,12 @@ def lengths(rows: Rows, task: Task, model: str) -> tuple[tuple[int, ...], bool]:
 
 def why_unusable(rows: Rows, task: Task) -> RowProblem:
     """Return why the first of some rows that become no sample is none."""
-    problems = (texts for row in rows if isinstance(texts := _texts(row, task), RowProblem))
+    problems = (texts for row in rows if isinstance(texts := texts_or_problem(row, task), RowProblem))
     return next(problems, RowProblem(TOO_LONG, f"more tokens than max_length = {task.data.max_length:,}"))
 
 
-def _texts(row: dict[str, Any] | RowProblem, task: Task) -> list[str] | RowProblem:
+def texts_or_problem(row: dict[str, Any] | RowProblem, task: Task) -> list[str] | RowProblem:
+    """Return the texts of a row that become tokens, or why the task cannot use it."""
     if isinstance(row, RowProblem):
         return row
     try:

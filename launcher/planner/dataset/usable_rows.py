@@ -1,0 +1,70 @@
+"""Look at some rows of a job's files: can its task use them, and are they what it takes them for?"""
+
+from __future__ import annotations
+
+from launcher import tasks
+from launcher.data.files import NoFileError
+from launcher.data.rows import RowProblem
+from launcher.data.sample import Sample, TooLargeError, look
+from launcher.data.section import Source
+from launcher.errors import DataError, Problem
+from launcher.job.schema import Job
+from launcher.planner.dataset.findings import Findings
+from launcher.planner.dataset.token_lengths import texts_or_problem
+from launcher.tasks.task import Task
+
+MOST_ROWS = 256
+"""That are looked at of a source: all of a small one, else some from all over it."""
+
+
+def look_at_rows(job: Job) -> Findings:
+    """Return what some rows of the job's files say against it, and what of them is worth knowing.
+
+    Nothing for data on the hub, and for files that are not there, which whoever reads a job file refuses.
+    """
+    task = tasks.of_job(job)
+    sources = (("data.train", job.data.train), ("data.evaluation", job.data.evaluation))
+    return Findings.joined(
+        _of_source(key, source, task)
+        for key, source in sources
+        if source is not None and source.path is not None
+    )
+
+
+def _of_source(key: str, source: Source, task: Task) -> Findings:
+    try:
+        seen = look(source, task.columns, MOST_ROWS)
+    except NoFileError:
+        return Findings()
+    except TooLargeError as error:
+        return Findings(remarks=(Problem(key, source.path, f"its rows were not looked at: {error}"),))
+    except DataError as error:
+        return Findings((Problem(key, source.path, str(error)),))
+    if not seen.rows:
+        return Findings((Problem(key, source.path, "has no rows"),))
+    texts = [texts_or_problem(row, task) for row in seen.rows]
+    unusable = [why for why in texts if isinstance(why, RowProblem)]
+    usable = [
+        row
+        for row, why in zip(seen.rows, texts, strict=True)
+        if not isinstance(row, RowProblem) and not isinstance(why, RowProblem)
+    ]
+    doubts = tuple(Problem(key, source.path, doubt) for doubt in task.doubts(usable))
+    if not unusable:
+        return Findings(remarks=doubts)
+    problem = Problem(key, source.path, _described(unusable, seen))
+    policy, is_most = task.data.unusable, len(unusable) > len(usable) and _is_whole(seen)
+    if not usable or policy == "refuse" or (policy == "drop-few" and is_most):
+        return Findings((problem,), doubts)
+    return Findings(remarks=(problem, *doubts))
+
+
+def _is_whole(seen: Sample) -> bool:
+    return len(seen.rows) >= seen.num_rows
+
+
+def _described(unusable: list[RowProblem], seen: Sample) -> str:
+    number = len(seen.rows)
+    rows = f"{number:,} rows" if _is_whole(seen) else f"{number:,} rows that were looked at"
+    many = f"none of {rows} can" if len(unusable) == number else f"{len(unusable):,} of {rows} cannot"
+    return f"{many} be used, one of them for: {unusable[0]}"
