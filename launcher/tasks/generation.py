@@ -70,6 +70,16 @@ class Evaluation(Section):
 
 
 @dataclass(frozen=True)
+class AnswerOptions:
+    """What a prediction tells beside the answer itself."""
+
+    probabilities: bool = False
+    """The probability of every class, where the task has classes."""
+    top_k: int | None = None
+    """How many of the likeliest candidates; None for the likeliest alone."""
+
+
+@dataclass(frozen=True)
 class GenerationOptions:
     """What goes to transformers' `generate` with every batch of prompts."""
 

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from launcher.data.rows import Row, RowProblem
 from launcher.data.section import Data
-from launcher.errors import Problem
 from launcher.metrics import Better
 from launcher.tasks.companion import Companion
 from launcher.tasks.evaluator import Evaluator, Output
-from launcher.tasks.generation import Evaluation, GenerationOptions
+from launcher.tasks.findings import Finding, Left, finding
+from launcher.tasks.generation import AnswerOptions, Evaluation, GenerationOptions
 from launcher.tasks.sample import IGNORE, Draws, Encoded, Sample, ends_of, sample_at
+from launcher.tasks.traits import Head, SampleLayout, Traits
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,78 +35,9 @@ __all__ = [
     "Evaluator",
     "Finding",
     "Head",
-    "Left",
-    "Output",
-    "Sample",
-    "SampleLayout",
-    "Task",
-    "Traits",
-    "ends_of",
-    "finding",
-    "sample_at",
 ]
-"""What a module that holds a task needs of the contract, from one place."""
-
-SampleLayout = Literal["packed", "padded", "single"]
-"""How samples share a pass: joined end to end, padded on the right, or not at all."""
-Head = Literal["chunked", "model", "forward"]
-"""Where a causal LM's loss comes from: the output matrix in chunks, the model's own head in chunks, or its
-whole forward."""
-
-
-@dataclass(frozen=True)
-class Traits:
-    """What the planner, the loader and PEFT need to know of a kind of task, in place of its name."""
-
-    layout: SampleLayout
-    """How its samples share a pass in most models."""
-    causal: bool
-    """Whether a token sees only those before it."""
-    head: Literal["every-position", "one-per-sample", "few-per-position"]
-    """Where the model's head computes: logits of the vocabulary at every position, one vector for each
-    sample, or a few numbers at every position, as tags have."""
-    encoder_decoder: bool = False
-    """Whether the model reads one sequence and writes another."""
-    peft_type: str | None = None
-    """PEFT's name for it (`peft.TaskType`); None where PEFT has none."""
-    windows: bool = False
-    """Whether a row that is too long for one sample becomes several."""
-    unit: str = "token"
-    """What a sample's length counts."""
-    reads_files: bool = False
-    """Whether `encode` and `collate` read and decode files, so that processes do it ahead of the step."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A problem, and every key it rests on: where one of those is already refused, this one says nothing
-    new."""
-
-    problem: Problem
-    keys: tuple[str, ...]
-
-
-def finding(key: str, value: object, reason: str, *others: str) -> Finding:
-    """Return the problem with a key's value as a finding that rests on that key and on `others`."""
-    return Finding(Problem(key, value, reason), (key, *others))
-
-
-class Left(NamedTuple):
-    """A key of `data` that a job left open and the plan settles."""
-
-    key: str
-    value: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class AnswerOptions:
-    """What is to be told beside what the model says."""
-
-    probabilities: bool = False
-    """The probability of every class, where the task has classes."""
-    top_k: int | None = None
-    """So many of the likeliest candidates; None for the likeliest alone."""
+__all__ += ["Left", "Output", "Sample", "SampleLayout", "Task", "Traits", "ends_of", "finding", "sample_at"]
+"""All that the module of a task needs of the contract, from one place."""
 
 
 class Task(ABC):
