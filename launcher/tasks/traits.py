@@ -14,7 +14,7 @@ whole forward."""
 
 @dataclass(frozen=True)
 class Traits:
-    """What the planner, the loader and PEFT need to know of a kind of task, in place of its name."""
+    """A kind of task as the planner, the loader and PEFT see it, in place of its name."""
 
     layout: SampleLayout
     """How its samples share a pass in most models."""

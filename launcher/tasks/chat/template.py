@@ -98,7 +98,7 @@ class ChatTemplate:
         """The ids of the tokens that end a turn."""
         with self._dated():
             ends = {*self._ends, *self._marks(self._tokenizer.get_chat_template(None, None)).ends}
-        tokens = {found[0] for end in ends if (found := self._added.search(end))}
+        tokens = {match[0] for end in ends if (match := self._added.search(end))}
         return sorted(self._tokenizer.convert_tokens_to_ids(token) for token in tokens)
 
     def written(self, row: dict[str, Any], column: str) -> Written:
@@ -196,8 +196,8 @@ class ChatTemplate:
         template = self._tokenizer.get_chat_template(None, tools)
         learned = {number for number, message in enumerate(messages) if is_learned(message, number + 1)}
         if not _GENERATION.search(template):
-            found = turns(messages, text, write, self._marks(template), self._added)
-            return Written(text, [(turn.start, turn.end) for turn in found if turn.message in learned])
+            all_turns = turns(messages, text, write, self._marks(template), self._added)
+            return Written(text, [(turn.start, turn.end) for turn in all_turns if turn.message in learned])
         check_said(messages, text, write)
         spans = self._generated(messages, tools, template, text)
         if any(
@@ -288,7 +288,7 @@ class _Clock(NamedTuple):
 def _known_ends(tokenizer: Any) -> list[str]:
     """The tokens at which generation stops, by the tokenizer and by the model's generation config where there
     is one."""
-    found = [tokenizer.eos_token] if tokenizer.eos_token else []
+    ends = [tokenizer.eos_token] if tokenizer.eos_token else []
     path = Path(tokenizer.name_or_path or "") / "generation_config.json"
     if tokenizer.name_or_path and not path.is_file():
         from transformers.utils import cached_file
@@ -307,11 +307,11 @@ def _known_ends(tokenizer: Any) -> list[str]:
     try:
         ids = read_json(path).get("eos_token_id")
     except (OSError, ValueError, AttributeError):
-        return found
+        return ends
     ids = ids if isinstance(ids, list) else [ids]
-    found += [
+    ends += [
         str(tokenizer.convert_ids_to_tokens(number))
         for number in ids
         if isinstance(number, int) and 0 <= number < len(tokenizer)
     ]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(ends))
