@@ -20,7 +20,7 @@ else:
 
 
 class Generate(Section):
-    """How answers are written, by the names that transformers' GenerationConfig has."""
+    """Settings of how answers are written, by the names of transformers' GenerationConfig."""
 
     max_new_tokens: int = Field(default=128, ge=1, le=1_000_000)
     """Tokens of the longest answer."""
@@ -50,7 +50,7 @@ def as_section(value: object) -> object:
 
 
 class Evaluation(Section):
-    """What is done with the held-out rows beside computing their loss."""
+    """The section `evaluation`: what is done with held-out rows beside computing their loss."""
 
     samples: int = Field(default=4, ge=0, le=1000)
     """Rows whose answers each evaluation writes to RUN/samples and to the trackers; 0 for none."""

@@ -73,9 +73,7 @@ def marks_of(write: Write, content: Any, added: re.Pattern[str], known: Sequence
         prompt = header.removeprefix(behind_words(write(chat[:1], False)))
         last = behind_words(write(chat[:2], False))
         whole = write(chat, False)
-    except (
-        Exception
-    ):  # A template may refuse these three messages; rows then go by what they show themselves.
+    except Exception:  # A template may refuse these messages; then each row's own text must show it.
         return Marks(header, prompt, tuple(ends))
     places = places_of(whole)
     if places.keys() != {0, 1, 2}:
@@ -182,9 +180,8 @@ class _Search:
         header = self._prompt(number)
         length = _header_length(gap, self._marks.header if header is None else header)
         if gap.startswith(self._marks.prompt, length):
-            length += len(
-                self._marks.prompt
-            )  # As of Gemma 4, which gives no prompt behind a tool's answer, and writes one there later.
+            # As with Gemma 4, which gives no prompt after a tool's answer, and writes one there later.
+            length += len(self._marks.prompt)
         start = max(before + length, after)
         speaks = self._places[number] if visible else (start, start)
         if visible and (start > speaks[0] or self._interrupted(number)):
@@ -238,9 +235,7 @@ class _Search:
         prompt. None where the template refuses such a chat."""
         try:
             return behind_words(self._write(self._shadows[:number], True)) if number else None
-        except (
-            Exception
-        ):  # As of a chat that begins with the assistant, or two of whose messages stand in one turn.
+        except Exception:  # As where a chat begins with the assistant, or two messages share a turn.
             return None
 
     def _closing(self, number: int, position: int, visible: bool, header: int) -> int:
