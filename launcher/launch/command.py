@@ -21,7 +21,7 @@ from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.processes import PARENT_VARIABLE
 
 ENTRY = "launcher.training.entry"
-_TRAINER = "launcher.training.trainer"
+_TRAINER = "launcher.training.attempt"
 """What every rank imports, which takes seconds."""
 _PREFIXES = {
     "ACCELERATE",

@@ -1,4 +1,4 @@
-"""The tasks by name: what a model learns to do. Their modules are imported only when they are asked for."""
+"""Find a task by its name: what a model learns to do. A module is imported when its task is asked for."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ GROUP = "launcher.tasks"
 
 
 class Planned(Protocol):
-    """What of a plan makes a task."""
+    """The part of a plan from which a task is built."""
 
     @property
     def task(self) -> str: ...
@@ -43,7 +43,7 @@ class Planned(Protocol):
 
 
 class Asked(Protocol):
-    """What of a job makes a task."""
+    """The part of a job from which a task is built."""
 
     @property
     def model(self) -> Any: ...

@@ -35,11 +35,11 @@ def pointed(sample: Sample, logits: np.ndarray, number: int, longest: int) -> tu
     """Return the best spans of a window by its logits [positions, 2], and the score of there being no answer."""
     first, begin, none = sample["place"].tolist()
     spans, text = sample["spans"], sample["text"].tobytes().decode()
-    found = []
+    best = []
     for span in best_spans(logits[first : first + len(spans)], longest, number):
         start, end = int(spans[span.first, 0]), int(spans[span.last, 1])
-        found.append(Pointed(text[start - begin : end - begin], start, end, span.score))
-    return found, float(logits[none].astype(np.float64).sum())
+        best.append(Pointed(text[start - begin : end - begin], start, end, span.score))
+    return best, float(logits[none].astype(np.float64).sum())
 
 
 def no_answer(none: float, best: float) -> float:
@@ -65,17 +65,19 @@ def answer_of(parts: Sequence[dict[str, Any]], threshold: float | None) -> dict[
     # Beside no answer, where that is among them, as transformers' examples have it.
     scores = [span.score for span in best] + ([none] if threshold is not None else [])
     shares = probabilities(scores) if scores else []
-    said: dict[str, Any] = {"answer": given.answer, "start": given.start, "end": given.end}
+    answer: dict[str, Any] = {"answer": given.answer, "start": given.start, "end": given.end}
     if options["probabilities"]:
-        said["probability"] = shares[best.index(given)] if given in best else (shares[-1] if shares else 1.0)
-        said |= {"no_answer": doubt} if threshold is not None else {}
+        answer["probability"] = (
+            shares[best.index(given)] if given in best else (shares[-1] if shares else 1.0)
+        )
+        answer |= {"no_answer": doubt} if threshold is not None else {}
     if options["top_k"]:
         shown = zip(best[: options["top_k"]], shares, strict=False)
-        said["answers"] = [
+        answer["answers"] = [
             {"answer": one.answer, "start": one.start, "end": one.end, "probability": share}
             for one, share in shown
         ]
-    return said
+    return answer
 
 
 class AnswerScores(Evaluator):
@@ -117,13 +119,13 @@ class AnswerScores(Evaluator):
         rows: dict[int, list[_Window]] = {}
         for window in windows:
             rows.setdefault(window.row, []).append(window)
-        self._asked = asked = [_asked(own) for own in rows.values()]
+        self._asked = questions = [_asked(own) for own in rows.values()]
         self._lengths = [max(window.end for window in own) for own in rows.values()]
         loss = {"loss": loss_sum / max(1.0, num_learned)}
         if not self._unanswerable:
-            self._details = {"num_questions": len(asked)}
-            return loss | squad.answered(asked)
-        metrics, self._details = squad.with_unanswerable(asked, self._threshold)
+            self._details = {"num_questions": len(questions)}
+            return loss | squad.answered(questions)
+        metrics, self._details = squad.with_unanswerable(questions, self._threshold)
         return loss | metrics
 
     def details(self) -> dict[str, Any]:
@@ -140,12 +142,12 @@ class AnswerScores(Evaluator):
 
     def _of(self, places: Sequence[int]) -> dict[str, float]:
         """Return F1 and exact match of some questions, by the threshold that all of them are measured by."""
-        asked = [self._asked[place] for place in places]
+        questions = [self._asked[place] for place in places]
         if self._unanswerable:
-            found, _ = squad.with_unanswerable(asked, self._details["no_answer_threshold"])
+            metrics, _ = squad.with_unanswerable(questions, self._details["no_answer_threshold"])
         else:
-            found = squad.answered(asked)
-        return {name: found[name] for name in ("f1", "exact_match")}
+            metrics = squad.answered(questions)
+        return {name: metrics[name] for name in ("f1", "exact_match")}
 
     def told_apart(self, state: Sequence[np.ndarray], copy: int) -> Sequence[np.ndarray]:
         sums, numbers, *texts = state
@@ -153,7 +155,7 @@ class AnswerScores(Evaluator):
 
 
 class _Window(NamedTuple):
-    """What one window has to say."""
+    """The best answer in one window, and how likely there is none."""
 
     row: int
     number: int

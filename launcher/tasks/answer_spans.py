@@ -68,8 +68,8 @@ def _listed(value: Any) -> list[Any]:
     """Return a list as it is, or as it is written in a text, and nothing for an empty text; any other value
     as a list of itself."""
     if isinstance(value, str):
-        found = list_in(value)
-        return found if found is not None else [value] if value.strip() else []
+        entries = list_in(value)
+        return entries if entries is not None else [value] if value.strip() else []
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
@@ -103,8 +103,8 @@ def _entry(value: dict[str, Any], name: str, column: str) -> list[Any]:
         raise RowProblem(
             BAD_LABEL, f"{column!r} has no {name!r}; it has {', '.join(map(repr, value)) or 'nothing'}"
         )
-    found = value[name]
-    return list(found) if isinstance(found, (list, tuple)) else [found]
+    entry = value[name]
+    return list(entry) if isinstance(entry, (list, tuple)) else [entry]
 
 
 def _paired(texts: list[Any], starts: list[Any], name: str, start_name: str) -> list[tuple[Any, Any]]:
@@ -165,12 +165,12 @@ def best_spans(logits: np.ndarray, longest: int, number: int) -> list[Span]:
         last < num_tokens, starts[:, None] + ends[np.minimum(last, num_tokens - 1)], -np.inf
     ).reshape(-1)
     order = np.argsort(-scores, kind="stable")[:number]
-    found = [
+    best = [
         (int(place) // longest, int(place) % longest, float(scores[place]))
         for place in order
         if scores[place] > -np.inf
     ]
-    return [Span(first, first + width, score) for first, width, score in found]
+    return [Span(first, first + width, score) for first, width, score in best]
 
 
 def place_of(answer: Answer, spans: np.ndarray) -> tuple[int, int] | None:

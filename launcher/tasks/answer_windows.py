@@ -35,7 +35,7 @@ class Asked(NamedTuple):
 
 
 def windows_of(
-    asked: Sequence[Asked], tokenizer: Any, data: QuestionColumns, separator: int | None
+    rows: Sequence[Asked], tokenizer: Any, data: QuestionColumns, separator: int | None
 ) -> list[tuple[Encoded, ...] | RowProblem]:
     """Return the windows of each row, as `QuestionAnswering.encode` describes them, or why there are none.
 
@@ -43,12 +43,12 @@ def windows_of(
     """
     special = [one for one in (tokenizer.cls_token_id, tokenizer.bos_token_id) if one is not None]
     has_types = "token_type_ids" in tokenizer.model_input_names
-    found: list[tuple[Encoded, ...] | RowProblem] = []
-    for one, encodings in zip(asked, _tokenised(asked, tokenizer, data), strict=True):
+    windows: list[tuple[Encoded, ...] | RowProblem] = []
+    for one, encodings in zip(rows, _tokenised(rows, tokenizer, data), strict=True):
         if isinstance(encodings, RowProblem):
-            found.append(encodings)
+            windows.append(encodings)
         elif len(encodings) > 1 and data.too_long != "cut":
-            found.append(
+            windows.append(
                 RowProblem(
                     TOO_LONG, f"question and text have more than max_length = {data.max_length:,} tokens"
                 )
@@ -59,19 +59,19 @@ def windows_of(
             reason = (
                 "it holds a separator of the tokenizer as a word, and the model finds the question by those"
             )
-            found.append(RowProblem(BAD_VALUE, reason))
+            windows.append(RowProblem(BAD_VALUE, reason))
         elif not all(1 in encoding.sequence_ids for encoding in encodings):
-            found.append(RowProblem(BAD_VALUE, f"{data.context!r} has no token"))
+            windows.append(RowProblem(BAD_VALUE, f"{data.context!r} has no token"))
         else:
-            found.append(_encoded(one, encodings, special, has_types))
-    return found
+            windows.append(_encoded(one, encodings, special, has_types))
+    return windows
 
 
-def _tokenised(asked: Sequence[Asked], tokenizer: Any, data: QuestionColumns) -> list[list[Any] | RowProblem]:
+def _tokenised(rows: Sequence[Asked], tokenizer: Any, data: QuestionColumns) -> list[list[Any] | RowProblem]:
     """Return the tokenizer's encodings of each row's windows, or why there are none."""
-    if not asked:
+    if not rows:
         return []
-    questions = tokenizer([one.question for one in asked], add_special_tokens=False, verbose=False)[
+    questions = tokenizer([one.question for one in rows], add_special_tokens=False, verbose=False)[
         "input_ids"
     ]
     around = tokenizer.num_special_tokens_to_add(True)
@@ -79,45 +79,45 @@ def _tokenised(asked: Sequence[Asked], tokenizer: Any, data: QuestionColumns) ->
     # Where windows could not move on, the library ends the process rather than raise an error.
     cut = iter(
         _encodings(
-            [one for one, room in zip(asked, rooms, strict=True) if room > data.doc_stride], tokenizer, data
+            [one for one, room in zip(rows, rooms, strict=True) if room > data.doc_stride], tokenizer, data
         )
     )
-    found: list[list[Any] | RowProblem] = []
-    for one, room in zip(asked, rooms, strict=True):
+    results: list[list[Any] | RowProblem] = []
+    for one, room in zip(rows, rooms, strict=True):
         windows = next(cut) if room > data.doc_stride else _encodings([one], tokenizer, None)[0]
         if len(windows[0].ids) > data.max_length:
             what = f"the question leaves {max(0, room)} of max_length = {data.max_length} tokens for its text"
-            found.append(RowProblem(BAD_VALUE, f"{what}, and windows share doc_stride = {data.doc_stride}"))
+            results.append(RowProblem(BAD_VALUE, f"{what}, and windows share doc_stride = {data.doc_stride}"))
         else:
-            found.append(windows)
-    return found
+            results.append(windows)
+    return results
 
 
-def _encodings(asked: Sequence[Asked], tokenizer: Any, data: QuestionColumns | None) -> list[list[Any]]:
+def _encodings(rows: Sequence[Asked], tokenizer: Any, data: QuestionColumns | None) -> list[list[Any]]:
     """Return the encodings of each row: of the whole, or of windows of max_length."""
-    if not asked:
+    if not rows:
         return []
     options: dict[str, Any] = {"truncation": False}
     if data is not None:
         options = {"truncation": "only_second", "max_length": data.max_length, "stride": data.doc_stride}
-    questions, contexts = [one.question for one in asked], [one.context for one in asked]
+    questions, contexts = [one.question for one in rows], [one.context for one in rows]
     encoded = tokenizer(questions, contexts, return_overflowing_tokens=True, verbose=False, **options)
-    found: list[list[Any]] = [[] for _ in asked]
+    encodings: list[list[Any]] = [[] for _ in rows]
     for row, encoding in zip(encoded["overflow_to_sample_mapping"], encoded.encodings, strict=True):
-        found[row].append(encoding)
-    return found
+        encodings[row].append(encoding)
+    return encodings
 
 
 def _encoded(
-    asked: Asked, encodings: Sequence[Any], special: Sequence[int], has_types: bool
+    row: Asked, encodings: Sequence[Any], special: Sequence[int], has_types: bool
 ) -> tuple[Encoded, ...]:
     inside = [np.flatnonzero([number == 1 for number in one.sequence_ids]) for one in encodings]
     spans = [
         np.array(one.offsets, dtype=np.int32)[positions]
         for one, positions in zip(encodings, inside, strict=True)
     ]
-    places = [place_of(asked.answers[0], one) if asked.answers else None for one in spans]
-    lost = bool(asked.answers) and not any(places)
+    places = [place_of(row.answers[0], one) if row.answers else None for one in spans]
+    lost = bool(row.answers) and not any(places)
     windows = []
     for number, (encoding, positions, span, place) in enumerate(
         zip(encodings, inside, spans, places, strict=True)
@@ -128,14 +128,14 @@ def _encoded(
             target = (int(positions[place[0]]), int(positions[place[1]]))
         begin, end = int(span[:, 0].min()), int(span[:, 1].max())
         references = (
-            json.dumps([answer.text for answer in asked.answers], ensure_ascii=False) if number == 0 else ""
+            json.dumps([answer.text for answer in row.answers], ensure_ascii=False) if number == 0 else ""
         )
         arrays = {
             "input_ids": np.array(encoding.ids, dtype=np.int32),
             "positions": np.array(target, dtype=np.int32),
             "spans": span,
             "place": np.array([positions[0], begin, none], dtype=np.int32),
-            "text": _bytes(asked.context[begin:end]),
+            "text": _bytes(row.context[begin:end]),
             "references": _bytes(references),
         }
         if has_types:

@@ -141,7 +141,7 @@ class CausalLM(WritingTask):
 
     @property
     def _answers(self) -> bool:
-        """Whether rows are questions alone."""
+        """Return whether rows are only questions."""
         return self.for_prediction and self.generates
 
     def encode(self, rows: Sequence[dict[str, Any]], processor: Any) -> list[Encoded | RowProblem]:
@@ -157,7 +157,7 @@ class CausalLM(WritingTask):
         return encode_usable(rows, self._written, samples)
 
     def _written(self, row: dict[str, Any]) -> Written:
-        """The row's text and what of it is learned."""
+        """Return the row's text and which spans of it are learned."""
         if self._chat is not None:
             ask = self._chat.question if self._answers else self._chat.written
             written = ask(row, self.columns[0])
@@ -178,11 +178,11 @@ class CausalLM(WritingTask):
         return sample_of(tokens, self.data.max_length, self.data.too_long == "cut", tokenizer)
 
     def prompts(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """Return of each sample what stands before the last that is learned: before the completion, or
-        before the assistant's last turn."""
+        """Return each sample up to the last part that is learned: to the completion, or to the assistant's
+        last turn."""
         padding = self.generation.arguments["pad_token_id"]
-        asked = [sample["input_ids"][: num_asked(sample)] for sample in samples]
-        return padded_prompts(asked, samples, padding, on_the_left=True)
+        prompts = [sample["input_ids"][: num_asked(sample)] for sample in samples]
+        return padded_prompts(prompts, samples, padding, on_the_left=True)
 
     @property
     def end_tokens(self) -> Sequence[int]:

@@ -74,16 +74,16 @@ class Classes:
 
     def id_of(self, name: str) -> int | None:
         """Return the id of the class that `name` means; None where it means none of them."""
-        found = self._exact.get(name, self._spelt.get(spelling(name)))
+        number = self._exact.get(name, self._spelt.get(spelling(name)))
         if (
-            found is None
+            number is None
             and self._by_number
             and name.isdecimal()
             and is_number(name)
             and int(name) < len(self.names)
         ):
             return int(name)
-        return found
+        return number
 
     def unknown(self, names: Iterable[str]) -> list[str]:
         """Return those of `names` that mean none of the classes, sorted."""
@@ -103,11 +103,11 @@ def taken_by_number(own: Classes) -> str:
     return f"the labels are numbers, and are taken for the ids of the model's classes: {shown}"
 
 
-def new_head(own: list[str], found: set[str], unknown: list[str]) -> str:
+def new_head(own: list[str], names: set[str], unknown: list[str]) -> str:
     """Return what people are told where a model's own classes are not those of the rows."""
     theirs, ours = ", ".join(map(repr, own[:8])), ", ".join(map(repr, unknown[:8]))
     return (
-        f"the model's {len(own)} classes ({theirs}) are not those of the rows: of {len(found)} it does "
+        f"the model's {len(own)} classes ({theirs}) are not those of the rows: of {len(names)} it does "
         f"not have {ours}. "
         "A new classification head is made and trained, and the model's own is not used"
     )
@@ -121,7 +121,7 @@ def by_class(key: str, given: float | Mapping[str, float], names: Sequence[str],
     """
     if not isinstance(given, Mapping):
         return [given] * len(names)
-    ids, found = Classes(names), [other] * len(names)
+    ids, values = Classes(names), [other] * len(names)
     for name, value in given.items():
         if (number := ids.id_of(name)) is None:
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
@@ -129,8 +129,8 @@ def by_class(key: str, given: float | Mapping[str, float], names: Sequence[str],
                 f"; the nearest is {near[0]!r}" if near else ""
             )
             raise ConfigurationError(Problem(key, name, reason))
-        found[number] = value
-    return found
+        values[number] = value
+    return values
 
 
 def write_to(config: Any, names: Sequence[str]) -> None:
@@ -146,10 +146,10 @@ def without_head(config: Any, has: str) -> ConfigurationError:
     return ConfigurationError(Problem("MODEL", getattr(config, "name_or_path", None) or None, reason))
 
 
-def check_known(ids: Classes, found: Iterable[str], kind: str, key: str, column: str | None) -> None:
+def check_known(ids: Classes, names: Iterable[str], kind: str, key: str, column: str | None) -> None:
     """Raise ConfigurationError where rows have classes that the model does not know: what it says of those rows
     would count for nothing. `kind` is what the classes are called."""
-    if unknown := ids.unknown(found):
+    if unknown := ids.unknown(names):
         shown, own = ", ".join(map(repr, unknown[:5])), ", ".join(map(repr, ids.names[:8]))
         reason = (
             f"the rows have {len(unknown)} {kind} that the model does not know ({shown}); its own are {own}"

@@ -121,30 +121,30 @@ class Classification(Task):
         Else in the order of their numbers where all are numbers, else by name. Raises DataError where there
         are fewer than two.
         """
-        found = names_in(rows, self._label_column, self.data.problem)
-        if found and self.own_labels is not None:
+        names = names_in(rows, self._label_column, self.data.problem)
+        if names and self.own_labels is not None:
             own = Classes(self.own_labels, by_number=True)
-            if not (unknown := own.unknown(found)):
+            if not (unknown := own.unknown(names)):
                 self.labels, self.remarks = (
                     self.own_labels,
-                    [taken_by_number(own)] if own.numbered(found) else [],
+                    [taken_by_number(own)] if own.numbered(names) else [],
                 )
                 return
-            self.remarks = [new_head(self.own_labels, found, unknown)]
-        if len(found) < 2:
-            shown = f"only {next(iter(found))!r}" if found else "no label"
+            self.remarks = [new_head(self.own_labels, names, unknown)]
+        if len(names) < 2:
+            shown = f"only {next(iter(names))!r}" if names else "no label"
             raise DataError(
                 f"data.label = {self._label_column!r}: the training rows have {shown}; a classifier needs "
                 "at least two classes"
             )
-        self.labels = sorted(found, key=int) if all(is_number(name) for name in found) else sorted(found)
+        self.labels = sorted(names, key=int) if all(is_number(name) for name in names) else sorted(names)
 
     def refuse_unknown(self, rows: Iterable[Row]) -> None:
         """Raise ConfigurationError where rows have classes that the model does not."""
         if self.needs_labels and self.labels is not None:
             ids = Classes(self.labels, by_number=True)
-            found = names_in(rows, self._label_column, self.data.problem)
-            classes.check_known(ids, found, "classes", "data.label", self._label_column)
+            names = names_in(rows, self._label_column, self.data.problem)
+            classes.check_known(ids, names, "classes", "data.label", self._label_column)
 
     def learn_from(self, column: Callable[[str], np.ndarray | None]) -> None:
         """Take what each class weighs, or the mean of the numbers. Raises ConfigurationError for weights and

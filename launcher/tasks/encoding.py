@@ -1,4 +1,4 @@
-"""Texts as tokens, and which of them are learned."""
+"""Turn texts into tokens, and mark those that are learned."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ def encode_usable(
     read: Callable[[dict[str, Any]], Read],
     encode: Callable[[list[Read]], Iterable[Made]],
 ) -> list[Made | RowProblem]:
-    """Return for each row what `encode` makes of it once `read`, or why it cannot be read.
+    """Return for each row what `encode` returns for it once `read`, or why it cannot be read.
 
     `encode` gets all that could be read at once, none but once, and gives one result for each.
     """
-    found: list[Read | RowProblem] = []
+    readings: list[Read | RowProblem] = []
     for row in rows:
         try:
-            found.append(read(row))
+            readings.append(read(row))
         except RowProblem as problem:
-            found.append(problem)
-    good = [one for one in found if not isinstance(one, RowProblem)]
-    made = iter(encode(good) if good else ())
-    return [one if isinstance(one, RowProblem) else next(made) for one in found]
+            readings.append(problem)
+    good = [one for one in readings if not isinstance(one, RowProblem)]
+    encoded = iter(encode(good) if good else ())
+    return [one if isinstance(one, RowProblem) else next(encoded) for one in readings]
 
 
 def too_long(length: int, limit: int) -> RowProblem:
@@ -74,22 +74,21 @@ class Tokens(NamedTuple):
 
 
 def tokenise(tokenizer: Any, texts: Sequence[str], **options: Any) -> Any:
-    """The tokens of each text, just as the tokenizer has them for `apply_chat_template`: without any put
-    before or behind."""
+    """Return the tokens of each text as `apply_chat_template` gets them: with none added before or after."""
     return tokenizer(
         list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False, **options
     )
 
 
 def encode_written(tokenizer: Any, written: Sequence[Written]) -> list[Tokens | RowProblem]:
-    """The tokens of whole texts. A token is learned where any character of it is."""
+    """Return the tokens of whole texts. A token is learned where any of its characters is."""
     if not written:
         return []
     if not tokenizer.is_fast:
         ids = tokenise(tokenizer, [one.text for one in written])["input_ids"]
         return [_by_beginnings(tokenizer, one, tokens) for one, tokens in zip(written, ids, strict=True)]
-    found = tokenise(tokenizer, [one.text for one in written], return_offsets_mapping=True)
-    pairs = zip(written, found["input_ids"], found["offset_mapping"], strict=True)
+    encoded = tokenise(tokenizer, [one.text for one in written], return_offsets_mapping=True)
+    pairs = zip(written, encoded["input_ids"], encoded["offset_mapping"], strict=True)
     return [
         Tokens(np.array(ids, dtype=np.int32), _learned(one.learned, offsets)) for one, ids, offsets in pairs
     ]
@@ -108,7 +107,7 @@ def _learned(spans: Sequence[tuple[int, int]], offsets: Sequence[tuple[int, int]
 
 
 def _by_beginnings(tokenizer: Any, written: Written, ids: list[int]) -> Tokens | RowProblem:
-    """By the tokens of the text up to each border, of a tokenizer that does not say where its tokens stand."""
+    """Return the tokens for a tokenizer without offsets: they are counted in the text up to each border."""
     learned = np.zeros(len(ids), dtype=bool)
     for start, end in written.learned:
         first, last = tokenise(tokenizer, [written.text[:start], written.text[:end]])["input_ids"]
@@ -123,8 +122,7 @@ def _by_beginnings(tokenizer: Any, written: Written, ids: list[int]) -> Tokens |
 
 
 def puts_space_before(tokenizer: Any) -> bool:
-    """Whether a text that is tokenised alone gets a space before it, as by the tokenizers of Llama 2 and its
-    like."""
+    """Return whether a text that is tokenised alone gets a space before it, as with Llama 2's tokenizer."""
     [alone] = tokenise(tokenizer, ["a"])["input_ids"]
     return any(
         tokens is not None and tokens != alone
@@ -133,15 +131,17 @@ def puts_space_before(tokenizer: Any) -> bool:
 
 
 def _behind(tokenizer: Any, before: str, text: str) -> list[int] | None:
-    """The tokens of a text as it stands behind another; None where a token lies across the border."""
+    """Return the tokens of a text that follows another; None where a token lies across the border."""
     first, both = tokenise(tokenizer, [before, before + text])["input_ids"]
     return list(both[len(first) :]) if both[: len(first)] == first else None
 
 
 def continue_texts(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
-    """The tokens of the second text of each pair, with no space before it that is not its own: as they follow
-    the first's tokens in the text of both, or, where a token would lie across the border, as they follow a
-    text without such a token."""
+    """Return the tokens of the second text of each pair, without a space before it that is not its own.
+
+    They are those that follow the first text's tokens in the joined text. Where a token would lie across the
+    border, they are those that follow another text.
+    """
     flat = (
         tokenise(tokenizer, [text for first, second in pairs for text in (first, first + second)])[
             "input_ids"
@@ -149,20 +149,20 @@ def continue_texts(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[lis
         if pairs
         else []
     )
-    found: list[list[int]] = []
+    continued: list[list[int]] = []
     for (_, second), first, both in zip(pairs, flat[::2], flat[1::2], strict=True):
         if both[: len(first)] == first:
-            found.append(list(both[len(first) :]))
+            continued.append(list(both[len(first) :]))
             continue
         apart = [tokens for before in _APART if (tokens := _behind(tokenizer, before, second)) is not None]
-        found.append(apart[0] if apart else list(tokenise(tokenizer, [second])["input_ids"][0]))
-    return found
+        continued.append(apart[0] if apart else list(tokenise(tokenizer, [second])["input_ids"][0]))
+    return continued
 
 
 @dataclass(frozen=True)
 class Borders:
-    """How a text whose last part alone is learned becomes tokens: both parts by themselves, so that no token
-    spans the border."""
+    """The rule by which a text whose last part alone is learned becomes tokens: each part by itself, so that
+    no token spans the border."""
 
     first: tuple[int, ...]
     """Tokens that begin a text."""
@@ -196,8 +196,8 @@ class Borders:
         pairs = [(one.text[: one.learned[0][0]], one.text[one.learned[0][0] :]) for one in written]
         flat = tokenise(tokenizer, [text for pair in pairs for text in pair])["input_ids"]
         seconds = continue_texts(tokenizer, pairs) if self.spaced else flat[1::2]
-        found = []
+        tokens = []
         for first, second in zip(flat[::2], seconds, strict=True):
             ids = np.array([*self.first, *first, *second, self.end], dtype=np.int32)
-            found.append(Tokens(ids, np.arange(len(ids)) >= len(self.first) + len(first)))
-        return found
+            tokens.append(Tokens(ids, np.arange(len(ids)) >= len(self.first) + len(first)))
+        return tokens

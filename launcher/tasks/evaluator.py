@@ -1,4 +1,4 @@
-"""Hold the output of a task's loss, and make metrics of an evaluation's outputs."""
+"""Hold the output of a task's loss, and compute metrics from an evaluation's outputs."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Output(NamedTuple):
 
 
 class Evaluator(ABC):
-    """Collects what an evaluation sees on one rank, and makes metrics of what all ranks saw."""
+    """The results of an evaluation on one rank, and the metrics of all ranks' results."""
 
     @abstractmethod
     def update(self, output: Output, batch: dict[str, Any]) -> None:
-        """Take in one micro-batch: the model's output, and the batch as `collate` made it, on the host.
-        Filler must not count."""
+        """Take in one micro-batch: the model's output, and the batch of `collate` on the host. Filler must not
+        count."""
 
     @abstractmethod
     def state(self) -> list[np.ndarray]:
@@ -47,8 +47,8 @@ class Evaluator(ABC):
         """Return the metrics of all ranks' states; `loss` is always among them. Called on one rank."""
 
     def details(self) -> dict[str, Any]:
-        """Return what no single number shows of the metrics just computed, as JSON values: a confusion
-        matrix, a fitted threshold."""
+        """Return what no single number shows of the metrics just computed, as JSON values, such as a confusion
+        matrix or a fitted threshold."""
         return {}
 
     def told_apart(self, state: Sequence[np.ndarray], copy: int) -> Sequence[np.ndarray]:

@@ -1,4 +1,4 @@
-"""The section `evaluation` of a job file: what a model writes while it is measured, and how."""
+"""Define the section `evaluation` of a job file: what a model writes while it is measured, and how."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ else:
 
 
 class Generate(Section):
-    """How answers are written, by the names that transformers' GenerationConfig has."""
+    """Settings of how answers are written, by the names of transformers' GenerationConfig."""
 
     max_new_tokens: int = Field(default=128, ge=1, le=1_000_000)
     """Tokens of the longest answer."""
@@ -50,7 +50,7 @@ def as_section(value: object) -> object:
 
 
 class Evaluation(Section):
-    """What is done with the held-out rows beside computing their loss."""
+    """The section `evaluation`: what is done with held-out rows beside computing their loss."""
 
     samples: int = Field(default=4, ge=0, le=1000)
     """Rows whose answers each evaluation writes to RUN/samples and to the trackers; 0 for none."""
@@ -65,19 +65,29 @@ class Evaluation(Section):
 
     @property
     def scorer_name(self) -> str | None:
-        """The metric that the user's own function computes."""
+        """Return the name of the metric that the user's own function computes."""
         return None if self.scorer is None else self.scorer.partition(":")[2]
 
 
 @dataclass(frozen=True)
+class AnswerOptions:
+    """Options for what a prediction tells beside the answer itself."""
+
+    probabilities: bool = False
+    """The probability of every class, where the task has classes."""
+    top_k: int | None = None
+    """How many of the likeliest candidates; None for the likeliest alone."""
+
+
+@dataclass(frozen=True)
 class GenerationOptions:
-    """What goes to transformers' `generate` with every batch of prompts."""
+    """The arguments of transformers' `generate` that come with every batch of prompts."""
 
     arguments: Mapping[str, Any]
     """Its keyword arguments that do not depend on the batch; `tokenizer` is among them where there are stop
     strings."""
     drawn: Generate | None = None
-    """Where tokens are drawn: how. The draws of a row hang on the seed, its number and the position alone."""
+    """How tokens are drawn, where they are. A draw depends on the seed, the row and the position alone."""
 
     def also(self, **arguments: Any) -> GenerationOptions:
         """Return the options with more arguments."""
@@ -85,7 +95,7 @@ class GenerationOptions:
 
 
 def options_of(settings: Generate, tokenizer: Any, end_tokens: Sequence[int] = ()) -> GenerationOptions:
-    """Return the settings as keyword arguments of `generate`, which overrule what the model's config says.
+    """Return the settings as keyword arguments of `generate`, which override the model's config.
 
     `end_tokens` end an answer beside those that the model's generation config names.
     """
@@ -96,7 +106,7 @@ def options_of(settings: Generate, tokenizer: Any, end_tokens: Sequence[int] = (
         "length_penalty": settings.length_penalty,
         "no_repeat_ngram_size": settings.no_repeat_ngram_size,
         "pad_token_id": padding,
-        # Drawing is done by processors of launcher's own, so that it does not hang on what shares a batch.
+        # launcher draws with processors of its own, so that a draw does not depend on what shares the batch.
         "do_sample": False,
         "temperature": 1.0,
         "top_p": 1.0,

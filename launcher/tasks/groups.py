@@ -10,10 +10,10 @@ NUM_ROWS = "num_rows"
 def by_length(lengths: Sequence[int]) -> dict[str, list[int]]:
     """Return the places of the rows of each length that occurs, shortest first: lengths up to twice as long
     go together (`17 to 32`)."""
-    found: dict[int, list[int]] = {}
+    groups: dict[int, list[int]] = {}
     for place, length in enumerate(lengths):
-        found.setdefault((max(int(length), 1) - 1).bit_length(), []).append(place)
-    return {_name(1 << number): places for number, places in sorted(found.items())}
+        groups.setdefault((max(int(length), 1) - 1).bit_length(), []).append(place)
+    return {_name(1 << number): places for number, places in sorted(groups.items())}
 
 
 def _name(longest: int) -> str:

@@ -139,7 +139,7 @@ class ImageClassification(Classification):
 
     @property
     def _size(self) -> tuple[int, int]:
-        """Height and width of what the model sees."""
+        """Return the height and width of the images that the model sees, in pixels."""
         if self._pixels is not None:
             return self._pixels.height, self._pixels.width
         if self.data.image_size is not None:
@@ -171,7 +171,7 @@ class ImageClassification(Classification):
 
     @property
     def _options(self) -> dict[str, Any]:
-        """What the model is told beside the pixels: to stretch its positions, where the size is not its own."""
+        """Return further inputs of the model: whether it interpolates its positions to a size not its own."""
         same = self._own_size is None or self._size == self._own_size
         return {} if same else {"interpolate_pos_encoding": True}
 

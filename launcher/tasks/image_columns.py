@@ -16,7 +16,7 @@ Probability = Annotated[float, Field(gt=0, le=1)]
 
 
 class Augmentation(Section):
-    """How images are altered in training, each anew at every pass; what is left out is not done."""
+    """Alterations of images in training, drawn anew at every pass; what is left out is not done."""
 
     random_crop: Probability | None = None
     """A part of at least this share of the image, of a width 3/4 to 4/3 of its height, is enlarged to the whole

@@ -85,7 +85,7 @@ def in_colour(image: Any, begins: str = "") -> Any:
 
 @contextlib.contextmanager
 def _checked() -> Iterator[None]:
-    """While inside, Pillow warns of nothing: the size is checked here, and odd data are tried."""
+    """Silence Pillow's warnings, while inside: sizes are checked here, and odd data are tried."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

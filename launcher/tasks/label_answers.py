@@ -38,12 +38,12 @@ def one_label_answer(logits: np.ndarray, names: Sequence[str], options: AnswerOp
     powers = np.exp(logits.astype(np.float64) - logits.max())
     shares = powers / powers.sum()
     order = np.argsort(-shares, kind="stable")
-    said: dict[str, Any] = {"label": names[int(order[0])]}
+    answer: dict[str, Any] = {"label": names[int(order[0])]}
     if options.probabilities:
-        said["probability"] = float(shares[order[0]])
+        answer["probability"] = float(shares[order[0]])
     if options.top_k:
-        said["labels"] = _listed(order[: options.top_k], shares, names)
-    return said
+        answer["labels"] = _listed(order[: options.top_k], shares, names)
+    return answer
 
 
 def several_labels_answer(
@@ -55,12 +55,14 @@ def several_labels_answer(
     With `top_k` the most probable classes, given or not, as `most_probable`.
     """
     shares = 1 / (1 + np.exp(-np.clip(logits.astype(np.float64), -700, 700)))
-    said: dict[str, Any] = {"labels": [name for name, is_given in zip(names, given, strict=True) if is_given]}
+    answer: dict[str, Any] = {
+        "labels": [name for name, is_given in zip(names, given, strict=True) if is_given]
+    }
     if options.probabilities:
-        said["probabilities"] = {name: float(share) for name, share in zip(names, shares, strict=True)}
+        answer["probabilities"] = {name: float(share) for name, share in zip(names, shares, strict=True)}
     if options.top_k:
-        said["most_probable"] = _listed(np.argsort(-shares, kind="stable")[: options.top_k], shares, names)
-    return said
+        answer["most_probable"] = _listed(np.argsort(-shares, kind="stable")[: options.top_k], shares, names)
+    return answer
 
 
 def _listed(order: np.ndarray, shares: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:

@@ -51,7 +51,7 @@ class LabelColumns(Data):
     """Measure too whether the class is among the so many most probable ones."""
 
     def __hash__(self) -> int:
-        """By its JSON: a mapping of classes has no hash."""
+        """Return the hash of its JSON: a mapping of classes has none."""
         return hash(self.model_dump_json())
 
 

@@ -20,7 +20,7 @@ else:
 
 @dataclass(frozen=True)
 class TextSamples:
-    """How rows become samples, with one tokenizer."""
+    """The encoding of labelled texts as samples, with one tokenizer."""
 
     tokenizer: Any
     data: LabelledColumns

@@ -58,8 +58,8 @@ class LabelScores(Evaluator):
             return {"loss": loss_sum}
         predictions, labels, self._lengths = map(np.concatenate, zip(*parts, strict=True))
         self._last = predictions, labels
-        found = self._measured(predictions, labels, self._taken(predictions, labels))
-        return {"loss": loss_sum / len(labels)} | found
+        metrics = self._measured(predictions, labels, self._taken(predictions, labels))
+        return {"loss": loss_sum / len(labels)} | metrics
 
     def _measured(
         self, predictions: np.ndarray, labels: np.ndarray, thresholds: Sequence[float] | None
@@ -91,8 +91,8 @@ class LabelScores(Evaluator):
         thresholds = self._taken(predictions, labels)
 
         def main(places: Sequence[int]) -> dict[str, float]:
-            found = self._measured(predictions[places], labels[places], thresholds)
-            return {_MAIN[self._problem]: found[_MAIN[self._problem]]}
+            metrics = self._measured(predictions[places], labels[places], thresholds)
+            return {_MAIN[self._problem]: metrics[_MAIN[self._problem]]}
 
         told: dict[str, Any] = {}
         if self._problem == "single-label":

@@ -159,8 +159,8 @@ class MaskedLM(Task):
         pieces = (self._piece(ids[part], units[part], cut) for part in parts)
         if used := tuple(piece for piece in pieces if piece.num_supervised):
             return used
-        asked = f"it has no {self._tokenizer.mask_token} to fill"
-        return RowProblem(NOTHING_TO_LEARN, asked if self.for_prediction else "it has special tokens alone")
+        reason = f"it has no {self._tokenizer.mask_token} to fill"
+        return RowProblem(NOTHING_TO_LEARN, reason if self.for_prediction else "it has special tokens alone")
 
     def _piece(self, ids: list[int], units: np.ndarray, cut: bool) -> Encoded:
         count = (
@@ -190,40 +190,41 @@ class MaskedLM(Task):
         )
 
     def shortened(self, sample: Sample, length: int, ends: Sequence[int]) -> Sample:
-        """Every second token is masked, and all but the first are learned: as many as of a text whose next
-        tokens are."""
+        """Return the shortened sample with every second token masked.
+
+        All but the first are learned: as many as in a text whose next tokens are learned.
+        """
         short = super().shortened(sample, length, ends)
         short["targets"] = np.where(np.arange(short.length) > 0, short["input_ids"], IGNORE)
         short["input_ids"] = np.where(np.arange(short.length) % 2, self._mask, short["input_ids"])
         return short
 
     def collate(self, items: Sequence[Sequence[Sample]], draws: Draws | None = None) -> dict[str, Any]:
-        """Return what `token_batches` makes of the samples with tokens hidden: `targets` are those tokens,
-        and -100 everywhere else. And `told`, how many tokens are told for each where nothing may be
-        random."""
+        """Return the batch of `token_batches` with tokens hidden: `targets` are these, and -100 elsewhere.
+
+        `told`: how many candidates are kept for each hidden token; 0 in training.
+        """
         samples = []
         for sample in itertools.chain.from_iterable(items):
             ids, targets = self.hidden(sample, draws or _FIXED)
             arrays = {"input_ids": ids, "targets": targets}
             samples.append(Sample(arrays, sample.id, sample.length, sample.weight))
-        asked = draws is None and not any("targets" in sample for item in items for sample in item)
+        is_measured = draws is None and not any("targets" in sample for item in items for sample in item)
         batch = joined(samples, self._first_position) if self.layout == "packed" else padded(samples)
-        return batch | {"told": (MOST_TOLD if self.for_prediction else 1) if asked else 0}
+        return batch | {"told": (MOST_TOLD if self.for_prediction else 1) if is_measured else 0}
 
     def plain_batch(self, sample: Sample) -> dict[str, Any] | None:
         """Return a shortened sample's tokens, with its targets as labels."""
         return alone(sample, labels="targets")
 
     def loss(self, model: torch.nn.Module, batch: dict[str, Any]) -> Output:
-        """Return the summed loss of the hidden tokens; where a batch is asked for, also the likeliest
-        ones."""
+        """Return the summed loss of the hidden tokens; in an evaluation also the likeliest tokens."""
         from launcher.training.heads import causal_lm, likeliest
 
         if batch["told"]:
             return likeliest(model, batch, min(batch["told"], self._num_tokens))
-        # What is between an encoder and its output matrix differs from class to class: its own head, at
-        # hidden
-        # tokens alone.
+        # The layers between an encoder and its output matrix differ from class to class: so the model's own
+        # head is used, at hidden tokens alone.
         return causal_lm(model, batch, "forward" if self.head == "forward" else "model")
 
     def evaluator(self) -> Evaluator:
@@ -240,7 +241,7 @@ class MaskedLM(Task):
             )
         assert output.predictions is not None
         best = iter(output.predictions[:, :number].cpu().tolist())
-        found = []
+        answers = []
         for sample in samples:
             targets = self.hidden(sample, _FIXED)[1]
             hidden = [self._written(token) for token in targets[targets != IGNORE]]
@@ -248,8 +249,8 @@ class MaskedLM(Task):
                 [{"token": self._written(token), "probability": share} for token, share in next(best)]
                 for _ in hidden
             ]
-            found.append({"hidden": hidden, "told": told})
-        return found
+            answers.append({"hidden": hidden, "told": told})
+        return answers
 
     def _written(self, token: float) -> str:
         return str(self._tokenizer.decode([int(token)])).strip()

@@ -14,8 +14,8 @@ else:
 
 
 def single_label(predictions: np.ndarray, labels: np.ndarray, num_labels: int) -> dict[str, float]:
-    """`accuracy`, `f1` (of class 1 where there are two, else the mean over the classes that occur) and
-    `matthews`.
+    """Return `accuracy`, `matthews` and `f1`: of class 1 where there are two, else the mean over the classes
+    that occur.
 
     Predictions are scores [n, num_labels] or class ids [n]; labels class ids [n].
     """
@@ -39,7 +39,7 @@ def top_k_accuracy(scores: np.ndarray, labels: np.ndarray, number: int) -> float
 
 
 def multi_label(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """`accuracy` (every class of a sample right), `f1_micro` and `f1_macro`.
+    """Return `accuracy` (every class of a sample right), `f1_micro` and `f1_macro`.
 
     Predictions are scores [n, num_labels], above 0 for yes, or booleans or integers; labels are 0 or 1 [n,
     num_labels].
@@ -55,7 +55,7 @@ def multi_label(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]
 
 
 def regression(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """`pearson`, `spearman` and `mse` of numbers [n] or [n, 1]; a correlation with a constant is NaN."""
+    """Return `pearson`, `spearman` and `mse` of numbers [n] or [n, 1]; a correlation with a constant is NaN."""
     from scipy.stats import pearsonr, spearmanr
 
     given, wanted = predictions.astype(np.float64).reshape(-1), labels.astype(np.float64).reshape(-1)

@@ -59,7 +59,7 @@ def counts_positions_from_padding(config: Any) -> bool:
 
     if getattr(config, "pad_token_id", None) is None or type(config) not in MODEL_MAPPING:
         return False
-    made = MODEL_MAPPING[type(config)]  # Funnel's has two classes
-    module = sys.modules[(made[0] if isinstance(made, tuple) else made).__module__]
+    model_class = MODEL_MAPPING[type(config)]  # Funnel's has two classes
+    module = sys.modules[(model_class[0] if isinstance(model_class, tuple) else model_class).__module__]
     kinds = [kind for kind in vars(module).values() if isinstance(kind, type)]
     return any(hasattr(kind, "create_position_ids_from_input_ids") for kind in kinds)

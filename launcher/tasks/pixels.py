@@ -45,7 +45,7 @@ def _edge(size: Any) -> int:
 
 @dataclass(frozen=True)
 class Pixels:
-    """What a model sees of an image, with its processor."""
+    """The images that a model sees: its processor, and their size in pixels."""
 
     processor: Any
     height: int
@@ -53,7 +53,7 @@ class Pixels:
 
     @classmethod
     def of(cls, processor: Any, size: int | None) -> Pixels:
-        """Return what the processor makes of every image, set to `size` pixels where that is given.
+        """Return the processor with the size of its images, set to `size` pixels where that is given.
 
         Raises ConfigurationError for a processor whose images have no one size, or that makes something else.
         """
@@ -77,8 +77,8 @@ class Pixels:
 
     def of_image(self, image: Any) -> np.ndarray:
         """Return an RGB image as the processor has it: float32 [3, height, width]."""
-        found: np.ndarray = self.processor(image, return_tensors="np")["pixel_values"][0]
-        return np.ascontiguousarray(found, dtype=np.float32)
+        pixels: np.ndarray = self.processor(image, return_tensors="np")["pixel_values"][0]
+        return np.ascontiguousarray(pixels, dtype=np.float32)
 
     def altered(self, image: Any, how: Augmentation, draws: np.random.Generator) -> np.ndarray:
         """Return an RGB image cut and altered by chance, then normalised: float32 [3, height, width]."""

@@ -148,7 +148,7 @@ class QuestionAnswering(Task):
             )
 
     def configure(self, config: Any) -> None:
-        """Two numbers for each token, and the padding token where the model has none."""
+        """Set two numbers for each token, and the padding token where the model has none."""
         config.num_labels = 2
         for one in (config, config.get_text_config()):
             if getattr(one, "pad_token_id", None) is None:

@@ -24,14 +24,14 @@ def label_of(row: dict[str, Any], column: str, problem: str) -> list[str] | floa
 
 def names_in(rows: Iterable[Row], column: str, problem: str) -> set[str]:
     """Return the names of the classes that occur in rows; those that cannot be used are passed over."""
-    found: set[str] = set()
+    names: set[str] = set()
     for row in rows:
         if not isinstance(row.values, RowProblem):
             try:
-                found.update(class_names(row.values, column, problem))
+                names.update(class_names(row.values, column, problem))
             except RowProblem:
                 continue
-    return found
+    return names
 
 
 def label_array(label: list[str] | float, ids: Classes, problem: str, whose: str) -> np.ndarray:
@@ -42,13 +42,13 @@ def label_array(label: list[str] | float, ids: Classes, problem: str, whose: str
     """
     if isinstance(label, float):
         return np.array([label], dtype=np.float32)
-    found = []
+    numbers = []
     for name in label:
         if (number := ids.id_of(name)) is None:
             raise RowProblem(BAD_LABEL, f"{name!r} is not among the {len(ids.names)} classes of the {whose}")
-        found.append(number)
+        numbers.append(number)
     if problem == "single-label":
-        return np.array([found[0]], dtype=np.int64)
+        return np.array([numbers[0]], dtype=np.int64)
     several = np.zeros(len(ids.names), dtype=np.float32)
-    several[found] = 1
+    several[numbers] = 1
     return several

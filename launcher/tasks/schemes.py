@@ -58,14 +58,14 @@ def inside(name: str) -> str:
 def entities(tags: Sequence[str], scheme: Scheme) -> list[Entity]:
     """Return the entities that tags mark. Raises RowProblem for tags that the scheme does not have, or not in
     this order."""
-    found: list[Entity] = []
+    closed: list[Entity] = []
     open_: Entity | None = None
     for number, name in enumerate([*tags, OUTSIDE]):
         prefix, kind = _split(name, number, scheme)
         if open_ is not None and prefix in "IE" and kind == open_.kind:
             open_ = open_._replace(end=number + 1)
             if prefix == "E":
-                found.append(open_)
+                closed.append(open_)
                 open_ = None
             continue
         if open_ is not None:
@@ -75,26 +75,26 @@ def entities(tags: Sequence[str], scheme: Scheme) -> list[Entity]:
                     number,
                     f"the {open_.kind or 'entity'} before it has no end (E, or S for a single word)",
                 )
-            found.append(open_)
+            closed.append(open_)
             open_ = None
         if prefix in "IE" and scheme != "IO":
             raise _out_of_order(
                 tags, number, f"no {kind or 'entity'} begins before it: that is a B in {scheme}"
             )
         if prefix == "S":
-            found.append(Entity(kind, number, number + 1))
+            closed.append(Entity(kind, number, number + 1))
         elif prefix != "O":
             open_ = Entity(kind, number, number + 1)
-    return found
+    return closed
 
 
 def _split(name: str, number: int, scheme: Scheme) -> tuple[str, str]:
-    found = split(name)
-    if found is None or found[0] not in f"O{PREFIXES[scheme]}":
+    parts = split(name)
+    if parts is None or parts[0] not in f"O{PREFIXES[scheme]}":
         prefixes = ", ".join(f"{prefix}-" for prefix in PREFIXES[scheme])
         there = f"{scheme} has O and, with a type behind it, {prefixes}"
         raise RowProblem(BAD_LABEL, f"tag {number + 1}, {name!r}, is none of {scheme}: {there}")
-    return found
+    return parts
 
 
 def _out_of_order(tags: Sequence[str], number: int, why: str) -> RowProblem:
@@ -102,10 +102,10 @@ def _out_of_order(tags: Sequence[str], number: int, why: str) -> RowProblem:
     return RowProblem(BAD_LABEL, f"{shown}: {why}; say in data.rows_scheme how the rows are written")
 
 
-def write(found: Iterable[Entity], num_words: int, scheme: Scheme) -> list[str]:
+def write(marked: Iterable[Entity], num_words: int, scheme: Scheme) -> list[str]:
     """Return a tag for each word. In IO, neighbours of one kind become one entity."""
     tags = [OUTSIDE] * num_words
-    for kind, start, end in found:
+    for kind, start, end in marked:
         last = end - start - 1
         prefixes = "I" * (last + 1) if scheme == "IO" else "B" + "I" * last
         if scheme == "BIOES":

@@ -141,7 +141,7 @@ class SequenceToSequence(WritingTask):
         return map(self._encoded, texts, sources, targets)
 
     def _tokens(self, processor: Any, texts: list[str], limit: int, role: str) -> list[tuple[list[int], int]]:
-        """The tokens of each text, cut to `limit` with its end kept, and how many there were."""
+        """Return each text's tokens, cut to `limit` with the end kept, and how many there were."""
         whole = processor(**{role: texts}, truncation=False, verbose=False)["input_ids"]
         cut = processor(**{role: texts}, truncation=True, max_length=limit, verbose=False)["input_ids"]
         return [(short, len(long)) for short, long in zip(cut, whole, strict=True)]
@@ -159,7 +159,7 @@ class SequenceToSequence(WritingTask):
             return RowProblem(TOO_LONG, "; ".join(long))
         if not source[0] or not (target[0] or self.for_prediction):
             return RowProblem(EMPTY, "no tokens")
-        # A row that is asked has no target, and a batch wants one: it counts for nothing.
+        # A row to be answered has no target, and a batch needs one: this one counts for nothing.
         read, written = source[0], target[0] or [self._pad]
         arrays = {"input_ids": np.array(read, dtype=np.int32), "labels": np.array(written, dtype=np.int32)}
         if self.generates:
@@ -218,7 +218,8 @@ class SequenceToSequence(WritingTask):
 
     @property
     def _beginning(self) -> dict[str, int]:
-        """What an answer in the target's language begins with, by `generate`'s names; else the model's own."""
+        """Return the arguments of `generate` by which an answer begins in the target language; none for the
+        model's own."""
         if self._first is not None:
             return {"forced_bos_token_id": self._first}
         # A generation config that lies with a model may name another language than its config.

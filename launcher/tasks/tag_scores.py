@@ -48,14 +48,16 @@ def loose_entities(tags: Sequence[str]) -> list[Entity]:
 
 
 def completed(tags: Sequence[int], names: Sequence[str]) -> list[str]:
-    """Return the names of predicted tags. A word without a piece goes on with the entity before it; one that
-    was not read has none."""
-    found: list[str] = []
+    """Return the names of predicted tags.
+
+    A word without a piece goes on with the entity before it; one that was not read has none.
+    """
+    completed: list[str] = []
     for number in tags:
-        before = found[-1] if found else OUTSIDE
+        before = completed[-1] if completed else OUTSIDE
         goes_on = number == CONTINUES and before[:1] in ("B", "I")
-        found.append(names[number] if number >= 0 else inside(before) if goes_on else OUTSIDE)
-    return found
+        completed.append(names[number] if number >= 0 else inside(before) if goes_on else OUTSIDE)
+    return completed
 
 
 class TagScores(Evaluator):
@@ -89,9 +91,9 @@ class TagScores(Evaluator):
         loss_sum, num_learned = np.sum([sums for sums, _ in states], axis=0).tolist()
         gold: list[list[str]] = []
         predicted: list[list[str]] = []
-        for _, tags, found in _rows(np.concatenate([words for _, words in states])):
+        for _, tags, guesses in _rows(np.concatenate([words for _, words in states])):
             gold.append([self._names[number] for number in tags])
-            predicted.append(completed(found, self._names))
+            predicted.append(completed(guesses, self._names))
         self._tags = gold, predicted
         metrics = {"loss": loss_sum / max(num_learned, 1)}
         flat = [[name for tags in side for name in tags] for side in (gold, predicted)]
@@ -126,8 +128,7 @@ class TagScores(Evaluator):
 
 
 def _rows(words: np.ndarray) -> Iterator[tuple[int, list[int], list[int]]]:
-    """Each row with the tags and the predictions of its words in order, whichever windows and ranks they come
-    from."""
+    """Yield each row with its words' tags and predictions in order, from whichever windows and ranks."""
     ordered = words[np.lexsort((words[:, 1], words[:, 0]))]
     ends = np.flatnonzero(np.diff(ordered[:, 0])) + 1
     for part in np.split(ordered, ends) if len(ordered) else ():

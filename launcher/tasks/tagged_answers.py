@@ -25,7 +25,7 @@ def of_samples(
 
     `shares`: of each tag, float [words with a piece, tags], of one sample after another, filler left out.
     """
-    found, begin = [], 0
+    parts, begin = [], 0
     for sample in samples:
         places = sample["places"] if sample.weight else sample["places"][:0]
         read = np.flatnonzero(places >= 0)
@@ -45,8 +45,8 @@ def of_samples(
                     {"tag": names[number], "probability": float(share[number])} for number in best
                 ]
             part["likeliest"] = likeliest
-        found.append(part)
-    return found
+        parts.append(part)
+    return parts
 
 
 def of_row(
@@ -55,8 +55,9 @@ def of_row(
     """Return the `tags` of a row's words, and with a scheme its `entities`; on request `probabilities` and
     the `likeliest` tags.
 
-    An entity has its type, text, `start` and `end` in characters (of a list of words, in the words joined by
-    spaces), `words` (the first, and the one behind the last), and as probability the mean of its words'.
+    An entity has its type, text, `start` and `end` in characters, `words` (the first, and the one after the
+    last), and a probability, the mean of its words'. Characters count in the words joined by spaces, where the
+    row is a list of words.
     """
     order = np.argsort(np.concatenate([part["words"] for part in parts]), kind="stable").tolist()
 

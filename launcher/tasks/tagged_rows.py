@@ -133,10 +133,10 @@ def _list(row: dict[str, Any], column: str) -> list[Any]:
     value = row.get(column)
     if is_missing(value):
         raise missing(row, column)
-    found = list_in(value) if isinstance(value, str) else value
-    if not isinstance(found, (list, tuple)):
+    entries = list_in(value) if isinstance(value, str) else value
+    if not isinstance(entries, (list, tuple)):
         raise RowProblem(BAD_VALUE, f"{column!r} is a {type(value).__name__}, not a list")
-    return list(found)
+    return list(entries)
 
 
 def _word(value: Any, number: int, column: str) -> str:
@@ -149,7 +149,7 @@ def _word(value: Any, number: int, column: str) -> str:
 
 
 def _spans(row: dict[str, Any], column: str, text: str) -> list[Entity]:
-    """The spans of a row in their order, in characters."""
+    """Return the spans of a row in their order, in characters."""
     spans = sorted(_span(value, number, text) for number, value in enumerate(_list(row, column), start=1))
     for (_, before, first), (_, after, second) in itertools.pairwise(spans):
         if after.start < before.end:
@@ -162,7 +162,7 @@ def _spans(row: dict[str, Any], column: str, text: str) -> list[Entity]:
 
 
 def _span(value: Any, number: int, text: str) -> tuple[int, Entity, int]:
-    """A span with its beginning before it and its number behind it."""
+    """Return a span between its beginning and its number, by which spans are sorted."""
     keys = ("start", "end", "label")
     if isinstance(value, dict):
         value = [value.get(key) for key in keys]
@@ -190,8 +190,8 @@ def _span(value: Any, number: int, text: str) -> tuple[int, Entity, int]:
 
 
 def _covered(spans: Sequence[Entity], words: Sequence[tuple[int, int]], text: str) -> list[Entity]:
-    """The same spans in words. Raises RowProblem where one begins or ends within a word, or holds none."""
-    found = []
+    """Return the spans in words. Raises RowProblem where one begins or ends within a word, or holds none."""
+    covered = []
     for kind, start, end in spans:
         inside = [number for number, (first, last) in enumerate(words) if first < end and last > start]
         shown = f"the span {start} to {end}, {text[start:end]!r},"
@@ -200,5 +200,5 @@ def _covered(spans: Sequence[Entity], words: Sequence[tuple[int, int]], text: st
         for first, last in (words[inside[0]], words[inside[-1]]):
             if first < start or last > end:
                 raise RowProblem(BAD_LABEL, f"{shown} cuts the word {text[first:last]!r} ({first} to {last})")
-        found.append(Entity(kind, inside[0], inside[-1] + 1))
-    return found
+        covered.append(Entity(kind, inside[0], inside[-1] + 1))
+    return covered

@@ -25,7 +25,7 @@ class Pieces:
     def __init__(
         self, ids: Sequence[int], offsets: Sequence[tuple[int, int]], words: Sequence[tuple[int, int]]
     ) -> None:
-        """`offsets` and `words` are places in the text, in characters."""
+        """Take `offsets` and `words` as places in the text, in characters."""
         self.ids = ids
         self.words = word_of_each(offsets, words)
         """The word of each piece, int32 [pieces]; -1 for a piece of none."""

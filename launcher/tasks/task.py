@@ -1,4 +1,4 @@
-"""The contract of a task: all that job file, planner, data and trainer ask of what is learned.
+"""Define the contract of a task: all that job file, planner, data and trainer ask of it.
 
 A task is one module with a subclass of `Task` and one line in `launcher.tasks`; a package of the user's own
 names its task as an entry point of the group `launcher.tasks`. Importing it imports neither torch nor numpy
@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from launcher.data.rows import Row, RowProblem
 from launcher.data.section import Data
-from launcher.errors import Problem
 from launcher.metrics import Better
 from launcher.tasks.companion import Companion
 from launcher.tasks.evaluator import Evaluator, Output
-from launcher.tasks.generation import Evaluation, GenerationOptions
+from launcher.tasks.findings import Finding, Left, finding
+from launcher.tasks.generation import AnswerOptions, Evaluation, GenerationOptions
 from launcher.tasks.sample import IGNORE, Draws, Encoded, Sample, ends_of, sample_at
+from launcher.tasks.traits import Head, SampleLayout, Traits
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,82 +35,13 @@ __all__ = [
     "Evaluator",
     "Finding",
     "Head",
-    "Left",
-    "Output",
-    "Sample",
-    "SampleLayout",
-    "Task",
-    "Traits",
-    "ends_of",
-    "finding",
-    "sample_at",
 ]
-"""What a module that holds a task needs of the contract, from one place."""
-
-SampleLayout = Literal["packed", "padded", "single"]
-"""How samples share a pass: joined end to end, padded on the right, or not at all."""
-Head = Literal["chunked", "model", "forward"]
-"""Where a causal LM's loss comes from: the output matrix in chunks, the model's own head in chunks, or its
-whole forward."""
-
-
-@dataclass(frozen=True)
-class Traits:
-    """What the planner, the loader and PEFT need to know of a kind of task, in place of its name."""
-
-    layout: SampleLayout
-    """How its samples share a pass in most models."""
-    causal: bool
-    """Whether a token sees only those before it."""
-    head: Literal["every-position", "one-per-sample", "few-per-position"]
-    """Where the model's head computes: logits of the vocabulary at every position, one vector for each
-    sample, or a few numbers at every position, as tags have."""
-    encoder_decoder: bool = False
-    """Whether the model reads one sequence and writes another."""
-    peft_type: str | None = None
-    """PEFT's name for it (`peft.TaskType`); None where PEFT has none."""
-    windows: bool = False
-    """Whether a row that is too long for one sample becomes several."""
-    unit: str = "token"
-    """What a sample's length counts."""
-    reads_files: bool = False
-    """Whether `encode` and `collate` read and decode files, so that processes do it ahead of the step."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A problem, and every key it rests on: where one of those is already refused, this one says nothing
-    new."""
-
-    problem: Problem
-    keys: tuple[str, ...]
-
-
-def finding(key: str, value: object, reason: str, *others: str) -> Finding:
-    """Return the problem with a key's value as a finding that rests on that key and on `others`."""
-    return Finding(Problem(key, value, reason), (key, *others))
-
-
-class Left(NamedTuple):
-    """A key of `data` that a job left open and the plan settles."""
-
-    key: str
-    value: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class AnswerOptions:
-    """What is to be told beside what the model says."""
-
-    probabilities: bool = False
-    """The probability of every class, where the task has classes."""
-    top_k: int | None = None
-    """So many of the likeliest candidates; None for the likeliest alone."""
+__all__ += ["Left", "Output", "Sample", "SampleLayout", "Task", "Traits", "ends_of", "finding", "sample_at"]
+"""All that the module of a task needs of the contract, from one place."""
 
 
 class Task(ABC):
-    """What is learned, from the columns of a row to the metrics of an evaluation."""
+    """One kind of learning, from the columns of a row to the metrics of an evaluation."""
 
     name: ClassVar[str]
     """As `model.task` has it."""
@@ -121,20 +52,19 @@ class Task(ABC):
     column_ways: ClassVar[tuple[tuple[str, ...], ...]]
     """The columns that a job may name, one way or another: what `launcher init` asks for."""
     layout: SampleLayout
-    """How `collate` has samples share a pass: by the plan, else as most models of the task can."""
+    """How samples share a pass in `collate`: as the plan says, else as most models of the task can."""
     head: Head = "chunked"
     """Where the loss of a causal LM comes from."""
     labels: list[str] | None = None
     """The names of the classes in the order of their ids, where the task has classes and they are known."""
     writes: ClassVar[bool] = False
-    """Whether the model can write an answer to a row: what `generates` of a job may ask for."""
+    """Whether the model can write an answer to a row, so that a job may set `evaluation.generate`."""
     for_prediction: bool = False
     """Whether rows are answered: labels may be absent, and `columns`, `texts` and `encode` ask for none."""
     keeps_fitted: bool = False
-    """Whether an evaluation goes by what `adopt_evaluation` took, as a model that is done is measured, and
-    fits nothing anew."""
+    """Whether an evaluation uses what `adopt_evaluation` took and fits nothing anew, as for a finished model."""
     evaluation: Evaluation = Evaluation()
-    """What is done with held-out rows beside computing their loss: the section `evaluation` of the job."""
+    """The section `evaluation` of the job: what is done with held-out rows beside computing their loss."""
 
     def __init__(self, data: Any, labels: list[str] | None = None) -> None:
         self.data = data
@@ -143,16 +73,14 @@ class Task(ABC):
         self.own_labels: list[str] | None = None
         """The classes of the model that training begins with, where it has any, in the order of their ids."""
         self.remarks: list[str] = []
-        """What people are told of how the rows and the model go together, a sentence each; `fit` writes them.
-        """
+        """Remarks for people on how the rows suit the model, a sentence each; written by `fit`."""
         self.labels_given = labels is not None
-        """Whether the classes were given, as for a model that has them already, rather than taken from the
-        training rows."""
+        """Whether the classes were given, as for a model that has them, rather than taken from training rows."""
 
     # Asked by the job file and the planner, with no tokenizer and no model at hand.
 
     def checks(self) -> Iterator[Finding]:
-        """Yield what in the task's own keys contradicts itself."""
+        """Yield the contradictions among the task's own keys."""
         if self.data.packing and self.traits.layout != "packed":
             reason = "only language models pack; set it to false: samples are sorted by length and padded"
             yield finding("data.packing", True, reason, "model.task")
@@ -160,23 +88,21 @@ class Task(ABC):
     @property
     @abstractmethod
     def metrics(self) -> Mapping[str, Better]:
-        """What an evaluation measures, and which way is better; `loss` is always among them."""
+        """Return the metrics of an evaluation, and which way each is better; `loss` is always among them."""
 
     @property
     def kind(self) -> str:
-        """What people are told the metrics belong to: the task's name, or a kind of it that measures
-        something else."""
+        """Return the name to which metrics belong: the task's, or that of a kind with other metrics."""
         return self.name
 
     @property
     @abstractmethod
     def columns(self) -> tuple[str, ...]:
-        """The columns of a row that the task reads."""
+        """Return the columns of a row that the task reads."""
 
     @abstractmethod
     def texts(self, row: dict[str, Any]) -> list[str]:
-        """Return the texts of a row that become tokens, as long as what is trained. Raises RowProblem where
-        the row cannot be used."""
+        """Return the texts of a row that become tokens. Raises RowProblem where the row cannot be used."""
 
     def doubts(self, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
         """Yield what makes one doubt, of some usable rows, that their columns are what the job takes them
@@ -184,29 +110,27 @@ class Task(ABC):
         yield from ()
 
     def added_tokens(self, num_texts: int, tokenizer: Any | None) -> int:
-        """Return how many tokens a sample of so many texts has beside them. `tokenizer` is of the package
-        tokenizers; None without one."""
+        """Return how many tokens a sample has beside its texts. `tokenizer`: of tokenizers, or None."""
         return 0
 
     def sample_lengths(self, tokens: Sequence[int], added: int) -> list[int]:
-        """Return the tokens of each sample that a row becomes, by those of each of its texts and those added
-        beside them."""
+        """Return the length in tokens of each sample of a row. `tokens`: those of each of its texts; `added`:
+        those beside them."""
         length, limit = sum(tokens) + added, self.data.max_length
         return [min(length, limit)] if self.data.too_long == "cut" or length <= limit else []
 
     def left_open(self) -> Iterator[Left]:
-        """Yield the keys of `data` that the job left open and the plan settles; a resumed run keeps what its
-        first plan took."""
+        """Yield the keys of `data` that the plan settles for the job; a resumed run keeps its first plan's."""
         yield from ()
 
     @property
     def packs(self) -> bool:
-        """Whether several samples share a row of max_length."""
+        """Return whether several samples share a row of max_length."""
         return bool(self.data.packing) and self.padding_free
 
     @property
     def padding_free(self) -> bool:
-        """Whether `collate` joins samples end to end instead of padding them."""
+        """Return whether `collate` joins samples end to end instead of padding them."""
         return self.layout == "packed"
 
     # The model.
@@ -214,15 +138,15 @@ class Task(ABC):
     @property
     @abstractmethod
     def auto_class(self) -> Any:
-        """The transformers Auto class that makes the model."""
+        """Return the transformers Auto class of the model."""
 
     @property
     def has_processor(self) -> bool:
-        """Whether rows are read by a processor that `read_processor` gives, and not by a tokenizer."""
+        """Return whether rows are read by the processor of `read_processor`, and not by a tokenizer."""
         return type(self).read_processor is not Task.read_processor
 
     def read_processor(self, name: str, options: dict[str, Any]) -> Any:
-        """Return what reads rows, in the place of a tokenizer, from a model's files.
+        """Return a processor that reads rows, in the place of a tokenizer, from a model's files.
 
         `options` are those of `from_pretrained`: `revision`, `trust_remote_code`. Raises OSError or ValueError
         where the files have none that can be used.
@@ -230,28 +154,26 @@ class Task(ABC):
         raise NotImplementedError(f"a {self.name} task reads rows by a tokenizer")
 
     def usual_processor(self, config: Any) -> Any:
-        """Return what reads rows for models of a kind, where the files of this one have nothing. Raises
-        ValueError where there is no such thing."""
+        """Return the usual processor of such models, for a model whose files have none. Raises ValueError where
+        there is none."""
         raise ValueError("its files have none")
 
     def adopt(self, config: Any, as_it_stands: bool = False) -> None:  # noqa: B027
-        """Take from a model's own config what the task keeps to. Called before any row is encoded and before
-        `configure`.
+        """Take from a model's own config what the task keeps. Called before `configure`, and before any row is
+        encoded.
 
         `as_it_stands`: the model is measured and not trained, so that nothing of it may be new; raises
         ConfigurationError where that cannot be.
         """
 
     def configure(self, config: Any) -> None:  # noqa: B027
-        """Write what the model must know of the task (classes, kind of problem, padding) into its config."""
+        """Write what the model must know of the task into its config: classes, kind of problem, padding."""
 
     def configure_generation(self, generation: Any) -> None:  # noqa: B027
-        """Write what the task settles of how answers begin into a transformers GenerationConfig: that of an
-        export."""
+        """Write how answers begin into an export's transformers GenerationConfig."""
 
     def chance_loss(self, config: Any) -> float | None:
-        """Return the loss of guessing, which a model that learns nothing stays at; None where there is no
-        such number."""
+        """Return the loss of guessing, where a model stays that learns nothing; None where it is not known."""
         return None
 
     @property
@@ -267,30 +189,32 @@ class Task(ABC):
 
     @property
     def needs_labels(self) -> bool:
-        """Whether rows can only be encoded once the classes are known."""
+        """Return whether rows can only be encoded once the classes are known."""
         return False
 
     @property
     def key(self) -> Any:
-        """What decides a row's sample beside the row, the settings of the job and the processor, once
-        prepared; None where nothing does."""
+        """Return what else decides a row's sample, beside the row, the job's settings and the processor.
+
+        None where nothing does. Asked once the task is prepared.
+        """
         return None
 
     def refuse_unknown(self, rows: Iterable[Row]) -> None:  # noqa: B027
-        """Raise ConfigurationError where rows are labelled with what the model does not know."""
+        """Raise ConfigurationError where rows have labels that the model does not know."""
 
     def fit(self, rows: Iterable[Row]) -> None:  # noqa: B027
         """Learn the classes from the training rows."""
 
     def learn_from(self, column: Callable[[str], np.ndarray | None]) -> None:  # noqa: B027
-        """Take from the prepared training samples what the loss needs, as how common each class is.
+        """Take from the prepared training samples what the loss needs, such as how common each class is.
 
-        `column` gives an array of all samples, end to end. Raises ConfigurationError for settings that these
-        samples do not go with.
+        `column` returns an array of all samples, end to end. Raises ConfigurationError for settings that do not
+        suit these samples.
         """
 
     def prepare(self, processor: Any) -> None:  # noqa: B027
-        """Take from the model's processor (a tokenizer, or what `read_processor` gives) what the task needs.
+        """Take what the task needs from the model's processor: a tokenizer, or that of `read_processor`.
 
         Called before any row is encoded or batch collated.
 
@@ -301,22 +225,21 @@ class Task(ABC):
     def encode(
         self, rows: Sequence[dict[str, Any]], processor: Any
     ) -> Sequence[Encoded | tuple[Encoded, ...] | RowProblem]:
-        """Return for each row a sample, several (overlapping windows of a long row), or why there is none.
+        """Return for each row a sample, several (overlapping windows of a long row), or why it has none.
 
         Deterministic; called in worker processes.
         """
 
     @abstractmethod
     def example(self, length: int) -> Sample:
-        """Return a sample of so many positions with made-up values, for traces of a model that has no data
-        yet."""
+        """Return a sample of `length` positions with made-up values, to trace a model without data."""
 
     @abstractmethod
     def collate(self, items: Sequence[Sequence[Sample]], draws: Draws | None = None) -> dict[str, Any]:
         """Return the tensors of a micro-batch of items. `draws` is None where nothing may be random.
 
-        What only the evaluator reads (arrays, texts) goes under the key `aside`, which never reaches a device
-        or the model.
+        Arrays and texts for the evaluator alone go under the key `aside`, which never reaches a device or the
+        model.
         """
 
     # Loss and metrics.
@@ -324,16 +247,15 @@ class Task(ABC):
     def shortened(self, sample: Sample, length: int, ends: Sequence[int]) -> Sample:
         """Return the sample cut to about `length` positions, its last one kept, for the check after loading.
 
-        `ends`: the ids of the model's end tokens. Raises DataError where the sample is not what `encode`
-        makes.
+        `ends`: the ids of the model's end tokens. Raises DataError where the sample is not one of `encode`.
         """
         return sample_at(sample, ends_of(sample.length, length))
 
     def plain_batch(self, sample: Sample) -> dict[str, Any] | None:
-        """Return one sample as transformers' documentation has it, for the model's own class: `labels` where
-        that computes a loss of them.
+        """Return one sample as transformers' documentation has it, for the model's own class, with `labels`
+        where that computes a loss.
 
-        None where there is no such call: the sample alone is then what it is held to beside another.
+        None where there is no such call: the sample is then compared with itself beside another one.
         """
         return None
 
@@ -344,43 +266,43 @@ class Task(ABC):
 
     @property
     def generates(self) -> bool:
-        """Whether the model writes an answer to each sample of an evaluation."""
+        """Return whether the model writes an answer to each sample of an evaluation."""
         return False
 
     @property
     def generation(self) -> GenerationOptions:
-        """How it writes. Raises NotImplementedError for a task whose model does not write."""
+        """Return how it writes. Raises NotImplementedError for a task whose model does not write."""
         raise NotImplementedError(f"the model of a {self.name} task writes nothing")
 
     def prompts(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """Return what it reads before it writes, for the samples of a batch in the order of `collate`.
+        """Return the prompts of a batch's samples, in the order of `collate`.
 
-        `input_ids` and `attention_mask` int64 [samples, longest], and `ids` and `windows` of the samples, by
-        which draws are told apart. Raises NotImplementedError for a task whose model does not write.
+        `input_ids` and `attention_mask` int64 [samples, longest]; `ids` and `windows` of the samples, by which
+        draws are told apart. Raises NotImplementedError for a task whose model does not write.
         """
         raise NotImplementedError(f"the model of a {self.name} task writes nothing")
 
     @abstractmethod
     def evaluator(self) -> Evaluator:
-        """Return what collects an evaluation, empty."""
+        """Return an empty evaluator, to collect one evaluation."""
 
-    # What the model says.
+    # Answers of the model.
 
     def answers(
         self, output: Output, batch: dict[str, Any], samples: Sequence[Sample], options: AnswerOptions
     ) -> list[Any]:
-        """Return what the model says of each sample, as JSON values: classes, tags, spans, text.
+        """Return the model's answer to each sample, as JSON values: classes, tags, spans, text.
 
-        `output` is that of `batch`, which `collate` made of the samples, one an item; of filler anything will
-        do. A task that leaves this out can be trained and measured, and not asked.
+        `output` is that of `batch`, which `collate` returned for the samples, one an item. The answer to filler
+        does not matter. A task that leaves this out can be trained and measured, but does not predict.
         """
         raise NotImplementedError(f"{type(self).__name__} does not tell what its model says")
 
     def answer(self, row: dict[str, Any], parts: Sequence[Any]) -> dict[str, Any]:
-        """Return the answer for a row from those of its samples, in window order: of a single one that one's."""
+        """Return the answer for a row from those of its samples, in window order."""
         [only] = parts
         return dict(only)
 
     def adopt_evaluation(self, details: Mapping[str, Any]) -> None:  # noqa: B027
-        """Take what an evaluation of the model fitted, as a threshold, from `Evaluator.details`. Called
-        before anything is predicted."""
+        """Take what an evaluation fitted, such as a threshold, from `Evaluator.details`. Called before any
+        prediction."""

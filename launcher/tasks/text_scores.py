@@ -27,20 +27,20 @@ def scores(
 
     Raises ConfigurationError where that scorer cannot be called or gives no number.
     """
-    found: dict[str, float] = {}
+    results: dict[str, float] = {}
     if {"bleu", "chrf"} & set(names):
-        found |= overlap(answers, references, evaluation.bleu_tokenizer)
+        results |= overlap(answers, references, evaluation.bleu_tokenizer)
     if "rouge1" in names:
-        found |= rouge(answers, references)
+        results |= rouge(answers, references)
     if "exact_match" in names:
         equal = [
             answer.strip() in {text.strip() for text in texts}
             for answer, texts in zip(answers, references, strict=True)
         ]
-        found["exact_match"] = 100 * sum(equal) / max(1, len(equal))
+        results["exact_match"] = 100 * sum(equal) / max(1, len(equal))
     if evaluation.scorer is not None and evaluation.scorer_name is not None:
-        found[evaluation.scorer_name] = _by_own(evaluation.scorer, answers, references)
-    return found
+        results[evaluation.scorer_name] = _by_own(evaluation.scorer, answers, references)
+    return results
 
 
 def overlap(answers: Sequence[str], references: References, tokenizer: str = "13a") -> dict[str, float]:
@@ -80,15 +80,15 @@ def own_scorer(name: str) -> Callable[..., Any]:
     imported."""
     module, _, function = name.partition(":")
     try:
-        found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+        scorer: Callable[..., Any] = getattr(importlib.import_module(module), function)
     except Exception as error:  # the module is the user's own, and may raise anything
         reason = f"cannot be imported: {type(error).__name__}: {error}; the module must lie on PYTHONPATH"
         raise ConfigurationError(Problem("evaluation.scorer", name, reason)) from None
-    if not callable(found):
+    if not callable(scorer):
         raise ConfigurationError(
-            Problem("evaluation.scorer", name, f"is a {type(found).__name__}, not a function")
+            Problem("evaluation.scorer", name, f"is a {type(scorer).__name__}, not a function")
         )
-    return found
+    return scorer
 
 
 def _by_own(name: str, answers: Sequence[str], references: References) -> float:

@@ -137,15 +137,15 @@ class TokenClassification(Task):
         Else all that the scheme has for the types that occur. Raises DataError where there are fewer than
         two.
         """
-        found = self._tags_in(rows)
-        if found and self.own_labels is not None:
-            if not (unknown := Classes(self.own_labels).unknown(found)):
+        names = self._tags_in(rows)
+        if names and self.own_labels is not None:
+            if not (unknown := Classes(self.own_labels).unknown(names)):
                 self.labels = self.own_labels
                 return
-            self.remarks = [classes.new_head(self.own_labels, found, unknown)]
-        self.labels = sorted(found)
+            self.remarks = [classes.new_head(self.own_labels, names, unknown)]
+        self.labels = sorted(names)
         if self.data.scheme != "none":
-            kinds = {split[1] for name in found if (split := schemes.split(name)) and name != schemes.OUTSIDE}
+            kinds = {split[1] for name in names if (split := schemes.split(name)) and name != schemes.OUTSIDE}
             self.labels = schemes.all_tags(kinds, self.data.scheme)
         if len(self.labels) < 2:
             shown = f"only {self.labels[0]!r}" if self.labels else "no tag"
@@ -157,16 +157,16 @@ class TokenClassification(Task):
         return "tags" if self.data.tags is not None else "spans"
 
     def _tags_in(self, rows: Iterable[Row]) -> set[str]:
-        found: set[str] = set()
+        names: set[str] = set()
         values = (row.values for row in rows if not isinstance(row.values, RowProblem))
         for marked in encode_usable(values, self._read, list):
             if not isinstance(marked, RowProblem):
-                found.update(marked.tags or ())
-        return found | {schemes.inside(name) for name in found if self._goes_on}
+                names.update(marked.tags or ())
+        return names | {schemes.inside(name) for name in names if self._goes_on}
 
     @property
     def _goes_on(self) -> bool:
-        """Whether later pieces of a word learn that they are inside of an entity."""
+        """Return whether later pieces of a word learn that they are inside an entity."""
         return self.data.label_pieces == "all" and self.data.scheme != "none"
 
     def refuse_unknown(self, rows: Iterable[Row]) -> None:
@@ -179,9 +179,11 @@ class TokenClassification(Task):
         return tagged_rows.read(row, self.data, with_tags=not self.for_prediction)
 
     def encode(self, rows: Sequence[dict[str, Any]], processor: Any) -> list[Any]:
-        """Return for each row its windows: `input_ids` and `labels`, int32 [n], and of the words that it
-        answers for `words` (their numbers in the row), `places` (of their first pieces, or why there is none)
-        and `tags`, int32 [words]."""
+        """Return for each row its windows: `input_ids` and `labels`, int32 [n], and three arrays int32 [words].
+
+        Those are of the words that a window answers for: `words`, their numbers in the row; `places` of their
+        first pieces, or why there is none; `tags`.
+        """
         ids = Classes(self.labels or ())
 
         def samples(marked: list[Marked]) -> Iterator[tuple[Encoded, ...] | RowProblem]:
@@ -196,12 +198,12 @@ class TokenClassification(Task):
     ) -> tuple[Encoded, ...] | RowProblem:
         tags = np.full(len(row.words), IGNORE, dtype=np.int32)
         for number, name in enumerate(row.tags or ()):
-            if (found := ids.id_of(name)) is None:
+            if (tag := ids.id_of(name)) is None:
                 whose = "model" if ids.names == self.own_labels else "training rows"
                 return RowProblem(
                     BAD_LABEL, f"{name!r} is not among the {len(ids.names)} tags of the {whose}"
                 )
-            tags[number] = found
+            tags[number] = tag
         everywhere = self.data.label_pieces == "all" and row.tags is not None
         later = self._later(ids) if everywhere else None
         return tagged_samples.samples(
@@ -209,10 +211,10 @@ class TokenClassification(Task):
         )
 
     def _later(self, ids: Classes) -> np.ndarray:
-        """What other pieces of a word learn, by the tag of the word."""
+        """Return the tag that later pieces of a word learn, by the tag of the word, int32 [tags]."""
         after = [ids.id_of(schemes.inside(name)) if self._goes_on else None for name in ids.names]
-        found = [number if inside is None else inside for number, inside in enumerate(after)]
-        return np.array(found, dtype=np.int32)
+        learned = [number if inside is None else inside for number, inside in enumerate(after)]
+        return np.array(learned, dtype=np.int32)
 
     def example(self, length: int) -> Sample:
         every = np.arange(length, dtype=np.int32)

@@ -124,6 +124,6 @@ def _end(starts: np.ndarray, begin: int, num_pieces: int, room: int) -> int:
 
 
 def _following(starts: np.ndarray, place: int, most: int) -> int:
-    """The first beginning of a word behind a place, at most `most`."""
+    """Return where the next word after a place begins, at most `most`."""
     number = int(np.searchsorted(starts, place, side="right"))
     return min(int(starts[number]), most) if number < len(starts) else most

@@ -30,12 +30,12 @@ class WritingTask(Task):
 
     @property
     def settings(self) -> Generate:
-        """How answers are written: as the job says, else greedily."""
+        """Return how answers are written: as the job says, else greedily."""
         return self.evaluation.generate or Generate()
 
     @property
     def written_metrics(self) -> Mapping[str, Better]:
-        """What an evaluation measures beside the losses, where the model writes."""
+        """Return the metrics beside the losses, where the model writes."""
         if self.evaluation.generate is None:
             return {}
         own = self.evaluation.scorer_name
@@ -78,7 +78,7 @@ class WritingTask(Task):
 
     @property
     def end_tokens(self) -> Sequence[int]:
-        """The ids at which an answer ends, beside those of the model's generation config."""
+        """Return the ids at which an answer ends, beside those of the model's generation config."""
         return [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
 
     def decode(self, ids: np.ndarray) -> str:
@@ -163,5 +163,5 @@ def as_bytes(value: Any) -> np.ndarray:
 
 
 def from_bytes(content: np.ndarray) -> Any:
-    """Return what `as_bytes` made bytes of."""
+    """Return the texts that `as_bytes` turned into bytes."""
     return json.loads(content.tobytes())

@@ -55,7 +55,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _trainer() -> Train:
-    from launcher.training.trainer import train
+    from launcher.training.attempt import train
 
     return train
 

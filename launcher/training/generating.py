@@ -28,8 +28,8 @@ from transformers import (
 )  # fmt: skip
 
 from launcher.tasks.generation import Generate, GenerationOptions
-from launcher.training.heads import Batch, model_class_of
 from launcher.training.model.attention import PACKED
+from launcher.training.model.forward import Batch, model_class_of
 
 EachToken = Callable[[], bool]
 """Called before every pass of the model; a yes ends the writing of this rank, with what is written so far."""

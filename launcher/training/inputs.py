@@ -19,11 +19,11 @@ from launcher.runs import cache, events, prepared
 from launcher.runs.layout import RunDirectory
 from launcher.runs.phases import PhaseReport
 from launcher.tasks.task import Task
-from launcher.training import heads
 from launcher.training.data.dataset import Dataset
 from launcher.training.data.prepare import prepare, refuse_mostly_dropped
 from launcher.training.data.sources import refuse_change
 from launcher.training.model import model_files, pretrained
+from launcher.training.model.forward import model_class_of
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class TrainingInputs:
             generation = copy.deepcopy(generation)
             self.task.configure_generation(generation)
             generation.save_pretrained(directory)
-        self.config.architectures = [heads.model_class_of(model).__name__]
+        self.config.architectures = [model_class_of(model).__name__]
         self.config.save_pretrained(directory)
         model_files.name_own_code(directory, plan)
         directory.rename(target)

@@ -10,9 +10,10 @@ from typing import Any
 from launcher.planner.plan import Plan
 from launcher.runs.layout import RunDirectory
 from launcher.training import entry
+from launcher.training.attempt import train
 from launcher.training.model import pretrained
 from launcher.training.signals import StopRequest
-from launcher.training.trainer import Trainer, train
+from launcher.training.trainer import Trainer
 
 
 def compare(

@@ -1,4 +1,4 @@
-"""Train: from a run directory with a plan to a trained, saved, evaluated model."""
+"""Take the steps of a run on one rank, and evaluate, save, rewind and leave between them."""
 
 from __future__ import annotations
 
@@ -25,13 +25,11 @@ from launcher.training.checkpoint.checkpointer import Checkpointer
 from launcher.training.data.ahead import Loader
 from launcher.training.data.batches import Batches, StepBatch, total_items
 from launcher.training.data.order import Order
-from launcher.training.devices import name_of, peak_memory_bytes, start_process_group, to_device
+from launcher.training.devices import name_of, peak_memory_bytes, to_device
 from launcher.training.early_stopping import EarlyEnd
-from launcher.training.engines.operators import build_operators
-from launcher.training.evaluation import Interrupted, evaluate
-from launcher.training.inputs import TrainingInputs, phase_report
+from launcher.training.held_out import HeldOut
+from launcher.training.inputs import TrainingInputs
 from launcher.training.model import loading as models
-from launcher.training.model import pretrained
 from launcher.training.model.loss_check import check_loss
 from launcher.training.precision import LossScale
 from launcher.training.reporting.divergence import Divergence
@@ -39,41 +37,12 @@ from launcher.training.reporting.pace import Own, Pace, straggler
 from launcher.training.reporting.recording import Recorder, description
 from launcher.training.reporting.symptoms import Sample, Symptoms
 from launcher.training.reporting.tracking import Journal
-from launcher.training.reporting.whereabouts import say_compiling, waited
 from launcher.training.rescue import Rescue
-from launcher.training.samples import Shown
 from launcher.training.schedule import Schedule, stage_at
 from launcher.training.signals import StopRequest
 from launcher.training.state import Counters, State
 from launcher.training.state_keeper import StateKeeper
 from launcher.training.step_totals import Due, StepTotals
-
-
-def train(
-    run: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, *, stop_at: int | None = None
-) -> None:
-    """Run the plan to its end, or to a stop, going on from the newest whole checkpoint. Called by every
-    rank."""
-    here.at("preparing")
-    planned, plan = plan, pretrained.settled(plan)
-    material = TrainingInputs.prepare(run, plan)
-    here.at("building operators")
-    build_operators(plan, phase_report(run, "building operators", "operators"))
-    here.at("loading")
-    device = start_process_group(plan)
-    waited.watch()
-    if plan.model.compile:
-        say_compiling()
-    trainer = Trainer(run, plan, material, device, stop, stop_at, run.attempt(attempt))
-    trainer.load()
-    if plan != planned:
-        now, then = (
-            f"{one.layout} samples with {one.attention} attention and the {one.head} head"
-            for one in (plan, planned)
-        )
-        why = "the model's config was not here when this was planned"
-        trainer.event("noted", text=f"{why}: it takes {now}, where {then} had been planned")
-    trainer.run_to_the_end()
 
 
 class Trainer:
@@ -123,7 +92,7 @@ class Trainer:
         here.at("checking the loss")
         self.event("phase", phase="checking the loss")
         check_loss(self.engine, self.task, self.material.train, self.plan, self.event)
-        self.shown = Shown.of(self.task, self.material.evaluation, self.plan, self.rank)
+        self.held_out = HeldOut(self.run, self.plan, self.material, self.engine, self.stop, self._agree)
         world_size = self.plan.mesh.world_size
         self.checkpointer = Checkpointer(
             self.run, self.plan, self.rank, world_size, write_event=self.journal.event
@@ -271,45 +240,19 @@ class Trainer:
         return totals
 
     def _evaluate(self) -> bool:
-        """Measure on the held-out rows. Return False where a stop was asked for; the next attempt measures."""
-        if self.material.evaluation is None:
-            self._evaluated({})
-            return True
-        report = (
-            phase_report(self.run, "evaluating", "batches") if self.rank == 0 else lambda done, total: None
-        )
-        details: dict[str, Any] = {}
-        try:
-            metrics = evaluate(
-                self.engine,
-                self.task,
-                self.material.evaluation,
-                self.plan,
-                report,
-                lambda: self._agree(self.stop.requested),
-                lambda: self.stop.requested,
-                details.update,
-            )
-        except Interrupted:
+        """Evaluate on the held-out rows. Return False where a stop was asked for; the next attempt does it."""
+        results = self.held_out.evaluate()
+        if results is None:
             return False
-        self._evaluated(metrics)
-        self.task.adopt_evaluation(details)
-        answers = self._answers()
-        if self.recorder:
-            self.recorder.evaluation(self.state.step, metrics, details, answers)
-        self.early_end.judge(self.state.step, self.state.step >= self.num_steps, metrics)
-        return True
-
-    def _answers(self) -> list[dict[str, Any]]:
-        """Return what the model says of the rows that are shown; nothing where a stop came while it wrote."""
-        if self.shown is None:
-            return []
-        answers = self.shown.answers(self.engine, self.task, self.plan, lambda: self.stop.requested)
-        return [] if self.task.generates and self._agree(self.stop.requested) else answers
-
-    def _evaluated(self, metrics: dict[str, float]) -> None:
+        metrics, details = results
         self.state.metrics, self.state.evaluated_step = metrics, self.state.step
         self.evaluating.done(self.state.step, time.monotonic())
+        if self.material.evaluation is not None:
+            answers = self.held_out.answers()
+            if self.recorder:
+                self.recorder.evaluation(self.state.step, metrics, details, answers)
+            self.early_end.judge(self.state.step, self.state.step >= self.num_steps, metrics)
+        return True
 
     def _save(self, wait: bool = False, must: bool = True) -> bool:
         """Save, and `wait` until it is committed. Return whether it is, as far as that is known.
@@ -367,11 +310,8 @@ class Trainer:
     def _announce(self) -> None:
         if self.recorder:
             self.recorder.loaded()
-        length = self.material.train.num_tokens / max(1, self.material.train.num_samples)
-        about = description(self.engine, self.material.config, int(length))
-        if self.task.traits.unit != "token":
-            about["unit"] = self.task.traits.unit
-            del about["flops_per_token"]  # by how often its parameters are used, which only of tokens is once
+        length = int(self.material.train.num_tokens / max(1, self.material.train.num_samples))
+        about = description(self.engine, self.material.config, length, self.task.traits.unit)
         about["device"] = name_of(self.device)
         self.event("training", first_step=self.state.step, total_steps=self.num_steps, **about)
 

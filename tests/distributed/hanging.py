@@ -67,8 +67,8 @@ def _hang_in_saves() -> None:
 
 
 if __name__ == "__main__":
+    from launcher.training.attempt import train
     from launcher.training.entry import main
-    from launcher.training.trainer import train
 
     if FAULT["place"] == "saving":
         _hang_in_saves()

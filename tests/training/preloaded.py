@@ -21,7 +21,7 @@ for _name in (
     "torch.distributed.checkpoint",
     "transformers.models.bert.modeling_bert",
     "transformers.models.llama.modeling_llama",
-    "launcher.training.trainer",
+    "launcher.training.attempt",
     "launcher.tasks.causal_lm",
     "launcher.tasks.sequence_classification",
     "pytest",

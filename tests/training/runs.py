@@ -265,7 +265,7 @@ def _rank(
     os.environ.update(environment)
     torch.set_num_threads(1)
     _log_to(run.path / f"rank-{environment['RANK']}.log")
-    from launcher.training.trainer import train
+    from launcher.training.attempt import train
 
     error: BaseException | None = None
     try:

@@ -134,15 +134,15 @@ def test_a_loss_scale_too_large_is_halved_until_it_fits(
 
 def measured(losses: dict[int, float], rank: int, stop: StopRequest) -> None:
     """A hook: evaluations find these losses, by step."""
-    from launcher.training import trainer
+    from launcher.training import held_out
 
-    evaluate = trainer.evaluate
+    evaluate = held_out.evaluate
     steps = iter(losses.values())
 
     def told(*arguments: Any) -> dict[str, float]:
         return evaluate(*arguments) | {"loss": next(steps)}
 
-    trainer.evaluate = told  # type: ignore[assignment]
+    held_out.evaluate = told  # type: ignore[assignment]
 
 
 def test_patience_stops_and_the_best_is_kept(tmp_path: Path, model: Path, data: dict[str, Any]) -> None:

@@ -118,9 +118,9 @@ def numbers(run: RunDirectory) -> torch.Tensor:
 
 def in_other_pieces(rank: int, stop: StopRequest) -> None:
     """For a hook: the head is gone through in other pieces on each rank."""
-    from launcher.training import heads
+    from launcher.training import own_head
 
-    heads.chunk_length = lambda vocabulary, cuda: (3, 500)[rank]
+    own_head.chunk_length = lambda vocabulary, cuda: (3, 500)[rank]
 
 
 @pytest.fixture(scope="module", params=["masked-lm", "token-classification"])

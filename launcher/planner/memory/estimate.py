@@ -12,7 +12,8 @@ from launcher.planner.memory.formulas import formulas_of, grouped
 from launcher.planner.memory.fsdp import Cut, FsdpStep
 from launcher.planner.memory.program import Batch, Program, Segment, Setting
 from launcher.planner.memory.timeline import CONTEXT, OPTIMIZER, PARAMETERS, SLACK, TEMPORARIES, Timeline
-from launcher.planner.memory.zero import ZeroCut, ZeroStep
+from launcher.planner.memory.zero import ZeroStep
+from launcher.planner.memory.zero_states import ZeroCut
 from launcher.planner.plan import Plan
 
 PHASES = ("loading", "first step", "steady step", "evaluating", "saving", "resuming")

@@ -19,7 +19,7 @@ from launcher.planner.memory.timeline import (
 
 @dataclass(frozen=True)
 class Cut:
-    """How the training state lies."""
+    """One way in which FSDP2 divides the training state among ranks."""
 
     ranks: int
     itemsize: int
@@ -31,59 +31,56 @@ class Cut:
     """Bytes; gloo copies messages that are smaller, and no others: none on GPUs, all between machines."""
     accumulation: int
     defers: bool
-    """Gradients of all but the last micro-batch are added up before anything is sent."""
+    """Whether all gradients but the last micro-batch's are added up before anything is sent."""
     replicates: bool = False
-    """Other ranks have the same shard."""
+    """Whether other ranks have the same shard."""
     recomputes: bool = False
     plain: bool = False
-    """Not FSDP at all: one rank in fp32."""
+    """Whether it is not FSDP at all: one rank in fp32."""
     leaves_frozen: bool = False
-    """What does not train is not FSDP's: one rank, in the precision of the computation already."""
+    """Whether FSDP leaves alone what does not train: on one rank, in the precision of the computation."""
     offloads: bool = False
-    """Parameters, gradients and optimizer state wait in the host's memory."""
+    """Whether parameters, gradients and optimizer state wait in the host's memory."""
 
 
 class FsdpStep:
-    """Goes through the blocks of one micro-batch after another."""
+    """A step of one rank: the blocks of one micro-batch after another."""
 
     def __init__(self, root: Unit, layers: list[Unit], cut: Cut) -> None:
         self.root, self.layers, self.cut = root, layers, cut
         self.units = [*layers, root]
         self.time = Timeline()
         self.late: list[Unit] = []
-        """Units whose input needs no gradient: FSDP lets go of them only when the whole backward pass is
-        over."""
+        """Units whose input needs no gradient: FSDP frees them only after the whole backward pass."""
         self.held = 0
-        """Bytes of the result of the last gathering, kept in the forward pass until the next one is in place.
-        """
+        """Bytes of the last all-gather's result, kept in the forward pass until the next one is in place."""
         self.sent = 0
-        """Bytes of the gradients that were sent last."""
+        """Bytes of the last reduce-scatter's input."""
         self.first_gradients = True
-        self.is_whole = False
-        """The units that stay whole between the passes of a step are so already."""
+        self.is_gathered = False
+        """Whether the units that stay gathered between the passes of a step are so already."""
 
     def states(self) -> dict[str, int]:
-        """Bytes of parameters and optimizer state of the largest rank."""
+        """Return the bytes of parameters and optimizer state of the largest rank."""
         parameters = sum(unit.shard(self.cut.ranks) for unit in self.units)
         narrow = sum(unit.narrow_shard(self.cut.ranks) for unit in self.units)
         trained = sum(unit.shard(self.cut.ranks, trained=True) for unit in self.units)
+        by_muon = sum(unit.muon_shard(self.cut.ranks) for unit in self.units)
         return {
             PARAMETERS: 4 * parameters - (4 - self.cut.itemsize) * narrow,
-            OPTIMIZER: 4 * self.cut.state_copies * trained - 4 * sum(map(self._by_muon, self.units)),
+            OPTIMIZER: 4 * self.cut.state_copies * trained - 4 * by_muon,
         }
 
-    def _by_muon(self, unit: Unit) -> int:
-        return unit.muon_shard(self.cut.ranks)
-
-    def _whole(self, unit: Unit) -> int:
+    def _gathered(self, unit: Unit) -> int:
+        """Return the bytes of a gathered unit, with what evens out the shards."""
         return unit.shard(self.cut.ranks, trained=self.cut.leaves_frozen) * self.cut.ranks * self.cut.itemsize
 
     def _gather(self, unit: Unit) -> int:
-        """The message: cast, sent, received; the bytes that remain of it."""
+        """Cast, send and receive an all-gather. Return the bytes that remain of it."""
         cut = self.cut
         if cut.ranks == 1:
             return 0
-        received = self._whole(unit)
+        received = self._gathered(unit)
         cast = (
             0 if cut.itemsize == 4 else (unit.shard(cut.ranks) - unit.narrow_shard(cut.ranks)) * cut.itemsize
         )
@@ -92,43 +89,43 @@ class FsdpStep:
         return received
 
     def _copy_out(self, unit: Unit) -> None:
+        """Copy a unit out of its message."""
         if self.cut.ranks == 1:
-            self.time.touch(GATHERED, self._whole(unit) + self._cast_last(unit), "gathering")
-        self.time.up(GATHERED, self._whole(unit), "gathering")
+            self.time.touch(GATHERED, self._gathered(unit) + self._cast_last(unit), "gathering")
+        self.time.up(GATHERED, self._gathered(unit), "gathering")
 
     def _cast_last(self, unit: Unit) -> int:
-        """On one rank each parameter is copied from a cast of it, which what is kept in the computation's
-        precision does not take."""
+        """Return the bytes of the largest parameter's cast: on one rank each parameter is copied from one.
+
+        What is kept in the precision of the computation needs none.
+        """
         wide = max((weight.num_elements for weight in unit.weights if not weight.narrow), default=0)
         return wide * self.cut.itemsize * (self.cut.itemsize != 4)
 
     def _stays(self, unit: Unit) -> bool:
-        """Whole at the height of every pass, it is left so from one to the next, and gathered once a step."""
+        """Return whether a unit stays gathered from one pass to the next: it is needed at the end of each."""
         return unit is self.root or not self.cut.reshard
 
-    def forward_gather(self, unit: Unit) -> None:
-        if self.is_whole and self._stays(unit):
+    def _gather_forward(self, unit: Unit) -> None:
+        """Gather a unit for the forward pass, unless it is gathered already."""
+        if self.is_gathered and self._stays(unit):
             return
         received = self._gather(unit)
         self.time.down(MESSAGES, self.held)
         self._copy_out(unit)
         self.held = received
 
-    def let_go(self) -> None:
-        self.time.down(MESSAGES, self.held)
-        self.held = 0
-
     def reduce(self, unit: Unit, last: bool) -> None:
-        """After a unit's backward pass: its gradients leave, or wait for the next micro-batch."""
+        """Send a unit's gradients after its backward pass, or keep them for the next micro-batch."""
         cut, time = self.cut, self.time
         trained = unit.num_elements(trained=True)
         if cut.cpu and cut.defers and cut.itemsize != 4 and not self.first_gradients:
-            # They are added up before the unit is let go of, on a CPU from copies in fp32.
+            # They are added up before the unit is freed, on a CPU from copies in fp32.
             time.touch(TEMPORARIES, 4 * unit.largest_trained, "adding up gradients")
         if not last and cut.defers and trained:
             self._wait(unit, trained)
             return
-        self._let_go_of(unit, last)
+        self._free(unit, last)
         if not trained:
             return
         own = trained * cut.itemsize
@@ -152,13 +149,14 @@ class FsdpStep:
         if (not cut.defers and not self.first_gradients) or cut.offloads:
             time.down(GRADIENTS, padded * 4)
 
-    def _let_go_of(self, unit: Unit, last: bool) -> None:
+    def _free(self, unit: Unit, last: bool) -> None:
+        """Free a gathered unit, unless it stays gathered for the next micro-batch."""
         if last or not self._stays(unit):
-            self.time.down(GATHERED, self._whole(unit))
+            self.time.down(GATHERED, self._gathered(unit))
 
     def _wait(self, unit: Unit, trained: int) -> None:
-        """Gradients stay whole, in fp32, until the last micro-batch."""
-        self._let_go_of(unit, last=False)
+        """Keep a unit's gradients unsharded, in fp32, until the last micro-batch."""
+        self._free(unit, last=False)
         if self.cut.itemsize == 4:
             return
         own = trained * self.cut.itemsize
@@ -169,17 +167,18 @@ class FsdpStep:
             self.time.down(GRADIENTS, own)
 
     def micro_step(self, segments: list[Segment], last: bool) -> None:
-        """One micro-batch, forward and backward."""
+        """Go through one micro-batch, forward and backward."""
         cut, time, layers = self.cut, self.time, self.layers
-        self.forward_gather(self.root)
+        self._gather_forward(self.root)
         for segment in (segment for segment in segments if not segment.backward):
             unit = layers[segment.layer] if segment.kind == "layer" else None
             if unit is not None:
-                self.forward_gather(unit)
+                self._gather_forward(unit)
             go_through(time, segment, cut.recomputes)
             if unit is not None and cut.reshard:
-                time.down(GATHERED, self._whole(unit))
-        self.let_go()
+                time.down(GATHERED, self._gathered(unit))
+        time.down(MESSAGES, self.held)
+        self.held = 0
         if any(segment.backward for segment in segments):
             self._backward(segments, last)
 
@@ -206,17 +205,17 @@ class FsdpStep:
         if first is not None and first >= 0:
             self.reduce(layers[first], last)
             if not cut.reshard and last:
-                time.down(GATHERED, sum(self._whole(unit) for unit in layers[:first]))
+                time.down(GATHERED, sum(self._gathered(unit) for unit in layers[:first]))
         time.down(MESSAGES, self.sent)
         self.sent = 0
         self.first_gradients = False
-        self.is_whole = not last
+        self.is_gathered = not last
 
     def _muon(self) -> None:
-        """The exchange of a block of matrices, one on each rank, and what one that is whole is made of.
+        """Count the exchange of a block of matrices, one on each rank, and the step of an unsharded one.
 
-        Its rows before, sent and received, the update in fp32, and four matrices in bf16 as torch.optim.Muon
-        goes through its iteration: the matrix, two products of its shorter side, the next one.
+        Rows are sent and received, and the update is in fp32. The iteration of torch.optim.Muon holds four
+        matrices in bf16: the matrix, two products of its shorter side, the next one.
         """
         largest = max(
             (one for unit in self.units for one in unit.weights if one.by_muon and one.trains),
@@ -231,11 +230,11 @@ class FsdpStep:
         self.time.touch(TEMPORARIES, num_bytes, "Muon")
 
     def step(self, first: list[Segment], more: list[Segment]) -> Timeline:
-        """A steady step of all micro-batches. `more` are the blocks where gradients are there already."""
+        """Go through a steady step; `more`: the blocks of a micro-batch that finds gradients there already."""
         self.time.parts = {} if self.cut.offloads else self.states()
         self.time.peak = 0
         self.time.touch(TEMPORARIES, 0, "between steps")
-        self.first_gradients, self.is_whole = True, False
+        self.first_gradients, self.is_gathered = True, False
         for number in range(self.cut.accumulation):
             segments = first if number == 0 else more
             if self.cut.plain:

@@ -11,7 +11,7 @@ from launcher.tasks.chat.shadows import Message
 
 
 def with_whole_parts(message: Message) -> Message:
-    """A message in whose parts texts alone are parts as well, and no parts at all are no text."""
+    """Return the message with each text among its parts as a part of its own; an empty list becomes no text."""
     content = message.get("content")
     if content == [] and message["role"] == "assistant":
         return {**message, "content": ""}
@@ -23,7 +23,7 @@ def with_whole_parts(message: Message) -> Message:
 
 
 def joined(message: Message) -> Message:
-    """A message whose parts are one text."""
+    """Return the message with its parts joined to one text."""
     return (
         {**message, "content": text_of_content(message["content"])}
         if is_parts(message.get("content"))
@@ -32,7 +32,7 @@ def joined(message: Message) -> Message:
 
 
 def in_parts(message: Message) -> Message:
-    """A message whose text is one part."""
+    """Return the message with its text as its one part."""
     content = message.get("content")
     return (
         {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
@@ -40,7 +40,7 @@ def in_parts(message: Message) -> Message:
 
 
 def has_calls(messages: Sequence[Message]) -> bool:
-    """Whether any message calls a tool."""
+    """Return whether any message calls a tool."""
     return any(_calls(message) for message in messages)
 
 
@@ -59,14 +59,14 @@ def _arguments(messages: Sequence[Message]) -> list[Any]:
 
 
 def with_contents(messages: Sequence[Message]) -> list[Message]:
-    """Messages all of which have a content, if without text."""
+    """Return the messages, each with a content: an empty text where it had none."""
     return [
         message if message.get("content") is not None else {**message, "content": ""} for message in messages
     ]
 
 
 def are_quoted(messages: Sequence[Message], text: str) -> bool:
-    """Whether arguments that are JSON text stand in a text in quotation marks."""
+    """Return whether arguments given as JSON text were written as a quoted string."""
     return any(
         json.dumps(arguments, ensure_ascii=False) in text
         for arguments in _arguments(messages)
@@ -75,7 +75,7 @@ def are_quoted(messages: Sequence[Message], text: str) -> bool:
 
 
 def with_arguments(message: Message, changed: Callable[[Any], Any]) -> Message:
-    """A message whose calls have other arguments."""
+    """Return the message with `changed` applied to the arguments of its calls."""
     if not _calls(message):
         return message
     calls = []
@@ -88,14 +88,14 @@ def with_arguments(message: Message, changed: Callable[[Any], Any]) -> Message:
 
 
 def as_object(arguments: Any) -> Any:
-    """Arguments that are JSON text of an object, as the object."""
+    """Return arguments given as the JSON text of an object as that object; any other as they are."""
     try:
-        found = json.loads(arguments) if isinstance(arguments, str) else None
+        parsed = json.loads(arguments) if isinstance(arguments, str) else None
     except (ValueError, RecursionError):
         return arguments
-    return found if isinstance(found, dict) else arguments
+    return parsed if isinstance(parsed, dict) else arguments
 
 
 def as_text(arguments: Any) -> Any:
-    """Arguments that are an object, as JSON text."""
+    """Return arguments given as an object as JSON text; any other as they are."""
     return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict) else arguments

@@ -31,8 +31,10 @@ def chat_columns(messages: str, tools: Tools | None) -> tuple[str, ...]:
 
 
 def messages_of(values: dict[str, Any], column: str, is_answered: bool = True) -> list[dict[str, Any]]:
-    """The messages of the chat in `column`. Raises RowProblem where there are none, or, of a chat that is
-    answered, none that can be learned."""
+    """Return the messages of the chat in `column`.
+
+    Raises RowProblem where there are none, or where a chat with answers has none that can be learned.
+    """
     messages = values.get(column)
     if is_missing(messages):
         raise missing(values, column)
@@ -62,7 +64,7 @@ def messages_of(values: dict[str, Any], column: str, is_answered: bool = True) -
 
 
 def _holds_nan(content: Any) -> bool:
-    """Whether a message's content, or a part of it, is NaN: a template would write that out as text."""
+    """Return whether a content, or a part of it, is NaN, which a template would write out as text."""
     if isinstance(content, list):
         return any(
             _holds_nan(value)
@@ -73,7 +75,7 @@ def _holds_nan(content: Any) -> bool:
 
 
 def _without_nan(message: dict[str, Any]) -> dict[str, Any]:
-    """A message whose missing values are null, as JSON has them."""
+    """Return the message with missing values as null, as JSON has them."""
     return {key: None if is_missing(value) else value for key, value in message.items()}
 
 
@@ -96,7 +98,7 @@ def _check_content(message: dict[str, Any], number: int) -> None:
 
 
 def is_parts(content: Any) -> TypeGuard[list[Any]]:
-    """Whether a content is a list of parts, as OpenAI writes them, and no other list that a tool gave."""
+    """Return whether a content is a list of parts as OpenAI writes them, not some list that a tool returned."""
     if not isinstance(content, list) or not content:
         return False
     return all(
@@ -113,7 +115,7 @@ def _text_of_part(part: Any) -> str | None:
 
 
 def text_of_content(content: Any) -> str:
-    """The text of a message: as it is, or of its parts; of what a tool gave else, as JSON."""
+    """Return the text of a message: as it is, or that of its parts. Another result of a tool becomes JSON."""
     if is_parts(content):
         return "".join(_text_of_part(part) or "" for part in content)
     if isinstance(content, (dict, list)):
@@ -122,8 +124,10 @@ def text_of_content(content: Any) -> str:
 
 
 def is_learned(message: dict[str, Any], number: int) -> bool:
-    """Whether it is an assistant's turn that is learned: neither `weight: 0` nor `train: false`. Raises
-    RowProblem for other values."""
+    """Return whether this is an assistant's turn that is learned: without `weight: 0` and `train: false`.
+
+    Raises RowProblem for other values of the two.
+    """
     if message["role"] != "assistant":
         return False
     weight, train = message.get("weight"), message.get("train")
@@ -150,11 +154,11 @@ def tools_of(values: dict[str, Any], named: Tools | None) -> list[dict[str, Any]
         )
     tools = values.get(column)
     if isinstance(tools, str):
-        if (found := list_in(tools)) is None and tools.strip() not in ("", "null"):
+        if (parsed := list_in(tools)) is None and tools.strip() not in ("", "null"):
             raise RowProblem(
                 BAD_VALUE, f"{column!r} is text, and no list of tools as JSON or Python writes one"
             )
-        tools = found
+        tools = parsed
     if is_missing(tools) or tools == []:
         return list(named) if isinstance(named, tuple) and named else None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
@@ -163,8 +167,8 @@ def tools_of(values: dict[str, Any], named: Tools | None) -> list[dict[str, Any]
 
 
 def texts_of(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> Iterator[str]:
-    """What a chat template is given to write: one text for the tools, if any, and one a message, with its
-    thoughts and calls."""
+    """Yield what a chat template is given to write: a text for the tools, if any, and one for each message
+    with its thoughts and calls."""
     if tools:
         yield _as_json(tools)
     for message in messages:

@@ -1,4 +1,4 @@
-"""Replace a message's characters by others (their shadows), and find those in a template's text."""
+"""Replace the characters of a message by others, their shadows, and find those in a template's text."""
 
 from __future__ import annotations
 
@@ -23,36 +23,40 @@ _EACH = 128
 MOST = 1022
 """Messages of a chat that can be told from each other."""
 KEPT = re.compile(r"<[^<>\s]{1,64}>|\[/?[A-Z_]{2,}\]|(?<!\S)/\w+(?!\S)|[\s\"'\\\x00-\x1f]+")
-"""What of a text has no shadow, as templates look for it: tags, commands as `/no_think`, white space, and
-what JSON escapes."""
+"""What gets no shadow, as templates look for it: tags, commands such as `/no_think`, white space, and what
+JSON escapes."""
 WORDS = re.compile(r"<[^<>\s]{1,64}>|\[/?[A-Z_]{2,}\]|(?<!\S)/\w+(?!\S)|[\W_]+")
-"""The same, and whatever is neither letter nor digit: for templates that look at more."""
+"""The same, and every character that is neither letter nor digit: for templates that look at more."""
 _SPEAKS = ("content", *THOUGHTS, "thought", "tool_plan")
 
 
 def with_shadows(message: Message, number: int, kept: re.Pattern[str]) -> Message:
-    """A message whose text, thoughts and arguments of calls are shadows; names and roles stay, as templates
-    write them elsewhere too."""
-    found = {key: _shadow(value, number, kept) if key in _SPEAKS else value for key, value in message.items()}
+    """Return the message with shadows for its text, its thoughts and the arguments of its calls.
+
+    Names and roles stay, as templates write them elsewhere too.
+    """
+    shadowed = {
+        key: _shadow(value, number, kept) if key in _SPEAKS else value for key, value in message.items()
+    }
     if isinstance(calls := message.get("tool_calls"), list):
-        found["tool_calls"] = [_call_with_shadows(call, number, kept) for call in calls]
-    return found
+        shadowed["tool_calls"] = [_call_with_shadows(call, number, kept) for call in calls]
+    return shadowed
 
 
 def _call_with_shadows(call: Any, number: int, kept: re.Pattern[str]) -> Any:
     if not isinstance(call, dict):
         return call
-    found = {
+    shadowed = {
         key: _shadow(value, number, kept, keys=True) if key == "arguments" else value
         for key, value in call.items()
     }
     if isinstance(call.get("function"), dict):
-        found["function"] = _call_with_shadows(call["function"], number, kept)
-    return found
+        shadowed["function"] = _call_with_shadows(call["function"], number, kept)
+    return shadowed
 
 
 def _shadow(value: Any, number: int, kept: re.Pattern[str], keys: bool = False) -> Any:
-    """A value whose texts are shadows: of a list of parts their `text` alone, of arguments the keys too."""
+    """Return the value with shadows for its texts: in parts only for `text`, in arguments for the keys too."""
     if isinstance(value, str):
         return _shadow_of_text(value, number, kept)
     if isinstance(value, list):
@@ -83,20 +87,20 @@ _shadows_of = functools.lru_cache(maxsize=MOST)(_Shadows)
 
 
 def _shadow_of_text(text: str, number: int, kept: re.Pattern[str]) -> str:
-    table, found, position = _shadows_of(number), [], 0
+    table, pieces, position = _shadows_of(number), [], 0
     for match in kept.finditer(text):
-        found += [text[position : match.start()].translate(table), match[0]]
+        pieces += [text[position : match.start()].translate(table), match[0]]
         position = match.end()
-    return "".join([*found, text[position:].translate(table)])
+    return "".join([*pieces, text[position:].translate(table)])
 
 
 def _numbers(text: str) -> np.ndarray:
-    """The code points of a text, int32 [len(text)]."""
+    """Return the code points of a text, int32 [len(text)]."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.int32)
 
 
 def is_shadow_of(shadowed: str, text: str) -> bool:
-    """Whether a text is another with shadows in place of some characters."""
+    """Return whether `shadowed` is `text` with shadows in place of some characters."""
     if len(shadowed) != len(text):
         return False
     shadows, plain = _numbers(shadowed), _numbers(text)
@@ -105,7 +109,7 @@ def is_shadow_of(shadowed: str, text: str) -> bool:
 
 
 def places_of(shadowed: str) -> dict[int, tuple[int, int]]:
-    """From where to where each message speaks, by its number."""
+    """Return where the words of each message begin and end in the text, by the message's number."""
     numbers = _numbers(shadowed)
     positions = np.flatnonzero(numbers >= _SHADOWS)
     slots = (numbers[positions] - _SHADOWS) // _EACH
@@ -117,24 +121,26 @@ def places_of(shadowed: str) -> dict[int, tuple[int, int]]:
 
 
 def behind_words(shadowed: str) -> str:
-    """What stands behind the last word that a message says."""
+    """Return the text after the last word of any message."""
     last = np.flatnonzero(_numbers(shadowed) >= _SHADOWS)
     return shadowed[last[-1] + 1 :] if len(last) else shadowed
 
 
 def names_of_calls(message: Message) -> list[str]:
-    """Of the tools that a message calls."""
+    """Return the names of the tools that a message calls."""
     calls = message.get("tool_calls")
-    found = (
+    functions = (
         [call.get("function", call) for call in calls if isinstance(call, dict)]
         if isinstance(calls, list)
         else []
     )
-    return [call["name"] for call in found if isinstance(call, dict) and isinstance(call.get("name"), str)]
+    return [
+        call["name"] for call in functions if isinstance(call, dict) and isinstance(call.get("name"), str)
+    ]
 
 
 def has_words(value: Any) -> bool:
-    """Whether a shadow stands anywhere in a value's texts."""
+    """Return whether there is a shadow anywhere in a value's texts."""
     if isinstance(value, str):
         return any(chr(_SHADOWS) <= character for character in value)
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()

@@ -1,13 +1,12 @@
-"""Find the turns of a chat in the text that a template makes of it, whatever it writes around them.
+"""Find the turns of a chat in the text that a template writes, whatever it puts around them.
 
-The chat is written twice: as it is, and with each character that a message says replaced by one that stands
-for it (its shadow) and for the message. Where the two texts differ, a message speaks; what they share is the
-template's own. So it is known which message stands where, though the template strips, moves or leaves out, or
-puts one message into another's turn.
+The chat is written twice: as it is, and with each character of a message replaced by one that stands for it
+and for the message (its shadow). Where the two texts differ, a message speaks; what they share is the template's
+own. So the place of each message is known, even where the template strips, moves or drops something, or puts
+one message into another's turn.
 
-A turn begins where the template's generation prompt for it ends: what a model is given is not learned, and
-all that it would have to write is, with `<think>` and the marks of a call. It ends with the token that ends
-such turns.
+A turn begins where the template's generation prompt ends. What a model is given is not learned; all that it
+would have to write is, with `<think>` and the marks of a call. A turn ends with the token that ends such turns.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ Write = Callable[[Sequence[Message], bool], str]
 """The text of some messages, with a generation prompt or without."""
 
 _PIECES = re.compile(r"<[^<>\s]*>|\[[^\[\]\s]*\]|\w+|[\W_]")
-"""What stands or falls as a whole where two texts of a template are held against each other."""
+"""What is compared as a whole between two texts of a template."""
 _NEAR = 400
 """Pieces before a turn among which its header is looked for."""
 
@@ -51,14 +50,14 @@ class Turn(NamedTuple):
 
 
 class Marks(NamedTuple):
-    """What a template puts around turns, seen in a chat that was made up."""
+    """The text that a template puts around turns, as seen in a made-up chat."""
 
     header: str
-    """What stands between a user's last word and an answer."""
+    """The text between a user's last word and an answer."""
     prompt: str
-    """Of it what a generation prompt adds."""
+    """The part of it that a generation prompt adds."""
     ends: tuple[str, ...]
-    """What ends a turn, each by itself."""
+    """The texts that end a turn, each by itself."""
 
 
 def marks_of(write: Write, content: Any, added: re.Pattern[str], known: Sequence[str]) -> Marks:
@@ -68,29 +67,27 @@ def marks_of(write: Write, content: Any, added: re.Pattern[str], known: Sequence
         with_shadows({"role": role, "content": content}, n, KEPT)
         for n, role in enumerate(("user", "assistant", "user"))
     ]
-    header, prompt, found = "", "", list(known)
+    header, prompt, ends = "", "", list(known)
     try:
         header = behind_words(write(chat[:1], True))
         prompt = header.removeprefix(behind_words(write(chat[:1], False)))
         last = behind_words(write(chat[:2], False))
         whole = write(chat, False)
-    except (
-        Exception
-    ):  # A template may refuse these three messages; rows then go by what they show themselves.
-        return Marks(header, prompt, tuple(found))
+    except Exception:  # A template may refuse these messages; then each row's own text must show it.
+        return Marks(header, prompt, tuple(ends))
     places = places_of(whole)
     if places.keys() != {0, 1, 2}:
-        return Marks(header, prompt, tuple(found))
+        return Marks(header, prompt, tuple(ends))
     ahead, between = whole[places[0][1] : places[1][0]], whole[places[1][1] : places[2][0]]
     if not prompt and ahead.startswith(header) and (named := ahead[len(header) :].rstrip(" ")).strip():
         # A template that knows no generation prompt: what always stands before an answer is its header.
         header, prompt = header + named, named
     shared = _shared(between, last)
     if end := _last_end(shared, added):
-        found.append(end)
+        ends.append(end)
     else:
-        found += _ends_apart(between, last, header, added)
-    return Marks(header, prompt, tuple(dict.fromkeys(found)))
+        ends += _ends_apart(between, last, header, added)
+    return Marks(header, prompt, tuple(dict.fromkeys(ends)))
 
 
 def _last_end(text: str, added: re.Pattern[str]) -> str:
@@ -99,8 +96,10 @@ def _last_end(text: str, added: re.Pattern[str]) -> str:
 
 
 def _ends_apart(between: str, last: str, header: str, added: re.Pattern[str]) -> list[str]:
-    """The two ends of a template that ends its last turn otherwise, as gpt-oss does; a token that begins
-    another's turn is none."""
+    """Return the two ends of a template that ends its last turn in another way, as gpt-oss does.
+
+    A token that begins somebody else's turn is not an end.
+    """
     inner, outer = added.match(between.lstrip()), added.match(last.lstrip())
     if outer is None:
         return []
@@ -111,7 +110,7 @@ def _ends_apart(between: str, last: str, header: str, added: re.Pattern[str]) ->
 def turns(
     messages: Sequence[Message], text: str, write: Write, marks: Marks, added: re.Pattern[str]
 ) -> list[Turn]:
-    """Every assistant's turn in `text`, which is what `write` makes of the messages; in order.
+    """Return every assistant's turn in `text`, which `write` wrote from the messages; in order.
 
     Raises RowProblem where it cannot be told which message says what, or where a message that says something
     is left out.
@@ -142,10 +141,10 @@ class _Search:
         self._places = places_of(self._shadowed)
 
     def _find_shadows(self, messages: Sequence[Message]) -> tuple[list[Message], str]:
-        """Messages whose characters have shadows, and the text of them: as many as the template writes just
-        as the others."""
+        """Return the messages with shadows, and their text. As many characters have one as the template treats
+        like the original ones."""
         everyone = {message["role"] for message in messages}
-        # What ends a turn, and is said in one, ends none.
+        # A message may hold the text that ends a turn: there it gets a shadow, and ends nothing.
         ends = "|".join(map(re.escape, self._marks.ends)) or "(?!)"
         first = re.compile(f"(?!{ends})(?:{KEPT.pattern})")
         for kept, roles in (
@@ -167,12 +166,12 @@ class _Search:
         )
 
     def turns(self) -> list[Turn]:
-        found: list[Turn] = []
+        turns: list[Turn] = []
         for number, message in enumerate(self._shadows):
             if message["role"] == "assistant":
-                turn = self._turn(number, found[-1].end if found else 0)
-                found.append(turn)
-        return found
+                turn = self._turn(number, turns[-1].end if turns else 0)
+                turns.append(turn)
+        return turns
 
     def _turn(self, number: int, after: int) -> Turn:
         visible = number in self._places
@@ -181,9 +180,8 @@ class _Search:
         header = self._prompt(number)
         length = _header_length(gap, self._marks.header if header is None else header)
         if gap.startswith(self._marks.prompt, length):
-            length += len(
-                self._marks.prompt
-            )  # As of Gemma 4, which gives no prompt behind a tool's answer, and writes one there later.
+            # As with Gemma 4, which gives no prompt after a tool's answer, and writes one there later.
+            length += len(self._marks.prompt)
         start = max(before + length, after)
         speaks = self._places[number] if visible else (start, start)
         if visible and (start > speaks[0] or self._interrupted(number)):
@@ -201,20 +199,24 @@ class _Search:
                 self._check_said(number, self._text)
 
     def _check_said(self, number: int, text: str) -> None:
-        """Raise RowProblem where a text lacks the name of what a message calls, or all words of one that has
-        some. Beside calls, thoughts may be left out."""
+        """Raise RowProblem where a text lacks a tool that the message calls, or all of its words.
+
+        A message with calls may lose its thoughts.
+        """
         shadows, names = self._shadows[number], names_of_calls(self._shadows[number])
-        said = [value for key, value in shadows.items() if not names or key in ("content", "tool_calls")]
+        words = [value for key, value in shadows.items() if not names or key in ("content", "tool_calls")]
         missed = next((name for name in names if name not in text), None)
         if missed is not None:
             what = f"the chat template leaves out what message {number + 1} says: a call of {missed!r}"
             raise RowProblem(BAD_VALUE, f"{what}. A model whose template writes calls is needed")
-        if number not in self._places and has_words(said):
+        if number not in self._places and has_words(words):
             raise RowProblem(BAD_VALUE, f"the chat template leaves out what message {number + 1} says")
 
     def _around(self, number: int) -> tuple[int, int]:
-        """Where the last word before a turn ends, and where its own first word begins: the next message's,
-        where it has none."""
+        """Return where the last word before a turn ends, and where its own first word begins.
+
+        For a turn without words, where the next message's first word begins.
+        """
         spoken = sorted(self._places.items(), key=lambda item: item[1])
         if number in self._places:
             begins = self._places[number][0]
@@ -229,17 +231,15 @@ class _Search:
         )
 
     def _prompt(self, number: int) -> str | None:
-        """What a model is given of its turn: the end of the chat so far with a generation prompt; None where
-        that cannot be written."""
+        """Return the part of its turn that a model is given: the end of the chat so far with a generation
+        prompt. None where the template refuses such a chat."""
         try:
             return behind_words(self._write(self._shadows[:number], True)) if number else None
-        except (
-            Exception
-        ):  # As of a chat that begins with the assistant, or two of whose messages stand in one turn.
+        except Exception:  # As where a chat begins with the assistant, or two messages share a turn.
             return None
 
     def _closing(self, number: int, position: int, visible: bool, header: int) -> int:
-        """How much of what stands behind a turn's last word belongs to it."""
+        """Return how many characters after a turn's last word belong to it."""
         following = min(
             (start for start, _ in self._places.values() if start >= position), default=len(self._text)
         )
@@ -259,8 +259,10 @@ class _Search:
         # A template may write a turn otherwise where it is the last one; of one without words the first end
         # is its own.
         within = shared if visible or shared.strip() else behind
-        said = max((within.rfind(name) + len(name) for name in names if name in shared), default=0)
-        ends = [within.find(end, said) + len(end) for end in self._marks.ends if end in within[said:]]
+        last_name = max((within.rfind(name) + len(name) for name in names if name in shared), default=0)
+        ends = [
+            within.find(end, last_name) + len(end) for end in self._marks.ends if end in within[last_name:]
+        ]
         if ends:
             return min(ends)
         # In the middle of a chat the turn may end otherwise than at its end.
@@ -271,7 +273,7 @@ class _Search:
 
 
 def _shared(one: str, other: str) -> str:
-    """What two texts begin with, in whole pieces."""
+    """Return the common beginning of two texts, in whole pieces."""
     length = 0
     for piece, same in zip(_PIECES.findall(one), _PIECES.findall(other), strict=False):
         if piece != same:
@@ -281,11 +283,11 @@ def _shared(one: str, other: str) -> str:
 
 
 def _header_length(gap: str, prompt: str) -> int:
-    """How much of what stands before an answer's first word the model is given: `prompt` where it stands
-    there as it is.
+    """Return how many characters of `gap`, the text before an answer's first word, the model is given.
 
-    Templates give more than they write later (`<think>`), or end another's turn otherwise in the middle of a
-    chat; then it is as far as the longest run that both have, white space aside.
+    All of `prompt`, where the gap begins with it. A template may give more than it writes later (`<think>`), or
+    end somebody else's turn in another way in the middle of a chat. Then it is all up to the end of the longest
+    run that both have, white space aside.
     """
     if gap.startswith(prompt):
         return len(prompt)

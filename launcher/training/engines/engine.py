@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from launcher.tasks.generation import GenerationOptions
 from launcher.tasks.task import Output
 from launcher.training.generating import EachToken
-from launcher.training.heads import Batch
+from launcher.training.model.forward import Batch
 
 
 class Engine(Protocol):

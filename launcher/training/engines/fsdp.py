@@ -23,9 +23,9 @@ from launcher.training.engines.companions import bind_loss
 from launcher.training.engines.companions import load as load_companions
 from launcher.training.engines.recompute import checkpoint_activations
 from launcher.training.engines.units import shard_units
-from launcher.training.heads import Batch
 from launcher.training.model import adapters
 from launcher.training.model import loading as models
+from launcher.training.model.forward import Batch
 from launcher.training.precision import DTYPES
 
 

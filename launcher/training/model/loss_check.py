@@ -21,12 +21,11 @@ from launcher.errors import ConfigurationError, Problem, first_line
 from launcher.planner.model.model_support import Way
 from launcher.planner.plan import Plan
 from launcher.tasks.task import IGNORE, Output, Sample, Task
-from launcher.training import heads
 from launcher.training.data.dataset import Dataset
 from launcher.training.devices import to_device
 from launcher.training.engines.engine import Engine
-from launcher.training.heads import Batch
 from launcher.training.model import attention
+from launcher.training.model.forward import Batch, own_forward
 from launcher.training.model.places import is_unsplit, lists_of_layers
 
 LENGTHS = (11, 7)
@@ -185,7 +184,7 @@ def _values(task: Task, output: Output, row: Sample) -> torch.Tensor:
 def _alone(model: PreTrainedModel, batch: Batch) -> Output:
     """The loss or the outputs of one row; in the place of `num_correct` how large they usually are."""
     with _size_of_outputs(model) as sizes:
-        output = heads.own_forward(model, batch | {"use_cache": False})
+        output = own_forward(model, batch | {"use_cache": False})
     # A head for answers has two outputs, for where they begin and where they end.
     logits = (
         output.logits if "logits" in output else torch.stack((output.start_logits, output.end_logits), dim=-1)

@@ -112,16 +112,19 @@ class Recorder:
         self._kept_at = time.monotonic()
 
 
-def description(engine: Engine, config: Any, length: int) -> dict[str, Any]:
-    """Return what the event `training` says of a model: its size, what of it trains and is new, what a token
-    costs at that length."""
+def description(engine: Engine, config: Any, length: int, unit: str) -> dict[str, Any]:
+    """Return what the event `training` says of a model: its size, what of it trains and is new, and what a
+    token costs in samples of that length. `unit`: what a length counts."""
     sizes = [
         (models.whole_shape(parameter).numel(), parameter.requires_grad)
         for parameter in engine.model.parameters()
     ]
-    return {
+    about: dict[str, Any] = {
         "num_parameters": sum(size for size, _ in sizes),
         "num_trainable": sum(size for size, trains in sizes if trains),
-        "flops_per_token": operations.flops_per_token(engine.model, config, length),
-        "new_parameters": list(engine.new_parameters),
     }
+    # By how often its parameters are used: once for a token, and more often for a pixel.
+    cost = {"flops_per_token": operations.flops_per_token(engine.model, config, length)}
+    about |= cost if unit == "token" else {}
+    about["new_parameters"] = list(engine.new_parameters)
+    return about if unit == "token" else {**about, "unit": unit}

@@ -13,7 +13,7 @@ import signal
 import time
 from typing import Any
 
-from launcher.training import trainer
+from launcher.training import attempt, trainer
 
 
 class BrokenDiskError(OSError):
@@ -61,4 +61,4 @@ def _train(*arguments: Any, **options: Any) -> Any:
     return train(*arguments, **options)
 
 
-train, trainer.train = trainer.train, _train
+train, attempt.train = attempt.train, _train

@@ -20,7 +20,7 @@ MOMENTS = {
     "preparing": "launcher.training.trainer:TrainingInputs.prepare",
     "loading": "launcher.training.trainer:engines.build",
     "restoring": "launcher.training.state_keeper:StateKeeper.restore",
-    "evaluating": "launcher.training.trainer:evaluate",
+    "evaluating": "launcher.training.held_out:evaluate",
     "data": "launcher.training.data.batches:Batches.step",
     "step": "launcher.training.trainer:Trainer._step",
     "forward": "launcher.training.engines.ENGINE.micro_step",

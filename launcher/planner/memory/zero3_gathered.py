@@ -1,0 +1,47 @@
+"""Count the elements that ZeRO's third stage has gathered during each block of a pass, kept for later plans."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+from launcher.planner.memory.program import Segment, Unit, Weight
+from launcher.planner.memory.zero3_prefetch import Coordinator, Key, Tracer
+from launcher.planner.memory.zero_states import ZeroCut
+
+_CACHE: dict[Hashable, dict[Key, int]] = {}
+_MOST_CACHED = 32
+"""Each takes about 110 KB for a model of 126 layers."""
+
+
+def gathered_elements(
+    root: Unit, layers: list[Unit], cut: ZeroCut, segments: list[Segment]
+) -> dict[Key, int]:
+    """Return the elements that are gathered during each block, and at the end of the pass (`END`).
+
+    They depend on the order of the blocks and not on their sizes, and so are the same for all micro-batches.
+    """
+    limits = (cut.prefetch_bucket, cut.persistence, cut.max_live, cut.copied_below)
+    weights = tuple(
+        (weight.name, weight.shape, weight.viewed) for unit in (root, *layers) for weight in unit.weights
+    )
+    blocks = tuple((segment.kind, segment.layer, segment.backward) for segment in segments)
+    key = (cut.ranks, *limits, cut.recomputes, cut.speaks, weights, blocks)
+    if key not in _CACHE:
+        if len(_CACHE) >= _MOST_CACHED:
+            _CACHE.clear()
+        head = output_embeddings(root) if cut.speaks else None
+        trace = Tracer(root, layers, cut.persistence, head).trace(segments, cut.recomputes)
+        external = frozenset({head.name} if head is not None else ())
+        copied_below = cut.copied_below / cut.itemsize
+        _CACHE[key] = Coordinator(
+            trace, cut.prefetch_bucket, cut.max_live, cut.max_live, copied_below, external
+        ).go()
+    return _CACHE[key]
+
+
+def output_embeddings(root: Unit) -> Weight | None:
+    """Return the last matrix that is as large as the first, the table of words; that one itself, where it is
+    tied."""
+    words = root.weights[0]
+    matrices = [weight for weight in root.weights if len(weight.shape) > 1]
+    return next((weight for weight in reversed(matrices) if weight.shape == words.shape), None)

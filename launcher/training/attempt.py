@@ -1,0 +1,41 @@
+"""Train: from a run directory with a plan to a trained, saved, evaluated model."""
+
+from __future__ import annotations
+
+from launcher.planner.plan import Plan
+from launcher.runs.layout import RunDirectory
+from launcher.runs.places import here
+from launcher.training.devices import start_process_group
+from launcher.training.engines.operators import build_operators
+from launcher.training.inputs import TrainingInputs, phase_report
+from launcher.training.model import pretrained
+from launcher.training.reporting.whereabouts import say_compiling, waited
+from launcher.training.signals import StopRequest
+from launcher.training.trainer import Trainer
+
+
+def train(
+    run: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, *, stop_at: int | None = None
+) -> None:
+    """Run the plan to its end, or to a stop, going on from the newest whole checkpoint. Called by every
+    rank."""
+    here.at("preparing")
+    planned, plan = plan, pretrained.settled(plan)
+    material = TrainingInputs.prepare(run, plan)
+    here.at("building operators")
+    build_operators(plan, phase_report(run, "building operators", "operators"))
+    here.at("loading")
+    device = start_process_group(plan)
+    waited.watch()
+    if plan.model.compile:
+        say_compiling()
+    trainer = Trainer(run, plan, material, device, stop, stop_at, run.attempt(attempt))
+    trainer.load()
+    if plan != planned:
+        now, then = (
+            f"{one.layout} samples with {one.attention} attention and the {one.head} head"
+            for one in (plan, planned)
+        )
+        why = "the model's config was not here when this was planned"
+        trainer.event("noted", text=f"{why}: it takes {now}, where {then} had been planned")
+    trainer.run_to_the_end()
