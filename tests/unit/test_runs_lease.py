@@ -158,7 +158,7 @@ def test_a_lease_beats_and_gives_up_one_that_was_taken(
     assert path.read_text().startswith(f"process {os.getpid()} on") and not path.read_text().endswith("\n0")
     # As another one takes it, by a file of its own: a beat that is under way may still write into ours.
     (tmp_path / "theirs").write_text("process 1 on another-host, begun at tick 5 of boot b\n3")
-    os.replace(tmp_path / "theirs", path)
+    (tmp_path / "theirs").replace(path)
     lease.release()
     assert path.read_text().startswith("process 1 on another-host"), "what is another's stays"
 
