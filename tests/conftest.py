@@ -20,11 +20,7 @@ os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "laun
 # The same examples in every run: whoever looks for an unlucky one has time for it, and the next commit has not.
 # To look: pytest --hypothesis-profile=default --hypothesis-seed=N
 settings.register_profile(
-    "repeatable",
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=[HealthCheck.too_slow],
+    "repeatable", derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("repeatable")
 

@@ -180,7 +180,7 @@ class Machine:
         # Its first process takes all others along; unshare then ends by itself, and has reaped it.
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid or self._unshare.pid, signal.SIGKILL)
-        self._unshare.wait(30)
+        self._unshare.wait(300)
         self.pid = 0
 
     def enter(self, *namespaces: str) -> list[str]:
