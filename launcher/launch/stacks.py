@@ -74,9 +74,19 @@ def _ask(pid: int) -> bool:
 
 def catches(pid: int, number: int) -> bool:
     """Return whether a process has a handler for a signal, as the kernel tells."""
+    return _has_signal(pid, "SigCgt:", number)
+
+
+def is_pending(pid: int, number: int) -> bool:
+    """Return whether a process has yet to take a signal that was sent to it."""
+    return _has_signal(pid, "ShdPnd:", number)
+
+
+def _has_signal(pid: int, field: str, number: int) -> bool:
+    """Return whether a signal is in one of the sets that proc(5) shows; false for a process that is gone."""
     with contextlib.suppress(OSError, ValueError):
         for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("SigCgt:"):
+            if line.startswith(field):
                 return bool(int(line.split()[1], 16) >> (number - 1) & 1)
     return False
 

@@ -168,6 +168,10 @@ def test_a_process_is_seen(start: Callable[[RunDirectory, int], int], tmp_path: 
     assert sight.look(os.getpid()).stopped_child == pid
     assert sight.look(2**22 - 1).state == ""
     assert stacks.catches(pid, STACKS_SIGNAL) and not stacks.catches(pid, signal.SIGUSR1)
+    os.kill(pid, STACKS_SIGNAL)
+    assert stacks.is_pending(pid, STACKS_SIGNAL) and not stacks.is_pending(pid, signal.SIGUSR1)
+    os.kill(pid, signal.SIGCONT)
+    wait_for(lambda: not stacks.is_pending(pid, STACKS_SIGNAL))
 
 
 def test_who_holds_a_lock_is_known(tmp_path: Path) -> None:
