@@ -169,7 +169,7 @@ def test_a_rank_killed_from_outside_is_noticed_and_the_run_goes_on_after(tmp_pat
     assert code == 9
     assert "rank 1" in errors and "killed by signal 9 (SIGKILL)" in errors
     # `time` in failure.json is when the agent saw it: at once, were nothing else running here.
-    assert failure(run)["time"] - killed < 60
+    assert failure(run)["time"] - killed < 300
     run.plan_file.write_text(plan(num_steps=last_of(run) + 3).to_json())
     assert launch(run)[0] == 0
     assert run.last_attempt() == 2 and read_status(run).state == "finished"
