@@ -39,7 +39,7 @@ from launcher.runs.processes import STOP_SIGNALS, alive, children, kill_group, p
 Force = Literal["", "second interrupt", "grace", "exit", "failure", "superseded", "gone", "hung"]
 EXIT_SECONDS = 30.0
 """Between the last word of a run (finished, stopped) and the end of its processes."""
-FAILURE_SECONDS = 3.0
+FAILURE_SECONDS = 10.0
 """Between the first rank's failure and the end of all, before the agent counts as stuck."""
 _POLL_SECONDS = 0.1
 _GRACE_FILE_SECONDS = 0.5
