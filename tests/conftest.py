@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 import os
+import random
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -98,6 +101,15 @@ def _own_figures(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: py
     number in another order."""
     if request.node.get_closest_marker("unit"):
         monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path.parent / f"{tmp_path.name}-state"))
+
+
+@pytest.fixture(autouse=True)
+def _own_draws() -> None:
+    """What a test draws without a seed is the same whatever ran before it in this process."""
+    random.seed(0)
+    for name, seed in (("numpy", "random.seed"), ("torch", "manual_seed")):
+        if name in sys.modules:
+            operator.attrgetter(seed)(sys.modules[name])(0)
 
 
 @pytest.fixture(autouse=True)
