@@ -53,13 +53,13 @@ def missing() -> str | None:
     return f"no namespaces here: {tried.stderr.strip()}" if tried.returncode else None
 
 
-PATIENCE = 4
+PATIENCE = 10
 
 
 def poll(question: Callable[[], object], timeout: float, what: str) -> None:
     """Waits until the answer is true, or raises with `what` was waited for.
 
-    `timeout` is for a machine that does nothing else: beside other work it may take several times as long.
+    `timeout` is for a machine that does nothing else: beside other work it may take many times as long.
     """
     timeout *= PATIENCE
     deadline = time.monotonic() + timeout
