@@ -45,6 +45,7 @@ _POLL_SECONDS = 0.1
 _GRACE_FILE_SECONDS = 0.5
 """For the disk to take how long the ranks have, before they are asked without it."""
 _SECONDS_TO_TAKE_A_SIGNAL = 5.0
+"""For ranks that a busy machine keeps waiting, before they are ended without a stack."""
 _LAST_LOOK_SECONDS = 30.0
 _SHORT_LOOK_SECONDS = 2.0
 """For what was written last, where everything was ended by force."""
@@ -266,7 +267,6 @@ class Supervisor:
         for pid in self._ranks.values():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGQUIT)
-        # On a busy machine it may be long until they run. Then to write takes milliseconds.
         until = time.monotonic() + _SECONDS_TO_TAKE_A_SIGNAL
         while time.monotonic() < until and any(
             is_pending(pid, signal.SIGQUIT) and not is_stopped(pid) for pid in self._ranks.values()

@@ -81,9 +81,10 @@ def ports(processes: list[psutil.Process]) -> dict[int, str]:
 def stores_of(processes: list[psutil.Process]) -> list[str]:
     """The stores that they have open, as paths through which they can be opened again."""
     found = []
-    for path in [path for one in processes for path in Path(f"/proc/{one.pid}/fd").iterdir()]:
-        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
-            found += [str(path)] if "launcher-store" in str(path.readlink()) else []
+    for process in processes:
+        for path in Path(f"/proc/{process.pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                found += [str(path)] if "launcher-store" in str(path.readlink()) else []
     return found
 
 
