@@ -26,7 +26,7 @@ def run(cluster: Cluster, tmp_path: Path) -> Run:
     """On n1 and n2, in the middle of training; n3 is not of it."""
     tmp_path.chmod(0o777)
     material = TrainingInputs(tmp_path / "material")
-    run = material.submit(cluster, material.job("open", {"training": {"max_steps": 5000}}))
+    run = material.submit(cluster, material.job("open", {"training": {"max_steps": 100_000}}))
     run.wait_step(2)
     return run
 

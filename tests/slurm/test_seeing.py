@@ -146,7 +146,7 @@ def rest(watcher: subprocess.Popen[bytes], leader: int) -> bytes:
 def test_watch_on_a_terminal_leaves_at_ctrl_c_and_the_run_goes_on(
     cluster: Cluster, material: TrainingInputs
 ) -> None:
-    run = material.submit(cluster, material.job("watched", {"training": {"max_steps": 5000}}, nodes=1))
+    run = material.submit(cluster, material.job("watched", {"training": {"max_steps": 100_000}}, nodes=1))
     run.wait_step(1)
     leader, follower = pty.openpty()
     environment = {**material.environment(cluster), "TERM": "xterm", "COLUMNS": "100", "LINES": "40"}
