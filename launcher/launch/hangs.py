@@ -37,7 +37,7 @@ _SECONDS_FOR_STACKS = 15.0
 """For all nodes to find out where their ranks are, before the line is said without them."""
 _MOST_SUSPICIONS = 9
 """Of one attempt with stacks of their own; more would fill a disk."""
-_SECONDS_TO_END = 1.0
+_SECONDS_TO_END = 5.0
 """For what was seen last to be written."""
 _ORDER = "suspected.json"
 

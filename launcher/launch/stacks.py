@@ -20,7 +20,8 @@ from launcher.launch.sight import look
 from launcher.runs.places import PAGE_BYTES
 from launcher.runs.processes import STACKS_SIGNAL
 
-_SECONDS_TO_WRITE = 1.0
+_SECONDS_TO_WRITE = 5.0
+"""They need milliseconds, once a busy machine has them run."""
 _SECONDS_FOR_PY_SPY = 10.0
 _MOST_BYTES = 1 << 18
 _FRAME = re.compile(r'^  File "(?P<file>[^"]*)", line (?P<line>\d+|\?\?\?) in (?P<function>.+)$')
@@ -51,13 +52,19 @@ class Stack:
 
 
 def collect(ranks: dict[int, tuple[int, str]]) -> dict[int, Stack]:
-    """The stacks of several ranks, given as pid and the path of their memory; takes about a second."""
+    """The stacks of several ranks, given as pid and the path of their memory.
+
+    Takes a fifth of a second, and as long as a rank that runs has to wait for a core.
+    """
     before = {rank: _size(path) for rank, (_, path) in ranks.items()}
     requested = {rank for rank, (pid, path) in ranks.items() if path and _ask(pid)}
-    until = time.monotonic() + _SECONDS_TO_WRITE
-    while any(_size(ranks[rank][1]) == before[rank] for rank in requested) and time.monotonic() < until:
-        time.sleep(0.05)
-    time.sleep(0.1)  # the last lines of those that have begun
+    until, last = time.monotonic() + _SECONDS_TO_WRITE, dict[int, int]()
+    while time.monotonic() < until:
+        sizes = {rank: _size(ranks[rank][1]) for rank in requested}
+        if sizes == last and all(sizes[rank] != before[rank] for rank in requested):
+            break  # all have written, and nothing more has come
+        last = sizes
+        time.sleep(0.1)
     return {rank: _stack(rank, pid, path, before[rank]) for rank, (pid, path) in ranks.items()}
 
 
@@ -74,9 +81,19 @@ def _ask(pid: int) -> bool:
 
 def catches(pid: int, number: int) -> bool:
     """Return whether a process has a handler for a signal, as the kernel tells."""
+    return _has_signal(pid, "SigCgt:", number)
+
+
+def is_pending(pid: int, number: int) -> bool:
+    """Return whether a process has yet to take a signal that was sent to it."""
+    return _has_signal(pid, "ShdPnd:", number)
+
+
+def _has_signal(pid: int, field: str, number: int) -> bool:
+    """Return whether a signal is in one of the sets that proc(5) shows; false for a process that is gone."""
     with contextlib.suppress(OSError, ValueError):
         for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("SigCgt:"):
+            if line.startswith(field):
                 return bool(int(line.split()[1], 16) >> (number - 1) & 1)
     return False
 

@@ -25,6 +25,7 @@ from launcher.launch.disk import Disk
 from launcher.launch.hangs import Hangs
 from launcher.launch.screen import Screen
 from launcher.launch.sight import exit_code, is_stopped
+from launcher.launch.stacks import is_pending
 from launcher.launch.stop_signals import Signals
 from launcher.launch.watchdog import HangAfter
 from launcher.runs.events import event
@@ -38,11 +39,13 @@ from launcher.runs.processes import STOP_SIGNALS, alive, children, kill_group, p
 Force = Literal["", "second interrupt", "grace", "exit", "failure", "superseded", "gone", "hung"]
 EXIT_SECONDS = 30.0
 """Between the last word of a run (finished, stopped) and the end of its processes."""
-FAILURE_SECONDS = 3.0
+FAILURE_SECONDS = 10.0
 """Between the first rank's failure and the end of all, before the agent counts as stuck."""
 _POLL_SECONDS = 0.1
 _GRACE_FILE_SECONDS = 0.5
 """For the disk to take how long the ranks have, before they are asked without it."""
+_SECONDS_TO_TAKE_A_SIGNAL = 5.0
+"""For ranks that a busy machine keeps waiting, before they are ended without a stack."""
 _LAST_LOOK_SECONDS = 30.0
 _SHORT_LOOK_SECONDS = 2.0
 """For what was written last, where everything was ended by force."""
@@ -264,6 +267,11 @@ class Supervisor:
         for pid in self._ranks.values():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGQUIT)
+        until = time.monotonic() + _SECONDS_TO_TAKE_A_SIGNAL
+        while time.monotonic() < until and any(
+            is_pending(pid, signal.SIGQUIT) and not is_stopped(pid) for pid in self._ranks.values()
+        ):
+            time.sleep(0.02)
         time.sleep(0.3)
 
     def _note_unreaped(self) -> None:

@@ -3,6 +3,7 @@ others."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -67,19 +68,24 @@ def family(pid: int) -> list[psutil.Process]:
 
 
 def ports(processes: list[psutil.Process]) -> dict[int, str]:
-    """The ports on which they listen, each with its address."""
-    found = [
-        one.laddr
-        for process in processes
-        for one in process.net_connections("inet")
-        if one.status == psutil.CONN_LISTEN
-    ]
+    """The ports on which they listen, each with its address; of those that have not ended meanwhile."""
+    found = []
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found += [
+                one.laddr for one in process.net_connections("inet") if one.status == psutil.CONN_LISTEN
+            ]
     return {address.port: address.ip for address in found}
 
 
-def files_of(process: psutil.Process) -> list[Path]:
-    """What it has open, as paths through which it can be opened again."""
-    return list(Path(f"/proc/{process.pid}/fd").iterdir())
+def stores_of(processes: list[psutil.Process]) -> list[str]:
+    """The stores that they have open, as paths through which they can be opened again."""
+    found = []
+    for process in processes:
+        for path in Path(f"/proc/{process.pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                found += [str(path)] if "launcher-store" in str(path.readlink()) else []
+    return found
 
 
 def test_more_machines_than_nodes_end_the_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,16 +117,14 @@ def test_more_machines_than_nodes_end_the_attempt(tmp_path: Path, monkeypatch: p
 def test_another_user_gets_into_no_run_of_this_machine(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
     flag = tmp_path / "flag"
-    run = make_run(tmp_path, {"gloo": True, "step_seconds": 0.1}, num_steps=3000)
+    run = make_run(tmp_path, {"gloo": True, "step_seconds": 0.1}, num_steps=100_000)
     with launched(run) as process:
         wait_for(begun(run), "two steps")
         processes = family(process.pid)
         ranks = [one for one in processes if one.pid in pids(run)]
         others = [one for one in processes if one not in ranks]
         listening = ports(ranks)
-        stores = [
-            str(path) for one in others for path in files_of(one) if "launcher-store" in str(path.readlink())
-        ]
+        stores = stores_of(others)
         assert ports(others) == {}, "neither launcher nor agent listens"
         assert set(listening.values()) == {"127.0.0.1"} and stores
         assert not any(run.run_id() in argument for one in processes for argument in one.cmdline())

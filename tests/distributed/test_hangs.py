@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 SECONDS = 8.0
-"""Long enough that a rank which a busy machine leaves waiting is not suspected."""
+"""For every phase; before a rank is struck, however long a busy machine leaves one waiting, nobody is judged."""
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ def test_a_hang_is_named(
     rank = struck["rank"]
     assert f"rank {rank} on {os.uname().nodename} {words.format(other=1 - rank)}" in said["line"], errors
     assert said["line"] in errors and "Stacks: " in errors
-    assert said["time"] - struck["time"] < SECONDS + 60
+    assert said["time"] - struck["time"] < SECONDS + 120
     assert (
         code == HungError.exit_code == json.loads((run.attempt(1) / "failure.json").read_text())["exit_code"]
     )
@@ -141,7 +141,9 @@ def test_a_hang_is_named(
 def test_a_rank_that_goes_on_again_ends_the_suspicion(
     tmp_path: Path, material: tuple[Path, dict[str, Any]]
 ) -> None:
-    run = make_run(tmp_path, material, {"place": "forward", "kind": "stop", "rank": 1, "step": 7})
+    # By the bounds of a job that names none: of a rank that is stopped 10 s, and a minute until the run is ended.
+    fault = {"place": "forward", "kind": "stop", "rank": 1, "step": 7}
+    run = make_run(tmp_path, material, fault, hang_after=None)
     process = launch(run)
     deadline = time.monotonic() + 600
     while not named(run, "suspected"):

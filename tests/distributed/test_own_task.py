@@ -124,7 +124,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def launcher(folder: Path, *arguments: Any, code: int = 0) -> str:
     environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{Path(__file__).parents[2]}"}
     command = [sys.executable, "-m", "launcher.cli.main", *map(str, arguments)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == code, result.stdout + result.stderr
     return result.stdout + result.stderr
 

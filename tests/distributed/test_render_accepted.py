@@ -194,7 +194,7 @@ def test_accelerates_own_test_script_runs_on_two_cpu_ranks(tmp_path: Path) -> No
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--config_file", str(path)]
     command += ["--main_process_port", str(free_port()), "-m", "accelerate.test_utils.scripts.test_script"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "Num processes: 2" in done.stdout
 

@@ -54,13 +54,13 @@ def test_a_terminal_that_is_closed_is_a_polite_stop(tmp_path: Path) -> None:
     looking = threading.Thread(target=_read_all, args=(terminal,), daemon=True)
     looking.start()
     try:
-        wait_for(begun(run), "steps", 120)
+        wait_for(begun(run), "steps")
         os.close(terminal)
-        wait_for(lambda: not alive(process), "the launcher gone", 120)
+        wait_for(lambda: not alive(process), "the launcher gone")
     finally:
         _, status = os.waitpid(process, 0)
     assert os.waitstatus_to_exitcode(status) == 75
-    assert names(run)[-2:] == ["stopping", "stopped"] and read_status(run).signal == "SIGHUP"
+    assert set(names(run)[-2:]) == {"stopping", "stopped"} and read_status(run).signal == "SIGHUP"
     assert not any(alive(pid) for pid in pids(run))
 
 
@@ -75,9 +75,9 @@ def _read_all(terminal: int) -> None:
 def test_a_run_outlives_the_reader_of_its_output(tmp_path: Path) -> None:
     run = make_run(tmp_path, num_steps=200)
     with launched(run, "--display") as process:
-        wait_for(begun(run), "steps", 120)
+        wait_for(begun(run), "steps")
         process.stderr.close()  # as `| head` does
-        assert process.wait(200) == 0
+        assert process.wait(600) == 0
     assert names(run)[-1] == "finished"
 
 
@@ -85,7 +85,7 @@ def test_a_run_outlives_the_reader_of_its_output(tmp_path: Path) -> None:
 def test_a_run_directory_that_is_removed_or_renamed_ends_the_run(is_renamed: bool, tmp_path: Path) -> None:
     run = make_run(tmp_path, {"kind": "carefree"}, **LONG)
     with launched(run) as process:
-        wait_for(begun(run), "steps", 120)
+        wait_for(begun(run), "steps")
         ranks = pids(run)
         run.path.rename(tmp_path / "elsewhere")
         if not is_renamed:
@@ -123,12 +123,14 @@ def stalling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_disk_that_hangs_makes_nobody_deaf(number: signal.Signals, tmp_path: Path, stalling: Path) -> None:
     run = make_run(tmp_path, num_steps=100_000, grace=2.0 if number == signal.SIGTERM else 10_000.0)
     with launched(run) as process:
-        wait_for(begun(run), "steps", 120)
+        wait_for(begun(run), "steps")
         ranks = pids(run)
         stalling.touch()
         process.send_signal(number)
         if number == signal.SIGINT:
-            time.sleep(1.0)
+            while "SIGINT" not in process.stderr.readline():
+                pass
+            time.sleep(0.6)  # two that come at once are one
             process.send_signal(number)
         code, errors = finish(process)
         assert not any(alive(pid) for pid in ranks)
@@ -150,7 +152,7 @@ def test_a_disk_that_is_full_to_the_last_byte_is_one_line(tmp_path: Path) -> Non
     try:
         run = make_run(disk, {"step_seconds": 0.05}, **LONG)
         with launched(run) as process:
-            wait_for(begun(run), "steps", 120)
+            wait_for(begun(run), "steps")
             with open(disk / "ballast", "wb", buffering=0) as file:
                 try:
                     while file.write(bytes(1 << 12)):

@@ -33,8 +33,8 @@ def forked(code: int, seconds: float = 0.0) -> Forked:
 
 
 def test_a_forked_rank_ends_as_a_started_one_does() -> None:
-    assert forked(75).wait(10) == 75
-    sleeping = forked(0, 60)
+    assert forked(75).wait(600) == 75
+    sleeping = forked(0, 600)
     assert sleeping.poll() is None
     with pytest.raises(subprocess.TimeoutExpired):
         sleeping.wait(0.05)

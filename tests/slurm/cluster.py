@@ -179,7 +179,7 @@ class Cluster:
         }
         return {**inherited, "SLURM_CONF": str(self.settings.slurm_conf)}
 
-    def run(self, *command: str, timeout: float = 60) -> str:
+    def run(self, *command: str, timeout: float = 600) -> str:
         """Runs it on the login node and returns what it printed, or raises with what it complained of."""
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=timeout)
         if done.returncode:

@@ -11,18 +11,21 @@ import pytest
 from tests.slurm.cluster import Cluster, missing
 
 NewCluster = Callable[..., Cluster]
+PATIENT = {"slurmd_timeout": 60, "kill_wait": 30}
+"""Where nothing is to be lost or killed: for so long a busy machine may leave a daemon, or ranks that save, without a
+core."""
 
 
 @pytest.fixture
 def new_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NewCluster]:
-    """Starts clusters that end with the test: `new_cluster(nodes=2, gpus_per_node=2, kill_wait=1)`."""
+    """Starts clusters that end with the test, patient but for what is said: `new_cluster(nodes=2, kill_wait=1)`."""
     with contextlib.ExitStack() as stack:
 
         def start(**options: Any) -> Cluster:
             reason = missing(accounting=options.get("accounting", False))
             if reason:
                 pytest.skip(f"no Slurm cluster here: {reason}")
-            return stack.enter_context(Cluster(tmp_path_factory.mktemp("slurm"), **options))
+            return stack.enter_context(Cluster(tmp_path_factory.mktemp("slurm"), **PATIENT | options))
 
         yield start
 
@@ -47,5 +50,5 @@ def cluster_with_accounting(tmp_path_factory: pytest.TempPathFactory) -> Iterato
     reason = missing(accounting=True)
     if reason:
         pytest.skip(f"no Slurm cluster with accounting here: {reason}")
-    with Cluster(tmp_path_factory.mktemp("slurm"), accounting=True) as cluster:
+    with Cluster(tmp_path_factory.mktemp("slurm"), accounting=True, **PATIENT) as cluster:
         yield cluster

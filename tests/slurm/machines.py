@@ -53,13 +53,13 @@ def missing() -> str | None:
     return f"no namespaces here: {tried.stderr.strip()}" if tried.returncode else None
 
 
-PATIENCE = 4
+PATIENCE = 10
 
 
 def poll(question: Callable[[], object], timeout: float, what: str) -> None:
     """Waits until the answer is true, or raises with `what` was waited for.
 
-    `timeout` is for a machine that does nothing else: beside other work it may take several times as long.
+    `timeout` is for a machine that does nothing else: beside other work it may take many times as long.
     """
     timeout *= PATIENCE
     deadline = time.monotonic() + timeout
@@ -180,7 +180,7 @@ class Machine:
         # Its first process takes all others along; unshare then ends by itself, and has reaped it.
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid or self._unshare.pid, signal.SIGKILL)
-        self._unshare.wait(30)
+        self._unshare.wait(300)
         self.pid = 0
 
     def enter(self, *namespaces: str) -> list[str]:

@@ -31,7 +31,7 @@ def check(cluster: Cluster, script: Path) -> None:
         env=cluster.environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert "to start at" in done.stderr

@@ -26,7 +26,7 @@ def run(cluster: Cluster, tmp_path: Path) -> Run:
     """On n1 and n2, in the middle of training; n3 is not of it."""
     tmp_path.chmod(0o777)
     material = TrainingInputs(tmp_path / "material")
-    run = material.submit(cluster, material.job("open", {"training": {"max_steps": 5000}}))
+    run = material.submit(cluster, material.job("open", {"training": {"max_steps": 100_000}}))
     run.wait_step(2)
     return run
 
@@ -36,8 +36,8 @@ def listening(cluster: Cluster, run: Run) -> list[tuple[str, int]]:
     path = str(run.directory.path)
     processes = {
         one.pid
-        for one in psutil.process_iter()
-        if one.status() != psutil.STATUS_ZOMBIE and path in one.cmdline()
+        for one in psutil.process_iter(["status", "cmdline"])  # None of those that end meanwhile
+        if one.info["status"] != psutil.STATUS_ZOMBIE and path in (one.info["cmdline"] or ())
     }
     found = []
     for node in ("n1", "n2"):
@@ -69,7 +69,7 @@ def attack(
         str(ROOT / "tests" / "distributed" / "stranger.py"),
         json.dumps(asked),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     said: dict[str, Any] = json.loads(done.stdout)
     return said

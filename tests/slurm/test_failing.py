@@ -201,7 +201,7 @@ def test_a_script_of_ones_own_runs_as_it_was_when_it_was_submitted(
         "an argument",
     ]
     done = subprocess.run(
-        command, env=environment, cwd=material.folder, capture_output=True, text=True, timeout=100
+        command, env=environment, cwd=material.folder, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     run = Run(RunDirectory(material.folder / "runs" / "mine"), json.loads(done.stdout)["job"], cluster)

@@ -107,7 +107,7 @@ def test_variables_that_a_user_sets_for_sbatch_go_on_working(
         cwd=material.folder,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     number = json.loads((material.folder / "runs" / name / "slurm" / "job.json").read_text())["job_id"]
@@ -134,7 +134,7 @@ def test_every_variable_of_another_job(how: str, cluster: Cluster, material: Tra
         }
         command = ["sbatch", "--parsable", str(run.path / "submit.sbatch")]
         done = subprocess.run(
-            command, env=environment, cwd=run.path, capture_output=True, text=True, timeout=60
+            command, env=environment, cwd=run.path, capture_output=True, text=True, timeout=600
         )
         assert done.returncode == 0, done.stderr
         number = done.stdout.strip()

@@ -21,7 +21,7 @@ batch: {global_batch_size: 8, micro_batch_size: 1}
 def launcher(cluster: Cluster, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**cluster.environment, "XDG_CONFIG_HOME": str(folder / "configuration")}
     command = [sys.executable, "-m", "launcher.cli.main", *arguments]
-    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=600)
 
 
 def write_profile(cluster: Cluster, folder: Path, *arguments: str) -> profile.Profile:

@@ -66,7 +66,9 @@ def test_a_place_that_takes_no_files(tmp_path: Path) -> None:
     assert copy_rate(torch.device("cpu")) > 1e6
 
 
-def test_a_run_compares_itself_with_its_forecast(tmp_path: Path) -> None:
+def test_a_run_compares_itself_with_its_forecast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # No other test plans by these rates.
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     model, data = model_directory(tmp_path / "model"), causal_data(tmp_path / "data")
     plan = plan_for(model, data, num_steps=5)
     run = new_run(tmp_path / "run", plan)

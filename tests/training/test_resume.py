@@ -292,8 +292,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         time.sleep(0.1)
 
 
-def fill_after(step: int, path: Path, rank: int, stop: StopRequest) -> None:
-    """A hook: somebody fills the disk while the step after `step` is computed, and clears it two steps later."""
+def fill_after(step: int, path: Path, rank: int, stop: StopRequest, stays: bool = False) -> None:
+    """A hook: somebody fills the disk while the step after `step` is computed, and clears it two steps later.
+
+    With `stays` the disk stays full and the ranks come no further, until they are killed.
+    """
     from launcher.training.trainer import Trainer
 
     accumulate = Trainer._accumulate
@@ -301,6 +304,8 @@ def fill_after(step: int, path: Path, rank: int, stop: StopRequest) -> None:
     def filling(self: Trainer, batch: Any) -> torch.Tensor:
         if self.state.step in (step, step + 2):
             self.checkpointer.finish()
+        while stays and self.state.step == step + 2:
+            time.sleep(0.1)
         if rank == 0 and self.state.step == step:
             _end_on_a_page(self.run.metrics_file, self.run.events_file)
             _fill(path / "rubbish")
@@ -373,12 +378,12 @@ def test_after_a_failed_save_the_older_checkpoint_resumes(
 ) -> None:
     run = new_run(tmp_path / "run", plan(model, data, checkpoint={"every": 2}))
     run.checkpoints.symlink_to(small_disk, target_is_directory=True)
-    attempt = start(run, 2, functools.partial(fill_after, 3, small_disk))
+    attempt = start(run, 2, functools.partial(fill_after, 3, small_disk, stays=True))
     while not named(run, "save_failed") and not attempt.over:
         time.sleep(0.01)
     attempt.kill()
     attempt.join()
-    (small_disk / "rubbish").unlink(missing_ok=True)
+    (small_disk / "rubbish").unlink()
     finish(run, 2)
     assert named(run, "save_failed")[0]["step"] == 4 and named(run, "resumed")[0]["step"] == 2
     same(run, never_stopped)

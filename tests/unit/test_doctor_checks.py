@@ -99,7 +99,7 @@ class TestGpus:
 
     def test_nvidia_smi_that_hangs(self, programs: Programs, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(gpus, "_SECONDS", 0.2)
-        programs(**{"nvidia-smi": "exec sleep 5"})
+        programs(**{"nvidia-smi": "exec sleep 600"})
         assert "not within 0.2 s" in gpus.check()[0].found
 
 
@@ -126,7 +126,10 @@ class TestSlurmHere:
             ("echo 'scontrol: error: no'; exit 1", "failed"),
         ],
     )
-    def test_the_controller(self, programs: Programs, ping: str, level: str) -> None:
+    def test_the_controller(
+        self, programs: Programs, monkeypatch: pytest.MonkeyPatch, ping: str, level: str
+    ) -> None:
+        monkeypatch.setattr(controller, "_SECONDS_BEFORE_ASKING_AGAIN", (0.0, 0.0, 0.0))
         programs(**self.all_but(scontrol=f"[ $1 = ping ] || exit 0\n{ping}"))
         assert controller.check()[0].level == level
 
@@ -197,10 +200,10 @@ class TestMachine:
 
     @pytest.mark.parametrize(
         ("said", "level"),
-        [("echo yes", "ok"), ("echo no", "warning"), ("exit 1", "ok"), ("exec sleep 9", "ok")],
+        [("echo yes", "ok"), ("echo no", "warning"), ("exit 1", "ok"), ("exec sleep 600", "ok")],
     )
     def test_clock(self, programs: Programs, monkeypatch: pytest.MonkeyPatch, said: str, level: str) -> None:
-        monkeypatch.setattr(machine, "_SECONDS_TO_ASK", 0.5)
+        monkeypatch.setattr(machine, "_SECONDS_TO_ASK", 0.5 if "sleep" in said else 600)
         assert machine.check_clock().found.endswith("(no timedatectl here)")
         programs(timedatectl=said)
         assert machine.check_clock().level == level

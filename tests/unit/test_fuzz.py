@@ -69,7 +69,8 @@ def test_spoilt_files_are_answered(name: str, folder: Path, generator: random.Ra
 @pytest.mark.very_slow
 @pytest.mark.timeout(0)
 def test_an_hour_of_spoilt_files(folder: Path) -> None:
-    began, seed, counts, longest = time.monotonic(), random.randrange(2**40), Counter[str](), 0.0
+    seed, counts, longest = random.SystemRandom().randrange(2**40), Counter[str](), 0.0
+    began = time.monotonic()
     contents = {name: content_of(name, folder) for name in TARGETS}
     while time.monotonic() - began < SECONDS:
         generator = random.Random(seed)

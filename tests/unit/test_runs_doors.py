@@ -45,10 +45,11 @@ def test_a_port_takes_some_addresses_alone() -> None:
 
 
 def test_what_waits_is_found_and_nothing_is_left_open_by_looking() -> None:
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    before = {path.name for path in Path("/proc/self/fd").iterdir()}
     with waiting() as server, socket.socket(), open("/dev/null", "rb"):
         assert doors.Listening(server.fileno(), server.getsockname()) in doors.listening()
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    # Fewer there may be: what earlier tests left may be collected meanwhile.
+    assert {path.name for path in Path("/proc/self/fd").iterdir()} <= before
 
 
 def test_who_came_is_known_by_address_and_user() -> None:

@@ -38,8 +38,10 @@ def test_what_a_running_run_is_at_and_whether_it_hangs(run: RunDirectory) -> Non
         event(run.events_file, "started", attempt=1)
         event(run.events_file, "phase", phase="loading")
         assert now() == ("loading", False, None)
+        time.sleep(0.01)  # times are written to the millisecond
         event(run.events_file, "training", total_steps=9)
         assert now() == ("training", False, None)
+        time.sleep(0.01)
         append(run.metrics_file, {"kind": "train", "step": 3, "loss": 1.0, "time": time.time()})
         assert now() == ("training", True, None)
         event(run.events_file, "suspected", line="no step for 31 s")

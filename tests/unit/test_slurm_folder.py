@@ -54,7 +54,7 @@ def test_the_script_refuses_what_is_no_run(arguments: list[str], tmp_path: Path)
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=600,
     )
     assert done.returncode == 2 and f"RUN = '{(arguments or [''])[0]}': no plan.json in it" in done.stderr
 

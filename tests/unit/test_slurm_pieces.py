@@ -15,6 +15,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from launcher.errors import ConfigurationError, ControllerUnreachableError, RunInUseError, SchedulerError
@@ -157,12 +158,20 @@ def test_the_route_decides_on_the_interface(monkeypatch: pytest.MonkeyPatch) -> 
         network.choose(("localhost", "localhost"), 0, None, {})
 
 
-def test_this_machines_own_interface_is_found() -> None:
+def test_this_machines_own_interface_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     there = network.interfaces()
     assert there["lo"] == "127.0.0.1"
+    # Those of other tests' clusters may go meanwhile.
+    monkeypatch.setattr(network, "interfaces", lambda: there)
     for name, address in there.items():
         if not network.is_loopback(address):
             assert network.choose((address, address), 0, name, {}) == (name, address)
+
+
+def test_an_interface_that_comes_meanwhile_is_not_there_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = psutil.net_if_stats()
+    monkeypatch.setattr(psutil, "net_if_stats", lambda: {"lo": known["lo"]})
+    assert network.interfaces() == {"lo": "127.0.0.1"}
 
 
 def test_a_name_that_leads_nowhere() -> None:

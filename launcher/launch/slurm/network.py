@@ -30,7 +30,8 @@ def interfaces() -> dict[str, str]:
     by_name = {}
     for name, addresses in psutil.net_if_addrs().items():
         address = next((one.address for one in addresses if one.family == socket.AF_INET), None)
-        if address and states[name].isup:
+        # Interfaces come and go meanwhile, as those of containers do.
+        if address and name in states and states[name].isup:
             by_name[name] = address
     return by_name
 

@@ -109,7 +109,7 @@ def _account() -> str | None:
     try:
         text = call(
             ["sacctmgr", "--noheader", "--parsable2", "show", "user", user, "format=defaultaccount"],
-            seconds=10,
+            seconds=30,
         )
     except SchedulerError:
         return None
