@@ -4,7 +4,7 @@ A command is a plain function with typer annotations in `launcher/cli/<module>.p
 called:
 
     def validate(job: Annotated[Path, typer.Argument(help="The job file.")]) -> None:
-        '''Check a job file and say everything that is wrong with it.'''
+        '''Check a job file and some of its rows, and say all that is wrong with them.'''
 
 It is listed in COMMANDS by the name that people type, its module, and its first docstring line. Where the
 attribute is a `typer.Typer` (`app = typer.Typer(...)` in `checkpoint.py`), its functions are subcommands.
@@ -33,7 +33,9 @@ class Command:
 
 COMMANDS = {
     "init": Command("job", "init", "Ask a few questions, or take flags, and write a job file."),
-    "validate": Command("job", "validate", "Check a job file and say everything that is wrong with it."),
+    "validate": Command(
+        "job", "validate", "Check a job file and some of its rows, and say all that is wrong with them."
+    ),
     "schema": Command("job", "schema", "Print the JSON schema of the job file, for editors."),
     "plan": Command("plan", "plan", "Show what will run: every decision with its reason."),
     "render": Command(

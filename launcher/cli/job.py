@@ -21,7 +21,7 @@ Overrides = Annotated[
 
 
 def validate(job: JobFile, overrides: Overrides = []) -> None:  # noqa: B006 - typer reads the default, nobody changes it
-    """Check a job file and some of its rows, and say everything that is wrong with them."""
+    """Check a job file and some of its rows, and say all that is wrong with them."""
     from launcher.job.load import load
     from launcher.planner.dataset.suitability import check
 

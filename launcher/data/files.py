@@ -14,10 +14,6 @@ from launcher.errors import DataError
 from launcher.plain_files import read_json
 
 
-class NoFileError(DataError):
-    """A path or a pattern names nothing that is there."""
-
-
 def find_files(pattern: str, split: str = "train", columns: Sequence[str] = ()) -> list[Path]:
     """The files a path or a pattern means, sorted by name; of a directory that `save_to_disk` wrote those of
     its data set, or of the split where it has several, in their order; of one with files that `columns` ask
@@ -51,9 +47,14 @@ def matching(pattern: str) -> list[Path]:
         if exact.parent.is_dir()
         else []
     )
-    raise NoFileError(
+    raise DataError(
         f"{pattern}: no such file" + (f"; did you mean {exact.parent / near[0]}?" if near else "")
     )
+
+
+def is_there(pattern: str) -> bool:
+    """Return whether a path or a pattern names anything."""
+    return Path(pattern).exists() or any(glob.iglob(pattern, recursive=True))
 
 
 def _saved(directory: Path, split: str) -> list[Path]:

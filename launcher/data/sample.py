@@ -29,10 +29,6 @@ _GOLDEN = (5**0.5 - 1) / 2
 """Whose multiples lie spread between whole numbers: where in each of several files places are."""
 
 
-class TooLargeError(DataError):
-    """A file's format has it read as a whole, and it is too large for a look."""
-
-
 @dataclass(frozen=True)
 class Sample:
     """Hold what was seen of a source."""
@@ -76,13 +72,19 @@ def _in_order(paths: Sequence[Path], columns: Sequence[str]) -> Iterator[Values]
 
 
 def _read(path: Path, columns: Sequence[str]) -> Read:
-    one = format_of(path)
-    if one.most_bytes is not None and (size := path.stat().st_size) > one.most_bytes:
-        raise TooLargeError(
-            f"{path} would have to be read as a whole, {size:,} bytes; as .jsonl it would be looked at "
-            "in places"
-        )
-    return one.read(path, columns)
+    if (reason := too_large(path)) is not None:
+        raise DataError(reason)
+    return format_of(path).read(path, columns)
+
+
+def too_large(path: Path) -> str | None:
+    """Return why a file is not looked at, as its format would have it read as a whole; None where it is."""
+    most, size = format_of(path).most_bytes, path.stat().st_size
+    if most is None or size <= most:
+        return None
+    return (
+        f"{path} would have to be read as a whole, {size:,} bytes; as .jsonl it would be looked at in places"
+    )
 
 
 def _parts(paths: Sequence[Path]) -> list[Part]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,10 @@ from launcher.planner.search import plan_job
 EXAMPLES = sorted((Path(__file__).parents[2] / "docs" / "examples").rglob("*.yaml"))
 
 
+OF_ONE_WORD = {"relatedness": "3.5", "answers": {"text": ["word"], "answer_start": [0]}}
+"""Columns that hold no text, in a row whose text is one word."""
+
+
 def stand_in(folder: Path, named: str, columns: Sequence[str]) -> Path:
     """A file of the same format with a row of these columns, or a folder, as the data lies on no other machine."""
     path = folder / Path(named).name.replace("*", "0")
@@ -22,7 +27,10 @@ def stand_in(folder: Path, named: str, columns: Sequence[str]) -> Path:
         (path / "word").mkdir(parents=True)
         (path / "word" / "0.jpg").touch()
         return path
-    row = dict.fromkeys(columns, "word")
+    row: dict[str, Any] = {column: OF_ONE_WORD.get(column, "word") for column in columns}
+    if path.suffix == ".conll":
+        path.write_text("word O\n")
+        return path
     if path.suffix in (".tsv", ".csv"):
         between = "\t" if path.suffix == ".tsv" else ","
         path.write_text("\n".join(between.join(cells) for cells in (row, row.values())) + "\n")

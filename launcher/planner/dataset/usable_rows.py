@@ -1,11 +1,11 @@
-"""Look at some rows of a job's files: can its task use them, and are they what it takes them for?"""
+"""Look at some rows of a job's files: whether its task can use them, and whether the columns are right."""
 
 from __future__ import annotations
 
 from launcher import tasks
-from launcher.data.files import NoFileError
+from launcher.data.files import find_files, is_there
 from launcher.data.rows import RowProblem
-from launcher.data.sample import Sample, TooLargeError, look
+from launcher.data.sample import Sample, look, too_large
 from launcher.data.section import Source
 from launcher.errors import DataError, Problem
 from launcher.job.schema import Job
@@ -32,12 +32,14 @@ def look_at_rows(job: Job) -> Findings:
 
 
 def _of_source(key: str, source: Source, task: Task) -> Findings:
-    try:
-        seen = look(source, task.columns, MOST_ROWS)
-    except NoFileError:
+    assert source.path is not None
+    if not is_there(source.path):
         return Findings()
-    except TooLargeError as error:
-        return Findings(remarks=(Problem(key, source.path, f"its rows were not looked at: {error}"),))
+    try:
+        files = find_files(source.path, source.split, task.columns) if source.targets is None else []
+        if reason := next(filter(None, map(too_large, files)), None):
+            return Findings(remarks=(Problem(key, source.path, f"its rows were not looked at: {reason}"),))
+        seen = look(source, task.columns, MOST_ROWS)
     except DataError as error:
         return Findings((Problem(key, source.path, str(error)),))
     if not seen.rows:
