@@ -14,11 +14,12 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+
+from launcher.runs.shared_memory import shared_memory
 
 PAGE_BYTES = 4096
 PLACES = (
@@ -273,27 +274,6 @@ class Whereabouts(Page):
     def save_took(self, seconds: float) -> None:
         """The last save took so long."""
         self._floats[_LAST_SAVE] = seconds
-
-
-def shared_memory(num_bytes: int) -> int:
-    """Return the descriptor of a file in memory, without a name. Raises OSError.
-
-    Where the kernel has no memfd, a file without a name in /dev/shm or the directory for temporary files; its
-    pages are taken at once, as a file system that is full would end whoever writes into it later.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        descriptor = os.memfd_create("launcher")
-        os.ftruncate(descriptor, num_bytes)
-        return descriptor
-    problem = OSError("no memory for it")
-    for directory in ("/dev/shm", tempfile.gettempdir()):
-        try:
-            with tempfile.TemporaryFile(dir=directory) as file:
-                os.posix_fallocate(file.fileno(), 0, num_bytes)
-                return os.dup(file.fileno())
-        except OSError as error:
-            problem = error
-    raise problem
 
 
 here = Whereabouts()

@@ -20,7 +20,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from launcher.planner.limits import SHARED_MESSAGE_BYTES
-from launcher.runs.places import shared_memory
+from launcher.runs.shared_memory import shared_memory
 
 PIECE_BYTES = 1 << 22
 """Bytes that a rank writes before it waits for its peers; twice that is kept, to write one while one is read."""

@@ -24,8 +24,9 @@ from launcher.runs.processes import alive
 from launcher.tasks.causal_lm import CausalColumns, CausalLM
 from launcher.tasks.sequence_classification import LabelledColumns
 from launcher.training.data import encode
+from launcher.training.data.cache_key import cache_root, tokenizer_digest
 from launcher.training.data.dataset import Dataset
-from launcher.training.data.prepare import cache_root, prepare, tokenizer_digest
+from launcher.training.data.prepare import prepare
 from tests.distributed.data_world import byte_tokenizer, jsonl, plan_of, word_tokenizer
 from tests.encoding import arrays_of
 

@@ -21,7 +21,8 @@ from launcher.data.section import Data, Source
 from launcher.errors import ConfigurationError
 from launcher.tasks.causal_lm import CausalColumns, CausalLM
 from launcher.tasks.chat.template import ChatTemplate
-from launcher.training.data.prepare import cache_key, prepare
+from launcher.training.data.cache_key import cache_key
+from launcher.training.data.prepare import prepare
 from launcher.training.data.sources import open_source
 from tests.distributed.data_world import byte_tokenizer, jsonl, plan_of
 from tests.encoding import arrays_of

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import xxhash
 
@@ -21,17 +21,13 @@ from launcher.planner.plan import Plan
 from launcher.runs import cache, prepared
 from launcher.runs.places import here
 from launcher.tasks.task import Task
+from launcher.training.data.cache_key import FORMAT, Role, cache_key, cache_root
 from launcher.training.data.dataset import HASHES, META, CacheProblem, DataReport, Dataset, file_digest
 from launcher.training.data.encode import Writer, encode_rows
 from launcher.training.data.packing import one_each, pack
 from launcher.training.data.sources import Rows, difference, hash_file, open_source
 
-FORMAT = 7
-"""Of the files, and of how samples and packs are made: a change of either makes everything anew."""
 NUM_EXAMPLES = 10
-_IN_THE_BATCH = ("augmentation", "image_size")
-"""Keys of `data` that decide nothing before a batch is made."""
-Role = Literal["train", "evaluation"]
 ReportRows = Callable[[int, int], None]
 
 
@@ -96,66 +92,6 @@ def refuse_mostly_dropped(report: DataReport, plan: Plan) -> None:
     )
     hint = f"{cure}, or write data.unusable: drop to use the other {report.rows_used:,}"
     raise DataError(f"{report.role} data: {share}; {prepared.first_dropped(report.to_dict())}; {hint}")
-
-
-def cache_root() -> Path:
-    """Return where prepared data lies: XDG_CACHE_HOME/launcher/data."""
-    return cache.root() / "data"
-
-
-def cache_key(rows: Rows, role: Role, plan: Plan, task: Task, tokenizer: Any) -> str:
-    """A hash of all that decides what the prepared data is: contents, what is read of them, settings, task,
-    classes, tokenizer."""
-    settings = plan.data.model_dump(
-        mode="json", exclude={"train", "evaluation", "num_workers", "date", *_IN_THE_BATCH}
-    )
-    # The two give the same samples, and differ in what is then said of them.
-    settings["unusable"] = settings["unusable"].replace("drop-few", "drop")
-    classes: Any = task.labels if role == "evaluation" or task.labels_given else None
-    if task.own_labels is not None:  # which label is which class hangs on them
-        classes = {"rows": classes, "model": task.own_labels}
-    parts: list[Any] = [
-        FORMAT,
-        role,
-        rows.digest,
-        [Path(file.path).suffix.lower() for file in rows.files],
-        rows.source.limit,
-    ]
-    # Where the files that rows name lie, and when they were written: other ones are read anew.
-    parts += [stamp] if (stamp := rows.stamp) else []
-    parts += [settings, task.name, task.key, task.layout, classes, tokenizer_digest(tokenizer)]
-    return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
-
-
-def tokenizer_digest(tokenizer: Any) -> str:
-    """A hash of what a tokenizer does: its algorithm and vocabulary, special tokens and chat template.
-
-    Of a processor of files, its settings.
-    """
-    hasher = xxhash.xxh3_128()
-    if not hasattr(tokenizer, "get_vocab"):
-        settings = [type(tokenizer).__name__, tokenizer.to_dict()]
-        hasher.update(json.dumps(settings, sort_keys=True, default=str).encode())
-        return str(hasher.hexdigest())
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        # Every encoding call sets these two anew; left from the last one, they would change the hash.
-        backend.no_truncation()
-        backend.no_padding()
-        hasher.update(backend.to_str().encode())
-    else:
-        hasher.update(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
-    special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
-    details = [
-        type(tokenizer).__name__,
-        special,
-        tokenizer.chat_template,
-        tokenizer.padding_side,
-        tokenizer.truncation_side,
-    ]
-    details.append(list(tokenizer.model_input_names))
-    hasher.update(json.dumps(details, sort_keys=True, default=str).encode())
-    return str(hasher.hexdigest())
 
 
 def _open(directory: Path) -> Dataset | None:

@@ -7,10 +7,7 @@ over by the trainer, which does them alike on every engine: clipping, and the lo
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
-import logging
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +15,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from launcher.errors import ConfigurationError, Problem, first_line
 from launcher.planner.plan import Plan
 from launcher.runs.places import here
 from launcher.tasks.generation import GenerationOptions
@@ -28,6 +24,13 @@ from launcher.training import optimizer as optimizers
 from launcher.training.checkpoint.boxes import FlatShard
 from launcher.training.engines.companions import bind_loss
 from launcher.training.engines.companions import load as load_companions
+from launcher.training.engines.deepspeed_setup import (
+    import_deepspeed,
+    one_optimizer_for_all_stages,
+    without_clipping_and_scale,
+    without_hooks,
+)
+from launcher.training.engines.frozen_parts import FrozenParts
 from launcher.training.engines.linear import keep_parameters_not_matrices
 from launcher.training.engines.recompute import checkpoint_activations
 from launcher.training.engines.unshard import cut_rows, gathered, replaced_one_by_one
@@ -44,8 +47,8 @@ class DeepSpeedEngine:
     def __init__(self, plan: Plan, task: Task, config: Any, ds_config: dict[str, Any]) -> None:
         """Take the rendered configuration as it is."""
         self._plan, self._task, self._config = plan, task, config
-        self._ds_config = _taken_over(ds_config)
-        self._frozen: dict[str, torch.Tensor] = {}
+        self._ds_config = without_clipping_and_scale(ds_config)
+        self._frozen = FrozenParts(plan.mesh.world_size)
         self.stage = 0
 
     def load(self) -> None:
@@ -53,7 +56,7 @@ class DeepSpeedEngine:
         the loaded values."""
         plan, zero = self._plan, self._plan.zero
         assert zero is not None
-        self._deepspeed = _import(plan)
+        self._deepspeed = import_deepspeed(plan)
         loaded = models.load(plan, self._task.auto_class, self._config, self._cut)
         self.model: PreTrainedModel = loaded.model
         self.new_parameters = loaded.new_parameters
@@ -67,7 +70,7 @@ class DeepSpeedEngine:
         bind_loss(self.model, self._task, self.companions)
         self._register_head()
         optimizer = optimizers.construct(self.model, plan.training, plan.model)
-        with _one_optimizer_for_all_stages(self._deepspeed), normalization.kept_exact(self.model):
+        with one_optimizer_for_all_stages(self._deepspeed), normalization.kept_exact(self.model):
             self._engine, *_ = self._deepspeed.initialize(
                 model=self.model, optimizer=optimizer, config=self._ds_config, dist_init_required=False
             )
@@ -94,7 +97,7 @@ class DeepSpeedEngine:
         for name, old, new in replaced_one_by_one(self.model):
             here.moved(detail=name)
             if not new.requires_grad and self._plan.model.adapter is None:
-                self._frozen[name] = _flat_part(new.data, self._plan)
+                self._frozen.keep(name, new.data)
             elif new.requires_grad and dtype != torch.float32:
                 masters[name] = old.detach()
             new.data = new.data.to(dtype)
@@ -163,7 +166,7 @@ class DeepSpeedEngine:
         if not generating.fits_whole(num_bytes, device, self._plan.mesh.ranks_per_node):
             yield self._plan.mesh.world_size == 1
             return
-        with self._deepspeed.zero.GatheredParameters(absent), _without_hooks(self.model):
+        with self._deepspeed.zero.GatheredParameters(absent), without_hooks(self.model):
             yield True
 
     def squared_gradient_norm(self) -> torch.Tensor:
@@ -187,7 +190,7 @@ class DeepSpeedEngine:
         states: dict[str, torch.Tensor] = {}
         for name, parameter in adapters.named_parameters(self.model):
             if name in self._frozen:
-                tensors[f"model.{name}"] = _shard(parameter, self._frozen_piece(name, parameter), "param")
+                tensors[f"model.{name}"] = _shard(parameter, self._frozen.piece(name, parameter), "param")
                 continue
             if not parameter.requires_grad:
                 continue  # beside an adapter: the model's own files keep it
@@ -201,12 +204,6 @@ class DeepSpeedEngine:
         states |= {optimizers.step_name(stage): counts[0] for stage, counts in self._stage.steps().items()}
         return tensors | states
 
-    def _frozen_piece(self, name: str, parameter: nn.Parameter) -> Piece:
-        part = self._frozen[name]
-        return Piece(
-            _start(models.whole_shape(parameter).numel(), self._plan), part.numel(), lambda key: part
-        )
-
     def after_load(self) -> None:
         optimizers.spread_step(self._stage.steps())
         self._stage.publish()
@@ -219,81 +216,12 @@ class DeepSpeedEngine:
         for name, parameter in self.model.named_parameters():
             if name not in self._frozen:
                 continue
-            part: Any = parameter
+            gathered_here: Any = contextlib.nullcontext()
             if self._plan.zero.stage == 3:
-                with self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                    whole = _joined(self._frozen[name], parameter.numel(), self._plan)
-                    parameter.data.copy_(whole.view(parameter.shape))
-            else:
-                part.data.copy_(
-                    _joined(self._frozen[name], parameter.numel(), self._plan).view(parameter.shape)
-                )
-
-
-@contextlib.contextmanager
-def _without_hooks(model: nn.Module) -> Iterator[None]:
-    """While inside, DeepSpeed does nothing before and after a module.
-
-    Its hooks free parameters, and compare the order of the modules with the other ranks' wherever a pass differs
-    from the last one: a rank that writes more tokens than the others would wait for them for ever.
-    """
-    hooks: list[dict[int, Any]] = [
-        one for module in model.modules() for one in (module._forward_pre_hooks, module._forward_hooks)
-    ]
-    before = [dict(one) for one in hooks]
-    for one in hooks:
-        for number, hook in list(one.items()):
-            if hook.__module__.startswith("deepspeed."):
-                del one[number]
-    try:
-        yield
-    finally:
-        for one, kept in zip(hooks, before, strict=True):
-            one.clear()
-            one.update(kept)
-
-
-def _import(plan: Plan) -> Any:
-    """DeepSpeed, quiet, on the device of the plan, and without compiling what gloo does as well."""
-    os.environ.setdefault("DS_ACCELERATOR", plan.mesh.device)
-    try:
-        import deepspeed
-    except ImportError as error:
-        reason = f"DeepSpeed cannot be imported: {first_line(error)}"
-        raise ConfigurationError(Problem("parallel.engine", "deepspeed", reason)) from None
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if plan.mesh.device == "cpu":
-        # Its collectives in shared memory take minutes to compile on first use.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend="nccl" if plan.mesh.device == "cuda" else "gloo", auto_mpi_discovery=False
-    )
-    return deepspeed
-
-
-@contextlib.contextmanager
-def _one_optimizer_for_all_stages(deepspeed: Any) -> Iterator[None]:
-    """Have stage 1 in bf16 take the optimizer of stages 1 and 2 as well.
-
-    With fp32 accumulation DeepSpeed would take its BF16_Optimizer, another class with other insides; the
-    numbers are the same.
-    """
-    engine, kind = deepspeed.DeepSpeedEngine, "zero_optimization"
-    choose = engine._do_optimizer_sanity_check
-    engine._do_optimizer_sanity_check = lambda self, optimizer: choose(self, optimizer) and kind
-    try:
-        yield
-    finally:
-        engine._do_optimizer_sanity_check = choose
-
-
-def _taken_over(ds_config: dict[str, Any]) -> dict[str, Any]:
-    """The rendered configuration as the engine uses it: clipping and the loss scale are the trainer's."""
-    config = copy.deepcopy(ds_config)
-    config["gradient_clipping"] = 0.0
-    if config.get("fp16", {}).get("enabled"):
-        config["fp16"] = {"enabled": True, "loss_scale": 1.0}
-    return config
+                gathered_here = self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+            with gathered_here:
+                values = self._frozen.joined(name, parameter.numel())
+                parameter.data.copy_(values.view(parameter.shape))
 
 
 def _shard(parameter: nn.Parameter, piece: Piece, key: str) -> FlatShard:
@@ -304,26 +232,3 @@ def _shard(parameter: nn.Parameter, piece: Piece, key: str) -> FlatShard:
         functools.partial(piece.values, key),
         torch.float32,
     )
-
-
-def _part_length(num_elements: int, plan: Plan) -> int:
-    return -(-num_elements // plan.mesh.world_size)
-
-
-def _start(num_elements: int, plan: Plan) -> int:
-    return min(num_elements, torch.distributed.get_rank() * _part_length(num_elements, plan))
-
-
-def _flat_part(whole: torch.Tensor, plan: Plan) -> torch.Tensor:
-    start = _start(whole.numel(), plan)
-    return whole.reshape(-1)[start : start + _part_length(whole.numel(), plan)].clone()
-
-
-def _joined(part: torch.Tensor, num_elements: int, plan: Plan) -> torch.Tensor:
-    """The parts of all ranks as one flat tensor."""
-    length = _part_length(num_elements, plan)
-    padded = torch.zeros(length, dtype=part.dtype, device=part.device)
-    padded[: part.numel()] = part
-    whole = torch.empty(length * plan.mesh.world_size, dtype=part.dtype, device=part.device)
-    torch.distributed.all_gather_into_tensor(whole, padded)
-    return whole[:num_elements]
