@@ -29,6 +29,7 @@ _PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "munged")
 # The path of a socket has room for 107 characters; Slurm adds a node's name and the numbers of a job and its
 # step.
 _LONGEST_DIRECTORY = 75
+_ASKS, _TIMES_TO_ASK = ("scontrol", "sinfo", "squeue", "scancel", "sacct"), 5
 # What a job never leaves again.
 _ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
 _FIELD = re.compile(r"([A-Z][\w/:]*)=(.*?)(?=\s+[A-Z][\w/:]*=|\s*$)", re.DOTALL)
@@ -180,8 +181,16 @@ class Cluster:
         return {**inherited, "SLURM_CONF": str(self.settings.slurm_conf)}
 
     def run(self, *command: str, timeout: float = 600) -> str:
-        """Runs it on the login node and returns what it printed, or raises with what it complained of."""
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=timeout)
+        """Runs it on the login node and returns what it printed, or raises with what it complained of.
+
+        A controller that is too busy to answer is asked again what may be asked twice.
+        """
+        for _ in range(_TIMES_TO_ASK if command[0] in _ASKS else 1):
+            done = subprocess.run(
+                command, env=self.environment, capture_output=True, text=True, timeout=timeout
+            )
+            if "timed out" not in done.stderr:
+                break
         if done.returncode:
             raise RuntimeError(
                 f"{' '.join(command)} ended with status {done.returncode}: {done.stderr.strip()}"

@@ -48,7 +48,6 @@ def slurm_conf(settings: Settings, controller: str, addresses: dict[str, str]) -
 def _daemons(settings: Settings, controller: str) -> str:
     directory = settings.directory
     # cred_expire: a job that was requeued waits until its old credential has expired, 120 s by default.
-    # MessageTimeout: a busy controller may take longer than 10 s to answer.
     return f"""ClusterName=test
 SlurmctldHost=head({controller})
 SlurmUser=root
@@ -65,7 +64,6 @@ SlurmdParameters=config_overrides
 SlurmctldTimeout=10
 SlurmdTimeout={settings.slurmd_timeout}
 TCPTimeout=2
-MessageTimeout=30
 ReturnToService=2
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
