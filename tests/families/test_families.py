@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from launcher.planner.model.model_support import TABLE, read_table, support
+from launcher.planner.model.model_support import read_table, support
 from tests.families import images, tiny
 from tests.families.causal import causal_lm
 from tests.families.layouts import LENGTHS
