@@ -44,12 +44,11 @@ def _show_left_out(seen: dict[str, Any], console: Console) -> None:
     """Rows dropped and cut, by reason, with the first of each."""
     if not seen["num_dropped"] and not seen["num_cut"]:
         return
-    counts = list(seen["dropped"].items()) + (
-        [("cut to max_length", seen["num_cut"])] if seen["num_cut"] else []
-    )
+    cut = "cut to max_length" if seen.get("unit", "token") == "token" else "cut"
+    counts = list(seen["dropped"].items()) + ([(cut, seen["num_cut"])] if seen["num_cut"] else [])
     console.print(Text("\nRows dropped and cut", style="bold"))
     for reason, count in counts:
-        is_cut = reason == "cut to max_length"
+        is_cut = reason == cut
         fits = (
             one
             for one in seen["examples"]

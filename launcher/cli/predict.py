@@ -20,7 +20,7 @@ def predict(
         typer.Option(
             "--input",
             metavar="FILE",
-            help="The rows: .jsonl .csv .tsv .parquet .arrow .json .txt; a folder of images.",
+            help="The rows: .jsonl .csv .tsv .parquet .arrow .json .txt; a folder of images or sounds.",
         ),
     ],
     output: Annotated[

@@ -12,6 +12,8 @@ from launcher.errors import DataError
 
 IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """The endings of images, in formats that Pillow has in every build."""
+SOUNDS = (".aif", ".aiff", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".wav")
+"""The endings of sounds, in formats that libsndfile has in every build."""
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 """Names that `datasets` has for the file that says what the files of a folder are."""
 _SPLITS = {"train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation"}

@@ -14,8 +14,8 @@ class Source(Section):
 
     path: str | None = None
     """A local file (.json .jsonl .csv .tsv .parquet .arrow .txt .conll) or a directory that `save_to_disk` of
-    `datasets` wrote, relative to the job file; or a pattern of several files. Of images also a folder: with a
-    metadata.jsonl, .csv or .parquet that names its files, or with a sub-folder for each class."""
+    `datasets` wrote, relative to the job file; or a pattern of several files. Of images and sounds also a
+    folder: with a metadata.jsonl, .csv or .parquet that names its files, or with a sub-folder for each class."""
     targets: str | None = None
     """A second text file, line for line beside `path`, relative to the job file: `path` has the task's first
     column, this one its second (source and target, prompt and completion, text and label). Both may end in
@@ -49,3 +49,8 @@ class Data(Section):
     stops at the first."""
     num_workers: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = "auto"
     """Processes that tokenise."""
+
+    @property
+    def one_length(self) -> bool:
+        """Return whether all samples are of one length, so that none is padded beside another."""
+        return False

@@ -91,8 +91,9 @@ def _owners(path: list[str]) -> list[str]:
 
 def _of_another_task(task: str, section: type[BaseModel], owners: list[str]) -> str:
     own = [name for name in section.model_fields if name not in Data.model_fields]
+    whose = " and ".join(filter(None, (", ".join(owners[:-1]), owners[-1])))
     return (
-        f"belongs to {' and '.join(owners)}, and model.task is {task}, which reads {', '.join(own)}; leave "
+        f"belongs to {whose}, and model.task is {task}, which reads {', '.join(own)}; leave "
         "it out or set model.task"
     )
 

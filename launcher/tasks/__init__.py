@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from launcher.tasks.task import Task
 
 TASKS = {
+    "audio-classification": "launcher.tasks.audio_classification:AudioClassification",
     "causal-lm": "launcher.tasks.causal_lm:CausalLM",
     "image-classification": "launcher.tasks.image_classification:ImageClassification",
     "masked-lm": "launcher.tasks.masked_lm:MaskedLM",

@@ -15,6 +15,10 @@ _GENERIC = re.compile(r"label[ _-]?(\d+)", re.IGNORECASE)
 _BETWEEN = re.compile(r"[\s_-]+")
 
 
+_OTHER_HEADS = {"AudioClassification": ("SequenceClassification",)}
+"""Of heads whose classes have names of another kind too: those of wav2vec2 and its kin."""
+
+
 def of_model(config: Any, head: str = "SequenceClassification") -> list[str] | None:
     """Return the names of the classes of a checkpoint with such a head, in the order of their ids; None
     without one.
@@ -27,13 +31,12 @@ def of_model(config: Any, head: str = "SequenceClassification") -> list[str] | N
         return None
     named = any(_GENERIC.fullmatch(name) is None for name in names.values())
     architectures = [str(name) for name in getattr(config, "architectures", None) or ()]
+    ends = tuple(f"For{name}" for name in (head, *_OTHER_HEADS.get(head, ())))
     own_code = str((getattr(config, "auto_map", None) or {}).get(f"AutoModelFor{head}", "")).rpartition(".")[
         2
     ]
     has_head = (
-        any(name.endswith(f"For{head}") or name == own_code for name in architectures)
-        if architectures
-        else named
+        any(name.endswith(ends) or name == own_code for name in architectures) if architectures else named
     )
     return [names[number] for number in range(len(names))] if has_head else None
 

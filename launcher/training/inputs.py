@@ -101,6 +101,10 @@ class TrainingInputs:
         if (source := model_files.directory_of(plan)) is not None:
             model_files.copy(source, directory)
         self.tokenizer.save_pretrained(directory)
+        if self.task.has_processor and (directory / "preprocessor_config.json").is_file():
+            # It may hold what reads images or sounds as it was before the job set a size or a length, and is
+            # what transformers looks at first.
+            (directory / "processor_config.json").unlink(missing_ok=True)
         generation: GenerationConfig | None = getattr(model, "generation_config", None)
         if generation is not None:
             generation = copy.deepcopy(generation)
@@ -120,6 +124,9 @@ def refuse_tokens(dataset: Dataset | None, key: str, tokenizer: Any, config: Any
     if (
         dataset is None
         or num_rows is None
+        or not hasattr(
+            tokenizer, "get_vocab"
+        )  # what reads sounds makes no tokens, though its model writes some
         or pretrained.num_ids(tokenizer) <= num_rows
         or (highest := dataset.highest_token()) < num_rows
     ):

@@ -189,7 +189,7 @@ def test_its_keys_are_checked_like_any_others(folder: Path) -> None:
     assert "data.word" in text and "the nearest known one is data.words" in text
     assert (
         "data.label" in text
-        and "belongs to image-classification and sequence-classification, and model.task is text-length, which reads words"
+        and "belongs to audio-classification, image-classification and sequence-classification, and model.task is text-length, which reads words"
         in text
     )
     metric = job(folder, "fsdp", checkpoint={"keep_best": 1, "metric": "eror"})

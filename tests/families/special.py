@@ -150,6 +150,19 @@ _SPEECH = (
 )  # fmt: skip
 
 VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
+    **{
+        ("audio-classification", f"{kind}+layer"): {"feat_extract_norm": "layer"}
+        for kind in (
+            "hubert",
+            "sew",
+            "sew-d",
+            "unispeech",
+            "unispeech-sat",
+            "wav2vec2",
+            "wav2vec2-conformer",
+            "wavlm",
+        )
+    },
     ("causal-lm", "bamba+z_loss"): {"z_loss_coefficient": 0.1},
     ("causal-lm", "deepseek_v2+no_query_lora"): {"q_lora_rank": None},
     ("causal-lm", "falcon+alibi"): {"alibi": True},

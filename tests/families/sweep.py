@@ -20,6 +20,7 @@ import transformers
 from transformers.models.auto import modeling_auto
 
 from tests.families import tiny
+from tests.families.audio import audio_of
 from tests.families.causal import causal_lm
 from tests.families.classifiers import classification_of
 from tests.families.encoders import KINDS, found_of
@@ -34,6 +35,7 @@ TASKS: dict[str, Callable[[str], dict[str, Any]]] = {
     tiny.CAUSAL_LM: causal_lm,
     tiny.SEQUENCE_CLASSIFICATION: classification_of,
     tiny.IMAGE_CLASSIFICATION: images_of,
+    tiny.AUDIO_CLASSIFICATION: audio_of,
     **{task: functools.partial(found_of, task) for task in KINDS},
 }
 NAMES = {
@@ -43,6 +45,7 @@ NAMES = {
     tiny.TOKEN_CLASSIFICATION: modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
     tiny.QUESTION_ANSWERING: modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
     tiny.IMAGE_CLASSIFICATION: modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    tiny.AUDIO_CLASSIFICATION: modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
     tiny.SEQUENCE_TO_SEQUENCE: modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 }
 

@@ -18,6 +18,7 @@ from tests.families.encoders import KINDS
 from tests.families.numbers import is_ok
 from tests.families.sweep import RAW, as_lines
 from tests.families.tiny import (
+    AUDIO_CLASSIFICATION,
     CAUSAL_LM,
     IMAGE_CLASSIFICATION,
     MASKED_LM,
@@ -43,6 +44,8 @@ def table_of(raw: dict[str, Any]) -> dict[str, Any]:
     }
     for task, entry in entries.items():
         made[task] = {kind: entry(found) for kind, found in sorted(raw[task].items()) if "+" not in kind}
+    sounds = raw[AUDIO_CLASSIFICATION]
+    made[AUDIO_CLASSIFICATION] = {kind: _audio(sounds, kind) for kind in sorted(sounds) if "+" not in kind}
     return made
 
 
@@ -84,6 +87,30 @@ def _other(found: dict[str, Any]) -> dict[str, Any]:
     return {"ways": [way if head == "chunked" else f"{way} {head}" for way, head in ways.items()]}
 
 
+def _audio(raw: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Return what is right of clips of any length, of a layer norm in place of a group norm, and of one length."""
+    variant = f"{kind}+layer"
+    others = {"layer": _among(raw[variant], "padded", "single")} if variant in raw else {}
+    others["one_length"] = _among(raw[kind], "equal")
+    entry: dict[str, Any] = {"ways": _among(raw[kind], "padded", "single")}
+    return entry | {name: ways for name, ways in others.items() if ways != entry["ways"]}
+
+
+def _among(found: dict[str, Any], *layouts: str) -> list[str]:
+    """Return the ways of the first of these layouts that is right in any."""
+    right = [name.split("/")[:2] for name, said in found["tried"].items() if is_ok(said)]
+    for layout in layouts:
+        if ways := [
+            f"{_NAMES.get(layout, layout)} {attention}" for name, attention in right if name == layout
+        ]:
+            return ways
+    return []
+
+
+_NAMES = {"equal": "padded"}
+"""What a layout of the sweep is called elsewhere."""
+
+
 def _plain(reason: str) -> str:
     """The first line of a reason, without the Python error behind it."""
     return reason.partition(": ")[0] if ": " in reason else reason
@@ -101,6 +128,8 @@ def page_of(table: dict[str, Any]) -> str:
         _section("Answers in a text", table[QUESTION_ANSWERING]),
         _section("Encoder-decoders", table[SEQUENCE_TO_SEQUENCE], "chunked"),
         _section("Classifiers of images", table[IMAGE_CLASSIFICATION]),
+        _section("Classifiers of sounds", table[AUDIO_CLASSIFICATION]),
+        _more_of_sounds(table[AUDIO_CLASSIFICATION]),
     ]
     return "\n".join(lines)
 
@@ -128,8 +157,23 @@ def _section(title: str, entries: dict[str, Any], loss: str = "forward") -> str:
         lines.append(
             f"| `{kind}`{note} | {layout} | {attention} | {others} | {_LOSS[head[0] if head else loss]} |"
         )
-    lines += ["", "Refused by `launcher plan`:", "", "| model_type | why |", "|---|---|"]
+    if refused:
+        lines += ["", "Refused by `launcher plan`:", "", "| model_type | why |", "|---|---|"]
     lines += [f"| `{kind}` | {entry['refused']} |" for kind, entry in refused.items()]
+    return "\n".join([*lines, ""])
+
+
+def _more_of_sounds(entries: dict[str, Any]) -> str:
+    """Return the layouts of sounds that hang on more than the type."""
+    lines = [
+        OTHER_SOUNDS,
+        "| model_type | `feat_extract_norm: layer` | `pad_to_seconds: true` |",
+        "|---|---|---|",
+    ]
+    for kind, entry in entries.items():
+        if len(entry) > 1:
+            ways = [entry.get(key, entry["ways"])[0].replace(" ", ", ") for key in ("layer", "one_length")]
+            lines.append(f"| `{kind}` | {' | '.join(ways)} |")
     return "\n".join([*lines, ""])
 
 
@@ -143,6 +187,10 @@ _LOSS = {
     "model": "chunks of its own head",
     "forward": "its own forward",
 }
+OTHER_SOUNDS = """Of clips, two more settings change the layout. A feature encoder with a group norm
+(`feat_extract_norm: group` in the config, the usual one) goes by all of a clip, and so by what is padded behind it; one
+with layer norms does not. And with `data.pad_to_seconds` all clips are of one length:
+"""
 HEAD = """# Models
 
 Every model type of transformers for each task that can be built small, with its layout: how its samples share a pass.
@@ -154,7 +202,8 @@ Made by `python -m tests.families.sweep` and `python -m tests.families.table`
 with {versions}. For each type a tiny
 model with random weights is built in fp32. The loss of 16 samples of 1 to 40 tokens, and the norm of its gradient, are
 compared with those of each sample alone, by the class's own forward (of the tables after the second, 12 samples of 2
-to 40 tokens; of the last, 4 images). The tolerances are 1e-5 and 1e-4, relative; where
+to 40 tokens; of images 4;
+of sounds 3 clips of 0.3 to 0.41 s). The tolerances are 1e-5 and 1e-4, relative; where
 rounding comes near to that, fp64 is used. Sliding windows, soft caps, multipliers, routers' losses and every kind of
 layer of a hybrid are in these models.
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from launcher.planner.model.model_support import read_table, support
-from tests.families import images, tiny
+from tests.families import audio, images, tiny
 from tests.families.causal import causal_lm
 from tests.families.layouts import LENGTHS
 from tests.families.numbers import is_ok
@@ -20,6 +20,7 @@ from tests.families.special import UNABLE, VARIANTS
 from tests.families.sweep import NAMES, RAW, TASKS, run
 from tests.families.table import PAGE, page_of, table_of
 from tests.families.tiny import (
+    AUDIO_CLASSIFICATION,
     CAUSAL_LM,
     IMAGE_CLASSIFICATION,
     MASKED_LM,
@@ -88,11 +89,12 @@ def test_ten_at_random_have_their_own_loss() -> None:
     kinds = [(task, kind) for task in TASKS for kind, entry in read_table()[task].items() if "ways" in entry]
     wrong = {}
     for task, model_type in random.Random(seed).sample(kinds, 10):
-        config = (
-            images.config_of(model_type, model_type in images.SMALL)
-            if task == IMAGE_CLASSIFICATION
-            else tiny.config_of(model_type, task, 0.0)
-        )
+        if task == IMAGE_CLASSIFICATION:
+            config = images.config_of(model_type, model_type in images.SMALL)
+        elif task == AUDIO_CLASSIFICATION:
+            config = audio.config_of(model_type)
+        else:
+            config = tiny.config_of(model_type, task, 0.0)
         known = support(task, config.to_dict(), max_length=max(LENGTHS))
         tried = TASKS[task](model_type)["tried"]
         names = ["/".join(way[:2] if task == SEQUENCE_CLASSIFICATION else way) for way in known.ways]
@@ -118,6 +120,20 @@ def test_ten_at_random_have_their_own_loss() -> None:
 def test_the_sweep_tells_which_layouts_are_right_of_encoders(task: str, model_type: str, best: str) -> None:
     found = TASKS[task](model_type)
     assert "/".join((found["layout"], found["attention"], found["head"])) == best
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model_type", "best", "one_length"),
+    [("wav2vec2", "single/sdpa/chunked", "ok"), ("wav2vec2+layer", "padded/sdpa/chunked", "ok")],
+)
+def test_the_sweep_tells_whether_padding_changes_a_clip(model_type: str, best: str, one_length: str) -> None:
+    found = TASKS[AUDIO_CLASSIFICATION](model_type)
+    assert "/".join((found["layout"], found["attention"], found["head"])) == best
+    assert found["tried"]["equal/sdpa/chunked"] == one_length
+    assert found["tried"]["padded/sdpa/chunked"].startswith(
+        "ok" if best.startswith("padded") else "wrong: loss"
+    )
 
 
 @pytest.mark.slow

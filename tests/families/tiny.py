@@ -26,6 +26,7 @@ CAUSAL_LM, SEQUENCE_CLASSIFICATION = "causal-lm", "sequence-classification"
 MASKED_LM, TOKEN_CLASSIFICATION = "masked-lm", "token-classification"
 QUESTION_ANSWERING, SEQUENCE_TO_SEQUENCE = "question-answering", "sequence-to-sequence"
 IMAGE_CLASSIFICATION = "image-classification"
+AUDIO_CLASSIFICATION = "audio-classification"
 _AUTO = {
     IMAGE_CLASSIFICATION: AutoModelForImageClassification,
     CAUSAL_LM: AutoModelForCausalLM,

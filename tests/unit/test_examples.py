@@ -25,7 +25,8 @@ def stand_in(folder: Path, named: str, columns: Sequence[str]) -> Path:
     path = folder / Path(named).name.replace("*", "0")
     if not path.suffix:  # a folder whose files are the rows
         (path / "word").mkdir(parents=True)
-        (path / "word" / "0.jpg").touch()
+        for ending in ("jpg", "wav"):
+            (path / "word" / f"0.{ending}").touch()
         return path
     row: dict[str, Any] = {column: OF_ONE_WORD.get(column, "word") for column in columns}
     if path.suffix == ".conll":

@@ -117,3 +117,66 @@ def test_a_model_that_sees_no_images_is_refused(tmp_path: Path) -> None:
     path = job_of(tmp_path)
     with pytest.raises(ConfigurationError, match="a llama model cannot do image-classification"):
         plan_job(load(path, ["model.config.model_type=llama"]), hardware=CPU)
+
+
+def sounds_of(tmp_path: Path, **data: Any) -> Path:
+    folder_of(tmp_path, "train/yes/a.wav", "train/no/b.mp3", "train/no/c.flac", "train/no/d.ogg")
+    model = {"name": "org/heard", "task": "audio-classification", "config": {"model_type": "wav2vec2"}}
+    path = tmp_path / "job.yaml"
+    path.write_text(
+        yaml.safe_dump({"name": "sounds", "model": model, "data": {"train": {"path": "train"}, **data}})
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("overrides", "layout", "micro"),
+    [
+        ((), "single", 1),
+        (("model.config.feat_extract_norm=layer",), "padded", None),
+        (("data.pad_to_seconds=true",), "padded", None),
+        (("model.config.model_type=whisper",), "padded", None),
+        (("model.config.model_type=wavlm",), "single", 1),
+    ],
+)
+def test_the_layout_of_clips_hangs_on_the_models_normalization(
+    overrides: tuple[str, ...], layout: str, micro: int | None, tmp_path: Path
+) -> None:
+    plan = plan_job(load(sounds_of(tmp_path), list(overrides)), hardware=CPU)
+    assert (plan.task, plan.layout, plan.data.max_length) == ("audio-classification", layout, 1)
+    assert micro is None or plan.batch.micro_batch_size == micro
+
+
+def test_several_clips_of_a_group_norm_in_a_pass_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigurationError, match="several samples of a wav2vec2 model in one pass have another"
+    ):
+        plan_job(load(sounds_of(tmp_path), ["batch.micro_batch_size=4"]), hardware=CPU)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"seconds": 0}, "data.seconds"),
+        ({"cut_at": "end"}, "data.cut_at"),
+        ({"image_size": 32}, "data.image_size = 32: belongs to image-classification"),
+        ({"label": None}, "data.label"),
+    ],
+)
+def test_what_makes_no_sense_of_sounds_is_refused(data: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        load(sounds_of(tmp_path, **data))
+    assert message in str(caught.value)
+
+
+def test_sounds_without_the_packages_that_decode_them_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = sounds_of(tmp_path)
+    load(path)
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "soxr" else found(name))
+    with pytest.raises(
+        ConfigurationError, match=r"the package soxr, .*pip install 'finetune-launcher\[audio\]'"
+    ):
+        load(path)

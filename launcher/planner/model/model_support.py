@@ -87,9 +87,14 @@ def read_table() -> dict[str, Any]:
 
 
 def support(
-    task: str, config: dict[str, Any] | None, trust_remote_code: bool = False, max_length: int = 0
+    task: str,
+    config: dict[str, Any] | None,
+    trust_remote_code: bool = False,
+    max_length: int = 0,
+    one_length: bool = False,
 ) -> Support:
-    """Return what is known of a model by its config.json, for samples of at most `max_length` tokens.
+    """Return what is known of a model by its config.json, for samples of at most `max_length` tokens, or all of
+    `one_length`.
 
     `unknown` without a config, `untried` for what the table does not have.
     """
@@ -103,7 +108,12 @@ def support(
     entry = table[task].get(kind)
     if entry is None:
         return untried(task) if kind not in table["types"] else Support((), _cannot(table, kind, task))
-    known = Support(tuple(Way(*way.split()) for way in entry.get("ways", ())), entry.get("refused", ""))
+    ways = entry.get("ways", ())
+    if config.get("feat_extract_norm") == "layer":
+        ways = entry.get("layer", ways)
+    if one_length:
+        ways = entry.get("one_length", ways)
+    known = Support(tuple(Way(*way.split()) for way in ways), entry.get("refused", ""))
     if not known.ways:
         return known
     # Of a composite it is the text part that trains.

@@ -28,7 +28,7 @@ def choose_way(decider: Decider, device: str) -> Way:
         if reason:
             decider.refuse("model.attention", model.attention, reason)
     config = config_of(model)
-    known = support(model.task, config, model.trust_remote_code, job.data.max_length)
+    known = _support(job)
     try:
         kind = str((config or {}).get("model_type"))
         wishes = model.attention, job.data.packing, job.batch.micro_batch_size
@@ -44,13 +44,15 @@ def one_a_pass(job: Job) -> Job:
     """The job with one sample a pass where its model can do no other, and the job leaves that open."""
     if job.batch.micro_batch_size != "auto" or job.data.train.name == OWN:
         return job
-    ways = fitting(
-        support(job.model.task, config_of(job.model), job.model.trust_remote_code, job.data.max_length),
-        job.model.attention,
-    )
+    ways = fitting(_support(job), job.model.attention)
     if not ways or ways[0].layout != "single":
         return job
     return job.model_copy(update={"batch": job.batch.model_copy(update={"micro_batch_size": 1})})
+
+
+def _support(job: Job) -> Support:
+    model, data = job.model, job.data
+    return support(model.task, config_of(model), model.trust_remote_code, data.max_length, data.one_length)
 
 
 def _write_down(decider: Decider, way: Way, known: Support) -> None:

@@ -15,7 +15,7 @@ from launcher.training.data.sources import Rows
 
 FORMAT = 7
 """Of the files, and of how samples and packs are made: a change of either makes everything anew."""
-_IN_THE_BATCH = ("augmentation", "image_size")
+_IN_THE_BATCH = ("augmentation", "cut_at", "image_size")
 """Keys of `data` that decide nothing before a batch is made."""
 Role = Literal["train", "evaluation"]
 

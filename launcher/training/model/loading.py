@@ -90,6 +90,8 @@ def load(plan: Plan, auto_class: Any, config: Any, shard: Shard) -> LoadedModel:
     mean = getattr(config, "label_mean", None)
     if mean is not None and tasks.find(plan.task).traits.head == "one-per-sample":
         _centre(model, set(new) & following(kind, config, "num_labels"), mean)
+    for name in seam.constants:  # who reads a file makes a parameter anew that trains
+        model.get_parameter(name).requires_grad_(False)
     freeze(model, plan.model)
     if plan.model.freeze_normalization:
         normalization.freeze(model, plan.model.name)
@@ -180,6 +182,8 @@ class _Seam:
     def __init__(self, plan: Plan, shard: Shard) -> None:
         self._plan, self._shard = plan, shard
         self.injected: adapters.Injected | None = None
+        self.constants: tuple[str, ...] = ()
+        """Parameters that the model's class itself does not train, as Whisper's positions."""
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
@@ -189,6 +193,8 @@ class _Seam:
         def distribute(
             cls: type, model: PreTrainedModel, distributed_config: Any, mesh_manager: Any
         ) -> PreTrainedModel:
+            named = model.named_parameters()
+            self.constants = tuple(name for name, parameter in named if not parameter.requires_grad)
             self._prepare(model, mesh_manager)
             return model
 

@@ -51,9 +51,8 @@ def settled(plan: Plan) -> Plan:
     Raises ConfigurationError for a model that cannot be trained truly, and where there is none by that name.
     """
     config = read_config(plan.model_copy(update={"attention": "eager"}))
-    known = model_support.support(
-        plan.task, config.to_dict(), plan.model.trust_remote_code, plan.data.max_length
-    )
+    data, trusted = plan.data, plan.model.trust_remote_code
+    known = model_support.support(plan.task, config.to_dict(), trusted, data.max_length, data.one_length)
     planned = model_support.Way(plan.layout, plan.attention, plan.head)
     if known.ways and (
         known is model_support.untried(plan.task)

@@ -1,4 +1,4 @@
-"""Tensors that are not read as they stand: a new head, an embedding with added rows.
+"""Tensors that are not read as they stand: a new head, rows added to an embedding, positions cut to the clips.
 
 transformers would compare the shapes itself, but of a model that is cut it compares one rank's part of them:
 the part may agree on one rank and not on another. So the names are found beforehand, and the files' tensors
@@ -20,6 +20,8 @@ from launcher import tasks
 from launcher.planner.plan import Plan
 from launcher.tasks import classes
 
+_POSITIONS = "max_source_positions"
+"""Whisper's key for the positions of its encoder."""
 _BLOCK_ROWS = 4096
 """Rows of a table that are added up at once."""
 
@@ -33,6 +35,8 @@ class Changes:
     made anew."""
     grown: frozenset[str] = frozenset()
     """With a row for each token: those that the files lack are the mean of those that they have."""
+    shortened: frozenset[str] = frozenset()
+    """Of which the first rows alone are read: positions for longer clips than those that the model will hear."""
 
     @classmethod
     def of(cls, plan: Plan, kind: type[PreTrainedModel], config: Any) -> Changes:
@@ -41,12 +45,19 @@ class Changes:
         if plan.model.weights == "random" or plan.model.config is not None:
             return cls()
         grown = following(kind, config, "vocab_size") if plan.model.resize_embeddings else frozenset()
-        return cls(following(kind, config, "num_labels") if _other_head(plan, config) else frozenset(), grown)
+        if tasks.find(plan.task).traits.head == "every-position":
+            return cls(grown=grown)
+        stored = AutoConfig.from_pretrained(
+            plan.model.name, revision=plan.model.revision, trust_remote_code=plan.model.trust_remote_code
+        )
+        head = following(kind, config, "num_labels") if _other_head(plan, stored, config) else frozenset()
+        fewer = getattr(stored, _POSITIONS, 0) > getattr(config, _POSITIONS, 0)
+        return cls(head, grown, following(kind, config, _POSITIONS) if fewer else frozenset())
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
         """While inside, from_pretrained reads files with these changes."""
-        if not self.left_out and not self.grown:
+        if not self.left_out and not self.grown and not self.shortened:
             yield
             return
         original = modeling_utils.convert_and_load_state_dict_in_model
@@ -61,24 +72,23 @@ class Changes:
             modeling_utils.convert_and_load_state_dict_in_model = original
 
     def _changed(self, model: PreTrainedModel, state_dict: dict[str, Any]) -> dict[str, Any]:
-        shapes = {name: value.shape for name, value in model.state_dict().items() if name in self.grown}
+        others = self.grown | self.shortened
+        shapes = {name: value.shape for name, value in model.state_dict().items() if name in others}
         changed = {}
         for key, value in state_dict.items():
             if _named(key, self.left_out) is not None:
                 continue
             name = _named(key, frozenset(shapes))
-            changed[key] = value if name is None else _with_rows(value, shapes[name][0])
+            if name in self.shortened:
+                changed[key] = _FirstRows(value, shapes[name][0])
+            else:
+                changed[key] = value if name is None else _with_rows(value, shapes[name][0])
         return changed
 
 
-def _other_head(plan: Plan, config: Any) -> bool:
+def _other_head(plan: Plan, stored: Any, config: Any) -> bool:
     """Return whether the files' head, if there is any, is for other classes, or for the same in another
     order."""
-    if tasks.find(plan.task).traits.head == "every-position":
-        return False
-    stored = AutoConfig.from_pretrained(
-        plan.model.name, revision=plan.model.revision, trust_remote_code=plan.model.trust_remote_code
-    )
     own = classes.of_model(stored, tasks.unprepared(plan).auto_class.__name__.removeprefix("AutoModelFor"))
     return own is None or not classes.same(
         own, [config.id2label[number] for number in range(config.num_labels)]
@@ -111,6 +121,28 @@ def _named(key: str, names: frozenset[str]) -> str | None:
 def _with_rows(value: Any, num_rows: int) -> Any:
     shape = list(value.shape) if isinstance(value, torch.Tensor) else value.get_shape()
     return _Grown(value, shape, num_rows) if shape and shape[0] < num_rows else value
+
+
+class _FirstRows:
+    """The first rows of a tensor of a file, read in slices as safetensors' own."""
+
+    def __init__(self, source: Any, num_rows: int) -> None:
+        shape = list(source.shape) if isinstance(source, torch.Tensor) else source.get_shape()
+        self._source, self._shape = source, [num_rows, *shape[1:]]
+
+    def get_shape(self) -> list[int]:
+        """Return the shape without the rows that are left out."""
+        return self._shape
+
+    def get_dtype(self) -> Any:
+        """Return the file's own dtype."""
+        return self._source.dtype if isinstance(self._source, torch.Tensor) else self._source.get_dtype()
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        rows, *rest = index if isinstance(index, tuple) else (index,)
+        start, stop, _ = (slice(None) if rows is Ellipsis else rows).indices(self._shape[0])
+        part: torch.Tensor = self._source[(slice(start, stop), *rest)]
+        return part
 
 
 class _Grown:
