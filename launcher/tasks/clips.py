@@ -26,7 +26,7 @@ _WINDOW = 0.025
 
 @dataclass(frozen=True)
 class Clips:
-    """What a model hears of a sound, with its feature extractor."""
+    """The part of a sound that a model hears, with its feature extractor."""
 
     processor: Any
     rate: int
