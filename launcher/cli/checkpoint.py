@@ -1,4 +1,4 @@
-"""launcher checkpoint: list, inspect, verify, diff, prune, import."""
+"""launcher checkpoint: list, inspect, verify, diff, prune, average, import."""
 
 from __future__ import annotations
 
@@ -225,6 +225,23 @@ def prune(
         )
     names = [stored.name for stored in removed] + leftovers
     typer.echo(f"{'would remove' if dry_run else 'removed'}: {', '.join(names) or 'nothing'}")
+    return None
+
+
+@app.command()
+def average(
+    run: Run,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new directory for the model.")],
+    last: Annotated[int, typer.Option("--last", metavar="N", min=2, help="The newest whole ones.")] = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Write the mean of a run's last checkpoints as Hugging Face safetensors."""
+    from launcher.training.checkpoint.export import export
+
+    done = export(_find(run), out, last=last)
+    if as_json:
+        return print_json({"out": str(done.directory), "step": done.step, "last": last})
+    typer.echo(f"the mean of the last {last} checkpoints, up to step {done.step}, in {done.directory}")
     return None
 
 

@@ -54,13 +54,16 @@ def export(
             help="The adapter alone, as a directory that peft loads; left out, it is added to the weights.",
         ),
     ] = False,
+    ema: Annotated[
+        bool, typer.Option("--ema", help="The moving average of the weights, where the run keeps one.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a run's model as Hugging Face safetensors."""
     from launcher.runs.layout import RunDirectory
     from launcher.training.checkpoint.export import export as write
 
-    done = write(RunDirectory.find(run), out, checkpoint, dtype.value, int(max_shard * 1e9), adapter)
+    done = write(RunDirectory.find(run), out, checkpoint, dtype.value, int(max_shard * 1e9), adapter, ema)
     for stored in done.rejected:
         typer.echo(f"{stored.name} is not whole and was passed over: {'; '.join(stored.problems)}", err=True)
     if as_json:

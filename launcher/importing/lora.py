@@ -74,6 +74,8 @@ def read(content: dict[str, Any], names: Names, defaults: AdapterDefaults, readi
         value = content.get(key)
         if value not in (None, False, "", [], {}, "false", "False", 0):
             text = "another kind of adapter than LoRA's B A x alpha / rank; taken: LoRA without it"
+            if key.endswith("use_dora"):
+                text = "taken: LoRA without it; model.adapter.dora: true is peft's DoRA"
             reading.cannot_say(key, brief(value), text)
 
 

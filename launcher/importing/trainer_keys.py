@@ -48,7 +48,7 @@ HELD_OUT = (
 )
 CHANGES: dict[str, str] = {
     "label_smoothing_factor": "launcher has plain cross entropy",
-    "neftune_noise_alpha": "launcher adds no noise to embeddings",
+    "neftune_noise_alpha": "training.neftune_noise_alpha is the same by each sample's own length",
     "auto_find_batch_size": "`launcher plan` finds a micro-batch that fits and keeps the global batch",
     "optim_args": "launcher's optimizers have betas, epsilon, momentum and weight_decay, under training",
     "optim_target_modules": "every matrix gets the same optimizer; model.freeze leaves some out",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import math
 from collections.abc import Iterable
 from typing import Annotated, Literal
 
@@ -14,6 +15,8 @@ from launcher.values import Fraction, Line, Section
 
 _HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 """Names of the matrix that makes logits."""
+OWN = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
+"""The ends of the names of an adapter's own parameters, as peft's files have them."""
 
 
 class Adapter(Section):
@@ -23,6 +26,12 @@ class Adapter(Section):
     """Rows of A and columns of B: what is added to a weight is B A."""
     alpha: float = Field(default=32.0, gt=0)
     """Scale of what is added: it counts alpha / rank times."""
+    rslora: bool = False
+    """Have it count alpha / sqrt(rank) times, so that a higher rank learns no more slowly (rsLoRA, arXiv
+    2312.03732)."""
+    dora: bool = False
+    """Learn the length of each row of a weight beside its direction (DoRA, arXiv 2402.09353). Under FSDP,
+    ZeRO-1 and 2."""
     dropout: Fraction = 0.0
     """Dropout of what goes into A."""
     targets: Literal["all-linear"] | Annotated[tuple[Line, ...], Field(min_length=1)] = "all-linear"
@@ -35,6 +44,11 @@ class Adapter(Section):
     """A directory with an adapter to go on from, as `launcher export --adapter` or peft writes it; its sizes
     are those of the run. `model.name` may name it in place of its base."""
 
+    @property
+    def scale(self) -> float:
+        """Return how many times B A counts."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
     def takes(self, layer: str) -> bool:
         """Return whether a linear layer gets one by its name; with `all-linear` whoever asks has chosen the
         layers."""
@@ -46,8 +60,8 @@ class Adapter(Section):
         )
 
     def trains(self, name: str) -> bool:
-        """Return whether a parameter is trained: an adapter's matrix, or one of `train_also`."""
-        return name.endswith((".lora_A.weight", ".lora_B.weight")) or self.trains_also(name)
+        """Return whether a parameter is trained: an adapter's own, or one of `train_also`."""
+        return name.endswith(OWN) or self.trains_also(name)
 
     def trains_also(self, name: str) -> bool:
         """Return whether a parameter of the model's own is trained in full."""

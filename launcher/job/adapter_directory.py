@@ -18,7 +18,7 @@ WEIGHTS = "adapter_model.safetensors"
 _PLAIN: dict[str, Any] = {"peft_type": "LORA", "bias": "none"}
 """Settings that are kept to at one value alone."""
 _NOT_KNOWN = (
-    "use_dora", "use_rslora", "lora_bias", "rank_pattern", "alpha_pattern", "layers_to_transform",
+    "lora_bias", "rank_pattern", "alpha_pattern", "layers_to_transform",
     "layers_pattern", "layer_replication",
     "exclude_modules", "target_parameters", "trainable_token_indices", "alora_invocation_tokens",
     "use_qalora", "arrow_config",
@@ -57,6 +57,8 @@ def read(directory: Path, model: Model, key: str) -> tuple[Model, list[Problem]]
     keys = {
         "rank": settings["r"],
         "alpha": float(settings["lora_alpha"]),
+        "rslora": bool(settings.get("use_rslora")),
+        "dora": bool(settings.get("use_dora")),
         "targets": targets if isinstance(targets, str) else tuple(sorted(targets)),
     }
     given = model.adapter or Adapter()

@@ -27,6 +27,7 @@ def findings(job: Job) -> Iterator[Finding]:
     yield from _adapter(job)
     yield from _training(job)
     yield from _evaluation(job)
+    yield from _distillation(job)
     yield from _machine(job)
     yield from _slurm(job.cluster)
 
@@ -114,6 +115,14 @@ def _training(job: Job) -> Iterator[Finding]:
         )
     yield from _unfreeze(job)
     yield from _schedule(training)
+    traits = tasks.find(job.model.task).traits
+    if training.neftune_noise_alpha is not None and (traits.encoder_decoder or traits.unit != "token"):
+        reason = (
+            "noise is for models that read one sequence of tokens; a model of this task reads "
+            + ("two, with one table" if traits.encoder_decoder else f"{traits.unit}s")
+            + "; leave it out"
+        )
+        yield finding("training.neftune_noise_alpha", training.neftune_noise_alpha, reason, "model.task")
     if training.warmup >= 1 and training.warmup != int(training.warmup):
         yield finding(
             "training.warmup",
@@ -217,6 +226,19 @@ def _metrics(job: Job) -> Iterator[Finding]:
             near = difflib.get_close_matches(metric, task.metrics, n=1, cutoff=0.0)
             reason = f"a {task.kind} evaluation measures {', '.join(task.metrics)}; the nearest is {near[0]}"
             yield finding(key, metric, reason, "model.task", "data.problem")
+
+
+def _distillation(job: Job) -> Iterator[Finding]:
+    distillation = job.distillation
+    if distillation is None:
+        return
+    if not tasks.find(job.model.task).distils:
+        can = ", ".join(name for name in tasks.names() if tasks.find(name).distils)
+        reason = f"a {job.model.task} task learns from no teacher; {can} do"
+        yield finding("distillation", None, reason, "model.task")
+    elif getattr(job.data, "problem", None) == "regression" and distillation.temperature != 1:
+        reason = "a number has no temperature, only classes and tokens have; leave it out"
+        yield finding("distillation.temperature", distillation.temperature, reason, "data.problem")
 
 
 def _machine(job: Job) -> Iterator[Finding]:

@@ -14,6 +14,7 @@ from launcher.data.section import Data, Source
 from launcher.errors import Problem
 from launcher.job import adapter_directory
 from launcher.job.schema import Job, Model
+from launcher.tasks.distillation import Distillation
 
 
 def nearest_file(path: Path) -> str:
@@ -43,9 +44,28 @@ def resolve(job: Job, folder: Path) -> tuple[Job, list[Problem]]:
         memory = memory.model_copy(
             update={"offload_to": str((folder / Path(memory.offload_to).expanduser()).absolute())}
         )
-    return job.model_copy(
-        update={"data": data, "memory": memory, "model": _model(job.model, folder, problems)}
-    ), problems
+    changed = {"data": data, "memory": memory, "model": _model(job.model, folder, problems)}
+    if job.distillation is not None:
+        changed["distillation"] = _taught(job.distillation, folder, problems)
+    return job.model_copy(update=changed), problems
+
+
+def _taught(distillation: Distillation, folder: Path, problems: list[Problem]) -> Distillation:
+    """The section with its teacher's directory, which holds a whole model."""
+    key, name = "distillation.teacher", distillation.teacher
+    path = folder / Path(name).expanduser()
+    reason = ""
+    if (path / "plan.json").is_file():
+        reason = f"a run directory; write its model first: launcher export {name} --out DIR, and name DIR"
+    elif adapter_directory.is_adapter(path):
+        reason = "an adapter without its model; export it merged, and name that directory"
+    if reason:
+        problems.append(Problem(key, name, reason))
+        return distillation
+    wrong: list[Problem] = []
+    located = _base(Model(name=name, task="causal-lm"), folder, wrong)
+    problems += [Problem(key, name, one.reason) for one in wrong]
+    return distillation.model_copy(update={"teacher": located.name})
 
 
 def _source(

@@ -29,6 +29,7 @@ from launcher.job.adapter import Adapter
 from launcher.job.cluster import Auto, Cluster
 from launcher.job.training import Training
 from launcher.job.tuning import Freeze, Thaw, parse_freeze
+from launcher.tasks.distillation import Distillation
 from launcher.tasks.generation import Evaluation
 from launcher.values import Every, Interval, Section
 
@@ -151,6 +152,8 @@ class Job(Section):
     batch: Batch = Batch()
     training: Training = Training()
     evaluation: Evaluation = Evaluation()
+    distillation: Distillation | None = None
+    """Learn from a teacher too."""
     precision: Precision | Auto = "auto"
     """Of the computation; parameters that train and their optimizer state are fp32 in any case."""
     memory: Memory = Memory()

@@ -49,6 +49,15 @@ class OnSpike(Section):
     """Rewinds of one run; where the loss jumps once more, it ends with exit code 8."""
 
 
+class WeightAverage(Section):
+    """Keep a moving average of the weights, cut as they are: one more fp32 number for each that trains."""
+
+    decay: float = Field(default=0.999, gt=0, lt=1)
+    """After each step the average is decay x itself + (1 - decay) x the weights."""
+    evaluate: bool = False
+    """Measure the averages, in training and in `launcher evaluate` and `predict`, in place of the weights."""
+
+
 class Training(Section):
     """Say how long to train, how fast, and with what."""
 
@@ -90,6 +99,11 @@ class Training(Section):
     """Below 1: the share of all steps; from 1: steps."""
     minimum_learning_rate: float = Field(default=0.0, ge=0)
     """Where the fall ends. `constant` and `inverse-sqrt` have no end."""
+    neftune_noise_alpha: float | None = Field(default=None, gt=0)
+    """Add noise to the embeddings of what is learned from: alpha / sqrt(tokens x width) times uniform noise in
+    [-1, 1] (NEFTune, arXiv 2310.05914); 5 to 15 in its paper."""
+    ema: WeightAverage | None = None
+    """Keep a moving average of the weights, for evaluation and export."""
     clip_norm: float = Field(default=1.0, ge=0)
     """The largest global gradient norm; 0 leaves gradients as they are."""
     seed: int = Field(default=17, ge=0)

@@ -45,9 +45,10 @@ def engine_options(job: Job, first: Plan) -> list[list[EngineOption]]:
     Of a group the fastest is taken; a later group only where nothing of the earlier ones fits. FSDP goes
     before DeepSpeed, and nothing offloaded before anything. first: the plan that the job begins with.
     """
-    # DeepSpeed always cuts, so that it is no choice for a job that wants whole copies; Muon needs
+    # DeepSpeed always cuts, so that it is no choice for a job that wants whole copies; Muon and DoRA need
     # whole matrices.
-    only_fsdp = job.parallel.shard == "none" or job.training.optimizer == "muon"
+    dora = job.model.adapter is not None and job.model.adapter.dora
+    only_fsdp = job.parallel.shard == "none" or job.training.optimizer == "muon" or dora
     engine_open = job.parallel.engine == "auto" and not only_fsdp and first.engine == "fsdp"
     engines: list[EngineName] = [first.engine, "deepspeed"] if engine_open else [first.engine]
     groups = [[EngineOption(engine, first.offload)] for engine in engines]

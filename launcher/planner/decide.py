@@ -77,6 +77,7 @@ def candidate(job: Job, nproc: int | None, hardware: Hardware, local: bool) -> P
         checkpoint=_checkpoint(decider, placed),
         evaluate_every=job.training.evaluate_every,
         evaluation=None if job.evaluation == Evaluation() else job.evaluation,
+        distillation=job.distillation,
         decisions=tuple(decider.decisions),
     )
 

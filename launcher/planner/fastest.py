@@ -8,7 +8,6 @@ from launcher.job.schema import ActivationCheckpointing, Job
 from launcher.planner import candidates
 from launcher.planner.candidates import ENGINE_NAMES, Cut, EngineOption, cut_words
 from launcher.planner.forecast import Forecast, forecast, least_bytes
-from launcher.planner.memory.formulas import Formulas
 from launcher.planner.memory.limits import gib, recomputations, samples_per_pass
 from launcher.planner.memory.program import Program
 from launcher.planner.plan import Decision, Plan, Refused, Why
@@ -220,7 +219,7 @@ class Search:
             decisions.append(Decision(key="memory.offload", value=plan.offload, reason=reason))
         if job.memory.activation_checkpointing == "auto":
             highest, usable = taken.forecast.footprint.highest, self.target.usable_bytes(plan.mesh.device)
-            source = "the formulas" if isinstance(self.program, Formulas) else "its class's profile"
+            source = "its class's profile" if taken.forecast.traced else "the formulas"
             reason = f"{gib(highest.total)} of the {gib(usable)} that can be used of a rank"
             reason += f", by {source} ({highest.name}: {highest.where})"
             value = plan.activation_checkpointing

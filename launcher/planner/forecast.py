@@ -13,6 +13,7 @@ from launcher.planner.memory.formulas import Formulas
 from launcher.planner.memory.limits import gib
 from launcher.planner.memory.profiles import CACHED, Profiles
 from launcher.planner.memory.program import Program
+from launcher.planner.memory.teacher import Taught
 from launcher.planner.plan import Plan
 from launcher.planner.speed.duration import Duration, duration
 from launcher.planner.speed.step_time import Speed, speed
@@ -44,7 +45,12 @@ class Forecast:
     @property
     def traced(self) -> bool:
         """Return whether it goes by a profile of the model's real class."""
-        return not isinstance(self.program, Formulas)
+        of = (
+            (self.program.student, self.program.teacher)
+            if isinstance(self.program, Taught)
+            else (self.program,)
+        )
+        return not all(isinstance(program, Formulas) for program in of)
 
     @property
     def step(self) -> float:
@@ -163,6 +169,15 @@ def forecast(
         rate = speed(shorter, typical.units, typical.segments(), gpu)
         share = items.mean / length
         rate = replace(rate, tokens=round(rate.tokens * share), model_flops=rate.model_flops * share)
+        estimator = typical
+    if (teacher := estimator.teacher) is not None:
+        beside = speed(
+            teacher.plan.model_copy(update={"data": estimator.plan.data}),
+            teacher.units,
+            teacher.segments,
+            gpu,
+        )
+        rate = replace(rate, compute=rate.compute + beside.evaluation)
     lasts = duration(
         plan, rate, foreseen.checkpoint_bytes, gpu, target.disk_rate, items, evaluation_items(plan)
     )

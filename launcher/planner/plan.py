@@ -30,6 +30,7 @@ from launcher.job.schema import (
 )
 from launcher.plain_files import read_text
 from launcher.planner.axes import Mesh
+from launcher.tasks.distillation import Distillation
 from launcher.tasks.generation import Evaluation
 from launcher.tasks.task import Head, SampleLayout
 
@@ -155,6 +156,8 @@ class Plan(Frozen):
     evaluate_every: Interval | None = None
     evaluation: Evaluation | None = None
     """Where the job says what is done with held-out rows beside computing their loss."""
+    distillation: Distillation | None = None
+    """Where the job names a teacher; its directory is absolute."""
     script: tuple[str, ...] | None = None
     """A training script of the user's own, by its absolute path, and its arguments. Model, data, batch and
     training are then its own."""
@@ -180,6 +183,18 @@ class Plan(Frozen):
                 {key: value for key, value in data.items() if key not in of_others}
             )
         return {"layout": task.traits.layout} | values | {"data": data}
+
+    def of_teacher(self) -> Plan:
+        """Return the plan of the teacher alone, as FSDP shards it beside either engine."""
+        assert self.distillation is not None
+        model = Model(
+            name=self.distillation.teacher,
+            revision=self.distillation.revision,
+            task=self.model.task,
+            trust_remote_code=self.model.trust_remote_code,
+        )
+        changes = {"model": model, "distillation": None, "engine": "fsdp", "zero": None}
+        return self.model_copy(update=changes | {"activation_checkpointing": "none"})
 
     def to_json(self) -> str:
         """Text for plan.json; what does not apply is left out, so that nothing in it is null."""

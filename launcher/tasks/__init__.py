@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from launcher.errors import ConfigurationError, Problem
 
 if TYPE_CHECKING:
+    from launcher.tasks.distillation import Distillation
     from launcher.tasks.generation import Evaluation
     from launcher.tasks.task import Task
 
@@ -41,6 +42,8 @@ class Planned(Protocol):
     def head(self) -> Any: ...
     @property
     def evaluation(self) -> Evaluation | None: ...
+    @property
+    def distillation(self) -> Distillation | None: ...
 
 
 class Asked(Protocol):
@@ -52,6 +55,8 @@ class Asked(Protocol):
     def data(self) -> Any: ...
     @property
     def evaluation(self) -> Evaluation: ...
+    @property
+    def distillation(self) -> Distillation | None: ...
 
 
 @functools.cache
@@ -84,7 +89,7 @@ def names() -> list[str]:
 def of_job(job: Asked) -> Task:
     """Return a job's task, without a processor. Raises ConfigurationError for an unknown one."""
     task = find(job.model.task)(job.data)
-    task.evaluation = job.evaluation
+    task.evaluation, task.distillation = job.evaluation, job.distillation
     return task
 
 
@@ -104,5 +109,5 @@ def unprepared(plan: Planned, labels: list[str] | None = None) -> Task:
     for an unknown one."""
     task = find(plan.task)(plan.data, labels)
     task.layout, task.head = plan.layout, plan.head
-    task.evaluation = plan.evaluation or task.evaluation
+    task.evaluation, task.distillation = plan.evaluation or task.evaluation, plan.distillation
     return task

@@ -15,6 +15,7 @@ from launcher.tasks import causal_columns
 from launcher.tasks.causal_columns import CausalColumns
 from launcher.tasks.causal_samples import num_asked, question_of, sample_of
 from launcher.tasks.chat.rows import chat_columns, messages_of, texts_of, tools_of
+from launcher.tasks.distillation import TEACHER
 from launcher.tasks.encoding import Borders, Tokens, Written, encode_usable, encode_written
 from launcher.tasks.generation import padded_prompts
 from launcher.tasks.padding import alone
@@ -62,6 +63,7 @@ class CausalLM(WritingTask):
     Columns = CausalColumns
     column_ways = (("prompt", "completion"), ("messages",), ("text",))
     compared_by = EXACT | OVERLAP
+    distils = True
     data: CausalColumns
 
     def __init__(self, data: CausalColumns, labels: list[str] | None = None) -> None:
@@ -217,10 +219,17 @@ class CausalLM(WritingTask):
         """Return the tokens, and the same tokens as labels."""
         return alone(sample, labels="input_ids")
 
-    def loss(self, model: torch.nn.Module, batch: dict[str, Any]) -> Output:
-        """Return the summed loss of the supervised tokens."""
+    def loss(
+        self, model: torch.nn.Module, batch: dict[str, Any], others: Mapping[str, Any] | None = None
+    ) -> Output:
+        """Return the summed loss of the supervised tokens; in training mixed with the divergence from a
+        teacher, where there is one."""
         from launcher.training.heads import causal_lm
 
+        if others and self.distillation is not None and model.training:
+            from launcher.training.distillation import causal_lm as distilled
+
+            return distilled(model, batch, others[TEACHER], self.distillation)
         return causal_lm(model, batch, self.head)
 
     def evaluator(self) -> Evaluator:

@@ -17,6 +17,7 @@ from launcher.lazy import Lazy
 from launcher.metrics import Better
 from launcher.tasks import classes
 from launcher.tasks.classes import Classes, by_class, is_number, new_head, taken_by_number
+from launcher.tasks.distillation import TEACHER
 from launcher.tasks.label_answers import label_answers
 from launcher.tasks.label_columns import HF_PROBLEM, LabelColumns, measured
 from launcher.tasks.label_losses import LabelLoss, balanced, label_loss
@@ -178,12 +179,18 @@ class Classification(Task):
             return np.zeros(size, dtype=np.int64 if problem == "single-label" else np.float32)
         return label_array(label_of(row, self._label_column, problem), ids, problem, whose)
 
-    def loss(self, model: torch.nn.Module, batch: dict[str, Any]) -> Output:
+    def loss(
+        self, model: torch.nn.Module, batch: dict[str, Any], others: Mapping[str, Any] | None = None
+    ) -> Output:
+        """Return the summed loss of the samples; in training mixed with the divergence from a teacher, where
+        there is one."""
         data = self.data
         return label_loss(
             model,
             batch,
             LabelLoss(data.problem, self._weights, data.label_smoothing or 0.0, data.focal_gamma),
+            self.distillation,
+            (others or {}).get(TEACHER),
         )
 
     def evaluator(self) -> Evaluator:

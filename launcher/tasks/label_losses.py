@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from launcher.lazy import Lazy
+from launcher.tasks.distillation import Distillation, label_divergence, label_logits
 from launcher.tasks.task import Output
 
 if TYPE_CHECKING:
@@ -97,11 +98,18 @@ def balanced(labels: np.ndarray, num_labels: int) -> list[float]:
     return [float(weight) for weight in np.where(usual, others / np.where(usual, counts, 1), 1.0)]
 
 
-def label_loss(model: torch.nn.Module, batch: dict[str, Any], loss: LabelLoss | str) -> Output:
+def label_loss(
+    model: torch.nn.Module,
+    batch: dict[str, Any],
+    loss: LabelLoss | str,
+    distillation: Distillation | None = None,
+    teacher: torch.nn.Module | None = None,
+) -> Output:
     """Return the summed loss of the samples, each by its weight, with fp32 logits [samples, outputs] as
     predictions.
 
-    `loss` may be the name of a problem alone. An evaluation measures the loss without options.
+    `loss` may be the name of a problem alone. An evaluation measures the loss without options, and asks no
+    teacher.
     """
     from launcher.training.heads import own_forward
 
@@ -110,6 +118,11 @@ def label_loss(model: torch.nn.Module, batch: dict[str, Any], loss: LabelLoss | 
     labels, weights = batch["labels"], batch["weights"]
     loss = LabelLoss(loss) if isinstance(loss, str) else loss
     losses = (loss if model.training else loss.plain()).of(logits, labels)
+    if model.training and distillation is not None and teacher is not None:
+        wanted = label_logits(teacher, inputs)
+        losses = distillation.mixed(
+            losses, label_divergence(loss.problem, logits, wanted, distillation.temperature)
+        )
     if loss.problem == "single-label":
         correct = (logits.argmax(dim=-1) == labels.view(-1)).float()
     elif loss.problem == "multi-label":

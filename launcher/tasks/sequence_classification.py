@@ -33,6 +33,7 @@ class SequenceClassification(Classification):
     Columns = LabelledColumns
     column_ways = (("text", "label"),)
     head_name = "SequenceClassification"
+    distils = True
     data: LabelledColumns
 
     def __init__(self, data: LabelledColumns, labels: list[str] | None = None) -> None:

@@ -15,6 +15,7 @@ from launcher.data.rows import Row, RowProblem
 from launcher.data.section import Data
 from launcher.metrics import Better
 from launcher.tasks.companion import Companion
+from launcher.tasks.distillation import Distillation
 from launcher.tasks.evaluator import Evaluator, Output
 from launcher.tasks.findings import Finding, Left, finding
 from launcher.tasks.generation import AnswerOptions, Evaluation, GenerationOptions
@@ -59,12 +60,16 @@ class Task(ABC):
     """The names of the classes in the order of their ids, where the task has classes and they are known."""
     writes: ClassVar[bool] = False
     """Whether the model can write an answer to a row, so that a job may set `evaluation.generate`."""
+    distils: ClassVar[bool] = False
+    """Whether its loss asks a teacher where a job names one."""
     for_prediction: bool = False
     """Whether rows are answered: labels may be absent, and `columns`, `texts` and `encode` ask for none."""
     keeps_fitted: bool = False
     """Whether an evaluation uses what `adopt_evaluation` took and fits nothing anew, as for a finished model."""
     evaluation: Evaluation = Evaluation()
     """The section `evaluation` of the job: what is done with held-out rows beside computing their loss."""
+    distillation: Distillation | None = None
+    """The teacher that is learned from beside the rows, where the job names one."""
 
     def __init__(self, data: Any, labels: list[str] | None = None) -> None:
         self.data = data
@@ -178,12 +183,13 @@ class Task(ABC):
 
     @property
     def companions(self) -> Mapping[str, Companion]:
-        """Return the frozen models that compute beside the one that trains, by name.
+        """Return the frozen models that compute beside the one that trains, by name: the job's teacher.
 
         A task that has some gets them in `loss` by a further argument, `others`: modules by these names. Such a
-        task's `plain_batch` returns None, as the model's own class knows nothing of them.
+        task's `plain_batch` returns None, as the model's own class knows nothing of them, unless they are
+        asked in training alone.
         """
-        return {}
+        return {} if self.distillation is None else self.distillation.companions
 
     # Rows and samples.
 

@@ -29,17 +29,23 @@ from launcher.training.model.forward import (
 )
 from launcher.training.own_head import cross_entropy_of, likeliest, loss_by_own_head
 
-__all__ = ["Batch", "causal_lm", "encoder_decoder", "likeliest", "model_class_of", "own_forward"]
+__all__ = ["Batch", "accepted", "causal_lm", "encoder_decoder", "likeliest", "model_class_of", "own_forward"]
 """What a task calls on a rank, from one place."""
+EntropyOf = Callable[[PreTrainedModel, Any, Batch], CrossEntropy]
+"""What makes the loss of a micro-batch by a causal LM, what its decoder gave back, and the batch."""
 
 
-def causal_lm(model: PreTrainedModel, batch: Batch, head: Head = "chunked") -> Output:
+def causal_lm(
+    model: PreTrainedModel, batch: Batch, head: Head = "chunked", entropy_of: EntropyOf | None = None
+) -> Output:
     """Return the summed loss of a collated micro-batch: cross entropy, and the routers' loss where the config
     asks for it.
 
     Packed: `input_ids`, `position_ids` [1, tokens], `cu_seq_lens` [samples + 1], `max_length`. Padded:
     `input_ids`, `attention_mask` [samples, longest]. Both: `targets`, the next token or -100, flat over all
     positions, `supervised`, the places of those that are not -100, and `lengths` of the samples.
+
+    entropy_of: what makes the loss of the decoder's outputs, in the place of the head's cross entropy.
     """
     routes = bool(getattr(model.config.get_text_config(), "output_router_logits", False))
     inputs = decoder_inputs(batch) | ({"output_router_logits": True} if routes else {})
@@ -51,7 +57,7 @@ def causal_lm(model: PreTrainedModel, batch: Batch, head: Head = "chunked") -> O
     else:
         decoder = decoder_of(model)
         outputs = decoder(**accepted(type(decoder), inputs))
-        entropy = _ENTROPIES[head](model, outputs, batch)
+        entropy = (entropy_of or _ENTROPIES[head])(model, outputs, batch)
     router = _router_loss(model, outputs, batch) if routes else None
     if router is None:
         return Output(entropy.loss_sum, entropy.num_correct, losses=entropy.losses)
@@ -139,10 +145,7 @@ def _loss_in_chunks(model: PreTrainedModel, outputs: Any, batch: Batch) -> Cross
     )
 
 
-_ENTROPIES: dict[str, Callable[[PreTrainedModel, Any, Batch], CrossEntropy]] = {
-    "chunked": _loss_in_chunks,
-    "model": loss_by_own_head,
-}
+_ENTROPIES: dict[str, EntropyOf] = {"chunked": _loss_in_chunks, "model": loss_by_own_head}
 
 
 def _router_loss(model: PreTrainedModel, outputs: Any, batch: Batch) -> torch.Tensor | None:

@@ -24,6 +24,7 @@ from launcher.training.data.prepare import prepare, refuse_mostly_dropped
 from launcher.training.data.sources import refuse_change
 from launcher.training.model import model_files, pretrained
 from launcher.training.model.forward import model_class_of
+from launcher.training.model.teacher import check_teacher
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class TrainingInputs:
             )
         task.learn_from(train.column)
         task.configure(config)
+        check_teacher(plan, task, tokenizer)
         for role, dataset in (("train", train), ("evaluation", evaluation)):
             refuse_tokens(dataset, f"data.{role}", tokenizer, config)
         return cls(config, tokenizer, task, train, evaluation)

@@ -7,6 +7,7 @@ chunk's probabilities are at hand, so nothing is computed twice (the arrangement
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -51,6 +52,33 @@ class CrossEntropy(NamedTuple):
     """Of each position, fp32 [tokens], 0 where nothing is supervised; where nothing is trained."""
 
 
+@dataclass(frozen=True)
+class SoftTargets:
+    """What another model says at the same positions, which a loss is drawn to (arXiv 1503.02531)."""
+
+    logits_of: Callable[[int, int], torch.Tensor]
+    """Returns its logits, [positions, vocabulary], from one supervised position to another."""
+    temperature: float
+    own: float
+    """The share of the cross entropy in the loss; the rest is the divergence times temperature squared."""
+
+    def mix(self, logits: torch.Tensor, each: torch.Tensor, begin: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the losses of a chunk of positions, fp32 [n, 1], by its logits, fp32 [n, vocabulary], and its
+        entropies, [n, 1]; and the gradient of the divergence's share with respect to the logits.
+
+        Where one has more rows than the other (some pad their embedding), those of both are compared.
+        """
+        wanted = self.logits_of(begin, begin + len(logits))
+        num_both = min(wanted.shape[1], logits.shape[1])
+        wanted = wanted[:, :num_both].float().div(self.temperature).log_softmax(dim=1)
+        ours = logits[:, :num_both].div(self.temperature).log_softmax(dim=1)
+        probabilities = wanted.exp()
+        weight = (1 - self.own) * self.temperature**2
+        divergence = wanted.sub_(ours).mul_(probabilities).sum(dim=1, keepdim=True)
+        gradient = ours.exp_().sub_(probabilities).mul_(weight / self.temperature)
+        return self.own * each + weight * divergence, gradient
+
+
 def chunked_cross_entropy(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -61,6 +89,7 @@ def chunked_cross_entropy(
     transform: LogitTransform = LogitTransform(),
     count_correct: bool = False,
     smoothing: float = 0.0,
+    soft: SoftTargets | None = None,
 ) -> CrossEntropy:
     """Summed cross entropy of `hidden` [tokens, hidden] against `targets` [tokens] through `weight`
     [vocabulary, hidden].
@@ -68,12 +97,13 @@ def chunked_cross_entropy(
     `smoothing` is the share of a target's probability that is spread evenly over the vocabulary (arXiv
     1512.00567, section 7). Targets of -100 are not supervised and cost nothing: `supervised`, int64 [n], are
     the others, which a device would have to be asked for. `num_correct` is counted, and `losses` are kept,
-    only where asked for; to count costs a pass over the logits.
+    only where asked for; to count costs a pass over the logits. With `soft` the loss is a mixture with the
+    divergence from another model.
     """
     places = supervised_places(targets) if supervised is None else supervised
     chosen, wanted = at(places, hidden, targets)
     loss_sum, num_correct, losses = _ChunkedCrossEntropy.apply(
-        chosen, weight, bias, wanted, transform, count_correct, smoothing
+        chosen, weight, bias, wanted, transform, count_correct, smoothing, soft
     )
     return CrossEntropy(loss_sum, num_correct, spread(losses, targets, places) if count_correct else None)
 
@@ -110,6 +140,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         transform: LogitTransform,
         count_correct: bool,
         smoothing: float,
+        soft: SoftTargets | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         loss_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
         num_correct = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -130,6 +161,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if smoothing:
                 expected = (1 - smoothing) * expected + smoothing * logits.mean(dim=1, keepdim=True)
             each = normaliser - expected
+            drawn = None
+            if soft is not None:
+                each, drawn = soft.mix(logits, each, begin)
             loss_sum += each.sum()
             if count_correct:
                 losses[begin : begin + chunk] = each.squeeze(1)
@@ -142,6 +176,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if smoothing:
                 gradient -= smoothing / gradient.shape[1]
             gradient.scatter_add_(1, target, torch.full_like(target, smoothing - 1, dtype=gradient.dtype))
+            if soft is not None and drawn is not None:
+                gradient.mul_(soft.own)[:, : drawn.shape[1]] += drawn
             gradient = transform.backward(gradient, kept)
             if grad_bias is not None:
                 grad_bias += gradient.sum(dim=0)
@@ -163,7 +199,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden = None if grad_hidden is None else grad_hidden.mul_(grad_loss)
         grad_weight = None if grad_weight is None else grad_weight.mul_(grad_loss).to(weight_dtype)
         grad_bias = None if grad_bias is None else grad_bias.mul_(grad_loss).to(bias_dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
 
 
 def _accumulate(total: torch.Tensor, gradient: torch.Tensor, part: torch.Tensor) -> None:

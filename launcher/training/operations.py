@@ -45,7 +45,7 @@ def flops_per_token(model: PreTrainedModel, config: Any, length: int) -> float:
         - embeddings
     )
     layers, hidden = (getattr(config, "num_hidden_layers", 0), getattr(config, "hidden_size", 0))
-    beside = any(adapters.is_matrix(name) for name, _ in adapters.named_parameters(model))
+    beside = any(adapters.is_own(name) for name, _ in adapters.named_parameters(model))
     still = [
         models.whole_shape(parameter)
         for parameter in model.parameters()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -75,6 +75,18 @@ def cross_entropy_of(logits: torch.Tensor, targets: torch.Tensor) -> CrossEntrop
         return CrossEntropy(loss_sum, num_correct)
     losses = functional.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="none")
     return CrossEntropy(losses.sum(), num_correct, losses)
+
+
+def supervised_logits(
+    model: PreTrainedModel, batch: Batch
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+    """Return a causal LM's hidden states at the supervised positions, [n, hidden], and what makes logits
+    [positions, vocabulary] of some of them by the model's own head."""
+    decoder = decoder_of(model)
+    outputs = decoder(**accepted(type(decoder), decoder_inputs(batch)))
+    flat = outputs.last_hidden_state.flatten(0, 1)
+    hidden, targets = at(_places(batch), flat, batch["targets"])
+    return hidden, lambda part: _logits(model, outputs, part, targets[: len(part)])
 
 
 def _chunks(

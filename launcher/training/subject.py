@@ -18,6 +18,7 @@ from launcher.runs.layout import RunDirectory
 from launcher.runs.totals import Totals
 from launcher.tasks.task import Task
 from launcher.training import engines
+from launcher.training.averaging import read_from_average
 from launcher.training.checkpoint.checkpointer import Checkpointer
 from launcher.training.engines.engine import Engine
 from launcher.training.model import pretrained
@@ -39,9 +40,10 @@ class Subject:
         """The model in a directory, where one is named; else the one that the job begins with, with the
         classes of the run.
 
-        Of the model that a job begins with they are those that it would be trained for. Raises
-        ConfigurationError.
+        Of the model that a job begins with they are those that it would be trained for. No teacher is asked.
+        Raises ConfigurationError.
         """
+        plan = plan.model_copy(update={"distillation": None})
         planned = pretrained.settled(plan if model is None else as_it_stands(plan, model))
         config = pretrained.read_config(planned)
         task = tasks.build(planned, tokenizer := _tokenizer(planned, plan, model))
@@ -67,9 +69,8 @@ class Subject:
         """
         results = RunDirectory(run)
         ranks = distributed.get_rank(), distributed.get_world_size()
-        progress = (
-            Checkpointer(results, self.plan, *ranks).open(read_only=True).load(engine.state_dict(), step)
-        )
+        tensors = read_from_average(engine.state_dict(), engine, self.plan)
+        progress = Checkpointer(results, self.plan, *ranks).open(read_only=True).load(tensors, step)
         if progress is None:
             raise ConfigurationError(Problem("RUN", str(run), "has no checkpoint yet"))
         engine.after_load()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import time
@@ -20,6 +21,7 @@ from launcher.runs.places import here
 from launcher.runs.status import newest_checkpoint
 from launcher.tasks.task import Draws
 from launcher.training import engines, step_totals, stopping
+from launcher.training.averaging import AveragedEngine
 from launcher.training.cadence import Cadence
 from launcher.training.checkpoint.checkpointer import Checkpointer
 from launcher.training.data.ahead import Loader
@@ -31,6 +33,7 @@ from launcher.training.held_out import HeldOut
 from launcher.training.inputs import TrainingInputs
 from launcher.training.model import loading as models
 from launcher.training.model.loss_check import check_loss
+from launcher.training.noise import EmbeddingNoise
 from launcher.training.precision import LossScale
 from launcher.training.reporting.divergence import Divergence
 from launcher.training.reporting.pace import Own, Pace, straggler
@@ -75,6 +78,8 @@ class Trainer:
         )
         self.schedule = Schedule.of(plan.training, self.num_steps)
         self.state = State()
+        self.noise: EmbeddingNoise | None = None
+        self.average: AveragedEngine | None = None
         self.loss_scale = LossScale(plan.precision == "fp16")
         self.divergence = Divergence(plan.training, self.event)
         self.early_end = EarlyEnd(run, plan, self.rank == 0, self._agree, self.event)
@@ -87,6 +92,10 @@ class Trainer:
         self.recorder = Recorder(self.run, self.plan, self.device, self.journal) if self.rank == 0 else None
         ds_config = read_json(self.run.rendered / "ds_config.json") if self.plan.engine == "deepspeed" else {}
         self.engine = engines.build(self.plan, self.task, self.material.config, ds_config)
+        if (ema := self.plan.training.ema) is not None:
+            self.engine = self.average = AveragedEngine(self.engine, ema.decay)
+        if (alpha := self.plan.training.neftune_noise_alpha) is not None:
+            self.noise = EmbeddingNoise(self.engine.model, alpha, self.plan.training.seed)
         if self.rank == 0:
             self.material.save_model_files(self.run, self.plan, self.engine.model)
         here.at("checking the loss")
@@ -218,6 +227,8 @@ class Trainer:
             self.own.loaded(time.monotonic() - began)
             here.at("forward", done=index, total=last + 1)
             torch.manual_seed(dropout_seed(seed, step, self.data_rank, index))
+            if self.noise is not None:
+                self.noise.expect(step, items)
             loss_sum += self.engine.micro_step(batch, factor, index == last).loss_sum.detach()
         return loss_sum
 
@@ -241,17 +252,21 @@ class Trainer:
 
     def _evaluate(self) -> bool:
         """Evaluate on the held-out rows. Return False where a stop was asked for; the next attempt does it."""
-        results = self.held_out.evaluate()
-        if results is None:
-            return False
-        metrics, details = results
-        self.state.metrics, self.state.evaluated_step = metrics, self.state.step
-        self.evaluating.done(self.state.step, time.monotonic())
-        if self.material.evaluation is not None:
+        ema = self.plan.training.ema
+        measured = self.average if ema is not None and ema.evaluate else None
+        with measured.averaged() if measured else contextlib.nullcontext():
+            results = self.held_out.evaluate()
+            if results is None:
+                return False
+            metrics, details = results
+            self.state.metrics, self.state.evaluated_step = metrics, self.state.step
+            self.evaluating.done(self.state.step, time.monotonic())
+            if self.material.evaluation is None:
+                return True
             answers = self.held_out.answers()
-            if self.recorder:
-                self.recorder.evaluation(self.state.step, metrics, details, answers)
-            self.early_end.judge(self.state.step, self.state.step >= self.num_steps, metrics)
+        if self.recorder:
+            self.recorder.evaluation(self.state.step, metrics, details, answers)
+        self.early_end.judge(self.state.step, self.state.step >= self.num_steps, metrics)
         return True
 
     def _save(self, wait: bool = False, must: bool = True) -> bool:

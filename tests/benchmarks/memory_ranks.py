@@ -130,13 +130,14 @@ def _storages() -> dict[int, int]:
         for one in (tensor, tensor.grad if tensor.is_leaf else None):
             try:
                 storage = one.untyped_storage() if one is not None else None
+                address = storage.data_ptr() if storage is not None else 0
             except (
                 RuntimeError,
                 NotImplementedError,
             ):  # of a fake or wrapped one, which holds nothing itself
                 continue
-            if storage is not None and storage.data_ptr():
-                found[storage.data_ptr()] = storage.nbytes()
+            if storage is not None and address:
+                found[address] = storage.nbytes()
     return found
 
 

@@ -323,7 +323,7 @@ def test_a_run_learns_and_leaves_the_base_alone(whole: RunDirectory, model: Path
     before = {path.name: path.read_bytes() for path in model.iterdir()}
     assert evaluations(whole)[8]["loss"] < evaluations(whole)[0]["loss"]
     names = [name for name in state(whole) if name.startswith("model.")]
-    assert names and all(adapters.is_matrix(name) for name in names)
+    assert names and all(adapters.is_own(name) for name in names)
     assert {path.name: path.read_bytes() for path in model.iterdir()} == before
 
 
@@ -540,7 +540,7 @@ def _gathered(plan: Any) -> set[str]:
     """Of which parameters FSDP keeps shards."""
     model = _engine(plan).model
     return {
-        "lora" if adapters.is_matrix(name) else name
+        "lora" if adapters.is_own(name) else name
         for name, one in adapters.named_parameters(model)
         if isinstance(one, DTensor)
     }

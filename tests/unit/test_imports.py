@@ -76,7 +76,7 @@ TRAINING_MAY_IMPORT = {
     *("launcher.job.schema", "launcher.job.adapter", "launcher.job.training", "launcher.job.tuning"),
 }
 """What will run, what is known of architectures, and what was asked."""
-TASKS_MAY_IMPORT = {"launcher.training.heads"}
+TASKS_MAY_IMPORT = {"launcher.training.heads", "launcher.training.distillation"}
 """The last steps of a model's forward pass: a task's loss calls them on a rank, where torch is there."""
 TRACING_MAY_IMPORT = {
     "launcher.planner.memory.kernel_bytes",

@@ -353,6 +353,14 @@ def test_muon_is_not_handed_to_an_engine_that_cuts_matrices_up_nor_off_the_devic
     ]
 
 
+def test_dora_is_not_handed_to_an_engine_that_has_weights_whole_within_their_layers_alone(
+    tmp_path: Path,
+) -> None:
+    job = small(tmp_path, model={"adapter": {"dora": True}})
+    made = plan_job(job, None, machine(80), local=False)
+    assert {one.engine for group in engine_options(job, made) for one in group} == {"fsdp"}
+
+
 @pytest.mark.parametrize("offload", ["none", "optimizer", "parameters"])
 def test_an_adapter_needs_little_beside_a_model_that_stays_as_it_is(offload: str, tmp_path: Path) -> None:
     parallel = {"engine": "deepspeed", "shard": "full"}

@@ -413,6 +413,16 @@ def test_stages_of_deepspeed(shard: str, stage: int) -> None:
             "memory.offload",
             "Muon multiplies whole matrices",
         ),
+        (
+            {**DEEPSPEED, "model__adapter": {"dora": True}},
+            "model.adapter.dora",
+            "write parallel.shard: gradients",
+        ),
+        (
+            {**DEEPSPEED, "training__ema": {}, "memory__offload": "optimizer", "memory__offload_to": "/"},
+            "training.ema",
+            "write offload_to: cpu",
+        ),
         ({**DEEPSPEED, "parallel__replicate": 2}, "parallel.replicate", "ZeRO cuts over all ranks"),
         ({**DEEPSPEED, "model__compile": True}, "model.compile", "for parallel.engine: fsdp"),
         (

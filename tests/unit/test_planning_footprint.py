@@ -96,6 +96,13 @@ def test_states_are_sixteen_bytes_of_a_parameter_over_the_ranks() -> None:
     assert footprint(**sgd).phase("loading").peak == parameters * 8 // 8
 
 
+def test_an_average_is_four_bytes_more_of_each_that_trains() -> None:
+    parameters = 8_030_261_248
+    averaged = footprint(training__ema={"decay": 0.99})
+    assert averaged.phase("loading").peak == parameters * 16 // 8
+    assert averaged.phase("steady step").peak - footprint().phase("steady step").peak == parameters * 4 // 8
+
+
 def test_of_muon_the_matrices_of_the_layers_have_one_number_of_state() -> None:
     """By hand: of Llama 3.1 8B all but the two matrices of the vocabulary and the norms."""
     parameters, matrices = 8_030_261_248, 8_030_261_248 - 2 * 128256 * 4096 - 65 * 4096

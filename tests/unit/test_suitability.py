@@ -290,7 +290,7 @@ def test_an_adapters_directory_is_its_base_with_its_sizes(by: str, tmp_path: Pat
 @pytest.mark.parametrize(
     ("settings", "asked", "text"),
     [
-        ({"use_dora": True}, {}, "it uses use_dora, which a run does not; add it to its base with peft"),
+        ({"use_qalora": True}, {}, "it uses use_qalora, which a run does not; add it to its base with peft"),
         ({"rank_pattern": {"q_proj": 8}}, {}, "it uses rank_pattern"),
         ({"peft_type": "IA3"}, {}, "its peft_type is 'IA3'"),
         ({"bias": "all"}, {}, "its bias is 'all'"),

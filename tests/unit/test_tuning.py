@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from launcher.errors import ConfigurationError
+from launcher.job.load import load
 from launcher.job.schema import Model, Training
 from launcher.job.tuning import Place, stages, unmatched
 
@@ -118,3 +120,23 @@ def test_rates_fall_from_the_head_down_and_names_come_first() -> None:
     ) or [None]
     assert problem is None
     assert {one.value for one in unmatched(training.groups, NAMES)} == {"head.*", "head.weight"}
+
+
+@pytest.mark.parametrize(
+    ("task", "reason"),
+    [("sequence-to-sequence", "reads two, with one table"), ("image-classification", "reads images")],
+)
+def test_noise_is_for_models_of_one_sequence_of_tokens(task: str, reason: str, tmp_path: Any) -> None:
+    columns = {
+        "sequence-to-sequence": {"source": "a", "target": "b"},
+        "image-classification": {"image": "a", "label": "b"},
+    }[task]
+    data = {"train": {"path": "rows.jsonl"}, **columns}
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    content = {"name": "a", "model": {"name": "org/model", "task": task}, "data": data}
+    path = tmp_path / "job.yaml"
+    path.write_text(json.dumps(content | {"training": {"neftune_noise_alpha": 5}}))
+    with pytest.raises(ConfigurationError) as caught:
+        load(path)
+    [problem] = caught.value.problems
+    assert problem.key == "training.neftune_noise_alpha" and reason in problem.reason

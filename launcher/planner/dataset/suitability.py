@@ -21,9 +21,8 @@ def look(job: Job) -> Findings:
     here, and for a script's own data."""
     if job.data.train.name == OWN or job.model.name == OWN:
         return Findings()
-    return Findings.joined(
-        (_lengths(job.model, job.data), _tokens(job.model), _adapter(job.model), look_at_rows(job))
-    )
+    of_model = (_lengths(job.model, job.data), _tokens(job.model), _adapter(job.model))
+    return Findings.joined((*of_model, _teacher(job), look_at_rows(job)))
 
 
 def check(job: Job) -> list[Problem]:
@@ -74,6 +73,26 @@ def _tokens(model: Model) -> Findings:
     return Findings(
         (), (Problem("model.resize_embeddings", False, f"{what}. Data with such a token will be refused"),)
     )
+
+
+def _teacher(job: Job) -> Findings:
+    """Return what speaks against the teacher: its positions and its tokenizer."""
+    if (distillation := job.distillation) is None:
+        return Findings()
+    key, name = "distillation.teacher", distillation.teacher
+    teacher = Model(name=name, revision=distillation.revision, task=job.model.task)
+    problems = [
+        Problem(key, name, f"{one.reason}, and data.max_length is {job.data.max_length}")
+        for one in _lengths(teacher, job.data).problems
+    ]
+    own, other = (read_vocabulary(locate(one.name, one.revision)) for one in (job.model, teacher))
+    if own is not None and other is not None and (own.num_ids, own.names) != (other.num_ids, other.names):
+        reason = (
+            f"its tokenizer has {other.num_ids:,} tokens and the model's {own.num_ids:,}, or other special "
+            "ones: they are not the same, and the same token must have the same number in both"
+        )
+        problems.append(Problem(key, name, reason))
+    return Findings(tuple(problems))
 
 
 def _adapter(model: Model) -> Findings:

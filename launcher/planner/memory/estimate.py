@@ -11,7 +11,16 @@ from launcher.planner.limits import DEFERRED_GRADIENT_BYTES, SHARED_MESSAGE_BYTE
 from launcher.planner.memory.formulas import formulas_of, grouped
 from launcher.planner.memory.fsdp import Cut, FsdpStep
 from launcher.planner.memory.program import Batch, Program, Segment, Setting
-from launcher.planner.memory.timeline import CONTEXT, OPTIMIZER, PARAMETERS, SLACK, TEMPORARIES, Timeline
+from launcher.planner.memory.teacher import Taught, Teacher
+from launcher.planner.memory.timeline import (
+    CONTEXT,
+    OPTIMIZER,
+    PARAMETERS,
+    SLACK,
+    TEACHER,
+    TEMPORARIES,
+    Timeline,
+)
 from launcher.planner.memory.zero import ZeroStep
 from launcher.planner.memory.zero_states import ZeroCut
 from launcher.planner.plan import Plan
@@ -106,6 +115,10 @@ class Estimator:
             if plan.training.optimizer != "sgd" or plan.training.momentum
             else 0
         )
+        self.copies += plan.training.ema is not None
+        self.teacher: Teacher | None = None
+        if isinstance(program, Taught):
+            self.teacher = Teacher(plan, program.teacher, self.setting, self._cut())
 
     def _frozen(self) -> frozenset[str]:
         root, layers = self.units
@@ -156,7 +169,7 @@ class Estimator:
         whole = self.plan.zero is None and mesh.dp_shard > 1 and not mesh.reshard_after_forward
         root, layers = self.units
         gathered = self.itemsize * sum(unit.num_elements() for unit in (root, *layers)) if whole else 0
-        return sum(states.values()) + gathered + (CUDA_CONTEXT if self.cuda else 0)
+        return sum(states.values()) + gathered + self._teacher_bytes()[0] + (CUDA_CONTEXT if self.cuda else 0)
 
     def _loaded(self) -> int:
         """Return the bytes that are on the device as the model is loaded and no longer after: shards whose
@@ -180,7 +193,17 @@ class Estimator:
             parts[SLACK] = slack
         if self.cuda:
             parts[CONTEXT] = CUDA_CONTEXT
-        return Phase(name, time.peak, time.where, parts, host)
+        beside, of_host = self._teacher_bytes()
+        if beside:
+            parts[TEACHER] = beside
+        return Phase(name, time.peak + beside, time.where, parts, host + of_host)
+
+    def _teacher_bytes(self) -> tuple[int, int]:
+        """Return the bytes of a teacher's shards: on the device, and in the host's memory."""
+        if self.teacher is None:
+            return 0, 0
+        waits = self.cuda and self.plan.offload == "parameters"
+        return (0, self.teacher.state_bytes) if waits else (self.teacher.state_bytes, 0)
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -193,8 +216,10 @@ class Estimator:
         return 4 * (parameters + self.copies * trained - by_muon)
 
     def segments(self, **changes: Any) -> list[Segment]:
-        """Return the blocks of one micro-batch."""
-        return self.program.blocks(replace(self.setting, **changes))
+        """Return the blocks of one micro-batch, with a teacher's pass in training."""
+        setting = replace(self.setting, **changes)
+        blocks = self.program.blocks(setting)
+        return blocks if self.teacher is None or not setting.training else self.teacher.beside(blocks)
 
     def _engine(self) -> FsdpStep | ZeroStep:
         root, layers = self.units

@@ -62,7 +62,9 @@ def formulas_of(plan: Plan, config: dict[str, Any]) -> Formulas | None:
         and plan.attention in ("packed", "flash_attention_2")
         and plan.head == "chunked"
     )
-    if kind not in KNOWN or not (generates and packed):
+    # DoRA makes the whole change of a weight in every pass, to take the lengths of its rows.
+    dora = plan.model.adapter is not None and plan.model.adapter.dora
+    if kind not in KNOWN or not (generates and packed) or dora:
         return None
     try:
         names = {"freeze", "unfreeze", "freeze_normalization", "adapter"}

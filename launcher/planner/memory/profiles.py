@@ -20,6 +20,7 @@ from launcher.plain_files import read_json
 from launcher.planner.memory.formulas import formulas_of
 from launcher.planner.memory.profile import Profile
 from launcher.planner.memory.program import Program, Unit, Weight
+from launcher.planner.memory.teacher import Taught
 from launcher.planner.model.model_config import config_of, locate
 from launcher.planner.model.model_shape import stored_parameters
 from launcher.planner.plan import Plan
@@ -69,6 +70,8 @@ class Profiles:
         if config is None:
             ways = "fetch it, name its directory, or write model.config"
             return Unknown(f"no config.json of {plan.model.name} on this machine; {ways}")
+        if plan.distillation is not None:
+            return self._taught(plan)
         if beside := tasks.unprepared(plan).companions:
             return Unknown(
                 f"the task asks models beside this one ({', '.join(beside)}), whose memory nothing counts"
@@ -83,6 +86,15 @@ class Profiles:
         if isinstance(answer, ConfigurationError):
             raise answer
         return answer
+
+    def _taught(self, plan: Plan) -> Program | Unknown:
+        student = self.find(plan.model_copy(update={"distillation": None}))
+        teacher = self.find(plan.of_teacher())
+        if isinstance(student, Unknown):
+            return student
+        if isinstance(teacher, Unknown):
+            return Unknown(f"of its teacher: {teacher.reason}")
+        return Taught(student, teacher)
 
     def program(self, plan: Plan) -> Program | None:
         """Return the program of a plan's model; None where no pass can be forecast."""

@@ -9,7 +9,7 @@ from launcher.planner.memory.program import Segment
 PARAMETERS, OPTIMIZER, GRADIENTS = "parameters", "optimizer state", "gradients"
 ACTIVATIONS, RECOMPUTATION, LOSS = "activations kept", "recomputation", "logits and loss"
 GATHERED, MESSAGES, TEMPORARIES = "gathered layers", "communication", "temporaries"
-SLACK, CONTEXT = "allocator slack", "context"
+SLACK, CONTEXT, TEACHER = "allocator slack", "context", "teacher"
 KINDS = (
     PARAMETERS,
     OPTIMIZER,
@@ -22,6 +22,7 @@ KINDS = (
     TEMPORARIES,
     SLACK,
     CONTEXT,
+    TEACHER,
 )
 
 

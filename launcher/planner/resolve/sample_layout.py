@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable
+from dataclasses import replace
 
 from launcher import tasks
-from launcher.errors import ConfigurationError
-from launcher.job.schema import Job
+from launcher.errors import ConfigurationError, Problem
+from launcher.job.schema import Job, Model
 from launcher.job.script_job import OWN
 from launcher.planner.decider import Decider
 from launcher.planner.model.model_config import config_of
 from launcher.planner.model.model_support import Support, Way, choose, fitting, support, unknown, untried
+from launcher.tasks.distillation import Distillation
 
 _FLASH = "write sdpa or auto, which have no padding either"
 
@@ -32,12 +35,47 @@ def choose_way(decider: Decider, device: str) -> Way:
     try:
         kind = str((config or {}).get("model_type"))
         wishes = model.attention, job.data.packing, job.batch.micro_batch_size
-        way = choose(known, model.name, kind, *wishes)
+        possible = known if job.distillation is None else _with_teacher(known, kind, job, job.distillation)
+        way = choose(possible, model.name, kind, *wishes)
     except ConfigurationError as error:
         decider.problems += error.problems
         return unknown(model.task).ways[0]
     _write_down(decider, way, known)
     return way
+
+
+def _with_teacher(known: Support, kind: str, job: Job, distillation: Distillation) -> Support:
+    """Return those ways of a model in which its teacher reads the same batches.
+
+    Raises ConfigurationError where there is none.
+    """
+    model = job.model
+    named = Model(name=distillation.teacher, revision=distillation.revision, task=model.task)
+    config = config_of(named)
+    teaches = support(model.task, config, model.trust_remote_code, job.data.max_length)
+    speaks = tasks.find(model.task).traits.head == "every-position"
+    able = {(way.layout, way.attention) for way in teaches.ways if not speaks or way.head != "forward"}
+    learns = [way for way in known.ways if not speaks or way.head == "chunked"]
+    if known.ways and not learns:
+        reason = (
+            f"a {kind} model's own head is not only a matrix, and what is compared with a teacher goes through "
+            "that; leave it out, or train a model such as llama or qwen3"
+        )
+        raise ConfigurationError(Problem("distillation", None, reason))
+    ways = tuple(way for way in learns if (way.layout, way.attention) in able)
+    if learns and not ways:
+        other = str((config or {}).get("model_type"))
+        reason = teaches.refused or (
+            f"a {other} model cannot read the batches of a {kind} model: {_words(teaches.ways)} where that has "
+            f"{_words(learns)}; name a teacher of the same architecture"
+        )
+        raise ConfigurationError(Problem("distillation.teacher", distillation.teacher, reason))
+    return replace(known, ways=ways)
+
+
+def _words(ways: Iterable[Way]) -> str:
+    """The layouts and attentions of some ways, in words."""
+    return ", ".join(dict.fromkeys(f"{way.layout} samples with {way.attention} attention" for way in ways))
 
 
 def one_a_pass(job: Job) -> Job:

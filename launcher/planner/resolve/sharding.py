@@ -164,6 +164,15 @@ def _refuse_for_deepspeed(decider: Decider, sharding: Sharding, world_size: int,
             "node with secondary_shard"
         )
         decider.refuse("parallel.replicate", parallel.replicate, reason)
+    if job.model.adapter is not None and job.model.adapter.dora and sharding == "full":
+        reason = (
+            "needs a weight beside its layer, and ZeRO-3 has it whole within the layer alone; write "
+            "parallel.shard: gradients (ZeRO-2), or parallel.engine: fsdp"
+        )
+        decider.refuse("model.adapter.dora", True, reason)
+    if job.training.ema is not None and memory.offload_to != "cpu":
+        reason = "would read every weight from files after each step; write offload_to: cpu, or leave it out"
+        decider.refuse("training.ema", None, reason)
     if job.model.compile:
         decider.refuse("model.compile", True, "compiled layers are for parallel.engine: fsdp; leave it out")
     if sharding == "none":

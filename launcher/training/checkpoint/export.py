@@ -17,7 +17,7 @@ from launcher.errors import CheckpointError, ConfigurationError, Problem, Storag
 from launcher.plain_files import read_json
 from launcher.planner.plan import Plan
 from launcher.runs.checkpoints import Stored as StoredCheckpoint
-from launcher.runs.checkpoints import look, newest_valid, verify
+from launcher.runs.checkpoints import list_checkpoints, look, newest_valid, verify
 from launcher.runs.layout import RunDirectory, sync_directory
 from launcher.runs.sharing import set_umask
 from launcher.training.checkpoint.card import Card
@@ -27,6 +27,7 @@ from launcher.training.checkpoint.weights import (
     Alone,
     Entry,
     ExportDtype,
+    Mean,
     Merged,
     Stored,
     Weights,
@@ -55,14 +56,19 @@ def export(
     dtype: ExportDtype = "keep",
     max_shard_bytes: int = 5_000_000_000,
     adapter: bool = False,
+    ema: bool = False,
+    last: int = 1,
 ) -> Exported:
     """Write the model of the newest whole checkpoint, or of `step`'s, as safetensors with config and
     tokenizer.
 
     Of a run that trains adapters: the model with them added to its weights, or with `adapter` a directory
-    that peft loads. Raises ConfigurationError where `out` is in use, or there is no such adapter,
-    CheckpointError where there is no whole checkpoint, StorageError where the disk does not take it. `out`
-    appears at once and whole, or not at all.
+    that peft loads. With `ema` the averages that the run kept of its weights; with `last` the mean of so many
+    of the newest whole checkpoints.
+
+    Raises ConfigurationError where `out` is in use, or there is no such adapter or average, CheckpointError
+    where there is no whole checkpoint, StorageError where the disk does not take it. `out` appears at once and
+    whole, or not at all.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigurationError(
@@ -70,7 +76,10 @@ def export(
         )
     chosen, rejected = choose(run, step)
     directory = _model_directory(run)
-    weights = _weights(run, CheckpointReader(chosen.directory), dtype, adapter)
+    stored = Stored(CheckpointReader(chosen.directory), dtype, ema)
+    if last > 1:
+        stored = Mean([Stored(CheckpointReader(one.directory), dtype) for one in _newest(run, last)])
+    weights = _weights(run, stored, adapter)
     # peft reads one file.
     shards = [weights.entries()] if adapter else _shards(weights.entries(), max_shard_bytes)
     plan = Plan.read(run.plan_file) if run.plan_file.is_file() else None
@@ -127,6 +136,18 @@ def choose(run: RunDirectory, step: int | None) -> tuple[StoredCheckpoint, tuple
     return look(run.checkpoint(step), run.run_id()), ()
 
 
+def _newest(run: RunDirectory, number: int) -> list[StoredCheckpoint]:
+    """Return so many whole checkpoints, the newest first. Raises ConfigurationError where there are fewer."""
+    whole: list[StoredCheckpoint] = []
+    for stored in reversed(list_checkpoints(run)):
+        if len(whole) < number and not verify(stored.directory, run.run_id()):
+            whole.append(stored)
+    if len(whole) < number:
+        reason = f"the run has {len(whole)} whole checkpoints; checkpoint.keep_last says how many stay"
+        raise ConfigurationError(Problem("--last", number, reason))
+    return whole
+
+
 def _model_directory(run: RunDirectory) -> Path:
     directory = run.path / "model"
     if not (directory / "config.json").is_file():
@@ -136,11 +157,10 @@ def _model_directory(run: RunDirectory) -> Path:
     return directory
 
 
-def _weights(run: RunDirectory, reader: CheckpointReader, dtype: ExportDtype, alone: bool) -> Weights:
+def _weights(run: RunDirectory, stored: Stored, alone: bool) -> Weights:
     """The checkpoint's tensors; of a run that trains adapters the whole model's, or with `alone` the
     adapters'."""
     plan = Plan.read(run.plan_file) if run.plan_file.is_file() else None
-    stored = Stored(reader, dtype)
     if plan is None or plan.model.adapter is None:
         if alone:
             reason = "was asked for, and this run trains the model's own weights; leave it out"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -15,6 +15,7 @@ from launcher import tasks
 from launcher.errors import CheckpointError, ConfigurationError, Problem
 from launcher.job.adapter import Adapter
 from launcher.planner.plan import Plan
+from launcher.training.averaging import PREFIX as EMA_PREFIX
 from launcher.training.checkpoint.reader import CheckpointReader
 from launcher.training.model import adapters, pretrained
 from launcher.training.model import loading as models
@@ -73,10 +74,20 @@ def _slices(whole: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 class Stored:
-    """The model in a checkpoint, as it is."""
+    """The model in a checkpoint, as it is; or its averaged weights, with what is not averaged as it is."""
 
-    def __init__(self, reader: CheckpointReader, dtype: ExportDtype) -> None:
+    def __init__(self, reader: CheckpointReader, dtype: ExportDtype, averaged: bool = False) -> None:
+        """Raises ConfigurationError where averages are wanted and the checkpoint holds none."""
         self.reader, self.dtype = reader, dtype
+        self._averages = {name for name in reader.names if name.startswith(EMA_PREFIX)} if averaged else set()
+        if averaged and not self._averages:
+            reason = "the run keeps no average of its weights (training.ema); leave it out"
+            raise ConfigurationError(Problem("--ema", None, reason))
+
+    def _key(self, name: str) -> str:
+        """Return the name under which the checkpoint holds a tensor of the model."""
+        average = EMA_PREFIX + name
+        return average if average in self._averages else _PREFIX + name
 
     @property
     def names(self) -> list[str]:
@@ -87,25 +98,25 @@ class Stored:
         return stored
 
     def entries(self) -> list[Entry]:
-        described = {name: self.reader.describe(_PREFIX + name) for name in self.names}
+        described = {name: self.reader.describe(self._key(name)) for name in self.names}
         return [
             _entry(name, tuple(described_entry.size), described_entry.properties.dtype, self.dtype)
             for name, described_entry in described.items()
         ]
 
     def read(self, name: str) -> torch.Tensor:
-        return self.reader.read(_PREFIX + name)
+        return self.reader.read(self._key(name))
 
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
         """Straight from the file where the tensor is cut along its first dimension."""
-        described = self.reader.describe(_PREFIX + name)
+        described = self.reader.describe(self._key(name))
         chunks = sorted(
             (chunk for chunk in described.chunks if chunk.sizes.numel()),
             key=lambda chunk: tuple(chunk.offsets),
         )
         by_rows = all(chunk.sizes[1:] == described.size[1:] for chunk in chunks)
         wholes = (
-            (self.reader.piece(_PREFIX + name, chunk) for chunk in chunks)
+            (self.reader.piece(self._key(name), chunk) for chunk in chunks)
             if by_rows
             else iter([self.read(name)])
         )
@@ -113,8 +124,31 @@ class Stored:
             yield from _slices(whole)
 
 
+class Mean(Stored):
+    """The mean of several checkpoints of one run, in fp32, one tensor at a time; of what is no floating-point
+    number, and of steps counted, the newest."""
+
+    def __init__(self, stored: Sequence[Stored]) -> None:
+        """Take the checkpoints, the newest first."""
+        super().__init__(stored[0].reader, stored[0].dtype)
+        self._stored = stored
+
+    def read(self, name: str) -> torch.Tensor:
+        first = self._stored[0].read(name)
+        if not first.is_floating_point():
+            return first
+        total = first.double()
+        for other in self._stored[1:]:
+            total += other.read(name)
+        return (total / len(self._stored)).to(first.dtype)
+
+    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+        yield from _slices(self.read(name))
+
+
 class Merged:
-    """The base with B A alpha / rank added to each weight that has an adapter, in fp32, one tensor at a time.
+    """The base with B A, scaled, added to each weight that has an adapter, in fp32, one tensor at a time; of
+    DoRA with its rows made as long as it learned.
 
     The base comes from its own files in the precision that it was trained beside: through a memory map where
     that is the files' own. `keep` is that precision as well.
@@ -150,7 +184,12 @@ class Merged:
         own = self.stored.read(name) if name in self.trained else self.base[name].detach()
         product = self.stored.read(f"{module}.lora_B.weight") @ self.stored.read(f"{module}.lora_A.weight")
         added = product.t() if name in self.turned else product
-        return _slices(own.float().add(added, alpha=self.adapter.alpha / self.adapter.rank))
+        whole = own.float().add(added, alpha=self.adapter.scale)
+        if (magnitude := f"{module}.lora_magnitude_vector") in self.trained:
+            side = 0 if name in self.turned else 1
+            lengths = torch.linalg.vector_norm(whole, dim=side, keepdim=True)
+            whole *= self.stored.read(magnitude).unsqueeze(side) / lengths
+        return _slices(whole)
 
 
 def _base(plan: Plan, model_files: Path, dtype: torch.dtype) -> Any:
@@ -189,7 +228,7 @@ class Alone:
 
     def entries(self) -> list[Entry]:
         described = {entry.name: entry for entry in self.stored.entries()}
-        sources = {name: name for name in described if adapters.is_matrix(name)} | self._names
+        sources = {name: name for name in described if adapters.is_own(name)} | self._names
         return [
             Entry(_PEFT_PREFIX + name, described[source].shape, described[source].dtype)
             for name, source in sources.items()

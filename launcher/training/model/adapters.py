@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from launcher.errors import ConfigurationError, Problem
-from launcher.job.adapter import Adapter
+from launcher.job.adapter import OWN, Adapter
 from launcher.planner.model.model_support import WITHOUT_ADAPTER
 
 WEIGHTS = "adapter_model.safetensors"
@@ -32,13 +33,14 @@ NAME = "default"
 """peft's name of the one adapter that a model has here."""
 _LAYER = re.compile(r"\.base_layer(?=\.)")
 _MATRIX = re.compile(rf"\.(lora_[AB])\.{NAME}(?=\.)")
+_MAGNITUDE = re.compile(rf"\.lora_magnitude_vector\.{NAME}\.weight$")
 Layers = Callable[[PreTrainedModel], list[nn.Module]]
 
 
 def plain(name: str) -> str:
     """A parameter's name without what peft puts around it; of an adapter's matrix `...q_proj.lora_A.weight`,
     as in peft's own files."""
-    return _MATRIX.sub(r".\1", _LAYER.sub("", name))
+    return _MAGNITUDE.sub(".lora_magnitude_vector", _MATRIX.sub(r".\1", _LAYER.sub("", name)))
 
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -46,9 +48,9 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((plain(name), parameter) for name, parameter in model.named_parameters())
 
 
-def is_matrix(name: str) -> bool:
-    """Return whether a parameter's plain name is that of an adapter's matrix."""
-    return name.endswith((".lora_A.weight", ".lora_B.weight"))
+def is_own(name: str) -> bool:
+    """Return whether a parameter's plain name is that of an adapter's matrix, or of DoRA's lengths."""
+    return name.endswith(OWN)
 
 
 def targets(model: PreTrainedModel, adapter: Adapter, layers: Layers) -> list[str]:
@@ -103,6 +105,16 @@ def first_values(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
     return whole
 
 
+def _lengths(model: nn.Module, name: str) -> torch.Tensor:
+    """Return the lengths of a weight's rows, fp32 [outputs], by the name of DoRA's parameter beside it: with B
+    zero the layer computes what it did. Called by all ranks together."""
+    adapted: Any = model.get_submodule(name.partition(".lora_magnitude_vector.")[0])
+    layer = adapted.get_base_layer()
+    weight = layer.weight.detach()
+    whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+    return torch.linalg.vector_norm(whole.float(), dim=0 if isinstance(layer, Conv1D) else 1)
+
+
 def beginning(model: nn.Module, adapter: Adapter, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
     """The values that training begins with, fp32 and whole, by the name that the parameter has in the model
     with adapters.
@@ -112,8 +124,12 @@ def beginning(model: nn.Module, adapter: Adapter, seed: int) -> Iterator[tuple[s
     """
     if adapter.weights is None:
         for name, parameter in model.named_parameters():
-            if is_matrix(plain(name)):
-                yield name, first_values(plain(name), parameter.shape, seed)
+            if is_own(plain(name)):
+                length = plain(name).endswith(OWN[-1])
+                yield (
+                    name,
+                    _lengths(model, name) if length else first_values(plain(name), parameter.shape, seed),
+                )
         return
     from safetensors import safe_open
 
@@ -157,6 +173,8 @@ def settings(adapter: Adapter, names: list[str], **more: Any) -> Any:
         r=adapter.rank,
         lora_alpha=alpha,
         lora_dropout=adapter.dropout,
+        use_rslora=adapter.rslora,
+        use_dora=adapter.dora,
         target_modules=names,
         bias="none",
         **more,
@@ -182,10 +200,9 @@ class Injected:
             path, _, key = name.rpartition(".")
             wrapper: Any = model.get_submodule(name)
             self._places.append((model.get_submodule(path), key, wrapper))
-            for matrix in (wrapper.lora_A[NAME], wrapper.lora_B[NAME]):
-                matrix.weight = nn.Parameter(
-                    torch.empty(matrix.weight.shape, dtype=torch.float32, device="meta")
-                )
+            own = [wrapper.lora_A[NAME], wrapper.lora_B[NAME]]
+            for part in [*own, wrapper.lora_magnitude_vector[NAME]] if adapter.dora else own:
+                part.weight = nn.Parameter(torch.empty(part.weight.shape, dtype=torch.float32, device="meta"))
 
     def take_out(self) -> None:
         """The tree as it is without them."""

@@ -36,7 +36,8 @@ def expected(plan: Plan, foreign: Foreign) -> Expected:
     """Made from the model's config alone, no weight of it in memory. A new head is as wide as the
     checkpoint's.
 
-    Raises ConfigurationError where there is no such model, and where the run trains adapters beside it.
+    Raises ConfigurationError where there is no such model, and where the run trains adapters beside it, or
+    keeps an average of its weights.
     """
     if plan.model.adapter is not None:
         reason = (
@@ -44,6 +45,9 @@ def expected(plan: Plan, foreign: Foreign) -> Expected:
             "model.adapter out"
         )
         raise ConfigurationError(Problem("model.adapter", f"rank {plan.model.adapter.rank}", reason))
+    if plan.training.ema is not None:
+        reason = "a checkpoint of another system holds no average of its weights; leave it out"
+        raise ConfigurationError(Problem("training.ema", None, reason))
     config = pretrained.read_config(plan)
     task = tasks.build(plan, pretrained.read_processor(plan))
     if task.traits.head != "every-position":

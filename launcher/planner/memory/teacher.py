@@ -1,0 +1,81 @@
+"""Memory of a teacher that computes beside the model that trains: its shards, and its pass in the loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from launcher import tasks
+from launcher.planner.limits import chunk_length
+from launcher.planner.memory.fsdp import Cut, FsdpStep
+from launcher.planner.memory.program import Program, Segment, Setting, Unit
+from launcher.planner.memory.timeline import Timeline, go_through
+from launcher.planner.plan import Plan
+
+COMPARED_BYTES = 8
+"""Of a logit of a chunk, beside what the two losses alone would hold: both models' probabilities in fp32."""
+
+
+@dataclass(frozen=True)
+class Taught:
+    """The program of a model that trains, and its teacher's beside it."""
+
+    student: Program
+    teacher: Program
+
+    def units(self) -> tuple[Unit, list[Unit]]:
+        """Return those of the student."""
+        return self.student.units()
+
+    def blocks(self, setting: Setting) -> list[Segment]:
+        """Return those of the student alone; `Teacher.beside` adds the teacher's pass."""
+        return self.student.blocks(setting)
+
+
+class Teacher:
+    """A teacher's memory on the rank that needs most."""
+
+    def __init__(self, plan: Plan, program: Program, setting: Setting, cut: Cut) -> None:
+        """Take the student's plan, setting and cut, of which its frozen parts do not count."""
+        self.plan = plan.of_teacher()
+        root, layers = program.units()
+        self.units = _frozen(root), [_frozen(layer) for layer in layers]
+        offloads = plan.offload == "parameters"
+        plain = plan.mesh.world_size == 1 and not offloads
+        self._cut = replace(
+            cut, ranks=plan.mesh.dp_shard, reshard=True, plain=plain, leaves_frozen=False, accumulation=1
+        )
+        self._setting = replace(
+            setting, checkpointing="none", training=False, frozen=frozenset(), adapter=None
+        )
+        self.segments = program.blocks(self._setting)
+        elements = 0
+        if tasks.find(plan.task).traits.head == "every-position":
+            vocabulary = root.weights[0].shape[0]
+            elements = vocabulary * min(
+                setting.batch.num_tokens, chunk_length(vocabulary, plan.mesh.device == "cuda")
+            )
+        self.state_bytes = setting.itemsize * sum(unit.shard(plan.mesh.dp_shard) for unit in (root, *layers))
+        self.pass_bytes = self._highest() + COMPARED_BYTES * elements
+
+    def _highest(self) -> int:
+        """Return the most bytes that its pass takes and gives back."""
+        step = FsdpStep(*self.units, self._cut)
+        step.time = Timeline()
+        if self._cut.plain:
+            for segment in self.segments:
+                go_through(step.time, segment, False)
+        else:
+            step.micro_step(self.segments, True)
+        return step.time.peak
+
+    def beside(self, segments: list[Segment]) -> list[Segment]:
+        """Return the student's blocks with the teacher's pass within the last one forward: its loss."""
+        last = max(index for index, one in enumerate(segments) if not one.backward)
+        loss = replace(segments[last], peak=segments[last].peak + self.pass_bytes)
+        return [*segments[:last], loss, *segments[last + 1 :]]
+
+
+def _frozen(unit: Unit) -> Unit:
+    """Return the unit in the precision of the computation, with nothing that trains."""
+    weights = (replace(weight, trains=False, narrow=True) for weight in unit.weights)
+    return replace(unit, weights=tuple(weights))

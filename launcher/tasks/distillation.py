@@ -1,0 +1,81 @@
+"""The section `distillation` of a job file: learn from what a trained model says of the same samples."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+from launcher.lazy import Lazy
+from launcher.tasks.companion import Companion
+from launcher.values import Fraction, Line, Section
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = Lazy("torch")
+
+TEACHER = "teacher"
+"""The name of the companion that teaches."""
+
+
+class Distillation(Section):
+    """Learn from a larger model, the teacher, beside the rows' own labels (Hinton et al. 2015, arXiv
+    1503.02531)."""
+
+    teacher: Line
+    """A directory with a trained Hugging Face model, as `launcher export` writes it, or a model's name on the
+    hub. It is not trained."""
+    revision: Line | None = None
+    """Branch, tag or commit of the teacher on the hub."""
+    temperature: float = Field(default=1.0, gt=0, le=1000)
+    """The logits of both are divided by it before they are compared. Of a number there is none."""
+    own_loss: Annotated[Fraction, Field(allow_inf_nan=False)] = 0.5
+    """The share of the task's own loss; the rest is the divergence from the teacher, times the square of the
+    temperature."""
+
+    @property
+    def companions(self) -> Mapping[str, Companion]:
+        """Return the teacher as the engines load it."""
+        return {TEACHER: Companion(self.teacher, "distillation.teacher", revision=self.revision)}
+
+    def mixed(self, own: torch.Tensor, divergence: torch.Tensor) -> torch.Tensor:
+        """Return the loss of each sample, fp32 [n], by the task's own and the divergence, [n] each."""
+        return self.own_loss * own + (1 - self.own_loss) * self.temperature**2 * divergence
+
+
+def label_divergence(
+    problem: str, logits: torch.Tensor, wanted: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """Return how far the student's logits are from the teacher's, fp32 [n], by fp32 logits [n, outputs].
+
+    Of classes the Kullback-Leibler divergence of the student's probabilities from the teacher's; of several
+    classes at once the mean over them, each a class or none; of a number the squared difference.
+    """
+    from torch.nn import functional
+
+    if problem == "regression":
+        return functional.mse_loss(logits.view(-1), wanted.view(-1), reduction="none")
+    own, others = logits / temperature, wanted / temperature
+    if problem == "single-label":
+        own, others = own.log_softmax(-1), others.log_softmax(-1)
+        return functional.kl_div(own, others, reduction="none", log_target=True).sum(-1)
+    own, others = (
+        torch.stack([functional.logsigmoid(one), functional.logsigmoid(-one)]) for one in (own, others)
+    )
+    return functional.kl_div(own, others, reduction="none", log_target=True).sum(0).mean(-1)
+
+
+def label_logits(teacher: torch.nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
+    """Return what a teacher says of a batch, fp32 [samples, outputs], by those of its inputs that it knows."""
+    from launcher.training.heads import accepted, model_class_of
+
+    kind = model_class_of(teacher)
+    known = accepted(kind, dict(inputs))
+    if "use_cache" in inspect.signature(kind.forward).parameters:
+        known["use_cache"] = False
+    with torch.no_grad():
+        logits: torch.Tensor = teacher(**known).logits
+    return logits.float()

@@ -1,0 +1,75 @@
+"""Whether a teacher goes with what it teaches: the same tokenizer, a row for each token, the same classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from launcher.errors import ConfigurationError, Problem
+from launcher.planner.plan import Plan
+from launcher.tasks import classes
+from launcher.tasks.task import Task
+from launcher.training.model import pretrained
+
+KEY = "distillation.teacher"
+_TEXTS = ("The teacher's tokens, one by one.", " 12,345 Zeichen\n\tund «Umlaute»: äöü — 漢字 🙂", "a")
+"""In which tokenizers with the same words may differ: cases, spaces, accents, digits."""
+
+
+def check_teacher(plan: Plan, task: Task, tokenizer: Any) -> None:
+    """Compare a plan's teacher with its model, by their tokenizers and configs, before any weight is read.
+
+    Raises ConfigurationError where they do not go together.
+    """
+    if plan.distillation is None:
+        return
+    try:
+        of_teacher = plan.of_teacher()
+        there = pretrained.read_config(of_teacher)
+        other = pretrained.read_tokenizer(of_teacher)
+    except ConfigurationError as error:
+        raise _problem(plan, error.problems[0].reason) from None
+    if reason := _unlike(tokenizer, other):
+        raise _problem(plan, f"its tokenizer is not the model's: {reason}")
+    num_rows = getattr(there.get_text_config(), "vocab_size", None)
+    if num_rows is not None and num_rows < (num_ids := pretrained.num_ids(tokenizer)):
+        raise _problem(plan, f"its embedding has {num_rows:,} rows, and the tokenizer {num_ids:,} tokens")
+    if (head := getattr(task, "head_name", None)) is None:
+        return
+    own = classes.of_model(there, head)
+    if own is None:
+        raise _problem(plan, "it has no classification head, so that it has nothing to teach")
+    names = list(task.labels or ())
+    by_number = names == [str(number) for number in range(len(names))]
+    unnamed = by_number and own == [f"LABEL_{name}" for name in names]
+    if task.needs_labels and own != names and not unnamed:
+        reason = (
+            f"its classes are {_shown(own)}, and the model's {_shown(names)}: they must be the same, in order"
+        )
+        raise _problem(plan, reason)
+    if not task.needs_labels and len(own) != 1:
+        raise _problem(plan, f"it has {len(own)} outputs, and a number is one")
+
+
+def _shown(names: list[str]) -> str:
+    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+
+
+def _problem(plan: Plan, reason: str) -> ConfigurationError:
+    assert plan.distillation is not None
+    return ConfigurationError(Problem(KEY, plan.distillation.teacher, reason))
+
+
+def _unlike(own: Any, other: Any) -> str:
+    """Return in what two tokenizers differ; empty where they read alike."""
+    ours, theirs = own.get_vocab(), other.get_vocab()
+    for token in sorted(ours.keys() | theirs.keys(), key=lambda one: (ours.get(one, 1 << 60), one)):
+        if ours.get(token) != theirs.get(token):
+            numbers = [str(one.get(token, "none")) for one in (ours, theirs)]
+            return f"{token!r} has the number {numbers[0]} in the model's and {numbers[1]} in the teacher's"
+    for texts in ((_TEXTS[0],), (_TEXTS[1],), (_TEXTS[0], _TEXTS[2])):
+        mine, its = own(*texts), other(*texts)
+        if mine["input_ids"] != its["input_ids"]:
+            return f"they cut {texts[0]!r} into other tokens"
+        if len(texts) > 1 and (missing := set(its) - set(mine)):
+            return f"of a pair of texts the teacher also reads {', '.join(sorted(missing))}"
+    return ""

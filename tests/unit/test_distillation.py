@@ -1,0 +1,145 @@
+"""A teacher in a job file: what is refused before anything starts, with what works in its place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from launcher.errors import ConfigurationError
+from launcher.job.load import load
+from launcher.planner.changes import changes
+from launcher.planner.search import plan_job
+from tests.unit.test_planning_decide import CPU
+from tests.unit.test_suitability import LLAMA, model
+
+TEACHER = {"teacher": "large", "temperature": 2.0}
+
+
+def write(folder: Path, kind: str = "llama", **keys: Any) -> Path:
+    """A job in a folder with a small model, a large one, and rows."""
+    model(folder / "small", LLAMA | {"model_type": kind})
+    model(folder / "large", LLAMA | {"num_hidden_layers": 4})
+    (folder / "rows.jsonl").write_text('{"text": "a", "label": "x"}\n' * 64)
+    content: dict[str, Any] = {
+        "name": "a",
+        "model": {"name": "small"},
+        "data": {"train": {"path": "rows.jsonl"}, "text": "text", "max_length": 32},
+        "distillation": TEACHER,
+        "cluster": {"gpus_per_node": 0, "ranks_per_node": 2},
+        "precision": "fp32",
+    }
+    for key, value in keys.items():
+        section, _, last = key.partition("__")
+        content[section] = content[section] | {last: value} if last else value
+    (folder / "job.yaml").write_text(yaml.safe_dump(content))
+    return folder / "job.yaml"
+
+
+def refusal(path: Path) -> tuple[str, str]:
+    with pytest.raises(ConfigurationError) as caught:
+        plan_job(load(path), hardware=CPU)
+    [problem] = caught.value.problems
+    return problem.key, problem.reason
+
+
+def test_the_plan_names_the_teacher_by_its_absolute_path_and_keeps_to_it(tmp_path: Path) -> None:
+    plan = plan_job(load(write(tmp_path)), hardware=CPU)
+    assert plan.distillation is not None and plan.distillation.teacher == str(tmp_path / "large")
+    assert (plan.layout, plan.head, plan.distillation.own_loss) == ("packed", "chunked", 0.5)
+    other = plan.model_copy(
+        update={"distillation": plan.distillation.model_copy(update={"temperature": 1.0})}
+    )
+    [change] = changes(plan, other)
+    assert change.key == "distillation.temperature" and not change.allowed
+
+
+@pytest.mark.parametrize(
+    ("keys", "key", "reason"),
+    [
+        (
+            {"distillation": {"teacher": "large", "own_loss": 1.0}},
+            "distillation.own_loss",
+            "at least 0, below 1",
+        ),
+        ({"distillation": {"teacher": "large", "temperature": 0}}, "distillation.temperature", "above 0"),
+        ({"distillation": {"teacher": "./nowhere"}}, "distillation.teacher", "no such directory"),
+        ({"distillation": {"teacher": "run"}}, "distillation.teacher", "launcher export run --out DIR"),
+        ({"distillation": {"teacher": "lora"}}, "distillation.teacher", "export it merged"),
+        (
+            {
+                "model__task": "token-classification",
+                "data__tags": "tags",
+                "data__text": None,
+                "data__words": "w",
+            },
+            "distillation",
+            "a token-classification task learns from no teacher; causal-lm, sequence-classification do",
+        ),
+        (
+            {"model__task": "sequence-classification", "data__label": "label", "data__problem": "regression"},
+            "distillation.temperature",
+            "a number has no temperature",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_on_reading(
+    keys: dict[str, Any], key: str, reason: str, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "plan.json").write_text("{}")
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    where, why = refusal(write(tmp_path, **keys))
+    assert where == key and reason in why, (where, why)
+
+
+def test_a_teacher_with_another_tokenizer_is_refused_by_the_plan(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    model(tmp_path / "large", LLAMA | {"vocab_size": 8}, added=("<x>", "<y>"))
+    key, reason = refusal(path)
+    assert key == "distillation.teacher" and "8 tokens and the model's 6" in reason
+
+
+def test_a_teacher_that_is_too_short_is_refused_by_the_plan(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 16, "vocab_size": 6}
+    model(tmp_path / "large", {"model_type": "gpt2", **sizes})
+    key, reason = refusal(path)
+    assert key == "distillation.teacher" and "no positions beyond 16" in reason
+
+
+def test_a_way_is_taken_in_which_both_read_the_same_batches(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    sizes = {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 6}
+    (tmp_path / "large" / "config.json").write_text(json.dumps({"model_type": "bloom", **sizes}))
+    plan = plan_job(load(path), hardware=CPU)
+    assert (plan.layout, plan.attention, plan.head) == ("padded", "eager", "chunked")
+
+
+@pytest.mark.parametrize(
+    ("rope", "reason"),
+    [
+        (
+            "longrope",
+            "single samples with sdpa attention, single samples with eager attention where that has",
+        ),
+        ("dynamic", "its rotary frequencies hang on the longest sample so far"),
+    ],
+)
+def test_models_that_cannot_share_batches_are_refused_with_what_they_can(
+    rope: str, reason: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path)
+    growing = {"rope_parameters": {"rope_type": rope, "original_max_position_embeddings": 16}}
+    model(tmp_path / "large", LLAMA | growing)
+    key, why = refusal(path)
+    assert key == "distillation.teacher" and reason in why, why
+
+
+def test_a_model_whose_head_is_no_matrix_is_refused(tmp_path: Path) -> None:
+    key, reason = refusal(write(tmp_path, "falcon_h1"))
+    assert key == "distillation" and "a falcon_h1 model's own head is not only a matrix" in reason
