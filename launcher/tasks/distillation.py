@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
@@ -66,16 +65,3 @@ def label_divergence(
         torch.stack([functional.logsigmoid(one), functional.logsigmoid(-one)]) for one in (own, others)
     )
     return functional.kl_div(own, others, reduction="none", log_target=True).sum(0).mean(-1)
-
-
-def label_logits(teacher: torch.nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
-    """Return what a teacher says of a batch, fp32 [samples, outputs], by those of its inputs that it knows."""
-    from launcher.training.heads import accepted, model_class_of
-
-    kind = model_class_of(teacher)
-    known = accepted(kind, dict(inputs))
-    if "use_cache" in inspect.signature(kind.forward).parameters:
-        known["use_cache"] = False
-    with torch.no_grad():
-        logits: torch.Tensor = teacher(**known).logits
-    return logits.float()

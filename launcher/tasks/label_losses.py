@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from launcher.lazy import Lazy
-from launcher.tasks.distillation import Distillation, label_divergence, label_logits
+from launcher.tasks.distillation import Distillation, label_divergence
 from launcher.tasks.task import Output
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def label_loss(
     loss = LabelLoss(loss) if isinstance(loss, str) else loss
     losses = (loss if model.training else loss.plain()).of(logits, labels)
     if model.training and distillation is not None and teacher is not None:
-        wanted = label_logits(teacher, inputs)
+        wanted = _logits_of_teacher(teacher, inputs)
         losses = distillation.mixed(
             losses, label_divergence(loss.problem, logits, wanted, distillation.temperature)
         )
@@ -130,3 +131,16 @@ def label_loss(
     else:
         correct = torch.zeros_like(losses)
     return Output((losses * weights).sum(), (correct * weights).sum().detach(), logits.detach())
+
+
+def _logits_of_teacher(teacher: torch.nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
+    """Return what a teacher says of a batch, fp32 [samples, outputs], by those of its inputs that it knows."""
+    from launcher.training.heads import accepted, model_class_of
+
+    kind = model_class_of(teacher)
+    known = accepted(kind, dict(inputs))
+    if "use_cache" in inspect.signature(kind.forward).parameters:
+        known["use_cache"] = False
+    with torch.no_grad():
+        logits: torch.Tensor = teacher(**known).logits
+    return logits.float()

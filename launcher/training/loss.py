@@ -54,7 +54,7 @@ class CrossEntropy(NamedTuple):
 
 @dataclass(frozen=True)
 class SoftTargets:
-    """What another model says at the same positions, which a loss is drawn to (arXiv 1503.02531)."""
+    """Hold what another model says at the same positions, which a loss is drawn to (arXiv 1503.02531)."""
 
     logits_of: Callable[[int, int], torch.Tensor]
     """Returns its logits, [positions, vocabulary], from one supervised position to another."""
