@@ -199,7 +199,9 @@ class Network:
 
     def __init__(self, center: Machine) -> None:
         self._center = center
-        self._in_center("link", "add", "switch", "type", "bridge")
+        # Left to itself, a bridge has the lowest address of its cables, so another one as machines are plugged in:
+        # who had asked before sent to an address that was nobody's any more, and the controller seemed down.
+        self._in_center("link", "add", "switch", "address", "02:00:00:00:00:01", "type", "bridge")
         self._in_center("link", "set", "switch", "up")
         number = self._add_uplink()
         self._on_host = f"slurm{number}"

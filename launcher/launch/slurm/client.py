@@ -49,7 +49,8 @@ def call(command: Sequence[str], seconds: float = 30.0, environment: Mapping[str
         raise ControllerUnreachableError(f"{command[0]} got no answer in {seconds:g} s") from None
     if done.returncode == 0:
         return done.stdout
-    text = reason(done.stderr) or f"{command[0]} ended with code {done.returncode}"
+    # Some say on stdout what is wrong, as `scontrol ping` of a controller that is down.
+    text = reason(done.stderr) or reason(done.stdout) or f"{command[0]} ended with code {done.returncode}"
     if any(words in done.stderr.lower() for words in _UNREACHABLE):
         raise ControllerUnreachableError(text)
     raise SchedulerError(text)
