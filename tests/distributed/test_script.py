@@ -165,7 +165,7 @@ def without_launcher(models: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     ("script", "engine"),
     [
         ("with_accelerate", "fsdp"),
-        ("with_trainer", "zero3"),
+        pytest.param("with_trainer", "zero3", marks=pytest.mark.very_slow),
         pytest.param("with_accelerate", "zero3", marks=pytest.mark.very_slow),
         pytest.param("with_trainer", "fsdp", marks=pytest.mark.very_slow),
         pytest.param("with_accelerate", "zero2", marks=pytest.mark.very_slow),

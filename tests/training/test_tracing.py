@@ -74,7 +74,7 @@ def peak(plan: Plan, profile: Any) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("micro", [1, 3])
+@pytest.mark.parametrize("micro", [pytest.param(1, marks=pytest.mark.very_slow), 3])
 @pytest.mark.parametrize(
     ("kind", "precision", "adapter"),
     [

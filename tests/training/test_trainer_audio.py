@@ -85,10 +85,10 @@ def test_a_stop_and_another_number_of_ranks_change_no_clip(
 def test_it_learns_and_its_export_answers_in_a_pipeline(
     models: dict[str, Path], sounds: Path, tmp_path: Path
 ) -> None:
-    run = run_of(tmp_path / "run", planned(models["whisper"], sounds, 2, 16), 2)
-    before, after = evaluations(run)[0], evaluations(run)[16]
+    run = run_of(tmp_path / "run", planned(models["whisper"], sounds, 2, 48), 2)
+    before, after = evaluations(run)[0], evaluations(run)[48]
     assert after["accuracy"] > 0.9 > before["accuracy"] and after["f1"] > 0.9
-    details = json.loads(run.evaluation(16).read_text())["details"]
+    details = json.loads(run.evaluation(48).read_text())["details"]
     assert details["labels"] == ["high", "low", "middle"] and details["confusion_matrix"]
     export(run, tmp_path / "export")
     assert "AutoFeatureExtractor.from_pretrained" in (tmp_path / "export" / "README.md").read_text()

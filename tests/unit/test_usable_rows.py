@@ -56,6 +56,7 @@ WRONG = {
     "question-answering": {"question": "text", "context": "contxt"},
     "sequence-to-sequence": {"source": "text", "target": "label2"},
     "image-classification": {"image": "file_nme"},
+    "audio-classification": {"audio": "sond"},
 }
 
 
