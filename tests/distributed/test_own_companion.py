@@ -79,6 +79,7 @@ def records(path: Path, **wanted: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.very_slow
 def test_a_student_learns_what_its_teacher_says_on_either_engine(own: Path) -> None:
     losses = []
     for engine in ("fsdp", "deepspeed"):

@@ -180,6 +180,7 @@ def test_stopped_and_gone_on_it_is_the_same_file(folder: Path, tmp_path: Path) -
 
 
 @pytest.mark.slow
+@pytest.mark.very_slow
 def test_a_run_answers_under_zero_as_under_fsdp_and_as_exported(folder: Path, tmp_path: Path) -> None:
     """A run trained under one engine is asked and measured under both; its export says the same."""
     from launcher.training.checkpoint.export import export

@@ -238,6 +238,7 @@ CIRCUIT = (1, 2, 1, 3, 1, 4, 2, 3, 2, 4, 3, 4, 1)
 
 
 @pytest.mark.slow
+@pytest.mark.very_slow
 def test_every_pair_of_world_sizes(tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
     """What each attempt loads is what the one before saved, to the bit; and the losses are one process's."""
     assert len(set(itertools.pairwise(CIRCUIT))) == 12

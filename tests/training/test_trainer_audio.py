@@ -65,6 +65,7 @@ def test_ranks_and_engines_compute_the_same(
 
 
 @pytest.mark.slow
+@pytest.mark.very_slow
 def test_a_stop_and_another_number_of_ranks_change_no_clip(
     models: dict[str, Path], sounds: Path, tmp_path: Path
 ) -> None:

@@ -168,7 +168,7 @@ def stop_in_step(rank: int, stop: StopRequest) -> None:
     ("engine", "hook"),
     [
         ({}, stop_while_writing),
-        (deepspeed(3), stop_in_step),
+        pytest.param(deepspeed(3), stop_in_step, marks=pytest.mark.very_slow),
         pytest.param({}, stop_in_step, marks=pytest.mark.very_slow),
         (deepspeed(3), stop_while_writing),
     ],
