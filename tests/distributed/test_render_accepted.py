@@ -187,6 +187,7 @@ def test_accelerates_own_plugin_takes_the_deepspeed_files(
 
 
 @pytest.mark.slow
+@pytest.mark.very_slow
 def test_accelerates_own_test_script_runs_on_two_cpu_ranks(tmp_path: Path) -> None:
     plan = plan_of({**CASES["fsdp-cpu"], "precision": "fp32", "cluster.threads_per_rank": 1})
     path = tmp_path / "accelerate.yaml"

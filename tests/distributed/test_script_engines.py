@@ -117,7 +117,7 @@ def test_a_trainer_goes_on_from_such_a_checkpoint(
 @pytest.mark.parametrize(
     ("kind", "engine", "planned", "found"),
     [
-        ("ddp", "fsdp", "FSDP2", "DDP (a whole copy on each rank)"),
+        pytest.param("ddp", "fsdp", "FSDP2", "DDP (a whole copy on each rank)", marks=VERY_SLOW),
         pytest.param("accelerate-zero", "fsdp", "FSDP2", "DeepSpeed ZeRO-2", marks=VERY_SLOW),
         pytest.param("alone", "fsdp", "FSDP2", "no engine (each rank trains for itself)", marks=VERY_SLOW),
         pytest.param("fsdp", "zero2", "DeepSpeed ZeRO-2", "FSDP2", marks=VERY_SLOW),

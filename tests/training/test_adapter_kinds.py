@@ -95,7 +95,7 @@ def by_peft(directory: Path, kind: str, start: dict[str, torch.Tensor]) -> dict[
 @pytest.mark.parametrize(
     ("kind", "world_size", "engine"),
     [
-        ("rslora", 1, {}),
+        pytest.param("rslora", 1, {}, marks=pytest.mark.slow),
         ("dora", 2, {}),
         pytest.param("both", 1, {}, marks=pytest.mark.very_slow),
         pytest.param("rslora", 2, deepspeed(3), marks=pytest.mark.very_slow),

@@ -356,6 +356,7 @@ def test_a_model_without_repeated_layers_is_refused() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.very_slow
 def test_compiled_layers_equal_eager_ones(directory: Path) -> None:
     path = _save(directory, "llama")
     plan = plan_of(path, 2, batch=_batch(2, 3))

@@ -107,6 +107,7 @@ def test_balanced_weights_are_those_of_the_training_rows(
 
 
 @pytest.mark.slow
+@pytest.mark.very_slow
 def test_dropout_does_not_know_of_a_stop(encoder: Path, tmp_path: Path) -> None:
     whole, stopped = (
         new_run(tmp_path / name, plan_of(encoder, tmp_path, "single-label", 6))
