@@ -134,18 +134,16 @@ def _attempt(run: RunDirectory, plan: Plan, stop_at: int | None, as_json: bool) 
     from launcher.errors import ConfigurationError, Problem
     from launcher.launch.cutting import run_with_cuts
     from launcher.launch.screen import mute
-    from launcher.runs.status import newest_checkpoint, read_status
+    from launcher.runs.status import read_status
     from launcher.runs.wording import shown
 
     if plan.script and stop_at is not None:
         raise ConfigurationError(
             Problem("--stop-at", stop_at, "only the script knows its steps; leave it out")
         )
-    if stop_at is not None and (saved := newest_checkpoint(run)) is not None:
-        step = int(saved.name.removeprefix("step-"))
-        if stop_at <= step:
-            reason = f"the run goes on from step {step}; name a later one"
-            raise ConfigurationError(Problem("--stop-at", stop_at, reason))
+    if stop_at is not None and stop_at <= (step := read_status(run).checkpoint_step or 0):
+        reason = f"the run goes on from step {step}; name a later one"
+        raise ConfigurationError(Problem("--stop-at", stop_at, reason))
     code = run_with_cuts(run, plan, Display(plan), stop_at)
     # Whoever read this may have gone, and the disk with the run: the attempt's own code is what counts.
     with contextlib.suppress(OSError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from launcher.planner.changes import changes
 from launcher.planner.plan import Plan
 from launcher.planner.search import plan_job
 from launcher.render import accelerate, deepspeed
+from launcher.runs.layout import RunDirectory
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,9 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[Difference]:
 
 
 def _side(path: Path) -> Plan | list[Reading]:
-    if not path.exists() and (named := Path("runs") / path).is_dir():
-        path = named
+    if not path.exists():
+        with contextlib.suppress(ConfigurationError):  # no run has that name either; the path is told of
+            path = RunDirectory.find(path).path
     path = path / "plan.json" if path.is_dir() else path
     content = foreign_files.content_of(path)
     kind = foreign_files.kind_of(content)

@@ -157,7 +157,7 @@ class Plan(Frozen):
     evaluation: Evaluation | None = None
     """Where the job says what is done with held-out rows beside computing their loss."""
     distillation: Distillation | None = None
-    """Where the job names a teacher; its directory is absolute."""
+    """The job's teacher, by its absolute directory, and how it is learned from; None without one."""
     script: tuple[str, ...] | None = None
     """A training script of the user's own, by its absolute path, and its arguments. Model, data, batch and
     training are then its own."""

@@ -10,12 +10,10 @@ from launcher.errors import ConfigurationError, Problem
 from launcher.lazy import Lazy
 from launcher.tasks import media, sounds
 from launcher.tasks.audio_columns import AudioColumns, without_packages
-from launcher.tasks.classification import Classification
 from launcher.tasks.clips import Clips, fewest_samples, joined
-from launcher.tasks.label_columns import contradictions
+from launcher.tasks.file_classification import FileClassification
 from launcher.tasks.padding import weights
-from launcher.tasks.row_labels import label_of
-from launcher.tasks.task import Draws, Encoded, Finding, Sample, Traits
+from launcher.tasks.task import Draws, Finding, Sample, Traits
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,7 +26,7 @@ _BY_CHANCE = ("layerdrop", "encoder_layerdrop")
 """Layers that a config has left out in training: each rank would leave out others, and the rest wait for it."""
 
 
-class AudioClassification(Classification):
+class AudioClassification(FileClassification):
     """A sound to a class, several classes, or a number."""
 
     name = "audio-classification"
@@ -36,6 +34,9 @@ class AudioClassification(Classification):
     Columns = AudioColumns
     column_ways = (("audio", "label"),)
     head_name = "AudioClassification"
+    file_key = "audio"
+    # AutoProcessor would want a tokenizer beside it.
+    processor_class = "AutoFeatureExtractor"
     data: AudioColumns
 
     def __init__(self, data: AudioColumns, labels: list[str] | None = None) -> None:
@@ -46,7 +47,6 @@ class AudioClassification(Classification):
 
     def checks(self) -> Iterator[Finding]:
         yield from super().checks()
-        yield from contradictions(self.data, self.name)
         yield from without_packages(self.name)
 
     @property
@@ -79,21 +79,6 @@ class AudioClassification(Classification):
         if kind == "audio-spectrogram-transformer":
             return extractor(num_mel_bins=config.num_mel_bins, max_length=config.max_length)
         return extractor(return_attention_mask=getattr(config, "feat_extract_norm", None) == "layer")
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        columns = self.data.audio_columns
-        return columns if self.for_prediction else (*columns, self._label_column)
-
-    def texts(self, row: dict[str, Any]) -> list[str]:
-        """Return none: a sound becomes no tokens."""
-        media.named(row, self.data.audio_columns)
-        if not self.for_prediction:
-            label_of(row, self._label_column, self.data.problem)
-        return []
-
-    def sample_lengths(self, tokens: Sequence[int], added: int) -> list[int]:
-        return [1]
 
     @property
     def key(self) -> Any:
@@ -134,28 +119,16 @@ class AudioClassification(Classification):
         frames = getattr(self._clips.processor, "nb_max_frames", None) if self._clips is not None else None
         return None if frames is None else frames // 2
 
-    def encode(self, rows: Sequence[dict[str, Any]], processor: Any) -> list[Encoded | RowProblem]:
-        """Return where each sound lies, or its bytes (`launcher.tasks.media`), and `label`: int64 [1], float32
-        [num_labels] or float32 [1]. Each is decoded once, so that what cannot be is known before training."""
-        return [self._encoded(row) for row in rows]
-
-    def _encoded(self, row: dict[str, Any]) -> Encoded | RowProblem:
+    def _decoded(self, content: media.Content) -> str | bool:
         assert self._clips is not None
-        try:
-            value = media.named(row, self.data.audio_columns)
-            label = self._label(row, self._ids)
-            content = media.content(value)
-            samples, rate = sounds.heard(content)
-        except RowProblem as problem:
-            return problem
+        samples, rate = sounds.heard(content)
         seconds, most = len(samples) / rate, self._clips.seconds
         if not self.data.pad_to_seconds and len(samples) * self._clips.rate < self._fewest * rate:
             fewest = self._fewest / self._clips.rate
-            return RowProblem(TOO_SHORT, f"{content.begins}{seconds:.4g} s, and the model needs {fewest:.4g}")
+            raise RowProblem(TOO_SHORT, f"{content.begins}{seconds:.4g} s, and the model needs {fewest:.4g}")
         if seconds > most and self.data.too_long != "cut":
-            return RowProblem(TOO_LONG, f"{content.begins}{seconds:,.4g} s, above {most:g}")
-        cut = f"{content.begins}{most:g} of {seconds:,.4g} s" if seconds > most else False
-        return Encoded({**media.stored(value, content), "label": label}, 1, 1, cut)
+            raise RowProblem(TOO_LONG, f"{content.begins}{seconds:,.4g} s, above {most:g}")
+        return f"{content.begins}{most:g} of {seconds:,.4g} s" if seconds > most else False
 
     def example(self, length: int) -> Sample:
         """Return the longest clip, of zeros."""
@@ -192,18 +165,8 @@ class AudioClassification(Classification):
         chance = draws.of(sample) if draws is not None and draws.training else None
         return self._clips.features(self._clips.clip(samples, self.data.cut_at, chance))
 
-    def shortened(self, sample: Sample, length: int, ends: Sequence[int]) -> Sample:
-        """Return the sample: a clip has no end by which the model would find it."""
-        return sample
-
     def plain_batch(self, sample: Sample) -> dict[str, Any] | None:
         assert self._clips is not None
         features, mask = self._features(sample, None)
         masks = {} if mask is None else {"attention_mask": torch.from_numpy(mask)[None]}
         return {self._clips.input_name: torch.from_numpy(features)[None], **masks}
-
-    def answer(self, row: dict[str, Any], parts: Sequence[Any]) -> dict[str, Any]:
-        """Return the answer for a row, and the sound's path where it has one."""
-        value = media.named(row, self.data.audio_columns)
-        path = {"audio": value} if isinstance(value, str) else {}
-        return path | super().answer(row, parts)

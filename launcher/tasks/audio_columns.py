@@ -9,13 +9,13 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from launcher.data.folder import SOUNDS, FileColumn, FileColumnIfThere
-from launcher.tasks.label_columns import LabelColumns
+from launcher.tasks.file_classification import FileColumns
 from launcher.tasks.task import Finding, finding
 
 _PACKAGES = ("soundfile", "soxr")
 
 
-class AudioColumns(LabelColumns):
+class AudioColumns(FileColumns):
     """Rows of a sound with a label."""
 
     audio: str | None = None
@@ -36,14 +36,14 @@ class AudioColumns(LabelColumns):
     max_length: Literal[1] = 1
     """A clip is one position of a pass, whatever its length."""
     too_long: Literal["cut", "drop", "refuse"] = "cut"
-    """What to do with a sound of more than `seconds`."""
+    """Whether a sound of more than `seconds` is cut, dropped, or refused."""
 
     @property
     def one_length(self) -> bool:
         return self.pad_to_seconds
 
     @property
-    def audio_columns(self) -> tuple[FileColumn, ...]:
+    def file_columns(self) -> tuple[FileColumn, ...]:
         """Return the columns where a sound may be."""
         if self.audio is not None:
             return (FileColumn(self.audio, SOUNDS),)

@@ -10,13 +10,11 @@ from launcher.errors import ConfigurationError, Problem
 from launcher.lazy import Lazy
 from launcher.tasks import images, media
 from launcher.tasks.augmentation import without_package
-from launcher.tasks.classification import Classification
+from launcher.tasks.file_classification import FileClassification
 from launcher.tasks.image_columns import ImageColumns, image_contradictions
-from launcher.tasks.label_columns import contradictions
 from launcher.tasks.padding import weights
 from launcher.tasks.pixels import Pixels, resized
-from launcher.tasks.row_labels import label_of
-from launcher.tasks.task import Draws, Encoded, Finding, Sample, Traits
+from launcher.tasks.task import Draws, Finding, Sample, Traits
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,7 +26,7 @@ _USUAL_SIZE = 224
 """Pixels, of a model whose config says none."""
 
 
-class ImageClassification(Classification):
+class ImageClassification(FileClassification):
     """An image to a class, several classes, or a number."""
 
     name = "image-classification"
@@ -36,6 +34,8 @@ class ImageClassification(Classification):
     Columns = ImageColumns
     column_ways = (("image", "label"),)
     head_name = "ImageClassification"
+    file_key = "image"
+    processor_class = "AutoProcessor"
     data: ImageColumns
 
     def __init__(self, data: ImageColumns, labels: list[str] | None = None) -> None:
@@ -47,7 +47,6 @@ class ImageClassification(Classification):
     def checks(self) -> Iterator[Finding]:
         yield from super().checks()
         yield from image_contradictions(self.data)
-        yield from contradictions(self.data, self.name)
         if self.data.augmentation is not None:
             yield from without_package(self.data.augmentation)
 
@@ -80,21 +79,6 @@ class ImageClassification(Classification):
         return processor
 
     @property
-    def columns(self) -> tuple[str, ...]:
-        columns = self.data.image_columns
-        return columns if self.for_prediction else (*columns, self._label_column)
-
-    def texts(self, row: dict[str, Any]) -> list[str]:
-        """Return none: an image becomes no tokens."""
-        media.named(row, self.data.image_columns)
-        if not self.for_prediction:
-            label_of(row, self._label_column, self.data.problem)
-        return []
-
-    def sample_lengths(self, tokens: Sequence[int], added: int) -> list[int]:
-        return [1]
-
-    @property
     def key(self) -> Any:
         return "images", images.MOST_PIXELS
 
@@ -114,23 +98,11 @@ class ImageClassification(Classification):
         self._own_size = (edges[0], edges[1]) if len(edges) == 2 else None
         super().adopt(config, as_it_stands)
 
-    def encode(self, rows: Sequence[dict[str, Any]], processor: Any) -> list[Encoded | RowProblem]:
-        """Return where each image lies, or its bytes (`launcher.tasks.media`), and `label`: int64 [1], float32
-        [num_labels] or float32 [1]. Each is decoded once, so that what cannot be is known before training."""
-        return [self._encoded(row) for row in rows]
-
-    def _encoded(self, row: dict[str, Any]) -> Encoded | RowProblem:
-        try:
-            value = media.named(row, self.data.image_columns)
-            label = self._label(row, self._ids)
-            content = media.content(value)
-            _, frames = images.opened(content)
-        except RowProblem as problem:
-            return problem
-        cut = f"{content.begins}the first of {frames:,} frames" if frames > 1 else False
-        if cut and self.data.too_long != "cut":
-            return RowProblem(TOO_LONG, f"{content.begins}{frames:,} frames")
-        return Encoded({**media.stored(value, content), "label": label}, 1, 1, cut)
+    def _decoded(self, content: media.Content) -> str | bool:
+        _, frames = images.opened(content)
+        if frames > 1 and self.data.too_long != "cut":
+            raise RowProblem(TOO_LONG, f"{content.begins}{frames:,} frames")
+        return f"{content.begins}the first of {frames:,} frames" if frames > 1 else False
 
     def example(self, length: int) -> Sample:
         """Return an image of zeros, of the size that the model will see."""
@@ -175,16 +147,6 @@ class ImageClassification(Classification):
         same = self._own_size is None or self._size == self._own_size
         return {} if same else {"interpolate_pos_encoding": True}
 
-    def shortened(self, sample: Sample, length: int, ends: Sequence[int]) -> Sample:
-        """Return the sample: an image has no end that could be cut off."""
-        return sample
-
     def plain_batch(self, sample: Sample) -> dict[str, Any] | None:
         pixels = torch.from_numpy(self._seen(sample, None))[None]
         return {"pixel_values": pixels} | self._options
-
-    def answer(self, row: dict[str, Any], parts: Sequence[Any]) -> dict[str, Any]:
-        """Return the answer for a row, and the image's path where it has one."""
-        value = media.named(row, self.data.image_columns)
-        path = {"image": value} if isinstance(value, str) else {}
-        return path | super().answer(row, parts)

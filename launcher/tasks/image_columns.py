@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from launcher.data.folder import IMAGES, FileColumn, FileColumnIfThere
-from launcher.tasks.label_columns import LabelColumns
+from launcher.tasks.file_classification import FileColumns
 from launcher.tasks.task import Finding, finding
 from launcher.values import Fraction, Section
 
@@ -31,7 +31,7 @@ class Augmentation(Section):
     """How likely a part of 2 to 33% of the image is made grey (Zhong et al. 2020, arXiv 1708.04896)."""
 
 
-class ImageColumns(LabelColumns):
+class ImageColumns(FileColumns):
     """Rows of an image with a label."""
 
     image: str | None = None
@@ -50,7 +50,7 @@ class ImageColumns(LabelColumns):
     """What to do with an image of several frames (an animation): `cut` takes the first."""
 
     @property
-    def image_columns(self) -> tuple[FileColumn, ...]:
+    def file_columns(self) -> tuple[FileColumn, ...]:
         """Return the columns where an image may be."""
         if self.image is not None:
             return (FileColumn(self.image, IMAGES),)

@@ -145,6 +145,9 @@ class Task(ABC):
     def auto_class(self) -> Any:
         """Return the transformers Auto class of the model."""
 
+    processor_class: ClassVar[str] = "AutoTokenizer"
+    """The transformers Auto class with which an export's users read rows."""
+
     @property
     def has_processor(self) -> bool:
         """Return whether rows are read by the processor of `read_processor`, and not by a tokenizer."""

@@ -80,7 +80,8 @@ class TrainingInputs:
         task.learn_from(train.column)
         task.configure(config)
         check_teacher(plan, task, tokenizer)
-        for role, dataset in (("train", train), ("evaluation", evaluation)):
+        rows_of_tokens = () if task.has_processor else (("train", train), ("evaluation", evaluation))
+        for role, dataset in rows_of_tokens:
             refuse_tokens(dataset, f"data.{role}", tokenizer, config)
         return cls(config, tokenizer, task, train, evaluation)
 
@@ -126,9 +127,6 @@ def refuse_tokens(dataset: Dataset | None, key: str, tokenizer: Any, config: Any
     if (
         dataset is None
         or num_rows is None
-        or not hasattr(
-            tokenizer, "get_vocab"
-        )  # what reads sounds makes no tokens, though its model writes some
         or pretrained.num_ids(tokenizer) <= num_rows
         or (highest := dataset.highest_token()) < num_rows
     ):

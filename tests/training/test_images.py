@@ -268,7 +268,7 @@ def test_the_loss_is_that_of_transformers_own_class(vit: Path, resnet: Path, pic
 
 
 def test_what_a_row_must_have_for_an_image() -> None:
-    columns = ImageColumns.model_validate({"train": {"path": "images"}}).image_columns
+    columns = ImageColumns.model_validate({"train": {"path": "images"}}).file_columns
     for row, reason in (
         ({"label": "red"}, "missing key: no 'image'"),
         ({"image": None}, "missing key: 'image' is null"),

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
-from pathlib import Path
 
 from launcher import tasks
-from launcher.data.sample import look
 from launcher.data.section import Data, Source
 from launcher.errors import DataError
 from launcher.planner.dataset.token_lengths import CHARACTERS, lengths, why_unusable
+from launcher.planner.dataset.usable_rows import changed as changed_at
+from launcher.planner.dataset.usable_rows import sample_of
 from launcher.planner.model.model_config import locate
 from launcher.planner.plan import BatchPlan, Plan
 
@@ -91,21 +91,14 @@ def why_no_items(plan: Plan) -> str | None:
 
 def one_pass(source: Source, data: Data, model: str, task: str) -> Items | None:
     """One pass over a source; None where it is not in files here, or where they cannot be read."""
-    items = _looked(source, data, model, task, _changed(source))
+    items = _looked(source, data, model, task, changed_at(source))
     return items if isinstance(items, Items) else None
 
 
 def why_no_epoch(source: Source, data: Data, model: str, task: str) -> str | None:
     """Return why nothing is known of one pass over a source, in one clause; None where it is known."""
-    items = _looked(source, data, model, task, _changed(source))
+    items = _looked(source, data, model, task, changed_at(source))
     return items if isinstance(items, str) else None
-
-
-def _changed(source: Source) -> int:
-    try:
-        return sum(Path(path).stat().st_mtime_ns for path in (source.path, source.targets) if path)
-    except OSError:  # a pattern, or nothing
-        return 0
 
 
 @lru_cache(maxsize=8)
@@ -114,7 +107,7 @@ def _looked(source: Source, data: Data, model: str, task: str, changed: int) -> 
     lets what was seen of an older file be forgotten."""
     learned = tasks.find(task)(data)
     try:
-        seen = look(source, learned.columns)
+        seen = sample_of(source, data, task)
     except DataError as error:
         return str(error)
     if not seen.rows:

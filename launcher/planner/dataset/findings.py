@@ -1,4 +1,4 @@
-"""What a look at a job, its model and its data brings to light."""
+"""Problems and remarks of a job that a look at its model and its data brings to light."""
 
 from __future__ import annotations
 

@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from pathlib import Path
+
 from launcher import tasks
 from launcher.data.files import find_files, is_there
 from launcher.data.rows import RowProblem
 from launcher.data.sample import Sample, look, too_large
-from launcher.data.section import Source
+from launcher.data.section import Data, Source
 from launcher.errors import DataError, Problem
 from launcher.job.schema import Job
 from launcher.planner.dataset.findings import Findings
 from launcher.planner.dataset.token_lengths import texts_or_problem
 from launcher.tasks.task import Task
 
-MOST_ROWS = 256
-"""That are looked at of a source: all of a small one, else some from all over it."""
+
+def sample_of(source: Source, data: Data, task: str) -> Sample:
+    """Return some rows of a source, or all of a small one, as a task reads them. Raises DataError as `look`.
+
+    They are kept, as a search asks for the same again and again.
+    """
+    return _sample(source, data, task, changed(source))
+
+
+@lru_cache(maxsize=8)
+def _sample(source: Source, data: Data, task: str, changed: int) -> Sample:
+    """Look at a source; `changed` lets what was seen of an older file be forgotten."""
+    return look(source, tasks.find(task)(data).columns)
+
+
+def changed(source: Source) -> int:
+    """Return a number that is another once a source's files were written anew, by their times and sizes."""
+    try:
+        stats = [Path(path).stat() for path in (source.path, source.targets) if path]
+        return sum(one.st_mtime_ns + one.st_size for one in stats)
+    except OSError:  # a pattern, or nothing
+        return 0
 
 
 def look_at_rows(job: Job) -> Findings:
@@ -39,7 +62,7 @@ def _of_source(key: str, source: Source, task: Task) -> Findings:
         files = find_files(source.path, source.split, task.columns) if source.targets is None else []
         if reason := next(filter(None, map(too_large, files)), None):
             return Findings(remarks=(Problem(key, source.path, f"its rows were not looked at: {reason}"),))
-        seen = look(source, task.columns, MOST_ROWS)
+        seen = sample_of(source, task.data, task.name)
     except DataError as error:
         return Findings((Problem(key, source.path, str(error)),))
     if not seen.rows:

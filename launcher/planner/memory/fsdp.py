@@ -36,7 +36,7 @@ class Cut:
     """Whether other ranks have the same shard."""
     recomputes: bool = False
     plain: bool = False
-    """Whether it is not FSDP at all: one rank in fp32."""
+    """True for one rank in fp32, which FSDP does not cut."""
     leaves_frozen: bool = False
     """Whether FSDP leaves alone what does not train: on one rank, in the precision of the computation."""
     offloads: bool = False

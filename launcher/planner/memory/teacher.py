@@ -12,7 +12,7 @@ from launcher.planner.memory.timeline import Timeline, go_through
 from launcher.planner.plan import Plan
 
 COMPARED_BYTES = 8
-"""Of a logit of a chunk, beside what the two losses alone would hold: both models' probabilities in fp32."""
+"""Bytes of a logit of a chunk beside those of the two losses alone: both models' probabilities in fp32."""
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ _EACH = 128
 MOST = 1022
 """Messages of a chat that can be told from each other."""
 KEPT = re.compile(r"<[^<>\s]{1,64}>|\[/?[A-Z_]{2,}\]|(?<!\S)/\w+(?!\S)|[\s\"'\\\x00-\x1f]+")
-"""What gets no shadow, as templates look for it: tags, commands such as `/no_think`, white space, and what
-JSON escapes."""
+"""Parts of a text that get no shadow, as templates look for them: tags, commands such as `/no_think`, white
+space, and what JSON escapes."""
 WORDS = re.compile(r"<[^<>\s]{1,64}>|\[/?[A-Z_]{2,}\]|(?<!\S)/\w+(?!\S)|[\W_]+")
 """The same, and every character that is neither letter nor digit: for templates that look at more."""
 _SPEAKS = ("content", *THOUGHTS, "thought", "tool_plan")

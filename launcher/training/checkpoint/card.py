@@ -100,12 +100,7 @@ class Card:
     def _loading(self) -> str:
         task = tasks.unprepared(self._plan)
         kind = task.auto_class.__name__
-        reader, name = "AutoTokenizer", "tokenizer"
-        if task.has_processor:
-            # A processor of sounds would want a tokenizer beside it.
-            reader, name = "AutoProcessor", "processor"
-            if task.traits.unit == "clip":
-                reader, name = "AutoFeatureExtractor", "feature_extractor"
+        reader, name = task.processor_class, "processor" if task.has_processor else "tokenizer"
         if self._adapter:
             labels = f", num_labels={len(self._config['id2label'])}" if "id2label" in self._config else ""
             base = f'{kind}.from_pretrained("{self._base}"{labels})'
