@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ from launcher.training.engines.frozen_parts import FrozenParts
 from launcher.training.engines.linear import keep_parameters_not_matrices
 from launcher.training.engines.recompute import checkpoint_activations
 from launcher.training.engines.unshard import cut_rows, gathered, replaced_one_by_one
+from launcher.training.engines.vocabulary import few_rows_under_zero
 from launcher.training.engines.zero import Piece, StageOneOrTwo, StageThree
 from launcher.training.model import adapters, normalization
 from launcher.training.model import loading as models
@@ -152,9 +153,7 @@ class DeepSpeedEngine:
         return written
 
     @contextlib.contextmanager
-    def whole_where_it_fits(self) -> Iterator[bool]:
-        """While inside, every rank has all parameters, where all ranks have the memory; say whether it is
-        so."""
+    def whole_where_it_fits(self, tokens: Sequence[int] | None = None) -> Iterator[bool]:
         assert self._plan.zero is not None
         if self._plan.zero.stage < 3:
             yield True
@@ -166,8 +165,14 @@ class DeepSpeedEngine:
         if not generating.fits_whole(num_bytes, device, self._plan.mesh.ranks_per_node):
             yield self._plan.mesh.world_size == 1
             return
-        with self._deepspeed.zero.GatheredParameters(absent), without_hooks(self.model):
-            yield True
+        few_rows = (
+            contextlib.nullcontext() if tokens is None else few_rows_under_zero(self.model, tokens, device)
+        )
+        with without_hooks(self.model), few_rows:
+            wanted = {id(parameter) for parameter in self.model.parameters()}
+            absent = [parameter for parameter in absent if id(parameter) in wanted]
+            with self._deepspeed.zero.GatheredParameters(absent):
+                yield True
 
     def squared_gradient_norm(self) -> torch.Tensor:
         self._stage.stage = self.stage

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -38,8 +39,11 @@ class Engine(Protocol):
     def evaluate(self, batch: Batch) -> Output:
         """Forward alone, without dropout or gradients."""
 
-    def whole_where_it_fits(self) -> AbstractContextManager[bool]:
-        """While inside, every rank has all parameters, where all ranks have the memory; say whether it is so."""
+    def whole_where_it_fits(self, tokens: Sequence[int] | None = None) -> AbstractContextManager[bool]:
+        """While inside, every rank has all parameters, where all ranks have the memory; say whether it is so.
+
+        With `tokens`, matrices that have a row for every token have these rows alone, and zeros elsewhere.
+        """
 
     def generate(
         self, batch: Batch, options: GenerationOptions, each_token: EachToken = lambda: False

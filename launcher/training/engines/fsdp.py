@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from launcher.training.engines.companions import bind_loss
 from launcher.training.engines.companions import load as load_companions
 from launcher.training.engines.recompute import checkpoint_activations
 from launcher.training.engines.units import shard_units
+from launcher.training.engines.vocabulary import few_rows_under_fsdp
 from launcher.training.model import adapters
 from launcher.training.model import loading as models
 from launcher.training.model.forward import Batch
@@ -103,9 +104,12 @@ class FsdpEngine:
         return written
 
     @contextlib.contextmanager
-    def whole_where_it_fits(self) -> Iterator[bool]:
-        """While inside, every rank has all parameters, where all ranks have the memory; say whether it is
-        so."""
+    def whole_where_it_fits(self, tokens: Sequence[int] | None = None) -> Iterator[bool]:
+        if tokens is not None:
+            few_rows = few_rows_under_fsdp(self.model, tokens, DTYPES[self._plan.precision])
+            with few_rows, self.whole_where_it_fits() as is_whole:
+                yield is_whole
+            return
         units = [module for module in nn.Module.modules(self.model) if isinstance(module, FSDPModule)]
         if not units:
             yield True

@@ -12,6 +12,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import distributed, nn
 from torch.nn import functional
@@ -48,15 +49,17 @@ def check_loss(engine: Engine, task: Task, dataset: Dataset, plan: Plan, event: 
     Raises ConfigurationError where no way is, with both numbers; DataError where samples do not have the next
     token as their target.
     """
-    # What both passes need is gathered once.
     began = time.monotonic()
-    with shortened(engine.model), engine.whole_where_it_fits():
-        _check_loss(engine, task, dataset, plan, event, began)
-
-
-def _check_loss(engine: Engine, task: Task, dataset: Dataset, plan: Plan, event: Event, began: float) -> None:
     ends = getattr(engine.model.config.get_text_config(), "eos_token_id", None)
     rows = _rows(task, dataset, [ends] if isinstance(ends, int) else ends or [])
+    # What both passes need is gathered once.
+    with shortened(engine.model), engine.whole_where_it_fits(_tokens(engine.model, rows)):
+        _check_loss(engine, task, rows, plan, event, began)
+
+
+def _check_loss(
+    engine: Engine, task: Task, rows: Sequence[Sample], plan: Plan, event: Event, began: float
+) -> None:
     planned = way = Way(task.layout, plan.attention, task.head)
     own, size = _own(engine, task, rows[1], plan)
     first = ours = _ours(engine, task, rows, plan, planned)
@@ -130,6 +133,18 @@ def _rows(task: Task, dataset: Dataset, ends: Sequence[int]) -> list[Sample]:
         for length, sample in zip(LENGTHS, (*samples, *samples), strict=False)
     )
     return [first.as_filler(), second]
+
+
+def _tokens(model: PreTrainedModel, rows: Sequence[Sample]) -> list[int]:
+    """Return the tokens that the rows, or what a model puts around them, may have. A token that is none of
+    them has the same row of zeros in both passes."""
+    config = model.config.get_text_config()
+    num_tokens = getattr(config, "vocab_size", None) or 0
+    special = [value for key, value in config.to_dict().items() if key.endswith("_token_id")]
+    numbers = [np.ravel(array) for row in rows for array in row.values() if array.dtype.kind in "iu"]
+    numbers += [np.ravel(value) for value in special if isinstance(value, (int, list))]
+    every = np.unique(np.concatenate(numbers)) if numbers else np.empty(0, int)
+    return [int(token) for token in every if 0 <= token < num_tokens]
 
 
 def _ours(engine: Engine, task: Task, rows: Sequence[Sample], plan: Plan, way: Way) -> torch.Tensor | None:
