@@ -34,7 +34,7 @@ from launcher.training.engines.frozen_parts import FrozenParts
 from launcher.training.engines.linear import keep_parameters_not_matrices
 from launcher.training.engines.recompute import checkpoint_activations
 from launcher.training.engines.unshard import cut_rows, gathered, replaced_one_by_one
-from launcher.training.engines.vocabulary import few_rows_under_zero
+from launcher.training.engines.vocabulary import cut_matrices, few_rows_under_zero
 from launcher.training.engines.zero import Piece, StageOneOrTwo, StageThree
 from launcher.training.model import adapters, normalization
 from launcher.training.model import loading as models
@@ -159,20 +159,21 @@ class DeepSpeedEngine:
             yield True
             return
         self._zero.empty_partition_cache()  # what the last pass fetched ahead may still be on its way
-        absent: list[Any] = [one for one in self.model.parameters() if one.ds_status.name != "AVAILABLE"]
+        few = {} if tokens is None else {id(one): one for one in cut_matrices(self.model)}
+        absent: list[Any] = [
+            one for one in self.model.parameters() if one.ds_status.name != "AVAILABLE" and id(one) not in few
+        ]
         num_bytes = sum(parameter.ds_numel * parameter.element_size() for parameter in absent)
         device = torch.device(self._plan.mesh.device)
         if not generating.fits_whole(num_bytes, device, self._plan.mesh.ranks_per_node):
             yield self._plan.mesh.world_size == 1
             return
-        few_rows = (
-            contextlib.nullcontext() if tokens is None else few_rows_under_zero(self.model, tokens, device)
-        )
-        with without_hooks(self.model), few_rows:
-            wanted = {id(parameter) for parameter in self.model.parameters()}
-            absent = [parameter for parameter in absent if id(parameter) in wanted]
-            with self._deepspeed.zero.GatheredParameters(absent):
-                yield True
+        with (
+            without_hooks(self.model),
+            self._deepspeed.zero.GatheredParameters(absent),
+            few_rows_under_zero(self.model, list(few.values()), tokens or (), device),
+        ):
+            yield True
 
     def squared_gradient_norm(self) -> torch.Tensor:
         self._stage.stage = self.stage

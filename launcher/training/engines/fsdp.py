@@ -115,7 +115,7 @@ class FsdpEngine:
             yield True
             return
         num_bytes = DTYPES[self._plan.precision].itemsize * sum(
-            parameter.numel() for parameter in self.model.parameters()
+            parameter.numel() for parameter in self.model.parameters() if isinstance(parameter, DTensor)
         )
         device = torch.device(self._plan.mesh.device)
         if not generating.fits_whole(num_bytes, device, self._plan.mesh.ranks_per_node):

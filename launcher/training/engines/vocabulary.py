@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -68,33 +68,36 @@ def few_rows_under_fsdp(model: PreTrainedModel, tokens: Sequence[int], dtype: to
         group.fsdp_params = every
 
 
+def cut_matrices(model: PreTrainedModel) -> list[Any]:
+    """Return those of these weights that ZeRO-3 has cut, and has in memory."""
+    return [
+        weight
+        for weight in cast("list[Any]", matrices(model))
+        if weight.ds_status.name != "AVAILABLE" and weight.ds_tensor.status.name == "AVAILABLE"
+    ]
+
+
 @contextlib.contextmanager
 def few_rows_under_zero(
-    model: PreTrainedModel, tokens: Sequence[int], device: torch.device
+    model: PreTrainedModel, cut: Sequence[Any], tokens: Sequence[int], device: torch.device
 ) -> Iterator[None]:
-    """While inside, these matrices are plain ones that have the rows of `tokens` alone, where ZeRO-3 has cut
-    them. Its hooks must be off."""
+    """While inside, plain matrices with the rows of `tokens` alone stand in the places of cut ones. ZeRO-3's
+    hooks must be off."""
     owners: list[tuple[nn.Module, str, Any]] = []
-    cut: Any
-    for cut in matrices(model):
-        part = cut.ds_tensor
-        if cut.ds_status.name == "AVAILABLE" or part.status.name != "AVAILABLE":
-            continue  # whole anyway, or on a disk
-        shape = cut.ds_shape
-        first = distributed.get_rank(cut.ds_process_group) * part.ds_numel
-        plain = _matrix(
-            shape, tokens, _rows(part.flatten(), first, tokens, shape[1], device, cut.ds_process_group)
-        )
+    for weight in cut:
+        part, shape, group = weight.ds_tensor, weight.ds_shape, weight.ds_process_group
+        first = distributed.get_rank(group) * part.ds_numel
+        plain = _matrix(shape, tokens, _rows(part.flatten(), first, tokens, shape[1], device, group))
         for module in model.modules():
             for name, parameter in list(module._parameters.items()):
-                if parameter is cut:
-                    owners.append((module, name, cut))
+                if parameter is weight:
+                    owners.append((module, name, weight))
                     module._parameters[name] = plain
     try:
         yield
     finally:
-        for module, name, cut in owners:
-            module._parameters[name] = cut
+        for module, name, weight in owners:
+            module._parameters[name] = weight
 
 
 def _rows(
