@@ -104,7 +104,7 @@ CASES = [
         pytest.param(
             *case,
             id=f"{case[0]['place']}-{case[0]['kind']}",
-            marks=pytest.mark.slow if number < 2 else pytest.mark.very_slow,
+            marks=pytest.mark.slow if number == 1 else pytest.mark.very_slow,
         )
         for number, case in enumerate(CASES)
     ],

@@ -59,6 +59,7 @@ def test_out_of_memory_late_goes_on_with_smaller_passes(cluster: Cluster, materi
     assert len(run.events("started")) == 2
 
 
+@pytest.mark.very_slow
 def test_out_of_memory_with_one_sample_is_not_tried_again(cluster: Cluster, material: TrainingInputs) -> None:
     run = material.submit(cluster, faulty(material, "memory", "memory:1:3", micro=1, nodes=1))
     assert "out-of-memory" in run.wait_event("gave_up")["reason"]

@@ -109,7 +109,11 @@ def test_the_formulas_of_decoders_are_held_to_their_profiles(
 
 @pytest.mark.parametrize(
     ("kind", "recompute"),
-    slow_but([("bert", "selective")], [("bert", "selective"), ("llama", "full"), ("bart", "none")]),
+    slow_but(
+        [("bert", "selective")],
+        [("bert", "selective"), ("llama", "full"), ("bart", "none")],
+        [("bart", "none")],
+    ),
 )
 def test_lines_through_two_and_eight_are_what_a_trace_says(kind: str, recompute: str, tmp_path: Path) -> None:
     """Every level of every block, with 3 samples and with 16."""
@@ -135,7 +139,7 @@ def test_lines_through_two_and_eight_are_what_a_trace_says(kind: str, recompute:
                 )
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 def test_what_a_loss_in_chunks_needs_is_no_line(tmp_path: Path) -> None:
     """Of 40,000 words 419 positions are a chunk: what is behind the layers is traced for numbers on both sides."""
     plan = plan_for(tmp_path)
