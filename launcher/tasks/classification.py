@@ -20,7 +20,7 @@ from launcher.tasks.classes import Classes, by_class, is_number, new_head, taken
 from launcher.tasks.distillation import TEACHER
 from launcher.tasks.label_answers import label_answers
 from launcher.tasks.label_columns import HF_PROBLEM, LabelColumns, measured
-from launcher.tasks.label_losses import LabelLoss, balanced, label_loss
+from launcher.tasks.label_losses import LabelLoss, balanced, beginning, label_loss
 from launcher.tasks.label_scores import LabelScores, Thresholds
 from launcher.tasks.row_labels import label_array, label_of, names_in
 from launcher.tasks.task import Evaluator, Output, Sample, Task
@@ -50,8 +50,8 @@ class Classification(Task):
         self._weights: list[float] | None = None
         self._fitted: list[float] | None = None
         """The thresholds of the classes, where an evaluation fitted them."""
-        self._mean: float | None = None
-        """Of the training rows' numbers."""
+        self._bias: list[float] | None = None
+        """Of a new head's outputs, from the training rows' labels."""
 
     def doubts(self, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
         if self.data.problem == "single-label" and not self.for_prediction and len(rows) >= _FEW_ROWS:
@@ -66,7 +66,7 @@ class Classification(Task):
         """Take the classes of a model that has a classification head already. Raises ConfigurationError where
         it stands without one."""
         self.own_labels = classes.of_model(config, self.head_name)
-        self._mean = getattr(config, "label_mean", None)
+        self._bias = getattr(config, "head_bias", None)
         if not as_it_stands:
             return
         num_needed = 1 if self.data.problem == "regression" else None
@@ -81,7 +81,7 @@ class Classification(Task):
             self.labels, self.labels_given = self.own_labels, True
 
     def configure(self, config: Any) -> None:
-        """Write the classes, the kind of problem and the mean of the numbers into the model's config."""
+        """Write the classes, the kind of problem and where a new head begins into the model's config."""
         names = self.labels
         if names is None:
             names = (
@@ -89,10 +89,10 @@ class Classification(Task):
             )
         classes.write_to(config, names)
         config.problem_type = HF_PROBLEM[self.data.problem]
-        if self.data.problem == "regression" and self._mean is not None:
-            config.label_mean = self._mean
+        if self._bias is not None and len(self._bias) == len(names) and self.data.head_bias == "labels":
+            config.head_bias = self._bias
         else:
-            vars(config).pop("label_mean", None)
+            vars(config).pop("head_bias", None)
 
     @property
     def metrics(self) -> Mapping[str, Better]:
@@ -148,20 +148,20 @@ class Classification(Task):
             classes.check_known(ids, names, "classes", "data.label", self._label_column)
 
     def learn_from(self, column: Callable[[str], np.ndarray | None]) -> None:
-        """Take what each class weighs, or the mean of the numbers. Raises ConfigurationError for weights and
+        """Take what each class weighs, and where a new head begins. Raises ConfigurationError for weights and
         thresholds of what is no class, and for a `top_k` of all."""
-        if self.data.problem == "regression" and (numbers := column("label")) is not None:
-            self._mean = float(numbers.mean(dtype=np.float64))
-        names = list(self.labels or ())
+        names, labels = list(self.labels or ()), column("label")
         if self.data.top_k is not None and self.data.top_k >= len(names):
             reason = f"there are {len(names)} classes, and the right one is always among so many"
             raise ConfigurationError(Problem("data.top_k", self.data.top_k, reason))
         self._numbers("thresholds", 0.5)
         self._weights = self._numbers("class_weights", 1.0)
-        if self.data.class_weights == "balanced" and (labels := column("label")) is not None:
-            self._weights = balanced(
-                labels.reshape(-1, len(names)) if self.data.problem == "multi-label" else labels, len(names)
-            )
+        if labels is not None:
+            if self.data.problem == "multi-label":
+                labels = labels.reshape(-1, len(names))
+            if self.data.class_weights == "balanced":
+                self._weights = balanced(labels, len(names))
+            self._bias = beginning(labels, self.data.problem, self._weights)
 
     def _numbers(self, key: str, other: float) -> list[float] | None:
         """Return what a key gives for each class; None where it gives no numbers."""

@@ -43,6 +43,9 @@ class LabelColumns(Data):
     focal_gamma: float | None = Field(default=None, gt=0, le=100)
     """Train by the focal loss (Lin et al. 2017, arXiv 1708.02002) with this gamma: what the model is sure of
     counts less."""
+    head_bias: Literal["labels", "zero"] = "labels"
+    """Where the bias of a new head begins: at what the labels say, which is the mean of the numbers, or for
+    several classes at once the log-odds of each class's share; or at zero."""
     thresholds: Literal["fit"] | Probability | dict[str, Probability] | None = None
     """Of several classes at once, the probability above which a class is given: one for all, or by class (1/2
     where it is not named). `fit` takes for each class the one with the best F1 on the evaluation. Left out,

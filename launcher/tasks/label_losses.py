@@ -82,6 +82,23 @@ class LabelLoss:
         )
 
 
+def beginning(labels: np.ndarray, problem: str, weights: Sequence[float] | None) -> list[float] | None:
+    """Return the bias of least loss for a head that knows nothing of a sample: the mean of numbers, float [n],
+    or the log-odds of each class's share, of 0 and 1, float [n, num_labels], half a sample added on either side.
+    None where one class is to be told from others.
+
+    From 0, AdamW moves a bias by no more than the learning rate a step. So for many steps the layers below learn
+    what all samples have in common, and forget (for rare classes: Lin et al. 2017, arXiv 1708.02002, 3.3).
+    """
+    if problem == "regression":
+        return [float(labels.mean(dtype=np.float64))]
+    if problem == "single-label":
+        return None
+    having = labels.sum(axis=0, dtype=np.float64) + 0.5
+    odds = having / (len(labels) + 1 - having) * (1.0 if weights is None else np.asarray(weights))
+    return [float(value) for value in np.log(odds)]
+
+
 def balanced(labels: np.ndarray, num_labels: int) -> list[float]:
     """Return weights by which every class counts as much as any other; a class that never occurs has weight
     1.

@@ -12,6 +12,7 @@ from launcher import tasks
 from launcher.data.rows import Row, RowProblem
 from launcher.data.section import Source
 from launcher.errors import ConfigurationError, DataError
+from launcher.tasks.label_losses import LabelLoss
 from launcher.tasks.sequence_classification import LabelledColumns, SequenceClassification
 from launcher.tasks.task import AnswerOptions, Output, Sample, Task
 from tests.distributed.data_world import byte_tokenizer, plan_of, word_tokenizer
@@ -328,13 +329,34 @@ def test_the_mean_of_the_numbers_goes_with_the_model_and_not_with_classes() -> N
     task, config = task_of(problem="regression"), classifier_config()
     task.learn_from({"label": np.array([1.0, 2.0, 4.5], dtype=np.float32)}.get)
     task.configure(config)
-    assert config.label_mean == 2.5
+    assert config.head_bias == [2.5]
     again, other = task_of(problem="regression"), classifier_config()
     again.adopt(config)
     again.configure(other)
-    assert other.label_mean == 2.5
+    assert other.head_bias == [2.5]
     task_of(["no", "yes"]).configure(config)
-    assert "label_mean" not in config.to_dict()
+    assert "head_bias" not in config.to_dict()
+    task = task_of(problem="regression", head_bias="zero")
+    task.learn_from({"label": np.array([1.0, 2.0], dtype=np.float32)}.get)
+    task.configure(other)
+    assert "head_bias" not in other.to_dict()
+
+
+@pytest.mark.parametrize("weights", [None, {"b": 3.0}])
+def test_a_head_of_several_classes_begins_where_their_shares_have_the_least_loss(
+    weights: dict[str, float] | None,
+) -> None:
+    """There the loss of all rows, as the task has it, has no slope."""
+    labels = np.array([[1, 0, 0], [1, 1, 0], [0, 1, 0], [1, 0, 0]] * 500, dtype=np.float32)
+    task = task_of(["a", "b", "c"], problem="multi-label", class_weights=weights)
+    task.learn_from({"label": labels.reshape(-1)}.get)
+    config = classifier_config("a", "b", "c")
+    task.configure(config)
+    bias = torch.tensor(config.head_bias, requires_grad=True)
+    loss = LabelLoss("multi-label", task._weights).of(bias.expand(len(labels), 3), torch.tensor(labels))
+    loss.mean().backward()
+    assert bias.grad is not None and bias.grad.abs().max() < 1e-3
+    assert config.head_bias[2] < -7, "a class that never occurs has half a sample of 2001"
 
 
 def test_a_model_that_stands_is_measured_by_its_own_classes() -> None:

@@ -100,7 +100,7 @@ def biases(plan: Plan, config: Any) -> dict[str, Any]:
     """What the head's tensors are after loading."""
     data = LabelledColumns(train=Source(path="unused"), text="text", label="label", problem="regression")
     task = SequenceClassification(data)
-    config.problem_type = "regression"
+    config.problem_type = "multi_label_classification"
     engine = build(plan, task, config, deepspeed_config(plan) if plan.engine == "deepspeed" else {})
     state = engine.state_dict()
     return {name: whole(state[f"model.{name}"]) for name in ("classifier.weight", "classifier.bias")}
@@ -111,20 +111,20 @@ def biases(plan: Plan, config: Any) -> dict[str, Any]:
     [(1, {}), (2, {}), pytest.param(2, deepspeed(3), marks=pytest.mark.slow)],
     ids=["1", "2, fsdp", "2, zero3"],
 )
-def test_a_new_head_begins_at_the_mean_of_the_numbers(
+def test_a_new_head_begins_where_the_labels_say(
     engine: dict[str, Any], world_size: int, tmp_path: Path
 ) -> None:
     """The bias alone, and only of a head that the files do not hold."""
     if engine.get("engine") == "deepspeed":
         pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = BertConfig(vocab_size=40, num_labels=1, attn_implementation="sdpa", **sizes)
+    config = BertConfig(vocab_size=40, num_labels=3, attn_implementation="sdpa", **sizes)
     BertModel(config).save_pretrained(tmp_path / "body")
     BertForSequenceClassification(config).save_pretrained(tmp_path / "head")
-    config.label_mean = 3.5
-    for source, bias in (("body", 3.5), ("head", 0.0)):
+    config.head_bias = [3.5, -2.0, 0.25]
+    for source, bias in (("body", [3.5, -2.0, 0.25]), ("head", [0.0] * 3)):
         task = {"task": "sequence-classification", "model__task": "sequence-classification"}
         plan = plan_of(tmp_path / source, world_size, **task, attention="sdpa", layout="padded", **engine)
         for found in on_ranks(world_size, biases, plan, config):
-            assert found["classifier.bias"].tolist() == [bias]
+            assert found["classifier.bias"].tolist() == bias
             assert found["classifier.weight"].abs().max() < 1 and found["classifier.weight"].any()

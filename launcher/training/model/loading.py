@@ -87,9 +87,9 @@ def load(plan: Plan, auto_class: Any, config: Any, shard: Shard) -> LoadedModel:
     new = tuple(name for name, _ in model.named_parameters() if name in missing)
     _widen(model, new)
     initialise(model, new, plan.training.seed)
-    mean = getattr(config, "label_mean", None)
-    if mean is not None and tasks.find(plan.task).traits.head == "one-per-sample":
-        _centre(model, set(new) & following(kind, config, "num_labels"), mean)
+    bias = getattr(config, "head_bias", None)
+    if bias is not None and tasks.find(plan.task).traits.head == "one-per-sample":
+        _begin(model, set(new) & following(kind, config, "num_labels"), torch.tensor(bias))
     for name in seam.constants:  # who reads a file makes a parameter anew that trains
         model.get_parameter(name).requires_grad_(False)
     freeze(model, plan.model)
@@ -254,15 +254,11 @@ def initialise(model: PreTrainedModel, names: tuple[str, ...], seed: int) -> Non
 
 
 @torch.no_grad()
-def _centre(model: PreTrainedModel, head: set[str], mean: float) -> None:
-    """Begin the bias of a new head at the mean of the numbers that it learns.
-
-    From 0, the squared error is for many steps that of the mean alone: AdamW moves a bias by no more than the
-    learning rate a step, so the layers below move instead, and forget.
-    """
+def _begin(model: PreTrainedModel, head: set[str], bias: torch.Tensor) -> None:
+    """Begin the bias of a new head at these values, fp32 [outputs]."""
     for parameter in map(model.get_parameter, head):
-        if len(parameter.shape) == 1:
-            local_part(parameter).fill_(mean)
+        if whole_shape(parameter) == bias.shape:
+            local_part(parameter).copy_(cut_like(parameter, bias))
 
 
 def whole_shape(parameter: torch.Tensor) -> torch.Size:
