@@ -63,6 +63,8 @@ def submit(
         }
         print_json({**facts, "left_out": missing} if command else facts)
         return
+    if blind := plan.blind():
+        typer.echo(f"warning: {blind}", err=True)
     if missing:
         more = f"; {len(missing) - 3} more in {shown(run.path)}/code/{LEFT_OUT}" if len(missing) > 3 else ""
         typer.echo(f"not copied with the script: {'; '.join(missing[:3])}{more}", err=True)

@@ -121,7 +121,7 @@ def expected(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
             expected(kept[0], metadata) if len(kept) == 1 else ", or ".join(expected(part) for part in kept)
         )
     if origin is dict:
-        return "keys and values of a config.json"
+        return "keys and values" + (" of a config.json" if parts[-1] is Any else "")
     if origin is tuple:
         if parts[-1] is Ellipsis:
             inner = get_args(parts[0])[0] if get_origin(parts[0]) is Annotated else parts[0]

@@ -167,4 +167,6 @@ def _reason(item: Any, field: FieldInfo | None, value: Any) -> str:
         if isinstance(value, str)
         else []
     )
-    return f"write {expected_of(field)}" + (f"; the nearest is {near[0]}" if near else "")
+    expected = expected_of(field)
+    nearest = [f"[{one}]" if expected.startswith("a list of") else one for one in near]
+    return f"write {expected}" + (f"; the nearest is {nearest[0]}" if nearest else "")

@@ -50,6 +50,9 @@ class Decision(Frozen):
     reason: str
 
 
+UNKNOWN_MEMORY = "the memory of the GPUs that it will run on is not known here; name them: cluster.gpu"
+"""Why what needs the least memory was taken, as a clause at the end of a reason."""
+
 Why = Literal["does not fit", "slower", "too late", "not possible"]
 
 
@@ -183,6 +186,15 @@ class Plan(Frozen):
                 {key: value for key, value in data.items() if key not in of_others}
             )
         return {"layout": task.traits.layout} | values | {"data": data}
+
+    def blind(self) -> str | None:
+        """Return in a sentence what was decided without knowing the memory of the GPUs; None where nothing
+        was."""
+        blind = [each for each in self.decisions if each.reason.endswith(UNKNOWN_MEMORY)]
+        taken = ", ".join(f"{each.key} = {each.value}" for each in blind)
+        return (
+            f"{UNKNOWN_MEMORY}. Taken as it needs the least, which may be slower: {taken}" if blind else None
+        )
 
     def of_teacher(self) -> Plan:
         """Return the plan of the teacher alone, as FSDP shards it beside either engine."""

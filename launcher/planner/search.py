@@ -17,7 +17,7 @@ from launcher.planner.forecast import forecast
 from launcher.planner.hardware.detect import Hardware
 from launcher.planner.memory.limits import TOKENS_PER_PASS, samples_per_pass
 from launcher.planner.memory.profiles import CACHED, Profiles, Unknown
-from launcher.planner.plan import Decision, Plan
+from launcher.planner.plan import UNKNOWN_MEMORY, Decision, Plan
 from launcher.planner.resolve.batch import largest_divisor, with_batch
 from launcher.planner.resolve.sample_layout import one_a_pass
 from launcher.planner.smallest_cluster import Attempt, Offloading, SmallestCluster, offload_modes
@@ -188,7 +188,7 @@ def _with_the_least(job: Job, plan: Plan, why: str) -> Plan:
 def _with_unknown_memory(job: Job, plan: Plan) -> Plan:
     """Return the plan for a device whose memory is not known: all computed again, and as many samples as are
     any faster."""
-    plan = _with_the_least(job, plan, "the memory of the GPUs that it will run on is not known here")
+    plan = _with_the_least(job, plan, UNKNOWN_MEMORY)
     if job.batch.micro_batch_size != "auto":
         return plan
     samples = plan.batch.micro_batch_size * plan.batch.accumulation_steps

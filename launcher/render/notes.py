@@ -50,6 +50,8 @@ def _everywhere(plan: Plan) -> Iterator[Note]:
         training,
         "optimizer and schedule are in no file: launcher's own, or those of your script, go with each of them",
     )
+    if blind := plan.blind():
+        yield Note("cluster.gpu", "absent", blind)
     if plan.mesh.nodes > 1:
         text = (
             "accelerate.yaml is the same on every node: add --machine_rank N and --main_process_ip "

@@ -198,6 +198,7 @@ def test_unknown_key(folder: Path, override: str, key: str, said: str) -> None:
     [
         ("model.task=causal_lm", "the nearest is causal-lm"),
         ("training.optimizer=admw", "the nearest is adamw"),
+        ("trackers=wandb", "the nearest is [wandb]"),
         ("precision=bfloat16", "one of bf16, fp16, fp32, or auto"),
         ("batch.global_batch_size=0", "at least 1"),
         ("batch.global_batch_size=1.5", "whole number"),

@@ -16,6 +16,7 @@ from launcher.planner.hardware.detect import Gpu, Hardware
 from launcher.planner.model.model_shape import ModelShape
 from launcher.planner.plan import Plan
 from launcher.planner.search import plan_job
+from launcher.render.notes import notes
 
 GIB = 1 << 30
 CPU = Hardware(8, 32 * GIB, frozenset({"avx2"}), (), "there is no nvidia-smi on this machine")
@@ -259,6 +260,17 @@ def test_less_memory_means_more_recomputation_and_a_smaller_pass(tmp_path: Path)
     assert "needs the least; nothing fits" in next(
         d.reason for d in plans[-1].decisions if d.key == "memory.activation_checkpointing"
     )
+
+
+def test_gpus_that_nobody_named_are_said_to_be_unknown(tmp_path: Path) -> None:
+    """On a login node everything is computed again, which is slower: the plan says so, and what to write."""
+    keys = {"model__name": model(tmp_path), "cluster__gpus_per_node": 8, "batch__global_batch_size": 64}
+    blind = plan_job(job(**keys), hardware=CPU, local=False)
+    said = blind.blind()
+    assert said is not None and "cluster.gpu" in said and "activation_checkpointing = full" in said
+    assert said in [note.text for note in notes(blind)]
+    named = plan_job(job(**keys, cluster__gpu="h100-80gb"), local=False)
+    assert named.blind() is None and named.activation_checkpointing != "full"
 
 
 def test_sharding_leaves_more_memory(tmp_path: Path) -> None:
