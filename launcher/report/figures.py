@@ -62,6 +62,11 @@ class Panel:
     """Steps of the mean that is drawn; 0 where none is."""
 
     @property
+    def planned(self) -> bool:
+        """Return whether a level is drawn that was foreseen."""
+        return any(line.planned is not None for line in self.lines)
+
+    @property
     def summaries(self) -> list[tuple[int, Summary, float | None]]:
         """Return each run's number with what its line comes to, and what had been foreseen."""
         return [(line.run, Summary.of(line.steps, line.values), line.planned) for line in self.lines]
@@ -153,9 +158,9 @@ def draw(drawn: Sequence[Panel], sweep: SweepContent | None) -> tuple[str, list[
 
 def _panel(panel: Panel, steps: Any) -> figure:
     import numpy as np
-    from bokeh.models import HoverTool, NumeralTickFormatter
+    from bokeh.models import DataRange1d, HoverTool, NumeralTickFormatter
 
-    plot = _empty(x_range=steps)
+    plot = _empty(x_range=steps, y_range=DataRange1d(default_span=0.1))
     plot.xaxis.formatter = NumeralTickFormatter(format="0,0")
     most = max(60, _MOST_POINTS // len(panel.lines))
     hovered = []
@@ -182,38 +187,33 @@ def _panel(panel: Panel, steps: Any) -> figure:
 
 def _tried(sweep: SweepContent, key: str) -> figure:
     """The metric of each measured point over the values of one key: on a scale where all are numbers, else
-    side by side by their places among the values."""
+    side by side."""
+    from bokeh.models import DataRange1d, FixedTicker
+
     points = [
         (point.values[key], point.best)
         for point in sweep.points
         if key in point.values and point.best is not None and math.isfinite(point.best)
     ]
-    names = values_of(sweep, key)
-    numbers = _numbers([name for name, _ in points])
-    x = numbers or [float(names.index(name)) for name, _ in points]
-    logarithmic = numbers is not None and min(x, default=0.0) > 0 and max(x) / min(x) >= 50
-    plot = _empty(x_axis_type="log" if logarithmic else "linear")
-    if numbers is None:
-        from bokeh.models import FixedTicker
-
-        plot.xaxis.ticker = FixedTicker(ticks=list(range(len(names))))
-        plot.xaxis.major_label_overrides = {place: str(place + 1) for place in range(len(names))}
+    places = places_of(sweep, key)
+    x = [float(places.index(value) + 1 if places else value) for value, _ in points]
+    logarithmic = not places and min(x, default=0.0) > 0 and max(x) / min(x) >= 50
+    plot = _empty(x_axis_type="log" if logarithmic else "linear", y_range=DataRange1d(default_span=0.1))
+    if places:
+        plot.xaxis.ticker = FixedTicker(ticks=list(range(1, len(places) + 1)))
     source = {"x": x, "y": [best for _, best in points]}
     plot.scatter("x", "y", source=source, size=9, color=COLORS[0], alpha=0.8, name="points")
     return plot
 
 
-def values_of(sweep: SweepContent, key: str) -> list[str]:
-    """Return the values that were tried of a key, in a fixed order."""
-    return sorted({point.values[key] for point in sweep.points if key in point.values})
-
-
-def _numbers(texts: Sequence[str]) -> list[float] | None:
-    """Return texts as numbers; None where one of them is none."""
+def places_of(sweep: SweepContent, key: str) -> list[str]:
+    """Return the values that were tried of a key, each at its place on the axis; empty where all are finite
+    numbers, and stand on a scale."""
+    values = sorted({point.values[key] for point in sweep.points if key in point.values})
     try:
-        return [float(text) for text in texts]
+        return [] if all(math.isfinite(float(value)) for value in values) else values
     except ValueError:
-        return None
+        return values
 
 
 def _empty(**options: Any) -> figure:

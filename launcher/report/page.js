@@ -44,6 +44,7 @@
     const go = logarithmic ? Math.log : (value) => value, back = logarithmic ? Math.exp : (value) => value;
     const low = go(range.start), high = go(range.end), middle = (low + high) / 2 + by * (high - low);
     const half = (high - low) / 2 * zoom;
+    range.have_updated_interactively = true; // else it may go back to all that there is at the next drawing
     range.setv({ start: back(middle - half), end: back(middle + half) });
   }
 

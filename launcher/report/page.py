@@ -50,7 +50,7 @@ def render(report: Report) -> str:
     """
     check_installed()
     from bokeh.resources import Resources
-    from jinja2 import Environment, FileSystemLoader, ChainableUndefined
+    from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 
     panels = figures.panels(report.runs)
     drawing, ids = figures.draw(panels, report.sweep)
@@ -88,10 +88,11 @@ def render(report: Report) -> str:
 
 
 def _tried(sweep: SweepContent | None, ids: Sequence[str]) -> list[tuple[str, str, list[str]]]:
-    """Return each key of a sweep with its figure's element and the values that were tried."""
+    """Return each key of a sweep with its figure's element, and the values that its places stand for; none
+    where they are numbers on a scale."""
     if sweep is None:
         return []
-    return [(key, id, figures.values_of(sweep, key)) for key, id in zip(sweep.keys, ids, strict=True)]
+    return [(key, id, figures.places_of(sweep, key)) for key, id in zip(sweep.keys, ids, strict=True)]
 
 
 def _digest(text: str) -> str:
@@ -106,6 +107,8 @@ def number(value: Any) -> str:
         return str(value)
     if isinstance(value, int) or (value == value and abs(value) < 1e15 and value == int(value)):
         return f"{int(value):,}"
+    if 1000 <= abs(value) < 1e15:
+        return f"{value:,.0f}"
     return f"{value:.4g}"
 
 
@@ -119,4 +122,8 @@ def size(num_bytes: Any) -> str:
 
 def moment(seconds: Any) -> str:
     """Seconds since 1970 as date and time of this machine's zone."""
-    return "–" if not isinstance(seconds, (int, float)) else time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(seconds))
+    return (
+        "–"
+        if not isinstance(seconds, (int, float))
+        else time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(seconds))
+    )

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 MARKS = (
-    *("resumed", "rejected", "noted", "checked", "layout", "other_engine", "plan_changed"),
+    *("resumed", "rejected", "noted", "layout", "other_engine", "plan_changed"),
     *("skipped", "rewound", "symptom", "cut", "early_stopping", "halved"),
     *("save_failed", "save_stalled", "made_room", "suspected", "recovered", "straggler"),
 )
 """Events that are worth a line in a run's history; evaluations and saves are shown elsewhere."""
+_BETWEEN = ("planned", "plan_changed", "imported", "cut", "submitted", "requeued", "gave_up", "cancelled")
+"""What launchers write while no attempt runs."""
 MOST_MARKS = 60
 """Kept of an attempt: half of them its first, half its last."""
 
@@ -72,7 +74,8 @@ def attempts(events: Iterable[dict[str, Any]]) -> list[Attempt]:
 def _take(attempt: Attempt, record: dict[str, Any]) -> None:
     """Take in an event that came while, or after, an attempt ran."""
     name, step = str(record.get("event")), record.get("step")
-    attempt.ended = record.get("time", attempt.ended)
+    if attempt.outcome == "cut short" and name not in _BETWEEN:
+        attempt.ended = record.get("time", attempt.ended)
     if step is not None and name in ("saved", "evaluated", "stopped", "finished"):
         attempt.last_step = max(step, attempt.last_step or 0)
     if name == "training":
