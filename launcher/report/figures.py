@@ -77,18 +77,14 @@ def panels(runs: Sequence[RunContent]) -> list[Panel]:
     drawn = runs[:MOST_LINES]
     evaluated = [run.series.metrics for run in drawn]
     names = dict.fromkeys(name for one in evaluated for name in one)
-    of_metrics = [
-        Panel(
-            f"evaluation: {name}",
-            "",
-            [
-                Line(place, *zip(*one[name], strict=True))
-                for place, one in enumerate(evaluated)
-                if name in one
-            ],
-        )
-        for name in names
-    ]
+    of_metrics = []
+    for name in names:
+        lines = [
+            Line(place, [step for step, _ in one[name]], [value for _, value in one[name]])
+            for place, one in enumerate(evaluated)
+            if name in one
+        ]
+        of_metrics.append(Panel(f"evaluation: {name}", "", lines))
     first, *others = (_of_column(name, drawn) for name in _COLUMNS)
     return [panel for panel in (first, *of_metrics, *others) if panel.lines]
 

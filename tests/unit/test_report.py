@@ -204,6 +204,7 @@ def test_without_its_libraries_it_says_how_to_get_them(monkeypatch: pytest.Monke
 
 
 @needs_bokeh
+@pytest.mark.slow
 class TestPage:
     def test_one_file_in_the_run_that_names_no_other_place(self, run: RunDirectory) -> None:
         result = CliRunner().invoke(app, ["report", str(run.path), "--json"])
@@ -258,6 +259,13 @@ class TestPage:
         page = write_report(tmp_path / "page.html", run.path).read_text(encoding="utf-8")
         assert "No step has been written down yet" in page and "It has not begun" in page
 
+
+class TestCommand:
+    @pytest.fixture(autouse=True)
+    def _no_drawing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("launcher.report.page.check_installed", lambda: None)
+        monkeypatch.setattr("launcher.report.page.render", lambda report: report.title)
+
     def test_a_place_that_cannot_be_written_is_named(self, run: RunDirectory) -> None:
         result = CliRunner().invoke(app, ["report", str(run.path), "-o", "/proc/none/report.html"])
         assert result.exit_code != 0 and "/proc/none" in str(result.exception)
@@ -267,3 +275,21 @@ class TestPage:
         monkeypatch.setattr("webbrowser.open", opened.append)
         CliRunner().invoke(app, ["report", str(run.path), "--open"])
         assert opened == [(run.path / "report.html").as_uri()]
+
+    def test_of_one_run_beside_it_and_of_several_here(
+        self, run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        other = a_run(tmp_path / "runs" / "other", num_steps=20)
+        monkeypatch.chdir(tmp_path)
+        for arguments, file, title in (
+            (["one"], run.path / "report.html", "one"),
+            (["one", str(other.path)], tmp_path / "report.html", "one, other"),
+            (["one", "-o", "mine.html"], tmp_path / "mine.html", "one"),
+        ):
+            assert CliRunner().invoke(app, ["report", *arguments]).exit_code == 0
+            assert file.read_text(encoding="utf-8") == title
+
+    def test_what_is_no_run_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(ConfigurationError, match="RUN = 'none': no run directory"):
+            CliRunner().invoke(app, ["report", "none"], catch_exceptions=False)

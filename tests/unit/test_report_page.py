@@ -11,7 +11,10 @@ from tests import browser as browsers
 from tests.unit.report_runs import HOSTILE, a_run, a_sweep, write_report
 
 pytest.importorskip("bokeh", reason="launcher[report] is not installed: no bokeh")
-pytestmark = pytest.mark.skipif(browsers.installed() is None, reason="no Chromium is installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(browsers.installed() is None, reason="no Chromium is installed"),
+]
 
 _SEEN = """(() => {
   const found = [];
