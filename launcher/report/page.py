@@ -104,7 +104,7 @@ def number(value: Any) -> str:
     if value is None:
         return "–"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return str(value)
+        return str(value).lower() if isinstance(value, bool) else str(value)
     if isinstance(value, int) or (value == value and abs(value) < 1e15 and value == int(value)):
         return f"{int(value):,}"
     if 1000 <= abs(value) < 1e15:

@@ -185,7 +185,7 @@ def test_numbers_and_sizes_for_people() -> None:
         number(value)
         for value in (None, True, 12345, 0.5, 1.23456e-7, 12345.678, math.nan, math.inf, 3.0, "x")
     ]
-    assert told == ["–", "True", "12,345", "0.5", "1.235e-07", "12,346", "nan", "inf", "3", "x"]
+    assert told == ["–", "true", "12,345", "0.5", "1.235e-07", "12,346", "nan", "inf", "3", "x"]
     assert [size(value) for value in (10, 2**31, None)] == ["10 B", "2 GiB", "–"]
     assert moment("yesterday") == "–" and moment(BEGAN).startswith("2025-10-09")
 
