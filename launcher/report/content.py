@@ -80,7 +80,7 @@ def read_run(run: RunDirectory) -> RunContent:
     prepared = {str(record.get("role")): record for record in records if record.get("event") == "prepared"}
     return RunContent(
         status=status,
-        plan=redact_all(_json(run.plan_file)),
+        plan=redact_all(_plan(run)),
         job=redact(_text(run)),
         series=Series.read(run),
         last=totals.last,
@@ -88,7 +88,7 @@ def read_run(run: RunDirectory) -> RunContent:
         data=list(prepared.values()),
         samples=redact_all(_samples(run)),
         checkpoints=list_checkpoints(run),
-        commands=redact_all(_json(run.attempt(run.last_attempt()) / "command.json")),
+        commands=redact_all(_command(run)),
         identity=_identity(run, totals, prepared),
     )
 
@@ -98,6 +98,26 @@ def _json(path: Path) -> dict[str, Any]:
         content = read_json(path)
         return content if isinstance(content, dict) else {}
     return {}
+
+
+def _plan(run: RunDirectory) -> dict[str, Any]:
+    """Return plan.json without what is of another kind than its writer's."""
+    kinds: dict[str, type] = {"decisions": list, "refused": list, "model": dict, "batch": dict}
+    content = _json(run.plan_file)
+    return {key: value for key, value in content.items() if isinstance(value, kinds.get(key, object))}
+
+
+def _command(run: RunDirectory) -> dict[str, Any]:
+    """Return command.json of the last attempt, its parts as texts."""
+    content = _json(run.attempt(run.last_attempt()) / "command.json")
+    command, variables = content.get("command"), content.get("environment")
+    return {
+        "command": [str(word) for word in command] if isinstance(command, list) else [],
+        "directory": str(content.get("directory", "")),
+        "environment": {str(key): str(value) for key, value in variables.items()}
+        if isinstance(variables, dict)
+        else {},
+    }
 
 
 def _text(run: RunDirectory) -> str:

@@ -43,12 +43,11 @@ def check_installed() -> None:
 
 
 def render(report: Report) -> str:
-    """Return the page. Raises ConfigurationError where the libraries that draw are missing.
+    """Return the page. Call check_installed() before it.
 
     Every text of a run is escaped where it is put in. Were one not, it would still not run: the policy in the
     page's head names the two scripts that may, and lets nothing be fetched from anywhere.
     """
-    check_installed()
     from bokeh.resources import Resources
     from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 

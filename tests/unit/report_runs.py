@@ -64,18 +64,18 @@ def a_run(
     half, back = num_steps // 2, num_steps // 4
     for first, last, attempt in ((1, half, 1), (back + 1, num_steps, 2)):
         write_events(run, events_of(first, last, attempt, text))
+        records = []
         for step in range(first, last + 1):
-            write_metrics(run, [step_record(step, learning_rate)])
+            records.append(step_record(step, learning_rate))
             if step % 20 == 0:
                 metrics = {"loss": 3 / step, f"accuracy{'<b>' * (text == HOSTILE)}": 1 - 1 / step}
-                write_metrics(
-                    run, [{"kind": "evaluation", "step": step, "metrics": metrics, "time": BEGAN + step}]
-                )
+                records.append({"kind": "evaluation", "step": step, "metrics": metrics, "time": BEGAN + step})
                 rows = [
                     {"row": row, "input": {"text": f"{text} {row}"}, "answer": f"{text} after {step}"}
                     for row in (0, 9)
                 ]
                 samples.write(run, step, rows)
+        write_metrics(run, records)
     for step in (back, num_steps):
         write_checkpoint(run, step, {"loss": 1.0})
     run.finished_file.touch()

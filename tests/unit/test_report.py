@@ -26,6 +26,7 @@ from launcher.runs.events import steps
 from launcher.runs.layout import RunDirectory
 from launcher.runs.series import Series, thin
 from launcher.runs.versions import versions
+from tests.unit.long_run import write_events
 from tests.unit.report_runs import BEGAN, HOSTILE, a_run, a_sweep, step_record, write_metrics, write_report
 
 needs_bokeh = pytest.mark.skipif(
@@ -206,6 +207,46 @@ def test_without_its_libraries_it_says_how_to_get_them(monkeypatch: pytest.Monke
 @needs_bokeh
 @pytest.mark.slow
 class TestPage:
+    def test_what_is_of_another_kind_than_its_writers_is_left_out(
+        self, run: RunDirectory, tmp_path: Path
+    ) -> None:
+        content = json.loads(run.plan_file.read_text(encoding="utf-8"))
+        for key in content:
+            run.plan_file.write_text(json.dumps(content | {key: 7}), encoding="utf-8")
+            assert read_run(run).plan.get(key, 7) == 7
+        run.plan_file.write_text(json.dumps({key: [7, key] for key in content}), encoding="utf-8")
+        (run.attempt(2) / "command.json").write_text('{"command": 7, "environment": [7], "directory": null}')
+        (run.path / "samples" / "step-00000020.jsonl").write_text(
+            '{"row": [7], "input": 7}\n7\n', encoding="utf-8"
+        )
+        prepared = {
+            "event": "prepared",
+            "time": BEGAN,
+            "role": "train",
+            "rows_read": 9,
+            "rows_used": 9,
+            "num_tokens": 9,
+        }
+        others = [
+            prepared | wrong
+            for wrong in (
+                {"lengths": {"bins": 7}},
+                {"balance": {"classes": [7]}},
+                {"files": 7},
+                {"longest": "x"},
+            )
+        ]
+        others += [
+            {"event": "plan_changed", "changes": 7},
+            {"event": "training", "versions": {"torch": 7}, "time": BEGAN},
+            {"event": "noted", "text": 7},
+            {"event": "symptom", "time": BEGAN},
+            prepared,
+        ]
+        write_events(run, others)
+        page = write_report(tmp_path / "page.html", run.path).read_text(encoding="utf-8")
+        assert "Samples of each class" not in page and "Attempts" in page
+
     def test_one_file_in_the_run_that_names_no_other_place(self, run: RunDirectory) -> None:
         result = CliRunner().invoke(app, ["report", str(run.path), "--json"])
         told = json.loads(result.output)
