@@ -52,6 +52,12 @@ COMMANDS = {
     "list": Command("status", "list_", "List the runs in a folder."),
     "watch": Command("watch", "watch", "Show a run on the whole screen: loss, ranks, events."),
     "logs": Command("status", "logs", "Show what the ranks printed."),
+    "compare": Command(
+        "compare", "compare", "Show runs side by side: what they came to, settings that differ, curves."
+    ),
+    "report": Command(
+        "report", "report", "Write one page of HTML that tells of runs, and opens anywhere, offline."
+    ),
     "profile": Command(
         "profile", "profile", "Write a site profile by asking Slurm: partitions, GPUs, limits, account."
     ),

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 import os
-import platform
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-import launcher
 from launcher.doctor.finding import Finding, failed, ok, warning
 from launcher.launch.slurm.network import interfaces, is_loopback
 from launcher.runs.doors import INTERFACE_VARIABLES
+from launcher.runs.versions import versions as of_packages
 
 _NEEDED = ("torch", "transformers", "accelerate", "datasets", "submitit")
 _OPTIONAL = ("deepspeed",)
@@ -23,13 +20,8 @@ _SECONDS_TO_ASK = 5.0
 
 
 def versions() -> dict[str, str]:
-    """Return versions by name; empty for what is not installed. Nothing is imported for it."""
-    by_name = {"python": platform.python_version(), "launcher": launcher.__version__}
-    for name in (*_NEEDED, *_OPTIONAL):
-        by_name[name] = ""
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            by_name[name] = importlib.metadata.version(name)
-    return by_name
+    """Return versions by name; empty for what is not installed."""
+    return of_packages((*_NEEDED, *_OPTIONAL))
 
 
 def check_versions(known: Mapping[str, str]) -> Finding:

@@ -67,6 +67,27 @@ def _examples(value: Any) -> bool:
     )
 
 
+def _spread(value: Any) -> bool:
+    bins = value.get("bins") if isinstance(value, dict) else None
+    return isinstance(bins, list) and all(
+        isinstance(one, list) and len(one) == 3 and all(map(_number, one)) for one in bins
+    )
+
+
+def _balance(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return value is None
+    return _counts(value.get("classes", {})) and ("numbers" not in value or _spread(value["numbers"]))
+
+
+def _mappings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, dict) for one in value)
+
+
+def _texts_by_name(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_text, value.values()))
+
+
 _FIELDS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(
         ("event", "phase", "unit", "kind", "text", "checkpoint", "metric", "role", "reason", "signal", "job"),
@@ -82,13 +103,29 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "dropped": _counts,
     "nodes": _texts,
     "examples": _examples,
+    "files": _mappings,
+    "changes": _mappings,
+    "lengths": _spread,
+    "balance": _balance,
+    "versions": _texts_by_name,
     "measured": _measures,
     "expected": _measures,
     "failure": _failure,
 }
 """The fields that are read by name."""
 _OR_NULL = dict.fromkeys(
-    ("total", "total_steps", "num_parameters", "flops_per_token", "peak_memory_bytes", "fill"), _number
+    (
+        "longest",
+        "num_supervised",
+        "num_trainable",
+        "total",
+        "total_steps",
+        "num_parameters",
+        "flops_per_token",
+        "peak_memory_bytes",
+        "fill",
+    ),
+    _number,
 )
 _NEEDED = {
     "prepared": ("role", "rows_read", "rows_used", "num_tokens"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from launcher.plain_files import read_bytes
@@ -16,27 +17,40 @@ _FILE = re.compile(r"^step-(\d{8,})\.jsonl$")
 
 def write(run: RunDirectory, step: int, rows: Sequence[dict[str, Any]]) -> None:
     """Write the samples of the evaluation after a step. Raises OSError."""
-    directory = run.path / "samples"
-    make_directory(directory)
+    file = _file(run, step)
+    make_directory(file.parent)
     text = "".join(json.dumps(row, ensure_ascii=True) + "\n" for row in rows)
-    write_atomically(directory / f"step-{step:08d}.jsonl", text)
+    write_atomically(file, text)
+
+
+def steps(run: RunDirectory) -> list[int]:
+    """Return the steps after which samples were taken, in order; none where they cannot be listed."""
+    try:
+        names = [path.name for path in (run.path / "samples").iterdir()]
+    except OSError:
+        return []
+    return sorted(int(match[1]) for name in names if (match := _FILE.match(name)))
+
+
+def read(run: RunDirectory, step: int) -> list[dict[str, Any]]:
+    """Return the samples of a step; none where they cannot be read."""
+    try:
+        content = read_bytes(_file(run, step))
+    except OSError:
+        return []
+    return [record for line in content.split(b"\n") if (record := parse(line)) is not None]
 
 
 def newest(run: RunDirectory) -> tuple[int, list[dict[str, Any]]] | None:
     """Return the step of the newest samples, and the samples; None where there are none, or they cannot be
     read."""
-    try:
-        results = [
-            (int(match[1]), path)
-            for path in (run.path / "samples").iterdir()
-            if (match := _FILE.match(path.name))
-        ]
-        if not results:
-            return None
-        step, path = max(results)
-        return step, [record for line in read_bytes(path).split(b"\n") if (record := parse(line)) is not None]
-    except OSError:
-        return None
+    taken = steps(run)
+    rows = read(run, taken[-1]) if taken else []
+    return (taken[-1], rows) if rows else None
+
+
+def _file(run: RunDirectory, step: int) -> Path:
+    return run.path / "samples" / f"step-{step:08d}.jsonl"
 
 
 def lines(rows: Sequence[dict[str, Any]], width: int = 600) -> list[str]:
@@ -49,6 +63,11 @@ def lines(rows: Sequence[dict[str, Any]], width: int = 600) -> list[str]:
         answer = _short(answer, max(half, room - len(texts)))
         results.append(f"{_short(texts, room - len(answer))} -> {answer}")
     return results
+
+
+def told(value: Any, width: int) -> str:
+    """Return a row's texts, or an answer, on one line of at most `width` characters."""
+    return _short(_told(value), width)
 
 
 def _told(value: Any) -> str:

@@ -12,8 +12,8 @@ from launcher.runs.tail import parse
 
 _OF_ONE_ATTEMPT = ("phase", "stopping", "stopped", "failed", "training", *liveness.OF_AN_ATTEMPT)
 _ENDS_A_PHASE = ("training", "evaluated", "stopped", "failed", "finished")
-_LEFT_OUT = ("files", "examples")
-"""Of the event `prepared`: as long as the data has files."""
+_LEFT_OUT = ("files", "examples", "lengths", "balance")
+"""Of the event `prepared`: long, and shown by a report alone."""
 _NUM_SAVES = 3
 
 

@@ -22,6 +22,7 @@ from launcher.tasks.task import Task
 from launcher.training.data.dataset import Dataset
 from launcher.training.data.prepare import prepare, refuse_mostly_dropped
 from launcher.training.data.sources import refuse_change
+from launcher.training.data.spread import shape
 from launcher.training.model import model_files, pretrained
 from launcher.training.model.forward import model_class_of
 from launcher.training.model.teacher import check_teacher
@@ -49,7 +50,7 @@ class TrainingInputs:
         if os.environ.get("RANK", "0") == "0":
             for dataset in material.datasets:
                 report = dataset.report.to_dict()
-                events.event(run.events_file, "prepared", **report)
+                events.event(run.events_file, "prepared", **report, **shape(dataset))
                 print(*prepared.lines({"event": "prepared", **report}), sep="\n", file=sys.stderr)
                 for text in dataset.report.remarks:
                     events.event(run.events_file, "noted", text=text)

@@ -19,6 +19,7 @@ from launcher.planner.plan import Plan
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.places import here
 from launcher.runs.status import newest_checkpoint
+from launcher.runs.versions import PACKAGES, versions
 from launcher.tasks.task import Draws
 from launcher.training import engines, step_totals, stopping
 from launcher.training.averaging import AveragedEngine
@@ -327,7 +328,7 @@ class Trainer:
             self.recorder.loaded()
         length = int(self.material.train.num_tokens / max(1, self.material.train.num_samples))
         about = description(self.engine, self.material.config, length, self.task.traits.unit)
-        about["device"] = name_of(self.device)
+        about["device"], about["versions"] = name_of(self.device), versions(PACKAGES)
         self.event("training", first_step=self.state.step, total_steps=self.num_steps, **about)
 
     def _agree(self, wish: bool) -> bool:

@@ -19,7 +19,8 @@ from launcher.launch import prepare_data as looking
 from launcher.planner.plan import Plan
 from launcher.runs.events import read
 from launcher.runs.layout import RunDirectory
-from launcher.training.data.inspect import inspect, spread
+from launcher.training.data.inspect import inspect
+from launcher.training.data.spread import spread
 from launcher.training.inputs import TrainingInputs
 from launcher.training.signals import StopRequest
 from tests.distributed.data_world import byte_tokenizer, jsonl, plan_of, word_tokenizer

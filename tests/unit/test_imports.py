@@ -41,6 +41,7 @@ FLOORS = {
     "redaction": set(),
     "values": set(),
     "runs": {"errors"},
+    "report": {"errors", "runs"},
     "data": {"errors", "values", "runs"},
     "tasks": {"errors", "values", "data"},
     "job": {"errors", "values", "data", "tasks"},
@@ -61,7 +62,7 @@ FLOORS = {
         "planner",
         "render",
         "importing",
-        *("launch", "doctor", "sweep"),
+        *("launch", "doctor", "sweep", "report"),
         "training",
     },
 }

@@ -22,12 +22,11 @@ from launcher.training import entry
 from launcher.training.data.dataset import Dataset
 from launcher.training.data.prepare import refuse_mostly_dropped
 from launcher.training.data.sources import open_source
+from launcher.training.data.spread import balance, spread
 from launcher.training.inputs import TrainingInputs
 from launcher.training.model import pretrained
 from launcher.training.signals import StopRequest
 
-_BINS = 12
-_ROUND = (1, 2, 5)
 """Times a power of ten: how wide a bin may be."""
 
 
@@ -69,7 +68,7 @@ def _described(
         "emptiest": float(dataset.item_lengths.min() / plan.data.max_length)
         if dataset.report.fill is not None
         else None,
-        "balance": _balance(dataset, plan),
+        "balance": balance(dataset),
         "samples": list(_samples(source, dataset, material, request)),
     }
 
@@ -81,48 +80,6 @@ def _refused(dataset: Dataset, plan: Plan) -> str | None:
     except DataError as error:
         return f"a run is refused: {error}"
     return None
-
-
-def spread(values: np.ndarray) -> dict[str, Any]:
-    """Return the least, median, mean and greatest of numbers, and how many are in each of at most 12 bins of
-    equal, round width.
-
-    A bin is [low, high, count], and holds what is from `low` up to but not `high`; where all are whole
-    numbers, so are its ends.
-    """
-    low, high = float(values.min()), float(values.max())
-    whole = np.issubdtype(values.dtype, np.integer)
-    least = max((high - low) / (_BINS - 1), 1.0 if whole else 1e-9)
-    tens = 10.0 ** np.floor(np.log10(least))
-    width = next(step * tens for step in (*_ROUND, 10) if step * tens >= least)
-    first = np.floor(low / width)
-    counts = np.bincount((np.floor(values / width) - first).astype(np.int64))
-    ends = [float((first + number) * width) for number in range(len(counts) + 1)]
-    edges = [round(end) for end in ends] if whole else ends
-    bins = [[edges[number], edges[number + 1], int(count)] for number, count in enumerate(counts)]
-    return {
-        "shortest": low,
-        "median": float(np.median(values)),
-        "mean": float(values.mean()),
-        "longest": high,
-        "bins": bins,
-    }
-
-
-def _balance(dataset: Dataset, plan: Plan) -> dict[str, Any] | None:
-    """Return how many samples have each class, in the order of the classes; of a regression how the numbers
-    are spread."""
-    flat = dataset.column("label")
-    if flat is None:
-        return None
-    names = dataset.report.labels
-    if names is None:
-        return {"numbers": spread(flat.astype(np.float64))}
-    if np.issubdtype(flat.dtype, np.floating):  # several classes at once, each 0 or 1
-        counts = flat.reshape(-1, len(names)).sum(axis=0)
-    else:
-        counts = np.bincount(flat, minlength=len(names))
-    return {"classes": {name: int(count) for name, count in zip(names, counts.tolist(), strict=True)}}
 
 
 def _samples(

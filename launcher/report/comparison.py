@@ -1,0 +1,85 @@
+"""Several runs beside each other: the settings in which they differ, and what they came to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from launcher.report.content import RunContent
+
+_NAMES_ITSELF = ("name",)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of a sweep, as its leaderboard has it."""
+
+    number: int
+    overrides: tuple[str, ...]
+    state: str
+    step: int
+    best: float | None
+    best_step: int | None
+
+    @property
+    def values(self) -> dict[str, str]:
+        """Return what it tried, by key."""
+        return dict(text.partition("=")[::2] for text in self.overrides)
+
+
+@dataclass(frozen=True)
+class SweepContent:
+    """A sweep: its points, the best one first."""
+
+    name: str
+    metric: str
+    better: str
+    points: list[Point] = field(default_factory=list)
+
+    @property
+    def keys(self) -> list[str]:
+        """Return the keys that its points try values of."""
+        return list(dict.fromkeys(key for point in self.points for key in point.values))
+
+
+def differing_settings(runs: Sequence[RunContent]) -> list[tuple[str, list[Any]]]:
+    """Return the keys of the plans whose values are not all equal, each with every run's value; None where a
+    plan has none."""
+    settings = [run.settings for run in runs]
+    keys = dict.fromkeys(key for one in settings for key in one)
+    rows = [(key, [one.get(key) for one in settings]) for key in keys if key not in _NAMES_ITSELF]
+    return [(key, values) for key, values in rows if any(value != values[0] for value in values)]
+
+
+def final_metrics(runs: Sequence[RunContent]) -> list[tuple[str, list[tuple[int, float] | None]]]:
+    """Return each metric with every run's last (step, value) of it; the loss of the last training step
+    first."""
+    losses: list[tuple[int, float] | None] = [
+        (run.series.steps[-1], run.series.columns["loss"][-1]) if run.series.steps else None for run in runs
+    ]
+    evaluated = [run.series.metrics for run in runs]
+    names = dict.fromkeys(name for one in evaluated for name in one)
+    rows = [(name, [one[name][-1] if name in one else None for one in evaluated]) for name in names]
+    return [("training loss", losses), *((f"evaluation: {name}", values) for name, values in rows)]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a line comes to: its first and last value, and its lowest and highest with their steps."""
+
+    first: float
+    last: float
+    lowest: tuple[int, float] | None
+    highest: tuple[int, float] | None
+    """Of the finite ones; None where there is none."""
+
+    @classmethod
+    def of(cls, steps: Sequence[int], values: Sequence[float]) -> Summary:
+        """Return the summary of at least one point."""
+        finite = [(value, step) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
+        lowest, highest = min(finite, default=None), max(finite, key=lambda one: one[0], default=None)
+        return cls(
+            values[0], values[-1], lowest and (lowest[1], lowest[0]), highest and (highest[1], highest[0])
+        )

@@ -1,0 +1,168 @@
+"""Everything that a report says of one run, looked up through the rooms that know its files."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.plain_files import read_json, read_text
+from launcher.redaction import redact, redact_all
+from launcher.runs import events, samples
+from launcher.runs.attempts import Attempt, attempts
+from launcher.runs.checkpoints import Stored, list_checkpoints
+from launcher.runs.layout import RunDirectory
+from launcher.runs.series import Series
+from launcher.runs.status import Status, read_status
+from launcher.runs.totals import Totals
+
+MOST_SAMPLE_STEPS = 10
+"""Of the evaluations whose samples are shown: the first, the last, and those between evenly."""
+MOST_SAMPLE_ROWS = 12
+MOST_TEXT = 600
+"""Characters of a sample's text or answer."""
+_MOST_JOB_TEXT = 20_000
+_NO_SETTINGS = ("decisions", "refused", "format")
+
+
+@dataclass(frozen=True)
+class RunContent:
+    """One run. Texts are as its files have them, without secrets; the page escapes them."""
+
+    status: Status
+    plan: dict[str, Any]
+    """plan.json; empty where it cannot be read."""
+    job: str
+    series: Series
+    last: dict[str, dict[str, Any]]
+    """The newest event of each name."""
+    attempts: list[Attempt]
+    data: list[dict[str, Any]]
+    """What became of the rows of each role, with files and examples."""
+    samples: list[dict[str, Any]]
+    """Of each shown row its `input`, and `answers`: (step, text)."""
+    checkpoints: list[Stored]
+    commands: dict[str, Any]
+    """Of the last attempt: command, directory and variables of the environment."""
+    identity: dict[str, str]
+    """What tells this run from another: names with digests."""
+
+    @property
+    def name(self) -> str:
+        """Return what the run's directory is called."""
+        return self.status.name
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Return every value of the plan by its dotted key."""
+        return dict(_flat("", {key: value for key, value in self.plan.items() if key not in _NO_SETTINGS}))
+
+    @property
+    def unit(self) -> str:
+        """Return what its rate counts: token, image and so on."""
+        return str(self.last.get("training", {}).get("unit", "token"))
+
+    @property
+    def seconds(self) -> float:
+        """Return the wall time of all its attempts."""
+        return sum(attempt.seconds or 0.0 for attempt in self.attempts)
+
+
+def read_run(run: RunDirectory) -> RunContent:
+    """Return what a run's directory holds. What is missing or damaged is empty. Raises OSError where its
+    events or metrics cannot be read."""
+    totals = Totals(run)
+    status = read_status(run, totals)
+    # Events and failures were redacted as they were written; a job, a sample or a command of elsewhere was not.
+    records = list(events.read(run.events_file))
+    prepared = {str(record.get("role")): record for record in records if record.get("event") == "prepared"}
+    return RunContent(
+        status=status,
+        plan=redact_all(_plan(run)),
+        job=redact(_text(run)),
+        series=Series.read(run),
+        last=totals.last,
+        attempts=attempts(records),
+        data=list(prepared.values()),
+        samples=redact_all(_samples(run)),
+        checkpoints=list_checkpoints(run),
+        commands=redact_all(_command(run)),
+        identity=_identity(run, totals, prepared),
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError):
+        content = read_json(path)
+        return content if isinstance(content, dict) else {}
+    return {}
+
+
+def _plan(run: RunDirectory) -> dict[str, Any]:
+    """Return plan.json without what is of another kind than its writer's."""
+    kinds: dict[str, type] = {"decisions": list, "refused": list, "model": dict, "batch": dict}
+    content = _json(run.plan_file)
+    return {key: value for key, value in content.items() if isinstance(value, kinds.get(key, object))}
+
+
+def _command(run: RunDirectory) -> dict[str, Any]:
+    """Return command.json of the last attempt, its parts as texts."""
+    content = _json(run.attempt(run.last_attempt()) / "command.json")
+    command, variables = content.get("command"), content.get("environment")
+    return {
+        "command": [str(word) for word in command] if isinstance(command, list) else [],
+        "directory": str(content.get("directory", "")),
+        "environment": {str(key): str(value) for key, value in variables.items()}
+        if isinstance(variables, dict)
+        else {},
+    }
+
+
+def _text(run: RunDirectory) -> str:
+    try:
+        text = read_text(run.job_file)
+    except (OSError, ValueError):
+        return ""
+    return text if len(text) <= _MOST_JOB_TEXT else f"{text[:_MOST_JOB_TEXT]}\n... (cut)"
+
+
+def _samples(run: RunDirectory) -> list[dict[str, Any]]:
+    """Return the rows that were shown, each with what the model said of it as training went on."""
+    steps = samples.steps(run)
+    if len(steps) > MOST_SAMPLE_STEPS:
+        last = len(steps) - 1
+        steps = [steps[last * place // (MOST_SAMPLE_STEPS - 1)] for place in range(MOST_SAMPLE_STEPS)]
+    rows: dict[Any, dict[str, Any]] = {}
+    for step in steps:
+        for record in samples.read(run, step):
+            row = rows.setdefault(
+                str(record.get("row")), {"input": samples.told(record.get("input"), MOST_TEXT), "answers": []}
+            )
+            row["answers"].append((step, samples.told(record.get("answer"), MOST_TEXT)))
+    return list(rows.values())[:MOST_SAMPLE_ROWS]
+
+
+def _identity(run: RunDirectory, totals: Totals, prepared: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Return the run's own identity, and the digests of what it ran: plan, data, and code kept beside it."""
+    named = {"plan": str(totals.last.get("planned", {}).get("digest", ""))}
+    with contextlib.suppress(OSError):
+        named["run"] = read_text(run.run_id_file).strip()
+    for role, record in prepared.items():
+        named[f"{role} data, files"] = str(record.get("source_hash", ""))
+        named[f"{role} data, samples"] = str(record.get("samples_hash", ""))
+    with contextlib.suppress(OSError):
+        named["code kept with the run"] = ", ".join(
+            sorted(path.name for path in (run.path / "code").iterdir())
+        )
+    return {name: digest for name, digest in named.items() if digest}
+
+
+def _flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield each value below a mapping with its dotted key; lists are values."""
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _flat(f"{prefix}.{key}" if prefix else str(key), inner)
+    elif value not in (None, {}, [], ""):
+        yield prefix, value

@@ -1,0 +1,232 @@
+"""Draw the curves of runs, and the points of a sweep, by Bokeh.
+
+No text that comes from a run goes into a figure: names and metrics stand in the page around it, where they
+are escaped, and lines are told apart by number. (Bokeh would look into its titles for formulas, too.)
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+from launcher.report.comparison import Summary, SweepContent
+from launcher.report.content import RunContent
+from launcher.runs.series import thin
+
+if TYPE_CHECKING:
+    from bokeh.plotting import figure
+
+MOST_LINES = 16
+"""Runs that are drawn over each other; of more nothing could be told apart."""
+_MOST_POINTS = 3000
+"""Of all lines of a figure."""
+_SMOOTHED_SHARE = 50
+"""A mean is over the steps' number divided by this."""
+COLORS = ("#2f7de1", "#e07b00", "#159957", "#c2388e", "#7a5af5", "#a98600", "#0b9fb3", "#d1495b")
+"""By turns; each is seen on a white and on a black ground."""
+_DASHES = ("solid", "dashed")
+_COLUMNS = {
+    "loss": ("training loss", ""),
+    "learning_rate": ("learning rate", ""),
+    "grad_norm": ("gradient norm", ""),
+    "tokens_per_second": ("{unit}s a second", ""),
+    "peak_memory_bytes": ("memory, highest of a rank", "GiB"),
+}
+_SMOOTHED = ("loss", "grad_norm", "tokens_per_second")
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve of one run. `smooth`: the mean of the last so many steps at each; None where there is none."""
+
+    run: int
+    steps: Sequence[int]
+    values: Sequence[float]
+    smooth: Sequence[float] | None = None
+    planned: float | None = None
+    """A level that was foreseen."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One figure of the page, with what it is called and what its lines come to."""
+
+    title: str
+    unit: str
+    lines: list[Line]
+    window: int = 0
+    """Steps of the mean that is drawn; 0 where none is."""
+
+    @property
+    def planned(self) -> bool:
+        """Return whether a level is drawn that was foreseen."""
+        return any(line.planned is not None for line in self.lines)
+
+    @property
+    def summaries(self) -> list[tuple[int, Summary, float | None]]:
+        """Return each run's number with what its line comes to, and what had been foreseen."""
+        return [(line.run, Summary.of(line.steps, line.values), line.planned) for line in self.lines]
+
+
+def panels(runs: Sequence[RunContent]) -> list[Panel]:
+    """Return the panels of the first MOST_LINES runs: the loss, each metric of the evaluations, the rest."""
+    drawn = runs[:MOST_LINES]
+    evaluated = [run.series.metrics for run in drawn]
+    names = dict.fromkeys(name for one in evaluated for name in one)
+    of_metrics = []
+    for name in names:
+        lines = [
+            Line(place, [step for step, _ in one[name]], [value for _, value in one[name]])
+            for place, one in enumerate(evaluated)
+            if name in one
+        ]
+        of_metrics.append(Panel(f"evaluation: {name}", "", lines))
+    first, *others = (_of_column(name, drawn) for name in _COLUMNS)
+    return [panel for panel in (first, *of_metrics, *others) if panel.lines]
+
+
+def _of_column(name: str, runs: Sequence[RunContent]) -> Panel:
+    title, unit = _COLUMNS[name]
+    lines, window = [], 0
+    for place, run in enumerate(runs):
+        values = run.series.columns[name]
+        if not any(map(math.isfinite, values)):
+            continue
+        planned = None
+        if name == "peak_memory_bytes":
+            values = array("d", (value / 2**30 for value in values))
+            planned = _planned_memory(run)
+        smooth = None
+        if name in _SMOOTHED and (size := len(values) // _SMOOTHED_SHARE) > 1:
+            smooth, window = _mean(values, size), max(window, size)
+        lines.append(Line(place, run.series.steps, values, smooth, planned))
+    units = {run.unit for run in runs}
+    return Panel(title.format(unit=units.pop() if len(units) == 1 else "token"), unit, lines, window)
+
+
+def _planned_memory(run: RunContent) -> float | None:
+    """Return the memory in GiB that was foreseen, of a GPU. A CPU's process holds far more than its tensors,
+    and is compared phase by phase instead."""
+    expected = run.last.get("compared", {}).get("expected", {}).get("memory_bytes")
+    on_cpu = str(run.last.get("training", {}).get("device", "cpu")).startswith("cpu")
+    return None if on_cpu or not isinstance(expected, (int, float)) else expected / 2**30
+
+
+def _mean(values: Sequence[float], size: int) -> array[float]:
+    """Return at each place the mean of the last `size` values that are finite; NaN where none is."""
+    sums = list(accumulate((value if math.isfinite(value) else 0.0 for value in values), initial=0.0))
+    counts = list(accumulate(map(math.isfinite, values), initial=0))
+    means = array("d")
+    for end in range(1, len(values) + 1):
+        begin = max(0, end - size)
+        number = counts[end] - counts[begin]
+        means.append((sums[end] - sums[begin]) / number if number else math.nan)
+    return means
+
+
+def draw(drawn: Sequence[Panel], sweep: SweepContent | None) -> tuple[str, list[str]]:
+    """Return the figures as JSON that Bokeh's script embeds, harmless within a page, and the ids of the
+    elements that they go into: of the panels first, then of the sweep's keys."""
+    from bokeh.core.json_encoder import serialize_json
+    from bokeh.document import Document
+    from bokeh.embed.util import standalone_docs_json_and_render_items
+    from bokeh.models import DataRange1d
+    from jinja2.utils import htmlsafe_json_dumps
+
+    steps = DataRange1d(range_padding=0.02)
+    figures = [_panel(panel, steps) for panel in drawn]
+    if sweep is not None:
+        figures += [_tried(sweep, key) for key in sweep.keys]
+    if not figures:
+        return "{}", []
+    document = Document()
+    for one in figures:
+        document.add_root(one)
+    documents, items = standalone_docs_json_and_render_items(figures)
+    item: Any = items[0].to_json()
+    content = {"documents": documents, "items": [item]}
+    return str(htmlsafe_json_dumps(content, dumps=serialize_json)), [item["roots"][one.id] for one in figures]
+
+
+def _panel(panel: Panel, steps: Any) -> figure:
+    import numpy as np
+    from bokeh.models import DataRange1d, HoverTool, NumeralTickFormatter
+
+    plot = _empty(x_range=steps, y_range=DataRange1d(default_span=0.1))
+    plot.xaxis.formatter = NumeralTickFormatter(format="0,0")
+    most = max(60, _MOST_POINTS // len(panel.lines))
+    hovered = []
+    for line in panel.lines:
+        looks = {"line_color": COLORS[line.run % len(COLORS)], "name": f"run-{line.run}"}
+        looks["line_dash"] = _DASHES[line.run // len(COLORS) % len(_DASHES)]
+        drawings = [(line.values, 1.0 if line.smooth is None else 0.35, 1.8 if line.smooth is None else 1.0)]
+        if line.smooth is not None:
+            drawings.append((line.smooth, 1.0, 2.2))
+        for values, alpha, width in drawings:
+            x, y = thin(array("q", line.steps), array("d", values), most)
+            source = {"x": np.array(x, dtype=np.int32), "y": np.array(y, dtype=np.float32)}
+            glyph = plot.line("x", "y", source=source, alpha=alpha, line_width=width, **looks)
+            if len(x) <= 40:
+                plot.scatter("x", "y", source=source, size=5, color=looks["line_color"], name=looks["name"])
+        hovered.append(glyph)
+        if line.planned is not None:
+            ends = {"x": [line.steps[0], line.steps[-1]], "y": [line.planned, line.planned]}
+            plot.line("x", "y", source=ends, **(looks | {"line_dash": "dotted", "line_width": 2.0}))
+    tips = [("step", "@x{0,0}"), (f"value{f', {panel.unit}' * bool(panel.unit)}", "@y{0.[000000]}")]
+    plot.add_tools(HoverTool(renderers=hovered, tooltips=tips, mode="vline", line_policy="nearest"))
+    return plot
+
+
+def _tried(sweep: SweepContent, key: str) -> figure:
+    """The metric of each measured point over the values of one key: on a scale where all are numbers, else
+    side by side."""
+    from bokeh.models import DataRange1d, FixedTicker
+
+    points = [
+        (point.values[key], point.best)
+        for point in sweep.points
+        if key in point.values and point.best is not None and math.isfinite(point.best)
+    ]
+    places = places_of(sweep, key)
+    x = [float(places.index(value) + 1 if places else value) for value, _ in points]
+    logarithmic = not places and min(x, default=0.0) > 0 and max(x) / min(x) >= 50
+    plot = _empty(x_axis_type="log" if logarithmic else "linear", y_range=DataRange1d(default_span=0.1))
+    if places:
+        plot.xaxis.ticker = FixedTicker(ticks=list(range(1, len(places) + 1)))
+    source = {"x": x, "y": [best for _, best in points]}
+    plot.scatter("x", "y", source=source, size=9, color=COLORS[0], alpha=0.8, name="points")
+    return plot
+
+
+def places_of(sweep: SweepContent, key: str) -> list[str]:
+    """Return the values that were tried of a key, each at its place on the axis; empty where all are finite
+    numbers, and stand on a scale."""
+    values = sorted({point.values[key] for point in sweep.points if key in point.values})
+    try:
+        return [] if all(math.isfinite(float(value)) for value in values) else values
+    except ValueError:
+        return values
+
+
+def _empty(**options: Any) -> figure:
+    from bokeh.plotting import figure
+
+    plot = figure(
+        height=260,
+        sizing_mode="stretch_width",
+        tools="pan,box_zoom,xwheel_zoom,reset,save",
+        active_drag="box_zoom",
+        active_scroll=None,
+        background_fill_color=None,
+        border_fill_color=None,
+        outline_line_color=None,
+        min_border_left=52,
+        **options,
+    )
+    plot.toolbar.logo = None
+    plot.toolbar.autohide = True
+    return plot

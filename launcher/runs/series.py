@@ -1,0 +1,112 @@
+"""Every number of every step of a run, exactly, in columns: what a report draws."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from array import array
+from bisect import bisect_left
+from dataclasses import dataclass, field
+from typing import Any
+
+from launcher.runs.curve import is_step
+from launcher.runs.layout import RunDirectory
+from launcher.runs.tail import Tail, parse
+
+_N = rb"([-+.\deE]+)"
+_STEP = re.compile(
+    rb'\{"kind": "train", "step": (\d+), "loss": %b, "grad_norm": %b, "learning_rate": %b, '
+    rb'[^{}\[\]]*"tokens_per_second": %b, "peak_memory_bytes": %b, [^{}\[\]]*"time": %b\}' % ((_N,) * 6)
+)
+"""A step as the trainer writes it, whole: read four times as fast as JSON whose fields are checked."""
+_WRITTEN = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "peak_memory_bytes", "time")
+COLUMNS = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_bytes", "time")
+"""Of a step's record; what one of them lacks is NaN there. 56 bytes a step in all."""
+
+
+@dataclass
+class Series:
+    """The steps of a run that count, in order, and its evaluations.
+
+    A step that is run again takes the place of what was recorded of it and of all later steps, evaluations
+    too.
+    """
+
+    steps: array[int] = field(default_factory=lambda: array("q"))
+    columns: dict[str, array[float]] = field(default_factory=lambda: {name: array("d") for name in COLUMNS})
+    evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    """(step, metrics), in the order of the steps."""
+
+    @classmethod
+    def read(cls, run: RunDirectory) -> Series:
+        """Return what metrics.jsonl holds; empty where there is none yet. Raises OSError."""
+        series = cls()
+        for line in Tail(run.metrics_file).lines():
+            if match := _STEP.fullmatch(line):
+                with contextlib.suppress(ValueError):
+                    series._add(
+                        int(match[1]), dict(zip(_WRITTEN, map(float, match.groups()[1:]), strict=True))
+                    )
+            elif (record := parse(line)) is not None:
+                series.take(record)
+        return series
+
+    def take(self, record: dict[str, Any]) -> None:
+        """Take in one record of metrics.jsonl."""
+        step = record.get("step")
+        if is_step(record):
+            assert isinstance(step, int)
+            numbers = {name: record.get(name) for name in COLUMNS}
+            self._add(
+                step,
+                {
+                    name: float(value) if isinstance(value, (int, float)) else math.nan
+                    for name, value in numbers.items()
+                },
+            )
+        elif isinstance(step, int) and record.get("kind") == "evaluation" and record.get("metrics"):
+            self.evaluations = [one for one in self.evaluations if one[0] < step]
+            self.evaluations.append((step, record["metrics"]))
+
+    def _add(self, step: int, numbers: dict[str, float]) -> None:
+        if self.steps and step <= self.steps[-1]:
+            self._forget_from(step)
+        self.steps.append(step)
+        for name, values in self.columns.items():
+            values.append(numbers[name])
+
+    def _forget_from(self, step: int) -> None:
+        place = bisect_left(self.steps, step)
+        del self.steps[place:]
+        for values in self.columns.values():
+            del values[place:]
+        # One at the step before is of the weights that this step begins with.
+        self.evaluations = [one for one in self.evaluations if one[0] < step]
+
+    @property
+    def metrics(self) -> dict[str, list[tuple[int, float]]]:
+        """Return each metric's evaluations, in the metrics' own order."""
+        by_name: dict[str, list[tuple[int, float]]] = {}
+        for step, metrics in self.evaluations:
+            for name, value in metrics.items():
+                by_name.setdefault(name, []).append((step, float(value)))
+        return by_name
+
+
+def thin(steps: array[int], values: array[float], most: int) -> tuple[list[int], list[float]]:
+    """Return at most `most` (4 or more) of the points, the first and the last among them, and of each stretch
+    its lowest and its highest: no peak is lost. A stretch without a finite value is one NaN."""
+    number = len(steps)
+    if number <= most:
+        return list(steps), list(values)
+    stretches = (most - 2) // 2
+    places = [0]
+    for stretch in range(stretches):
+        begin, end = (1 + (number - 2) * at // stretches for at in (stretch, stretch + 1))
+        finite = [place for place in range(begin, end) if math.isfinite(values[place])]
+        low = min(finite, key=values.__getitem__, default=begin)
+        high = max(finite, key=values.__getitem__, default=begin)
+        places += sorted({low, high})
+    places.append(number - 1)
+    return [steps[place] for place in places], [values[place] for place in places]
