@@ -31,6 +31,13 @@ class Source(Section):
     """Use only the first so many rows."""
 
 
+def parse_columns(value: Any) -> Any:
+    """Return a section of columns as it is. Raises ValueError for anything else."""
+    if value is not None and not isinstance(value, dict):
+        raise ValueError("write columns by the keys of data, as {text: body}")
+    return value
+
+
 class MixedSource(Source):
     """One of several sources."""
 
@@ -40,7 +47,7 @@ class MixedSource(Source):
     weight: float | None = Field(default=None, gt=0, le=1e9)
     """Its share of the samples (packs, with packing) against the weights of the others: 3 and 1 are three
     quarters and one. All sources have one, or none; without, every row comes once in an epoch."""
-    columns: dict[str, Any] | None = None
+    columns: Annotated[dict[str, Any] | None, BeforeValidator(parse_columns)] = None
     """Columns of its own, by the keys of `data`, as `{text: body}`. Left out, those of `data`."""
 
     def __hash__(self) -> int:
@@ -64,9 +71,11 @@ class Sources(Source):
     def aliases(self) -> tuple[str, ...]:
         """Return what each source of the list is called, no two alike; nothing without a list."""
         given: list[str] = []
+        asked_for = {source.alias for source in self.sources or ()}
         for number, source in enumerate(self.sources or ()):
-            own = source.alias or _short_name(source)
-            given.append(f"{own}-{number}" if own in given else own)
+            name = _short_name(source)
+            name = f"{name}-{number}" if name in asked_for or name in given else name
+            given.append(source.alias or name)
         return tuple(given)
 
     def key(self, role: str, number: int) -> str:
