@@ -35,14 +35,9 @@ class LossBySource:
         """Take in a micro-batch's losses: of each sample, or of each position."""
         if self._mixed is None:
             return
-        assert output.losses is not None
         samples = [sample for item in items for sample in item]
         sources = self._mixed.source_of(np.array([sample.id for sample in samples]))
-        losses = output.losses.detach().double()
-        if "cu_seq_lens" in batch:  # end to end: each position is its sample's
-            sources = np.repeat(sources, [sample.length for sample in samples])
-        else:
-            losses = losses.view(len(samples), -1).sum(dim=1)
+        losses = losses_of_samples(output, batch, samples)
         self.sums.index_add_(0, torch.from_numpy(sources).to(self._device), losses)
 
     def losses(self, real: np.ndarray, sums: Sequence[float]) -> dict[str, float]:
@@ -55,3 +50,14 @@ class LossBySource:
         counts = self._mixed.num_supervised_by_source(real)
         named = zip(self._mixed.aliases, sums, counts.tolist(), strict=True)
         return {alias: total / count for alias, total, count in named if count}
+
+
+def losses_of_samples(output: Output, batch: dict[str, Any], samples: Sequence[Sample]) -> torch.Tensor:
+    """Return the summed loss of each sample of a batch that asked for its losses, fp64 [samples]."""
+    assert output.losses is not None
+    losses = output.losses.detach().double()
+    if "cu_seq_lens" not in batch:  # a row for each sample
+        return losses.view(len(samples), -1).sum(dim=1)
+    lengths = torch.tensor([sample.length for sample in samples])
+    owners = torch.repeat_interleave(torch.arange(len(samples)), lengths).to(losses.device)
+    return losses.new_zeros(len(samples)).index_add_(0, owners, losses)
