@@ -70,6 +70,7 @@ def _training(job: Job) -> Iterator[Finding]:
         )
     yield from _unfreeze(job)
     yield from _schedule(training)
+    yield from _near_the_start(job)
     traits = tasks.find(job.model.task).traits
     if training.neftune_noise_alpha is not None and (traits.encoder_decoder or traits.unit != "token"):
         reason = (
@@ -114,6 +115,26 @@ def _unfreeze(job: Job) -> Iterator[Finding]:
         if one.at >= job.training.max_steps:  # type: ignore[operator]
             reason = f"never comes: the training has {job.training.max_steps} steps"
             yield finding("model.unfreeze", f"{one.at:g} (entry {number})", reason, "training.max_steps")
+
+
+def _near_the_start(job: Job) -> Iterator[Finding]:
+    """Yield what goes against staying near the start: none that was learned, or a step beyond it."""
+    training, key = job.training, "training.l2_sp.alpha"
+    if (near := training.l2_sp) is None:
+        return
+    if job.model.adapter is not None:
+        reason = "an adapter leaves the weights where they are, so they stay near; leave it out"
+        yield finding("training.l2_sp", None, reason, "model.adapter")
+    if job.model.weights == "random":
+        reason = "random weights are no place to stay near; leave it out, or write model.weights: pretrained"
+        yield finding("training.l2_sp", None, reason, "model.weights")
+    rates = [group.learning_rate or 0.0 for group in training.groups]
+    if near.alpha * (highest := max([training.learning_rate, *rates])) > 1:
+        reason = (
+            f"times the highest learning rate ({highest:g}) is above 1: a step would go beyond the start; "
+            f"write {1 / highest:g} or less"
+        )
+        yield finding(key, near.alpha, reason, "training.learning_rate")
 
 
 _OF_SCHEDULES = {

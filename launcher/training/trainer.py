@@ -47,6 +47,7 @@ from launcher.training.schedule import Schedule, stage_at
 from launcher.training.signals import StopRequest
 from launcher.training.state import Counters, State
 from launcher.training.state_keeper import StateKeeper
+from launcher.training.staying_near import NearTheStart
 from launcher.training.step_totals import Due, StepTotals
 
 
@@ -95,6 +96,8 @@ class Trainer:
         self.recorder = Recorder(self.run, self.plan, self.device, self.journal) if self.rank == 0 else None
         ds_config = read_json(self.run.rendered / "ds_config.json") if self.plan.engine == "deepspeed" else {}
         self.engine = engines.build(self.plan, self.task, self.material.config, ds_config)
+        if (near := self.plan.training.l2_sp) is not None:
+            self.engine = NearTheStart(self.engine, near.alpha, self.plan)
         if (ema := self.plan.training.ema) is not None:
             self.engine = self.average = AveragedEngine(self.engine, ema.decay)
         if (alpha := self.plan.training.neftune_noise_alpha) is not None:
