@@ -89,7 +89,7 @@ def _texts_by_name(value: Any) -> bool:
 
 
 def _reports(value: Any) -> bool:
-    """Of each of several sources: its name and its counts."""
+    """Return whether it is a list of sources, each with its name and its counts."""
     counts = ("in_an_epoch", "rows_read", "rows_used", "num_cut", "num_items", "num_tokens")
     return isinstance(value, list) and all(
         isinstance(one, dict)
