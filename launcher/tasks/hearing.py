@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +103,7 @@ class Hearing:
         if seconds > most and self.data.too_long != "cut":
             raise RowProblem(TOO_LONG, f"{content.begins}{seconds:,.4g} s, above {most:g}")
         cut = f"{content.begins}{most:g} of {seconds:,.4g} s" if seconds > most else False
-        heard = min(math.ceil(len(samples) * self.clips.rate / rate), self.clips.most_samples)
+        heard = min(len(samples) * self.clips.rate // rate, self.clips.most_samples)
         return self.clips.most_samples if self.data.pad_to_seconds else heard, cut
 
     def example(self) -> dict[str, np.ndarray]:
