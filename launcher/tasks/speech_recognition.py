@@ -130,7 +130,7 @@ class SpeechRecognition(WritingTask):
         self._config = config
         if self._hearing is not None:
             self._hearing.adopt(config)
-        self._refuse_other_way(config)
+        self._refuse_keys(config)
         if self._processor is None or self._processor.tokenizer is not None or self.decodes:
             return
         self.own_labels = characters_in(config)
@@ -139,29 +139,24 @@ class SpeechRecognition(WritingTask):
         if as_it_stands:
             self.labels, self.labels_given = self.own_labels, True
 
-    def _refuse_other_way(self, config: Any) -> None:
-        if not self.decodes:
-            for_decoders = {
-                "data.language": self.data.language,
-                "data.translate": self.data.translate or None,
-                "evaluation.generate": self.evaluation.generate and True,
+    def _refuse_keys(self, config: Any) -> None:
+        """Raise ConfigurationError for keys of the other kind of model, and for a language that is not told."""
+        data, generate = self.data, self.evaluation.generate
+        if self.decodes:
+            values: dict[str, Any] = {
+                "data.vocabulary": None if data.vocabulary == "model" else data.vocabulary
             }
-            key = next((key for key, value in for_decoders.items() if value is not None), None)
-            reason = f"is for a model that writes word by word, and a {config.model_type} model does not"
-        else:
-            key = "data.vocabulary" if self.data.vocabulary == "text" else None
             reason = f"is for CTC, and a {config.model_type} model writes the tokens of its tokenizer"
-            if key is None and self.data.language is None and config.vocab_size >= _MULTILINGUAL:
-                raise ConfigurationError(
-                    Problem(
-                        "data.language",
-                        None,
-                        "is missing: a Whisper of many languages is told which, as `en`",
-                    )
-                )
-        if key is not None:
-            value = for_decoders[key] if not self.decodes else self.data.vocabulary
-            raise ConfigurationError(Problem(key, value, f"{reason}; leave it out"))
+        else:
+            values = {"data.language": data.language, "data.translate": data.translate or None}
+            values["evaluation.generate"] = None if generate is None else True
+            reason = f"is for a model that writes word by word, and a {config.model_type} model does not"
+        for key, value in values.items():
+            if value is not None:
+                raise ConfigurationError(Problem(key, value, f"{reason}; leave it out"))
+        if self.decodes and data.language is None and config.vocab_size >= _MULTILINGUAL:
+            reason = "is missing: a Whisper of many languages is told which, as `en`"
+            raise ConfigurationError(Problem("data.language", None, reason))
 
     def configure(self, config: Any) -> None:
         """Write the length of clips into the model's config, and for CTC its characters and its blank."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from launcher.planner.plan import Plan
+from launcher.tasks.hearing import usual_extractor
 from launcher.tasks.speech_processor import characters_of, tokenizer_of
 from tests.families import speech
 from tests.training.runs import batch_of, plan_for
@@ -55,10 +56,38 @@ def model_of(path: Path, kind: str = "wav2vec2", tokenizer: bool = False, **chan
     """A tiny model of a type, or `type+variant`, with its feature extractor; on request with a tokenizer of
     the letters."""
     model = speech.model_of(kind, "eager", **({"vocab_size": len(CHARACTERS), "pad_token_id": 0} | changes))
+    # An untrained one would write nothing else.
+    model.generation_config.suppress_tokens = list(range(end + 1, len(WRITTEN)))
     model.save_pretrained(path)
-    speech.task_of(model.config).usual_processor(model.config).feature_extractor.save_pretrained(path)
+    usual_extractor(model.config).save_pretrained(path)
     if tokenizer:
         tokenizer_of(CHARACTERS).save_pretrained(path)
+    return path
+
+
+WRITTEN = ["a", "b", "c", "Ġ", "<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|zh|>", "<|de|>"]
+WRITTEN += ["<|translate|>", "<|transcribe|>", "<|notimestamps|>"]
+"""The tokens of a Whisper that knows these letters, a space, and what it is told."""
+
+
+def whisper_of(path: Path, **changes: Any) -> Path:
+    """A tiny Whisper with a tokenizer, whose table of positions is for 2 s."""
+    from transformers import WhisperTokenizer
+
+    end = WRITTEN.index("<|endoftext|>")
+    tokens = {"vocab_size": len(WRITTEN), "bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    tokens |= {"decoder_start_token_id": end + 1, "max_source_positions": 100}
+    model = speech.model_of("whisper", "eager", **(tokens | changes))
+    model.generation_config.begin_suppress_tokens = [WRITTEN.index("Ġ"), end]
+    # An untrained one would write nothing else.
+    model.generation_config.suppress_tokens = list(range(end + 1, len(WRITTEN)))
+    model.save_pretrained(path)
+    usual_extractor(model.config).save_pretrained(path)
+    special = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "<|endoftext|>")
+    vocabulary = {token: number for number, token in enumerate(WRITTEN)}
+    tokenizer = WhisperTokenizer(vocab=vocabulary, merges=[], **special)
+    tokenizer.add_special_tokens({"additional_special_tokens": WRITTEN[end:]})
+    tokenizer.save_pretrained(path)
     return path
 
 

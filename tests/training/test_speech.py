@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -9,19 +10,38 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCTC, AutoProcessor
+from transformers import (
+    AutoModelForCTC,
+    AutoModelForSpeechSeq2Seq,
+    AutoProcessor,
+    GenerationConfig,
+    WhisperForConditionalGeneration,
+)
 
 from launcher.data.rows import RowProblem
 from launcher.errors import ConfigurationError, DataError
 from launcher.tasks import media, sounds
+from launcher.tasks.generation import Evaluation, Generate
 from launcher.tasks.speech_processor import characters_in, characters_of, frames_needed, tokenizer_of
 from launcher.tasks.speech_recognition import SpeechRecognition
 from launcher.tasks.speech_scores import error_rates, normalized
 from launcher.tasks.task import Sample
+from launcher.training import generating
 from launcher.training.data.prepare import prepare
 from launcher.training.model.pretrained import read_config, read_processor
 from tests.families import speech
-from tests.training.speeches import CHARACTERS, RATE, folder_of, model_of, plan_of, said, text_of, written
+from tests.training.speeches import (
+    CHARACTERS,
+    RATE,
+    WRITTEN,
+    folder_of,
+    model_of,
+    plan_of,
+    said,
+    text_of,
+    whisper_of,
+    written,
+)
 
 CTC = ("wav2vec2", "wav2vec2+layer", "hubert", "wavlm+layer", "wav2vec2-bert")
 
@@ -233,6 +253,111 @@ def test_rows_without_texts_are_refused(models: dict[str, Path], folder: Path) -
     task.prepare(read_processor(plan))
     with pytest.raises(DataError, match=r"data\.text = 'words': the training rows have no text"):
         task.fit([])
+
+
+# A model with a decoder.
+
+
+@pytest.fixture(scope="module")
+def whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return whisper_of(tmp_path_factory.mktemp("whisper"))
+
+
+def whisper_and_task(whisper: Path, folder: Path, **options: Any) -> tuple[Any, SpeechRecognition]:
+    """The model with its positions cut to a second, and the task for it."""
+    task = task_of(whisper, folder, seconds=1, **options)
+    config = read_config(plan_of(whisper, folder))
+    task.configure(config)
+    config._attn_implementation = "eager"
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(whisper)
+    positions = model.model.encoder.embed_positions.weight.data[:50]
+    model.model.encoder.embed_positions = torch.nn.Embedding.from_pretrained(positions)
+    model.config.max_source_positions = model.model.encoder.max_source_positions = 50
+    return model.eval(), task
+
+
+def test_whisper_s_loss_is_its_own_for_each_clip(whisper: Path, folder: Path) -> None:
+    """By the processor's own calls: features padded to a second, and the tokens that a tokenizer writes."""
+    model, task = whisper_and_task(whisper, folder)
+    assert model.config.max_source_positions == 50
+    samples, own, num_tokens = samples_of(task, folder), [], 0
+    for sample, row in zip(samples, rows_of(folder), strict=True):
+        wave = sounds.resampled(*sounds.heard(media.stored_content(sample)), RATE)
+        extractor = task.hearing.clips.processor
+        inputs = extractor(wave, sampling_rate=RATE, return_tensors="pt")
+        labels = task.tokenizer(row["text"])["input_ids"]
+        assert labels[0] == 5 and labels[-1] == 4 and labels[1] == WRITTEN.index("<|notimestamps|>")
+        loss = model(inputs["input_features"], labels=torch.tensor([labels[1:]])).loss
+        own.append(loss * (len(labels) - 1))
+        num_tokens += len(labels) - 1
+    batch = task.collate([[one] for one in (*samples, samples[0].as_filler())])
+    assert sum(batch["aside"]["supervised"]) == num_tokens and batch["input_features"].shape[2] == 100
+    total = float(task.loss(model, batch).loss_sum.detach())
+    assert total == pytest.approx(sum(float(one.detach()) for one in own), rel=1e-5)
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_whisper_writes_what_its_own_generate_does(whisper: Path, folder: Path, num_beams: int) -> None:
+    model, task = whisper_and_task(whisper, folder)
+    task.evaluation = Evaluation(generate=Generate(max_new_tokens=6, num_beams=num_beams))
+    samples = samples_of(task, folder)
+    prompts = task.prompts(samples)
+    assert prompts["decoder_input_ids"].tolist() == [[5, 11]] * 6
+    # Whisper's own is told the same by its generation config.
+    own = WhisperForConditionalGeneration.generate(
+        model, prompts["input_features"], max_new_tokens=6, num_beams=num_beams,
+        decoder_input_ids=prompts["decoder_input_ids"],
+    )  # fmt: skip
+    model.forward = functools.partial(task.loss, model)
+    written = generating.generate(model, prompts, task.generation, lambda: False, synced=False)
+    texts = [task.decode(row) for row in written.numpy()]
+    assert texts == [task.tokenizer.decode(row, skip_special_tokens=True).strip() for row in own]
+    assert all(texts)
+
+
+def test_whisper_is_told_its_language(whisper: Path, folder: Path) -> None:
+    task = task_of(whisper, folder, language="german")
+    assert task._prefix == [5, WRITTEN.index("<|de|>"), WRITTEN.index("<|transcribe|>"), 11]
+    translates = task_of(whisper, folder, language="de", translate=True)
+    assert translates._prefix[2] == WRITTEN.index("<|translate|>")
+    assert translates._labels("ab")[:3] == translates._prefix[1:]
+    generation = GenerationConfig(forced_decoder_ids=[[1, 11]])
+    task.configure_generation(generation)
+    assert (generation.language, generation.task, generation.return_timestamps) == (
+        "german",
+        "transcribe",
+        False,
+    )
+    with pytest.raises(
+        ConfigurationError, match=r"data\.language = 'klingon': Unsupported language: klingon"
+    ):
+        task_of(whisper, folder, language="klingon")
+
+
+def test_a_whisper_of_many_languages_must_be_told_one(folder: Path, tmp_path: Path) -> None:
+    many = whisper_of(
+        tmp_path, vocab_size=51_865, d_model=8, encoder_attention_heads=1, decoder_attention_heads=1
+    )
+    with pytest.raises(ConfigurationError, match=r"data\.language: is missing: a Whisper of many languages"):
+        task_of(many, folder)
+    task_of(many, folder, language="en")
+
+
+def test_texts_longer_than_whisper_s_positions_are_dropped(whisper: Path, folder: Path) -> None:
+    task = task_of(whisper, folder)
+    assert str(one_of(task, "abc" * 20, said("abc", 0))) == "too long: 62 tokens, above 32"
+    with pytest.raises(
+        ConfigurationError, match=r"data\.vocabulary = 'text': is for CTC, and a whisper model"
+    ):
+        task_of(whisper, folder, vocabulary="text")
+
+
+def test_a_decoder_needs_a_tokenizer(folder: Path, tmp_path: Path) -> None:
+    whisper_of(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).unlink()
+    with pytest.raises(ConfigurationError, match="no tokenizer: its decoder writes tokens"):
+        task_of(tmp_path, folder).fit([])
 
 
 # What a job asks that cannot be.
