@@ -56,8 +56,6 @@ def model_of(path: Path, kind: str = "wav2vec2", tokenizer: bool = False, **chan
     """A tiny model of a type, or `type+variant`, with its feature extractor; on request with a tokenizer of
     the letters."""
     model = speech.model_of(kind, "eager", **({"vocab_size": len(CHARACTERS), "pad_token_id": 0} | changes))
-    # An untrained one would write nothing else.
-    model.generation_config.suppress_tokens = list(range(end + 1, len(WRITTEN)))
     model.save_pretrained(path)
     usual_extractor(model.config).save_pretrained(path)
     if tokenizer:

@@ -103,5 +103,4 @@ def test_it_learns_and_its_export_writes_the_same_in_a_pipeline(
     assert error_rates(written, [row["text"] for row in rows]) == pytest.approx(
         {name: after[name] for name in ("wer", "cer")}
     )
-    shown = samples_at(run, 60)
-    assert shown == written[: len(shown)]
+    assert set(samples_at(run, 60)) <= set(written)
