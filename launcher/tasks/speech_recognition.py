@@ -352,9 +352,9 @@ class SpeechRecognition(WritingTask):
 
     def loss(self, model: torch.nn.Module, batch: dict[str, Any]) -> Output:
         """Return the summed loss of the clips (CTC), or of the tokens of their texts."""
-        from launcher.training import heads
+        from launcher.training.heads import ctc, encoder_decoder
 
-        return heads.encoder_decoder(model, batch) if self.decodes else heads.ctc(model, batch)
+        return encoder_decoder(model, batch) if self.decodes else ctc(model, batch)
 
     @property
     def generates(self) -> bool:

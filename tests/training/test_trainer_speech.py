@@ -15,9 +15,10 @@ from launcher.tasks.media import content
 from launcher.tasks.sounds import heard, resampled
 from launcher.tasks.speech_scores import error_rates
 from launcher.training.checkpoint.export import export
+from launcher.training.signals import StopRequest
 from tests.training.plans import deepspeed
-from tests.training.runs import assert_equal, batch_of, curve, evaluations, finish, replan, state
-from tests.training.speeches import folder_of, model_of, plan_of
+from tests.training.runs import assert_equal, batch_of, curve, evaluations, finish, new_run, replan, state
+from tests.training.speeches import folder_of, model_of, plan_of, whisper_of
 from tests.training.test_trainer_images import assert_near, run_of, with_children
 
 pytestmark = pytest.mark.distributed
@@ -46,6 +47,16 @@ def samples_at(run: RunDirectory, step: int) -> list[str]:
     """What the model writes of a few held-out rows."""
     lines = (run.path / "samples" / f"step-{step:08d}.jsonl").read_text().splitlines()
     return [json.loads(line)["answer"]["text"] for line in lines]
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a folder's metadata."""
+    return [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+
+
+def clips_of(folder: Path) -> list[Any]:
+    """Its sounds as a pipeline takes them: it would need torchaudio to resample."""
+    return [resampled(*heard(content(str(folder / row["file_name"]))), 16_000) for row in rows_of(folder)]
 
 
 @pytest.mark.slow
@@ -97,10 +108,49 @@ def test_it_learns_and_its_export_writes_the_same_in_a_pipeline(
     card = (tmp_path / "export" / "README.md").read_text()
     assert "Wav2Vec2BertForCTC.from_pretrained" in card and "AutoProcessor.from_pretrained" in card
     writes = pipeline("automatic-speech-recognition", str(tmp_path / "export"))
-    rows = [json.loads(line) for line in (speech / "metadata.jsonl").read_text().splitlines()]
-    clips = [resampled(*heard(content(str(speech / row["file_name"]))), 16_000) for row in rows]
-    written = [writes(clip)["text"].strip() for clip in clips]
-    assert error_rates(written, [row["text"] for row in rows]) == pytest.approx(
+    written = [writes(clip)["text"].strip() for clip in clips_of(speech)]
+    assert error_rates(written, [row["text"] for row in rows_of(speech)]) == pytest.approx(
         {name: after[name] for name in ("wer", "cer")}
     )
     assert set(samples_at(run, 60)) <= set(written)
+
+
+def sharded_writing(rank: int, stop: StopRequest) -> None:
+    """Gather parameters in every pass, as a model does that is too large for a rank."""
+    from launcher.training import generating
+
+    generating.SHARE_FOR_PARAMETERS = 0.0
+    with_children(rank, stop)
+
+
+@pytest.mark.slow
+def test_whisper_writes_the_same_on_any_ranks_and_engines(speech: Path, tmp_path: Path) -> None:
+    """Sharded too, where ranks write texts of other lengths; and its export in a pipeline."""
+    model = whisper_of(tmp_path / "whisper")
+    columns, how = {"seconds": 1}, {"evaluation": {"generate": {"max_new_tokens": 8}}}
+
+    def ran(name: str, ranks: int, hook: Any = with_children, **changes: Any) -> RunDirectory:
+        plan = planned(model, speech, ranks, 6, columns=dict(columns), **how, **changes)
+        run = new_run(tmp_path / name, plan)
+        finish(run, ranks, hook)
+        return run
+
+    single, two = ran("single", 1), ran("two", 2, sharded_writing)
+    others = [two, ran("zero", 2, sharded_writing, **deepspeed(3))]
+    for other in others:
+        assert_near(other, single)
+        assert samples_at(other, 6) == samples_at(single, 6)
+        for name in ("wer", "cer"):
+            assert evaluations(other)[6][name] == pytest.approx(evaluations(single)[6][name])
+    export(two, tmp_path / "export")
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert "WhisperForConditionalGeneration.from_pretrained" in card
+    writes = pipeline("automatic-speech-recognition", str(tmp_path / "export"))
+    written = [
+        writes(clip, generate_kwargs={"max_new_tokens": 8})["text"].strip() for clip in clips_of(speech)
+    ]
+    texts = [row["text"] for row in rows_of(speech)]
+    assert error_rates(written, texts) == pytest.approx(
+        {name: evaluations(two)[6][name] for name in ("wer", "cer")}
+    )
+    assert set(samples_at(two, 6)) <= set(written) and any(written)
