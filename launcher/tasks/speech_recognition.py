@@ -177,13 +177,18 @@ class SpeechRecognition(WritingTask):
             config.pad_token_id = tokenizer.pad_token_id
 
     def configure_generation(self, generation: Any) -> None:
-        if not self.decodes:
+        """Write what the decoder is told, so that Whisper's own `generate` tells it the same."""
+        if not self.decodes or not hasattr(self.tokenizer, "set_prefix_tokens"):
             return
-        generation.return_timestamps = False
-        if self.data.language is not None:
-            generation.language = self.tokenizer.language
-            generation.task = self.tokenizer.task
-            generation.forced_decoder_ids = None
+        told = self._prefix[1:]
+        generation.return_timestamps, generation.no_timestamps_token_id = False, told[-1]
+        if self.data.language is None:
+            return
+        generation.is_multilingual, generation.forced_decoder_ids = True, None
+        generation.language, generation.task = self.tokenizer.language, self.tokenizer.task
+        language, task = self.tokenizer.convert_ids_to_tokens(told[:2])
+        generation.lang_to_id = {**(getattr(generation, "lang_to_id", None) or {}), language: told[0]}
+        generation.task_to_id = {**(getattr(generation, "task_to_id", None) or {}), task[2:-2]: told[1]}
 
     def chance_loss(self, config: Any) -> float | None:
         return math.log(config.vocab_size) if self.decodes else None

@@ -29,6 +29,7 @@ from launcher.tasks.task import Sample
 from launcher.training import generating
 from launcher.training.data.prepare import prepare
 from launcher.training.model.pretrained import read_config, read_processor
+from launcher.training.tracing.make_profile import make_profile
 from tests.families import speech
 from tests.training.speeches import (
     CHARACTERS,
@@ -190,6 +191,16 @@ def test_texts_of_which_the_model_knows_little_say_what_to_write(
     assert known.arrays["labels"].tolist() == [3, 4, 2, 5, 1]
 
 
+# The planner.
+
+
+def test_memory_is_traced_without_numbers(models: dict[str, Path], folder: Path, whisper: Path) -> None:
+    """CTC's own loss goes by lengths, which a trace does not have."""
+    for model, options in ((models["wav2vec2+layer"], {"seconds": 2}), (whisper, {"seconds": 1})):
+        profile = make_profile(plan_of(model, folder, columns=options))
+        assert not profile.untraceable and set(profile.passes) >= {"none", "full", "evaluation"}
+
+
 # Rows that cannot be used.
 
 
@@ -323,6 +334,7 @@ def test_whisper_is_told_its_language(whisper: Path, folder: Path) -> None:
     assert translates._labels("ab")[:3] == translates._prefix[1:]
     generation = GenerationConfig(forced_decoder_ids=[[1, 11]])
     task.configure_generation(generation)
+    assert (generation.lang_to_id, generation.task_to_id) == ({"<|de|>": 8}, {"transcribe": 10})
     assert (generation.language, generation.task, generation.return_timestamps) == (
         "german",
         "transcribe",

@@ -154,3 +154,15 @@ def test_whisper_writes_the_same_on_any_ranks_and_engines(speech: Path, tmp_path
         {name: evaluations(two)[6][name] for name in ("wer", "cer")}
     )
     assert set(samples_at(two, 6)) <= set(written) and any(written)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "engine", [{}, pytest.param(deepspeed(3), marks=pytest.mark.very_slow)], ids=["fsdp", "zero"]
+)
+def test_half_precision_hears_in_half_precision(engine: dict[str, Any], speech: Path, tmp_path: Path) -> None:
+    """Sounds are fp32 where token ids are none, and an encoder is called beside the hooks that convert."""
+    model, how = whisper_of(tmp_path / "whisper"), {"evaluation": {"generate": {"max_new_tokens": 4}}}
+    plan = planned(model, speech, 1, 1, columns={"seconds": 1}, precision="bf16", **how, **engine)
+    run = run_of(tmp_path / "run", plan, 1)
+    assert evaluations(run)[1]["wer"] > 0 and any(samples_at(run, 1))

@@ -148,7 +148,8 @@ class DeepSpeedEngine:
     ) -> torch.Tensor:
         self._engine.eval()
         with torch.no_grad(), self.whole_where_it_fits() as is_whole:
-            written = generating.generate(self.model, batch, options, each_token, synced=not is_whole)
+            dtype = DTYPES[self._plan.precision]
+            written = generating.generate(self.model, batch, options, each_token, not is_whole, dtype)
         self._engine.train()
         return written
 
