@@ -182,6 +182,8 @@ class SpeechRecognition(WritingTask):
             return
         told = self._prefix[1:]
         generation.return_timestamps, generation.no_timestamps_token_id = False, told[-1]
+        # Else whoever loads it makes it anew of the model's config, which has no such keys.
+        generation._from_model_config = False
         if self.data.language is None:
             return
         generation.is_multilingual, generation.forced_decoder_ids = True, None
