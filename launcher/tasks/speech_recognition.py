@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from launcher.data.rows import TOO_LONG, Row, RowProblem, text_of
@@ -19,6 +17,7 @@ from launcher.tasks.generation import AnswerOptions, GenerationOptions
 from launcher.tasks.hearing import Hearing, usual_extractor
 from launcher.tasks.padding import weights
 from launcher.tasks.speech_columns import SpeechColumns
+from launcher.tasks.speech_models import MULTILINGUAL, auto_class, num_frames, tell
 from launcher.tasks.speech_processor import (
     PAD,
     SpeechProcessor,
@@ -100,7 +99,7 @@ class SpeechRecognition(WritingTask):
 
     @property
     def auto_class(self) -> Any:
-        return _auto_class()
+        return auto_class()
 
     def read_processor(self, name: str, options: dict[str, Any]) -> Any:
         return SpeechProcessor.read(name, options, with_tokenizer=self.data.vocabulary != "text")
@@ -154,7 +153,7 @@ class SpeechRecognition(WritingTask):
         for key, value in values.items():
             if value is not None:
                 raise ConfigurationError(Problem(key, value, f"{reason}; leave it out"))
-        if self.decodes and data.language is None and config.vocab_size >= _MULTILINGUAL:
+        if self.decodes and data.language is None and config.vocab_size >= MULTILINGUAL:
             reason = "is missing: a Whisper of many languages is told which, as `en`"
             raise ConfigurationError(Problem("data.language", None, reason))
 
@@ -180,17 +179,7 @@ class SpeechRecognition(WritingTask):
         """Write what the decoder is told, so that Whisper's own `generate` tells it the same."""
         if not self.decodes or not hasattr(self.tokenizer, "set_prefix_tokens"):
             return
-        told = self._prefix[1:]
-        generation.return_timestamps, generation.no_timestamps_token_id = False, told[-1]
-        # Else whoever loads it makes it anew of the model's config, which has no such keys.
-        generation._from_model_config = False
-        if self.data.language is None:
-            return
-        generation.is_multilingual, generation.forced_decoder_ids = True, None
-        generation.language, generation.task = self.tokenizer.language, self.tokenizer.task
-        language, task = self.tokenizer.convert_ids_to_tokens(told[:2])
-        generation.lang_to_id = {**(getattr(generation, "lang_to_id", None) or {}), language: told[0]}
-        generation.task_to_id = {**(getattr(generation, "task_to_id", None) or {}), task[2:-2]: told[1]}
+        tell(generation, self.tokenizer, self._prefix[1:], self.data.language is not None)
 
     def chance_loss(self, config: Any) -> float | None:
         return math.log(config.vocab_size) if self.decodes else None
@@ -303,15 +292,7 @@ class SpeechRecognition(WritingTask):
             raise RowProblem(TEXT_TOO_LONG, reason)
 
     def _num_frames(self, num_samples: int) -> int:
-        """Return the frames that CTC has for a clip, by the rule of the model's own class."""
-        clips, kind = self.hearing.clips, self.auto_class._model_mapping[type(self._config)]
-        rule = getattr(kind, "_get_feat_extract_output_lengths", None)
-        if rule is None:
-            return num_samples
-        if clips.input_name != "input_values":
-            features, mask = clips.features(np.zeros(num_samples, dtype=np.float32))
-            num_samples = len(features) if mask is None else int(mask.sum())
-        return int(rule(SimpleNamespace(config=self._config), torch.tensor(num_samples)))
+        return num_frames(self._config, self.hearing.clips, num_samples)
 
     def example(self, length: int) -> Sample:
         """Return the longest clip, of zeros, with as long a text as it may have."""
@@ -405,23 +386,6 @@ class SpeechRecognition(WritingTask):
         return SpeechScores(self)
 
 
-_MULTILINGUAL = 51_865
-"""Tokens of a Whisper of many languages, at least: so OpenAI's own code tells it."""
-
-
 @functools.lru_cache(maxsize=8)
 def _tokenizer_of(characters: tuple[str, ...]) -> Any:
     return tokenizer_of(characters)
-
-
-@functools.cache
-def _auto_class() -> Any:
-    """Return one Auto class of both ways: transformers has one for each."""
-    from transformers.models.auto import modeling_auto
-    from transformers.models.auto.auto_factory import _BaseAutoModelClass, _LazyAutoMapping
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
-    names = OrderedDict(modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES)
-    names.update(modeling_auto.MODEL_FOR_CTC_MAPPING_NAMES)
-    mapping = {"_model_mapping": _LazyAutoMapping(CONFIG_MAPPING_NAMES, names)}
-    return type("AutoModelForSpeechRecognition", (_BaseAutoModelClass,), mapping)
