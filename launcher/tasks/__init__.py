@@ -22,6 +22,7 @@ TASKS = {
     "question-answering": "launcher.tasks.question_answering:QuestionAnswering",
     "sequence-classification": "launcher.tasks.sequence_classification:SequenceClassification",
     "sequence-to-sequence": "launcher.tasks.sequence_to_sequence:SequenceToSequence",
+    "speech-recognition": "launcher.tasks.speech_recognition:SpeechRecognition",
     "token-classification": "launcher.tasks.token_classification:TokenClassification",
 }
 GROUP = "launcher.tasks"

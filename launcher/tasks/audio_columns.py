@@ -9,34 +9,27 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from launcher.data.folder import SOUNDS, FileColumn, FileColumnIfThere
+from launcher.data.section import Data
 from launcher.tasks.file_classification import FileColumns
 from launcher.tasks.task import Finding, finding
 
 _PACKAGES = ("soundfile", "soxr")
 
 
-class AudioColumns(FileColumns):
-    """Rows of a sound with a label."""
+class SoundColumns(Data):
+    """Rows of a sound, whatever is learned of it."""
 
     audio: str | None = None
     """The column of the sound: a path relative to the file that it stands in, or the bytes of a file. Left
     out, `file_name` or `audio`, whichever there is."""
-    label: str | None = "label"
-    """The column of the label: a class, a list of classes, or a number for regression. Of a folder without
-    metadata, the sub-folders are the classes."""
     seconds: Annotated[float, Field(ge=0.1, le=600)] | None = None
     """The longest clip that the model hears. Left out, what its feature extractor says (Whisper 30, AST
     10.24), else 10. Whisper hears whole seconds: a fraction is rounded up."""
-    cut_at: Literal["beginning", "middle"] = "beginning"
-    """Which part of a longer sound is taken where it is measured or predicted. In training it is any part,
-    drawn anew at every pass."""
     pad_to_seconds: bool = False
     """Add silence behind a shorter sound, so that all are as long as `seconds`. The silence is then heard.
     Models whose numbers padding would change have several clips in a pass only so."""
     max_length: Literal[1] = 1
     """A clip is one position of a pass, whatever its length."""
-    too_long: Literal["cut", "drop", "refuse"] = "cut"
-    """Whether a sound of more than `seconds` is cut, dropped, or refused."""
 
     @property
     def one_length(self) -> bool:
@@ -50,9 +43,22 @@ class AudioColumns(FileColumns):
         return FileColumnIfThere("file_name", SOUNDS), FileColumnIfThere("audio", SOUNDS)
 
 
-def without_packages(task: str) -> Iterator[Finding]:
-    """Yield a finding where packages that decode sounds are not installed."""
-    lacking = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+class AudioColumns(SoundColumns, FileColumns):
+    """Rows of a sound with a label."""
+
+    label: str | None = "label"
+    """The column of the label: a class, a list of classes, or a number for regression. Of a folder without
+    metadata, the sub-folders are the classes."""
+    cut_at: Literal["beginning", "middle"] = "beginning"
+    """Which part of a longer sound is taken where it is measured or predicted. In training it is any part,
+    drawn anew at every pass."""
+    too_long: Literal["cut", "drop", "refuse"] = "cut"
+    """Whether a sound of more than `seconds` is cut, dropped, or refused."""
+
+
+def without_packages(task: str, *others: str) -> Iterator[Finding]:
+    """Yield a finding where packages that decode sounds, or `others`, are not installed."""
+    lacking = [name for name in (*_PACKAGES, *others) if importlib.util.find_spec(name) is None]
     if lacking:
         packages = f"package{'s' * (len(lacking) > 1)} {' and '.join(lacking)}"
         reason = f"needs the {packages}, not installed here: pip install 'finetune-launcher[audio]'"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.errors import ConfigurationError, Problem
 from launcher.lazy import Lazy
-from launcher.tasks.audio_columns import AudioColumns
+from launcher.tasks.audio_columns import SoundColumns
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,7 +39,7 @@ class Clips:
     """Whether the features of every clip have one length."""
 
     @classmethod
-    def of(cls, processor: Any, data: AudioColumns) -> Clips:
+    def of(cls, processor: Any, data: SoundColumns) -> Clips:
         """Return what the feature extractor makes of every sound, set to the job's seconds where it takes them.
 
         Raises ConfigurationError for one that makes nothing of a sound, or hears no clip that long.

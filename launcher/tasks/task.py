@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from launcher.data.rows import Row, RowProblem
 from launcher.data.section import Data
 from launcher.metrics import Better
+from launcher.tasks import classes
 from launcher.tasks.companion import Companion
 from launcher.tasks.distillation import Distillation
 from launcher.tasks.evaluator import KEEPS_LOSSES, Evaluator, Output
@@ -187,6 +188,16 @@ class Task(ABC):
     def chance_loss(self, config: Any) -> float | None:
         """Return the loss of guessing, where a model stays that learns nothing; None where it is not known."""
         return None
+
+    def other_head(self, stored: Any, config: Any) -> str | None:
+        """Return by which size of the config the head is found that a model's files have and training does not
+        take: it is for other classes, or the same in another order. None where it is taken.
+
+        `stored`: the config of the files; `config`: that of the model that trains.
+        """
+        own = classes.of_model(stored, self.auto_class.__name__.removeprefix("AutoModelFor"))
+        names = [config.id2label[number] for number in range(config.num_labels)]
+        return None if own is not None and classes.same(own, names) else "num_labels"
 
     @property
     def companions(self) -> Mapping[str, Companion]:

@@ -18,6 +18,7 @@ import psutil
 import torch
 from torch import distributed
 from transformers import (
+    GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -28,6 +29,7 @@ from transformers import (
 )  # fmt: skip
 
 from launcher.tasks.generation import Generate, GenerationOptions
+from launcher.training.heads import READ
 from launcher.training.model.attention import PACKED
 from launcher.training.model.forward import Batch, model_class_of
 
@@ -39,14 +41,22 @@ values and logits."""
 
 
 def generate(
-    model: PreTrainedModel, batch: Batch, options: GenerationOptions, each_token: EachToken, synced: bool
+    model: PreTrainedModel,
+    batch: Batch,
+    options: GenerationOptions,
+    each_token: EachToken,
+    synced: bool,
+    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """Return what the model writes to the prompts of `batch`, int64 [B, n], padded behind its end; of a
     causal LM without the prompt.
 
-    `synced`: parameters are gathered in every pass, so that all ranks must make equally many.
+    `synced`: parameters are gathered in every pass, so that all ranks must make equally many. `dtype`: what the
+    model computes in, for what it hears: its encoder is called beside the hooks that would convert that.
     """
-    prompts = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    names = (*READ, "decoder_input_ids")
+    prompts = {key: batch[key] for key in names if key in batch}
+    prompts = {key: value.to(dtype) if value.is_floating_point() else value for key, value in prompts.items()}
     arguments: dict[str, Any] = {**options.arguments, "eos_token_id": _ends(model, options)}
     if options.drawn is not None:
         rows = list(zip(batch["ids"], batch["windows"], strict=True))
@@ -58,9 +68,12 @@ def generate(
         _plain_attention(model),
         torch.compiler.set_stance("force_eager"),
     ):
-        written: torch.Tensor = model.generate(**prompts, **arguments, synced_gpus=synced)
-    # What an encoder-decoder writes begins with its decoder's first token, which may be the one that ends texts.
-    first = 1 if model.config.is_encoder_decoder else prompts["input_ids"].shape[1]
+        # Whisper's own `generate` goes on clip by clip, for longer sounds than it hears: ranks would part.
+        written: torch.Tensor = GenerationMixin.generate(model, **prompts, **arguments, synced_gpus=synced)
+    # What an encoder-decoder writes begins with what its decoder is told: of most its first token, which may be
+    # the one that ends texts.
+    told = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
+    first = prompts[told].shape[1] if told in prompts else 1
     return _padded_behind_ends(written[:, first:], arguments["eos_token_id"] or [], arguments["pad_token_id"])
 
 

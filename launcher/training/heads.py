@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from launcher.tasks.task import IGNORE, KEEPS_LOSSES, Head, Output
+from launcher.training.ctc_head import ctc
 from launcher.training.loss import CrossEntropy, LogitTransform, chunked_cross_entropy
 from launcher.training.model.forward import (
     Batch,
@@ -29,8 +30,19 @@ from launcher.training.model.forward import (
 )
 from launcher.training.own_head import cross_entropy_of, likeliest, loss_by_own_head
 
-__all__ = ["Batch", "accepted", "causal_lm", "encoder_decoder", "likeliest", "model_class_of", "own_forward"]
+__all__ = [
+    "Batch",
+    "accepted",
+    "causal_lm",
+    "ctc",
+    "encoder_decoder",
+    "likeliest",
+    "model_class_of",
+    "own_forward",
+]
 """What a task calls on a rank, from one place."""
+READ = ("input_ids", "input_features", "input_values", "attention_mask")
+"""What an encoder reads, or hears."""
 EntropyOf = Callable[[PreTrainedModel, Any, Batch], CrossEntropy]
 """What makes the loss of a micro-batch by a causal LM, what its decoder gave back, and the batch."""
 
@@ -69,11 +81,11 @@ def encoder_decoder(model: PreTrainedModel, batch: Batch, smoothing: float = 0.0
     """Return the summed loss of a collated micro-batch of pairs: cross entropy of the targets, smoothed
     where asked for.
 
-    `input_ids`, `attention_mask` [samples, longest source]; `labels` [samples, longest target], which the
-    decoder reads one token later, as the model's own class has it; `targets` alike, -100 where nothing is
-    learned. The logits exist in chunks alone.
+    `input_ids` or what is heard, `attention_mask` [samples, longest source]; `labels` [samples, longest target],
+    which the decoder reads one token later, as the model's own class has it; `targets` alike, -100 where nothing
+    is learned. The logits exist in chunks alone.
     """
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")} | {"use_cache": False}
+    inputs = {name: batch[name] for name in READ if name in batch} | {"use_cache": False}
     inputs["decoder_input_ids"] = _one_later(model, batch["labels"])
     head = model.get_output_embeddings()
     with _hidden_states_of(head) as seen:

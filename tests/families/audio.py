@@ -105,10 +105,9 @@ def task_of(config: Any) -> AudioClassification:
 
 def _clips(task: AudioClassification, seconds: tuple[float, ...]) -> list[Sample]:
     draws, samples = np.random.default_rng(0), []
-    assert task._clips is not None
     for number, length in enumerate(seconds):
-        wave = draws.standard_normal(round(length * task._clips.rate), dtype=np.float32)
-        features, mask = task._clips.features(wave)
+        wave = draws.standard_normal(round(length * task.hearing.clips.rate), dtype=np.float32)
+        features, mask = task.hearing.clips.features(wave)
         arrays = {"features": features, "label": np.array([number % tiny.NUM_LABELS])}
         samples.append(Sample(arrays | ({} if mask is None else {"mask": mask}), number, 1))
     return samples

@@ -151,7 +151,8 @@ _SPEECH = (
 
 VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
     **{
-        ("audio-classification", f"{kind}+layer"): {"feat_extract_norm": "layer"}
+        (task, f"{kind}+layer"): {"feat_extract_norm": "layer"}
+        for task in ("audio-classification", "speech-recognition")
         for kind in (
             "hubert",
             "sew",

@@ -27,6 +27,7 @@ from tests.families.encoders import KINDS, found_of
 from tests.families.images import images_of
 from tests.families.numbers import message
 from tests.families.special import UNABLE, VARIANTS
+from tests.families.speech import speech_of
 
 RAW = Path(__file__).with_name("raw.json")
 
@@ -36,6 +37,7 @@ TASKS: dict[str, Callable[[str], dict[str, Any]]] = {
     tiny.SEQUENCE_CLASSIFICATION: classification_of,
     tiny.IMAGE_CLASSIFICATION: images_of,
     tiny.AUDIO_CLASSIFICATION: audio_of,
+    tiny.SPEECH_RECOGNITION: speech_of,
     **{task: functools.partial(found_of, task) for task in KINDS},
 }
 NAMES = {
@@ -46,6 +48,10 @@ NAMES = {
     tiny.QUESTION_ANSWERING: modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
     tiny.IMAGE_CLASSIFICATION: modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     tiny.AUDIO_CLASSIFICATION: modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
+    tiny.SPEECH_RECOGNITION: {
+        **modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+        **modeling_auto.MODEL_FOR_CTC_MAPPING_NAMES,
+    },
     tiny.SEQUENCE_TO_SEQUENCE: modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 }
 

@@ -25,6 +25,7 @@ from tests.families.tiny import (
     QUESTION_ANSWERING,
     SEQUENCE_CLASSIFICATION,
     SEQUENCE_TO_SEQUENCE,
+    SPEECH_RECOGNITION,
     TOKEN_CLASSIFICATION,
 )
 
@@ -44,8 +45,9 @@ def table_of(raw: dict[str, Any]) -> dict[str, Any]:
     }
     for task, entry in entries.items():
         made[task] = {kind: entry(found) for kind, found in sorted(raw[task].items()) if "+" not in kind}
-    sounds = raw[AUDIO_CLASSIFICATION]
-    made[AUDIO_CLASSIFICATION] = {kind: _audio(sounds, kind) for kind in sorted(sounds) if "+" not in kind}
+    for task in (AUDIO_CLASSIFICATION, SPEECH_RECOGNITION):
+        sounds = raw[task]
+        made[task] = {kind: _audio(sounds, kind) for kind in sorted(sounds) if "+" not in kind}
     return made
 
 
@@ -89,6 +91,8 @@ def _other(found: dict[str, Any]) -> dict[str, Any]:
 
 def _audio(raw: dict[str, Any], kind: str) -> dict[str, Any]:
     """Return what is right of clips of any length, of a layer norm in place of a group norm, and of one length."""
+    if "tried" not in raw[kind]:
+        return {"refused": raw[kind]["reason"]}
     variant = f"{kind}+layer"
     others = {"layer": _among(raw[variant], "padded", "single")} if variant in raw else {}
     others["one_length"] = _among(raw[kind], "equal")
@@ -130,6 +134,8 @@ def page_of(table: dict[str, Any]) -> str:
         _section("Classifiers of images", table[IMAGE_CLASSIFICATION]),
         _section("Classifiers of sounds", table[AUDIO_CLASSIFICATION]),
         _more_of_sounds(table[AUDIO_CLASSIFICATION]),
+        _section("Speech recognition", table[SPEECH_RECOGNITION]),
+        _more_of_sounds(table[SPEECH_RECOGNITION]),
     ]
     return "\n".join(lines)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from launcher.planner.model.model_support import read_table, support
-from tests.families import audio, images, tiny
+from tests.families import audio, images, speech, tiny
 from tests.families.causal import causal_lm
 from tests.families.layouts import LENGTHS
 from tests.families.numbers import is_ok
@@ -27,6 +27,7 @@ from tests.families.tiny import (
     QUESTION_ANSWERING,
     SEQUENCE_CLASSIFICATION,
     SEQUENCE_TO_SEQUENCE,
+    SPEECH_RECOGNITION,
     TOKEN_CLASSIFICATION,
 )
 
@@ -93,6 +94,8 @@ def test_ten_at_random_have_their_own_loss() -> None:
             config = images.config_of(model_type, model_type in images.SMALL)
         elif task == AUDIO_CLASSIFICATION:
             config = audio.config_of(model_type)
+        elif task == SPEECH_RECOGNITION:
+            config = speech.config_of(model_type)
         else:
             config = tiny.config_of(model_type, task, 0.0)
         known = support(task, config.to_dict(), max_length=max(LENGTHS))
@@ -127,8 +130,11 @@ def test_the_sweep_tells_which_layouts_are_right_of_encoders(task: str, model_ty
     ("model_type", "best", "one_length"),
     [("wav2vec2", "single/sdpa/chunked", "ok"), ("wav2vec2+layer", "padded/sdpa/chunked", "ok")],
 )
-def test_the_sweep_tells_whether_padding_changes_a_clip(model_type: str, best: str, one_length: str) -> None:
-    found = TASKS[AUDIO_CLASSIFICATION](model_type)
+@pytest.mark.parametrize("task", [AUDIO_CLASSIFICATION, SPEECH_RECOGNITION])
+def test_the_sweep_tells_whether_padding_changes_a_clip(
+    task: str, model_type: str, best: str, one_length: str
+) -> None:
+    found = TASKS[task](model_type)
     assert "/".join((found["layout"], found["attention"], found["head"])) == best
     assert found["tried"]["equal/sdpa/chunked"] == one_length
     assert found["tried"]["padded/sdpa/chunked"].startswith(

@@ -27,6 +27,7 @@ MASKED_LM, TOKEN_CLASSIFICATION = "masked-lm", "token-classification"
 QUESTION_ANSWERING, SEQUENCE_TO_SEQUENCE = "question-answering", "sequence-to-sequence"
 IMAGE_CLASSIFICATION = "image-classification"
 AUDIO_CLASSIFICATION = "audio-classification"
+SPEECH_RECOGNITION = "speech-recognition"
 _AUTO = {
     IMAGE_CLASSIFICATION: AutoModelForImageClassification,
     CAUSAL_LM: AutoModelForCausalLM,

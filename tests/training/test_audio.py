@@ -283,7 +283,7 @@ def test_a_whisper_model_keeps_the_positions_of_its_clips(folder: Path, tmp_path
     task = task_of(model, folder, seconds=1.2)
     config = read_config(plan_of(model, folder))
     task.configure(config)
-    assert config.max_source_positions == 100 and task._clips is not None and task._clips.seconds == 1.2
+    assert config.max_source_positions == 100 and task.hearing.clips.seconds == 1.2
     assert task.collate([[one] for one in samples_of(task, folder)])["input_features"].shape == (12, 80, 200)
     with pytest.raises(
         ConfigurationError, match=r"data\.seconds = 3\.5: is more than the 3 s that the model hears"

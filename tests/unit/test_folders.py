@@ -147,6 +147,77 @@ def test_the_layout_of_clips_hangs_on_the_models_normalization(
     assert micro is None or plan.batch.micro_batch_size == micro
 
 
+def speech_of(tmp_path: Path, **data: Any) -> Path:
+    path = sounds_of(tmp_path, **data)
+    job = yaml.safe_load(path.read_text())
+    job["model"]["task"] = "speech-recognition"
+    path.write_text(yaml.safe_dump(job))
+    rows = [
+        {"file_name": f"{name}/{number}", "text": "yes"}
+        for name, number in (("yes", "a.wav"), ("no", "b.mp3"))
+    ]
+    (tmp_path / "train" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("overrides", "layout"),
+    [
+        ((), "single"),
+        (("model.config.feat_extract_norm=layer",), "padded"),
+        (("data.pad_to_seconds=true",), "padded"),
+        (("model.config.model_type=wav2vec2-bert",), "padded"),
+        (("model.config.model_type=whisper",), "padded"),
+    ],
+)
+def test_the_layout_of_speech_hangs_on_the_model(
+    overrides: tuple[str, ...], layout: str, tmp_path: Path
+) -> None:
+    plan = plan_job(load(speech_of(tmp_path), list(overrides)), hardware=CPU)
+    assert (plan.task, plan.layout, plan.data.max_length) == ("speech-recognition", layout, 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("moonshine", "launcher knows what Whisper's is told, and no other's"),
+        ("parakeet_ctc", "its class does not say how many frames a clip has"),
+        (
+            "audio-spectrogram-transformer",
+            "model cannot do speech-recognition; it can do audio-classification",
+        ),
+    ],
+)
+def test_a_model_that_cannot_write_down_speech_is_refused(kind: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=reason):
+        plan_job(load(speech_of(tmp_path), [f"model.config.model_type={kind}"]), hardware=CPU)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"too_long": "cut"}, "data.too_long"),
+        ({"label": "x"}, "data.label = 'x': belongs to audio-classification"),
+        ({"case": "title"}, "data.case"),
+        ({"language": "en", "vocabulary": "text"}, "data.language = 'en': is for a model that writes"),
+    ],
+)
+def test_what_makes_no_sense_of_speech_is_refused(data: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        load(speech_of(tmp_path, **data))
+    assert message in str(caught.value)
+
+
+def test_speech_needs_the_package_that_counts_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = speech_of(tmp_path)
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "jiwer" else found(name))
+    with pytest.raises(
+        ConfigurationError, match=r"the package jiwer, .*pip install 'finetune-launcher\[audio\]'"
+    ):
+        load(path)
+
+
 def test_several_clips_of_a_group_norm_in_a_pass_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigurationError, match="several samples of a wav2vec2 model in one pass have another"

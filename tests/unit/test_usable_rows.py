@@ -57,6 +57,7 @@ WRONG = {
     "sequence-to-sequence": {"source": "text", "target": "label2"},
     "image-classification": {"image": "file_nme"},
     "audio-classification": {"audio": "sond"},
+    "speech-recognition": {"audio": "sond"},
 }
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
+import transformers
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.modelcard import TASK_MAPPING
@@ -100,7 +101,9 @@ class Card:
 
     def _loading(self) -> str:
         task = tasks.unprepared(self._plan)
+        # Of a task with models of several Auto classes launcher has one of its own.
         kind = task.auto_class.__name__
+        kind = kind if hasattr(transformers, kind) else self._config["architectures"][0]
         reader, name = task.processor_class, "processor" if task.has_processor else "tokenizer"
         if self._adapter:
             labels = f", num_labels={len(self._config['id2label'])}" if "id2label" in self._config else ""

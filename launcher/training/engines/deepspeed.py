@@ -41,6 +41,9 @@ from launcher.training.model import loading as models
 from launcher.training.model.forward import Batch
 from launcher.training.precision import DTYPES
 
+_SEEN = ("input_features", "input_values", "pixel_values")
+"""What a model sees or hears: numbers, where a text is ids."""
+
 
 class DeepSpeedEngine:
     """The engine protocol over `deepspeed.initialize`."""
@@ -129,17 +132,22 @@ class DeepSpeedEngine:
 
     def micro_step(self, batch: Batch, factor: float, last: bool) -> Output:
         self._engine.set_gradient_accumulation_boundary(last)
-        output: Output = self._engine(batch)
+        output: Output = self._engine(self._converted(batch))
         here.turn("backward")
         self._engine.backward(
             output.loss_sum * (factor * self._plan.batch.data_parallel_size), scale_wrt_gas=False
         )
         return output
 
+    def _converted(self, batch: Batch) -> Batch:
+        """Return the batch with images and sounds in what the model computes in, as FSDP's hooks have it."""
+        dtype = DTYPES[self._plan.precision]
+        return {key: value.to(dtype) if key in _SEEN else value for key, value in batch.items()}
+
     def evaluate(self, batch: Batch) -> Output:
         self._engine.eval()
         with torch.no_grad():
-            output: Output = self._engine(batch)
+            output: Output = self._engine(self._converted(batch))
         self._engine.train()
         return output
 
@@ -148,7 +156,8 @@ class DeepSpeedEngine:
     ) -> torch.Tensor:
         self._engine.eval()
         with torch.no_grad(), self.whole_where_it_fits() as is_whole:
-            written = generating.generate(self.model, batch, options, each_token, synced=not is_whole)
+            dtype = DTYPES[self._plan.precision]
+            written = generating.generate(self.model, batch, options, each_token, not is_whole, dtype)
         self._engine.train()
         return written
 

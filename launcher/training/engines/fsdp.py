@@ -99,7 +99,8 @@ class FsdpEngine:
     ) -> torch.Tensor:
         self.model.eval()
         with torch.no_grad(), self.whole_where_it_fits() as is_whole:
-            written = generating.generate(self.model, batch, options, each_token, synced=not is_whole)
+            dtype = DTYPES[self._plan.precision]
+            written = generating.generate(self.model, batch, options, each_token, not is_whole, dtype)
         self.model.train()
         return written
 

@@ -191,7 +191,7 @@ def _own(engine: Engine, task: Task, row: Sample, plan: Plan) -> tuple[torch.Ten
 def _values(task: Task, output: Output, row: Sample) -> torch.Tensor:
     """Return what is compared: the loss of a token, or a classifier's outputs, those of padding left out."""
     if output.predictions is None:
-        return output.loss_sum.reshape(1) / (row.length - 1)
+        return output.loss_sum.reshape(1) / max(1, row.length - 1)
     predictions = output.predictions[-1]
     return predictions[: row.length] if task.traits.head == "every-position" else predictions
 
@@ -206,6 +206,9 @@ def _alone(model: PreTrainedModel, batch: Batch) -> Output:
     ).float()
     if "labels" not in batch:
         return Output(logits.sum(), sizes[-1] if sizes else logits.new_zeros(()), logits)
+    if "input_ids" not in batch:  # of a sound: CTC's loss is one number, that of a decoder a mean over tokens
+        num_learned = (batch["labels"] != IGNORE).sum() if model.config.is_encoder_decoder else 1
+        return Output(output.loss.float() * num_learned, torch.ones_like(output.loss))
     ids = batch["input_ids"][0]
     if batch["labels"].shape != batch["input_ids"].shape or bool(
         (batch["labels"] != batch["input_ids"]).any()

@@ -18,7 +18,6 @@ from transformers import AutoConfig, PreTrainedModel, modeling_utils
 
 from launcher import tasks
 from launcher.planner.plan import Plan
-from launcher.tasks import classes
 
 _POSITIONS = "max_source_positions"
 """Whisper's key for the positions of its encoder."""
@@ -45,12 +44,14 @@ class Changes:
         if plan.model.weights == "random" or plan.model.config is not None:
             return cls()
         grown = following(kind, config, "vocab_size") if plan.model.resize_embeddings else frozenset()
-        if tasks.find(plan.task).traits.head == "every-position":
+        task = tasks.unprepared(plan)
+        if task.traits.head == "every-position":
             return cls(grown=grown)
         stored = AutoConfig.from_pretrained(
             plan.model.name, revision=plan.model.revision, trust_remote_code=plan.model.trust_remote_code
         )
-        head = following(kind, config, "num_labels") if _other_head(plan, stored, config) else frozenset()
+        size = task.other_head(stored, config)
+        head = following(kind, config, size) if size is not None else frozenset()
         fewer = getattr(stored, _POSITIONS, 0) > getattr(config, _POSITIONS, 0)
         return cls(head, grown, following(kind, config, _POSITIONS) if fewer else frozenset())
 
@@ -84,15 +85,6 @@ class Changes:
             else:
                 changed[key] = value if name is None else _with_rows(value, shapes[name][0])
         return changed
-
-
-def _other_head(plan: Plan, stored: Any, config: Any) -> bool:
-    """Return whether the files' head, if there is any, is for other classes, or for the same in another
-    order."""
-    own = classes.of_model(stored, tasks.unprepared(plan).auto_class.__name__.removeprefix("AutoModelFor"))
-    return own is None or not classes.same(
-        own, [config.id2label[number] for number in range(config.num_labels)]
-    )
 
 
 def following(kind: type[PreTrainedModel], config: Any, size: str) -> frozenset[str]:

@@ -117,7 +117,8 @@ class TracedModel:
     def _without_numbers(self, key: str, value: Any, counting: Counting) -> Any:
         if not isinstance(value, torch.Tensor) or key in _READ:
             return value
-        created = self._mode.from_tensor(value)
+        # An engine hands images and sounds over in what the model computes in.
+        created = self._mode.from_tensor(value.to(self._dtype) if value.is_floating_point() else value)
         counting.count(created.untyped_storage())
         if not value.is_floating_point():
             counting.numbers.know(created, value)

@@ -1,0 +1,60 @@
+"""What launcher knows of models for speech: their Auto class, their frames, and what a decoder is told."""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from launcher.lazy import Lazy
+from launcher.tasks.clips import Clips
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+else:
+    np, torch = Lazy("numpy"), Lazy("torch")
+
+MULTILINGUAL = 51_865
+"""Tokens of a Whisper of many languages, at least: so OpenAI's own code tells it."""
+
+
+@functools.cache
+def auto_class() -> Any:
+    """Return one Auto class of both ways: transformers has one for each."""
+    from transformers.models.auto import modeling_auto
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass, _LazyAutoMapping
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    names = OrderedDict(modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES)
+    names.update(modeling_auto.MODEL_FOR_CTC_MAPPING_NAMES)
+    mapping = {"_model_mapping": _LazyAutoMapping(CONFIG_MAPPING_NAMES, names)}
+    return type("AutoModelForSpeechRecognition", (_BaseAutoModelClass,), mapping)
+
+
+def num_frames(config: Any, clips: Clips, num_samples: int) -> int:
+    """Return the frames that CTC has for a clip of so many samples, by the rule of the model's own class."""
+    rule = getattr(auto_class()._model_mapping[type(config)], "_get_feat_extract_output_lengths", None)
+    if rule is None:
+        return num_samples
+    if clips.input_name != "input_values":
+        features, mask = clips.features(np.zeros(num_samples, dtype=np.float32))
+        num_samples = len(features) if mask is None else int(mask.sum())
+    return int(rule(SimpleNamespace(config=config), torch.tensor(num_samples)))
+
+
+def tell(generation: Any, tokenizer: Any, told: Sequence[int], has_language: bool) -> None:
+    """Write into a GenerationConfig what the decoder of a Whisper is told behind its first token, so that its
+    own `generate` tells it the same. The last of `told` says that no times are written."""
+    generation.return_timestamps, generation.no_timestamps_token_id = False, told[-1]
+    # Else whoever loads it makes it anew of the model's config, which has no such keys.
+    generation._from_model_config = False
+    if not has_language:
+        return
+    generation.is_multilingual, generation.forced_decoder_ids = True, None
+    generation.language, generation.task = tokenizer.language, tokenizer.task
+    language, task = tokenizer.convert_ids_to_tokens(list(told[:2]))
+    generation.lang_to_id = {**(getattr(generation, "lang_to_id", None) or {}), language: told[0]}
+    generation.task_to_id = {**(getattr(generation, "task_to_id", None) or {}), task[2:-2]: told[1]}

@@ -1,0 +1,391 @@
+"""Speech recognition: a sound to what is said in it, frame by frame (CTC) or written by a decoder."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from launcher.data.rows import TOO_LONG, Row, RowProblem, text_of
+from launcher.errors import ConfigurationError, DataError, Problem, first_line
+from launcher.lazy import Lazy
+from launcher.metrics import Better
+from launcher.tasks import classes, media
+from launcher.tasks.audio_columns import without_packages
+from launcher.tasks.generation import AnswerOptions, GenerationOptions
+from launcher.tasks.hearing import Hearing, usual_extractor
+from launcher.tasks.padding import weights
+from launcher.tasks.speech_columns import SpeechColumns
+from launcher.tasks.speech_models import MULTILINGUAL, auto_class, num_frames, tell
+from launcher.tasks.speech_processor import (
+    PAD,
+    SpeechProcessor,
+    characters_in,
+    characters_of,
+    frames_needed,
+    tokenizer_of,
+)
+from launcher.tasks.speech_scores import ERRORS, SpeechScores
+from launcher.tasks.task import IGNORE, Draws, Encoded, Evaluator, Finding, Output, Sample, Traits, finding
+from launcher.tasks.writing import WritingTask, as_bytes
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+else:
+    np, torch = Lazy("numpy"), Lazy("torch")
+
+TEXT_TOO_LONG = "text too long for its sound"
+UNKNOWN_CHARACTERS = "characters that the model does not know"
+
+
+class SpeechRecognition(WritingTask):
+    """A sound to what is said in it: by a model that writes a character or nothing at every frame (CTC), or
+    by one whose decoder writes."""
+
+    name = "speech-recognition"
+    traits = Traits("padded", causal=False, head="few-per-position", unit="clip", reads_files=True)
+    Columns = SpeechColumns
+    column_ways = (("audio", "text"),)
+    processor_class = "AutoProcessor"
+    data: SpeechColumns
+
+    def __init__(self, data: SpeechColumns, labels: list[str] | None = None) -> None:
+        super().__init__(data, labels)
+        self._hearing: Hearing | None = None
+        self._processor: SpeechProcessor | None = None
+        self._config: Any = None
+        """The model's, once adopted."""
+
+    @property
+    def hearing(self) -> Hearing:
+        """Return what the model hears, once the task is prepared."""
+        assert self._hearing is not None
+        return self._hearing
+
+    @property
+    def decodes(self) -> bool:
+        """Return whether the model has a decoder that writes; else it is CTC's."""
+        return bool(getattr(self._config, "is_encoder_decoder", False))
+
+    def checks(self) -> Iterator[Finding]:
+        yield from super().checks()
+        yield from without_packages(self.name, "jiwer")
+        if self.data.language is not None and self.data.vocabulary == "text":
+            reason = "is for a model that writes, and a vocabulary is CTC's; leave one out"
+            yield finding("data.language", self.data.language, reason, "data.vocabulary")
+
+    @property
+    def metrics(self) -> Mapping[str, Better]:
+        return {"loss": "lower", **ERRORS, **self.written_metrics}
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        columns = self.data.file_columns
+        return columns if self.for_prediction else (*columns, self.data.text)
+
+    def texts(self, row: dict[str, Any]) -> list[str]:
+        """Return none: a file becomes no tokens."""
+        media.named(row, self.data.file_columns)
+        if not self.for_prediction:
+            self._text(row)
+        return []
+
+    def sample_lengths(self, tokens: Sequence[int], added: int) -> list[int]:
+        return [1]
+
+    # The model.
+
+    @property
+    def auto_class(self) -> Any:
+        return auto_class()
+
+    def read_processor(self, name: str, options: dict[str, Any]) -> Any:
+        return SpeechProcessor.read(name, options, with_tokenizer=self.data.vocabulary != "text")
+
+    def usual_processor(self, config: Any) -> Any:
+        return SpeechProcessor(usual_extractor(config))
+
+    def prepare(self, processor: Any) -> None:
+        """Take how sounds are heard, and the language. Raises ConfigurationError where the tokenizer has no such
+        language."""
+        self._processor = processor
+        self._hearing = Hearing(processor.feature_extractor, self.data).following(self._hearing)
+        tokenizer, told = processor.tokenizer, self.data.language is not None or self.data.translate
+        if not hasattr(tokenizer, "set_prefix_tokens"):
+            return
+        how = ("translate" if self.data.translate else "transcribe") if told else None
+        try:
+            tokenizer.set_prefix_tokens(language=self.data.language, task=how, predict_timestamps=False)
+        except ValueError as error:
+            raise ConfigurationError(
+                Problem("data.language", self.data.language, first_line(error))
+            ) from None
+
+    def adopt(self, config: Any, as_it_stands: bool = False) -> None:
+        """Take which way the model writes, and its characters. Raises ConfigurationError where it cannot write
+        as it stands, or cannot be told what to."""
+        self._config = config
+        if self._hearing is not None:
+            self._hearing.adopt(config)
+        self._refuse_keys(config)
+        if self._processor is None or self._processor.tokenizer is not None or self.decodes:
+            return
+        self.own_labels = characters_in(config)
+        if as_it_stands and self.own_labels is None:
+            raise classes.without_head(config, "the model has no characters to write with, nor a tokenizer")
+        if as_it_stands:
+            self.labels, self.labels_given = self.own_labels, True
+
+    def _refuse_keys(self, config: Any) -> None:
+        """Raise ConfigurationError for keys of the other kind of model, and for a language that is not told."""
+        data, generate = self.data, self.evaluation.generate
+        if self.decodes:
+            values: dict[str, Any] = {
+                "data.vocabulary": None if data.vocabulary == "model" else data.vocabulary
+            }
+            reason = f"is for CTC, and a {config.model_type} model writes the tokens of its tokenizer"
+        else:
+            values = {"data.language": data.language, "data.translate": data.translate or None}
+            values["evaluation.generate"] = None if generate is None else True
+            reason = f"is for a model that writes word by word, and a {config.model_type} model does not"
+        for key, value in values.items():
+            if value is not None:
+                raise ConfigurationError(Problem(key, value, f"{reason}; leave it out"))
+        if self.decodes and data.language is None and config.vocab_size >= MULTILINGUAL:
+            reason = "is missing: a Whisper of many languages is told which, as `en`"
+            raise ConfigurationError(Problem("data.language", None, reason))
+
+    def configure(self, config: Any) -> None:
+        """Write the length of clips into the model's config, and for CTC its characters and its blank."""
+        self._config = config
+        if self._hearing is not None:
+            self._hearing.configure(config)
+        if self.decodes or self._processor is None:
+            return
+        if self.labels is not None:
+            config.vocab_size = len(self.labels)
+            config.pad_token_id = self.labels.index(PAD) if PAD in self.labels else 0
+            config.bos_token_id = config.eos_token_id = None
+            classes.write_to(config, self.labels)
+            if PAD in self.labels:
+                self._processor.from_text = self.tokenizer
+        elif (tokenizer := self._processor.tokenizer) is not None:
+            config.vocab_size = max(config.vocab_size, max(tokenizer.get_vocab().values()) + 1)
+            config.pad_token_id = tokenizer.pad_token_id
+
+    def configure_generation(self, generation: Any) -> None:
+        """Write what the decoder is told, so that Whisper's own `generate` tells it the same."""
+        if not self.decodes or not hasattr(self.tokenizer, "set_prefix_tokens"):
+            return
+        tell(generation, self.tokenizer, self._prefix[1:], self.data.language is not None)
+
+    def chance_loss(self, config: Any) -> float | None:
+        return math.log(config.vocab_size) if self.decodes else None
+
+    def other_head(self, stored: Any, config: Any) -> str | None:
+        """Return `vocab_size` where CTC writes other characters than the model's files do."""
+        if config.is_encoder_decoder:
+            return None
+        same = stored.vocab_size == config.vocab_size and characters_in(stored) == characters_in(config)
+        return None if same else "vocab_size"
+
+    # Rows and samples.
+
+    @property
+    def tokenizer(self) -> Any:
+        """Return the model's tokenizer, or that of the characters in the training texts."""
+        own = None if self._processor is None else self._processor.tokenizer
+        return own if own is not None or self.labels is None else _tokenizer_of(tuple(self.labels))
+
+    @property
+    def needs_labels(self) -> bool:
+        return self._processor is not None and self._processor.tokenizer is None
+
+    def fit(self, rows: Iterable[Row]) -> None:
+        """Take the characters of the training texts. Raises ConfigurationError for a model that writes tokens
+        and has no tokenizer, DataError where there is no text."""
+        if self.decodes:
+            name = getattr(self._config, "name_or_path", None) or None
+            raise ConfigurationError(Problem("model.name", name, "no tokenizer: its decoder writes tokens"))
+        texts = [text for row in rows if (text := self._text_if_any(row)) is not None]
+        if not texts:
+            raise DataError(f"data.text = {self.data.text!r}: the training rows have no text")
+        self.labels = characters_of(texts)
+        self.remarks = [f"the model writes {len(self.labels) - 2} characters: those of the training texts"]
+
+    def _text_if_any(self, row: Row) -> str | None:
+        if isinstance(row.values, RowProblem):
+            return None
+        try:
+            return self._text(row.values)
+        except RowProblem:
+            return None
+
+    @property
+    def key(self) -> Any:
+        if self._hearing is None:
+            return None
+        longest = (
+            None
+            if self.decodes or self._config is None
+            else self._num_frames(self.hearing.clips.most_samples)
+        )
+        return self.hearing.key, longest, self.for_prediction
+
+    def encode(self, rows: Sequence[dict[str, Any]], processor: Any) -> list[Encoded | RowProblem]:
+        """Return where each file lies, or its bytes (`launcher.tasks.media`), `labels`, int32 [n], and the text
+        as `references`, bytes. Each file is decoded once, so that what cannot be is known before training."""
+        return [self._encoded(row) for row in rows]
+
+    def _encoded(self, row: dict[str, Any]) -> Encoded | RowProblem:
+        try:
+            value = media.named(row, self.data.file_columns)
+            text = "" if self.for_prediction else self._text(row)
+            content = media.content(value)
+            num_samples, _ = self.hearing.decoded(content)
+            labels = [self.tokenizer.pad_token_id] if self.for_prediction else self._labels(text)
+            if not self.for_prediction:
+                self._refuse_too_long(labels, num_samples, content.begins)
+        except RowProblem as problem:
+            return problem
+        arrays = {"labels": np.array(labels, dtype=np.int32), "references": as_bytes([text])}
+        return Encoded({**media.stored(value, content), **arrays}, len(labels) if self.decodes else 1, 1)
+
+    def _text(self, row: dict[str, Any]) -> str:
+        """Return what is said in a row, in one line and the job's case. Raises RowProblem where that is none."""
+        text = " ".join(text_of(row, self.data.text).split())
+        return {"keep": text, "lower": text.lower(), "upper": text.upper()}[self.data.case]
+
+    def _labels(self, text: str) -> list[int]:
+        """Return the ids that are learned of a text. Raises RowProblem where the model knows most of it not."""
+        tokenizer = self.tokenizer
+        if self.decodes:
+            # What it is told stands before: its first token is what the decoder starts from.
+            ids = tokenizer(text)["input_ids"]
+            return list(ids[1:] if ids[:1] == [self._config.decoder_start_token_id] else ids)
+        ids = list(tokenizer(text)["input_ids"])
+        unknown = sum(one == tokenizer.unk_token_id for one in ids)
+        if 2 * unknown > len(ids):
+            shown = "".join(sorted(set(text) - set(tokenizer.get_vocab()) - {" "}))[:20]
+            others = {"lower": text.lower(), "upper": text.upper()}
+            cure = [
+                case
+                for case, other in others.items()
+                if tokenizer.unk_token_id not in tokenizer(other)["input_ids"]
+            ]
+            hint = f"write data.case: {cure[0]}" if cure else "write data.vocabulary: text"
+            raise RowProblem(UNKNOWN_CHARACTERS, f"{unknown} of {len(ids)} are ({shown}); {hint}")
+        return ids
+
+    def _refuse_too_long(self, labels: Sequence[int], num_samples: int, begins: str) -> None:
+        """Raise RowProblem for a text that is too long for the model, or for its sound."""
+        if self.decodes:
+            limit = min(self.data.max_target_length, self._config.max_target_positions)
+            if len(labels) > limit:
+                raise RowProblem(TOO_LONG, f"{begins}{len(labels):,} tokens, above {limit:,}")
+            return
+        needed, frames = frames_needed(labels), self._num_frames(num_samples)
+        if needed > frames:
+            reason = f"{begins}{len(labels)} characters need {needed} frames, and the sound has {frames}"
+            raise RowProblem(TEXT_TOO_LONG, reason)
+
+    def _num_frames(self, num_samples: int) -> int:
+        return num_frames(self._config, self.hearing.clips, num_samples)
+
+    def example(self, length: int) -> Sample:
+        """Return the longest clip, of zeros, with as long a text as it may have."""
+        most = self.data.max_target_length
+        if self.decodes:
+            most = min(most, self._config.max_target_positions)
+        else:
+            most = max(1, min(most, self._num_frames(self.hearing.clips.most_samples) // 2))
+        arrays = {"labels": np.ones(most, dtype=np.int32), "references": as_bytes([""])}
+        return Sample({**self.hearing.example(), **arrays}, 0, 1)
+
+    def shortened(self, sample: Sample, length: int, ends: Sequence[int]) -> Sample:
+        """Return the sample: a sound has no end that could be cut off without its words."""
+        return sample
+
+    def collate(self, items: Sequence[Sequence[Sample]], draws: Draws | None = None) -> dict[str, Any]:
+        """Return what the model hears (`Hearing.batch`); `labels` int64 [B, longest text], -100 behind each;
+        `weights` float32 [B], 0 for filler; of a model that writes `targets` too, which are the labels, and
+        -100 in filler.
+
+        Raises DataError where a file is no longer what it was.
+        """
+        samples = [sample for item in items for sample in item]
+        batch = self.hearing.batch(samples, self.layout, None)
+        lengths = np.array([len(sample["labels"]) for sample in samples])
+        real = np.arange(lengths.max()) < lengths[:, None]
+        labels = np.full(real.shape, IGNORE, dtype=np.int64)
+        labels[real] = np.concatenate([sample["labels"] for sample in samples])
+        aside = self.aside(samples)
+        aside["supervised"] = [
+            sample.weight * (len(sample["labels"]) if self.decodes else 1) for sample in samples
+        ]
+        batch |= {"labels": torch.from_numpy(labels), "weights": weights(samples), "aside": aside}
+        if self.decodes:
+            targets = np.where(batch["weights"].numpy()[:, None] > 0, labels, IGNORE)
+            batch["targets"] = torch.from_numpy(targets)
+        return batch
+
+    # Loss and metrics.
+
+    def plain_batch(self, sample: Sample) -> dict[str, Any] | None:
+        return self.hearing.alone(sample) | {
+            "labels": torch.from_numpy(sample["labels"].astype(np.int64))[None]
+        }
+
+    def loss(self, model: torch.nn.Module, batch: dict[str, Any]) -> Output:
+        """Return the summed loss of the clips (CTC), or of the tokens of their texts."""
+        from launcher.training.heads import ctc, encoder_decoder
+
+        return encoder_decoder(model, batch) if self.decodes else ctc(model, batch)
+
+    @property
+    def generates(self) -> bool:
+        return self.decodes
+
+    @property
+    def generation(self) -> GenerationOptions:
+        room = self._config.max_target_positions - len(self._prefix)
+        options = super().generation
+        return options.also(max_new_tokens=min(options.arguments["max_new_tokens"], room))
+
+    @property
+    def _prefix(self) -> list[int]:
+        """Return the tokens that are told to the decoder, from the one that it starts from."""
+        start, told = self._config.decoder_start_token_id, list(getattr(self.tokenizer, "prefix_tokens", ()))
+        return told if told[:1] == [start] else [start, *told]
+
+    def prompts(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """Return what the model hears, and what its decoder is told: `decoder_input_ids` int64 [B, n]."""
+        told = torch.tensor([self._prefix]).repeat(len(samples), 1)
+        of = {"ids": [sample.id for sample in samples], "windows": [sample.window for sample in samples]}
+        return self.hearing.batch(samples, self.layout, None) | {"decoder_input_ids": told} | of
+
+    def decode(self, ids: np.ndarray) -> str:
+        """Return the text of what was written, int [n]; of CTC's frames each character once."""
+        return super().decode(ids) if self.decodes else str(self.tokenizer.decode(ids)).strip()
+
+    def answers(
+        self, output: Output, batch: dict[str, Any], samples: Sequence[Sample], options: AnswerOptions
+    ) -> list[Any]:
+        """Return what the model hears in each sample, as `{"text": ...}`."""
+        return self.texts_of(output)
+
+    def answer(self, row: dict[str, Any], parts: Sequence[Any]) -> dict[str, Any]:
+        """Return the answer for a row, and the file's path where it has one."""
+        value = media.named(row, self.data.file_columns)
+        path = {"audio": value} if isinstance(value, str) else {}
+        return path | super().answer(row, parts)
+
+    def evaluator(self) -> Evaluator:
+        return SpeechScores(self)
+
+
+@functools.lru_cache(maxsize=8)
+def _tokenizer_of(characters: tuple[str, ...]) -> Any:
+    return tokenizer_of(characters)

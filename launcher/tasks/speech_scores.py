@@ -1,0 +1,104 @@
+"""How much of what is written down is wrong: word and character error rates, by jiwer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from launcher.lazy import Lazy
+from launcher.metrics import Better
+from launcher.tasks.groups import by_length, measured
+from launcher.tasks.task import Evaluator, Output
+from launcher.tasks.text_scores import scores
+from launcher.tasks.writing import WritingTask, as_bytes, from_bytes
+
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    np = Lazy("numpy")
+
+ERRORS: dict[str, Better] = {"wer": "lower", "cer": "lower"}
+_NUM_WORST = 10
+"""Rows that details show."""
+
+
+def normalized(text: str, how: str, tokenizer: Any) -> str:
+    """Return a text as it is compared: by Whisper's own normalizers, or as it stands."""
+    if how == "none":
+        return text
+    from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
+
+    if how == "basic":
+        return str(BasicTextNormalizer()(text)).strip()
+    spelling = getattr(tokenizer, "english_spelling_normalizer", None) or {}
+    return str(EnglishTextNormalizer(spelling)(text)).strip()
+
+
+def error_rates(answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """Return `wer` and `cer`: words, and characters, that are wrong, missing or too many, of all that the
+    references have. Above 1 where more is written than is there."""
+    import jiwer
+
+    if not any(reference.split() for reference in references):
+        return {"wer": 0.0, "cer": 0.0}
+    return {
+        "wer": float(jiwer.wer(list(references), list(answers))),
+        "cer": float(jiwer.cer(list(references), list(answers))),
+    }
+
+
+class SpeechScores(Evaluator):
+    """`loss` by clip, or by token of a model that writes, and the error rates of what is written."""
+
+    def __init__(self, task: WritingTask) -> None:
+        self._task = task
+        self._sums = np.zeros(2)
+        self._rows: list[tuple[int, int, str, str]] = []
+        self._texts: tuple[list[str], list[str]] = [], []
+
+    def update(self, output: Output, batch: dict[str, Any]) -> None:
+        aside = batch["aside"]
+        self._sums += [float(output.loss_sum), sum(aside["supervised"])]
+        if output.generated is None:
+            return
+        named = zip(aside["ids"], aside["windows"], aside["weights"], aside["references"], strict=True)
+        for ids, (id, window, weight, references) in zip(output.generated.cpu().numpy(), named, strict=True):
+            if weight:
+                self._rows.append((id, window, self._task.decode(ids), references[0]))
+
+    def state(self) -> list[np.ndarray]:
+        return [self._sums, as_bytes(self._rows)]
+
+    def compute(self, states: Sequence[Sequence[np.ndarray]]) -> dict[str, float]:
+        loss_sum, num_supervised = np.sum([sums for sums, _ in states], axis=0).tolist()
+        rows = sorted((row for _, written in states for row in from_bytes(written)), key=lambda row: row[:2])
+        answers, references = [row[2] for row in rows], [row[3] for row in rows]
+        how, tokenizer = self._task.data.normalization, self._task.tokenizer
+        self._texts = (
+            [normalized(text, how, tokenizer) for text in answers],
+            [normalized(text, how, tokenizer) for text in references],
+        )
+        own = scores(answers, [[text] for text in references], self._task.evaluation, ())
+        return {"loss": loss_sum / max(num_supervised, 1)} | error_rates(*self._texts) | own
+
+    def details(self) -> dict[str, Any]:
+        """Return how many answers differ, the worst of them, and the error rates by words of the text."""
+        answers, references = self._texts
+        if not answers:
+            return {}
+
+        def scored(places: Sequence[int]) -> dict[str, float]:
+            return error_rates([answers[place] for place in places], [references[place] for place in places])
+
+        wrong = [
+            (error_rates([said], [text])["cer"], said, text)
+            for said, text in zip(answers, references, strict=True)
+        ]
+        worst = sorted((one for one in wrong if one[0] > 0), key=lambda one: -one[0])[:_NUM_WORST]
+        groups = by_length([len(text.split()) for text in references])
+        return {
+            "num_answers": len(answers),
+            "num_distinct_answers": len(set(answers)),
+            "worst": [{"cer": rate, "written": said, "text": text} for rate, said, text in worst],
+            "groups": {"words of the text": measured(groups, scored)},
+        }
