@@ -32,6 +32,9 @@ OneRow = Annotated[
     int | None,
     typer.Option("--row", min=1, metavar="K", help="Show this row alone, counted from 1, used or not."),
 ]
+OneSource = Annotated[
+    str | None, typer.Option("--source", metavar="ALIAS", help="Of several sources, show this one alone.")
+]
 Tokens = Annotated[bool, typer.Option("--tokens", help="Show samples token by token, with their numbers.")]
 
 
@@ -41,6 +44,7 @@ def inspect(
     role: RoleOption = Role.train,
     rows: NumRows = 3,
     row: OneRow = None,
+    source: OneSource = None,
     tokens: Tokens = False,
     as_json: AsJson = False,
     overrides: Overrides = [],  # noqa: B006
@@ -53,7 +57,7 @@ def inspect(
     from launcher.job.load import load
     from launcher.launch.prepare_data import look
 
-    seen = look(load(job, overrides), role.value, rows, row, tokens, _watcher())
+    seen = look(load(job, overrides), role.value, rows, row, tokens, _watcher(), source)
     if as_json:
         print_json(seen)
     else:

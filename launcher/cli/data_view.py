@@ -26,8 +26,16 @@ _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if
 
 
 def show(seen: dict[str, Any], console: Console, whole: bool) -> None:
-    """Print all that was seen of a data set; samples as a whole, or the beginning and the end of long ones."""
-    console.print(Text(prepared.line(seen), style="bold"))
+    """Print all that was seen of a data set, or of each of its sources; samples as a whole, or the beginning and
+    the end of long ones."""
+    if "sources" in seen:
+        console.print(Text(prepared.line(seen), style="bold"))
+        for source in seen["sources"]:
+            console.print()
+            show(source, console, whole)
+        return
+    heading = prepared.by_source(seen) if "source" in seen else prepared.line(seen)
+    console.print(Text(heading, style="bold"))
     for file in seen["files"]:
         console.print(Text(f"  {file['path']}"), soft_wrap=True)
     if warning := seen["refused"] or prepared.warning(seen):

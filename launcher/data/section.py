@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from pathlib import PurePath
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from launcher.values import Section
+from launcher.values import Section, Word
 
 
 class Source(Section):
@@ -30,13 +31,91 @@ class Source(Section):
     """Use only the first so many rows."""
 
 
+def parse_columns(value: Any) -> Any:
+    """Return a section of columns as it is. Raises ValueError for anything else."""
+    if value is not None and not isinstance(value, dict):
+        raise ValueError("write columns by the keys of data, as {text: body}")
+    return value
+
+
+class MixedSource(Source):
+    """One of several sources."""
+
+    alias: Word | None = None
+    """What metrics and reports call it: letters, digits, `_`, `.` and `-`. Left out, the name of its file
+    without its ending, or that of the data set."""
+    weight: float | None = Field(default=None, gt=0, le=1e9)
+    """Its share of the samples (packs, with packing) against the weights of the others: 3 and 1 are three
+    quarters and one. All sources have one, or none; without, every row comes once in an epoch."""
+    columns: Annotated[dict[str, Any] | None, BeforeValidator(parse_columns)] = None
+    """Columns of its own, by the keys of `data`, as `{text: body}`. Left out, those of `data`."""
+
+    def __hash__(self) -> int:
+        """Return the hash of its JSON: a mapping of columns has none."""
+        return hash(self.model_dump_json())
+
+
+class Sources(Source):
+    """Say where rows come from: one source, or a list of several."""
+
+    sources: tuple[MixedSource, ...] | None = None
+    """Several sources, each a section of these keys and three more. A list in the place of this section stands
+    for it: `train: [{path: a.jsonl}, {path: b.jsonl}]`."""
+
+    @property
+    def parts(self) -> tuple[Source, ...]:
+        """Return the sources: those of the list, or this one alone."""
+        return self.sources or (self,)
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        """Return what each source of the list is called, no two alike; nothing without a list."""
+        given: list[str] = []
+        asked_for = {source.alias for source in self.sources or ()}
+        for number, source in enumerate(self.sources or ()):
+            name = _short_name(source)
+            name = f"{name}-{number}" if name in asked_for or name in given else name
+            given.append(source.alias or name)
+        return tuple(given)
+
+    def key(self, role: str, number: int) -> str:
+        """Return the key of a source in a job file: `data.train`, or with a list `data.train.0`."""
+        return f"data.{role}" if self.sources is None else f"data.{role}.{number}"
+
+
+def parse_sources(value: Any) -> Any:
+    """Return a list of sources as the section that it stands for; anything else unchanged. Raises ValueError for
+    a list that is empty, or has an entry that is no section."""
+    if isinstance(value, Source) and not isinstance(value, Sources):
+        return value.model_dump(exclude_unset=True)
+    if not isinstance(value, (list, tuple)):
+        return value
+    if not value or not all(isinstance(one, (dict, Source)) for one in value):
+        wrong = "is empty" if not value else "has an entry that is no section of keys"
+        raise ValueError(f"the list {wrong}; write sources as [{{path: a.jsonl}}, {{path: b.jsonl}}]")
+    return {"sources": value}
+
+
+class Mixing(Section):
+    """Say in which shares several sources are mixed, and how long an epoch is."""
+
+    temperature: float = Field(default=1.0, ge=1, le=1e6)
+    """Shares by the sizes of the sources to the power of 1/temperature, as of mT5 (arXiv 2010.11934): 1 is by
+    size, and the higher it is, the more alike they are. In the place of weights."""
+    stopping_strategy: Literal["first_exhausted", "all_exhausted"] = "first_exhausted"
+    """When an epoch ends, by the names of `datasets`: once the first source is through, so that no row comes
+    twice in it; or once all are, so that every row comes, and those of the others again."""
+
+
 class Data(Section):
     """The rows, what in them is what, and how they become samples."""
 
-    train: Source
-    """Rows to learn from."""
-    evaluation: Source | None = None
-    """Rows held out, to measure on."""
+    train: Annotated[Sources, BeforeValidator(parse_sources)]
+    """Rows to learn from: a source, or a list of several."""
+    evaluation: Annotated[Sources, BeforeValidator(parse_sources)] | None = None
+    """Rows held out, to measure on: a source, or a list of several, which are measured one by one too."""
+    mixing: Mixing | None = None
+    """How several sources of `train` are mixed."""
     max_length: int = Field(default=1024, ge=8, le=100_000_000)
     """Tokens of the longest sample; with packing, of a pack."""
     packing: bool = False
@@ -54,3 +133,10 @@ class Data(Section):
     def one_length(self) -> bool:
         """Return whether all samples are of one length, so that none is padded beside another."""
         return False
+
+
+def _short_name(source: Source) -> str:
+    """Return a file's name without its endings, or the last part of a data set's name."""
+    if source.path is None:
+        return str(source.name).rstrip("/").rpartition("/")[2]
+    return PurePath(source.path).name.partition(".")[0].strip("*?") or "source"

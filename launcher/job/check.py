@@ -7,10 +7,7 @@ import itertools
 from collections.abc import Iterator
 
 from launcher import tasks
-from launcher.data.aligned import NUM_COLUMNS, unfit
-from launcher.data.rows import required
-from launcher.data.section import Source
-from launcher.job import slurm_options
+from launcher.job import check_sources, slurm_options
 from launcher.job.schema import Cluster, Job
 from launcher.job.training import Training
 from launcher.tasks.task import Finding, finding
@@ -18,11 +15,7 @@ from launcher.tasks.task import Finding, finding
 
 def findings(job: Job) -> Iterator[Finding]:
     """Everything in a job that contradicts itself."""
-    for role, source in (("train", job.data.train), ("evaluation", job.data.evaluation)):
-        if source is not None:
-            yield from _source(f"data.{role}", source)
-        if source is not None and source.targets is not None:
-            yield from _targets(f"data.{role}", source.targets, source, job)
+    yield from check_sources.findings(job)
     yield from tasks.of_job(job).checks()
     yield from _adapter(job)
     yield from _training(job)
@@ -30,44 +23,6 @@ def findings(job: Job) -> Iterator[Finding]:
     yield from _distillation(job)
     yield from _machine(job)
     yield from _slurm(job.cluster)
-
-
-def _targets(key: str, targets: str, source: Source, job: Job) -> Iterator[Finding]:
-    """Yield what goes against reading two text files side by side."""
-    if source.path is None:
-        reason = (
-            "is read line for line beside path, and there is none; a data set on the hub has its own columns"
-        )
-        yield finding(f"{key}.targets", targets, reason, f"{key}.path", f"{key}.name")
-        return
-    columns = required(tasks.of_job(job).columns)
-    if len(columns) != NUM_COLUMNS:
-        named = ", ".join(map(repr, columns))
-        reason = (
-            f"two files have two columns, and this job reads {len(columns)} ({named}); use .jsonl, .csv or "
-            ".tsv"
-        )
-        yield finding(f"{key}.targets", targets, reason, "model.task", "data")
-    for part, name in (("path", source.path), ("targets", targets)):
-        if (why := unfit(name)) is not None:
-            yield finding(f"{key}.{part}", name, why, f"{key}.path")
-
-
-def _source(key: str, source: Source) -> Iterator[Finding]:
-    parts = (f"{key}.path", f"{key}.name")
-    if source.path is None and source.name is None:
-        yield finding(key, None, "needs path (a local file) or name (a data set on the hub)", *parts)
-    if source.path is not None and source.name is not None:
-        yield finding(
-            f"{key}.name",
-            source.name,
-            "path and name are both there, and rows come from one place; leave one out",
-            *parts,
-        )
-    if source.name is None and source.subset is not None:
-        yield finding(
-            f"{key}.subset", source.subset, "only a hub data set (name) has subsets; leave it out", *parts
-        )
 
 
 def _adapter(job: Job) -> Iterator[Finding]:
@@ -115,6 +70,7 @@ def _training(job: Job) -> Iterator[Finding]:
         )
     yield from _unfreeze(job)
     yield from _schedule(training)
+    yield from _near_the_start(job)
     traits = tasks.find(job.model.task).traits
     if training.neftune_noise_alpha is not None and (traits.encoder_decoder or traits.unit != "token"):
         reason = (
@@ -159,6 +115,26 @@ def _unfreeze(job: Job) -> Iterator[Finding]:
         if one.at >= job.training.max_steps:  # type: ignore[operator]
             reason = f"never comes: the training has {job.training.max_steps} steps"
             yield finding("model.unfreeze", f"{one.at:g} (entry {number})", reason, "training.max_steps")
+
+
+def _near_the_start(job: Job) -> Iterator[Finding]:
+    """Yield what goes against staying near the start: none that was learned, or a step beyond it."""
+    training, key = job.training, "training.l2_sp.alpha"
+    if (near := training.l2_sp) is None:
+        return
+    if job.model.adapter is not None:
+        reason = "an adapter leaves the weights where they are, so they stay near; leave it out"
+        yield finding("training.l2_sp", None, reason, "model.adapter")
+    if job.model.weights == "random":
+        reason = "random weights are no place to stay near; leave it out, or write model.weights: pretrained"
+        yield finding("training.l2_sp", None, reason, "model.weights")
+    rates = [group.learning_rate or 0.0 for group in training.groups]
+    if near.alpha * (highest := max([training.learning_rate, *rates])) > 1:
+        reason = (
+            f"times the highest learning rate ({highest:g}) is above 1: a step would go beyond the start; "
+            f"write {1 / highest:g} or less"
+        )
+        yield finding(key, near.alpha, reason, "training.learning_rate")
 
 
 _OF_SCHEDULES = {

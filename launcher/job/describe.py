@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from launcher import tasks
-from launcher.data.section import Data
+from launcher.data.section import Data, parse_columns, parse_sources
 from launcher.job.schema import Job, known_task
 from launcher.job.tuning import parse_freeze, parse_layers, parse_share
 from launcher.values import Interval, parse_seconds
@@ -25,6 +25,8 @@ _IN_WORDS: dict[Any, str] = {
     parse_layers: "layers by their numbers from 0, as 0-7 or 5, or all, or all but last 4",
     parse_share: "a share of all steps below 1, or as 10%, or a whole number of steps from 1",
     parse_freeze: "a list of patterns of parameter names, or a section of keys",
+    parse_columns: "columns by the keys of `data`, as `{text: body}`",
+    parse_sources: "a source (a section of keys), or a list of sources",
 }
 """Forms of a value that a function reads, as people write it."""
 
@@ -41,7 +43,8 @@ class Key:
 
 def section_of(field: FieldInfo) -> type[BaseModel] | None:
     """The section that a field holds; None for a plain value."""
-    for candidate in (field.annotation, *get_args(field.annotation)):
+    parts = (field.annotation, *get_args(field.annotation))
+    for candidate in (*parts, *(inner for part in parts for inner in get_args(part))):
         if isinstance(candidate, type) and issubclass(candidate, BaseModel) and candidate is not Interval:
             return candidate
     return None

@@ -10,7 +10,7 @@ from launcher import tasks
 from launcher.data.folder import file_column, why_no_rows
 from launcher.data.formats import FORMATS
 from launcher.data.saved import saved_splits
-from launcher.data.section import Data, Source
+from launcher.data.section import Data, Source, Sources
 from launcher.errors import Problem
 from launcher.job import adapter_directory
 from launcher.job.schema import Job, Model
@@ -28,16 +28,12 @@ def nearest_file(path: Path) -> str:
 def resolve(job: Job, folder: Path) -> tuple[Job, list[Problem]]:
     """The job with absolute paths, and a problem for each file that is not there."""
     problems: list[Problem] = []
-    sources = {}
     holds_files = file_column(tasks.of_job(job).columns) is not None
-    for role, source in (("train", job.data.train), ("evaluation", job.data.evaluation)):
-        if source is not None and source.path is not None:
-            key = f"data.{role}.path"
-            sources[role] = (
-                _source(source, key, folder, problems, holds_files)
-                if source.targets is None
-                else _pair(source, key, folder, problems)
-            )
+    sources = {
+        role: _sources(given, role, folder, problems, holds_files)
+        for role, given in (("train", job.data.train), ("evaluation", job.data.evaluation))
+        if given is not None
+    }
     data: Data = job.data.model_copy(update=sources)
     memory = job.memory
     if memory.offload_to != "cpu":
@@ -48,6 +44,21 @@ def resolve(job: Job, folder: Path) -> tuple[Job, list[Problem]]:
     if job.distillation is not None:
         changed["distillation"] = _taught(job.distillation, folder, problems)
     return job.model_copy(update=changed), problems
+
+
+def _sources(given: Sources, role: str, folder: Path, problems: list[Problem], holds_files: bool) -> Sources:
+    """A source, or each of a list."""
+    parts: list[Source] = []
+    for number, source in enumerate(given.parts):
+        key = f"{given.key(role, number)}.path"
+        if source.path is not None and source.targets is None:
+            source = _source(source, key, folder, problems, holds_files)
+        elif source.path is not None:
+            source = _pair(source, key, folder, problems)
+        parts.append(source)
+    if given.sources is None:
+        return given.model_copy(update={"path": parts[0].path, "targets": parts[0].targets})
+    return given.model_copy(update={"sources": tuple(parts)})
 
 
 def _taught(distillation: Distillation, folder: Path, problems: list[Problem]) -> Distillation:

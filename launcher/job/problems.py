@@ -62,6 +62,8 @@ def translate(error: ValidationError, content: dict[str, Any]) -> list[Problem]:
     task = task_of(content)
     for item in error.errors(include_url=False):
         path, section, field = _locate(item["loc"], job_type(task))
+        deep = len(path) == len(item["loc"])
+        path = _without_sources(path, content)
         key = ".".join(path)
         if item["type"] == "extra_forbidden":
             shown = None if isinstance(item["input"], (dict, list)) else item["input"]
@@ -70,7 +72,7 @@ def translate(error: ValidationError, content: dict[str, Any]) -> list[Problem]:
                     problems[key] = Problem(key, shown, _of_another_task(task, section, owners))
                 continue
             problems[key] = Problem(key, shown, _unknown(path, section))
-        elif item["type"] == "missing" and len(path) == len(item["loc"]):
+        elif item["type"] == "missing" and deep:
             problems[key] = Problem(
                 key, None, f"is missing: {docstring(section, _field_name(section, path[-1]))}"
             )
@@ -80,6 +82,12 @@ def translate(error: ValidationError, content: dict[str, Any]) -> list[Problem]:
                 key, None if isinstance(value, dict) else value, _reason(item, field, value)
             )
     return list(problems.values())
+
+
+def _without_sources(path: list[str], content: dict[str, Any]) -> list[str]:
+    """Return the key as people wrote it: a list of sources stands in the place of a section with that list."""
+    is_list = isinstance(_value(content, path[:2]), (list, tuple))
+    return [*path[:2], *path[3:]] if is_list and path[2:3] == ["sources"] else path
 
 
 def _owners(path: list[str]) -> list[str]:

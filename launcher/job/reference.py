@@ -49,6 +49,11 @@ def json_schema() -> dict[str, Any]:
     schema["properties"]["data"] = {
         "anyOf": [{"$ref": f"#/$defs/{columns.__name__}"} for columns in columns_by_task().values()]
     }
+    for columns in columns_by_task().values():
+        properties = schema["$defs"][columns.__name__]["properties"]
+        several = {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/MixedSource"}}
+        properties["train"] = {"anyOf": [several, properties["train"]]}
+        properties["evaluation"]["anyOf"].insert(0, several)
     schema["$defs"].pop(Data.__name__)
     schema["$defs"]["Model"]["properties"]["task"]["enum"] = list(tasks.TASKS)
     schema["$defs"]["Interval"] = _INTERVAL

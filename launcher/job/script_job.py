@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import tasks
-from launcher.data.section import Source
+from launcher.data.section import Sources
 from launcher.errors import ConfigurationError
 from launcher.job import check, paths, profile
 from launcher.job.job_file import read
@@ -17,7 +17,7 @@ from launcher.job.schema import Job
 
 OWN = "(the script's own)"
 """Stands in a plan where the script decides."""
-NO_DATA = tasks.find("causal-lm").Columns(train=Source(name=OWN))
+NO_DATA = tasks.find("causal-lm").Columns(train=Sources(name=OWN))
 _DECIDED_BY_THE_SCRIPT = ("data", "batch", "training", "checkpoint", "trackers")
 _CHECKED = ("cluster", "parallel", "memory", "precision", "model.name", "name")
 

@@ -58,6 +58,15 @@ class WeightAverage(Section):
     """Measure the averages, in training and in `launcher evaluate` and `predict`, in place of the weights."""
 
 
+class StartingPoint(Section):
+    """Pull the weights towards those that training begins with (L2-SP, Li et al. 2018, arXiv 1802.01483): one
+    more fp32 number for each that trains."""
+
+    alpha: float = Field(gt=0, le=1e9)
+    """In each step a weight first moves by learning rate x alpha x its distance from the start: as by
+    `weight_decay` towards zero, apart from the gradient."""
+
+
 class Training(Section):
     """Say how long to train, how fast, and with what."""
 
@@ -104,6 +113,8 @@ class Training(Section):
     [-1, 1] (NEFTune, arXiv 2310.05914); 5 to 15 in its paper."""
     ema: WeightAverage | None = None
     """Keep a moving average of the weights, for evaluation and export."""
+    l2_sp: StartingPoint | None = None
+    """Stay near the weights that training begins with, of which a new head has none."""
     clip_norm: float = Field(default=1.0, ge=0)
     """The largest global gradient norm; 0 leaves gradients as they are."""
     seed: int = Field(default=17, ge=0)

@@ -16,15 +16,28 @@ MODULE = "launcher.training.data.inspect"
 
 
 def look(
-    job: Job, role: str, num_rows: int, row: int | None, tokens: bool, watcher: Watcher
+    job: Job,
+    role: str,
+    num_rows: int,
+    row: int | None,
+    tokens: bool,
+    watcher: Watcher,
+    source: str | None = None,
 ) -> dict[str, Any]:
-    """Return what `run` would train on: counts, lengths, labels and samples of one data set. Raises
-    ConfigurationError where there is none."""
+    """Return what `run` would train on: counts, lengths, labels and samples of one data set, of each of its
+    sources, or of the one that is named. Raises ConfigurationError where there is none."""
     if role == "evaluation" and job.data.evaluation is None:
         raise ConfigurationError(
             Problem("--role", role, "the job names no data.evaluation; look at train, or name held-out rows")
         )
-    request = {"roles": [role], "show": True, "num_rows": num_rows, "row": row, "tokens": tokens}
+    request = {
+        "roles": [role],
+        "show": True,
+        "num_rows": num_rows,
+        "row": row,
+        "tokens": tokens,
+        "source": source,
+    }
     [datasets] = ask(_here(job), MODULE, request, "data.json", watcher)["datasets"]
     result: dict[str, Any] = datasets
     return result

@@ -67,7 +67,7 @@ def final_metrics(runs: Sequence[RunContent]) -> list[tuple[str, list[tuple[int,
 
 @dataclass(frozen=True)
 class Summary:
-    """What a line comes to: its first and last value, and its lowest and highest with their steps."""
+    """Hold what a line comes to: its first and last value, and its lowest and highest with their steps."""
 
     first: float
     last: float

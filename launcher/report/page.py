@@ -26,7 +26,7 @@ _SIZES = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 @dataclass(frozen=True)
 class Report:
-    """What the page tells of. `notice` puts an event into words, None where it is worth none."""
+    """Hold what the page tells of. `notice` puts an event into words, None where it is worth none."""
 
     title: str
     runs: Sequence[RunContent]

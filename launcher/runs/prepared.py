@@ -81,7 +81,16 @@ def lines(record: dict[str, Any]) -> list[str]:
     """All that such an event says to people; nothing of any other event."""
     if record.get("event") != "prepared":
         return []
-    return [line_or_none for line_or_none in (line(record), warning(record)) if line_or_none]
+    each = [f"  {by_source(one)}" for one in record.get("by_source", ())]
+    return [line_or_none for line_or_none in (line(record), *each, warning(record)) if line_or_none]
+
+
+def by_source(record: dict[str, Any]) -> str:
+    """Return what became of the rows of one of several sources: one line."""
+    text = line({**record, "role": record["source"]})
+    if record["in_an_epoch"] != record["num_items"]:
+        text += f"; {record['in_an_epoch']:,} of {record['num_items']:,} in an epoch"
+    return text
 
 
 def numbers(record: dict[str, Any]) -> dict[str, Any]:

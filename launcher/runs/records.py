@@ -88,6 +88,19 @@ def _texts_by_name(value: Any) -> bool:
     return isinstance(value, dict) and all(map(_text, value.values()))
 
 
+def _reports(value: Any) -> bool:
+    """Return whether it is a list of sources, each with its name and its counts."""
+    counts = ("in_an_epoch", "rows_read", "rows_used", "num_cut", "num_items", "num_tokens")
+    return isinstance(value, list) and all(
+        isinstance(one, dict)
+        and _text(one.get("source"))
+        and all(_count(one.get(name)) for name in counts)
+        and _counts(one.get("dropped"))
+        and _text(one.get("unit"))
+        for one in value
+    )
+
+
 _FIELDS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(
         ("event", "phase", "unit", "kind", "text", "checkpoint", "metric", "role", "reason", "signal", "job"),
@@ -100,6 +113,8 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("rows_read", "rows_used", "num_cut"), _count),
     "time": _time,
     "metrics": _numbers,
+    "loss_by_source": _numbers,
+    "by_source": _reports,
     "dropped": _counts,
     "nodes": _texts,
     "examples": _examples,

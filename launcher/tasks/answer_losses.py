@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from launcher.lazy import Lazy
-from launcher.tasks.task import Output
+from launcher.tasks.task import KEEPS_LOSSES, Output
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +33,7 @@ def span_loss(model: torch.nn.Module, batch: dict[str, Any]) -> Output:
     positions = batch["positions"].clamp(0, beyond)
     losses = functional.cross_entropy(logits, positions, ignore_index=beyond, reduction="none").mean(dim=-1)
     correct = (logits.argmax(dim=1) == positions).all(dim=-1).float()
-    return Output(
-        (losses * batch["weights"]).sum(), (correct * batch["weights"]).sum().detach(), logits.detach()
-    )
+    weighted = losses * batch["weights"]
+    kept = weighted.detach() if KEEPS_LOSSES in batch else None
+    num_correct = (correct * batch["weights"]).sum().detach()
+    return Output(weighted.sum(), num_correct, logits.detach(), losses=kept)

@@ -64,6 +64,7 @@ class CausalLM(WritingTask):
     column_ways = (("prompt", "completion"), ("messages",), ("text",))
     compared_by = EXACT | OVERLAP
     distils = True
+    keeps_losses = True
     data: CausalColumns
 
     def __init__(self, data: CausalColumns, labels: list[str] | None = None) -> None:
@@ -124,7 +125,7 @@ class CausalLM(WritingTask):
     def prepare(self, processor: Any) -> None:
         """Find the tokens that begin and end a text. Raises ConfigurationError without an end token, or a
         template for chat."""
-        self.tokenizer = processor
+        self.tokenizer, self._borders, self._chat = processor, None, None
         if self.data.messages is not None:
             from launcher.tasks.chat.template import ChatTemplate
 

@@ -43,6 +43,7 @@ class Classification(Task):
 
     head_name: ClassVar[str]
     """How the names of transformers' classes with such a head end, behind `For`."""
+    keeps_losses = True
     data: LabelColumns
 
     def __init__(self, data: LabelColumns, labels: list[str] | None = None) -> None:

@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+KEEPS_LOSSES = "keeps_losses"
+"""A key of a training batch of several sources: its `Output` is to have `losses`, by which each source's is
+counted."""
+
 
 class Output(NamedTuple):
     """Sums over what this micro-batch supervises; a NamedTuple, because sharding looks for tensors inside."""
@@ -23,8 +27,8 @@ class Output(NamedTuple):
     router_loss_sum: torch.Tensor | None = None
     """Scalar, of `loss_sum`: what a mixture of experts adds for the balance of its routers."""
     losses: torch.Tensor | None = None
-    """fp32, flat over the positions: the loss of each, 0 where nothing is learned. Of an evaluation of a
-    language model alone."""
+    """fp32, flat over the positions, or one for each sample: the loss of each, 0 where nothing is learned. Of an
+    evaluation of a language model, and of a training batch that has the key `keeps_losses`."""
     generated: torch.Tensor | None = None
     """What the model wrote to each sample of the batch, int64 [samples, n], where the task has it write; set
     beside `loss`."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.lazy import Lazy
 from launcher.tasks.distillation import Distillation, label_divergence
-from launcher.tasks.task import Output
+from launcher.tasks.task import KEEPS_LOSSES, Output
 
 if TYPE_CHECKING:
     import numpy as np
@@ -131,7 +131,7 @@ def label_loss(
     """
     from launcher.training.heads import own_forward
 
-    inputs = {key: value for key, value in batch.items() if key not in ("labels", "weights")}
+    inputs = {key: value for key, value in batch.items() if key not in ("labels", "weights", KEEPS_LOSSES)}
     logits = own_forward(model, inputs).logits.float()
     labels, weights = batch["labels"], batch["weights"]
     loss = LabelLoss(loss) if isinstance(loss, str) else loss
@@ -147,7 +147,9 @@ def label_loss(
         correct = ((logits > 0) == (labels > 0.5)).all(dim=-1).float()
     else:
         correct = torch.zeros_like(losses)
-    return Output((losses * weights).sum(), (correct * weights).sum().detach(), logits.detach())
+    weighted = losses * weights
+    kept = weighted.detach() if KEEPS_LOSSES in batch else None
+    return Output(weighted.sum(), (correct * weights).sum().detach(), logits.detach(), losses=kept)
 
 
 def _logits_of_teacher(teacher: torch.nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:

@@ -50,6 +50,7 @@ class MaskedLM(Task):
 
     name = "masked-lm"
     traits = Traits("packed", causal=False, head="every-position", windows=True)
+    keeps_losses = True
     Columns = MaskedColumns
     column_ways = (("text",),)
     data: MaskedColumns

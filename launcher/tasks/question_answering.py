@@ -50,6 +50,7 @@ class QuestionAnswering(Task):
 
     name = "question-answering"
     traits = Traits("padded", causal=False, head="every-position", peft_type="QUESTION_ANS", windows=True)
+    keeps_losses = True
     Columns = QuestionColumns
     column_ways = (("question", "context", "answers"),)
     data: QuestionColumns

@@ -46,6 +46,7 @@ class SequenceToSequence(WritingTask):
     traits = Traits(
         "padded", causal=False, head="every-position", encoder_decoder=True, peft_type="SEQ_2_SEQ_LM"
     )
+    keeps_losses = True
     Columns = PairColumns
     column_ways = (("source", "target"),)
     compared_by = OVERLAP

@@ -17,7 +17,7 @@ from launcher.metrics import Better
 from launcher.tasks import classes
 from launcher.tasks.companion import Companion
 from launcher.tasks.distillation import Distillation
-from launcher.tasks.evaluator import Evaluator, Output
+from launcher.tasks.evaluator import KEEPS_LOSSES, Evaluator, Output
 from launcher.tasks.findings import Finding, Left, finding
 from launcher.tasks.generation import AnswerOptions, Evaluation, GenerationOptions
 from launcher.tasks.sample import IGNORE, Draws, Encoded, Sample, ends_of, sample_at
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "IGNORE",
+    "KEEPS_LOSSES",
     "AnswerOptions",
     "Better",
     "Companion",
@@ -63,6 +64,9 @@ class Task(ABC):
     """Whether the model can write an answer to a row, so that a job may set `evaluation.generate`."""
     distils: ClassVar[bool] = False
     """Whether its loss asks a teacher where a job names one."""
+    keeps_losses: ClassVar[bool] = False
+    """Whether `loss` gives the loss of each position or sample where a batch asks for it (`KEEPS_LOSSES`): by it
+    the loss of each of several sources is known."""
     for_prediction: bool = False
     """Whether rows are answered: labels may be absent, and `columns`, `texts` and `encode` ask for none."""
     keeps_fitted: bool = False

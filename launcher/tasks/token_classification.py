@@ -17,6 +17,7 @@ from launcher.tasks.tagged_rows import Marked, TaggedColumns
 from launcher.tasks.tagged_samples import Pieces
 from launcher.tasks.task import (
     IGNORE,
+    KEEPS_LOSSES,
     AnswerOptions,
     Better,
     Draws,
@@ -52,6 +53,7 @@ class TokenClassification(Task):
 
     name = "token-classification"
     traits = Traits("padded", causal=False, head="few-per-position", peft_type="TOKEN_CLS", windows=True)
+    keeps_losses = True
     Columns = TaggedColumns
     column_ways = (("words", "tags"), ("text", "spans"))
     data: TaggedColumns
@@ -249,7 +251,11 @@ class TokenClassification(Task):
         labels = batch["labels"].flatten()
         loss_sum = functional.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
         num_correct = (logits.detach().argmax(dim=-1) == labels).sum().float()
-        return Output(loss_sum, num_correct, logits.detach().index_select(0, batch["positions"]))
+        kept = None
+        if KEEPS_LOSSES in batch:
+            kept = functional.cross_entropy(logits.detach(), labels, ignore_index=IGNORE, reduction="none")
+        predictions = logits.detach().index_select(0, batch["positions"])
+        return Output(loss_sum, num_correct, predictions, losses=kept)
 
     def evaluator(self) -> Evaluator:
         return TagScores(self.labels or (), self.data.scheme)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from launcher.planner.plan import Plan
 from launcher.training.checkpoint.boxes import FlatShard
+from launcher.training.engines.around import Around, part_of, trained_names
 from launcher.training.engines.engine import Engine
-from launcher.training.model import adapters
 
 PREFIX = "ema."
 """Of an averaged weight's name in a checkpoint, where the weight itself has `model.`."""
@@ -30,12 +29,7 @@ def read_from_average(
     return {renamed.get(name, name): tensor for name, tensor in tensors.items()}
 
 
-def trained_names(engine: Engine) -> list[str]:
-    """Return the names of what trains, in the model's order."""
-    return [name for name, one in adapters.named_parameters(engine.model) if one.requires_grad]
-
-
-class AveragedEngine:
+class AveragedEngine(Around):
     """An engine that keeps an average of its weights: after each step decay x average + (1 - decay) x weights,
     fp32, from the weights that training begins with.
 
@@ -44,27 +38,17 @@ class AveragedEngine:
 
     def __init__(self, engine: Engine, decay: float) -> None:
         """Take an engine that is loaded."""
-        self._engine, self._decay = engine, decay
+        super().__init__(engine)
+        self._decay = decay
         self._weights = {name: engine.state_dict()[f"model.{name}"] for name in trained_names(engine)}
-        self._averages = {name: _part(weight).clone() for name, weight in self._weights.items()}
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
-
-    @property
-    def stage(self) -> int:
-        return self._engine.stage
-
-    @stage.setter
-    def stage(self, stage: int) -> None:
-        self._engine.stage = stage
+        self._averages = {name: part_of(weight).clone() for name, weight in self._weights.items()}
 
     @torch.no_grad()
     def optimizer_step(self, learning_rate: float, multiplier: float) -> None:
         """Take the engine's step, and let the average follow."""
         self._engine.optimizer_step(learning_rate, multiplier)
         for name, average in self._averages.items():
-            average.lerp_(_part(self._weights[name]), 1 - self._decay)
+            average.lerp_(part_of(self._weights[name]), 1 - self._decay)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return the engine's tensors, and each average as its weight is cut."""
@@ -89,18 +73,11 @@ class AveragedEngine:
         """Put each average in its weight's place, and the weight in that of the average."""
         self._engine.state_dict()  # gathered units are let go of: their shards are what is written to
         for name, average in self._averages.items():
-            weight = _part(self._weights[name])
+            weight = part_of(self._weights[name])
             kept = weight.clone()
             weight.copy_(average)
             average.copy_(kept)
         self._engine.after_load()
-
-
-def _part(tensor: torch.Tensor) -> torch.Tensor:
-    """Return this rank's values of a tensor as an engine gives it, which may be written to."""
-    if isinstance(tensor, FlatShard):
-        return tensor.values() if tensor.count else torch.empty(0)
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _cut_alike(weight: torch.Tensor, part: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from launcher.tasks.distillation import Distillation
-from launcher.tasks.task import Output
+from launcher.tasks.task import KEEPS_LOSSES, Output
 from launcher.training import heads
 from launcher.training.heads import Batch
 from launcher.training.loss import CrossEntropy, LogitTransform, SoftTargets, chunked_cross_entropy
@@ -53,6 +53,7 @@ def _entropy(
                     bias=head.bias,
                     transform=LogitTransform.of(model.config.get_text_config()),
                     soft=soft,
+                    keep_losses=KEEPS_LOSSES in batch,
                 )
             )
 

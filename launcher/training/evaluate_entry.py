@@ -22,14 +22,13 @@ from launcher.runs import events
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.training import confidence, entry
 from launcher.training.confidence import Apart, Whole
-from launcher.training.data.batches import Batches
 from launcher.training.data.dataset import Dataset
-from launcher.training.data.order import Order
-from launcher.training.data.prepare import prepare, refuse_mostly_dropped
-from launcher.training.data.sources import open_source
+from launcher.training.data.mixed import prepare_sources
+from launcher.training.data.prepare import refuse_mostly_dropped
+from launcher.training.data.sources import rows_of
 from launcher.training.devices import start_process_group
 from launcher.training.engines.engine import Engine
-from launcher.training.evaluation import Interrupted, evaluate
+from launcher.training.evaluation import Interrupted, batches_by_source, evaluate
 from launcher.training.inputs import phase_report, refuse_tokens
 from launcher.training.model.loss_check import check_loss
 from launcher.training.signals import StopRequest
@@ -48,19 +47,14 @@ class Measuring:
 
     def dataset(self, subject: Subject, leads: bool) -> Dataset:
         """The held-out rows as samples for this model. Called before the ranks know each other."""
-        source, plan, task = subject.plan.data.evaluation, subject.plan, subject.task
-        assert source is not None
+        given, plan, task = subject.plan.data.evaluation, subject.plan, subject.task
+        assert given is not None
         if task.labels_given:
-            task.refuse_unknown(open_source(source, task.columns))
-        dataset = prepare(
-            source,
-            "evaluation",
-            plan,
-            task,
-            subject.tokenizer,
-            phase_report(self.scratch, "preparing", "rows"),
-        )
-        refuse_mostly_dropped(dataset.report, plan)
+            task.refuse_unknown(rows_of(given, plan, task))
+        report = phase_report(self.scratch, "preparing", "rows")
+        dataset = prepare_sources(given, "evaluation", plan, task, subject.tokenizer, report)
+        for one in dataset.reports:
+            refuse_mostly_dropped(one, plan)
         if leads:
             events.event(self.scratch.events_file, "prepared", **dataset.report.to_dict())
         task.configure(subject.config)
@@ -83,9 +77,8 @@ class Measuring:
                 global_batch_size=size, micro_batch_size=1, accumulation_steps=1, data_parallel_size=size
             )
             plan = plan.model_copy(update={"batch": each})
-            order = Order(0, dataset.num_items, shuffle=False)
-            batches = Batches(dataset, order, each, distributed.get_rank(), dataset.num_items)
-            evaluator = Apart(subject.task.evaluator, confidence.ids_of(batches))
+            ids = [id for batches in batches_by_source(dataset, plan) for id in confidence.ids_of(batches)]
+            evaluator = Apart(subject.task.evaluator, ids)
         report = (
             phase_report(self.scratch, "evaluating", "batches") if distributed.get_rank() == 0 else _silent
         )

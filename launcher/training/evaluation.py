@@ -16,7 +16,8 @@ from launcher.training import exchange
 from launcher.training.data.ahead import Loader
 from launcher.training.data.batches import Batches
 from launcher.training.data.dataset import Dataset
-from launcher.training.data.order import Order
+from launcher.training.data.mixed import MixedDataset
+from launcher.training.data.order import Stretch
 from launcher.training.devices import to_device
 from launcher.training.engines.engine import Engine
 
@@ -38,46 +39,69 @@ def evaluate(
     details: Callable[[dict[str, Any]], object] = lambda details: None,
     evaluator: Evaluator | None = None,
 ) -> dict[str, float]:
-    """Metrics over every sample of `dataset`, equal on all ranks.
+    """Metrics over every sample of `dataset`, equal on all ranks; of several sources also those of each, as
+    `ALIAS/loss`.
 
     `stopping` is asked before every batch, on all ranks, and must answer the same on each; a yes raises
     Interrupted. `leaving` is asked before every token that is written, on each rank by itself; a yes ends
     the writing of this rank, where `stopping` will be a yes too. `details` is called with what no single
     number shows. `evaluator`, where it is given, takes the place of the task's own.
     """
-    mesh, size = plan.mesh, plan.batch.data_parallel_size
-    data_rank = mesh.data_rank(distributed.get_rank())
-    micro = plan.batch.micro_batch_size
-    cut = BatchPlan(
-        global_batch_size=micro * size, micro_batch_size=micro, accumulation_steps=1, data_parallel_size=size
-    )
-    batches = Batches(dataset, Order(0, dataset.num_items, shuffle=False), cut, data_rank, dataset.num_items)
-    loader = Loader(task, batches, plan, lambda step: Draws(plan.training.seed, 0))
-    evaluator = evaluator or task.evaluator()
-    here.at("evaluating", total=batches.num_steps)
-    for step in range(batches.num_steps):
-        if stopping():
-            raise Interrupted
-        items = batches.step(step).micro_batches[0]
-        batch = loader.batch(step, 0, items)
-        output = engine.evaluate(to_device(batch, plan.mesh.device))
-        if task.generates:
-            output = output._replace(generated=written(engine, task, items, plan.mesh.device, leaving))
-        evaluator.update(output, batch)
-        here.moved(step + 1)
-        report(step + 1, batches.num_steps)
+    parts = batches_by_source(dataset, plan)
+    whole = evaluator or task.evaluator()
+    each = [task.evaluator() for _ in parts] if isinstance(dataset, MixedDataset) else []
+    done, total = 0, sum(batches.num_steps for batches in parts)
+    here.at("evaluating", total=total)
+    for number, batches in enumerate(parts):
+        loader = Loader(task, batches, plan, lambda step: Draws(plan.training.seed, 0))
+        for step in range(batches.num_steps):
+            if stopping():
+                raise Interrupted
+            items = batches.step(step).micro_batches[0]
+            batch = loader.batch(step, 0, items)
+            output = engine.evaluate(to_device(batch, plan.mesh.device))
+            if task.generates:
+                output = output._replace(generated=written(engine, task, items, plan.mesh.device, leaving))
+            for one in (whole, *each[number : number + 1]):
+                one.update(output, batch)
+            done += 1
+            here.moved(done)
+            report(done, total)
     if task.generates and stopping():
         raise Interrupted  # what was written last may have been cut short
     here.at("measuring")
+    metrics, told = _measured(whole, plan)
+    details(told)
+    if isinstance(dataset, MixedDataset):
+        for alias, one in zip(dataset.aliases, each, strict=True):
+            metrics |= {f"{alias}/{name}": value for name, value in _measured(one, plan)[0].items()}
+    return metrics
+
+
+def batches_by_source(dataset: Dataset, plan: Plan) -> list[Batches]:
+    """Return a rank's batches of an evaluation, in the order of the rows: of each source by itself, so that no
+    batch has rows of two."""
+    size, micro = plan.batch.data_parallel_size, plan.batch.micro_batch_size
+    cut = BatchPlan(
+        global_batch_size=micro * size, micro_batch_size=micro, accumulation_steps=1, data_parallel_size=size
+    )
+    data_rank = plan.mesh.data_rank(distributed.get_rank())
+    return [
+        Batches(dataset, Stretch(dataset.num_items, begin), cut, data_rank, end - begin)
+        for begin, end in dataset.stretches
+    ]
+
+
+def _measured(evaluator: Evaluator, plan: Plan) -> tuple[dict[str, float], dict[str, Any]]:
+    """Return the metrics of all ranks' evaluators, and their details, equal on all ranks."""
     states = exchange.all_gather_arrays(evaluator.state())
     # Ranks that share their samples have seen the same: the first of them stands for all.
-    seen = [state for rank, state in enumerate(states) if mesh.counts(rank, DATA_AXES)]
+    seen = [state for rank, state in enumerate(states) if plan.mesh.counts(rank, DATA_AXES)]
     leads = distributed.get_rank() == 0
     metrics = evaluator.compute(seen) if leads else {}
     told = evaluator.details() if leads else {}
     metrics, told = exchange.from_first([{name: float(value) for name, value in metrics.items()}, told])
-    details(told)
-    return dict(metrics)
+    return dict(metrics), dict(told)
 
 
 def written(

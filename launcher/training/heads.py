@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from launcher.tasks.task import IGNORE, Head, Output
+from launcher.tasks.task import IGNORE, KEEPS_LOSSES, Head, Output
 from launcher.training.ctc_head import ctc
 from launcher.training.loss import CrossEntropy, LogitTransform, chunked_cross_entropy
 from launcher.training.model.forward import (
@@ -65,7 +65,7 @@ def causal_lm(
         with outputs_of(decoder_of(model) if routes else model) as seen:
             logits = own_forward(model, inputs).logits
         outputs = seen[-1] if routes else None
-        entropy = cross_entropy_of(logits.flatten(0, 1), batch["targets"])
+        entropy = cross_entropy_of(logits.flatten(0, 1), batch["targets"], KEEPS_LOSSES in batch)
     else:
         decoder = decoder_of(model)
         outputs = decoder(**accepted(type(decoder), inputs))
@@ -104,6 +104,7 @@ def encoder_decoder(model: PreTrainedModel, batch: Batch, smoothing: float = 0.0
         transform=LogitTransform.of(model.config.get_text_config(decoder=True)),
         count_correct=not torch.is_grad_enabled(),
         smoothing=smoothing,
+        keep_losses=KEEPS_LOSSES in batch,
     )
     return Output(entropy.loss_sum, entropy.num_correct, losses=entropy.losses)
 
@@ -154,6 +155,7 @@ def _loss_in_chunks(model: PreTrainedModel, outputs: Any, batch: Batch) -> Cross
         bias=head.bias,
         transform=LogitTransform.of(model.config.get_text_config()),
         count_correct=not torch.is_grad_enabled(),
+        keep_losses=KEEPS_LOSSES in batch,
     )
 
 

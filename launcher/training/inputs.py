@@ -20,7 +20,8 @@ from launcher.runs.layout import RunDirectory
 from launcher.runs.phases import PhaseReport
 from launcher.tasks.task import Task
 from launcher.training.data.dataset import Dataset
-from launcher.training.data.prepare import prepare, refuse_mostly_dropped
+from launcher.training.data.mixed import prepare_sources
+from launcher.training.data.prepare import refuse_mostly_dropped
 from launcher.training.data.sources import refuse_change
 from launcher.training.data.spread import shape
 from launcher.training.model import model_files, pretrained
@@ -45,7 +46,8 @@ class TrainingInputs:
         data is not what the run began with, or where most rows would be dropped."""
         material = cls.of(run, plan)
         for dataset in material.datasets:
-            refuse_mostly_dropped(dataset.report, plan)
+            for one in dataset.reports:
+                refuse_mostly_dropped(one, plan)
             refuse_change(run.path / f"data-{dataset.report.role}.json", dataset.report)
         if os.environ.get("RANK", "0") == "0":
             for dataset in material.datasets:
@@ -65,19 +67,12 @@ class TrainingInputs:
         tokenizer = pretrained.read_processor(plan)
         task = tasks.build(plan, tokenizer)
         task.adopt(config)
-        train = prepare(
-            plan.data.train, "train", plan, task, tokenizer, phase_report(run, "preparing", "rows")
-        )
+        report = phase_report(run, "preparing", "rows")
+        train = prepare_sources(plan.data.train, "train", plan, task, tokenizer, report)
         evaluation = None
-        if plan.data.evaluation is not None:
-            evaluation = prepare(
-                plan.data.evaluation,
-                "evaluation",
-                plan,
-                task,
-                tokenizer,
-                phase_report(run, "preparing", "rows"),
-            )
+        if (held_out := plan.data.evaluation) is not None:
+            report = phase_report(run, "preparing", "rows")
+            evaluation = prepare_sources(held_out, "evaluation", plan, task, tokenizer, report)
         task.learn_from(train.column)
         task.configure(config)
         check_teacher(plan, task, tokenizer)

@@ -49,7 +49,8 @@ class CrossEntropy(NamedTuple):
     loss_sum: torch.Tensor
     num_correct: torch.Tensor
     losses: torch.Tensor | None = None
-    """Of each position, fp32 [tokens], 0 where nothing is supervised; where nothing is trained."""
+    """Of each position, fp32 [tokens], 0 where nothing is supervised; where nothing is trained, or they are
+    kept."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ def chunked_cross_entropy(
     count_correct: bool = False,
     smoothing: float = 0.0,
     soft: SoftTargets | None = None,
+    keep_losses: bool = False,
 ) -> CrossEntropy:
     """Summed cross entropy of `hidden` [tokens, hidden] against `targets` [tokens] through `weight`
     [vocabulary, hidden].
@@ -97,15 +99,23 @@ def chunked_cross_entropy(
     `smoothing` is the share of a target's probability that is spread evenly over the vocabulary (arXiv
     1512.00567, section 7). Targets of -100 are not supervised and cost nothing: `supervised`, int64 [n], are
     the others, which a device would have to be asked for. `num_correct` is counted, and `losses` are kept,
-    only where asked for; to count costs a pass over the logits. With `soft` the loss is a mixture with the
-    divergence from another model.
+    only where asked for; to count costs a pass over the logits, and `keep_losses` keeps them without it. With
+    `soft` the loss is a mixture with the divergence from another model.
     """
     places = supervised_places(targets) if supervised is None else supervised
     chosen, wanted = at(places, hidden, targets)
     loss_sum, num_correct, losses = _ChunkedCrossEntropy.apply(
-        chosen, weight, bias, wanted, transform, count_correct, smoothing, soft
+        chosen,
+        weight,
+        bias,
+        wanted,
+        transform,
+        (count_correct, count_correct or keep_losses),
+        smoothing,
+        soft,
     )
-    return CrossEntropy(loss_sum, num_correct, spread(losses, targets, places) if count_correct else None)
+    kept = spread(losses, targets, places) if count_correct or keep_losses else None
+    return CrossEntropy(loss_sum, num_correct, kept)
 
 
 def supervised_places(targets: torch.Tensor) -> torch.Tensor:
@@ -138,15 +148,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         bias: torch.Tensor | None,
         targets: torch.Tensor,
         transform: LogitTransform,
-        count_correct: bool,
+        asked: tuple[bool, bool],
         smoothing: float,
         soft: SoftTargets | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        count_correct, keep_losses = asked
         loss_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
         num_correct = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        losses = torch.empty(
-            hidden.shape[0] if count_correct else 0, dtype=torch.float32, device=hidden.device
-        )
+        losses = torch.empty(hidden.shape[0] if keep_losses else 0, dtype=torch.float32, device=hidden.device)
         needs = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if needs[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs[1] else None
@@ -165,8 +174,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if soft is not None:
                 each, drawn = soft.mix(logits, each, begin)
             loss_sum += each.sum()
-            if count_correct:
+            if keep_losses:
                 losses[begin : begin + chunk] = each.squeeze(1)
+            if count_correct:
                 num_correct += (logits.argmax(dim=1, keepdim=True) == target).sum()
             if not any(needs):
                 continue

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from launcher.planner.limits import chunk_length
-from launcher.tasks.task import IGNORE, Output
+from launcher.tasks.task import IGNORE, KEEPS_LOSSES, Output
 from launcher.training.loss import CrossEntropy, at, spread, supervised_places
 from launcher.training.model.forward import (
     Batch,
@@ -31,11 +31,13 @@ def loss_by_own_head(model: PreTrainedModel, outputs: Any, batch: Batch) -> Cros
     device = outputs.last_hidden_state.device
     loss_sum = num_correct = torch.zeros((), device=device)
     losses: list[torch.Tensor] = []
+    keeps = KEEPS_LOSSES in batch
 
     def of(
         part: torch.Tensor, target: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        return tuple(cross_entropy_of(_logits(model, outputs, part, target), target))  # type: ignore[return-value]
+        logits = _logits(model, outputs, part, target)
+        return tuple(cross_entropy_of(logits, target, keeps))  # type: ignore[return-value]
 
     for part, target in _chunks(model, outputs, batch):
         loss, correct, each = (
@@ -43,7 +45,7 @@ def loss_by_own_head(model: PreTrainedModel, outputs: Any, batch: Batch) -> Cros
         )
         loss_sum, num_correct = loss_sum + loss, num_correct + correct
         losses += [] if each is None else [each]
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and not keeps:
         return CrossEntropy(loss_sum, num_correct)
     places = _places(batch)
     # What was made up for other ranks came last.
@@ -67,14 +69,14 @@ def likeliest(model: PreTrainedModel, batch: Batch, number: int) -> Output:
     return Output(sums[0], sums[1], torch.cat(best)[: len(_places(batch))])
 
 
-def cross_entropy_of(logits: torch.Tensor, targets: torch.Tensor) -> CrossEntropy:
+def cross_entropy_of(logits: torch.Tensor, targets: torch.Tensor, keep_losses: bool = False) -> CrossEntropy:
     """Return the cross entropy of logits [tokens, vocabulary] that are all there."""
     num_correct = (logits.argmax(dim=-1) == targets).sum().float().detach()
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and not keep_losses:
         loss_sum = functional.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="sum")
         return CrossEntropy(loss_sum, num_correct)
     losses = functional.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="none")
-    return CrossEntropy(losses.sum(), num_correct, losses)
+    return CrossEntropy(losses.sum(), num_correct, losses.detach())
 
 
 def supervised_logits(

@@ -17,7 +17,7 @@ from launcher.tasks.task import AnswerOptions, Sample, Task
 from launcher.training import exchange
 from launcher.training.asking import ask, says
 from launcher.training.data.dataset import Dataset
-from launcher.training.data.sources import open_source
+from launcher.training.data.sources import rows_of
 from launcher.training.engines.engine import Engine
 
 _LOOKED_AT = 10_000
@@ -52,7 +52,7 @@ class Shown:
         rows = {}
         if rank == 0:
             wanted = set(ids)
-            for row in islice(open_source(source, task.columns), ids[-1] + 1):
+            for row in islice(rows_of(source, plan, task), ids[-1] + 1):
                 if row.id in wanted and not isinstance(row.values, RowProblem):
                     rows[row.id] = row.values
         return cls(samples, rows)

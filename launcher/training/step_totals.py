@@ -30,23 +30,30 @@ class StepTotals:
     due: Due
     own_seconds: list[float]
     """Each rank's own work, by rank; zeros, or empty, in a step in which nobody tells."""
+    by_source: list[float]
+    """The loss of each of several sources; empty where there is one."""
 
 
 def add_up(
-    loss_sum: torch.Tensor, squared_norm: torch.Tensor, wishes: Due, own_seconds: list[float]
+    loss_sum: torch.Tensor,
+    squared_norm: torch.Tensor,
+    wishes: Due,
+    own_seconds: list[float],
+    by_source: torch.Tensor,
 ) -> StepTotals:
-    """Return the sums over all ranks of fp64 scalars on the device, and what any rank wishes. Called by all
-    ranks together.
+    """Return the sums over all ranks of fp64 scalars on the device, of fp64 [sources], and what any rank wishes.
+    Called by all ranks together.
 
     The vector has the same length in every step, as the rounding of a sum may depend on it.
     """
     more = torch.tensor(
         [wishes.stop, wishes.save, wishes.evaluate, *own_seconds], dtype=torch.float64, device=loss_sum.device
     )
-    vector = torch.cat([torch.stack([loss_sum, squared_norm]), more])
+    vector = torch.cat([torch.stack([loss_sum, squared_norm]), more, by_source])
     here.at("exchange")
     here.waits(1)  # on a GPU the wait is in the copy of the result, which looks like no collective
     distributed.all_reduce(vector)
     loss, norm, stop, save, evaluate, *own = vector.tolist()
     here.waits(-1)
-    return StepTotals(loss, norm, Due(stop > 0, save > 0, evaluate > 0), own)
+    own, sources = own[: len(own_seconds)], own[len(own_seconds) :]
+    return StepTotals(loss, norm, Due(stop > 0, save > 0, evaluate > 0), own, sources)

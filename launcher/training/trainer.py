@@ -23,11 +23,12 @@ from launcher.runs.versions import PACKAGES, versions
 from launcher.tasks.task import Draws
 from launcher.training import engines, step_totals, stopping
 from launcher.training.averaging import AveragedEngine
+from launcher.training.by_source import LossBySource
 from launcher.training.cadence import Cadence
 from launcher.training.checkpoint.checkpointer import Checkpointer
 from launcher.training.data.ahead import Loader
 from launcher.training.data.batches import Batches, StepBatch, total_items
-from launcher.training.data.order import Order
+from launcher.training.data.mixed import order_of
 from launcher.training.devices import name_of, peak_memory_bytes, to_device
 from launcher.training.early_stopping import EarlyEnd
 from launcher.training.held_out import HeldOut
@@ -46,6 +47,7 @@ from launcher.training.schedule import Schedule, stage_at
 from launcher.training.signals import StopRequest
 from launcher.training.state import Counters, State
 from launcher.training.state_keeper import StateKeeper
+from launcher.training.staying_near import NearTheStart
 from launcher.training.step_totals import Due, StepTotals
 
 
@@ -70,13 +72,14 @@ class Trainer:
         self.rank = distributed.get_rank()
         self.data_rank = plan.mesh.data_rank(self.rank)
         self.task, self.journal = material.task, Journal()
-        num_items = total_items(plan, material.train.num_items)
-        order = Order(plan.training.seed, material.train.num_items, shuffle=True)
+        order = order_of(material.train, plan.training.seed)
+        num_items = total_items(plan, order.num_in_epoch)
         self.batches = Batches(material.train, order, plan.batch, self.data_rank, num_items)
         self.num_steps = self.batches.num_steps
         self.loader = Loader(
             self.task, self.batches, plan, lambda step: Draws(plan.training.seed, step, training=True)
         )
+        self.by_source = LossBySource(material.task, material.train, device)
         self.schedule = Schedule.of(plan.training, self.num_steps)
         self.state = State()
         self.noise: EmbeddingNoise | None = None
@@ -93,6 +96,8 @@ class Trainer:
         self.recorder = Recorder(self.run, self.plan, self.device, self.journal) if self.rank == 0 else None
         ds_config = read_json(self.run.rendered / "ds_config.json") if self.plan.engine == "deepspeed" else {}
         self.engine = engines.build(self.plan, self.task, self.material.config, ds_config)
+        if (near := self.plan.training.l2_sp) is not None:
+            self.engine = NearTheStart(self.engine, near.alpha, self.plan)
         if (ema := self.plan.training.ema) is not None:
             self.engine = self.average = AveragedEngine(self.engine, ema.decay)
         if (alpha := self.plan.training.neftune_noise_alpha) is not None:
@@ -128,7 +133,7 @@ class Trainer:
         self.own = Own(models.repeated_layers(self.engine.model), self.device)
         say_slow = functools.partial(straggler, self.journal, self.run.events_file)
         self.pace = Pace(self.rank, world_size, say_slow)
-        steps_per_epoch = self.material.train.num_items / plan.batch.global_batch_size
+        steps_per_epoch = self.batches.order.num_in_epoch / plan.batch.global_batch_size
         now = time.monotonic()
         self.saving = Cadence(plan.checkpoint.every, steps_per_epoch, now, step)
         self.evaluating = Cadence(
@@ -199,7 +204,9 @@ class Trainer:
         here.step_done(self.state.step, seconds)
         if self.recorder:
             here.at("recording")
-            self.recorder.step(self.state, step_batch, loss, gradient_norm, learning_rate, seconds)
+            real = self.batches.indices(self.state.step - 1)
+            by_source = self.by_source.losses(real, totals.by_source)
+            self.recorder.step(self.state, step_batch, loss, gradient_norm, learning_rate, seconds, by_source)
         if verdict == "rewind":
             self._rewind()
         return totals.due
@@ -220,6 +227,7 @@ class Trainer:
         factor = self.loss_scale.value / max(1, step_batch.num_supervised)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         last = len(step_batch.micro_batches) - 1
+        self.by_source.begin()
         seed, step = self.plan.training.seed, self.state.step
         for index, items in enumerate(step_batch.micro_batches):
             here.at("data", done=index, total=last + 1, detail=str(self.material.train.directory))
@@ -230,7 +238,9 @@ class Trainer:
             torch.manual_seed(dropout_seed(seed, step, self.data_rank, index))
             if self.noise is not None:
                 self.noise.expect(step, items)
-            loss_sum += self.engine.micro_step(batch, factor, index == last).loss_sum.detach()
+            output = self.engine.micro_step(self.by_source.asked(batch), factor, index == last)
+            loss_sum += output.loss_sum.detach()
+            self.by_source.add(output, batch, items)
         return loss_sum
 
     def _add_up(self, loss_sum: torch.Tensor) -> StepTotals:
@@ -247,7 +257,9 @@ class Trainer:
         self.pace.worked(self.own.end())
         if not self.plan.mesh.counts(self.rank, LOSS_AXES):
             loss_sum = torch.zeros_like(loss_sum)  # another rank computed the same
-        totals = step_totals.add_up(loss_sum, squared_norm, wishes, self.pace.share())
+            self.by_source.begin()
+        share = self.pace.share()
+        totals = step_totals.add_up(loss_sum, squared_norm, wishes, share, self.by_source.sums)
         self.pace.take(totals.own_seconds)
         return totals
 

@@ -47,7 +47,11 @@ def test_an_example_loads_and_plans(path: Path, tmp_path: Path) -> None:
     assert asked is not None and problems == []
     columns = [str(column) for column in tasks.find(asked.model.task)(asked.data).columns]
     for role in ("train", "evaluation"):
-        if named := content["data"].get(role, {}).get("path"):
+        given = content["data"].get(role, {})
+        if isinstance(given, list):
+            there = [one | {"path": str(stand_in(tmp_path, one["path"], columns))} for one in given]
+            overrides.append(f"data.{role}={json.dumps(there)}")
+        elif named := given.get("path"):
             file = stand_in(tmp_path, named, columns)
             overrides.append(f"data.{role}.path={file}")
     job = load(path, overrides)

@@ -10,7 +10,7 @@ import pytest
 
 from launcher.cli.forecast import bars, nearest, picture, speed_lines
 from launcher.cli.plan_tables import cells, explained, scaling_plots
-from launcher.data.section import Source
+from launcher.data.section import Sources
 from launcher.errors import ConfigurationError
 from launcher.job.schema import Job
 from launcher.planner.comparison import compare, scale, with_prices
@@ -270,7 +270,9 @@ def test_a_plan_that_the_job_sets_is_named_with_what_it_needs_at_the_least(job: 
 def test_a_deadline_of_epochs_whose_data_are_here(job: Job, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "some words"}\n' * 64_000)
-    epochs = changed(job, training={"max_steps": None, "epochs": 1.0}, data={"train": Source(path=str(rows))})
+    epochs = changed(
+        job, training={"max_steps": None, "epochs": 1.0}, data={"train": Sources(path=str(rows))}
+    )
     [row] = fewest_gpus(epochs, "24h", 64, "h100-80gb")
     assert row.hours is not None and row.forecast is not None and row.forecast.duration is not None
     assert row.forecast.duration.num_steps == 1000 and 0 < row.hours < 24
@@ -407,7 +409,7 @@ def test_why_an_epoch_is_not_known_is_said_in_its_place(tmp_path: Path) -> None:
     lines = []
     for path in (tmp_path / "none.jsonl", tmp_path / "rows.jsonl"):
         (tmp_path / "rows.jsonl").write_text('{"text": "some words"}\n' * 100)
-        data = plan.data.model_copy(update={"train": Source(path=str(path))})
+        data = plan.data.model_copy(update={"train": Sources(path=str(path))})
         made = forecast(plan.model_copy(update={"data": data}), Target(kind.memory_bytes, kind))
         assert made is not None
         lines.append(

@@ -435,6 +435,16 @@ def test_stages_of_deepspeed(shard: str, stage: int) -> None:
             "training.ema",
             "write offload_to: cpu",
         ),
+        (
+            {
+                **DEEPSPEED,
+                "training__l2_sp": {"alpha": 1},
+                "memory__offload": "optimizer",
+                "memory__offload_to": "/",
+            },
+            "training.l2_sp",
+            "write offload_to: cpu",
+        ),
         ({**DEEPSPEED, "parallel__replicate": 2}, "parallel.replicate", "ZeRO cuts over all ranks"),
         ({**DEEPSPEED, "model__compile": True}, "model.compile", "for parallel.engine: fsdp"),
         (

@@ -96,9 +96,10 @@ def test_states_are_sixteen_bytes_of_a_parameter_over_the_ranks() -> None:
     assert footprint(**sgd).phase("loading").peak == parameters * 8 // 8
 
 
-def test_an_average_is_four_bytes_more_of_each_that_trains() -> None:
+@pytest.mark.parametrize("key", [{"training__ema": {"decay": 0.99}}, {"training__l2_sp": {"alpha": 1}}])
+def test_an_average_or_the_start_is_four_bytes_more_of_each_that_trains(key: dict[str, Any]) -> None:
     parameters = 8_030_261_248
-    averaged = footprint(training__ema={"decay": 0.99})
+    averaged = footprint(**key)
     assert averaged.phase("loading").peak == parameters * 16 // 8
     assert averaged.phase("steady step").peak - footprint().phase("steady step").peak == parameters * 4 // 8
 

@@ -9,13 +9,18 @@ from functools import lru_cache
 from math import ceil
 
 from launcher import tasks
-from launcher.data.section import Data, Source
+from launcher.data.mixture import in_an_epoch
+from launcher.data.section import Data, Source, Sources
 from launcher.errors import DataError
 from launcher.planner.dataset.token_lengths import CHARACTERS, lengths, why_unusable
 from launcher.planner.dataset.usable_rows import changed as changed_at
 from launcher.planner.dataset.usable_rows import sample_of
 from launcher.planner.model.model_config import locate
 from launcher.planner.plan import BatchPlan, Plan
+from launcher.tasks.mixed import data_of
+
+_MOST_LENGTHS = 1024
+"""Lengths that stand for an epoch of several sources."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,8 @@ class Items:
     packed: bool
     of_text: bool = True
     """Whether a sample's length is one of tokens."""
+    by_source: tuple[tuple[str, int, int], ...] = ()
+    """Of each of several sources: its alias, its samples or packs in an epoch, and its rows."""
 
     @property
     def mean(self) -> float:
@@ -54,10 +61,11 @@ class Items:
         kind = "packs" if self.packed else "samples"
         how = ", by the model's tokenizer" if self.by_tokenizer else f", at {CHARACTERS} characters a token"
         how = how if self.of_text else ""
-        return (
-            f"about {self.num_items:,} {kind} of {self.num_rows:,} rows{how} ({len(self.lengths):,} samples "
-            "looked at)"
-        )
+        seen = f"({len(self.lengths):,} samples looked at)"
+        if self.by_source:
+            each = "; ".join(f"{alias} {number:,} of {rows:,}" for alias, number, rows in self.by_source)
+            seen = f"from {len(self.by_source)} sources: {each}"
+        return f"about {self.num_items:,} {kind} of {self.num_rows:,} rows{how} {seen}"
 
 
 def training_items(plan: Plan) -> Items | None:
@@ -90,18 +98,54 @@ def why_no_items(plan: Plan) -> str | None:
 
 
 def one_pass(source: Source, data: Data, model: str, task: str) -> Items | None:
-    """One pass over a source; None where it is not in files here, or where they cannot be read."""
-    items = _looked(source, data, model, task, changed_at(source))
+    """One pass over a source, or an epoch of several; None where one is not in files here, or where they cannot
+    be read."""
+    items = _all_looked(source, data, model, task)
     return items if isinstance(items, Items) else None
 
 
 def why_no_epoch(source: Source, data: Data, model: str, task: str) -> str | None:
     """Return why nothing is known of one pass over a source, in one clause; None where it is known."""
-    items = _looked(source, data, model, task, changed_at(source))
+    items = _all_looked(source, data, model, task)
     return items if isinstance(items, str) else None
 
 
-@lru_cache(maxsize=8)
+def _all_looked(source: Source, data: Data, model: str, task: str) -> Items | str:
+    """Return what a source has, or what an epoch of several has; or why that is not known."""
+    if not isinstance(source, Sources) or not source.sources:
+        return _looked(source, data, model, task, changed_at(source))
+    every: list[Items] = []
+    for one in source.sources:
+        items = _looked(one, data_of(task, data, one), model, task, changed_at(one))
+        if isinstance(items, str):
+            return items
+        every.append(items)
+    mixing = data.mixing if source == data.train else None  # held-out rows are all measured
+    counts = in_an_epoch([items.num_items for items in every], source, mixing)
+    return _mixed(every, counts, source.aliases)
+
+
+def _mixed(every: Sequence[Items], counts: Sequence[int], aliases: Sequence[str]) -> Items:
+    """Return an epoch of several sources, of which each has so many samples or packs in it."""
+    lengths: list[int] = []
+    for items, count in zip(every, counts, strict=True):
+        # As often as the source's samples come among those of the others.
+        number = max(1, round(_MOST_LENGTHS * count / sum(counts)))
+        lengths += [items.lengths[place * len(items.lengths) // number] for place in range(number)]
+    return Items(
+        sum(counts),
+        sum(items.num_rows for items in every),
+        tuple(lengths),
+        all(items.by_tokenizer for items in every),
+        every[0].packed,
+        every[0].of_text,
+        tuple(
+            (alias, count, items.num_rows) for alias, count, items in zip(aliases, counts, every, strict=True)
+        ),
+    )
+
+
+@lru_cache(maxsize=64)
 def _looked(source: Source, data: Data, model: str, task: str, changed: int) -> Items | str:
     """Return what there is, or why it is not known. A search asks for the same again and again; `changed`
     lets what was seen of an older file be forgotten."""

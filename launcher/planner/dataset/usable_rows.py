@@ -9,11 +9,12 @@ from launcher import tasks
 from launcher.data.files import find_files, is_there
 from launcher.data.rows import RowProblem
 from launcher.data.sample import Sample, look, too_large
-from launcher.data.section import Data, Source
+from launcher.data.section import Data, Source, Sources
 from launcher.errors import DataError, Problem
 from launcher.job.schema import Job
 from launcher.planner.dataset.findings import Findings
 from launcher.planner.dataset.token_lengths import texts_or_problem
+from launcher.tasks.mixed import data_of
 from launcher.tasks.task import Task
 
 
@@ -25,7 +26,7 @@ def sample_of(source: Source, data: Data, task: str) -> Sample:
     return _sample(source, data, task, changed(source))
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)
 def _sample(source: Source, data: Data, task: str, changed: int) -> Sample:
     """Look at a source; `changed` lets what was seen of an older file be forgotten."""
     return look(source, tasks.find(task)(data).columns)
@@ -33,6 +34,8 @@ def _sample(source: Source, data: Data, task: str, changed: int) -> Sample:
 
 def changed(source: Source) -> int:
     """Return a number that is another once a source's files were written anew, by their times and sizes."""
+    if isinstance(source, Sources) and source.sources:
+        return sum(map(changed, source.sources))
     try:
         stats = [Path(path).stat() for path in (source.path, source.targets) if path]
         return sum(one.st_mtime_ns + one.st_size for one in stats)
@@ -46,12 +49,16 @@ def look_at_rows(job: Job) -> Findings:
     Nothing for data on the hub, and for files that are not there, which whoever reads a job file refuses.
     """
     task = tasks.of_job(job)
-    sources = (("data.train", job.data.train), ("data.evaluation", job.data.evaluation))
-    return Findings.joined(
-        _of_source(key, source, task)
-        for key, source in sources
-        if source is not None and source.path is not None
-    )
+    looks = []
+    for role, given in (("train", job.data.train), ("evaluation", job.data.evaluation)):
+        for number, source in enumerate(given.parts if given is not None else ()):
+            own = task
+            if given is not None and given.sources:
+                own = tasks.find(task.name)(data_of(task.name, job.data, source))
+                own.evaluation = task.evaluation
+            if given is not None and source.path is not None:
+                looks.append(_of_source(given.key(role, number), source, own))
+    return Findings.joined(looks)
 
 
 def _of_source(key: str, source: Source, task: Task) -> Findings:

@@ -170,9 +170,10 @@ def _refuse_for_deepspeed(decider: Decider, sharding: Sharding, world_size: int,
             "parallel.shard: gradients (ZeRO-2), or parallel.engine: fsdp"
         )
         decider.refuse("model.adapter.dora", True, reason)
-    if job.training.ema is not None and memory.offload_to != "cpu":
-        reason = "would read every weight from files after each step; write offload_to: cpu, or leave it out"
-        decider.refuse("training.ema", None, reason)
+    for key in ("ema", "l2_sp"):
+        if getattr(job.training, key) is not None and memory.offload_to != "cpu":
+            reason = "would read every weight from files in each step; write offload_to: cpu, or leave it out"
+            decider.refuse(f"training.{key}", None, reason)
     if job.model.compile:
         decider.refuse("model.compile", True, "compiled layers are for parallel.engine: fsdp; leave it out")
     if sharding == "none":

@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.modelcard import TASK_MAPPING
 
 from launcher import __version__, tasks
-from launcher.data.section import Source
+from launcher.data.section import Sources
 from launcher.plain_files import read_json, read_text
 from launcher.planner.plan import Plan
 from launcher.redaction import redact
@@ -54,7 +54,8 @@ class Card:
     def _data(self) -> ModelCardData:
         """Return what a hub reads."""
         plan, tag = self._plan, pipeline_tag(self._config)
-        sources = [source for source in (plan.data.train, plan.data.evaluation) if source is not None]
+        given = [source for source in (plan.data.train, plan.data.evaluation) if source is not None]
+        sources = [source for one in given for source in one.parts]
         extra: dict[str, Any] = _licence(plan)
         if self._adapter:
             extra["tags"] = ["lora", *([f"base_model:adapter:{self._base}"] if self._base else [])]
@@ -71,7 +72,7 @@ class Card:
 
     def _results(self, tag: str | None) -> list[EvalResult]:
         source = self._plan.data.evaluation
-        if source is None or tag is None:
+        if source is None or source.sources or tag is None:  # metrics of several have no one data set
             return []
         suffix = PurePath(str(source.path)).suffix.lower()
         kind = source.name or _BUILDERS.get(suffix, suffix.lstrip(".")) or "arrow"
@@ -202,8 +203,8 @@ def _licence(plan: Plan) -> dict[str, Any]:
     return {key: message[key] for key in _LICENCE if message.get(key)}
 
 
-def _name(source: Source) -> str:
-    return source.name or PurePath(str(source.path)).name
+def _name(given: Sources) -> str:
+    return "`, `".join(source.name or PurePath(str(source.path)).name for source in given.parts)
 
 
 def _digest(run: RunDirectory, role: str) -> str | None:

@@ -29,7 +29,7 @@ def cache_key(rows: Rows, role: Role, plan: Plan, task: Task, tokenizer: Any) ->
     """Return a hash of all that decides what the prepared data is: contents, what is read of them, settings,
     task, classes, tokenizer."""
     settings = plan.data.model_dump(
-        mode="json", exclude={"train", "evaluation", "num_workers", "date", *_IN_THE_BATCH}
+        mode="json", exclude={"train", "evaluation", "mixing", "num_workers", "date", *_IN_THE_BATCH}
     )
     # The two give the same samples, and differ in what is then reported of them.
     settings["unusable"] = settings["unusable"].replace("drop-few", "drop")

@@ -144,6 +144,16 @@ class Dataset:
         return len(self._item_offsets) - 1
 
     @property
+    def reports(self) -> tuple[DataReport, ...]:
+        """Return what became of the rows of each source."""
+        return (self.report,)
+
+    @property
+    def stretches(self) -> list[tuple[int, int]]:
+        """Return from which item to which each source's are."""
+        return [(0, self.num_items)]
+
+    @property
     def num_samples(self) -> int:
         return len(self._sample_ids)
 

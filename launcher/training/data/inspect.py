@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,8 +22,9 @@ from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.tasks.task import IGNORE, Encoded, Sample, Task
 from launcher.training import entry
 from launcher.training.data.dataset import Dataset
+from launcher.training.data.mixed import MixedDataset
 from launcher.training.data.prepare import refuse_mostly_dropped
-from launcher.training.data.sources import open_source
+from launcher.training.data.sources import of_source, open_source
 from launcher.training.data.spread import balance, spread
 from launcher.training.inputs import TrainingInputs
 from launcher.training.model import pretrained
@@ -42,21 +45,49 @@ def inspect(
     material = TrainingInputs.of(scratch, plan)
     wanted = [dataset for dataset in material.datasets if dataset.report.role in request["roles"]]
     if not request["show"]:
-        for dataset in wanted:
-            refuse_mostly_dropped(dataset.report, plan)
+        for report in (report for dataset in wanted for report in dataset.reports):
+            refuse_mostly_dropped(report, plan)
     datasets = [
-        _described(dataset, material, plan, request) if request["show"] else dataset.report.to_dict()
+        _shown(dataset, material, plan, request) if request["show"] else dataset.report.to_dict()
         for dataset in wanted
     ]
     write_atomically(scratch.path / "data.json", json.dumps({"datasets": datasets}) + "\n")
     events.event(scratch.events_file, "finished", step=0, metrics={})
 
 
+def _shown(dataset: Dataset, material: TrainingInputs, plan: Plan, request: dict[str, Any]) -> dict[str, Any]:
+    """Describe a data set, or each of its sources. Raises ConfigurationError for a source that is not there, and
+    for the row of none."""
+    given = plan.data.train if dataset.report.role == "train" else plan.data.evaluation
+    assert given is not None
+    name = request.get("source")
+    if not isinstance(dataset, MixedDataset):
+        if name is not None:
+            reason = f"the {dataset.report.role} data is one source; leave it out"
+            raise ConfigurationError(Problem("--source", name, reason))
+        return _described(given, dataset, material, plan, request)
+    there = ", ".join(dataset.aliases)
+    if name is not None and name not in dataset.aliases:
+        near = difflib.get_close_matches(name, dataset.aliases, n=1, cutoff=0.0)[0]
+        reason = f"no such source; there are {there}; the nearest is {near}"
+        raise ConfigurationError(Problem("--source", name, reason))
+    if name is None and request["row"] is not None:
+        reason = f"there are several sources; name the one whose row it is by --source: {there}"
+        raise ConfigurationError(Problem("--row", request["row"], reason))
+    sources = []
+    for number, (alias, source) in enumerate(zip(dataset.aliases, given.parts, strict=True)):
+        if name in (None, alias):
+            task = of_source(material.task, plan, source)
+            task.prepare(material.tokenizer)
+            own = replace(material, task=task)
+            shown = _described(source, dataset.parts[number], own, plan, request)
+            sources.append({"source": alias, "in_an_epoch": dataset.counts[number], **shown})
+    return {**dataset.report.to_dict(), "sources": sources}
+
+
 def _described(
-    dataset: Dataset, material: TrainingInputs, plan: Plan, request: dict[str, Any]
+    source: Source, dataset: Dataset, material: TrainingInputs, plan: Plan, request: dict[str, Any]
 ) -> dict[str, Any]:
-    source = plan.data.train if dataset.report.role == "train" else plan.data.evaluation
-    assert source is not None
     lengths = dataset.sample_lengths
     return {
         **dataset.report.to_dict(),

@@ -7,6 +7,8 @@ changes an order.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 NUM_ROUNDS = 8
@@ -58,13 +60,72 @@ class Order:
 
     def indices(self, start: int, count: int) -> np.ndarray:
         """Item indices, int64 [count], of the positions start..start+count-1."""
-        positions = np.arange(start, start + count, dtype=np.uint64)
-        epochs, offsets = np.divmod(positions, np.uint64(self.num_items))
+        return self.places(np.arange(start, start + count))
+
+    def places(self, positions: np.ndarray) -> np.ndarray:
+        """Return the item indices, int64 [n], of any positions, int64 [n]."""
+        epochs, offsets = np.divmod(positions.astype(np.uint64), np.uint64(self.num_items))
         if self.shuffle:
             seed = mix(np.full(len(epochs), self.seed % 2**64, dtype=np.uint64))
             offsets = permute(offsets, mix(seed ^ epochs), self.num_items)
         return offsets.astype(np.int64)
 
+    @property
+    def num_in_epoch(self) -> int:
+        """Return the positions of an epoch."""
+        return self.num_items
+
     def at(self, position: int) -> int:
         """The item at one position."""
         return int(self.indices(position, 1)[0])
+
+
+class MixedOrder(Order):
+    """The order of items of several sources, one source's after another's, in shares.
+
+    An epoch has so many items of each source, in an order of its own over all of them. Each source goes through
+    its items in an endless order of its own: every one comes before any comes again, over epochs too.
+    """
+
+    def __init__(self, seed: int, sizes: Sequence[int], counts: Sequence[int]) -> None:
+        """`sizes`: the items of each source; `counts`: those of an epoch."""
+        super().__init__(seed, sum(sizes))
+        self.counts = np.array(counts, dtype=np.int64)
+        self._epoch = Order(seed, int(self.counts.sum()))
+        self._sources = [Order(_seed_of(seed, number), size) for number, size in enumerate(sizes)]
+        self._begins = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+
+    @property
+    def num_in_epoch(self) -> int:
+        return self._epoch.num_items
+
+    def indices(self, start: int, count: int) -> np.ndarray:
+        """Item indices, int64 [count], of the positions start..start+count-1."""
+        epochs = np.arange(start, start + count, dtype=np.int64) // self.num_in_epoch
+        slots = self._epoch.indices(start, count)
+        ends = np.cumsum(self.counts)
+        owners = np.searchsorted(ends, slots, side="right")
+        results = np.empty(count, dtype=np.int64)
+        for number in np.unique(owners).tolist():
+            own = owners == number
+            positions = epochs[own] * self.counts[number] + slots[own] - (ends - self.counts)[number]
+            results[own] = self._sources[number].places(positions) + self._begins[number]
+        return results
+
+
+class Stretch(Order):
+    """A part of the items, in their order: those of one source."""
+
+    def __init__(self, num_items: int, begin: int) -> None:
+        """`num_items` are all that there are; `begin` is the part's first."""
+        super().__init__(0, num_items, shuffle=False)
+        self.begin = begin
+
+    def indices(self, start: int, count: int) -> np.ndarray:
+        """Item indices, int64 [count], of the positions start..start+count-1 of the part."""
+        return np.arange(self.begin + start, self.begin + start + count)
+
+
+def _seed_of(seed: int, number: int) -> int:
+    """Return the seed of one source's own order: equal sizes are not to have equal orders."""
+    return int(mix(np.array([seed % 2**64], dtype=np.uint64) + np.uint64(number + 1))[0])

@@ -25,7 +25,7 @@ from launcher.training.data.cache_key import FORMAT, Role, cache_key, cache_root
 from launcher.training.data.dataset import HASHES, META, CacheProblem, DataReport, Dataset, file_digest
 from launcher.training.data.encode import Writer, encode_rows
 from launcher.training.data.packing import one_each, pack
-from launcher.training.data.sources import Rows, difference, hash_file, open_source
+from launcher.training.data.sources import Rows, difference, hash_file, open_source, rows_of
 
 NUM_EXAMPLES = 10
 ReportRows = Callable[[int, int], None]
@@ -49,7 +49,7 @@ def prepare(
     task.prepare(tokenizer)
     rows = open_source(source, task.columns)
     if role == "evaluation" and task.needs_labels and task.labels is None:
-        task.fit(open_source(plan.data.train, task.columns))
+        task.fit(rows_of(plan.data.train, plan, task))
     root = cache_root()
     directory = root / cache_key(rows, role, plan, task, tokenizer)
     held = cache.hold(directory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 from collections.abc import Iterator, Sequence
@@ -17,10 +18,13 @@ from launcher.data.files import find_files
 from launcher.data.folder import FileColumn, listing, with_places
 from launcher.data.formats import format_of
 from launcher.data.rows import Row, RowProblem
-from launcher.data.section import Source
+from launcher.data.section import Source, Sources
 from launcher.errors import DataError
 from launcher.plain_files import plain, read_json
+from launcher.planner.plan import Plan
 from launcher.runs.layout import write_atomically
+from launcher.tasks.mixed import as_main, data_of
+from launcher.tasks.task import Task
 from launcher.training.data.dataset import DataReport
 from launcher.training.data.hub import hub_rows, load_hub
 
@@ -106,6 +110,29 @@ def open_source(source: Source, columns: Sequence[str]) -> Rows:
     files = tuple(hash_file(path) for path in paths)
     expected = sum(_num_rows(path, file) for path, file in zip(paths, files, strict=True))
     return Rows(source, tuple(columns), files, _digest(files), _limited(expected, source))
+
+
+def of_source(task: Task, plan: Plan, source: Source) -> Task:
+    """Return the task as it reads one of several sources, not yet prepared."""
+    own = copy.copy(task)
+    own.data = data_of(plan.task, plan.data, source)
+    return own
+
+
+def rows_of(given: Sources, plan: Plan, task: Task) -> Iterator[Row]:
+    """Yield the rows of one source after another, with the columns of `task`, numbered through. Raises as
+    `open_source`."""
+    if not given.sources:
+        yield from open_source(given, task.columns)
+        return
+    first = 0
+    for source in given.sources:
+        own = of_source(task, plan, source)
+        number = -1
+        for row in as_main(plan.task, plan.data, source, open_source(source, own.columns)):
+            number = row.id
+            yield row._replace(id=first + row.id)
+        first += number + 1
 
 
 def _open_pairs(source: Source, columns: tuple[str, ...]) -> Rows:

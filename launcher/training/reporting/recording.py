@@ -51,8 +51,12 @@ class Recorder:
         gradient_norm: float,
         learning_rate: float,
         seconds: float,
+        by_source: dict[str, float],
     ) -> None:
-        """Record one optimizer step of all ranks, after which the run stands at `state`; it took `seconds`."""
+        """Record one optimizer step of all ranks, after which the run stands at `state`; it took `seconds`.
+
+        `by_source`: the loss of each of several sources.
+        """
         step = state.step
         record = {
             "kind": "train",
@@ -68,12 +72,13 @@ class Recorder:
             "sample_ids": batch.sample_ids,
             "time": round(time.time(), 3),
         }
+        record |= {"loss_by_source": by_source} if by_source else {}
         self._journal.append(self._run.metrics_file, record)
         if compared := self._foreseen.note(batch.num_tokens, seconds):
             self._journal.event(self._run.events_file, "compared", **compared)
-        self._trackers.log(
-            {f"train/{key}": value for key, value in record.items() if isinstance(value, float)}, step
-        )
+        told = {f"train/{key}": value for key, value in record.items() if isinstance(value, float)}
+        told |= {f"train/loss/{alias}": value for alias, value in by_source.items()}
+        self._trackers.log(told, step)
         if time.monotonic() - self._kept_at > _SECONDS_BETWEEN_KEEPING:
             self._keep()
 

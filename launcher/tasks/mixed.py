@@ -1,0 +1,55 @@
+"""Read one of several sources: by the job's section `data`, with the source's own columns in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from launcher import tasks
+from launcher.data.rows import Row, RowProblem
+from launcher.data.section import Data, MixedSource, Source, Sources
+from launcher.tasks.task import Task
+
+_OF_CHATS = ("tools", "date")
+"""Keys that stand beside `messages` and nothing else."""
+
+
+def own_columns(task: type[Task]) -> tuple[str, ...]:
+    """Return the keys of `data` that one of several sources may set for itself: the task's columns."""
+    keys = dict.fromkeys(key for way in task.column_ways for key in way)
+    return tuple(key for key in (*keys, "tools") if key in task.Columns.model_fields)
+
+
+def data_of(task: str, data: Data, source: Source) -> Data:
+    """Return the section `data` of a job that had this source alone.
+
+    A source that names the columns of one way to write rows, such as `text`, leaves out those of the others,
+    such as `prompt` and `completion`. Raises pydantic's ValidationError for columns that are none.
+    """
+    place = {name: getattr(source, name) for name in Source.model_fields if name in source.model_fields_set}
+    values: dict[str, Any] = {name: getattr(data, name) for name in data.model_fields_set}
+    values |= {"train": Sources(**place), "mixing": None}
+    own = source.columns if isinstance(source, MixedSource) else None
+    if own:
+        ways = tasks.find(task).column_ways
+        chosen = [way for way in ways if own.keys() & set(way)] or list(ways)
+        kept = {key for way in chosen for key in way}
+        others = {key for way in ways for key in way} - kept
+        others |= set(_OF_CHATS) - own.keys() if "messages" in others else set()
+        values = {key: value for key, value in values.items() if key not in others} | own
+    return type(data).model_validate(values)
+
+
+def as_main(task: str, data: Data, source: Source, rows: Iterable[Row]) -> Iterator[Row]:
+    """Yield a source's rows with its own columns under the names that `data` has for them."""
+    own = data_of(task, data, source)
+    names = {
+        getattr(own, key): getattr(data, key)
+        for key in own_columns(tasks.find(task))
+        if isinstance(getattr(own, key), str) and isinstance(getattr(data, key), str)
+    }
+    for row in rows:
+        if isinstance(row.values, RowProblem):
+            yield row
+        else:
+            yield row._replace(values={names.get(name, name): value for name, value in row.values.items()})

@@ -1,0 +1,63 @@
+"""The training loss of each of several sources, beside that of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from launcher.tasks.task import KEEPS_LOSSES, Output, Sample, Task
+from launcher.training.data.dataset import Dataset
+from launcher.training.data.mixed import MixedDataset
+
+
+class LossBySource:
+    """The sums of a step's loss by source: on one rank, and after the step's exchange over all."""
+
+    def __init__(self, task: Task, dataset: Dataset, device: torch.device) -> None:
+        self._mixed = dataset if isinstance(dataset, MixedDataset) and task.keeps_losses else None
+        self._device = device
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin a step."""
+        number = len(self._mixed.aliases) if self._mixed is not None else 0
+        self.sums = torch.zeros(number, dtype=torch.float64, device=self._device)
+        """fp64 [sources]; empty where there is one source, or the task does not tell its losses."""
+
+    def asked(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Return a micro-batch that asks for its losses, where they are wanted."""
+        return batch if self._mixed is None else {**batch, KEEPS_LOSSES: True}
+
+    def add(self, output: Output, batch: dict[str, Any], items: Sequence[Sequence[Sample]]) -> None:
+        """Take in a micro-batch's losses: of each sample, or of each position."""
+        if self._mixed is None:
+            return
+        samples = [sample for item in items for sample in item]
+        sources = self._mixed.source_of(np.array([sample.id for sample in samples]))
+        losses = losses_of_samples(output, batch, samples)
+        self.sums.index_add_(0, torch.from_numpy(sources).to(self._device), losses)
+
+    def losses(self, real: np.ndarray, sums: Sequence[float]) -> dict[str, float]:
+        """Return the mean loss of each source that has something to learn among these items of a global batch.
+
+        `sums`: those of all ranks.
+        """
+        if self._mixed is None:
+            return {}
+        counts = self._mixed.num_supervised_by_source(real)
+        named = zip(self._mixed.aliases, sums, counts.tolist(), strict=True)
+        return {alias: total / count for alias, total, count in named if count}
+
+
+def losses_of_samples(output: Output, batch: dict[str, Any], samples: Sequence[Sample]) -> torch.Tensor:
+    """Return the summed loss of each sample of a batch that asked for its losses, fp64 [samples]."""
+    assert output.losses is not None
+    losses = output.losses.detach().double()
+    if "cu_seq_lens" not in batch:  # a row for each sample
+        return losses.view(len(samples), -1).sum(dim=1)
+    lengths = torch.tensor([sample.length for sample in samples])
+    owners = torch.repeat_interleave(torch.arange(len(samples)), lengths).to(losses.device)
+    return losses.new_zeros(len(samples)).index_add_(0, owners, losses)
