@@ -91,14 +91,14 @@ class SpeechScores(Evaluator):
             return error_rates([answers[place] for place in places], [references[place] for place in places])
 
         wrong = [
-            (error_rates([said], [text])["cer"], said, text)
-            for said, text in zip(answers, references, strict=True)
+            (error_rates([answer], [text])["cer"], answer, text)
+            for answer, text in zip(answers, references, strict=True)
         ]
         worst = sorted((one for one in wrong if one[0] > 0), key=lambda one: -one[0])[:_NUM_WORST]
         groups = by_length([len(text.split()) for text in references])
         return {
             "num_answers": len(answers),
             "num_distinct_answers": len(set(answers)),
-            "worst": [{"cer": rate, "written": said, "text": text} for rate, said, text in worst],
+            "worst": [{"cer": rate, "written": answer, "text": text} for rate, answer, text in worst],
             "groups": {"words of the text": measured(groups, scored)},
         }
