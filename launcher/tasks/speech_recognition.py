@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from launcher.data.rows import TOO_LONG, Row, RowProblem, text_of
+from launcher.data.rows import Row, RowProblem
 from launcher.errors import ConfigurationError, DataError, Problem, first_line
 from launcher.lazy import Lazy
 from launcher.metrics import Better
@@ -18,15 +18,9 @@ from launcher.tasks.hearing import Hearing, usual_extractor
 from launcher.tasks.padding import weights
 from launcher.tasks.speech_columns import SpeechColumns
 from launcher.tasks.speech_models import MULTILINGUAL, auto_class, num_frames, tell
-from launcher.tasks.speech_processor import (
-    PAD,
-    SpeechProcessor,
-    characters_in,
-    characters_of,
-    frames_needed,
-    tokenizer_of,
-)
+from launcher.tasks.speech_processor import PAD, SpeechProcessor, characters_in, characters_of, tokenizer_of
 from launcher.tasks.speech_scores import ERRORS, SpeechScores
+from launcher.tasks.speech_texts import character_ids, spoken, spoken_in, token_ids
 from launcher.tasks.task import IGNORE, Draws, Encoded, Evaluator, Finding, Output, Sample, Traits, finding
 from launcher.tasks.writing import WritingTask, as_bytes
 
@@ -35,9 +29,6 @@ if TYPE_CHECKING:
     import torch
 else:
     np, torch = Lazy("numpy"), Lazy("torch")
-
-TEXT_TOO_LONG = "text too long for its sound"
-UNKNOWN_CHARACTERS = "characters that the model does not know"
 
 
 class SpeechRecognition(WritingTask):
@@ -89,7 +80,7 @@ class SpeechRecognition(WritingTask):
         """Return none: a file becomes no tokens."""
         media.named(row, self.data.file_columns)
         if not self.for_prediction:
-            self._text(row)
+            spoken(row, self.data)
         return []
 
     def sample_lengths(self, tokens: Sequence[int], added: int) -> list[int]:
@@ -209,19 +200,11 @@ class SpeechRecognition(WritingTask):
         if self.decodes:
             name = getattr(self._config, "name_or_path", None) or None
             raise ConfigurationError(Problem("model.name", name, "no tokenizer: its decoder writes tokens"))
-        texts = [text for row in rows if (text := self._text_if_any(row)) is not None]
+        texts = list(spoken_in(rows, self.data))
         if not texts:
             raise DataError(f"data.text = {self.data.text!r}: the training rows have no text")
         self.labels = characters_of(texts)
         self.remarks = [f"the model writes {len(self.labels) - 2} characters: those of the training texts"]
-
-    def _text_if_any(self, row: Row) -> str | None:
-        if isinstance(row.values, RowProblem):
-            return None
-        try:
-            return self._text(row.values)
-        except RowProblem:
-            return None
 
     @property
     def key(self) -> Any:
@@ -242,54 +225,21 @@ class SpeechRecognition(WritingTask):
     def _encoded(self, row: dict[str, Any]) -> Encoded | RowProblem:
         try:
             value = media.named(row, self.data.file_columns)
-            text = "" if self.for_prediction else self._text(row)
+            text = "" if self.for_prediction else spoken(row, self.data)
             content = media.content(value)
             num_samples, _ = self.hearing.decoded(content)
-            labels = [self.tokenizer.pad_token_id] if self.for_prediction else self._labels(text)
-            if not self.for_prediction:
-                self._refuse_too_long(labels, num_samples, content.begins)
+            if self.for_prediction:
+                labels = [self.tokenizer.pad_token_id]
+            elif self.decodes:
+                longest = self.data.max_target_length
+                labels = token_ids(text, self.tokenizer, self._config, longest, content.begins)
+            else:
+                frames = self._num_frames(num_samples)
+                labels = character_ids(text, self.tokenizer, frames, content.begins)
         except RowProblem as problem:
             return problem
         arrays = {"labels": np.array(labels, dtype=np.int32), "references": as_bytes([text])}
         return Encoded({**media.stored(value, content), **arrays}, len(labels) if self.decodes else 1, 1)
-
-    def _text(self, row: dict[str, Any]) -> str:
-        """Return what is said in a row, in one line and the job's case. Raises RowProblem where that is none."""
-        text = " ".join(text_of(row, self.data.text).split())
-        return {"keep": text, "lower": text.lower(), "upper": text.upper()}[self.data.case]
-
-    def _labels(self, text: str) -> list[int]:
-        """Return the ids that are learned of a text. Raises RowProblem where the model knows most of it not."""
-        tokenizer = self.tokenizer
-        if self.decodes:
-            # What it is told stands before: its first token is what the decoder starts from.
-            ids = tokenizer(text)["input_ids"]
-            return list(ids[1:] if ids[:1] == [self._config.decoder_start_token_id] else ids)
-        ids = list(tokenizer(text)["input_ids"])
-        unknown = sum(one == tokenizer.unk_token_id for one in ids)
-        if 2 * unknown > len(ids):
-            shown = "".join(sorted(set(text) - set(tokenizer.get_vocab()) - {" "}))[:20]
-            others = {"lower": text.lower(), "upper": text.upper()}
-            cure = [
-                case
-                for case, other in others.items()
-                if tokenizer.unk_token_id not in tokenizer(other)["input_ids"]
-            ]
-            hint = f"write data.case: {cure[0]}" if cure else "write data.vocabulary: text"
-            raise RowProblem(UNKNOWN_CHARACTERS, f"{unknown} of {len(ids)} are ({shown}); {hint}")
-        return ids
-
-    def _refuse_too_long(self, labels: Sequence[int], num_samples: int, begins: str) -> None:
-        """Raise RowProblem for a text that is too long for the model, or for its sound."""
-        if self.decodes:
-            limit = min(self.data.max_target_length, self._config.max_target_positions)
-            if len(labels) > limit:
-                raise RowProblem(TOO_LONG, f"{begins}{len(labels):,} tokens, above {limit:,}")
-            return
-        needed, frames = frames_needed(labels), self._num_frames(num_samples)
-        if needed > frames:
-            reason = f"{begins}{len(labels)} characters need {needed} frames, and the sound has {frames}"
-            raise RowProblem(TEXT_TOO_LONG, reason)
 
     def _num_frames(self, num_samples: int) -> int:
         return num_frames(self._config, self.hearing.clips, num_samples)
