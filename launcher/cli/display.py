@@ -57,7 +57,7 @@ class Display(Watcher):
         self.console = console or _Console(
             file=sys.stderr, highlight=False, no_color="NO_COLOR" in os.environ or None
         )
-        self.progress = AttemptView(peak=_peak(plan) if plan else None)
+        self.progress = AttemptView(peak=peak_rate(plan) if plan else None)
         self._quiet = quiet
         self._line_seconds = line_seconds
         self._live: Live | None = None
@@ -184,7 +184,7 @@ def _evaluations(evaluations: list[tuple[int, dict[str, float]]]) -> Table:
     return table
 
 
-def _peak(plan: Plan) -> float | None:
+def peak_rate(plan: Plan) -> float | None:
     """The rate of all devices together, in operations a second; None on CPU, in fp32, and for GPUs that are
     not in the table."""
     if plan.mesh.device != "cuda" or plan.precision == "fp32":

@@ -14,7 +14,7 @@ from launcher.training.model.packed_kernel import note_lengths
 from tests.training.varlen_on_cpu import a_gpus_way
 
 WAYS = {"cpu": contextlib.nullcontext, "gpu": a_gpus_way}
-NEAR = {torch.float32: 3e-6, torch.bfloat16: 1.5e-2}
+NEAR = {torch.float32: 3e-6, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
 
 
 def expected(
@@ -59,26 +59,26 @@ def drawn(seed: int, dtype: torch.dtype) -> tuple[list[torch.Tensor], dict[str, 
 
 
 def compare(tensors: list[torch.Tensor], way: dict[str, Any], **options: Any) -> None:
-    """Result and gradients against fp64, by the norm of the difference."""
+    """Result and gradients on the tensors' device against fp64 on the CPU, by the norm of the difference."""
     inputs = [tensor.requires_grad_() for tensor in tensors[:3]]
-    ends = torch.tensor([0, *itertools.accumulate(way["lengths"])], dtype=torch.int32)
+    ends = torch.tensor([0, *itertools.accumulate(way["lengths"])], dtype=torch.int32).to(inputs[0].device)
     result, _ = attention.packed_attention(
         torch.nn.Module(), *inputs, None, cu_seq_lens_q=ends, max_length_q=max(way["lengths"]),
         sliding_window=way["window"], is_causal=way["causal"], **options,
     )  # fmt: skip
-    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    exact = [tensor.detach().cpu().double().requires_grad_() for tensor in inputs]
     wanted = expected(*exact, **way)
     along = tensors[3].transpose(1, 2)
     ours = [result, *torch.autograd.grad(result, inputs, along)]
-    theirs = [wanted, *torch.autograd.grad(wanted, exact, along.double())]
+    theirs = [wanted, *torch.autograd.grad(wanted, exact, along.cpu().double())]
     for one, other in zip(ours, theirs, strict=True):
         # Where hardly anything is seen, gradients are sums that come to nothing.
-        one, other = one.detach().double(), other.detach()
+        one, other = one.detach().cpu().double(), other.detach()
         most = max(float(other.norm()), 0.1 * float(along.norm()))
         assert float((one - other).norm()) <= NEAR[tensors[0].dtype] * most, (way, one.shape)
 
 
-@pytest.mark.parametrize("dtype", list(NEAR), ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("way", list(WAYS))
 def test_gradients_against_fp64_over_random_shapes(way: str, dtype: torch.dtype) -> None:
     with WAYS[way]():
@@ -95,7 +95,7 @@ def test_gradients_against_fp64_over_random_shapes(way: str, dtype: torch.dtype)
         *(pytest.param(4096, window, marks=pytest.mark.very_slow) for window in (None, 700)),
     ],
 )
-@pytest.mark.parametrize("dtype", list(NEAR), ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_long_samples_against_fp64(length: int, window: int | None, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(length)
     tensors = [torch.randn(1, heads, length, 16, generator=generator).to(dtype) for heads in (2, 1, 1, 2)]
