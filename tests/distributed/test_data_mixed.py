@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher import tasks
-from launcher.cli import main as cli
 from launcher.errors import ConfigurationError, DataError
 from launcher.planner.plan import Plan
 from launcher.runs import prepared
@@ -23,7 +22,7 @@ from launcher.training.data.mixed import MixedDataset, order_of, prepare_sources
 from launcher.training.data.order import MixedOrder, Order
 from launcher.training.data.prepare import prepare, refuse_mostly_dropped
 from tests.distributed.data_world import batch_of, byte_tokenizer, jsonl, plan_of, word_tokenizer
-from tests.distributed.test_data_inspect import inspected, ready
+from tests.distributed.test_data_inspect import call, inspected, ready
 
 SIZES = st.lists(st.integers(1, 60), min_size=1, max_size=5)
 
@@ -220,6 +219,6 @@ def test_the_command_shows_each_source(tmp_path: Path, capsys: pytest.CaptureFix
         f"data: {{train: [{{path: a.jsonl}}, {{path: {second}}}], text: text, max_length: 32}}\n"
         "training: {max_steps: 1}\ncluster: {gpus_per_node: 0}\n"
     )
-    assert cli.main(["data", "inspect", str(job)]) == 0
+    assert call("data", "inspect", str(job)) == 0
     out = capsys.readouterr().out
     assert "train: 10 of 10 rows used" in out and "a: 4 of 4 rows used" in out and "b: 6 of 6" in out

@@ -62,17 +62,18 @@ def task_of(config: Any) -> SpeechRecognition:
     return task
 
 
+def unable(model_type: str) -> str | None:
+    """Why a type is refused without being tried; None for one that is tried."""
+    if model_type in SMALL or "+" in model_type:
+        return None
+    return _NO_FRAMES if model_type in MODEL_FOR_CTC_MAPPING_NAMES else _NO_TOKENS
+
+
 def speech_of(model_type: str) -> dict[str, Any]:
     """Try every way on one type and say which are right."""
     began = time.monotonic()
-    if model_type not in SMALL and "+" not in model_type:
-        is_ctc = model_type in MODEL_FOR_CTC_MAPPING_NAMES
-        return {
-            "layout": None,
-            "attention": None,
-            "head": None,
-            "reason": _NO_FRAMES if is_ctc else _NO_TOKENS,
-        }
+    if (reason := unable(model_type)) is not None:
+        return {"layout": None, "attention": None, "head": None, "reason": reason}
     model = model_of(model_type, "eager")
     task = task_of(model.config)
     right = {False: _right(model, task, SECONDS), True: _right(model, task, SECONDS[:1] * 3)}

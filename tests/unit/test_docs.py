@@ -159,7 +159,7 @@ def test_make_targets_and_modules_exist(page: Path) -> None:
         [*(content for language, content in blocks(text) if language in ("", "sh")), *spans(text)]
     )
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"^make ([a-z]+)", shell, re.MULTILINE):
+    for target in re.findall(r"^make ([a-z-]+)", shell, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     for module in re.findall(r"python -m (launcher[\w.]*)", shell):
         assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), module
