@@ -69,8 +69,8 @@ def test_power_off_requeues_elsewhere_and_power_on_brings_the_node_back(new_clus
 
 
 def test_partition_that_heals_leaves_the_job_running(cluster: Cluster) -> None:
-    job = cluster.submit("srun --ntasks=1 sleep 1000", "--nodelist=n2")
-    cluster.wait_state(job, "RUNNING")
+    job = cluster.submit("srun --ntasks=1 bash -c 'echo begun; sleep 1000'", "--nodelist=n2")
+    poll(lambda: cluster.output(job) == "begun\n", 60, "the step")
     cluster.cut("n2")
     with pytest.raises((RuntimeError, subprocess.TimeoutExpired)):
         cluster.run(
@@ -100,14 +100,16 @@ def test_higher_partition_requeues_a_job_of_the_lower(new_cluster: NewCluster, t
 
 
 def test_job_outlives_controller_and_daemon(cluster: Cluster, tmp_path: Path) -> None:
-    job = cluster.submit(f"{until_there_is(tmp_path / 'go')}; echo done", "--nodelist=n1")
-    cluster.wait_state(job, "RUNNING")
+    job = cluster.submit(f"echo begun; {until_there_is(tmp_path / 'go')}; echo done", "--nodelist=n1")
+    # A daemon that dies between the controller's word and the script's begin loses the job, and the controller takes
+    # minutes to notice.
+    poll(lambda: cluster.output(job) == "begun\n", 60, "the script")
     cluster.kill_slurmd("n1")
     cluster.restart_controller()
     cluster.start_slurmd("n1")
     (tmp_path / "go").touch()
     cluster.wait_state(job, "COMPLETED")
-    assert cluster.output(job) == "done\n"
+    assert cluster.output(job) == "begun\ndone\n"
 
 
 def test_drained_node_gets_no_job(cluster: Cluster) -> None:
