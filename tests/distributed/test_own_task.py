@@ -155,7 +155,7 @@ def job(folder: Path, engine: str, **changes: Any) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
+@pytest.mark.parametrize("engine", ["fsdp", pytest.param("deepspeed", marks=pytest.mark.very_slow)])
 def test_a_task_is_one_class(engine: str, folder: Path) -> None:
     plan = json.loads(launcher(folder, "plan", job(folder, engine), "--json", "--no-trace"))
     assert plan["task"] == "text-length" and plan["layout"] == "padded"

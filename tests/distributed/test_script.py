@@ -171,7 +171,7 @@ def losses_without_launcher(
 @pytest.mark.parametrize(
     ("script", "engine"),
     [
-        ("with_accelerate", "fsdp"),
+        pytest.param("with_accelerate", "fsdp", marks=pytest.mark.very_slow),
         pytest.param("with_trainer", "zero3", marks=pytest.mark.very_slow),
         pytest.param("with_accelerate", "zero3", marks=pytest.mark.very_slow),
         pytest.param("with_trainer", "fsdp", marks=pytest.mark.very_slow),

@@ -70,7 +70,7 @@ VERY_SLOW = [pytest.mark.slow, pytest.mark.very_slow]
     ("engine", "more"),
     [
         pytest.param("fsdp", (), marks=VERY_SLOW),
-        ("zero3", ("its own configuration",)),
+        pytest.param("zero3", ("its own configuration",), marks=VERY_SLOW),
         pytest.param("fsdp", ("--alone", "true"), marks=VERY_SLOW),
         pytest.param("zero3", ("--alone", "true"), marks=VERY_SLOW),
         pytest.param("zero3", (), marks=VERY_SLOW),

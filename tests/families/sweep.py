@@ -75,6 +75,11 @@ def _child(task: str, model_type: str, pipe: Any) -> None:
         )
 
 
+def types_of(task: str) -> list[str]:
+    """Return all types that a task is tried with, and `type+variant` where a value in the config decides."""
+    return [*NAMES[task], *(name for of, name in VARIANTS if of == task)]
+
+
 def run(
     jobs: list[tuple[str, str]],
     processes: int,
@@ -139,7 +144,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--limit", type=float, default=240.0)
     options = parser.parse_args()
-    wanted = {task: [*NAMES[task], *(name for of, name in VARIANTS if of == task)] for task in TASKS}
+    wanted = {task: types_of(task) for task in TASKS}
     jobs = [
         (task, name)
         for task in TASKS

@@ -16,8 +16,8 @@ from tests.families import audio, images, speech, tiny
 from tests.families.causal import causal_lm
 from tests.families.layouts import LENGTHS
 from tests.families.numbers import is_ok
-from tests.families.special import UNABLE, VARIANTS
-from tests.families.sweep import NAMES, RAW, TASKS, run
+from tests.families.special import UNABLE
+from tests.families.sweep import NAMES, RAW, TASKS, run, types_of
 from tests.families.table import PAGE, page_of, table_of
 from tests.families.tiny import (
     AUDIO_CLASSIFICATION,
@@ -150,7 +150,7 @@ def test_the_whole_sweep_finds_what_the_table_says(tmp_path: Path) -> None:
     def done(task: str, model_type: str, found: dict[str, Any]) -> None:
         raw.setdefault(task, {})[model_type] = found
 
-    run([(task, kind) for task in TASKS for kind in NAMES[task]], 2, 240.0, done)
+    run([(task, kind) for task in TASKS for kind in types_of(task)], 2, 240.0, done)
     assert table_of(raw) == read_table()
 
 
@@ -163,8 +163,7 @@ def test_the_table_and_its_page_are_made_of_the_sweep() -> None:
 def test_the_numbers_are_there_for_every_type() -> None:
     raw = json.loads(RAW.read_text())
     for task in TASKS:
-        known = set(NAMES[task]) | {name for of, name in VARIANTS if of == task}
-        assert set(raw[task]) == known
+        assert set(raw[task]) == set(types_of(task))
         # With these values in a config the planner refuses what it takes otherwise.
         refused = {"doge+experts", "llama+dynamic"}
         unknown = {name for name, found in raw[task].items() if found["layout"] is None} - refused

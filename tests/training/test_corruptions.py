@@ -68,6 +68,7 @@ def restore(target: Path, pristine: Path) -> None:
     shutil.copytree(pristine, target)
 
 
+@pytest.mark.very_slow  # tests/distributed/test_checkpoint_reading.py damages one kind of them
 def test_random_damage_to_every_kind_of_checkpoint(runs: dict[str, RunDirectory], tmp_path: Path) -> None:
     generator, began, kinds, files = random.Random(SEED), time.monotonic(), Counter[str](), Counter[str]()
     pristine = {name: shutil.copytree(run.checkpoint(2), tmp_path / name) for name, run in runs.items()}

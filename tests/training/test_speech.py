@@ -194,6 +194,7 @@ def test_texts_of_which_the_model_knows_little_say_what_to_write(
 # The planner.
 
 
+@pytest.mark.very_slow
 def test_memory_is_traced_without_numbers(models: dict[str, Path], folder: Path, whisper: Path) -> None:
     """CTC's own loss goes by lengths, which a trace does not have."""
     for model, options in ((models["wav2vec2+layer"], {"seconds": 2}), (whisper, {"seconds": 1})):

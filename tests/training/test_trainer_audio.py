@@ -82,7 +82,7 @@ def test_a_stop_and_another_number_of_ranks_change_no_clip(
     assert_near(other, whole)
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 def test_it_learns_and_its_export_answers_in_a_pipeline(
     models: dict[str, Path], sounds: Path, tmp_path: Path
 ) -> None:

@@ -123,7 +123,7 @@ def sharded_writing(rank: int, stop: StopRequest) -> None:
     with_children(rank, stop)
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow  # test_trainer_writing.py has the same of texts
 def test_whisper_writes_the_same_on_any_ranks_and_engines(speech: Path, tmp_path: Path) -> None:
     """Sharded too, where ranks write texts of other lengths; and its export in a pipeline."""
     model = whisper_of(tmp_path / "whisper")

@@ -167,7 +167,7 @@ def stop_in_step(rank: int, stop: StopRequest) -> None:
 @pytest.mark.parametrize(
     ("engine", "hook"),
     [
-        ({}, stop_while_writing),
+        pytest.param({}, stop_while_writing, marks=pytest.mark.very_slow),
         pytest.param(deepspeed(3), stop_in_step, marks=pytest.mark.very_slow),
         pytest.param({}, stop_in_step, marks=pytest.mark.very_slow),
         (deepspeed(3), stop_while_writing),
