@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from launcher.errors import ConfigurationError, OutOfMemoryError, Stopped
+from launcher.job.load import load
 from launcher.launch import local
 from launcher.runs.events import append, event
 from launcher.runs.layout import RunDirectory
@@ -139,6 +140,14 @@ def test_the_best_point_comes_first(metric: str, order: list[int], job: Path, tm
     assert best[0] == ((0.8, 4) if metric == "loss" else (0.9, 2))
     assert best[2] == best[4] == (None, None)
     assert lines[-1].state == "not begun" and sweep.left() == [0, 1, 2, 3, 4]
+
+
+def test_a_sweep_tries_shares_of_one_source(job: Path, tmp_path: Path) -> None:
+    sources = ["data.train=[{path: train.jsonl, weight: 1}, {path: train.jsonl, weight: 1}]"]
+    grid = points(["data.train.1.weight=2,4"], [], None, 0)
+    sweep = Sweep.create(tmp_path / "sweep", job, sources, grid, "loss", None)
+    jobs = [load(sweep.path / "job.yaml", [*point]) for point in sweep.points]
+    assert [[one.weight for one in job.data.train.sources or ()] for job in jobs] == [[1, 2], [1, 4]]
 
 
 def test_a_sweep_goes_by_a_metric_of_one_source(job: Path, tmp_path: Path) -> None:
