@@ -62,7 +62,7 @@ def read(content: dict[str, Any], reading: Reading) -> None:
         reading.refuse("stage", stage, reason)
     _adapter(content, reading)
     _data(content, stage, reading)
-    llama_factory_data.read(content, reading)
+    llama_factory_data.read(content, stage, reading)
     attention = reading.word(content, "flash_attn") or "auto"
     if attention in _ATTENTION:
         reading.say("model.attention", _ATTENTION[attention], "flash_attn")

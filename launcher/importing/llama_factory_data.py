@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import difflib
 import re
+from dataclasses import replace
 from typing import Any
 
-from launcher.importing import lora
+from launcher.importing import dataset_info, lora, mixture
+from launcher.importing.mixture import DataSet
 from launcher.importing.reading import Reading, as_number
 
 READ = {"dataset", "eval_dataset", "dataset_dir", "max_samples", "mix_strategy", "interleave_probs"}
@@ -20,44 +22,62 @@ _DRAWN = _STRATEGIES[1:3]
 """By which rows are left out, or come twice."""
 
 
-def read(content: dict[str, Any], reading: Reading) -> None:
-    """Say the data sets of both roles: entries of dataset_info.json, or with `dataset_dir: ONLINE` of the hub.
-    Whether samples are packed is known by then."""
+def read(content: dict[str, Any], stage: str, reading: Reading) -> None:
+    """Say the data sets of both roles. Whether samples are packed is known by then."""
     limit = reading.count(content, "max_samples")
-    online = content.get("dataset_dir") == "ONLINE"
-    for option, role in (("dataset", "train"), ("eval_dataset", "evaluation")):
+    given: dict[str, list[DataSet]] = {}
+    for option in ("dataset", "eval_dataset"):
         names = list(dict.fromkeys(lora.words_of(content.get(option))))
-        if names and not online:
-            text = (
-                "entries of LLaMA-Factory's dataset_info.json: write the file, or the data set on the "
-                f"hub, as data.{role}, and its columns"
-            )
-            reading.fill_in(option, ", ".join(names), text)
-        if len(names) > 1:
-            weights = _weights(content, names, reading) if role == "train" else {}
-            if role == "evaluation":
-                _measured_together(content, names, reading)
-            entries = [_source(name, online, limit, weights.get(name)) for name in names]
-            reading.say(
-                f"data.{role}.sources", [entry for entry in entries if entry.get("weight") != 0], option
-            )
-            continue
-        if names and online:
-            reading.say(f"data.{role}.name", names[0], option)
-        if limit is not None and (names or role == "train"):
-            reading.say(f"data.{role}.limit", limit, "max_samples")
+        weights: dict[str, float] = {}
+        if len(names) > 1 and option == "dataset":
+            weights = _weights(content, names, reading)
+        elif len(names) > 1:
+            _measured_together(content, names, reading)
+        names = [name for name in names if weights.get(name) != 0]
+        data_sets = _data_sets(content, names, stage, option, reading)
+        given[option] = []
+        for name, one in zip(names, data_sets, strict=True):
+            least = [number for number in (limit, one.place.get("limit")) if number is not None]
+            more = {"limit": min(least, default=None), "weight": weights.get(name)}
+            more = {key: value for key, value in more.items() if value is not None}
+            given[option].append(replace(one, place=one.place | more))
+    if limit is not None and not given["dataset"]:
+        reading.say("data.train.limit", limit, "max_samples")
+    mixture.say(given["dataset"], given["eval_dataset"], reading)
 
 
-def _source(name: str, online: bool, limit: int | None, weight: float | None) -> dict[str, Any]:
-    """Return an entry of a list of sources."""
-    alias = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-._") or "source"
-    entry: dict[str, Any] = {"name": name} if online else {"path": f"FILL-IN-{alias}.jsonl", "alias": alias}
-    more = {"limit": limit, "weight": weight}
-    return entry | {key: value for key, value in more.items() if value is not None}
+def _data_sets(
+    content: dict[str, Any], names: list[str], stage: str, option: str, reading: Reading
+) -> list[DataSet]:
+    """Return data sets by their names: of dataset_info.json, or with `dataset_dir: ONLINE` of the hub. Of
+    several, each that is not there has a placeholder."""
+    directory = content.get("dataset_dir") or "data"
+    if directory == "ONLINE":
+        return [DataSet({"name": name}, option) for name in names]
+    info = dataset_info.table(directory, reading.source) if names and isinstance(directory, str) else {}
+    data_sets, missing = [], []
+    for name in names:
+        alias = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-._") or "source"
+        called = {"alias": alias} if len(names) > 1 else {}
+        one = None
+        if name in info:
+            one = dataset_info.data_set(name, info[name], str(directory), stage, option, reading)
+        if one is None:
+            missing.append(name)
+            one = DataSet({"path": f"FILL-IN-{alias}.jsonl"} if called else {}, option)
+        data_sets.append(replace(one, place=one.place | called))
+    if missing:
+        text = (
+            "entries of LLaMA-Factory's dataset_info.json, which is not here, or has no file of them: write the "
+            "file, or the data set on the hub, and its columns"
+        )
+        reading.fill_in(option, ", ".join(missing), text)
+    return data_sets
 
 
 def _weights(content: dict[str, Any], names: list[str], reading: Reading) -> dict[str, float]:
-    """Say how several data sets are mixed; the weight of each, or none where every row comes once."""
+    """Say how several data sets are mixed; the weight of each, which is 0 for one that is no source, or none
+    where every row comes once."""
     strategy = reading.word(content, "mix_strategy") or "concat"
     words = lora.words_of(content.get("interleave_probs"))
     shown, shares = ", ".join(words), [as_number(word) for word in words]
@@ -80,9 +100,15 @@ def _weights(content: dict[str, Any], names: list[str], reading: Reading) -> dic
         keys = "mix_strategy, interleave_probs" if shares else "mix_strategy"
         reading.ignore(keys, f"{strategy}, {shown}" if shares else strategy, text)
     elif strategy in _DRAWN:
-        _say_drawn(strategy, shown, bool(reading.said_value("data.packing")), reading)
         given = shares or [1.0] * len(names)
-        return {name: share for name, share in zip(names, given, strict=True) if share is not None}
+        weights = {name: share for name, share in zip(names, given, strict=True) if share is not None}
+        never = [name for name, share in weights.items() if share == 0]
+        if never:
+            reading.ignore("interleave_probs", shown, f"never drawn, so no source: {', '.join(never)}")
+        if len(never) + 1 >= len(names):
+            return dict.fromkeys(never, 0.0)
+        _say_drawn(strategy, shown, bool(reading.said_value("data.packing")), reading)
+        return weights
     return {}
 
 

@@ -56,7 +56,7 @@ def places(
     for where in paths or [name] if name else paths:
         kind, value = source(where)
         if kind == "path":
-            result.append({"path": value, **_first_rows(split, len(paths) > 1, said, reading)})
+            result.append({"path": value, **first_rows(split, len(paths) > 1, said, reading)})
             continue
         chosen = {"split": str(split)} if split else {}
         for one in subset if isinstance(subset, list) else [subset]:
@@ -65,7 +65,7 @@ def places(
     return result
 
 
-def _first_rows(split: Any, of_several: bool, said: str, reading: Reading) -> dict[str, Any]:
+def first_rows(split: Any, of_several: bool, said: str, reading: Reading) -> dict[str, Any]:
     """Return what a split of a file says: `train[:500]` is a limit; another part of it, or one of several files
     together, cannot be said."""
     if "[" not in str(split):

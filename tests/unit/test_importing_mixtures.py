@@ -101,6 +101,51 @@ def test_llama_factory_puts_data_sets_together(tmp_path: Path) -> None:
     assert told(made, "cannot be said").keys() == {"template", "cutoff_len"}
 
 
+INFO: dict[str, Any] = {
+    "texts": {"file_name": "texts.jsonl", "columns": {"prompt": "body"}, "split": "train[:9]"},
+    "more": {"hf_hub_url": "org/more", "ms_hub_url": "x/more", "subset": "en", "split": "part",
+             "columns": {"prompt": "text", "response": "answer"}, "num_samples": 7},
+    "chats": {"file_name": "chats.json", "formatting": "sharegpt", "columns": {"messages": "turns", "tools": "tools"},
+              "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user",
+                       "assistant_tag": "assistant", "system_tag": "system"}},
+    "instructions": {"file_name": "alpaca.json"},
+    "talks": {"file_name": "talks.json", "formatting": "sharegpt", "columns": {"system": "prefix"}},
+    "code": {"script_url": "code"},
+}  # fmt: skip
+
+
+def test_dataset_info_says_files_and_columns(tmp_path: Path) -> None:
+    (tmp_path / "sets").mkdir()
+    (tmp_path / "sets" / "dataset_info.json").write_text(json.dumps(INFO))
+    content = FACTORY | {"stage": "pt", "dataset": "texts,more", "max_samples": 5, "dataset_dir": "sets"}
+    made = imported(tmp_path, content)
+    assert made.content["data"]["train"] == [
+        {"path": "sets/texts.jsonl", "limit": 5, "alias": "texts"},
+        {"name": "org/more", "subset": "en", "split": "part", "alias": "more", "limit": 5,
+         "columns": {"text": "text"}},
+    ]  # fmt: skip
+    assert made.content["data"]["text"] == "body"
+    assert "drawn at random" in told(made, "cannot be said")["dataset_info.json: more.num_samples"]
+    assert "dataset" not in told(made, "fill in")
+
+    made = imported(tmp_path, FACTORY | {"dataset": "instructions, chats, code", "dataset_dir": "sets"})
+    assert made.content["data"]["messages"] == "turns" and made.content["data"]["tools"] == "tools"
+    assert [one["path"] for one in made.content["data"]["train"]] == [
+        "sets/alpaca.json", "sets/chats.json", "FILL-IN-code.jsonl",
+    ]  # fmt: skip
+    assert "data.messages" in told(made, "cannot be said")["dataset_info.json: instructions.formatting"]
+    assert (
+        next(one.value for one in made.remarks if one.kind == "fill in" and one.said == "dataset") == "code"
+    )
+
+    made = imported(tmp_path, FACTORY | {"stage": "pt", "dataset": "texts", "dataset_dir": "sets"})
+    assert made.content["data"]["train"] == {"path": "sets/texts.jsonl", "limit": 9}
+
+    made = imported(tmp_path, FACTORY | {"dataset": "talks", "dataset_dir": "sets"})
+    assert made.content["data"]["train"] == {"path": "sets/talks.json"}
+    assert "dataset_info.json: talks.formatting" in told(made, "cannot be said")
+
+
 INTERLEAVED: list[tuple[dict[str, Any], list[float] | None, str | None, dict[str, str]]] = [
     ({"mix_strategy": "interleave_under"}, [1, 1], None, {"mix_strategy": "cannot be said"}),
     ({"mix_strategy": "interleave_over"}, [1, 1], "all_exhausted", {"mix_strategy": "changes meaning"}),
@@ -150,8 +195,12 @@ def test_what_llama_factory_refuses_is_refused(more: dict[str, Any], reason: str
 
 
 def test_a_data_set_of_no_chance_is_no_source(tmp_path: Path) -> None:
-    more = {"mix_strategy": "interleave_under", "interleave_probs": "1,0", "dataset_dir": "ONLINE"}
-    assert imported(tmp_path, FACTORY | more).content["data"]["train"] == [{"name": "a", "weight": 1.0}]
+    more = {"mix_strategy": "interleave_over", "interleave_probs": "1,0"}
+    made = imported(tmp_path, FACTORY | more | {"dataset_dir": "ONLINE"})
+    assert made.content["data"]["train"] == {"name": "a"} and "mixing" not in made.content["data"]
+    assert "never drawn, so no source: org/b" in told(made, "ignored")["interleave_probs"]
+    made = imported(tmp_path, FACTORY | more | {"dataset": "a,b,c", "interleave_probs": "0.5,0,0.5"})
+    assert [one["weight"] for one in made.content["data"]["train"]] == [0.5, 0.5]
 
 
 def test_trl_puts_data_sets_together(tmp_path: Path) -> None:
