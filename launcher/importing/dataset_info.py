@@ -66,7 +66,7 @@ def _columns(entry: dict[str, Any], stage: str, said: str, reading: Reading) -> 
         read = {"text": named.pop("prompt")}
         named.pop("response", None)  # nothing of it is learned there
     elif kind in ("sharegpt", "openai") and stage == "sft" and tags.items() >= _TAGS.items():
-        read = {"messages": named.pop("messages", "messages")}
+        read = {"messages": named.pop("messages", "conversations")}
         read |= {"tools": named.pop("tools")} if "tools" in named else {}
     else:
         text = (

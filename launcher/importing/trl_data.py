@@ -68,6 +68,7 @@ def mixture_of(content: dict[str, Any], reading: Reading) -> list[str]:
         text = "cannot be read as data sets with their names; write data.train yourself"
         reading.cannot_say(key, brief(value), text)
         return []
+    several = sum(as_number(entry.get("weight")) != 0 for entry in entries) > 1
     train: list[DataSet] = []
     for entry in entries:
         share = as_number(entry.get("weight"))
@@ -75,10 +76,9 @@ def mixture_of(content: dict[str, Any], reading: Reading) -> list[str]:
             reading.ignore(f"{key}.weight", f"{entry['id']}: 0", "no row of it is taken, so it is no source")
             continue
         places = _places(entry, key, reading)
-        if share not in (None, 1):
-            _say_share(
-                key, entry["id"], share, len(train) if len(entries) > 1 else None, is_first_rows, reading
-            )
+        if share is not None and share != 1:
+            limit = f"data.train.{len(train)}.limit" if several else "data.train.limit"
+            _say_share(key, entry["id"], share, limit, is_first_rows, reading)
         train += [DataSet(place, key) for place in places]
     evaluation = [
         DataSet(place, "dataset_splits") for entry in held_out for place in _places(entry, key, reading)
@@ -120,11 +120,8 @@ def _places(entry: dict[str, Any], key: str, reading: Reading) -> list[dict[str,
     return mixture.places(entry["id"], files, subset, split, key, reading)
 
 
-def _say_share(
-    key: str, name: str, share: float | None, number: int | None, is_first_rows: bool, reading: Reading
-) -> None:
-    """Remark a share of a data set's rows: launcher has a number of them. `number`: its place in the list."""
-    limit = "data.train.limit" if number is None else f"data.train.{number}.limit"
+def _say_share(key: str, name: str, share: float, limit: str, is_first_rows: bool, reading: Reading) -> None:
+    """Remark a share of a data set's rows, where launcher has their number: at the key `limit`."""
     rows = f"int({share:g} x its rows)"
     if is_first_rows:
         text = f"the first {rows}: write that number as {limit}"
