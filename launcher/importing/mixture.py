@@ -53,8 +53,7 @@ def places(
     if not paths and not name:
         reading.cannot_say(said, None, "names no rows; write where they are as a source")
     result: list[dict[str, Any]] = []
-    for where in paths or [name] if name else paths:
-        kind, value = source(where)
+    for kind, value in [("path", path) for path in paths] or ([source(name)] if name else []):
         if kind == "path":
             result.append({"path": value, **first_rows(split, len(paths) > 1, said, reading)})
             continue

@@ -74,7 +74,7 @@ def test_what_axolotl_takes_of_a_data_set_is_named(tmp_path: Path) -> None:
     data_sets = [
         {"path": "a.jsonl", "type": "completion", "shards": 4},
         {"path": "b.jsonl", "type": "completion", "split": "train[10%:20%]", "preprocess_shards": 4},
-        {"path": "org/c", "type": "completion", "data_files": "d.jsonl"},
+        {"path": "org/c", "type": "completion", "data_files": "part/d.jsonl.zst"},
         {"path": "org/e", "type": "completion", "data_files": {"train": "d.jsonl"}},
         {"path": "json", "type": "completion", "data_files": ["d.jsonl", "e.jsonl"], "split": "train[:9]"},
         {"type": "completion"},
@@ -87,6 +87,7 @@ def test_what_axolotl_takes_of_a_data_set_is_named(tmp_path: Path) -> None:
     assert "as sources" in cannot["datasets.3.data_files"]
     assert not {"datasets.1.preprocess_shards"} & cannot.keys(), "all its rows are learned"
     assert "org/c on the hub" in told(made, "fill in")["datasets.2.data_files"]
+    assert made.content["data"]["train"][2] == {"path": "part/d.jsonl.zst"}
 
 
 def test_llama_factory_puts_data_sets_together(tmp_path: Path) -> None:
