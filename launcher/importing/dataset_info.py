@@ -41,20 +41,20 @@ def data_set(
     name: str, entry: dict[str, Any], directory: str, stage: str, option: str, reading: Reading
 ) -> DataSet | None:
     """Return what an entry says; None where its rows are neither on the hub nor in files."""
-    said = f"{NAME}: {name}"
+    prefix = f"{NAME}: {name}"
     if isinstance(entry.get("hf_hub_url"), str):
         more = {key: str(entry[key]) for key in ("subset", "split") if entry.get(key)}
         place = {"name": entry["hf_hub_url"], **more}
     elif isinstance(entry.get("file_name"), str):
-        first = mixture.first_rows(entry.get("split"), False, said, reading)
+        first = mixture.first_rows(entry.get("split"), False, prefix, reading)
         place = {"path": str(PurePath(directory, entry["file_name"])), **first}
     else:
         return None
     for key, value in entry.items():
         if key not in _KNOWN and value not in (None, "", False):
             text = _CANNOT.get(str(key), "launcher has no key for it")
-            reading.cannot_say(f"{said}.{key}", brief(value), text)
-    return DataSet(place, option, _columns(entry, stage, said, reading))
+            reading.cannot_say(f"{prefix}.{key}", brief(value), text)
+    return DataSet(place, option, _columns(entry, stage, prefix, reading))
 
 
 def _columns(entry: dict[str, Any], stage: str, said: str, reading: Reading) -> dict[str, str]:
