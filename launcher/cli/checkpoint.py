@@ -203,13 +203,13 @@ def prune(
     from launcher.errors import ConfigurationError, Problem
     from launcher.planner.plan import Plan
     from launcher.runs import retention
+    from launcher.tasks.mixed import measured, not_measured
 
     directory = _find(run)
     plan = Plan.read(directory.plan_file)
     kept, task = plan.checkpoint, tasks.unprepared(plan)
     metric = metric or kept.metric
-    if metric not in task.metrics:
-        reason = f"a {task.kind} evaluation does not measure it; it measures {', '.join(task.metrics)}"
+    if (reason := not_measured(task, metric)) is not None:
         raise ConfigurationError(Problem("--metric", metric, reason))
     last, best = (
         kept.keep_last if keep_last is None else keep_last,
@@ -218,7 +218,7 @@ def prune(
     with directory.lock():
         leftovers = [] if dry_run else retention.remove_leftovers(directory)
         work = retention.to_prune if dry_run else retention.prune
-        removed = work(directory, last, best, metric, task.metrics[metric])
+        removed = work(directory, last, best, metric, measured(task)[metric])
     if as_json:
         return print_json(
             {"removed": [stored.step for stored in removed], "leftovers": leftovers, "dry_run": dry_run}

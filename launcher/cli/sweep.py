@@ -46,7 +46,10 @@ HalvingRule = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Of the draws.")]
-Metric = Annotated[str, typer.Option("--metric", help="What the leaderboard ranks by: a metric of the task.")]
+Metric = Annotated[
+    str,
+    typer.Option("--metric", help="What the leaderboard ranks by: a metric of the task, or ALIAS/METRIC."),
+]
 Out = Annotated[
     Path | None, typer.Option("--out", metavar="DIR", help="Where the sweep is kept. [default: sweeps/NAME]")
 ]
@@ -107,7 +110,6 @@ def _open(
     overrides: list[str],
 ) -> Sweep:
     """A sweep that is there, or a new one. Raises ConfigurationError."""
-    from launcher import tasks
     from launcher.errors import ConfigurationError, Problem
     from launcher.launch.run_setup import load_job
     from launcher.sweep.space import points as draw
@@ -130,10 +132,6 @@ def _open(
                 raise ConfigurationError(Problem(option, None, reason))
         return Sweep.read(what)
     job = load_job(what, overrides, None)
-    task = tasks.of_job(job)
-    if metric not in task.metrics:
-        reason = f"a {task.kind} evaluation does not measure it; it measures {', '.join(task.metrics)}"
-        raise ConfigurationError(Problem("--metric", metric, reason))
     drawn = draw(grid, random, points, seed)
     return Sweep.create(
         out or Path("sweeps") / job.name,

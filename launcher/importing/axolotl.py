@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from launcher.importing import defaults, lora, sft, trainer, trainer_keys
+from launcher.importing import axolotl_data, defaults, lora, trainer, trainer_keys
 from launcher.importing.reading import Reading, as_number, brief
 from launcher.importing.trainer_keys import HELD_OUT
 
@@ -97,7 +97,7 @@ def read(content: dict[str, Any], reading: Reading) -> None:
         reason = "learns by another loss than cross entropy, which is all launcher has; leave it out for SFT"
         reading.refuse("rl", brief(kind), reason)
     _adapter(content, reading)
-    _data(content, reading)
+    axolotl_data.read(content, reading)
     _tokens(content, reading)
     _remarks(content, reading)
     arguments = {_RENAMED.get(key, key): value for key, value in content.items()}
@@ -156,63 +156,6 @@ def _adapter(content: dict[str, Any], reading: Reading) -> None:
             "fp32, and computes in bf16"
         )
         reading.cannot_say("bf16", brief(content.get("bf16", "auto")), text)
-
-
-def _data(content: dict[str, Any], reading: Reading) -> None:
-    for option, key in (("datasets", "data.train"), ("test_datasets", "data.evaluation")):
-        listed = content.get(option)
-        entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
-        if listed and not entries:
-            reading.cannot_say(option, brief(listed), f"cannot be read as data sets; write {key} yourself")
-        if len(entries) > 1:
-            text = (
-                f"launcher reads one data set; taken: {entries[0].get('path')}. Write the rows of all to "
-                "one file, and name that"
-            )
-            reading.cannot_say(option, ", ".join(str(entry.get("path")) for entry in entries)[:120], text)
-        if entries:
-            _data_set({str(name): value for name, value in entries[0].items()}, option, key, reading)
-
-
-def _data_set(entry: dict[str, Any], said: str, key: str, reading: Reading) -> None:
-    """One entry of `datasets`: where the rows are, and which columns are what."""
-    files = lora.words_of(entry.get("data_files"))
-    path = files[0] if len(files) == 1 else reading.word(entry, "path", f"{said}.")
-    if path is not None:
-        kind, value = sft.source(path)
-        reading.say(f"{key}.{kind}", value, f"{said}.path")
-        for name, part in (("subset", entry.get("name")), ("split", entry.get("split"))):
-            if part and kind == "name":
-                reading.say(f"{key}.{name}", str(part), f"{said}.{name}")
-    way = entry.get("type")
-    if way == "chat_template":
-        reading.say("data.messages", str(entry.get("field_messages") or "messages"), f"{said}.field_messages")
-    elif way == "completion":
-        reading.say("data.text", str(entry.get("field") or "text"), f"{said}.field")
-    else:
-        text = (
-            "axolotl's own way to write a row; launcher takes columns as they are, by data.text, "
-            "data.prompt and completion, or messages"
-        )
-        reading.cannot_say(f"{said}.type", brief(way), text)
-    neutral = {
-        "roles_to_train": (["assistant"], ["assistant", "gpt"], None),
-        "train_on_eos": ("turn", None),
-        "train_on_eot": ("turn", None),
-    }
-    known = {
-        "path", "type", "name", "split", "data_files", "ds_type", "field_messages", "field",
-        "trust_remote_code", *neutral,
-    }  # fmt: skip
-    for name, value in entry.items():
-        if (name not in known and value not in (None, "", [], {}, False)) or (
-            name in neutral and value not in neutral[name]
-        ):
-            text = (
-                "launcher has no key for it; it learns what messages with role and content say, and the "
-                "assistant's turns of them"
-            )
-            reading.cannot_say(f"{said}.{name}", brief(value), text)
 
 
 def _tokens(content: dict[str, Any], reading: Reading) -> None:

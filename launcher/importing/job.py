@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import yaml
 
 from launcher.errors import ConfigurationError, Problem
-from launcher.importing import command_line, foreign_files, seq2seq
+from launcher.importing import command_line, foreign_files
 from launcher.importing.merge import JOB_KEYS, MODEL, TRAIN, job_content, merge
 from launcher.importing.reading import Reading, Remark
 from launcher.job.load import validate, without
@@ -65,7 +66,7 @@ def import_files(paths: list[Path], words: list[str] | None = None) -> Imported:
     open_keys = []
     if content["model"]["name"] == MODEL:
         open_keys.append(("model.name", MODEL, "the model's directory or its name on the hub"))
-    if data["train"].get("path") == TRAIN:
+    if isinstance(data["train"], dict) and data["train"].get("path") == TRAIN:
         open_keys.append(("data.train", TRAIN, "the rows to learn from"))
     if not data.keys() & _COLUMNS:
         text = "which columns are what: text, or prompt and completion, or messages, or text and label"
@@ -108,6 +109,5 @@ def _text(content: dict[str, Any], readings: list[Reading]) -> str:
     columns = ", and which columns are what: text, or prompt and completion, or messages"
     columns = "" if content["data"].keys() & _COLUMNS else columns
     body = body.replace(f"{TRAIN}\n", f"{TRAIN}   # fill in{columns}\n")
-    for placeholder in (*seq2seq.PLACEHOLDERS.values(), seq2seq.HELD_OUT):
-        body = body.replace(f"{placeholder}\n", f"{placeholder}   # fill in\n")
+    body = re.sub(r"(FILL-IN\S*)\n", r"\1   # fill in\n", body)
     return "\n".join([*head, body])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from launcher.importing import defaults, lora, trainer, trainer_keys
+from launcher.importing import defaults, llama_factory_data, lora, trainer, trainer_keys
 from launcher.importing.reading import Reading
 from launcher.importing.trainer_keys import HELD_OUT
 
@@ -62,7 +62,7 @@ def read(content: dict[str, Any], reading: Reading) -> None:
         reading.refuse("stage", stage, reason)
     _adapter(content, reading)
     _data(content, stage, reading)
-    _rows(content, reading)
+    llama_factory_data.read(content, stage, reading)
     attention = reading.word(content, "flash_attn") or "auto"
     if attention in _ATTENTION:
         reading.say("model.attention", _ATTENTION[attention], "flash_attn")
@@ -75,8 +75,8 @@ def read(content: dict[str, Any], reading: Reading) -> None:
     if unused := sorted(key for key in _NOTHING if content.get(key) not in (None, "")):
         reading.ignore(", ".join(unused), None, "how it is computed and reported; the same is learned")
     own = {
-        "stage", "finetuning_type", "template", "dataset", "eval_dataset", "dataset_dir", "cutoff_len",
-        "max_samples", "packing", "neat_packing", "flash_attn", "disable_gradient_checkpointing",
+        "stage", "finetuning_type", "template", *llama_factory_data.READ, "cutoff_len",
+        "packing", "neat_packing", "flash_attn", "disable_gradient_checkpointing",
         *lora.QUANTISED, "quantization_method", "quantization_type", "double_quantization", *ADAPTER.all(),
         *_NOTHING, *_CHANGES,
     }  # fmt: skip
@@ -132,18 +132,3 @@ def _data(content: dict[str, Any], stage: str, reading: Reading) -> None:
         reading.cannot_say(
             "template", template, text + "chat_template, and with data.messages nothing else is needed"
         )
-
-
-def _rows(content: dict[str, Any], reading: Reading) -> None:
-    for option, key in (("dataset", "data.train"), ("eval_dataset", "data.evaluation")):
-        names = lora.words_of(content.get(option))
-        if names:
-            text = (
-                "entries of LLaMA-Factory's dataset_info.json: write the file, or the data set on the "
-                f"hub, as {key}, and its columns"
-            )
-            reading.fill_in(option, ", ".join(names), text)
-        if len(names) > 1:
-            text = "launcher reads one data set: write the rows of all to one file, and name that"
-            reading.cannot_say(option, ", ".join(names), text)
-    reading.take(content, {"max_samples": "data.train.limit"}, Reading.count)

@@ -8,6 +8,7 @@ from pathlib import PurePath
 from typing import Any
 
 from launcher.errors import Problem
+from launcher.importing import mixture
 from launcher.importing.defaults import differs
 from launcher.importing.foreign_files import WINNERS
 from launcher.importing.reading import Fact, Kind, Reading, Remark
@@ -261,8 +262,9 @@ def job_content(merged: Merged, sources: list[str]) -> dict[str, Any]:
     content["name"] = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")[:100] or "imported"
     content["model"] = {"name": MODEL, **content["model"]}
     train = content["data"].setdefault("train", {})
-    if not train.keys() & {"path", "name"}:
+    if not train.keys() & {"path", "name", "sources"}:
         train["path"] = TRAIN
+    merged.remarks += mixture.as_lists(content["data"], merged.facts)
     return {part: content[part] for part in _PARTS if content[part]}
 
 

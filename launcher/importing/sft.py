@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import PurePath
 from typing import Any
 
-from launcher.data.formats import FORMATS
-from launcher.importing import defaults, lora, trainer_keys
+from launcher.importing import defaults, lora, trainer_keys, trl_data
 from launcher.importing.reading import Reading, brief
-from launcher.importing.trainer_keys import HELD_OUT
 
 DEFAULTS = defaults.TRL
 MARKS = {
@@ -31,8 +28,6 @@ _OTHER_LOSSES = (
     "stepwise_aggregation",
 )  # fmt: skip
 """Keys of DPO, ORPO, KTO, GRPO and their like (TRL 1.16): SFT has none of them."""
-_DATA = {"dataset_name", "dataset_config", "dataset_config_name", "dataset_train_split", "dataset_test_split"}
-_MIXTURES = ("dataset_mixer", "dataset_mixture", "datasets")
 _TEMPLATE = (
     "launcher writes a chat by the tokenizer's own template; where this is another, put it into the "
     "model's tokenizer_config.json"
@@ -66,10 +61,10 @@ def read(content: dict[str, Any], reading: Reading) -> set[str]:
         )
         reading.refuse(other, content[other], text)
     _adapter(content, bool(reading.flag(content, "use_peft")), reading)
-    mixed = _mixture(content, reading)
+    mixed = trl_data.mixture_of(content, reading)
     when = str(content.get("eval_strategy", content.get("evaluation_strategy", "no")))
     evaluates = when.rpartition(".")[2].lower() not in ("no", "false", "none")
-    named = data_set(content, reading, evaluates)
+    named = trl_data.data_set(content, reading, evaluates)
     _loss(content, mixed, reading)
     _packing(content, reading)
     trainer_keys.changes(content, _LEARNED, reading)
@@ -79,9 +74,8 @@ def read(content: dict[str, Any], reading: Reading) -> set[str]:
         reading.cannot_say("max_length", None, why)
     learned = {
         "completion_only_loss", "assistant_only_loss", "loss_type", "packing", "packing_strategy", "use_peft",
-        "dataset_splits",
     }  # fmt: skip
-    read_keys = {*ADAPTER.all(), *lora.QUANTISED, *_MIXTURES, *_LEARNED, *learned, *named}
+    read_keys = {*ADAPTER.all(), *lora.QUANTISED, *trl_data.MIXTURES, *_LEARNED, *learned, *named}
     if reading.says("data.messages") or content.get("completion_only_loss") is not None:
         return read_keys | {"dataset_text_field"}
     if content.get("dataset_text_field") is not None:
@@ -118,108 +112,6 @@ def _adapter(content: dict[str, Any], has_adapter: bool, reading: Reading) -> No
     else:
         lora.unused(content, ADAPTER, "without use_peft TRL reads none of them", reading)
     lora.quantised(content, lora.QUANTISED, reading)
-
-
-def source(value: str) -> tuple[str, str]:
-    """`path` or `name`, for a file or directory here or a data set on the hub, and the value as data.train
-    has it."""
-    is_local = PurePath(value).suffix.lower() in FORMATS or value.startswith(("/", "./", "../", "~"))
-    return ("path", value) if is_local else ("name", value)
-
-
-def data_set(content: dict[str, Any], reading: Reading, evaluates: bool = False) -> set[str]:
-    """Say the data set that is named, with its splits; the keys that were read."""
-    name = reading.word(content, "dataset_name")
-    if name is None or reading.says("data.train.name"):
-        return _DATA if name is None else _DATA - {"dataset_name"}
-    kind, value = source(name)
-    reading.say(f"data.train.{kind}", value, "dataset_name")
-    subset_said = "dataset_config" if content.get("dataset_config") is not None else "dataset_config_name"
-    subset = reading.word(content, subset_said)
-    split, held_out = (
-        reading.word(content, "dataset_train_split"),
-        reading.word(content, "dataset_test_split"),
-    )
-    if kind == "path":
-        return _DATA
-    if subset is not None:
-        reading.say("data.train.subset", subset, subset_said)
-    if split is not None:
-        reading.say("data.train.split", split, "dataset_train_split")
-    if evaluates:
-        for key, part, option in (("name", value, "dataset_name"), ("subset", subset, subset_said)):
-            if part is not None:
-                reading.say(f"data.evaluation.{key}", part, option)
-        reading.say("data.evaluation.split", held_out or "test", "dataset_test_split")
-    return _DATA
-
-
-def _mixture(content: dict[str, Any], reading: Reading) -> list[str]:
-    """Say the one data set of a mixture; the columns it keeps. Several, or a share of one, cannot be said."""
-    key = next((key for key in _MIXTURES if content.get(key)), None)
-    if key is None:
-        return []
-    entries, more = _entries(content[key], content.get("dataset_splits"), reading)
-    if not entries or not isinstance(entries[0].get("id"), str):
-        text = "cannot be read as data sets with their names; write data.train yourself"
-        reading.cannot_say(key, brief(content[key]), text)
-        return []
-    first = entries[0]
-    kind, name = source(first["id"])
-    reading.say(f"data.train.{kind}", name, key)
-    for option, part in (("subset", first.get("config")), ("split", first.get("split"))):
-        if part and part != "default" and kind == "name":
-            reading.say(f"data.train.{option}", str(part), key)
-    if len(entries) > 1:
-        text = (
-            f"launcher reads one data set; taken: {first['id']}. Write the rows of all to one file, and "
-            "name that"
-        )
-        reading.cannot_say(key, ", ".join(str(entry.get("id")) for entry in entries)[:120], text)
-    if first.get("weight") not in (None, 1, 1.0):
-        text = (
-            "a share of its rows, drawn at random; launcher takes all, or by data.train.limit the first so "
-            "many"
-        )
-        reading.cannot_say(f"{key}.weight", first["weight"], text)
-    for option, value in more.items():
-        reading.cannot_say(f"{key}.{option}", brief(value), HELD_OUT)
-    columns = first.get("columns")
-    return [str(column) for column in columns] if isinstance(columns, list) else []
-
-
-def _entries(value: Any, splits: Any, reading: Reading) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The data sets of a mixture as {id, config, split, columns, weight}, and its other keys that change what
-    is learned."""
-    if isinstance(value, dict) and "datasets" in value:  # alignment-handbook since 2025
-        listed = value["datasets"]
-        more = {key: entry for key, entry in value.items() if key == "test_split_size" and entry}
-    elif isinstance(value, dict):  # before: data set -> share, with the splits beside it
-        names = [str(split) for split in splits] if isinstance(splits, list) else ["train"]
-        train = [split for split in names if "train" in split] or names[:1]
-        listed = [
-            {"id": str(name), "weight": share, "split": split}
-            for name, share in value.items()
-            for split in train
-        ]
-        held_out = next((split for split in names if "test" in split), None)
-        if held_out and listed:
-            reading.say("data.evaluation.name", listed[0]["id"], "dataset_splits")
-            reading.say("data.evaluation.split", held_out, "dataset_splits")
-        more = {}
-    else:  # TRL's list
-        listed, more = value, {}
-    entries = listed if isinstance(listed, list) else []
-    renamed = (
-        {"path": "id", "name": "config"} if "id" not in entry else {}
-        for entry in entries
-        if isinstance(entry, dict)
-    )
-    parts = [
-        {names.get(str(key), str(key)): entry_value for key, entry_value in entry.items()}
-        for entry, names in zip([entry for entry in entries if isinstance(entry, dict)], renamed, strict=True)
-    ]
-    return parts, more
 
 
 def _loss(content: dict[str, Any], columns: list[str], reading: Reading) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from launcher.importing import optimizers, seq2seq, sft, trainer_keys, trainer_running
+from launcher.importing import optimizers, seq2seq, sft, trainer_keys, trainer_running, trl_data
 from launcher.importing.defaults import TRAINER, Defaults
 from launcher.importing.reading import Reading, brief
 
@@ -62,7 +62,7 @@ def read(content: dict[str, Any], reading: Reading, is_sft: bool = False) -> Non
         )
     ):
         return arguments(content, reading, sft.DEFAULTS, sft.read(content, reading))
-    own = sft.adapter_of_a_script(content, reading) | sft.data_set(content, reading)
+    own = sft.adapter_of_a_script(content, reading) | trl_data.data_set(content, reading)
     if writes:
         own |= seq2seq.read(content, reading)
     known = (MARKS | seq2seq.MARKS) & (content.keys() | reading.unknown)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 from collections.abc import Iterator
 
@@ -10,6 +9,7 @@ from launcher import tasks
 from launcher.job import check_sources, slurm_options
 from launcher.job.schema import Cluster, Job
 from launcher.job.training import Training
+from launcher.tasks.mixed import not_measured
 from launcher.tasks.task import Finding, finding
 
 
@@ -198,10 +198,8 @@ def _metrics(job: Job) -> Iterator[Finding]:
     watched = {"checkpoint.metric": job.checkpoint.metric if job.checkpoint.keep_best else "loss"}
     watched["training.early_stopping.metric"] = early.metric if early else "loss"
     for key, metric in watched.items():
-        if metric not in task.metrics:
-            near = difflib.get_close_matches(metric, task.metrics, n=1, cutoff=0.0)
-            reason = f"a {task.kind} evaluation measures {', '.join(task.metrics)}; the nearest is {near[0]}"
-            yield finding(key, metric, reason, "model.task", "data.problem")
+        if (reason := not_measured(task, metric)) is not None:
+            yield finding(key, metric, reason, "model.task", "data.problem", "data.evaluation")
 
 
 def _distillation(job: Job) -> Iterator[Finding]:

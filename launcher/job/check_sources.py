@@ -37,10 +37,10 @@ def findings(job: Job) -> Iterator[Finding]:
 
 def _several(role: str, given: Sources) -> Iterator[Finding]:
     """Yield what a list of sources says twice, or of some alone."""
-    if given.path is not None or given.name is not None:
-        shown = given.path or given.name
-        reason = "stands beside a list of sources; write it as an entry of the list"
-        yield finding(f"data.{role}", shown, reason)
+    for name, field in Source.model_fields.items():
+        if (value := getattr(given, name)) != field.default:
+            reason = "stands beside a list of sources; write it in an entry of the list"
+            yield finding(f"data.{role}.{name}", value, reason)
     sources = given.sources or ()
     aliases = [source.alias for source in sources]
     for number, source in enumerate(sources):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from pydantic import ValidationError
 
 from launcher.errors import ConfigurationError, Problem
 from launcher.job import check, paths, profile
+from launcher.job.describe import expected_of, keys
 from launcher.job.job_file import read
 from launcher.job.problems import refused, translate
 from launcher.job.schema import Job
@@ -21,10 +23,13 @@ _PLACEHOLDERS: dict[tuple[str, ...], Any] = {
     ("data", "train"): {"path": "train.jsonl"},
 }
 
+_ENTRY = re.compile(r"\d{1,9}", re.ASCII)
+"""The number of an entry of a list, in a key."""
+
 
 def override(content: dict[str, Any], overrides: list[str]) -> list[Problem]:
     """Put each `a.b=value` (YAML, or else plain text, as `*.csv`) into `content`; what cannot be put there
-    comes back as problems."""
+    comes back as problems. A number names an entry of a list, from 0: `a.0.b=value`."""
     problems = []
     for text in overrides:
         key, equals, value = text.partition("=")
@@ -39,21 +44,47 @@ def override(content: dict[str, Any], overrides: list[str]) -> list[Problem]:
                 problems += [Problem(f"--set {key}", None, problem.reason) for problem in error.problems]
                 continue
             parsed = value
-        section = content
-        for step in steps[:-1]:
-            if section.get(step) is None:
-                section[step] = {}
-            section = section[step]
-            if not isinstance(section, dict):
-                problems.append(
-                    Problem(
-                        f"--set {key}", None, f"{step} is not a section: it holds {type(section).__name__}"
-                    )
-                )
-                break
-        else:
-            section[steps[-1]] = parsed
+        if (reason := _put(content, steps, parsed)) is not None:
+            problems.append(Problem(f"--set {key}", None, reason))
     return problems
+
+
+def _put(content: dict[str, Any], steps: list[str], value: Any) -> str | None:
+    """Put a value where `steps` lead, through sections and lists; why it cannot stand there, else None."""
+    section: Any = content
+    for number, step in enumerate(steps):
+        if _ENTRY.fullmatch(step) and isinstance(section, dict) and isinstance(section.get("sources"), list):
+            section = section["sources"]  # as a run keeps a list of sources
+        if (reason := _no_place(section, ".".join(steps[:number]), step)) is not None:
+            return reason
+        place: Any = int(step) if isinstance(section, list) else step
+        if number == len(steps) - 1:
+            section[place] = value
+            break
+        child = section[place] if isinstance(section, list) else section.get(place)
+        if child is None:
+            child = section[place] = {}
+        section = child
+    return None
+
+
+def _no_place(section: Any, where: str, step: str) -> str | None:
+    """Return why what stands at the key `where` has no place for `step`; None where it has one."""
+    is_entry = _ENTRY.fullmatch(step) is not None
+    if isinstance(section, list):
+        if is_entry and int(step) < len(section):
+            return None
+        if not section:
+            return f"{where} is an empty list; write {where}=[...]"
+        wrong = f"has no entry {step}" if is_entry else f"is a list, and {step} is no number of an entry"
+        return f"{where} {wrong}: they are {where}.0 to {where}.{len(section) - 1}; or write {where}=[...]"
+    if not isinstance(section, dict):
+        return f"{where.rpartition('.')[2]} is not a section: it holds {type(section).__name__}"
+    known = next((key for key in keys() if key.path == where), None)
+    if is_entry and known is not None:
+        holds = "holds a section of keys" if section else "is not in the job file"
+        return f"{where} {holds}, so it has no entry {step}; write it as {expected_of(known.field)}"
+    return None
 
 
 def without(content: dict[str, Any], keys: set[str]) -> dict[str, Any]:

@@ -162,8 +162,10 @@ def job_file_page() -> str:
         "Made from `launcher/job/schema.py` and `launcher/tasks/` by `make docs`; do not edit.",
         "",
         "Every key can be set on the command line as well: `--set training.learning_rate=1e-5` (the "
-        "value is YAML). `auto` is decided by",
-        "`launcher plan`, which says why. Unknown keys are refused. Paths are relative to the job file.",
+        "value is YAML), an entry of",
+        "a list by its number from 0: `--set data.train.0.weight=2`. `auto` is decided by `launcher plan`, "
+        "which says why.",
+        "Unknown keys are refused. Paths are relative to the job file.",
         "`launcher schema` prints the JSON schema, which editors complete the file by.",
     ]
     return "\n".join([*head, *_section("Top level", Job, "")]) + "\n"

@@ -25,7 +25,7 @@ class EarlyStopping(Section):
     """Stop when an evaluation metric no longer gets better."""
 
     metric: str = "loss"
-    """The metric watched, by its name in the evaluation."""
+    """The metric watched, by its name in the evaluation; of one of several sources as `old/loss`."""
     patience: int = Field(default=3, ge=1)
     """Evaluations without an improvement before the run ends."""
     minimum_delta: float = Field(default=0.0, ge=0)

@@ -20,6 +20,7 @@ from launcher.planner.memory.profiles import Profiles
 from launcher.planner.plan import Plan
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.successive_halving import SWEEP_FILE, better_of
+from launcher.tasks.mixed import measured, not_measured
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,16 @@ class Sweep:
                 "another one with --out"
             )
             raise ConfigurationError(Problem("--out", str(path), reason))
-        job = run_setup.load_job(job_file, overrides, None)
-        for point in points:
-            run_setup.load_job(
-                job_file, [*overrides, *point], None
-            )  # what no point can be is said before any has begun
+        jobs = [run_setup.load_job(job_file, [*overrides, *point], None) for point in ([], *points)]
+        job = jobs[0]
+        # What no point can be, or measures, is said before any has begun.
+        for point, one in zip(([], *points), jobs, strict=True):
+            if (missing := not_measured(tasks.of_job(one), metric)) is not None:
+                where = f"at {' '.join(point)}: " if point else ""
+                raise ConfigurationError(Problem("--metric", metric, f"{where}{missing}"))
         if halving:
             _check_comparable(job, metric)
-        better = tasks.of_job(job).metrics[metric]
+        better = measured(tasks.of_job(job))[metric]
         sweep = cls(path.absolute(), tuple(map(tuple, points)), metric, nproc, better)
         (path / "points").mkdir(parents=True, exist_ok=True)
         content = job.model_dump(mode="json", exclude_none=True, exclude_unset=True, by_alias=True)

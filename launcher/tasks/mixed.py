@@ -1,13 +1,15 @@
-"""Read one of several sources: by the job's section `data`, with the source's own columns in it."""
+"""Read one of several sources by the job's section `data`, with its own columns in it; name its metrics."""
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from launcher import tasks
 from launcher.data.rows import Row, RowProblem
 from launcher.data.section import Data, MixedSource, Source, Sources
+from launcher.metrics import Better
 from launcher.tasks.task import Task
 
 _OF_CHATS = ("tools", "date")
@@ -53,3 +55,23 @@ def as_main(task: str, data: Data, source: Source, rows: Iterable[Row]) -> Itera
             yield row
         else:
             yield row._replace(values={names.get(name, name): value for name, value in row.values.items()})
+
+
+def measured(task: Task) -> dict[str, Better]:
+    """Return what an evaluation of a job measures, and which way each is better: the task's metrics of all rows,
+    and as `ALIAS/metric` those of each of several sources."""
+    metrics, held_out = dict(task.metrics), task.data.evaluation
+    for alias in held_out.aliases if held_out is not None else ():
+        metrics |= {f"{alias}/{name}": better for name, better in task.metrics.items()}
+    return metrics
+
+
+def not_measured(task: Task, metric: str) -> str | None:
+    """Return why no evaluation of a job has a metric, with the nearest that it has; None where it has it."""
+    known = measured(task)
+    if metric in known:
+        return None
+    reason = f"a {task.kind} evaluation measures {', '.join(task.metrics)}"
+    if held_out := task.data.evaluation.aliases if task.data.evaluation is not None else ():
+        reason += f" of all rows, and of {', '.join(held_out)} alone, as {held_out[0]}/loss"
+    return f"{reason}; the nearest is {difflib.get_close_matches(metric, known, n=1, cutoff=0.0)[0]}"

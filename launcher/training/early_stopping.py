@@ -10,6 +10,7 @@ from launcher.errors import ConfigurationError, Problem
 from launcher.planner.plan import Plan
 from launcher.runs.layout import RunDirectory
 from launcher.runs.successive_halving import Halving
+from launcher.tasks.mixed import measured
 from launcher.training.cadence import Patience
 
 
@@ -30,7 +31,7 @@ class EarlyEnd:
         early = plan.training.early_stopping
         self._patience = None
         if early:
-            better = tasks.unprepared(plan).metrics.get(early.metric, "lower")
+            better = measured(tasks.unprepared(plan)).get(early.metric, "lower")
             self._patience = Patience(early.metric, early.patience, early.minimum_delta, better)
         self._halving = Halving.of(run)
         self._run, self._leads, self._agree, self._event = run, leads, agree, event

@@ -12,8 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from launcher.planner.plan import Length
 from launcher.runs import events
+from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.layout import RunDirectory
 from launcher.training.data.order import MixedOrder
+from launcher.training.early_stopping import EarlyEnd
 from tests.training.plans import deepspeed
 from tests.training.runs import (
     assert_equal,
@@ -135,6 +137,34 @@ def test_an_evaluation_is_of_all_and_of_each_source(
     assert measured["loss"] == pytest.approx(total / number, rel=1e-4)
     assert {name: measured[name] for name in results} == pytest.approx(results, rel=1e-4)
     assert set(measured) >= {"held-a/perplexity", "held-b/perplexity"}
+
+
+@pytest.mark.slow
+def test_the_metric_of_one_source_decides_what_is_kept_and_when_it_ends(
+    model: Path, data: dict[str, Any], tmp_path: Path
+) -> None:
+    metric = "held-b/accuracy"
+    early = {"metric": metric, "patience": 2}
+    plan = make(
+        model,
+        data,
+        1,
+        training={"learning_rate": 1e-2, "early_stopping": early},
+        checkpoint={"every": 1, "keep_last": 1, "keep_best": 1, "metric": metric},
+        evaluate_every={"value": 1, "unit": "steps"},
+        length=Length(value=5, unit="steps"),
+    )
+    run = new_run(tmp_path / "run", plan)
+    finish(run, 1)
+    values = {step: measured[metric] for step, measured in evaluations(run).items() if step}
+    assert values[5] > values[2], "were less better, patience would have run out before"
+    best = max(values, key=lambda step: (values[step], step))
+    assert [stored.step for stored in list_checkpoints(run)] == sorted({best, 5})
+    ending = EarlyEnd(run, plan, True, bool, lambda *_, **__: None)
+    for step, value in enumerate([0.5, 0.6, 0.4, 0.55], start=1):
+        assert not ending.reached
+        ending.judge(step, False, {"loss": 1.0 / step, metric: value})
+    assert ending.reached
 
 
 @pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])

@@ -126,6 +126,69 @@ def test_override_that_is_not_yaml(folder: Path) -> None:
     assert "--set training.betas" in problems(folder, CAUSAL, "training.betas=[1, 2")
 
 
+def listed(folder: Path, *overrides: str) -> Job:
+    """A job with two sources and two groups of parameters."""
+    content = {
+        **CAUSAL,
+        "data": CAUSAL["data"] | {"train": [{"path": "train.jsonl"}, {"path": "train.jsonl"}]},
+    }
+    groups = [{"parameters": ["*.bias"], "learning_rate": 1e-4}, {"parameters": ["*.weight"]}]
+    return load(write(folder, content | {"training": {"max_steps": 2, "groups": groups}}), [*overrides])
+
+
+def test_override_of_an_entry_of_a_list(folder: Path) -> None:
+    job = listed(
+        folder,
+        "data.train.0.weight=2",
+        "data.train.1.weight=3",
+        "data.train.1.columns.text=body",
+        "training.groups.1.learning_rate=1e-3",
+        "training.groups.0.parameters.0=*.norm",
+        "training.betas=[0.8, 0.9]",
+        "training.betas.1=0.95",
+        "model.config.id2label.0=bad",
+    )
+    first, second = job.data.train.sources or ()
+    assert (first.weight, second.weight, second.columns) == (2, 3, {"text": "body"})
+    assert [group.learning_rate for group in job.training.groups] == [1e-4, 1e-3]
+    assert job.training.groups[0].parameters == ("*.norm",)
+    assert job.training.betas == (0.8, 0.95)
+    assert (job.model.config or {})["id2label"] == {"0": "bad"}, "a section of the user's own has any key"
+
+
+def test_override_of_a_list_as_a_run_keeps_it(folder: Path) -> None:
+    job = listed(folder, "data.train.0.weight=1", "data.train.1.weight=1")
+    content = job.model_dump(mode="json", exclude_none=True, exclude_unset=True, by_alias=True)
+    assert "sources" in content["data"]["train"]
+    again = load(write(folder, content), ["data.train.1.weight=5"])
+    assert [source.weight for source in again.data.train.sources or ()] == [1, 5]
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("data.train.2.weight=1", "data.train has no entry 2: they are data.train.0 to data.train.1"),
+        ("data.train.-1.weight=1", "-1 is no number of an entry"),
+        ("data.train.limit=5", "data.train is a list, and limit is no number of an entry"),
+        (f"data.train.{'9' * 5000}.weight=1", "is no number of an entry"),
+        ("data.evaluation.0.path=a.jsonl", "data.evaluation is not in the job file, so it has no entry 0"),
+        ("model.unfreeze.0.at=5", "so it has no entry 0; write it as a list of sections of keys"),
+        ("batch.0=5", "batch is not in the job file, so it has no entry 0; write it as a section"),
+        ("model.0.name=5", "model holds a section of keys, so it has no entry 0"),
+        ("data.train.0.path.1=a", "path is not a section: it holds str"),
+    ],
+)
+def test_override_of_an_entry_that_is_not_there(override: str, reason: str, folder: Path) -> None:
+    with pytest.raises(ConfigurationError) as raised:
+        listed(folder, override)
+    assert reason in raised.value.problems[0].reason
+
+
+def test_override_of_an_entry_of_an_empty_list(folder: Path) -> None:
+    found = problems(folder, CAUSAL, "training.groups=[]", "training.groups.0.learning_rate=1")
+    assert "an empty list" in found["--set training.groups.0.learning_rate"].reason
+
+
 def test_override_below_a_value(folder: Path) -> None:
     assert "not a section" in problems(folder, CAUSAL, "name.first=x")["--set name.first"].reason
 

@@ -11,6 +11,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from launcher import tasks
 from launcher.data.mixture import in_an_epoch
 from launcher.data.section import MixedSource, Mixing, Sources
 from launcher.errors import ConfigurationError
@@ -19,14 +20,14 @@ from launcher.job.schema import Job
 from launcher.planner.dataset.dataset_size import one_pass
 from launcher.planner.dataset.usable_rows import look_at_rows
 from launcher.planner.search import plan_job
-from launcher.tasks.mixed import data_of
+from launcher.tasks.mixed import data_of, measured
 
 A = {"path": "a.jsonl"}
 B = {"path": "b.jsonl"}
 
 
 def job_of(folder: Path, train: Any, task: str = "causal-lm", rows: int = 8, **data: Any) -> Job:
-    """A job over two files of one and two columns."""
+    """A job over two files of one and two columns; `training` and `checkpoint` are sections of their own."""
     for name, count in (("a", rows), ("b", 2 * rows)):
         lines = [
             json.dumps({"text": f"row {n}", "body": "some more words", "label": str(n % 3)})
@@ -34,13 +35,14 @@ def job_of(folder: Path, train: Any, task: str = "causal-lm", rows: int = 8, **d
         ]
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     columns = {"text": "text"} | ({"label": "label"} if task == "sequence-classification" else {})
+    sections = {name: data.pop(name) for name in ("training", "checkpoint") if name in data}
     content = {
         "name": "mixed",
         "model": {"name": "model", "task": task, "config": {"model_type": "llama"}},
         "data": {"train": train} | columns | data,
         "training": {"max_steps": 4},
         "cluster": {"gpus_per_node": 0},
-    }
+    } | sections
     (folder / "job.yaml").write_text(yaml.safe_dump(content))
     return load(folder / "job.yaml")
 
@@ -94,7 +96,8 @@ def test_a_plan_keeps_all_sources(tmp_path: Path) -> None:
         ([A, B | {"name": "org/set"}], {}, "data.train.1.name", "rows come from one place"),
         ([A, B | {"alias": "not good"}], {}, "data.train.1.alias", "write letters, digits"),
         ([A | {"alias": "x"}, B | {"alias": "x"}], {}, "data.train.1.alias", "name of entry 0 too"),
-        ({"path": "a.jsonl", "sources": [B]}, {}, "data.train", "write it as an entry of the list"),
+        (A | {"sources": [B]}, {}, "data.train.path", "write it in an entry of the list"),
+        ({"limit": 5, "sources": [A, B]}, {}, "data.train.limit", "write it in an entry of the list"),
         ([], {}, "data.train", "the list is empty"),
         ([A, 3], {}, "data.train", "an entry that is no section"),
         (3, {}, "data.train", "a source (a section of keys), or a list of sources"),
@@ -134,6 +137,37 @@ def test_a_way_to_write_rows_leaves_out_the_others(tmp_path: Path) -> None:
     labelled = job_of(tmp_path, [A, B | {"columns": {"text": "body"}}], "sequence-classification")
     other = data_of("sequence-classification", labelled.data, labelled.data.train.parts[1])
     assert (other.text, other.label) == ("body", "label")  # type: ignore[attr-defined]
+
+
+def test_a_metric_of_one_source_may_be_watched(tmp_path: Path) -> None:
+    held_out = [A | {"alias": "new"}, B]
+    job = job_of(tmp_path, A, evaluation=held_out, checkpoint={"keep_best": 1, "metric": "b/accuracy"})
+    task = tasks.of_job(job)
+    names = ["loss", "perplexity", "accuracy"]
+    assert list(measured(task)) == [*names, *(f"{alias}/{name}" for alias in ("new", "b") for name in names)]
+    assert measured(task)["b/accuracy"] == "higher" and measured(task)["new/loss"] == "lower"
+
+
+@pytest.mark.parametrize(
+    ("metric", "evaluation", "reason"),
+    [
+        (
+            "nwe/accuracy",
+            [A | {"alias": "new"}, B],
+            "of new, b alone, as new/loss; the nearest is new/accuracy",
+        ),
+        ("b/acuracy", [A, B], "the nearest is b/accuracy"),
+        ("a/loss", A, "measures loss, perplexity, accuracy; the nearest is loss"),
+    ],
+)
+def test_a_metric_of_no_source_is_refused_with_the_nearest(
+    metric: str, evaluation: Any, reason: str, tmp_path: Path
+) -> None:
+    sections = {"training": {"max_steps": 4, "early_stopping": {"metric": metric}}}
+    sections |= {"checkpoint": {"keep_best": 1, "metric": metric}}
+    problems = refused(tmp_path, A, evaluation=evaluation, **sections)
+    assert reason in problems["checkpoint.metric"]
+    assert reason in problems["training.early_stopping.metric"]
 
 
 def test_rows_are_looked_at_by_source(tmp_path: Path) -> None:

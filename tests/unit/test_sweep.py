@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from launcher.errors import ConfigurationError, OutOfMemoryError, Stopped
+from launcher.job.load import load
 from launcher.launch import local
 from launcher.runs.events import append, event
 from launcher.runs.layout import RunDirectory
@@ -139,6 +140,42 @@ def test_the_best_point_comes_first(metric: str, order: list[int], job: Path, tm
     assert best[0] == ((0.8, 4) if metric == "loss" else (0.9, 2))
     assert best[2] == best[4] == (None, None)
     assert lines[-1].state == "not begun" and sweep.left() == [0, 1, 2, 3, 4]
+
+
+def test_a_sweep_tries_shares_of_one_source(job: Path, tmp_path: Path) -> None:
+    sources = ["data.train=[{path: train.jsonl, weight: 1}, {path: train.jsonl, weight: 1}]"]
+    grid = points(["data.train.1.weight=2,4"], [], None, 0)
+    sweep = Sweep.create(tmp_path / "sweep", job, sources, grid, "loss", None)
+    jobs = [load(sweep.path / "job.yaml", [*point]) for point in sweep.points]
+    assert [[one.weight for one in job.data.train.sources or ()] for job in jobs] == [[1, 2], [1, 4]]
+
+
+def test_a_sweep_goes_by_a_metric_of_one_source(job: Path, tmp_path: Path) -> None:
+    (tmp_path / "old.jsonl").write_text('{"text": "four"}\n')
+    held_out = ["data.evaluation=[{path: train.jsonl}, {path: old.jsonl}]"]
+    grid = [["training.seed=1"], ["training.seed=2"]]
+    sweep = Sweep.create(tmp_path / "sweep", job, held_out, grid, "old/accuracy", None)
+    assert (sweep.better, Sweep.read(sweep.path).better) == ("higher", "higher")
+    measured(sweep.run(0), (2, 0.5), metric="old/accuracy")
+    measured(sweep.run(1), (2, 0.7), metric="old/accuracy")
+    assert [line.point for line in leaderboard(sweep)] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("metric", "point", "reason"),
+    [
+        ("odl/loss", "training.seed=1", "the nearest is old/loss"),
+        ("old/loss", "data.evaluation=null", "at data.evaluation=null: a causal-lm evaluation measures loss"),
+    ],
+)
+def test_a_metric_that_no_point_measures_is_refused(
+    metric: str, point: str, reason: str, job: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "old.jsonl").write_text('{"text": "four"}\n')
+    held_out = ["data.evaluation=[{path: train.jsonl}, {path: old.jsonl}]"]
+    with pytest.raises(ConfigurationError) as raised:
+        Sweep.create(tmp_path / "sweep", job, held_out, [[point]], metric, None)
+    assert reason in str(raised.value)
 
 
 def halved(job: Path, path: Path, num_points: int, metric: str = "loss") -> Sweep:

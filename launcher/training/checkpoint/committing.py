@@ -19,6 +19,7 @@ from launcher.runs.checkpoints import FileRecord, Manifest, Progress, Stored, li
 from launcher.runs.layout import RunDirectory
 from launcher.runs.notices import tell
 from launcher.runs.places import here
+from launcher.tasks.mixed import measured
 from launcher.training.checkpoint.group import describe
 from launcher.training.checkpoint.underway import Failing
 
@@ -48,7 +49,7 @@ class Leader:
         )
         self._settings = plan.checkpoint
         # A metric that nothing is kept by may be any word.
-        self._better = tasks.unprepared(plan).metrics.get(plan.checkpoint.metric, "lower")
+        self._better = measured(tasks.unprepared(plan)).get(plan.checkpoint.metric, "lower")
         self._known_good: set[int] = set()
         """Steps whose bytes this process has hashed, writing or reading them."""
         self.failing = Failing()
