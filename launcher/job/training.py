@@ -106,8 +106,9 @@ class Training(Section):
     """Of `polynomial`: the power of what is left of the steps."""
     start_division: float = Field(default=25.0, ge=1)
     """Of `one-cycle`: the highest rate over that of the first step."""
-    stop_factor: float | None = Field(default=4.0, gt=1)
-    """Of `range-test`: end once the smoothed loss is above this many times its lowest; `null` goes on."""
+    stop_factor: float | None = Field(default=None, gt=1)
+    """Of `range-test`: end once the smoothed loss is above this many times its lowest; without it only a loss
+    that is not finite ends it."""
     warmup: float = Field(default=0.03, ge=0)
     """Below 1: the share of all steps; from 1: steps."""
     minimum_learning_rate: float = Field(default=0.0, ge=0)

@@ -16,6 +16,7 @@ from launcher.cli.main import main
 from launcher.errors import ConfigurationError
 from launcher.job.load import load
 from launcher.launch.lr_find import Span, find_test, open_test
+from launcher.launch.plan_file import read_plan
 from launcher.launch.run_setup import open_run
 from launcher.runs import range_test
 from launcher.runs.events import append
@@ -183,6 +184,8 @@ def test_the_run_is_the_job_with_rates_that_grow(job: Path) -> None:
         1,
     )
     assert (training.max_steps, training.stop_factor, training.weight_decay) == (100, 4.0, 0.3)
+    again = open_test(job, [], 1, None, Span(stop_factor=None))[0]
+    assert read_plan(again).training.stop_factor is None and read_plan(run).training == training
     assert plan.data.evaluation is None and training.ema is None and training.on_spike.action == "ignore"
     assert plan.model.unfreeze == () and plan.model.freeze.layers is not None and plan.trackers == ()
     assert training.groups[0].learning_rate == pytest.approx(50)  # 1e-3 of 2e-5, as before
