@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
+from launcher.cli.main import main
+from launcher.runs import events
 from launcher.runs.layout import RunDirectory
 from launcher.runs.range_test import SmoothedLoss
 from launcher.training.signals import StopRequest
@@ -22,7 +26,13 @@ LAW = [LOWEST ** (1 - share) * HIGHEST**share for share in SHARES]
 
 
 def run_of(
-    path: Path, model: Path, data: dict[str, Any], world_size: int = 1, hook: Any = None, **changes: Any
+    path: Path,
+    model: Path,
+    data: dict[str, Any],
+    world_size: int = 1,
+    hook: Any = None,
+    stop_at: int | None = None,
+    **changes: Any,
 ) -> RunDirectory:
     training = {"learning_rate": HIGHEST, "schedule": "range-test", "minimum_learning_rate": LOWEST}
     training |= {"stop_factor": None} | changes.pop("training", {})
@@ -30,7 +40,7 @@ def run_of(
     data = data | {"evaluation": None}
     plan = plan_for(model, data, world_size, NUM_STEPS, batch=batch, training=training, **changes)
     run = new_run(path, plan)
-    finish(run, world_size, hook)
+    finish(run, world_size, hook, stop_at=stop_at)
     return run
 
 
@@ -80,6 +90,16 @@ def test_it_ends_at_the_step_at_which_the_smoothed_loss_is_too_high(
     assert "the range test ends at step" in named(run, "noted")[-1]["text"] and run.finished
 
 
+def test_a_test_that_was_stopped_says_that_it_begins_anew(
+    tmp_path: Path, model: Path, data: dict[str, Any]
+) -> None:
+    run = run_of(tmp_path / "test", model, data, stop_at=3)
+    stopped = named(run, "stopped")[0]
+    assert (stopped["step"], stopped["num_steps_lost"]) == (0, 3) and "begins anew" in stopped["reason"]
+    finish(run, 1)
+    assert run.finished and list(curve(run)) == list(range(1, NUM_STEPS + 1))
+
+
 def not_a_number(rank: int, stop: StopRequest) -> None:
     def altered(step: int, batch: Any, forward: Any) -> Any:
         output = forward()
@@ -102,3 +122,29 @@ def test_zero_has_the_losses_of_fsdp(tmp_path: Path, model: Path, data: dict[str
     zero = losses(run_of(tmp_path / "zero", model, data, 2, engine="deepspeed"))
     near = sum(rate < 0.01 for rate in LAW)
     torch.testing.assert_close(torch.tensor(fsdp[:near]), torch.tensor(zero[:near]), rtol=1e-4, atol=0)
+
+
+@pytest.mark.slow
+def test_the_command_from_a_job_to_a_rate(
+    tmp_path: Path, model: Path, data: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = {
+        "name": "words",
+        "model": {"name": str(model)},
+        "data": data,
+        "batch": {"global_batch_size": 8},
+        "training": {"learning_rate": 1e-3, "evaluate_every": 2, "clip_norm": 0.5},
+        "cluster": {"gpus_per_node": 0},
+    }
+    job = tmp_path / "job.yaml"
+    job.write_text(yaml.safe_dump(content), encoding="utf-8")
+    options = ["--from", "1e-5", "--to", "10", "--steps", "60", "--run-dir", str(tmp_path / "test")]
+    with pytest.raises(SystemExit) as left:
+        main(["lr-find", str(job), *options, "--nproc", "2", "--json"])
+    shown = json.loads(capsys.readouterr().out)
+    assert left.value.code == 0, shown["reason"]
+    assert 1e-4 < shown["suggestion"] < 0.3 and shown["rates"][0] == 1e-5 and len(shown["losses"]) <= 60
+    assert not list((tmp_path / "test" / "checkpoints").glob("step-*"))
+    assert [record["kind"] for record in events.read(tmp_path / "test" / "metrics.jsonl")] == ["train"] * len(
+        shown["losses"]
+    )

@@ -269,6 +269,15 @@ def test_a_test_that_was_run_is_shown_again(job: Path, capsys: pytest.CaptureFix
     assert len(told["rates"]) == len(told["losses"]) == len(told["smoothed"]) < NUM_STEPS
 
 
+def test_a_test_that_was_run_as_any_run_says_how_to_look_at_it(
+    job: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = written(job, valley)
+    run.finished_file.touch()
+    assert left_with(["resume", str(run.path)]) == 0
+    assert "next: launcher lr-find runs/words-lr-find" in capsys.readouterr().out
+
+
 def test_nothing_to_suggest_is_said_and_ends_with_1(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = written(job, lambda rate: 2.0 if rate < 0.1 else math.nan)
     assert left_with(["lr-find", str(run.path)]) == 1
