@@ -24,9 +24,11 @@ From = Annotated[float, typer.Option("--from", metavar="RATE", help="The learnin
 To = Annotated[float, typer.Option("--to", metavar="RATE", help="That of the last step.")]
 Steps = Annotated[int, typer.Option("--steps", metavar="N", help="Steps between them.")]
 StopFactor = Annotated[
-    float,
+    float | None,
     typer.Option(
-        "--stop-factor", metavar="X", help="End where the smoothed loss is above X times its lowest."
+        "--stop-factor",
+        metavar="X",
+        help="End where the smoothed loss is above X times its lowest. [default: 4.0]",
     ),
 ]
 NoStop = Annotated[
@@ -43,7 +45,7 @@ def lr_find(
     lowest: From = 1e-7,
     highest: To = 1.0,
     steps: Steps = 100,
-    stop_factor: StopFactor = 4.0,
+    stop_factor: StopFactor = None,
     no_stop: NoStop = False,
     nproc: NumRanks = None,
     run_dir: RunPath = None,
@@ -65,7 +67,11 @@ def lr_find(
         from launcher.cli.display import Display
         from launcher.launch import local
 
-        span = Span(lowest, highest, steps, None if no_stop else stop_factor)
+        if no_stop and stop_factor is not None:
+            reason = "--no-stop goes on to the last step; leave one of them out"
+            raise ConfigurationError(Problem("--stop-factor", stop_factor, reason))
+        factor = Span.stop_factor if stop_factor is None else stop_factor
+        span = Span(lowest, highest, steps, None if no_stop else factor)
         run, plan = open_test(what, overrides, nproc, run_dir, span, profiles_for(trace))
         if code := local.run(run, plan, Display(plan)):
             raise typer.Exit(code)

@@ -71,10 +71,12 @@ class Span:
         """Return what is set in a job to make a range test of it. Rates of groups keep their ratio to
         `training.learning_rate`. Raises ConfigurationError where the job cannot have such rates."""
         training = job.training
-        if training.l2_sp is not None and training.l2_sp.alpha * self.highest > 1:
+        own = [one.learning_rate for one in training.groups if one.learning_rate is not None]
+        largest = max(1.0, *(rate / training.learning_rate for rate in own), 0.0)
+        if training.l2_sp is not None and training.l2_sp.alpha * self.highest * largest > 1:
             reason = (
-                f"times training.l2_sp.alpha ({training.l2_sp.alpha:g}) is above 1: a step would go beyond the "
-                f"start; write {1 / training.l2_sp.alpha:g} or less"
+                f"with training.l2_sp.alpha ({training.l2_sp.alpha:g}) a step would go beyond the start; write "
+                f"{1 / (training.l2_sp.alpha * largest):g} or less"
             )
             raise ConfigurationError(Problem("--to", self.highest, reason))
         times = self.highest / training.learning_rate

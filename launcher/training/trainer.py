@@ -290,10 +290,10 @@ class Trainer:
 
         Raises StorageError where it `must` be committed and cannot.
         """
+        self.saving.done(self.state.step, time.monotonic())
         if self.plan.training.is_range_test:
             return True  # nobody has a use for its weights
         here.at("staging")
-        self.saving.done(self.state.step, time.monotonic())
         saved = self.keeper.save(self.engine.state_dict(), wait)
         if wait and must and not saved:
             reason = f"step {self.state.step} could not be saved before leaving: {self.checkpointer.problem}"

@@ -207,8 +207,9 @@ def test_each_test_has_a_directory_of_its_own(job: Path) -> None:
         (["--to", "nan"], "--to = nan: a learning rate is a number above 0"),
         (["--from", "1e-3", "--to", "1e-4"], "--from is 0.001; write a higher one, as 0.01"),
         (["--steps", "5"], "--steps = 5: too few to see a curve in their losses; write 20 or more"),
+        (["--stop-factor", "4", "--no-stop"], "--stop-factor = 4.0: --no-stop goes on to the last step"),
         (["--stop-factor", "1"], "--stop-factor = 1.0: times the lowest smoothed loss"),
-        (["--set", "training.l2_sp={alpha: 4}", "--set", "model.weights=pretrained"], "write 0.25 or less"),
+        (["--set", "training.l2_sp={alpha: 4}", "--set", "model.weights=pretrained"], "write 0.005 or less"),
     ],
 )
 def test_tests_that_make_no_sense_are_refused(
