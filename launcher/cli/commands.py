@@ -64,6 +64,7 @@ COMMANDS = {
     "bench": Command("bench", "bench", "Measure this machine, so that plans count with its own figures."),
     "doctor": Command("doctor", "doctor", "Say what is wrong with this machine, or with a cluster's nodes."),
     "sweep": Command("sweep", "sweep", "Try several values of a job's keys, as a Slurm array or here."),
+    "lr-find": Command("lr_find", "lr_find", "Try growing learning rates on a job, and suggest one."),
     "checkpoint": Command(
         "checkpoint", "app", "List, inspect, verify, compare, remove and take in checkpoints."
     ),

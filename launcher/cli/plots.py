@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from launcher.cli.output import line_plot
+from launcher.runs.range_test import RangeCurve, Suggestion
 
 WIDTH = 100
 _MOST_CLASSES = 20
@@ -111,6 +113,34 @@ def _mistaken(labels: list[str], counts: list[list[int]]) -> Iterator[str]:
     ]
     for count, true, message in sorted(pairs, key=lambda pair: -pair[0])[:_MOST_CLASSES]:
         yield f"{count:8,}  {true} -> {message}"
+
+
+def range_test(curve: RangeCurve, suggestion: Suggestion, width: int, height: int = 18) -> str:
+    """Return the losses of a range test as dots, and their moving average as a line, over the logarithm of
+    the rate; a vertical line stands where the suggestion is. Empty without two finite points."""
+    import plotext
+
+    smoothed = curve.smoothed
+    rates = [
+        math.log10(rate) for rate, loss in zip(curve.rates, smoothed, strict=True) if math.isfinite(loss)
+    ]
+    if len(rates) < 2:
+        return ""
+    losses, drawn = curve.losses[: len(rates)], smoothed[: len(rates)]
+    plotext.clear_figure()
+    plotext.theme("clear")
+    plotext.plot_size(width, height)
+    plotext.title("smoothed loss (line) and loss (dots) over the learning rate")
+    decades = range(math.floor(rates[0]), math.ceil(rates[-1]) + 1)
+    plotext.xticks(list(decades), [f"1e{decade}" for decade in decades])
+    plotext.scatter(rates, losses, marker="·")
+    plotext.plot(rates, drawn, marker="braille")
+    if suggestion.rate is not None:
+        plotext.vertical_line(math.log10(suggestion.rate))
+        # As high as the loss was before it fell: of the rise behind, no more than the beginning is of use.
+        before = losses[: max(1, drawn.index(min(drawn)))]
+        plotext.ylim(min(losses), max(before) + 0.2 * (max(before) - min(losses)))
+    return str(plotext.build())
 
 
 def write_svg(path: Path, text: str, title: str) -> None:

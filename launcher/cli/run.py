@@ -154,6 +154,8 @@ def _attempt(run: RunDirectory, plan: Plan, stop_at: int | None, as_json: bool) 
                 f"finished: {shown(run.path)}; what the ranks printed is in "
                 f"{shown(run.attempt(run.last_attempt()))}"
             )
+        elif code == 0 and plan.training.is_range_test:
+            typer.echo(f"finished: {shown(run.path)}; next: launcher lr-find {shown(run.path)}")
         elif code == 0:
             typer.echo(summary(run, shown(run.path)))
     mute()

@@ -143,6 +143,7 @@ _OF_SCHEDULES = {
     "restarts": "cosine-restarts",
     "power": "polynomial",
     "start_division": "one-cycle",
+    "stop_factor": "range-test",
 }
 
 
@@ -157,6 +158,8 @@ def _schedule(training: Training) -> Iterator[Finding]:
     if training.decay >= 1 and training.decay != int(training.decay):
         reason = "from 1 it is a number of steps, and steps are whole; below 1 it is a share of all steps"
         yield finding("training.decay", training.decay, reason)
+    if training.is_range_test:
+        yield from _range_test(training)
     if training.schedule == "one-cycle" and training.start_division * training.minimum_learning_rate > (
         training.learning_rate
     ):
@@ -164,6 +167,24 @@ def _schedule(training: Training) -> Iterator[Finding]:
             f"above the first rate, {training.learning_rate / training.start_division:g}: the end is lower"
         )
         yield finding("training.minimum_learning_rate", training.minimum_learning_rate, reason)
+
+
+def _range_test(training: Training) -> Iterator[Finding]:
+    """Yield what a rate that only grows, in a run that saves nothing, has no use for."""
+    lowest = training.minimum_learning_rate
+    if lowest == 0 or lowest == training.learning_rate:
+        reason = (
+            "a range test begins there, and grows by the same factor at each step up to learning_rate "
+            f"({training.learning_rate:g}): write a rate above 0 and below that, as "
+            f"{training.learning_rate / 1e7:g}"
+        )
+        yield finding("training.minimum_learning_rate", lowest, reason, "training.schedule")
+    if training.warmup > 0:
+        reason = "a range test has no warm-up, as its rate grows from the first step on; write 0"
+        yield finding("training.warmup", training.warmup, reason, "training.schedule")
+    if training.on_spike.action == "rewind":
+        reason = "a range test saves nothing that it could go back to; write ignore"
+        yield finding("training.on_spike.action", "rewind", reason, "training.schedule")
 
 
 def _evaluation(job: Job) -> Iterator[Finding]:

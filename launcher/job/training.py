@@ -18,6 +18,7 @@ Schedules = Literal[
     "polynomial",
     "warmup-stable-decay",
     "one-cycle",
+    "range-test",
 ]
 
 
@@ -93,7 +94,8 @@ class Training(Section):
     groups: tuple[ParameterGroup, ...] = ()
     """Learning rates and weight decays by the names of parameters: a list of sections."""
     schedule: Schedules = "cosine"
-    """How the learning rate moves after the warm-up, or with it (`one-cycle`)."""
+    """How the learning rate moves after the warm-up, or with it (`one-cycle`). `range-test` is what `launcher
+    lr-find` runs: the rate grows by the same factor at each step, and nothing is saved."""
     decay: float = Field(default=0.2, gt=0)
     """Of `warmup-stable-decay`: how long the fall at the end is, as `warmup` says it."""
     decay_shape: Literal["linear", "cosine", "1-sqrt"] = "linear"
@@ -104,10 +106,13 @@ class Training(Section):
     """Of `polynomial`: the power of what is left of the steps."""
     start_division: float = Field(default=25.0, ge=1)
     """Of `one-cycle`: the highest rate over that of the first step."""
+    stop_factor: float | None = Field(default=None, gt=1)
+    """Of `range-test`: end once the smoothed loss is above this many times its lowest; without it only a loss
+    that is not finite ends it."""
     warmup: float = Field(default=0.03, ge=0)
     """Below 1: the share of all steps; from 1: steps."""
     minimum_learning_rate: float = Field(default=0.0, ge=0)
-    """Where the fall ends. `constant` and `inverse-sqrt` have no end."""
+    """Where the fall ends; where `range-test` begins. `constant` and `inverse-sqrt` have no end."""
     neftune_noise_alpha: float | None = Field(default=None, gt=0)
     """Add noise to the embeddings of what is learned from: alpha / sqrt(tokens x width) times uniform noise in
     [-1, 1] (NEFTune, arXiv 2310.05914); 5 to 15 in its paper."""
@@ -127,6 +132,12 @@ class Training(Section):
     """Steps in a row with a NaN or Inf loss or gradient that are skipped before the run stops, or goes back
     where `on_spike` says so."""
     on_spike: OnSpike = OnSpike()
+
+    @property
+    def is_range_test(self) -> bool:
+        """Return whether the run only shows at which rates the loss falls and rises: its weights are of no
+        use."""
+        return self.schedule == "range-test"
 
     def group_of(self, place: Place, num_dimensions: int, stage: int = 0) -> GroupKey:
         """Return which group of the optimizer a parameter belongs to.

@@ -1,4 +1,4 @@
-"""Reasons to end before the last step: early stopping, falling behind in a sweep."""
+"""Reasons to end before the last step: early stopping, falling behind in a sweep, a range test that diverged."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from launcher import tasks
 from launcher.errors import ConfigurationError, Problem
 from launcher.planner.plan import Plan
 from launcher.runs.layout import RunDirectory
+from launcher.runs.range_test import SmoothedLoss
 from launcher.runs.successive_halving import Halving
 from launcher.tasks.mixed import measured
 from launcher.training.cadence import Patience
@@ -35,12 +36,16 @@ class EarlyEnd:
             self._patience = Patience(early.metric, early.patience, early.minimum_delta, better)
         self._halving = Halving.of(run)
         self._run, self._leads, self._agree, self._event = run, leads, agree, event
-        self._left_behind = False
+        self._left_behind = self._diverged = False
+        self._smoothed = SmoothedLoss() if plan.training.is_range_test else None
+        self._stop_factor = plan.training.stop_factor
 
     @property
     def reached(self) -> bool:
         """Return whether training is over, whatever steps are left."""
-        return self._left_behind or (self._patience is not None and self._patience.exhausted)
+        return (
+            self._left_behind or self._diverged or (self._patience is not None and self._patience.exhausted)
+        )
 
     def judge(self, step: int, is_last: bool, metrics: dict[str, float]) -> None:
         """Judge what the evaluation after `step` means. Raises ConfigurationError for a metric that the task
@@ -50,6 +55,19 @@ class EarlyEnd:
             self._left_behind = self._agree(self._leads and self._halving.gives_up(self._run))
             if self._left_behind:
                 self._event("halved", step=step, metric=self._halving.metric)
+
+    def judge_loss(self, step: int, loss: float, learning_rate: float) -> None:
+        """End a range test where the loss of `step`, counted from 1, shows that it diverged.
+
+        The loss is that of all ranks, so they come to the same end without a word.
+        """
+        if self._smoothed is None:
+            return
+        self._smoothed.add(loss)
+        if self._smoothed.diverged(self._stop_factor):
+            self._diverged = True
+            text = f"the loss diverged at a learning rate of {learning_rate:.2g}"
+            self._event("noted", text=f"{text}: the range test ends at step {step}")
 
     def _be_patient(self, step: int, metrics: dict[str, float]) -> None:
         patience = self._patience

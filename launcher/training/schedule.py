@@ -33,7 +33,9 @@ class Schedule:
     """The warm-up, then what `training.schedule` names. Steps count from 0.
 
     After a linear warm-up the rates are those of transformers' schedules (optimization.py); `one-cycle` is
-    torch's OneCycleLR without its turn of the momentum, whose warm-up is a cosine.
+    torch's OneCycleLR without its turn of the momentum, whose warm-up is a cosine. `range-test` grows from the
+    lowest rate at the first step to the highest at the last (Smith 2017, arXiv 1506.01186, who lets it grow
+    linearly; exponentially as in fastai, Lightning and torch-lr-finder).
     """
 
     training: Training
@@ -53,6 +55,9 @@ class Schedule:
         kind = self.training.schedule
         if kind == "one-cycle":
             return self._one_cycle(step)
+        if kind == "range-test":
+            done = min(1.0, step / max(1, self.num_steps - 1))
+            return minimum ** (1 - done) * peak**done  # a geometric series, whose ends are exact
         if step < self.num_warmup_steps:
             return peak * ((step + 1) / self.num_warmup_steps)
         if kind == "constant":

@@ -122,12 +122,13 @@ class Trainer:
         plan, step, world_size = self.plan, self.state.step, self.plan.mesh.world_size
         chance = self.task.chance_loss(self.material.config)
         in_memory = plan.offload == "none" or plan.offload_to == "cpu"
+        keeps = in_memory and not plan.training.is_range_test
         sample = Sample(self.engine, tensors if in_memory else {})
         self.symptoms = Symptoms(
             plan.training, self.schedule, chance, sample, self.event, step, self.counters.told
         )
         self.first_step = step
-        save = functools.partial(self.keeper.save, tensors, wait=True) if in_memory else None
+        save = functools.partial(self.keeper.save, tensors, wait=True) if keeps else None
         self.rescue = Rescue(self.attempt, self.device, world_size, save, self.checkpointer.finish_here)
         here.step_done(step, 0.0)
         self.own = Own(models.repeated_layers(self.engine.model), self.device)
@@ -200,6 +201,8 @@ class Trainer:
         else:
             self.engine.zero_grad()
         self.state.took(step_batch)
+        seen = math.nan if self.divergence.skipping else loss
+        self.early_end.judge_loss(self.state.step, seen, learning_rate)
         seconds = time.monotonic() - started
         here.step_done(self.state.step, seconds)
         if self.recorder:
@@ -287,8 +290,10 @@ class Trainer:
 
         Raises StorageError where it `must` be committed and cannot.
         """
-        here.at("staging")
         self.saving.done(self.state.step, time.monotonic())
+        if self.plan.training.is_range_test:
+            return True  # nobody has a use for its weights
+        here.at("staging")
         saved = self.keeper.save(self.engine.state_dict(), wait)
         if wait and must and not saved:
             reason = f"step {self.state.step} could not be saved before leaving: {self.checkpointer.problem}"
@@ -306,13 +311,13 @@ class Trainer:
         farewell = stopping.agree(self.run, self.stop, self.rank == 0)
         self.event("stopping", signal=farewell.signal)
         changed = self.state.step > self.first_step
-        if changed and not farewell.has_time_to_save:
+        keeps = not self.plan.training.is_range_test
+        if changed and not (farewell.has_time_to_save and keeps):
             self.checkpointer.finish()
             newest = newest_checkpoint(self.run)
             step = int(newest.name.removeprefix("step-")) if newest else 0
-            self.event(
-                "stopped", step=step, reason=farewell.why_unsaved, num_steps_lost=self.state.step - step
-            )
+            reason = farewell.why_unsaved if keeps else "a range test saves nothing, and begins anew"
+            self.event("stopped", step=step, reason=reason, num_steps_lost=self.state.step - step)
         else:
             if changed:
                 self._save(wait=True)

@@ -155,6 +155,23 @@ def test_one_cycle_is_that_of_pytorch(warmup: float, share: float, minimum: floa
         assert ours(30, warmup=warmup, **keys)[0] == PEAK
 
 
+@pytest.mark.parametrize("num_steps", [2, 20, 100])
+def test_a_range_test_grows_by_the_same_factor_at_each_step(num_steps: int) -> None:
+    keys: dict[str, Any] = {"schedule": "range-test", "minimum_learning_rate": 1e-7, "warmup": 0}
+    law = torch.logspace(-7, math.log10(PEAK), num_steps, dtype=torch.float64).tolist()
+    assert ours(num_steps, **keys) == pytest.approx(law, rel=1e-12)
+    factor = (PEAK / 1e-7) ** (1 / (num_steps - 1))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-7)
+    scheduler, seen = torch.optim.lr_scheduler.ExponentialLR(optimizer, factor), []
+    for _ in range(num_steps):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert ours(num_steps, **keys) == pytest.approx(seen, rel=1e-12)
+    schedule = Schedule.of(Training(learning_rate=PEAK, **keys), num_steps)
+    assert schedule.at(0) == 1e-7 and schedule.at(num_steps - 1) == PEAK == schedule.at(num_steps + 5)
+
+
 @pytest.mark.parametrize("kind", ["cosine-restarts", "polynomial", "warmup-stable-decay", "one-cycle"])
 @pytest.mark.parametrize("num_steps", [1, 2, 3])
 def test_short_runs_have_rates_that_move_something(kind: str, num_steps: int) -> None:

@@ -39,6 +39,12 @@ class Divergence:
         go back to."""
         return self.rewinds and bool(self._watch.above or self._num_skipped_in_a_row)
 
+    @property
+    def skipping(self) -> bool:
+        """Return whether the last step was left out for a number that is not finite, other than an overflow
+        of fp16."""
+        return self._num_skipped_in_a_row > 0
+
     def judge(self, step: int, loss: float, gradient_norm: float, scale: LossScale) -> Verdict:
         """Return what is to be made of the numbers of `step`, counted from 1. Raises DivergedError where it
         cannot go on like this."""
@@ -66,7 +72,7 @@ class Divergence:
         reason = f"{what} is not finite"
         self._event("skipped", step=step, reason=reason, in_a_row=self._num_skipped_in_a_row)
         self.ledger.skip(step, reason)
-        if self._num_skipped_in_a_row <= self._training.skip_nonfinite:
+        if self._num_skipped_in_a_row <= self._training.skip_nonfinite or self._training.is_range_test:
             return "skip"
         reason = f"the {what} was not finite in {self._num_skipped_in_a_row} steps in a row up to step {step}"
         return self._bad(step, self._num_skipped_in_a_row, reason)
