@@ -39,7 +39,7 @@ _OF_SCHEDULES = ("decay", "decay_shape", "restarts", "power", "start_division")
 
 @dataclass(frozen=True)
 class Span:
-    """The rates of a range test: from the lowest to the highest in so many steps, or until the smoothed loss
+    """Say the rates of a range test: from the lowest to the highest in so many steps, or until the smoothed loss
     is `stop_factor` times its lowest."""
 
     lowest: float = 1e-7

@@ -29,7 +29,7 @@ _NORMAL = 1.4826
 
 
 class SmoothedLoss:
-    """The moving average of a run's losses: bias-corrected, as Adam's moments are."""
+    """Keep the moving average of a run's losses: bias-corrected, as Adam's moments are."""
 
     def __init__(self) -> None:
         self._sum, self._weight = 0.0, 0.0
@@ -50,7 +50,7 @@ class SmoothedLoss:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """The learning rate that a range test suggests; None where none can be, with the reason in one line."""
+    """Name the learning rate that a range test suggests, or None, with the reason in one line."""
 
     rate: float | None
     reason: str
@@ -62,7 +62,7 @@ class Suggestion:
 
 @dataclass(frozen=True)
 class RangeCurve:
-    """What each step of a range test had: its rate, its loss, and the smoothed loss."""
+    """Hold what each step of a range test had: its rate, its loss, and the smoothed loss."""
 
     rates: tuple[float, ...]
     losses: tuple[float, ...]
