@@ -100,10 +100,10 @@ def write_texts(path: Path, num_tokens: int) -> None:
 
 def figures_of(finished: RunDirectory, began: float) -> dict[str, Any]:
     """Return what a finished run came to, that began at a time of day."""
-    said = list(events.read(finished.events))
+    said = list(events.read(finished.events_file))
     [compared] = [event for event in said if event["event"] == "compared"]
     [training] = [event for event in said if event["event"] == "training"]
-    steps = list(events.steps(finished.metrics).values())[NUM_WARM:]
+    steps = list(events.steps(finished.metrics_file).values())[NUM_WARM:]
     rate = median(step["tokens_per_second"] for step in steps)
     times = [step["time"] for step in steps]
     flops, peak = training.get("flops_per_token"), peak_rate(read_plan(finished))
@@ -112,7 +112,7 @@ def figures_of(finished: RunDirectory, began: float) -> dict[str, Any]:
         "tokens_per_second": rate,
         "share_of_peak": rate * flops / peak if peak and flops else None,
         "step_seconds": (times[-1] - times[0]) / max(1, len(times) - 1),
-        "seconds_to_the_first_step": next(iter(events.steps(finished.metrics).values()))["time"] - began,
+        "seconds_to_the_first_step": next(iter(events.steps(finished.metrics_file).values()))["time"] - began,
         "measured_bytes": max(compared["measured"]["phases"][phase] for phase in phases),
         "planned_bytes": max(compared["expected"]["phases"][phase] for phase in phases),
     }

@@ -79,7 +79,7 @@ def test_stopped_it_goes_on_where_it_was(place: Path) -> None:
     whole = run(place, "whole", content)
     run(place, "stopped", content, "--stop-at", "3")
     stopped = run(place, "stopped", content)
-    assert [event["step"] for event in events.read(stopped.events) if event["event"] == "resumed"] == [3]
+    assert [event["step"] for event in events.read(stopped.events_file) if event["event"] == "resumed"] == [3]
     assert_near(stopped, whole, "bf16")
 
 
@@ -89,7 +89,7 @@ def test_the_memory_is_the_plans(place: Path) -> None:
         place / "wide", hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8
     )
     measured = run(place, "memory", job(DEVICE, place, model, precision="bf16"))
-    [compared] = [event for event in events.read(measured.events) if event["event"] == "compared"]
+    [compared] = [event for event in events.read(measured.events_file) if event["event"] == "compared"]
     phases = compared["measured"]["phases"]
     for phase in ("first step", "steady step"):
         expected = compared["expected"]["phases"][phase]
