@@ -67,9 +67,12 @@ CASES = (
 )
 
 
-def make_model(directory: Path, sizes: dict[str, Any]) -> None:
-    """Write a config and a tokenizer of some words: the job makes the weights up."""
-    from transformers import AutoConfig
+def make_model(directory: Path, sizes: dict[str, Any], with_weights: bool) -> None:
+    """Write a config and a tokenizer of some words. The job makes weights up, but not those beside an adapter: these
+    are written too, the same million numbers again and again."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
     from tests.training.runs import tokenizer
 
@@ -78,8 +81,19 @@ def make_model(directory: Path, sizes: dict[str, Any]) -> None:
         "llama", max_position_embeddings=2 * LENGTH, bos_token_id=1, eos_token_id=2, pad_token_id=0, **chosen
     )
     config.architectures = ["LlamaForCausalLM"]
-    config.save_pretrained(directory)
     tokenizer().save_pretrained(directory)
+    if not with_weights:
+        config.save_pretrained(directory)
+        return
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    block = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
+    for parameter in model.parameters():
+        flat = parameter.data.view(-1)
+        whole = len(flat) // len(block) * len(block)
+        flat[:whole].view(-1, len(block)).copy_(block)
+        flat[whole:] = block[: len(flat) - whole] if parameter.dim() > 1 else 1.0
+    model.save_pretrained(directory)
 
 
 def write_texts(path: Path, num_tokens: int) -> None:
@@ -122,12 +136,15 @@ def measure(case: Case, place: Path, rows: int, seconds: float) -> dict[str, Any
     """Run a case for at most so many seconds; its figures, or why it has none."""
     length = 64 if IS_REHEARSAL else LENGTH
     model = place / case.name.partition(",")[0]
-    make_model(model, case.sizes)
+    beside_adapter = "adapter" in case.sections.get("model", {})
+    make_model(model, case.sizes, beside_adapter)
     content = job(DEVICE, place, model, precision="bf16") | {
         "batch": {"global_batch_size": rows},
         "training": {"max_steps": NUM_STEPS, "learning_rate": 1e-4},
     }
-    content["model"] |= {"weights": "random"} | case.sections.get("model", {})
+    content["model"] |= {"weights": "pretrained" if beside_adapter else "random"} | case.sections.get(
+        "model", {}
+    )
     content["data"] |= {"max_length": length}
     began = time.time()
     try:
