@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from launcher.errors import Stopped
 from launcher.runs.layout import RunDirectory
 
 IS_REHEARSAL = os.environ.get("LAUNCHER_GPU_REHEARSAL") == "1"
@@ -33,7 +34,7 @@ def job(device: str, directory: Path, model: Path, **sections: Any) -> dict[str,
 def run(
     directory: Path, name: str, content: dict[str, Any], *options: str, seconds: float = 600
 ) -> RunDirectory:
-    """Make the run NAME of a job in the directory, and return it once it has ended. Raises AssertionError with
+    """Make the run NAME of a job in the directory, and return it once it has ended or stopped. Raises AssertionError with
     what it printed where it fails, TimeoutExpired where it takes longer."""
     file = directory / f"{name}.json"
     file.write_text(json.dumps({"name": name} | content), encoding="utf-8")
@@ -41,5 +42,5 @@ def run(
     ended = subprocess.run(
         command, cwd=directory, capture_output=True, text=True, timeout=seconds, check=False
     )
-    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert ended.returncode in (0, Stopped.code), ended.stdout + ended.stderr
     return RunDirectory(directory / "runs" / name)
