@@ -34,13 +34,13 @@ def job(device: str, directory: Path, model: Path, **sections: Any) -> dict[str,
 def run(
     directory: Path, name: str, content: dict[str, Any], *options: str, seconds: float = 600
 ) -> RunDirectory:
-    """Make the run NAME of a job in the directory, and return it once it has ended or stopped. Raises AssertionError with
-    what it printed where it fails, TimeoutExpired where it takes longer."""
+    """Make the run NAME of a job in the directory, and return it once it has ended or stopped. Raises AssertionError
+    with what it printed where it fails, TimeoutExpired where it takes longer."""
     file = directory / f"{name}.json"
     file.write_text(json.dumps({"name": name} | content), encoding="utf-8")
     command = [str(Path(sys.executable).with_name("launcher")), "run", file.name, *options]
     ended = subprocess.run(
         command, cwd=directory, capture_output=True, text=True, timeout=seconds, check=False
     )
-    assert ended.returncode in (0, Stopped.code), ended.stdout + ended.stderr
+    assert ended.returncode in (0, Stopped.exit_code), ended.stdout + ended.stderr
     return RunDirectory(directory / "runs" / name)
