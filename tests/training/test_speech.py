@@ -25,6 +25,7 @@ from launcher.tasks.generation import Evaluation, Generate
 from launcher.tasks.speech_processor import characters_in, characters_of, frames_needed, tokenizer_of
 from launcher.tasks.speech_recognition import SpeechRecognition
 from launcher.tasks.speech_scores import error_rates, normalized
+from launcher.tasks.speech_texts import token_ids
 from launcher.tasks.task import Sample
 from launcher.training import generating
 from launcher.training.data.prepare import prepare
@@ -332,7 +333,8 @@ def test_whisper_is_told_its_language(whisper: Path, folder: Path) -> None:
     assert task._prefix == [5, WRITTEN.index("<|de|>"), WRITTEN.index("<|transcribe|>"), 11]
     translates = task_of(whisper, folder, language="de", translate=True)
     assert translates._prefix[2] == WRITTEN.index("<|translate|>")
-    assert translates._labels("ab")[:3] == translates._prefix[1:]
+    learned = token_ids("ab", translates.tokenizer, translates._config, 99, "")
+    assert learned[:3] == translates._prefix[1:]
     generation = GenerationConfig(forced_decoder_ids=[[1, 11]])
     task.configure_generation(generation)
     assert (generation.lang_to_id, generation.task_to_id) == ({"<|de|>": 8}, {"transcribe": 10})
