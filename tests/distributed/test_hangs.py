@@ -138,6 +138,7 @@ def test_a_hang_is_named(
     )
 
 
+@pytest.mark.very_slow
 def test_a_rank_that_goes_on_again_ends_the_suspicion(
     tmp_path: Path, material: tuple[Path, dict[str, Any]]
 ) -> None:

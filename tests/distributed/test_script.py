@@ -324,7 +324,7 @@ os._exit(0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("whom", ["launcher", "ranks"])
+@pytest.mark.parametrize("whom", ["launcher", pytest.param("ranks", marks=pytest.mark.very_slow)])
 def test_a_script_that_handles_sigterm_saves_and_is_started_again(whom: str, tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     with running(run.path, "saves on SIGTERM") as process:

@@ -58,7 +58,7 @@ def test_a_process_with_threads_is_not_forked() -> None:
     thread.join()
 
 
-@pytest.mark.parametrize(("warm", "num_started"), slow_but([(None, 0)], [(None, 0), ("0", 2)]))
+@pytest.mark.parametrize(("warm", "num_started"), slow_but([(None, 0)], [(None, 0), ("0", 2)], [("0", 2)]))
 def test_the_ranks_of_a_run_are_forks_unless_that_is_switched_off(
     warm: str | None, num_started: int, tmp_path: Path
 ) -> None:

@@ -116,7 +116,7 @@ def test_variables_that_a_user_sets_for_sbatch_go_on_working(
     assert told(out)["SET_BY_THE_JOB_FILE"] == "1"
 
 
-@pytest.mark.parametrize("how", ["submit", "by hand"])
+@pytest.mark.parametrize("how", ["submit", pytest.param("by hand", marks=pytest.mark.very_slow)])
 def test_every_variable_of_another_job(how: str, cluster: Cluster, material: TrainingInputs) -> None:
     """By hand it is the rendered script that forgets what srun would go by."""
     name = how.replace(" ", "-")

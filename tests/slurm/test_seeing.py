@@ -143,6 +143,7 @@ def rest(watcher: subprocess.Popen[bytes], leader: int) -> bytes:
     return seen
 
 
+@pytest.mark.very_slow
 def test_watch_on_a_terminal_leaves_at_ctrl_c_and_the_run_goes_on(
     cluster: Cluster, material: TrainingInputs
 ) -> None:

@@ -485,7 +485,7 @@ def test_an_export_that_cannot_be_is_refused(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.very_slow)])
 def test_evaluate_measures_the_base_and_the_adapted_model(
     world_size: int, whole: RunDirectory, model: Path, data: dict[str, Any]
 ) -> None:

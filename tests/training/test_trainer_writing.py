@@ -110,7 +110,7 @@ def test_it_learns_to_write_pairs_by_heart(models: dict[str, Path], tmp_path: Pa
     assert after["chrf"] > 90 and after["rougeL"] > 90 and after["perplexity"] < 1.5
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 def test_a_resumed_run_is_as_one_that_was_not_stopped(models: dict[str, Path], tmp_path: Path) -> None:
     smoothed = plan_of(models, tmp_path, 2)
     smoothed = smoothed.model_copy(update={"data": smoothed.data.model_copy(update={"label_smoothing": 0.1})})
