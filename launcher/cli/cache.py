@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from launcher.cli.output import print_json, print_table, size
+from launcher.cli.output import print_json, print_table
 from launcher.cli.plan import AsJson
+from launcher.runs.wording import duration, size
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -28,7 +29,6 @@ MaxSize = Annotated[
 def list_(as_json: AsJson = False) -> None:
     """List what is kept, how large it is, and when it was used last."""
     from launcher.runs import cache
-    from launcher.runs.wording import duration
 
     listed, now = cache.entries(), time.time()
     total, bound = sum(entry.bytes for entry in listed), cache.bound()

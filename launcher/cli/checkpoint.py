@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from launcher.cli.checkpoint_import import import_
-from launcher.cli.output import print_json, print_table, size
+from launcher.cli.output import print_json, print_table
 from launcher.cli.plan import AsJson
 from launcher.cli.run import Run
+from launcher.runs.wording import size
 
 if TYPE_CHECKING:
     from launcher.runs.checkpoints import Stored

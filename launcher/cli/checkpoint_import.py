@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from launcher.cli.job import Overrides
-from launcher.cli.output import print_json, size
+from launcher.cli.output import print_json
 from launcher.cli.plan import AsJson, NumRanks
+from launcher.runs.wording import shown, size
 
 if TYPE_CHECKING:
     from launcher.planner.plan import Plan
@@ -37,7 +38,6 @@ def import_(
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Take in a checkpoint that DeepSpeed (ZeRO 1 to 3) or Accelerate (FSDP) wrote, and go on from it."""
-    from launcher.runs.wording import shown
     from launcher.training.checkpoint.foreign import import_run
 
     opened, plan = _to_import_into(run, job, run_dir, nproc, overrides)

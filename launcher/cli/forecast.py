@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from launcher.planner.memory.limits import gib
-from launcher.runs.wording import duration
+from launcher.runs.wording import duration, gib
 
 if TYPE_CHECKING:
     from launcher.planner.forecast import Forecast

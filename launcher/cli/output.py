@@ -23,15 +23,6 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def size(num_bytes: float) -> str:
-    """Bytes on a disk, for people: `274 MB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.3g} TB"
-
-
 def line_plot(
     points: list[tuple[float, float]],
     width: int,

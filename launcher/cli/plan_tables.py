@@ -120,7 +120,7 @@ def print_rows(rows: Sequence[PlanRow], fewest: bool, left_out: Sequence[Refused
 
 def cells(row: PlanRow) -> list[str]:
     """Return a plan as a line of the table."""
-    from launcher.planner.memory.limits import gib
+    from launcher.runs.wording import gib
 
     plan, forecast = row.plan, row.forecast
     passes = f"{plan.batch.micro_batch_size} x {plan.batch.accumulation_steps}"

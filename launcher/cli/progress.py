@@ -9,9 +9,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from launcher.cli.output import size
 from launcher.runs.prepared import lines
-from launcher.runs.wording import duration
+from launcher.runs.wording import duration, size
 
 _REMEMBERED_STEPS = 50
 

@@ -177,7 +177,7 @@ def ranks_table(ranks: list[dict[str, Any]]) -> Table:
     for."""
     from rich.table import Table
 
-    from launcher.cli.output import size
+    from launcher.runs.wording import size
 
     table = Table(box=None, padding=(0, 1), header_style="dim")
     for name in ("rank", "node", "step", "busy", "still", "memory"):
@@ -233,7 +233,7 @@ def events(records: list[dict[str, Any]]) -> Latest:
 
 def _values(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield what people read of an event: its metrics one by one, sizes with their unit, no digests."""
-    from launcher.cli.output import size
+    from launcher.runs.wording import size
 
     for key, value in (record | (record.get("metrics") or {})).items():
         if key in ("time", "event", "digest"):

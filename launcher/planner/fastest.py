@@ -8,11 +8,12 @@ from launcher.job.schema import ActivationCheckpointing, Job
 from launcher.planner import candidates
 from launcher.planner.candidates import ENGINE_NAMES, Cut, EngineOption, cut_words
 from launcher.planner.forecast import Forecast, forecast, least_bytes
-from launcher.planner.memory.limits import gib, recomputations, samples_per_pass
+from launcher.planner.memory.limits import recomputations, samples_per_pass
 from launcher.planner.memory.program import Program
 from launcher.planner.plan import Decision, Plan, Refused, Why
 from launcher.planner.resolve.batch import divisors, with_batch
 from launcher.planner.target import Target
+from launcher.runs.wording import gib
 
 WORTH = 0.95
 """What another cut may take of the first one's step: the speed model is off by some percent."""

@@ -10,7 +10,6 @@ from launcher.planner.dataset.dataset_size import Items, evaluation_items, train
 from launcher.planner.hardware.detect import Hardware
 from launcher.planner.memory.estimate import Estimator, Footprint
 from launcher.planner.memory.formulas import Formulas
-from launcher.planner.memory.limits import gib
 from launcher.planner.memory.profiles import CACHED, Profiles
 from launcher.planner.memory.program import Program
 from launcher.planner.memory.teacher import Taught
@@ -19,6 +18,7 @@ from launcher.planner.speed.duration import Duration, duration
 from launcher.planner.speed.step_time import Speed, speed
 from launcher.planner.target import USABLE, Target, target_here
 from launcher.runs import wording
+from launcher.runs.wording import gib
 
 
 @dataclass(frozen=True)

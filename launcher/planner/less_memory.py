@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from launcher.planner.forecast import Forecast, forecast_here, least_bytes
 from launcher.planner.hardware.detect import Hardware
 from launcher.planner.memory.estimate import STAGED, Estimator
-from launcher.planner.memory.limits import gib
 from launcher.planner.memory.profiles import CACHED, Profiles, Unknown
 from launcher.planner.memory.program import Program
 from launcher.planner.plan import Plan
 from launcher.planner.resolve.batch import divisors, largest_divisor, with_batch
 from launcher.planner.suggestions import changes, fully_cut, on_more_ranks
 from launcher.planner.target import USABLE, Target
+from launcher.runs.wording import gib
 
 
 @dataclass(frozen=True)

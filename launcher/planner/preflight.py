@@ -9,7 +9,6 @@ from launcher.errors import ConfigurationError, OutOfMemoryError, Problem, Stora
 from launcher.job.schema import Job
 from launcher.planner.forecast import Forecast, forecast, least_bytes
 from launcher.planner.hardware.detect import Hardware
-from launcher.planner.memory.limits import gib
 from launcher.planner.memory.profiles import CACHED, Profiles, Unknown
 from launcher.planner.plan import Plan
 from launcher.planner.resolve.slurm_request import node_memory
@@ -17,6 +16,7 @@ from launcher.planner.speed.duration import DISK_RATE
 from launcher.planner.suggestions import nearest_that_fit
 from launcher.planner.target import GPUS_PER_NODE, NODE_MEMORY, Target, target_here, target_of_job
 from launcher.runs.machine import Machine
+from launcher.runs.wording import gib
 
 _FORCE = "--force starts it all the same"
 

@@ -16,12 +16,11 @@ from launcher.report import figures
 from launcher.report.comparison import SweepContent, differing_settings, final_metrics
 from launcher.report.content import RunContent
 from launcher.runs import prepared
-from launcher.runs.wording import duration
+from launcher.runs.wording import duration, gib, size
 
 MOST_TOLD = 6
 """Runs that have a chapter of their own; the others are in the comparison only."""
 _HERE = Path(__file__).parent
-_SIZES = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,9 @@ def render(report: Report) -> str:
     )  # fmt: skip
     environment.filters |= {
         "number": number,
-        "size": size,
-        "moment": moment,
+        "size": _known(size),
+        "memory": _known(gib),
+        "moment": _known(moment),
         "duration": duration,
         "why": prepared.why,
         "place": prepared.place,
@@ -111,18 +111,11 @@ def number(value: Any) -> str:
     return f"{value:.4g}"
 
 
-def size(num_bytes: Any) -> str:
-    """Bytes of memory or of a file, as `1.25 GiB`."""
-    if not isinstance(num_bytes, (int, float)):
-        return "–"
-    unit, factor = next((one for one in _SIZES if num_bytes >= one[1]), ("B", 1))
-    return f"{num_bytes / factor:.3g} {unit}"
-
-
-def moment(seconds: Any) -> str:
+def moment(seconds: float) -> str:
     """Seconds since 1970 as date and time of this machine's zone."""
-    return (
-        "–"
-        if not isinstance(seconds, (int, float))
-        else time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(seconds))
-    )
+    return time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(seconds))
+
+
+def _known(write: Callable[[float], str]) -> Callable[[Any], str]:
+    """Return a filter that writes numbers, and a dash where there is none."""
+    return lambda value: write(value) if isinstance(value, (int, float)) else "–"

@@ -18,6 +18,20 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
+def size(num_bytes: float) -> str:
+    """Bytes on a disk, for people: `274 MB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} TB"
+
+
+def gib(num_bytes: float) -> str:
+    """Bytes of memory for people: `1.5 GiB`, `12 MiB`."""
+    return f"{num_bytes / 2**30:.1f} GiB" if abs(num_bytes) >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
+
+
 def finite(value: Any) -> Any:
     """Return the same with infinities and NaN, of which JSON has none, as words."""
     if isinstance(value, float) and value - value != 0:

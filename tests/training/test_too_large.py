@@ -24,8 +24,8 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from launcher.errors import OutOfMemoryError
-from launcher.planner.memory.limits import gib
 from launcher.runs.layout import RunDirectory
+from launcher.runs.wording import gib
 from tests.benchmarks import _report
 from tests.training.runs import curve, named, texts, tokenizer, write_rows
 from tests.training.tiny import config_of

@@ -18,7 +18,7 @@ from launcher.errors import ConfigurationError
 from launcher.report.comparison import Point, Summary, SweepContent, differing_settings, final_metrics
 from launcher.report.content import MOST_SAMPLE_STEPS, read_run
 from launcher.report.figures import panels, places_of
-from launcher.report.page import check_installed, moment, number, size
+from launcher.report.page import _known, check_installed, moment, number
 from launcher.runs import samples
 from launcher.runs.attempts import MOST_MARKS, attempts
 from launcher.runs.curve import Curve
@@ -26,6 +26,7 @@ from launcher.runs.events import read, steps
 from launcher.runs.layout import RunDirectory
 from launcher.runs.series import Series, thin
 from launcher.runs.versions import versions
+from launcher.runs.wording import gib, size
 from tests.unit.long_run import long_run, step_line, write_events
 from tests.unit.report_runs import BEGAN, HOSTILE, a_run, a_sweep, step_record, write_metrics, write_report
 
@@ -197,8 +198,9 @@ def test_numbers_and_sizes_for_people() -> None:
         for value in (None, True, 12345, 0.5, 1.23456e-7, 12345.678, math.nan, math.inf, 3.0, "x")
     ]
     assert told == ["–", "true", "12,345", "0.5", "1.235e-07", "12,346", "nan", "inf", "3", "x"]
-    assert [size(value) for value in (10, 2**31, None)] == ["10 B", "2 GiB", "–"]
-    assert moment("yesterday") == "–" and moment(BEGAN).startswith("2025-10-09")
+    assert [_known(size)(value) for value in (10, 2**31, None)] == ["10 B", "2.15 GB", "–"]
+    assert [_known(gib)(value) for value in (2**20, 2**31, None)] == ["1 MiB", "2.0 GiB", "–"]
+    assert _known(moment)("yesterday") == "–" and moment(BEGAN).startswith("2025-10-09")
 
 
 def test_versions_of_what_is_there_and_what_is_not() -> None:

@@ -27,8 +27,3 @@ def recomputations(plan: Plan) -> tuple[ActivationCheckpointing, ...]:
 def keeps_freed(live: int, memory_bytes: int) -> bool:
     """Return whether a CPU's ranks have room to keep what they free. live: their tensors' most bytes."""
     return 0 < ROOMY_TIMES * live <= memory_bytes
-
-
-def gib(num_bytes: int) -> str:
-    """Bytes of memory for people: `1.5 GiB`, `12 MiB`."""
-    return f"{num_bytes / 2**30:.1f} GiB" if abs(num_bytes) >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
