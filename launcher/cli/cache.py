@@ -9,7 +9,6 @@ import typer
 
 from launcher.cli.output import print_json, print_table
 from launcher.cli.plan import AsJson
-from launcher.runs.wording import duration, size
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -29,6 +28,7 @@ MaxSize = Annotated[
 def list_(as_json: AsJson = False) -> None:
     """List what is kept, how large it is, and when it was used last."""
     from launcher.runs import cache
+    from launcher.runs.wording import duration, size
 
     listed, now = cache.entries(), time.time()
     total, bound = sum(entry.bytes for entry in listed), cache.bound()
@@ -63,6 +63,7 @@ def prune(
 ) -> None:
     """Remove what is old, or what was used least recently; never what a process uses now."""
     from launcher.runs import cache
+    from launcher.runs.wording import size
 
     age = _seconds(older_than)
     most = None if max_size is None else cache.parse_size(max_size, "--max-size")

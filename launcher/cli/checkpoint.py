@@ -11,7 +11,6 @@ from launcher.cli.checkpoint_import import import_
 from launcher.cli.output import print_json, print_table
 from launcher.cli.plan import AsJson
 from launcher.cli.run import Run
-from launcher.runs.wording import size
 
 if TYPE_CHECKING:
     from launcher.runs.checkpoints import Stored
@@ -73,6 +72,7 @@ def list_(run: Run, as_json: AsJson = False) -> None:
     import datetime
 
     from launcher.runs.checkpoints import list_checkpoints
+    from launcher.runs.wording import size
 
     listed = list_checkpoints(_find(run))
     if as_json:
@@ -106,6 +106,7 @@ def inspect(run: Run, step: Step = None, as_json: AsJson = False) -> None:
     """Show what one checkpoint holds: its tensors, and where training was."""
     from dataclasses import asdict
 
+    from launcher.runs.wording import size
     from launcher.training.checkpoint.inspect import describe_tensors
 
     stored = _pick(_find(run), step)

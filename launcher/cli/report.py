@@ -9,7 +9,6 @@ import typer
 
 from launcher.cli.output import print_json
 from launcher.cli.plan import AsJson
-from launcher.runs.wording import shown, size
 
 if TYPE_CHECKING:
     from launcher.report.comparison import SweepContent
@@ -42,6 +41,7 @@ def report(runs: Runs, output: Output = None, open_it: Open = False, as_json: As
     from launcher.report.content import read_run
     from launcher.report.page import Report, check_installed, render
     from launcher.runs.layout import RunDirectory, write_atomically
+    from launcher.runs.wording import shown, size
 
     check_installed()
     sweep, directories = _sweep(runs) or (None, [RunDirectory.find(run) for run in runs])
