@@ -263,7 +263,7 @@ class Task(ABC):
         """Return the tensors of a micro-batch of items. `draws` is None where nothing may be random.
 
         Arrays and texts for the evaluator alone go under the key `aside`, which never reaches a device or the
-        model.
+        model. Numbers reach the model in what it computes in, but for those of `labels` and `weights`.
         """
 
     # Loss and metrics.

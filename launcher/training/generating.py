@@ -41,22 +41,15 @@ values and logits."""
 
 
 def generate(
-    model: PreTrainedModel,
-    batch: Batch,
-    options: GenerationOptions,
-    each_token: EachToken,
-    synced: bool,
-    dtype: torch.dtype = torch.float32,
+    model: PreTrainedModel, batch: Batch, options: GenerationOptions, each_token: EachToken, synced: bool
 ) -> torch.Tensor:
     """Return what the model writes to the prompts of `batch`, int64 [B, n], padded behind its end; of a
     causal LM without the prompt.
 
-    `synced`: parameters are gathered in every pass, so that all ranks must make equally many. `dtype`: what the
-    model computes in, for what it hears: its encoder is called beside the hooks that would convert that.
+    `synced`: parameters are gathered in every pass, so that all ranks must make equally many.
     """
     names = (*READ, "decoder_input_ids")
     prompts = {key: batch[key] for key in names if key in batch}
-    prompts = {key: value.to(dtype) if value.is_floating_point() else value for key, value in prompts.items()}
     arguments: dict[str, Any] = {**options.arguments, "eos_token_id": _ends(model, options)}
     if options.drawn is not None:
         rows = list(zip(batch["ids"], batch["windows"], strict=True))

@@ -1,15 +1,29 @@
-"""The loss scale of fp16, found by trying (Micikevicius et al. 2018, arXiv 1710.03740)."""
+"""What a run computes in, and the loss scale of fp16 (Micikevicius et al. 2018, arXiv 1710.03740)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """What the computation runs in, by the plan's word."""
+_AS_THEY_ARE = ("labels", "weights")
+"""Numbers of a batch that are compared and counted, and that no model reads."""
 _GROWTH_INTERVAL = 2000
 _LARGEST, _SMALLEST = 2.0**24, 1.0
+
+
+def as_computed(batch: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Return a batch with the numbers that a model reads, as images and sounds, in what it computes in; labels
+    and weights as they are."""
+    return {
+        key: value.to(dtype)
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and key not in _AS_THEY_ARE
+        else value
+        for key, value in batch.items()
+    }
 
 
 @dataclass

@@ -128,3 +128,42 @@ def test_a_new_head_begins_where_the_labels_say(
         for found in on_ranks(world_size, biases, plan, config):
             assert found["classifier.bias"].tolist() == bias
             assert found["classifier.weight"].abs().max() < 1 and found["classifier.weight"].any()
+
+
+def squares(plan: Plan, config: Any) -> dict[str, Any]:
+    """The loss that the engine has of some numbers, and that by its own outputs."""
+    data = LabelledColumns(train=Source(path="unused"), text="text", label="label", problem="regression")
+    task = SequenceClassification(data)
+    engine = build(plan, task, config, deepspeed_config(plan) if plan.engine == "deepspeed" else {})
+    labels = torch.tensor([3.14159, -271.828])
+    batch = {
+        "input_ids": torch.tensor([[1, 2, 3], [4, 5, 6]]),
+        "attention_mask": torch.ones(2, 3, dtype=torch.int64),
+        "labels": labels,
+        "weights": torch.ones(2),
+    }
+    output = engine.evaluate(batch)
+    assert output.predictions is not None
+    return {
+        "engine": output.loss_sum,
+        "exact": (output.predictions.float().flatten() - labels).square().sum(),
+    }
+
+
+@pytest.mark.parametrize(
+    ("world_size", "engine"),
+    [(1, {}), (2, {}), pytest.param(1, deepspeed(2), marks=pytest.mark.slow)],
+    ids=["1", "2, fsdp", "1, zero2"],
+)
+def test_labels_are_not_rounded_to_what_the_model_computes_in(
+    engine: dict[str, Any], world_size: int, tmp_path: Path
+) -> None:
+    """FSDP would, and bf16 has three digits."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=40, num_labels=1, attn_implementation="sdpa", **sizes)
+    config.problem_type = "regression"
+    BertForSequenceClassification(config).save_pretrained(tmp_path)
+    task = {"task": "sequence-classification", "model__task": "sequence-classification"}
+    way = {"attention": "sdpa", "layout": "padded", "precision": "bf16"}
+    for one in on_ranks(world_size, squares, plan_of(tmp_path, world_size, **task, **way, **engine), config):
+        torch.testing.assert_close(one["engine"], one["exact"], rtol=1e-6, atol=0)

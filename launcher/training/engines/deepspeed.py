@@ -39,10 +39,7 @@ from launcher.training.engines.zero import Piece, StageOneOrTwo, StageThree
 from launcher.training.model import adapters, normalization
 from launcher.training.model import loading as models
 from launcher.training.model.forward import Batch
-from launcher.training.precision import DTYPES
-
-_SEEN = ("input_features", "input_values", "pixel_values")
-"""What a model sees or hears: numbers, where a text is ids."""
+from launcher.training.precision import DTYPES, as_computed
 
 
 class DeepSpeedEngine:
@@ -51,6 +48,7 @@ class DeepSpeedEngine:
     def __init__(self, plan: Plan, task: Task, config: Any, ds_config: dict[str, Any]) -> None:
         """Take the rendered configuration as it is."""
         self._plan, self._task, self._config = plan, task, config
+        self._dtype = DTYPES[plan.precision]
         self._ds_config = without_clipping_and_scale(ds_config)
         self._frozen = FrozenParts(plan.mesh.world_size)
         self.stage = 0
@@ -91,7 +89,6 @@ class DeepSpeedEngine:
         """Give DeepSpeed its parameters in the precision of the computation; the loaded fp32 shards of those
         that lose by it."""
         assert self._plan.zero is not None
-        dtype = DTYPES[self._plan.precision]
         partitioner = (
             self._deepspeed.zero.Init(config_dict_or_path=self._ds_config)
             if self._plan.zero.stage == 3
@@ -102,9 +99,9 @@ class DeepSpeedEngine:
             here.moved(detail=name)
             if not new.requires_grad and self._plan.model.adapter is None:
                 self._frozen.keep(name, new.data)
-            elif new.requires_grad and dtype != torch.float32:
+            elif new.requires_grad and self._dtype != torch.float32:
                 masters[name] = old.detach()
-            new.data = new.data.to(dtype)
+            new.data = new.data.to(self._dtype)
             if partitioner is not None:
                 partitioner._convert_to_deepspeed_param(new)
                 new.partition()  # type: ignore[attr-defined]
@@ -132,22 +129,17 @@ class DeepSpeedEngine:
 
     def micro_step(self, batch: Batch, factor: float, last: bool) -> Output:
         self._engine.set_gradient_accumulation_boundary(last)
-        output: Output = self._engine(self._converted(batch))
+        output: Output = self._engine(as_computed(batch, self._dtype))
         here.turn("backward")
         self._engine.backward(
             output.loss_sum * (factor * self._plan.batch.data_parallel_size), scale_wrt_gas=False
         )
         return output
 
-    def _converted(self, batch: Batch) -> Batch:
-        """Return the batch with images and sounds in what the model computes in, as FSDP's hooks have it."""
-        dtype = DTYPES[self._plan.precision]
-        return {key: value.to(dtype) if key in _SEEN else value for key, value in batch.items()}
-
     def evaluate(self, batch: Batch) -> Output:
         self._engine.eval()
         with torch.no_grad():
-            output: Output = self._engine(self._converted(batch))
+            output: Output = self._engine(as_computed(batch, self._dtype))
         self._engine.train()
         return output
 
@@ -156,8 +148,8 @@ class DeepSpeedEngine:
     ) -> torch.Tensor:
         self._engine.eval()
         with torch.no_grad(), self.whole_where_it_fits() as is_whole:
-            dtype = DTYPES[self._plan.precision]
-            written = generating.generate(self.model, batch, options, each_token, not is_whole, dtype)
+            prompts = as_computed(batch, self._dtype)
+            written = generating.generate(self.model, prompts, options, each_token, synced=not is_whole)
         self._engine.train()
         return written
 

@@ -27,7 +27,7 @@ from launcher.training.engines.vocabulary import few_rows_under_fsdp
 from launcher.training.model import adapters
 from launcher.training.model import loading as models
 from launcher.training.model.forward import Batch
-from launcher.training.precision import DTYPES
+from launcher.training.precision import DTYPES, as_computed
 
 
 class FsdpEngine:
@@ -36,6 +36,7 @@ class FsdpEngine:
     def __init__(self, plan: Plan, task: Task, config: Any, trains: bool = True) -> None:
         """Without `trains` there will be no optimizer, for evaluation alone."""
         self._plan, self._task, self._config, self._trains = plan, task, config, trains
+        self._dtype = DTYPES[plan.precision]
 
     def load(self) -> None:
         loaded = models.load(self._plan, self._task.auto_class, self._config, self._shard)
@@ -81,7 +82,7 @@ class FsdpEngine:
             # What is whole at the height of every pass stays so until the next one: it is gathered once a
             # step.
             self.model.set_reshard_after_backward(last, recurse=not self._plan.mesh.reshard_after_forward)
-        output: Output = self.model(batch)
+        output: Output = self.model(as_computed(batch, self._dtype))
         here.turn("backward")
         # FSDP averages gradients over the ranks, and the step's loss is a sum.
         (output.loss_sum * (factor * self._plan.batch.data_parallel_size)).backward()
@@ -90,7 +91,7 @@ class FsdpEngine:
     def evaluate(self, batch: Batch) -> Output:
         self.model.eval()
         with torch.no_grad():
-            output: Output = self.model(batch)
+            output: Output = self.model(as_computed(batch, self._dtype))
         self.model.train()
         return output
 
@@ -99,15 +100,15 @@ class FsdpEngine:
     ) -> torch.Tensor:
         self.model.eval()
         with torch.no_grad(), self.whole_where_it_fits() as is_whole:
-            dtype = DTYPES[self._plan.precision]
-            written = generating.generate(self.model, batch, options, each_token, not is_whole, dtype)
+            prompts = as_computed(batch, self._dtype)
+            written = generating.generate(self.model, prompts, options, each_token, synced=not is_whole)
         self.model.train()
         return written
 
     @contextlib.contextmanager
     def whole_where_it_fits(self, tokens: Sequence[int] | None = None) -> Iterator[bool]:
         if tokens is not None:
-            few_rows = few_rows_under_fsdp(self.model, tokens, DTYPES[self._plan.precision])
+            few_rows = few_rows_under_fsdp(self.model, tokens, self._dtype)
             with few_rows, self.whole_where_it_fits() as is_whole:
                 yield is_whole
             return
@@ -115,7 +116,7 @@ class FsdpEngine:
         if not units:
             yield True
             return
-        num_bytes = DTYPES[self._plan.precision].itemsize * sum(
+        num_bytes = self._dtype.itemsize * sum(
             parameter.numel() for parameter in self.model.parameters() if isinstance(parameter, DTensor)
         )
         device = torch.device(self._plan.mesh.device)

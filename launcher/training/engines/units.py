@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ def shard_units(
         }
     for layer in layers:
         fully_shard(layer, reshard_after_forward=plan.mesh.reshard_after_forward or reshard_root, **options)
+    # The root is handed what it computes in, beside labels that FSDP would round.
+    options["mp_policy"] = dataclasses.replace(policy, cast_forward_inputs=False)
     fully_shard(model, reshard_after_forward=reshard_root, **options)
     loose = [type(layer).__name__ for layer in layers if not isinstance(layer, FSDPModule)]
     if loose:

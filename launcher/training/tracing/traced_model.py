@@ -31,6 +31,7 @@ from launcher.training.engines.linear import is_plain
 from launcher.training.engines.recompute import checkpoint_activations
 from launcher.training.model import adapters, pretrained
 from launcher.training.model import loading as models
+from launcher.training.precision import as_computed
 from launcher.training.tracing.counting import Counting
 from launcher.training.tracing.layers import Layer, Skipped, first_tensor, places
 from launcher.training.tracing.recorder import Passed, Recorder
@@ -108,7 +109,10 @@ class TracedModel:
                 recorder.begin("stem")
                 self._pass(
                     recorder,
-                    {key: self._without_numbers(key, value, counting) for key, value in batch.items()},
+                    {
+                        key: self._without_numbers(key, value, counting)
+                        for key, value in as_computed(batch, self._dtype).items()
+                    },
                     training,
                     backward,
                 )
@@ -117,8 +121,7 @@ class TracedModel:
     def _without_numbers(self, key: str, value: Any, counting: Counting) -> Any:
         if not isinstance(value, torch.Tensor) or key in _READ:
             return value
-        # An engine hands images and sounds over in what the model computes in.
-        created = self._mode.from_tensor(value.to(self._dtype) if value.is_floating_point() else value)
+        created = self._mode.from_tensor(value)
         counting.count(created.untyped_storage())
         if not value.is_floating_point():
             counting.numbers.know(created, value)
