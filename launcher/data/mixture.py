@@ -9,7 +9,7 @@ from math import ceil, floor
 from launcher.data.section import Mixing, Sources
 
 _DIGITS = 12
-"""Of a power of a size that count: mathematical libraries differ in the last ones."""
+"""Digits that count of a power of a size: mathematical libraries differ in the last ones."""
 
 
 def in_an_epoch(sizes: Sequence[int], given: Sources, mixing: Mixing | None) -> list[int]:

@@ -42,8 +42,8 @@ class MixedSource(Source):
     """One of several sources."""
 
     alias: Word | None = None
-    """What metrics and reports call it: letters, digits, `_`, `.` and `-`. Left out, the name of its file
-    without its ending, or that of the data set."""
+    """Name of the source in metrics and reports: letters, digits, `_`, `.` and `-`. Left out, the name of its
+    file without its ending, or that of the data set."""
     weight: float | None = Field(default=None, gt=0, le=1e9)
     """Its share of the samples (packs, with packing) against the weights of the others: 3 and 1 are three
     quarters and one. All sources have one, or none; without, every row comes once in an epoch."""

@@ -25,7 +25,7 @@ class DataSet:
     """One data set that a file names."""
 
     place: dict[str, Any]
-    """Where its rows are, by the keys of a source."""
+    """Place of its rows, by the keys of a source."""
     said: str
     """The file's key for it."""
     columns: dict[str, str] = field(default_factory=dict)

@@ -135,7 +135,7 @@ class Checkpoint(Section):
     keep_best: int = Field(default=0, ge=0)
     """The best by `metric` that stay as well."""
     metric: str = "loss"
-    """What `keep_best` ranks by: a metric of the evaluation, or of one of its sources, as `old/loss`."""
+    """Metric that `keep_best` ranks by: one of the evaluation, or of one of its sources, as `old/loss`."""
     asynchronous: bool = Field(default=True, alias="async")
     """Write while training goes on."""
 

@@ -107,12 +107,12 @@ class Training(Section):
     start_division: float = Field(default=25.0, ge=1)
     """Of `one-cycle`: the highest rate over that of the first step."""
     stop_factor: float | None = Field(default=None, gt=1)
-    """Of `range-test`: end once the smoothed loss is above this many times its lowest; without it only a loss
-    that is not finite ends it."""
+    """End a `range-test` once the smoothed loss is above this many times its lowest; without it only a loss that
+    is not finite ends it."""
     warmup: float = Field(default=0.03, ge=0)
     """Below 1: the share of all steps; from 1: steps."""
     minimum_learning_rate: float = Field(default=0.0, ge=0)
-    """Where the fall ends; where `range-test` begins. `constant` and `inverse-sqrt` have no end."""
+    """Rate at which the fall ends, or `range-test` begins. `constant` and `inverse-sqrt` have no end."""
     neftune_noise_alpha: float | None = Field(default=None, gt=0)
     """Add noise to the embeddings of what is learned from: alpha / sqrt(tokens x width) times uniform noise in
     [-1, 1] (NEFTune, arXiv 2310.05914); 5 to 15 in its paper."""

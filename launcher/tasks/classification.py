@@ -67,7 +67,8 @@ class Classification(Task):
         """Take the classes of a model that has a classification head already. Raises ConfigurationError where
         it stands without one."""
         self.own_labels = classes.of_model(config, self.head_name)
-        self._bias = getattr(config, "head_bias", None)
+        mean = getattr(config, "label_mean", None)  # as runs of before 2026-11-29 had it
+        self._bias = getattr(config, "head_bias", None if mean is None else [mean])
         if not as_it_stands:
             return
         num_needed = 1 if self.data.problem == "regression" else None
@@ -94,6 +95,7 @@ class Classification(Task):
             config.head_bias = self._bias
         else:
             vars(config).pop("head_bias", None)
+        vars(config).pop("label_mean", None)
 
     @property
     def metrics(self) -> Mapping[str, Better]:

@@ -82,6 +82,7 @@ class Trainer:
         self.by_source = LossBySource(material.task, material.train, device)
         self.schedule = Schedule.of(plan.training, self.num_steps)
         self.state = State()
+        self.saves = not plan.training.is_range_test  # nobody has a use for the weights of one
         self.noise: EmbeddingNoise | None = None
         self.average: AveragedEngine | None = None
         self.loss_scale = LossScale(plan.precision == "fp16")
@@ -122,13 +123,12 @@ class Trainer:
         plan, step, world_size = self.plan, self.state.step, self.plan.mesh.world_size
         chance = self.task.chance_loss(self.material.config)
         in_memory = plan.offload == "none" or plan.offload_to == "cpu"
-        keeps = in_memory and not plan.training.is_range_test
         sample = Sample(self.engine, tensors if in_memory else {})
         self.symptoms = Symptoms(
             plan.training, self.schedule, chance, sample, self.event, step, self.counters.told
         )
         self.first_step = step
-        save = functools.partial(self.keeper.save, tensors, wait=True) if keeps else None
+        save = functools.partial(self.keeper.save, tensors, wait=True) if in_memory and self.saves else None
         self.rescue = Rescue(self.attempt, self.device, world_size, save, self.checkpointer.finish_here)
         here.step_done(step, 0.0)
         self.own = Own(models.repeated_layers(self.engine.model), self.device)
@@ -291,8 +291,8 @@ class Trainer:
         Raises StorageError where it `must` be committed and cannot.
         """
         self.saving.done(self.state.step, time.monotonic())
-        if self.plan.training.is_range_test:
-            return True  # nobody has a use for its weights
+        if not self.saves:
+            return True
         here.at("staging")
         saved = self.keeper.save(self.engine.state_dict(), wait)
         if wait and must and not saved:
@@ -311,12 +311,11 @@ class Trainer:
         farewell = stopping.agree(self.run, self.stop, self.rank == 0)
         self.event("stopping", signal=farewell.signal)
         changed = self.state.step > self.first_step
-        keeps = not self.plan.training.is_range_test
-        if changed and not (farewell.has_time_to_save and keeps):
+        if changed and not (farewell.has_time_to_save and self.saves):
             self.checkpointer.finish()
             newest = newest_checkpoint(self.run)
             step = int(newest.name.removeprefix("step-")) if newest else 0
-            reason = farewell.why_unsaved if keeps else "a range test saves nothing, and begins anew"
+            reason = farewell.why_unsaved if self.saves else "a range test saves nothing, and begins anew"
             self.event("stopped", step=step, reason=reason, num_steps_lost=self.state.step - step)
         else:
             if changed:

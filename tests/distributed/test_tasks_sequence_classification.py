@@ -336,6 +336,10 @@ def test_the_mean_of_the_numbers_goes_with_the_model_and_not_with_classes() -> N
     assert other.head_bias == [2.5]
     task_of(["no", "yes"]).configure(config)
     assert "head_bias" not in config.to_dict()
+    config.label_mean = 1.5
+    again.adopt(config)
+    again.configure(config)
+    assert config.head_bias == [1.5] and "label_mean" not in config.to_dict(), "as a run of before had it"
     task = task_of(problem="regression", head_bias="zero")
     task.learn_from({"label": np.array([1.0, 2.0], dtype=np.float32)}.get)
     task.configure(other)

@@ -36,7 +36,7 @@ from tests.training.runs import (
 from tests.training.test_resume import compare
 
 pytestmark = pytest.mark.distributed
-NUM_STEPS = 10
+NUM_STEPS, EVALUATE_EVERY = 10, 5
 SIZES, COUNTS = (60, 25), (25, 25)
 
 
@@ -66,8 +66,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def make(model: Path, data: dict[str, Any], world_size: int, **changes: Any) -> Any:
-    training = {"clip_norm": 0.0, "evaluate_every": {"value": 5, "unit": "steps"}}
-    values = {"training": training, "batch": batch_of(world_size, 6 // world_size)}
+    values = {"training": {"clip_norm": 0.0}, "evaluate_every": {"value": EVALUATE_EVERY, "unit": "steps"}}
+    values |= {"batch": batch_of(world_size, 6 // world_size)}
     return plan_for(model, data, world_size, NUM_STEPS, **(values | changes))
 
 
@@ -178,7 +178,8 @@ def test_other_ranks_have_the_same_order_and_numbers(
     ]
     for ours, theirs in zip(by_source(run), by_source(whole), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
-    assert evaluations(run)[NUM_STEPS] == pytest.approx(evaluations(whole)[NUM_STEPS], rel=1e-4)
+    for step in (EVALUATE_EVERY, NUM_STEPS):
+        assert evaluations(run)[step] == pytest.approx(evaluations(whole)[step], rel=1e-4)
 
 
 @pytest.mark.slow

@@ -30,8 +30,6 @@ from launcher.training.inputs import TrainingInputs
 from launcher.training.model import pretrained
 from launcher.training.signals import StopRequest
 
-"""Times a power of ten: how wide a bin may be."""
-
 
 def inspect(
     scratch: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, *, stop_at: int | None = None

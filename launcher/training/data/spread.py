@@ -10,6 +10,7 @@ from launcher.training.data.dataset import Dataset
 
 _BINS = 12
 _ROUND = (1, 2, 5)
+"""Times a power of ten: how wide a bin may be."""
 _MOST_LENGTHS = 1_000_000
 """Of more samples every so many-th is looked at: their shares stay the same."""
 _MOST_CLASSES = 100
