@@ -75,7 +75,7 @@ def _sweep_directory(name: str) -> Path | None:
 
 def _sweep(names: list[str]) -> tuple[SweepContent, list[RunDirectory]] | None:
     """A sweep and the runs of its points that have begun, the best one first; None where runs are named."""
-    from launcher.report.comparison import Point, SweepContent
+    from launcher.report.comparison import SweepContent
 
     directory = _sweep_directory(names[0])
     if directory is None or len(names) > 1:
@@ -85,8 +85,5 @@ def _sweep(names: list[str]) -> tuple[SweepContent, list[RunDirectory]] | None:
 
     sweep = Sweep.read(directory)
     lines = leaderboard(sweep)
-    points = [
-        Point(line.point, line.overrides, line.state, line.step, line.best, line.best_step) for line in lines
-    ]
     runs = [sweep.run(line.point) for line in lines if sweep.run(line.point).plan_file.exists()]
-    return SweepContent(sweep.path.name, sweep.metric, sweep.better, points), runs
+    return SweepContent(sweep.path.name, sweep.metric, sweep.better, lines), runs

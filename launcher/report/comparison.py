@@ -5,28 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launcher.report.content import RunContent
 
+if TYPE_CHECKING:
+    from launcher.sweep.leaderboard import Line
+
 _NAMES_ITSELF = ("name",)
-
-
-@dataclass(frozen=True)
-class Point:
-    """One point of a sweep, as its leaderboard has it."""
-
-    number: int
-    overrides: tuple[str, ...]
-    state: str
-    step: int
-    best: float | None
-    best_step: int | None
-
-    @property
-    def values(self) -> dict[str, str]:
-        """Return what it tried, by key."""
-        return dict(text.partition("=")[::2] for text in self.overrides)
 
 
 @dataclass(frozen=True)
@@ -36,7 +22,7 @@ class SweepContent:
     name: str
     metric: str
     better: str
-    points: list[Point] = field(default_factory=list)
+    points: list[Line] = field(default_factory=list)
 
     @property
     def keys(self) -> list[str]:

@@ -26,6 +26,11 @@ class Line:
     """Of all its evaluations."""
     best_step: int | None
 
+    @property
+    def values(self) -> dict[str, str]:
+        """Return what it tried, by key."""
+        return dict(text.partition("=")[::2] for text in self.overrides)
+
 
 def leaderboard(sweep: Sweep) -> list[Line]:
     """Every point, the best one first; those that were not measured yet, or measured as no number, last."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -66,14 +68,26 @@ def audio_of(model_type: str) -> dict[str, Any]:
     began = time.monotonic()
     model = model_of(model_type, "eager")
     task = task_of(model.config)
-    right = {False: _right(model, task, SECONDS), True: _right(model, task, SECONDS[:1] * 3)}
+    return every_way(model_type, model_of, task, _clips, functools.partial(_right, model, task), began)
+
+
+def every_way(
+    model_type: str,
+    model_of: Callable[[str, str], Any],
+    task: Any,
+    clips: Callable[[Any, tuple[float, ...]], list[Sample]],
+    right_of: Callable[[tuple[float, ...]], Any],
+    began: float,
+) -> dict[str, Any]:
+    """Say which ways of clips in a pass are right: those with the numbers of `right_of`, each clip alone."""
+    right = {False: right_of(SECONDS), True: right_of(SECONDS[:1] * 3)}
     found: dict[str, Any] = {
-        "class": type(model).__name__, "layout": None, "attention": None, "head": None, "reference": "eager",
-        "reason": None, "tried": {},
+        "class": type(model_of(model_type, "eager")).__name__, "layout": None, "attention": None, "head": None,
+        "reference": "eager", "reason": None, "tried": {},
     }  # fmt: skip
     for layout, attention in (*WAYS, *EQUAL):
         equal = layout == "equal"
-        samples = _clips(task, SECONDS[:1] * 3 if equal else SECONDS)
+        samples = clips(task, SECONDS[:1] * 3 if equal else SECONDS)
         task.layout = "single" if layout == "single" or equal else "padded"
         groups = [[one] for one in samples] if layout == "single" else [samples]
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import Any
 
@@ -15,8 +16,8 @@ from launcher.tasks.speech_recognition import SpeechRecognition
 from launcher.tasks.task import Sample
 from launcher.tasks.writing import as_bytes
 from tests.families import tiny
-from tests.families.audio import EQUAL, SECONDS, SMALL, WAYS
-from tests.families.numbers import close, figures, is_ok, measured, message
+from tests.families.audio import SMALL, every_way
+from tests.families.numbers import measured
 from tests.families.special import VARIANTS
 
 VOCABULARY = 16
@@ -76,31 +77,7 @@ def speech_of(model_type: str) -> dict[str, Any]:
         return {"layout": None, "attention": None, "head": None, "reason": reason}
     model = model_of(model_type, "eager")
     task = task_of(model.config)
-    right = {False: _right(model, task, SECONDS), True: _right(model, task, SECONDS[:1] * 3)}
-    found: dict[str, Any] = {
-        "class": type(model).__name__, "layout": None, "attention": None, "head": None, "reference": "eager",
-        "reason": None, "tried": {},
-    }  # fmt: skip
-    for layout, attention in (*WAYS, *EQUAL):
-        equal = layout == "equal"
-        samples = clips(task, SECONDS[:1] * 3 if equal else SECONDS)
-        task.layout = "single" if layout == "single" or equal else "padded"
-        groups = [[one] for one in samples] if layout == "single" else [samples]
-        try:
-            one = model_of(model_type, attention)
-            batches = [task.collate([[sample] for sample in group]) for group in groups]
-            total = sum(task.loss(one, batch).loss_sum for batch in batches)
-            wrong = measured(one, total).against(right[equal])
-            said = "ok" if close(wrong) else f"wrong: {figures(wrong)}"
-        except Exception as error:
-            said = message(error)
-        found["tried"][f"{layout}/{attention}/chunked"] = said
-    ways = [name for name, said in found["tried"].items() if is_ok(said) and not name.startswith("equal")]
-    if not ways:
-        found["reason"] = "no way gives its own loss"
-    else:
-        found["layout"], found["attention"], found["head"] = ways[0].split("/")
-    return found | {"seconds": round(time.monotonic() - began, 1)}
+    return every_way(model_type, model_of, task, clips, functools.partial(_right, model, task), began)
 
 
 def clips(task: SpeechRecognition, seconds: tuple[float, ...]) -> list[Sample]:

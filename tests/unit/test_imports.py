@@ -41,7 +41,7 @@ FLOORS = {
     "redaction": set(),
     "values": set(),
     "runs": {"errors"},
-    "report": {"errors", "runs"},
+    "report": {"errors", "runs", "sweep"},
     "data": {"errors", "values", "runs"},
     "tasks": {"errors", "values", "data"},
     "job": {"errors", "values", "data", "tasks"},

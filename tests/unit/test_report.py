@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from launcher.cli.app import app
 from launcher.errors import ConfigurationError
-from launcher.report.comparison import Point, Summary, SweepContent, differing_settings, final_metrics
+from launcher.report.comparison import Summary, SweepContent, differing_settings, final_metrics
 from launcher.report.content import MOST_SAMPLE_STEPS, read_run
 from launcher.report.figures import panels, places_of
 from launcher.report.page import _known, check_installed, moment, number
@@ -27,6 +27,7 @@ from launcher.runs.layout import RunDirectory
 from launcher.runs.series import Series, thin
 from launcher.runs.versions import versions
 from launcher.runs.wording import gib, size
+from launcher.sweep.leaderboard import Line
 from tests.unit.long_run import long_run, step_line, write_events
 from tests.unit.report_runs import BEGAN, HOSTILE, a_run, a_sweep, step_record, write_metrics, write_report
 
@@ -181,8 +182,8 @@ def test_a_summary_counts_finite_values_alone() -> None:
 
 def test_places_of_what_is_no_number() -> None:
     points = [
-        Point(0, ("a=1e-4", "b=linear"), "", 0, 1.0, 1),
-        Point(1, ("a=2", "b=cosine"), "", 0, None, None),
+        Line(0, ("a=1e-4", "b=linear"), "", 0, None, 1.0, 1.0, 1),
+        Line(1, ("a=2", "b=cosine"), "", 0, None, None, None, None),
     ]
     sweep = SweepContent("one", "loss", "lower", points)
     assert (
