@@ -16,6 +16,7 @@ from launcher.runs import events
 from launcher.runs.layout import RunDirectory
 from launcher.runs.range_test import SmoothedLoss
 from launcher.training.signals import StopRequest
+from tests.training.plans import deepspeed
 from tests.training.runs import alter_passes, batch_of, curve, finish, named, new_run, plan_for
 
 pytestmark = pytest.mark.distributed
@@ -119,7 +120,7 @@ def test_a_loss_that_is_not_finite_ends_it_without_an_error(
 def test_zero_has_the_losses_of_fsdp(tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     fsdp = losses(run_of(tmp_path / "fsdp", model, data, 2))
-    zero = losses(run_of(tmp_path / "zero", model, data, 2, engine="deepspeed"))
+    zero = losses(run_of(tmp_path / "zero", model, data, 2, **deepspeed(3)))
     near = sum(rate < 0.01 for rate in LAW)
     torch.testing.assert_close(torch.tensor(fsdp[:near]), torch.tensor(zero[:near]), rtol=1e-4, atol=0)
 
