@@ -58,10 +58,14 @@ def _all_gather(group: Any, output: Any, part: Any, *_: Any, **__: Any) -> bool:
     if memory is None:
         return False
     rows, part = _as_bytes(output.detach()).view(memory.size, -1), _as_bytes(part.detach())
+    own = rows[memory.rank]
+    if own.data_ptr() != part.data_ptr():  # FSDP's part stands in its place already
+        own.copy_(part)
     for begin in range(0, part.numel(), PIECE_BYTES):
         piece = part[begin : begin + PIECE_BYTES]
         for row, theirs in zip(rows, memory.exchange(group, [piece]), strict=True):
-            row[begin : begin + piece.numel()].copy_(theirs[: piece.numel()])
+            if row.data_ptr() != own.data_ptr():
+                row[begin : begin + piece.numel()].copy_(theirs[: piece.numel()])
     return True
 
 

@@ -32,9 +32,9 @@ from launcher.training.engines.deepspeed_setup import (
 )
 from launcher.training.engines.frozen_parts import FrozenParts
 from launcher.training.engines.linear import keep_parameters_not_matrices
+from launcher.training.engines.partial_gather import cut_matrices, few_rows_under_zero
 from launcher.training.engines.recompute import checkpoint_activations
 from launcher.training.engines.unshard import cut_rows, gathered, replaced_one_by_one
-from launcher.training.engines.vocabulary import cut_matrices, few_rows_under_zero
 from launcher.training.engines.zero import Piece, StageOneOrTwo, StageThree
 from launcher.training.model import adapters, normalization
 from launcher.training.model import loading as models

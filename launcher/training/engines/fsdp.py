@@ -21,9 +21,9 @@ from launcher.training import generating
 from launcher.training import optimizer as optimizers
 from launcher.training.engines.companions import bind_loss
 from launcher.training.engines.companions import load as load_companions
+from launcher.training.engines.partial_gather import few_rows_under_fsdp, gather
 from launcher.training.engines.recompute import checkpoint_activations
 from launcher.training.engines.units import shard_units
-from launcher.training.engines.vocabulary import few_rows_under_fsdp
 from launcher.training.model import adapters
 from launcher.training.model import loading as models
 from launcher.training.model.forward import Batch
@@ -107,11 +107,12 @@ class FsdpEngine:
 
     @contextlib.contextmanager
     def whole_where_it_fits(self, tokens: Sequence[int] | None = None) -> Iterator[bool]:
-        if tokens is not None:
-            few_rows = few_rows_under_fsdp(self.model, tokens, self._dtype)
-            with few_rows, self.whole_where_it_fits() as is_whole:
-                yield is_whole
-            return
+        few_rows = few_rows_under_fsdp(self.model, tokens, self._dtype)
+        with few_rows, self._whole_where_it_fits(lends_weights=tokens is not None) as is_whole:
+            yield is_whole
+
+    @contextlib.contextmanager
+    def _whole_where_it_fits(self, lends_weights: bool) -> Iterator[bool]:
         units = [module for module in nn.Module.modules(self.model) if isinstance(module, FSDPModule)]
         if not units:
             yield True
@@ -126,7 +127,7 @@ class FsdpEngine:
             return
         for unit in units:
             unit.set_reshard_after_forward(False, recurse=False)
-            unit.unshard()
+        gather(units, lends_weights)
         try:
             yield True
         finally:

@@ -1,7 +1,8 @@
-"""Put a few rows in the place of the matrices that have one for every token, for a pass that needs no others.
+"""Gather less for a pass that serves to compare two ways of computing, for which other weights do as well.
 
-Gathering such a matrix whole is most of what gathering a small model costs: 1 GB of 1.5 GB for two layers of a
-Llama of 1.2 billion parameters in fp32.
+The matrices that have a row for every token get a few rows in their place, as gathering them whole is most of
+what gathering a small model costs: 1 GB of 1.5 GB for two layers of a Llama of 1.2 billion parameters in fp32.
+And layers of one make have the weights of the first of them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import distributed, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam, ShardedState
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
@@ -35,8 +37,11 @@ def matrices(model: PreTrainedModel) -> list[nn.Parameter]:
 
 
 @contextlib.contextmanager
-def few_rows_under_fsdp(model: PreTrainedModel, tokens: Sequence[int], dtype: torch.dtype) -> Iterator[None]:
-    """While inside, the root unit gathers all but these matrices, which have the rows of `tokens` alone.
+def few_rows_under_fsdp(
+    model: PreTrainedModel, tokens: Sequence[int] | None, dtype: torch.dtype
+) -> Iterator[None]:
+    """While inside, the root unit gathers all but these matrices, which have the rows of `tokens` alone; without
+    tokens nothing changes.
 
     FSDP2 has no public way to leave a parameter out of a pass. What is used here was tried with torch 2.13.
     """
@@ -45,7 +50,7 @@ def few_rows_under_fsdp(model: PreTrainedModel, tokens: Sequence[int], dtype: to
     every = [] if group is None else group.fsdp_params
     wanted = matrices(model)
     replaced = [one for one in every if any(one.sharded_param is weight for weight in wanted)]
-    if group is None or not replaced or len(replaced) == len(every):
+    if tokens is None or group is None or not replaced or len(replaced) == len(every):
         yield
         return
     model.reshard()
@@ -66,6 +71,28 @@ def few_rows_under_fsdp(model: PreTrainedModel, tokens: Sequence[int], dtype: to
         for one in replaced:
             one._setattr_on_modules(one.sharded_param)
         group.fsdp_params = every
+
+
+def gather(units: Sequence[FSDPModule], lends_weights: bool) -> None:
+    """Gather the parameters of units. With `lends_weights` only the first of those that are made alike is
+    gathered; the others compute with its weights until they are resharded.
+
+    FSDP2 has no public way to lend weights. What is used here was tried with torch 2.13.
+    """
+    lenders: dict[object, list[FSDPParam]] = {}
+    for unit in units:
+        group = unit._get_fsdp_state()._fsdp_param_group
+        parameters = [] if group is None else group.fsdp_params
+        make = tuple(
+            (type(one._module_info.module), one._module_info.param_name, one._orig_size) for one in parameters
+        )
+        if group is None or group.is_unsharded or not lends_weights or make not in lenders:
+            unit.unshard()
+            lenders.setdefault(make, parameters)
+            continue
+        for one, lender in zip(parameters, lenders[make], strict=True):
+            one._setattr_on_modules(lender.unsharded_param)
+        group._sharded_state = ShardedState.UNSHARDED
 
 
 def cut_matrices(model: PreTrainedModel) -> list[Any]:
