@@ -26,18 +26,22 @@ _TRAINER = "launcher.training.attempt"
 _PREFIXES = {
     "ACCELERATE",
     "CUDA",
+    "DNNL",
     "DS",
     "GLOO",
     "HF",
     "LAUNCHER",
     "LD",
+    "LRU",
     "MALLOC",
     "MKL",
     "NCCL",
     "NVIDIA",
     "OMP",
+    "ONEDNN",
     "PYTORCH",
     "SLURM",
+    "THP",
 }
 _MORE_PREFIXES = {"TOKENIZERS", "TORCH", "TRANSFORMERS", "TRITON", "XDG"}
 _NAMES = {
