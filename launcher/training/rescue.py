@@ -28,7 +28,8 @@ from launcher.runs.layout import write_atomically
 CALL = "out-of-memory.json"
 """In the attempt's directory: a rank ran out of memory in the pass of this step, and waits for the others to
 save."""
-_POLL_SECONDS = 1.0
+_LOOKS_PER_SECOND = 256
+"""Of all ranks together, for a peer's call: looking loads a shared file system."""
 _SECONDS_TO_SAVE = 900.0
 """Then the attempt ends unsaved."""
 _SECONDS_TO_ARRIVE = 60.0
@@ -59,6 +60,7 @@ class Rescue:
         self._is_saved = False
         self._step: int | None = None
         self._updated: torch.cuda.Event | None = None
+        self._seconds_between_looks = max(1.0, world_size / _LOOKS_PER_SECOND)
         if world_size > 1 and save is not None:
             threading.Thread(target=self._listen, name="rescue", daemon=True).start()
 
@@ -108,11 +110,11 @@ class Rescue:
     def _listen(self) -> None:
         """Wait for a call; then, as soon as this rank too is in the pass of that step, save."""
         while not self._call.exists():
-            time.sleep(_POLL_SECONDS)
+            time.sleep(self._seconds_between_looks)
         step = read_json(self._call)["step"]
         until = time.monotonic() + _SECONDS_TO_ARRIVE
         while self._step != step:
             if time.monotonic() > until:
                 return
-            time.sleep(_POLL_SECONDS / 10)
+            time.sleep(0.1)
         self._save_once()
