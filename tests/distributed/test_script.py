@@ -200,7 +200,12 @@ def test_an_unchanged_script_is_sharded_and_learns_the_same(
 @pytest.mark.parametrize(
     ("script", "options", "ends"),
     [
-        ("test_script", ENGINES["zero3"], "Shuffled central dataloader passing."),
+        pytest.param(
+            "test_script",
+            ENGINES["zero3"],
+            "Shuffled central dataloader passing.",
+            marks=pytest.mark.very_slow,
+        ),
         pytest.param(
             "test_script",
             ["--set", "parallel.shard=none"],
@@ -253,8 +258,8 @@ def test_arguments_and_environment_reach_the_script_as_they_are(tmp_path: Path) 
     ("kind", "code", "failure_class", "cause"),
     [
         ("raise", 10, "script", "ValueError: a bug"),
-        ("exit", 10, "script", "the script left with exit code 3"),
-        ("words", 10, "script", "the script left with no data here"),
+        pytest.param("exit", 10, "script", "the script left with exit code 3", marks=pytest.mark.very_slow),
+        pytest.param("words", 10, "script", "the script left with no data here", marks=pytest.mark.very_slow),
         ("kill", 9, "rank-lost", "killed by signal 9 (SIGKILL)"),
         ("memory", 4, "out-of-memory", "MemoryError"),
         ("disk", 5, "storage", "No space left on device"),

@@ -124,6 +124,7 @@ def test_a_node_that_is_cut_off_meanwhile(new_cluster: NewCluster, tmp_path: Pat
     assert "answers" not in found["n1"] and "ports" not in levels(found["n1"])
 
 
+@pytest.mark.very_slow
 def test_a_directory_that_is_not_shared(cluster: Cluster, tmp_path: Path) -> None:
     found = doctor(cluster, tmp_path, "--directory", "/dev/shm", code=1)
     assert [levels(found[node]) for node in ("n1", "n2")] == [{"directory": "failed"}] * 2

@@ -51,6 +51,7 @@ def test_a_crash_loop_ends_with_a_diagnosis(cluster: Cluster, material: Training
     assert failure["rank"] == 3 and failure["host"] == "n2" and failure["step"] in (6, 7)
 
 
+@pytest.mark.very_slow
 def test_out_of_memory_late_goes_on_with_smaller_passes(cluster: Cluster, material: TrainingInputs) -> None:
     run = material.submit(cluster, faulty(material, "late", "memory:1:3", nodes=1))
     run.wait_finished()

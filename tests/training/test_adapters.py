@@ -302,7 +302,7 @@ def test_resumed_is_uninterrupted_to_the_bit(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("first", "second"), [(2, 4), (4, 1)])
+@pytest.mark.parametrize(("first", "second"), [pytest.param(2, 4, marks=pytest.mark.very_slow), (4, 1)])
 def test_resumed_on_another_number_of_ranks(
     first: int, second: int, whole: RunDirectory, tmp_path: Path, model: Path, data: dict[str, Any]
 ) -> None:
@@ -328,7 +328,15 @@ def test_a_run_learns_and_leaves_the_base_alone(whole: RunDirectory, model: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "precision"), [(1, "fp32"), (2, "fp32"), (3, "fp32"), (3, "bf16")])
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    [
+        pytest.param(1, "fp32", marks=pytest.mark.very_slow),
+        (2, "fp32"),
+        (3, "fp32"),
+        pytest.param(3, "bf16", marks=pytest.mark.very_slow),
+    ],
+)
 def test_zero_gives_the_numbers_of_fsdp(stage: int, precision: str, llama: Path) -> None:
     options = {"batch": _batch(2, 3), "model__adapter": LORA, "precision": precision}
     sharded = _ran(plan_of(llama, 2, **options), Causal)

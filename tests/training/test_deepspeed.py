@@ -203,7 +203,7 @@ def test_the_matrix_of_resumes(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.very_slow), 2, 3])
 def test_resumed_under_one_plan_it_is_bit_equal(
     stage: int, tmp_path: Path, model: Path, data: dict[str, Any]
 ) -> None:

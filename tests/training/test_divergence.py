@@ -281,7 +281,8 @@ def test_what_guessing_gives() -> None:
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("rate", "kind", "engine"), [(1e6, "chance", {}), (1e-14, "no effect", deepspeed(3))]
+    ("rate", "kind", "engine"),
+    [(1e6, "chance", {}), pytest.param(1e-14, "no effect", deepspeed(3), marks=pytest.mark.very_slow)],
 )
 def test_learning_rates_out_of_all_bounds_are_said_in_a_run(
     rate: float, kind: str, engine: dict[str, Any], tmp_path: Path, model: Path, data: dict[str, Any]

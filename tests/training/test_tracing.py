@@ -78,7 +78,7 @@ def peak(plan: Plan, profile: Any) -> int:
 @pytest.mark.parametrize(
     ("kind", "precision", "adapter"),
     [
-        ("llama", "bf16", None),
+        pytest.param("llama", "bf16", None, marks=pytest.mark.very_slow),
         pytest.param("gpt2", "fp32", None, marks=pytest.mark.very_slow),
         pytest.param("llama", "fp32", {"rank": 4}, marks=pytest.mark.very_slow),
         pytest.param("gpt2", "bf16", {"rank": 8}, marks=pytest.mark.very_slow),
