@@ -29,6 +29,9 @@ _OPTIONS = (
     *("--disable-sync", "--disable-default-apps", "--mute-audio", "--remote-debugging-pipe"),
 )
 
+DRAWN = "document.documentElement?.dataset.drawn || ''"
+"""Whether a report's figures are drawn."""
+
 
 def installed() -> str | None:
     """Return the path of a browser; None where there is none."""
@@ -113,9 +116,11 @@ class Browser:
                 self._events.append(message)
         return message
 
-    def open(self, file: Path, width: int, dark: bool = False, height: int = 900) -> float:
-        """Open a file at a width in CSS pixels and wait until its script says that all is drawn; the seconds that
-        took."""
+    def open(
+        self, page: Path | str, width: int, dark: bool = False, height: int = 900, ready: str = DRAWN
+    ) -> float:
+        """Open a file, or an address, at a width in CSS pixels and wait until it is ready, by a JavaScript
+        expression: until its script says that all is drawn; the seconds that took."""
         self.call(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -125,12 +130,17 @@ class Browser:
         )
         self.scheme(dark)
         began = time.monotonic()
-        self.call("Page.navigate", url=file.absolute().as_uri())
-        while not self.value("document.documentElement?.dataset.drawn || ''"):
-            if time.monotonic() - began > self._seconds:
-                raise TimeoutError(f"{file} was not drawn within {self._seconds:.0f} s: {self.complaints}")
-            time.sleep(0.05)
+        self.call("Page.navigate", url=page if isinstance(page, str) else page.absolute().as_uri())
+        self.wait(ready)
         return time.monotonic() - began
+
+    def wait(self, expression: str) -> None:
+        """Wait until a JavaScript expression is true. Raises TimeoutError."""
+        until = time.monotonic() + self._seconds
+        while not self.value(expression):
+            if time.monotonic() > until:
+                raise TimeoutError(f"not within {self._seconds:.0f} s: {expression}; {self.complaints}")
+            time.sleep(0.05)
 
     def scheme(self, dark: bool) -> None:
         """Prefer a dark scheme of colours, or a light one."""

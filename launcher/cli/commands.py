@@ -58,6 +58,9 @@ COMMANDS = {
     "report": Command(
         "report", "report", "Write one page of HTML that tells of runs, and opens anywhere, offline."
     ),
+    "board": Command(
+        "board", "board", "Show the runs in a folder in a browser, live, on this machine alone."
+    ),
     "profile": Command(
         "profile", "profile", "Write a site profile by asking Slurm: partitions, GPUs, limits, account."
     ),

@@ -9,10 +9,9 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
+from launcher.runs import time_left
 from launcher.runs.prepared import lines
 from launcher.runs.wording import duration, size
-
-_REMEMBERED_STEPS = 50
 
 
 @dataclass
@@ -34,7 +33,7 @@ class AttemptView:
     record: dict[str, Any] = field(default_factory=dict)
     saved_step: int | None = None
     evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
-    _times: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_REMEMBERED_STEPS))
+    _times: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=time_left.REMEMBERED_STEPS))
 
     def event(self, record: dict[str, Any]) -> None:
         """Take in one record of events.jsonl."""
@@ -85,17 +84,11 @@ class AttemptView:
 
     def seconds_per_step(self) -> float | None:
         """Return the seconds of one of the last steps; None before there are two."""
-        if len(self._times) < 2:
-            return None
-        (first, began), (last, ended) = self._times[0], self._times[-1]
-        return (ended - began) / (last - first) if last > first else None
+        return time_left.seconds_per_step(self._times)
 
     def seconds_left(self) -> float | None:
         """Until the last step, evaluations and saves apart."""
-        per_step = self.seconds_per_step()
-        if per_step is None or self.total_steps is None:
-            return None
-        return max(0, self.total_steps - self.step) * per_step
+        return time_left.seconds_left(self._times, self.step, self.total_steps)
 
     def share_of_peak(self) -> float | None:
         """Model FLOPs utilisation of the last step; None where the hardware's rate is not known."""

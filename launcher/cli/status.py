@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,28 +72,32 @@ def list_(folder: Folder = Path("runs"), as_json: AsJson = False) -> None:
     if not seen:
         typer.echo(f"there are no runs under {folder}/", err=True)
         return
-    print_table(["run", "state", "step", "loss", "job", "reason"], [_row(one) for one in seen])
+    header = ["run", "state", "step", "loss", "metric", "began", "took", "left", "disk", "job", "reason"]
+    columns = zip(header, *map(_row, seen), strict=True)
+    told = [column for place, column in enumerate(columns) if place < 3 or any(column[1:])]
+    first, *rows = [list(row) for row in zip(*told, strict=True)]
+    print_table(first, rows)
 
 
 def _row(seen: dict[str, Any]) -> list[str]:
-    slurm = seen.get("slurm", {})
+    """A run in the list: its cells, empty where nothing is known."""
+    from launcher.launch.slurm.view import reason
+    from launcher.runs.wording import duration, size
+
     of = f" of {seen['total_steps']}" if seen["total_steps"] else ""
-    failure = (seen["failure"] or {}).get("cause")
-    reason = (
-        slurm.get("reason")
-        if seen["state"] == "queued"
-        else failure
-        if seen["state"] == "failed"
-        else seen["last_word"]
-    )
-    loss = "" if seen["loss"] is None else f"{seen['loss']:.4f}"
+    metric, began, left = seen["metric"], seen["began"], seen["seconds_left"]
     return [
         seen["name"],
         seen["state"],
         f"{seen['step']}{of}",
-        loss,
-        slurm.get("job_id", ""),
-        (reason or "")[:80],
+        "" if seen["loss"] is None else f"{seen['loss']:.4f}",
+        f"{metric['name']} {metric['value']:.4f}" if metric else "",
+        "" if began is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(began)),
+        duration(seen["seconds"]) if began is not None else "",
+        "" if left is None else duration(left),
+        size(seen["disk_bytes"]),
+        seen.get("slurm", {}).get("job_id", ""),
+        reason(seen)[:80],
     ]
 
 

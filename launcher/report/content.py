@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,27 +68,33 @@ class RunContent:
     @property
     def seconds(self) -> float:
         """Return the wall time of all its attempts."""
-        return sum(attempt.seconds or 0.0 for attempt in self.attempts)
+        return self.status.seconds
 
 
-def read_run(run: RunDirectory) -> RunContent:
+def read_run(run: RunDirectory, series: Series | None = None) -> RunContent:
     """Return what a run's directory holds. What is missing or damaged is empty. Raises OSError where its
-    events or metrics cannot be read."""
+    events or metrics cannot be read.
+
+    Who looks again and again hands in the series that it had: only what is new is read.
+    """
     totals = Totals(run)
     status = read_status(run, totals)
     # Events and failures were redacted as they were written; a job, a sample or a command of elsewhere was not.
     records = list(events.read(run.events_file))
+    series = Series.read(run) if series is None else series.refresh()
     prepared = {str(record.get("role")): record for record in records if record.get("event") == "prepared"}
+    last_step_at = series.columns["time"][-1] if series.steps else math.nan
     return RunContent(
         status=status,
         plan=redact_all(_plan(run)),
         job=redact(_text(run)),
-        series=Series.read(run),
+        series=series,
         last=totals.last,
-        attempts=attempts(records),
+        attempts=attempts(records, last_step_at if math.isfinite(last_step_at) else None),
         data=list(prepared.values()),
         samples=redact_all(_samples(run)),
-        checkpoints=list_checkpoints(run),
+        # A run without an identity would be given one by this; whoever only looks writes nothing.
+        checkpoints=list_checkpoints(run) if run.run_id_file.exists() else [],
         commands=redact_all(_command(run)),
         identity=_identity(run, totals, prepared),
     )

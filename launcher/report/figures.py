@@ -147,9 +147,12 @@ def draw(drawn: Sequence[Panel], sweep: SweepContent | None) -> tuple[str, list[
     for one in figures:
         document.add_root(one)
     documents, items = standalone_docs_json_and_render_items(figures)
+    # Bokeh would call the elements by chance; so a page that is drawn again has the same ones.
+    elements = [f"plot-{place}" for place in range(len(figures))]
     item: Any = items[0].to_json()
+    item["roots"] = dict(zip([one.id for one in figures], elements, strict=True))
     content = {"documents": documents, "items": [item]}
-    return str(htmlsafe_json_dumps(content, dumps=serialize_json)), [item["roots"][one.id] for one in figures]
+    return str(htmlsafe_json_dumps(content, dumps=serialize_json)), elements
 
 
 def _panel(panel: Panel, steps: Any) -> figure:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import time
 from collections.abc import Callable, Sequence
@@ -33,41 +34,38 @@ class Report:
     sweep: SweepContent | None = None
 
 
-def check_installed() -> None:
+@dataclass(frozen=True)
+class Live:
+    """Say how a page that a server hands out follows what goes on."""
+
+    every: float
+    """Seconds between two looks of the browser."""
+    home: str = ""
+    """The address of the page of all runs, relative to this one; empty on that page itself."""
+    tag: str = ""
+    """What changes where the page does."""
+    again: bool = False
+    """Whether this is for a page that is open already: its content without its scripts."""
+
+
+def check_installed(command: str = "launcher report") -> None:
     """Raise ConfigurationError, with the way to install them, where the libraries that draw are missing."""
     missing = [name for name in ("bokeh", "jinja2") if find_spec(name) is None]
     if missing:
         reason = f"needs {' and '.join(missing)}: pip install 'finetune-launcher[report]'"
-        raise ConfigurationError(Problem("launcher report", None, reason))
+        raise ConfigurationError(Problem(command, None, reason))
 
 
-def render(report: Report) -> str:
-    """Return the page. Call check_installed() before it.
-
-    Every text of a run is escaped where it is put in. Were one not, it would still not run: the policy in the
-    page's head names the two scripts that may, and lets nothing be fetched from anywhere.
-    """
-    from bokeh.resources import Resources
-    from jinja2 import ChainableUndefined, Environment, FileSystemLoader
-
+def render(report: Report, live: Live | None = None) -> str:
+    """Return the page: a file for itself, or for a server that keeps it up to date. Call check_installed()
+    before it."""
     panels = figures.panels(report.runs)
     drawing, ids = figures.draw(panels, report.sweep)
-    library = "\n".join(Resources(mode="inline", components=["bokeh"]).js_raw)
-    script = (_HERE / "page.js").read_text(encoding="utf-8")
-    environment = Environment(
-        loader=FileSystemLoader(_HERE), autoescape=True, undefined=ChainableUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters |= {
-        "number": number,
-        "size": _known(size),
-        "memory": _known(gib),
-        "moment": _known(moment),
-        "duration": duration,
-        "why": prepared.why,
-        "place": prepared.place,
-    }
-    return environment.get_template("page.html.jinja").render(
+    return fill(
+        "page.html.jinja",
+        [_library(), script("theme.js") + script("page.js")],
+        live,
+        title=report.title,
         report=report,
         runs=report.runs,
         told=report.runs[:MOST_TOLD],
@@ -78,12 +76,53 @@ def render(report: Report) -> str:
         metrics=final_metrics(report.runs),
         colors=figures.COLORS,
         drawing=drawing,
-        library=library,
-        script=script,
-        hashes=" ".join(f"'sha256-{_digest(text)}'" for text in (library, script)),
-        style=(_HERE / "page.css").read_text(encoding="utf-8"),
-        now=time.time(),
     )
+
+
+def fill(template: str, scripts: Sequence[str], live: Live | None, **content: Any) -> str:
+    """Return a template of this folder filled in.
+
+    Every text of a run is escaped where it is put in. Were one not, it would still not run: the policy in the
+    page's head names the scripts that may, and lets nothing be fetched from anywhere, but for a live page from
+    the server that it came from.
+    """
+    from jinja2 import ChainableUndefined, Environment, FileSystemLoader
+
+    environment = Environment(
+        loader=FileSystemLoader(_HERE), autoescape=True, undefined=ChainableUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {
+        "number": number,
+        "size": _known(size),
+        "memory": _known(gib),
+        "moment": _known(moment),
+        "duration": _known(duration),
+        "why": prepared.why,
+        "place": prepared.place,
+    }
+    scripts = [] if live and live.again else [*scripts, *([script("live.js")] if live else [])]
+    return environment.get_template(template).render(
+        live=live,
+        scripts=scripts,
+        hashes=" ".join(f"'sha256-{_digest(text)}'" for text in scripts) or "'none'",
+        style=script("page.css"),
+        now=time.time(),
+        **content,
+    )
+
+
+@functools.cache
+def _library() -> str:
+    """Return the script of Bokeh that draws."""
+    from bokeh.resources import Resources
+
+    return "\n".join(Resources(mode="inline", components=["bokeh"]).js_raw)
+
+
+def script(name: str) -> str:
+    """Return the text of a file of this folder."""
+    return (_HERE / name).read_text(encoding="utf-8")
 
 
 def _tried(sweep: SweepContent | None, ids: Sequence[str]) -> list[tuple[str, str, list[str]]]:
@@ -94,6 +133,7 @@ def _tried(sweep: SweepContent | None, ids: Sequence[str]) -> list[tuple[str, st
     return [(key, id, figures.places_of(sweep, key)) for key, id in zip(sweep.keys, ids, strict=True)]
 
 
+@functools.lru_cache(maxsize=8)
 def _digest(text: str) -> str:
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 

@@ -12,7 +12,7 @@ MARKS = (
     *("save_failed", "save_stalled", "made_room", "suspected", "recovered", "straggler"),
 )
 """Events that are worth a line in a run's history; evaluations and saves are shown elsewhere."""
-_BETWEEN = ("planned", "plan_changed", "imported", "cut", "submitted", "requeued", "gave_up", "cancelled")
+BETWEEN = ("planned", "plan_changed", "imported", "cut", "submitted", "requeued", "gave_up", "cancelled")
 """What launchers write while no attempt runs."""
 MOST_MARKS = 60
 """Kept of an attempt: half of them its first, half its last."""
@@ -49,9 +49,10 @@ class Attempt:
         return None if self.began is None or self.ended is None else max(0.0, self.ended - self.began)
 
 
-def attempts(events: Iterable[dict[str, Any]]) -> list[Attempt]:
+def attempts(events: Iterable[dict[str, Any]], last_step_at: float | None = None) -> list[Attempt]:
     """Return the attempts that the records of events.jsonl tell of, in order. A list goes in as well as a
-    file's records."""
+    file's records. One that is cut short, or still runs, lasted at least until the last step, where the
+    time of that is given."""
     told: list[Attempt] = []
     for record in events:
         if record.get("event") == "started":
@@ -68,13 +69,15 @@ def attempts(events: Iterable[dict[str, Any]]) -> list[Attempt]:
             )
         elif told:
             _take(told[-1], record)
+    if told and told[-1].outcome == "cut short" and last_step_at is not None:
+        told[-1].ended = max(told[-1].ended or last_step_at, last_step_at)
     return told
 
 
 def _take(attempt: Attempt, record: dict[str, Any]) -> None:
     """Take in an event that came while, or after, an attempt ran."""
     name, step = str(record.get("event")), record.get("step")
-    if attempt.outcome == "cut short" and name not in _BETWEEN:
+    if attempt.outcome == "cut short" and name not in BETWEEN:
         attempt.ended = record.get("time", attempt.ended)
     if step is not None and name in ("saved", "evaluated", "stopped", "finished"):
         attempt.last_step = max(step, attempt.last_step or 0)

@@ -8,7 +8,7 @@ import re
 from array import array
 from bisect import bisect_left
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from launcher.runs.curve import is_step
 from launcher.runs.layout import RunDirectory
@@ -37,20 +37,37 @@ class Series:
     columns: dict[str, array[float]] = field(default_factory=lambda: {name: array("d") for name in COLUMNS})
     evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     """(step, metrics), in the order of the steps."""
+    _tail: Tail | None = field(default=None, repr=False, compare=False)
+    _file: int = field(default=0, repr=False, compare=False)
+    """The number of the file that was read (its inode)."""
 
     @classmethod
     def read(cls, run: RunDirectory) -> Series:
         """Return what metrics.jsonl holds; empty where there is none yet. Raises OSError."""
-        series = cls()
-        for line in Tail(run.metrics_file).lines():
+        return cls(_tail=Tail(run.metrics_file)).refresh()
+
+    def refresh(self) -> Self:
+        """Take in what was appended to the file since it was read; all of it, where it is another one now.
+        Raises OSError."""
+        self._begin_anew_if_replaced()
+        for line in self._tail.lines() if self._tail else ():
             if match := _STEP.fullmatch(line):
                 with contextlib.suppress(ValueError):
-                    series._add(
-                        int(match[1]), dict(zip(_WRITTEN, map(float, match.groups()[1:]), strict=True))
-                    )
+                    self._add(int(match[1]), dict(zip(_WRITTEN, map(float, match.groups()[1:]), strict=True)))
             elif (record := parse(line)) is not None:
-                series.take(record)
-        return series
+                self.take(record)
+        return self
+
+    def _begin_anew_if_replaced(self) -> None:
+        """Forget everything where the file is not the one that was read, or is shorter."""
+        with contextlib.suppress(FileNotFoundError):
+            if self._tail and (there := self._tail.path.stat()):
+                if self._tail.offset and (there.st_ino != self._file or there.st_size < self._tail.offset):
+                    del self.steps[:], self.evaluations[:]
+                    for values in self.columns.values():
+                        del values[:]
+                    self._tail = Tail(self._tail.path)
+                self._file = there.st_ino
 
     def take(self, record: dict[str, Any]) -> None:
         """Take in one record of metrics.jsonl."""

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from launcher.plain_files import read_bytes
-from launcher.runs import liveness, prepared
+from launcher.runs import liveness, prepared, time_left
 from launcher.runs.curve import is_step
 from launcher.runs.layout import STEP_DIRECTORY, RunDirectory
 from launcher.runs.processes import Identity, started_at
-from launcher.runs.tail import last_record
+from launcher.runs.tail import last_record, last_records
 from launcher.runs.totals import Totals
 
 HEARTBEAT = "heartbeat"
@@ -50,6 +50,12 @@ class Status:
     checkpoint_age_seconds: float | None = None
     step_age_seconds: float | None = None
     """Since the last step of this attempt, while it runs."""
+    began: float | None = None
+    """When its first attempt began, in seconds since 1970."""
+    seconds: float = 0.0
+    """Wall time of its attempts; of one that was cut short or goes on, until the last that is known of it."""
+    seconds_left: float | None = None
+    """Until its last step, by the time of its last ones; evaluations and saves apart. While it trains."""
     hang: str | None = None
     """The line that names a hang, while one is suspected."""
     straggler: str | None = None
@@ -74,22 +80,29 @@ def read_status(run: RunDirectory, totals: Totals | None = None) -> Status:
     totals that it has."""
     totals = (totals or Totals(run)).refresh()
     last = totals.last
-    record = last_record(run.metrics_file, is_step)
-    newest = newest_checkpoint(run)
     state = _state(run, last)
+    steps = last_records(run.metrics_file, is_step, time_left.REMEMBERED_STEPS if state == "running" else 1)
+    record = steps[0] if steps else None
+    newest = newest_checkpoint(run)
+    total_steps = last.get("training", {}).get("total_steps")
     return Status(
         run=str(run.path),
         name=run.path.name,
         state=state,
         attempts=run.last_attempt(),
         step=int(record["step"]) if record else 0,
-        total_steps=last.get("training", {}).get("total_steps"),
+        total_steps=total_steps,
         loss=record.get("loss") if record else None,
         metrics=last.get("evaluated", {}).get("metrics"),
         checkpoint=str(newest) if newest else None,
         checkpoint_step=int(newest.name.removeprefix("step-")) if newest else None,
         phase=liveness.phase(last, record) if state == "running" else None,
         step_age_seconds=liveness.step_age(last, record) if state == "running" else None,
+        began=totals.began,
+        seconds=round(totals.seconds_with(record), 1),
+        seconds_left=time_left.seconds_left(time_left.recent(steps, last), int(record["step"]), total_steps)
+        if record and state == "running"
+        else None,
         hang=liveness.suspicion(last) if state == "running" else None,
         straggler=liveness.straggler(last) if state == "running" else None,
         process=holder(run) if state == "running" else None,

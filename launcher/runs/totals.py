@@ -6,11 +6,13 @@ import math
 from typing import Any
 
 from launcher.runs import liveness
+from launcher.runs.attempts import BETWEEN
 from launcher.runs.fold import Fold
 from launcher.runs.layout import RunDirectory
 from launcher.runs.tail import parse
 
 _OF_ONE_ATTEMPT = ("phase", "stopping", "stopped", "failed", "training", *liveness.OF_AN_ATTEMPT)
+_ENDS = ("stopped", "failed", "finished")
 _ENDS_A_PHASE = ("training", "evaluated", "stopped", "failed", "finished")
 _LEFT_OUT = ("files", "examples", "lengths", "balance")
 """Of the event `prepared`: long, and shown by a report alone."""
@@ -21,7 +23,7 @@ class Totals(Fold):
     """The totals of events.jsonl. Costs what was appended since they were kept."""
 
     kept_as = "totals.json"
-    form = 2
+    form = 3
 
     def __init__(self, run: RunDirectory) -> None:
         super().__init__(run.events_file)
@@ -33,8 +35,10 @@ class Totals(Fold):
             "first_evaluated": None,
             "measured": {},
             "saves": [],
+            "first_began": None,
             "began": None,
             "time": 0.0,
+            "over": False,
             "seconds": 0.0,
         }
 
@@ -48,10 +52,13 @@ class Totals(Fold):
             for other in _OF_ONE_ATTEMPT:
                 last.pop(other, None)
             state["seconds"] = self.seconds_in_attempts
-            state["began"] = record.get("time")
+            state["began"], state["over"] = record.get("time"), False
+            state["first_began"] = state["first_began"] or state["began"]
         if name in _ENDS_A_PHASE:
             last.pop("phase", None)
-        state["time"] = record.get("time", state["time"])
+        if not state["over"] and name not in BETWEEN:
+            state["time"] = record.get("time", state["time"])
+            state["over"] = name in _ENDS
         if name == "prepared":
             state["prepared"][str(record.get("role"))] = {
                 key: value for key, value in record.items() if key not in _LEFT_OUT
@@ -109,6 +116,18 @@ class Totals(Fold):
         """Wall time of all attempts; of one that was cut short, until its last event."""
         began = self.state["began"]
         return float(self.state["seconds"] + (self.state["time"] - began if began is not None else 0.0))
+
+    def seconds_with(self, step: dict[str, Any] | None) -> float:
+        """Return the same, with what came between the last event and the last step of an attempt that is not
+        over. `step`: its record in metrics.jsonl."""
+        since = (step or {}).get("time", 0.0) - self.state["time"]
+        under_way = self.state["began"] is not None and not self.state["over"]
+        return self.seconds_in_attempts + (max(0.0, since) if under_way else 0.0)
+
+    @property
+    def began(self) -> float | None:
+        """When the first attempt began, in seconds since 1970; None before."""
+        return self.state["first_began"]
 
     def measured(self, metric: str, lower: bool) -> tuple[float | None, float | None, int | None]:
         """A metric as it was measured last after step 0, its best finite value (the lowest, or the highest),

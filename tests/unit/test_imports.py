@@ -50,6 +50,7 @@ FLOORS = {
     "importing": {"errors", "values", "job", "runs", "data", "tasks", "planner", "render"},
     "launch": {"errors", "values", "job", "runs", "tasks", "planner", "render"},
     "doctor": {"errors", "values", "job", "runs", "tasks", "planner", "render", "launch"},
+    "board": {"errors", "runs", "report", "launch"},
     "sweep": {"errors", "values", "job", "runs", "tasks", "planner", "render", "launch"},
     "training": {"errors", "values", "job", "runs", "data", "tasks", "planner"},
     "cli": {
@@ -62,7 +63,7 @@ FLOORS = {
         "planner",
         "render",
         "importing",
-        *("launch", "doctor", "sweep", "report"),
+        *("launch", "doctor", "sweep", "report", "board"),
         "training",
     },
 }

@@ -13,6 +13,7 @@ from launcher.errors import SchedulerError
 from launcher.launch.slurm.deadline import seconds_since_1970
 from launcher.launch.slurm.queue import Entry, accounting, queue
 from launcher.launch.slurm.record import JobRecord, is_live
+from launcher.runs.glance import glance
 from launcher.runs.layout import RunDirectory
 from launcher.runs.status import Status, read_status
 from launcher.runs.totals import Totals
@@ -47,7 +48,8 @@ def view(run: RunDirectory, totals: Totals | None = None) -> dict[str, Any]:
 
 
 def views(runs: Iterable[RunDirectory]) -> list[dict[str, Any]]:
-    """The status of many runs, with one question to the controller."""
+    """The status of many runs, with one question to the controller; of each its main metric and its disk,
+    too."""
     known = [(run, JobRecord.read(run)) for run in runs]
     entries: dict[str, Entry] = {}
     if any(record for _, record in known):
@@ -55,10 +57,9 @@ def views(runs: Iterable[RunDirectory]) -> list[dict[str, Any]]:
             entries = queue()
     known_views = []
     for run, record in known:
-        job_id = record.job_id if record else ""
-        known_views.append(
-            _together(read_status(run), entries.get(job_id), {"job_id": job_id} if record else {})
-        )
+        job_id, status = record.job_id if record else "", read_status(run)
+        seen = _together(status, entries.get(job_id), {"job_id": job_id} if record else {})
+        known_views.append(seen | glance(run, status))
     return known_views
 
 
@@ -87,6 +88,15 @@ def _together(status: Status, entry: Entry | None, fields: dict[str, Any]) -> di
         elif not is_live(entry) and status.state == "running":
             status = replace(status, state="interrupted")
     return {**status.to_dict(), "slurm": fields} if fields else status.to_dict()
+
+
+def reason(seen: dict[str, Any]) -> str:
+    """Return why a run that was viewed is as it is: what a queued one waits for, what made one fail, what was
+    decided; empty where nothing is known."""
+    if seen["state"] == "queued":
+        return str(seen.get("slurm", {}).get("reason") or "")
+    word = (seen["failure"] or {}).get("cause") if seen["state"] == "failed" else seen["last_word"]
+    return str(word or "")
 
 
 def starts_in(entry: dict[str, Any]) -> float | None:

@@ -1,0 +1,1 @@
+"""Pages of the runs in a folder, handed out on this machine alone while they go on."""

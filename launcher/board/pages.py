@@ -1,0 +1,152 @@
+"""Answer what a browser asks for: the page of all runs, and the report of some of them, as they are now."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+from launcher.board import listing
+from launcher.board.server import Answer, Question, not_there
+from launcher.launch.slurm.view import runs_below, views
+from launcher.redaction import redact_all
+from launcher.report.content import RunContent, read_run
+from launcher.report.page import Live, Report, fill, render, script
+from launcher.runs.layout import RunDirectory
+from launcher.runs.status import read_status
+from launcher.runs.wording import finite
+
+MOST_COMPARED = 50
+_MOST_KEPT = 32
+"""Pages, and runs' contents, of which the oldest goes first."""
+_EVERY_SECONDS = 5.0
+_SHARE = 20
+"""A page is not asked for again before so many times what it took to put it together: an open page costs at
+most a twentieth of a core."""
+
+
+class Pages:
+    """The pages of a folder's runs. `notice`: see Report."""
+
+    def __init__(self, folder: Path, notice: Callable[[dict[str, Any]], str | None]) -> None:
+        self._folder, self._notice = folder, notice
+        self._lock = threading.Lock()
+        """Held while a report is put together: Bokeh keeps state of its own."""
+        self._contents: OrderedDict[Path, tuple[str, RunContent]] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, ...], tuple[str, str]] = OrderedDict()
+        self._took: OrderedDict[tuple[str, ...], float] = OrderedDict()
+
+    def runs(self) -> list[RunDirectory]:
+        """Return the runs in the folder, by name. A link that leads out of it is none of them."""
+        home = self._folder.resolve()
+        return [run for run in runs_below(self._folder) if run.path.resolve().parent == home]
+
+    def answer(self, question: Question) -> Answer:
+        """Return what is asked for. Raises OSError where a file of a run cannot be read."""
+        again = "again" in question.query
+        if question.page == "":
+            return self._list(question, again)
+        if question.page == "runs.json":
+            content = {"runs": finite(redact_all(views(self.runs())))}
+            return Answer(json.dumps(content, indent=2), "application/json")
+        if question.page == "report":
+            return self._report(question, again)
+        return not_there("There is no such page: a board has the list of its runs, runs.json and report.")
+
+    def _list(self, question: Question, again: bool) -> Answer:
+        began = time.monotonic()
+        seen = finite(redact_all(views(self.runs())))
+        table = listing.Table.of(seen, *(question.query.get(name, [""])[-1] for name in ("sort", "state")))
+        tag = _digest([repr(table)])
+        if question.tag == tag:
+            return Answer(status=HTTPStatus.NOT_MODIFIED, tag=tag)
+        every = max(_EVERY_SECONDS, _SHARE * (time.monotonic() - began))
+        content = fill(
+            "runs.html.jinja",
+            [script("theme.js")],
+            Live(round(every, 1), tag=tag, again=again),
+            title=f"Runs in {self._folder.name or self._folder}",
+            table=table,
+        )
+        return Answer(content, tag=tag)
+
+    def _report(self, question: Question, again: bool) -> Answer:
+        names = list(dict.fromkeys(question.query.get("run", [])))
+        if not names:
+            return Answer(status=HTTPStatus.SEE_OTHER, to="./")
+        there = {run.path.name: run for run in self.runs()}
+        if missing := [name for name in names if name not in there]:
+            return not_there(f"There is no run {missing[0]!r} in this folder.")
+        if len(names) > MOST_COMPARED:
+            text = f"{len(names)} runs beside each other are too many: choose at most {MOST_COMPARED}.\n"
+            return Answer(text, "text/plain", HTTPStatus.BAD_REQUEST)
+        with self._lock:
+            tags = {name: _tag(there[name]) for name in names}
+            tag = _digest(tags.values())
+            if question.tag == tag:
+                return Answer(status=HTTPStatus.NOT_MODIFIED, tag=tag)
+            return Answer(self._page([there[name] for name in names], tags, tag, again), tag=tag)
+
+    def _page(self, runs: list[RunDirectory], tags: dict[str, str], tag: str, again: bool) -> str:
+        """Return the report of runs, put together only where something changed since it was last."""
+        key = (*tags, "again" if again else "first")
+        if (known := self._kept.get(key)) and known[0] == tag:
+            return known[1]
+        began = time.monotonic()
+        contents = [self._content(run, tags[run.path.name]) for run in runs]
+        every = max(_EVERY_SECONDS, _SHARE * self._took.get(key[:-1], 0.0))
+        page = render(
+            Report(", ".join(tags), contents, self._notice),
+            Live(round(every, 1), home="./", tag=tag, again=again),
+        )
+        _keep(self._took, key[:-1], time.monotonic() - began)
+        _keep(self._kept, key, (tag, page))
+        return page
+
+    def _content(self, run: RunDirectory, tag: str) -> RunContent:
+        """Return what a run's directory holds: of its steps only new ones are read, of a run that rests none."""
+        known = self._contents.get(run.path)
+        if known and known[0] == tag:
+            return known[1]
+        content = read_run(run, known[1].series if known else None)
+        _keep(self._contents, run.path, (tag, content))
+        return content
+
+
+def _tag(run: RunDirectory) -> str:
+    """Return what changes when a run's report would: how it is, and the times and sizes of what is read."""
+    status = read_status(run)
+    attempt = run.attempt(status.attempts)
+    files = (
+        *(run.plan_file, run.job_file, run.events_file, run.metrics_file, run.run_id_file),
+        *(run.checkpoints, run.path / "samples", run.path / "code", attempt, attempt / "command.json"),
+    )
+    shown = [status.state, status.phase, status.hang, status.straggler, status.failure, status.checkpoint]
+    return _digest([repr(shown), *map(_look, files)])
+
+
+def _look(path: Path) -> str:
+    """Return the identity, size and time of a file or a directory; empty where it is not there."""
+    try:
+        status = path.stat()
+    except OSError:
+        return ""
+    return f"{status.st_ino} {status.st_size} {status.st_mtime_ns}"
+
+
+def _digest(parts: Iterable[str]) -> str:
+    return f'"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:32]}"'
+
+
+def _keep(kept: OrderedDict[Any, Any], key: Any, value: Any) -> None:
+    """Keep a value, and no more than _MOST_KEPT in all: the one that was kept first goes."""
+    kept[key] = value
+    kept.move_to_end(key)
+    if len(kept) > _MOST_KEPT:
+        kept.popitem(last=False)

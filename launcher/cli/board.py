@@ -1,0 +1,78 @@
+"""launcher board: serve the pages of a folder's runs on this machine, live."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from launcher.cli.output import print_json
+from launcher.cli.plan import AsJson
+
+if TYPE_CHECKING:
+    from launcher.board.pages import Pages
+    from launcher.board.server import Server
+
+Runs = Annotated[
+    Path, typer.Argument(metavar="[DIR]", help="Where the runs are; of a sweep, its folder points/.")
+]
+Port = Annotated[
+    int, typer.Option("--port", min=0, max=65535, help="The port on this machine; 0 takes a free one.")
+]
+
+
+def board(folder: Runs = Path("runs"), port: Port = 0, as_json: AsJson = False) -> None:
+    """Show the runs in a folder in a browser, live, on this machine alone."""
+    from launcher.board.pages import Pages
+    from launcher.cli.progress import notice
+    from launcher.cli.watch import leaving_at_interrupt
+    from launcher.errors import ConfigurationError, Problem
+    from launcher.report.page import check_installed
+
+    check_installed("launcher board")
+    if not folder.is_dir():
+        raise ConfigurationError(Problem("DIR", str(folder), "is no folder; name the one that runs are in"))
+    pages = Pages(folder, notice)
+    with leaving_at_interrupt() as leaving, _listening(port, pages) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        _say(server, folder, len(pages.runs()), as_json)
+        leaving.wait()
+        server.shutdown()
+
+
+def _listening(port: int, pages: Pages) -> Server:
+    """A server on the port. Raises ConfigurationError where it cannot be had."""
+    from launcher.board.server import Server
+    from launcher.errors import ConfigurationError, Problem
+
+    try:
+        return Server(port, pages.answer)
+    except OSError as error:
+        reason = f"{error.strerror}; --port 0 takes a free one"
+        raise ConfigurationError(Problem("--port", port, reason)) from None
+
+
+def _say(server: Server, folder: Path, num_runs: int, as_json: bool) -> None:
+    """Print where the board is, and how a browser on another machine reaches it."""
+    import getpass
+    import socket
+
+    from launcher.runs.wording import shown
+
+    port = server.server_address[1]
+    try:
+        user = f"{getpass.getuser()}@"
+    except (KeyError, OSError):  # a user without a name
+        user = ""
+    tunnel = f"ssh -N -L {port}:127.0.0.1:{port} {user}{socket.gethostname()}"
+    if as_json:
+        print_json(
+            {"address": server.address, "tunnel": tunnel, "folder": str(folder.absolute()), "port": port}
+        )
+        return
+    typer.echo(f"{num_runs} run{'s' * (num_runs != 1)} in {shown(folder)}, for a browser on this machine:")
+    typer.echo(f"\n  {server.address}\n\nFrom another machine, type there, and open the same address:\n")
+    typer.echo(f"  {tunnel}\n\nWho has the address can read all that these runs hold. Ctrl-C ends it.")
