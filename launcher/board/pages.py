@@ -23,9 +23,11 @@ from launcher.runs.status import read_status
 from launcher.runs.wording import finite
 
 MOST_COMPARED = 50
-_MOST_KEPT = 32
+_MOST_KEPT = 16
 """Pages, and runs' contents, of which the oldest goes first."""
 _EVERY_SECONDS = 5.0
+_SECONDS_BETWEEN_QUESTIONS = 10.0
+"""Slurm's controller serves many."""
 _SHARE = 20
 """A page is not asked for again before so many times what it took to put it together: an open page costs at
 most a twentieth of a core."""
@@ -38,6 +40,8 @@ class Pages:
         self._folder, self._notice = folder, notice
         self._lock = threading.Lock()
         """Held while a report is put together: Bokeh keeps state of its own."""
+        self._listing, self._seen_until = threading.Lock(), 0.0
+        self._seen: list[dict[str, Any]] = []
         self._contents: OrderedDict[Path, tuple[str, RunContent]] = OrderedDict()
         self._kept: OrderedDict[tuple[str, ...], tuple[str, str]] = OrderedDict()
         self._took: OrderedDict[tuple[str, ...], float] = OrderedDict()
@@ -53,16 +57,26 @@ class Pages:
         if question.page == "":
             return self._list(question, again)
         if question.page == "runs.json":
-            content = {"runs": finite(redact_all(views(self.runs())))}
-            return Answer(json.dumps(content, indent=2), "application/json")
+            return Answer(json.dumps({"runs": self._views()}, indent=2), "application/json")
         if question.page == "report":
             return self._report(question, again)
         return not_there("There is no such page: a board has the list of its runs, runs.json and report.")
 
+    def _views(self) -> list[dict[str, Any]]:
+        """Return what `launcher list --json` says of the runs; the same again for some seconds where Slurm was
+        asked, however many pages are open."""
+        with self._listing:
+            if time.monotonic() >= self._seen_until:
+                self._seen = finite(redact_all(views(self.runs())))
+                asked = any("slurm" in one for one in self._seen)
+                self._seen_until = time.monotonic() + (_SECONDS_BETWEEN_QUESTIONS if asked else 0.0)
+            return self._seen
+
     def _list(self, question: Question, again: bool) -> Answer:
         began = time.monotonic()
-        seen = finite(redact_all(views(self.runs())))
-        table = listing.Table.of(seen, *(question.query.get(name, [""])[-1] for name in ("sort", "state")))
+        table = listing.Table.of(
+            self._views(), *(question.query.get(name, [""])[-1] for name in ("sort", "state"))
+        )
         tag = _digest([repr(table)])
         if question.tag == tag:
             return Answer(status=HTTPStatus.NOT_MODIFIED, tag=tag)
@@ -71,7 +85,7 @@ class Pages:
             "runs.html.jinja",
             [script("theme.js")],
             Live(round(every, 1), tag=tag, again=again),
-            title=f"Runs in {self._folder.name or self._folder}",
+            title=f"Runs in {self._folder.resolve().name}/",
             table=table,
         )
         return Answer(content, tag=tag)

@@ -15,11 +15,8 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from launcher.plain_files import plain, read_json
-from launcher.runs.tail import Tail
-
-_BEFORE = 4096
-"""Bytes before the place, by which the file is known again."""
+from launcher.plain_files import read_json
+from launcher.runs.tail import Tail, checksum_before
 
 
 class Fold(ABC):
@@ -60,7 +57,7 @@ class Fold(ABC):
         content = {
             "form": self.form,
             "offset": self._tail.offset,
-            "before": self._before(self._tail.offset),
+            "before": checksum_before(self._path, self._tail.offset),
             "checksum": zlib.crc32(state.encode()),
             "state": self.state,
         }
@@ -76,14 +73,6 @@ class Fold(ABC):
         offset, state = content["offset"], content["state"]
         if content["form"] != self.form or content["checksum"] != zlib.crc32(json.dumps(state).encode()):
             raise ValueError("damaged, or of another version")
-        if content["before"] != self._before(offset):
+        if content["before"] != checksum_before(self._path, offset):
             raise ValueError("of another file")
         return offset, state
-
-    def _before(self, offset: int) -> int:
-        """A checksum of what stands before a place."""
-        if offset == 0:
-            return 0
-        with open(self._path, "rb", opener=plain) as file:
-            file.seek(max(0, offset - _BEFORE))
-            return zlib.crc32(file.read(min(offset, _BEFORE)))

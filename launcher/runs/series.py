@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from launcher.runs.curve import is_step
 from launcher.runs.layout import RunDirectory
-from launcher.runs.tail import Tail, parse
+from launcher.runs.tail import Tail, checksum_before, parse
 
 _N = rb"([-+.\deE]+)"
 _STEP = re.compile(
@@ -38,8 +38,8 @@ class Series:
     evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     """(step, metrics), in the order of the steps."""
     _tail: Tail | None = field(default=None, repr=False, compare=False)
-    _file: int = field(default=0, repr=False, compare=False)
-    """The number of the file that was read (its inode)."""
+    _before: int = field(default=0, repr=False, compare=False)
+    """A checksum of the end of what was read."""
 
     @classmethod
     def read(cls, run: RunDirectory) -> Series:
@@ -49,25 +49,28 @@ class Series:
     def refresh(self) -> Self:
         """Take in what was appended to the file since it was read; all of it, where it is another one now.
         Raises OSError."""
-        self._begin_anew_if_replaced()
+        self._forget_another_file()
         for line in self._tail.lines() if self._tail else ():
             if match := _STEP.fullmatch(line):
                 with contextlib.suppress(ValueError):
                     self._add(int(match[1]), dict(zip(_WRITTEN, map(float, match.groups()[1:]), strict=True)))
             elif (record := parse(line)) is not None:
                 self.take(record)
+        if self._tail and self._tail.offset:
+            self._before = checksum_before(self._tail.path, self._tail.offset)
         return self
 
-    def _begin_anew_if_replaced(self) -> None:
-        """Forget everything where the file is not the one that was read, or is shorter."""
+    def _forget_another_file(self) -> None:
+        """Begin anew where the file is not the one that was read."""
+        if self._tail is None or not self._tail.offset:
+            return
         with contextlib.suppress(FileNotFoundError):
-            if self._tail and (there := self._tail.path.stat()):
-                if self._tail.offset and (there.st_ino != self._file or there.st_size < self._tail.offset):
-                    del self.steps[:], self.evaluations[:]
-                    for values in self.columns.values():
-                        del values[:]
-                    self._tail = Tail(self._tail.path)
-                self._file = there.st_ino
+            if checksum_before(self._tail.path, self._tail.offset) == self._before:
+                return
+        del self.steps[:], self.evaluations[:]
+        for values in self.columns.values():
+            del values[:]
+        self._tail = Tail(self._tail.path)
 
     def take(self, record: dict[str, Any]) -> None:
         """Take in one record of metrics.jsonl."""

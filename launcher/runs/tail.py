@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from launcher.plain_files import plain
 from launcher.runs.records import parse
 
 _BLOCK = 1 << 20
+_BEFORE = 4096
+"""Bytes before a place, by which a file is known again."""
 _LAST_BLOCK = 1 << 14
 """What is read at a time from the end: some 60 steps."""
 
@@ -49,6 +52,16 @@ class Tail:
     def records(self) -> list[dict[str, Any]]:
         """The records among those lines."""
         return [record for line in self.lines() if (record := parse(line)) is not None]
+
+
+def checksum_before(path: Path, offset: int) -> int:
+    """Return a checksum of what stands in a file before a place, by which the file is known again. Raises
+    OSError."""
+    if offset == 0:
+        return 0
+    with open(path, "rb", opener=plain) as file:
+        file.seek(max(0, offset - _BEFORE))
+        return zlib.crc32(file.read(min(offset, _BEFORE)))
 
 
 def last_record(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:

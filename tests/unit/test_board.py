@@ -222,6 +222,31 @@ class TestWhatIsHandedOut:
         assert re.findall(r'<tr data-key="(\w+)"', ask("?state=planned&sort=none").text) == ["new"]
         assert "There are no such runs" in ask("?state=burning").text
 
+    def test_the_list_on_the_terminal_leaves_out_what_nobody_has(self, folder: Path) -> None:
+        lines = CliRunner().invoke(app, ["list", str(folder)]).output.splitlines()
+        assert lines[0].split() == ["run", "state", "step", "loss", "metric", "began", "took", "disk"]
+        assert lines[1].split()[:3] == ["one", "finished", "40"] and "loss 0.0750" in lines[1]
+        assert "2025-10-0" in lines[1] and " 7 min 0 s " in lines[1]
+        (folder.parent / "new" / "new").mkdir(parents=True)
+        (folder.parent / "new" / "new" / "plan.json").write_text("{}")
+        lines = CliRunner().invoke(app, ["list", str(folder.parent / "new")]).output.splitlines()
+        assert lines[0].split() == ["run", "state", "step", "disk"] and lines[1] == "new  planned  0     2 B"
+
+    def test_slurm_is_asked_once_for_all_who_look(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked: list[int] = []
+
+        def views_under_slurm(runs: Any) -> list[dict[str, Any]]:
+            asked.append(1)
+            return [{"name": "one", "slurm": {"job_id": "7"}}]
+
+        monkeypatch.setattr("launcher.board.pages.views", views_under_slurm)
+        pages = Pages(folder, notice)
+        for _ in range(3):
+            told = json.loads(pages.answer(Question("runs.json", {})).content)
+        assert told["runs"][0]["slurm"] == {"job_id": "7"} and asked == [1]
+
     @needs_jinja
     def test_a_list_that_did_not_change_is_not_sent_again(self, folder: Path, ask: Asking) -> None:
         tag = ask().headers["ETag"]

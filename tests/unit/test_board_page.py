@@ -77,7 +77,9 @@ def test_on_a_phone_and_a_desk_light_and_dark(board: Board, browser: browsers.Br
             ground = browser.value("getComputedStyle(document.body).backgroundColor")
             assert ground == ("rgb(20, 23, 28)" if dark else "rgb(255, 255, 255)")
             assert browser.value("window.stolen === undefined")
-        assert browser.value("document.documentElement.dataset.drawn") == "8", "one metric is of the other alone"
+        assert browser.value("document.documentElement.dataset.drawn") == "8", (
+            "one metric is of the other alone"
+        )
 
 
 def test_a_report_follows_its_run_and_leaves_what_is_looked_at(

@@ -69,6 +69,27 @@ class TestSeries:
         assert list(series.steps) == [1, 2, 3, 4, 5] and series.columns["loss"][-1] == 7.0
         assert series.evaluations == [(4, {"loss": 5.0})]
 
+    def test_looked_at_again_only_what_is_new_is_read(self, run: RunDirectory) -> None:
+        series = Series.read(run)
+        run.metrics_file.write_bytes(b"#" + run.metrics_file.read_bytes()[1:])
+        write_metrics(run, [step_record(201), {"kind": "evaluation", "step": 201, "metrics": {"loss": 7.0}}])
+        assert series.refresh() is series and list(series.steps) == list(range(1, 202))
+        assert series.evaluations[-1] == (201, {"loss": 7.0})
+        before = repr(series)
+        assert repr(series.refresh()) == before
+
+    @pytest.mark.parametrize("number", [0, 1, 500])
+    def test_another_file_in_its_place_is_read_from_its_beginning(
+        self, number: int, run: RunDirectory
+    ) -> None:
+        series = Series.read(run)
+        run.metrics_file.unlink()
+        if number:
+            write_metrics(run, [step_record(step, loss=step * 2.0) for step in range(1, number + 1)])
+        assert repr(series.refresh()) == repr(Series.read(run)) and len(series.steps) == number
+        write_metrics(run, [step_record(number + 1)])
+        assert len(series.refresh().steps) == number + 1
+
     def test_damaged_lines_and_missing_numbers(self, tmp_path: Path) -> None:
         run = RunDirectory(tmp_path)
         assert not Series.read(run).steps
@@ -127,6 +148,12 @@ class TestAttempts:
             (15.0, "stopped", "SIGUSR1; requeued: preempted"),
             (40.0, "cut short", ""),
         ]
+
+    def test_one_that_is_cut_short_lasted_until_its_last_step(self) -> None:
+        began = [{"event": "started", "time": 10.0}, {"event": "training", "time": 12.0}]
+        for last_step_at, seconds in ((None, 2.0), (11.0, 2.0), (40.0, 30.0)):
+            assert attempts(began, last_step_at)[0].seconds == seconds
+        assert attempts([*began, {"event": "finished", "time": 20.0}], 40.0)[0].seconds == 10.0
 
     def test_of_many_events_the_first_and_the_last(self) -> None:
         marks = [{"event": "skipped", "time": float(n), "step": n} for n in range(500)]

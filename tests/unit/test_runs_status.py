@@ -7,11 +7,14 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from launcher.runs.events import append, event
+from launcher.runs.glance import glance
 from launcher.runs.layout import RunDirectory
 from launcher.runs.processes import alive, kill_group, oom_kills, parent_of, signal_name, started_at
 from launcher.runs.status import holder, last_step, newest_checkpoint, read_status
@@ -82,6 +85,57 @@ def test_states_follow_the_events_of_the_last_attempt(run: RunDirectory) -> None
     assert (state(), read_status(run).signal) == ("stopped", "SIGTERM")
     run.finished_file.touch()
     assert (state(), read_status(run).command) == ("finished", None)
+
+
+def test_how_long_a_run_took_and_has_yet_to_go(run: RunDirectory) -> None:
+    def told(*events: dict[str, Any], steps: Sequence[tuple[int, float]] = ()) -> tuple[Any, ...]:
+        for record in events:
+            append(run.events_file, record)
+        for step, moment in steps:
+            append(run.metrics_file, {"kind": "train", "step": step, "loss": 1.0, "time": moment})
+        status = read_status(run)
+        return status.began, status.seconds, status.seconds_left
+
+    assert told({"event": "planned", "time": 5.0}) == (None, 0.0, None)
+    with run.lock():
+        assert told({"event": "started", "time": 10.0}) == (10.0, 0.0, None)
+        training = {"event": "training", "time": 20.0, "total_steps": 100}
+        assert told(training, steps=[(1, 22.0)]) == (10.0, 12.0, None)
+        assert told(steps=[(2, 24.0), (5, 30.0)]) == (10.0, 20.0, 95 * 2.0)
+        # Measuring is not the time of a step.
+        evaluated = {"event": "evaluated", "time": 50.0, "step": 5, "metrics": {}}
+        assert told(evaluated, steps=[(6, 51.0)]) == (10.0, 41.0, None)
+        assert told(steps=[(8, 57.0)]) == (10.0, 47.0, 92 * 3.0)
+    assert told() == (10.0, 47.0, None), "it was cut short at its last step"
+    assert told({"event": "requeued", "time": 900.0}, {"event": "plan_changed", "time": 901.0}) == (
+        10.0,
+        47.0,
+        None,
+    )
+    stopped = ({"event": "started", "time": 1000.0}, {"event": "stopped", "time": 1003.0, "step": 8})
+    # The first attempt is counted until its last event: where its last step was is no longer known.
+    assert told(*stopped, {"event": "cancelled", "time": 2000.0}) == (10.0, 43.0, None)
+
+
+def test_a_run_at_a_glance(run: RunDirectory) -> None:
+    def told() -> dict[str, Any]:
+        return glance(run, read_status(run))
+
+    assert told() == {"metric": None, "disk_bytes": 0}
+    run.plan_file.write_text('{"checkpoint": {"metric": "f1"}}')
+    event(run.events_file, "evaluated", step=3, metrics={"loss": 1.5, "f1": 0.25})
+    (run.path / "a" / "b").mkdir(parents=True)
+    (run.path / "a" / "b" / "shard").write_bytes(b"x" * 1000)
+    (run.path / "a" / "link").symlink_to("/usr")
+    files = (
+        run.plan_file.stat().st_size
+        + run.events_file.stat().st_size
+        + (run.path / "a" / "link").lstat().st_size
+    )
+    assert told() == {"metric": {"name": "f1", "value": 0.25}, "disk_bytes": 1000 + files}
+    for content in ('{"checkpoint": {"metric": "recall"}}', '{"checkpoint": {"metric": ["f1"]}}', "[]", "{"):
+        run.plan_file.write_text(content)
+        assert told()["metric"] is None
 
 
 def test_steps_and_metrics_are_the_last_ones(run: RunDirectory) -> None:
