@@ -37,7 +37,7 @@ class Column:
 
 @dataclass(frozen=True)
 class State:
-    """How many runs are in a state; `link` shows them alone. Without a name: all runs."""
+    """Hold how many runs are in a state; `link` shows them alone. Without a name: all runs."""
 
     name: str
     number: int
@@ -47,8 +47,8 @@ class State:
 
 @dataclass(frozen=True)
 class Table:
-    """What the page of all runs shows. `rows` are as `launcher list --json` has them, with their `reason`, and
-    without ages, which would be others at each look."""
+    """Hold what the page of all runs shows. `rows` are as `launcher list --json` has them, with their `reason`,
+    and without ages, which would be others at each look."""
 
     columns: Sequence[Column]
     states: Sequence[State]

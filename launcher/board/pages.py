@@ -23,8 +23,8 @@ from launcher.runs.status import read_status
 from launcher.runs.wording import finite
 
 MOST_COMPARED = 50
-_MOST_KEPT = 16
-"""Pages, and runs' contents, of which the oldest goes first."""
+_MOST_PAGES = 8
+"""That are kept as they were sent; of runs' contents MOST_COMPARED. The oldest goes first."""
 _EVERY_SECONDS = 5.0
 _SECONDS_BETWEEN_QUESTIONS = 10.0
 """Slurm's controller serves many."""
@@ -68,8 +68,8 @@ class Pages:
         with self._listing:
             if time.monotonic() >= self._seen_until:
                 self._seen = finite(redact_all(views(self.runs())))
-                asked = any("slurm" in one for one in self._seen)
-                self._seen_until = time.monotonic() + (_SECONDS_BETWEEN_QUESTIONS if asked else 0.0)
+                under_slurm = any("slurm" in one for one in self._seen)
+                self._seen_until = time.monotonic() + (_SECONDS_BETWEEN_QUESTIONS if under_slurm else 0.0)
             return self._seen
 
     def _list(self, question: Question, again: bool) -> Answer:
@@ -119,8 +119,8 @@ class Pages:
             Report(", ".join(tags), contents, self._notice),
             Live(round(every, 1), home="./", tag=tag, again=again),
         )
-        _keep(self._took, key[:-1], time.monotonic() - began)
-        _keep(self._kept, key, (tag, page))
+        _keep(self._took, key[:-1], time.monotonic() - began, _MOST_PAGES)
+        _keep(self._kept, key, (tag, page), _MOST_PAGES)
         return page
 
     def _content(self, run: RunDirectory, tag: str) -> RunContent:
@@ -129,7 +129,7 @@ class Pages:
         if known and known[0] == tag:
             return known[1]
         content = read_run(run, known[1].series if known else None)
-        _keep(self._contents, run.path, (tag, content))
+        _keep(self._contents, run.path, (tag, content), MOST_COMPARED)
         return content
 
 
@@ -158,9 +158,9 @@ def _digest(parts: Iterable[str]) -> str:
     return f'"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:32]}"'
 
 
-def _keep(kept: OrderedDict[Any, Any], key: Any, value: Any) -> None:
-    """Keep a value, and no more than _MOST_KEPT in all: the one that was kept first goes."""
+def _keep(kept: OrderedDict[Any, Any], key: Any, value: Any, most: int) -> None:
+    """Keep a value, and no more than so many in all: the one that was kept first goes."""
     kept[key] = value
     kept.move_to_end(key)
-    if len(kept) > _MOST_KEPT:
+    if len(kept) > most:
         kept.popitem(last=False)

@@ -126,7 +126,7 @@ class Totals(Fold):
 
     @property
     def began(self) -> float | None:
-        """When the first attempt began, in seconds since 1970; None before."""
+        """Return when the first attempt began, in seconds since 1970; None before."""
         return self.state["first_began"]
 
     def measured(self, metric: str, lower: bool) -> tuple[float | None, float | None, int | None]:
