@@ -20,55 +20,51 @@ from launcher.cli.progress import notice
 from launcher.runs.layout import RunDirectory
 from tests.benchmarks._report import ROOT
 from tests.browser import Browser
-from tests.unit.report_runs import a_run, step_record
+from tests.unit.report_runs import BEGAN, a_run
 
 _RUNS: dict[str, dict[str, Any]] = {
-    "smollm2-gsm8k": {"state": "running", "steps": 140, "rate": 2e-3},
-    "smollm2-gsm8k-5e-4": {"state": "running", "steps": 60, "rate": 5e-4},
-    "reviews": {"state": "finished", "steps": 200, "rate": 1e-3},
-    "reviews-frozen": {"state": "failed", "steps": 80, "rate": 1e-3},
-    "intents": {"state": "stopped", "steps": 120, "rate": 8e-4},
-    "whisper-digits": {"state": "planned", "steps": 0, "rate": 1e-3},
+    "smollm2-gsm8k": {"state": "running", "steps": 140, "of": 400, "rate": 2e-3},
+    "smollm2-gsm8k-5e-4": {"state": "running", "steps": 360, "of": 400, "rate": 5e-4},
+    "reviews": {"state": "finished", "steps": 200, "of": 200, "rate": 1e-3},
+    "reviews-frozen": {"state": "failed", "steps": 80, "of": 200, "rate": 1e-3},
+    "intents": {"state": "stopped", "steps": 120, "of": 300, "rate": 8e-4},
+    "whisper-digits": {"state": "planned", "steps": 0, "of": 0, "rate": 1e-3},
 }
-"""Each began a while after the one below it."""
+"""Each ended a while before the one above it."""
+_FAILURE = {"failure_class": "out-of-memory", "cause": "rank 0 on node-3 ran out of memory: 79.2 of 80 GiB"}
 
 
-def moved(run: RunDirectory, by: float) -> None:
-    """Move everything that happened in a run by so many seconds, and fold what lay between attempts."""
-    for file in (run.events_file, run.metrics_file):
-        records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        for record in records:
-            record["time"] = record.get("time", 0.0) + by
+def a_told_run(run: RunDirectory, about: dict[str, Any], end: float) -> None:
+    """Make a run whose last step was at `end`, in seconds since 1970."""
+    a_run(run.path, learning_rate=about["rate"], num_steps=about["steps"], text="the rows are short")
+    metrics = [json.loads(line) for line in run.metrics_file.read_text(encoding="utf-8").splitlines()]
+    for place, record in enumerate(metrics):
+        record["time"] = end - 3.0 * (len(metrics) - 1 - place)
+    events = [json.loads(line) for line in run.events_file.read_text(encoding="utf-8").splitlines()]
+    for record in events:
+        record["time"] += end - 100 - BEGAN - 3600 - 210
+        if record["event"] == "training":
+            record["total_steps"] = about["of"]
+    if about["state"] != "finished":
+        run.finished_file.unlink()
+        last = events.pop()
+        ends = {"failed": {"failure": _FAILURE}, "stopped": {"step": about["steps"]}}.get(about["state"])
+        if ends is not None:
+            events.append({"event": about["state"], "time": last["time"]} | ends)
+    for file, records in ((run.metrics_file, metrics), (run.events_file, events)):
         file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
 def runs(folder: Path) -> list[RunDirectory]:
-    """Make the runs; the running ones are for the caller to hold."""
+    """Make the runs, and return those that run, for the caller to hold."""
     now, running = time.time(), []
     for place, (name, about) in enumerate(_RUNS.items()):
         run = RunDirectory(folder / name)
         if about["state"] == "planned":
             run.path.mkdir(parents=True)
             run.plan_file.write_text("{}", encoding="utf-8")
-            continue
-        a_run(
-            run.path, learning_rate=about["rate"], num_steps=about["steps"], text="no room for a batch of 64"
-        )
-        newest = step_record(1)["time"] - 1 + about["steps"]
-        moved(run, now - newest - 5000.0 * place)
-        end: dict[str, Any] = {"event": "stopped", "step": about["steps"]}
-        lines = run.events_file.read_text(encoding="utf-8").splitlines(keepends=True)
-        if about["state"] == "failed":
-            failure = {
-                "failure_class": "out-of-memory",
-                "cause": "rank 0 on node-3 ran out of GPU memory: 79.2 of 80 GiB",
-            }
-            end = {"event": "failed", "failure": failure}
-        if about["state"] != "finished":
-            run.finished_file.unlink()
-            when = json.loads(lines[-1])["time"]
-            last = "" if about["state"] == "running" else json.dumps(end | {"time": when}) + "\n"
-            run.events_file.write_text("".join(lines[:-1]) + last, encoding="utf-8")
+        else:
+            a_told_run(run, about, now - 5000.0 * place * (about["state"] != "running"))
         if about["state"] == "running":
             running.append(run)
     return running

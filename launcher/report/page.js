@@ -73,8 +73,9 @@
   // What is zoomed stays so: the same lines take the new points. Where there are others, all is drawn anew.
   async function renew(content) {
     const { Document } = Bokeh.require("document/document");
+    const known = figures(), number = Bokeh.documents.length;
     const fresh = Object.values(content.documents || {}).flatMap((one) => Document.from_json(one).roots());
-    const known = figures();
+    Bokeh.documents.splice(number); // reading them has put them among those that are shown
     if (shape(fresh) === shape(known)) {
       const points = sources(fresh);
       sources(known).forEach((source, place) => { source.data = points[place].data; });
