@@ -29,8 +29,8 @@ _EVERY_SECONDS = 5.0
 _SECONDS_BETWEEN_QUESTIONS = 10.0
 """Slurm's controller serves many."""
 _SHARE = 20
-"""A page is not asked for again before so many times what it took to put it together: an open page costs at
-most a twentieth of a core."""
+"""A page is not asked for again before so many times the processor time that it took, nor before as long as
+it took: an open page costs at most a twentieth of a core, and half of a slow disk."""
 
 
 class Pages:
@@ -44,7 +44,7 @@ class Pages:
         self._seen: list[dict[str, Any]] = []
         self._contents: OrderedDict[Path, tuple[str, RunContent]] = OrderedDict()
         self._kept: OrderedDict[tuple[str, ...], tuple[str, str]] = OrderedDict()
-        self._took: OrderedDict[tuple[str, ...], float] = OrderedDict()
+        self._every: OrderedDict[tuple[str, ...], float] = OrderedDict()
 
     def runs(self) -> list[RunDirectory]:
         """Return the runs in the folder, by name. A link that leads out of it is none of them."""
@@ -73,18 +73,17 @@ class Pages:
             return self._seen
 
     def _list(self, question: Question, again: bool) -> Answer:
-        began = time.monotonic()
+        took = _stopwatch()
         table = listing.Table.of(
             self._views(), *(question.query.get(name, [""])[-1] for name in ("sort", "state"))
         )
         tag = _digest([repr(table)])
         if question.tag == tag:
             return Answer(status=HTTPStatus.NOT_MODIFIED, tag=tag)
-        every = max(_EVERY_SECONDS, _SHARE * (time.monotonic() - began))
         content = fill(
             "runs.html.jinja",
             [script("theme.js")],
-            Live(round(every, 1), tag=tag, again=again),
+            Live(took(), tag=tag, again=again),
             title=f"Runs in {self._folder.resolve().name}/",
             table=table,
         )
@@ -112,14 +111,11 @@ class Pages:
         key = (*tags, "again" if again else "first")
         if (known := self._kept.get(key)) and known[0] == tag:
             return known[1]
-        began = time.monotonic()
+        took = _stopwatch()
         contents = [self._content(run, tags[run.path.name]) for run in runs]
-        every = max(_EVERY_SECONDS, _SHARE * self._took.get(key[:-1], 0.0))
-        page = render(
-            Report(", ".join(tags), contents, self._notice),
-            Live(round(every, 1), home="./", tag=tag, again=again),
-        )
-        _keep(self._took, key[:-1], time.monotonic() - began, _MOST_PAGES)
+        live = Live(self._every.get(key[:-1], _EVERY_SECONDS), home="./", tag=tag, again=again)
+        page = render(Report(", ".join(tags), contents, self._notice), live)
+        _keep(self._every, key[:-1], took(), _MOST_PAGES)
         _keep(self._kept, key, (tag, page), _MOST_PAGES)
         return page
 
@@ -143,6 +139,14 @@ def _tag(run: RunDirectory) -> str:
     )
     shown = [status.state, status.phase, status.hang, status.straggler, status.failure, status.checkpoint]
     return _digest([repr(shown), *map(_look, files)])
+
+
+def _stopwatch() -> Callable[[], float]:
+    """Return a function that gives the seconds after which to look again, by what was done since."""
+    began, worked = time.monotonic(), time.thread_time()
+    return lambda: round(
+        max(_EVERY_SECONDS, _SHARE * (time.thread_time() - worked), time.monotonic() - began), 1
+    )
 
 
 def _look(path: Path) -> str:
