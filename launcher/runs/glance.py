@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,22 @@ def glance(run: RunDirectory, status: Status) -> dict[str, Any]:
     """Return `metric`: the name and the last value of the one by which the plan ranks checkpoints, None before
     it was measured; and `disk_bytes`: of all files in the run's directory."""
     name = None
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        name = read_json(run.plan_file)["checkpoint"]["metric"]
+    with contextlib.suppress(OSError):
+        there = run.plan_file.stat()
+        name = _metric_of(run.plan_file, there.st_ino, there.st_mtime_ns, there.st_size)
     measured = status.metrics or {}
-    metric = {"name": name, "value": measured[name]} if isinstance(name, str) and name in measured else None
+    metric = {"name": name, "value": measured[name]} if name in measured else None
     return {"metric": metric, "disk_bytes": disk_bytes(run.path)}
+
+
+@functools.lru_cache(maxsize=1024)
+def _metric_of(plan: Path, *version: int) -> str | None:
+    """Return the metric of a plan's checkpoints; None where it cannot be read. A plan is long, and who looks
+    again and again reads it once for each `version` of its file."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        name = read_json(plan)["checkpoint"]["metric"]
+        return name if isinstance(name, str) else None
+    return None
 
 
 def disk_bytes(path: Path) -> int:
