@@ -23,6 +23,7 @@ from launcher.training.data.prepare import prepare
 from launcher.training.inputs import refuse_tokens
 from launcher.training.model.pretrained import read_config, read_processor
 from launcher.training.tracing.make_profile import make_profile
+from tests.distributed.test_data_inspect import inspected, learned
 from tests.families.captions import POSITIONS
 from tests.training.captions import (
     BEGIN,
@@ -136,8 +137,10 @@ def test_images_of_another_size_have_their_positions_stretched(models: dict[str,
     [sample, *_] = samples_of(task, folder)
     plain = task.plain_batch(sample)
     assert plain is not None and plain["interpolate_pos_encoding"] and plain["pixel_values"].shape[-1] == 24
-    loss = model(**plain).loss * len(sample["labels"])
-    assert float(task.loss(model, task.collate([[sample]])).loss_sum) == pytest.approx(float(loss), rel=1e-6)
+    with torch.no_grad():
+        loss = model(**plain).loss * len(sample["labels"])
+        ours = task.loss(model, task.collate([[sample]])).loss_sum
+    assert float(ours) == pytest.approx(float(loss), rel=1e-6)
     model.forward = functools.partial(task.loss, model)
     short = task.generation.also(max_new_tokens=2)
     assert generating.generate(model, task.prompts([sample]), short, lambda: False, synced=False).numel()
@@ -176,6 +179,14 @@ def test_bytes_in_a_table_are_the_same_samples(models: dict[str, Path], folder: 
     for batch in batches[1:]:
         assert torch.equal(batch["pixel_values"], batches[0]["pixel_values"])
         assert torch.equal(batch["labels"], batches[0]["labels"])
+
+
+def test_a_look_at_the_data_shows_images_with_their_texts(
+    models: dict[str, Path], folder: Path, cache: Path
+) -> None:
+    [sample, *_] = inspected(plan_of(models["bert"], folder), cache)["samples"]
+    assert sample["path"] == str(folder / "0000.png") and sample["num_learned"] == sample["num_tokens"]
+    assert f"<s> {text_of(0)} </s>" == "".join(text for text, is_learned in learned(sample) if is_learned)
 
 
 def test_long_texts_are_cut_with_their_end_or_dropped(models: dict[str, Path], folder: Path) -> None:
@@ -284,7 +295,10 @@ def test_a_file_that_changes_stops_the_run(models: dict[str, Path], cache: Path)
 # The planner.
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "trocr", "swin"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind", ["gpt2", *(pytest.param(kind, marks=pytest.mark.very_slow) for kind in ("trocr", "swin"))]
+)
 def test_a_profile_is_made_of_the_longest_text(kind: str, models: dict[str, Path], folder: Path) -> None:
     profile = make_profile(plan_of(models[kind], folder, precision="fp32"))
     assert not profile.untraceable and len(profile.layers) >= 4
