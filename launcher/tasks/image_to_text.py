@@ -35,7 +35,7 @@ _TOLD = {
 """What a config says of a decoder: in words, and which of a tokenizer's tokens it most likely is."""
 
 
-class ImageProcessor:
+class CaptionProcessor:
     """What reads the rows: an image processor, and a tokenizer for the texts."""
 
     def __init__(self, images: Any) -> None:
@@ -102,10 +102,10 @@ class ImageToText(EncoderDecoderTask):
         return AutoModelForImageTextToText
 
     def read_processor(self, name: str, options: dict[str, Any]) -> Any:
-        return ImageProcessor(read_image_processor(name, options))
+        return CaptionProcessor(read_image_processor(name, options))
 
     def usual_processor(self, config: Any) -> Any:
-        return ImageProcessor(usual_image_processor(config.encoder))
+        return CaptionProcessor(usual_image_processor(config.encoder))
 
     def prepare(self, processor: Any) -> None:
         """Take the size of images, and the tokenizer. Raises ConfigurationError for a tokenizer without an end
@@ -121,8 +121,7 @@ class ImageToText(EncoderDecoderTask):
         does not say, and for a decoder that reads no encoder's output."""
         self._config = config
         self.seeing.adopt(config.encoder)
-        if "interpolate_pos_encoding" not in _inputs("MODEL_MAPPING", config.encoder):
-            self.seeing.own_size = None
+        self.seeing.stretches = "interpolate_pos_encoding" in _inputs("MODEL_MAPPING", config.encoder)
         if "encoder_hidden_states" not in _inputs("MODEL_FOR_CAUSAL_LM_MAPPING", config.decoder):
             reason = f"its decoder, a {config.decoder.model_type} model, reads no encoder's output; "
             raise self._unfit(reason + "those of type gpt2, bert, roberta, mbart and trocr do")
@@ -243,5 +242,5 @@ def _inputs(mapping: str, config: Any) -> Sequence[str]:
     """Return the names that the forward of a config's class takes, by one of transformers' mappings."""
     from transformers.models.auto import modeling_auto
 
-    kind = getattr(modeling_auto, mapping).get(type(config), None)
-    return list(inspect.signature(kind.forward).parameters) if kind is not None else []
+    forward = getattr(getattr(modeling_auto, mapping).get(type(config), None), "forward", None)
+    return [] if forward is None else list(inspect.signature(forward).parameters)

@@ -56,6 +56,8 @@ class Seeing:
         """By the model's image processor, once the task is prepared."""
         self.own_size: tuple[int, int] | None = None
         """Height and width in pixels that the model was made for, where its config says."""
+        self.stretches = True
+        """Whether the model's class can interpolate its positions."""
 
     def checks(self) -> Iterator[Finding]:
         """Yield what makes no sense of a job's images, or needs a package that is not installed."""
@@ -110,7 +112,7 @@ class Seeing:
         Raises DataError where a file is no longer what it was.
         """
         pixels = torch.from_numpy(np.stack([self._seen(sample, draws) for sample in samples]))
-        same = self.own_size is None or self._size == self.own_size
+        same = self.own_size is None or self._size == self.own_size or not self.stretches
         return {"pixel_values": pixels} | ({} if same else {"interpolate_pos_encoding": True})
 
     def _seen(self, sample: Sample, draws: Draws | None) -> np.ndarray:

@@ -28,11 +28,12 @@ from tests.training.runs import (
     replan,
     state,
 )
-from tests.training.test_trainer_images import ALTERED, assert_near, run_of, with_children
+from tests.training.test_trainer_images import assert_near, run_of, with_children
 from tests.training.test_trainer_speech import samples_at, sharded_writing
 
 pytestmark = pytest.mark.distributed
 
+ALTERED = {"random_crop": 0.5, "horizontal_flip": 0.5}
 WRITES = {"evaluation": {"generate": {"max_new_tokens": 8}}}
 METRICS = {"loss", "perplexity", "accuracy", "bleu", "chrf", "rouge1", "rouge2", "rougeL", "exact_match"}
 
@@ -116,17 +117,17 @@ def test_a_stop_and_another_number_of_ranks_change_no_pixel_and_no_token(
 
 
 @pytest.mark.slow
-def test_it_learns_and_its_export_writes_the_same(
-    models: dict[str, Path], pictures: Path, tmp_path: Path
-) -> None:
+def test_it_learns_and_its_export_writes_the_same(models: dict[str, Path], tmp_path: Path) -> None:
     """By transformers' own classes, and by `launcher predict` of a folder."""
-    plan = plan_of(models["gpt2"], pictures, 1, 80, training={"learning_rate": 1e-2}, **WRITES)
+    pictures, batch = folder_of(tmp_path / "pictures", 9), batch_of(1, 9)
+    training = {"learning_rate": 5e-3}
+    plan = plan_of(models["gpt2"], pictures, 1, 40, training=training, batch=batch, **WRITES)
     run = run_of(tmp_path / "run", plan, 1)
-    before, after = evaluations(run)[0], evaluations(run)[80]
-    assert after["exact_match"] > 80 > 20 > before["exact_match"] and after["rougeL"] > 90
+    before, after = evaluations(run)[0], evaluations(run)[40]
+    assert after["exact_match"] > 70 > 20 > before["exact_match"] and after["rougeL"] > 90
     export(run, tmp_path / "export")
     card = (tmp_path / "export" / "README.md").read_text()
-    assert "VisionEncoderDecoderModel.from_pretrained" in card
+    assert "AutoModelForImageTextToText.from_pretrained" in card
     assert "AutoImageProcessor.from_pretrained" in card and "AutoTokenizer.from_pretrained" in card
     model = VisionEncoderDecoderModel.from_pretrained(tmp_path / "export").eval()
     images = AutoImageProcessor.from_pretrained(tmp_path / "export", backend="pil")
