@@ -36,7 +36,7 @@ _TOLD = {
 
 
 class CaptionProcessor:
-    """What reads the rows: an image processor, and a tokenizer for the texts."""
+    """Read the rows: by an image processor, and a tokenizer for the texts."""
 
     def __init__(self, images: Any) -> None:
         self.images = images
