@@ -82,7 +82,6 @@ class ImageToText(EncoderDecoderTask):
         return own if self.data.references is None else (*own, IfThere(self.data.references))
 
     def texts(self, row: dict[str, Any]) -> list[str]:
-        """Return none: an image is one position, whatever is written about it."""
         media.named(row, self.data.file_columns)
         self._text(row)
         return []
@@ -105,7 +104,7 @@ class ImageToText(EncoderDecoderTask):
         return CaptionProcessor(read_image_processor(name, options))
 
     def usual_processor(self, config: Any) -> Any:
-        return CaptionProcessor(usual_image_processor(config.encoder))
+        return CaptionProcessor(usual_image_processor(getattr(config, "encoder", config)))
 
     def prepare(self, processor: Any) -> None:
         """Take the size of images, and the tokenizer. Raises ConfigurationError for a tokenizer without an end
@@ -118,8 +117,11 @@ class ImageToText(EncoderDecoderTask):
 
     def adopt(self, config: Any, as_it_stands: bool = False) -> None:
         """Take what a config says of images and of its decoder's first token. Raises ConfigurationError where it
-        does not say, and for a decoder that reads no encoder's output."""
+        does not say, and for a model that is not made of an encoder and a decoder that reads its output."""
         self._config = config
+        if not hasattr(config, "encoder"):  # one with code of its own, which no table knows
+            reason = f"a {config.model_type} model is no vision-encoder-decoder"
+            raise self._unfit(f"{reason}, as TrOCR, Donut, and ViT with GPT-2 are")
         self.seeing.adopt(config.encoder)
         self.seeing.stretches = "interpolate_pos_encoding" in _inputs("MODEL_MAPPING", config.encoder)
         if "encoder_hidden_states" not in _inputs("MODEL_FOR_CAUSAL_LM_MAPPING", config.decoder):

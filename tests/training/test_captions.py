@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoImageProcessor, AutoTokenizer, GenerationConfig, VisionEncoderDecoderModel
+from PIL import Image
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+    GitConfig,
+    LlamaConfig,
+    VisionEncoderDecoderModel,
+)
 
 from launcher.data.rows import RowProblem
 from launcher.errors import ConfigurationError, DataError
@@ -96,8 +104,6 @@ def test_loss_is_that_of_transformers_own_class_for_each_text(
     tokenizer, own, num_tokens = AutoTokenizer.from_pretrained(models[kind]), [], []
     samples = samples_of(task, folder)
     for number, row in enumerate(rows_of(folder)):
-        from PIL import Image
-
         ids = tokenizer(row["text"])["input_ids"] + ([END] if kind == "gpt2" else [])
         pixels = images(Image.open(row["file_name"]), return_tensors="pt")["pixel_values"]
         own.append(float(model(pixel_values=pixels, labels=torch.tensor([ids])).loss.detach()) * len(ids))
@@ -229,27 +235,31 @@ def test_several_references_count_by_the_best(models: dict[str, Path], folder: P
 
 
 def test_what_a_config_does_not_say_of_its_decoder_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
-    silent = {"decoder_start_token_id": None, "pad_token_id": None}
-    model = model_of(tmp_path, **silent)
+    model = model_of(tmp_path, decoder_start_token_id=None, pad_token_id=None)
     reason = (
         r"its config has no decoder_start_token_id, the token that its decoder starts from; write it into its "
         r"config\.json, as 1, its bos_token"
     )
     with pytest.raises(ConfigurationError, match=reason):
         task_of(model, folder)
-    task, config = task_of(model_of(tmp_path / "told", pad_token_id=None), folder), None
-    config = task._config
+    config = task_of(model_of(tmp_path / "told", pad_token_id=None), folder)._config
     assert (config.decoder_start_token_id, config.pad_token_id) == (BEGIN, PAD), "the decoder's own"
 
 
 def test_a_decoder_that_reads_no_encoder_is_refused(models: dict[str, Path], folder: Path) -> None:
-    from transformers import LlamaConfig
-
     task = task_of(models["bert"], folder)
     config = read_config(plan_of(models["bert"], folder))
     config.decoder = LlamaConfig(num_hidden_layers=1)
     with pytest.raises(ConfigurationError, match="its decoder, a llama model, reads no encoder's output"):
         task.adopt(config)
+
+
+def test_a_model_of_another_make_is_refused(models: dict[str, Path], folder: Path) -> None:
+    task = task_of(models["bert"], folder)
+    with pytest.raises(ConfigurationError, match="a git model is no vision-encoder-decoder, as TrOCR, Donut"):
+        task.adopt(GitConfig())
+    with pytest.raises(ValueError, match="and a llama model has none of its own"):
+        task.usual_processor(LlamaConfig())
 
 
 def test_a_tokenizer_without_an_end_is_refused(folder: Path, tmp_path: Path) -> None:
