@@ -142,11 +142,12 @@ def _show_samples(seen: dict[str, Any], console: Console, whole: bool) -> None:
         console.print(Text(_heading(sample), style="bold"), soft_wrap=True)
         if "pieces" not in sample:
             console.print(Text(f"not used: {sample['reason']} ({_plain(sample['detail'])})", style="yellow"))
-        elif "tokens" in sample:
-            console.print(_tokens(sample["tokens"], coloured))
-        elif "path" in sample:
+            continue
+        if "path" in sample:
             console.print(Text(_plain(sample["path"])), soft_wrap=True)
-        else:
+        if "tokens" in sample:
+            console.print(_tokens(sample["tokens"], coloured))
+        elif sample["pieces"]:
             console.print(_text(sample["pieces"], coloured, None if whole else _CHARACTERS))
 
 

@@ -18,6 +18,7 @@ TASKS = {
     "audio-classification": "launcher.tasks.audio_classification:AudioClassification",
     "causal-lm": "launcher.tasks.causal_lm:CausalLM",
     "image-classification": "launcher.tasks.image_classification:ImageClassification",
+    "image-to-text": "launcher.tasks.image_to_text:ImageToText",
     "masked-lm": "launcher.tasks.masked_lm:MaskedLM",
     "question-answering": "launcher.tasks.question_answering:QuestionAnswering",
     "sequence-classification": "launcher.tasks.sequence_classification:SequenceClassification",

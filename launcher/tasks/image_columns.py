@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from launcher.data.folder import IMAGES, FileColumn, FileColumnIfThere
+from launcher.data.section import Data
 from launcher.tasks.file_classification import FileColumns
 from launcher.tasks.task import Finding, finding
 from launcher.values import Fraction, Section
@@ -31,15 +32,12 @@ class Augmentation(Section):
     """How likely a part of 2 to 33% of the image is made grey (Zhong et al. 2020, arXiv 1708.04896)."""
 
 
-class ImageColumns(FileColumns):
-    """Rows of an image with a label."""
+class PictureColumns(Data):
+    """Rows of an image, whatever is learned of it."""
 
     image: str | None = None
     """The column of the image: a path relative to the file that it stands in, or the bytes of a file. Left out,
     `file_name` or `image`, whichever there is."""
-    label: str | None = "label"
-    """The column of the label: a class, a list of classes, or a number for regression. Of a folder without
-    metadata, the sub-folders are the classes."""
     image_size: Annotated[int, Field(ge=8, le=4096)] | None = None
     """Width and height in pixels of what the model sees. Left out, what its image processor says."""
     augmentation: Augmentation | None = None
@@ -57,7 +55,15 @@ class ImageColumns(FileColumns):
         return FileColumnIfThere("file_name", IMAGES), FileColumnIfThere("image", IMAGES)
 
 
-def image_contradictions(data: ImageColumns) -> Iterator[Finding]:
+class ImageColumns(PictureColumns, FileColumns):
+    """Rows of an image with a label."""
+
+    label: str | None = "label"
+    """The column of the label: a class, a list of classes, or a number for regression. Of a folder without
+    metadata, the sub-folders are the classes."""
+
+
+def image_contradictions(data: PictureColumns) -> Iterator[Finding]:
     """Yield what makes no sense beside the rest."""
     if data.augmentation is not None and not data.augmentation.model_fields_set:
         reason = f"names no alteration; there are {', '.join(Augmentation.model_fields)}, or leave it out"

@@ -4,32 +4,20 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from launcher.data.rows import EMPTY, TOO_LONG, IfThere, RowProblem, text_of
 from launcher.lazy import Lazy
+from launcher.tasks.encoder_decoders import EncoderDecoderTask, written_texts
 from launcher.tasks.encoding import encode_usable, special_tokens, unfit
 from launcher.tasks.generation import GenerationOptions, padded_prompts
 from launcher.tasks.languages import set_language
 from launcher.tasks.padding import alone
 from launcher.tasks.pair_columns import PairColumns, contradictions, references_of
-from launcher.tasks.task import (
-    IGNORE,
-    AnswerOptions,
-    Better,
-    Draws,
-    Encoded,
-    Evaluator,
-    Finding,
-    Output,
-    Sample,
-    Traits,
-    ends_of,
-)
+from launcher.tasks.task import Draws, Encoded, Finding, Output, Sample, Traits, ends_of
 from launcher.tasks.text_scores import OVERLAP
-from launcher.tasks.token_losses import TokenLosses, likelihood
-from launcher.tasks.writing import LOSSES, TextEvaluator, WritingTask, as_bytes
+from launcher.tasks.writing import as_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,7 +26,7 @@ else:
     np, torch = Lazy("numpy"), Lazy("torch")
 
 
-class SequenceToSequence(WritingTask):
+class SequenceToSequence(EncoderDecoderTask):
     """Read a source and write its target, by an encoder-decoder model; every token of the target and its end
     are learned."""
 
@@ -46,7 +34,6 @@ class SequenceToSequence(WritingTask):
     traits = Traits(
         "padded", causal=False, head="every-position", encoder_decoder=True, peft_type="SEQ_2_SEQ_LM"
     )
-    keeps_losses = True
     Columns = PairColumns
     column_ways = (("source", "target"),)
     compared_by = OVERLAP
@@ -65,10 +52,6 @@ class SequenceToSequence(WritingTask):
         yield from contradictions(self.data)
 
     @property
-    def metrics(self) -> Mapping[str, Better]:
-        return {**LOSSES, **self.written_metrics}
-
-    @property
     def columns(self) -> tuple[str, ...]:
         own = (self.data.source, self.data.target if not self.for_prediction else IfThere(self.data.target))
         return own if self.data.references is None else (*own, IfThere(self.data.references))
@@ -85,9 +68,6 @@ class SequenceToSequence(WritingTask):
         from transformers import AutoModelForSeq2SeqLM
 
         return AutoModelForSeq2SeqLM
-
-    def chance_loss(self, config: Any) -> float | None:
-        return math.log(config.get_text_config(decoder=True).vocab_size)
 
     def prepare(self, processor: Any) -> None:
         """Set the languages. Raises ConfigurationError where the tokenizer has no such code, or no padding
@@ -175,22 +155,13 @@ class SequenceToSequence(WritingTask):
         return Sample(arrays | {"references": as_bytes([""])}, 0, length + targets)
 
     def collate(self, items: Sequence[Sequence[Sample]], draws: Draws | None = None) -> dict[str, Any]:
-        """Return `input_ids` and `attention_mask` int64 [B, source], and `labels` int64 [B, target], padded
-        with -100; `targets` are the labels, and -100 in filler: of that the decoder still reads something."""
+        """Return `input_ids` and `attention_mask` int64 [B, source], `labels` and `targets` int64 [B, target]
+        (`written_texts`)."""
         samples = [sample for item in items for sample in item]
         read = padded_prompts(
             [sample["input_ids"] for sample in samples], samples, self._pad, on_the_left=False
         )
-        lengths = np.array([len(sample["labels"]) for sample in samples])
-        real = np.arange(lengths.max()) < lengths[:, None]
-        labels = np.full(real.shape, IGNORE, dtype=np.int64)
-        labels[real] = np.concatenate([sample["labels"] for sample in samples])
-        weights = np.array([sample.weight for sample in samples])
-        batch = {name: read[name] for name in ("input_ids", "attention_mask")} | {
-            "labels": torch.from_numpy(labels)
-        }
-        targets = np.where(weights[:, None] > 0, labels, IGNORE)
-        batch["targets"] = torch.from_numpy(targets)
+        batch = {name: read[name] for name in ("input_ids", "attention_mask")} | written_texts(samples)
         return batch | ({"aside": self.aside(samples)} if self.generates else {})
 
     def shortened(self, sample: Sample, length: int, ends: Sequence[int]) -> Sample:
@@ -208,10 +179,6 @@ class SequenceToSequence(WritingTask):
         from launcher.training.heads import encoder_decoder
 
         return encoder_decoder(model, batch, self.data.label_smoothing if torch.is_grad_enabled() else 0.0)
-
-    @property
-    def generates(self) -> bool:
-        return self.for_prediction or self.evaluation.generate is not None
 
     @property
     def generation(self) -> GenerationOptions:
@@ -232,26 +199,7 @@ class SequenceToSequence(WritingTask):
         for name, token in self._beginning.items():
             setattr(generation, name, token)
 
-    @property
-    def end_tokens(self) -> Sequence[int]:
-        # A decoder made of a BERT writes its separator last.
-        return [end for end in (self.tokenizer.eos_token_id, self.tokenizer.sep_token_id) if end is not None]
-
     def prompts(self, samples: Sequence[Sample]) -> dict[str, Any]:
         return padded_prompts(
             [sample["input_ids"] for sample in samples], samples, self._pad, on_the_left=False
         )
-
-    def answers(
-        self, output: Output, batch: dict[str, Any], samples: Sequence[Sample], options: AnswerOptions
-    ) -> list[Any]:
-        """Return what the model writes to each sample; where it does not write, the log-probability of the
-        target, the number of its tokens and its perplexity."""
-        if output.generated is not None:
-            return self.texts_of(output)
-        assert output.losses is not None
-        losses = output.losses.double().view(batch["targets"].shape).cpu()
-        return [likelihood(*one) for one in zip(losses, batch["targets"].cpu(), strict=True)]
-
-    def evaluator(self) -> Evaluator:
-        return TextEvaluator(self) if self.generates else TokenLosses()

@@ -13,6 +13,7 @@ from launcher.lazy import Lazy
 from launcher.metrics import Better
 from launcher.tasks import classes, media
 from launcher.tasks.audio_columns import without_packages
+from launcher.tasks.encoder_decoders import written_texts
 from launcher.tasks.generation import AnswerOptions, GenerationOptions
 from launcher.tasks.hearing import Hearing, usual_extractor
 from launcher.tasks.padding import weights
@@ -21,7 +22,7 @@ from launcher.tasks.speech_models import MULTILINGUAL, auto_class, num_frames, t
 from launcher.tasks.speech_processor import PAD, SpeechProcessor, characters_in, characters_of, tokenizer_of
 from launcher.tasks.speech_scores import ERRORS, SpeechScores
 from launcher.tasks.speech_texts import character_ids, spoken, spoken_in, token_ids
-from launcher.tasks.task import IGNORE, Draws, Encoded, Evaluator, Finding, Output, Sample, Traits, finding
+from launcher.tasks.task import Draws, Encoded, Evaluator, Finding, Output, Sample, Traits, finding
 from launcher.tasks.writing import WritingTask, as_bytes
 
 if TYPE_CHECKING:
@@ -267,19 +268,13 @@ class SpeechRecognition(WritingTask):
         """
         samples = [sample for item in items for sample in item]
         batch = self.hearing.batch(samples, self.layout, None)
-        lengths = np.array([len(sample["labels"]) for sample in samples])
-        real = np.arange(lengths.max()) < lengths[:, None]
-        labels = np.full(real.shape, IGNORE, dtype=np.int64)
-        labels[real] = np.concatenate([sample["labels"] for sample in samples])
+        texts = written_texts(samples)
         aside = self.aside(samples)
         aside["supervised"] = [
             sample.weight * (len(sample["labels"]) if self.decodes else 1) for sample in samples
         ]
-        batch |= {"labels": torch.from_numpy(labels), "weights": weights(samples), "aside": aside}
-        if self.decodes:
-            targets = np.where(batch["weights"].numpy()[:, None] > 0, labels, IGNORE)
-            batch["targets"] = torch.from_numpy(targets)
-        return batch
+        batch |= {"labels": texts["labels"], "weights": weights(samples), "aside": aside}
+        return batch | ({"targets": texts["targets"]} if self.decodes else {})
 
     # Loss and metrics.
 

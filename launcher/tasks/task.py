@@ -153,6 +153,9 @@ class Task(ABC):
     processor_class: ClassVar[str] = "AutoTokenizer"
     """The transformers Auto class with which an export's users read rows."""
 
+    joins_tokenizer: ClassVar[bool] = False
+    """Whether the processor of `read_processor` gets the model's tokenizer, as its attribute `tokenizer`."""
+
     @property
     def has_processor(self) -> bool:
         """Return whether rows are read by the processor of `read_processor`, and not by a tokenizer."""

@@ -41,8 +41,11 @@ __all__ = [
     "own_forward",
 ]
 """What a task calls on a rank, from one place."""
-READ = ("input_ids", "input_features", "input_values", "attention_mask")
-"""What an encoder reads, or hears."""
+READ = (
+    *("input_ids", "input_features", "input_values", "attention_mask"),
+    *("pixel_values", "interpolate_pos_encoding"),
+)
+"""What an encoder reads, hears or sees."""
 EntropyOf = Callable[[PreTrainedModel, Any, Batch], CrossEntropy]
 """What makes the loss of a micro-batch by a causal LM, what its decoder gave back, and the batch."""
 
@@ -81,9 +84,9 @@ def encoder_decoder(model: PreTrainedModel, batch: Batch, smoothing: float = 0.0
     """Return the summed loss of a collated micro-batch of pairs: cross entropy of the targets, smoothed
     where asked for.
 
-    `input_ids` or what is heard, `attention_mask` [samples, longest source]; `labels` [samples, longest target],
-    which the decoder reads one token later, as the model's own class has it; `targets` alike, -100 where nothing
-    is learned. The logits exist in chunks alone.
+    `input_ids` or what is heard or seen, `attention_mask` [samples, longest source]; `labels` [samples, longest
+    target], which the decoder reads one token later, as the model's own class has it; `targets` alike, -100
+    where nothing is learned. The logits exist in chunks alone.
     """
     inputs = {name: batch[name] for name in READ if name in batch} | {"use_cache": False}
     inputs["decoder_input_ids"] = _one_later(model, batch["labels"])

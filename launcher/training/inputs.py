@@ -76,9 +76,10 @@ class TrainingInputs:
         task.learn_from(train.column)
         task.configure(config)
         check_teacher(plan, task, tokenizer)
-        rows_of_tokens = () if task.has_processor else (("train", train), ("evaluation", evaluation))
+        texts = getattr(tokenizer, "tokenizer", None) if task.has_processor else tokenizer
+        rows_of_tokens = () if texts is None else (("train", train), ("evaluation", evaluation))
         for role, dataset in rows_of_tokens:
-            refuse_tokens(dataset, f"data.{role}", tokenizer, config)
+            refuse_tokens(dataset, f"data.{role}", texts, config)
         return cls(config, tokenizer, task, train, evaluation)
 
     @property

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from transformers import AutoConfig
 
 from launcher import tasks
 from launcher.cli import main as cli
@@ -64,6 +65,16 @@ def inspected(plan: Plan, tmp_path: Path, **request: Any) -> dict[str, Any]:
 
 def learned(sample: dict[str, Any]) -> list[tuple[str, bool]]:
     return [(piece["text"], piece["learned"]) for piece in sample["pieces"]]
+
+
+def test_what_is_read_and_what_is_written_are_shown_one_behind_the_other(tmp_path: Path) -> None:
+    columns = {"source": "q", "target": "a", "max_length": 32, "max_target_length": 32}
+    plan, tokenizer = ready(tmp_path, PAIRS, "sequence-to-sequence", **columns)
+    AutoConfig.for_model("t5", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
+    [sample, *_] = inspected(plan, tmp_path)["samples"]
+    assert next(text for text, is_learned in learned(sample) if is_learned).strip() == "on the mat 0"
+    assert learned(sample)[0] == ("the cat sat", False)
+    assert sample["num_learned"] < sample["num_tokens"]
 
 
 def test_what_is_shown_is_what_is_trained(tmp_path: Path) -> None:

@@ -164,6 +164,13 @@ VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
             "wavlm",
         )
     },
+    **{
+        ("image-to-text", f"vision-encoder-decoder+{part}"): {}
+        for part in (
+            *("beit", "deit", "dinov2", "donut-swin", "swin", "swinv2", "vit"),
+            *("bart", "bert", "gpt2", "mbart", "roberta", "trocr", "xlm-roberta"),
+        )
+    },
     ("causal-lm", "bamba+z_loss"): {"z_loss_coefficient": 0.1},
     ("causal-lm", "deepseek_v2+no_query_lora"): {"q_lora_rank": None},
     ("causal-lm", "falcon+alibi"): {"alibi": True},

@@ -21,6 +21,7 @@ from transformers.models.auto import modeling_auto
 
 from tests.families import tiny
 from tests.families.audio import audio_of
+from tests.families.captions import captions_of
 from tests.families.causal import causal_lm
 from tests.families.classifiers import classification_of
 from tests.families.encoders import KINDS, found_of
@@ -38,6 +39,7 @@ TASKS: dict[str, Callable[[str], dict[str, Any]]] = {
     tiny.IMAGE_CLASSIFICATION: images_of,
     tiny.AUDIO_CLASSIFICATION: audio_of,
     tiny.SPEECH_RECOGNITION: speech_of,
+    tiny.IMAGE_TO_TEXT: captions_of,
     **{task: functools.partial(found_of, task) for task in KINDS},
 }
 NAMES = {
@@ -52,6 +54,7 @@ NAMES = {
         **modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
         **modeling_auto.MODEL_FOR_CTC_MAPPING_NAMES,
     },
+    tiny.IMAGE_TO_TEXT: modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     tiny.SEQUENCE_TO_SEQUENCE: modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 }
 

@@ -21,6 +21,7 @@ from tests.families.tiny import (
     AUDIO_CLASSIFICATION,
     CAUSAL_LM,
     IMAGE_CLASSIFICATION,
+    IMAGE_TO_TEXT,
     MASKED_LM,
     QUESTION_ANSWERING,
     SEQUENCE_CLASSIFICATION,
@@ -31,6 +32,8 @@ from tests.families.tiny import (
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 _NOT_ITS_OWN = "its class adds to the loss what launcher does not compute"
+_ALIKE = 40
+"""Types that are refused for one reason, above which they stand in one line."""
 _NOT_CAUSAL = "in its class tokens see those that come after them, so that it is no causal LM"
 
 
@@ -48,6 +51,8 @@ def table_of(raw: dict[str, Any]) -> dict[str, Any]:
     for task in (AUDIO_CLASSIFICATION, SPEECH_RECOGNITION):
         sounds = raw[task]
         made[task] = {kind: _audio(sounds, kind) for kind in sorted(sounds) if "+" not in kind}
+    captions = raw[IMAGE_TO_TEXT]
+    made[IMAGE_TO_TEXT] = {kind: _caption(captions, kind) for kind in sorted(captions) if "+" not in kind}
     return made
 
 
@@ -100,6 +105,16 @@ def _audio(raw: dict[str, Any], kind: str) -> dict[str, Any]:
     return entry | {name: ways for name, ways in others.items() if ways != entry["ways"]}
 
 
+def _caption(raw: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Return what is right of a model, and of each type that its encoder or decoder may be."""
+    parts = {
+        name.partition("+")[2]: _other(found)["ways"]
+        for name, found in sorted(raw.items())
+        if name.startswith(f"{kind}+")
+    }
+    return _other(raw[kind]) | ({"parts": parts} if parts else {})
+
+
 def _among(found: dict[str, Any], *layouts: str) -> list[str]:
     """Return the ways of the first of these layouts that is right in any."""
     right = [name.split("/")[:2] for name, said in found["tried"].items() if is_ok(said)]
@@ -132,6 +147,8 @@ def page_of(table: dict[str, Any]) -> str:
         _section("Answers in a text", table[QUESTION_ANSWERING]),
         _section("Encoder-decoders", table[SEQUENCE_TO_SEQUENCE], "chunked"),
         _section("Classifiers of images", table[IMAGE_CLASSIFICATION]),
+        _section("Images to text", table[IMAGE_TO_TEXT], "chunked"),
+        _parts_of_images(table[IMAGE_TO_TEXT]["vision-encoder-decoder"]["parts"]),
         _section("Classifiers of sounds", table[AUDIO_CLASSIFICATION]),
         _more_of_sounds(table[AUDIO_CLASSIFICATION]),
         _section("Speech recognition", table[SPEECH_RECOGNITION]),
@@ -165,7 +182,14 @@ def _section(title: str, entries: dict[str, Any], loss: str = "forward") -> str:
         )
     if refused:
         lines += ["", "Refused by `launcher plan`:", "", "| model_type | why |", "|---|---|"]
-    lines += [f"| `{kind}` | {entry['refused']} |" for kind, entry in refused.items()]
+    reasons = [entry["refused"] for entry in refused.values()]
+    alike = {reason: [kind for kind in refused if refused[kind]["refused"] == reason] for reason in reasons}
+    for kind, entry in refused.items():
+        others = alike[entry["refused"]]
+        if len(others) <= _ALIKE:
+            lines.append(f"| `{kind}` | {entry['refused']} |")
+        elif kind == others[0]:
+            lines.append(f"| {', '.join(f'`{name}`' for name in others)} | {entry['refused']} |")
     return "\n".join([*lines, ""])
 
 
@@ -183,6 +207,13 @@ def _more_of_sounds(entries: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
+def _parts_of_images(parts: dict[str, list[str]]) -> str:
+    """Return which attentions are right of each type that an encoder or a decoder may be."""
+    lines = [PARTS, "| its encoder or decoder | attention |", "|---|---|"]
+    lines += [f"| `{kind}` | {', '.join(way.split()[1] for way in ways)} |" for kind, ways in parts.items()]
+    return "\n".join([*lines, ""])
+
+
 def _attention(way: str) -> str:
     layout, attention, *_ = way.split()
     return attention if layout == "packed" or attention == "packed" else f"{attention} ({layout})"
@@ -193,6 +224,10 @@ _LOSS = {
     "model": "chunks of its own head",
     "forward": "its own forward",
 }
+PARTS = """A vision-encoder-decoder model is made of two others. These were tried, the encoders with GPT-2 and the
+decoders with ViT; another encoder, or another decoder that reads an encoder's output, is tried after loading, with
+eager attention:
+"""
 OTHER_SOUNDS = """Of clips, two more settings change the layout. A feature encoder with a group norm
 (`feat_extract_norm: group` in the config, the usual one) goes by all of a clip, and so by what is padded behind it; one
 with layer norms does not. And with `data.pad_to_seconds` all clips are of one length:

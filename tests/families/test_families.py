@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from launcher.planner.model.model_support import read_table, support
-from tests.families import audio, images, speech, tiny
+from tests.families import audio, captions, images, speech, tiny
 from tests.families.causal import causal_lm
 from tests.families.layouts import LENGTHS
 from tests.families.numbers import is_ok
@@ -23,6 +23,7 @@ from tests.families.tiny import (
     AUDIO_CLASSIFICATION,
     CAUSAL_LM,
     IMAGE_CLASSIFICATION,
+    IMAGE_TO_TEXT,
     MASKED_LM,
     QUESTION_ANSWERING,
     SEQUENCE_CLASSIFICATION,
@@ -96,6 +97,8 @@ def test_ten_at_random_have_their_own_loss() -> None:
             config = audio.config_of(model_type)
         elif task == SPEECH_RECOGNITION:
             config = speech.config_of(model_type)
+        elif task == IMAGE_TO_TEXT:
+            config = captions.config_of(model_type)
         else:
             config = tiny.config_of(model_type, task, 0.0)
         known = support(task, config.to_dict(), max_length=max(LENGTHS))
@@ -123,6 +126,22 @@ def test_ten_at_random_have_their_own_loss() -> None:
 def test_the_sweep_tells_which_layouts_are_right_of_encoders(task: str, model_type: str, best: str) -> None:
     found = TASKS[task](model_type)
     assert "/".join((found["layout"], found["attention"], found["head"])) == best
+
+
+@pytest.mark.parametrize(
+    ("encoder", "decoder", "attention"),
+    [
+        ("vit", "gpt2", ["sdpa", "eager"]),
+        ("swinv2", "gpt2", ["eager"]),
+        ("swin", "trocr", ["eager"]),
+        ("vit", "llama", ["eager", "sdpa"]),  # not tried
+    ],
+)
+def test_both_parts_of_a_model_decide_its_attention(encoder: str, decoder: str, attention: list[str]) -> None:
+    config = {"model_type": captions.TYPE, "encoder": {"model_type": encoder}}
+    known = support(IMAGE_TO_TEXT, {**config, "decoder": {"model_type": decoder}})
+    assert [way.attention for way in known.ways] == attention
+    assert support(IMAGE_TO_TEXT, {"model_type": captions.TYPE}).ways[0].attention == "sdpa"
 
 
 @pytest.mark.slow
@@ -170,4 +189,6 @@ def test_the_numbers_are_there_for_every_type() -> None:
         unable = {name for of, name in UNABLE if of == task}
         if task == SPEECH_RECOGNITION:
             unable = {name for name in NAMES[task] if speech.unable(name) is not None}
+        if task == IMAGE_TO_TEXT:
+            unable = set(NAMES[task]) - {captions.TYPE}
         assert unknown == unable

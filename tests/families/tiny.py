@@ -28,6 +28,7 @@ QUESTION_ANSWERING, SEQUENCE_TO_SEQUENCE = "question-answering", "sequence-to-se
 IMAGE_CLASSIFICATION = "image-classification"
 AUDIO_CLASSIFICATION = "audio-classification"
 SPEECH_RECOGNITION = "speech-recognition"
+IMAGE_TO_TEXT = "image-to-text"
 _AUTO = {
     IMAGE_CLASSIFICATION: AutoModelForImageClassification,
     CAUSAL_LM: AutoModelForCausalLM,

@@ -258,7 +258,7 @@ def test_the_loss_is_that_of_transformers_own_class(vit: Path, resnet: Path, pic
         model = AutoModelForImageClassification.from_pretrained(
             name, num_labels=3, ignore_mismatched_sizes=True
         ).eval()
-        task._own_size = (SIZE, SIZE) if name == vit else None
+        task.seeing.own_size = (SIZE, SIZE) if name == vit else None
         rows = [{"image": str(pictures / one / "0001.png"), "label": one} for one in ("blue", "green", "red")]
         samples = [Sample(one.arrays, number, 1) for number, one in enumerate(task.encode(rows, None))]  # type: ignore[union-attr]
         batch = task.collate([[sample] for sample in samples])

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from launcher import tasks
 from launcher.data.files import find_files
 from launcher.data.folder import IMAGES, FileColumn, FileColumnIfThere, read_folder, with_places
 from launcher.data.rows import RowProblem
@@ -117,6 +118,68 @@ def test_a_model_that_sees_no_images_is_refused(tmp_path: Path) -> None:
     path = job_of(tmp_path)
     with pytest.raises(ConfigurationError, match="a llama model cannot do image-classification"):
         plan_job(load(path, ["model.config.model_type=llama"]), hardware=CPU)
+
+
+def captions_of(tmp_path: Path, **data: Any) -> Path:
+    path = job_of(tmp_path, **data)
+    job = yaml.safe_load(path.read_text())
+    parts = {"encoder": {"model_type": "vit"}, "decoder": {"model_type": "gpt2"}}
+    config = {"model_type": "vision-encoder-decoder", **parts}
+    job["model"] = {"name": "org/writes", "task": "image-to-text", "config": config}
+    path.write_text(yaml.safe_dump(job))
+    row = {"file_name": "cat/a.png", "text": "a cat", "references": ["a cat", "the cat"]}
+    (tmp_path / "train" / "metadata.jsonl").write_text(f"{json.dumps(row)}\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("encoder", "attention"), [("vit", "sdpa"), ("donut-swin", "eager"), ("hiera", "eager")]
+)
+def test_a_job_that_writes_about_images_is_planned(encoder: str, attention: str, tmp_path: Path) -> None:
+    path = captions_of(tmp_path, references="references", evaluation={"path": "train"})
+    overrides = [f"model.config.encoder.model_type={encoder}", "evaluation.generate=true"]
+    job = load(path, overrides)
+    plan = plan_job(job, hardware=CPU)
+    assert (plan.task, plan.layout, plan.attention) == ("image-to-text", "padded", attention)
+    task = tasks.of_job(job)
+    assert {"loss", "rougeL", "exact_match"} <= set(task.metrics) and task.sample_lengths([], 0) == [1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (
+            "blip",
+            r"its own loss is smoothed, .*; vision-encoder-decoder models can \(TrOCR, Donut, ViT with GPT-2\)",
+        ),
+        ("git", "its text stands behind the image in one sequence"),
+        ("pix2struct", "its images are cut into patches of any number"),
+        ("qwen2_vl", r"launcher does not make what it reads beside an image \(a prompt, a chat\)"),
+        ("vit", "a vit model cannot do image-to-text; it can do image-classification; 1 other types"),
+    ],
+)
+def test_a_model_that_cannot_write_about_an_image_alone_is_refused(
+    kind: str, reason: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigurationError, match=reason):
+        plan_job(load(captions_of(tmp_path), [f"model.config.model_type={kind}"]), hardware=CPU)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"label": "x"}, "data.label = 'x': belongs to audio-classification"),
+        ({"max_target_length": 4}, "data.max_target_length"),
+        ({"augmentation": {}}, "names no alteration"),
+        ({"packing": True}, "only language models pack"),
+    ],
+)
+def test_what_makes_no_sense_of_captions_is_refused(
+    data: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        load(captions_of(tmp_path, **data))
+    assert message in str(caught.value)
 
 
 def sounds_of(tmp_path: Path, **data: Any) -> Path:

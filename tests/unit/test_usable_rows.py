@@ -58,6 +58,7 @@ WRONG = {
     "image-classification": {"image": "file_nme"},
     "audio-classification": {"audio": "sond"},
     "speech-recognition": {"audio": "sond"},
+    "image-to-text": {"image": "file_nme"},
 }
 
 

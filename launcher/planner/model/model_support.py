@@ -113,6 +113,7 @@ def support(
         ways = entry.get("layer", ways)
     if one_length:
         ways = entry.get("one_length", ways)
+    ways = _both(ways, entry, config)
     known = Support(tuple(Way(*way.split()) for way in ways), entry.get("refused", ""))
     if not known.ways:
         return known
@@ -121,6 +122,19 @@ def support(
     if tasks.find(task).traits.causal:
         known = _with_values(known, entry, values)
     return _with_positions(known, values, max_length)
+
+
+def _both(ways: Any, entry: dict[str, Any], config: dict[str, Any]) -> Any:
+    """Return the ways that are right of both the encoder and the decoder of a model made of two. Where one was
+    not tried, eager attention comes first, which every class has."""
+    parts: dict[str, list[str]] = entry.get("parts", {})
+    given = [config[key] for key in ("encoder", "decoder") if isinstance(config.get(key), dict)]
+    if not parts or not given:
+        return ways
+    kinds = [str(part.get("model_type")) for part in given]
+    if not all(kind in parts for kind in kinds):
+        return sorted(ways, key=lambda way: "eager" not in way)
+    return [way for way in ways if all(way in parts[kind] for kind in kinds)]
 
 
 _WIDELY_USED = ("llama", "qwen3", "bert", "distilbert", "roberta", "deberta-v2", "t5", "bart", "marian")

@@ -110,11 +110,10 @@ class Card:
             base = f'{kind}.from_pretrained("{self._base}"{labels})'
             imports = f"from peft import PeftModel\nfrom transformers import {kind}"
             return f'{imports}\n\nmodel = PeftModel.from_pretrained({base}, "DIRECTORY")'
-        lines = [f"from transformers import {', '.join(sorted((reader, kind)))}", ""]
-        lines += [
-            f'model = {kind}.from_pretrained("DIRECTORY")',
-            f'{name} = {reader}.from_pretrained("DIRECTORY")',
-        ]
+        parts = [("model", kind), (name, reader)]
+        parts += [("tokenizer", "AutoTokenizer")] if task.joins_tokenizer else []
+        lines = [f"from transformers import {', '.join(sorted(one for _, one in parts))}", ""]
+        lines += [f'{part} = {one}.from_pretrained("DIRECTORY")' for part, one in parts]
         return "\n".join(lines)
 
     def _rows(self) -> Iterator[str]:

@@ -52,12 +52,14 @@ def cache_key(rows: Rows, role: Role, plan: Plan, task: Task, tokenizer: Any) ->
 def tokenizer_digest(tokenizer: Any) -> str:
     """Return a hash of what a tokenizer does: its algorithm and vocabulary, special tokens and chat template.
 
-    For a processor of files, of its settings.
+    For a processor of files, of its settings, and of its tokenizer where it has one.
     """
     hasher = xxhash.xxh3_128()
     if not hasattr(tokenizer, "get_vocab"):
         settings = [type(tokenizer).__name__, tokenizer.to_dict()]
         hasher.update(json.dumps(settings, sort_keys=True, default=str).encode())
+        if (texts := getattr(tokenizer, "tokenizer", None)) is not None:
+            hasher.update(tokenizer_digest(texts).encode())
         return str(hasher.hexdigest())
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:

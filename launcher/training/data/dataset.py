@@ -241,6 +241,7 @@ class Dataset:
         """Return the highest token id of any sample, which reads all of them; -1 where samples have no
         tokens."""
         tokens = self.column("input_ids")
+        tokens = self.column("labels") if tokens is None else tokens  # of a text that is written alone
         return -1 if tokens is None else int(tokens.max())
 
     def length(self, index: int) -> int:

@@ -156,14 +156,16 @@ def _sample(row: Row, dataset: Dataset, material: TrainingInputs, with_tokens: b
         problem = encoded if isinstance(encoded, RowProblem) else RowProblem("not used")
         return {"reason": problem.reason, "detail": problem.detail}
     beside, sample = index
-    if "input_ids" not in sample:
+    # A processor of images or sounds has a tokenizer within it where texts are written.
+    tokenizer = getattr(material.tokenizer, "tokenizer", material.tokenizer)
+    ids, learned = _tokens(sample, material.task.traits.encoder_decoder)
+    if not ids or tokenizer is None:
         return {
             "cut": bool(encoded.cut),
             "num_beside": beside,
             "label": _label(sample, dataset),
             "pieces": [],
         }
-    ids, learned = sample["input_ids"].tolist(), _learned(sample)
     shown: dict[str, Any] = {
         "num_tokens": len(ids),
         "num_learned": sum(learned),
@@ -171,13 +173,22 @@ def _sample(row: Row, dataset: Dataset, material: TrainingInputs, with_tokens: b
         "num_beside": beside,
     }
     shown["label"] = _label(sample, dataset)
-    shown["pieces"] = list(_pieces(ids, learned, material.tokenizer))
+    shown["pieces"] = list(_pieces(ids, learned, tokenizer))
     if with_tokens:
         shown["tokens"] = [
-            _token(token, is_learned, material.tokenizer)
-            for token, is_learned in zip(ids, learned, strict=True)
+            _token(token, is_learned, tokenizer) for token, is_learned in zip(ids, learned, strict=True)
         ]
     return shown
+
+
+def _tokens(sample: Sample, writes_another: bool) -> tuple[list[int], list[bool]]:
+    """Return the tokens of a sample, and which of them are learned; of one that is written beside what is read,
+    those that are read and then those that are written."""
+    read = sample["input_ids"].tolist() if "input_ids" in sample else []
+    if "labels" in sample and (writes_another or not read):
+        written = sample["labels"].tolist()
+        return read + written, [False] * len(read) + [True] * len(written)
+    return read, _learned(sample) if read else []
 
 
 def _learned(sample: Sample) -> list[bool]:

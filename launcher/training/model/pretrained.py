@@ -107,11 +107,15 @@ def read_processor(plan: Plan) -> Any:
         with own_code(plan):
             if model.config is None and not lacks_processor(plan):
                 options = {"revision": model.revision or "main", "trust_remote_code": model.trust_remote_code}
-                return task.read_processor(model.name, options)
-            return task.usual_processor(read_config(plan))
+                processor = task.read_processor(model.name, options)
+            else:
+                processor = task.usual_processor(read_config(plan))
     except (OSError, ValueError, ImportError) as error:
         reason = f"no processor of its {task.traits.unit}s: {first_line(error)}"
         raise ConfigurationError(Problem("model.name", model.name, reason)) from None
+    if task.joins_tokenizer:
+        processor.tokenizer = read_tokenizer(plan)
+    return processor
 
 
 def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:

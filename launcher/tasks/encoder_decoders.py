@@ -1,0 +1,70 @@
+"""What tasks have in common in which a decoder writes a text about what an encoder has read, or seen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from launcher.lazy import Lazy
+from launcher.tasks.task import IGNORE, AnswerOptions, Better, Evaluator, Output, Sample
+from launcher.tasks.token_losses import TokenLosses, likelihood
+from launcher.tasks.writing import LOSSES, TextEvaluator, WritingTask
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+else:
+    np, torch = Lazy("numpy"), Lazy("torch")
+
+
+class EncoderDecoderTask(WritingTask):
+    """A task whose samples have `labels`, the tokens of a text, int32 [n], all of which are learned."""
+
+    keeps_losses = True
+
+    @property
+    def metrics(self) -> Mapping[str, Better]:
+        return {**LOSSES, **self.written_metrics}
+
+    def chance_loss(self, config: Any) -> float | None:
+        return math.log(config.get_text_config(decoder=True).vocab_size)
+
+    @property
+    def generates(self) -> bool:
+        return self.for_prediction or self.evaluation.generate is not None
+
+    @property
+    def end_tokens(self) -> Sequence[int]:
+        # A decoder made of a BERT writes its separator last.
+        return [end for end in (self.tokenizer.eos_token_id, self.tokenizer.sep_token_id) if end is not None]
+
+    def answers(
+        self, output: Output, batch: dict[str, Any], samples: Sequence[Sample], options: AnswerOptions
+    ) -> list[Any]:
+        """Return what the model writes to each sample; where it does not write, the log-probability of the
+        target, the number of its tokens and its perplexity."""
+        if output.generated is not None:
+            return self.texts_of(output)
+        assert output.losses is not None
+        losses = output.losses.double().view(batch["targets"].shape).cpu()
+        return [likelihood(*one) for one in zip(losses, batch["targets"].cpu(), strict=True)]
+
+    def evaluator(self) -> Evaluator:
+        return TextEvaluator(self) if self.generates else TokenLosses()
+
+
+def written_texts(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+    """Return `labels` int64 [B, longest text], -100 behind each; and `targets`: the labels, and -100 in filler.
+
+    Of filler the decoder still reads something.
+    """
+    lengths = np.array([len(sample["labels"]) for sample in samples])
+    real = np.arange(lengths.max()) < lengths[:, None]
+    labels = np.full(real.shape, IGNORE, dtype=np.int64)
+    labels[real] = np.concatenate([sample["labels"] for sample in samples])
+    counted = np.array([sample.weight for sample in samples])[:, None] > 0
+    return {
+        "labels": torch.from_numpy(labels),
+        "targets": torch.from_numpy(np.where(counted, labels, IGNORE)),
+    }

@@ -1,0 +1,248 @@
+"""Image to text: an encoder sees an image and a decoder writes about it (captions, the text in it)."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher.data.rows import TOO_LONG, IfThere, RowProblem, text_of
+from launcher.errors import ConfigurationError, Problem
+from launcher.lazy import Lazy
+from launcher.tasks import media
+from launcher.tasks.caption_columns import CaptionColumns
+from launcher.tasks.encoder_decoders import EncoderDecoderTask, written_texts
+from launcher.tasks.encoding import unfit
+from launcher.tasks.generation import GenerationOptions
+from launcher.tasks.padding import counts_positions_from_padding
+from launcher.tasks.pair_columns import references_of
+from launcher.tasks.seeing import Seeing, read_image_processor, usual_image_processor
+from launcher.tasks.task import Draws, Encoded, Finding, Output, Sample, Traits, ends_of
+from launcher.tasks.text_scores import EXACT, OVERLAP
+from launcher.tasks.writing import as_bytes
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+else:
+    np, torch = Lazy("numpy"), Lazy("torch")
+
+_TOLD = {
+    "decoder_start_token_id": ("the token that its decoder starts from", ("cls_token", "bos_token")),
+    "pad_token_id": ("the token that stands behind a shorter text", ("pad_token", "eos_token")),
+}
+"""What a config says of a decoder: in words, and which of a tokenizer's tokens it most likely is."""
+
+
+class CaptionProcessor:
+    """Read the rows: by an image processor, and a tokenizer for the texts."""
+
+    def __init__(self, images: Any) -> None:
+        self.images = images
+        self.tokenizer: Any = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all that decides what becomes of an image, as JSON values."""
+        settings: dict[str, Any] = self.images.to_dict()
+        return settings
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write both parts, each as transformers' own classes read it."""
+        self.images.save_pretrained(directory)
+        self.tokenizer.save_pretrained(directory)
+
+
+class ImageToText(EncoderDecoderTask):
+    """See an image and write its text, by an encoder of images with a decoder; every token of the text and its
+    end are learned."""
+
+    name = "image-to-text"
+    traits = Traits("padded", causal=False, head="every-position", unit="image", reads_files=True)
+    Columns = CaptionColumns
+    column_ways = (("image", "text"),)
+    compared_by = OVERLAP | EXACT
+    processor_class = "AutoImageProcessor"
+    joins_tokenizer = True
+    data: CaptionColumns
+
+    def __init__(self, data: CaptionColumns, labels: list[str] | None = None) -> None:
+        super().__init__(data, labels)
+        self.seeing = Seeing(data)
+        self._config: Any = None
+        """The model's, once adopted."""
+
+    def checks(self) -> Iterator[Finding]:
+        yield from super().checks()
+        yield from self.seeing.checks()
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        own = (*self.data.file_columns, IfThere(self.data.text) if self.for_prediction else self.data.text)
+        return own if self.data.references is None else (*own, IfThere(self.data.references))
+
+    def texts(self, row: dict[str, Any]) -> list[str]:
+        media.named(row, self.data.file_columns)
+        self._text(row)
+        return []
+
+    def _text(self, row: dict[str, Any]) -> str:
+        return "" if self.for_prediction else text_of(row, self.data.text)
+
+    def sample_lengths(self, tokens: Sequence[int], added: int) -> list[int]:
+        return [1]
+
+    # The model.
+
+    @property
+    def auto_class(self) -> Any:
+        from transformers import AutoModelForImageTextToText
+
+        return AutoModelForImageTextToText
+
+    def read_processor(self, name: str, options: dict[str, Any]) -> Any:
+        return CaptionProcessor(read_image_processor(name, options))
+
+    def usual_processor(self, config: Any) -> Any:
+        return CaptionProcessor(usual_image_processor(getattr(config, "encoder", config)))
+
+    def prepare(self, processor: Any) -> None:
+        """Take the size of images, and the tokenizer. Raises ConfigurationError for a tokenizer without an end
+        of text, as what is written would have none."""
+        self.seeing.prepare(processor.images)
+        self.tokenizer = processor.tokenizer
+        if not self.end_tokens:
+            reason = "its tokenizer has no end of text (eos_token or sep_token), so that no text would end"
+            raise unfit(self.tokenizer, reason)
+
+    def adopt(self, config: Any, as_it_stands: bool = False) -> None:
+        """Take what a config says of images and of its decoder's first token. Raises ConfigurationError where it
+        does not say, and for a model that is not made of an encoder and a decoder that reads its output."""
+        self._config = config
+        if not hasattr(config, "encoder"):  # one with code of its own, which no table knows
+            reason = f"a {config.model_type} model is no vision-encoder-decoder"
+            raise self._unfit(f"{reason}, as TrOCR, Donut, and ViT with GPT-2 are")
+        self.seeing.adopt(config.encoder)
+        self.seeing.stretches = "interpolate_pos_encoding" in _inputs("MODEL_MAPPING", config.encoder)
+        if "encoder_hidden_states" not in _inputs("MODEL_FOR_CAUSAL_LM_MAPPING", config.decoder):
+            reason = f"its decoder, a {config.decoder.model_type} model, reads no encoder's output; "
+            raise self._unfit(reason + "those of type gpt2, bert, roberta, mbart and trocr do")
+        for key, (meaning, tokens) in _TOLD.items():
+            token = getattr(config, key, None)
+            token = getattr(config.decoder, key, None) if token is None else token
+            if token is None:
+                named = [name for name in tokens if getattr(self.tokenizer, name, None) is not None]
+                likely = f", as {getattr(self.tokenizer, f'{named[0]}_id')}, its {named[0]}" if named else ""
+                raise self._unfit(
+                    f"its config has no {key}, {meaning}; write it into its config.json{likely}"
+                )
+            setattr(config, key, token)
+
+    def _unfit(self, reason: str) -> ConfigurationError:
+        name = getattr(self._config, "name_or_path", None) or None
+        return ConfigurationError(Problem("model.name", name, reason))
+
+    def configure_generation(self, generation: Any) -> None:
+        for key in _TOLD:
+            setattr(generation, key, getattr(self._config, key))
+        generation.eos_token_id = list(self.end_tokens)
+
+    # Rows and samples.
+
+    @property
+    def _most_tokens(self) -> int:
+        """Return the tokens of the longest text, as the job says and the decoder has positions for."""
+        decoder, most = self._config.decoder, self.data.max_target_length
+        if (positions := getattr(decoder, "max_position_embeddings", None)) is None:
+            return most
+        behind = decoder.pad_token_id + 1 if counts_positions_from_padding(decoder) else 0
+        return min(most, positions - behind)
+
+    @property
+    def key(self) -> Any:
+        most = None if self._config is None else self._most_tokens
+        return *self.seeing.key, most, self.for_prediction, "references" if self.generates else None
+
+    def encode(self, rows: Sequence[dict[str, Any]], processor: Any) -> list[Encoded | RowProblem]:
+        """Return where each file lies, or its bytes (`launcher.tasks.media`), and `labels`, int32 [n]; with
+        generation `references` too, as bytes. Each file is decoded once, so that what cannot be is known before
+        training."""
+        return [self._encoded(row) for row in rows]
+
+    def _encoded(self, row: dict[str, Any]) -> Encoded | RowProblem:
+        try:
+            value, text = media.named(row, self.data.file_columns), self._text(row)
+            references = references_of(row, self.data.references) or [text]
+            content = media.content(value)
+            cut = self.seeing.decoded(content)
+        except RowProblem as problem:
+            return problem
+        ids = list(self.tokenizer(text, verbose=False)["input_ids"])
+        # GPT-2's tokenizer writes no end, and a text without one would be learned to go on.
+        ids = ids if ids[-1:] and ids[-1] in self.end_tokens else [*ids, self.end_tokens[0]]
+        if (most := self._most_tokens) < len(ids):
+            reason = f"{len(ids):,} tokens, above {most:,}"
+            if self.data.too_long != "cut":
+                return RowProblem(TOO_LONG, f"{content.begins}{reason}")
+            ids, cut = [*ids[: most - 1], ids[-1]], cut or reason
+        arrays = {**media.stored(value, content), "labels": np.array(ids, dtype=np.int32)}
+        if self.generates:
+            arrays["references"] = as_bytes(references)
+        return Encoded(arrays, len(ids), 1, cut)
+
+    def example(self, length: int) -> Sample:
+        """Return an image of zeros, of the size that the model will see, with the longest text."""
+        labels = np.ones(self._most_tokens, dtype=np.int32)
+        return Sample({**self.seeing.example(), "labels": labels, "references": as_bytes([""])}, 0, 1)
+
+    def shortened(self, sample: Sample, length: int, ends: Sequence[int]) -> Sample:
+        """Return the sample with its text cut to about `length` tokens, the last one kept."""
+        labels = sample["labels"][ends_of(len(sample["labels"]), length)]
+        return Sample({**sample, "labels": labels}, sample.id, 1, sample.weight)
+
+    def collate(self, items: Sequence[Sequence[Sample]], draws: Draws | None = None) -> dict[str, Any]:
+        """Return what the model sees (`Seeing.batch`), with `labels` and `targets` int64 [B, longest text]
+        (`written_texts`).
+
+        Raises DataError where a file is no longer what it was.
+        """
+        samples = [sample for item in items for sample in item]
+        batch = self.seeing.batch(samples, draws) | written_texts(samples)
+        return batch | ({"aside": self.aside(samples)} if self.generates else {})
+
+    # Loss and answers.
+
+    def plain_batch(self, sample: Sample) -> dict[str, Any] | None:
+        labels = torch.from_numpy(sample["labels"].astype(np.int64))[None]
+        return self.seeing.batch([sample]) | {"labels": labels}
+
+    def loss(self, model: torch.nn.Module, batch: dict[str, Any]) -> Output:
+        """Return the summed loss of the texts' tokens."""
+        from launcher.training.heads import encoder_decoder
+
+        return encoder_decoder(model, batch)
+
+    @property
+    def generation(self) -> GenerationOptions:
+        options = super().generation
+        room = min(options.arguments["max_new_tokens"], self._most_tokens)
+        return options.also(max_new_tokens=room, decoder_start_token_id=self._config.decoder_start_token_id)
+
+    def prompts(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """Return what the model sees (`Seeing.batch`), and which rows it is of."""
+        of = {"ids": [sample.id for sample in samples], "windows": [sample.window for sample in samples]}
+        return self.seeing.batch(samples) | of
+
+    def answer(self, row: dict[str, Any], parts: Sequence[Any]) -> dict[str, Any]:
+        """Return the answer for a row, and the file's path where it has one."""
+        value = media.named(row, self.data.file_columns)
+        path = {"image": value} if isinstance(value, str) else {}
+        return path | super().answer(row, parts)
+
+
+def _inputs(mapping: str, config: Any) -> Sequence[str]:
+    """Return the names that the forward of a config's class takes, by one of transformers' mappings."""
+    from transformers.models.auto import modeling_auto
+
+    forward = getattr(getattr(modeling_auto, mapping).get(type(config), None), "forward", None)
+    return [] if forward is None else list(inspect.signature(forward).parameters)

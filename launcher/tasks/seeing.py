@@ -1,0 +1,125 @@
+"""What tasks have in common that see images: the image processor of their model, and its pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from launcher.data.rows import TOO_LONG, RowProblem
+from launcher.errors import ConfigurationError, Problem
+from launcher.lazy import Lazy
+from launcher.tasks import images, media
+from launcher.tasks.augmentation import without_package
+from launcher.tasks.image_columns import PictureColumns, image_contradictions
+from launcher.tasks.pixels import Pixels, resized
+from launcher.tasks.task import Draws, Finding, Sample
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+else:
+    np, torch = Lazy("numpy"), Lazy("torch")
+
+_USUAL_SIZE = 224
+"""Pixels, of a model whose config says none."""
+
+
+def read_image_processor(name: str, options: dict[str, Any]) -> Any:
+    """Return the image processor in a model's files. Raises OSError or ValueError where they have none."""
+    from transformers import AutoImageProcessor
+
+    # The same pixels everywhere: transformers takes another backend where torchvision is installed.
+    return AutoImageProcessor.from_pretrained(name, backend="pil", **options)
+
+
+def usual_image_processor(config: Any) -> Any:
+    """Return the image processor of the model's kind, for images as large as the config says.
+
+    Raises ValueError for a kind that has none.
+    """
+    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+
+    if type(config) not in IMAGE_PROCESSOR_MAPPING:
+        raise ValueError(f"no preprocessor_config.json, and a {config.model_type} model has none of its own")
+    processor = IMAGE_PROCESSOR_MAPPING[type(config)]["pil"]()
+    if isinstance(size := getattr(config, "image_size", None), int):
+        resized(processor, size)
+    return processor
+
+
+class Seeing:
+    """The images that a model sees: what an image processor and a config say of them, and their pixels."""
+
+    def __init__(self, data: PictureColumns) -> None:
+        self.data = data
+        self.pixels: Pixels | None = None
+        """By the model's image processor, once the task is prepared."""
+        self.own_size: tuple[int, int] | None = None
+        """Height and width in pixels that the model was made for, where its config says."""
+        self.stretches = True
+        """Whether the model's class can interpolate its positions."""
+
+    def checks(self) -> Iterator[Finding]:
+        """Yield what makes no sense of a job's images, or needs a package that is not installed."""
+        yield from image_contradictions(self.data)
+        if self.data.augmentation is not None:
+            yield from without_package(self.data.augmentation)
+
+    @property
+    def key(self) -> Any:
+        """Return what decides whether an image can be used."""
+        return "images", images.MOST_PIXELS
+
+    def prepare(self, processor: Any) -> None:
+        """Take the size of the images from the processor, or give it the job's. Raises ConfigurationError where
+        it gives images of different sizes."""
+        self.pixels = Pixels.of(processor, self.data.image_size)
+
+    def adopt(self, config: Any) -> None:
+        """Take the size of a model. Raises ConfigurationError for one that sees no colours."""
+        channels = getattr(config, "num_channels", 3)
+        if channels != 3:
+            reason = f"the model sees {channels} channels, and images have 3 (grey ones too, all alike)"
+            raise ConfigurationError(Problem("model.name", getattr(config, "name_or_path", None), reason))
+        size = getattr(config, "image_size", None)
+        edges = [size, size] if isinstance(size, int) else list(size or ())
+        self.own_size = (edges[0], edges[1]) if len(edges) == 2 else None
+
+    def decoded(self, content: media.Content) -> str | bool:
+        """Return how a file is cut, False where it is whole. Raises RowProblem for one that cannot be used."""
+        _, frames = images.opened(content)
+        if frames > 1 and self.data.too_long != "cut":
+            raise RowProblem(TOO_LONG, f"{content.begins}{frames:,} frames")
+        return f"{content.begins}the first of {frames:,} frames" if frames > 1 else False
+
+    def example(self) -> dict[str, np.ndarray]:
+        """Return the arrays of an image of zeros, of the size that the model will see."""
+        return {"pixels": np.zeros((3, *self._size), dtype=np.float32)}
+
+    @property
+    def _size(self) -> tuple[int, int]:
+        """Return the height and width of the images that the model sees, in pixels."""
+        if self.pixels is not None:
+            return self.pixels.height, self.pixels.width
+        if self.data.image_size is not None:
+            return self.data.image_size, self.data.image_size
+        return self.own_size or (_USUAL_SIZE, _USUAL_SIZE)
+
+    def batch(self, samples: Sequence[Sample], draws: Draws | None = None) -> dict[str, Any]:
+        """Return `pixel_values` float32 [B, 3, height, width], altered in training; and whether the model
+        interpolates its positions to a size not its own.
+
+        Raises DataError where a file is no longer what it was.
+        """
+        pixels = torch.from_numpy(np.stack([self._seen(sample, draws) for sample in samples]))
+        same = self.own_size is None or self._size == self.own_size or not self.stretches
+        return {"pixel_values": pixels} | ({} if same else {"interpolate_pos_encoding": True})
+
+    def _seen(self, sample: Sample, draws: Draws | None) -> np.ndarray:
+        if "pixels" in sample:
+            return sample["pixels"]
+        assert self.pixels is not None
+        image, _ = images.opened(media.stored_content(sample))
+        if draws is None or not draws.training or self.data.augmentation is None:
+            return self.pixels.of_image(image)
+        return self.pixels.altered(image, self.data.augmentation, draws.of(sample))

@@ -1,0 +1,173 @@
+"""Runs on images with texts: the equivalences of the text tasks, with images altered by chance."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoTokenizer, VisionEncoderDecoderModel
+
+from launcher.planner.plan import Plan
+from launcher.runs.layout import RunDirectory
+from launcher.training.checkpoint.export import export
+from launcher.training.predict_entry import predict
+from tests.training.captions import folder_of, model_of, plan_of, rows_of
+from tests.training.plans import deepspeed
+from tests.training.runs import (
+    assert_equal,
+    batch_of,
+    curve,
+    evaluations,
+    finish,
+    named,
+    new_run,
+    replan,
+    state,
+)
+from tests.training.test_trainer_images import assert_near, run_of, with_children
+from tests.training.test_trainer_speech import samples_at, sharded_writing
+
+pytestmark = pytest.mark.distributed
+
+ALTERED = {"random_crop": 0.5, "horizontal_flip": 0.5}
+WRITES = {"evaluation": {"generate": {"max_new_tokens": 8}}}
+METRICS = {"loss", "perplexity", "accuracy", "bleu", "chrf", "rouge1", "rouge2", "rougeL", "exact_match"}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """ViT with GPT-2, whose tokenizer writes no ends, and Donut's encoder with TrOCR's decoder alike."""
+    kinds = {"gpt2": False, "donut-swin": True, "trocr": True}
+    return {
+        part: model_of(tmp_path_factory.mktemp(part), f"vision-encoder-decoder+{part}", ends)
+        for part, ends in kinds.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """27 pictures: not a multiple of the batch, so that the last one has filler."""
+    return folder_of(tmp_path_factory.mktemp("pictures"), 27)
+
+
+def planned(model: Path, pictures: Path, ranks: int, num_steps: int = 3, **changes: Any) -> Plan:
+    changes.setdefault("columns", {"augmentation": ALTERED})
+    how = {"training": {"learning_rate": 2e-3}, **WRITES}
+    return plan_of(model, pictures, ranks, num_steps, **(how | changes))
+
+
+def run_with(path: Path, plan: Plan, ranks: int, hook: Any = with_children) -> RunDirectory:
+    run = new_run(path, plan)
+    finish(run, ranks, hook)
+    return run
+
+
+def assert_alike(one: RunDirectory, other: RunDirectory) -> None:
+    """The same curve, weights, metrics and texts."""
+    assert_near(one, other)
+    assert samples_at(one, 3) == samples_at(other, 3)
+    assert evaluations(one)[3].keys() == METRICS
+    assert evaluations(one)[3] == pytest.approx(evaluations(other)[3], rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.very_slow  # the engines are those of other tasks
+@pytest.mark.parametrize("kind", ["gpt2", "donut-swin", "trocr"])
+def test_ranks_and_engines_compute_and_write_the_same(
+    kind: str, models: dict[str, Path], pictures: Path, tmp_path: Path
+) -> None:
+    model, length = models[kind], {"value": 1.0, "unit": "epochs"}
+    single = run_of(tmp_path / "single", planned(model, pictures, 1, length=length), 1)
+    assert len(curve(single)) == 3 and named(single, "checked") and not named(single, "layout")
+    parts = planned(model, pictures, 1, length=length, batch=batch_of(1, 3, 4))
+    assert_alike(run_of(tmp_path / "parts", parts, 1), single)
+    for name, engine in (("two", {}), ("zero", deepspeed(3)), ("zero1", deepspeed(1))):
+        plan = planned(model, pictures, 2, length=length, **engine)
+        assert_alike(run_with(tmp_path / name, plan, 2, sharded_writing), single)
+
+
+@pytest.mark.very_slow
+@pytest.mark.parametrize("engine", [{}, deepspeed(3)], ids=["fsdp", "zero"])
+def test_a_stop_and_another_number_of_ranks_change_no_pixel_and_no_token(
+    engine: dict[str, Any], models: dict[str, Path], pictures: Path, tmp_path: Path
+) -> None:
+    plan = planned(models["gpt2"], pictures, 2, **engine)
+    whole = run_of(tmp_path / "whole", plan, 2)
+    stopped = run_of(tmp_path / "stopped", plan, 2, stop_at=2)
+    finish(stopped, 2, with_children)
+    assert curve(stopped) == curve(whole) and evaluations(stopped)[3] == evaluations(whole)[3]
+    assert_equal(state(stopped), state(whole))
+    other = run_of(tmp_path / "other", plan, 2, stop_at=2)
+    replan(other, planned(models["gpt2"], pictures, 3, batch=batch_of(3, 4), **engine))
+    finish(other, 3, with_children)
+    assert_alike(other, whole)
+
+
+@pytest.mark.slow
+def test_it_learns_and_its_export_writes_the_same(models: dict[str, Path], tmp_path: Path) -> None:
+    """By transformers' own classes, and by `launcher predict` of a folder."""
+    pictures, batch = folder_of(tmp_path / "pictures", 9), batch_of(1, 9)
+    training = {"learning_rate": 5e-3}
+    plan = plan_of(models["gpt2"], pictures, 1, 40, training=training, batch=batch, **WRITES)
+    run = run_of(tmp_path / "run", plan, 1)
+    before, after = evaluations(run)[0], evaluations(run)[40]
+    assert after["exact_match"] > 70 > 20 > before["exact_match"] and after["rougeL"] > 90
+    export(run, tmp_path / "export")
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert "AutoModelForImageTextToText.from_pretrained" in card
+    assert "AutoImageProcessor.from_pretrained" in card and "AutoTokenizer.from_pretrained" in card
+    model = VisionEncoderDecoderModel.from_pretrained(tmp_path / "export").eval()
+    images = AutoImageProcessor.from_pretrained(tmp_path / "export", backend="pil")
+    tokenizer, rows = AutoTokenizer.from_pretrained(tmp_path / "export"), rows_of(pictures)
+    pixels = images([Image.open(row["file_name"]) for row in rows], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        written = tokenizer.decode(model.generate(pixels, max_new_tokens=8), skip_special_tokens=True)
+    right = sum(one.strip() == row["text"] for one, row in zip(written, rows, strict=True)) / len(rows)
+    assert 100 * right == pytest.approx(after["exact_match"])
+    scratch, output = new_run(tmp_path / "scratch", plan), tmp_path / "out.jsonl"
+    request = {"run": str(run.path), "model": None, "step": None, "output": str(output)}
+    options = {"options": {"probabilities": False, "top_k": None}}
+    (scratch.path / "request.json").write_text(json.dumps(request | options))
+    finish(scratch, 1, with_children, entry=predict)
+    answers = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [one["text"] for one in answers] == [one.strip() for one in written]
+    assert [one["image"] for one in answers] == [row["file_name"] for row in rows]
+
+
+@pytest.mark.very_slow
+@pytest.mark.parametrize("engine", [{}, deepspeed(3)], ids=["fsdp", "zero"])
+@pytest.mark.parametrize("how", ["frozen", "adapter"])
+def test_parts_that_do_not_train_stay_as_they_were(
+    how: str, engine: dict[str, Any], models: dict[str, Path], pictures: Path, tmp_path: Path
+) -> None:
+    """An encoder frozen by a pattern, and an adapter; on two ranks as on one."""
+    values: dict[str, Any] = {
+        "frozen": {"model__freeze": ["encoder.*"]},
+        "adapter": {"model__adapter": {"rank": 2, "alpha": 4}},
+    }[how]
+    runs = [
+        run_of(tmp_path / f"{ranks}", planned(models["gpt2"], pictures, ranks, **values, **engine), ranks)
+        for ranks in (1, 2)
+    ]
+    assert_alike(runs[1], runs[0])
+    export(runs[1], tmp_path / "export")
+    begun, after = (
+        VisionEncoderDecoderModel.from_pretrained(path).state_dict()
+        for path in (models["gpt2"], tmp_path / "export")
+    )
+    changed = {name for name in begun if not torch.equal(begun[name], after[name])}
+    assert any(name.startswith("decoder.") for name in changed)
+    assert any(name.startswith("encoder.") for name in changed) == (how == "adapter")
+
+
+@pytest.mark.very_slow
+@pytest.mark.parametrize("engine", [{}, deepspeed(3)], ids=["fsdp", "zero"])
+def test_half_precision_sees_in_half_precision(
+    engine: dict[str, Any], models: dict[str, Path], pictures: Path, tmp_path: Path
+) -> None:
+    plan = planned(models["gpt2"], pictures, 1, 1, precision="bf16", **engine)
+    run = run_of(tmp_path / "run", plan, 1)
+    assert evaluations(run)[1].keys() == METRICS and len(samples_at(run, 1)) == 4
