@@ -57,6 +57,7 @@ class Browser:
             pass_fds=(reading, writing),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            env={**os.environ, "TMPDIR": str(profile)},  # where it leaves a socket when it is killed
         )
         os.close(reading)
         os.close(writing)
