@@ -52,6 +52,7 @@ docs: setup
 	$(BIN)/python -m launcher.job.reference docs/reference
 	$(BIN)/python -m launcher.render.presets ds_configs
 	$(BIN)/python -m tests.architecture_tree
+	$(BIN)/python -m launcher.cli.man_page docs/man/launcher.1
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

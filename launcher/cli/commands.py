@@ -81,6 +81,7 @@ COMMANDS = {
         "parity", "parity", "Train a few steps under every engine and compare losses and gradient norms."
     ),
     "demo": Command("demo", "demo", "Fine-tune a small real model on this machine, from end to end."),
+    "help": Command("help", "help_", "Say what a topic is about: a page, a key, an exit code, a message."),
 }
 
 

@@ -207,6 +207,7 @@ def test_the_walk_sees_what_it_should() -> None:
         ["validate", "{job}"],
         ["plan", "{job}"],
         ["schema"],
+        ["help", "training.optimizer"],
         ["render", "{job}", "--out", "{job}.d"],
         ["diff", "{job}", "{job}"],
     ],

@@ -1,0 +1,196 @@
+"""The topics of `launcher help`: pages, their sections, keys, exit codes, terms and symptoms.
+
+The pages are those of docs/, which `launcher/pages` leads to in a clone and a wheel carries as files. Their
+index says which of them are topics, and what each is about.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.cli.commands import available
+from launcher.errors import ConfigurationError, Problem
+
+PAGES = Path(__file__).parents[1] / "pages"
+_INDEX_END = "To change it:"
+_INDEX_LINE = re.compile(r"^- \[([^\]]+)\]\(((?:reference/)?[\w-]+\.md)\)(?:: (.*))?$", re.MULTILINE)
+_FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+_HEADING = re.compile(r"^(#{2,4}) (.*)$", re.MULTILINE)
+_TERM = re.compile(r"^\*\*([^*]+)\.\*\*.*?(?=\n\n|\Z)", re.MULTILINE | re.DOTALL)
+_ROW = re.compile(r"^\|(.*)\|$", re.MULTILINE)
+_CELL_END = re.compile(r"(?<!\\)\|")
+_COLUMNS_OF = "Columns of "
+_SHORTEST_PHRASE = 3
+"""Letters: shorter topics are codes, not words of a message."""
+
+
+@dataclass(frozen=True)
+class Page:
+    """One page, by the name that people type."""
+
+    name: str
+    title: str
+    summary: str
+    file: str
+
+    @functools.cached_property
+    def text(self) -> str:
+        return (PAGES / self.file).read_text(encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A part of a page that answers a topic of its own: `names` are what people may type for it."""
+
+    kind: str
+    names: tuple[str, ...]
+    page: str
+    text: str
+
+
+@functools.cache
+def pages() -> dict[str, Page]:
+    """Return the pages for those who use launcher, by their names, in the order of the index."""
+    index = (PAGES / "README.md").read_text(encoding="utf-8").partition(_INDEX_END)[0]
+    listed = [
+        Page(Path(file).stem.removeprefix("guide-"), title, summary, file)
+        for title, file, summary in _INDEX_LINE.findall(index)
+    ]
+    return {page.name: page for page in listed}
+
+
+@functools.cache
+def entries() -> tuple[Entry, ...]:
+    """Return every part of a page that is a topic, the short ones first."""
+    readers = {"job-file": _keys, "exit-codes": _exit_codes, "glossary": _terms, "symptoms": _symptoms}
+    short = [entry for name, read in readers.items() for entry in read(pages()[name])]
+    sections = [
+        Entry("section", (title,), page.name, text)
+        for page in pages().values()
+        if page.name != "job-file"
+        for title, text in _sections(page.text)
+    ]
+    return (*short, *sections)
+
+
+def plain(words: str) -> str:
+    """Return a topic as it is compared: small letters, one space for whatever stands between words."""
+    return " ".join(re.sub(r"[^\w.]+", " ", words.lower()).split())
+
+
+def find(topic: str) -> list[Entry]:
+    """Return what answers a topic: a whole page, or its parts by the name of a key, code, term or section.
+
+    `PAGE PART` looks in that page alone. Raises ConfigurationError, with the nearest topic, where nothing does.
+    """
+    wanted = plain(topic)
+    if page := {plain(name): page for name, page in pages().items()}.get(wanted):
+        return [Entry("page", (page.name,), page.name, page.text)]
+    head, _, rest = topic.partition(" ")
+    if answers := (head in pages() and parts(rest, head)) or parts(topic):
+        return answers
+    known = {plain(name): name for name in (*available(), *names())}
+    near = difflib.get_close_matches(wanted, known, n=1)
+    hint = f"; the nearest is {known[near[0]]}" if near else ""
+    raise ConfigurationError(Problem("TOPIC", topic, f"no such topic{hint}; `launcher help` lists them"))
+
+
+def names() -> list[str]:
+    """Return the names of pages, keys, exit codes and terms: those that are worth completing."""
+    short = [
+        name for entry in entries() if entry.kind in ("key", "exit code", "term") for name in entry.names
+    ]
+    return [*short, *pages()]
+
+
+def parts(topic: str, page: str | None = None) -> list[Entry]:
+    """Return the parts of pages, or of one page, that a topic names.
+
+    Symptoms, and where there is nothing else sections, are also named by words in them.
+    """
+    wanted = plain(topic)
+    within = [entry for entry in entries() if page in (None, entry.page)]
+    named = [entry for entry in within if wanted in map(plain, entry.names)]
+    if not named:
+        named = [entry for entry in within if entry.kind == "key" and wanted == entry.names[0].split(".")[-1]]
+    if len(wanted) < _SHORTEST_PHRASE:
+        return named
+    phrase = re.compile(rf"\b{re.escape(wanted)}\b")
+    having = [entry for entry in within if phrase.search(plain(entry.names[0])) and entry not in named]
+    named += [entry for entry in having if entry.kind == "symptom"]
+    return named or [entry for entry in having if entry.kind == "section"]
+
+
+def rows(text: str) -> Iterator[list[str]]:
+    """Yield the cells of each row of the tables in a text, without their heads."""
+    lines = [*_ROW.findall(text), ""]
+    for line, after in itertools.pairwise(lines):
+        if not _is_rule(line) and not _is_rule(after):
+            yield [cell.strip().replace("\\|", "|") for cell in _CELL_END.split(line)]
+
+
+def _is_rule(line: str) -> bool:
+    """Return whether a row is the line below the head of a table."""
+    return bool(line) and set(line) <= set("|- :")
+
+
+def _sections(text: str) -> Iterator[tuple[str, str]]:
+    """Yield the headings of a page, without marks, each with its text as far as the next of its level."""
+    heads = list(_HEADING.finditer(_FENCE.sub(lambda block: "\0" * len(block[0]), text)))
+    for number, head in enumerate(heads):
+        after = (later.start() for later in heads[number + 1 :] if len(later[1]) <= len(head[1]))
+        yield head[2].replace("`", ""), text[head.start() : next(after, len(text))].rstrip() + "\n"
+
+
+def _keys(page: Page) -> Iterator[Entry]:
+    path = ""
+    for title, text in _sections(page.text):
+        if title.startswith(_COLUMNS_OF):
+            path, task = "data", title.removeprefix(_COLUMNS_OF)
+        else:
+            path, task = title.split(" (")[0].replace("Top level", ""), ""
+        own = _HEADING.split(text)[3]
+        table = [row for row in rows(own) if len(row) == 4]
+        shown = [_key(path, row, task) for row in table]
+        if not task:
+            about = own.partition("\n|")[0].strip()
+            name = path or "job file"
+            yield Entry(
+                "section", (name,), page.name, f"## {name}\n\n{about}\n\n" + "\n\n".join(shown) + "\n"
+            )
+        for row, text_of_key in zip(table, shown, strict=True):
+            yield Entry("key", (f"{path}.{_bare(row[0])}".lstrip("."),), page.name, text_of_key + "\n")
+
+
+def _key(path: str, row: list[str], task: str) -> str:
+    key = f"{path}.{_bare(row[0])}".lstrip(".")
+    default = "required" if "required" in row[2] else f"default {row[2]}"
+    return f"- `{key}`{f' ({task})' if task else ''}: {row[1]}; {default}\n\n  {row[3]}"
+
+
+def _bare(cell: str) -> str:
+    return cell.strip("`")
+
+
+def _exit_codes(page: Page) -> Iterator[Entry]:
+    for row in rows(page.text):
+        code, error, failure, meaning = row
+        names = tuple(name for name in (f"exit code {code}", code, error, failure) if name)
+        title = f"Exit code {code}" + (f": {failure} ({error})" if error else "")
+        yield Entry("exit code", names, page.name, f"- {title}\n\n  {meaning}\n")
+
+
+def _terms(page: Page) -> Iterator[Entry]:
+    for term in _TERM.finditer(page.text):
+        yield Entry("term", (term[1],), page.name, term[0] + "\n")
+
+
+def _symptoms(page: Page) -> Iterator[Entry]:
+    for seen, why, cure in (row for row in rows(page.text) if len(row) == 3):
+        yield Entry("symptom", (seen,), page.name, f"- Seen: {seen}\n\n  Why: {why}\n\n  Cure: {cure}\n")
