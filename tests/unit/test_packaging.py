@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from launcher import __version__
+from launcher.launch.slurm.snapshot import of_launcher
+from launcher.runs.layout import RunDirectory
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -121,6 +123,12 @@ def test_it_works_without_the_clone(
     )
     assert "Traceback" not in done.stderr, done.stderr
     assert shown in done.stdout + done.stderr
+
+
+def test_the_copy_for_a_job_leaves_the_pages_out(tmp_path: Path) -> None:
+    copy = of_launcher(RunDirectory(tmp_path)) / "launcher"
+    assert (copy / "cli" / "help.py").is_file() and (copy / "report" / "page.css").is_file()
+    assert not (copy / "pages").exists()
 
 
 def test_all_is_every_extra_that_one_machine_can_want() -> None:

@@ -15,16 +15,17 @@ from launcher.runs.layout import RunDirectory, write_atomically
 LEFT_OUT = "left-out.txt"
 _MOST_NAMED = 1000
 _SCRIPT = "script"
-_LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc", ".git")
+_LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc", ".git", "pages")
+"""Of the package: `pages` is what `launcher help` reads, which no job does."""
 
 
 def of_launcher(run: RunDirectory) -> Path:
     """The directory in RUN/code that holds this launcher; made where it is not there yet."""
     package = Path(launcher.__file__).parent
-    files = sorted(path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    names = (path.relative_to(package) for path in package.rglob("*") if path.is_file())
     digest = hashlib.sha256()
-    for path in files:
-        digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes() + b"\0")
+    for name in sorted(name for name in names if not {"__pycache__", "pages"} & {*name.parts}):
+        digest.update(str(name).encode() + b"\0" + (package / name).read_bytes() + b"\0")
     target = run.path / "code" / f"launcher-{digest.hexdigest()[:12]}"
     if not target.exists():
         new = target.with_name(f".{target.name}.new")
