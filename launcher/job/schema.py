@@ -142,6 +142,18 @@ class Checkpoint(Section):
     model_config = ConfigDict(populate_by_name=True)
 
 
+class Tracking(Section):
+    """Say where trackers keep the run, and by which words it is found there."""
+
+    project: str | None = Field(default=None, min_length=1, max_length=128)
+    """W&B's or trackio's project, MLflow's experiment. Left out: that of the tracker's own variable, or else
+    `launcher`."""
+    group: str | None = Field(default=None, min_length=1, max_length=128)
+    """Runs that belong together: W&B's or trackio's group, MLflow's tag `group`."""
+    tags: tuple[Annotated[str, Field(min_length=1, max_length=64)], ...] = ()
+    """Words to search for: W&B's tags, MLflow's tag `tags`."""
+
+
 class Job(Section):
     """One fine-tuning job. The task decides which columns `data` has: a job is made as one of `job_type`."""
 
@@ -162,6 +174,7 @@ class Job(Section):
     cluster: Cluster = Cluster()
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] | Auto = "auto"
     """Where metrics go besides metrics.jsonl; `auto` is TensorBoard where it is installed."""
+    tracking: Tracking = Tracking()
 
     @model_validator(mode="wrap")
     @classmethod

@@ -18,7 +18,7 @@ from launcher.job.schema import Job
 OWN = "(the script's own)"
 """Stands in a plan where the script decides."""
 NO_DATA = tasks.find("causal-lm").Columns(train=Sources(name=OWN))
-_DECIDED_BY_THE_SCRIPT = ("data", "batch", "training", "checkpoint", "trackers")
+_DECIDED_BY_THE_SCRIPT = ("data", "batch", "training", "checkpoint", "trackers", "tracking")
 _CHECKED = ("cluster", "parallel", "memory", "precision", "model.name", "name")
 
 

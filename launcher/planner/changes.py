@@ -23,6 +23,7 @@ ALLOWED = (
     "head",
     "num_data_workers",
     "trackers",
+    "tracking",
     "grace_seconds",
     "share_with_group",
     "hang_after",
@@ -65,7 +66,7 @@ class Change:
 
 def changes(before: Plan, after: Plan) -> list[Change]:
     """Every difference between two plans, by key."""
-    old, new = _flat(before), _flat(after)
+    old, new = before.flat(_SAID_ELSEWHERE), after.flat(_SAID_ELSEWHERE)
     return [
         Change(key, old.get(key), new.get(key))
         for key in sorted(old.keys() | new.keys())
@@ -89,19 +90,3 @@ def _problem(change: Change) -> Problem:
         "with --run-dir"
     )
     return Problem(change.key, "absent" if change.after is None else change.after, reason)
-
-
-def _flat(plan: Plan) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    _flatten(
-        "", plan.model_dump(mode="json", exclude_none=True, by_alias=True, exclude=_SAID_ELSEWHERE), flat
-    )
-    return flat
-
-
-def _flatten(prefix: str, value: Any, into: dict[str, Any]) -> None:
-    if not isinstance(value, dict):
-        into[prefix] = value
-        return
-    for key, below in value.items():
-        _flatten(f"{prefix}.{key}" if prefix else key, below, into)

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from launcher import tasks
 from launcher.errors import ConfigurationError
-from launcher.job.schema import Checkpoint, Job, Precision
+from launcher.job.schema import Checkpoint, Job, Precision, Tracking
 from launcher.planner.dataset import suitability
 from launcher.planner.decider import Decider
 from launcher.planner.hardware.detect import Hardware
@@ -63,6 +63,7 @@ def candidate(job: Job, nproc: int | None, hardware: Hardware, local: bool) -> P
         head=way.head,
         num_data_workers=num_workers,
         trackers=trackers,
+        tracking=None if job.tracking == Tracking() else job.tracking,
         grace_seconds=job.cluster.grace,
         share_with_group=job.cluster.share_with_group,
         hang_after=None if job.cluster.hang_after == "auto" else job.cluster.hang_after,

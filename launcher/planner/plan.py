@@ -26,6 +26,7 @@ from launcher.job.schema import (
     Offload,
     Precision,
     Sharding,
+    Tracking,
     Training,
 )
 from launcher.plain_files import read_text
@@ -143,6 +144,8 @@ class Plan(Frozen):
     head: Head = "chunked"
     num_data_workers: int
     trackers: tuple[str, ...]
+    tracking: Tracking | None = None
+    """Where the job says more than which trackers."""
     grace_seconds: float
     share_with_group: bool = False
     hang_after: float | Literal["off"] | None = None
@@ -208,6 +211,12 @@ class Plan(Frozen):
         changes = {"model": model, "distillation": None, "engine": "fsdp", "zero": None}
         return self.model_copy(update=changes | {"activation_checkpointing": "none"})
 
+    def flat(self, without: set[str]) -> dict[str, Any]:
+        """Return every value by its key, as `training.learning_rate`, but those below the fields `without`."""
+        flat: dict[str, Any] = {}
+        _flatten("", self.model_dump(mode="json", exclude_none=True, by_alias=True, exclude=without), flat)
+        return flat
+
     def to_json(self) -> str:
         """Text for plan.json; what does not apply is left out, so that nothing in it is null."""
         return self.model_dump_json(indent=2, exclude_none=True, by_alias=True) + "\n"
@@ -233,6 +242,7 @@ class Plan(Frozen):
             "decisions",
             "refused",
             "trackers",
+            "tracking",
             "grace_seconds",
             "share_with_group",
             "hang_after",
@@ -242,3 +252,11 @@ class Plan(Frozen):
         }
         kept: dict[str, Any] = self.model_dump(mode="json", exclude_none=True, exclude=told_apart)
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _flatten(prefix: str, value: Any, into: dict[str, Any]) -> None:
+    if not isinstance(value, dict):
+        into[prefix] = value
+        return
+    for key, below in value.items():
+        _flatten(f"{prefix}.{key}" if prefix else key, below, into)

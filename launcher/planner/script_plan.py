@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from launcher.job.schema import Batch, Job, Training
+from launcher.job.schema import Batch, Job, Tracking, Training
 from launcher.job.script_job import NO_DATA, unused
 from launcher.planner.decider import Decider
 from launcher.planner.hardware.detect import Hardware
@@ -39,6 +39,7 @@ def plan(
             ),
             "data": NO_DATA.model_copy(update={"num_workers": 1}),
             "trackers": (),
+            "tracking": Tracking(),
             "precision": "fp32" if job.precision == "auto" else job.precision,
         }
     )

@@ -38,10 +38,10 @@ from launcher.training.model.loss_check import check_loss
 from launcher.training.noise import EmbeddingNoise
 from launcher.training.precision import LossScale
 from launcher.training.reporting.divergence import Divergence
+from launcher.training.reporting.journal import Journal
 from launcher.training.reporting.pace import Own, Pace, straggler
 from launcher.training.reporting.recording import Recorder, description
 from launcher.training.reporting.symptoms import Sample, Symptoms
-from launcher.training.reporting.tracking import Journal
 from launcher.training.rescue import Rescue
 from launcher.training.schedule import Schedule, stage_at
 from launcher.training.signals import StopRequest
@@ -341,7 +341,7 @@ class Trainer:
 
     def _announce(self) -> None:
         if self.recorder:
-            self.recorder.loaded()
+            self.recorder.loaded(self.state.step, self.batches.order.num_in_epoch)
         length = int(self.material.train.num_tokens / max(1, self.material.train.num_samples))
         about = description(self.engine, self.material.config, length, self.task.traits.unit)
         about["device"], about["versions"] = name_of(self.device), versions(PACKAGES)

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 
 from launcher.runs import samples
 from launcher.runs.layout import RunDirectory
-from launcher.training.reporting.tracking import Trackers
 from tests.training.runs import (
     assert_equal,
     batch_of,
@@ -89,13 +88,3 @@ def test_a_disk_that_takes_no_samples_stops_nothing(model: Path, tmp_path: Path)
     (run.path / "samples").write_text("in the way")
     finish(run, 1)
     assert run.finished
-
-
-def test_trackers_take_the_samples(tmp_path: Path, model: Path) -> None:
-    pytest.importorskip("tensorboard")
-    plan = plan_for(model, causal_data(tmp_path / "data"), 1, 2, trackers=("tensorboard",))
-    trackers = Trackers(plan, tmp_path / "trackers")
-    trackers.log({"samples": "why? -> so"}, 1)
-    trackers.finish()
-    written = b"".join(path.read_bytes() for path in (tmp_path / "trackers").rglob("*tfevents*"))
-    assert b"why? -> so" in written

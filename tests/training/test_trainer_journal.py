@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from launcher.runs import events
-from launcher.training.reporting.tracking import Journal
+from launcher.training.reporting.journal import Journal
 
 
 def test_lines_wait_for_better_times(

@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from launcher.runs.places import here
+from launcher.training.reporting.journal import Journal
 from launcher.training.reporting.slowness import Evidence, reason
-from launcher.training.reporting.tracking import Journal
 from launcher.training.reporting.whereabouts import waited
 
 STEPS_BETWEEN = 10

@@ -20,27 +20,42 @@ from launcher.training.devices import peak_memory_bytes
 from launcher.training.engines.engine import Engine
 from launcher.training.model import loading as models
 from launcher.training.reporting.forecast_check import ForecastCheck
-from launcher.training.reporting.tracking import Journal, Trackers
+from launcher.training.reporting.journal import Journal
+from launcher.training.reporting.trackers import Trackers
 from launcher.training.state import State
 
 _SECONDS_BETWEEN_KEEPING = 30.0
 """Readers take in what came after that line by line: some thousands at most, in milliseconds."""
 
+_TOLD = {
+    "loss": "loss",
+    "grad_norm": "grad_norm",
+    "learning_rate": "learning_rate",
+    "tokens_so_far": "num_input_tokens_seen",
+    "tokens_per_second": "tokens_per_second",
+}
+"""Of a step's record, and by which name trackers have it: that of the Trainer, where it has one."""
+
 
 class Recorder:
-    """The files and trackers of one run. Made before the model is loaded, so that the bare process is known."""
+    """The files and trackers of one run. Begun before the model is loaded, so that the bare process is known."""
 
     def __init__(self, run: RunDirectory, plan: Plan, device: torch.device, journal: Journal) -> None:
-        self._run, self._device, self._journal = run, device, journal
-        self._trackers = Trackers(plan, run.path / "trackers")
+        self._run, self._plan, self._device, self._journal = run, plan, device, journal
         self._foreseen = ForecastCheck(run, device)
         self._folds = (Totals(run), Curve(run))
         self._kept_at = time.monotonic()
 
-    def loaded(self) -> None:
-        """The model and its state are there. Whatever the files of earlier attempts hold is read now, not
-        between two steps."""
+    def loaded(self, step: int, num_items_of_epoch: int) -> None:
+        """Begin, or go on, with trackers: the model and its state after `step` steps are there.
+
+        Whatever the files of earlier attempts hold is read now, not between two steps.
+
+        `num_items_of_epoch`: the items that make an epoch.
+        """
         self._foreseen.ended("loading")
+        self._num_items_of_epoch = num_items_of_epoch
+        self._trackers = Trackers(self._run, self._plan, step)
         self._keep()
 
     def step(
@@ -57,7 +72,7 @@ class Recorder:
 
         `by_source`: the loss of each of several sources.
         """
-        step = state.step
+        step, peak_memory = state.step, peak_memory_bytes(self._device)
         record = {
             "kind": "train",
             "step": step,
@@ -68,7 +83,7 @@ class Recorder:
             "num_tokens": batch.num_tokens,
             "tokens_so_far": state.num_tokens,
             "tokens_per_second": round(batch.num_tokens / seconds, 1),
-            "peak_memory_bytes": peak_memory_bytes(self._device),
+            "peak_memory_bytes": peak_memory,
             "sample_ids": batch.sample_ids,
             "time": round(time.time(), 3),
         }
@@ -76,7 +91,12 @@ class Recorder:
         self._journal.append(self._run.metrics_file, record)
         if compared := self._foreseen.note(batch.num_tokens, seconds):
             self._journal.event(self._run.events_file, "compared", **compared)
-        told = {f"train/{key}": value for key, value in record.items() if isinstance(value, float)}
+        told: dict[str, Any] = {f"train/{name}": record[key] for key, name in _TOLD.items()}
+        told |= {
+            "train/epoch": state.num_items / self._num_items_of_epoch,
+            "train/step_seconds": seconds,
+            "train/peak_memory_gib": peak_memory / (1 << 30),
+        }
         told |= {f"train/loss/{alias}": value for alias, value in by_source.items()}
         self._trackers.log(told, step)
         if time.monotonic() - self._kept_at > _SECONDS_BETWEEN_KEEPING:
@@ -97,7 +117,7 @@ class Recorder:
                 )
         self._journal.append(self._run.metrics_file, {"kind": "evaluation", "step": step, "metrics": metrics})
         self._journal.event(self._run.events_file, "evaluated", step=step, metrics=metrics)
-        self._trackers.log({f"evaluation/{key}": value for key, value in metrics.items()}, step)
+        self._trackers.log({f"eval/{key}": value for key, value in metrics.items()}, step)
         if answers:
             with contextlib.suppress(OSError):  # as above
                 samples.write(self._run, step, answers)
