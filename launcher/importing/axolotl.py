@@ -190,6 +190,8 @@ def _remarks(content: dict[str, Any], reading: Reading) -> None:
     }
     if names := [name for name, keys in trackers.items() if any(content.get(key) for key in keys)]:
         reading.say("trackers", names, "use_*")
+    if (project := content.get("wandb_project")) and isinstance(project, str):
+        reading.say("tracking.project", project, "wandb_project")
     tokens = content.get("special_tokens")
     is_padding = isinstance(tokens, dict) and set(tokens) <= {"pad_token"}
     trainer_keys.changes(content | ({"special_tokens": None} if is_padding else {}), _CHANGES, reading)

@@ -29,7 +29,7 @@ JOB_KEYS = {
 `mesh.`)."""
 _PARTS = (
     "name", "model", "data", "evaluation", "batch", "training", "precision", "memory", "parallel",
-    "checkpoint", "cluster", "trackers",
+    "checkpoint", "cluster", "trackers", "tracking",
 )  # fmt: skip
 MODEL, TRAIN = "./FILL-IN-model", "FILL-IN.jsonl"
 _BATCH = ("batch.global_batch_size", "batch.micro_batch_size", "batch.accumulation_steps", "mesh.world_size")

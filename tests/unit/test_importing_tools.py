@@ -306,6 +306,7 @@ SAID: list[tuple[dict[str, Any], tuple[str, ...], Any]] = [
     (AXOLOTL | {"fsdp_version": 2, "fsdp_config": {"reshard_after_forward": False}}, ("parallel", "shard"),
     "gradients"),
     (AXOLOTL | {"wandb_project": "p"}, ("trackers",), ["wandb"]),
+    (AXOLOTL | {"wandb_project": "p"}, ("tracking", "project"), "p"),
     (AXOLOTL | {"bf16": False}, ("precision",), "fp32"),
     (RECIPE | {"lora_target_modules": "all-linear"}, ("model", "adapter", "targets"), "all-linear"),
     (RECIPE | {"bf16": False}, ("precision",), "bf16"),  # computed in what the weights are kept in

@@ -12,6 +12,7 @@ import pytest
 
 from launcher.errors import ConfigurationError
 from launcher.job.schema import Job
+from launcher.planner.changes import check
 from launcher.planner.hardware.detect import Gpu, Hardware
 from launcher.planner.model.model_shape import ModelShape
 from launcher.planner.plan import Plan
@@ -216,6 +217,16 @@ def test_trackers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "not installed" in refusal("trackers", job(trackers=["wandb"]), None, CPU)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert plan_job(job(), hardware=CPU).trackers == ()
+
+
+def test_where_trackers_keep_a_run_may_change_and_decides_no_number() -> None:
+    before, after = (
+        plan_job(job(**more), hardware=CPU) for more in ({}, {"tracking": {"group": "ablation"}})
+    )
+    assert before.tracking is None and '"tracking"' not in before.to_json()
+    assert after.tracking is not None and after.tracking.group == "ablation"
+    assert [change.key for change in check(before, after)] == ["tracking.group", "tracking.tags"]
+    assert before.digest() == after.digest()
 
 
 def test_all_refusals_at_once() -> None:
