@@ -7,6 +7,7 @@ import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -212,8 +213,9 @@ def failing_tracker(path: Path, where: str, rank: int, stop: StopRequest) -> Non
     class Failing(GeneralTracker):
         name = "tensorboard"
         requires_logging_directory = False
+        writer = SimpleNamespace(file_writer=SimpleNamespace(add_summary=lambda summary: None))
 
-        def __init__(self, run_name: str) -> None:
+        def __init__(self, run_name: str, **_: Any) -> None:
             super().__init__()
             if where == "start":
                 raise ImportError("no such tracker")
