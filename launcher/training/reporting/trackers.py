@@ -91,8 +91,8 @@ def _log(tracker: GeneralTracker, values: dict[str, float | int | str], step: in
 
 def _project(plan: Plan, name: str) -> str:
     """Return the project: the job's, that of the tracker's own variable, or launcher's."""
-    asked = (plan.tracking or Tracking()).project
-    return asked or os.environ.get(_PROJECT_VARIABLES[name]) or _DEFAULT_PROJECT
+    project = (plan.tracking or Tracking()).project
+    return project or os.environ.get(_PROJECT_VARIABLES[name]) or _DEFAULT_PROJECT
 
 
 def _tensorboard(kind: Any, run: RunDirectory, plan: Plan, step: int) -> GeneralTracker:
