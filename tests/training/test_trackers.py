@@ -123,6 +123,28 @@ def test_wandb_keeps_one_run(run: RunDirectory, monkeypatch: pytest.MonkeyPatch)
     assert len(parts) == 2 and all(part.name.endswith(f"-{run.run_id()}") for part in parts)
 
 
+@pytest.mark.very_slow
+def test_two_ranks_and_three_trackers(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("wandb", "mlflow", "trackio")
+    mlflow = {name: pytest.importorskip(name) for name in names}["mlflow"]
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    data, every = causal_data(tmp_path / "data"), {"value": 2, "unit": "steps"}
+    run = new_run(tmp_path / "run", plan_for(model, data, 2, 4, trackers=names, evaluate_every=every))
+    finish(run, 2, stop_at=2)
+    finish(run, 2)
+    assert "left out" not in (run.path / "rank-0.log").read_text()
+    assert len(list((run.path / "trackers" / "wandb").glob("offline-run-*"))) == 2
+    mlflow.set_tracking_uri(f"sqlite:///{run.path}/trackers/mlflow.db")
+    (kept,) = mlflow.search_runs(experiment_names=["launcher"], output_format="list")
+    history = mlflow.MlflowClient().get_metric_history(kept.info.run_id, "train/loss")
+    losses = {step: record["loss"] for step, record in curve(run).items()}
+    assert {one.step: one.value for one in history} == pytest.approx(losses)
+    assert kept.data.metrics["eval/loss"] == pytest.approx(evaluations(run)[4]["loss"])
+    assert kept.info.status == "FINISHED"
+
+
 @pytest.mark.parametrize(
     ("tracker", "variable"),
     [("wandb", "WANDB_PROJECT"), ("mlflow", "MLFLOW_EXPERIMENT_NAME"), ("trackio", "TRACKIO_PROJECT")],
