@@ -332,12 +332,12 @@ def answering(answers: list[bytes], *arguments: str) -> tuple[int, str]:
     os.close(theirs)
     left, output, seen = list(answers), b"", 0
     try:
-        while select.select([ours], [], [], 60)[0]:
+        while select.select([ours], [], [], 240)[0]:
             try:
                 output += os.read(ours, 4096)
             except OSError:  # the other end is closed
                 break
-            if output.endswith(b": ") and len(output) > seen and left:
+            if output.endswith((b"]: ", b"sounds): ", b"hub: ")) and len(output) > seen and left:
                 time.sleep(0.1)  # until readline has the terminal
                 os.write(ours, left.pop(0))
                 seen = len(output)
