@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from launcher.cli import completion
 from launcher.cli.job import Overrides
 from launcher.cli.output import print_json
 from launcher.cli.plan import AsJson, NumRanks
@@ -25,7 +26,13 @@ def import_(
         str | None, typer.Argument(metavar="[RUN]", help="A run without checkpoints.", show_default=False)
     ] = None,
     job: Annotated[
-        Path | None, typer.Option("--job", metavar="JOB", help="Instead of RUN: begin a run of this job.")
+        Path | None,
+        typer.Option(
+            "--job",
+            metavar="JOB",
+            help="Instead of RUN: begin a run of this job.",
+            autocompletion=completion.job_files,
+        ),
     ] = None,
     run_dir: Annotated[
         Path | None, typer.Option("--run-dir", metavar="DIR", help="With --job: where. [default: runs/NAME]")

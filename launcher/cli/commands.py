@@ -32,7 +32,7 @@ class Command:
 
 
 COMMANDS = {
-    "init": Command("job", "init", "Ask a few questions, or take flags, and write a job file."),
+    "init": Command("init", "init", "Ask a few questions, or take flags, and write a job file."),
     "validate": Command(
         "job", "validate", "Check a job file and some of its rows, and say all that is wrong with them."
     ),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from launcher.cli import completion
 from launcher.cli.output import line_plot, print_json, print_table
 from launcher.cli.plan import AsJson
 
@@ -14,7 +15,12 @@ if TYPE_CHECKING:
     from launcher.report.content import RunContent
 
 Compared = Annotated[
-    list[str], typer.Argument(metavar="RUN RUN...", help="Run directories, or names of some below runs/.")
+    list[str],
+    typer.Argument(
+        metavar="RUN RUN...",
+        help="Run directories, or names of some below runs/.",
+        autocompletion=completion.runs,
+    ),
 ]
 _NARROWEST = 36
 """Columns of a curve; where fewer are left for each, curves stand below each other."""

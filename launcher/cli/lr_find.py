@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from launcher.cli import completion
 from launcher.cli.job import Overrides
 from launcher.cli.output import print_json
 from launcher.cli.plan import AsJson, NumRanks, profiles_for
@@ -18,7 +19,12 @@ if TYPE_CHECKING:
     from launcher.runs.layout import RunDirectory
 
 What = Annotated[
-    Path, typer.Argument(metavar="JOB|RUN", help="A job file to test, or a test's directory to look at.")
+    Path,
+    typer.Argument(
+        metavar="JOB|RUN",
+        help="A job file to test, or a test's directory to look at.",
+        autocompletion=completion.job_files,
+    ),
 ]
 From = Annotated[float, typer.Option("--from", metavar="RATE", help="The learning rate of the first step.")]
 To = Annotated[float, typer.Option("--to", metavar="RATE", help="That of the last step.")]

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from launcher.cli import completion
 from launcher.cli.job import Overrides
 from launcher.cli.output import print_json
 from launcher.cli.plan import AsJson, NumRanks
@@ -20,11 +21,21 @@ Checkpoint = Annotated[
 
 
 RunOrModel = Annotated[
-    str, typer.Argument(metavar="RUN|MODEL", help="A run, or a directory with a model (then with --job).")
+    str,
+    typer.Argument(
+        metavar="RUN|MODEL",
+        help="A run, or a directory with a model (then with --job).",
+        autocompletion=completion.runs_and_models,
+    ),
 ]
 JobOfModel = Annotated[
     Path | None,
-    typer.Option("--job", metavar="JOB", help="The job whose data and task are taken with a MODEL."),
+    typer.Option(
+        "--job",
+        metavar="JOB",
+        help="The job whose data and task are taken with a MODEL.",
+        autocompletion=completion.job_files,
+    ),
 ]
 
 
@@ -89,7 +100,10 @@ def evaluate(
     on: Annotated[
         Path | None,
         typer.Option(
-            "--on", metavar="FILE|JOB", help="Measure on this file, or on another job's held-out rows."
+            "--on",
+            metavar="FILE|JOB",
+            help="Measure on this file, or on another job's held-out rows.",
+            autocompletion=completion.data_files,
         ),
     ] = None,
     bootstrap: Annotated[

@@ -107,6 +107,8 @@ def plan(
         _print_as_json(preview, bool(trace))
     else:
         _print(preview)
+    if blind := preview.plan.blind():
+        typer.echo(f"warning: {blind}", err=True)
 
 
 def _rows(

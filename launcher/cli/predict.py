@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from launcher.cli import completion
 from launcher.cli.job import Overrides
 from launcher.cli.model import Checkpoint, JobOfModel, RunOrModel
 from launcher.cli.output import print_json
@@ -21,6 +22,7 @@ def predict(
             "--input",
             metavar="FILE",
             help="The rows: .jsonl .csv .tsv .parquet .arrow .json .txt; a folder of images or sounds.",
+            autocompletion=completion.data_files,
         ),
     ],
     output: Annotated[

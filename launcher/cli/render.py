@@ -57,6 +57,8 @@ def render(
     place = Place(str((run_dir or Path("runs") / plan.name).absolute()), str(out.absolute()), sys.executable)
     written = write(out, files(plan, place), NAMES)
     remarks = [*changed, *notes(plan)]
+    if blind := plan.blind():
+        typer.echo(f"warning: {blind}", err=True)
     if as_json:
         listed = [{"key": note.key, "value": note.value, "text": note.text} for note in remarks]
         return print_json({"engine": plan.engine, "files": [str(path) for path in written], "notes": listed})

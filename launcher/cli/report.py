@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from launcher.cli import completion
 from launcher.cli.output import print_json
 from launcher.cli.plan import AsJson
 
@@ -20,6 +21,7 @@ Runs = Annotated[
         metavar="RUN...",
         help="Run directories, or names below runs/; several are laid over each other. Or one sweep's "
         "directory, or its name below sweeps/.",
+        autocompletion=completion.runs,
     ),
 ]
 Output = Annotated[

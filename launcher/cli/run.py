@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from launcher.cli import completion
 from launcher.cli.app import SCRIPT_ARGUMENTS
 from launcher.cli.job import JobFile, Overrides
 from launcher.cli.output import print_json
@@ -17,7 +18,12 @@ if TYPE_CHECKING:
     from launcher.planner.plan import Plan
     from launcher.runs.layout import RunDirectory
 
-Run = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, or the name of one below runs/.")]
+Run = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN", help="A run directory, or the name of one below runs/.", autocompletion=completion.runs
+    ),
+]
 RunPath = Annotated[
     Path | None, typer.Option("--run-dir", metavar="DIR", help="Where the run is kept. [default: runs/NAME]")
 ]

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from launcher.cli import completion
 from launcher.cli.output import print_json, print_table
 from launcher.cli.plan import AsJson
 from launcher.cli.run import Run
@@ -15,7 +16,9 @@ from launcher.cli.run import Run
 SomeRun = Annotated[
     str | None,
     typer.Argument(
-        metavar="[RUN]", help="A run directory, or the name of one below runs/. [default: the newest]"
+        metavar="[RUN]",
+        help="A run directory, or the name of one below runs/. [default: the newest]",
+        autocompletion=completion.runs,
     ),
 ]
 Folder = Annotated[Path, typer.Argument(metavar="[DIR]", help="Where the runs are.")]

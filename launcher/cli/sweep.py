@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from launcher.cli import completion
 from launcher.cli.job import Overrides
 from launcher.cli.output import print_json, print_table
 from launcher.cli.plan import AsJson, NumRanks
@@ -20,6 +21,7 @@ What = Annotated[
     typer.Argument(
         metavar="JOB|SWEEP",
         help="A job file to begin a sweep with, or a sweep's directory to go on with or look at.",
+        autocompletion=completion.job_files,
     ),
 ]
 Grid = Annotated[

@@ -139,19 +139,28 @@ def refuse_damaged(path: Path, rows: Any, before: int) -> None:
 def open_arrow(path: Path, columns: Sequence[str]) -> Any:
     """The columns of an Arrow file, a stream or one with a footer, mapped into memory. Raises DataError where
     they cannot be had."""
+    table = _arrow(path)
+    check_columns(path, columns, table.schema.names)
+    return table.select(there(columns, table.schema.names))
+
+
+def arrow_names(path: Path) -> list[str]:
+    """The names of an Arrow file's columns. Raises DataError where it cannot be read."""
+    return list(_arrow(path).schema.names)
+
+
+def _arrow(path: Path) -> Any:
     import pyarrow
 
     try:
         with pyarrow.memory_map(str(path)) as source:
             try:
-                table = pyarrow.ipc.open_stream(source).read_all()
+                return pyarrow.ipc.open_stream(source).read_all()
             except pyarrow.ArrowInvalid:
                 source.seek(0)
-                table = pyarrow.ipc.open_file(source).read_all()
+                return pyarrow.ipc.open_file(source).read_all()
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{path} is not a whole Arrow file: {error}") from None
-    check_columns(path, columns, table.schema.names)
-    return table.select(there(columns, table.schema.names))
 
 
 def features_of(schema: Any) -> dict[str, Any]:

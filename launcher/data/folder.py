@@ -112,6 +112,11 @@ def read_folder(folder: Path, columns: Sequence[str]) -> Read:
         yield number, {column: path} | (dict.fromkeys(others, label) if slash else {})
 
 
+def folder_of(file: Path) -> Path:
+    """Return the folder to which the paths in a file are relative: its own; a folder's are to itself."""
+    return file if file.is_dir() else file.parent
+
+
 def with_places(values: Values, columns: Sequence[str], folder: Path) -> Values:
     """Return a row whose files are named by whole paths: what it says is relative to `folder`.
 

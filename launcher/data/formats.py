@@ -5,18 +5,22 @@ from __future__ import annotations
 import csv
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import ClassVar
 
 from launcher.data import arrow, readers, sample_parquet
 from launcher.data.conll import read_conll
 from launcher.data.folder import listing, read_folder
+from launcher.data.names import names_of_table, nested_names
 from launcher.data.parts import Part, Seen
 from launcher.data.rows import Read
 from launcher.data.sample_lines import Layout, look_in_places, table_layout
 from launcher.plain_files import plain
 
 _BLOCK = 1 << 20
+_FIRST_ROWS = 32
+"""In which columns are looked for, where nothing else names them."""
 
 
 class Format(ABC):
@@ -34,6 +38,12 @@ class Format(ABC):
     def read(self, path: Path, columns: Sequence[str]) -> Read:
         """Yield every row with its line, one that cannot be read as a RowProblem. Raises DataError where the
         file cannot be read."""
+
+    def names(self, path: Path) -> list[str]:
+        """Return the names of the columns, as the first rows have them, to be offered where a job names none
+        yet. Raises DataError where the file cannot be read."""
+        rows = (values for _, values in islice(self.read(path, ()), _FIRST_ROWS))
+        return list(dict.fromkeys(str(name) for row in rows if isinstance(row, dict) for name in row))
 
     def num_rows(self, path: Path) -> int | None:
         """Return how many rows the file says that it has; None where it does not say. Raises DataError where
@@ -57,6 +67,11 @@ class Json(Format):
 
     def read(self, path: Path, columns: Sequence[str]) -> Read:
         return readers.read_json(path, columns)
+
+    def names(self, path: Path) -> list[str]:
+        rows = (values for _, values in islice(self.read(path, ()), _FIRST_ROWS))
+        objects = [row for row in rows if isinstance(row, dict)]
+        return list(dict.fromkeys(name for row in objects for name in nested_names(row)))
 
 
 class Lines(Format):
@@ -92,6 +107,9 @@ class Text(Lines):
     def read(self, path: Path, columns: Sequence[str]) -> Read:
         return readers.read_text(path, columns)
 
+    def names(self, path: Path) -> list[str]:
+        return ["text"]
+
     def layout(self, path: Path, columns: Sequence[str]) -> Layout:
         column = readers.only_column(path, columns)
         return Layout(lambda lines: readers.text_rows(lines, column))
@@ -107,6 +125,9 @@ class Csv(Lines):
     def read(self, path: Path, columns: Sequence[str]) -> Read:
         return readers.read_csv(path, columns)
 
+    def names(self, path: Path) -> list[str]:
+        return names_of_table(path, csv.excel)
+
     def layout(self, path: Path, columns: Sequence[str]) -> Layout:
         return table_layout(path, columns, csv.excel, quoted=True)
 
@@ -118,6 +139,9 @@ class Tsv(Lines):
 
     def read(self, path: Path, columns: Sequence[str]) -> Read:
         return readers.read_tsv(path, columns)
+
+    def names(self, path: Path) -> list[str]:
+        return names_of_table(path, readers.PlainTabs)
 
     def layout(self, path: Path, columns: Sequence[str]) -> Layout:
         return table_layout(path, columns, readers.PlainTabs, quoted=False)
@@ -141,6 +165,9 @@ class Parquet(Format):
     def read(self, path: Path, columns: Sequence[str]) -> Read:
         return arrow.read_parquet(path, columns)
 
+    def names(self, path: Path) -> list[str]:
+        return list(arrow.open_parquet(path, ()).schema_arrow.names)
+
     def num_rows(self, path: Path) -> int | None:
         return arrow.num_parquet_rows(path)
 
@@ -155,6 +182,9 @@ class Arrow(Format):
 
     def read(self, path: Path, columns: Sequence[str]) -> Read:
         return arrow.read_arrow(path, columns)
+
+    def names(self, path: Path) -> list[str]:
+        return arrow.arrow_names(path)
 
     def num_rows(self, path: Path) -> int | None:
         return arrow.num_arrow_rows(path)

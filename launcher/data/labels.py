@@ -31,7 +31,8 @@ def class_name(value: Any) -> str:
     if name in WRITTEN_MISSING:
         raise RowProblem(MISSING, f"a label is {name!r}, as a missing value is written")
     if not name:
-        raise RowProblem(BAD_LABEL, f"{value!r} is not the name of a class")
+        hint = "; to learn numbers write data.problem: regression" if isinstance(value, float) else ""
+        raise RowProblem(BAD_LABEL, f"{value!r} is not the name of a class{hint}")
     if name.lower() in ("true", "false"):
         return name.lower()
     whole = WHOLE.fullmatch(name)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterable, Iterator
 from decimal import Decimal
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 WRITTEN_MISSING = {"nan", "NaN", "<NA>", "NaT", "#N/A"}
@@ -90,7 +92,15 @@ def missing(values: dict[str, Any], column: str) -> RowProblem:
         return RowProblem(
             MISSING, f"{column!r} is {'null' if values[column] is None else 'NaN, a missing value'}"
         )
-    return RowProblem(MISSING, f"no {column!r}; the row has {', '.join(map(repr, values)) or 'nothing'}")
+    there = ", ".join(map(repr, values)) or "nothing"
+    return RowProblem(MISSING, f"no {column!r}; the row has {there}{_nearest(column, tuple(values))}")
+
+
+@lru_cache(maxsize=256)
+def _nearest(column: str, names: tuple[str, ...]) -> str:
+    """Return a hint at the name that a missing column may have, or nothing; every row of a file asks alike."""
+    near = difflib.get_close_matches(column, [str(name) for name in names], n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _written(number: int | float | Decimal, column: str) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from launcher.data.aligned import look_at_pairs
 from launcher.data.files import find_files
+from launcher.data.folder import folder_of, with_places
 from launcher.data.formats import format_of, num_lines
 from launcher.data.parts import Part, Seen
 from launcher.data.rows import Read, Values
@@ -68,7 +69,7 @@ def look(source: Source, columns: Sequence[str], most: int = 1024) -> Sample:
 
 def _in_order(paths: Sequence[Path], columns: Sequence[str]) -> Iterator[Values]:
     for path in paths:
-        yield from (values for _, values in _read(path, columns))
+        yield from (with_places(values, columns, folder_of(path)) for _, values in _read(path, columns))
 
 
 def _read(path: Path, columns: Sequence[str]) -> Read:
@@ -119,10 +120,12 @@ def _look(parts: Sequence[Part], columns: Sequence[str], most: int) -> tuple[lis
 
 
 def _of_part(part: Part, columns: Sequence[str], wanted: int, whole: bool, phase: float) -> Seen:
-    one = format_of(part.path)
+    one, folder = format_of(part.path), folder_of(part.path)
     if not (whole and one.by_lines) and (seen := one.look(part, columns, wanted, phase)):
-        return seen
-    rows = [values for _, values in islice(_read(part.path, columns), part.first)]
+        return Seen(seen.num_rows, [with_places(values, columns, folder) for values in seen.rows])
+    rows = [
+        with_places(values, columns, folder) for _, values in islice(_read(part.path, columns), part.first)
+    ]
     return Seen(len(rows), rows)
 
 

@@ -116,8 +116,18 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Job:
     path = Path(path)
     content = read(path)
     problems = override(content, overrides or [])
-    problems += refused(content)
-    problems += profile.apply(content, path.resolve().parent)
+    job, others = examine(content, path.resolve().parent)
+    problems += others
+    if problems or job is None:
+        raise ConfigurationError(problems, str(path))
+    return job
+
+
+def examine(content: dict[str, Any], folder: Path) -> tuple[Job | None, list[Problem]]:
+    """Return the job of a job file's content, and all that is wrong with it; None where it is none. `content`
+    gets what its profile says beside; paths in it are relative to `folder`."""
+    problems = refused(content)
+    problems += profile.apply(content, folder)
     problems += refused(content)  # of the profile
     job, validated = validate(content)
     problems += validated
@@ -125,16 +135,14 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Job:
     if job is None:
         job, _ = validate(without(content, bad))
     if job is not None:
-        job, missing = paths.resolve(job, path.resolve().parent)
+        job, missing = paths.resolve(job, folder)
         problems += [problem for problem in missing if not _about(problem.key, bad)]
         problems += [
             finding.problem
             for finding in check.findings(job)
             if not any(_about(key, bad) for key in finding.keys)
         ]
-    if problems or job is None:
-        raise ConfigurationError(problems, str(path))
-    return job
+    return job, problems
 
 
 def _about(key: str, bad: set[str]) -> bool:

@@ -6,6 +6,7 @@ to what is made here.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import sys
@@ -90,6 +91,7 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
+@functools.cache
 def schema_text() -> str:
     """The JSON schema as it is written beside a job file."""
     return json.dumps(json_schema(), indent=2) + "\n"

@@ -57,7 +57,10 @@ def preview_job(
     job, per_node = with_network(job, network), GPUS_PER_NODE
     if gpu is None and job.cluster.gpu is None:
         hardware = Hardware.detect()
-        plan, per_node = plan_job(job, nproc, hardware, profiles=profiles), len(hardware.gpus)
+        # Of GPUs that are neither here nor named, the plan is the one that `submit` would make.
+        here = nproc is not None or bool(hardware.gpus) or job.cluster.gpus_per_node in ("auto", 0)
+        plan = plan_job(job, nproc, hardware, local=here, profiles=profiles)
+        per_node = len(hardware.gpus) or GPUS_PER_NODE
         target = target_here(plan, hardware, job.cluster.network)
         foreseen = forecast(plan, target, profiles)
         traced = forecast(plan, target, compared) if compared else None

@@ -75,7 +75,8 @@ def find(name: str) -> type[Task]:
         own: type[Task] = entry.load()
         return own
     known = names()
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    begun = [other for other in known if name and other.startswith(name)]
+    near = (begun or difflib.get_close_matches(name, known, n=1, cutoff=0.0))[0]
     raise ConfigurationError(
         Problem("model.task", name, f"no such task; there are {', '.join(known)}; the nearest is {near}")
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from launcher.tasks import media
+from launcher.tasks import media, roles
 from launcher.tasks.audio_columns import AudioColumns, without_packages
 from launcher.tasks.file_classification import FileClassification
 from launcher.tasks.hearing import Hearing, usual_extractor
@@ -20,6 +20,7 @@ class AudioClassification(FileClassification):
     traits = Traits("padded", causal=False, head="one-per-sample", unit="clip", reads_files=True)
     Columns = AudioColumns
     column_ways = (("audio", "label"),)
+    column_roles = roles.OF_SOUNDS
     head_name = "AudioClassification"
     file_key = "audio"
     # AutoProcessor would want a tokenizer beside it.

@@ -11,7 +11,7 @@ from launcher.data.rows import IfThere, RowProblem, check_encodable, required, t
 from launcher.errors import DataError
 from launcher.lazy import Lazy
 from launcher.metrics import Better
-from launcher.tasks import causal_columns
+from launcher.tasks import causal_columns, roles
 from launcher.tasks.causal_columns import CausalColumns
 from launcher.tasks.causal_samples import num_asked, question_of, sample_of
 from launcher.tasks.chat.rows import chat_columns, messages_of, texts_of, tools_of
@@ -62,6 +62,7 @@ class CausalLM(WritingTask):
     traits = Traits("packed", causal=True, head="every-position", peft_type="CAUSAL_LM")
     Columns = CausalColumns
     column_ways = (("prompt", "completion"), ("messages",), ("text",))
+    column_roles = roles.OF_CAUSAL_LM
     compared_by = EXACT | OVERLAP
     distils = True
     keeps_losses = True

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from launcher.data.labels import class_names
+from launcher.data.columns import Column, Kind, Overview
 from launcher.data.rows import Row
 from launcher.errors import ConfigurationError, DataError, Problem
 from launcher.lazy import Lazy
@@ -20,10 +20,11 @@ from launcher.tasks.classes import Classes, by_class, is_number, new_head, taken
 from launcher.tasks.distillation import TEACHER
 from launcher.tasks.label_answers import label_answers
 from launcher.tasks.label_columns import HF_PROBLEM, LabelColumns, measured
+from launcher.tasks.label_doubts import label_doubts
 from launcher.tasks.label_losses import LabelLoss, balanced, beginning, label_loss
 from launcher.tasks.label_scores import LabelScores, Thresholds
 from launcher.tasks.row_labels import label_array, label_of, names_in
-from launcher.tasks.task import Evaluator, Output, Sample, Task
+from launcher.tasks.task import FEW_ROWS, Evaluator, Output, Sample, Task
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,10 +33,6 @@ if TYPE_CHECKING:
     from launcher.tasks.task import AnswerOptions
 else:
     np, torch = Lazy("numpy"), Lazy("torch")
-
-
-_FEW_ROWS = 16
-"""Of fewer, that no two have the same class says nothing."""
 
 
 class Classification(Task):
@@ -54,14 +51,17 @@ class Classification(Task):
         self._bias: list[float] | None = None
         """Of a new head's outputs, from the training rows' labels."""
 
+    @classmethod
+    def settings_for(cls, columns: Mapping[str, Column], seen: Overview) -> dict[str, Any]:
+        kind = columns["label"].kind if "label" in columns else Kind.CLASS
+        if kind is Kind.NUMBER:
+            return {"problem": "regression"}
+        return {"problem": "multi-label"} if kind in (Kind.WORDS, Kind.TAGS) else {}
+
     def doubts(self, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-        if self.data.problem == "single-label" and not self.for_prediction and len(rows) >= _FEW_ROWS:
-            names = [name for row in rows for name in class_names(row, self._label_column, "single-label")]
-            if len(set(names)) == len(names):
-                yield (
-                    f"each of {len(rows)} rows has a class of its own, as {names[0][:40]!r}; is the label in "
-                    f"another column than {str(self._label_column)!r}?"
-                )
+        yield from super().doubts(rows)
+        if self.data.problem == "single-label" and not self.for_prediction and len(rows) >= FEW_ROWS:
+            yield from label_doubts(rows, self._label_column)
 
     def adopt(self, config: Any, as_it_stands: bool = False) -> None:
         """Take the classes of a model that has a classification head already. Raises ConfigurationError where

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from launcher.tasks import media
+from launcher.tasks import media, roles
 from launcher.tasks.file_classification import FileClassification
 from launcher.tasks.image_columns import ImageColumns
 from launcher.tasks.padding import weights
@@ -20,6 +20,7 @@ class ImageClassification(FileClassification):
     traits = Traits("padded", causal=False, head="one-per-sample", unit="image", reads_files=True)
     Columns = ImageColumns
     column_ways = (("image", "label"),)
+    column_roles = roles.OF_IMAGES
     head_name = "ImageClassification"
     file_key = "image"
     processor_class = "AutoProcessor"

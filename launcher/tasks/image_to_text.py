@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from launcher.data.rows import TOO_LONG, IfThere, RowProblem, text_of
 from launcher.errors import ConfigurationError, Problem
 from launcher.lazy import Lazy
-from launcher.tasks import media
+from launcher.tasks import media, roles
 from launcher.tasks.caption_columns import CaptionColumns
 from launcher.tasks.encoder_decoders import EncoderDecoderTask, written_texts
 from launcher.tasks.encoding import unfit
@@ -61,6 +61,7 @@ class ImageToText(EncoderDecoderTask):
     traits = Traits("padded", causal=False, head="every-position", unit="image", reads_files=True)
     Columns = CaptionColumns
     column_ways = (("image", "text"),)
+    column_roles = roles.OF_CAPTIONS
     compared_by = OVERLAP | EXACT
     processor_class = "AutoImageProcessor"
     joins_tokenizer = True
@@ -88,6 +89,9 @@ class ImageToText(EncoderDecoderTask):
 
     def _text(self, row: dict[str, Any]) -> str:
         return "" if self.for_prediction else text_of(row, self.data.text)
+
+    def why_absent(self, row: dict[str, Any]) -> RowProblem | None:
+        return media.why_absent(media.named(row, self.data.file_columns))
 
     def sample_lengths(self, tokens: Sequence[int], added: int) -> list[int]:
         return [1]

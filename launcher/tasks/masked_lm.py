@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from launcher.data.rows import EMPTY, NOTHING_TO_LEARN, RowProblem, text_of
 from launcher.errors import ConfigurationError, Problem
 from launcher.lazy import Lazy
+from launcher.tasks import roles
 from launcher.tasks.encoding import encode_usable, special_tokens, tokenise, too_long, unfit
 from launcher.tasks.masked_columns import MaskedColumns
 from launcher.tasks.masking import hide, num_hidden, units_of
@@ -53,6 +54,7 @@ class MaskedLM(Task):
     keeps_losses = True
     Columns = MaskedColumns
     column_ways = (("text",),)
+    column_roles = roles.OF_MASKED_LM
     data: MaskedColumns
     metrics: Mapping[str, Better] = {"loss": "lower", "perplexity": "lower", "accuracy": "higher"}
 

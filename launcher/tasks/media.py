@@ -6,6 +6,7 @@ What is decoded of a file is never stored. It is made anew for each batch, and w
 from __future__ import annotations
 
 from pathlib import Path
+from stat import S_ISREG
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from launcher.data.rows import BAD_VALUE, EMPTY, MISSING, UNREADABLE, RowProblem, is_missing, missing
@@ -55,6 +56,22 @@ def named(row: Mapping[str, Any], columns: Sequence[str]) -> str | bytes:
     if isinstance(value, str):
         raise RowProblem(EMPTY, f"{column!r} names no file")
     raise RowProblem(BAD_VALUE, f"{column!r} is a {type(value).__name__}, not a path or bytes")
+
+
+def why_absent(value: str | bytes) -> RowProblem | None:
+    """Return why there are no bytes where a row names a file, by a look at the folder; None where there are
+    some."""
+    if isinstance(value, bytes):
+        return None if value else RowProblem(EMPTY, "no bytes in it")
+    try:
+        status = Path(value).stat()
+    except (OSError, ValueError) as error:
+        if not isinstance(error, FileNotFoundError):
+            return RowProblem(UNREADABLE, f"{value}: {getattr(error, 'strerror', None) or error}")
+        return RowProblem(MISSING, f"{value}: no such file; paths are relative to the file that names them")
+    if not S_ISREG(status.st_mode):
+        return RowProblem(UNREADABLE, f"{value}: is no file")
+    return None if status.st_size else RowProblem(EMPTY, f"{value}: no bytes in it")
 
 
 def content(value: str | bytes) -> Content:

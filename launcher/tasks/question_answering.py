@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from launcher.data.columns import Column, Kind, Overview
 from launcher.data.rows import BAD_LABEL, IfThere, RowProblem, text_of
 from launcher.lazy import Lazy
-from launcher.tasks import answer_spans, question_columns
+from launcher.tasks import answer_spans, question_columns, roles
 from launcher.tasks.answer_losses import span_loss
 from launcher.tasks.answer_scores import NUM_COMPARED, AnswerScores, answer_of, pointed
 from launcher.tasks.answer_spans import IMPOSSIBLE, Answer
@@ -53,6 +54,7 @@ class QuestionAnswering(Task):
     keeps_losses = True
     Columns = QuestionColumns
     column_ways = (("question", "context", "answers"),)
+    column_roles = roles.OF_QUESTIONS
     data: QuestionColumns
 
     def __init__(self, data: QuestionColumns, labels: list[str] | None = None) -> None:
@@ -64,6 +66,15 @@ class QuestionAnswering(Task):
         """Where it does, the token of which every sequence has three."""
         self._threshold = 0.5 if data.no_answer_threshold == "fit" else data.no_answer_threshold
         self._was_fitted = False
+
+    @classmethod
+    def settings_for(cls, columns: Mapping[str, Column], seen: Overview) -> dict[str, Any]:
+        answers, settings = columns.get("answers"), dict[str, Any]()
+        if answers is not None and answers.kind is not Kind.ANSWERS and "answer_start" in seen.names:
+            settings["answer_start"] = "answer_start"
+        if IMPOSSIBLE in seen.names or (answers is not None and answers.num_empty):
+            settings["unanswerable"] = True
+        return settings
 
     def checks(self) -> Iterator[Finding]:
         yield from super().checks()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.data.rows import RowProblem, text_of
 from launcher.lazy import Lazy
+from launcher.tasks import roles
 from launcher.tasks.classification import Classification
 from launcher.tasks.encoding import encode_usable, special_tokens, unfit
 from launcher.tasks.label_columns import LabelledColumns, contradictions, text_contradictions
@@ -32,6 +33,7 @@ class SequenceClassification(Classification):
     traits = Traits("padded", causal=False, head="one-per-sample", peft_type="SEQ_CLS")
     Columns = LabelledColumns
     column_ways = (("text", "label"),)
+    column_roles = roles.OF_TEXTS
     head_name = "SequenceClassification"
     distils = True
     data: LabelledColumns

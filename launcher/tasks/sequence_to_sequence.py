@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.data.rows import EMPTY, TOO_LONG, IfThere, RowProblem, text_of
 from launcher.lazy import Lazy
+from launcher.tasks import roles
 from launcher.tasks.encoder_decoders import EncoderDecoderTask, written_texts
 from launcher.tasks.encoding import encode_usable, special_tokens, unfit
 from launcher.tasks.generation import GenerationOptions, padded_prompts
@@ -36,6 +37,7 @@ class SequenceToSequence(EncoderDecoderTask):
     )
     Columns = PairColumns
     column_ways = (("source", "target"),)
+    column_roles = roles.OF_PAIRS
     compared_by = OVERLAP
     data: PairColumns
 

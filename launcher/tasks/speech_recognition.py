@@ -11,7 +11,7 @@ from launcher.data.rows import Row, RowProblem
 from launcher.errors import ConfigurationError, DataError, Problem, first_line
 from launcher.lazy import Lazy
 from launcher.metrics import Better
-from launcher.tasks import classes, media
+from launcher.tasks import classes, media, roles
 from launcher.tasks.audio_columns import without_packages
 from launcher.tasks.encoder_decoders import written_texts
 from launcher.tasks.generation import AnswerOptions, GenerationOptions
@@ -40,6 +40,7 @@ class SpeechRecognition(WritingTask):
     traits = Traits("padded", causal=False, head="few-per-position", unit="clip", reads_files=True)
     Columns = SpeechColumns
     column_ways = (("audio", "text"),)
+    column_roles = roles.OF_SPEECH
     processor_class = "AutoProcessor"
     data: SpeechColumns
 
@@ -83,6 +84,9 @@ class SpeechRecognition(WritingTask):
         if not self.for_prediction:
             spoken(row, self.data)
         return []
+
+    def why_absent(self, row: dict[str, Any]) -> RowProblem | None:
+        return media.why_absent(media.named(row, self.data.file_columns))
 
     def sample_lengths(self, tokens: Sequence[int], added: int) -> list[int]:
         return [1]

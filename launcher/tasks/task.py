@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from launcher.data.columns import Column, Overview, number_in
 from launcher.data.rows import Row, RowProblem
 from launcher.data.section import Data
 from launcher.metrics import Better
@@ -20,6 +21,7 @@ from launcher.tasks.distillation import Distillation
 from launcher.tasks.evaluator import KEEPS_LOSSES, Evaluator, Output
 from launcher.tasks.findings import Finding, Left, finding
 from launcher.tasks.generation import AnswerOptions, Evaluation, GenerationOptions
+from launcher.tasks.roles import Role
 from launcher.tasks.sample import IGNORE, Draws, Encoded, Sample, ends_of, sample_at
 from launcher.tasks.traits import Head, SampleLayout, Traits
 
@@ -43,6 +45,10 @@ __all__ += ["Left", "Output", "Sample", "SampleLayout", "Task", "Traits", "ends_
 """All that the module of a task needs of the contract, from one place."""
 
 
+FEW_ROWS = 16
+"""Of fewer rows, what they have in common says nothing."""
+
+
 class Task(ABC):
     """One kind of learning, from the columns of a row to the metrics of an evaluation."""
 
@@ -54,6 +60,8 @@ class Task(ABC):
     own columns."""
     column_ways: ClassVar[tuple[tuple[str, ...], ...]]
     """The columns that a job may name, one way or another: what `launcher init` asks for."""
+    column_roles: ClassVar[Mapping[str, Role]] = {}
+    """Which columns of a file `launcher init` offers for them; of one left out, any column of text."""
     layout: SampleLayout
     """How samples share a pass in `collate`: as the plan says, else as most models of the task can."""
     head: Head = "chunked"
@@ -87,6 +95,11 @@ class Task(ABC):
         self.labels_given = labels is not None
         """Whether the classes were given, as for a model that has them, rather than taken from training rows."""
 
+    @classmethod
+    def settings_for(cls, columns: Mapping[str, Column], seen: Overview) -> dict[str, Any]:
+        """Return further keys of `data` that the rows of a new job ask for. `columns`: that of each role."""
+        return {}
+
     # Asked by the job file and the planner, with no tokenizer and no model at hand.
 
     def checks(self) -> Iterator[Finding]:
@@ -117,7 +130,20 @@ class Task(ABC):
     def doubts(self, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
         """Yield what makes one doubt, of some usable rows, that their columns are what the job takes them
         for."""
-        yield from ()
+        texts = [self.texts(row) for row in rows]
+        if len(rows) < FEW_ROWS or not all(texts):
+            return
+        if all(number_in(each[0]) is not None for each in texts):
+            what, column = f"a number for a text, as {texts[0][0][:40]!r}", self.columns[0]
+            yield f"each of {len(rows)} rows has {what}; is the text in another column than {column!r}?"
+        if all(len(each) > 1 and each[0] == each[1] for each in texts):
+            names = " and ".join(map(repr, self.columns[:2]))
+            yield f"each of {len(rows)} rows has the same text twice, in {names}; name another column for one"
+
+    def why_absent(self, row: dict[str, Any]) -> RowProblem | None:
+        """Return why the file that a usable row names is not there; None where it is, and where rows name
+        none."""
+        return None
 
     def added_tokens(self, num_texts: int, tokenizer: Any | None) -> int:
         """Return how many tokens a sample has beside its texts. `tokenizer`: of tokenizers, or None."""

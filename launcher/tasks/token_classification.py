@@ -6,16 +6,18 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from launcher.data.columns import Column, Overview
 from launcher.data.rows import BAD_LABEL, Row, RowProblem
 from launcher.errors import ConfigurationError, DataError, Problem
 from launcher.lazy import Lazy
-from launcher.tasks import classes, schemes, tagged_answers, tagged_rows, tagged_samples
+from launcher.tasks import classes, roles, schemes, tagged_answers, tagged_rows, tagged_samples
 from launcher.tasks.classes import Classes
 from launcher.tasks.encoding import encode_usable, special_tokens, tokenise, unfit
 from launcher.tasks.tag_scores import TagScores
 from launcher.tasks.tagged_rows import Marked, TaggedColumns
 from launcher.tasks.tagged_samples import Pieces
 from launcher.tasks.task import (
+    FEW_ROWS,
     IGNORE,
     KEEPS_LOSSES,
     AnswerOptions,
@@ -56,6 +58,7 @@ class TokenClassification(Task):
     keeps_losses = True
     Columns = TaggedColumns
     column_ways = (("words", "tags"), ("text", "spans"))
+    column_roles = roles.OF_WORDS
     data: TaggedColumns
     needs_labels = True
 
@@ -63,6 +66,15 @@ class TokenClassification(Task):
         super().__init__(data, labels)
         self._around = Around((), ())
         self._pad = 0
+
+    @classmethod
+    def settings_for(cls, columns: Mapping[str, Column], seen: Overview) -> dict[str, Any]:
+        if (tags := columns.get("tags")) is None:
+            return {}
+        prefixes = {parts[0] if (parts := schemes.split(name)) else "" for name in tags.values}
+        if "" in prefixes:
+            return {"scheme": "none"}
+        return {"rows_scheme": "BIOES"} if prefixes & {"E", "S"} else {}
 
     def checks(self) -> Iterator[Finding]:
         yield from super().checks()
@@ -84,6 +96,14 @@ class TokenClassification(Task):
 
     def texts(self, row: dict[str, Any]) -> list[str]:
         return [self._read(row).text]
+
+    def doubts(self, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+        yield from super().doubts(rows)
+        names = [name for row in rows for name in self._read(row).tags or ()]
+        tags = set(names)
+        if len(rows) >= FEW_ROWS and self.data.scheme == "none" and 2 * len(tags) > len(names):
+            what = f"{len(names)} words in {len(rows)} rows have {len(tags)} different tags, as {min(tags)!r}"
+            yield f"{what}; are the tags in another column than {self._label_column!r}?"
 
     def added_tokens(self, num_texts: int, tokenizer: Any | None) -> int:
         return special_tokens(tokenizer)

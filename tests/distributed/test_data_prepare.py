@@ -378,7 +378,8 @@ def test_rows_that_cannot_be_used_are_refused_by_file_and_line(tmp_path: Path) -
 def test_no_row_that_can_be_used(tmp_path: Path) -> None:
     with pytest.raises(
         DataError,
-        match=r"none of 2 rows can be used; 2 missing key, the first at .*line 1 \(.*the row has 'txt'\)$",
+        match=r"none of 2 rows can be used; 2 missing key, the first at .*line 1 "
+        r"\(.*the row has 'txt'; did you mean 'txt'\?\)$",
     ):
         made(text_data(tmp_path, [{"txt": "a"}, {"txt": "b"}]))
     with pytest.raises(DataError, match="none of 0 rows"):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import inspect
-import io
 import json
 import os
 import pty
+import select
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -322,122 +324,62 @@ def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(json.loads(capsys.readouterr().out)["required"]) == {"name", "model", "data"}
 
 
-def test_init_by_flags_makes_a_valid_job(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = [
-        "--model",
-        "org/model",
-        "--train",
-        "train.jsonl",
-        "--column",
-        "prompt=question",
-        "--column",
-        "completion=answer",
-    ]
-    assert call("init", "--out", "new.yaml", *flags) == 0
-    text = Path("new.yaml").read_text()
-    assert text.startswith("# yaml-language-server: $schema=job.schema.json\n")
-    assert json.loads(Path("job.schema.json").read_text())["title"] == "Job"
-    assert call("validate", "new.yaml") == 0
-    assert "model-train is a valid job" in capsys.readouterr().out
+def answering(answers: list[bytes], *arguments: str) -> tuple[int, str]:
+    """Exit code and output of a command on a terminal, where each answer is typed once a question stands there."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "launcher.cli.main", *arguments]
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    os.close(theirs)
+    left, output, seen = list(answers), b"", 0
+    try:
+        while select.select([ours], [], [], 240)[0]:
+            try:
+                output += os.read(ours, 4096)
+            except OSError:  # the other end is closed
+                break
+            if output.endswith((b"]: ", b"sounds): ", b"hub: ")) and len(output) > seen and left:
+                time.sleep(0.1)  # until readline has the terminal
+                os.write(ours, left.pop(0))
+                seen = len(output)
+        return process.wait(timeout=60), output.decode()
+    finally:
+        process.kill()
+        os.close(ours)
 
 
-def test_init_for_a_model_of_few_positions(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = job.parent / "encoder"
-    model.mkdir()
-    (model / "config.json").write_text('{"model_type": "bert", "max_position_embeddings": 64}')
-    flags = [
-        "--model",
-        "./encoder",
-        "--task",
-        "sequence-classification",
-        "--train",
-        "train.jsonl",
-        "--column",
-        "text=a",
-        "--column",
-        "label=b",
-    ]
-    assert call("init", "--out", "few.yaml", *flags) == 0
-    assert "max_length: 64\n" in (job.parent / "few.yaml").read_text()
-    assert call("validate", "few.yaml") == 0
-
-
-def test_init_for_a_pair(job: Path) -> None:
-    flags = [
-        "--model",
-        "org/model",
-        "--task",
-        "sequence-classification",
-        "--train",
-        "train.jsonl",
-        "--evaluation",
-        "train.jsonl",
-    ]
+def test_init_on_a_terminal_completes_files_and_keeps_answers(job: Path) -> None:
+    """The tab key completes a file's name, and Ctrl-D in the middle loses nothing."""
+    answers = [b"tr\t\n", b"\n", b"causal-lm\n", b"\n", b"\n", b"\n", b"\x04"]
+    code, shown = answering(answers, "init", "--out", "asked.yaml")
+    assert code == 130, shown
+    assert "train.jsonl: 1 rows" in shown
     assert (
-        call(
-            "init",
-            "--out",
-            "pair.yaml",
-            *flags,
-            "--column",
-            "text=premise,hypothesis",
-            "--column",
-            "label=label",
-        )
-        == 0
+        "the answers so far are in asked.unfinished.yaml; go on with: launcher init --out asked.yaml" in shown
     )
-    assert call("validate", "pair.yaml") == 0
+    assert not Path("asked.yaml").exists()
+    assert "task: causal-lm" in Path("asked.unfinished.yaml").read_text()
 
 
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        (["--out", "job.yaml", "--train", "train.jsonl", "--column", "text=a"], "is there already"),
-        (
-            ["--out", "no/job.yaml", "--train", "train.jsonl", "--column", "text=a"],
-            "the folder no is not there",
-        ),
-        (["--train", "train.jsonl", "--column", "question"], "ROLE=COLUMN"),
-        (["--train", "train.jsonl", "--column", "question=a"], "ROLE=COLUMN"),
-        (["--column", "text=a"], "--train: is missing, and there is no terminal"),
-        (["--train", "trian.jsonl", "--column", "text=a"], "the nearest there is train.jsonl"),
-    ],
-)
-def test_init_refused_leaves_nothing_behind(
-    job: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    flags: list[str],
-    said: str,
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there are GPUs here")
+@pytest.mark.parametrize("command", ["plan", "render --out out"])
+def test_of_gpus_that_nobody_named_it_is_said_what_was_assumed(
+    command: str, job: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO())
-    before = sorted(path.name for path in job.parent.iterdir())
-    out = [] if "--out" in flags else ["--out", "new.yaml"]
-    assert call("init", "--model", "org/model", *out, *flags) == 2
-    assert said in capsys.readouterr().err
-    assert sorted(path.name for path in job.parent.iterdir()) == before
-    assert job.read_text() == GOOD
-
-
-def test_init_over_a_file_that_is_there(job: Path) -> None:
+    name, *out = command.split()
+    sizes = "hidden_size: 64, intermediate_size: 128, num_hidden_layers: 2, num_attention_heads: 4, vocab_size: 99"
+    config = f"model.config={{model_type: llama, {sizes}, max_position_embeddings: 2048}}"
+    flags = [*out, "--set", config, "--set", "cluster.gpus_per_node=8"]
+    assert call(name, "job.yaml", *flags) == 0
+    shown = capsys.readouterr()
     assert (
-        call("init", "--model", "org/other", "--train", "train.jsonl", "--column", "text=a", "--force") == 0
+        "warning: the memory of the GPUs that it will run on is not known here; name them: cluster.gpu"
+        in shown.err
     )
-    assert "org/other" in job.read_text()
-
-
-def test_init_asks_on_a_terminal(job: Path) -> None:
-    code, shown = on_terminal(
-        "init", "--out", "asked.yaml", typed="org/model\n\ntrain.jsonl\n\n\nquestion\nanswer\n"
-    )
-    assert code == 0, shown
-    text = Path("asked.yaml").read_text()
-    assert "prompt: question" in text and "completion: answer" in text
-
-
-def test_init_refuses_rows_it_does_not_know(job: Path) -> None:
-    code, shown = on_terminal("init", "--out", "asked.yaml", typed="org/model\n\ntrain.jsonl\n\npictures\n")
-    assert code == 2 and "write prompt, messages or text" in shown
+    assert "memory.activation_checkpointing = full" in shown.err
+    if name == "plan":
+        assert "8 ranks on cuda" in shown.out and "Memory of a rank" in shown.out
+    assert call(name, "job.yaml", *flags, "--set", "cluster.gpu=h100-80gb") == 0
+    assert "warning:" not in capsys.readouterr().err
 
 
 def test_completion_knows_the_commands(job: Path) -> None:
@@ -455,6 +397,39 @@ def test_completion_knows_the_commands(job: Path) -> None:
         timeout=600,
     )
     assert "validate" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "cursor", "offered"),
+    [
+        ("launcher validate ", 2, {"job.yaml", "models/", "runs/"}),
+        ("launcher init --train ", 3, {"train.jsonl", "models/", "runs/"}),
+        ("launcher init --model mo", 3, {"models/tiny"}),
+        ("launcher init --task seq", 3, {"sequence-classification", "sequence-to-sequence"}),
+        ("launcher init --gpu h100", 3, {"h100-80gb", "h100-pcie", "h100-nvl"}),
+        ("launcher status ", 2, {"small"}),
+        ("launcher evaluate mo", 2, {"models/tiny"}),
+        ("launcher predict small --input t", 4, {"train.jsonl"}),
+        ("launcher run job.yaml --set training.opt", 4, {"training.optimizer="}),
+    ],
+)
+def test_completion_knows_files_and_names(
+    words: str, cursor: int, offered: set[str], job: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (job.parent / "models/tiny").mkdir(parents=True)
+    (job.parent / "models/tiny/config.json").write_text("{}")
+    (job.parent / "runs/small").mkdir(parents=True)
+    (job.parent / "runs/small/plan.json").write_text("{}")
+    monkeypatch.setenv("HF_HUB_CACHE", str(job.parent / "none"))
+    completion = {"_LAUNCHER_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(cursor)}
+    result = subprocess.run(
+        [sys.executable, "-m", "launcher.cli.main"],
+        env={**os.environ, **completion},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert set(result.stdout.split()) == offered, result.stderr
 
 
 def test_no_command_catches_errors_itself() -> None:

@@ -26,7 +26,7 @@ def stand_in(folder: Path, named: str, columns: Sequence[str]) -> Path:
     if not path.suffix:  # a folder whose files are the rows
         (path / "word").mkdir(parents=True)
         for ending in ("jpg", "wav"):
-            (path / "word" / f"0.{ending}").touch()
+            (path / "word" / f"0.{ending}").write_bytes(b"x")
         return path
     row: dict[str, Any] = {column: OF_ONE_WORD.get(column, "word") for column in columns}
     if path.suffix == ".conll":

@@ -27,7 +27,7 @@ COLUMNS = (FileColumnIfThere("file_name", IMAGES), FileColumnIfThere("image", IM
 def folder_of(path: Path, *names: str) -> Path:
     for name in names:
         (path / name).parent.mkdir(parents=True, exist_ok=True)
-        (path / name).touch()
+        (path / name).write_bytes(b"x")
     return path
 
 

@@ -365,7 +365,18 @@ def test_without_gpus_the_way_to_plan_for_some_is_said(job: Job, monkeypatch: py
         ConfigurationError,
         match=r"0 seen on this machine; write 0 .*`launcher plan --gpu NAME`, or cluster\.gpu",
     ):
-        preview_job(changed(job, cluster={"nodes": 2}))
+        plan_job(changed(job, cluster={"nodes": 2}), None)
+
+
+def test_gpus_that_nobody_named_are_planned_for_and_it_is_said(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Hardware, "detect", classmethod(lambda cls: Hardware(2, 1 << 34)))
+    wanted = changed(job, cluster={"nodes": 2})
+    shown = preview_job(wanted)
+    assert shown.plan == plan_job(wanted, None, local=False)
+    assert "name them: cluster.gpu" in str(shown.plan.blind())
+    assert shown.forecast is not None and shown.forecast.target.memory_bytes == 0
 
 
 def test_of_a_cpu_the_rate_is_its_own_and_hours_are_of_ranks(tmp_path: Path) -> None:

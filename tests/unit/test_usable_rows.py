@@ -16,6 +16,7 @@ from launcher.job.schema import Job
 from launcher.planner.dataset.findings import Findings
 from launcher.planner.dataset.usable_rows import look_at_rows
 from launcher.planner.search import plan_job
+from tests.unit.small_rows import NAMES, WAYS, write_rows
 
 TEXTS = [{"text": f"row {number}", "label": ("x", "y")[number % 2]} for number in range(40)]
 
@@ -72,11 +73,145 @@ def test_a_wrong_column_is_a_problem_with_every_task(task: str, tmp_path: Path) 
         plan_job(job(tmp_path, TEXTS, task, "rows.jsonl", **WRONG[task]))
 
 
+@pytest.mark.parametrize(("task", "way"), WAYS, ids=NAMES)
+def test_small_rows_of_every_task_say_nothing(task: str, way: tuple[str, ...], tmp_path: Path) -> None:
+    rows = write_rows(tmp_path, way, number=20).read_text()
+    assert look(tmp_path, rows, task, **{role: role for role in way}) == Findings()
+
+
+@pytest.mark.parametrize(("task", "way"), WAYS, ids=NAMES)
+def test_an_empty_column_is_a_problem_with_every_task(
+    task: str, way: tuple[str, ...], tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in write_rows(tmp_path, way).read_text().splitlines()]
+    empty = way[-1]
+    rows = [row | {empty: type(row[empty])()} for row in rows]
+    findings = look(tmp_path, rows, task, **{role: role for role in way})
+    if empty == "spans":  # texts without any entity
+        assert findings == Findings()
+    else:
+        assert findings.problems[0].reason.startswith("none of 12 rows can be used, one of them for: ")
+
+
+@pytest.mark.parametrize(("task", "way"), WAYS, ids=NAMES)
+def test_the_nearest_name_is_offered_for_a_wrong_column(
+    task: str, way: tuple[str, ...], tmp_path: Path
+) -> None:
+    rows = write_rows(tmp_path, way).read_text()
+    [problem] = look(tmp_path, rows, task, **{role: role for role in way} | {way[0]: f"{way[0]}z"}).problems
+    assert problem.reason.endswith(f"; did you mean {way[0]!r}?")
+
+
+@pytest.mark.parametrize(("task", "way"), [case for case in WAYS if case[1][0] in ("image", "audio")])
+def test_files_that_are_not_there_are_a_problem(task: str, way: tuple[str, ...], tmp_path: Path) -> None:
+    rows, columns = write_rows(tmp_path, way).read_text(), {role: role for role in way}
+    suffix = "png" if way[0] == "image" else "wav"
+    (tmp_path / f"3.{suffix}").write_bytes(b"")
+    (tmp_path / f"5.{suffix}").unlink()
+    [remark] = look(tmp_path, rows, task, **columns).remarks
+    assert re.match(
+        r"2 of 12 rows cannot be used, one of them for: empty: .*3\.\w+: no bytes in it", remark.reason
+    )
+    for file in tmp_path.glob(f"*.{suffix}"):
+        file.unlink()
+    [problem] = look(tmp_path, rows, task, **columns).problems
+    hint = r"no such file; paths are relative to the file that names them"
+    assert re.match(
+        rf"none of 12 rows can be used, one of them for: missing key: .*\d\.\w+: {hint}", problem.reason
+    )
+    (tmp_path / f"0.{suffix}").mkdir()
+    assert "is no file" in look(tmp_path, rows.splitlines()[0] + "\n", task, **columns).problems[0].reason
+
+
+def test_of_many_files_some_are_looked_for(tmp_path: Path) -> None:
+    rows = [{"image": f"{number}.png", "label": "a"} for number in range(2000)]
+    [problem] = look(tmp_path, rows, "image-classification", image="image").problems
+    assert re.match(r"none of 2\d\d rows that were looked at can be used", problem.reason)
+
+
+def test_an_answer_that_is_not_in_its_context_is_a_problem(tmp_path: Path) -> None:
+    rows = [{"question": "q", "context": "a b", "answers": {"text": ["c"], "answer_start": [0]}}] * 20
+    [problem] = look(tmp_path, rows, "question-answering", question="question").problems
+    assert "at character 0 stands 'a', not 'c'; it stands nowhere in it" in problem.reason
+
+
+def test_tags_and_words_of_different_lengths_are_a_problem(tmp_path: Path) -> None:
+    rows = [{"words": ["a", "b"], "tags": ["O"]}] * 20
+    [problem] = look(tmp_path, rows, "token-classification", words="words", tags="tags").problems
+    assert problem.reason.endswith("2 words in 'words' and 1 tags in 'tags'")
+
+
+def test_words_in_the_place_of_tags_are_doubted(tmp_path: Path) -> None:
+    rows = [{"words": [f"w{n}", f"v{n}", f"u{n}"], "tags": ["DET", "NOUN", "VERB"]} for n in range(40)]
+    findings = look(tmp_path, rows, "token-classification", words="tags", tags="words", scheme="none")
+    [remark] = findings.remarks
+    assert (
+        remark.reason
+        == "120 words in 40 rows have 120 different tags, as 'u0'; are the tags in another column than 'words'?"
+    )
+    assert (
+        look(tmp_path, rows, "token-classification", words="words", tags="tags", scheme="none") == Findings()
+    )
+
+
+def test_numbers_in_the_place_of_a_text_are_doubted(tmp_path: Path) -> None:
+    rows = [{"text": f"row {number}", "id": number} for number in range(20)]
+    for task in ("causal-lm", "masked-lm"):
+        [remark] = look(tmp_path, rows, task, text="id").remarks
+        assert re.fullmatch(
+            r"each of 20 rows has a number for a text, as '\d+'; is the text in another column than 'id'\?",
+            remark.reason,
+        )
+
+
+def test_the_same_text_twice_is_doubted(tmp_path: Path) -> None:
+    rows = [{"en": f"row {number}", "de": f"row {number}"} for number in range(20)]
+    [remark] = look(tmp_path, rows, "sequence-to-sequence", source="en", target="de").remarks
+    assert (
+        remark.reason
+        == "each of 20 rows has the same text twice, in 'en' and 'de'; name another column for one"
+    )
+
+
+def test_texts_and_numbers_as_labels_are_doubted(tmp_path: Path) -> None:
+    """Labels that come again, and are no classes all the same."""
+    rows = [
+        {"text": f"row {number}", "label": f"a label {number % 30} of {'many ' * 12}"} for number in range(40)
+    ]
+    [remark] = look(tmp_path, rows, "sequence-classification", text="text", label="label").remarks
+    assert remark.reason.startswith(
+        "30 classes in 40 rows have names of 72 characters in the mean; is the label in"
+    )
+    rows = [{"text": f"row {number}", "label": str(number % 8 / 4)} for number in range(40)]
+    [remark] = look(tmp_path, rows, "sequence-classification", text="text", label="label").remarks
+    assert re.fullmatch(
+        r"the label 'label' holds numbers, as [\d.]+, and each is taken for a class, 8 in 40 rows; to learn "
+        r"numbers write data.problem: regression",
+        remark.reason,
+    )
+    rows = [{"text": f"row {number}", "label": 0.25} for number in range(40)]
+    [problem] = look(tmp_path, rows, "sequence-classification", text="text", label="label").problems
+    assert problem.reason.endswith(
+        "0.25 is not the name of a class; to learn numbers write data.problem: regression"
+    )
+
+
 def test_a_table_without_a_header_is_a_problem(tmp_path: Path) -> None:
     table = "".join(f"{row['label']}\t{row['text']}\n" for row in TEXTS)
     [problem] = look(tmp_path, table, name="rows.tsv").problems
     assert "has no column 'text'; it has 'x', 'row 0'" in problem.reason
     assert "name columns by number from 0" in problem.reason
+
+
+def test_a_header_that_is_taken_for_a_row_is_doubted(tmp_path: Path) -> None:
+    table = "sentence,class\n" + "".join(f"{row['text']},{row['label']}\n" for row in TEXTS)
+    by_number = {"text": "0", "label": "1"}
+    [remark] = look(tmp_path, table, "sequence-classification", "rows.csv", **by_number).remarks
+    assert remark.reason.startswith(
+        "its first line (sentence, class) reads as a header, and is taken for a row"
+    )
+    body = table.partition("\n")[2]
+    assert look(tmp_path, body, "sequence-classification", "rows.csv", **by_number) == Findings()
 
 
 def test_a_file_without_rows_is_a_problem(tmp_path: Path) -> None:
@@ -118,7 +253,8 @@ def test_a_text_in_the_place_of_the_label_is_doubted(tmp_path: Path) -> None:
     swapped = {"text": "label", "label": "text"}
     [remark] = look(tmp_path, TEXTS, "sequence-classification", **swapped).remarks
     assert re.fullmatch(
-        r"each of 40 rows has a class of its own, as 'row \d+'; is the label in another column than 'text'\?",
+        r"each of 40 rows has a class of its own, as 'row \d+'; is the label in another column than 'text'\? "
+        r"'label' has 2 different values",
         remark.reason,
     )
     assert look(tmp_path, TEXTS[:9], "sequence-classification", **swapped) == Findings()

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from launcher import tasks
 from launcher.data.files import find_files, is_there
-from launcher.data.rows import RowProblem
+from launcher.data.formats import format_of
+from launcher.data.rows import RowProblem, Values, required
 from launcher.data.sample import Sample, look, too_large
 from launcher.data.section import Data, Source, Sources
 from launcher.errors import DataError, Problem
@@ -16,6 +17,9 @@ from launcher.planner.dataset.findings import Findings
 from launcher.planner.dataset.token_lengths import texts_or_problem
 from launcher.tasks.mixed import data_of
 from launcher.tasks.task import Task
+
+_FILES = 256
+"""Of a source, that are looked for: on a file system over a network each takes a message or two."""
 
 
 def sample_of(source: Source, data: Data, task: str) -> Sample:
@@ -74,14 +78,17 @@ def _of_source(key: str, source: Source, task: Task) -> Findings:
         return Findings((Problem(key, source.path, str(error)),))
     if not seen.rows:
         return Findings((Problem(key, source.path, "has no rows"),))
-    texts = [texts_or_problem(row, task) for row in seen.rows]
-    unusable = [why for why in texts if isinstance(why, RowProblem)]
+    if task.traits.reads_files and len(seen.rows) > _FILES:
+        seen = Sample(seen.num_rows, seen.rows[:: -(-len(seen.rows) // _FILES)])
+    problems = [_why_unusable(row, task) for row in seen.rows]
+    unusable = [why for why in problems if why is not None]
     usable = [
         row
-        for row, why in zip(seen.rows, texts, strict=True)
-        if not isinstance(row, RowProblem) and not isinstance(why, RowProblem)
+        for row, why in zip(seen.rows, problems, strict=True)
+        if not isinstance(row, RowProblem) and why is None
     ]
-    doubts = tuple(Problem(key, source.path, doubt) for doubt in task.doubts(usable))
+    header = [doubt for file in files[:1] if (doubt := _header_as_row(file, task))]
+    doubts = tuple(Problem(key, source.path, doubt) for doubt in (*header, *task.doubts(usable)))
     if not unusable:
         return Findings(remarks=doubts)
     problem = Problem(key, source.path, _described(unusable, seen))
@@ -89,6 +96,27 @@ def _of_source(key: str, source: Source, task: Task) -> Findings:
     if not usable or policy == "refuse" or (policy == "drop-few" and is_most):
         return Findings((problem,), doubts)
     return Findings(remarks=(problem, *doubts))
+
+
+def _header_as_row(file: Path, task: Task) -> str | None:
+    """Return a doubt about a table whose columns are named by number and whose first line reads as a header."""
+    if file.suffix.lower() not in (".csv", ".tsv") or not all(map(str.isdecimal, required(task.columns))):
+        return None
+    names = format_of(file).names(file)
+    if all(map(str.isdecimal, names)):
+        return None
+    return (
+        f"its first line ({', '.join(names)}) reads as a header, and is taken for a row, as columns are named "
+        "by number; name them as it does"
+    )
+
+
+def _why_unusable(row: Values, task: Task) -> RowProblem | None:
+    """Return why a task cannot use a row, or the file that it names; None where it can."""
+    texts = texts_or_problem(row, task)
+    if isinstance(row, RowProblem) or isinstance(texts, RowProblem):
+        return texts if isinstance(texts, RowProblem) else None
+    return task.why_absent(row)
 
 
 def _is_whole(seen: Sample) -> bool:

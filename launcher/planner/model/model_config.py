@@ -31,6 +31,13 @@ def locate(name: str, revision: str | None = None) -> str:
     return str(taken[-1].parent) if taken else name
 
 
+def cached_models() -> list[str]:
+    """Return the names of the models whose config.json the hub's cache holds."""
+    configs = _hub_cache().glob("models--*/snapshots/*/config.json")
+    folders = {path.parents[2].name.removeprefix("models--") for path in configs}
+    return sorted(folder.replace("--", "/") for folder in folders)
+
+
 def _hub_cache() -> Path:
     """The folder that huggingface_hub keeps models in, by the same variables and in the same order."""
     home = os.environ.get("HF_HOME") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"

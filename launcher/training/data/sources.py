@@ -15,7 +15,7 @@ import xxhash
 
 from launcher.data.aligned import find_pairs, read_pair, refuse_unpaired
 from launcher.data.files import find_files
-from launcher.data.folder import FileColumn, listing, with_places
+from launcher.data.folder import FileColumn, folder_of, listing, with_places
 from launcher.data.formats import format_of
 from launcher.data.rows import Row, RowProblem
 from launcher.data.section import Source, Sources
@@ -61,7 +61,7 @@ class Rows:
 
     def __iter__(self) -> Iterator[Row]:
         for number, (line, file, values) in enumerate(islice(self._read(), self.source.limit)):
-            yield Row(number, file, line, with_places(values, self.columns, _folder(file)))
+            yield Row(number, file, line, with_places(values, self.columns, folder_of(Path(file))))
 
     @functools.cached_property
     def stamp(self) -> str:
@@ -177,12 +177,6 @@ def _hash_folder(path: Path) -> SourceFile:
     names = "".join(f"{file.path} {file.size}\n" for file in files)
     digest = xxhash.xxh3_64_hexdigest(names.encode(errors="surrogateescape"))
     return SourceFile(str(path), sum(file.size for file in files), (digest,), len(files))
-
-
-def _folder(file: str) -> Path:
-    """Return the folder that the paths in a file are relative to: a folder itself."""
-    path = Path(file)
-    return path if path.is_dir() else path.parent
 
 
 def _digest(files: Sequence[SourceFile]) -> str:

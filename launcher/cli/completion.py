@@ -1,0 +1,107 @@
+"""Complete with the tab key: job files, data files, runs, directories with a model, tasks, GPUs, keys.
+
+Shells ask through typer, with one function for each kind; the questions of `launcher init` ask the same ones.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+_JOB = (".yaml", ".yml")
+
+
+def job_files(incomplete: str) -> list[str]:
+    """Return the job files that a beginning may become, and the folders on the way."""
+    return _paths(incomplete, lambda path: path.endswith(_JOB))
+
+
+def data_files(incomplete: str) -> list[str]:
+    """Return the data files of a format that is read that a beginning may become, and the folders."""
+    from launcher.data.formats import FORMATS
+
+    return _paths(incomplete, lambda path: path.lower().endswith(tuple(FORMATS)))
+
+
+def models(incomplete: str) -> list[str]:
+    """Return the directories with a model that a beginning may become, the folders on the way, and the models in
+    the hub's cache."""
+    from launcher.planner.model.model_config import cached_models
+
+    here = _paths(incomplete, _holds_model, files=False)
+    return here + [name for name in cached_models() if name.startswith(incomplete)]
+
+
+def runs(incomplete: str) -> list[str]:
+    """Return the names of the runs below runs/ that a beginning may become, else the folders."""
+    named = sorted(path.parent.name for path in Path("runs").glob("*/plan.json"))
+    return [name for name in named if name.startswith(incomplete)] or _paths(incomplete, lambda path: False)
+
+
+def runs_and_models(incomplete: str) -> list[str]:
+    """Return the runs below runs/, and the directories with a model, that a beginning may become."""
+    return list(dict.fromkeys([*runs(incomplete), *models(incomplete)]))
+
+
+def task_names(incomplete: str) -> list[str]:
+    """Return the tasks that a beginning may become."""
+    from launcher.tasks import names
+
+    return [name for name in names() if name.startswith(incomplete)]
+
+
+def gpu_names(incomplete: str) -> list[str]:
+    """Return the kinds of GPUs of the planner's table that a beginning may become; several stand with commas
+    between."""
+    from launcher.planner.hardware.gpu_table import BY_KEY
+
+    before, comma, last = incomplete.rpartition(",")
+    return [f"{before}{comma}{name}" for name in BY_KEY if name.startswith(last)]
+
+
+def keys(incomplete: str) -> list[str]:
+    """Return the keys of a job file that a beginning may become, with `=` behind them."""
+    if "=" in incomplete:
+        return []
+    from launcher.job.describe import keys as every
+    from launcher.job.describe import section_of
+
+    plain = (key.path for key in every() if section_of(key.field) is None)
+    return [f"{path}=" for path in dict.fromkeys(plain) if path.startswith(incomplete)]
+
+
+def _holds_model(path: str) -> bool:
+    return (Path(path) / "config.json").is_file()
+
+
+def _paths(incomplete: str, wanted: Callable[[str], bool], files: bool = True) -> list[str]:
+    """Return what is wanted below the folder of a beginning, with the folders there, which end in `/`.
+
+    A folder that is the only way on is gone into: a shell puts a space behind the only completion.
+    """
+    while True:
+        some = _beside(incomplete, wanted, files)
+        if len(some) != 1 or not some[0].endswith("/") or some[0] == incomplete:
+            return some
+        incomplete = some[0]
+
+
+def _beside(incomplete: str, wanted: Callable[[str], bool], files: bool) -> list[str]:
+    folder, _, begin = incomplete.rpartition("/")
+    folder = f"{folder}/" if "/" in incomplete else ""
+    try:
+        entries = sorted(os.scandir(Path(folder).expanduser()), key=lambda entry: entry.name)
+    except OSError:
+        return []
+    some = []
+    for entry in entries:
+        if not entry.name.startswith(begin) or (entry.name.startswith(".") and not begin.startswith(".")):
+            continue
+        if entry.is_dir():
+            some.append(
+                f"{folder}{entry.name}" if not files and wanted(entry.path) else f"{folder}{entry.name}/"
+            )
+        elif files and wanted(entry.name):
+            some.append(f"{folder}{entry.name}")
+    return some

@@ -1,0 +1,109 @@
+"""Ask a question until its answer holds; without a terminal, take what was given or what is offered."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import typer
+
+from launcher.errors import ConfigurationError, DataError, Problem
+
+Answer = TypeVar("Answer")
+Complete = Callable[[str], list[str]]
+"""The completions of what was typed so far."""
+
+
+class Dialog:
+    """Ask on a terminal, or answer by itself."""
+
+    def __init__(self, asks: bool, read: Callable[[str], str] = input) -> None:
+        self.asks = asks
+        """Whether there is somebody to ask."""
+        self._read = read
+
+    def say(self, line: str) -> None:
+        """Print a line, on stderr where nobody is asked: stdout has the result alone."""
+        typer.echo(line, err=not self.asks)
+
+    def answer(
+        self,
+        question: str,
+        flag: str,
+        given: str | None,
+        check: Callable[[str], Answer],
+        default: str | None = None,
+        complete: Complete | Sequence[str] = (),
+        about: str = "",
+    ) -> Answer:
+        """Return the answer that a flag gives, or that is typed, once `check` takes it; an empty one is the
+        default. `about` is printed where somebody types a question mark.
+
+        Raises ConfigurationError or DataError for what a flag gives and `check` refuses, and where there is
+        neither an answer nor somebody to ask.
+        """
+        if given is not None:
+            return check(given)
+        if not self.asks:
+            if default is None:
+                raise ConfigurationError(
+                    Problem(flag, None, "is missing, and there is no terminal to ask on")
+                )
+            return check(default)
+        shown = "" if default is None else f" [{default or 'none'}]"
+        while True:
+            with _completing(complete):
+                typed = self._read(f"{question}{shown}: ").strip()
+            if typed == "?" and about:
+                typer.echo(f"  {about}")
+            elif typed or default is not None:
+                try:
+                    return check(typed or str(default))
+                except (ConfigurationError, DataError) as error:
+                    for line in _lines(error):
+                        typer.echo(f"  {line}")
+
+    def agrees(self, question: str) -> bool:
+        """Return whether somebody says yes; without anybody to ask, that is so."""
+        if not self.asks:
+            return True
+        return self.answer(f"{question} y or n", "", None, _yes_or_no, "n", ("y", "n"))
+
+
+def _yes_or_no(text: str) -> bool:
+    if text.lower() not in ("y", "yes", "n", "no"):
+        raise ConfigurationError(Problem("answer", text, "write y or n"))
+    return text.lower().startswith("y")
+
+
+def _lines(error: ConfigurationError | DataError) -> list[str]:
+    return [str(one) for one in error.problems] if isinstance(error, ConfigurationError) else [str(error)]
+
+
+@contextlib.contextmanager
+def _completing(complete: Complete | Sequence[str]) -> Iterator[None]:
+    """Have the tab key complete one answer, where Python has readline."""
+    try:
+        import readline
+    except ImportError:
+        yield
+        return
+
+    def next_one(typed: str, number: int) -> str | None:
+        every = (
+            complete(typed) if callable(complete) else [word for word in complete if word.startswith(typed)]
+        )
+        return every[number] if number < len(every) else None
+
+    before = readline.get_completer(), readline.get_completer_delims()
+    readline.set_completer(next_one)
+    readline.set_completer_delims("")  # an answer is one word: paths and names have other signs in them
+    readline.parse_and_bind(
+        "bind ^I rl_complete" if "libedit" in (readline.__doc__ or "") else "tab: complete"
+    )
+    try:
+        yield
+    finally:
+        readline.set_completer(before[0])
+        readline.set_completer_delims(before[1])

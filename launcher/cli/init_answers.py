@@ -1,0 +1,94 @@
+"""Read the answers of `launcher init`, and say what they are about: columns, keys, tasks."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from launcher.data.columns import Overview
+from launcher.errors import ConfigurationError, Problem
+from launcher.job.describe import docstring, keys
+from launcher.job.yaml_text import parse
+from launcher.planner.hardware.gpu_table import gpu_type
+from launcher.tasks.task import Task
+
+NONE = ("", "none", "-", "no")
+"""Answers that leave a thing out."""
+SHOWN = 40
+"""Columns of a file that are listed."""
+
+
+def shown(path: str, seen: Overview) -> list[str]:
+    """Return lines that show the columns of a file with their kinds and a value of the first row."""
+    width = shutil.get_terminal_size().columns
+    names = max(len(one.name) for one in seen.columns[:SHOWN])
+    kinds = max(len(one.kind) for one in seen.columns[:SHOWN])
+    header = "" if seen.has_header else "; it has no header, so columns are named by number"
+    lines = [f"{path}: {seen.num_rows:,} rows{header}"]
+    for one in seen.columns[:SHOWN]:
+        example = "" if one.example is None else repr(one.example)
+        line = f"  {one.name:{names}}  {one.kind:{kinds}}  {example}"
+        lines.append(line if len(line) <= width else f"{line[: width - 3]}...")
+    more = len(seen.columns) - SHOWN
+    return [*lines, f"  and {more} more columns"] if more > 0 else lines
+
+
+def given_columns(pairs: Sequence[str], task: type[Task]) -> dict[str, Any]:
+    """Return columns by role, of flags as `prompt=question`. Raises ConfigurationError for what is none."""
+    roles = list(dict.fromkeys(role for way in task.column_ways for role in way))
+    columns: dict[str, Any] = {}
+    for pair in pairs:
+        role, equals, column = pair.partition("=")
+        if role not in roles or not equals or not column:
+            *first, last = roles
+            either = f"{', '.join(first)} or {last}" if first else last
+            reason = f"write ROLE=COLUMN, where ROLE is {either}: the columns of {task.name}"
+            raise ConfigurationError(Problem("--column", pair, reason))
+        columns[role] = column.split(",") if role == "text" and "," in column else column
+    return columns
+
+
+def help_of(key: str) -> str:
+    """Return what the reference says of a key of the job file; nothing for one that is not there."""
+    of_key = next((one for one in keys() if one.path == key), None)
+    return "" if of_key is None else " ".join(docstring(of_key.section, of_key.name).split())
+
+
+def in_a_line(task: type[Task]) -> str:
+    """Return what a task learns: the first clause of what its class says."""
+    text = " ".join((inspect.getdoc(task) or "").split())
+    return re.split(r"[.;:](?:\s|$)", text, maxsplit=1)[0]
+
+
+def parse_value(text: str) -> Any:
+    """Return a value as a job file would have it: a number where it is written as one."""
+    return parse(text, "answer")
+
+
+def or_none(text: str) -> str | None:
+    """Return an answer as it is; None for one that leaves the thing out."""
+    return None if text.lower() in NONE else text
+
+
+def gpu(text: str) -> str | None:
+    """Return a GPU by its name in the table; None for an answer that names none. Raises ConfigurationError for
+    one that the table does not have."""
+    return None if text.lower() in NONE else gpu_type(text, "cluster.gpu").key
+
+
+def one_of(key: str, choices: Mapping[str, Any]) -> Callable[[str], Any]:
+    """Return a check that takes one of some words, and gives what it stands for."""
+
+    def check(text: str) -> Any:
+        if text not in choices:
+            near = difflib.get_close_matches(text, choices, n=1, cutoff=0.0)[0]
+            raise ConfigurationError(
+                Problem(key, text, f"write one of {', '.join(choices)}; the nearest is {near}")
+            )
+        return choices[text]
+
+    return check

@@ -1,0 +1,306 @@
+"""The questions of `launcher init`, in their order: each is checked at once, and every answer is kept."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from launcher import tasks
+from launcher.cli import completion
+from launcher.cli.dialog import Complete, Dialog
+from launcher.cli.init_answers import (
+    NONE,
+    SHOWN,
+    given_columns,
+    gpu,
+    help_of,
+    in_a_line,
+    one_of,
+    or_none,
+    parse_value,
+    shown,
+)
+from launcher.errors import ConfigurationError, DataError, Problem
+from launcher.job.init import keep, refuse_place
+from launcher.planner.draft import Draft
+from launcher.planner.model.model_config import locate, read_config
+from launcher.tasks.task import Task
+
+
+def free_place(dialog: Dialog, out: Path, force: bool) -> tuple[Path, bool]:
+    """Return the file to write, and whether one that is there may be written over, as somebody agrees or names
+    another. Raises ConfigurationError as `refuse_place` where nobody is asked."""
+    if not dialog.asks or force or not out.exists():
+        refuse_place(out, force)
+        return out, force
+
+    def check(text: str) -> tuple[Path, bool]:
+        if text.lower() in ("y", "yes"):
+            return out, True
+        refuse_place(Path(text), False)
+        return Path(text), False
+
+    question = f"{out} is there already. Write over it (y), or name another file"
+    free = next(
+        f"{out.stem}-{n}{out.suffix}"
+        for n in range(2, 10_000)
+        if not out.with_name(f"{out.stem}-{n}{out.suffix}").exists()
+    )
+    return dialog.answer(question, "--out", None, check, str(out.with_name(free)), completion.job_files)
+
+
+class Questions:
+    """Ask what a job file needs, by flags and by a dialog."""
+
+    def __init__(
+        self, dialog: Dialog, out: Path, flags: Mapping[str, str], columns: Sequence[str] = ()
+    ) -> None:
+        self._dialog = dialog
+        self._out = out
+        self._flags = flags
+        self._columns = list(columns)
+        self._draft = Draft(out.parent)
+
+    def content(self, earlier: dict[str, Any]) -> dict[str, Any]:
+        """Return the content of the job file. `earlier`: answers that were kept, which are offered first.
+
+        Raises ConfigurationError or DataError for a flag that cannot be used, or one that is missing where
+        nobody is asked; KeyboardInterrupt or EOFError where the answers end before the questions.
+        """
+        self._draft.content = earlier
+        if self._dialog.asks and self._out.parent != Path():
+            self._dialog.say(f"files are named as the job file will see them, from {self._out.parent}")
+        self._ask_train()
+        self._ask_evaluation()
+        self._ask_task()
+        self._ask_columns()
+        self._ask_model()
+        self._ask_length()
+        self._draft.put("batch.global_batch_size", self._draft.batch())
+        self._ask(
+            "epochs", "training.epochs", "Passes over the rows (epochs)", self._draft.epochs(), parse_value
+        )
+        self._ask_adapter()
+        self._ask("learning_rate", "training.learning_rate", "Learning rate", self._draft.rate(), parse_value)
+        self._ask_where()
+        self._ask("name", "name", "Name of the run", self._draft.name(), str)
+        return self._draft.content
+
+    def _ask(
+        self,
+        flag: str,
+        key: str,
+        question: str,
+        default: Any,
+        read: Callable[[str], Any],
+        complete: Complete | Sequence[str] = (),
+    ) -> None:
+        """Ask for the value of a key until it holds, and keep it. What was answered earlier is the default."""
+
+        def check(text: str) -> None:
+            before = self._draft.get(key)
+            self._draft.put(key, read(text))
+            findings = self._draft.findings(key)
+            if findings.problems:
+                self._draft.put(key, before)
+                raise ConfigurationError(list(findings.problems))
+            for remark in findings.remarks:
+                self._dialog.say(f"  note: {remark}")
+
+        earlier = self._draft.get(key)
+        default = default if earlier is None else earlier
+        offered = None if default is None else str(default)
+        option, given = f"--{flag.replace('_', '-')}", self._flags.get(flag)
+        self._dialog.answer(question, option, given, check, offered, complete, help_of(key))
+        self._keep()
+
+    def _keep(self) -> None:
+        if self._dialog.asks:
+            keep(self._out, self._draft.content)
+
+    def _ask_train(self) -> None:
+        question = "File to learn from (.jsonl .csv .parquet .txt ..., or a folder of images or sounds)"
+        self._ask_file("train", question, self._draft.get("data.train.path"))
+        for line in shown(self._draft.get("data.train.path"), self._draft.seen()):
+            self._dialog.say(line)
+
+    def _ask_evaluation(self) -> None:
+        # A file that nobody named is offered, and not taken where nobody is asked.
+        near = self._draft.held_out() if self._dialog.asks else None
+        offered = self._draft.get("data.evaluation.path") or near or ""
+        self._ask_file("evaluation", "File to measure on, or none", offered)
+
+    def _ask_file(self, role: str, question: str, offered: str | None) -> None:
+        """Ask for a data file that can be read; that of `evaluation` may be left out."""
+        flag = f"--{role}"
+
+        def check(text: str) -> None:
+            before = self._draft.get(f"data.{role}")
+            is_file = role == "train" or text.lower() not in NONE
+            self._draft.put(f"data.{role}", {"path": text} if is_file else None)
+            try:
+                if is_file:
+                    self._draft.seen(f"data.{role}.path")
+            except DataError as error:
+                self._draft.put(f"data.{role}", before)
+                reason = str(error).removeprefix(f"{text}: ")
+                raise ConfigurationError(Problem(flag, text, reason)) from None
+
+        given = self._flags.get(role)
+        about = help_of("data.train.path" if role == "train" else "data.evaluation")
+        self._dialog.answer(question, flag, given, check, offered, completion.data_files, about)
+        self._keep()
+
+    def _ask_task(self) -> None:
+        def check(text: str) -> str:
+            return str(tasks.find(text).name)
+
+        likely = self._draft.likely_tasks()
+        if self._dialog.asks and "task" not in self._flags:
+            width = max(map(len, likely))
+            self._dialog.say("Tasks, those that fit these columns first:")
+            for name in likely:
+                self._dialog.say(f"  {name:{width}}  {in_a_line(tasks.find(name))}")
+        offered = self._draft.get("model.task") or likely[0]
+        given = self._flags.get("task")
+        task = self._dialog.answer(
+            "Task", "--task", given, check, offered, tasks.names(), help_of("model.task")
+        )
+        self._draft.put("model.task", task)
+        self._keep()
+
+    def _ask_columns(self) -> None:
+        task = self._draft.task
+        earlier = {role: self._draft.get(f"data.{role}") for way in task.column_ways for role in way}
+        while True:
+            columns = (
+                given_columns(self._columns, task) if self._columns else self._chosen_columns(task, earlier)
+            )
+            self._set_columns(columns)
+            if self._columns_are_taken():
+                break
+            earlier = columns
+        self._keep()
+
+    def _columns_are_taken(self) -> bool:
+        """Say what the rows speak against the columns, and return whether those stay.
+
+        A file of held-out rows without these columns is left out, as no other columns would mend it.
+        """
+        findings = self._draft.findings("data", without_length=True)
+        if findings.problems and (self._columns or not self._dialog.asks):
+            raise ConfigurationError(list(findings.problems))
+        for one in findings.problems:
+            self._dialog.say(f"  {one}")
+        if any(not one.key.startswith("data.evaluation") for one in findings.problems):
+            return False
+        if findings.problems:
+            self._draft.put("data.evaluation", None)
+            self._dialog.say("  so that file is left out; another one can be named as data.evaluation")
+        for one in findings.remarks:
+            self._dialog.say(f"  note: {one}")
+        agreed = not findings.remarks or bool(self._columns)
+        return agreed or self._dialog.agrees("Take these columns all the same?")
+
+    def _set_columns(self, columns: Mapping[str, Any]) -> None:
+        """Put columns in the place of any others, with the keys that their values ask for."""
+        counts_tokens = self._draft.task.Columns.model_fields["max_length"].default != 1
+        kept = ("train", "evaluation", *(["max_length"] if counts_tokens else []))
+        place = {key: self._draft.get(f"data.{key}") for key in kept}
+        settings = self._draft.settings(columns)
+        self._draft.put(
+            "data", {key: value for key, value in (place | dict(columns) | settings).items() if value}
+        )
+        for key, value in settings.items():
+            self._dialog.say(f"  data.{key}: {str(value).lower()}, as these rows need it")
+
+    def _chosen_columns(self, task: type[Task], earlier: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the columns that somebody names, or those that fit best."""
+        offered = {role: name for role, name in earlier.items() if name} or dict(self._draft.columns())
+        ways = task.column_ways
+        way = max(ways, key=lambda one: len(set(one) & set(offered))) if offered else ways[0]
+        if not self._dialog.asks:
+            return offered
+        if len(ways) > 1:
+            names = {" and ".join(one): one for one in ways}
+            first = " and ".join(way)
+            question = f"The rows are one of: {', '.join(names)}"
+            way = self._dialog.answer(question, "--column", None, one_of("rows", names), first, list(names))
+        if set(way) - offered.keys():
+            offered = {**self._draft.columns(way), **offered}
+        return {role: self._ask_column(role, offered.get(role)) for role in way}
+
+    def _ask_column(self, role: str, offered: Any) -> Any:
+        seen = self._draft.seen()
+
+        def check(text: str) -> Any:
+            names = [part.strip() for part in text.split(",")] if text not in seen.names else [text]
+            for name in names:
+                if name not in seen.names and not re.fullmatch(r"-\d+", name):
+                    near = difflib.get_close_matches(name, seen.names, n=1, cutoff=0.0)[0]
+                    reason = (
+                        f"no such column; there are {', '.join(seen.names[:SHOWN])}; the nearest is {near}"
+                    )
+                    raise ConfigurationError(Problem(f"data.{role}", name, reason))
+            return names[0] if len(names) == 1 else names
+
+        default = ",".join(offered) if isinstance(offered, (list, tuple)) else offered
+        return self._dialog.answer(
+            f"Column of the {role}", "--column", None, check, default, seen.names, help_of(f"data.{role}")
+        )
+
+    def _ask_model(self) -> None:
+        question = "Model: a directory, or a name on the hub"
+        self._ask("model", "model.name", question, None, str, completion.models)
+        name = self._draft.get("model.name")
+        path = self._out.parent / Path(name).expanduser()
+        if not path.is_dir() and read_config(locate(name)) is None:
+            self._dialog.say(f"  {name} is not on this machine; a run fetches it from the hub")
+
+    def _ask_length(self) -> None:
+        length, rests_on = self._draft.length()
+        if length is None:
+            return
+        if rests_on:
+            self._dialog.say(f"  of the rows looked at: {rests_on}")
+        self._ask("max_length", "data.max_length", "Longest sample in tokens", length, parse_value)
+
+    def _ask_adapter(self) -> None:
+        def read(text: str) -> Any:
+            return None if text.lower() in (*NONE, "all") else {"rank": parse_value(text)}
+
+        earlier = self._draft.get("model.adapter.rank")
+        question = "Train all weights, or a LoRA adapter of which rank"
+        self._draft.put("model.adapter", None)
+        self._ask("adapter", "model.adapter", question, earlier or "all", read, ("all", "8", "16", "32"))
+
+    def _ask_where(self) -> None:
+        places = {"here": "here", "slurm": "slurm"}
+        of_slurm = any(flag in self._flags for flag in ("nodes", "gpus_per_node", "gpu", "time_limit"))
+        default = "slurm" if of_slurm or self._draft.get("cluster") else "here"
+        where = self._dialog.answer(
+            "Where will it run: here, or slurm",
+            "--where",
+            self._flags.get("where"),
+            one_of("--where", places),
+            default,
+            list(places),
+        )
+        if where == "here":
+            self._draft.put("cluster", None)
+            return
+        self._ask("nodes", "cluster.nodes", "Nodes", 1, parse_value)
+        self._ask("gpus_per_node", "cluster.gpus_per_node", "GPUs of each node", 8, parse_value)
+        if self._draft.get("cluster.gpus_per_node"):
+            self._ask(
+                "gpu",
+                "cluster.gpu",
+                "Kind of GPU, or none where it is not known",
+                "",
+                gpu,
+                completion.gpu_names,
+            )
+        self._ask("time_limit", "cluster.time_limit", "Time limit of a job, as 8h, or none", "", or_none)

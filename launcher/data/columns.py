@@ -1,0 +1,226 @@
+"""Describe the columns of a data file by some of its rows: what kind of values stand in each."""
+
+from __future__ import annotations
+
+import enum
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from launcher.data.files import find_files
+from launcher.data.folder import IMAGES, SOUNDS, FileColumnIfThere, listing, metadata_of
+from launcher.data.formats import format_of
+from launcher.data.rows import RowProblem, is_missing
+from launcher.data.sample import look, too_large
+from launcher.data.saved import saved_splits
+from launcher.data.section import Source
+from launcher.data.written import list_in
+from launcher.errors import DataError
+
+_ROWS = 256
+"""That are looked at: what is in a column shows in fewer."""
+_LONGEST_CLASS = 40
+"""Characters of a class's name: what is longer in most rows is text."""
+_FEWEST_ROWS = 4
+"""Of fewer, how often values come again says nothing."""
+_MAGIC = {
+    "image": (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*"),
+    "sound": (b"RIFF", b"fLaC", b"OggS", b"ID3", b"\xff\xfb", b"FORM"),
+}
+"""How the bytes of files begin."""
+
+
+class Kind(enum.StrEnum):
+    """Name what the values of a column are, in the words that people are shown."""
+
+    TEXT = "text"
+    CLASS = "a few values"
+    NUMBER = "numbers"
+    WORDS = "lists of words"
+    TAGS = "lists of a few tags"
+    MESSAGES = "messages of chats"
+    ANSWERS = "answers with their places"
+    SPANS = "spans with labels"
+    IMAGE = "images"
+    SOUND = "sounds"
+    OTHER = "objects"
+    EMPTY = "nothing"
+
+
+@dataclass(frozen=True)
+class Column:
+    """Hold what some rows show of a column."""
+
+    name: str
+    kind: Kind
+    example: Any
+    """The value of the first row, or the first one that is there; None of an empty column."""
+    values: frozenset[str] = frozenset()
+    """The different values that were seen, of lists those in them, as text."""
+    num_empty: int = 0
+    """Rows without a value, or with an empty one, of those that were looked at."""
+
+
+@dataclass(frozen=True)
+class Overview:
+    """Hold what a look at a data file shows."""
+
+    num_rows: int
+    """Counted, or estimated of a large file."""
+    num_seen: int
+    """Rows that were looked at."""
+    columns: tuple[Column, ...]
+    has_header: bool = True
+    """Whether a table names its columns; else they are named by number."""
+
+    @property
+    def names(self) -> list[str]:
+        """Return the names of the columns, in their order."""
+        return [column.name for column in self.columns]
+
+    def column(self, name: str) -> Column | None:
+        """Return a column by its name; None where there is none."""
+        return next((column for column in self.columns if column.name == name), None)
+
+
+def overview(path: str) -> Overview:
+    """Return what a file, the files of a pattern, or a folder of images or sounds hold, by some rows.
+
+    Raises DataError where there is no such file, or none that can be read, or no row in it.
+    """
+    media = _media_in(path)
+    files = find_files(path, columns=media)
+    if reason := next(filter(None, map(too_large, files)), None):
+        raise DataError(reason)
+    first = files[0]
+    names = [*media, "label"] if first.is_dir() else format_of(first).names(first)
+    columns = [*media, *(name for name in names if name not in media)]
+    begin = look(Source(path=path, limit=1), columns)
+    seen = look(Source(path=path), columns, _ROWS)
+    rows = [row for row in seen.rows if not isinstance(row, RowProblem)]
+    if not rows:
+        why = next((str(row) for row in seen.rows if isinstance(row, RowProblem)), "it is empty")
+        raise DataError(f"{path} has no row that can be read: {why}")
+    numbers = first.suffix.lower() in (".csv", ".tsv") and names == [str(n) for n in range(len(names))]
+    return Overview(
+        seen.num_rows, len(seen.rows), _with_examples(describe(rows, names), begin.rows), not numbers
+    )
+
+
+def describe(rows: Sequence[dict[str, Any]], names: Iterable[str] = ()) -> tuple[Column, ...]:
+    """Return the columns of some rows: those of `names`, then any others that a row has."""
+    every = dict.fromkeys(names) | dict.fromkeys(name for row in rows for name in row)
+    return tuple(_column(str(name), [row.get(name) for row in rows]) for name in every)
+
+
+def _with_examples(columns: tuple[Column, ...], rows: Sequence[Any]) -> tuple[Column, ...]:
+    """Return columns with what the first row has in them, where it can be read."""
+    first = rows[0] if rows and isinstance(rows[0], dict) else {}
+    return tuple(
+        one if _is_empty(first.get(one.name)) else replace(one, example=first[one.name]) for one in columns
+    )
+
+
+def _media_in(path: str) -> list[str]:
+    """Return the column of the files in a folder of images or sounds; none for any other path."""
+    folder = Path(path)
+    if not folder.is_dir() or saved_splits(folder) is not None:
+        return []
+    if metadata_of(folder) is not None:
+        return [FileColumnIfThere("file_name", IMAGES + SOUNDS)]
+    endings = [Path(one.path).suffix.lower() for one in listing(folder)]
+    if any(ending in IMAGES for ending in endings):
+        return [FileColumnIfThere("image", IMAGES)]
+    return [FileColumnIfThere("audio", SOUNDS)] if any(ending in SOUNDS for ending in endings) else []
+
+
+def _column(name: str, cells: Sequence[Any]) -> Column:
+    values = [cell for cell in cells if not _is_empty(cell)]
+    if not values:
+        return Column(name, Kind.EMPTY, None, num_empty=len(cells))
+    lists = [_listed(value) for value in values]
+    flat = [inside for one in lists if one is not None for inside in one] if None not in lists else values
+    texts = frozenset(str(one) for one in flat if isinstance(one, (str, int, float)))
+    kind = _kind_of_lists(flat, lists, texts) if None not in lists else _kind(values, texts)
+    return Column(name, kind, values[0], texts, len(cells) - len(values))
+
+
+def _is_empty(cell: Any) -> bool:
+    if isinstance(cell, str):
+        return not cell.strip()
+    return is_missing(cell) or (isinstance(cell, (list, tuple, dict)) and not cell)
+
+
+def _listed(value: Any) -> list[Any] | None:
+    """Return a list as it is, or as it is written in a text; None for any other value."""
+    if isinstance(value, str):
+        return list_in(value) if value.lstrip().startswith(("[", "(")) else None
+    return list(value) if isinstance(value, (list, tuple)) else None
+
+
+def _kind_of_lists(flat: Sequence[Any], lists: Sequence[Any], texts: frozenset[str]) -> Kind:
+    """Return what lists hold: `flat` is what is in all of them."""
+    objects = [one for one in flat if isinstance(one, dict)]
+    if objects and len(objects) == len(flat):
+        keys = set.intersection(*(set(one) for one in objects))
+        for needed, kind in (({"role"}, Kind.MESSAGES), ({"text", "answer_start"}, Kind.ANSWERS)):
+            if needed <= keys:
+                return kind
+        return Kind.SPANS if {"start", "end", "label"} <= keys else Kind.OTHER
+    if flat and all(isinstance(one, (list, tuple)) and len(one) == 3 for one in flat):
+        return Kind.SPANS
+    if not all(isinstance(one, (str, int)) for one in flat):
+        return Kind.OTHER
+    few = len(lists) >= _FEWEST_ROWS and 2 * len(texts) <= len(flat) and len(texts) <= 4 * _LONGEST_CLASS
+    tags = bool(texts) and all(text == "O" or text[:2] in ("B-", "I-", "E-", "S-") for text in texts)
+    return Kind.TAGS if tags or (few and max(map(len, texts)) <= _LONGEST_CLASS) else Kind.WORDS
+
+
+def _kind(values: Sequence[Any], texts: frozenset[str]) -> Kind:
+    """Return what values that are no lists are."""
+    if medium := _medium(values):
+        return medium
+    if all(isinstance(value, dict) for value in values):
+        return Kind.ANSWERS if {"text", "answer_start"} <= values[0].keys() else Kind.OTHER
+    if not all(isinstance(value, (str, int, float)) for value in values):
+        return Kind.OTHER
+    numbers = [number_in(value) for value in values]
+    if all(number is not None for number in numbers):
+        whole = all(float(number or 0).is_integer() for number in numbers)
+        return Kind.CLASS if whole and _comes_again(values, texts) else Kind.NUMBER
+    is_short = statistics.median(len(str(value)) for value in values) <= _LONGEST_CLASS
+    return Kind.CLASS if is_short and _comes_again(values, texts) else Kind.TEXT
+
+
+def _comes_again(values: Sequence[Any], texts: frozenset[str]) -> bool:
+    return len(values) >= _FEWEST_ROWS and 2 * len(texts) <= len(values)
+
+
+def number_in(value: Any) -> float | None:
+    """Return the finite number that a value is or that a text writes; None for any other, and for true and
+    false."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) and not isinstance(value, bool) else None
+
+
+def _medium(values: Sequence[Any]) -> Kind | None:
+    """Return whether values are images or sounds: files by their names, or bytes by how they begin."""
+    names: list[Any] = []
+    contents: list[bytes] = []
+    for value in values:
+        if isinstance(value, dict) and value and set(value) <= {"bytes", "path"}:
+            value = value.get("bytes") or value.get("path")
+        (contents if isinstance(value, bytes) else names).append(value)
+    for kind, suffixes in ((Kind.IMAGE, IMAGES), (Kind.SOUND, SOUNDS)):
+        magic = _MAGIC["image" if kind is Kind.IMAGE else "sound"]
+        if all(isinstance(name, str) and name.lower().endswith(suffixes) for name in names) and all(
+            content.startswith(magic) for content in contents
+        ):
+            return kind
+    return None

@@ -1,0 +1,188 @@
+"""A job file in the making: what is wrong with an answer, and what to offer for the next."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from launcher import tasks
+from launcher.data.columns import Overview, overview
+from launcher.data.section import Data
+from launcher.errors import DataError, Problem
+from launcher.job import init
+from launcher.job.load import examine, without
+from launcher.job.schema import Job
+from launcher.planner.dataset.findings import Findings
+from launcher.planner.dataset.suitability import look
+from launcher.planner.dataset.token_lengths import lengths
+from launcher.planner.dataset.usable_rows import sample_of
+from launcher.planner.model import positions
+from launcher.planner.model.model_config import locate, read_config
+from launcher.tasks.suggestion import for_task, for_way, ranked
+from launcher.tasks.task import Task
+
+_HELD_OUT = re.compile(r"(^|[^a-z])(eval|evaluation|valid|validation|val|dev|test)([^a-z]|$)", re.IGNORECASE)
+"""Names of files with rows that are held out."""
+_ROUNDED = 64
+"""Tokens, to a multiple of which a length is rounded up."""
+_COUNTED = 8192
+"""Tokens up to which samples are counted, of a model whose positions do not end before."""
+_BATCH = 32
+_EPOCHS = {"causal-lm": 1, "masked-lm": 1}
+"""Passes over the rows; of tasks with a new head 3, as of BERT (Devlin et al. 2019, arXiv 1810.04805)."""
+_RATE, _RATE_OF_ADAPTER = 2e-5, 2e-4
+
+
+@dataclass
+class Draft:
+    """Hold the answers so far, as the content of a job file in `folder`."""
+
+    folder: Path
+    content: dict[str, Any] = field(default_factory=dict)
+    _seen: dict[str, Overview] = field(default_factory=dict)
+
+    def get(self, key: str) -> Any:
+        """Return the answer for a key of the job file; None before there is one."""
+        return init.value_at(self.content, key)
+
+    def put(self, key: str, value: Any) -> None:
+        """Set the answer for a key; None takes it back."""
+        init.put(self.content, key, value)
+
+    @property
+    def task(self) -> type[Task]:
+        """Return the class of the task, once that is answered."""
+        return tasks.find(self.get("model.task"))
+
+    def findings(self, *keys: str, without_length: bool = False) -> Findings:
+        """Return what speaks against the answers for some keys, or for keys in these sections, as `validate`
+        would; answers that are not there yet count as good ones.
+
+        without_length: leave out what speaks against the length of samples, which is asked for later.
+        """
+        content = without(self.content, set())
+        job, problems = examine(content, self.folder.resolve())
+        every = Findings(tuple(problems))
+        about_files = any(key.partition(".")[0] in ("data", "model") for key in keys)
+        if job is not None and not problems and about_files:
+            every = Findings.joined((every, look(job)))
+
+        def about(problem: Problem) -> bool:
+            if without_length and problem.key == "data.max_length":
+                return False
+            return any(f"{problem.key}.".startswith(f"{key}.") for key in keys)
+
+        return Findings(tuple(filter(about, every.problems)), tuple(filter(about, every.remarks)))
+
+    def seen(self, key: str = "data.train.path") -> Overview:
+        """Return what the file at a key holds, as it was at the first look. Raises DataError as `overview`."""
+        path = str(self.folder / Path(self.get(key)).expanduser())
+        if path not in self._seen:
+            self._seen[path] = overview(path)
+        return self._seen[path]
+
+    # What to offer.
+
+    def held_out(self) -> str | None:
+        """Return a file beside the training file whose name says that it is held out; None where there is
+        none."""
+        given = self.get("data.train.path")
+        path = self.folder / Path(given).expanduser()
+        if not path.parent.is_dir():
+            return None
+        beside = sorted(other.name for other in path.parent.iterdir() if other.suffix == path.suffix)
+        named = [name for name in beside if name != path.name and _HELD_OUT.search(Path(name).stem)]
+        near = difflib.get_close_matches(path.name, named, n=1, cutoff=0.0)
+        return str(Path(given).with_name(near[0])) if near else None
+
+    def likely_tasks(self) -> list[str]:
+        """Return all tasks: first those that the columns have room for, the likeliest first."""
+        try:
+            likely = [one.task for one in ranked(self.seen())]
+        except DataError:  # as a data set on the hub
+            likely = []
+        return [*likely, *(name for name in tasks.names() if name not in likely)]
+
+    def columns(self, way: tuple[str, ...] | None = None) -> Mapping[str, Any]:
+        """Return the columns that are likeliest for the task, or for one of its ways to name them."""
+        seen = self.seen()
+        if way is not None:
+            return for_way(seen, self.task, way)
+        best = for_task(seen, self.task)
+        return {} if best is None else best.columns
+
+    def settings(self, columns: Mapping[str, Any]) -> dict[str, Any]:
+        """Return further keys of `data` that the rows ask for, as `problem: multi-label` of lists of labels."""
+        seen = self.seen()
+        each = {role: seen.column(name) for role, name in columns.items() if isinstance(name, str)}
+        return self.task.settings_for({role: one for role, one in each.items() if one is not None}, seen)
+
+    def most_positions(self) -> int | None:
+        """Return how many positions the model has, or was made for; None where that is not known here."""
+        path = self.folder / Path(self.get("model.name")).expanduser()
+        config = read_config(locate(str(path) if path.is_dir() else self.get("model.name"))) or {}
+        table = positions.held(config) or positions.trained(config)
+        return None if table is None else table[0]
+
+    def length(self) -> tuple[int | None, str]:
+        """Return how many tokens a sample may have, and what that rests on; None where a sample is one position,
+        whatever it holds."""
+        default = Data.model_fields["max_length"].default
+        if self.task.Columns.model_fields["max_length"].default != default:
+            return None, ""
+        longest = self.most_positions() or _COUNTED
+        most = min(default, longest)
+        ordered, exact = self._lengths(min(longest, _COUNTED))
+        if not ordered:
+            return most, ""
+        nearly_all = ordered[int(0.99 * (len(ordered) - 1))]
+        middle = ordered[len(ordered) // 2]
+        rests_on = f"half of the samples have up to {middle:,} tokens, 99% up to {nearly_all:,}"
+        rests_on += "" if exact else " (by their characters)"
+        length = min(most, -(-nearly_all // _ROUNDED) * _ROUNDED)
+        while length < most and self._with_length(length)[1]:  # as windows that would share all of their text
+            length = min(most, 2 * length)
+        return length, rests_on
+
+    def _lengths(self, most: int) -> tuple[list[int], bool]:
+        """Return the tokens of the samples that some rows become, sorted, and whether the model's tokenizer
+        counted them; nothing where no row can be used."""
+        job, _ = self._with_length(most)
+        if job is None:
+            return [], False
+        try:
+            rows = sample_of(job.data.train.parts[0], job.data, job.model.task).rows
+        except DataError:
+            return [], False
+        tokens, exact = lengths(rows, tasks.of_job(job), job.model.name)
+        return sorted(tokens), exact
+
+    def _with_length(self, length: int) -> tuple[Job | None, list[Problem]]:
+        """Return the job of the answers with samples of so many tokens, and what is wrong with its data."""
+        content = without(self.content | {"data": self.content["data"] | {"max_length": length}}, set())
+        job, problems = examine(content, self.folder.resolve())
+        return job, [one for one in problems if one.key.startswith("data.")]
+
+    def batch(self) -> int:
+        """Return how many samples a step takes: fewer where there are few rows."""
+        try:
+            rows = self.seen().num_rows
+        except DataError:
+            return _BATCH
+        return min(_BATCH, 1 << max(0, rows.bit_length() - 1))
+
+    def epochs(self) -> int:
+        """Return how many passes over the rows are usual for the task."""
+        return _EPOCHS.get(self.task.name, 3)
+
+    def rate(self) -> float:
+        """Return a usual learning rate, of all weights or of an adapter."""
+        return _RATE if self.get("model.adapter") is None else _RATE_OF_ADAPTER
+
+    def name(self) -> str:
+        """Return a name for the run, of the model's and the file's."""
+        return init.name_for(self.get("model.name"), self.get("data.train.path"))

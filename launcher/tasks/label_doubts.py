@@ -1,0 +1,43 @@
+"""Doubt that a column of labels holds classes: one for each row, whole texts, or numbers with fractions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from launcher.data.columns import Kind, describe, number_in
+from launcher.data.labels import class_name
+
+_LONG = 60
+"""Characters of a class's name, in the mean, above which it is taken for a text."""
+
+
+def label_doubts(rows: Sequence[dict[str, Any]], column: str) -> Iterator[str]:
+    """Yield why the one class of each row may not be in `column`, with the columns where it may be."""
+    names = [class_name(row[column]) for row in rows]
+    classes = set(names)
+    numbers = [number for row in rows if (number := number_in(row[column])) is not None]
+    if len(numbers) == len(rows) and not all(map(float.is_integer, numbers)):
+        yield (
+            f"the label {column!r} holds numbers, as {names[0]}, and each is taken for a class, {len(classes)} "
+            f"in {len(rows)} rows; to learn numbers write data.problem: regression"
+        )
+        return
+    mean = sum(map(len, names)) / len(names)
+    if len(classes) == len(names):
+        what = f"each of {len(rows)} rows has a class of its own, as {names[0][:40]!r}"
+    elif mean > _LONG and 2 * len(classes) > len(names):
+        what = f"{len(classes)} classes in {len(rows)} rows have names of {mean:.0f} characters in the mean"
+    else:
+        return
+    yield f"{what}; is the label in another column than {column!r}?{_others(rows, column)}"
+
+
+def _others(rows: Sequence[dict[str, Any]], column: str) -> str:
+    """Return which other columns hold a few values that come again and again; nothing where none does."""
+    few = [
+        f"{one.name!r} has {len(one.values)} different values"
+        for one in describe(rows)
+        if one.kind is Kind.CLASS and one.name != column
+    ]
+    return f" {', '.join(few[:3])}" if few else ""

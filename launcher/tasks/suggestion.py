@@ -1,0 +1,90 @@
+"""Suggest the task of some columns, and which of them is what, by their kinds and usual names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from launcher import tasks
+from launcher.data.columns import Column, Kind, Overview
+from launcher.tasks.roles import Role
+from launcher.tasks.task import Task
+
+_TELLING = {
+    **dict.fromkeys((Kind.IMAGE, Kind.SOUND, Kind.MESSAGES, Kind.ANSWERS, Kind.SPANS, Kind.TAGS), 3),
+    **dict.fromkeys((Kind.CLASS, Kind.WORDS), 1),
+}
+"""How much the kind of a column tells of a task: images more than a few values, and text nothing."""
+_BY_NAME = 3
+"""How much a usual name tells."""
+_ABOUT_ROWS = {
+    *("id", "idx", "index", "uid", "guid", "uuid", "url", "key"),
+    *("source", "split", "language", "lang", "speaker", "author", "domain"),
+}
+"""Names of columns that say where a row is from, and are neither read nor learned."""
+
+
+class Suggestion(NamedTuple):
+    """Name a task that a file may be for, and its columns."""
+
+    task: str
+    columns: Mapping[str, str | list[str]]
+    """The column of each role, or the two of a pair."""
+    score: int
+    """How well the columns fit, against other suggestions for the same file."""
+
+
+def ranked(seen: Overview) -> list[Suggestion]:
+    """Return the best way for every task that the columns of a file have room for, the likeliest task first."""
+    best = [one for name in tasks.names() if (one := for_task(seen, tasks.find(name))) is not None]
+    return sorted(best, key=lambda one: -one.score)
+
+
+def for_task(seen: Overview, task: type[Task]) -> Suggestion | None:
+    """Return the best of a task's ways to name columns; None where the file has not the columns for any."""
+    each = [one for way in task.column_ways if (one := _for_way(seen, task, way)) is not None]
+    return max(each, key=lambda one: one.score, default=None)
+
+
+def for_way(seen: Overview, task: type[Task], way: tuple[str, ...]) -> Mapping[str, str | list[str]]:
+    """Return the columns of a file that are likeliest for the roles of one way; roles that none fits are
+    left out."""
+    columns: dict[str, str | list[str]] = {}
+    for role in way:
+        if (fit := _fit(role, task.column_roles.get(role, Role()), seen, columns)) is not None:
+            columns[role] = fit[0]
+    return columns
+
+
+def _for_way(seen: Overview, task: type[Task], way: tuple[str, ...]) -> Suggestion | None:
+    columns: dict[str, str | list[str]] = {}
+    total = 0
+    for role in way:
+        fit = _fit(role, task.column_roles.get(role, Role()), seen, columns)
+        if fit is None:
+            return None
+        columns[role], score = fit
+        total += score
+    return Suggestion(task.name, columns, total)
+
+
+def _fit(
+    role: str, wanted: Role, seen: Overview, taken: Mapping[str, str | list[str]]
+) -> tuple[str | list[str], int] | None:
+    """Return the column that fits a role best and how well; None where none does."""
+    used = {name for one in taken.values() for name in ([one] if isinstance(one, str) else one)}
+    free = {one.name: one for one in seen.columns if one.name not in used and one.kind is not Kind.EMPTY}
+    for kinds, telling in ((wanted.kinds, True), (wanted.by_name, False)):
+        for name in (role, *wanted.names):
+            parts = [name] if isinstance(name, str) else list(name)
+            if all(part in free and free[part].kind in kinds for part in parts):
+                score = _BY_NAME + (_TELLING.get(free[parts[0]].kind, 0) if telling else 0)
+                return (parts[0] if isinstance(name, str) else parts), score
+    alike: list[Column] = [
+        one for one in free.values() if one.kind in wanted.kinds and one.name.lower() not in _ABOUT_ROWS
+    ]
+    if not alike:
+        return None
+    # Of several columns of tags, as CoNLL-2003 has them, the last are the entities.
+    one = alike[-1] if alike[0].kind is Kind.TAGS else alike[0]
+    return one.name, _TELLING.get(one.kind, 0)
