@@ -49,6 +49,7 @@ def check_loss(engine: Engine, task: Task, dataset: Dataset, plan: Plan, event: 
     Raises ConfigurationError where no way is, with both numbers; DataError where samples do not have the next
     token as their target.
     """
+    _all(True, torch.device(plan.mesh.device))  # a peer that still loads is no part of the check's time
     began = time.monotonic()
     ends = getattr(engine.model.config.get_text_config(), "eos_token_id", None)
     rows = _rows(task, dataset, [ends] if isinstance(ends, int) else ends or [])
