@@ -22,7 +22,7 @@ _BY: dict[str, Callable[[dict[str, Any]], Any]] = {
     "left": lambda seen: seen["seconds_left"],
     "disk": lambda seen: seen["disk_bytes"],
 }
-"""What the columns are sorted by; what is not known comes last, whichever way."""
+"""Values by which the columns are sorted; what is not known comes last, whichever way."""
 _GROWING_FIRST = ("run", "state")
 
 
@@ -54,7 +54,7 @@ class Table:
     states: Sequence[State]
     rows: Sequence[dict[str, Any]]
     disk_bytes: int
-    """Of all runs."""
+    """Disk that all runs take."""
 
     @classmethod
     def of(cls, seen: Sequence[dict[str, Any]], sort: str, state: str) -> Table:

@@ -19,8 +19,8 @@ from launcher.redaction import redact
 
 HOST = "127.0.0.1"
 _OWN_NAMES = (HOST, "localhost")
-"""What a browser may call this machine. Under another name, which its owner can have lead here at any time
-(DNS rebinding), pages of elsewhere would count as ours."""
+"""Names by which a browser may call this machine. Under another one, which its owner can have lead here at any
+time (DNS rebinding), pages of elsewhere would count as ours."""
 _MOST_REQUESTS = 32
 """At a time. More connections wait in the kernel's queue, and are closed there."""
 _SECONDS_TO_ASK = 20.0
@@ -37,7 +37,7 @@ _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
 }
-"""Of every answer. A page's own policy is narrower: it names its scripts."""
+"""Headers of every answer. A page's own policy is narrower: it names its scripts."""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ _ROWS = 256
 _LONGEST_CLASS = 40
 """Characters of a class's name: what is longer in most rows is text."""
 _FEWEST_ROWS = 4
-"""Of fewer, how often values come again says nothing."""
+"""Rows, of fewer of which how often values come again says nothing."""
 _MAGIC = {
     "image": (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*"),
     "sound": (b"RIFF", b"fLaC", b"OggS", b"ID3", b"\xff\xfb", b"FORM"),

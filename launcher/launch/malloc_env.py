@@ -14,13 +14,13 @@ same, whatever its size.
 
 What it saves: docs/benchmarks/allocator.md. Where the system gives such pages always, or never, it changes
 nothing."""
-_FEW_PRODUCTS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
+_FEW_SHAPES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
 """oneDNN makes code for every shape of a product in bf16, and it and PyTorch each keep the code and what it
 needs of the last 1,024 by default: 700 MiB that no plan knows of, where samples have many lengths.
 
 What it saves: docs/benchmarks/many_lengths.md. Models of seconds a step are no slower: tried with 8 and with 64
 samples a pass."""
-LEAN = {"MALLOC_MMAP_THRESHOLD_": str(2 << 20), **_HUGE_PAGES, **_FEW_PRODUCTS}
+LEAN = {"MALLOC_MMAP_THRESHOLD_": str(2 << 20), **_HUGE_PAGES, **_FEW_SHAPES}
 """Blocks from 2 MiB on go back to the system when they are freed: those that come in huge pages.
 
 glibc raises its own threshold to 32 MiB as soon as large blocks come and go, and keeps what lies between: a
@@ -31,7 +31,7 @@ ROOMY = {
     "MALLOC_TRIM_THRESHOLD_": str(2 << 30),
     "MALLOC_ARENA_MAX": "1",
     **_HUGE_PAGES,
-    **_FEW_PRODUCTS,
+    **_FEW_SHAPES,
 }
 """Blocks below 4 MiB stay, for all threads alike: the system has to zero each page that it gives.
 

@@ -47,9 +47,6 @@ class FileClassification(Classification):
             label_of(row, self._label_column, self.data.problem)
         return []
 
-    def why_absent(self, row: dict[str, Any]) -> RowProblem | None:
-        return media.why_absent(media.named(row, self.data.file_columns))
-
     def sample_lengths(self, tokens: Sequence[int], added: int) -> list[int]:
         return [1]
 

@@ -90,9 +90,6 @@ class ImageToText(EncoderDecoderTask):
     def _text(self, row: dict[str, Any]) -> str:
         return "" if self.for_prediction else text_of(row, self.data.text)
 
-    def why_absent(self, row: dict[str, Any]) -> RowProblem | None:
-        return media.why_absent(media.named(row, self.data.file_columns))
-
     def sample_lengths(self, tokens: Sequence[int], added: int) -> list[int]:
         return [1]
 

@@ -85,9 +85,6 @@ class SpeechRecognition(WritingTask):
             spoken(row, self.data)
         return []
 
-    def why_absent(self, row: dict[str, Any]) -> RowProblem | None:
-        return media.why_absent(media.named(row, self.data.file_columns))
-
     def sample_lengths(self, tokens: Sequence[int], added: int) -> list[int]:
         return [1]
 

@@ -42,29 +42,24 @@ def ranked(seen: Overview) -> list[Suggestion]:
 
 def for_task(seen: Overview, task: type[Task]) -> Suggestion | None:
     """Return the best of a task's ways to name columns; None where the file has not the columns for any."""
-    each = [one for way in task.column_ways if (one := _for_way(seen, task, way)) is not None]
+    fits = [_fits(seen, task, way) for way in task.column_ways]
+    each = [one for one, way in zip(fits, task.column_ways, strict=True) if len(one.columns) == len(way)]
     return max(each, key=lambda one: one.score, default=None)
 
 
 def for_way(seen: Overview, task: type[Task], way: tuple[str, ...]) -> Mapping[str, str | list[str]]:
     """Return the columns of a file that are likeliest for the roles of one way; roles that none fits are
     left out."""
-    columns: dict[str, str | list[str]] = {}
-    for role in way:
-        if (fit := _fit(role, task.column_roles.get(role, Role()), seen, columns)) is not None:
-            columns[role] = fit[0]
-    return columns
+    return _fits(seen, task, way).columns
 
 
-def _for_way(seen: Overview, task: type[Task], way: tuple[str, ...]) -> Suggestion | None:
+def _fits(seen: Overview, task: type[Task], way: tuple[str, ...]) -> Suggestion:
     columns: dict[str, str | list[str]] = {}
     total = 0
     for role in way:
-        fit = _fit(role, task.column_roles.get(role, Role()), seen, columns)
-        if fit is None:
-            return None
-        columns[role], score = fit
-        total += score
+        if (fit := _fit(role, task.column_roles.get(role, Role()), seen, columns)) is not None:
+            columns[role], score = fit
+            total += score
     return Suggestion(task.name, columns, total)
 
 

@@ -140,11 +140,6 @@ class Task(ABC):
             names = " and ".join(map(repr, self.columns[:2]))
             yield f"each of {len(rows)} rows has the same text twice, in {names}; name another column for one"
 
-    def why_absent(self, row: dict[str, Any]) -> RowProblem | None:
-        """Return why the file that a usable row names is not there; None where it is, and where rows name
-        none."""
-        return None
-
     def added_tokens(self, num_texts: int, tokenizer: Any | None) -> int:
         """Return how many tokens a sample has beside its texts. `tokenizer`: of tokenizers, or None."""
         return 0

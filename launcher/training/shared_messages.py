@@ -58,14 +58,13 @@ def _all_gather(group: Any, output: Any, part: Any, *_: Any, **__: Any) -> bool:
     if memory is None:
         return False
     rows, part = _as_bytes(output.detach()).view(memory.size, -1), _as_bytes(part.detach())
-    own = rows[memory.rank]
-    if own.data_ptr() != part.data_ptr():  # FSDP's part stands in its place already
-        own.copy_(part)
+    if rows[memory.rank].data_ptr() != part.data_ptr():  # FSDP's part stands in its place already
+        rows[memory.rank].copy_(part)
     for begin in range(0, part.numel(), PIECE_BYTES):
         piece = part[begin : begin + PIECE_BYTES]
-        for row, theirs in zip(rows, memory.exchange(group, [piece]), strict=True):
-            if row.data_ptr() != own.data_ptr():
-                row[begin : begin + piece.numel()].copy_(theirs[: piece.numel()])
+        for rank, theirs in enumerate(memory.exchange(group, [piece])):
+            if rank != memory.rank:
+                rows[rank, begin : begin + piece.numel()].copy_(theirs[: piece.numel()])
     return True
 
 

@@ -15,7 +15,7 @@ from launcher.tasks.image_to_text import ImageToText
 from launcher.tasks.task import Sample
 from launcher.tasks.writing import as_bytes
 from tests.families import tiny
-from tests.families.numbers import close, figures, is_ok, measured, message
+from tests.families.numbers import Numbers, measured, tried
 
 TYPE = "vision-encoder-decoder"
 WAYS = (("padded", "sdpa"), ("padded", "eager"))
@@ -102,25 +102,12 @@ def captions_of(model_type: str) -> dict[str, Any]:
         assert plain is not None
         losses.append(model(**plain).loss * len(sample["labels"]))
     right = measured(model, sum(losses))
-    found: dict[str, Any] = {
-        "class": type(model).__name__, "layout": None, "attention": None, "head": None, "reference": "eager",
-        "reason": None, "tried": {},
-    }  # fmt: skip
-    for layout, attention in WAYS:
-        try:
-            one = model_of(model_type, attention)
-            batch = task.collate([[sample] for sample in samples])
-            wrong = measured(one, task.loss(one, batch).loss_sum).against(right)
-            said = "ok" if close(wrong) else f"wrong: {figures(wrong)}"
-        except Exception as error:
-            said = message(error)
-        found["tried"][f"{layout}/{attention}/chunked"] = said
-    best = next((name for name, said in found["tried"].items() if is_ok(said)), None)
-    if best is None:
-        found["reason"] = "no way gives its own loss"
-    else:
-        found["layout"], found["attention"], found["head"] = best.split("/")
-    return found | {"seconds": round(time.monotonic() - began, 1)}
+
+    def trial(attention: str) -> Numbers:
+        one = model_of(model_type, attention)
+        return measured(one, task.loss(one, task.collate([[sample] for sample in samples])).loss_sum)
+
+    return tried(type(model).__name__, WAYS, trial, right, began)
 
 
 def _samples() -> list[Sample]:

@@ -14,7 +14,7 @@ from launcher.tasks.image_classification import ImageClassification
 from launcher.tasks.image_columns import ImageColumns
 from launcher.tasks.task import Sample
 from tests.families import tiny
-from tests.families.numbers import close, figures, is_ok, measured, message
+from tests.families.numbers import Numbers, measured, tried
 
 WAYS = (("padded", "sdpa"), ("padded", "eager"))
 NUM_IMAGES = 4
@@ -89,25 +89,12 @@ def images_of(model_type: str) -> dict[str, Any]:
     else:
         assert last is not None
         raise last
-    found: dict[str, Any] = {
-        "class": type(model).__name__, "layout": None, "attention": None, "head": None, "reference": "eager",
-        "reason": None, "tried": {},
-    }  # fmt: skip
-    for layout, attention in WAYS:
-        try:
-            wrong = measured(
-                one := model_of(model_type, attention, small).eval(), _ours(one, samples)
-            ).against(right)
-            said = "ok" if close(wrong) else f"wrong: {figures(wrong)}"
-        except Exception as error:
-            said = message(error)
-        found["tried"][f"{layout}/{attention}/chunked"] = said
-    best = next((name for name, said in found["tried"].items() if is_ok(said)), None)
-    if best is None:
-        found["reason"] = "no way gives its own loss"
-    else:
-        found["layout"], found["attention"], found["head"] = best.split("/")
-    return found | {"seconds": round(time.monotonic() - began, 1)}
+
+    def trial(attention: str) -> Numbers:
+        one = model_of(model_type, attention, small).eval()
+        return measured(one, _ours(one, samples))
+
+    return tried(type(model).__name__, WAYS, trial, right, began)
 
 
 def _images(size: int) -> list[Sample]:

@@ -16,7 +16,7 @@ LEFT_OUT = "left-out.txt"
 _MOST_NAMED = 1000
 _SCRIPT = "script"
 _LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc", ".git", "pages")
-"""Of the package: `pages` is what `launcher help` reads, which no job does."""
+"""Names of the package's files that are left out: `pages` is what `launcher help` reads, which no job does."""
 
 
 def of_launcher(run: RunDirectory) -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from launcher import tasks
 from launcher.data.files import find_files, is_there
+from launcher.data.folder import FileColumn
 from launcher.data.formats import format_of
 from launcher.data.rows import RowProblem, Values, required
 from launcher.data.sample import Sample, look, too_large
@@ -15,6 +16,7 @@ from launcher.errors import DataError, Problem
 from launcher.job.schema import Job
 from launcher.planner.dataset.findings import Findings
 from launcher.planner.dataset.token_lengths import texts_or_problem
+from launcher.tasks import media
 from launcher.tasks.mixed import data_of
 from launcher.tasks.task import Task
 
@@ -116,7 +118,8 @@ def _why_unusable(row: Values, task: Task) -> RowProblem | None:
     texts = texts_or_problem(row, task)
     if isinstance(row, RowProblem) or isinstance(texts, RowProblem):
         return texts if isinstance(texts, RowProblem) else None
-    return task.why_absent(row)
+    files = [column for column in task.columns if isinstance(column, FileColumn)]
+    return media.why_absent(media.named(row, files)) if files else None
 
 
 def _is_whole(seen: Sample) -> bool:

@@ -107,34 +107,29 @@ class FsdpEngine:
 
     @contextlib.contextmanager
     def whole_where_it_fits(self, tokens: Sequence[int] | None = None) -> Iterator[bool]:
-        few_rows = few_rows_under_fsdp(self.model, tokens, self._dtype)
-        with few_rows, self._whole_where_it_fits(lends_weights=tokens is not None) as is_whole:
-            yield is_whole
-
-    @contextlib.contextmanager
-    def _whole_where_it_fits(self, lends_weights: bool) -> Iterator[bool]:
         units = [module for module in nn.Module.modules(self.model) if isinstance(module, FSDPModule)]
         if not units:
             yield True
             return
-        num_bytes = self._dtype.itemsize * sum(
-            parameter.numel() for parameter in self.model.parameters() if isinstance(parameter, DTensor)
-        )
-        device = torch.device(self._plan.mesh.device)
-        if not generating.fits_whole(num_bytes, device, self._plan.mesh.ranks_per_node):
-            self.model.unshard()  # an encoder is called beside the root's own forward
-            yield self._plan.mesh.world_size == 1
-            return
-        for unit in units:
-            unit.set_reshard_after_forward(False, recurse=False)
-        gather(units, lends_weights)
-        try:
-            yield True
-        finally:
-            # The root stays whole, as it does after every pass: the next one would gather it again.
-            for layer in units[1:]:
-                layer.set_reshard_after_forward(self._plan.mesh.reshard_after_forward, recurse=False)
-                layer.reshard()
+        with few_rows_under_fsdp(self.model, tokens, self._dtype):
+            num_bytes = self._dtype.itemsize * sum(
+                parameter.numel() for parameter in self.model.parameters() if isinstance(parameter, DTensor)
+            )
+            device = torch.device(self._plan.mesh.device)
+            if not generating.fits_whole(num_bytes, device, self._plan.mesh.ranks_per_node):
+                self.model.unshard()  # an encoder is called beside the root's own forward
+                yield self._plan.mesh.world_size == 1
+                return
+            for unit in units:
+                unit.set_reshard_after_forward(False, recurse=False)
+            gather(units, lends_weights=tokens is not None)
+            try:
+                yield True
+            finally:
+                # The root stays whole, as it does after every pass: the next one would gather it again.
+                for layer in units[1:]:
+                    layer.set_reshard_after_forward(self._plan.mesh.reshard_after_forward, recurse=False)
+                    layer.reshard()
 
     def squared_gradient_norm(self) -> torch.Tensor:
         if self._optimizer is not None:
