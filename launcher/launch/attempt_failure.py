@@ -13,6 +13,7 @@ from launcher.errors import LauncherError, RankLostError, Stopped
 from launcher.launch.supervisor import End
 from launcher.planner.plan import Plan
 from launcher.runs import failure as failures
+from launcher.runs.error_class import classify_text
 from launcher.runs.events import event
 from launcher.runs.failure import Failure
 from launcher.runs.layout import RunDirectory, write_atomically
@@ -56,7 +57,7 @@ def find_failure(run: RunDirectory, number: int, end: End, plan: Plan, out_of_me
     log = directory / "agent.log"
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.exists() else []
     last = next((line.strip() for line in reversed(lines) if line.strip()), "it ended without a word")
-    return failure_of_agent(LauncherError, f"{last} (see {shown(log)})")
+    return failure_of_agent(classify_text(last), f"{last.removesuffix(':')} (see {shown(log)})")
 
 
 def forced_failure(end: End, plan: Plan, directory: Path) -> Failure | None:

@@ -22,7 +22,7 @@ _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EST
 NO_MEMORY = re.compile(
     r"(can't|cannot) allocate memory|not enough memory|out of "
     r"memory|std::bad_alloc|CUBLAS_STATUS_ALLOC_FAILED"
-    r"|failed to map segment from shared object",
+    r"|failed to map segment from shared object|\bMemoryError\b",
     re.IGNORECASE,
 )
 _PEER_LOST = re.compile(
@@ -42,6 +42,7 @@ GPU_BROKEN = re.compile(
 )
 """What CUDA says of a GPU that has to be reset or replaced (the texts of cudaGetErrorString). Illegal
 addresses and failed launches are mostly the program's own; of those the kernel's log tells more."""
+_TEXTS = ((GPU_BROKEN, GpuError), (NO_MEMORY, OutOfMemoryError), (_DISK_FULL, StorageError))
 
 
 def classify(error: BaseException) -> tuple[type[LauncherError], bool]:
@@ -70,17 +71,20 @@ def _classify_one(error: BaseException) -> tuple[type[LauncherError], bool]:
         if error.errno == errno.ENOMEM:
             return OutOfMemoryError, False
         return (StorageError if error.errno in _STORAGE_ERRORS else LauncherError), False
-    if isinstance(error, RuntimeError) and GPU_BROKEN.search(str(error)):
-        return GpuError, False
-    if isinstance(error, (RuntimeError, ImportError)) and NO_MEMORY.search(str(error)):
+    if isinstance(error, ImportError) and NO_MEMORY.search(str(error)):
         return OutOfMemoryError, False
-    if isinstance(error, RuntimeError) and _DISK_FULL.search(str(error)):
-        return StorageError, False
-    if isinstance(error, RuntimeError) and _PEER_LOST.search(str(error)):
-        return RankLostError, True
+    if isinstance(error, RuntimeError):
+        known = classify_text(str(error))
+        is_consequence = known is LauncherError and _PEER_LOST.search(str(error)) is not None
+        return (RankLostError, True) if is_consequence else (known, False)
     if isinstance(error, UnicodeDecodeError):
         return DataError, False
     return LauncherError, False
+
+
+def classify_text(text: str) -> type[LauncherError]:
+    """Return the class that the text of an error tells, as of a process of which nothing else is left."""
+    return next((known for pattern, known in _TEXTS if pattern.search(text)), LauncherError)
 
 
 def named(error: OSError) -> LauncherError | None:

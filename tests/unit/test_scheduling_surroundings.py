@@ -324,6 +324,28 @@ def test_a_bug_at_the_end_is_no_storage(run: RunDirectory, monkeypatch: pytest.M
         concluded(run, end_of(), monkeypatch)
 
 
+@pytest.mark.parametrize(
+    ("last", "code", "line"),
+    [
+        ("MemoryError:", 4, "out-of-memory: the agent on {host} after step 0: MemoryError (see"),
+        ("std::bad_alloc", 4, "out-of-memory: the agent on {host} after step 0: std::bad_alloc (see"),
+        (
+            "OSError: [Errno 28] No space left on device",
+            5,
+            "storage: the agent on {host} after step 0: OSErr",
+        ),
+        ("KeyError: 'x'", 1, "internal: the agent on {host} after step 0: KeyError: 'x' (see"),
+    ],
+)
+def test_an_agent_that_fails_has_the_class_of_its_last_line(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, last: str, code: int, line: str
+) -> None:
+    run.attempt(1).mkdir(parents=True)
+    (run.attempt(1) / "agent.log").write_text(f"Traceback (most recent call last):\n{last}\n\n")
+    ended, told = concluded(run, end_of(), monkeypatch)
+    assert ended == code and told.startswith(line.format(host=os.uname().nodename))
+
+
 def test_a_full_disk_takes_nothing_from_what_is_said(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

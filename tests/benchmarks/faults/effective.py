@@ -44,13 +44,13 @@ class Times:
 
     @property
     def formula(self) -> float:
-        """1 - stall/interval - (restart + interval/2)/MTTF."""
-        interval, failures = self.intervals / self.saves, max(1, self.failures)
-        return (
-            1
-            - self.stalls / self.saves / interval
-            - (self.restarts / failures + interval / 2) / (self.wall / failures)
-        )
+        """(1 - stall/(interval + stall)) (1 - (restart + interval/2)/MTTF): what saves hold up is a share of the
+        time in which steps are done. Where failures are seldom, 1 - stall/interval - (restart + interval/2)/MTTF.
+        """
+        interval, stall = self.intervals / self.saves, self.stalls / self.saves
+        failures = max(1, self.failures)
+        stopped = (self.restarts / failures + (interval + stall) / 2) / (self.wall / failures)
+        return interval / (interval + stall) * (1 - stopped)
 
 
 @dataclass(frozen=True)

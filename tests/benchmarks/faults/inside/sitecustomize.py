@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 MOMENTS = {
-    "preparing": "launcher.training.trainer:TrainingInputs.prepare",
+    "preparing": "launcher.training.inputs:TrainingInputs.prepare",
     "loading": "launcher.training.trainer:engines.build",
     "restoring": "launcher.training.state_keeper:StateKeeper.restore",
     "evaluating": "launcher.training.held_out:evaluate",
@@ -121,8 +121,9 @@ def _target(path):
 
 
 def _install(action, argument, moment, nth):
-    """As soon as there is a trainer, before it trains."""
-    while not hasattr(sys.modules.get("launcher.training.trainer"), "Trainer"):
+    """As soon as what is to be broken is imported: data are prepared right after the trainer is."""
+    module, name = ("inputs", "TrainingInputs") if moment == "preparing" else ("trainer", "Trainer")
+    while not hasattr(sys.modules.get(f"launcher.training.{module}"), name):
         time.sleep(0.005)
     holder, name = _target(MOMENTS[moment])
     plain = holder.__dict__.get(name, None) if isinstance(holder, type) else getattr(holder, name)
