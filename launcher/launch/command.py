@@ -9,14 +9,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.launch import malloc_env, rendezvous
+from launcher.launch import gpu_env, malloc_env, rendezvous
 from launcher.launch import script_run as scripts
 from launcher.launch.agent import NODE_VARIABLE
 from launcher.launch.fork_server import VARIABLE as WARM_VARIABLE
 from launcher.launch.rendezvous import ATTEMPT_VARIABLE
 from launcher.planner.plan import Plan
 from launcher.redaction import is_variable_of_secret, redact, redact_all
-from launcher.runs import doors, secret
+from launcher.runs import cache, doors, secret
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.processes import PARENT_VARIABLE
 
@@ -113,11 +113,15 @@ def environment(
     network = dict.fromkeys(doors.INTERFACE_VARIABLES, interface) if interface else {}
     if meeting is not None:
         network[secret.SECRET_VARIABLE] = str(run.attempt(attempt) / secret.NAME)
-    on_cpu = malloc_env.variables(run) if plan.mesh.device == "cpu" else {}
-    if plan.mesh.device == "cpu" and not plan.script:
-        on_cpu[WARM_VARIABLE] = _TRAINER
+    if plan.mesh.device == "cpu":
+        of_device = malloc_env.variables(run) | ({} if plan.script else {WARM_VARIABLE: _TRAINER})
+    else:
+        of_device = gpu_env.variables(run.attempt(attempt), os.environ)
+    if plan.model.compile:
+        # Kept beside the rest of the cache: what lies on a node's own disk is gone after a Slurm job.
+        of_device["TORCHINDUCTOR_CACHE_DIR"] = str(cache.root() / "compiled")
     return {
-        **on_cpu,
+        **of_device,
         **os.environ,
         "OMP_NUM_THREADS": str(plan.mesh.threads_per_rank),
         "TOKENIZERS_PARALLELISM": os.environ.get("TOKENIZERS_PARALLELISM", "false"),

@@ -135,8 +135,8 @@ def _kernel_stack(pid: int) -> str:
 
 
 def _flight_recorder(rank: int, pid: int) -> str:
-    """Have NCCL's flight recorder write down the collectives of a rank, where the job's environment has one
-    that listens to a pipe."""
+    """Have NCCL's flight recorder write down the collectives of a rank, where its environment has one that
+    listens to a pipe (gpu_env.py)."""
     variables = {}
     with contextlib.suppress(OSError):
         content = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
@@ -152,10 +152,9 @@ def _flight_recorder(rank: int, pid: int) -> str:
     with contextlib.suppress(OSError):
         os.write(descriptor, b"1")
     os.close(descriptor)
-    return (
-        "NCCL's flight recorder writes "
-        f"{variables.get('TORCH_NCCL_DEBUG_INFO_TEMP_FILE', '/tmp/nccl_trace_rank_')}{rank}"
-    )
+    names = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")  # the second before PyTorch 2.9
+    stem = next((variables[name] for name in names if name in variables), "/tmp/nccl_trace_rank_")
+    return f"NCCL's flight recorder writes {stem}{rank}"
 
 
 def _py_spy(pid: int) -> str:

@@ -26,7 +26,9 @@ SIZE_VARIABLE = "LAUNCHER_CACHE_SIZE"
 """How large prepared data may become, as `200GB`, or `unlimited`."""
 _SHARE, _MOST = 0.1, 100 * 10**9
 """Without it: a tenth of the file system, at most 100 GB."""
-_KINDS = ("data", "models", "extensions", "profiles")
+_KINDS = ("data", "models", "extensions", "profiles", "compiled")
+_WHOLE = ("extensions", "profiles", "compiled")
+"""Kinds whose files have names of others, or are small: they go all at once."""
 _WITHOUT_LOCKS_SECONDS = 7 * 86_400.0
 _TRIES = 10
 """As often may an entry be removed while one begins to hold it; on some file systems a file never is the one
@@ -55,8 +57,8 @@ _held: list[Hold] = []
 
 @dataclass(frozen=True)
 class Entry:
-    """One thing in the cache. `kind` is data (prepared rows), models (unpacked), extensions (compiled), or
-    unfinished."""
+    """One thing in the cache. `kind` is data (prepared rows), models (unpacked), extensions (DeepSpeed's operators),
+    profiles, compiled (layers), or unfinished."""
 
     kind: str
     name: str
@@ -112,7 +114,7 @@ def hold_until_the_end(path: Path) -> None:
     base = root()
     parts = path.relative_to(base).parts if path.is_relative_to(base) else ()
     if parts and parts[0] in _KINDS:
-        _held.append(hold(base.joinpath(*parts[: 1 if parts[0] in ("extensions", "profiles") else 2])))
+        _held.append(hold(base.joinpath(*parts[: 1 if parts[0] in _WHOLE else 2])))
 
 
 def entries(kinds: tuple[str, ...] = _KINDS) -> list[Entry]:
@@ -175,8 +177,7 @@ def bound() -> int | None:
 
 def _paths(kind: str) -> Iterator[Path]:
     directory = root() / kind
-    if kind in ("extensions", "profiles"):
-        # DeepSpeed finds its operators by names of its own, and profiles are small: they go all at once.
+    if kind in _WHOLE:
         yield from (directory,) if directory.is_dir() and any(directory.iterdir()) else ()
     elif directory.is_dir():
         yield from (path for path in directory.iterdir() if path.is_dir())
@@ -205,6 +206,7 @@ def _what(kind: str, path: Path) -> str:
             "models": "an unpacked model",
             "extensions": "DeepSpeed's compiled operators",
             "profiles": "profiles of models",
+            "compiled": "layers by torch.compile",
         }[kind]
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError):
         report = read_json(path / "meta.json")["report"]

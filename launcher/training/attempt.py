@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 from launcher.planner.plan import Plan
+from launcher.runs import cache
 from launcher.runs.layout import RunDirectory
 from launcher.runs.places import here
 from launcher.training.devices import start_process_group
@@ -28,6 +32,7 @@ def train(
     device = start_process_group(plan)
     waited.watch()
     if plan.model.compile:
+        cache.hold_until_the_end(Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")))
         say_compiling()
     trainer = Trainer(run, plan, material, device, stop, stop_at, run.attempt(attempt))
     trainer.load()

@@ -57,6 +57,18 @@ def left(root: Path) -> set[str]:
     return {path.name for kind in ("data", "models") for path in (root / kind).iterdir()}
 
 
+@pytest.mark.parametrize("kind", ["extensions", "profiles", "compiled"])
+def test_what_lies_together_goes_together(root: Path, kind: str) -> None:
+    (root / kind / "deep").mkdir(parents=True)
+    (root / kind / "deep" / "file").write_bytes(b"x" * 100)
+    (entry,) = cache.entries()
+    assert (entry.kind, entry.bytes, entry.in_use) == (kind, 100, False) and entry.what
+    held = cache.hold(root / kind)
+    assert cache.entries()[0].in_use and cache.remove(cache.entries()) == []
+    held.release()
+    assert cache.remove(cache.entries()) != [] and not (root / kind).exists()
+
+
 def test_what_is_there_is_listed_the_newest_first(filled: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache.hold(filled / "data" / NAMES[1])
     assert call("cache", "list") == 0

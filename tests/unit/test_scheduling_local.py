@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from launcher.errors import ConfigurationError
-from launcher.launch import local, malloc_env
+from launcher.launch import gpu_env, local, malloc_env
 from launcher.launch.command import agent_command, environment, public, write_command
 from launcher.launch.screen import Watcher
 from launcher.launch.stop_signals import Signals
@@ -98,6 +98,31 @@ def test_a_plan_of_cpus_sees_no_gpu(run: RunDirectory, monkeypatch: pytest.Monke
     assert environment(run, plan(), 1)["CUDA_VISIBLE_DEVICES"] == ""
     gpu = plan().model_copy(update={"mesh": plan().mesh.model_copy(update={"device": "cuda"})})
     assert environment(run, gpu, 1)["CUDA_VISIBLE_DEVICES"] == "1,2"
+
+
+def test_ranks_on_gpus_have_an_allocator_that_grows_and_a_flight_recorder(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in gpu_env.variables(run.path, {}):
+        monkeypatch.delenv(name, raising=False)
+    gpu = plan().model_copy(update={"mesh": plan().mesh.model_copy(update={"device": "cuda"})})
+    seen = environment(run, gpu, 3)
+    assert seen["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert seen["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+    assert seen["TORCH_FR_DUMP_TEMP_FILE"] == f"{run.attempt(3)}/nccl-rank-"
+    assert not set(gpu_env.variables(run.path, {})) & set(environment(run, plan(), 3))
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "FASTEST_FIRST")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
+    seen = environment(run, gpu, 3)
+    assert seen["CUDA_DEVICE_ORDER"] == "FASTEST_FIRST" and "PYTORCH_ALLOC_CONF" not in seen
+
+
+def test_compiled_layers_are_kept_in_the_cache(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    compiled = plan().model_copy(update={"model": plan().model.model_copy(update={"compile": True})})
+    assert environment(run, compiled, 1)["TORCHINDUCTOR_CACHE_DIR"] == "/cache/launcher/compiled"
+    assert "TORCHINDUCTOR_CACHE_DIR" not in environment(run, plan(), 1)
 
 
 def test_ranks_on_the_cpu_give_memory_back_unless_told_otherwise(
