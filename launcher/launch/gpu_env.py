@@ -21,7 +21,9 @@ def variables(attempt: Path, given: Mapping[str, str]) -> dict[str, str]:
 
     torchtitan's run_train.sh and distributed/utils.py set the allocator's and the recorder's likewise.
     """
-    allocator = {} if any(name in given for name in _ALLOCATOR) else {_ALLOCATOR[0]: "expandable_segments:True"}
+    allocator = (
+        {} if any(name in given for name in _ALLOCATOR) else {_ALLOCATOR[0]: "expandable_segments:True"}
+    )
     return {
         **allocator,
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",

@@ -57,8 +57,8 @@ _held: list[Hold] = []
 
 @dataclass(frozen=True)
 class Entry:
-    """One thing in the cache. `kind` is data (prepared rows), models (unpacked), extensions (DeepSpeed's operators),
-    profiles, compiled (layers), or unfinished."""
+    """One thing in the cache. `kind` is data (prepared rows), models (unpacked), extensions (DeepSpeed's
+    operators), profiles, compiled (layers), or unfinished."""
 
     kind: str
     name: str

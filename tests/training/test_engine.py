@@ -230,6 +230,46 @@ def test_what_is_whole_between_the_passes_is_gathered_once_a_step(
     _check(plain, on_ranks(2, steps_that_send, plan, defers)[0], 1e-5)
 
 
+def additions_of_copies(plan: Plan, defers: bool) -> tuple[list[int], dict[str, Any]]:
+    """How often copies add up gradients in each of two steps, and what the steps of the others tests give."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_collectives as collectives
+
+    _send_gradients(defers)
+    original, counts = collectives.dist.all_reduce, [0]
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        counts[0] += 1
+        return original(*arguments, **options)
+
+    results = steps(plan, Causal)  # before they are counted: the norm is added up by the same function
+    engine = build(plan, Causal(), AutoConfig.from_pretrained(
+        plan.model.name, attn_implementation=attention.register(plan.attention)
+    ), {})  # type: ignore[arg-type]  # fmt: skip
+    collectives.dist.all_reduce = counted
+    seen = []
+    for step in range(2):
+        counts[0] = 0
+        for index in range(plan.batch.accumulation_steps):
+            engine.micro_step(
+                packed_batch(_samples(step)[:2]), 1.0, index == plan.batch.accumulation_steps - 1
+            )
+        seen.append(counts[0])
+        engine.zero_grad()
+    return seen, results
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("defers", [True, False])
+def test_copies_add_up_their_gradients_once_a_step(defers: bool, directory: Path) -> None:
+    """Of three layers and the rest, over three passes; the numbers are one rank's."""
+    path = _save(directory, "llama")
+    plan = plan_of(path, 4, batch=_batch(4, 1), mesh__dp_replicate=2, mesh__dp_shard=2)
+    assert plan.batch.accumulation_steps == 3
+    seen, results = on_ranks(4, additions_of_copies, plan, defers)[0]
+    assert seen == [4, 4]
+    _check(_ran(plan_of(path, 1, batch=_batch(1, 12)), Causal), results, 1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_offloaded_parameters_change_no_number(world_size: int, directory: Path) -> None:

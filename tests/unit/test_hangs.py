@@ -223,11 +223,7 @@ def test_a_stack_elsewhere_tells_where() -> None:
 def test_a_flight_recorder_is_asked_where_there_is_one(tmp_path: Path, name: str) -> None:
     os.mkfifo(tmp_path / "fr3.pipe")
     reading = os.open(tmp_path / "fr3.pipe", os.O_RDONLY | os.O_NONBLOCK)
-    variables = {
-        **os.environ,
-        "TORCH_NCCL_DEBUG_INFO_PIPE_FILE": f"{tmp_path}/fr",
-        name: "/t/trace_",
-    }
+    variables = {**os.environ, "TORCH_NCCL_DEBUG_INFO_PIPE_FILE": f"{tmp_path}/fr", name: "/t/trace_"}
     with subprocess.Popen([sys.executable, "-c", "input()"], env=variables, stdin=subprocess.PIPE) as process:
         wait_for(lambda: "NCCL" in stacks._flight_recorder(3, process.pid))
         assert stacks._flight_recorder(3, process.pid) == "NCCL's flight recorder writes /t/trace_3"

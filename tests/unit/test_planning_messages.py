@@ -10,6 +10,7 @@ import pytest
 from launcher.planner.hardware.gpu_table import gpu_type, on_network
 from launcher.planner.memory.program import Unit, Weight
 from launcher.planner.plan import Plan
+from launcher.planner.speed import collectives
 from launcher.planner.speed.collectives import Traffic, evaluation_traffic, exposed, seconds, traffic
 from launcher.planner.speed.flops import Units, operations, passing_back
 from tests.training.plans import deepspeed, plan_of
@@ -92,10 +93,13 @@ def test_bytes_by_hand(
     assert sent.copied == 0
 
 
-def test_copies_add_up_gradients_as_often_as_they_are_sent() -> None:
-    made = plan(8, 2, mesh__dp_replicate=2, mesh__dp_shard=4)
-    assert traffic(made, MODEL).copied == pytest.approx(8 * P / 4 / 2)
-    assert traffic(made, MODEL).num_messages == 4 * 3 + 1 + 2 * 4
+@pytest.mark.parametrize("sent", [1, 2])
+def test_copies_add_up_gradients_once_a_step(sent: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where each of two passes sends them among the ranks of a copy."""
+    monkeypatch.setattr(collectives, "DEFERRED_GRADIENT_BYTES", 4 << 30 if sent == 1 else 0)
+    two = plan(8, 2, mesh__dp_replicate=2, mesh__dp_shard=4)
+    assert traffic(two, MODEL).copied == pytest.approx(8 * P / 4 / 2)
+    assert traffic(two, MODEL).num_messages == 4 * 3 + 1 + (sent + 1) * 4
 
 
 def test_a_rank_alone_sends_nothing() -> None:

@@ -30,9 +30,9 @@ def traffic(plan: Plan, units: Units) -> Traffic:
     """Return what a step sends.
 
     FSDP gathers what it keeps cut for each pass, and the rest once; it sends gradients once a step, or with
-    every micro-batch where there are too many. ZeRO-1 and 2 gather what was trained, once, and reduce
-    gradients by all-reducing them, in fp32: DeepSpeed 0.19.8's `use_multi_rank_bucket_allreduce`, which is
-    on, receives twice what a reduce-scatter would.
+    every micro-batch where there are too many, and copies add theirs up once a step. ZeRO-1 and 2 gather what
+    was trained, once, and reduce gradients by all-reducing them, in fp32: DeepSpeed 0.19.8's
+    `use_multi_rank_bucket_allreduce`, which is on, receives twice what a reduce-scatter would.
     """
     root, layers = units
     mesh, zero = plan.mesh, plan.zero
@@ -50,10 +50,10 @@ def traffic(plan: Plan, units: Units) -> Traffic:
         gathered = sum(count * unit.num_elements() for count, unit in zip(gatherings, layers, strict=True))
         gathered += times.root * root.num_elements()
         gathered -= 0.0 if zero is None else times.layer * _stays(plan, units)
-    number += times.gradients * (len(layers) + 1) * (2 if mesh.dp_replicate > 1 else 1)
+    number += (times.gradients + (1 if mesh.dp_replicate > 1 else 0)) * (len(layers) + 1)
     reduced = (8 if zero is not None and zero.stage < 3 else 4) * times.gradients * trained
-    # Copies add up their gradients, each rank its part of them.
-    copied = 8 * times.gradients * trained / ranks * (mesh.dp_replicate - 1) / mesh.dp_replicate
+    # Copies add up their gradients once a step, each rank its part of them.
+    copied = 8 * trained / ranks * (mesh.dp_replicate - 1) / mesh.dp_replicate
     return Traffic(number, (_itemsize(plan) * gathered + reduced) * (ranks - 1) / ranks, copied)
 
 

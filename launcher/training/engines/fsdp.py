@@ -79,6 +79,9 @@ class FsdpEngine:
         if isinstance(self.model, FSDPModule):
             if self._defers:
                 self.model.set_requires_gradient_sync(last)
+            elif self._plan.mesh.dp_replicate > 1:
+                # Each copy adds up its passes by itself: copies meet once a step, over the slower network.
+                self.model.set_requires_all_reduce(last)
             # What is whole at the height of every pass stays so until the next one: it is gathered once a
             # step.
             self.model.set_reshard_after_backward(last, recurse=not self._plan.mesh.reshard_after_forward)
