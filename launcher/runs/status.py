@@ -28,7 +28,7 @@ class Status:
     """One look at a run. What is not known yet is None.
 
     `state` is one of planned, running, finished, stopped, failed, interrupted (its processes are gone without
-    a word).
+    a word), and in lists unreadable (its files cannot be read).
     """
 
     run: str

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from launcher.launch.slurm.view import runs_below, views
 from launcher.runs.events import append, event
 from launcher.runs.glance import glance
 from launcher.runs.layout import RunDirectory
@@ -30,6 +31,19 @@ def test_a_run_that_never_began(run: RunDirectory) -> None:
     status = read_status(run)
     assert (status.state, status.step, status.attempts, status.loss) == ("planned", 0, 0, None)
     assert status.command == f"launcher resume {run.path}"
+
+
+@pytest.mark.parametrize("name", ["events.jsonl", "metrics.jsonl"])
+def test_a_run_that_cannot_be_read_is_one_of_a_list(name: str, tmp_path: Path) -> None:
+    """The others are listed all the same, and it says what is wrong with it."""
+    for one in ("broken", "fine"):
+        (tmp_path / one).mkdir()
+        (tmp_path / one / "plan.json").write_text("{}")
+    (tmp_path / "broken" / name).mkdir()
+    broken, fine = views(runs_below(tmp_path))
+    assert (broken["name"], broken["state"]) == ("broken", "unreadable")
+    assert broken["last_word"] == f"IsADirectoryError: [Errno 21] Is a directory: '{tmp_path}/broken/{name}'"
+    assert fine["state"] == "planned"
 
 
 def test_what_a_running_run_is_at_and_whether_it_hangs(run: RunDirectory) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import SchedulerError
+from launcher.errors import LauncherError, SchedulerError, one_line
 from launcher.launch.slurm.deadline import seconds_since_1970
 from launcher.launch.slurm.queue import Entry, accounting, queue
 from launcher.launch.slurm.record import JobRecord, is_live
@@ -48,8 +48,10 @@ def view(run: RunDirectory, totals: Totals | None = None) -> dict[str, Any]:
 
 
 def views(runs: Iterable[RunDirectory]) -> list[dict[str, Any]]:
-    """The status of many runs, with one question to the controller; of each its main metric and its disk,
-    too."""
+    """The status of many runs, with one question to the controller; of each its main metric and its disk, too.
+
+    A run whose files cannot be read is there as `unreadable`, with the reason as its last word.
+    """
     known = [(run, JobRecord.read(run)) for run in runs]
     entries: dict[str, Entry] = {}
     if any(record for _, record in known):
@@ -57,7 +59,11 @@ def views(runs: Iterable[RunDirectory]) -> list[dict[str, Any]]:
             entries = queue()
     known_views = []
     for run, record in known:
-        job_id, status = record.job_id if record else "", read_status(run)
+        job_id = record.job_id if record else ""
+        try:
+            status = read_status(run)
+        except (OSError, LauncherError) as error:
+            status = Status(str(run.path), run.path.name, "unreadable", 0, 0, last_word=one_line(error))
         seen = _together(status, entries.get(job_id), {"job_id": job_id} if record else {})
         known_views.append(seen | glance(run, status))
     return known_views
