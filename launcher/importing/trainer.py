@@ -32,6 +32,8 @@ _WORDS = {
 _LENGTHS = ("max_seq_length", "max_length", "model_max_length", "block_size", "max_source_length")
 _ATTENTION = ("sdpa", "eager", "flash_attention_2")
 _TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
+_PROJECTS = {"wandb": "wandb_project", "trackio": "project"}
+"""The key of each tracker's project: TrainingArguments has one for trackio alone, scripts have W&B's."""
 MARKS = {
     "output_dir", "per_device_train_batch_size", "per_device_eval_batch_size", "num_train_epochs",
     "lr_scheduler_type", "gradient_accumulation_steps", "warmup_ratio", "max_grad_norm", "save_total_limit",
@@ -123,6 +125,9 @@ def _words(content: dict[str, Any], reading: Reading, read_elsewhere: set[str]) 
     known = [name for name in listed if name in _TRACKERS]
     if known:
         reading.say("trackers", known, "report_to")
+    for tracker, key in _PROJECTS.items():
+        if tracker in known and isinstance(project := content.get(key), str) and project:
+            reading.say_once("tracking.project", project, key)
     if other := [name for name in listed if name not in (*_TRACKERS, "none", "all")]:
         text = (
             f"launcher has {', '.join(_TRACKERS)}, and always metrics.jsonl; nothing that is learned "

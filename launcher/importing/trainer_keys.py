@@ -139,7 +139,8 @@ def rest(content: dict[str, Any], read: set[str], reading: Reading) -> None:
         (REPORTS, "what is reported, saved and pushed; nothing of it changes what is learned"),
         (PLACES, "how and in which order it is computed; the same is learned"),
     ):
-        if unused := sorted(key for key, value in kept.items() if key in keys and value is not False):
+        unread = (key for key, value in kept.items() if key in keys and value is not False)
+        if unused := sorted(key for key in unread if not reading.read(key)):
             reading.ignore(", ".join(unused), None, text)
 
 

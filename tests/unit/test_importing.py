@@ -438,6 +438,14 @@ COMMANDS = [
         {"trackers": ["wandb", "tensorboard"], "name": "a-b"},
     ),
     (
+        "python t.py --report_to trackio --project mine --wandb_project other",
+        {"trackers": ["trackio"], "tracking": {"project": "mine"}},
+    ),
+    (
+        "python t.py --report_to wandb --project mine --wandb_project other",
+        {"trackers": ["wandb"], "tracking": {"project": "other"}},
+    ),
+    (
         "accelerate launch --cpu --num_processes 2 t.py",
         {"cluster": {"gpus_per_node": 0, "ranks_per_node": 2}},
     ),
