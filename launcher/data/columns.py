@@ -104,7 +104,8 @@ def overview(path: str) -> Overview:
     if not rows:
         why = next((str(row) for row in seen.rows if isinstance(row, RowProblem)), "it is empty")
         raise DataError(f"{path} has no row that can be read: {why}")
-    numbers = first.suffix.lower() in (".csv", ".tsv") and names == [str(n) for n in range(len(names))]
+    may_lack_header = not first.is_dir() and format_of(first).may_lack_header
+    numbers = may_lack_header and names == [str(n) for n in range(len(names))]
     return Overview(
         seen.num_rows, len(seen.rows), _with_examples(describe(rows, names), begin.rows), not numbers
     )

@@ -33,6 +33,8 @@ class Format(ABC):
     """Files up to this size, all together, are read as a whole; larger ones are looked at in some places."""
     most_bytes: ClassVar[int | None] = None
     """The largest file that is looked at, where all of it has to be read for that."""
+    may_lack_header: ClassVar[bool] = False
+    """Whether the first line may name the columns or be a row, whose columns then have numbers from 0 on."""
 
     @abstractmethod
     def read(self, path: Path, columns: Sequence[str]) -> Read:
@@ -119,6 +121,7 @@ class Csv(Lines):
     """Comma-separated values; one row may be several lines, by line ends between quotation marks."""
 
     suffixes = (".csv",)
+    may_lack_header = True
     whole_bytes = 1 << 23
     """As only reading counts rows there: 0.1 to 0.3 s at 26 to 90 MiB/s, by how long they are."""
 
@@ -136,6 +139,7 @@ class Tsv(Lines):
     """Tab-separated values, without quoting."""
 
     suffixes = (".tsv",)
+    may_lack_header = True
 
     def read(self, path: Path, columns: Sequence[str]) -> Read:
         return readers.read_tsv(path, columns)

@@ -102,9 +102,12 @@ def _of_source(key: str, source: Source, task: Task) -> Findings:
 
 def _header_as_row(file: Path, task: Task) -> str | None:
     """Return a doubt about a table whose columns are named by number and whose first line reads as a header."""
-    if file.suffix.lower() not in (".csv", ".tsv") or not all(map(str.isdecimal, required(task.columns))):
+    if file.is_dir() or not all(map(str.isdecimal, required(task.columns))):
         return None
-    names = format_of(file).names(file)
+    known = format_of(file)
+    if not known.may_lack_header:
+        return None
+    names = known.names(file)
     if all(map(str.isdecimal, names)):
         return None
     return (
