@@ -259,7 +259,9 @@ class MultiTask(Task):
         kept = None
         if KEEPS_LOSSES in batch:
             size = len(batch["input_ids"])
-            losses = [one.losses.view(size, -1).sum(dim=1) for one in outputs.values() if one.losses is not None]
+            losses = [
+                one.losses.view(size, -1).sum(dim=1) for one in outputs.values() if one.losses is not None
+            ]
             kept = torch.stack(losses).sum(dim=0)
         sums = [scales[name] * output.loss_sum for name, output in outputs.items()]
         return Output(
@@ -267,7 +269,8 @@ class MultiTask(Task):
             torch.stack([output.num_correct for output in outputs.values()]).sum(),
             losses=kept,
             parts={
-                name: one._replace(loss_sum=one.loss_sum.detach(), losses=None) for name, one in outputs.items()
+                name: one._replace(loss_sum=one.loss_sum.detach(), losses=None)
+                for name, one in outputs.items()
             },
         )
 

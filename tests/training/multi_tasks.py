@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import random
 from pathlib import Path
@@ -93,7 +92,6 @@ class Plain:
                 nn.init.constant_(own.classifier.bias, head_config(config, task).head_bias[0])
             setattr(own, own.base_model_prefix, body)
             self.models[task] = own.train()
-        self.config = config
 
     def parameters(self) -> list[nn.Parameter]:
         """Return those of all, each once."""
@@ -101,16 +99,7 @@ class Plain:
 
     def loss(self, task: str, row: dict[str, Any]) -> tuple[torch.Tensor, int]:
         """Return the summed loss of a row, and over how many positions."""
-        if task == "words":
-            ids = tokenizer()(" ".join(row["words"]))["input_ids"]
-            names = head_config(self.config, task).label2id
-            labels = [-100, *(names[tag] for tag in row["tags"]), -100]
-            given = {"input_ids": torch.tensor([ids]), "labels": torch.tensor([labels])}
-            return self.models[task](**given).loss * len(row["tags"]), len(row["tags"])
-        texts = (row["text"],) if task == "score" else (row["first"], row["second"])
-        given = dict(tokenizer()(*texts, return_tensors="pt"))
-        label: Any = row["value"] if task == "score" else KINDS.index(row["label"])
-        return self.models[task](**given, labels=torch.tensor([label])).loss, 1
+        return loss_of(task, self.models[task], row)
 
     def step_loss(self, batch: list[tuple[str, dict[str, Any]]]) -> tuple[torch.Tensor, dict[str, float]]:
         """Return the sum over the tasks of weight x mean, and each task's mean."""
@@ -122,6 +111,18 @@ class Plain:
         }
         total = sum(WEIGHTS[task] * mean for task, mean in means.items())
         return total, {task: float(mean.detach()) for task, mean in means.items()}  # type: ignore[return-value]
+
+
+def loss_of(task: str, model: PreTrainedModel, row: dict[str, Any]) -> tuple[torch.Tensor, int]:
+    """Return the summed loss of a row by a model's own class, and over how many positions."""
+    if task == "words":
+        ids = tokenizer()(" ".join(row["words"]))["input_ids"]
+        labels = [-100, *(model.config.label2id[tag] for tag in row["tags"]), -100]
+        given = {"input_ids": torch.tensor([ids]), "labels": torch.tensor([labels])}
+        return model(**given).loss * len(row["tags"]), len(row["tags"])
+    texts = (row["text"],) if task == "score" else (row["first"], row["second"])
+    label: Any = row["value"] if task == "score" else KINDS.index(row["label"])
+    return model(**tokenizer()(*texts, return_tensors="pt"), labels=torch.tensor([label])).loss, 1
 
 
 def batches(num_steps: int, size: int = 12) -> list[list[tuple[str, dict[str, Any]]]]:
@@ -145,8 +146,3 @@ def held_out(data: dict[str, Any], task: str) -> list[dict[str, Any]]:
     """Return the held-out rows of a task."""
     [source] = [one for one in data["evaluation"] if one["task"] == task]
     return [json.loads(line) for line in Path(source["path"]).read_text().splitlines()]
-
-
-def without_tasks(data: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy that may be changed."""
-    return copy.deepcopy(data)

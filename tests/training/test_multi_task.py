@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,20 @@ import torch
 
 from launcher.runs import events
 from launcher.runs.layout import RunDirectory
-from tests.training.multi_tasks import Plain, batches, data_of, plan_of
-from tests.training.plans import deepspeed
-from tests.training.runs import (
-    assert_equal,
-    batch_of,
-    curve,
-    evaluations,
-    finish,
-    model_directory,
-    new_run,
-    replan,
-    state,
+from launcher.training.checkpoint.export import export
+from tests.training.multi_tasks import (
+    SIZES,
+    WEIGHTS,
+    Plain,
+    batches,
+    data_of,
+    held_out,
+    loaded,
+    loss_of,
+    plan_of,
 )
+from tests.training.plans import deepspeed
+from tests.training.runs import batch_of, curve, evaluations, finish, model_directory, new_run
 from tests.training.test_resume import compare
 
 pytestmark = pytest.mark.distributed
@@ -92,3 +94,28 @@ def test_others_have_the_same_numbers(
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
     for step in (0, NUM_STEPS):
         assert evaluations(run)[step] == pytest.approx(evaluations(whole)[step], rel=1e-4, abs=1e-5)
+
+
+def test_an_export_has_a_directory_for_each_head_that_transformers_loads(
+    whole: RunDirectory, data: dict[str, Any], tmp_path: Path
+) -> None:
+    out = tmp_path / "export"
+    exported = export(whole, out)
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "kind", "score", "words"]
+    assert "score/model.safetensors" in exported.files
+    last = evaluations(whole)[NUM_STEPS]
+    for task in SIZES:
+        model = loaded(out, task)
+        losses = [loss_of(task, model, row) for row in held_out(data, task)]
+        mean = sum(loss for loss, _ in losses) / sum(count for _, count in losses)
+        assert mean == pytest.approx(last[f"{task}/loss"], rel=1e-5, abs=1e-6)
+        assert not hasattr(model.config, "task_heads")
+        own = json.loads((out / task / "launcher_evaluation.json").read_text())
+        assert own["metrics"] == {
+            name.removeprefix(f"{task}/"): value
+            for name, value in last.items()
+            if name.startswith(f"{task}/")
+        }
+    assert last["loss"] == pytest.approx(sum(WEIGHTS[task] * last[f"{task}/loss"] for task in SIZES))
+    card = (out / "README.md").read_text()
+    assert 'model = AutoModelForTokenClassification.from_pretrained("DIRECTORY/words")' in card
