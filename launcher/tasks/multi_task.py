@@ -33,6 +33,7 @@ from launcher.tasks.task import (
     Task,
     Traits,
 )
+from launcher.tasks.traits import HEADS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,9 +41,6 @@ if TYPE_CHECKING:
 else:
     np, torch = Lazy("numpy"), Lazy("torch")
 
-HEADS = "task_heads"
-"""The attribute of a config that says which heads there are: by task, the name of an Auto class under
-`auto_class`, and what is special to that head's config."""
 _OF_A_HEAD = ("problem_type", "id2label", "label2id", "head_bias")
 SCALES = "scales"
 """A key of a training batch: by what each task's summed loss is multiplied, so that the step's loss divided
@@ -107,7 +105,7 @@ class MultiTask(Task):
 
     @property
     def auto_class(self) -> Any:
-        from launcher.training.model.with_heads import AutoModelWithHeads
+        from launcher.training.heads import AutoModelWithHeads
 
         return AutoModelWithHeads
 
@@ -248,7 +246,7 @@ class MultiTask(Task):
     def loss(self, model: torch.nn.Module, batch: dict[str, Any]) -> Output:
         """Return the sum over the tasks of weight x summed loss, or as the batch's `SCALES` say; and each
         task's own output."""
-        from launcher.training.model.with_heads import body_computed, head_of
+        from launcher.training.heads import body_computed, head_of
 
         scales = batch.get(SCALES, self.loss_weights)
         with body_computed(model, {key: batch[key] for key in _READ if key in batch}):

@@ -164,7 +164,7 @@ def why_alone(kind: type[Task]) -> str | None:
         return f"reads {traits.unit}s, and the others read texts by a tokenizer"
     if traits.encoder_decoder:
         return "writes a text with a decoder, and the tasks share an encoder"
-    if traits.head == "every-position" or traits.layout != "padded":
+    if traits.layout != "padded":
         return "learns words of the vocabulary, and has passes of its own kind"
     return None
 

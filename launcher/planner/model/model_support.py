@@ -134,9 +134,11 @@ def support_of_tasks(
 ) -> Support:
     """Return the ways that are right of each of several tasks at once, as `support` has those of one."""
     known = [support(name, config, trust_remote_code, max_length, one_length) for name in names]
-    doubtful = [one for name, one in zip(names, known, strict=True) if not one.ways or one is untried(name)]
-    if doubtful or not known:
-        return min(doubtful, key=lambda one: len(one.ways)) if doubtful else unknown("multi-task")
+    refused = [one for one in known if not one.ways]
+    pairs = zip(names, known, strict=True)
+    doubtful = [one for name, one in pairs if one is untried(name) or one is unknown(name)]
+    if first := next(iter((*refused, *doubtful)), known[0] if len(known) == 1 else None):
+        return first
     return Support(tuple(way for way in known[0].ways if all(way in one.ways for one in known)))
 
 

@@ -12,14 +12,14 @@ import torch
 from transformers import AutoConfig
 
 from launcher.plain_files import read_json
-from launcher.tasks.multi_task import HEADS
+from launcher.tasks.traits import HEADS
 from launcher.training.checkpoint.weights import Entry, Weights
 from launcher.training.model.model_files import EVALUATION
 from launcher.training.model.with_heads import head_class, head_config, head_name
 
 
 class OneHead:
-    """Of a model's tensors those of one task's own class, under the names that this has for them."""
+    """The tensors of one task's own class, under the names that this has for them."""
 
     def __init__(self, weights: Weights, model_files: Path, task: str) -> None:
         """model_files: a directory with the config of the whole model."""

@@ -23,7 +23,7 @@ from transformers.distributed import DistributedConfig
 from launcher import tasks
 from launcher.errors import ConfigurationError, Problem
 from launcher.planner.plan import Mesh, Plan
-from launcher.tasks.multi_task import HEADS
+from launcher.tasks.traits import HEADS
 from launcher.training.model import adapters, normalization, pretrained
 from launcher.training.model.buffers import restore_buffers
 from launcher.training.model.conversion import converted_whole, copied_in_parts, cut_like

@@ -64,7 +64,7 @@ def check_loss(engine: Engine, task: Task, dataset: Dataset, plan: Plan, event: 
 
 @dataclass(frozen=True)
 class _Head:
-    """What is compared of a model: one of several heads, or the only one."""
+    """One of several heads that is compared with its own class, or the only one."""
 
     task: Task
     """The task of that head."""

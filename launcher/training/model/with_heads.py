@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from launcher.errors import ConfigurationError, Problem
-from launcher.tasks.multi_task import HEADS
+from launcher.tasks.traits import HEADS
 from launcher.training.model.forward import accepted, model_class_of
 
 
@@ -41,7 +41,7 @@ class _Body:
 
 
 class WithHeads:
-    """What a model with several heads has beside what its family's models have."""
+    """A model with several heads, in front of the base class of its family."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
@@ -86,12 +86,12 @@ class AutoModelWithHeads:
 
 
 @functools.cache
-def _class_with_heads(kind: type) -> type[PreTrainedModel]:
-    body = MODEL_MAPPING[kind]
+def _class_with_heads(config: type) -> type[PreTrainedModel]:
+    body = MODEL_MAPPING[config]
     body = body[0] if isinstance(body, tuple) else body
     family = next(one for one in body.__mro__[1:] if issubclass(one, PreTrainedModel))
-    made = type(f"{body.__name__}WithHeads", (WithHeads, family), {"__module__": __name__})
-    return cast(type[PreTrainedModel], made)
+    kind = type(f"{body.__name__}WithHeads", (WithHeads, family), {"__module__": __name__})
+    return cast(type[PreTrainedModel], kind)
 
 
 def head_name(task: str) -> str:
