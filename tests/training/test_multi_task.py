@@ -20,6 +20,7 @@ from launcher.runs.layout import RunDirectory
 from launcher.tasks.multi_task import SCALES, MultiTask
 from launcher.tasks.task import KEEPS_LOSSES, Encoded, Sample
 from launcher.training.checkpoint.export import export
+from launcher.training.evaluate_entry import measure
 from launcher.training.model.with_heads import head_class, head_config, head_of
 from launcher.training.predict_entry import predict
 from tests.training.multi_tasks import (
@@ -40,6 +41,7 @@ from tests.training.runs import (
     assert_equal,
     batch_of,
     curve,
+    errors_of,
     evaluations,
     finish,
     model_directory,
@@ -104,8 +106,11 @@ def test_the_losses_are_those_of_transformers_own_classes_over_one_body(
 
 @pytest.mark.parametrize(
     "changes",
-    [{"world_size": 2}, {"world_size": 1, "batch": batch_of(1, 1, 12)}, {"world_size": 2, "engine": 3}],
-    ids=["2 ranks", "1x12", "ZeRO-3"],
+    [
+        pytest.param({"world_size": 2}, id="2 ranks"),
+        pytest.param({"world_size": 1, "batch": batch_of(1, 1, 12)}, id="1x12", marks=pytest.mark.very_slow),
+        pytest.param({"world_size": 2, "engine": 3}, id="ZeRO-3", marks=pytest.mark.very_slow),
+    ],
 )
 def test_others_have_the_same_numbers(
     changes: dict[str, Any], whole: RunDirectory, encoder: Path, data: dict[str, Any], tmp_path: Path
@@ -228,6 +233,26 @@ def test_a_run_says_of_each_row_what_each_of_its_heads_says(
     assert answers[0]["score"]["value"] == pytest.approx(float(score.logits), abs=1e-5)
     assert answers[1]["kind"]["label"] == KINDS[int(kind.argmax())]
     assert len(answers[0]["words"]["tags"]) == len(given[0]["words"])
+
+
+@pytest.mark.very_slow
+def test_a_run_is_measured_before_and_after_with_intervals(
+    whole: RunDirectory, encoder: Path, tmp_path: Path
+) -> None:
+    looked = scratch(tmp_path / "scratch", Plan.read(whole.plan_file), tmp_path / "none", run=whole.path)
+    request = json.loads((looked.path / "request.json").read_text()) | {"resamples": 20, "seed": 1}
+    (looked.path / "request.json").write_text(json.dumps(request))
+    finish(looked, 1, entry=measure)
+    measured = json.loads((looked.path / "evaluation.json").read_text())
+    for when, step in (("before", 0), ("after", NUM_STEPS)):
+        assert measured[when] == pytest.approx(evaluations(whole)[step], rel=1e-4, abs=1e-5)
+    low, high = measured["confidence"]["after"]["kind/loss"]
+    assert low < measured["after"]["kind/loss"] < high
+    bare = scratch(tmp_path / "bare", Plan.read(whole.plan_file), tmp_path / "none", encoder)
+    request = json.loads((bare.path / "request.json").read_text()) | {"resamples": 0, "seed": 1}
+    (bare.path / "request.json").write_text(json.dumps(request))
+    [error] = errors_of(bare, 1, entry=measure)
+    assert "has no head of the task score; train it first" in str(error)
 
 
 @pytest.mark.very_slow

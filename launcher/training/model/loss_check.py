@@ -149,17 +149,20 @@ def _kinds(model: PreTrainedModel, layers: nn.ModuleList) -> list[tuple[object, 
 def _heads(task: Task, dataset: Dataset, ends: Sequence[int]) -> list[_Head]:
     """Return what is compared: of several tasks at once the head of each."""
     if not task.parts:
-        return [_Head(task, _rows(task, dataset, ends, 0, dataset.num_items))]
+        return [_Head(task, _rows(task, dataset, ends))]
     assert isinstance(dataset, MixedDataset)
     stretches = dict(zip(reversed(dataset.tasks), reversed(dataset.stretches), strict=True))
     parts = task.parts.items()
     return [_Head(part, _rows(task, dataset, ends, *stretches[name]), name) for name, part in parts]
 
 
-def _rows(task: Task, dataset: Dataset, ends: Sequence[int], begin: int, end: int) -> list[Sample]:
+def _rows(
+    task: Task, dataset: Dataset, ends: Sequence[int], begin: int = 0, end: int | None = None
+) -> list[Sample]:
     """Two samples of the items from `begin` to `end`, cut short, of which the second counts. Raises DataError
     for one that is not what the task makes."""
-    samples = [sample for index in range(begin, min(begin + 2, end)) for sample in dataset.item(index)]
+    stop = min(begin + 2, dataset.num_items if end is None else end)
+    samples = [sample for index in range(begin, stop) for sample in dataset.item(index)]
     first, second = (
         task.shortened(sample, length, ends)
         for length, sample in zip(LENGTHS, (*samples, *samples), strict=False)
