@@ -20,7 +20,7 @@ from launcher.runs.layout import RunDirectory
 from launcher.runs.phases import PhaseReport
 from launcher.tasks.task import Task
 from launcher.training.data.dataset import Dataset
-from launcher.training.data.mixed import prepare_sources
+from launcher.training.data.mixed import learn_from, prepare_sources
 from launcher.training.data.prepare import refuse_mostly_dropped
 from launcher.training.data.sources import refuse_change
 from launcher.training.data.spread import shape
@@ -73,7 +73,7 @@ class TrainingInputs:
         if (held_out := plan.data.evaluation) is not None:
             report = phase_report(run, "preparing", "rows")
             evaluation = prepare_sources(held_out, "evaluation", plan, task, tokenizer, report)
-        task.learn_from(train.column)
+        learn_from(task, train)
         task.configure(config)
         check_teacher(plan, task, tokenizer)
         texts = getattr(tokenizer, "tokenizer", None) if task.has_processor else tokenizer

@@ -232,10 +232,11 @@ class Trainer:
         last = len(step_batch.micro_batches) - 1
         self.by_source.begin()
         seed, step = self.plan.training.seed, self.state.step
+        more = self.task.in_a_step(step_batch.supervised_by_source)
         for index, items in enumerate(step_batch.micro_batches):
             here.at("data", done=index, total=last + 1, detail=str(self.material.train.directory))
             began = time.monotonic()
-            batch = to_device(self.loader.batch(step, index, items), self.device)
+            batch = to_device(self.loader.batch(step, index, items), self.device) | more
             self.own.loaded(time.monotonic() - began)
             here.at("forward", done=index, total=last + 1)
             torch.manual_seed(dropout_seed(seed, step, self.data_rank, index))

@@ -27,6 +27,8 @@ class StepBatch:
     """Their tokens."""
     num_supervised: int
     """Their supervised tokens (of a classification task: samples): what the loss is divided by."""
+    supervised_by_source: tuple[int, ...]
+    """The same of each source."""
     sample_ids: str
     """Hash of the global batch's sample ids in order; the same on any number of ranks."""
 
@@ -78,6 +80,7 @@ class Batches:
             num_samples=self.dataset.num_samples_of(real),
             num_tokens=self.dataset.num_tokens_of(real),
             num_supervised=self.dataset.num_supervised(real),
+            supervised_by_source=tuple(self.dataset.num_supervised_by_source(real).tolist()),
             sample_ids=xxhash.xxh3_64_hexdigest(
                 np.ascontiguousarray(self.dataset.sample_ids(real), dtype="<i8").tobytes()
             ),

@@ -113,8 +113,9 @@ def open_source(source: Source, columns: Sequence[str]) -> Rows:
 
 
 def of_source(task: Task, plan: Plan, source: Source) -> Task:
-    """Return the task as it reads one of several sources, not yet prepared."""
-    own = copy.copy(task)
+    """Return the task as it reads one of several sources, not yet prepared; of several tasks at once the
+    source's own."""
+    own = copy.copy(task.parts.get(str(getattr(source, "task", None)), task))
     own.data = data_of(plan.task, plan.data, source)
     return own
 

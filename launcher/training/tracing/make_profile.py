@@ -217,7 +217,8 @@ def prepared_task(plan: Plan, config: Any) -> Task:
     if task.has_processor:
         task.prepare(pretrained.read_processor(plan))
     task.adopt(config)
-    task.labels = (task.own_labels or ["0", "1"]) if task.needs_labels else None
+    for part in (task, *task.parts.values()):
+        part.labels = (part.own_labels or ["0", "1"]) if part.needs_labels else None
     task.configure(config)
     for one in (config, config.get_text_config()):
         if getattr(one, "pad_token_id", None) is None:
