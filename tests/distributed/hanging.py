@@ -3,8 +3,9 @@ that it says it is at.
 
     {"place": "forward", "kind": "stop" or "sleep", "rank": 1, "step": 7}
 
-Without a rank the first that comes to the place does. `struck.json` then says which it was. The place
-`saving` is inside a save.
+Without a rank the first that comes to the place does; of several `attempts` one in each. `struck.json` in the
+attempt's directory then says which it was, and on which node. The place `saving` is inside a save. It is the program of the ranks, or the module that they are forked with
+(LAUNCHER_WARM=hanging): then the fault is in the variable FAULT, as a job's environment has it.
 """
 
 from __future__ import annotations
@@ -12,24 +13,28 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from launcher.launch.rendezvous import ATTEMPT_VARIABLE
 from launcher.runs.places import PLACES, Whereabouts
+from tests.distributed.judging import STRUCK
 
-RUN = Path(sys.argv[1])
-FAULT: dict[str, Any] = json.loads((RUN / "fault.json").read_text(encoding="utf-8"))
-RANK = int(os.environ.get("RANK", "0"))
+ATTEMPT = Path(os.environ[ATTEMPT_VARIABLE])
+FAULT: dict[str, Any] = json.loads(
+    os.environ.get("FAULT") or (ATTEMPT.parents[1] / "fault.json").read_text(encoding="utf-8")
+)
 
 
 def strike(step: int) -> None:
-    if FAULT.get("rank", RANK) != RANK or step < FAULT.get("step", 0):
+    rank = int(os.environ["RANK"])
+    is_due = step >= FAULT.get("step", 0) and int(ATTEMPT.name) <= FAULT.get("attempts", 1)
+    if FAULT.get("rank", rank) != rank or not is_due:
         return
     try:
-        with open(RUN / "struck.json", "x", encoding="utf-8") as file:
-            json.dump({"rank": RANK, "time": time.time()}, file)
+        with open(ATTEMPT / STRUCK, "x", encoding="utf-8") as file:
+            json.dump({"rank": rank, "host": os.uname().nodename, "time": time.time()}, file)
     except FileExistsError:
         return
     if FAULT["kind"] == "stop":
@@ -66,12 +71,15 @@ def _hang_in_saves() -> None:
     checkpointer.write_hashed = hanging
 
 
+if FAULT["place"] == "saving":
+    _hang_in_saves()
+else:
+    _hang_at_places()
+
 if __name__ == "__main__":
     from launcher.training.attempt import train
     from launcher.training.entry import main
 
-    if FAULT["place"] == "saving":
-        _hang_in_saves()
-    else:
-        _hang_at_places()
     main(train=train)
+else:
+    import launcher.training.trainer  # noqa: F401  for all ranks that are forked

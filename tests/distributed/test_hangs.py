@@ -20,6 +20,7 @@ from launcher.runs.layout import RunDirectory
 from launcher.runs.processes import alive
 from launcher.runs.seen import ranks_of
 from launcher.runs.status import read_status
+from tests.distributed.judging import STRUCK
 from tests.training.plans import deepspeed
 from tests.training.runs import causal_data, model_directory, named, new_run, plan_for
 
@@ -118,7 +119,7 @@ def test_a_hang_is_named(
 ) -> None:
     run = make_run(tmp_path, material, fault, **changes)
     code, errors = finish(run, launch(run))
-    struck = json.loads((run.path / "struck.json").read_text())
+    struck = json.loads((run.attempt(1) / STRUCK).read_text())
     [said] = named(run, "suspected")
     rank = struck["rank"]
     assert f"rank {rank} on {os.uname().nodename} {words.format(other=1 - rank)}" in said["line"], errors
