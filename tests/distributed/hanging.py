@@ -1,15 +1,18 @@
 """What each rank runs in tests of hangs: the trainer itself, in which fault.json has one rank hang at a place
-that it says it is at.
+that it says it is at, or run out of memory there.
 
-    {"place": "forward", "kind": "stop" or "sleep", "rank": 1, "step": 7}
+    {"place": "forward", "kind": "stop", "sleep" or "memory", "rank": 1, "step": 7}
 
 Without a rank the first that comes to the place does; of several `attempts` one in each. `struck.json` in the
-attempt's directory then says which it was, and on which node. The place `saving` is inside a save. It is the program of the ranks, or the module that they are forked with
-(LAUNCHER_WARM=hanging): then the fault is in the variable FAULT, as a job's environment has it.
+attempt's directory then says which it was, and on which node. FUNCTIONS are places inside of others.
+
+It is the program of the ranks, or the module that they are forked with (LAUNCHER_WARM=hanging): then the
+fault is in the variable FAULT, as a job's environment has it.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -18,13 +21,21 @@ from pathlib import Path
 from typing import Any
 
 from launcher.launch.rendezvous import ATTEMPT_VARIABLE
-from launcher.runs.places import PLACES, Whereabouts
+from launcher.runs.places import PLACES, Whereabouts, here
 from tests.distributed.judging import STRUCK
 
 ATTEMPT = Path(os.environ[ATTEMPT_VARIABLE])
 FAULT: dict[str, Any] = json.loads(
     os.environ.get("FAULT") or (ATTEMPT.parents[1] / "fault.json").read_text(encoding="utf-8")
 )
+FUNCTIONS = {
+    "saving": "launcher.training.checkpoint.checkpointer:write_hashed",
+    "filling the image": "launcher.training.checkpoint.checkpointer:Checkpointer._staged",
+    "collating": "launcher.training.data.ahead:Loader.batch",
+    "told": "launcher.training.step_totals:add_up",
+}
+"""Places inside of others."""
+AFTER = ("told",)
 
 
 def strike(step: int) -> None:
@@ -37,6 +48,8 @@ def strike(step: int) -> None:
             json.dump({"rank": rank, "host": os.uname().nodename, "time": time.time()}, file)
     except FileExistsError:
         return
+    if FAULT["kind"] == "memory":
+        raise MemoryError
     if FAULT["kind"] == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
     else:
@@ -59,20 +72,28 @@ def _hang_at_places() -> None:
         setattr(Whereabouts, name, said)
 
 
-def _hang_in_saves() -> None:
-    from launcher.training.checkpoint import checkpointer
+def _hang_in(name: str) -> None:
+    """Strike before a function, or after it."""
+    module_name, _, path = FUNCTIONS[name].partition(":")
+    holder: Any = importlib.import_module(module_name)
+    *owners, last = path.split(".")
+    for owner in owners:
+        holder = getattr(holder, owner)
+    original = getattr(holder, last)
 
-    write = checkpointer.write_hashed
+    def hanging(*arguments: Any, **named: Any) -> Any:
+        if name not in AFTER:
+            strike(here._numbers[2])
+            return original(*arguments, **named)
+        result = original(*arguments, **named)
+        strike(here._numbers[2])
+        return result
 
-    def hanging(*arguments: Any) -> Any:
-        strike(FAULT.get("step", 0))
-        return write(*arguments)
-
-    checkpointer.write_hashed = hanging
+    setattr(holder, last, hanging)
 
 
-if FAULT["place"] == "saving":
-    _hang_in_saves()
+if FAULT["place"] in FUNCTIONS:
+    _hang_in(FAULT["place"])
 else:
     _hang_at_places()
 

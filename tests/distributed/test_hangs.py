@@ -6,8 +6,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,57 +14,20 @@ import pytest
 
 from launcher.errors import HungError
 from launcher.runs import events
-from launcher.runs.layout import RunDirectory
-from launcher.runs.processes import alive
 from launcher.runs.seen import ranks_of
 from launcher.runs.status import read_status
+from tests.distributed.hanging_runs import SECONDS, finish, launch, make_run
 from tests.distributed.judging import STRUCK
 from tests.training.plans import deepspeed
-from tests.training.runs import causal_data, model_directory, named, new_run, plan_for
+from tests.training.runs import causal_data, model_directory, named
 
 pytestmark = pytest.mark.slow
-
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-SECONDS = 8.0
-"""For every phase; before a rank is struck, however long a busy machine leaves one waiting, nobody is judged."""
 
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("hangs")
     return model_directory(folder / "model"), causal_data(folder / "data", packing=False)
-
-
-def make_run(
-    path: Path, material: tuple[Path, dict[str, Any]], fault: dict[str, Any], **changes: Any
-) -> RunDirectory:
-    model, data = material
-    usual: dict[str, Any] = {
-        "num_steps": 12,
-        "hang_after": SECONDS,
-        "evaluate_every": {"value": 6, "unit": "steps"},
-    }
-    run = new_run(path / "run", plan_for(model, data, 2, **(usual | changes)))
-    (run.path / "fault.json").write_text(json.dumps(fault))
-    return run
-
-
-def launch(run: RunDirectory) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1"}
-    environment["XDG_CACHE_HOME"] = str(run.path.parent / "cache")
-    command = [sys.executable, str(HERE / "local_runner.py"), str(run.path), "--entry", "hanging"]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-
-
-def finish(run: RunDirectory, process: subprocess.Popen[str], seconds: float = 600) -> tuple[int, str]:
-    try:
-        _, errors = process.communicate(timeout=seconds)
-    finally:
-        process.kill()
-    pids = [json.loads(path.read_text())["pid"] for path in run.attempts.glob("*/rank-*.json")]
-    assert not any(alive(pid) for pid in pids), "no rank outlives the launcher"
-    return process.returncode, errors
 
 
 CASES = [
