@@ -19,7 +19,7 @@ from typing import Any
 
 from launcher.errors import HungError, one_line
 from launcher.launch import culprit, sight, stacks
-from launcher.launch.watchdog import HangAfter, Judge, Stillness, stalled_saves
+from launcher.launch.watchdog import GAP_SECONDS, HangAfter, Judge, Stillness, stalled_saves
 from launcher.plain_files import read_json
 from launcher.runs.aside import Aside
 from launcher.runs.events import event
@@ -70,7 +70,7 @@ class Hangs:
         self._own: list[Seen] = []
         self._heard: dict[int, tuple[int, list[Seen], float]] = {}
         self._published = 0
-        self._published_at = 0.0
+        self._published_at = self._judged_at = 0.0
         self._number = 0
         self._asked: tuple[float, threading.Thread] | None = None
         self._stacks: dict[int, tuple[tuple[str, int, int], stacks.Stack]] = {}
@@ -170,6 +170,7 @@ class Hangs:
     # The first node.
 
     def _judge_all(self, now: float) -> None:
+        self._heed_a_pause(now)
         ranks, unheard = self._everyone(now)
         verdict = self._judge.look(now, ranks)
         if verdict == "suspected":
@@ -187,6 +188,12 @@ class Hangs:
             self.failure = Failure(time.time(), guilty.rank, guilty.host, guilty.pid, kind, code, line)
         for seen in stalled_saves(ranks, self._hang_after):
             self._say_save(seen)
+
+    def _heed_a_pause(self, now: float) -> None:
+        """Let no time count as silence of the others in which this node itself stood still."""
+        if self._judged_at and now - self._judged_at > GAP_SECONDS:
+            self._heard = {node: (*content[:2], now) for node, content in self._heard.items()}
+        self._judged_at = now
 
     def _everyone(self, now: float) -> tuple[list[Seen], list[str]]:
         """Every rank as it was seen last, and the hosts that say nothing more."""

@@ -160,6 +160,7 @@ class Judge:
     _steps: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
     _batches: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
     _last: tuple[float, str, int, int] = (0.0, "", 0, 0)
+    _looked_at: float = math.inf
 
     @property
     def step_seconds(self) -> float:
@@ -188,6 +189,9 @@ class Judge:
 
     def _remember(self, now: float, first: Seen) -> None:
         """Remember how long a step and a batch of an evaluation take, by rank 0: all ranks do the same."""
+        if now - self._looked_at > GAP_SECONDS:
+            self._last = (now, *self._last[1:])
+        self._looked_at = now
         before, place, step, done = self._last
         if (place, step, done) == (first.place, first.step, first.done):
             return
