@@ -70,6 +70,10 @@ class Case:
             fault["step"] = 6 if self.place in ("evaluating", "measuring") else 7
         if self.place != "preparing":
             fault["rank"] = 0 if self.place == "recording" else self.world_size - 1 - (len(self.place) % 2)
+        if self.kind == "agent":
+            fault |= {"rank": self.world_size - 1, "step": 2}
+        if self.place == "importing":
+            fault = {"place": self.place, "kind": self.kind, "host": f"n{self.nodes}"}
         return fault
 
 
@@ -85,14 +89,15 @@ def cases() -> list[Case]:
 
 
 def cases_on_nodes() -> list[Case]:
-    """Twenty-eight of them: each place once under each engine, by turns stopped and asleep."""
+    """Thirty of them: each place once under each engine, by turns stopped and asleep; and agents, stopped under
+    ranks that go on and before they have one."""
     found = []
     for number, place in enumerate((*BEFORE_STEPS, *IN_STEPS)):
         for engine in ("fsdp", "zero3"):
             kind = ("stop", "sleep")[(number + len(found)) % 2]
             world_size = (2, 4, 3)[len(found) % 3]
             found.append(Case(engine, place, kind, world_size, 3 if world_size == 3 else 2))
-    return found
+    return [*found, Case("fsdp", "forward", "agent", 4, 2), Case("zero3", "importing", "agent", 2, 2)]
 
 
 def inject(case: Case, model: Path, data: dict[str, Any], scratch: Path, seconds: float) -> dict[str, Any]:
@@ -151,6 +156,9 @@ def judged(case: Case, seen: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tells_where(case: Case, struck: dict[str, Any], line: str) -> bool:
+    if case.kind == "agent":
+        then = "its ranks cannot start" if case.place == "importing" else "the ranks go on"
+        return f"the agent on {struck['host']} is stopped (SIGSTOP) for " in line and then in line
     culprit = line.partition(f"rank {struck['rank']} on {struck['host']} ")[2].partition(";")[0]
     if case.kind == "stop":
         return "is stopped (SIGSTOP)" in culprit

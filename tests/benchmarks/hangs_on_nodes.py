@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from launcher.runs.layout import RunDirectory
 from tests.distributed.judging import STRUCK
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import PATIENT
@@ -43,7 +42,7 @@ class Nodes:
     def submit(
         self, name: str, engine: str, fault: dict[str, Any], nodes: int, ranks: int, **cluster: Any
     ) -> Run:
-        """Hand over a run of 12 steps in which a rank hangs, evaluated after 6 and saved after 8 of them. Its
+        """Hand over a run of 12 steps in which a rank hangs, evaluated every 6 and saved every 8 of them. Its
         rows are prepared anew."""
         folder = self.material.folder
         environment = {
@@ -53,8 +52,10 @@ class Nodes:
             "PYTHONPATH": ":".join(map(str, PATHS)),
             "XDG_CACHE_HOME": str(folder / "caches" / name),
         }
+        # The ranks of an agent that is stopped go on until it is named.
+        steps = 60 if fault["kind"] == "agent" else 12
         changes = {
-            "training": {"max_steps": 12, "evaluate_every": "6 steps"},
+            "training": {"max_steps": steps, "evaluate_every": "6 steps"},
             "checkpoint": {"every": 8},
             **ENGINES[engine],
         }
@@ -67,7 +68,7 @@ class Nodes:
         name = re.sub(r"\W+", "-", case)
         run = self.submit(name, engine, fault, nodes, ranks, requeue=False)
         with contextlib.suppress(TimeoutError):
-            run.wait_event("gave_up", seconds=PATIENCE_SECONDS)
+            run.wait(lambda: run.directory.finished or run.events("gave_up"), "its end", PATIENCE_SECONDS)
         code = self._ended(run)
         path = run.directory.attempt(1) / STRUCK
         known = {"rank": -1, "host": "", "time": time.time()}
@@ -79,7 +80,7 @@ class Nodes:
 
     def _ended(self, run: Run) -> int:
         """Wait until the job has left its nodes, and give its exit code; one that hangs is cancelled."""
-        if not run.events("gave_up") and not RunDirectory(run.directory.path).finished:
+        if not run.events("gave_up") and not run.directory.finished:
             self.cluster.run("scancel", run.job)
         self.cluster.wait_state(run.job, "FAILED", "COMPLETED", "CANCELLED", timeout=10)
         return int(self.cluster.show(run.job)["ExitCode"].partition(":")[0])

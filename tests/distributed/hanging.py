@@ -1,8 +1,9 @@
 """What each rank runs in tests of hangs: the trainer itself, in which fault.json has one rank hang at a place
 that it says it is at, or run out of memory there.
 
-    {"place": "forward", "kind": "stop", "sleep" or "memory", "rank": 1, "step": 7}
+    {"place": "forward", "kind": "stop", "sleep", "memory" or "agent", "rank": 1, "step": 7}
 
+Of the kind `agent` the rank stops its agent; at the place `importing` that stops itself, before it has a rank.
 Without a rank the first that comes to the place does; of several `attempts` one in each. `struck.json` in the
 attempt's directory then says which it was, and on which node. FUNCTIONS are places inside of others.
 
@@ -39,19 +40,20 @@ AFTER = ("told",)
 
 
 def strike(step: int) -> None:
-    rank = int(os.environ["RANK"])
+    rank, host = int(os.environ.get("RANK", "-1")), os.uname().nodename
     is_due = step >= FAULT.get("step", 0) and int(ATTEMPT.name) <= FAULT.get("attempts", 1)
-    if FAULT.get("rank", rank) != rank or not is_due:
+    if FAULT.get("rank", rank) != rank or FAULT.get("host", host) != host or not is_due:
         return
+    struck = -1 if FAULT["kind"] == "agent" else rank
     try:
         with open(ATTEMPT / STRUCK, "x", encoding="utf-8") as file:
-            json.dump({"rank": rank, "host": os.uname().nodename, "time": time.time()}, file)
+            json.dump({"rank": struck, "host": host, "time": time.time()}, file)
     except FileExistsError:
         return
     if FAULT["kind"] == "memory":
         raise MemoryError
-    if FAULT["kind"] == "stop":
-        os.kill(os.getpid(), signal.SIGSTOP)
+    if FAULT["kind"] in ("stop", "agent"):
+        os.kill(os.getppid() if FAULT["kind"] == "agent" and rank >= 0 else os.getpid(), signal.SIGSTOP)
     else:
         time.sleep(FAULT.get("seconds", 600))
 
@@ -102,5 +104,8 @@ if __name__ == "__main__":
     from launcher.training.entry import main
 
     main(train=train)
-else:
-    import launcher.training.trainer  # noqa: F401  for all ranks that are forked
+else:  # in the agent, for all ranks that it forks
+    import launcher.training.trainer  # noqa: F401
+
+    if FAULT["place"] == "importing":
+        strike(0)

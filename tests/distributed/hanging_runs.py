@@ -33,10 +33,10 @@ def make_run(
     return run
 
 
-def launch(run: RunDirectory) -> subprocess.Popen[str]:
+def launch(run: RunDirectory, *options: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1"}
     environment["XDG_CACHE_HOME"] = str(run.path.parent / "cache")
-    command = [sys.executable, str(HERE / "local_runner.py"), str(run.path), "--entry", "hanging"]
+    command = [sys.executable, str(HERE / "local_runner.py"), str(run.path), "--entry", "hanging", *options]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 

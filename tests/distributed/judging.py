@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.launch import watchdog
-from launcher.runs.seen import Seen
+from launcher.runs.seen import Seen, SeenAgent
 
 STRUCK = "struck.json"
 """In the attempt's directory: which rank the test has struck, where and when."""
@@ -19,8 +20,10 @@ def judge_the_struck_alone(run: Path) -> None:
     """
     look = watchdog.Judge.look
 
-    def judged(self: watchdog.Judge, now: float, ranks: list[Seen]) -> watchdog.Verdict:
-        verdict = look(self, now, ranks)
+    def judged(
+        self: watchdog.Judge, now: float, ranks: list[Seen], agents: Sequence[SeenAgent] = ()
+    ) -> watchdog.Verdict:
+        verdict = look(self, now, ranks, agents)
         if not any(run.glob(f"attempts/*/{STRUCK}")):
             self.suspected, verdict = False, ""
         return verdict

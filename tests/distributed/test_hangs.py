@@ -157,3 +157,32 @@ def test_a_save_that_hangs_is_named_and_given_up(
     assert not named(run, "suspected")
     saved = [record["step"] for record in named(run, "saved")]
     assert 4 not in saved and saved[-1] == 600 and all(step > failed[-1]["step"] for step in saved)
+
+
+@pytest.mark.very_slow
+def test_a_stopped_agent_is_named_and_its_ranks_go_on(
+    tmp_path: Path, material: tuple[Path, dict[str, Any]]
+) -> None:
+    fault = {"place": "forward", "kind": "agent", "rank": 1, "step": 2}
+    run = make_run(tmp_path, material, fault, num_steps=200, hang_after=4.0, evaluate_every=None)
+    code, errors = finish(run, launch(run, "--exit-seconds", "5"))
+    [said] = named(run, "suspected")
+    host = os.uname().nodename
+    assert said["line"].startswith(f"the agent on {host} is stopped (SIGSTOP) for "), said
+    assert said["line"].endswith("the ranks go on, and one that ends is not noticed there")
+    assert said["line"] in errors and said["rank"] == -1 and said["stacks"] == ""
+    assert code == 0 and run.finished, errors
+
+
+@pytest.mark.very_slow
+def test_an_agent_that_is_stopped_before_it_has_a_rank_ends_the_run(
+    tmp_path: Path, material: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LAUNCHER_WARM", "hanging")
+    run = make_run(tmp_path, material, {"place": "importing", "kind": "agent"}, hang_after=4.0)
+    code, errors = finish(run, launch(run))
+    line = f"the agent on {os.uname().nodename} is stopped (SIGSTOP) for "
+    assert code == HungError.exit_code and errors.count(line) == 2, errors
+    assert "its ranks cannot start" in named(run, "suspected")[0]["line"]
+    failure = json.loads((run.attempt(1) / "failure.json").read_text())
+    assert (failure["failure_class"], failure["rank"]) == ("hung", -1)

@@ -14,7 +14,7 @@ from launcher.launch.sight import Sight
 from launcher.launch.watchdog import Stillness, stalled_saves
 from launcher.runs.layout import RunDirectory
 from launcher.runs.places import Place
-from launcher.runs.seen import Seen
+from launcher.runs.seen import Published, Seen
 
 
 @dataclass
@@ -108,10 +108,10 @@ class Fleet:
             clock = node.began + self.now * node.rate
             seen = node.stillness.look(clock, [rank.look() for rank in node.ranks])
             if number == 0:
-                self.hangs._own, judged_at = seen, clock
+                self.hangs._own, judged_at = Published(0, seen), clock
             elif not stuck and self.now - node.published_at >= node.delay:
                 node.published_at, node.delay = self.now, self.chance.choice(self.publish_seconds)
-                self.hangs._heard[number] = (int(self.now * 1e3), seen, judged_at)
+                self.hangs._heard[number] = (Published(0, seen), judged_at)
         self.hangs._files.stuck_seconds = self.storage_stuck  # type: ignore[misc]
         self.hangs._heed_a_pause(judged_at)
         ranks, _ = self.hangs._everyone(judged_at)

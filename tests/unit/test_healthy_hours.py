@@ -185,7 +185,7 @@ def test_machines_that_are_suspended_count_no_silence_of_each_other() -> None:
     fleet = Fleet(random.Random(7), 2, 2, publish_seconds=(1.0,))
     Life(fleet, random.Random(7)).steps(200)
     fleet.run("stopped", 6, ranks=[fleet.ranks[3]], place="forward", state="T")
-    assert fleet.verdicts == [] and any(seen.state_seconds for seen in fleet.hangs._heard[1][1])
+    assert fleet.verdicts == [] and any(seen.state_seconds for seen in fleet.hangs._heard[1][0].ranks)
     fleet.suspend(3600)
     fleet.run("continued", 20, lambda: 1.0, place="forward")
     assert fleet.verdicts == []
