@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from launcher.errors import OutOfMemoryError
 from launcher.runs.error_class import classify
 from launcher.runs.layout import RunDirectory
 from launcher.runs.status import newest_checkpoint
+from launcher.training import rank, rescue
 from launcher.training.signals import StopRequest
 from tests.training.plans import deepspeed
 from tests.training.runs import (
@@ -189,3 +192,37 @@ def test_what_was_not_saved_is_not_cut(tmp_path: Path, model: Path, data: dict[s
     run.checkpoint(2).mkdir(parents=True)
     (run.checkpoint(2) / "manifest.json").write_text("{}")
     assert cut(run) is None
+
+
+def test_a_rank_that_nobody_comes_to_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one that has told the others its sums calls nobody."""
+    monkeypatch.setattr(rescue, "_SECONDS_TO_ARRIVE", 0.2)
+    monkeypatch.setattr(rescue, "_LOOK_SECONDS", 0.05)
+    came, calls = threading.Event(), tmp_path / rescue.CALL
+
+    def save() -> None:
+        came.wait(60)
+
+    one = rescue.Rescue(tmp_path, torch.device("cpu"), 2, save, lambda seconds: None)
+    for told in (True, False):
+        began = time.monotonic()
+        with pytest.raises(MemoryError), one.passes(3, is_saved=False):
+            if told:
+                one.over()
+            raise MemoryError
+        assert calls.exists() != told and time.monotonic() - began < 30
+    came.set()
+
+
+def test_a_rank_without_memory_to_say_so_ends_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[int] = []
+    monkeypatch.setattr(rank, "leave", lambda code, part=True: left.append(code))
+
+    def short(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(rank.failure, "of", short)
+    rank.Rank(RunDirectory(tmp_path), 1).fail(MemoryError())
+    assert left == [OutOfMemoryError.exit_code]
