@@ -68,7 +68,9 @@ class Nodes:
         name = re.sub(r"\W+", "-", case)
         run = self.submit(name, engine, fault, nodes, ranks, requeue=False)
         with contextlib.suppress(TimeoutError):
-            run.wait(lambda: run.directory.finished or run.events("gave_up"), "its end", PATIENCE_SECONDS)
+            run.wait(
+                lambda: run.directory.finished or bool(run.events("gave_up")), "its end", PATIENCE_SECONDS
+            )
         code = self._ended(run)
         path = run.directory.attempt(1) / STRUCK
         known = {"rank": -1, "host": "", "time": time.time()}

@@ -242,7 +242,7 @@ def test_each_phase_that_hangs_is_suspected_within_its_bound(
     usual = 8.0 if place == "evaluating" else judge.step_seconds
     limit = max(watchdog.STEP_SECONDS, watchdog.STEP_FACTOR * usual)
     # In steps a rank that waits for its peers may compute.
-    spins = {} if suspected else {"cpu": 1.0}
+    spins: dict[str, Any] = {} if suspected else {"cpu": 1.0}
     suspected = suspected or limit
     ended = ended or limit + max(watchdog.STEP_END_SECONDS, limit)
     assert fleet.verdicts == []
