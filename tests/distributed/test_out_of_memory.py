@@ -1,5 +1,7 @@
 """A rank that runs out of memory between passes: its peer does not wait for it, and the run ends by its class
-within seconds."""
+within seconds.
+
+In CI tests/training/test_rescue.py has one of them."""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from tests.distributed.judging import STRUCK
 from tests.training.plans import deepspeed
 from tests.training.runs import causal_data, model_directory, named
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.very_slow]
 
 SECONDS_TO_END = 30.0
 """Of a busy machine; a rescue that nobody comes to takes a minute, and a group's patience half an hour."""
@@ -34,28 +36,23 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     ("place", "step", "engine", "saved"),
     [
         ("told", 7, {}, 0),
-        pytest.param("told", 7, ZERO3, 0, marks=pytest.mark.very_slow),
-        *(
-            pytest.param(*case, marks=pytest.mark.very_slow)
-            for case in (
-                ("loading", 0, {}, 0),
-                ("loading", 0, ZERO3, 0),
-                ("checking the loss", 0, {}, 0),
-                ("restoring", 0, ZERO3, 0),
-                ("data", 7, {}, 0),
-                ("collating", 7, {}, 7),  # in the pass: all save, and the next attempt has smaller ones
-                ("collating", 7, ZERO3, 7),
-                ("exchange", 7, {}, 7),
-                ("exchange", 7, ZERO3, 7),
-                ("optimizer", 7, {}, 0),
-                ("optimizer", 7, ZERO3, 0),
-                ("evaluating", 6, {}, 0),
-                ("evaluating", 6, ZERO3, 0),
-                ("measuring", 6, {}, 0),
-                ("staging", 0, {}, 0),
-                ("staging", 0, ZERO3, 0),
-            )
-        ),
+        ("told", 7, ZERO3, 0),
+        ("loading", 0, {}, 0),
+        ("loading", 0, ZERO3, 0),
+        ("checking the loss", 0, {}, 0),
+        ("restoring", 0, ZERO3, 0),
+        ("data", 7, {}, 0),
+        ("collating", 7, {}, 7),  # in the pass: all save, and the next attempt has smaller ones
+        ("collating", 7, ZERO3, 7),
+        ("exchange", 7, {}, 7),
+        ("exchange", 7, ZERO3, 7),
+        ("optimizer", 7, {}, 0),
+        ("optimizer", 7, ZERO3, 0),
+        ("evaluating", 6, {}, 0),
+        ("evaluating", 6, ZERO3, 0),
+        ("measuring", 6, {}, 0),
+        ("staging", 0, {}, 0),
+        ("staging", 0, ZERO3, 0),
     ],
 )
 def test_the_run_ends_by_its_class_and_nobody_waits(
@@ -79,7 +76,6 @@ def test_the_run_ends_by_its_class_and_nobody_waits(
     assert newest == (run.checkpoint(saved) if saved else None)
 
 
-@pytest.mark.very_slow
 @pytest.mark.parametrize("place", ["filling the image", "saving"])
 @pytest.mark.parametrize("engine", [{}, ZERO3], ids=["fsdp", "zero3"])
 def test_a_save_that_has_no_memory_fails_and_training_goes_on(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import shutil
 import threading
@@ -19,7 +20,7 @@ from launcher.errors import OutOfMemoryError
 from launcher.runs.error_class import classify
 from launcher.runs.layout import RunDirectory
 from launcher.runs.status import newest_checkpoint
-from launcher.training import rank, rescue
+from launcher.training import rank, rescue, step_totals
 from launcher.training.signals import StopRequest
 from tests.training.plans import deepspeed
 from tests.training.runs import (
@@ -116,6 +117,28 @@ def test_nothing_is_saved_twice_and_the_first_step_is_left_to_advice(
     assert newest_checkpoint(run) is None
     run_out(start(run, 2, functools.partial(short_of_memory, "forward", 0, 5)))
     assert [record["step"] for record in named(run, "saved")] == [2, 4]
+
+
+def short_of_memory_once_told(step: int, rank: int, stop: StopRequest | None = None) -> None:
+    """A hook: rank 1 runs out of memory when it has told the others its sums, after so many steps."""
+    add_up = step_totals.add_up
+    told = itertools.count(1)
+
+    def failing(*arguments: Any) -> Any:
+        totals = add_up(*arguments)
+        if rank == 1 and next(told) == step:
+            raise MemoryError
+        return totals
+
+    step_totals.add_up = failing
+
+
+def test_who_has_told_its_sums_calls_nobody(tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
+    """The others take the update: they would be waited for, and would wait in the next pass."""
+    run = new_run(tmp_path / "run", plan_for(model, unpacked(data), 2, 8))
+    (run.attempt(1)).mkdir(parents=True)
+    run_out(start(run, 2, functools.partial(short_of_memory_once_told, 3)))
+    assert not (run.attempt(1) / rescue.CALL).exists() and newest_checkpoint(run) is None
 
 
 def job_of(path: Path, model: Path, data: dict[str, Any], micro: int) -> Path:

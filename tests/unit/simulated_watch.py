@@ -135,7 +135,8 @@ class Fleet:
     ) -> None:
         """Let time pass in a phase, with some ranks in this state (all, unless given).
 
-        After each of the `gaps` between two signs of life some rank's count moves, or what `move` does.
+        After each of the `gaps` between two signs of life some rank's count moves, or what `move` does. It ends
+        where the run is ended as hung.
         """
         self.phase = phase
         chosen = self.ranks if ranks is None else ranks
@@ -161,3 +162,5 @@ class Fleet:
                         if move:
                             move(rank)
             self.look()
+            if self.verdicts and self.verdicts[-1][1] == "hung":
+                return

@@ -167,8 +167,9 @@ def test_healthy_hours_raise_no_suspicion() -> None:
         # Twice a second, as the watch does, only where few ranks make that cheap.
         looks = (0.4, 0.9) if number % 5 == 1 else (2.5, 4.8)
         fleet = Fleet(chance, nodes, each, looks)
-        hurry = 0.1 if nodes * each > 8 else 1.0
-        Life(fleet, chance, hurry).live(200 if hurry < 1 else 1200 if looks[1] < 1 else 2 * 3600)
+        many = nodes * each / 3
+        hurry = 0.1 if many > 8 else 1.0
+        Life(fleet, chance, hurry).live(200 if many > 8 else 1200 if looks[1] < 1 else 7200 / max(1.0, many))
         alarms += [
             f"{number} ({nodes}x{each}): {what} in {phase} at {at:.0f} s"
             for at, what, phase in fleet.verdicts
