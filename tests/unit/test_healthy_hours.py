@@ -87,7 +87,9 @@ class Life:
                 rank.step, rank.step_seconds = rank.step + 1, gap * self.micro
 
         phase = "first steps" if first else "steps"
-        self.fleet.run(phase, seconds, gaps, move, place="forward", cpu=self.chance.choice((0.0, 1.0)))
+        # Some rank computes. Beyond the first steps that counts for nothing, and need not be seen.
+        cpu = 1.0 if first else self.chance.choice((0.0, 1.0))
+        self.fleet.run(phase, seconds, gaps, move, place="forward", cpu=cpu)
         newest = max(rank.step for rank in self.fleet.ranks)
         for rank in self.fleet.ranks:
             rank.step = newest
