@@ -28,24 +28,31 @@ def name(
     at least one of the two.
     """
     stopped = list(agents)
-    theirs = [f"the agent on {agent.host} is stopped (SIGSTOP)" for agent in stopped]
-    # It holds up nobody but the ranks that it has yet to start.
-    unborn = [agent for agent in stopped if not agent.has_ranks]
-    if is_of_agent or (unborn and not any(seen.state == "T" for seen in ranks)):
-        first = (unborn or stopped)[0]
-        guilty = Seen(-1, first.host, first.pid, "starting", step=max((s.step for s in ranks), default=0))
-        then = (
-            "its ranks cannot start" if unborn else "the ranks go on, and one that ends is not noticed there"
-        )
-        others = [_group(ranks, _waits, hosts=False)] if unborn and ranks else []
-        return "; ".join([f"{theirs[0]} for {duration(seconds)}", *theirs[1:], then, *others]), guilty
+    cannot_start = not all(agent.has_ranks for agent in stopped)
+    if is_of_agent or (cannot_start and not any(seen.state == "T" for seen in ranks)):
+        return _of_agents(stopped, ranks, seconds)
     culprits = _culprits(ranks, set(unheard))
-    others_of = [seen for seen in ranks if seen not in culprits]
-    parts = [_group(culprits, lambda seen: _what(seen, set(unheard), everyone=not others_of), hosts=True)]
-    if others_of:
-        parts.append(_group(others_of, _waits, hosts=False))
-    head = _head(culprits[0], ranks, seconds, step_seconds)
-    return f"{head}: {'; '.join([*parts, *theirs])}", culprits[0]
+    others = [seen for seen in ranks if seen not in culprits]
+    parts = [_group(culprits, lambda seen: _what(seen, set(unheard), everyone=not others), hosts=True)]
+    if others:
+        parts.append(_group(others, _waits, hosts=False))
+    parts += map(_agent, stopped)
+    return f"{_head(culprits[0], ranks, seconds, step_seconds)}: {'; '.join(parts)}", culprits[0]
+
+
+def _of_agents(agents: list[SeenAgent], ranks: list[Seen], seconds: float) -> tuple[str, Seen]:
+    """Return the line of agents that are stopped: an agent holds up nobody but the ranks that it has yet to
+    start."""
+    first, *others = sorted(agents, key=lambda agent: agent.has_ranks)
+    guilty = Seen(-1, first.host, first.pid, "starting", step=max((seen.step for seen in ranks), default=0))
+    then = ["the ranks go on, and one that ends is not noticed there"]
+    if not first.has_ranks:
+        then = ["its ranks cannot start", *([_group(ranks, _waits, hosts=False)] if ranks else [])]
+    return "; ".join([f"{_agent(first)} for {duration(seconds)}", *map(_agent, others), *then]), guilty
+
+
+def _agent(agent: SeenAgent) -> str:
+    return f"the agent on {agent.host} is stopped (SIGSTOP)"
 
 
 def stalled_save(seen: Seen) -> str:

@@ -204,7 +204,8 @@ class Hangs:
     def _heed_a_pause(self, now: float) -> None:
         """Let no time count as silence of the others in which this node itself stood still."""
         if self._judged_at and now - self._judged_at > GAP_SECONDS:
-            self._heard = {node: (content, now) for node, (content, _) in self._heard.items()}
+            for node, (content, _) in list(self._heard.items()):  # the other thread writes there too
+                self._heard[node] = content, now
         self._judged_at = now
 
     def _everyone(self, now: float) -> tuple[list[Seen], list[str]]:

@@ -204,11 +204,12 @@ class Judge:
         without_ranks = max((one.stopped_seconds for one in agents if not one.has_ranks), default=0.0)
         still = _least_still(ranks)
         over = still >= end or max(stopped, without_ranks) >= stopped_end
-        hangs = over or still >= suspect or stopped >= stopped_suspect
-        self.is_of_agent = agent >= stopped_suspect and (not hangs or not ranks)
+        hangs = still >= suspect or stopped >= stopped_suspect
+        was_of_agent, self.is_of_agent = self.is_of_agent, agent >= stopped_suspect and not hangs
         self.seconds = agent if self.is_of_agent else max(stopped, still)
         if hangs or self.is_of_agent:
-            if not self.suspected:
+            # Ranks that hang under an agent which was named alone are another matter.
+            if not self.suspected or (was_of_agent and not self.is_of_agent):
                 self.suspected = True
                 return "suspected"
             return "hung" if over else ""

@@ -14,7 +14,7 @@ _FEW = 8
 """Of so many steps one is kept: then it pays to look for it."""
 _NEAR = 4096
 """Bytes around the place where a step stands if all lines are of one length."""
-_STEP = re.compile(rb'\{"kind": "train", "step": (\d+), .*\}$')
+_STEP = re.compile(rb'\{"kind": "train", "step": (\d{1,18}), .*\}$')
 """A step as the trainer writes it, whole: most lines of a long file are looked at no closer."""
 
 
@@ -50,10 +50,8 @@ class Curve(Fold):
         self.take(first[0])
         place, step = 0, begin + 1
         while (step := -(-step // self.state["stride"]) * self.state["stride"]) < end:
-            text, guess = (
-                b'\n{"kind": "train", "step": %d, ' % step,
-                len(block) * (step - begin) // (end - begin),
-            )
+            text = b'\n{"kind": "train", "step": %d, ' % step
+            guess = len(block) * (step - begin) // (end - begin)
             near = block.find(text, max(place, guess - _NEAR), guess + _NEAR)
             if (place := block.find(text, place) if near < 0 else near) < 0:
                 # A line is missing, and another one twice. What is taken again changes nothing.

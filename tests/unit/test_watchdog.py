@@ -405,6 +405,10 @@ def test_a_stopped_agent_is_suspected_and_its_ranks_go_on() -> None:
     verdicts = [judge.look(now, moving, [agent("n2", now)] if now < 90 else []) for now in range(8, 92, 2)]
     assert [verdict for verdict in verdicts if verdict] == ["suspected", "recovered"]
     assert verdicts[1] == "suspected", "after ten seconds"
+    still = [seen(0, still_seconds=130.0), seen(1, still_seconds=130.0)]
+    judge = Judge()
+    assert judge.look(100, moving, [agent("n2", 20.0)]) == "suspected" and judge.is_of_agent
+    assert judge.look(102, still, [agent("n2", 22.0)]) == "suspected" and not judge.is_of_agent
     judge = Judge("off")
     assert judge.look(100, moving, [agent("n2", 90.0)]) == ""
 
