@@ -58,7 +58,7 @@ class SeenAgent:
 
 @dataclass(frozen=True)
 class Published:
-    """What a node's supervisor has published: a number that grows, its ranks, and its agent if that was
+    """Hold what a node's supervisor has published: a number that grows, its ranks, and its agent if that was
     started."""
 
     number: int
