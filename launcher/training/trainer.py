@@ -263,7 +263,10 @@ class Trainer:
             loss_sum = torch.zeros_like(loss_sum)  # another rank computed the same
             self.by_source.begin()
         share = self.pace.share()
-        totals = step_totals.add_up(loss_sum, squared_norm, wishes, share, self.by_source.sums)
+        vector = step_totals.vector_of(loss_sum, squared_norm, wishes, share, self.by_source.sums)
+        here.at("exchange")
+        self.rescue.over()
+        totals = step_totals.add_up(vector, len(share))
         self.pace.take(totals.own_seconds)
         return totals
 
