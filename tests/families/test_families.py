@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from launcher.planner.model.model_support import read_table, support
-from tests.families import audio, captions, images, speech, tiny
+from tests.families import audio, captions, image_chats, images, speech, tiny
 from tests.families.causal import causal_lm
 from tests.families.layouts import LENGTHS
 from tests.families.numbers import is_ok
@@ -23,6 +23,7 @@ from tests.families.tiny import (
     AUDIO_CLASSIFICATION,
     CAUSAL_LM,
     IMAGE_CLASSIFICATION,
+    IMAGE_TEXT_TO_TEXT,
     IMAGE_TO_TEXT,
     MASKED_LM,
     QUESTION_ANSWERING,
@@ -99,6 +100,8 @@ def test_ten_at_random_have_their_own_loss() -> None:
             config = speech.config_of(model_type)
         elif task == IMAGE_TO_TEXT:
             config = captions.config_of(model_type)
+        elif task == IMAGE_TEXT_TO_TEXT:
+            config = image_chats.config_of(model_type)
         else:
             config = tiny.config_of(model_type, task, 0.0)
         known = support(task, config.to_dict(), max_length=max(LENGTHS))
@@ -189,6 +192,8 @@ def test_the_numbers_are_there_for_every_type() -> None:
         unable = {name for of, name in UNABLE if of == task}
         if task == SPEECH_RECOGNITION:
             unable = {name for name in NAMES[task] if speech.unable(name) is not None}
+        if task == IMAGE_TEXT_TO_TEXT:
+            unable = {name for name in NAMES[task] if image_chats.unable(name) is not None}
         if task == IMAGE_TO_TEXT:
             unable = set(NAMES[task]) - {captions.TYPE}
         assert unknown == unable

@@ -1,0 +1,94 @@
+"""Runs on chats with images: the equivalences of the text tasks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from transformers.models.smolvlm import processing_smolvlm
+
+from launcher.planner.plan import Plan
+from launcher.runs.layout import RunDirectory
+from launcher.training.signals import StopRequest
+from tests.families.image_chats import SIZES as KINDS
+from tests.training.image_chats import chats_of, model_directory, plan_of
+from tests.training.plans import deepspeed
+from tests.training.runs import (
+    assert_equal,
+    batch_of,
+    curve,
+    evaluations,
+    finish,
+    named,
+    new_run,
+    replan,
+    state,
+)
+from tests.training.test_trainer_images import assert_near, with_children
+from tests.training.test_trainer_speech import samples_at, sharded_writing
+
+pytestmark = pytest.mark.distributed
+
+WRITES = {"evaluation": {"generate": {"max_new_tokens": 6}}}
+METRICS = {"loss", "perplexity", "accuracy", "bleu", "chrf", "rouge1", "rouge2", "rougeL", "exact_match"}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {kind: model_directory(tmp_path_factory.mktemp(kind), kind) for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """27 chats: not a multiple of the batch, so that the last one has filler."""
+    return chats_of(tmp_path_factory.mktemp("chats"), 27)
+
+
+def planned(model: Path, chats: Path, ranks: int, num_steps: int = 3, **changes: Any) -> Plan:
+    how = {"training": {"learning_rate": 2e-3}, **WRITES}
+    return plan_of(model, chats, ranks, num_steps, **(how | changes))
+
+
+def seeing(rank: int, stop: StopRequest) -> None:
+    """Let a rank start processes, and make SmolVLM's processor, which wants a package for videos."""
+    processing_smolvlm.num2words = processing_smolvlm.num2words or str
+    with_children(rank, stop)
+
+
+def writing(rank: int, stop: StopRequest) -> None:
+    """The same, with parameters gathered in every pass."""
+    seeing(rank, stop)
+    sharded_writing(rank, stop)
+
+
+def run_of(path: Path, plan: Plan, ranks: int, hook: Any = seeing, **options: Any) -> RunDirectory:
+    run = new_run(path, plan)
+    finish(run, ranks, hook, **options)
+    return run
+
+
+def assert_alike(one: RunDirectory, other: RunDirectory) -> None:
+    """The same curve, weights, metrics and texts."""
+    assert_near(one, other)
+    assert samples_at(one, 3) == samples_at(other, 3)
+    assert evaluations(one)[3].keys() == METRICS
+    assert evaluations(one)[3] == pytest.approx(evaluations(other)[3], rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.very_slow  # the engines are those of other tasks
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_ranks_and_engines_compute_and_write_the_same(
+    kind: str, models: dict[str, Path], chats: Path, tmp_path: Path
+) -> None:
+    """One sample a pass too: then some ranks of a step have an image, and some have none."""
+    model, length = models[kind], {"value": 1.0, "unit": "epochs"}
+    single = run_of(tmp_path / "single", planned(model, chats, 1, length=length), 1)
+    assert len(curve(single)) == 3 and named(single, "checked") and not named(single, "layout")
+    parts = planned(model, chats, 1, length=length, batch=batch_of(1, 1, 12))
+    assert_alike(run_of(tmp_path / "parts", parts, 1), single)
+    for name, engine in (("two", {}), ("zero", deepspeed(3)), ("zero1", deepspeed(1))):
+        plan = planned(model, chats, 2, length=length, batch=batch_of(2, 1, 6), **engine)
+        assert_alike(run_of(tmp_path / name, plan, 2, writing), single)
