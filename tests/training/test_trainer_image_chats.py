@@ -89,6 +89,23 @@ def test_ranks_and_engines_compute_and_write_the_same(
     assert len(curve(single)) == 3 and named(single, "checked") and not named(single, "layout")
     parts = planned(model, chats, 1, length=length, batch=batch_of(1, 1, 12))
     assert_alike(run_of(tmp_path / "parts", parts, 1), single)
-    for name, engine in (("two", {}), ("zero", deepspeed(3)), ("zero1", deepspeed(1))):
+    for name, engine in (("two", {}), ("zero", deepspeed(3))):
         plan = planned(model, chats, 2, length=length, batch=batch_of(2, 1, 6), **engine)
         assert_alike(run_of(tmp_path / name, plan, 2, writing), single)
+
+
+@pytest.mark.very_slow
+@pytest.mark.parametrize("engine", [{}, deepspeed(3)], ids=["fsdp", "zero"])
+def test_a_stop_and_another_number_of_ranks_change_no_token(
+    engine: dict[str, Any], models: dict[str, Path], chats: Path, tmp_path: Path
+) -> None:
+    plan = planned(models["qwen2_vl"], chats, 2, **engine)
+    whole = run_of(tmp_path / "whole", plan, 2)
+    stopped = run_of(tmp_path / "stopped", plan, 2, stop_at=2)
+    finish(stopped, 2, seeing)
+    assert curve(stopped) == curve(whole) and evaluations(stopped)[3] == evaluations(whole)[3]
+    assert_equal(state(stopped), state(whole))
+    other = run_of(tmp_path / "other", plan, 2, stop_at=2)
+    replan(other, planned(models["qwen2_vl"], chats, 3, batch=batch_of(3, 4), **engine))
+    finish(other, 3, seeing)
+    assert_alike(other, whole)
