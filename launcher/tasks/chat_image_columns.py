@@ -19,8 +19,8 @@ class ChatImageColumns(Data):
     """The column of a chat's messages; what the assistant says in them is learned. A part of a message may be an
     image: `{type: image, image: a.png}`, relative to the file that it stands in."""
     images: str | None = None
-    """The column with a list of a chat's images, which stand where the messages have `<image>`. Left out, it is the
-    column `images`, where rows have it."""
+    """The column with a list of a chat's images, which stand where the messages have `<image>`. Left out, it is
+    the column `images`, where rows have it."""
     date: Day | None = None
     """The date that a chat template writes, where it writes one. Left out, the day of the plan, for all
     attempts of a run."""

@@ -42,8 +42,8 @@ class ChatProcessor:
 
     @classmethod
     def read(cls, name: str, options: Mapping[str, Any]) -> ChatProcessor:
-        """Return the processor in a model's files. Raises OSError, ValueError or ImportError where they have none
-        that can be used."""
+        """Return the processor in a model's files. Raises OSError, ValueError or ImportError where they have
+        none that can be used."""
         from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
         from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
@@ -60,7 +60,7 @@ class ChatProcessor:
         names = kind.get_attributes()
         if others := [part for part in names if part not in parts]:
             raise ValueError(f"its {kind.__name__} reads more than text and images ({', '.join(others)})")
-        alone = type(kind.__name__, (_WithoutVideos, kind), {})
+        alone: Any = type(kind.__name__, (_WithoutVideos, kind), {})
         return cls(alone.from_args_and_dict([parts[part] for part in names], settings))
 
     @property
@@ -83,8 +83,8 @@ class ChatProcessor:
     def chat(self, written: Written, images: Sequence[Any]) -> ReadChat:
         """Return the tokens of a chat, its images (Pillow's) in the places that its text has for them.
 
-        Of what is learned none is an image's. Raises RowProblem where there are more or fewer places than images,
-        and where the processor refuses the chat.
+        Of what is learned none is an image's. Raises RowProblem where there are more or fewer places than
+        images, and where the processor refuses the chat.
         """
         num_places = written.text.count(self.image_token)
         if num_places != len(images):

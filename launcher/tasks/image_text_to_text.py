@@ -1,4 +1,4 @@
-"""Image and text to text: chats with images in any turn, by models that see and write (vision-language models)."""
+"""Image and text to text: chats with images in any turn, by models that see and write."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class ImageTextToText(WritingTask):
         return self.data.file_columns
 
     def texts(self, row: dict[str, Any]) -> list[str]:
-        placed, files = with_places(row, *self.columns, is_question=self._answers)
+        placed, files = with_places(row, *self.data.file_columns, is_question=self._answers)
         for file in files:
             if (problem := media.why_absent(_named(file))) is not None:
                 raise problem
@@ -142,7 +142,7 @@ class ImageTextToText(WritingTask):
         assert self._chat is not None
         column, most = self.data.messages, self.data.max_length
         try:
-            placed, named = with_places(row, *self.columns, is_question=self._answers)
+            placed, named = with_places(row, *self.data.file_columns, is_question=self._answers)
             written = (self._chat.question if self._answers else self._chat.written)(placed, column)
             check_encodable(written.text, column)
             files = [(value, media.content(value)) for value in map(_named, named)]
@@ -165,8 +165,10 @@ class ImageTextToText(WritingTask):
         )
 
     def example(self, length: int) -> Sample:
-        """Return the text of a sample of so many tokens behind an image of the size of a photograph; a longer one,
-        where the image alone has more."""
+        """Return a sample of so many tokens: an image of the size of a photograph, and text behind it.
+
+        A longer one, where the image alone has more.
+        """
         return self._made_up(_PHOTOGRAPH, length)
 
     def _made_up(self, size: tuple[int, int], length: int = 0) -> Sample:
@@ -181,7 +183,7 @@ class ImageTextToText(WritingTask):
         return Sample({**arrays, "references": as_bytes([""])}, 0, len(arrays["input_ids"]))
 
     def shortened(self, sample: Sample, length: int, ends: Sequence[int]) -> Sample:
-        """Return the sample up to its first image's end, and about the last `length` tokens up to the last that is
+        """Return the sample up to its first image's end, and at most `length` tokens up to the last that is
         learned; further images are left out."""
         is_learned = np.append(False, sample["targets"][:-1] != IGNORE)
         end = int(np.flatnonzero(is_learned)[-1]) + 1
@@ -197,7 +199,9 @@ class ImageTextToText(WritingTask):
 
     def _at(self, sample: Sample, places: np.ndarray, num_images: int) -> Sample:
         """Return the sample with these tokens alone, int [n], and its first images."""
-        arrays = {name: sample[name][places] for name in ("input_ids", *TOKEN_TYPES) if name in sample}
+        arrays = {
+            name: sample[name][places] for name in ("input_ids", "targets", *TOKEN_TYPES) if name in sample
+        }
         arrays["image_ends"] = sample["image_ends"][:num_images]
         if "media" in sample:
             arrays |= media.first_files(sample, num_images)
@@ -257,8 +261,8 @@ class ImageTextToText(WritingTask):
         return self._chat.end_ids
 
     def prompts(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """Return each sample up to the assistant's last turn, with the images before it, as `collate` does; a row of
-        filler comes last."""
+        """Return each sample up to the assistant's last turn, with the images before it; a prompt of filler
+        comes last where none has one."""
         asked = []
         for sample in samples:
             length = num_asked(sample)
@@ -271,8 +275,8 @@ class ImageTextToText(WritingTask):
     def answers(
         self, output: Output, batch: dict[str, Any], samples: Sequence[Sample], options: AnswerOptions
     ) -> list[Any]:
-        """Return the answer to each sample where the model writes; else the log-probability of what is learned of
-        it, the number of its tokens, and its perplexity."""
+        """Return the answer to each sample where the model writes; else the log-probability of what is learned
+        of it, the number of its tokens, and its perplexity."""
         if output.generated is not None:
             return self.texts_of(output)
         assert output.losses is not None

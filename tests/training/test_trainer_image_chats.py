@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
+import torch
+from transformers import AutoModelForImageTextToText, pipeline
 from transformers.models.smolvlm import processing_smolvlm
 
 from launcher.planner.plan import Plan
 from launcher.runs.layout import RunDirectory
+from launcher.training.checkpoint.export import export
+from launcher.training.predict_entry import predict
 from launcher.training.signals import StopRequest
 from tests.families.image_chats import SIZES as KINDS
 from tests.training.image_chats import chats_of, model_directory, plan_of
@@ -109,3 +112,81 @@ def test_a_stop_and_another_number_of_ranks_change_no_token(
     replan(other, planned(models["qwen2_vl"], chats, 3, batch=batch_of(3, 4), **engine))
     finish(other, 3, seeing)
     assert_alike(other, whole)
+
+
+def said_of(run: RunDirectory, plan: Plan, path: Path) -> list[dict[str, Any]]:
+    """What `launcher predict` writes of the plan's held-out rows."""
+    scratch, output = new_run(path / "scratch", plan), path / "out.jsonl"
+    request = {"run": str(run.path), "model": None, "step": None, "output": str(output)}
+    options = {"options": {"probabilities": False, "top_k": None}}
+    (scratch.path / "request.json").write_text(json.dumps(request | options))
+    finish(scratch, 1, seeing, entry=predict)
+    return [json.loads(line) for line in output.read_text().splitlines()]
+
+
+@pytest.mark.very_slow
+@pytest.mark.parametrize("kind", ["llava", "gemma3"])
+def test_it_learns_and_its_export_answers_the_same(
+    kind: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    """By transformers' pipeline, and by `launcher predict`."""
+    file, batch = chats_of(tmp_path / "chats", 8), batch_of(1, 8)
+    training = {"learning_rate": 5e-3}
+    plan = plan_of(models[kind], file, 1, 40, training=training, batch=batch, **WRITES)
+    run = run_of(tmp_path / "run", plan, 1)
+    before, after = evaluations(run)[0], evaluations(run)[40]
+    assert after["exact_match"] > 70 > 20 > before["exact_match"] and after["rougeL"] > 80
+    export(run, tmp_path / "export")
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert "AutoModelForImageTextToText.from_pretrained" in card and "AutoProcessor.from_pretrained" in card
+    answers = said_of(run, plan, tmp_path)
+    pipe = pipeline("image-text-to-text", model=str(tmp_path / "export"), device="cpu")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row, answer in zip(rows, answers, strict=True):
+        images = iter(row.get("images", ()))
+        asked = [as_parts(message, images, file.parent) for message in row["messages"][:-1]]
+        [written] = pipe(text=[asked], max_new_tokens=6, return_full_text=False, generate_kwargs=GREEDY)
+        text = written["generated_text"] if isinstance(written, dict) else written[0]["generated_text"]
+        assert text.strip() == answer["text"]
+
+
+GREEDY = {"do_sample": False}
+
+
+def as_parts(message: dict[str, Any], images: Any, folder: Path) -> dict[str, Any]:
+    """A message as the pipeline takes it: every content as parts, and images by their paths."""
+    content = message["content"]
+    if isinstance(content, list):
+        parts = [{**one, "image": str(folder / one["image"])} if "image" in one else one for one in content]
+        return {**message, "content": parts}
+    pieces = [{"type": "text", "text": piece} for piece in content.split("<image>")]
+    parts = [pieces[0]] * bool(pieces[0]["text"])
+    for piece in pieces[1:]:
+        parts += [{"type": "image", "image": str(folder / next(images))}, piece]
+    return {**message, "content": parts}
+
+
+@pytest.mark.very_slow
+@pytest.mark.parametrize("engine", [{}, deepspeed(3)], ids=["fsdp", "zero"])
+@pytest.mark.parametrize("how", ["frozen", "adapter"])
+def test_parts_that_do_not_train_stay_as_they_were(
+    how: str, engine: dict[str, Any], models: dict[str, Path], chats: Path, tmp_path: Path
+) -> None:
+    """The part that sees frozen by a pattern, and an adapter; on two ranks as on one."""
+    values: dict[str, Any] = {
+        "frozen": {"model__freeze": ["model.vision_tower.*"]},
+        "adapter": {"model__adapter": {"rank": 2, "alpha": 4}},
+    }[how]
+    runs = [
+        run_of(tmp_path / f"{ranks}", planned(models["llava"], chats, ranks, **values, **engine), ranks)
+        for ranks in (1, 2)
+    ]
+    assert_alike(runs[1], runs[0])
+    export(runs[1], tmp_path / "export")
+    begun, after = (
+        AutoModelForImageTextToText.from_pretrained(path).state_dict()
+        for path in (models["llava"], tmp_path / "export")
+    )
+    changed = {name for name in begun if not torch.equal(begun[name], after[name])}
+    assert any(name.startswith("model.language_model.") for name in changed)
+    assert any(name.startswith("model.vision_tower.") for name in changed) == (how == "adapter")

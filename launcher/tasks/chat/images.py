@@ -31,7 +31,8 @@ def with_places(
 
     `is_question`: those of what the assistant says last are left out, as its words are.
 
-    Raises RowProblem where images and places for them are not equally many, and for what is neither text nor image.
+    Raises RowProblem where images and places for them are not equally many, and for what is neither text nor
+    image.
     """
     messages, beside = listed(row.get(column)), listed(row.get(images))
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
@@ -77,7 +78,8 @@ def _check(parts: Sequence[Any], number: int) -> None:
         if not is_image(part) and "text" not in kind:
             reason = f"message {number} has a part of type {kind!r}, and such chats have text and images"
             raise RowProblem(BAD_VALUE, reason)
-    if any(PLACE in str(part) for part in parts):
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    if any(isinstance(text, str) and PLACE in text for text in texts):
         raise RowProblem(BAD_VALUE, f"message {number} holds U+FDD0, which is no character")
 
 

@@ -29,8 +29,9 @@ class Settings(Protocol):
 
 
 class Forms(Protocol):
-    """What finds the form of messages that a template takes."""
+    """What finds the form of messages that a writer's templates take."""
 
+    def __init__(self, writer: Writer) -> None: ...
     def wants_parts(self, template: str) -> bool: ...
     def of(self, messages: list[Message], tools: Tools) -> list[Message]: ...
 
@@ -40,7 +41,7 @@ class ChatTemplate:
     serve them."""
 
     writer_class: ClassVar[type[Writer]] = Writer
-    forms_class: ClassVar[Callable[[Writer], Forms]] = AcceptedForms
+    forms_class: ClassVar[type[Forms]] = AcceptedForms
 
     def __init__(self, tokenizer: Any, data: Settings) -> None:
         self._tokenizer, self._data = tokenizer, data
@@ -50,7 +51,7 @@ class ChatTemplate:
             raise ConfigurationError(
                 Problem("data.tools", value, "the model's chat template writes no tools; leave it out")
             )
-        self._forms = type(self).forms_class(self._writer)
+        self._forms = self.forms_class(self._writer)
         # White space that is a token, as Gemma has it, ends no turn.
         added = sorted(
             (str(token) for token in tokenizer.added_tokens_decoder.values() if str(token).strip()),

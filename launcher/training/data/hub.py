@@ -41,6 +41,7 @@ def hub_rows(source: Source, columns: Sequence[str]) -> Read:
 def _undecoded(loaded: Any, column: str) -> Any:
     """Return the data set with the bytes of a column's files: launcher decodes them itself, and later."""
     feature = loaded.features[column]
-    if hasattr(inner := getattr(feature, "feature", None), "decode"):  # a list of files
+    inner: Any = getattr(feature, "feature", None)
+    if hasattr(inner, "decode"):  # a list of files
         return loaded.cast_column(column, type(feature)(type(inner)(decode=False)))
     return loaded.cast_column(column, type(feature)(decode=False)) if hasattr(feature, "decode") else loaded
