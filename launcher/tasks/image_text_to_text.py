@@ -263,11 +263,11 @@ class ImageTextToText(WritingTask):
     def prompts(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Return each sample up to the assistant's last turn, with the images before it; a prompt of filler
         comes last where none has one."""
-        asked = []
+        cut = []
         for sample in samples:
             length = num_asked(sample)
-            asked.append(self._at(sample, np.arange(length), int((sample["image_ends"] <= length).sum())))
-        rows = self._with_an_image(asked)
+            cut.append(self._at(sample, np.arange(length), int((sample["image_ends"] <= length).sum())))
+        rows = self._with_an_image(cut)
         ids = [row["input_ids"] for row in rows]
         batch = padded_prompts(ids, rows, self.generation.arguments["pad_token_id"], on_the_left=True)
         return batch | _token_types(rows, on_the_left=True) | self._seen(rows)

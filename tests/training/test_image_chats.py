@@ -265,6 +265,7 @@ def test_rows_that_cannot_be_used_say_why(models: dict[str, Path], folder: Path)
     assert why(task, flat | {"images": [one["image"]]}).endswith(
         f"1 images in 'images', and {places.format(2)}"
     )
+    assert why(task, flat | {"images": []}).endswith(f"0 images in 'images', and {places.format(2)}")
     assert why(task, asked(one, LOOK, images=[one["image"]])).endswith(places.format(0))
     assert why(task, asked({"type": "image"}, LOOK)).endswith(f"0 images in 'images', and {places.format(1)}")
     assert why(task, asked(one, LOOK, answer={"role": "user", "content": "is it ?"})) == (

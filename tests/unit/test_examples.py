@@ -18,8 +18,10 @@ EXAMPLES = sorted((Path(__file__).parents[2] / "docs" / "examples").rglob("*.yam
 
 CHAT = [{"role": role, "content": "word"} for role in ("user", "assistant")]
 OF_ONE_WORD = {
-    **{"relatedness": "3.5", "answers": {"text": ["word"], "answer_start": [0]}},
-    **{"messages": CHAT, "images": []},
+    "relatedness": "3.5",
+    "answers": {"text": ["word"], "answer_start": [0]},
+    "messages": CHAT,
+    "images": [],
 }
 """Columns that hold no text, in a row whose text is one word."""
 

@@ -37,11 +37,12 @@ def with_places(
     messages, beside = listed(row.get(column)), listed(row.get(images))
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         return row, []
-    beside = [] if is_missing(beside) else beside if isinstance(beside, list) else [beside]
+    has_list = not is_missing(beside)
+    beside = beside if isinstance(beside, list) else [beside] * has_list
     rest, placed, files = iter(beside), list[Message](), list[list[Any]]()
     num_places = 0
     for number, message in enumerate(messages, start=1):
-        parts = list(_split(message.get("content"), bool(beside)))
+        parts = list(_split(message.get("content"), has_list))
         _check(parts, number)
         given = [image_of(part) for part in parts if is_image(part)]
         num_places += sum(value is None for value in given)

@@ -29,7 +29,7 @@ class Settings(Protocol):
 
 
 class Forms(Protocol):
-    """What finds the form of messages that a writer's templates take."""
+    """Find the form of messages that a writer's templates take."""
 
     def __init__(self, writer: Writer) -> None: ...
     def wants_parts(self, template: str) -> bool: ...
