@@ -147,6 +147,19 @@ def test_both_parts_of_a_model_decide_its_attention(encoder: str, decoder: str, 
     assert support(IMAGE_TO_TEXT, {"model_type": captions.TYPE}).ways[0].attention == "sdpa"
 
 
+def test_types_that_chat_about_images_are_known_and_others_refused_by_name() -> None:
+    for model_type in image_chats.SIZES:
+        known = support(IMAGE_TEXT_TO_TEXT, {"model_type": model_type})
+        assert [way.attention for way in known.ways] == ["sdpa", "eager"]
+        refused = support(IMAGE_TO_TEXT, {"model_type": model_type}).refused
+        assert refused == "what it reads beside an image is a chat: its task is image-text-to-text"
+    others = support(IMAGE_TEXT_TO_TEXT, {"model_type": "mllama"})
+    assert not others.ways and others.refused.startswith("launcher has not tried it with chats; types that")
+    assert support(IMAGE_TEXT_TO_TEXT, {"model_type": captions.TYPE}).refused.endswith(
+        "task is image-to-text"
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "best", "one_length"),
