@@ -87,7 +87,7 @@ def unable(model_type: str) -> str | None:
     if model_type.partition("+")[0] == TYPE:
         return None
     if model_type in CHATS:
-        return "what it reads beside an image is a chat: its task is image-text-to-text"
+        return "what it reads beside an image is a chat, as the task image-text-to-text has it"
     return OTHERS.get(model_type, _OF_CHATS) + CURE
 
 

@@ -272,7 +272,7 @@ def unable(model_type: str) -> str | None:
     if model_type in SIZES:
         return None
     if model_type == "vision-encoder-decoder":
-        return "it writes about an image alone: its task is image-to-text"
+        return "it writes about an image alone, as the task image-to-text has it"
     return f"launcher has not tried it with chats; types that it has are {', '.join(SIZES)}"
 
 

@@ -152,7 +152,7 @@ def test_types_that_chat_about_images_are_known_and_others_refused_by_name() -> 
         known = support(IMAGE_TEXT_TO_TEXT, {"model_type": model_type})
         assert [way.attention for way in known.ways] == ["sdpa", "eager"]
         refused = support(IMAGE_TO_TEXT, {"model_type": model_type}).refused
-        assert refused == "what it reads beside an image is a chat: its task is image-text-to-text"
+        assert refused == "what it reads beside an image is a chat, as the task image-text-to-text has it"
     others = support(IMAGE_TEXT_TO_TEXT, {"model_type": "mllama"})
     assert not others.ways and others.refused.startswith("launcher has not tried it with chats; types that")
     assert support(IMAGE_TEXT_TO_TEXT, {"model_type": captions.TYPE}).refused.endswith(
