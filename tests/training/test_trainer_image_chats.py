@@ -190,3 +190,12 @@ def test_parts_that_do_not_train_stay_as_they_were(
     changed = {name for name in begun if not torch.equal(begun[name], after[name])}
     assert any(name.startswith("model.language_model.") for name in changed)
     assert any(name.startswith("model.vision_tower.") for name in changed) == (how == "adapter")
+
+
+@pytest.mark.very_slow
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_half_precision_sees_in_half_precision(
+    kind: str, models: dict[str, Path], chats: Path, tmp_path: Path
+) -> None:
+    run = run_of(tmp_path / "run", planned(models[kind], chats, 1, 1, precision="bf16"), 1)
+    assert evaluations(run)[1].keys() == METRICS and not named(run, "layout")
