@@ -18,6 +18,7 @@ TASKS = {
     "audio-classification": "launcher.tasks.audio_classification:AudioClassification",
     "causal-lm": "launcher.tasks.causal_lm:CausalLM",
     "image-classification": "launcher.tasks.image_classification:ImageClassification",
+    "image-text-to-text": "launcher.tasks.image_text_to_text:ImageTextToText",
     "image-to-text": "launcher.tasks.image_to_text:ImageToText",
     "masked-lm": "launcher.tasks.masked_lm:MaskedLM",
     "multi-task": "launcher.tasks.multi_task:MultiTask",

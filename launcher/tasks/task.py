@@ -179,6 +179,8 @@ class Task(ABC):
     processor_class: ClassVar[str] = "AutoTokenizer"
     """The transformers Auto class with which an export's users read rows."""
 
+    keeps_processor: ClassVar[bool] = False
+    """Whether the processor stays as it is in the model's files, and an export takes those along."""
     joins_tokenizer: ClassVar[bool] = False
     """Whether the processor of `read_processor` gets the model's tokenizer, as its attribute `tokenizer`."""
 

@@ -133,5 +133,7 @@ def written(
         return leaving()
 
     done = here.done
-    prompts = task.prompts([sample for item in items for sample in item])
-    return engine.generate(to_device(prompts, device), task.generation, each_token)
+    samples = [sample for item in items for sample in item]
+    prompts = to_device(task.prompts(samples), device)
+    # Behind them may be a prompt that keeps all ranks in the same layers.
+    return engine.generate(prompts, task.generation, each_token)[: len(samples)]

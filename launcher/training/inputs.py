@@ -101,7 +101,8 @@ class TrainingInputs:
         if (source := model_files.directory_of(plan)) is not None:
             model_files.copy(source, directory)
         self.tokenizer.save_pretrained(directory)
-        if self.task.has_processor and (directory / "preprocessor_config.json").is_file():
+        replaced = self.task.has_processor and not self.task.keeps_processor
+        if replaced and (directory / "preprocessor_config.json").is_file():
             # It may hold what reads images or sounds as it was before the job set a size or a length, and is
             # what transformers looks at first.
             (directory / "processor_config.json").unlink(missing_ok=True)

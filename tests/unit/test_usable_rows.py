@@ -60,6 +60,7 @@ WRONG = {
     "audio-classification": {"audio": "sond"},
     "speech-recognition": {"audio": "sond"},
     "image-to-text": {"image": "file_nme"},
+    "image-text-to-text": {"messages": "mesages"},
 }
 
 

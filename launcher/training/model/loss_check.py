@@ -236,7 +236,10 @@ def _joined(values: Sequence[torch.Tensor]) -> torch.Tensor:
 def _values(task: Task, output: Output, row: Sample) -> torch.Tensor:
     """Return what is compared: the loss of a token, or a classifier's outputs, those of padding left out."""
     if output.predictions is None:
-        return output.loss_sum.reshape(1) / max(1, row.length - 1)
+        targets = row.get("targets")
+        # Of an image's tokens none is learned.
+        num_learned = row.length - 1 if targets is None else int((targets != IGNORE).sum())
+        return output.loss_sum.reshape(1) / max(1, num_learned)
     predictions = output.predictions[-1]
     return predictions[: row.length] if task.traits.head == "every-position" else predictions
 

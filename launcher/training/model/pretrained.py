@@ -112,7 +112,8 @@ def read_processor(plan: Plan) -> Any:
             else:
                 processor = task.usual_processor(read_config(plan))
     except (OSError, ValueError, ImportError) as error:
-        reason = f"no processor of its {task.traits.unit}s: {first_line(error)}"
+        what = "rows" if task.traits.unit == "token" else f"{task.traits.unit}s"
+        reason = f"no processor of its {what}: {first_line(error)}"
         raise ConfigurationError(Problem("model.name", model.name, reason)) from None
     if task.joins_tokenizer:
         processor.tokenizer = read_tokenizer(plan)
