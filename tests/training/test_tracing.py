@@ -30,6 +30,7 @@ from launcher.training.tracing.recorder import same
 from launcher.training.tracing.traced_model import Untraceable
 from tests.benchmarks.memory_pool import World
 from tests.benchmarks.memory_ranks import Request
+from tests.families import audio, images
 from tests.tiers import slow_but
 from tests.training.plans import deepspeed, plan_of
 
@@ -116,8 +117,9 @@ def test_the_formulas_of_decoders_are_held_to_their_profiles(
     ),
 )
 def test_lines_through_two_and_eight_are_what_a_trace_says(kind: str, recompute: str, tmp_path: Path) -> None:
-    """Every level of every block, with 3 samples and with 16."""
-    plan = plan_for(tmp_path, kind, precision="bf16")
+    """Every level of every block, with 3 samples and with 16. In fp32: what a product in half precision takes
+    within itself is no line."""
+    plan = plan_for(tmp_path, kind)
     maker = ProfileMaker(plan)
     profile = maker.profile()
     layers = maker.traced.layers()
@@ -182,6 +184,40 @@ def test_layers_that_are_left_out_are_as_those_that_stand_in_for_them(kind: str,
     assert [replace(each, num_made=0, traffic=0) for each in segments(some)] == [
         replace(each, num_made=0, traffic=0) for each in segments(every)
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["convnext", "swin"])
+def test_a_constructor_that_reads_numbers_of_a_tensor_is_traced(kind: str, tmp_path: Path) -> None:
+    """Of their drop paths. Its parameters are those of the class."""
+    config = images.config_of(kind, small=True)
+    config.save_pretrained(tmp_path)
+    data = {"train": {"path": "t"}, "image_size": config.image_size}
+    ways = {"task": "image-classification", "model__task": "image-classification", "layout": "padded"}
+    plan = plan_of(tmp_path, attention="eager", model__weights="random", data=data, **ways)
+    profile = make_profile(plan)
+    root, layers = profile.units()
+    own = images.model_of(kind, "eager", small=True)
+    assert profile.untraceable is None and profile.passes["none"]
+    head = sum(weight.num_elements for weight in root.weights if weight.name.startswith("classifier"))
+    theirs = sum(parameter.numel() for parameter in own.base_model.parameters())
+    assert sum(unit.num_elements() for unit in (root, *layers)) - head == theirs
+
+
+def test_layers_that_shorten_a_sound_are_each_gone_through(tmp_path: Path) -> None:
+    """Behind convolutions that hand on what comes in, the other layers would see four times as many frames."""
+    audio.config_of("wav2vec2").save_pretrained(tmp_path)
+    data = {"train": {"path": "t"}, "seconds": 0.3}
+    ways = {"task": "audio-classification", "model__task": "audio-classification", "layout": "single"}
+    plan = plan_of(
+        tmp_path, attention="sdpa", model__weights="random", data=data, batch__micro_batch_size=1, **ways
+    )
+    maker = ProfileMaker(plan)
+    assert any(not layer.traced for layer in maker.traced.layers()), "the comparison can fail"
+    every = maker._go(maker.traced.layers(every=True), 1, 1, "none", True)
+    one, _ = maker.profile().passes["none"]
+    # A pass keeps the blocks of equal layers once, without their place.
+    assert list(one) == [replace(same(block), layer=min(block.layer, 0)) for block in every]
 
 
 @pytest.fixture(scope="module")

@@ -54,9 +54,34 @@ class TracedModel:
         """`dtype` is what it computes in, `options` go to `from_config`."""
         self._forward, self._dtype = forward, dtype
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
-        with self._mode, no_init_weights():
-            self.model: PreTrainedModel = auto_class.from_config(config, dtype=dtype, **options)
+        try:
+            with self._mode, no_init_weights():
+                self.model: PreTrainedModel = auto_class.from_config(config, dtype=dtype, **options)
+        except DataDependentOutputException:
+            # Its constructor reads numbers of a tensor, as Swin's and ConvNeXt's do of their drop paths.
+            with torch.device("meta"), no_init_weights():
+                self.model = auto_class.from_config(config, dtype=dtype, **options)
+            self._materialise()
+        with self._mode:
             self.model.tie_weights()
+
+    def _materialise(self) -> None:
+        """Put fake tensors in the places of those without a device."""
+        created: dict[int, torch.Tensor] = {}
+
+        def of(tensor: torch.Tensor) -> torch.Tensor:
+            if id(tensor) not in created:
+                with self._mode:
+                    empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+                parameter = isinstance(tensor, nn.Parameter)
+                created[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if parameter else empty
+            return created[id(tensor)]
+
+        for module in self.model.modules():
+            for own in (module._parameters, module._buffers):
+                for name, tensor in own.items():
+                    if tensor is not None and tensor.is_meta:
+                        own[name] = of(tensor)
 
     def add_adapter(self, adapter: Adapter, new: Callable[[PreTrainedModel], tuple[str, ...]]) -> None:
         """Put an adapter in; it trains, and what `new` names. Raises ConfigurationError for a pattern that
@@ -161,7 +186,12 @@ class TracedModel:
                 continue
             checkpoint_activations(layer.module, checkpointing)
             hooks.append(layer.module.register_forward_pre_hook(_before(recorder, layer), with_kwargs=True))
-            hooks.append(layer.module.register_forward_hook(_after(recorder, layer, skipped)))
+            stands_in = any(not one.traced and one.stands_in == layer.index for one in layers)
+            hooks.append(
+                layer.module.register_forward_hook(
+                    _after(recorder, layer, skipped, stands_in), with_kwargs=True
+                )
+            )
         try:
             yield
         finally:
@@ -204,9 +234,12 @@ def _before(recorder: Recorder, layer: Layer) -> Callable[..., None]:
     return begin
 
 
-def _after(recorder: Recorder, layer: Layer, skipped: Skipped) -> Callable[..., None]:
-    def end(_: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-        hidden = first_tensor(output)
+def _after(recorder: Recorder, layer: Layer, skipped: Skipped, stands_in: bool) -> Callable[..., None]:
+    def end(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
+        hidden, given = first_tensor(output), first_tensor((arguments, options))
+        if stands_in and hidden is not None and given is not None and hidden.shape != given.shape:
+            # Convolutions that shorten a sound: what comes behind those left out would be too long.
+            raise ValueError("a layer that stands in for others changes the shape")
         if hidden is not None and hidden.requires_grad:
             hidden.register_hook(lambda _: recorder.begin("layer", layer.index, backward=True))
         if layer.ends is not None:
