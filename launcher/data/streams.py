@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -33,8 +32,7 @@ class Place(NamedTuple):
     """Bytes; 0 of Parquet, where rows are no stretch of bytes."""
 
 
-@dataclass(frozen=True)
-class Cursor:
+class Cursor(NamedTuple):
     """Say before which row of which epoch a stream stands."""
 
     epoch: int = 0
@@ -63,8 +61,10 @@ class Shard(ABC):
 
     @abstractmethod
     def read(self, start: Place) -> Iterator[tuple[int, Values, Place]]:
-        """Yield the rows behind a place: line, values, and the place behind it. Raises DataError or OSError where
-        the file cannot be read."""
+        """Yield the rows behind a place: line, values, and the place behind it.
+
+        Raises DataError or OSError where the file cannot be read.
+        """
 
     @abstractmethod
     def skip(self, start: Place, count: int) -> Place:
@@ -134,7 +134,7 @@ class Text(Lines):
 
 
 class Parquet(Shard):
-    """A Parquet file. What was decoded last is kept, so that rows are not decoded again for those behind them."""
+    """A Parquet file. What was decoded last is kept: who reads on does not decode it again."""
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
         super().__init__(path, columns)
@@ -218,7 +218,7 @@ class Stamp:
     def of(cls, path: str) -> Stamp:
         """Return a file's. Raises DataError where there is none."""
         try:
-            stat = os.stat(path)
+            stat = Path(path).stat()
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}") from None
         return cls(path, stat.st_size, stat.st_mtime_ns)
@@ -234,8 +234,8 @@ class Stamp:
             how = f"{self.bytes:,} bytes then, {now.bytes:,} and written anew now"
         read = f"byte {place.offset:,}, row {place.row:,}" if place.offset else f"row {place.row:,}"
         raise DataError(
-            f"{self.path} changed under the run: {how}; it was being read from {read} on; put it back as it was, "
-            "or begin a new run"
+            f"{self.path} changed under the run: {how}; it was being read from {read} on; put it back "
+            "as it was, or begin a new run"
         )
 
 
@@ -245,7 +245,7 @@ class Files:
     def __init__(
         self, paths: Sequence[Path], columns: Sequence[str], order: Callable[[int], Sequence[int]]
     ) -> None:
-        """`order` returns the numbers of the files in an epoch. Raises DataError for a file that is not there."""
+        """`order` returns the numbers of the files in an epoch. Raises DataError for a file that is missing."""
         self.stamps = tuple(Stamp.of(str(path)) for path in paths)
         self.order = order
         self._columns = tuple(columns)
@@ -287,7 +287,7 @@ class Files:
         return Cursor(start.epoch + 1)
 
     def _shards(self, start: Cursor) -> Iterator[tuple[int, Shard, Cursor]]:
-        """Yield the number of each file from a cursor to the end of its epoch, the file, and where it is begun."""
+        """Yield each file from a cursor to the end of its epoch: its number, itself, and where it is begun."""
         order, cursor = self.order(start.epoch), start
         while cursor.shard < len(order):
             number = int(order[cursor.shard])

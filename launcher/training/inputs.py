@@ -103,8 +103,8 @@ class TrainingInputs:
         return (self.train,) if self.evaluation is None else (self.train, self.evaluation)
 
     def reported(self, dataset: Dataset) -> dict[str, Any]:
-        """Return what became of the rows of a data set, for an event; of streamed rows of those that were read so
-        far."""
+        """Return what became of the rows of a data set, for an event: of streamed rows, of those that were read
+        so far."""
         if self.stream is None or dataset is not self.train:
             return dataset.report.to_dict()
         return self.stream.report.to_dict() | {"streaming": True}

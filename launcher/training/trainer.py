@@ -213,7 +213,9 @@ class Trainer:
         here.step_done(self.state.step, seconds)
         if self.recorder:
             here.at("recording")
-            more: dict[str, Any] = {"loss_by_source": self.by_source.losses(step_batch.items, totals.by_source)}
+            more: dict[str, Any] = {
+                "loss_by_source": self.by_source.losses(step_batch.items, totals.by_source)
+            }
             more |= {"data_seconds": round(waited, 4)} if self.material.stream is not None else {}
             self.recorder.step(self.state, step_batch, loss, gradient_norm, learning_rate, seconds, more)
         if verdict == "rewind":

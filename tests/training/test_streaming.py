@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from launcher.errors import DataError
 from launcher.runs import events
@@ -107,3 +105,89 @@ def test_1x4_is_4x1(whole: RunDirectory, model: Path, data: dict[str, Any], tmp_
     run = run_of(tmp_path / "run", model, data, 1, batch=batch_of(1, 1, 6))
     assert ids(run) == ids(whole)
     compare(run, whole, 1e-6)
+
+
+@pytest.mark.parametrize("world_size", slow_but([], [2, 3]))
+def test_other_ranks_have_the_same_order_and_numbers(
+    world_size: int, whole: RunDirectory, model: Path, data: dict[str, Any], tmp_path: Path
+) -> None:
+    run = run_of(tmp_path / "run", model, data, world_size)
+    assert ids(run) == ids(whole)
+    compare(run, whole, 1e-5)
+    assert not left(run)
+
+
+def test_stopped_in_the_middle_of_a_file_it_goes_on_on_other_ranks(
+    whole: RunDirectory, model: Path, data: dict[str, Any], tmp_path: Path
+) -> None:
+    run = new_run(tmp_path / "run", make(model, data, 2))
+    finish(run, 2, no_daemon, stop_at=4)
+    position = position_of(run)
+    assert position["row"] and position["offset"] and position["file"].startswith("part-")
+    replan(run, make(model, data, 1))
+    finish(run, 1, no_daemon)
+    assert ids(run) == ids(whole)
+    compare(run, whole, 1e-5)
+    assert named(run, "prepared")[-1]["rows_read"] == named(whole, "prepared")[-1]["rows_read"]
+
+
+def position_of(run: RunDirectory) -> dict[str, Any]:
+    manifest = list_checkpoints(run)[-1].manifest
+    assert manifest is not None
+    return dict(manifest.progress.extra["stream"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.very_slow)])
+def test_resumed_is_uninterrupted_to_the_bit(
+    world_size: int, whole: RunDirectory, model: Path, data: dict[str, Any], tmp_path: Path
+) -> None:
+    never = whole if world_size == 1 else run_of(tmp_path / "never", model, data, world_size)
+    run = new_run(tmp_path / "run", make(model, data, world_size))
+    for stop_at in (3, 4, 9, None):
+        finish(run, world_size, no_daemon, stop_at=stop_at)
+    assert curve(run) == curve(never)
+    assert_equal(state(run), state(never))
+    assert position_of(run) == position_of(never)
+
+
+@pytest.mark.very_slow
+@pytest.mark.parametrize("packing", [True, False])
+def test_zero_gives_the_numbers_of_fsdp_and_resumes_to_the_bit(
+    packing: bool, whole: RunDirectory, model: Path, data: dict[str, Any], tmp_path: Path
+) -> None:
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    data = data | {"packing": packing}
+    one = whole if packing else run_of(tmp_path / "fsdp", model, data, 1)
+    never = run_of(tmp_path / "never", model, data, 2, **deepspeed(3))
+    run = new_run(tmp_path / "run", make(model, data, 2, **deepspeed(3)))
+    finish(run, 2, no_daemon, stop_at=5)
+    finish(run, 2, no_daemon)
+    assert ids(run) == ids(one)
+    compare(run, one, 1e-4)
+    assert curve(run) == curve(never)
+    assert_equal(state(run), state(never))
+
+
+@pytest.mark.slow
+def test_a_file_that_changed_is_refused_by_name_and_place(
+    model: Path, data: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "part.jsonl"
+    write_rows(path, [{"text": text} for text in texts(45)])
+    data = data | {"train": {"path": str(path)}, "evaluation": None}
+    run = new_run(tmp_path / "run", make(model, data, 1))
+    finish(run, 1, no_daemon, stop_at=3)
+    content = path.read_bytes()
+    path.write_bytes(content[:-100])
+    [error] = errors_of(run, 1, no_daemon)
+    assert isinstance(error, DataError)
+    assert (
+        f"{path} changed since the run began: {len(content):,} bytes then, {len(content) - 100:,} now"
+        in str(error)
+    )
+    path.write_bytes(content.replace(b"w1", b"w2", 1))
+    [error] = errors_of(run, 1, no_daemon)
+    assert "the first difference is between byte 0 and byte" in str(error)
+    path.write_bytes(content)
+    finish(run, 1, no_daemon)

@@ -1,8 +1,8 @@
 """Streamed rows as an endless list of items, and the global batches that are cut from it.
 
-The list is the items of one window after another, each window in an order of its own. So it is a function of seed
-and files, and a place in it is a window and a number in it. A checkpoint has where the window begins: no more than
-that one is made again by who goes on from there, on any number of ranks.
+The list is the items of one window after another, each window in an order of its own. So it is a function of
+seed and files, and a place in it is a window and a number in it. A checkpoint has where the window begins: no
+more than that one is made again by who goes on from there, on any number of ranks.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Stream:
     """Whether this rank removes what all ranks of the node have behind them."""
     held: Any
     """What keeps others from removing the windows."""
-    start: Start = Start()
+    start: Start = field(default_factory=Start)
     """Where windows began to be made."""
     check: Callable[[Dataset], None] = lambda dataset: None
     """Raises where samples do not go with the model."""
@@ -75,7 +75,7 @@ class Stream:
 
     @classmethod
     def open(cls, run: RunDirectory, plan: Plan, task: Task, tokenizer: Any) -> Stream:
-        """Find the files, and begin where the newest checkpoint stands. Raises DataError where there are none."""
+        """Find the files, and begin where the newest checkpoint stands. Raises DataError without files."""
         source = plan.data.train
         assert source.path is not None
         task.prepare(tokenizer)
@@ -123,8 +123,8 @@ class Stream:
     def window(self, number: int) -> Window:
         """Return a window, once it is made; they are asked for one after another.
 
-        Raises DataError for rows or files that cannot be used, or that are not what they were; and what went wrong
-        in the process that makes this rank's share.
+        Raises DataError for rows or files that cannot be used, or that are not what they were; and what went
+        wrong in the process that makes this rank's share.
         """
         if number not in self._windows:
             path = self.maker.path(number)
@@ -144,9 +144,9 @@ class Stream:
         number, report = window.start.number, window.report
         if number == self.start.number and self.wanted_hash not in ("", report.samples_hash):
             raise DataError(
-                f"{self._where(window.start.cursor)} on: other samples come of the rows than when the checkpoint "
-                "was saved: the file, the tokenizer, its version or launcher changed; go back to what it was, or "
-                "begin a new run"
+                f"{self._where(window.start.cursor)} on: other samples come of the rows than when the "
+                "checkpoint was saved: the file, the tokenizer, its version or launcher changed; go back to "
+                "what it was, or begin a new run"
             )
         before = self._before[number]
         after = replace(before, **{name: getattr(before, name) + getattr(report, name) for name in _COUNTED})
@@ -214,9 +214,9 @@ class Stream:
             shutil.rmtree(self.maker.root, ignore_errors=True)
         self.held.release()
 
-    def refuse_change(self, record: Path) -> str:
-        """Hold a run to the files it began with, by their sizes and their first and last MiB: write what they are
-        to `record`, or compare. Return a hash of that. Raises DataError naming the first file that changed."""
+    def refuse_change(self, record: Path) -> None:
+        """Hold a run to the files it began with, by their sizes and their first and last MiB: write what they
+        are to `record`, or compare. Raises DataError naming the first file that changed, and where."""
         files = [
             {"path": one.path, "bytes": one.bytes, "ends": _ends(one.path)} for one in self.maker.files.stamps
         ]
@@ -224,7 +224,7 @@ class Stream:
         if not record.exists():
             now = {"source_hash": digest, "samples_hash": "", "files": files}
             write_atomically(record, json.dumps(now) + "\n")
-            return digest
+            return
         then = read_json(record)["files"]
         for old, new in zip(then, files, strict=False):
             if (old["bytes"], old.get("ends")) != (new["bytes"], new["ends"]):
@@ -233,7 +233,6 @@ class Stream:
             path = self.maker.plan.data.train.path
             reason = f"{path} names {len(files):,} files, and named {len(then):,} when the run began"
             raise DataError(f"{reason}; put them back, or begin a new run")
-        return digest
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
@@ -268,8 +267,8 @@ def _who(run: RunDirectory) -> list[Any]:
 
 
 def _newest(run: RunDirectory) -> dict[str, Any] | None:
-    """Return the position that the newest checkpoint has, where it can be read: it is most likely the one that is
-    gone on from, once all of it was verified."""
+    """Return the position that the newest checkpoint has, where it can be read: it is most likely the one that
+    is gone on from, once all of it was verified."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         if (newest := newest_checkpoint(run)) is not None:
             position: dict[str, Any] = read_json(newest / MANIFEST_NAME)["progress"]["extra"]["stream"]

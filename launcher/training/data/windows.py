@@ -1,8 +1,8 @@
 """Tokenise and pack the windows of a stream, one after another, in a process beside each rank.
 
-A window is `data.shuffle_window` rows in a row, or fewer at the end of an epoch. It is written as prepared data is,
-to a folder that all ranks of a node read. Each rank of the node makes every so many-th window, and reads past the
-others. A window follows from the seed, the files and its number alone, whoever makes it.
+A window is `data.shuffle_window` rows in a row, or fewer at the end of an epoch. It is written as prepared
+data is, to a folder that all ranks of a node read. Each rank of the node makes every so many-th window, and
+reads past the others. A window follows from the seed, the files and its number alone, whoever makes it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from launcher.data.streams import Cursor, Files
 from launcher.errors import LauncherError, OutOfMemoryError, StorageError
@@ -35,8 +35,7 @@ from launcher.training.data.prepare import write_samples
 _ABOUT = "window.json"
 
 
-@dataclass(frozen=True)
-class Start:
+class Start(NamedTuple):
     """Say where a window begins: its number over all epochs, and before which row."""
 
     number: int = 0
@@ -121,7 +120,7 @@ class Maker:
 
 @dataclass
 class Worker:
-    """A process that makes a rank's share of the windows ahead of the steps, and no more than one of them ahead."""
+    """A process that makes a rank's share of the windows, and one of them ahead of the steps."""
 
     maker: Maker
     place: int
@@ -146,8 +145,10 @@ class Worker:
         theirs.close()
 
     def need(self, number: int) -> None:
-        """Say that a window is needed: then those up to as many behind it as there are ranks are made too. Raises
-        what went wrong in the process."""
+        """Say that a window is needed: then so many behind it are made too as there are ranks.
+
+        Raises what went wrong in the process.
+        """
         assert self._pipe is not None
         with contextlib.suppress(BrokenPipeError):
             self._pipe.send(number + self.places)
