@@ -14,7 +14,6 @@ from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.layout import RunDirectory
 from launcher.runs.prepared import lines
 from launcher.training.signals import StopRequest
-from tests.tiers import slow_but
 from tests.training.plans import deepspeed
 from tests.training.runs import (
     assert_equal,
@@ -101,13 +100,15 @@ def test_rows_are_counted_as_they_come_and_nothing_is_left(whole: RunDirectory) 
     assert not left(whole)
 
 
+@pytest.mark.very_slow
 def test_1x4_is_4x1(whole: RunDirectory, model: Path, data: dict[str, Any], tmp_path: Path) -> None:
     run = run_of(tmp_path / "run", model, data, 1, batch=batch_of(1, 1, 6))
     assert ids(run) == ids(whole)
     compare(run, whole, 1e-6)
 
 
-@pytest.mark.parametrize("world_size", slow_but([], [2, 3]))
+@pytest.mark.very_slow
+@pytest.mark.parametrize("world_size", [2, 3])
 def test_other_ranks_have_the_same_order_and_numbers(
     world_size: int, whole: RunDirectory, model: Path, data: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -137,8 +138,8 @@ def position_of(run: RunDirectory) -> dict[str, Any]:
     return dict(manifest.progress.extra["stream"])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.very_slow)])
+@pytest.mark.very_slow
+@pytest.mark.parametrize("world_size", [1, 2])
 def test_resumed_is_uninterrupted_to_the_bit(
     world_size: int, whole: RunDirectory, model: Path, data: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -169,7 +170,7 @@ def test_zero_gives_the_numbers_of_fsdp_and_resumes_to_the_bit(
     assert_equal(state(run), state(never))
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 def test_a_file_that_changed_is_refused_by_name_and_place(
     model: Path, data: dict[str, Any], tmp_path: Path
 ) -> None:
