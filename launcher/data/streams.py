@@ -22,6 +22,11 @@ FILE_BITS = 40
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
+def row_number(id: int) -> int:
+    """Return the number of a row in its file, from 0."""
+    return id & ((1 << FILE_BITS) - 1)
+
+
 class Place(NamedTuple):
     """Say what of a file comes before a row."""
 

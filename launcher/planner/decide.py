@@ -165,6 +165,9 @@ def _zero(decider: Decider, placed: Layout) -> Zero | None:
 def _length(decider: Decider) -> Length:
     training = decider.job.training
     if training.max_steps is not None:
+        if decider.job.data.streaming:
+            reason = "streamed rows are not counted before: the number of steps is the job's, not the data's"
+            decider.decide("training.max_steps", training.max_steps, reason)
         return Length(value=training.max_steps, unit="steps")
     if training.epochs is not None:
         return Length(value=training.epochs, unit="epochs")

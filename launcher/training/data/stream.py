@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ import numpy as np
 import xxhash
 
 from launcher.data.files import find_files
+from launcher.data.rows import Row
 from launcher.data.streams import Cursor, Files
 from launcher.errors import CheckpointError, DataError
 from launcher.plain_files import plain, read_json
@@ -175,6 +176,10 @@ class Stream:
         while (dataset := self.window(number).dataset) is None:
             number += 1
         return dataset
+
+    def rows(self) -> Iterator[Row]:
+        """Yield the rows from where windows began to be made, to the end of the first one."""
+        return self.maker.files.read(self.start.cursor, self.maker.plan.data.shuffle_window, lambda end: None)
 
     @property
     def report(self) -> DataReport:
