@@ -69,7 +69,7 @@ class Window:
 
 @dataclass
 class Maker:
-    """What makes the windows of a stream."""
+    """Make the windows of a stream."""
 
     files: Files
     plan: Plan
