@@ -50,14 +50,11 @@ class TrainingInputs:
         data is not what the run began with, or where most rows would be dropped."""
         material, leads = cls.of(run, plan), os.environ.get("RANK", "0") == "0"
         for dataset in material.datasets:
-            record = run.path / f"data-{dataset.report.role}.json"
             if material.stream is not None and dataset is material.train:
-                if leads:  # files may be many, and on a file system that all ranks share
-                    material.stream.refuse_change(record)
-                continue
+                continue  # which is looked at as it comes
             for one in dataset.reports:
                 refuse_mostly_dropped(one, plan)
-            refuse_change(record, dataset.report)
+            refuse_change(run.path / f"data-{dataset.report.role}.json", dataset.report)
         if leads:
             for dataset in material.datasets:
                 report = material.reported(dataset)

@@ -301,6 +301,8 @@ class Trainer:
         self.saving.done(self.state.step, time.monotonic())
         if not self.saves:
             return True
+        if self.material.stream is not None:
+            self.event("prepared", **self.material.reported(self.material.train))
         here.at("staging")
         saved = self.keeper.save(self.engine.state_dict(), wait)
         if wait and must and not saved:
@@ -343,7 +345,6 @@ class Trainer:
 
     def _close(self) -> None:
         if self.material.stream is not None:
-            self.event("prepared", **self.material.reported(self.material.train))
             self.material.stream.close()
         if self.recorder:
             self.recorder.finish()

@@ -95,6 +95,8 @@ class Stream:
         num_ranks = min(plan.mesh.ranks_per_node, int(os.environ.get("WORLD_SIZE", "1")))
         worker = Worker(maker, int(os.environ.get("LOCAL_RANK", "0")), num_ranks)
         stream = cls(maker, worker, leads, held)
+        if os.environ.get("RANK", "0") == "0":  # files may be many, and on a file system that all ranks share
+            stream.refuse_change(run.path / "data-train.json")
         try:
             stream.begin(_newest(run))
         except (KeyError, TypeError, ValueError):  # whoever goes on from that checkpoint says so
@@ -215,9 +217,9 @@ class Stream:
     def close(self) -> None:
         """End the process, and remove all windows where this rank leads."""
         self.worker.end()
+        self.held.release()
         if self.leads:
             shutil.rmtree(self.maker.root, ignore_errors=True)
-        self.held.release()
 
     def refuse_change(self, record: Path) -> None:
         """Hold a run to the files it began with, by their sizes and their first and last MiB: write what they
