@@ -127,9 +127,10 @@ def _num_workers(decider: Decider) -> int:
     requested = decider.job.data.num_workers
     if requested != "auto":
         return requested
-    return decider.decide(
-        "data.num_workers", min(decider.hardware.num_cores, 16), "one for each core, before the ranks begin"
-    )
+    reason = "one for each core, before the ranks begin"
+    if decider.job.data.streaming:
+        reason = "of rows held out; of streamed rows one beside each rank"
+    return decider.decide("data.num_workers", min(decider.hardware.num_cores, 16), reason)
 
 
 def _checkpoint(decider: Decider, placed: Layout) -> Checkpoint:
