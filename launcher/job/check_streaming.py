@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from launcher import tasks
 from launcher.data.section import Data
-from launcher.data.streams import SUFFIXES, can_stream
+from launcher.data.shards import SHARDS
+from launcher.data.streams import can_stream
 from launcher.job.schema import Job
 from launcher.tasks.task import Finding, Task, finding
 
@@ -96,7 +97,7 @@ def _source(job: Job) -> Iterator[Finding]:
             yield finding(f"data.train.{key}", value, reason, _KEY)
     if train.path is not None and not can_stream(train.path):
         reason = (
-            f"only {', '.join(SUFFIXES)} can be read from any place on; write the rows as one of them, as "
+            f"only {', '.join(SHARDS)} can be read from any place on; write the rows as one of them, as "
             "`datasets.load_dataset('csv', data_files=...)['train'].to_parquet(...)` does, or leave "
             "data.streaming out"
         )

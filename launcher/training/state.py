@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from launcher.errors import CheckpointError
 from launcher.runs.checkpoints import MANIFEST_NAME, Count, Progress
 from launcher.training.data.batches import StepBatch
-from launcher.training.data.stream import StreamBatches
+from launcher.training.data.stream_batches import StreamBatches
 from launcher.training.early_stopping import EarlyEnd
 from launcher.training.precision import LossScale
 from launcher.training.reporting.divergence import Divergence

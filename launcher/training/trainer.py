@@ -27,9 +27,8 @@ from launcher.training.by_source import LossBySource
 from launcher.training.cadence import Cadence
 from launcher.training.checkpoint.checkpointer import Checkpointer
 from launcher.training.data.ahead import Loader
-from launcher.training.data.batches import Batches, StepBatch, total_items
-from launcher.training.data.mixed import order_of
-from launcher.training.data.stream import StreamBatches
+from launcher.training.data.batches import StepBatch
+from launcher.training.data.stream_batches import StreamBatches, batches_of
 from launcher.training.devices import name_of, peak_memory_bytes, to_device
 from launcher.training.early_stopping import EarlyEnd
 from launcher.training.held_out import HeldOut
@@ -73,7 +72,7 @@ class Trainer:
         self.rank = distributed.get_rank()
         self.data_rank = plan.mesh.data_rank(self.rank)
         self.task, self.journal = material.task, Journal()
-        self.batches = batches_of(material, plan, self.data_rank)
+        self.batches = batches_of(material.train, material.stream, plan, self.data_rank)
         self.num_steps = self.batches.num_steps
         self.loader = Loader(
             self.task, self.batches, plan, lambda step: Draws(plan.training.seed, step, training=True)
@@ -369,14 +368,6 @@ class Trainer:
         """Write an event, once for all ranks."""
         if self.rank == 0:
             self.journal.event(self.run.events_file, name, **fields)
-
-
-def batches_of(material: TrainingInputs, plan: Plan, data_rank: int) -> Batches | StreamBatches:
-    """Return the global batches of a run, of which this rank takes its share."""
-    if material.stream is not None:
-        return StreamBatches(material.stream, plan, data_rank)
-    order = order_of(material.train, plan.training.seed)
-    return Batches(material.train, order, plan.batch, data_rank, total_items(plan, order.num_in_epoch))
 
 
 def dropout_seed(seed: int, step: int, data_rank: int, micro_batch: int) -> int:

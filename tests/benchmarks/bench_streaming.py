@@ -153,11 +153,12 @@ def go_through(options: argparse.Namespace) -> None:
     from launcher import tasks
     from launcher.job.schema import Job
     from launcher.planner.search import plan_job
-    from launcher.training.data.stream import Stream, StreamBatches
+    from launcher.training.data.stream import Stream
+    from launcher.training.data.stream_batches import StreamBatches
 
     job = Job.model_validate(json.loads((options.work / "request.json").read_text(encoding="utf-8")))
     plan = plan_job(job, 1)
-    run = RunDirectory(options.work / "scratch")
+    run = RunDirectory(options.work / f"scratch-{plan.training.max_steps}")
     run.path.mkdir(exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(plan.model.name)
     stream = Stream.open(run, plan, tasks.build(plan, tokenizer), tokenizer)

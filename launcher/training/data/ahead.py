@@ -21,7 +21,7 @@ from launcher.planner.plan import Plan
 from launcher.runs.processes import die_with_parent
 from launcher.tasks.task import Draws, Sample, Task
 from launcher.training.data.batches import Batches
-from launcher.training.data.stream import StreamBatches
+from launcher.training.data.stream_batches import StreamBatches
 
 _EACH = 2
 """Micro-batches that each process makes ahead: what bounds the memory."""

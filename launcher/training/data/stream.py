@@ -18,27 +18,25 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import xxhash
 
 from launcher.data.files import find_files
 from launcher.data.rows import Row
 from launcher.data.streams import Cursor, Files
-from launcher.errors import CheckpointError, DataError
-from launcher.plain_files import plain, read_json
+from launcher.errors import DataError
+from launcher.plain_files import read_json
 from launcher.planner.plan import Plan
 from launcher.runs import cache, prepared
 from launcher.runs.checkpoints import MANIFEST_NAME
-from launcher.runs.layout import RunDirectory, write_atomically
+from launcher.runs.layout import RunDirectory
 from launcher.runs.processes import started_ticks
 from launcher.runs.status import newest_checkpoint
 from launcher.tasks.task import Task
-from launcher.training.data.batches import StepBatch, cut
 from launcher.training.data.cache_key import cache_root
 from launcher.training.data.dataset import DataReport, Dataset
-from launcher.training.data.order import Order, seed_of
+from launcher.training.data.held_files import refuse_change
+from launcher.training.data.order import Order
 from launcher.training.data.prepare import NUM_EXAMPLES, refuse_mostly_dropped
-from launcher.training.data.sources import BLOCK
 from launcher.training.data.windows import Maker, Start, Window, Worker
 
 _LOOKS_SECONDS = 0.005
@@ -96,7 +94,7 @@ class Stream:
         worker = Worker(maker, int(os.environ.get("LOCAL_RANK", "0")), num_ranks)
         stream = cls(maker, worker, leads, held)
         if os.environ.get("RANK", "0") == "0":  # files may be many, and on a file system that all ranks share
-            stream.refuse_change(run.path / "data-train.json")
+            refuse_change(run.path / "data-train.json", files.stamps, source.path)
         try:
             stream.begin(_newest(run))
         except (KeyError, TypeError, ValueError):  # whoever goes on from that checkpoint says so
@@ -221,50 +219,6 @@ class Stream:
         if self.leads:
             shutil.rmtree(self.maker.root, ignore_errors=True)
 
-    def refuse_change(self, record: Path) -> None:
-        """Hold a run to the files it began with, by their sizes and their first and last MiB: write what they
-        are to `record`, or compare. Raises DataError naming the first file that changed, and where."""
-        files = [
-            {"path": one.path, "bytes": one.bytes, "ends": _ends(one.path)} for one in self.maker.files.stamps
-        ]
-        digest = xxhash.xxh3_128_hexdigest(json.dumps([[f["bytes"], f["ends"]] for f in files]).encode())
-        if not record.exists():
-            now = {"source_hash": digest, "samples_hash": "", "files": files}
-            write_atomically(record, json.dumps(now) + "\n")
-            return
-        then = read_json(record)["files"]
-        for old, new in zip(then, files, strict=False):
-            if (old["bytes"], old.get("ends")) != (new["bytes"], new["ends"]):
-                raise DataError(_difference(old, new))
-        if len(then) != len(files):
-            path = self.maker.plan.data.train.path
-            reason = f"{path} names {len(files):,} files, and named {len(then):,} when the run began"
-            raise DataError(f"{reason}; put them back, or begin a new run")
-
-
-def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Return in words where a file is not what it was."""
-    size = int(new["bytes"])
-    if old["bytes"] != size:
-        where = f"{old['bytes']:,} bytes then, {size:,} now, the first difference is at byte "
-        where += f"{min(old['bytes'], size):,} or before"
-    elif (old.get("ends") or [""])[0] != new["ends"][0]:
-        where = f"the first difference is between byte 0 and byte {min(BLOCK, size):,}"
-    else:
-        where = f"a difference is between byte {max(0, size - BLOCK):,} and byte {size:,}"
-    return f"{new['path']} changed since the run began: {where}; put it back as it was, or begin a new run"
-
-
-def _ends(path: str) -> list[str]:
-    """Return the hashes of a file's first and last MiB."""
-    try:
-        with open(path, "rb", opener=plain) as file:
-            first = xxhash.xxh3_64_hexdigest(file.read(BLOCK))
-            file.seek(max(0, os.fstat(file.fileno()).st_size - BLOCK))
-            return [first, xxhash.xxh3_64_hexdigest(file.read(BLOCK))]
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
-
 
 def _who(run: RunDirectory) -> list[Any]:
     """Return what the ranks of one attempt on one node have in common, and no others."""
@@ -282,58 +236,3 @@ def _newest(run: RunDirectory) -> dict[str, Any] | None:
             Cursor.of(position)
             return position
     return None
-
-
-class StreamBatches:
-    """The global batches of a stream, one after another, and the position of each."""
-
-    items_per_epoch = None
-
-    def __init__(self, stream: Stream, plan: Plan, rank: int) -> None:
-        self.stream, self.batch, self.rank = stream, plan.batch, rank
-        self.num_steps = int(plan.length.value)
-        self._seed = plan.training.seed
-        self._places: dict[int, Place] = {}
-        """Of the last step that was taken, and of the one behind it."""
-
-    def go_to(self, step: int, position: dict[str, Any] | None, checkpoint: str) -> None:
-        """Go on at a step, from the position that a checkpoint has of it; from the beginning where it has none.
-
-        Raises CheckpointError where it is no position.
-        """
-        try:
-            self._places = {step: self.stream.begin(position)}
-        except (KeyError, TypeError, ValueError) as error:
-            reason = f"{checkpoint}: progress.extra.stream is no position in files: {error}"
-            raise CheckpointError(
-                f"{reason}; move the checkpoint away, and the one before it is taken"
-            ) from None
-
-    def position(self, step: int) -> dict[str, Any]:
-        """Return where a step begins that was taken last, or the one behind it."""
-        return self.stream.position(self._places[step])
-
-    def step(self, step: int) -> StepBatch:
-        """Return everything that this rank needs at a step: the one that was taken last, or the one behind it.
-
-        Raises IndexError for any other, and as `Stream.window`.
-        """
-        if step not in self._places:
-            raise IndexError(f"step {step}: a stream is at {sorted(self._places)}")
-        number, item = self._places[step]
-        # The exchange of the step before is over: all ranks have taken its samples.
-        self.stream.release(number)
-        parts: list[tuple[Dataset, np.ndarray]] = []
-        left = self.batch.global_batch_size
-        while True:
-            window = self.stream.window(number)
-            count = min(left, window.num_items - item)
-            if window.dataset is not None and count:
-                order = Order(seed_of(self._seed, number), window.num_items)
-                parts.append((window.dataset, order.indices(item, count)))
-            item, left = item + count, left - count
-            if not left:
-                break
-            number, item = number + 1, 0
-        self._places = {step: self._places[step], step + 1: Place(number, item)}
-        return cut(parts, self.batch, self.rank)
