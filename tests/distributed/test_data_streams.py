@@ -121,8 +121,8 @@ def plan_with(path: Path, window: int = 32, steps: int = 40, batch: Any = None, 
     return plan.model_copy(update={"length": Length(value=steps, unit="steps"), "training": training})
 
 
-def opened(tmp_path: Path, plan: Plan) -> Stream:
-    run = RunDirectory(tmp_path / "run")
+def opened(tmp_path: Path, plan: Plan, name: str = "run") -> Stream:
+    run = RunDirectory(tmp_path / name)
     run.path.mkdir(exist_ok=True)
     tokenizer = byte_tokenizer()
     return Stream.open(run, plan, tasks.build(plan, tokenizer), tokenizer)
@@ -281,11 +281,11 @@ def test_rows_of_which_none_or_few_can_be_used_are_refused(cache: Path, tmp_path
         stream.first()
     stream.close()
     path = write(tmp_path / "half.jsonl", [" "] * 6 + ["a dog"] * 20)
-    stream = opened(tmp_path, plan_with(path, 8))
+    stream = opened(tmp_path, plan_with(path, 8), "half")
     with pytest.raises(DataError, match=r"6 of 8 rows \(75.0%\) would be dropped"):
         stream.first()
     stream.close()
-    stream = opened(tmp_path, plan_with(path, 8, unusable="refuse"))
+    stream = opened(tmp_path, plan_with(path, 8, unusable="refuse"), "refuse")
     with pytest.raises(DataError, match=r"data\.unusable is 'refuse'"):
         stream.first()
     stream.close()
