@@ -344,11 +344,13 @@ class Trainer:
 
     def _close(self) -> None:
         if self.material.stream is not None:
-            self.material.stream.close()
+            self.material.stream.worker.end()
         if self.recorder:
             self.recorder.finish()
         here.at("leaving")
         distributed.barrier()
+        if self.material.stream is not None:
+            self.material.stream.close()
 
     def _announce(self) -> None:
         if self.recorder:

@@ -155,7 +155,7 @@ def test_every_row_is_learned_once_an_epoch_and_counted(packing: bool, cache: Pa
     root = stream.maker.root
     assert len([one for one in root.iterdir() if not one.name.startswith(".")]) <= 3, "none is kept"
     stream.close()
-    assert not root.exists()
+    assert not root.exists() and not list(root.parent.glob("*.used"))
 
 
 def test_rows_move_as_far_as_the_window_lets_them(cache: Path, tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ class StepBatch:
     sample_ids: str
     """Hash of the global batch's sample ids in order; the same on any number of ranks."""
     items: np.ndarray
-    """The real items of the global batch in order, int64, by their numbers in the data."""
+    """The real items of the global batch in order, int64, by their numbers in the data; of streamed rows in
+    their windows."""
 
 
 class Batches:

@@ -1,4 +1,4 @@
-"""Streamed rows as an endless list of items, and the global batches that are cut from it.
+"""Streamed rows as an endless list of items, window after window.
 
 The list is the items of one window after another, each window in an order of its own. So it is a function of
 seed and files, and a place in it is a window and a number in it. A checkpoint has where the window begins: no
@@ -60,8 +60,10 @@ class Stream:
     worker: Worker
     leads: bool
     """Whether this rank removes what all ranks of the node have behind them."""
-    held: Any
-    """What keeps others from removing the windows."""
+    entry: Path
+    """The entry of the cache that stands for the windows."""
+    held: cache.Hold
+    """What keeps others from removing them."""
     start: Start = field(default_factory=Start)
     """Where windows began to be made."""
     check: Callable[[Dataset], None] = lambda dataset: None
@@ -87,12 +89,12 @@ class Stream:
         leads = os.environ.get("LOCAL_RANK", "0") == "0"
         if leads:
             cache.keep_bounded()  # what a killed attempt left
-        held = cache.hold(cache_root() / name)
+        entry = cache_root() / name
         # What is found out of the model later, such as another layout, changes no window.
         maker = Maker(files, plan, copy.copy(task), tokenizer, cache_root() / f".{name}-windows")
         num_ranks = min(plan.mesh.ranks_per_node, int(os.environ.get("WORLD_SIZE", "1")))
         worker = Worker(maker, int(os.environ.get("LOCAL_RANK", "0")), num_ranks)
-        stream = cls(maker, worker, leads, held)
+        stream = cls(maker, worker, leads, entry, cache.hold(entry))
         if os.environ.get("RANK", "0") == "0":  # files may be many, and on a file system that all ranks share
             refuse_change(run.path / "data-train.json", files.stamps, source.path)
         try:
@@ -102,8 +104,10 @@ class Stream:
         return stream
 
     def begin(self, position: dict[str, Any] | None) -> Place:
-        """Go to a position of `Position.to_dict`, or to the beginning; return the place there. Raises KeyError,
-        TypeError or ValueError for anything else."""
+        """Go to what `position` returned, or to the beginning; return the place there.
+
+        Raises KeyError, TypeError or ValueError for anything else.
+        """
         known = position or {"window": 0, "item": 0, "samples_hash": "", "counts": {}, **Cursor().to_dict()}
         start = Start(int(known["window"]), Cursor.of(known))
         report = replace(self._new_report(), **known["counts"])
@@ -213,11 +217,12 @@ class Stream:
                 shutil.rmtree(self.maker.path(number), ignore_errors=True)
 
     def close(self) -> None:
-        """End the process, and remove all windows where this rank leads."""
+        """End the process, and remove all windows where this rank leads: once those of all ranks have ended."""
         self.worker.end()
         self.held.release()
         if self.leads:
             shutil.rmtree(self.maker.root, ignore_errors=True)
+            cache.forget(self.entry)
 
 
 def _who(run: RunDirectory) -> list[Any]:
