@@ -46,6 +46,7 @@ def main() -> None:
     arguments.add_argument("--rows", type=int, default=20_000, help="the ten-fold has ten times as many")
     arguments.add_argument("--turns", type=int, default=3)
     arguments.add_argument("--steps", type=int, default=40)
+    arguments.add_argument("--parts", nargs="+", default=["Memory", "Speed"])
     arguments.add_argument("--child", help=argparse.SUPPRESS)
     options = arguments.parse_args()
     options.work = options.work.resolve()
@@ -56,6 +57,8 @@ def main() -> None:
     known = conditions("torch", "transformers", "datasets")
     model = make_model(options.work / "model")
     for title, measure, shown in (("Memory", memories, memory_shown), ("Speed", speeds, speed_shown)):
+        if title not in options.parts:
+            continue
         found = measure(model, options)
         text = f"{sentence(known)} {WHAT}\n\n{shown(found, options)}"
         print(text if options.dry else write("streaming", title, text, {title: found}, PREFACE), flush=True)
@@ -111,7 +114,7 @@ def job_of(pattern: str, model: Path, steps: int) -> dict[str, Any]:
         "memory": {"activation_checkpointing": "none"},
         "parallel": {"engine": "fsdp"},
         "checkpoint": {"every": "1d"},
-        "cluster": {"gpus_per_node": 0, "ranks_per_node": 1},
+        "cluster": {"gpus_per_node": 0, "ranks_per_node": 1, "threads_per_rank": 1},
         "trackers": [],
     }  # fmt: skip
 
