@@ -78,6 +78,10 @@ def speed_lines(forecast: Forecast, no_epoch: str | None = None) -> str:
     lines = ["", heading]
     if items:
         lines.append(f"  an epoch     {items.words()}")
+        if (plan := forecast.plan).data.streaming:
+            epochs = plan.length.value * plan.batch.global_batch_size / items.num_items
+            steps = f"{int(plan.length.value):,} steps, which the job says and not the data"
+            lines.append(f"  streamed     {steps}: about {epochs:.2g} epochs")
     elif no_epoch:
         lines.append(f"  an epoch     is not known: {no_epoch}")
     messages = f"{_seconds(speed.communication)} of messages ({_seconds(speed.exposed)} of them waited for)"

@@ -121,6 +121,12 @@ class Data(Section):
     """Rows held out, to measure on: a source, or a list of several, which are measured one by one too."""
     mixing: Mixing | None = None
     """How several sources of `train` are mixed."""
+    streaming: bool = False
+    """Read the rows of `train` as training goes, a window at a time, in place of tokenising all of them before:
+    for files larger than the disk or the memory (.jsonl .txt .parquet). Needs `training.max_steps`."""
+    shuffle_window: int = Field(default=10_000, ge=1, le=1_000_000_000)
+    """Of `streaming`: so many rows in a row are read, tokenised, packed and shuffled together. Files are
+    shuffled as a whole besides."""
     max_length: int = Field(default=1024, ge=8, le=100_000_000)
     """Tokens of the longest sample; with packing, of a pack."""
     packing: bool = False

@@ -76,7 +76,7 @@ _CHANGES: dict[str, str] = {
     "plugins": "launcher loads no plugin",
     "curriculum_sampling": "launcher shuffles by training.seed",
     "dataset_exact_deduplication": "launcher learns rows as often as they stand there",
-    "pretraining_dataset": "launcher reads whole data sets: write it as data.train",
+    "pretraining_dataset": "write it as data.train; where it is large, with data.streaming: true",
     "rope_scaling": "launcher takes the model's config as it lies; set it there",
     "reward_model": "launcher trains causal-lm and sequence-classification",
     "lr_groups": "launcher has one learning rate",

@@ -43,7 +43,7 @@ _CHANGES: dict[str, str] = {
     "pure_bf16": "launcher keeps what trains in fp32, and computes in bf16",
     "disable_shuffling": "launcher shuffles by training.seed",
     "early_stopping_steps": "training.early_stopping with data.evaluation",
-    "streaming": "launcher reads the whole data set before it begins",
+    "streaming": "launcher streams files: data.streaming and shuffle_window, with training.max_steps",
     "tokenized_path": "launcher tokenises by itself",
     "rope_scaling": "launcher takes the model's config as it lies; set it there",
     "resize_vocab": "model.resize_embeddings: true makes rows for added tokens, each the mean of the old "

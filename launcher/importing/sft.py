@@ -40,7 +40,7 @@ _LEARNED: dict[str, str] = {
     "truncation_mode": "launcher keeps the beginning of what is too long; data.too_long: drop leaves it out",
     "model_init_kwargs": "launcher loads the model by the keys of its own section",
     "dataset_kwargs": "launcher prepares the rows by itself",
-    "dataset_streaming": "launcher reads the whole data set before it begins",
+    "dataset_streaming": "launcher streams files: data.streaming and shuffle_window, with training.max_steps",
     "formatting_func": "launcher takes columns: data.text, data.prompt and data.completion, or data.messages",
     "router_aux_loss_coef": "launcher takes it from the model's config, where output_router_logits is true; "
     "write it there",

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 
 from launcher import tasks
-from launcher.job import check_sources, slurm_options
+from launcher.job import check_sources, check_streaming, slurm_options
 from launcher.job.schema import Cluster, Job
 from launcher.job.training import Training
 from launcher.tasks.mixed import not_measured
@@ -16,6 +16,7 @@ from launcher.tasks.task import Finding, finding
 def findings(job: Job) -> Iterator[Finding]:
     """Everything in a job that contradicts itself."""
     yield from check_sources.findings(job)
+    yield from check_streaming.findings(job)
     yield from tasks.of_job(job).checks()
     yield from _adapter(job)
     yield from _training(job)

@@ -44,8 +44,15 @@ def look(
 
 
 def fill_cache(job: Job, watcher: Watcher) -> list[dict[str, Any]]:
-    """Prepare all data of a job, for `run` to find; what became of each data set."""
-    request = {"roles": ["train", "evaluation"], "show": False}
+    """Prepare all data of a job, for `run` to find; what became of each data set.
+
+    Raises ConfigurationError where there is nothing to prepare, as rows are streamed.
+    """
+    if job.data.streaming and job.data.evaluation is None:
+        reason = "streamed rows are tokenised as training goes, and there are no others to prepare"
+        raise ConfigurationError(Problem("data.streaming", True, reason))
+    roles = ["evaluation"] if job.data.streaming else ["train", "evaluation"]
+    request = {"roles": roles, "show": False}
     datasets: list[dict[str, Any]] = ask(_here(job), MODULE, request, "data.json", watcher)["datasets"]
     return datasets
 

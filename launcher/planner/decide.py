@@ -127,9 +127,10 @@ def _num_workers(decider: Decider) -> int:
     requested = decider.job.data.num_workers
     if requested != "auto":
         return requested
-    return decider.decide(
-        "data.num_workers", min(decider.hardware.num_cores, 16), "one for each core, before the ranks begin"
-    )
+    reason = "one for each core, before the ranks begin"
+    if decider.job.data.streaming:
+        reason = "of rows held out; of streamed rows one beside each rank"
+    return decider.decide("data.num_workers", min(decider.hardware.num_cores, 16), reason)
 
 
 def _checkpoint(decider: Decider, placed: Layout) -> Checkpoint:
@@ -165,6 +166,9 @@ def _zero(decider: Decider, placed: Layout) -> Zero | None:
 def _length(decider: Decider) -> Length:
     training = decider.job.training
     if training.max_steps is not None:
+        if decider.job.data.streaming:
+            reason = "streamed rows are not counted before: the number of steps is the job's, not the data's"
+            decider.decide("training.max_steps", training.max_steps, reason)
         return Length(value=training.max_steps, unit="steps")
     if training.epochs is not None:
         return Length(value=training.epochs, unit="epochs")

@@ -108,6 +108,12 @@ def hold(path: Path) -> Hold:
     return Hold(None)
 
 
+def forget(path: Path) -> None:
+    """Remove the file by which an entry was held that is gone."""
+    with contextlib.suppress(OSError):
+        _used(path).unlink()
+
+
 def hold_until_the_end(path: Path) -> None:
     """Use the entry in which a path lies for as long as this process lives; a path outside the cache needs
     nothing."""

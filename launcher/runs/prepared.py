@@ -21,7 +21,8 @@ _KEPT = (
 
 def line(record: dict[str, Any]) -> str:
     """Return how many rows of how many are used, dropped (by reason) and cut: one line."""
-    parts = [f"{record['rows_used']:,} of {record['rows_read']:,} rows used"]
+    so_far = " so far, streamed" if record.get("streaming") else ""
+    parts = [f"{record['rows_used']:,} of {record['rows_read']:,} rows used{so_far}"]
     if dropped := record.get("dropped"):
         reasons = ", ".join(
             f"{count:,} {reason}" for reason, count in sorted(dropped.items(), key=lambda item: -item[1])

@@ -248,6 +248,13 @@ class Task(ABC):
         return False
 
     @property
+    def streams(self) -> bool:
+        """Return whether rows can be learned from before all of them were read: nothing is counted or fitted
+        over them, and none names a file."""
+        counts = type(self).learn_from is not Task.learn_from
+        return not (self.needs_labels or counts or self.traits.reads_files)
+
+    @property
     def key(self) -> Any:
         """Return what else decides a row's sample, beside the row, the job's settings and the processor.
 

@@ -24,6 +24,7 @@ from launcher.training.data.mixed import learn_from, prepare_sources
 from launcher.training.data.prepare import refuse_mostly_dropped
 from launcher.training.data.sources import refuse_change
 from launcher.training.data.spread import shape
+from launcher.training.data.stream import Stream
 from launcher.training.model import model_files, pretrained
 from launcher.training.model.forward import model_class_of
 from launcher.training.model.teacher import check_teacher
@@ -38,20 +39,25 @@ class TrainingInputs:
     """What reads the rows: a tokenizer, or what the task has in its place."""
     task: Task
     train: Dataset
+    """Of streamed rows the first window that this attempt reads."""
     evaluation: Dataset | None
+    stream: Stream | None = None
+    """Where rows are streamed: all of them."""
 
     @classmethod
     def prepare(cls, run: RunDirectory, plan: Plan) -> TrainingInputs:
         """Return what a run trains on, said in its events before the first step. Raises DataError where the
         data is not what the run began with, or where most rows would be dropped."""
-        material = cls.of(run, plan)
+        material, leads = cls.of(run, plan), os.environ.get("RANK", "0") == "0"
         for dataset in material.datasets:
+            if material.stream is not None and dataset is material.train:
+                continue  # which is looked at as it comes
             for one in dataset.reports:
                 refuse_mostly_dropped(one, plan)
             refuse_change(run.path / f"data-{dataset.report.role}.json", dataset.report)
-        if os.environ.get("RANK", "0") == "0":
+        if leads:
             for dataset in material.datasets:
-                report = dataset.report.to_dict()
+                report = material.reported(dataset)
                 events.event(run.events_file, "prepared", **report, **shape(dataset))
                 print(*prepared.lines({"event": "prepared", **report}), sep="\n", file=sys.stderr)
                 for text in dataset.report.remarks:
@@ -68,7 +74,11 @@ class TrainingInputs:
         task = tasks.build(plan, tokenizer)
         task.adopt(config)
         report = phase_report(run, "preparing", "rows")
-        train = prepare_sources(plan.data.train, "train", plan, task, tokenizer, report)
+        stream = Stream.open(run, plan, task, tokenizer) if plan.data.streaming else None
+        if stream is not None:
+            train = stream.first()
+        else:
+            train = prepare_sources(plan.data.train, "train", plan, task, tokenizer, report)
         evaluation = None
         if (held_out := plan.data.evaluation) is not None:
             report = phase_report(run, "preparing", "rows")
@@ -80,12 +90,21 @@ class TrainingInputs:
         rows_of_tokens = () if texts is None else (("train", train), ("evaluation", evaluation))
         for role, dataset in rows_of_tokens:
             refuse_tokens(dataset, f"data.{role}", texts, config)
-        return cls(config, tokenizer, task, train, evaluation)
+        if stream is not None and texts is not None:
+            stream.check = lambda window: refuse_tokens(window, "data.train", texts, config)
+        return cls(config, tokenizer, task, train, evaluation, stream)
 
     @property
     def datasets(self) -> tuple[Dataset, ...]:
         """Return what is trained on, and what is measured on where there is such a thing."""
         return (self.train,) if self.evaluation is None else (self.train, self.evaluation)
+
+    def reported(self, dataset: Dataset) -> dict[str, Any]:
+        """Return what became of the rows of a data set, for an event: of streamed rows, of those that were read
+        so far."""
+        if self.stream is None or dataset is not self.train:
+            return dataset.report.to_dict()
+        return self.stream.report.to_dict() | {"streaming": True}
 
     def save_model_files(self, run: RunDirectory, plan: Plan, model: PreTrainedModel) -> None:
         """Write RUN/model once: what the model's directory holds beside weights, with this run's config,

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from launcher.errors import CheckpointError
 from launcher.runs.checkpoints import MANIFEST_NAME, Count, Progress
 from launcher.training.data.batches import StepBatch
+from launcher.training.data.stream_batches import StreamBatches
 from launcher.training.early_stopping import EarlyEnd
 from launcher.training.precision import LossScale
 from launcher.training.reporting.divergence import Divergence
@@ -58,6 +59,8 @@ class TrainerState(BaseModel):
     """The losses by which a spike would be known."""
     said: list[str] = []
     """The kinds of symptoms that the run has spoken of."""
+    stream: dict[str, Any] | None = None
+    """Of streamed rows: the position in the files, as `Stream.position` returns it."""
 
     @classmethod
     def of(cls, progress: Progress, checkpoint: str) -> TrainerState:
@@ -87,6 +90,8 @@ class Counters:
     early_end: EarlyEnd
     told: list[str] = field(default_factory=list)
     """The kinds of symptoms that the run was told of."""
+    stream: StreamBatches | None = None
+    """Where rows are streamed: what knows the position in the files."""
 
     def progress(self) -> Progress:
         """Return what a checkpoint keeps of it."""
@@ -94,9 +99,10 @@ class Counters:
             "loss_scale": self.loss_scale.value,
             "good_steps": self.loss_scale.good_steps,
         }
-        return self.state.progress(
-            extra | self.early_end.state() | self.divergence.state() | {"said": self.told}
-        )
+        extra |= {"said": self.told}
+        if self.stream is not None:
+            extra["stream"] = self.stream.position(self.state.step)
+        return self.state.progress(extra | self.early_end.state() | self.divergence.state())
 
     def restore(self, progress: Progress, checkpoint: str) -> None:
         """Go on from a checkpoint's, by its name. Raises CheckpointError where a trainer did not write it."""
@@ -109,3 +115,5 @@ class Counters:
         self.early_end.restore(kept.best, kept.num_worse)
         self.divergence.restore(kept.model_dump())
         self.told[:] = kept.said
+        if self.stream is not None:
+            self.stream.go_to(progress.step, kept.stream, checkpoint)

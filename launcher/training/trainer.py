@@ -27,8 +27,8 @@ from launcher.training.by_source import LossBySource
 from launcher.training.cadence import Cadence
 from launcher.training.checkpoint.checkpointer import Checkpointer
 from launcher.training.data.ahead import Loader
-from launcher.training.data.batches import Batches, StepBatch, total_items
-from launcher.training.data.mixed import order_of
+from launcher.training.data.batches import StepBatch
+from launcher.training.data.stream_batches import StreamBatches, batches_of
 from launcher.training.devices import name_of, peak_memory_bytes, to_device
 from launcher.training.early_stopping import EarlyEnd
 from launcher.training.held_out import HeldOut
@@ -72,9 +72,7 @@ class Trainer:
         self.rank = distributed.get_rank()
         self.data_rank = plan.mesh.data_rank(self.rank)
         self.task, self.journal = material.task, Journal()
-        order = order_of(material.train, plan.training.seed)
-        num_items = total_items(plan, order.num_in_epoch)
-        self.batches = Batches(material.train, order, plan.batch, self.data_rank, num_items)
+        self.batches = batches_of(material.train, material.stream, plan, self.data_rank)
         self.num_steps = self.batches.num_steps
         self.loader = Loader(
             self.task, self.batches, plan, lambda step: Draws(plan.training.seed, step, training=True)
@@ -89,6 +87,8 @@ class Trainer:
         self.divergence = Divergence(plan.training, self.event)
         self.early_end = EarlyEnd(run, plan, self.rank == 0, self._agree, self.event)
         self.counters = Counters(self.state, self.loss_scale, self.divergence, self.early_end)
+        if isinstance(self.batches, StreamBatches):
+            self.counters.stream = self.batches
 
     def load(self) -> None:
         """Load the model and the newest checkpoint that is whole. Called by all ranks together."""
@@ -116,7 +116,10 @@ class Trainer:
         self.checkpointer.open()
         here.at("restoring")
         self.keeper = StateKeeper(self.run, self.engine, self.checkpointer, self.counters, self.event)
-        self._watch(self.keeper.restore())
+        tensors = self.keeper.restore()
+        if self.counters.stream is not None and self.state.step == 0:
+            self.counters.stream.go_to(0, None, "")
+        self._watch(tensors)
 
     def _watch(self, tensors: dict[str, torch.Tensor]) -> None:
         """Begin to watch the steps of a run with these tensors: symptoms, memory, pace, the clock."""
@@ -134,7 +137,8 @@ class Trainer:
         self.own = Own(models.repeated_layers(self.engine.model), self.device)
         say_slow = functools.partial(straggler, self.journal, self.run.events_file)
         self.pace = Pace(self.rank, world_size, say_slow)
-        steps_per_epoch = self.batches.order.num_in_epoch / plan.batch.global_batch_size
+        # Of streamed rows nothing goes by epochs.
+        steps_per_epoch = (self.batches.items_per_epoch or math.inf) / plan.batch.global_batch_size
         now = time.monotonic()
         self.saving = Cadence(plan.checkpoint.every, steps_per_epoch, now, step)
         self.evaluating = Cadence(
@@ -181,8 +185,9 @@ class Trainer:
         self.own.begin(self.pace.measures)
         here.at("data", detail=str(self.material.train.directory))
         step_batch = self.batches.step(self.state.step)
+        waited = time.monotonic() - started
         self._thaw()
-        self.own.loaded(time.monotonic() - started)
+        self.own.loaded(waited)
         with self.rescue.passes(self.state.step, self.state.step == self.keeper.saved_step):
             loss_sum = self._accumulate(step_batch)
             here.peak_memory(functools.partial(peak_memory_bytes, self.device))
@@ -207,9 +212,11 @@ class Trainer:
         here.step_done(self.state.step, seconds)
         if self.recorder:
             here.at("recording")
-            real = self.batches.indices(self.state.step - 1)
-            by_source = self.by_source.losses(real, totals.by_source)
-            self.recorder.step(self.state, step_batch, loss, gradient_norm, learning_rate, seconds, by_source)
+            more: dict[str, Any] = {
+                "loss_by_source": self.by_source.losses(step_batch.items, totals.by_source)
+            }
+            more |= {"data_seconds": round(waited, 4)} if self.material.stream is not None else {}
+            self.recorder.step(self.state, step_batch, loss, gradient_norm, learning_rate, seconds, more)
         if verdict == "rewind":
             self._rewind()
         return totals.due
@@ -297,6 +304,8 @@ class Trainer:
         self.saving.done(self.state.step, time.monotonic())
         if not self.saves:
             return True
+        if self.material.stream is not None:
+            self.event("prepared", **self.material.reported(self.material.train))
         here.at("staging")
         saved = self.keeper.save(self.engine.state_dict(), wait)
         if wait and must and not saved:
@@ -338,14 +347,18 @@ class Trainer:
         self._close()
 
     def _close(self) -> None:
+        if self.material.stream is not None:
+            self.material.stream.worker.end()
         if self.recorder:
             self.recorder.finish()
         here.at("leaving")
         distributed.barrier()
+        if self.material.stream is not None:
+            self.material.stream.close()
 
     def _announce(self) -> None:
         if self.recorder:
-            self.recorder.loaded(self.state.step, self.batches.order.num_in_epoch)
+            self.recorder.loaded(self.state.step, self.batches.items_per_epoch)
         length = int(self.material.train.num_tokens / max(1, self.material.train.num_samples))
         about = description(self.engine, self.material.config, length, self.task.traits.unit)
         about["device"], about["versions"] = name_of(self.device), versions(PACKAGES)

@@ -130,6 +130,18 @@ def test_one_row_used_or_not(tmp_path: Path) -> None:
         inspected(plan, tmp_path, row=11)
 
 
+def test_of_streamed_rows_the_first_window_is_shown(tmp_path: Path) -> None:
+    streaming = {"streaming": True, "shuffle_window": 5}
+    plan, _ = ready(tmp_path, [BAD[0], *PAIRS], prompt="q", completion="a", max_length=32, **streaming)
+    seen = inspected(plan, tmp_path)
+    assert seen["streaming"] and (seen["rows_read"], seen["rows_used"]) == (5, 4)
+    assert [(sample["row"], sample["line"]) for sample in seen["samples"]] == [(2, 2), (3, 3), (4, 4)]
+    assert learned(seen["samples"][0])[1] == (" on the mat 0", True)
+    assert not list((tmp_path / "cache").rglob("*-windows"))
+    with pytest.raises(ConfigurationError, match="streamed rows have no number among all of them"):
+        inspected(plan, tmp_path, row=2)
+
+
 def test_a_text_that_is_cut_within_a_character_is_shown(tmp_path: Path) -> None:
     plan, _ = ready(tmp_path, [{"t": "öäü" * 20}], text="t", max_length=9)
     [sample] = inspected(plan, tmp_path, tokens=True)["samples"]

@@ -21,6 +21,7 @@ from launcher.planner.plan import Plan
 from launcher.runs.processes import die_with_parent
 from launcher.tasks.task import Draws, Sample, Task
 from launcher.training.data.batches import Batches
+from launcher.training.data.stream_batches import StreamBatches
 
 _EACH = 2
 """Micro-batches that each process makes ahead: what bounds the memory."""
@@ -32,7 +33,7 @@ class Ahead(Dataset[Any]):
     """Micro-batches by step and place in the step."""
 
     task: Task
-    batches: Batches
+    batches: Batches | StreamBatches
     draws: Callable[[int], Draws]
     """The random numbers of a step."""
 
@@ -56,7 +57,9 @@ class Ahead(Dataset[Any]):
 class Loader:
     """The micro-batches of a rank, in order, each collated once."""
 
-    def __init__(self, task: Task, batches: Batches, plan: Plan, draws: Callable[[int], Draws]) -> None:
+    def __init__(
+        self, task: Task, batches: Batches | StreamBatches, plan: Plan, draws: Callable[[int], Draws]
+    ) -> None:
         self._source = Ahead(task, batches, draws)
         self._num_workers = workers_of(plan) if task.traits.reads_files else 0
         self._running: Iterator[Any] | None = None

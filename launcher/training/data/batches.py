@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +32,9 @@ class StepBatch:
     """The same of each source."""
     sample_ids: str
     """Hash of the global batch's sample ids in order; the same on any number of ranks."""
+    items: np.ndarray
+    """The real items of the global batch in order, int64, by their numbers in the data; of streamed rows in
+    their windows."""
 
 
 class Batches:
@@ -69,37 +73,53 @@ class Batches:
 
     def step(self, step: int) -> StepBatch:
         """Everything rank `rank` needs at `step`, counted from 0. Raises IndexError past the end."""
-        real = self.indices(step)
-        places = deal(self.lengths(real), self.batch, self.dataset.padding_free)[:, self.rank]
-        items = self._items(real, places.reshape(-1))
-        size = self.batch.micro_batch_size
-        micro_batches = [items[start : start + size] for start in range(0, len(items), size)]
-        return StepBatch(
-            micro_batches=micro_batches,
-            num_items=len(real),
-            num_samples=self.dataset.num_samples_of(real),
-            num_tokens=self.dataset.num_tokens_of(real),
-            num_supervised=self.dataset.num_supervised(real),
-            supervised_by_source=tuple(self.dataset.num_supervised_by_source(real).tolist()),
-            sample_ids=xxhash.xxh3_64_hexdigest(
-                np.ascontiguousarray(self.dataset.sample_ids(real), dtype="<i8").tobytes()
-            ),
-        )
+        return cut([(self.dataset, self.indices(step))], self.batch, self.rank)
 
     def lengths(self, real: np.ndarray) -> np.ndarray:
         """Tokens of each place of the global batch; a filler is as long as the shortest item."""
-        lengths = self.dataset.item_lengths[real]
-        return np.concatenate([lengths, np.repeat(lengths.min(), self.batch.global_batch_size - len(real))])
+        return _filled(self.dataset.item_lengths[real], self.batch)
 
-    def _items(self, real: np.ndarray, places: np.ndarray) -> list[list[Sample]]:
-        """The items at these places; the shortest, with nothing supervised, where a place is past the real
-        ones."""
-        is_filler = places >= len(real)
-        shortest = np.argmin(self.dataset.item_lengths[real])
-        items = self.dataset.items(real[np.where(is_filler, shortest, places)])
-        for number in np.flatnonzero(is_filler):
-            items[number] = [sample.as_filler() for sample in items[number]]
-        return items
+    @property
+    def items_per_epoch(self) -> int | None:
+        """Items that make an epoch; None where that is not known."""
+        return self.order.num_in_epoch
+
+
+def cut(parts: Sequence[tuple[Dataset, np.ndarray]], batch: BatchPlan, rank: int) -> StepBatch:
+    """Return a rank's share of a global batch: some items of one data set, int64, then some of another."""
+    indices = np.concatenate([real for _, real in parts])
+    owners = np.repeat(np.arange(len(parts)), [len(real) for _, real in parts])
+    lengths = np.concatenate([dataset.item_lengths[real] for dataset, real in parts])
+    # A filler is the shortest item, with nothing supervised.
+    shortest = int(np.argmin(lengths))
+    places = deal(_filled(lengths, batch), batch, parts[0][0].padding_free)[:, rank].reshape(-1)
+    is_filler = places >= len(lengths)
+    chosen = np.where(is_filler, shortest, places)
+    items: list[list[Sample]] = [[] for _ in chosen]
+    for number in np.unique(owners[chosen]).tolist():
+        own = np.flatnonzero(owners[chosen] == number)
+        for place, samples in zip(own.tolist(), parts[number][0].items(indices[chosen[own]]), strict=True):
+            items[place] = samples
+    for place in np.flatnonzero(is_filler).tolist():
+        items[place] = [sample.as_filler() for sample in items[place]]
+    size = batch.micro_batch_size
+    supervised = np.sum([dataset.num_supervised_by_source(real) for dataset, real in parts], axis=0)
+    ids = np.concatenate([dataset.sample_ids(real) for dataset, real in parts])
+    return StepBatch(
+        micro_batches=[items[start : start + size] for start in range(0, len(items), size)],
+        num_items=len(indices),
+        num_samples=sum(dataset.num_samples_of(real) for dataset, real in parts),
+        num_tokens=sum(dataset.num_tokens_of(real) for dataset, real in parts),
+        num_supervised=int(supervised.sum()),
+        supervised_by_source=tuple(supervised.tolist()),
+        sample_ids=xxhash.xxh3_64_hexdigest(np.ascontiguousarray(ids, dtype="<i8").tobytes()),
+        items=indices,
+    )
+
+
+def _filled(lengths: np.ndarray, batch: BatchPlan) -> np.ndarray:
+    """Return the lengths of a whole global batch: of its real items, then of its filler."""
+    return np.concatenate([lengths, np.repeat(lengths.min(), batch.global_batch_size - len(lengths))])
 
 
 def deal(lengths: np.ndarray, batch: BatchPlan, padding_free: bool) -> np.ndarray:

@@ -17,6 +17,8 @@ FORMAT = 7
 """Of the files, and of how samples and packs are made: a change of either makes everything anew."""
 _IN_THE_BATCH = ("augmentation", "cut_at", "image_size")
 """Keys of `data` that decide nothing before a batch is made."""
+_IN_THE_ORDER = ("mixing", "streaming", "shuffle_window")
+"""Keys of `data` that decide which samples come when."""
 Role = Literal["train", "evaluation"]
 
 
@@ -29,7 +31,7 @@ def cache_key(rows: Rows, role: Role, plan: Plan, task: Task, tokenizer: Any) ->
     """Return a hash of all that decides what the prepared data is: contents, what is read of them, settings,
     task, classes, tokenizer."""
     settings = plan.data.model_dump(
-        mode="json", exclude={"train", "evaluation", "mixing", "num_workers", "date", *_IN_THE_BATCH}
+        mode="json", exclude={"train", "evaluation", "num_workers", "date", *_IN_THE_ORDER, *_IN_THE_BATCH}
     )
     # The two give the same samples, and differ in what is then reported of them.
     settings["unusable"] = settings["unusable"].replace("drop-few", "drop")

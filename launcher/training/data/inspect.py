@@ -14,6 +14,7 @@ import numpy as np
 from launcher.data.folder import PlacedColumn
 from launcher.data.rows import Row, RowProblem
 from launcher.data.section import Source
+from launcher.data.streams import row_number
 from launcher.errors import ConfigurationError, DataError, Problem
 from launcher.plain_files import read_json
 from launcher.planner.plan import Plan
@@ -49,6 +50,8 @@ def inspect(
         _shown(dataset, material, plan, request) if request["show"] else dataset.report.to_dict()
         for dataset in wanted
     ]
+    if material.stream is not None:
+        material.stream.close()
     write_atomically(scratch.path / "data.json", json.dumps({"datasets": datasets}) + "\n")
     events.event(scratch.events_file, "finished", step=0, metrics={})
 
@@ -63,7 +66,8 @@ def _shown(dataset: Dataset, material: TrainingInputs, plan: Plan, request: dict
         if name is not None:
             reason = f"the {dataset.report.role} data is one source; leave it out"
             raise ConfigurationError(Problem("--source", name, reason))
-        return _described(given, dataset, material, plan, request)
+        shown = _described(given, dataset, material, plan, request)
+        return shown | ({"streaming": True} if material.stream and dataset is material.train else {})
     there = ", ".join(dataset.aliases)
     if name is not None and name not in dataset.aliases:
         near = difflib.get_close_matches(name, dataset.aliases, n=1, cutoff=0.0)[0]
@@ -116,17 +120,19 @@ def _samples(
 ) -> Iterator[dict[str, Any]]:
     """The first samples, or one row's, or why it has none. Raises ConfigurationError where there is no such
     row."""
+    streamed = material.stream if dataset is material.train else None
+    if streamed is not None and request["row"] is not None:
+        reason = "streamed rows have no number among all of them; leave it out, and the first ones are shown"
+        raise ConfigurationError(Problem("--row", request["row"], reason))
     ids = dataset.first_ids(request["num_rows"]) if request["row"] is None else [request["row"] - 1]
-    rows = iter(open_source(source, material.task.columns))
-    at = 0
+    rows = iter(open_source(source, material.task.columns) if streamed is None else streamed.rows())
     for wanted in ids:
-        row = next(itertools.islice(rows, wanted - at, None), None)
-        at = wanted + 1
+        row = next((row for row in rows if row.id == wanted), None)
         if row is None:
             reason = f"the {dataset.report.role} data has {dataset.report.rows_read:,} rows"
             raise ConfigurationError(Problem("--row", request["row"], reason))
         yield {
-            "row": wanted + 1,
+            "row": (wanted if streamed is None else row_number(wanted)) + 1,
             "file": row.file,
             "line": row.line,
             **_place(row, material.task),

@@ -92,7 +92,7 @@ class MixedOrder(Order):
         super().__init__(seed, sum(sizes))
         self.counts = np.array(counts, dtype=np.int64)
         self._epoch = Order(seed, int(self.counts.sum()))
-        self._sources = [Order(_seed_of(seed, number), size) for number, size in enumerate(sizes)]
+        self._sources = [Order(seed_of(seed, number), size) for number, size in enumerate(sizes)]
         self._begins = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
 
     @property
@@ -126,6 +126,7 @@ class Stretch(Order):
         return np.arange(self.begin + start, self.begin + start + count)
 
 
-def _seed_of(seed: int, number: int) -> int:
-    """Return the seed of one source's own order: equal sizes are not to have equal orders."""
+def seed_of(seed: int, number: int) -> int:
+    """Return the seed of the own order of one source, or window, of several: equal sizes are not to have equal
+    orders."""
     return int(mix(np.array([seed % 2**64], dtype=np.uint64) + np.uint64(number + 1))[0])

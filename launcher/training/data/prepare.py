@@ -7,7 +7,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from launcher.runs.places import here
 from launcher.tasks.task import Task
 from launcher.training.data.cache_key import FORMAT, Role, cache_key, cache_root
 from launcher.training.data.dataset import HASHES, META, CacheProblem, DataReport, Dataset, file_digest
-from launcher.training.data.encode import Writer, encode_rows
+from launcher.training.data.encode import Chunk, Writer, encode_rows
 from launcher.training.data.packing import one_each, pack
 from launcher.training.data.sources import Rows, difference, hash_file, open_source, rows_of
 
@@ -158,7 +158,6 @@ def _build(directory: Path, rows: Rows, role: Role, plan: Plan, using: tuple[Tas
 
 def _write(directory: Path, rows: Rows, role: Role, plan: Plan, using: tuple[Task, Any, ReportRows]) -> None:
     task, tokenizer, progress = using
-    began = time.monotonic()
     if role == "train" and task.needs_labels and not task.labels_given:
         task.fit(rows)
     sources = [{"path": file.path, "bytes": file.bytes} for file in rows.files]
@@ -166,18 +165,45 @@ def _write(directory: Path, rows: Rows, role: Role, plan: Plan, using: tuple[Tas
     report = DataReport(
         role, rows.digest, labels=task.labels, remarks=remarks, files=sources, unit=task.traits.unit
     )
-    writer = Writer(directory)
-    for chunk in encode_rows(rows, task, tokenizer, plan.num_data_workers):
-        report.rows_read += chunk.num_rows
-        _count_problems(report, chunk.problems, plan)
-        writer.append(chunk)
-        here.moved(report.rows_read, detail=_where(rows.source))
-        progress(report.rows_read, max(report.rows_read, rows.num_rows_expected))
-    _refuse_change_while_reading(rows)
-    if not writer.num_samples:
+
+    def moved(rows_read: int) -> None:
+        here.moved(rows_read, detail=_where(rows.source))
+        progress(rows_read, max(rows_read, rows.num_rows_expected))
+
+    chunks = encode_rows(rows, task, tokenizer, plan.num_data_workers)
+    if not write_samples(
+        directory, chunks, report, plan, task, moved, lambda: _refuse_change_while_reading(rows)
+    ):
         raise DataError(
             f"{_where(rows.source)}: none of {report.rows_read:,} rows can be used{_shown(report)}"
         )
+
+
+def write_samples(
+    directory: Path,
+    chunks: Iterable[Chunk],
+    report: DataReport,
+    plan: Plan,
+    task: Task,
+    moved: Callable[[int], None] = lambda rows_read: None,
+    check: Callable[[], None] = lambda: None,
+) -> bool:
+    """Write the samples of some rows, packed where the task packs, and complete the report on them. Return
+    whether there is any.
+
+    `moved` is called with the rows that were read so far, `check` once all were. Raises DataError for a row that
+    the job refuses.
+    """
+    began = time.monotonic()
+    writer = Writer(directory)
+    for chunk in chunks:
+        report.rows_read += chunk.num_rows
+        _count_problems(report, chunk.problems, plan)
+        writer.append(chunk)
+        moved(report.rows_read)
+    check()
+    if not writer.num_samples:
+        return False
     packs = pack(writer.lengths(), plan.data.max_length) if task.packs else one_each(writer.num_samples)
     columns = writer.finish(packs)
     report.rows_used, report.num_items = writer.num_rows, len(packs.offsets) - 1
@@ -204,6 +230,7 @@ def _write(directory: Path, rows: Rows, role: Role, plan: Plan, using: tuple[Tas
         "report": asdict(report),
     }
     (directory / META).write_text(json.dumps(meta), encoding="utf-8")
+    return True
 
 
 def _count_problems(report: DataReport, problems: list[dict[str, Any]], plan: Plan) -> None:

@@ -46,12 +46,12 @@ class Recorder:
         self._folds = (Totals(run), Curve(run))
         self._kept_at = time.monotonic()
 
-    def loaded(self, step: int, num_items_of_epoch: int) -> None:
+    def loaded(self, step: int, num_items_of_epoch: int | None) -> None:
         """Begin, or go on, with trackers: the model and its state after `step` steps are there.
 
         Whatever the files of earlier attempts hold is read now, not between two steps.
 
-        `num_items_of_epoch`: the items that make an epoch.
+        `num_items_of_epoch`: the items that make an epoch, where that is known.
         """
         self._foreseen.ended("loading")
         self._num_items_of_epoch = num_items_of_epoch
@@ -66,11 +66,12 @@ class Recorder:
         gradient_norm: float,
         learning_rate: float,
         seconds: float,
-        by_source: dict[str, float],
+        more: dict[str, Any],
     ) -> None:
         """Record one optimizer step of all ranks, after which the run stands at `state`; it took `seconds`.
 
-        `by_source`: the loss of each of several sources.
+        `more`: `loss_by_source`, the loss of each of several sources; of streamed rows `data_seconds`, those in
+        which this rank waited for them.
         """
         step, peak_memory = state.step, peak_memory_bytes(self._device)
         record = {
@@ -87,16 +88,17 @@ class Recorder:
             "sample_ids": batch.sample_ids,
             "time": round(time.time(), 3),
         }
-        record |= {"loss_by_source": by_source} if by_source else {}
+        by_source: dict[str, float] = more.get("loss_by_source") or {}
+        record |= {key: value for key, value in more.items() if value != {}}
         self._journal.append(self._run.metrics_file, record)
         if compared := self._foreseen.note(batch.num_tokens, seconds):
             self._journal.event(self._run.events_file, "compared", **compared)
         told: dict[str, Any] = {f"train/{name}": record[key] for key, name in _TOLD.items()}
-        told |= {
-            "train/epoch": state.num_items / self._num_items_of_epoch,
-            "train/step_seconds": seconds,
-            "train/peak_memory_gib": peak_memory / (1 << 30),
-        }
+        told |= {"train/step_seconds": seconds, "train/peak_memory_gib": peak_memory / (1 << 30)}
+        if self._num_items_of_epoch:
+            told["train/epoch"] = state.num_items / self._num_items_of_epoch
+        if "data_seconds" in more:
+            told["train/data_seconds"] = more["data_seconds"]
         told |= {f"train/loss/{alias}": value for alias, value in by_source.items()}
         self._trackers.log(told, step)
         if time.monotonic() - self._kept_at > _SECONDS_BETWEEN_KEEPING:

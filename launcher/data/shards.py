@@ -1,0 +1,174 @@
+"""Files of which rows can be read from any place on, a class for each format."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from launcher.data.arrow import PARQUET_BATCH, arrow_row, open_parquet, there
+from launcher.data.readers import json_rows, only_column, text_rows
+from launcher.data.rows import Values
+from launcher.errors import DataError
+from launcher.plain_files import plain
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+class Place(NamedTuple):
+    """Say what of a file comes before a row."""
+
+    row: int = 0
+    line: int = 0
+    """Lines; of Parquet rows."""
+    offset: int = 0
+    """Bytes; 0 of Parquet, where rows are no stretch of bytes."""
+
+
+class Shard(ABC):
+    """A file of which rows are read from any place on."""
+
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+        self.path, self.columns = path, columns
+
+    @abstractmethod
+    def read(self, start: Place) -> Iterator[tuple[int, Values, Place]]:
+        """Yield the rows behind a place: line, values, and the place behind it.
+
+        Raises DataError or OSError where the file cannot be read.
+        """
+
+    @abstractmethod
+    def skip(self, start: Place, count: int) -> Place:
+        """Return the place behind so many rows, or that behind the last row. Raises as `read`."""
+
+
+class Lines(Shard):
+    """A file with a row on each line."""
+
+    def read(self, start: Place) -> Iterator[tuple[int, Values, Place]]:
+        row = start.row
+        for line, offset, content in self._lines(start):
+            for _, values in self._rows(content):
+                row += 1
+                yield line, values, Place(row, line, offset)
+
+    def skip(self, start: Place, count: int) -> Place:
+        place, row = start, start.row
+        for line, offset, content in self._lines(start) if count else ():
+            if self._is_row(content):
+                row += 1
+                place = Place(row, line, offset)
+            if row == start.row + count:
+                break
+        return place
+
+    def _lines(self, start: Place) -> Iterator[tuple[int, int, bytes]]:
+        """Yield each line with its number, from 1, and the bytes up to its end."""
+        number, offset = start.line, start.offset
+        with open(self.path, "rb", opener=plain) as file:
+            file.seek(offset)
+            for content in file:
+                number, offset = number + 1, offset + len(content)
+                yield number, offset, content
+
+    @abstractmethod
+    def _rows(self, content: bytes) -> Iterator[tuple[int, Values]]:
+        """Return the row of a line, if it is one."""
+
+    @abstractmethod
+    def _is_row(self, content: bytes) -> bool:
+        """Return whether a line is a row, without parsing it."""
+
+
+class JsonLines(Lines):
+    """One JSON object a line; lines of white space are not rows."""
+
+    def _rows(self, content: bytes) -> Iterator[tuple[int, Values]]:
+        return json_rows([content])
+
+    def _is_row(self, content: bytes) -> bool:
+        return bool(content.removeprefix(_BYTE_ORDER_MARK).strip())
+
+
+class Text(Lines):
+    """One text a line."""
+
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+        super().__init__(path, columns)
+        self._column = only_column(path, columns)
+
+    def _rows(self, content: bytes) -> Iterator[tuple[int, Values]]:
+        return text_rows([content], self._column)
+
+    def _is_row(self, content: bytes) -> bool:
+        return True
+
+
+class Parquet(Shard):
+    """A Parquet file. What was decoded last is kept: who reads on does not decode it again."""
+
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+        super().__init__(path, columns)
+        self._file: Any = None
+        self._batches: Iterator[Any] = iter(())
+        self._next = 0
+        """The row at which the next batch begins."""
+        self._batch: Any = None
+        """The last batch, which ends there."""
+
+    def read(self, start: Place) -> Iterator[tuple[int, Values, Place]]:
+        import pyarrow
+
+        row = start.row
+        try:
+            self._seek(row)
+            while self._batch is not None:
+                first = self._next - self._batch.num_rows
+                for index in range(row - first, self._batch.num_rows):
+                    row += 1
+                    yield row, arrow_row(self._batch, index), Place(row, row)
+                self._advance()
+        except (OSError, pyarrow.ArrowException) as error:
+            raise DataError(f"{self.path} cannot be read after row {row:,}: {error}") from None
+
+    def skip(self, start: Place, count: int) -> Place:
+        row = min(start.row + count, int(self._open().metadata.num_rows))
+        return Place(row, row)
+
+    def _open(self) -> Any:
+        if self._file is None:
+            self._file = open_parquet(self.path, self.columns)
+        return self._file
+
+    def _seek(self, row: int) -> None:
+        """Have the batch with this row; none where the file has no such row."""
+        file = self._open()
+        groups = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+        first = number = 0
+        while number < len(groups) and first + groups[number] <= row:
+            first, number = first + groups[number], number + 1
+        held = self._batch is not None and self._next - self._batch.num_rows <= row
+        if not held or (self._next <= row and self._next < first):
+            names = there(self.columns, file.schema_arrow.names)
+            later = list(range(number, len(groups)))
+            self._batches = file.iter_batches(batch_size=PARQUET_BATCH, row_groups=later, columns=names)
+            self._next = first
+            self._advance()
+        while self._batch is not None and self._next <= row:
+            self._advance()
+
+    def _advance(self) -> None:
+        self._batch = next(self._batches, None)
+        if self._batch is not None:
+            self._next += self._batch.num_rows
+
+
+SHARDS: dict[str, type[Shard]] = {
+    ".jsonl": JsonLines,
+    ".ndjson": JsonLines,
+    ".txt": Text,
+    ".parquet": Parquet,
+}
+"""By the ending of a file's name."""

@@ -1,0 +1,158 @@
+"""Read files row by row from any place in them, epoch after epoch, without knowing how many rows there are."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePath
+from typing import Any, NamedTuple
+
+from launcher.data.rows import Row
+from launcher.data.shards import SHARDS, Place, Shard
+from launcher.errors import DataError
+
+FILE_BITS = 40
+"""The id of a row is the number of its file, times 2 to this power, and its number in the file."""
+
+
+def row_number(id: int) -> int:
+    """Return the number of a row in its file, from 0."""
+    return id & ((1 << FILE_BITS) - 1)
+
+
+class Cursor(NamedTuple):
+    """Say before which row of which epoch a stream stands."""
+
+    epoch: int = 0
+    shard: int = 0
+    """The file's place among those of the epoch, which each epoch has in an order of its own."""
+    place: Place = Place()
+
+    def to_dict(self) -> dict[str, int]:
+        """Return it as JSON has it."""
+        return {"epoch": self.epoch, "shard": self.shard, **self.place._asdict()}
+
+    @classmethod
+    def of(cls, given: dict[str, Any]) -> Cursor:
+        """Return what `to_dict` gave. Raises KeyError or ValueError for anything else."""
+        numbers = {name: int(given[name]) for name in ("epoch", "shard", *Place._fields)}
+        if min(numbers.values()) < 0:
+            raise ValueError(f"{given} is no place in files")
+        return cls(numbers["epoch"], numbers["shard"], Place(*(numbers[name] for name in Place._fields)))
+
+
+def can_stream(path: str) -> bool:
+    """Return whether files of this name can be read from any place in them."""
+    return PurePath(path).suffix.lower() in SHARDS
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """A file as it was when a stream was opened."""
+
+    path: str
+    bytes: int
+    modified: int
+    """When it was written last, in nanoseconds since 1970."""
+
+    @classmethod
+    def of(cls, path: str) -> Stamp:
+        """Return a file's. Raises DataError where there is none."""
+        try:
+            stat = Path(path).stat()
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}") from None
+        return cls(path, stat.st_size, stat.st_mtime_ns)
+
+    def refuse_change(self, place: Place) -> None:
+        """Raise DataError where the file is not what it was; `place` is from where it was being read."""
+        now = Stamp.of(self.path)
+        if now == self:
+            return
+        if now.bytes < self.bytes:
+            how = f"{self.bytes:,} bytes then, cut off at byte {now.bytes:,} now"
+        else:
+            how = f"{self.bytes:,} bytes then, {now.bytes:,} and written anew now"
+        read = f"byte {place.offset:,}, row {place.row:,}" if place.offset else f"row {place.row:,}"
+        raise DataError(
+            f"{self.path} changed under the run: {how}; it was being read from {read} on; put it back "
+            "as it was, or begin a new run"
+        )
+
+
+class Files:
+    """The rows of some files, epoch after epoch, each epoch with the files in an order of its own."""
+
+    def __init__(
+        self, paths: Sequence[Path], columns: Sequence[str], order: Callable[[int], Sequence[int]]
+    ) -> None:
+        """`order` returns the numbers of the files in an epoch. Raises DataError for a file that is missing."""
+        self.stamps = tuple(Stamp.of(str(path)) for path in paths)
+        self.order = order
+        self._columns = tuple(columns)
+        self._open: tuple[int, Shard] | None = None
+
+    def number_of(self, cursor: Cursor) -> int:
+        """Return the number of the file in which a cursor stands."""
+        return int(self.order(cursor.epoch)[min(cursor.shard, len(self.stamps) - 1)])
+
+    def read(self, start: Cursor, count: int, ends: Callable[[Cursor], None]) -> Iterator[Row]:
+        """Yield so many rows, or those up to the end of the epoch; tell `ends` where the next ones begin.
+
+        Raises DataError for a file that cannot be read, or that is not what it was.
+        """
+        left = count
+        for number, shard, cursor in self._shards(start):
+            place = cursor.place
+            with self._unchanged(number, place):
+                for line, values, behind in shard.read(place) if left else ():
+                    row = Row((number << FILE_BITS) + place.row, str(shard.path), line, values)
+                    place, left = behind, left - 1
+                    yield row
+                    if not left:
+                        break
+            if not left:
+                ends(Cursor(cursor.epoch, cursor.shard, place))
+                return
+        ends(Cursor(start.epoch + 1))
+
+    def skip(self, start: Cursor, count: int) -> Cursor:
+        """Return where `read` would end. Raises as it does."""
+        left = count
+        for number, shard, cursor in self._shards(start):
+            with self._unchanged(number, cursor.place):
+                place = shard.skip(cursor.place, left)
+            left -= place.row - cursor.place.row
+            if not left:
+                return Cursor(cursor.epoch, cursor.shard, place)
+        return Cursor(start.epoch + 1)
+
+    def _shards(self, start: Cursor) -> Iterator[tuple[int, Shard, Cursor]]:
+        """Yield each file from a cursor to the end of its epoch: its number, itself, and where it is begun."""
+        order, cursor = self.order(start.epoch), start
+        while cursor.shard < len(order):
+            number = int(order[cursor.shard])
+            if self._open is None or self._open[0] != number:
+                path = Path(self.stamps[number].path)
+                self._open = (number, SHARDS[path.suffix.lower()](path, self._columns))
+            yield number, self._open[1], cursor
+            cursor = Cursor(cursor.epoch, cursor.shard + 1)
+
+    @contextlib.contextmanager
+    def _unchanged(self, number: int, place: Place) -> Iterator[None]:
+        """Raise DataError where a file cannot be read from a place on, or is another one after it was read: what
+        is wrong with a file that changed is that."""
+        try:
+            yield
+        except (DataError, OSError) as error:
+            self.stamps[number].refuse_change(place)
+            if isinstance(error, DataError):
+                raise
+            reason = f"{self.stamps[number].path} cannot be read: {error.strerror or error}"
+            raise DataError(reason) from None
+        self.stamps[number].refuse_change(place)
+
+    def to_dict(self) -> list[dict[str, Any]]:
+        """Return what is known of each file, as JSON has it."""
+        return [asdict(stamp) for stamp in self.stamps]

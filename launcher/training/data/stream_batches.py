@@ -1,0 +1,78 @@
+"""The global batches of a stream, one after another; and which batches a run has, stored or streamed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from launcher.errors import CheckpointError
+from launcher.planner.plan import Plan
+from launcher.training.data.batches import Batches, StepBatch, cut, total_items
+from launcher.training.data.dataset import Dataset
+from launcher.training.data.mixed import order_of
+from launcher.training.data.order import Order, seed_of
+from launcher.training.data.stream import Place, Stream
+
+
+class StreamBatches:
+    """The global batches of a stream, one after another, and the position of each."""
+
+    items_per_epoch = None
+
+    def __init__(self, stream: Stream, plan: Plan, rank: int) -> None:
+        self.stream, self.batch, self.rank = stream, plan.batch, rank
+        self.num_steps = int(plan.length.value)
+        self._seed = plan.training.seed
+        self._places: dict[int, Place] = {}
+        """Of the last step that was taken, and of the one behind it."""
+
+    def go_to(self, step: int, position: dict[str, Any] | None, checkpoint: str) -> None:
+        """Go on at a step, from the position that a checkpoint has of it; from the beginning where it has none.
+
+        Raises CheckpointError where it is no position.
+        """
+        try:
+            self._places = {step: self.stream.begin(position)}
+        except (KeyError, TypeError, ValueError) as error:
+            reason = f"{checkpoint}: progress.extra.stream is no position in files: {error}"
+            raise CheckpointError(
+                f"{reason}; move the checkpoint away, and the one before it is taken"
+            ) from None
+
+    def position(self, step: int) -> dict[str, Any]:
+        """Return where a step begins that was taken last, or the one behind it."""
+        return self.stream.position(self._places[step])
+
+    def step(self, step: int) -> StepBatch:
+        """Return everything that this rank needs at a step: the one that was taken last, or the one behind it.
+
+        Raises IndexError for any other, and as `Stream.window`.
+        """
+        if step not in self._places:
+            raise IndexError(f"step {step}: a stream is at {sorted(self._places)}")
+        number, item = self._places[step]
+        # The exchange of the step before is over: all ranks have taken its samples.
+        self.stream.release(number)
+        parts: list[tuple[Dataset, np.ndarray]] = []
+        left = self.batch.global_batch_size
+        while True:
+            window = self.stream.window(number)
+            count = min(left, window.num_items - item)
+            if window.dataset is not None and count:
+                order = Order(seed_of(self._seed, number), window.num_items)
+                parts.append((window.dataset, order.indices(item, count)))
+            item, left = item + count, left - count
+            if not left:
+                break
+            number, item = number + 1, 0
+        self._places = {step: self._places[step], step + 1: Place(number, item)}
+        return cut(parts, self.batch, self.rank)
+
+
+def batches_of(train: Dataset, stream: Stream | None, plan: Plan, data_rank: int) -> Batches | StreamBatches:
+    """Return the global batches of a run, of which this rank takes its share."""
+    if stream is not None:
+        return StreamBatches(stream, plan, data_rank)
+    order = order_of(train, plan.training.seed)
+    return Batches(train, order, plan.batch, data_rank, total_items(plan, order.num_in_epoch))

@@ -1,0 +1,196 @@
+"""Tokenise and pack the windows of a stream, one after another, in a process beside each rank.
+
+A window is `data.shuffle_window` rows in a row, or fewer at the end of an epoch. It is written as prepared
+data is, to a folder that all ranks of a node read. Each rank of the node makes every so many-th window, and
+reads past the others. A window follows from the seed, the files and its number alone, whoever makes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from launcher.data.streams import Cursor, Files
+from launcher.errors import LauncherError, OutOfMemoryError, StorageError
+from launcher.plain_files import read_json
+from launcher.planner.plan import Plan
+from launcher.runs.processes import die_with_parent
+from launcher.tasks.task import Task
+from launcher.training.data.cache_key import FORMAT
+from launcher.training.data.dataset import DataReport, Dataset
+from launcher.training.data.encode import CHUNK_ROWS, encode_chunk
+from launcher.training.data.prepare import write_samples
+
+_ABOUT = "window.json"
+
+
+class Start(NamedTuple):
+    """Say where a window begins: its number over all epochs, and before which row."""
+
+    number: int = 0
+    cursor: Cursor = Cursor()
+
+
+@dataclass
+class Window:
+    """Hold the samples of some rows in a row."""
+
+    start: Start
+    end: Cursor
+    """Where the next one begins."""
+    report: DataReport
+    dataset: Dataset | None
+    """None where no row of it can be used."""
+
+    @property
+    def num_items(self) -> int:
+        return 0 if self.dataset is None else self.dataset.num_items
+
+    @classmethod
+    def open(cls, directory: Path) -> Window:
+        """Map a window that is whole. Raises CacheProblem where it is not what was written."""
+        about = read_json(directory / _ABOUT)
+        start = Start(about["number"], Cursor.of(about["begin"]))
+        report = DataReport(**about["report"])
+        dataset = Dataset.open(directory, FORMAT) if report.num_items else None
+        return cls(start, Cursor.of(about["end"]), report, dataset)
+
+
+@dataclass
+class Maker:
+    """Make the windows of a stream."""
+
+    files: Files
+    plan: Plan
+    task: Task
+    tokenizer: Any
+    root: Path
+    """Where windows lie."""
+
+    def path(self, number: int) -> Path:
+        """Return where a window lies once it is whole."""
+        return self.root / str(number)
+
+    def make(self, start: Start) -> Cursor:
+        """Make a window, and return where the next one begins. Raises DataError for rows or files that cannot be
+        used, StorageError where it cannot be written."""
+        if (done := self.path(start.number)).exists():  # by an earlier process of this attempt
+            return Cursor.of(read_json(done / _ABOUT)["end"])
+        report = DataReport("train", "", labels=self.task.labels, unit=self.task.traits.unit)
+        ends: list[Cursor] = []
+        rows = self.files.read(start.cursor, self.plan.data.shuffle_window, ends.append)
+        chunks = iter(lambda: list(islice(rows, CHUNK_ROWS)), [])
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            directory = Path(tempfile.mkdtemp(dir=self.root, prefix=f".{start.number}-"))
+            encoded = (encode_chunk(chunk, self.task, self.tokenizer) for chunk in chunks)
+            write_samples(directory, encoded, report, self.plan, self.task)
+            about = {"number": start.number, "begin": start.cursor.to_dict(), "end": ends[0].to_dict()}
+            (directory / _ABOUT).write_text(json.dumps({**about, "report": asdict(report)}), encoding="utf-8")
+            directory.rename(done)
+        except OSError as error:
+            raise StorageError(
+                f"a window of streamed rows cannot be written below {self.root}: {error.strerror or error}; "
+                "set XDG_CACHE_HOME to a place with room, or write a smaller data.shuffle_window"
+            ) from error
+        return ends[0]
+
+    def share(self, start: Start, place: int, places: int) -> Iterator[int]:
+        """Make every so many-th window from one on, those whose number is `place` beside a multiple of `places`;
+        yield the number of each before it is made."""
+        while True:
+            if start.number % places == place:
+                yield start.number
+                cursor = self.make(start)
+            else:
+                cursor = self.files.skip(start.cursor, self.plan.data.shuffle_window)
+            start = Start(start.number + 1, cursor)
+
+
+@dataclass
+class Worker:
+    """A process that makes a rank's share of the windows, and one of them ahead of the steps."""
+
+    maker: Maker
+    place: int
+    """This rank's number among those of the node."""
+    places: int
+    """How many there are."""
+    _process: Any = None
+    _pipe: Connection | None = field(default=None, repr=False)
+
+    def begin(self, start: Start) -> None:
+        """Make windows from one on."""
+        self.end()
+        # Forked, so that the tokenizer is shared and nothing is imported again; it runs no torch.
+        context = multiprocessing.get_context("fork")
+        self._pipe, theirs = context.Pipe()
+        arguments = (self.maker, self.place, self.places, start, theirs, os.getpid())
+        self._process = context.Process(target=_work, args=arguments, daemon=True)
+        with warnings.catch_warnings():
+            # Python warns of a fork beside threads; the process takes no lock that these could hold.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._process.start()
+        theirs.close()
+
+    def need(self, number: int) -> None:
+        """Say that a window is needed: then so many behind it are made too as there are ranks.
+
+        Raises what went wrong in the process.
+        """
+        assert self._pipe is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._pipe.send(number + self.places)
+        self.check()
+
+    def check(self) -> None:
+        """Raise what went wrong in the process: OutOfMemoryError where it was killed."""
+        assert self._pipe is not None
+        with contextlib.suppress(EOFError, ConnectionResetError):
+            if self._pipe.poll():
+                raise self._pipe.recv()
+        if not self._process.is_alive():
+            raise OutOfMemoryError(
+                "the process that tokenises streamed rows was killed, most likely for want of memory; write a "
+                "smaller data.shuffle_window"
+            )
+
+    def end(self) -> None:
+        """End the process, if there is one."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._pipe.close()  # type: ignore[union-attr]
+            self._process = None
+
+
+def _work(maker: Maker, place: int, places: int, start: Start, pipe: Connection, parent: int) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    for each in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(each, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with_parent(parent)
+    allowed = start.number
+    try:
+        for number in maker.share(start, place, places):
+            while number > allowed:
+                allowed = max(allowed, pipe.recv())
+    except EOFError:
+        pass
+    except LauncherError as error:
+        pipe.send(error)
+        pipe.recv()  # stays until it was heard
+    except Exception as error:
+        pipe.send(RuntimeError(f"{type(error).__name__} in the process that tokenises: {error}"))
+        pipe.recv()
