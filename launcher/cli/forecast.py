@@ -89,8 +89,9 @@ def speed_lines(forecast: Forecast, no_epoch: str | None = None) -> str:
     lines.append(f"  rate         {speed.tokens_per_second:,.0f} tokens/s, {share}")
     if whole := forecast.duration:
         waiting = f"{whole.data * whole.num_steps:.1f} s for data"
-        saves = f"{_several(whole.num_saves, 'checkpoint')} of {gib(forecast.checkpoint_bytes)}"
-        waiting += f", {whole.saving:.1f} s for {saves}"
+        if whole.num_saves:
+            saves = f"{_several(whole.num_saves, 'checkpoint')} of {gib(forecast.checkpoint_bytes)}"
+            waiting += f", {whole.saving:.1f} s for {saves}"
         if whole.num_evaluations:
             waiting += f", {whole.evaluating:.1f} s for {_several(whole.num_evaluations, 'evaluation')}"
         hours = (

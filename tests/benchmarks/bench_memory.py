@@ -1,6 +1,7 @@
 """The memory model against the allocator: configurations drawn at random, each run on real gloo ranks.
 
     python -m tests.benchmarks.bench_memory --seed 5 --count 120
+    python -m tests.benchmarks.bench_memory --seed 5 --count 40 --media
 
 Writes docs/benchmarks/memory.md. `--only N` runs one of them and says what was live at its peak.
 """
@@ -28,6 +29,7 @@ from launcher.planner.memory.profile import Profile
 from launcher.planner.model.model_config import read_config
 from launcher.planner.plan import Plan
 from tests.benchmarks.memory_cases import Case, draw
+from tests.benchmarks.memory_media import draw_media
 from tests.benchmarks.memory_pool import World
 
 PREFACE = """# The memory model against the allocator
@@ -51,7 +53,7 @@ def main() -> None:
     found = conditions("torch", "transformers", "deepspeed")
     cases = [
         case
-        for case in draw(options.seed, options.count)
+        for case in (draw_media if options.media else draw)(options.seed, options.count)
         if options.only is None or case.number in options.only
     ]
     cases.sort(key=lambda case: (case.world_size, case.number))
@@ -71,6 +73,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=5)
     parser.add_argument("--count", type=int, default=120)
+    parser.add_argument("--media", action="store_true", help="models that see and hear")
     parser.add_argument("--only", type=int, nargs="*", default=None, help="numbers of cases, explained")
     parser.add_argument("--minutes", type=float, default=60, help="measure no further case after so long")
     parser.add_argument(

@@ -61,18 +61,14 @@ class Case:
 
     def plan(self, directory: Path) -> Plan:
         """The plan of the case for a model in `directory`, which it writes: of an adapter's with its weights."""
-        from transformers import AutoConfig
-
-        config = AutoConfig.for_model(self.family, **self.config)
-        config.save_pretrained(directory)
+        config = self.write(directory)
         if self.adapter is not None:
             auto_class = tasks.find(self.task).auto_class.fget(None)  # type: ignore[attr-defined]
             config.architectures = None
             auto_class.from_config(config).save_pretrained(directory)
         micro, world = len(self.lengths), self.world_size
         batch = {"global_batch_size": micro * world * self.accumulation, "micro_batch_size": micro}
-        layout = ("padded", "sdpa") if self.classifies else ("packed", "packed")
-        columns = {"label": "label"} if self.classifies else {}
+        layout = self.layout
         changes: dict[str, Any] = {
             "precision": self.precision,
             "activation_checkpointing": self.checkpointing,
@@ -82,11 +78,28 @@ class Case:
             "task": self.task,
             "layout": layout[0],
             "attention": layout[1],
-            "data": {"train": {"path": "t"}, "text": "text", "max_length": max(self.lengths)} | columns,
+            "data": {"train": {"path": "t"}, "max_length": max(self.lengths)} | self.data(),
             "training__optimizer": self.optimizer,
             "batch": batch | {"accumulation_steps": self.accumulation, "data_parallel_size": world},
         }
         return plan_of(directory, world, **changes | self._sharding())
+
+    def write(self, directory: Path) -> Any:
+        """Write the model's config into a directory, and return it."""
+        from transformers import AutoConfig
+
+        config = AutoConfig.for_model(self.family, **self.config)
+        config.save_pretrained(directory)
+        return config
+
+    @property
+    def layout(self) -> tuple[str, str]:
+        """Return how samples share a pass, and the attention."""
+        return ("padded", "sdpa") if self.classifies else ("packed", "packed")
+
+    def data(self) -> dict[str, Any]:
+        """Return the columns of the data, and what of them is taken."""
+        return {"text": "text"} | ({"label": "label"} if self.classifies else {})
 
     @property
     def task(self) -> str:

@@ -7,8 +7,11 @@ import random
 
 import pytest
 
+from launcher.planner.memory import zero3_gathered
 from launcher.planner.memory.program import Segment, Unit, Weight
+from launcher.planner.memory.zero3_gathered import gathered_elements
 from launcher.planner.memory.zero3_prefetch import END, GLOO_THREADS, Coordinator, Module, Tracer
+from launcher.planner.memory.zero_states import ZeroCut
 
 
 def test_the_coordinator_fetches_ahead_and_lets_go() -> None:
@@ -148,3 +151,21 @@ def test_what_is_held_is_the_sum_of_what_is_there(seed: int) -> None:
     assert max(most.values()) >= max(
         (weight.num_elements for module in ahead for weight in module.weights), default=0
     )
+
+
+@pytest.mark.parametrize("order", [(4, 2), (2, 4)])
+def test_what_gloo_copies_hangs_on_the_precision_whichever_plan_comes_first(
+    order: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A message of 100 elements is below 300 bytes in half precision alone, where it is copied."""
+    monkeypatch.setattr(zero3_gathered, "_CACHE", {})
+    layers = [Unit((Weight(f"layers.{number}.a.weight", (10, 10)),)) for number in range(3)]
+    segments = [Segment("layer", number, False) for number in range(3)]
+    root, most = Unit((Weight("words.weight", (10, 10)),), 1), {}
+    for itemsize in order:
+        cut = ZeroCut(
+            stage=3, ranks=2, itemsize=itemsize, state_copies=2, cpu=True, copied_below=300, accumulation=1,
+            reduce_bucket=100, prefetch_bucket=100, persistence=10, max_live=400, sub_group=100, speaks=False,
+        )  # fmt: skip
+        most[itemsize] = gathered_elements(root, layers, cut, segments)["layer", 0, False]
+    assert most[2] > most[4] > 0

@@ -119,6 +119,21 @@ def test_how_often_is_said_in_steps_time_or_epochs(
     )
 
 
+def test_a_range_test_writes_no_checkpoint_and_neither_saves_nor_resumes(tmp_path: Path) -> None:
+    plan = planned(tmp_path, Interval(value=10, unit="steps"), batch__micro_batch_size=1)
+    rates = {"schedule": "range-test", "minimum_learning_rate": 1e-7}
+    test = plan.model_copy(update={"training": plan.training.model_copy(update=rates)})
+    both = forecast(plan, Target(80 << 30, H100)), forecast(test, Target(80 << 30, H100))
+    usual, made = both
+    assert usual is not None and usual.duration is not None and made is not None and made.duration is not None
+    assert usual.checkpoint_bytes > 0 and usual.duration.num_saves > 1, "the comparison can fail"
+    assert made.checkpoint_bytes == made.duration.num_saves == 0
+    assert made.duration.total == pytest.approx(usual.duration.total - usual.duration.saving)
+    assert "checkpoint" in speed_lines(usual) and "checkpoint" not in speed_lines(made)
+    kept = [phase for phase in usual.footprint.phases if phase.name not in ("saving", "resuming")]
+    assert list(made.footprint.phases) == kept
+
+
 def test_nodes_read_and_write_their_own_parts(tmp_path: Path) -> None:
     one = planned(tmp_path, Interval(value=300, unit="steps"))
     four = one.model_copy(update={"mesh": one.mesh.model_copy(update={"nodes": 4, "world_size": 32})})

@@ -126,7 +126,7 @@ class Estimator:
         return frozenset(weight.name for weight in weights if not weight.trains and self.adapter is None)
 
     def footprint(self) -> Footprint:
-        """Return the memory of all phases."""
+        """Return the memory of all phases: a range test neither saves nor resumes."""
         steady = self._step()
         states, host = self._states()
         resident, staged = sum(states.values()), self.checkpoint_bytes // self.plan.mesh.world_size
@@ -142,6 +142,7 @@ class Estimator:
             tuple(
                 self._phase(name, time, host + copied * (name == "saving"))
                 for name, time in zip(PHASES, times, strict=True)
+                if not self.plan.training.is_range_test or name not in ("saving", "resuming")
             )
         )
 
@@ -208,7 +209,9 @@ class Estimator:
     @property
     def checkpoint_bytes(self) -> int:
         """Return the bytes of a whole checkpoint: parameters and the optimizer's state in fp32; beside an
-        adapter of what trains alone."""
+        adapter of what trains alone; 0 of a range test, which writes none."""
+        if self.plan.training.is_range_test:
+            return 0
         root, layers = self.units
         parameters = sum(unit.num_elements(trained=self.adapter is not None) for unit in (root, *layers))
         trained = sum(unit.num_elements(trained=True) for unit in (root, *layers))

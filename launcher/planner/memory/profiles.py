@@ -6,6 +6,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,7 @@ from launcher.planner.model.model_shape import stored_parameters
 from launcher.planner.plan import Plan
 from launcher.runs import cache
 
-FORMAT = 1
+FORMAT = 2
 """Of the files: another one is no profile."""
 SECONDS = 600.0
 """The longest that a trace may take."""
@@ -201,9 +202,11 @@ def _trace(plan: Plan) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "profile.json"
         command = [sys.executable, "-m", "launcher.training.tracing.make_profile", str(out)]
+        # PyTorch's profiler, which is asked for the memory of kernels, else writes a line each time.
+        quiet = os.environ | {"KINETO_LOG_LEVEL": "99"}
         try:
             done = subprocess.run(
-                command, input=plan.to_json(), capture_output=True, text=True, timeout=SECONDS
+                command, input=plan.to_json(), capture_output=True, text=True, timeout=SECONDS, env=quiet
             )
         except subprocess.TimeoutExpired:
             return {"failure": f"not within {SECONDS:.0f} s"}

@@ -18,9 +18,12 @@ def gathered_elements(
 ) -> dict[Key, int]:
     """Return the elements that are gathered during each block, and at the end of the pass (`END`).
 
-    They depend on the order of the blocks and not on their sizes, and so are the same for all micro-batches.
+    They depend on the order of the blocks and not on their sizes, and so are the same for all micro-batches of
+    one precision.
     """
-    limits = (cut.prefetch_bucket, cut.persistence, cut.max_live, cut.copied_below)
+    # gloo copies by bytes, which depend on the precision of the computation.
+    copied_below = cut.copied_below / cut.itemsize
+    limits = (cut.prefetch_bucket, cut.persistence, cut.max_live, copied_below)
     weights = tuple(
         (weight.name, weight.shape, weight.viewed) for unit in (root, *layers) for weight in unit.weights
     )
@@ -32,7 +35,6 @@ def gathered_elements(
         head = output_embeddings(root) if cut.speaks else None
         trace = Tracer(root, layers, cut.persistence, head).trace(segments, cut.recomputes)
         external = frozenset({head.name} if head is not None else ())
-        copied_below = cut.copied_below / cut.itemsize
         _CACHE[key] = Coordinator(
             trace, cut.prefetch_bucket, cut.max_live, cut.max_live, copied_below, external
         ).go()

@@ -32,6 +32,7 @@ class Duration:
     data: float
     """That one step waits for its data, were none of them in memory yet."""
     num_saves: int
+    """0 for a range test, which writes no checkpoint."""
     save: float
     """That training waits for one checkpoint on the way."""
     last_save: float
@@ -44,7 +45,7 @@ class Duration:
 
     @property
     def saving(self) -> float:
-        return self.save * (self.num_saves - 1) + self.last_save
+        return self.save * (self.num_saves - 1) + self.last_save if self.num_saves else 0.0
 
     @property
     def evaluating(self) -> float:
@@ -64,8 +65,8 @@ def duration(
     items: Items | None = None,
     held_out: Items | None = None,
 ) -> Duration | None:
-    """From the first evaluation to the last save; None for epochs where `items`, what one of them takes, is
-    not known.
+    """Return the times from the first evaluation to the last save; None for epochs where `items`, what one of
+    them takes, is not known.
 
     disk_rate: bytes a second of one node's disk, where it was measured. Each node reads and writes its own
     part. held_out: what an evaluation goes through.
@@ -79,13 +80,17 @@ def duration(
     written = checkpoint_bytes / nodes / disk
     step = rate.step + data
     evaluated = _evaluated(plan, num_steps, step, items)
-    saved = {
-        num_steps,
-        *_due(plan.checkpoint.every, plan, num_steps, step, items),
-        *(evaluated if plan.checkpoint.keep_best else ()),
-    }
+    saved = (
+        set[int]()
+        if plan.training.is_range_test
+        else {
+            num_steps,
+            *_due(plan.checkpoint.every, plan, num_steps, step, items),
+            *(evaluated if plan.checkpoint.keep_best else ()),
+        }
+    )
     waits = written
-    if plan.checkpoint.asynchronous:
+    if plan.checkpoint.asynchronous and saved:
         # What goes on is stopped for the copy, and where a save is still being written when the next one
         # comes.
         waits = _copy_seconds(plan, checkpoint_bytes, gpu) + max(0.0, written - num_steps / len(saved) * step)

@@ -39,7 +39,8 @@ def without_hooks(model: nn.Module) -> Iterator[None]:
 
 
 def import_deepspeed(plan: Plan) -> Any:
-    """Return the module deepspeed: quiet, on the plan's device, without collectives that gloo does as well.
+    """Return the module deepspeed: quiet, on the plan's device, without collectives that gloo does as well, and
+    with no module gathered as one with all that is in it.
 
     Raises ConfigurationError where it cannot be imported.
     """
@@ -53,6 +54,10 @@ def import_deepspeed(plan: Plan) -> Any:
     if plan.mesh.device == "cpu":
         # Its collectives in shared memory take minutes to compile on first use.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # It takes the experts of three types of model for one module each, which as classes of transformers 5 they
+    # need not be: their experts are one tensor. How soon a parameter is used again is then counted without
+    # experts, and all other matrices of all layers would stay whole after the forward pass.
+    deepspeed.runtime.zero.leaf_module_config.DEFAULT_LEAF_MODULE_CLASSES.clear()
     deepspeed.init_distributed(
         dist_backend="nccl" if plan.mesh.device == "cuda" else "gloo", auto_mpi_discovery=False
     )

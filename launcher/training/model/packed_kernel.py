@@ -56,6 +56,7 @@ def packed(
         )  # fmt: skip
         result[:, sample] = part.transpose(1, 2)
         sums[:, sample] = part_sums.transpose(1, 2)
+        del part, part_sums  # else they are there beside the next sample's
     return result, sums
 
 
@@ -97,6 +98,7 @@ def packed_backward(
         )  # fmt: skip
         for whole, part in zip(gradients, parts, strict=True):
             whole[:, :, sample] = part
+        del along, inputs, parts, part
     return gradients
 
 

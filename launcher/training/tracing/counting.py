@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from launcher.planner.memory.kernel_bytes import attention_bytes, packed_bytes
 from launcher.planner.memory.symbolic import Meter
 from launcher.training.model.packed_kernel import lengths_of, packed, packed_backward
+from launcher.training.tracing.kernels import taken_within
 from launcher.training.tracing.numbers import Numbers
 
 _aten = torch.ops.aten
@@ -131,7 +132,9 @@ def _grouped_shape(first: torch.Tensor, second: torch.Tensor, ends: torch.Tensor
 
 def hidden_bytes(function: Any, args: Any, result: Any, cuda: bool) -> int:
     """Return what a kernel takes and gives back within one operator, which no dispatch mode sees (torch
-    2.13): bytes beyond its results."""
+    2.13): bytes beyond its results. A CPU's kernel is asked, where it can be."""
+    if not cuda and (asked := taken_within(function, args)) is not None:
+        return asked
     if function in _PACKED:
         sizes = [tensor for tensor in args if isinstance(tensor, torch.Tensor)]
         query, key = sizes[:2] if function is _PACKED[0] else sizes[1:3]

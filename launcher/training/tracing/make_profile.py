@@ -19,6 +19,7 @@ from launcher.planner.limits import chunk_length
 from launcher.planner.memory.profile import FEW, MANY, RECOMPUTATIONS, Block, Pass, Profile
 from launcher.planner.plan import Plan
 from launcher.tasks.task import IGNORE, Draws, Sample, Task
+from launcher.training import cpu_half_matmul
 from launcher.training.devices import to_device
 from launcher.training.model import normalization, pretrained
 from launcher.training.precision import DTYPES
@@ -266,6 +267,8 @@ def main() -> None:
     argument names."""
     gc.disable()  # a fifth of the time, for a process that ends soon
     plan = Plan.model_validate_json(sys.stdin.read())
+    if plan.mesh.device == "cpu":
+        cpu_half_matmul.widen(DTYPES[plan.precision])  # as ranks do: kernels are asked for their memory
     try:
         answer: dict[str, Any] = {"profile": make_profile(plan).to_json()}
     except ConfigurationError as error:

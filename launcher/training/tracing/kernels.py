@@ -1,0 +1,148 @@
+"""Ask a CPU's kernels what they take and give back within themselves, by running each shape once.
+
+What oneDNN copies to multiply or to convolve, and what attention keeps of a block of scores, hangs on the
+processor, the precision and the shape, and stands in no tensor that a trace sees. The libraries allocate it
+through PyTorch, whose profiler does.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
+
+from launcher.training.model.packed_kernel import lengths_of, note_lengths, packed, packed_backward
+
+_aten = torch.ops.aten
+_PRODUCTS = (_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default)
+_CONVOLUTIONS = (_aten.convolution.default, _aten.convolution_backward.default)
+_PACKED = tuple(kernel._opoverload for kernel in (packed, packed_backward))
+_ATTENTION = (
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+    *_PACKED,
+)
+_ASKED = frozenset((*_PRODUCTS, *_CONVOLUTIONS, *_ATTENTION))
+_FEW = 2
+"""Samples of a convolution that is too large to be run as it is."""
+_OF_FORWARD = 9
+"""Arguments of a convolution, of which the first is an activation; of its backward the first two are."""
+_MOST_BYTES = 1 << 26
+_MOST_OPERATIONS = 4e9
+"""Of a kernel that is run: a tenth of a second or less. What a larger one takes is little beside its tensors."""
+
+
+def taken_within(function: Any, args: Any) -> int | None:
+    """Return the bytes that a kernel takes beyond its results, and gives back, in one thread; None for one that
+    is not asked: one that takes none, or one that is too large to be run."""
+    if function not in _ASKED or (function in _PRODUCTS and args[-1].itemsize != 2):
+        return None
+    if _is_small(function, args):
+        return _ask(function, args)
+    if function not in _CONVOLUTIONS or args[0].shape[0] <= _FEW or not _is_small(function, _of(args, _FEW)):
+        return None
+    # A convolution's copies are of whole samples.
+    one, few = (_ask(function, _of(args, number)) for number in (1, _FEW))
+    return one + (few - one) * (args[0].shape[0] - 1) // (_FEW - 1)
+
+
+def _of(args: Any, num_samples: int) -> Any:
+    """Return a convolution's arguments with so many samples of its activations."""
+    num_activations = 1 if len(args) == _OF_FORWARD else 2
+    return (*(one[:num_samples] for one in args[:num_activations]), *args[num_activations:])
+
+
+def _ask(function: Any, args: Any) -> int:
+    leaves, spec = pytree.tree_flatten(args)
+    return _measured(function, tuple(_described(leaf, function in _PACKED) for leaf in leaves), spec)
+
+
+def _is_small(function: Any, args: Any) -> bool:
+    tensors = [one for one in pytree.tree_leaves(args) if isinstance(one, torch.Tensor)]
+    num_bytes = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+    return num_bytes <= _MOST_BYTES and _operations(function, args) <= _MOST_OPERATIONS
+
+
+def _operations(function: Any, args: Any) -> float:
+    """Return about how many operations a kernel takes."""
+    if function is _aten.convolution.default:
+        x, weight, _, stride = args[:4]
+        places = x.shape[0] * prod(x.shape[2:]) / prod(stride)
+        return 2.0 * places * weight.numel()
+    if function is _aten.convolution_backward.default:
+        gradient, _, weight = args[:3]
+        return 4.0 * gradient.shape[0] * prod(gradient.shape[2:]) * weight.numel()
+    if function in _ATTENTION:
+        return 10.0 * args[0].numel() * args[1].shape[-2]
+    first, second = args[-2:] if function is not _aten.baddbmm.default else args[1:3]
+    return 2.0 * first.numel() * second.shape[-1]
+
+
+@dataclass(frozen=True)
+class _Described:
+    """What of a tensor a kernel's memory hangs on."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    lengths: tuple[int, ...] = ()
+    """Of packed samples, whose bounds it is."""
+
+    def real(self) -> torch.Tensor:
+        """Return such a tensor, of zeros or of the bounds."""
+        if self.lengths:
+            ends = torch.tensor([0, *self.lengths]).cumsum(0).to(self.dtype)
+            note_lengths(ends, self.lengths)
+            return ends
+        reach = [(size - 1) * step for size, step in zip(self.shape, self.stride, strict=True)]
+        flat = torch.zeros(1 + sum(reach) if all(self.shape) else 0, dtype=self.dtype)
+        return flat.as_strided(self.shape, self.stride)
+
+
+def _described(leaf: Any, is_packed: bool) -> Any:
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    with _disable_current_modes():
+        lengths = tuple(lengths_of(leaf)) if is_packed and not leaf.is_floating_point() else ()
+    return _Described(tuple(leaf.shape), tuple(leaf.stride()), leaf.dtype, lengths)
+
+
+@functools.lru_cache(maxsize=4096)
+def _measured(function: Any, described: tuple[Any, ...], spec: Any) -> int:
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with _disable_current_modes(), torch.no_grad():
+        arguments = pytree.tree_unflatten(
+            [one.real() if isinstance(one, _Described) else one for one in described], spec
+        )
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            results = function(*arguments)
+        kept = {
+            one.untyped_storage().data_ptr(): one.untyped_storage().nbytes()
+            for one in pytree.tree_leaves(results)
+            if isinstance(one, torch.Tensor)
+        }
+    torch.set_num_threads(num_threads)
+    return max(0, _highest(profiler) - sum(kept.values()))
+
+
+def _highest(profiler: Any) -> int:
+    """Return the most bytes that were allocated at once while a profiler looked."""
+    changes: list[tuple[int, int]] = []
+    nodes = list(profiler.profiler.kineto_results.experimental_event_tree())
+    while nodes:
+        node = nodes.pop()
+        nodes += node.children
+        if "Allocation" in str(node.tag):
+            changes.append((node.start_time_ns, node.typed[1].alloc_size))
+    level = highest = 0
+    for _, size in sorted(changes):
+        level += size
+        highest = max(highest, level)
+    return highest
