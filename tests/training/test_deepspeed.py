@@ -64,6 +64,18 @@ def test_two_ranks_equal_plain_pytorch(name: str, directory: Path) -> None:
         torch.testing.assert_close(sharded["tensors"][key], value, rtol=0, atol=2e-5)
 
 
+@pytest.mark.very_slow
+def test_a_mixture_whose_experts_are_gathered_as_any_module_equals_plain_pytorch(directory: Path) -> None:
+    """A type whose blocks of experts DeepSpeed would gather as one with all that is in them."""
+    path = _save(directory, "qwen2_moe")
+    plain = _ran(plan_of(path, 1, batch=_batch(1, 12), **WEIGHT_DECAY), Causal)
+    changes = {**STATES["ZeRO-3, recomputing"], **WEIGHT_DECAY}
+    sharded, _ = on_ranks(2, steps, plan_of(path, 2, batch=_batch(2, 2), **changes), Causal)
+    _check(plain, sharded, 1e-5)
+    for key, value in plain["tensors"].items():
+        torch.testing.assert_close(sharded["tensors"][key], value, rtol=0, atol=2e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 3])
 @pytest.mark.parametrize("changes", [SGD, FROZEN], ids=["sgd", "frozen"])

@@ -30,12 +30,17 @@ def attention_bytes(
     `width` and `key_width` are the numbers of a token's queries and keys. A CPU has one sample's results beside
     the row's, and to widen it its inputs (launcher/training/model/packed_kernel.py). A GPU's backward kernel
     adds up the queries' gradient in fp32, and makes one of keys and values for each head of queries
-    (FlashAttention-2).
+    (FlashAttention-2). A CPU's kernel has a block of scores in fp32 for each thread, one thread of which is
+    counted, with what it adds up of them; going back a second one of their gradients (FlashAttentionKernel.cpp,
+    torch 2.13).
     """
     longest, tokens = max(lengths), sum(lengths)
+    rows = min(longest, 256 if longest >= 768 else 64 if longest >= 192 else 32)
+    scores = 4 * rows * min(longest, 512)
     if cuda:
         grouped = 2 * size * width if key_width < width else 0
         return 0, tokens * (4 * width + grouped)
     wide = size if size > 2 or longest > WIDENED_AT_MOST else 4
     copies = 0 if wide == size else 3 * width + 2 * key_width
-    return longest * (size * width + 4 * heads), longest * wide * (width + 2 * key_width + copies)
+    forward = longest * (size * width + 4 * heads) + scores + 4 * rows * (2 + width // heads)
+    return forward, longest * wide * (width + 2 * key_width + copies) + 2 * scores

@@ -1,0 +1,85 @@
+"""What a CPU's kernels take within themselves, against what the allocator counts of a real call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils import _pytree as pytree
+
+from launcher.training.model.packed_kernel import note_lengths, packed
+from launcher.training.tracing.kernels import taken_within
+
+_aten = torch.ops.aten
+
+
+def highest(function: Any, arguments: tuple[Any, ...]) -> int:
+    """The most bytes that a call has at once, with its results, by the profiler's own sums."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            results = function(*arguments)
+        moments = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    finally:
+        torch.set_num_threads(threads)
+    level = most = 0
+    for moment in sorted(moments, key=lambda moment: moment.start_ns()):
+        level += moment.nbytes()
+        most = max(most, level)
+    del results
+    return most
+
+
+def _convolution(samples: int, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
+    x, weight = torch.rand(samples, 8, 20, 20).to(dtype), torch.rand(16, 8, 3, 3).to(dtype)
+    return x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [
+        (_aten.mm.default, (torch.rand(62, 300).half(), torch.rand(300, 48).half())),
+        (_aten.mm.default, (torch.rand(62, 300).bfloat16().t(), torch.rand(62, 48).bfloat16())),
+        (
+            _aten.addmm.default,
+            (torch.rand(48).bfloat16(), torch.rand(64, 96).bfloat16(), torch.rand(96, 48).bfloat16()),
+        ),
+        (_aten.convolution.default, _convolution(3)),
+        (_aten.convolution.default, _convolution(2, torch.bfloat16)),
+        (_aten._scaled_dot_product_flash_attention_for_cpu.default, (torch.rand(2, 4, 40, 16),) * 3),
+    ],
+)
+def test_a_kernel_takes_what_the_allocator_counts(function: Any, arguments: tuple[Any, ...]) -> None:
+    results = [one for one in pytree.tree_leaves(function(*arguments)) if isinstance(one, torch.Tensor)]
+    kept = sum(one.untyped_storage().nbytes() for one in results)
+    assert taken_within(function, arguments) == highest(function, arguments) - kept
+
+
+def test_attention_over_packed_samples_has_one_sample_at_a_time_beside_the_row() -> None:
+    """The longest one's result and sums, and a block of scores; not those of the sample before."""
+    ends = torch.tensor([0, 60, 128], dtype=torch.int32)
+    note_lengths(ends, (60, 68))
+    query = torch.rand(1, 4, 128, 32)
+    block = 4 * (32 * 68 + 2 * 32 + 32 * 32)
+    taken = taken_within(packed._opoverload, (query, query, query, ends, 0.1, True, None))
+    assert taken == pytest.approx(68 * 4 * (4 * 32 + 4) + block, abs=64)
+
+
+def test_a_convolution_too_large_to_be_run_is_asked_for_two_samples() -> None:
+    def large(samples: int) -> int | None:
+        x = torch.empty(1).expand(samples, 64, 112, 112)
+        options = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+        return taken_within(_aten.convolution.default, (x, torch.rand(64, 64, 3, 3), None, *options))
+
+    one, two, many = large(1), large(2), large(12)
+    assert one is not None and two is not None and many == one + 11 * (two - one) > 10 * one
+
+
+def test_what_takes_nothing_and_what_is_large_are_not_run() -> None:
+    assert taken_within(_aten.mm.default, (torch.rand(4, 4), torch.rand(4, 4))) is None, "in fp32 by MKL"
+    assert taken_within(_aten.add.Tensor, (torch.rand(4), torch.rand(4))) is None
+    large = torch.empty(1).bfloat16().expand(1 << 14, 1 << 14)
+    assert taken_within(_aten.mm.default, (large, large)) is None
