@@ -78,6 +78,13 @@ def test_a_convolution_too_large_to_be_run_is_asked_for_two_samples() -> None:
     assert one is not None and two is not None and many == one + 11 * (two - one) > 10 * one
 
 
+def test_a_product_into_a_tensor_that_is_there_takes_as_much() -> None:
+    """As the loss multiplies."""
+    arguments = (torch.rand(62, 300).half(), torch.rand(300, 48).half())
+    taken = taken_within(_aten.mm.out, arguments)
+    assert taken is not None and taken == taken_within(_aten.mm.default, arguments) > 0
+
+
 def test_what_takes_nothing_and_what_is_large_are_not_run() -> None:
     assert taken_within(_aten.mm.default, (torch.rand(4, 4), torch.rand(4, 4))) is None, "in fp32 by MKL"
     assert taken_within(_aten.add.Tensor, (torch.rand(4), torch.rand(4))) is None

@@ -21,6 +21,8 @@ from launcher.training.model.packed_kernel import lengths_of, note_lengths, pack
 
 _aten = torch.ops.aten
 _PRODUCTS = (_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default)
+_INTO = {_aten.mm.out: _aten.mm.default, _aten.addmm.out: _aten.addmm.default}
+"""Those that write into a tensor that is there, by those that make one."""
 _CONVOLUTIONS = (_aten.convolution.default, _aten.convolution_backward.default)
 _PACKED = tuple(kernel._opoverload for kernel in (packed, packed_backward))
 _ATTENTION = (
@@ -41,6 +43,7 @@ _MOST_OPERATIONS = 4e9
 def taken_within(function: Any, args: Any) -> int | None:
     """Return the bytes that a kernel takes beyond its results, and gives back, in one thread; None for one that
     is not asked: one that takes none, or one that is too large to be run."""
+    function = _INTO.get(function, function)
     if function not in _ASKED or (function in _PRODUCTS and args[-1].itemsize != 2):
         return None
     if _is_small(function, args):
