@@ -30,6 +30,7 @@ from launcher.training.tracing.recorder import same
 from launcher.training.tracing.traced_model import Untraceable
 from tests.benchmarks.memory_pool import World
 from tests.benchmarks.memory_ranks import Request
+from tests.families import audio
 from tests.tiers import slow_but
 from tests.training.plans import deepspeed, plan_of
 
@@ -183,6 +184,21 @@ def test_layers_that_are_left_out_are_as_those_that_stand_in_for_them(kind: str,
     assert [replace(each, num_made=0, traffic=0) for each in segments(some)] == [
         replace(each, num_made=0, traffic=0) for each in segments(every)
     ]
+
+
+def test_layers_that_shorten_a_sound_are_each_gone_through(tmp_path: Path) -> None:
+    """Behind convolutions that hand on what comes in, the other layers would see four times as many frames."""
+    audio.config_of("wav2vec2").save_pretrained(tmp_path)
+    data = {"train": {"path": "t"}, "seconds": 0.3}
+    ways = {"task": "audio-classification", "model__task": "audio-classification", "layout": "single"}
+    plan = plan_of(
+        tmp_path, attention="sdpa", model__weights="random", data=data, batch__micro_batch_size=1, **ways
+    )
+    maker = ProfileMaker(plan)
+    assert any(not layer.traced for layer in maker.traced.layers()), "the comparison can fail"
+    every = maker._go(maker.traced.layers(every=True), 1, 1, "none", True)
+    one, _ = maker.profile().passes["none"]
+    assert list(one) == [same(block) for block in every]
 
 
 @pytest.fixture(scope="module")

@@ -161,7 +161,12 @@ class TracedModel:
                 continue
             checkpoint_activations(layer.module, checkpointing)
             hooks.append(layer.module.register_forward_pre_hook(_before(recorder, layer), with_kwargs=True))
-            hooks.append(layer.module.register_forward_hook(_after(recorder, layer, skipped)))
+            stands_in = any(not one.traced and one.stands_in == layer.index for one in layers)
+            hooks.append(
+                layer.module.register_forward_hook(
+                    _after(recorder, layer, skipped, stands_in), with_kwargs=True
+                )
+            )
         try:
             yield
         finally:
@@ -204,9 +209,12 @@ def _before(recorder: Recorder, layer: Layer) -> Callable[..., None]:
     return begin
 
 
-def _after(recorder: Recorder, layer: Layer, skipped: Skipped) -> Callable[..., None]:
-    def end(_: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-        hidden = first_tensor(output)
+def _after(recorder: Recorder, layer: Layer, skipped: Skipped, stands_in: bool) -> Callable[..., None]:
+    def end(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
+        hidden, given = first_tensor(output), first_tensor((arguments, options))
+        if stands_in and hidden is not None and given is not None and hidden.shape != given.shape:
+            # Convolutions that shorten a sound: what comes behind those left out would be too long.
+            raise ValueError("a layer that stands in for others changes the shape")
         if hidden is not None and hidden.requires_grad:
             hidden.register_hook(lambda _: recorder.begin("layer", layer.index, backward=True))
         if layer.ends is not None:
