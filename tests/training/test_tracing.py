@@ -30,7 +30,7 @@ from launcher.training.tracing.recorder import same
 from launcher.training.tracing.traced_model import Untraceable
 from tests.benchmarks.memory_pool import World
 from tests.benchmarks.memory_ranks import Request
-from tests.families import audio
+from tests.families import audio, images
 from tests.tiers import slow_but
 from tests.training.plans import deepspeed, plan_of
 
@@ -184,6 +184,24 @@ def test_layers_that_are_left_out_are_as_those_that_stand_in_for_them(kind: str,
     assert [replace(each, num_made=0, traffic=0) for each in segments(some)] == [
         replace(each, num_made=0, traffic=0) for each in segments(every)
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["convnext", "swin"])
+def test_a_constructor_that_reads_numbers_of_a_tensor_is_traced(kind: str, tmp_path: Path) -> None:
+    """Of their drop paths. Its parameters are those of the class."""
+    config = images.config_of(kind, small=True)
+    config.save_pretrained(tmp_path)
+    data = {"train": {"path": "t"}, "image_size": config.image_size}
+    ways = {"task": "image-classification", "model__task": "image-classification", "layout": "padded"}
+    plan = plan_of(tmp_path, attention="eager", model__weights="random", data=data, **ways)
+    profile = make_profile(plan)
+    root, layers = profile.units()
+    own = images.model_of(kind, "eager", small=True)
+    assert profile.untraceable is None and profile.passes["none"]
+    head = sum(weight.num_elements for weight in root.weights if weight.name.startswith("classifier"))
+    theirs = sum(parameter.numel() for parameter in own.base_model.parameters())
+    assert sum(unit.num_elements() for unit in (root, *layers)) - head == theirs
 
 
 def test_layers_that_shorten_a_sound_are_each_gone_through(tmp_path: Path) -> None:

@@ -54,9 +54,34 @@ class TracedModel:
         """`dtype` is what it computes in, `options` go to `from_config`."""
         self._forward, self._dtype = forward, dtype
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
-        with self._mode, no_init_weights():
-            self.model: PreTrainedModel = auto_class.from_config(config, dtype=dtype, **options)
+        try:
+            with self._mode, no_init_weights():
+                self.model: PreTrainedModel = auto_class.from_config(config, dtype=dtype, **options)
+        except DataDependentOutputException:
+            # Its constructor reads numbers of a tensor, as Swin's and ConvNeXt's do of their drop paths.
+            with torch.device("meta"), no_init_weights():
+                self.model = auto_class.from_config(config, dtype=dtype, **options)
+            self._materialise()
+        with self._mode:
             self.model.tie_weights()
+
+    def _materialise(self) -> None:
+        """Put fake tensors in the places of those without a device."""
+        created: dict[int, torch.Tensor] = {}
+
+        def of(tensor: torch.Tensor) -> torch.Tensor:
+            if id(tensor) not in created:
+                with self._mode:
+                    empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+                parameter = isinstance(tensor, nn.Parameter)
+                created[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if parameter else empty
+            return created[id(tensor)]
+
+        for module in self.model.modules():
+            for own in (module._parameters, module._buffers):
+                for name, tensor in own.items():
+                    if tensor is not None and tensor.is_meta:
+                        own[name] = of(tensor)  # type: ignore[assignment]
 
     def add_adapter(self, adapter: Adapter, new: Callable[[PreTrainedModel], tuple[str, ...]]) -> None:
         """Put an adapter in; it trains, and what `new` names. Raises ConfigurationError for a pattern that
