@@ -54,8 +54,8 @@ class MediaCase(Case):
         if self.family == "vision-encoder-decoder":
             return int(self.config["encoder"]["hidden_size"])
         names = ("hidden_size", "d_model", "embed_dim", "embedding_size")
-        if (found := next((self.config[name] for name in names if name in self.config), None)) is not None:
-            return int(found)
+        if (size := next((self.config[name] for name in names if name in self.config), None)) is not None:
+            return int(size)
         return int(self.config["hidden_sizes"][0]) if "hidden_sizes" in self.config else 16
 
     @property

@@ -133,8 +133,8 @@ def _grouped_shape(first: torch.Tensor, second: torch.Tensor, ends: torch.Tensor
 def hidden_bytes(function: Any, args: Any, result: Any, cuda: bool) -> int:
     """Return what a kernel takes and gives back within one operator, which no dispatch mode sees (torch
     2.13): bytes beyond its results. A CPU's kernel is asked, where it can be."""
-    if not cuda and (asked := taken_within(function, args)) is not None:
-        return asked
+    if not cuda and (taken := taken_within(function, args)) is not None:
+        return taken
     if function in _PACKED:
         sizes = [tensor for tensor in args if isinstance(tensor, torch.Tensor)]
         query, key = sizes[:2] if function is _PACKED[0] else sizes[1:3]

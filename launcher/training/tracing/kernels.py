@@ -89,7 +89,7 @@ def _operations(function: Any, args: Any) -> float:
 
 @dataclass(frozen=True)
 class _Described:
-    """What of a tensor a kernel's memory hangs on."""
+    """Describe what of a tensor a kernel's memory hangs on."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
