@@ -81,7 +81,7 @@ class TracedModel:
             for own in (module._parameters, module._buffers):
                 for name, tensor in own.items():
                     if tensor is not None and tensor.is_meta:
-                        own[name] = of(tensor)  # type: ignore[assignment]
+                        own[name] = of(tensor)
 
     def add_adapter(self, adapter: Adapter, new: Callable[[PreTrainedModel], tuple[str, ...]]) -> None:
         """Put an adapter in; it trains, and what `new` names. Raises ConfigurationError for a pattern that
