@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from launcher.data.chat_files import is_image
 from launcher.data.files import find_files
 from launcher.data.folder import IMAGES, SOUNDS, FileColumnIfThere, listing, metadata_of
 from launcher.data.formats import format_of
@@ -42,6 +43,7 @@ class Kind(enum.StrEnum):
     WORDS = "lists of words"
     TAGS = "lists of a few tags"
     MESSAGES = "messages of chats"
+    IMAGE_MESSAGES = "messages with images"
     ANSWERS = "answers with their places"
     SPANS = "spans with labels"
     IMAGE = "images"
@@ -167,6 +169,9 @@ def _kind_of_lists(flat: Sequence[Any], lists: Sequence[Any], texts: frozenset[s
     objects = [one for one in flat if isinstance(one, dict)]
     if objects and len(objects) == len(flat):
         keys = set.intersection(*(set(one) for one in objects))
+        contents = [one["content"] for one in objects if isinstance(one.get("content"), list)]
+        if "role" in keys and any(is_image(part) for content in contents for part in content):
+            return Kind.IMAGE_MESSAGES
         for needed, kind in (({"role"}, Kind.MESSAGES), ({"text", "answer_start"}, Kind.ANSWERS)):
             if needed <= keys:
                 return kind

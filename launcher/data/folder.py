@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,10 +17,24 @@ SOUNDS = (".aif", ".aiff", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".wav")
 """The endings of sounds, in formats that libsndfile has in every build."""
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 """Names that `datasets` has for the file that says what the files of a folder are."""
+ADDRESS = re.compile(r"(https?|data|file):", re.ASCII)
+"""How the address of a file begins that is no path."""
 _SPLITS = {"train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation"}
 
 
-class FileColumn(str):
+class PlacedColumn(str):
+    """The name of a column whose values name files, relative to the file that they stand in."""
+
+    def placed(self, value: Any, folder: Path) -> Any:
+        """Return a value of it with whole paths in the place of those relative to `folder`."""
+        return placed(value, folder)
+
+    def paths(self, value: Any) -> Iterator[str]:
+        """Yield the paths in a value with whole paths."""
+        yield from (value,) if isinstance(value, str) else ()
+
+
+class FileColumn(PlacedColumn):
     """The name of a column with files: the path of each, relative to the file that names it, or its bytes."""
 
     suffixes: tuple[str, ...]
@@ -122,13 +137,16 @@ def with_places(values: Values, columns: Sequence[str], folder: Path) -> Values:
 
     A struct of `bytes` and `path`, as `datasets` writes it, becomes its bytes where it has any.
     """
-    names = [column for column in columns if isinstance(column, FileColumn)]
+    names = [column for column in columns if isinstance(column, PlacedColumn)]
     if isinstance(values, RowProblem) or not names:
         return values
-    return {**values, **{name: _placed(values[name], folder) for name in names if name in values}}
+    return {**values, **{name: name.placed(values[name], folder) for name in names if name in values}}
 
 
-def _placed(value: Any, folder: Path) -> Any:
+def placed(value: Any, folder: Path) -> Any:
+    """Return the path of a file with `folder` before it, or its bytes: those of a struct, where it has any."""
     if isinstance(value, dict) and set(value) <= {"bytes", "path"} and value:
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
-    return str(folder / value) if isinstance(value, str) and value.strip() else value
+    if not isinstance(value, str) or not value.strip() or ADDRESS.match(value):
+        return value
+    return str(folder / value)

@@ -49,6 +49,8 @@ class MixedSource(Source):
     quarters and one. All sources have one, or none; without, every row comes once in an epoch."""
     columns: Annotated[dict[str, Any] | None, BeforeValidator(parse_columns)] = None
     """Columns of its own, by the keys of `data`, as `{text: body}`. Left out, those of `data`."""
+    task: str | None = None
+    """Of several tasks at once (`model.task: multi-task`), the one in `data.tasks` whose rows these are."""
 
     def __hash__(self) -> int:
         """Return the hash of its JSON: a mapping of columns has none."""
@@ -72,8 +74,11 @@ class Sources(Source):
         """Return what each source of the list is called, no two alike; nothing without a list."""
         given: list[str] = []
         asked_for = {source.alias for source in self.sources or ()}
+        tasks = [source.task for source in self.sources or ()]
         for number, source in enumerate(self.sources or ()):
             name = _short_name(source)
+            if source.task is not None:  # the only rows of a task are called what it is
+                name = source.task if tasks.count(source.task) == 1 else f"{source.task}-{name}"
             name = f"{name}-{number}" if name in asked_for or name in given else name
             given.append(source.alias or name)
         return tuple(given)

@@ -11,9 +11,10 @@ from launcher import tasks
 from launcher.data.aligned import NUM_COLUMNS, unfit
 from launcher.data.rows import required
 from launcher.data.section import Data, MixedSource, Source, Sources
+from launcher.errors import ConfigurationError
 from launcher.job.schema import Job
-from launcher.tasks.mixed import data_of, own_columns
-from launcher.tasks.task import Finding, finding
+from launcher.tasks.mixed import data_of, of_one_task, own_columns
+from launcher.tasks.task import Finding, Task, finding
 
 
 def findings(job: Job) -> Iterator[Finding]:
@@ -23,13 +24,14 @@ def findings(job: Job) -> Iterator[Finding]:
             continue
         for number, source in enumerate(given.parts):
             key = given.key(role, number)
+            if (task := getattr(source, "task", None)) is not None and not tasks.of_job(job).parts:
+                reason = "is a key of several tasks at once; leave it out, or write model.task: multi-task"
+                yield finding(f"{key}.task", task, reason, "model.task")
             yield from _source(key, source)
             columns = list(_columns(key, source, job))
             yield from columns
             if source.targets is not None and not columns:
-                yield from _targets(
-                    key, source.targets, source, data_of(job.model.task, job.data, source), job
-                )
+                yield from _targets(key, source.targets, source, job)
         if given.sources is not None:
             yield from _several(role, given)
     yield from _mixing(job.data)
@@ -75,7 +77,8 @@ def _columns(key: str, source: Source, job: Job) -> Iterator[Finding]:
     """Yield what is wrong with a source's own columns: unknown keys, values, contradictions."""
     if not isinstance(source, MixedSource) or not source.columns:
         return
-    task = tasks.find(job.model.task)
+    if (task := _task_of(source, job)) is None:
+        return
     known, wrong = own_columns(task), False
     for name, value in source.columns.items():
         if name in known:
@@ -92,7 +95,7 @@ def _columns(key: str, source: Source, job: Job) -> Iterator[Finding]:
     if wrong:
         return
     try:
-        data = data_of(task.name, job.data, source)
+        data = data_of(job.model.task, job.data, source)
     except ValidationError as error:
         name = str(error.errors()[0]["loc"][0])
         reason = "write the name of a column, as text, or as a list of them where data takes one"
@@ -111,7 +114,15 @@ def _columns(key: str, source: Source, job: Job) -> Iterator[Finding]:
             yield finding(own, problem.value, problem.reason, key, *one.keys)
 
 
-def _targets(key: str, targets: str, source: Source, data: Data, job: Job) -> Iterator[Finding]:
+def _task_of(source: Source, job: Job) -> type[Task] | None:
+    """Return the task that a source's rows are for; None where it names none of several."""
+    try:
+        return tasks.find(of_one_task(job.model.task, job.data, source)[0])
+    except (KeyError, ConfigurationError, ValueError):
+        return None
+
+
+def _targets(key: str, targets: str, source: Source, job: Job) -> Iterator[Finding]:
     """Yield what goes against reading two text files side by side."""
     if source.path is None:
         reason = (
@@ -119,7 +130,9 @@ def _targets(key: str, targets: str, source: Source, data: Data, job: Job) -> It
         )
         yield finding(f"{key}.targets", targets, reason, f"{key}.path", f"{key}.name")
         return
-    columns = required(tasks.find(job.model.task)(data).columns)
+    if (task := _task_of(source, job)) is None:
+        return
+    columns = required(task(data_of(job.model.task, job.data, source)).columns)
     if len(columns) != NUM_COLUMNS:
         named = ", ".join(map(repr, columns))
         reason = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from launcher.runs.places import PLACES
-from launcher.runs.seen import Seen
+from launcher.runs.seen import Seen, SeenAgent
 from launcher.runs.wording import duration
 
 _SETTLED_SECONDS = 1.0
@@ -14,18 +14,53 @@ _LOADER = "data"
 
 
 def name(
-    ranks: list[Seen], seconds: float, step_seconds: float, unheard: Iterable[str] = ()
+    ranks: list[Seen],
+    seconds: float,
+    step_seconds: float,
+    unheard: Iterable[str] = (),
+    agents: Iterable[SeenAgent] = (),
+    is_of_agent: bool = False,
 ) -> tuple[str, Seen]:
     """The line that people see, and the rank that the others wait for.
 
-    `unheard` are hosts whose supervisors say nothing more. Needs at least one rank.
+    `unheard` are hosts whose supervisors say nothing more, `agents` those that are stopped. Where the hang
+    `is_of_agent` the ranks go on, or there are none, and the first agent stands for a rank of number -1. Needs
+    at least one of the two.
     """
+    stopped = list(agents)
+    cannot_start = not all(agent.has_ranks for agent in stopped)
+    if is_of_agent or (cannot_start and not any(seen.state == "T" for seen in ranks)):
+        return _of_agents(stopped, ranks, seconds)
     culprits = _culprits(ranks, set(unheard))
     others = [seen for seen in ranks if seen not in culprits]
     parts = [_group(culprits, lambda seen: _what(seen, set(unheard), everyone=not others), hosts=True)]
     if others:
         parts.append(_group(others, _waits, hosts=False))
+    parts += map(_agent, stopped)
     return f"{_head(culprits[0], ranks, seconds, step_seconds)}: {'; '.join(parts)}", culprits[0]
+
+
+def _of_agents(agents: list[SeenAgent], ranks: list[Seen], seconds: float) -> tuple[str, Seen]:
+    """Return the line of agents that are stopped: an agent holds up nobody but the ranks that it has yet to
+    start."""
+    first, *others = sorted(agents, key=lambda agent: agent.has_ranks)
+    guilty = Seen(-1, first.host, first.pid, "starting", step=max((seen.step for seen in ranks), default=0))
+    then = ["the ranks go on, and one that ends is not noticed there"]
+    if not first.has_ranks:
+        then = ["its ranks cannot start", *([_group(ranks, _waits, hosts=False)] if ranks else [])]
+    return "; ".join([f"{_agent(first)} for {duration(seconds)}", *map(_agent, others), *then]), guilty
+
+
+def _agent(agent: SeenAgent) -> str:
+    return f"the agent on {agent.host} is stopped (SIGSTOP)"
+
+
+def stalled_save(seen: Seen) -> str:
+    """The line that names a save which has not moved for long."""
+    kernel = f", blocked in the kernel{f' ({seen.wchan})' if seen.wchan else ''}" if seen.state == "D" else ""
+    what = f"rank {seen.rank} on {seen.host} is {seen.save} {seen.save_detail}".rstrip()
+    still = f"the save of step {seen.save_step} has not moved for {duration(seen.save_still_seconds)}"
+    return f"{still}: {what}{kernel}; training goes on"
 
 
 def _head(culprit: Seen, ranks: list[Seen], seconds: float, step_seconds: float) -> str:

@@ -19,15 +19,14 @@ from typing import Any
 
 from launcher.errors import HungError, one_line
 from launcher.launch import culprit, sight, stacks
-from launcher.launch.watchdog import HangAfter, Judge, Stillness, stalled_saves
+from launcher.launch.watchdog import GAP_SECONDS, HangAfter, Judge, Stillness, Stoppage, stalled_saves
 from launcher.plain_files import read_json
 from launcher.runs.aside import Aside
 from launcher.runs.events import event
 from launcher.runs.failure import Failure
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.places import Page, Place
-from launcher.runs.seen import Seen, publish, published
-from launcher.runs.wording import duration
+from launcher.runs.seen import Published, Seen, SeenAgent, publish, published
 
 _LOOK_SECONDS = 0.5
 _PUBLISH_SECONDS = 1.0
@@ -57,9 +56,11 @@ class Hangs:
     ) -> None:
         self.failure: Failure | None = None
         """Set once the run is to be ended as hung."""
+        self.agent_pid = 0
+        """Of this node's agent, once it is started."""
         self._run, self._directory, self._ranks = run, run.attempt(attempt), ranks
         self._node, self._nodes = node, nodes
-        self._judge, self._stillness = Judge(hang_after), Stillness()
+        self._judge, self._stillness, self._stoppage = Judge(hang_after), Stillness(), Stoppage()
         self._hang_after = hang_after
         self._host = os.uname().nodename
         self._lines: deque[str] = deque()
@@ -67,10 +68,9 @@ class Hangs:
         self._files = Aside("hangs-files", most=64)
         self._pages: dict[int, tuple[Page | None, str]] = {}
         self._last: dict[int, tuple[str, int, int]] = {}
-        self._own: list[Seen] = []
-        self._heard: dict[int, tuple[int, list[Seen], float]] = {}
-        self._published = 0
-        self._published_at = 0.0
+        self._own = Published(0, [])
+        self._heard: dict[int, tuple[Published, float]] = {}
+        self._published_at = self._judged_at = 0.0
         self._number = 0
         self._asked: tuple[float, threading.Thread] | None = None
         self._stacks: dict[int, tuple[tuple[str, int, int], stacks.Stack]] = {}
@@ -107,7 +107,7 @@ class Hangs:
         self._take_in(now)
         if now - self._published_at >= _PUBLISH_SECONDS:
             self._published_at = now
-            own = list(self._own)
+            own = self._own
             self._files.do(lambda: self._exchange(own))
         if self._node == 0:
             self._judge_all(now)
@@ -117,7 +117,16 @@ class Hangs:
     def _take_in(self, now: float) -> None:
         """See every rank of this node."""
         looks = [one for rank, pid in list(self._ranks.items()) if (one := self._see(rank, pid))]
-        self._own = [self._with_stack(seen) for seen in self._stillness.look(now, looks)]
+        ranks = [self._with_stack(seen) for seen in self._stillness.look(now, looks)]
+        self._own = Published(self._own.number + 1, ranks, self._see_agent(now))
+
+    def _see_agent(self, now: float) -> SeenAgent | None:
+        pid = self.agent_pid
+        if not pid:
+            return None
+        seen = sight.look(pid, closely=False)
+        stopped = self._stoppage.look(now, sight.look(pid) if seen.state == "T" else seen)
+        return SeenAgent(self._host, pid, stopped, has_ranks=bool(self._ranks))
 
     def _see(self, rank: int, pid: int) -> tuple[Place, sight.Sight] | None:
         if rank not in self._pages:
@@ -152,7 +161,7 @@ class Hangs:
 
     # What goes through the run's directory, in the other thread.
 
-    def _exchange(self, own: list[Seen]) -> None:
+    def _exchange(self, own: Published) -> None:
         self._publish(own)
         if self._node:
             with contextlib.suppress(OSError, ValueError):
@@ -160,19 +169,23 @@ class Hangs:
             return
         for node in range(1, self._nodes):
             content = published(self._directory / f"ranks-{node}.json")
-            if content and content[0] != self._heard.get(node, (0,))[0]:
-                self._heard[node] = (*content, time.monotonic())
+            known = self._heard.get(node)
+            if content and (known is None or content.number != known[0].number):
+                self._heard[node] = (content, time.monotonic())
 
-    def _publish(self, own: list[Seen]) -> None:
-        self._published += 1
-        publish(self._directory / f"ranks-{self._node}.json", own, self._published)
+    def _publish(self, own: Published) -> None:
+        publish(self._directory / f"ranks-{self._node}.json", own)
 
     # The first node.
 
     def _judge_all(self, now: float) -> None:
+        self._heed_a_pause(now)
         ranks, unheard = self._everyone(now)
-        verdict = self._judge.look(now, ranks)
-        if verdict == "suspected":
+        agents = self._agents(now)
+        verdict = self._judge.look(now, ranks, agents)
+        if verdict == "suspected" and self._judge.is_of_agent:
+            self._say(ranks, unheard, agents)
+        elif verdict == "suspected":
             self._ask(now)
         elif verdict == "recovered":
             suspected, self._asked = self._asked is None, None
@@ -180,35 +193,56 @@ class Hangs:
                 self._lines.append("it goes on again")
                 self._files.do(lambda: event(self._run.events_file, "recovered"))
         if self._asked and (verdict == "hung" or self._answered(ranks, now)):
-            self._say(ranks, unheard)
+            self._say(ranks, unheard, agents)
         if verdict == "hung" and self.failure is None:
-            line, guilty = culprit.name(ranks, self._judge.seconds, self._judge.step_seconds, unheard)
+            line, guilty = self._name(ranks, unheard, agents)
             code, kind = HungError.exit_code, HungError.failure_class
             self.failure = Failure(time.time(), guilty.rank, guilty.host, guilty.pid, kind, code, line)
         for seen in stalled_saves(ranks, self._hang_after):
             self._say_save(seen)
 
+    def _heed_a_pause(self, now: float) -> None:
+        """Let no time count as silence of the others in which this node itself stood still."""
+        if self._judged_at and now - self._judged_at > GAP_SECONDS:
+            for node, (content, _) in list(self._heard.items()):  # the other thread writes there too
+                self._heard[node] = content, now
+        self._judged_at = now
+
     def _everyone(self, now: float) -> tuple[list[Seen], list[str]]:
         """Every rank as it was seen last, and the hosts that say nothing more."""
         if self._nodes == 1:
-            return self._own, []
+            return self._own.ranks, []
         if len(self._heard) < self._nodes - 1:
             return [], []  # not all are there yet
         if self._files.stuck_seconds > _UNHEARD_SECONDS:
             # The run's directory does not answer: of the others nothing is known, and a pause of storage is
             # no hang.
-            return [dataclasses.replace(seen, phase="storage") for seen in self._own], []
-        ranks, unheard = list(self._own), set()
-        for _, theirs, heard_at in list(self._heard.values()):
+            return [dataclasses.replace(seen, phase="storage") for seen in self._own.ranks], []
+        ranks, unheard = list(self._own.ranks), set()
+        for theirs, heard_at in list(self._heard.values()):
             age = now - heard_at
             silent = age > _UNHEARD_SECONDS
-            for seen in theirs:
+            for seen in theirs.ranks:
                 stopped = seen.state_seconds + age if seen.state_seconds else 0.0
                 ranks.append(
                     dataclasses.replace(seen, still_seconds=seen.still_seconds + age, state_seconds=stopped)
                 )
                 unheard |= {seen.host} if silent else set()
         return ranks, sorted(unheard)
+
+    def _agents(self, now: float) -> list[SeenAgent]:
+        """The agents that are stopped, as far as is known here."""
+        agents = [self._own.agent] if self._own.agent else []
+        for theirs, heard_at in list(self._heard.values()):
+            if (agent := theirs.agent) and agent.stopped_seconds:
+                agents.append(
+                    dataclasses.replace(agent, stopped_seconds=agent.stopped_seconds + now - heard_at)
+                )
+        return [agent for agent in agents if agent.stopped_seconds]
+
+    def _name(self, ranks: list[Seen], unheard: list[str], agents: list[SeenAgent]) -> tuple[str, Seen]:
+        judge = self._judge
+        return culprit.name(ranks, judge.seconds, judge.step_seconds, unheard, agents, judge.is_of_agent)
 
     def _ask(self, now: float) -> None:
         """Have all nodes write down where their ranks are."""
@@ -228,11 +262,12 @@ class Hangs:
             seen.waits_in is not None or seen.state == "T" for seen in others
         )
 
-    def _say(self, ranks: list[Seen], unheard: list[str]) -> None:
-        self._asked = None
-        line, guilty = culprit.name(ranks, self._judge.seconds, self._judge.step_seconds, unheard)
-        path = self._directory / f"stacks-{self._number}.txt"
-        self._lines.append(f"{line}. Stacks: {path}" if self._number <= _MOST_SUSPICIONS else line)
+    def _say(self, ranks: list[Seen], unheard: list[str], agents: list[SeenAgent]) -> None:
+        line, guilty = self._name(ranks, unheard, agents)
+        # Ranks that go on under a stopped agent are not disturbed.
+        has_stacks, self._asked = self._asked is not None and self._number <= _MOST_SUSPICIONS, None
+        path = self._directory / f"stacks-{self._number}.txt" if has_stacks else ""
+        self._lines.append(f"{line}. Stacks: {path}" if has_stacks else line)
         short = [
             {"rank": s.rank, "host": s.host, "place": s.place, "state": s.state}
             | {"wchan": s.wchan, "in": s.waits_in}
@@ -247,14 +282,7 @@ class Hangs:
         if seen.save_step in self._saves_named:
             return
         self._saves_named.add(seen.save_step)
-        kernel = (
-            f", blocked in the kernel{f' ({seen.wchan})' if seen.wchan else ''}" if seen.state == "D" else ""
-        )
-        what = f"rank {seen.rank} on {seen.host} is {seen.save} {seen.save_detail}".rstrip()
-        line = (
-            f"the save of step {seen.save_step} has not moved for {duration(seen.save_still_seconds)}: "
-            f"{what}{kernel}; training goes on"
-        )
+        line = culprit.stalled_save(seen)
         self._lines.append(f"warning: {line}")
         about = {"step": seen.save_step, "line": line, "rank": seen.rank, "host": seen.host}
         self._files.do(lambda: event(self._run.events_file, "save_stalled", **about))

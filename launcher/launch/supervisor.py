@@ -122,6 +122,7 @@ class Supervisor:
         """Start the agent and stay until all is over; whatever happens here, no process is left."""
         with self.signals.caught(), self.hangs.watching():
             agent = self._start(command, variables)
+            self.hangs.agent_pid = agent.pid
             try:
                 return self._watch(agent)
             finally:

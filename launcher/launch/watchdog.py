@@ -13,13 +13,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from launcher.launch.sight import Sight
 from launcher.runs.places import Place
-from launcher.runs.seen import Seen
+from launcher.runs.seen import Seen, SeenAgent
 
 HangAfter = float | Literal["off"] | None
 """Seconds for every phase; `off`; None: each phase has its own."""
@@ -150,6 +150,23 @@ class Stillness:
 
 
 @dataclass
+class Stoppage:
+    """Say for how long one process of a node has been stopped."""
+
+    _since: float | None = None
+    _looked_at: float = -math.inf
+
+    def look(self, now: float, sight: Sight) -> float:
+        """Take in a look at the moment `now`; the seconds, 0 where it runs or a debugger holds it."""
+        if sight.state != "T" or sight.traced:
+            self._since = None
+        elif self._since is None or now - self._looked_at > GAP_SECONDS:
+            self._since = now
+        self._looked_at = now
+        return 0.0 if self._since is None else round(now - self._since, 2)
+
+
+@dataclass
 class Judge:
     """Judge whether all ranks together hang."""
 
@@ -157,28 +174,42 @@ class Judge:
     suspected: bool = False
     seconds: float = 0.0
     """For how long nothing has moved, at the last look."""
+    is_of_agent: bool = False
+    """Whether it is an agent alone that is suspected: the ranks go on."""
     _steps: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
     _batches: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
     _last: tuple[float, str, int, int] = (0.0, "", 0, 0)
+    _looked_at: float = math.inf
 
     @property
     def step_seconds(self) -> float:
         """The median of the last steps; 0 before the first."""
         return statistics.median(self._steps) if self._steps else 0.0
 
-    def look(self, now: float, ranks: list[Seen]) -> Verdict:
-        """Judge what was seen of every rank at the moment `now`."""
-        if not ranks or self.hang_after == "off":
+    def look(self, now: float, ranks: list[Seen], agents: Sequence[SeenAgent] = ()) -> Verdict:
+        """Judge what was seen of every rank at the moment `now`, and of the nodes' agents.
+
+        Ranks go on under an agent that is stopped: it is named, and ends a run only where it has no rank yet.
+        """
+        if not (ranks or agents) or self.hang_after == "off":
             return ""
-        self._remember(now, min(ranks, key=lambda seen: seen.rank))
+        if ranks:
+            self._remember(now, min(ranks, key=lambda seen: seen.rank))
         suspect, end = self._limits(ranks)
+        stopped_suspect, stopped_end = self._stopped_limits()
         stopped = max(
             (seen.state_seconds for seen in ranks if seen.state == "T" and not seen.traced), default=0.0
         )
-        self.seconds = max(stopped, _least_still(ranks))
-        over = _least_still(ranks) >= end or stopped >= self._stopped_limits()[1]
-        if over or _least_still(ranks) >= suspect or stopped >= self._stopped_limits()[0]:
-            if not self.suspected:
+        agent = max((agent.stopped_seconds for agent in agents), default=0.0)
+        without_ranks = max((one.stopped_seconds for one in agents if not one.has_ranks), default=0.0)
+        still = _least_still(ranks)
+        over = still >= end or max(stopped, without_ranks) >= stopped_end
+        hangs = still >= suspect or stopped >= stopped_suspect
+        was_of_agent, self.is_of_agent = self.is_of_agent, agent >= stopped_suspect and not hangs
+        self.seconds = agent if self.is_of_agent else max(stopped, still)
+        if hangs or self.is_of_agent:
+            # Ranks that hang under an agent which was named alone are another matter.
+            if not self.suspected or (was_of_agent and not self.is_of_agent):
                 self.suspected = True
                 return "suspected"
             return "hung" if over else ""
@@ -188,6 +219,9 @@ class Judge:
 
     def _remember(self, now: float, first: Seen) -> None:
         """Remember how long a step and a batch of an evaluation take, by rank 0: all ranks do the same."""
+        if now - self._looked_at > GAP_SECONDS:
+            self._last = (now, *self._last[1:])
+        self._looked_at = now
         before, place, step, done = self._last
         if (place, step, done) == (first.place, first.step, first.done):
             return

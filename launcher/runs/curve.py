@@ -10,7 +10,11 @@ from launcher.runs.layout import RunDirectory
 from launcher.runs.tail import parse
 
 MOST_POINTS = 2000
-_STEP = re.compile(rb'\{"kind": "train", "step": (\d+), .*\}$')
+_FEW = 8
+"""Of so many steps one is kept: then it pays to look for it."""
+_NEAR = 4096
+"""Bytes around the place where a step stands if all lines are of one length."""
+_STEP = re.compile(rb'\{"kind": "train", "step": (\d{1,18}), .*\}$')
 """A step as the trainer writes it, whole: most lines of a long file are looked at no closer."""
 
 
@@ -30,6 +34,32 @@ class Curve(Fold):
 
     def empty(self) -> dict[str, Any]:
         return {"points": [], "stride": 1, "first": None, "last_step": -1, "last_line": ""}
+
+    def take_block(self, block: bytes) -> None:
+        """Take many lines in, of which only those are looked at that are kept, where the block is of consecutive
+        steps: of as many lines, evaluations left out, as from its first step to its last."""
+        first, last = (
+            _STEP.match(line) for line in (block[: block.find(b"\n")], block[block.rfind(b"\n") + 1 :])
+        )
+        if self.state["stride"] < _FEW or not first or not last:
+            return super().take_block(block)
+        begin, end = int(first[1]), int(last[1])
+        others = block.count(b"\n") + 1 - (end - begin + 1)
+        if others < 0 or (others > 0 and block.count(b'\n{"kind": "evaluation"') != others):
+            return super().take_block(block)
+        self.take(first[0])
+        place, step = 0, begin + 1
+        while (step := -(-step // self.state["stride"]) * self.state["stride"]) < end:
+            text = b'\n{"kind": "train", "step": %d, ' % step
+            guess = len(block) * (step - begin) // (end - begin)
+            near = block.find(text, max(place, guess - _NEAR), guess + _NEAR)
+            if (place := block.find(text, place) if near < 0 else near) < 0:
+                # A line is missing, and another one twice. What is taken again changes nothing.
+                return super().take_block(block)
+            self.take(block[place + 1 : block.find(b"\n", place + 1)])
+            step += 1
+        self.take(last[0])
+        return None
 
     def take(self, line: bytes) -> None:
         state = self.state

@@ -44,12 +44,17 @@ class Fold(ABC):
 
     def refresh(self) -> Self:
         """Take in what was appended since the last time."""
-        for line in self._tail.lines():
+        for block in self._tail.blocks():
+            self.take_block(block)
+        return self
+
+    def take_block(self, block: bytes) -> None:
+        """Take many whole lines into the state."""
+        for line in block.split(b"\n"):
             try:
                 self.take(line)
             except (KeyError, TypeError, ValueError, AttributeError):
                 continue  # a line that is none of ours says nothing, and keeps nobody from the others
-        return self
 
     def keep(self) -> None:
         """Write down what is known, for the next reader. Raises OSError."""

@@ -6,10 +6,13 @@ import json
 import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any, TypeVar
 
 from launcher.plain_files import read_json
 from launcher.runs.places import Place
 from launcher.runs.records import made_of
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,10 +44,32 @@ class Seen(Place):
     """Where its own code is: function and file of the innermost frame that tells something."""
 
 
-def publish(path: Path, ranks: list[Seen], number: int) -> None:
-    """Write what a node's ranks do. In place, as clients of NFS see a new content sooner than a new file;
-    `number` grows each time."""
-    content = json.dumps({"number": number, "ranks": [asdict(seen) for seen in ranks]})
+@dataclass(frozen=True)
+class SeenAgent:
+    """A node's agent as its supervisor saw it."""
+
+    host: str
+    pid: int
+    stopped_seconds: float = 0.0
+    """For how long a signal has held it; 0 where none does."""
+    has_ranks: bool = False
+    """Whether a rank of it has come up."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """Hold what a node's supervisor has published: a number that grows, its ranks, and its agent if that was
+    started."""
+
+    number: int
+    ranks: list[Seen]
+    agent: SeenAgent | None = None
+
+
+def publish(path: Path, seen: Published) -> None:
+    """Write what a node's ranks and its agent do. In place, as clients of NFS see a new content sooner than a
+    new file."""
+    content = json.dumps(asdict(seen))
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
     try:
         data = content.encode() + b"\n"
@@ -54,21 +79,28 @@ def publish(path: Path, ranks: list[Seen], number: int) -> None:
         os.close(descriptor)
 
 
-def published(path: Path) -> tuple[int, list[Seen]] | None:
+def published(path: Path) -> Published | None:
     """Return what `publish` wrote; None where it cannot be read, as in the middle of a write."""
-    known = {field.name for field in fields(Seen)}
     try:
         content = read_json(path)
-        return int(content["number"]), [
-            made_of(Seen, {key: one[key] for key in one if key in known}) for one in content["ranks"]
-        ]
-    except (OSError, ValueError, TypeError, KeyError):
+        agent = content.get("agent")
+        ranks = [_made_of(Seen, one) for one in content["ranks"]]
+        return Published(int(content["number"]), ranks, _made_of(SeenAgent, agent) if agent else None)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
+
+
+def _made_of(kind: type[T], content: dict[str, Any]) -> T:
+    """A record of the fields that are known here: another version may have written more."""
+    return made_of(kind, {field.name: content[field.name] for field in fields(kind) if field.name in content})  # type: ignore[arg-type]
 
 
 def ranks_of(directory: Path) -> list[Seen]:
     """Each rank of an attempt as it was seen last, on all nodes, in the order of the ranks."""
     ranks = [
-        one for path in directory.glob("ranks-*.json") if (content := published(path)) for one in content[1]
+        one
+        for path in directory.glob("ranks-*.json")
+        if (content := published(path))
+        for one in content.ranks
     ]
     return sorted(ranks, key=lambda seen: seen.rank)

@@ -11,7 +11,7 @@ from typing import Any
 from launcher.plain_files import plain
 from launcher.runs.records import parse
 
-_BLOCK = 1 << 20
+_BLOCK = 1 << 18
 _BEFORE = 4096
 """Bytes before a place, by which a file is known again."""
 _LAST_BLOCK = 1 << 14
@@ -38,6 +38,11 @@ class Tail:
 
         A line that is not whole yet comes with a later call.
         """
+        for block in self.blocks():
+            yield from block.split(b"\n")
+
+    def blocks(self) -> Iterator[bytes]:
+        """Yield the same many lines at a time: whole ones, without the end of the last."""
         try:
             file = open(self.path, "rb", opener=plain)  # noqa: SIM115
         except FileNotFoundError:
@@ -46,8 +51,12 @@ class Tail:
             file.seek(self._offset)
             while block := file.read(_BLOCK):
                 self._offset += len(block)
-                *lines, self._rest = (self._rest + block).split(b"\n")
-                yield from lines
+                whole, end, rest = block.rpartition(b"\n")
+                if not end:
+                    self._rest += rest
+                    continue
+                lines, self._rest = self._rest + whole, rest
+                yield lines
 
     def records(self) -> list[dict[str, Any]]:
         """The records among those lines."""

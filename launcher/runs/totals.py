@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections import defaultdict
 from typing import Any
 
 from launcher.runs import liveness
@@ -17,6 +19,9 @@ _ENDS_A_PHASE = ("training", "evaluated", "stopped", "failed", "finished")
 _LEFT_OUT = ("files", "examples", "lengths", "balance")
 """Of the event `prepared`: long, and shown by a report alone."""
 _NUM_SAVES = 3
+_REPEATED = re.compile(rb'\{"time": [\d.]+, "event": "(saved|phase)", [^{}]*\}')
+_LAST = {b"saved": _NUM_SAVES, b"phase": 1}
+"""Of such events in a row the last ones tell everything, within an attempt."""
 
 
 class Totals(Fold):
@@ -41,6 +46,17 @@ class Totals(Fold):
             "over": False,
             "seconds": 0.0,
         }
+
+    def take_block(self, block: bytes) -> None:
+        """Take many lines in, without those of which later ones say the same."""
+        if b'"event": "started"' in block:
+            return super().take_block(block)  # what an attempt took hangs on when its last event was
+        lines, places = block.split(b"\n"), defaultdict[bytes, list[int]](list)
+        for place, line in enumerate(lines):
+            if match := _REPEATED.fullmatch(line):
+                places[match[1]].append(place)
+        left_out = {place for name, those in places.items() for place in those[: -_LAST[name]]}
+        return super().take_block(b"\n".join(line for n, line in enumerate(lines) if n not in left_out))
 
     def take(self, line: bytes) -> None:
         record = parse(line)

@@ -18,8 +18,10 @@ TASKS = {
     "audio-classification": "launcher.tasks.audio_classification:AudioClassification",
     "causal-lm": "launcher.tasks.causal_lm:CausalLM",
     "image-classification": "launcher.tasks.image_classification:ImageClassification",
+    "image-text-to-text": "launcher.tasks.image_text_to_text:ImageTextToText",
     "image-to-text": "launcher.tasks.image_to_text:ImageToText",
     "masked-lm": "launcher.tasks.masked_lm:MaskedLM",
+    "multi-task": "launcher.tasks.multi_task:MultiTask",
     "question-answering": "launcher.tasks.question_answering:QuestionAnswering",
     "sequence-classification": "launcher.tasks.sequence_classification:SequenceClassification",
     "sequence-to-sequence": "launcher.tasks.sequence_to_sequence:SequenceToSequence",
@@ -87,6 +89,13 @@ def names() -> list[str]:
     from importlib import metadata
 
     return [*TASKS, *sorted(metadata.entry_points(group=GROUP).names)]
+
+
+def names_of(name: str, data: Any) -> list[str]:
+    """Return the names of the tasks that a model is to do: the one of `model.task`, or each of several at
+    once."""
+    parts = find(name)(data).parts
+    return list(dict.fromkeys(part.name for part in parts.values())) or [name]
 
 
 def of_job(job: Asked) -> Task:

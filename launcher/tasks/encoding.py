@@ -90,11 +90,12 @@ def encode_written(tokenizer: Any, written: Sequence[Written]) -> list[Tokens | 
     encoded = tokenise(tokenizer, [one.text for one in written], return_offsets_mapping=True)
     pairs = zip(written, encoded["input_ids"], encoded["offset_mapping"], strict=True)
     return [
-        Tokens(np.array(ids, dtype=np.int32), _learned(one.learned, offsets)) for one, ids, offsets in pairs
+        Tokens(np.array(ids, dtype=np.int32), learned_of(one.learned, offsets)) for one, ids, offsets in pairs
     ]
 
 
-def _learned(spans: Sequence[tuple[int, int]], offsets: Sequence[tuple[int, int]]) -> np.ndarray:
+def learned_of(spans: Sequence[tuple[int, int]], offsets: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Return which tokens lie in any of the spans, bool [n]; both from where to where, in characters."""
     starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
     learned = np.zeros(len(starts), dtype=bool)
     for start, end in spans:

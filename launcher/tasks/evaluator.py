@@ -32,6 +32,8 @@ class Output(NamedTuple):
     generated: torch.Tensor | None = None
     """What the model wrote to each sample of the batch, int64 [samples, n], where the task has it write; set
     beside `loss`."""
+    parts: dict[str, Output] | None = None
+    """Of several tasks at once each one's own output, by its name."""
 
 
 class Evaluator(ABC):

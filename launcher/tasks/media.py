@@ -113,6 +113,31 @@ def stored(value: str | bytes, one: Content) -> dict[str, np.ndarray]:
     }
 
 
+def stored_in_order(files: Sequence[tuple[str | bytes, Content]]) -> dict[str, np.ndarray]:
+    """Return the arrays that a sample keeps of several files, or of none.
+
+    `media` and `media_hash` as of one, end to end; `media_ends`, int64 [files]: where each ends in `media`.
+    """
+    each = [stored(value, one) for value, one in files]
+    empty = {"media": np.empty(0, np.uint8), "media_hash": np.empty(0, np.uint64)}
+    arrays = {name: np.concatenate([none, *(one[name] for one in each)]) for name, none in empty.items()}
+    return arrays | {"media_ends": np.cumsum([len(one["media"]) for one in each], dtype=np.int64)}
+
+
+def first_files(sample: Mapping[str, np.ndarray], number: int) -> dict[str, np.ndarray]:
+    """Return the arrays of the first so many of a sample's files."""
+    ends = sample["media_ends"][:number]
+    size = int(ends[-1]) if number else 0
+    return {"media": sample["media"][:size], "media_hash": sample["media_hash"][:number], "media_ends": ends}
+
+
+def contents_in_order(sample: Mapping[str, np.ndarray]) -> list[Content]:
+    """Return the bytes of a sample's files. Raises DataError as `stored_content` does."""
+    files = np.split(sample["media"], sample["media_ends"])[:-1]
+    pairs = zip(files, sample["media_hash"], strict=True)
+    return [stored_content({"media": file, "media_hash": digest[None]}) for file, digest in pairs]
+
+
 def stored_content(sample: Mapping[str, np.ndarray]) -> Content:
     """Return the bytes of a sample's file. Raises DataError where they are not those that it was made of."""
     whole = sample["media"].tobytes()

@@ -10,6 +10,7 @@ from launcher import tasks
 from launcher.data.rows import Row, RowProblem
 from launcher.data.section import Data, MixedSource, Source, Sources
 from launcher.metrics import Better
+from launcher.tasks.multi_task_columns import MultiTaskColumns, entry_of
 from launcher.tasks.task import Task
 
 _OF_CHATS = ("tools", "date")
@@ -22,12 +23,24 @@ def own_columns(task: type[Task]) -> tuple[str, ...]:
     return tuple(key for key in (*keys, "tools") if key in task.Columns.model_fields)
 
 
+def of_one_task(task: str, data: Data, source: Source) -> tuple[str, Data]:
+    """Return the task that a source's rows are for, and the section `data` of a job with that task alone.
+
+    Of several tasks at once that is the one that the source names. Raises KeyError where it names none.
+    """
+    if not isinstance(data, MultiTaskColumns):
+        return task, data
+    entry = entry_of(data, str(source.task if isinstance(source, MixedSource) else None))
+    return entry.kind.name, entry.data
+
+
 def data_of(task: str, data: Data, source: Source) -> Data:
-    """Return the section `data` of a job that had this source alone.
+    """Return the section `data` of a job that had this source alone, with the source's own task of several.
 
     A source that names the columns of one way to write rows, such as `text`, leaves out those of the others,
     such as `prompt` and `completion`. Raises pydantic's ValidationError for columns that are none.
     """
+    task, data = of_one_task(task, data, source)
     place = {name: getattr(source, name) for name in Source.model_fields if name in source.model_fields_set}
     values: dict[str, Any] = {name: getattr(data, name) for name in data.model_fields_set}
     values |= {"train": Sources(**place), "mixing": None}
@@ -45,6 +58,7 @@ def data_of(task: str, data: Data, source: Source) -> Data:
 def as_main(task: str, data: Data, source: Source, rows: Iterable[Row]) -> Iterator[Row]:
     """Yield a source's rows with its own columns under the names that `data` has for them."""
     own = data_of(task, data, source)
+    task, data = of_one_task(task, data, source)
     names = {
         getattr(own, key): getattr(data, key)
         for key in own_columns(tasks.find(task))
@@ -61,8 +75,10 @@ def measured(task: Task) -> dict[str, Better]:
     """Return what an evaluation of a job measures, and which way each is better: the task's metrics of all rows,
     and as `ALIAS/metric` those of each of several sources."""
     metrics, held_out = dict(task.metrics), task.data.evaluation
-    for alias in held_out.aliases if held_out is not None else ():
-        metrics |= {f"{alias}/{name}": better for name, better in task.metrics.items()}
+    named = zip(held_out.aliases, held_out.parts, strict=False) if held_out is not None else ()
+    for alias, source in named:
+        own = task.parts.get(str(getattr(source, "task", None)), task)
+        metrics |= {f"{alias}/{name}": better for name, better in own.metrics.items()}
     return metrics
 
 
@@ -72,6 +88,7 @@ def not_measured(task: Task, metric: str) -> str | None:
     if metric in known:
         return None
     reason = f"a {task.kind} evaluation measures {', '.join(task.metrics)}"
-    if held_out := task.data.evaluation.aliases if task.data.evaluation is not None else ():
+    held_out = task.data.evaluation.aliases if task.data.evaluation is not None else ()
+    if held_out and not task.parts:
         reason += f" of all rows, and of {', '.join(held_out)} alone, as {held_out[0]}/loss"
     return f"{reason}; the nearest is {difflib.get_close_matches(metric, known, n=1, cutoff=0.0)[0]}"

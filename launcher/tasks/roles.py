@@ -40,6 +40,8 @@ COMPLETION = Role(
     names=("completion", "answer", "response", "output", "solution"), by_name=(Kind.CLASS, Kind.NUMBER)
 )
 MESSAGES = Role(kinds=(Kind.MESSAGES,), names=("messages", "conversations", "conversation"))
+IMAGE_MESSAGES = Role((Kind.IMAGE_MESSAGES, Kind.MESSAGES), MESSAGES.names)
+IMAGES = Role(kinds=(), names=("images", "image"), by_name=(Kind.IMAGE, Kind.WORDS, Kind.TAGS, Kind.OTHER))
 LABEL = Role(
     kinds=(Kind.CLASS,),
     names=(
@@ -69,5 +71,6 @@ OF_QUESTIONS = {"question": QUESTION, "context": CONTEXT, "answers": ANSWERS}
 OF_PAIRS = {"source": SOURCE, "target": TARGET}
 OF_IMAGES = {"image": IMAGE, "label": LABEL}
 OF_SOUNDS = {"audio": SOUND, "label": LABEL}
+OF_IMAGE_CHATS = {"messages": IMAGE_MESSAGES, "images": IMAGES}
 OF_CAPTIONS = {"image": IMAGE, "text": CAPTION}
 OF_SPEECH = {"audio": SOUND, "text": SPOKEN}

@@ -11,7 +11,9 @@ from launcher.tasks.roles import Role
 from launcher.tasks.task import Task
 
 _TELLING = {
-    **dict.fromkeys((Kind.IMAGE, Kind.SOUND, Kind.MESSAGES, Kind.ANSWERS, Kind.SPANS, Kind.TAGS), 3),
+    **dict.fromkeys(
+        (Kind.IMAGE, Kind.SOUND, Kind.MESSAGES, Kind.IMAGE_MESSAGES, Kind.ANSWERS, Kind.SPANS, Kind.TAGS), 3
+    ),
     **dict.fromkeys((Kind.CLASS, Kind.WORDS), 1),
 }
 """How much the kind of a column tells of a task: images more than a few values, and text nothing."""

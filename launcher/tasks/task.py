@@ -164,6 +164,11 @@ class Task(ABC):
         """Return whether `collate` joins samples end to end instead of padding them."""
         return self.layout == "packed"
 
+    @property
+    def parts(self) -> Mapping[str, Task]:
+        """Return the tasks that one model learns at once, by name; nothing of one task alone."""
+        return {}
+
     # The model.
 
     @property
@@ -174,6 +179,8 @@ class Task(ABC):
     processor_class: ClassVar[str] = "AutoTokenizer"
     """The transformers Auto class with which an export's users read rows."""
 
+    keeps_processor: ClassVar[bool] = False
+    """Whether the processor stays as it is in the model's files, and an export takes those along."""
     joins_tokenizer: ClassVar[bool] = False
     """Whether the processor of `read_processor` gets the model's tokenizer, as its attribute `tokenizer`."""
 
@@ -299,6 +306,11 @@ class Task(ABC):
 
     # Loss and metrics.
 
+    def in_a_step(self, num_supervised: Sequence[int]) -> dict[str, Any]:
+        """Return what a training batch has beside what `collate` makes, by how much of each source the whole
+        global batch supervises."""
+        return {}
+
     def shortened(self, sample: Sample, length: int, ends: Sequence[int]) -> Sample:
         """Return the sample cut to about `length` positions, its last one kept, for the check after loading.
 
@@ -340,6 +352,11 @@ class Task(ABC):
     @abstractmethod
     def evaluator(self) -> Evaluator:
         """Return an empty evaluator, to collect one evaluation."""
+
+    def evaluator_of(self, source: Any, alias: str) -> Evaluator | None:
+        """Return an empty evaluator for one of several sources, by its section and its name; None where its
+        metrics are measured anyway."""
+        return self.evaluator()
 
     # Answers of the model.
 

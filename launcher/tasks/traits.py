@@ -11,6 +11,10 @@ Head = Literal["chunked", "model", "forward"]
 """Where a causal LM's loss comes from: the output matrix in chunks, the model's own head in chunks, or its
 whole forward."""
 
+HEADS = "task_heads"
+"""The attribute of a config that says which heads a model of several tasks has: by task, the name of an Auto
+class under `auto_class`, and what is special to that head's config."""
+
 
 @dataclass(frozen=True)
 class Traits:

@@ -57,7 +57,7 @@ def losses_of_samples(output: Output, batch: dict[str, Any], samples: Sequence[S
     assert output.losses is not None
     losses = output.losses.detach().double()
     if "cu_seq_lens" not in batch:  # a row for each sample
-        return losses.view(len(samples), -1).sum(dim=1)
+        return losses.view(len(batch.get("lengths", samples)), -1).sum(dim=1)[: len(samples)]
     lengths = torch.tensor([sample.length for sample in samples])
     owners = torch.repeat_interleave(torch.arange(len(samples)), lengths).to(losses.device)
     return losses.new_zeros(len(samples)).index_add_(0, owners, losses)

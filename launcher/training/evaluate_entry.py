@@ -23,9 +23,8 @@ from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.training import confidence, entry
 from launcher.training.confidence import Apart, Whole
 from launcher.training.data.dataset import Dataset
-from launcher.training.data.mixed import prepare_sources
+from launcher.training.data.mixed import prepare_sources, refuse_unknown
 from launcher.training.data.prepare import refuse_mostly_dropped
-from launcher.training.data.sources import rows_of
 from launcher.training.devices import start_process_group
 from launcher.training.engines.engine import Engine
 from launcher.training.evaluation import Interrupted, batches_by_source, evaluate
@@ -49,8 +48,7 @@ class Measuring:
         """The held-out rows as samples for this model. Called before the ranks know each other."""
         given, plan, task = subject.plan.data.evaluation, subject.plan, subject.task
         assert given is not None
-        if task.labels_given:
-            task.refuse_unknown(rows_of(given, plan, task))
+        refuse_unknown(task, given, plan)
         report = phase_report(self.scratch, "preparing", "rows")
         dataset = prepare_sources(given, "evaluation", plan, task, subject.tokenizer, report)
         for one in dataset.reports:

@@ -49,7 +49,7 @@ def evaluate(
     """
     parts = batches_by_source(dataset, plan)
     whole = evaluator or task.evaluator()
-    each = [task.evaluator() for _ in parts] if isinstance(dataset, MixedDataset) else []
+    each = _by_source(task, dataset, plan)
     done, total = 0, sum(batches.num_steps for batches in parts)
     here.at("evaluating", total=total)
     for number, batches in enumerate(parts):
@@ -63,7 +63,8 @@ def evaluate(
             if task.generates:
                 output = output._replace(generated=written(engine, task, items, plan.mesh.device, leaving))
             for one in (whole, *each[number : number + 1]):
-                one.update(output, batch)
+                if one is not None:
+                    one.update(output, batch)
             done += 1
             here.moved(done)
             report(done, total)
@@ -74,8 +75,17 @@ def evaluate(
     details(told)
     if isinstance(dataset, MixedDataset):
         for alias, one in zip(dataset.aliases, each, strict=True):
-            metrics |= {f"{alias}/{name}": value for name, value in _measured(one, plan)[0].items()}
+            own = {} if one is None else _measured(one, plan)[0]
+            metrics |= {f"{alias}/{name}": value for name, value in own.items()}
     return metrics
+
+
+def _by_source(task: Task, dataset: Dataset, plan: Plan) -> list[Evaluator | None]:
+    """Return an evaluator for each of several sources; None for one whose metrics are measured anyway."""
+    if not isinstance(dataset, MixedDataset) or plan.data.evaluation is None:
+        return []
+    named = zip(plan.data.evaluation.parts, dataset.aliases, strict=True)
+    return [task.evaluator_of(source, alias) for source, alias in named]
 
 
 def batches_by_source(dataset: Dataset, plan: Plan) -> list[Batches]:
@@ -123,5 +133,7 @@ def written(
         return leaving()
 
     done = here.done
-    prompts = task.prompts([sample for item in items for sample in item])
-    return engine.generate(to_device(prompts, device), task.generation, each_token)
+    samples = [sample for item in items for sample in item]
+    prompts = to_device(task.prompts(samples), device)
+    # Behind them may be a prompt that keeps all ranks in the same layers.
+    return engine.generate(prompts, task.generation, each_token)[: len(samples)]

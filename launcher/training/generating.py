@@ -31,7 +31,7 @@ from transformers import (
 from launcher.tasks.generation import Generate, GenerationOptions
 from launcher.training.heads import READ
 from launcher.training.model.attention import PACKED
-from launcher.training.model.forward import Batch, model_class_of
+from launcher.training.model.forward import SEES, Batch, model_class_of
 
 EachToken = Callable[[], bool]
 """Called before every pass of the model; a yes ends the writing of this rank, with what is written so far."""
@@ -48,7 +48,7 @@ def generate(
 
     `synced`: parameters are gathered in every pass, so that all ranks must make equally many.
     """
-    names = (*READ, "decoder_input_ids")
+    names = dict.fromkeys((*READ, *SEES, "decoder_input_ids"))
     prompts = {key: batch[key] for key in names if key in batch}
     arguments: dict[str, Any] = {**options.arguments, "eos_token_id": _ends(model, options)}
     if options.drawn is not None:

@@ -28,14 +28,18 @@ from launcher.training.model.forward import (
     outputs_of,
     own_forward,
 )
+from launcher.training.model.with_heads import AutoModelWithHeads, body_computed, head_of
 from launcher.training.own_head import cross_entropy_of, likeliest, loss_by_own_head
 
 __all__ = [
+    "AutoModelWithHeads",
     "Batch",
     "accepted",
+    "body_computed",
     "causal_lm",
     "ctc",
     "encoder_decoder",
+    "head_of",
     "likeliest",
     "model_class_of",
     "own_forward",

@@ -20,7 +20,7 @@ from launcher.runs.layout import RunDirectory
 from launcher.runs.phases import PhaseReport
 from launcher.tasks.task import Task
 from launcher.training.data.dataset import Dataset
-from launcher.training.data.mixed import prepare_sources
+from launcher.training.data.mixed import learn_from, prepare_sources
 from launcher.training.data.prepare import refuse_mostly_dropped
 from launcher.training.data.sources import refuse_change
 from launcher.training.data.spread import shape
@@ -83,7 +83,7 @@ class TrainingInputs:
         if (held_out := plan.data.evaluation) is not None:
             report = phase_report(run, "preparing", "rows")
             evaluation = prepare_sources(held_out, "evaluation", plan, task, tokenizer, report)
-        task.learn_from(train.column)
+        learn_from(task, train)
         task.configure(config)
         check_teacher(plan, task, tokenizer)
         texts = getattr(tokenizer, "tokenizer", None) if task.has_processor else tokenizer
@@ -120,7 +120,8 @@ class TrainingInputs:
         if (source := model_files.directory_of(plan)) is not None:
             model_files.copy(source, directory)
         self.tokenizer.save_pretrained(directory)
-        if self.task.has_processor and (directory / "preprocessor_config.json").is_file():
+        replaced = self.task.has_processor and not self.task.keeps_processor
+        if replaced and (directory / "preprocessor_config.json").is_file():
             # It may hold what reads images or sounds as it was before the job set a size or a length, and is
             # what transformers looks at first.
             (directory / "processor_config.json").unlink(missing_ok=True)

@@ -20,7 +20,9 @@ def as_computed(batch: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     and weights as they are."""
     return {
         key: value.to(dtype)
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and key not in _AS_THEY_ARE
+        if isinstance(value, torch.Tensor)
+        and value.is_floating_point()
+        and key.rpartition("/")[2] not in _AS_THEY_ARE
         else value
         for key, value in batch.items()
     }

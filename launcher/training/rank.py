@@ -53,7 +53,9 @@ class Rank:
         """Write the failure down for the launcher, and end with the exit code of its class."""
         code = failure.classify(error)[0].exit_code
         # First without the disk, which may be full, gone or hang: the launcher then ends all within seconds.
-        tell(failure=dataclasses.asdict(failure.of(self.number, error)))
+        # Without memory even that may fail; this process must end all the same, or its peers wait for it.
+        with contextlib.suppress(Exception):
+            tell(failure=dataclasses.asdict(failure.of(self.number, error)))
         with contextlib.suppress(Exception):
             written = failure.record(self.directory, self.number, error, last_step(self.run))
             print(written.traceback, file=sys.stderr)

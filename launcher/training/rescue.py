@@ -5,6 +5,9 @@ messages than its peers wait for. They stand in the middle of a pass, inside of 
 called out of it. But nothing of the training state changes in a pass, and checkpoints have a channel of their
 own: a thread of each peer writes its part. Then the attempt ends, and the next one goes on at this step with
 smaller passes (`launcher/launch/cutting.py`).
+
+Once a rank has told the others its sums (`over`), they take the update and no longer have that state. A rank
+that runs out of memory after it, or anywhere else between passes, calls nobody and leaves at once.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from launcher.errors import OutOfMemoryError
 from launcher.plain_files import read_json
 from launcher.runs.failure import classify
 from launcher.runs.layout import write_atomically
+from launcher.runs.places import here
 
 CALL = "out-of-memory.json"
 """In the attempt's directory: a rank ran out of memory in the pass of this step, and waits for the others to
@@ -34,7 +38,8 @@ _SECONDS_TO_SAVE = 900.0
 """Then the attempt ends unsaved."""
 _SECONDS_TO_ARRIVE = 60.0
 """For a peer to be in the pass of the same step: it has no more to do before than its part of the last
-update."""
+update. As long the caller waits for a save that does not begin."""
+_LOOK_SECONDS = 0.5
 
 
 class Rescue:
@@ -59,6 +64,7 @@ class Rescue:
         self._lock = threading.Lock()
         self._is_saved = False
         self._step: int | None = None
+        self._may_call = False
         self._updated: torch.cuda.Event | None = None
         self._seconds_between_looks = max(1.0, world_size / _LOOKS_PER_SECOND)
         if world_size > 1 and save is not None:
@@ -72,7 +78,7 @@ class Rescue:
             self._updated = torch.cuda.Event()
             self._updated.record()
         is_saved = is_saved or self._save is None
-        self._step = None if is_saved else step
+        self._step, self._may_call = None if is_saved else step, True
         try:
             yield
         except Exception as error:
@@ -81,9 +87,16 @@ class Rescue:
                 traceback.clear_frames(error.__traceback__)
                 gc.collect()
                 with contextlib.suppress(Exception):  # the error that led here is what must be told
-                    self._finish(_SECONDS_TO_SAVE) if is_saved else self._call_and_save(step)
+                    if is_saved:
+                        self._finish(_SECONDS_TO_SAVE)
+                    elif self._may_call:
+                        self._call_and_save(step)
             raise
         self._step = None
+
+    def over(self) -> None:
+        """Be about to tell the others what the passes came to: from then on none of them may be called."""
+        self._may_call = False
 
     def _call_and_save(self, step: int) -> None:
         if self._device.type == "cuda":
@@ -93,7 +106,14 @@ class Rescue:
         # their group has patience.
         saving = threading.Thread(target=self._save_once, name="rescue", daemon=True)
         saving.start()
-        saving.join(_SECONDS_TO_SAVE)
+        began = since = time.monotonic()
+        progress = here.save_progress
+        while saving.is_alive() and (now := time.monotonic()) - began < _SECONDS_TO_SAVE:
+            saving.join(_LOOK_SECONDS)
+            if here.save_progress != progress:
+                progress, since = here.save_progress, now
+            if not progress[0] and now - since > _SECONDS_TO_ARRIVE:
+                return  # a peer that cannot come would be waited for until their group has no more patience
 
     def _save_once(self) -> None:
         """Save, once, without waiting for what the pass has begun."""

@@ -34,26 +34,29 @@ class StepTotals:
     """The loss of each of several sources; empty where there is one."""
 
 
-def add_up(
+def vector_of(
     loss_sum: torch.Tensor,
     squared_norm: torch.Tensor,
     wishes: Due,
     own_seconds: list[float],
     by_source: torch.Tensor,
-) -> StepTotals:
-    """Return the sums over all ranks of fp64 scalars on the device, of fp64 [sources], and what any rank wishes.
-    Called by all ranks together.
+) -> torch.Tensor:
+    """Return what this rank tells the others, fp64 [5 + ranks that tell + sources]: of fp64 scalars on the
+    device, of fp64 [sources], and of what it wishes.
 
-    The vector has the same length in every step, as the rounding of a sum may depend on it.
+    It has the same length in every step, as the rounding of a sum may depend on it.
     """
     more = torch.tensor(
         [wishes.stop, wishes.save, wishes.evaluate, *own_seconds], dtype=torch.float64, device=loss_sum.device
     )
-    vector = torch.cat([torch.stack([loss_sum, squared_norm]), more, by_source])
-    here.at("exchange")
+    return torch.cat([torch.stack([loss_sum, squared_norm]), more, by_source])
+
+
+def add_up(vector: torch.Tensor, num_own_seconds: int) -> StepTotals:
+    """Return the sums over all ranks of `vector_of`, and what any rank wishes. Called by all ranks together."""
     here.waits(1)  # on a GPU the wait is in the copy of the result, which looks like no collective
     distributed.all_reduce(vector)
     loss, norm, stop, save, evaluate, *own = vector.tolist()
     here.waits(-1)
-    own, sources = own[: len(own_seconds)], own[len(own_seconds) :]
+    own, sources = own[:num_own_seconds], own[num_own_seconds:]
     return StepTotals(loss, norm, Due(stop > 0, save > 0, evaluate > 0), own, sources)

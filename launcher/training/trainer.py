@@ -239,10 +239,11 @@ class Trainer:
         last = len(step_batch.micro_batches) - 1
         self.by_source.begin()
         seed, step = self.plan.training.seed, self.state.step
+        more = self.task.in_a_step(step_batch.supervised_by_source)
         for index, items in enumerate(step_batch.micro_batches):
             here.at("data", done=index, total=last + 1, detail=str(self.material.train.directory))
             began = time.monotonic()
-            batch = to_device(self.loader.batch(step, index, items), self.device)
+            batch = to_device(self.loader.batch(step, index, items), self.device) | more
             self.own.loaded(time.monotonic() - began)
             here.at("forward", done=index, total=last + 1)
             torch.manual_seed(dropout_seed(seed, step, self.data_rank, index))
@@ -269,7 +270,10 @@ class Trainer:
             loss_sum = torch.zeros_like(loss_sum)  # another rank computed the same
             self.by_source.begin()
         share = self.pace.share()
-        totals = step_totals.add_up(loss_sum, squared_norm, wishes, share, self.by_source.sums)
+        vector = step_totals.vector_of(loss_sum, squared_norm, wishes, share, self.by_source.sums)
+        here.at("exchange")
+        self.rescue.over()
+        totals = step_totals.add_up(vector, len(share))
         self.pace.take(totals.own_seconds)
         return totals
 

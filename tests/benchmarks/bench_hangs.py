@@ -1,15 +1,20 @@
 """Hangs in every phase, on both engines and 2 to 4 ranks, and how many of them are named rightly.
 
-    python tests/benchmarks/bench_hangs.py --results hangs.jsonl [--only 0:20] [--seconds 5]
+    python tests/benchmarks/bench_hangs.py --results hangs.jsonl [--only 0:20] [--seconds 5] [--nodes]
 
 Each case is a run of the real trainer under the real launcher in which one rank stops itself (SIGSTOP) or
-sleeps at a place. It is named rightly where the first suspicion names that rank, and where it is. What is in
-the results already is not run again, so that it can be done in pieces. It ends by printing the table.
+sleeps at a place. It is named rightly where the first suspicion names that rank with its node, and where it
+is. What is in the results already is not run again, so that it can be done in pieces. It ends by printing the
+table.
+
+With --nodes each case runs on two nodes of a Slurm cluster of network namespaces (or on three, with a rank on
+each), under `launcher submit`. That needs root and Slurm's programs.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -47,10 +52,12 @@ class Case:
     place: str
     kind: str
     world_size: int
+    nodes: int = 1
 
     @property
     def name(self) -> str:
-        return f"{self.engine} {self.place} {self.kind} {self.world_size}"
+        where = f" on {self.nodes} nodes" if self.nodes > 1 else ""
+        return f"{self.engine} {self.place} {self.kind} {self.world_size}{where}"
 
     @property
     def fault(self) -> dict[str, Any]:
@@ -63,6 +70,10 @@ class Case:
             fault["step"] = 6 if self.place in ("evaluating", "measuring") else 7
         if self.place != "preparing":
             fault["rank"] = 0 if self.place == "recording" else self.world_size - 1 - (len(self.place) % 2)
+        if self.kind == "agent":
+            fault |= {"rank": self.world_size - 1, "step": 2}
+        if self.place == "importing":
+            fault = {"place": self.place, "kind": self.kind, "host": f"n{self.nodes}"}
         return fault
 
 
@@ -77,9 +88,22 @@ def cases() -> list[Case]:
     return [*found, Case("fsdp", "saving", "sleep", 2), Case("zero2", "saving", "sleep", 3)]
 
 
+def cases_on_nodes() -> list[Case]:
+    """Thirty of them: each place once under each engine, by turns stopped and asleep; and agents, stopped under
+    ranks that go on and before they have one."""
+    found = []
+    for number, place in enumerate((*BEFORE_STEPS, *IN_STEPS)):
+        for engine in ("fsdp", "zero3"):
+            kind = ("stop", "sleep")[(number + len(found)) % 2]
+            world_size = (2, 4, 3)[len(found) % 3]
+            found.append(Case(engine, place, kind, world_size, 3 if world_size == 3 else 2))
+    return [*found, Case("fsdp", "forward", "agent", 4, 2), Case("zero3", "importing", "agent", 2, 2)]
+
+
 def inject(case: Case, model: Path, data: dict[str, Any], scratch: Path, seconds: float) -> dict[str, Any]:
-    """Run a case, and judge what was said."""
+    """Run a case on this machine, and give what was struck and what was said of it."""
     from launcher.runs.events import read
+    from tests.distributed.judging import STRUCK
     from tests.training.plans import deepspeed
     from tests.training.runs import new_run, plan_for
 
@@ -108,26 +132,34 @@ def inject(case: Case, model: Path, data: dict[str, Any], scratch: Path, seconds
         except subprocess.TimeoutExpired:
             process.kill()
             _, errors = process.communicate()
-    struck = (
-        json.loads(path.read_text(encoding="utf-8"))
-        if (path := run.path / "struck.json").exists()
-        else {"rank": -1, "time": began}
-    )
+    path = run.attempt(1) / STRUCK
+    struck = {"rank": -1, "host": "", "time": began}
+    struck |= json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     wanted = "save_stalled" if case.place == "saving" else "suspected"
     said = next((record for record in read(run.events_file) if record["event"] == wanted), None)
+    return {"struck": struck, "said": said, "exit_code": process.returncode, "errors": errors}
+
+
+def judged(case: Case, seen: dict[str, Any]) -> dict[str, Any]:
+    """Judge what was said of a case."""
+    struck, said = seen["struck"], seen["said"]
     line = said["line"] if said else ""
     return {
         "case": case.name,
         "rank": struck["rank"],
-        "line": line or errors[-400:],
-        "named": bool(said) and said["rank"] == struck["rank"] and _tells_where(case, struck["rank"], line),
+        "host": struck["host"],
+        "line": line or seen["errors"][-400:],
+        "named": bool(said) and said["rank"] == struck["rank"] and _tells_where(case, struck, line),
         "seconds": round(said["time"] - struck["time"], 1) if said else None,
-        "exit_code": process.returncode,
+        "exit_code": seen["exit_code"],
     }
 
 
-def _tells_where(case: Case, rank: int, line: str) -> bool:
-    culprit = line.partition(f"rank {rank} on ")[2].partition(";")[0]
+def _tells_where(case: Case, struck: dict[str, Any], line: str) -> bool:
+    if case.kind == "agent":
+        then = "its ranks cannot start" if case.place == "importing" else "the ranks go on"
+        return f"the agent on {struck['host']} is stopped (SIGSTOP) for " in line and then in line
+    culprit = line.partition(f"rank {struck['rank']} on {struck['host']} ")[2].partition(";")[0]
     if case.kind == "stop":
         return "is stopped (SIGSTOP)" in culprit
     return {"data": "is in the loader", "saving": "is writing __"}.get(
@@ -151,6 +183,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
+    from tests.benchmarks.hangs_on_nodes import Nodes
     from tests.training.runs import causal_data, model_directory
 
     parser = argparse.ArgumentParser(
@@ -161,23 +194,31 @@ def main() -> None:
     )
     parser.add_argument("--only", default="0:60", help="which cases, as FIRST:END")
     parser.add_argument("--seconds", type=float, default=5.0, help="cluster.hang_after")
+    parser.add_argument("--nodes", action="store_true", help="on the nodes of a Slurm cluster")
     options = parser.parse_args()
     first, end = (int(number) for number in options.only.split(":"))
+    wanted = (cases_on_nodes() if options.nodes else cases())[first:end]
     done = (
         [json.loads(line) for line in options.results.read_text(encoding="utf-8").splitlines()]
         if options.results.exists()
         else []
     )
-    with tempfile.TemporaryDirectory() as scratch:
-        os.environ.setdefault("XDG_STATE_HOME", scratch)
-        model, data = (
-            model_directory(Path(scratch) / "model"),
-            causal_data(Path(scratch) / "data", packing=False),
-        )
-        for number, case in enumerate(cases()[first:end]):
+    with contextlib.ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hangs")))
+        os.environ.setdefault("XDG_STATE_HOME", str(scratch))
+        if options.nodes:
+            nodes = stack.enter_context(Nodes.of(scratch, options.seconds))
+        else:
+            model, data = model_directory(scratch / "model"), causal_data(scratch / "data", packing=False)
+        for number, case in enumerate(wanted):
             if case.name in {one["case"] for one in done}:
                 continue
-            done.append(inject(case, model, data, Path(scratch) / str(number), options.seconds))
+            if options.nodes:
+                ranks = case.world_size // case.nodes
+                seen = nodes.strike(case.name, case.engine, case.fault, case.nodes, ranks)
+            else:
+                seen = inject(case, model, data, scratch / str(number), options.seconds)
+            done.append(judged(case, seen))
             print(json.dumps(done[-1]), flush=True)
             with options.results.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(done[-1]) + "\n")

@@ -3,34 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 from pathlib import Path
 
 from launcher.cli.display import Display
-from launcher.launch import local, supervisor, watchdog
+from launcher.launch import local, supervisor
 from launcher.launch.fork_server import VARIABLE as WARM_VARIABLE
 from launcher.planner.plan import Plan
 from launcher.runs.layout import RunDirectory
-from launcher.runs.seen import Seen
-
-
-def judge_the_struck_alone(struck: Path) -> None:
-    """Hold a rank for hanging only once the test has struck one, and the watch for watching all the time.
-
-    Else a machine that is busy for some seconds is a hang of its own, or begins the clocks anew.
-    """
-    look = watchdog.Judge.look
-
-    def judged(self: watchdog.Judge, now: float, ranks: list[Seen]) -> watchdog.Verdict:
-        verdict = look(self, now, ranks)
-        if not struck.exists():
-            self.suspected, verdict = False, ""
-        return verdict
-
-    watchdog.Judge.look = judged  # type: ignore[method-assign]
-    watchdog.GAP_SECONDS = math.inf
+from tests.distributed.judging import judge_the_struck_alone
 
 
 def main() -> int:
@@ -43,7 +25,7 @@ def main() -> int:
     options = parser.parse_args()
     supervisor.EXIT_SECONDS = options.exit_seconds
     if options.entry == "hanging":
-        judge_the_struck_alone(options.run / "struck.json")
+        judge_the_struck_alone(options.run)
     if options.entry == "imitation":  # it trains nothing: the agent's own import does for its ranks too
         os.environ.setdefault(WARM_VARIABLE, "torch.distributed")
     run = RunDirectory(options.run)

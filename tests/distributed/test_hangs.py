@@ -6,8 +6,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,56 +14,20 @@ import pytest
 
 from launcher.errors import HungError
 from launcher.runs import events
-from launcher.runs.layout import RunDirectory
-from launcher.runs.processes import alive
 from launcher.runs.seen import ranks_of
 from launcher.runs.status import read_status
+from tests.distributed.hanging_runs import SECONDS, finish, launch, make_run
+from tests.distributed.judging import STRUCK
 from tests.training.plans import deepspeed
-from tests.training.runs import causal_data, model_directory, named, new_run, plan_for
+from tests.training.runs import causal_data, model_directory, named
 
 pytestmark = pytest.mark.slow
-
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-SECONDS = 8.0
-"""For every phase; before a rank is struck, however long a busy machine leaves one waiting, nobody is judged."""
 
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("hangs")
     return model_directory(folder / "model"), causal_data(folder / "data", packing=False)
-
-
-def make_run(
-    path: Path, material: tuple[Path, dict[str, Any]], fault: dict[str, Any], **changes: Any
-) -> RunDirectory:
-    model, data = material
-    usual: dict[str, Any] = {
-        "num_steps": 12,
-        "hang_after": SECONDS,
-        "evaluate_every": {"value": 6, "unit": "steps"},
-    }
-    run = new_run(path / "run", plan_for(model, data, 2, **(usual | changes)))
-    (run.path / "fault.json").write_text(json.dumps(fault))
-    return run
-
-
-def launch(run: RunDirectory) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1"}
-    environment["XDG_CACHE_HOME"] = str(run.path.parent / "cache")
-    command = [sys.executable, str(HERE / "local_runner.py"), str(run.path), "--entry", "hanging"]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-
-
-def finish(run: RunDirectory, process: subprocess.Popen[str], seconds: float = 600) -> tuple[int, str]:
-    try:
-        _, errors = process.communicate(timeout=seconds)
-    finally:
-        process.kill()
-    pids = [json.loads(path.read_text())["pid"] for path in run.attempts.glob("*/rank-*.json")]
-    assert not any(alive(pid) for pid in pids), "no rank outlives the launcher"
-    return process.returncode, errors
 
 
 CASES = [
@@ -118,7 +80,7 @@ def test_a_hang_is_named(
 ) -> None:
     run = make_run(tmp_path, material, fault, **changes)
     code, errors = finish(run, launch(run))
-    struck = json.loads((run.path / "struck.json").read_text())
+    struck = json.loads((run.attempt(1) / STRUCK).read_text())
     [said] = named(run, "suspected")
     rank = struck["rank"]
     assert f"rank {rank} on {os.uname().nodename} {words.format(other=1 - rank)}" in said["line"], errors
@@ -195,3 +157,32 @@ def test_a_save_that_hangs_is_named_and_given_up(
     assert not named(run, "suspected")
     saved = [record["step"] for record in named(run, "saved")]
     assert 4 not in saved and saved[-1] == 600 and all(step > failed[-1]["step"] for step in saved)
+
+
+@pytest.mark.very_slow
+def test_a_stopped_agent_is_named_and_its_ranks_go_on(
+    tmp_path: Path, material: tuple[Path, dict[str, Any]]
+) -> None:
+    fault = {"place": "forward", "kind": "agent", "rank": 1, "step": 2}
+    run = make_run(tmp_path, material, fault, num_steps=200, hang_after=4.0, evaluate_every=None)
+    code, errors = finish(run, launch(run, "--exit-seconds", "5"))
+    [said] = named(run, "suspected")
+    host = os.uname().nodename
+    assert said["line"].startswith(f"the agent on {host} is stopped (SIGSTOP) for "), said
+    assert said["line"].endswith("the ranks go on, and one that ends is not noticed there")
+    assert said["line"] in errors and said["rank"] == -1 and said["stacks"] == ""
+    assert code == 0 and run.finished, errors
+
+
+@pytest.mark.very_slow
+def test_an_agent_that_is_stopped_before_it_has_a_rank_ends_the_run(
+    tmp_path: Path, material: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LAUNCHER_WARM", "hanging")
+    run = make_run(tmp_path, material, {"place": "importing", "kind": "agent"}, hang_after=4.0)
+    code, errors = finish(run, launch(run))
+    line = f"the agent on {os.uname().nodename} is stopped (SIGSTOP) for "
+    assert code == HungError.exit_code and errors.count(line) == 2, errors
+    assert "its ranks cannot start" in named(run, "suspected")[0]["line"]
+    failure = json.loads((run.attempt(1) / "failure.json").read_text())
+    assert (failure["failure_class"], failure["rank"]) == ("hung", -1)

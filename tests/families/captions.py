@@ -15,6 +15,7 @@ from launcher.tasks.image_to_text import ImageToText
 from launcher.tasks.task import Sample
 from launcher.tasks.writing import as_bytes
 from tests.families import tiny
+from tests.families.image_chats import SIZES as CHATS
 from tests.families.numbers import Numbers, measured, tried
 
 TYPE = "vision-encoder-decoder"
@@ -85,6 +86,8 @@ def unable(model_type: str) -> str | None:
     """Why a type is refused without being tried; None for one that is tried."""
     if model_type.partition("+")[0] == TYPE:
         return None
+    if model_type in CHATS:
+        return "what it reads beside an image is a chat, as the task image-text-to-text has it"
     return OTHERS.get(model_type, _OF_CHATS) + CURE
 
 

@@ -25,6 +25,7 @@ from tests.families.captions import captions_of
 from tests.families.causal import causal_lm
 from tests.families.classifiers import classification_of
 from tests.families.encoders import KINDS, found_of
+from tests.families.image_chats import image_chats_of
 from tests.families.images import images_of
 from tests.families.numbers import message
 from tests.families.special import UNABLE, VARIANTS
@@ -40,6 +41,7 @@ TASKS: dict[str, Callable[[str], dict[str, Any]]] = {
     tiny.AUDIO_CLASSIFICATION: audio_of,
     tiny.SPEECH_RECOGNITION: speech_of,
     tiny.IMAGE_TO_TEXT: captions_of,
+    tiny.IMAGE_TEXT_TO_TEXT: image_chats_of,
     **{task: functools.partial(found_of, task) for task in KINDS},
 }
 NAMES = {
@@ -55,6 +57,7 @@ NAMES = {
         **modeling_auto.MODEL_FOR_CTC_MAPPING_NAMES,
     },
     tiny.IMAGE_TO_TEXT: modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    tiny.IMAGE_TEXT_TO_TEXT: modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     tiny.SEQUENCE_TO_SEQUENCE: modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 }
 

@@ -21,6 +21,7 @@ from tests.families.tiny import (
     AUDIO_CLASSIFICATION,
     CAUSAL_LM,
     IMAGE_CLASSIFICATION,
+    IMAGE_TEXT_TO_TEXT,
     IMAGE_TO_TEXT,
     MASKED_LM,
     QUESTION_ANSWERING,
@@ -44,7 +45,7 @@ def table_of(raw: dict[str, Any]) -> dict[str, Any]:
     entries = {
         CAUSAL_LM: _causal,
         SEQUENCE_CLASSIFICATION: _classifier,
-        **dict.fromkeys((*KINDS, IMAGE_CLASSIFICATION), _other),
+        **dict.fromkeys((*KINDS, IMAGE_CLASSIFICATION, IMAGE_TEXT_TO_TEXT), _other),
     }
     for task, entry in entries.items():
         made[task] = {kind: entry(found) for kind, found in sorted(raw[task].items()) if "+" not in kind}
@@ -149,6 +150,7 @@ def page_of(table: dict[str, Any]) -> str:
         _section("Classifiers of images", table[IMAGE_CLASSIFICATION]),
         _section("Images to text", table[IMAGE_TO_TEXT], "chunked"),
         _parts_of_images(table[IMAGE_TO_TEXT]["vision-encoder-decoder"]["parts"]),
+        _section("Chats with images", table[IMAGE_TEXT_TO_TEXT], "chunked"),
         _section("Classifiers of sounds", table[AUDIO_CLASSIFICATION]),
         _more_of_sounds(table[AUDIO_CLASSIFICATION]),
         _section("Speech recognition", table[SPEECH_RECOGNITION]),

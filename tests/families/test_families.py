@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from launcher.planner.model.model_support import read_table, support
-from tests.families import audio, captions, images, speech, tiny
+from tests.families import audio, captions, image_chats, images, speech, tiny
 from tests.families.causal import causal_lm
 from tests.families.layouts import LENGTHS
 from tests.families.numbers import is_ok
@@ -23,6 +23,7 @@ from tests.families.tiny import (
     AUDIO_CLASSIFICATION,
     CAUSAL_LM,
     IMAGE_CLASSIFICATION,
+    IMAGE_TEXT_TO_TEXT,
     IMAGE_TO_TEXT,
     MASKED_LM,
     QUESTION_ANSWERING,
@@ -99,6 +100,8 @@ def test_ten_at_random_have_their_own_loss() -> None:
             config = speech.config_of(model_type)
         elif task == IMAGE_TO_TEXT:
             config = captions.config_of(model_type)
+        elif task == IMAGE_TEXT_TO_TEXT:
+            config = image_chats.config_of(model_type)
         else:
             config = tiny.config_of(model_type, task, 0.0)
         known = support(task, config.to_dict(), max_length=max(LENGTHS))
@@ -142,6 +145,18 @@ def test_both_parts_of_a_model_decide_its_attention(encoder: str, decoder: str, 
     known = support(IMAGE_TO_TEXT, {**config, "decoder": {"model_type": decoder}})
     assert [way.attention for way in known.ways] == attention
     assert support(IMAGE_TO_TEXT, {"model_type": captions.TYPE}).ways[0].attention == "sdpa"
+
+
+def test_types_that_chat_about_images_are_known_and_others_refused_by_name() -> None:
+    for model_type in image_chats.SIZES:
+        known = support(IMAGE_TEXT_TO_TEXT, {"model_type": model_type})
+        assert [way.attention for way in known.ways] == ["sdpa", "eager"]
+        refused = support(IMAGE_TO_TEXT, {"model_type": model_type}).refused
+        assert refused == "what it reads beside an image is a chat, as the task image-text-to-text has it"
+    others = support(IMAGE_TEXT_TO_TEXT, {"model_type": "mllama"})
+    assert not others.ways and others.refused.startswith("launcher has not tried it with chats; types that")
+    alone = support(IMAGE_TEXT_TO_TEXT, {"model_type": captions.TYPE}).refused
+    assert alone == "it writes about an image alone, as the task image-to-text has it"
 
 
 @pytest.mark.slow
@@ -189,6 +204,8 @@ def test_the_numbers_are_there_for_every_type() -> None:
         unable = {name for of, name in UNABLE if of == task}
         if task == SPEECH_RECOGNITION:
             unable = {name for name in NAMES[task] if speech.unable(name) is not None}
+        if task == IMAGE_TEXT_TO_TEXT:
+            unable = {name for name in NAMES[task] if image_chats.unable(name) is not None}
         if task == IMAGE_TO_TEXT:
             unable = set(NAMES[task]) - {captions.TYPE}
         assert unknown == unable

@@ -29,6 +29,7 @@ IMAGE_CLASSIFICATION = "image-classification"
 AUDIO_CLASSIFICATION = "audio-classification"
 SPEECH_RECOGNITION = "speech-recognition"
 IMAGE_TO_TEXT = "image-to-text"
+IMAGE_TEXT_TO_TEXT = "image-text-to-text"
 _AUTO = {
     IMAGE_CLASSIFICATION: AutoModelForImageClassification,
     CAUSAL_LM: AutoModelForCausalLM,

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoConfig
 
 from launcher.errors import ConfigurationError
@@ -18,6 +19,7 @@ from launcher.planner.plan import Plan
 from launcher.render.deepspeed import config as deepspeed_config
 from launcher.training.checkpoint.export import export
 from launcher.training.engines import build
+from launcher.training.engines.deepspeed_setup import without_hooks
 from launcher.training.engines.operators import build_operators
 from launcher.training.engines.unshard import cut_rows
 from launcher.training.model import attention
@@ -298,3 +300,14 @@ def test_only_the_third_stage_has_linear_layers_let_go_of_their_matrix(stage: in
     theirs = torch.nn.Linear.forward.__module__
     # DeepSpeed wraps what is called in functions of its own; which of ours lies below decides.
     assert (theirs in found) is (stage == 2) and ("launcher.training.engines.linear" in found) is (stage == 3)
+
+
+def test_hooks_that_are_made_while_deepspeeds_are_away_stay() -> None:
+    """As transformers makes them in a model's first pass."""
+    model, theirs, own = nn.Linear(1, 1), lambda *_: None, lambda *_: None
+    theirs.__module__ = "deepspeed.runtime.zero"
+    model.register_forward_hook(theirs)
+    with without_hooks(model):
+        assert not model._forward_hooks
+        model.register_forward_hook(own)
+    assert list(model._forward_hooks.values()) == [theirs, own]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from launcher.errors import OutOfMemoryError
 from launcher.runs.error_class import classify
 from launcher.runs.layout import RunDirectory
 from launcher.runs.status import newest_checkpoint
+from launcher.training import rank, rescue, step_totals
 from launcher.training.signals import StopRequest
 from tests.training.plans import deepspeed
 from tests.training.runs import (
@@ -115,6 +119,28 @@ def test_nothing_is_saved_twice_and_the_first_step_is_left_to_advice(
     assert [record["step"] for record in named(run, "saved")] == [2, 4]
 
 
+def short_of_memory_once_told(step: int, rank: int, stop: StopRequest | None = None) -> None:
+    """A hook: rank 1 runs out of memory when it has told the others its sums, after so many steps."""
+    add_up = step_totals.add_up
+    told = itertools.count(1)
+
+    def failing(*arguments: Any) -> Any:
+        totals = add_up(*arguments)
+        if rank == 1 and next(told) == step:
+            raise MemoryError
+        return totals
+
+    step_totals.add_up = failing
+
+
+def test_who_has_told_its_sums_calls_nobody(tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
+    """The others take the update: they would be waited for, and would wait in the next pass."""
+    run = new_run(tmp_path / "run", plan_for(model, unpacked(data), 2, 8))
+    (run.attempt(1)).mkdir(parents=True)
+    run_out(start(run, 2, functools.partial(short_of_memory_once_told, 3)))
+    assert not (run.attempt(1) / rescue.CALL).exists() and newest_checkpoint(run) is None
+
+
 def job_of(path: Path, model: Path, data: dict[str, Any], micro: int) -> Path:
     job = {
         "name": "short",
@@ -189,3 +215,37 @@ def test_what_was_not_saved_is_not_cut(tmp_path: Path, model: Path, data: dict[s
     run.checkpoint(2).mkdir(parents=True)
     (run.checkpoint(2) / "manifest.json").write_text("{}")
     assert cut(run) is None
+
+
+def test_a_rank_that_nobody_comes_to_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one that has told the others its sums calls nobody."""
+    monkeypatch.setattr(rescue, "_SECONDS_TO_ARRIVE", 0.2)
+    monkeypatch.setattr(rescue, "_LOOK_SECONDS", 0.05)
+    came, calls = threading.Event(), tmp_path / rescue.CALL
+
+    def save() -> None:
+        came.wait(60)
+
+    one = rescue.Rescue(tmp_path, torch.device("cpu"), 2, save, lambda seconds: None)
+    for told in (True, False):
+        began = time.monotonic()
+        with pytest.raises(MemoryError), one.passes(3, is_saved=False):
+            if told:
+                one.over()
+            raise MemoryError
+        assert calls.exists() != told and time.monotonic() - began < 30
+    came.set()
+
+
+def test_a_rank_without_memory_to_say_so_ends_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[int] = []
+    monkeypatch.setattr(rank, "leave", lambda code, part=True: left.append(code))
+
+    def short(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(rank.failure, "of", short)
+    rank.Rank(RunDirectory(tmp_path), 1).fail(MemoryError())
+    assert left == [OutOfMemoryError.exit_code]

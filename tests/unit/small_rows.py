@@ -33,7 +33,7 @@ def _value(folder: Path, role: str, way: tuple[str, ...], row: int) -> Any:
         "prompt": f"What is the sum of {row} and 1?",
         "completion": f"The sum of both is {row + 1}.",
         "messages": [
-            {"role": "user", "content": f"{row}?"},
+            {"role": "user", "content": f"{'<image> ' * ('images' in way)}{row}?"},
             {"role": "assistant", "content": f"Yes, {row}."},
         ],
         "words": ["John", "lives", "in", f"Town{row}"],
@@ -45,9 +45,10 @@ def _value(folder: Path, role: str, way: tuple[str, ...], row: int) -> Any:
         "source": f"town number {row} in words",
         "target": f"the town that has the number {row}",
         "image": f"{row}.png",
+        "images": [f"{row}.png"],
         "audio": f"{row}.wav",
     }
-    if role == "image":
+    if role in ("image", "images"):
         (folder / f"{row}.png").write_bytes(_PNG)
     if role == "audio":
         with wave.open(str(folder / f"{row}.wav"), "wb") as file:

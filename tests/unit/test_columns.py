@@ -47,6 +47,7 @@ SQUAD = {
         ([["DET", "NOUN"]] * 5, Kind.TAGS),
         (["['a', 'b']", "['c', 'd']"], Kind.WORDS),
         ([[{"role": "user", "content": "a"}]], Kind.MESSAGES),
+        ([[{"role": "user", "content": [{"type": "image", "image": "a.png"}]}]], Kind.IMAGE_MESSAGES),
         ([{"text": ["a"], "answer_start": [0]}], Kind.ANSWERS),
         ([[{"text": "a", "answer_start": 0}]], Kind.ANSWERS),
         ([[{"start": 0, "end": 1, "label": "a"}]], Kind.SPANS),

@@ -16,7 +16,13 @@ from launcher.planner.search import plan_job
 EXAMPLES = sorted((Path(__file__).parents[2] / "docs" / "examples").rglob("*.yaml"))
 
 
-OF_ONE_WORD = {"relatedness": "3.5", "answers": {"text": ["word"], "answer_start": [0]}}
+CHAT = [{"role": role, "content": "word"} for role in ("user", "assistant")]
+OF_ONE_WORD = {
+    "relatedness": "3.5",
+    "answers": {"text": ["word"], "answer_start": [0]},
+    "messages": CHAT,
+    "images": [],
+}
 """Columns that hold no text, in a row whose text is one word."""
 
 

@@ -27,7 +27,7 @@ from launcher.runs.events import read
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.places import Page, Whereabouts
 from launcher.runs.processes import STACKS_SIGNAL
-from launcher.runs.seen import Seen, publish, published, ranks_of
+from launcher.runs.seen import Published, Seen, publish, published, ranks_of
 
 RANK = """
 import faulthandler, json, sys, time
@@ -140,9 +140,9 @@ def test_without_memfd_there_is_a_file_without_a_name(monkeypatch: pytest.Monkey
 
 def test_what_is_published_is_read_or_passed_over(tmp_path: Path) -> None:
     seen = [Seen(rank, "n1", 7, "forward", step=12) for rank in (2, 0)]
-    publish(tmp_path / "ranks-1.json", seen, 4)
-    publish(tmp_path / "ranks-1.json", seen, 5)
-    assert published(tmp_path / "ranks-1.json") == (5, seen)
+    publish(tmp_path / "ranks-1.json", Published(4, seen))
+    publish(tmp_path / "ranks-1.json", Published(5, seen))
+    assert published(tmp_path / "ranks-1.json") == Published(5, seen)
     (tmp_path / "ranks-0.json").write_text('{"number": 1, "ranks": [{"rank": 1')
     assert published(tmp_path / "ranks-0.json") is None and published(tmp_path / "none") is None
     assert [one.rank for one in ranks_of(tmp_path)] == [0, 2]
@@ -294,6 +294,29 @@ def test_two_nodes_watch_and_the_first_one_judges(
     assert suspected["line"] in lines[0] and [one["state"] for one in suspected["ranks"]] == ["S", "T"]
     assert "in all_gather" in (run.attempt(1) / "stacks-1.txt").read_text()
     assert "it writes no stack" in (run.attempt(1) / "stacks-1-node-1.txt").read_text()
+
+
+def test_a_stopped_agent_of_another_node_is_named_by_the_first(
+    start: Callable[[RunDirectory, int], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watchdog, "GAP_SECONDS", math.inf)
+    monkeypatch.setattr(hangs_module, "_UNHEARD_SECONDS", math.inf)
+    run = RunDirectory(tmp_path)
+    run.attempt(1).mkdir(parents=True)
+    watches = [Hangs(run, 1, {}, hang_after=2.0, node=node, nodes=2) for node in (0, 1)]
+    with subprocess.Popen(["sleep", "600"]) as agent:
+        try:
+            for number, watch in enumerate(watches):
+                watch._host, watch.agent_pid = f"n{number + 1}", agent.pid if number else os.getpid()
+            os.kill(agent.pid, signal.SIGSTOP)
+            lines = watched(run, watches, lambda _: watches[0].failure is not None)
+        finally:
+            agent.kill()
+    failure = watches[0].failure
+    assert failure is not None and (failure.rank, failure.host, failure.pid) == (-1, "n2", agent.pid)
+    assert len(lines) == 1 and lines[0].startswith("the agent on n2 is stopped (SIGSTOP) for ")
+    content = published(run.attempt(1) / "ranks-1.json")
+    assert content is not None and content.agent is not None and content.agent.stopped_seconds > 2
 
 
 def test_a_run_directory_that_does_not_answer_stops_no_watch(

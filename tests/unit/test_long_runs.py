@@ -3,6 +3,7 @@ same as reading everything."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import random
@@ -128,6 +129,27 @@ def test_a_million_steps_cost_no_more(tmp_path: Path) -> None:
     check_costs(run, sweep_over(run, tmp_path / "sweep"), first=2_500_000, memory=20 << 20)
 
 
+def test_of_what_was_not_kept_few_lines_are_looked_at(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a million steps are summed up in some 0.6 s of a core (bench_long_runs.py)."""
+    long, run = RunDirectory(folder / "long"), RunDirectory(tmp_path)
+    for file in (long.metrics_file, long.events_file):
+        (tmp_path / file.name).symlink_to(file)
+    numbers = []
+    for fold in (Curve, Totals):
+        looked_at = []
+        take = fold.take
+        monkeypatch.setattr(
+            fold, "take", lambda self, line, take=take, at=looked_at: (at.append(line), take(self, line))[1]
+        )
+        known, fresh = fold(long).refresh().state, fold(run).refresh().state
+        assert fresh == known
+        numbers.append(len(looked_at))
+    # Of the steps all until 8 are thinned to one; of the events those of the evaluations.
+    assert numbers[0] < 0.25 * NUM_STEPS and numbers[1] < 0.8 * len(long.events_file.read_text().splitlines())
+
+
 def test_a_run_from_before_anything_was_kept_is_read_once_in_blocks(tmp_path: Path) -> None:
     run = long_run(tmp_path / "long", NUM_STEPS, kept=False)
     watched = Watched(run)
@@ -225,6 +247,43 @@ def test_crashes_steps_run_again_and_keeping_at_any_time_change_nothing(seed: in
     best = min(((record["metrics"]["loss"], record["step"]) for record in measured), default=(None, None))
     last = measured[-1]["metrics"]["loss"] if measured else None
     assert Totals(run).refresh().measured("loss", lower=True) == (last, *best)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_blocks_of_lines_come_to_what_their_lines_come_to(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a long file most lines are not looked at: runs with crashes, lines that are cut, lost or of evaluations."""
+    monkeypatch.setattr("launcher.runs.curve.MOST_POINTS", 20)
+    monkeypatch.setattr("launcher.runs.tail._BLOCK", 6000)
+    draw, run, reached = random.Random(seed), RunDirectory(tmp_path), 0
+    looked_at: list[bytes] = []
+    take = Curve.take
+    monkeypatch.setattr(Curve, "take", lambda self, line: (looked_at.append(line), take(self, line))[1])
+    lines: list[str] = []
+    for attempt in range(1, 5):
+        steps = range(reached + 1, reached + draw.randrange(200, 1500))
+        for step in steps:
+            if draw.random() < 0.002:
+                continue  # lost
+            lines.append(step_line(step, attempt, total=draw.random() < 0.9))
+            if step % 97 == 0:
+                lines.append(
+                    json.dumps({"kind": "evaluation", "step": step, "metrics": {"loss": 1.0}}) + "\n"
+                )
+        lines.append(
+            step_line(step + 1, attempt)[: draw.randrange(1, 250)]
+        )  # torn: the next line stands behind it
+        write_events(run, events_of(steps, attempt))
+        reached = draw.randrange(max(1, reached - 50), step + 1)
+    run.metrics_file.write_text("".join(lines))
+    curve, totals = Curve(run).refresh(), Totals(run).refresh()
+    assert len(looked_at) < 0.8 * len(lines)
+    for fold in (Curve(run), Totals(run)):
+        for line in fold._tail.lines():
+            with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
+                fold.take(line)
+        assert fold.state == (curve if isinstance(fold, Curve) else totals).state
 
 
 def test_a_step_that_is_run_again_takes_the_later_ones_of_a_thinned_curve(tmp_path: Path) -> None:

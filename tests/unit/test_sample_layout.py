@@ -43,7 +43,7 @@ def test_auto_takes_a_way_that_is_right(kind: str, way: tuple[str, str, str]) ->
 
 def test_every_entry_of_the_table_has_a_way_or_a_reason() -> None:
     table = read_table()
-    for task in tasks.TASKS:
+    for task in set(tasks.TASKS) - {"multi-task"}:  # which has the ways that its tasks have in common
         for kind, entry in table[task].items():
             known = support(task, {"model_type": kind})
             assert bool(known.ways) != bool(known.refused), (task, kind)

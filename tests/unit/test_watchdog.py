@@ -11,9 +11,9 @@ import pytest
 
 from launcher.launch import culprit
 from launcher.launch.sight import Sight
-from launcher.launch.watchdog import HangAfter, Judge, Stillness, stalled_saves
+from launcher.launch.watchdog import HangAfter, Judge, Stillness, Stoppage, stalled_saves
 from launcher.runs.places import Place
-from launcher.runs.seen import Seen
+from launcher.runs.seen import Seen, SeenAgent
 
 LOOK = 2.0
 HOUR = 3600.0
@@ -394,6 +394,83 @@ def test_a_node_that_is_not_heard_of_is_named() -> None:
         guilty.rank == 1
         and "rank 1 on n2 has not been heard of: its node does not answer; rank 0 waits in all_gather" in line
     )
+
+
+def agent(host: str, stopped: float, has_ranks: bool = True) -> SeenAgent:
+    return SeenAgent(host, 7, stopped, has_ranks)
+
+
+def test_a_stopped_agent_is_suspected_and_its_ranks_go_on() -> None:
+    judge, moving = Judge(), [seen(0, still_seconds=0.2), seen(1, still_seconds=0.2)]
+    verdicts = [judge.look(now, moving, [agent("n2", now)] if now < 90 else []) for now in range(8, 92, 2)]
+    assert [verdict for verdict in verdicts if verdict] == ["suspected", "recovered"]
+    assert verdicts[1] == "suspected", "after ten seconds"
+    still = [seen(0, still_seconds=130.0), seen(1, still_seconds=130.0)]
+    judge = Judge()
+    assert judge.look(100, moving, [agent("n2", 20.0)]) == "suspected" and judge.is_of_agent
+    assert judge.look(102, still, [agent("n2", 22.0)]) == "suspected" and not judge.is_of_agent
+    judge = Judge("off")
+    assert judge.look(100, moving, [agent("n2", 90.0)]) == ""
+
+
+@pytest.mark.parametrize("ranks", [[], [seen(0, "loading", phase="start", still_seconds=0.5)]])
+def test_an_agent_without_ranks_that_is_stopped_ends_the_run(ranks: list[Seen]) -> None:
+    judge = Judge()
+    verdicts = {now: judge.look(now, ranks, [agent("n2", now, False)]) for now in range(2, 70, 2)}
+    assert {now: verdict for now, verdict in verdicts.items() if verdict} == {
+        10: "suspected",
+        **dict.fromkeys(range(60, 70, 2), "hung"),
+    }
+
+
+def test_a_stoppage_is_none_under_a_debugger_and_begins_anew_after_a_pause() -> None:
+    stoppage = Stoppage()
+    assert [stoppage.look(now, Sight("T")) for now in (1.0, 3.0, 5.0)] == [0.0, 2.0, 4.0]
+    assert stoppage.look(60.0, Sight("T")) == 0.0 and stoppage.look(62.0, Sight("T")) == 2.0
+    assert stoppage.look(64.0, Sight("T", traced=True)) == 0.0
+    assert stoppage.look(66.0, Sight("S")) == 0.0 and stoppage.look(68.0, Sight("T")) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("ranks", "agents", "is_of_agent", "said", "rank"),
+    [
+        (
+            [seen(0), seen(1)],
+            [agent("n2", 12)],
+            True,
+            "the agent on n2 is stopped (SIGSTOP) for 12 s; the ranks go on, and one that ends is not noticed "
+            "there",
+            -1,
+        ),
+        (
+            [],
+            [agent("n1", 12, False)],
+            True,
+            "the agent on n1 is stopped (SIGSTOP) for 12 s; its ranks cannot start",
+            -1,
+        ),
+        (
+            [seen(0, "loading", phase="start", waits_in="broadcast")],
+            [agent("n2", 12, False)],
+            False,
+            "the agent on n2 is stopped (SIGSTOP) for 12 s; its ranks cannot start; rank 0 waits in broadcast",
+            -1,
+        ),
+        (
+            [seen(0, waits_in="all_gather"), seen(1, state="T", state_seconds=12)],
+            [agent("n2", 12)],
+            False,
+            "no step for 12 s after step 12 (a step takes 0.3 s): rank 1 on n2 is stopped (SIGSTOP); rank 0 waits in "
+            "all_gather; the agent on n2 is stopped (SIGSTOP)",
+            1,
+        ),
+    ],
+)
+def test_a_stopped_agent_is_named(
+    ranks: list[Seen], agents: list[SeenAgent], is_of_agent: bool, said: str, rank: int
+) -> None:
+    line, guilty = culprit.name(ranks, 12.2, 0.3, (), agents, is_of_agent)
+    assert (line, guilty.rank) == (said, rank)
 
 
 def test_a_thousand_ranks_are_one_line() -> None:

@@ -17,7 +17,7 @@ from launcher.planner.dataset.usable_rows import changed as changed_at
 from launcher.planner.dataset.usable_rows import sample_of
 from launcher.planner.model.model_config import locate
 from launcher.planner.plan import BatchPlan, Plan
-from launcher.tasks.mixed import data_of
+from launcher.tasks.mixed import data_of, of_one_task
 
 _MOST_LENGTHS = 1024
 """Lengths that stand for an epoch of several sources."""
@@ -116,7 +116,8 @@ def _all_looked(source: Source, data: Data, model: str, task: str) -> Items | st
         return _looked(source, data, model, task, changed_at(source))
     every: list[Items] = []
     for one in source.sources:
-        items = _looked(one, data_of(task, data, one), model, task, changed_at(one))
+        kind, _ = of_one_task(task, data, one)
+        items = _looked(one, data_of(task, data, one), model, kind, changed_at(one))
         if isinstance(items, str):
             return items
         every.append(items)

@@ -17,7 +17,7 @@ from launcher.job.schema import Job
 from launcher.planner.dataset.findings import Findings
 from launcher.planner.dataset.token_lengths import texts_or_problem
 from launcher.tasks import media
-from launcher.tasks.mixed import data_of
+from launcher.tasks.mixed import data_of, of_one_task
 from launcher.tasks.task import Task
 
 _FILES = 256
@@ -60,7 +60,8 @@ def look_at_rows(job: Job) -> Findings:
         for number, source in enumerate(given.parts if given is not None else ()):
             own = task
             if given is not None and given.sources:
-                own = tasks.find(task.name)(data_of(task.name, job.data, source))
+                kind, _ = of_one_task(task.name, job.data, source)
+                own = tasks.find(kind)(data_of(task.name, job.data, source))
                 own.evaluation = task.evaluation
             if given is not None and source.path is not None:
                 looks.append(_of_source(given.key(role, number), source, own))

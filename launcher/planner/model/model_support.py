@@ -10,6 +10,7 @@ docs/models.md shows it.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -122,6 +123,23 @@ def support(
     if tasks.find(task).traits.causal:
         known = _with_values(known, entry, values)
     return _with_positions(known, values, max_length)
+
+
+def support_of_tasks(
+    names: Sequence[str],
+    config: dict[str, Any] | None,
+    trust_remote_code: bool = False,
+    max_length: int = 0,
+    one_length: bool = False,
+) -> Support:
+    """Return the ways that are right of each of several tasks at once, as `support` has those of one."""
+    known = [support(name, config, trust_remote_code, max_length, one_length) for name in names]
+    refused = [one for one in known if not one.ways]
+    pairs = zip(names, known, strict=True)
+    doubtful = [one for name, one in pairs if one is untried(name) or one is unknown(name)]
+    if first := next(iter((*refused, *doubtful)), known[0] if len(known) == 1 else None):
+        return first
+    return Support(tuple(way for way in known[0].ways if all(way in one.ways for one in known)))
 
 
 def _both(ways: Any, entry: dict[str, Any], config: dict[str, Any]) -> Any:

@@ -12,7 +12,16 @@ from launcher.job.schema import Job, Model
 from launcher.job.script_job import OWN
 from launcher.planner.decider import Decider
 from launcher.planner.model.model_config import config_of
-from launcher.planner.model.model_support import Support, Way, choose, fitting, support, unknown, untried
+from launcher.planner.model.model_support import (
+    Support,
+    Way,
+    choose,
+    fitting,
+    support,
+    support_of_tasks,
+    unknown,
+    untried,
+)
 from launcher.tasks.distillation import Distillation
 
 _FLASH = "write sdpa or auto, which have no padding either"
@@ -90,7 +99,10 @@ def one_a_pass(job: Job) -> Job:
 
 def _support(job: Job) -> Support:
     model, data = job.model, job.data
-    return support(model.task, config_of(model), model.trust_remote_code, data.max_length, data.one_length)
+    names = tasks.names_of(model.task, data)
+    return support_of_tasks(
+        names, config_of(model), model.trust_remote_code, data.max_length, data.one_length
+    )
 
 
 def _write_down(decider: Decider, way: Way, known: Support) -> None:

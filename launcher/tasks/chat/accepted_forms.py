@@ -25,8 +25,11 @@ class AcceptedForms:
 
     def __init__(self, writer: Writer) -> None:
         self._writer = writer
-        self.wants_parts = functools.cache(self._find_wants_parts)
-        """Whether a template writes parts and drops a content that is text, as for models that see pictures."""
+        self._wants_parts = functools.cache(self._find_wants_parts)
+
+    def wants_parts(self, template: str) -> bool:
+        """Return whether a template writes parts and drops a content that is text, as for models that see."""
+        return self._wants_parts(template)
 
     def of(self, messages: list[Message], tools: Tools) -> list[Message]:
         """Return the messages as they are given, or the same in another form, where the template needs one."""

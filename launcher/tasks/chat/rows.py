@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from types import NoneType
 from typing import Any, TypeGuard
 
+from launcher.data.chat_files import is_image
 from launcher.data.rows import (
     BAD_VALUE,
     EMPTY,
@@ -84,9 +85,9 @@ def _check_content(message: dict[str, Any], number: int) -> None:
     if is_parts(content):
         if (bad := next((part for part in content if _text_of_part(part) is None), None)) is not None:
             kind = bad.get("type") if isinstance(bad, dict) else type(bad).__name__
-            raise RowProblem(
-                BAD_VALUE, f"message {number} has a part of type {kind!r}, and a causal LM reads text"
-            )
+            cure = "; model.task: image-text-to-text reads images" if is_image(bad) else ""
+            reason = f"message {number} has a part of type {kind!r}, and a causal LM reads text{cure}"
+            raise RowProblem(BAD_VALUE, reason)
     elif (
         not isinstance(content, (str, NoneType))
         and content != []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from launcher.data.rows import BAD_VALUE, EMPTY, RowProblem
 from launcher.errors import ConfigurationError, Problem
@@ -28,19 +28,30 @@ class Settings(Protocol):
     def date(self) -> str | None: ...
 
 
+class Forms(Protocol):
+    """Find the form of messages that a writer's templates take."""
+
+    def __init__(self, writer: Writer) -> None: ...
+    def wants_parts(self, template: str) -> bool: ...
+    def of(self, messages: list[Message], tools: Tools) -> list[Message]: ...
+
+
 class ChatTemplate:
     """A tokenizer's chat template, bound to the settings of a job. Raises ConfigurationError where it cannot
     serve them."""
 
+    writer_class: ClassVar[type[Writer]] = Writer
+    forms_class: ClassVar[type[Forms]] = AcceptedForms
+
     def __init__(self, tokenizer: Any, data: Settings) -> None:
         self._tokenizer, self._data = tokenizer, data
-        self._writer = Writer(tokenizer, data.date)
+        self._writer = self.writer_class(tokenizer, data.date)
         if data.tools is not None and not self._writer.takes_tools:
             value = data.tools if isinstance(data.tools, str) else None
             raise ConfigurationError(
                 Problem("data.tools", value, "the model's chat template writes no tools; leave it out")
             )
-        self._forms = AcceptedForms(self._writer)
+        self._forms = self.forms_class(self._writer)
         # White space that is a token, as Gemma has it, ends no turn.
         added = sorted(
             (str(token) for token in tokenizer.added_tokens_decoder.values() if str(token).strip()),

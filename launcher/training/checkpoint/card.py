@@ -101,6 +101,15 @@ class Card:
 
     def _loading(self) -> str:
         task = tasks.unprepared(self._plan)
+        if task.parts:
+            kinds = {name: part.auto_class.__name__ for name, part in task.parts.items()}
+            lines = [
+                f"from transformers import {', '.join(sorted({*kinds.values(), task.processor_class}))}",
+                "",
+            ]
+            lines += [f'model = {kind}.from_pretrained("DIRECTORY/{name}")' for name, kind in kinds.items()]
+            reader = f"{task.processor_class}.from_pretrained"
+            return "\n".join([*lines, f'tokenizer = {reader}("DIRECTORY/{next(iter(kinds))}")'])
         # Of a task with models of several Auto classes launcher has one of its own.
         kind = task.auto_class.__name__
         kind = kind if hasattr(transformers, kind) else self._config["architectures"][0]

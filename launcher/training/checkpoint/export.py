@@ -21,6 +21,7 @@ from launcher.runs.checkpoints import list_checkpoints, look, newest_valid, veri
 from launcher.runs.layout import RunDirectory, sync_directory
 from launcher.runs.sharing import set_umask
 from launcher.training.checkpoint.card import Card
+from launcher.training.checkpoint.one_head import OneHead, heads_of
 from launcher.training.checkpoint.reader import CheckpointReader
 from launcher.training.checkpoint.weights import (
     SAFETENSORS_NAMES,
@@ -62,9 +63,10 @@ def export(
     """Write the model of the newest whole checkpoint, or of `step`'s, as safetensors with config and
     tokenizer.
 
-    Of a run that trains adapters: the model with them added to its weights, or with `adapter` a directory
-    that peft loads. With `ema` the averages that the run kept of its weights; with `last` the mean of so many
-    of the newest whole checkpoints.
+    Of a run of several tasks: a directory for each, with the body and the head of that task. Of a run that
+    trains adapters: the model with them added to its weights, or with `adapter` a directory that peft loads.
+    With `ema` the averages that the run kept of its weights; with `last` the mean of so many of the newest
+    whole checkpoints.
 
     Raises ConfigurationError where `out` is in use, or there is no such adapter or average, CheckpointError
     where there is no whole checkpoint, StorageError where the disk does not take it. `out` appears at once and
@@ -80,24 +82,19 @@ def export(
     if last > 1:
         stored = Mean([Stored(CheckpointReader(one.directory), dtype) for one in _newest(run, last)])
     weights = _weights(run, stored, adapter)
-    # peft reads one file.
-    shards = [weights.entries()] if adapter else _shards(weights.entries(), max_shard_bytes)
+    places: dict[str, Weights] = {"": weights}
+    if tasks := heads_of(directory):
+        places = {task: OneHead(weights, directory, task) for task in tasks}
     plan = Plan.read(run.plan_file) if run.plan_file.is_file() else None
     set_umask(plan is not None and plan.share_with_group)
     temporary = out.with_name(f".{out.name}.export-{secrets.token_hex(4)}")
     try:
         temporary.mkdir(parents=True)
-        files = _write_shards(temporary, weights, shards, "adapter_model" if adapter else "model")
-        for inside in kept(directory):
-            if not adapter or inside.name not in _OF_A_MODEL:
-                (temporary / inside).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(directory / inside, temporary / inside)
-        if isinstance(weights, Alone):
-            weights.write_settings(temporary)
-        else:
-            _set_dtype(temporary / "config.json", shards)
-            if (evaluation := run.newest_evaluation(chosen.step)) is not None:
-                shutil.copyfile(evaluation, temporary / EVALUATION)
+        evaluation = run.newest_evaluation(chosen.step)
+        written = {
+            place: _write_model(temporary / place, own, directory, max_shard_bytes, evaluation)
+            for place, own in places.items()
+        }
         if plan is not None and plan.script is None:
             Card(run, plan, chosen.step, chosen.manifest.metrics if chosen.manifest else {}, adapter).write(
                 temporary
@@ -108,10 +105,38 @@ def export(
         raise StorageError(f"{out}: {error.strerror or error}; nothing was exported") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    entries = [entry for shard in shards for entry in shard]
+    entries = [entry for one, _ in written.values() for entry in one]
+    files = tuple(str(Path(place, name)) for place, (_, names) in written.items() for name in names)
     return Exported(
-        out, chosen.step, len(entries), sum(entry.num_bytes for entry in entries), tuple(files), rejected
+        out, chosen.step, len(entries), sum(entry.num_bytes for entry in entries), files, rejected
     )
+
+
+def _write_model(
+    target: Path, weights: Weights, directory: Path, max_shard_bytes: int, evaluation: Path | None
+) -> tuple[list[Entry], list[str]]:
+    """Write one model into a directory, with the files of `directory` that go with its weights; the tensors,
+    and the files that hold them."""
+    is_adapter = isinstance(weights, Alone)
+    # peft reads one file.
+    shards = [weights.entries()] if is_adapter else _shards(weights.entries(), max_shard_bytes)
+    target.mkdir(exist_ok=True)
+    files = _write_shards(target, weights, shards, "adapter_model" if is_adapter else "model")
+    for inside in kept(directory):
+        if not is_adapter or inside.name not in _OF_A_MODEL:
+            (target / inside).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(directory / inside, target / inside)
+    if isinstance(weights, Alone):
+        weights.write_settings(target)
+        return shards[0], files
+    if isinstance(weights, OneHead):
+        weights.write_config(target)
+    _set_dtype(target / "config.json", shards)
+    if evaluation is not None and isinstance(weights, OneHead):
+        weights.write_evaluation(evaluation, target)
+    elif evaluation is not None:
+        shutil.copyfile(evaluation, target / EVALUATION)
+    return [entry for shard in shards for entry in shard], files
 
 
 def choose(run: RunDirectory, step: int | None) -> tuple[StoredCheckpoint, tuple[StoredCheckpoint, ...]]:
@@ -166,6 +191,9 @@ def _weights(run: RunDirectory, stored: Stored, alone: bool) -> Weights:
             reason = "was asked for, and this run trains the model's own weights; leave it out"
             raise ConfigurationError(Problem("--adapter", run.path.name, reason))
         return stored
+    if alone and heads_of(run.path / "model"):
+        reason = "peft keeps an adapter beside one class, and this run has a head for each task; leave it out"
+        raise ConfigurationError(Problem("--adapter", run.path.name, reason))
     kind: type[Alone] | type[Merged] = Alone if alone else Merged
     return kind(plan, plan.model.adapter, stored, run.path / "model")
 

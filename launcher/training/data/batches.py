@@ -28,6 +28,8 @@ class StepBatch:
     """Their tokens."""
     num_supervised: int
     """Their supervised tokens (of a classification task: samples): what the loss is divided by."""
+    supervised_by_source: tuple[int, ...]
+    """The same of each source."""
     sample_ids: str
     """Hash of the global batch's sample ids in order; the same on any number of ranks."""
     items: np.ndarray
@@ -108,6 +110,9 @@ def cut(parts: Sequence[tuple[Dataset, np.ndarray]], batch: BatchPlan, rank: int
         num_samples=sum(dataset.num_samples_of(real) for dataset, real in parts),
         num_tokens=sum(dataset.num_tokens_of(real) for dataset, real in parts),
         num_supervised=sum(dataset.num_supervised(real) for dataset, real in parts),
+        supervised_by_source=tuple(
+            np.sum([dataset.num_supervised_by_source(real) for dataset, real in parts], axis=0).tolist()
+        ),
         sample_ids=xxhash.xxh3_64_hexdigest(np.ascontiguousarray(ids, dtype="<i8").tobytes()),
         items=indices,
     )

@@ -248,6 +248,10 @@ class Dataset:
         """Tokens of an item."""
         return int(self._item_lengths[index])
 
+    def num_supervised_by_source(self, indices: np.ndarray) -> np.ndarray:
+        """Return the same of each source, int64 [sources]."""
+        return np.array([self.num_supervised(indices)])
+
     def num_supervised(self, indices: Sequence[int] | np.ndarray) -> int:
         """Supervised tokens (of a classification task: samples) of these items."""
         return int(self._item_supervised[np.asarray(indices, dtype=np.int64)].sum())

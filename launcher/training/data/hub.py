@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from launcher.data.arrow import names_of_classes, no_column, there, with_names, without_nulls
-from launcher.data.folder import FileColumn
+from launcher.data.folder import PlacedColumn
 from launcher.data.rows import Read, required
 from launcher.data.section import Source
 from launcher.errors import DataError, first_line
@@ -31,7 +31,7 @@ def hub_rows(source: Source, columns: Sequence[str]) -> Read:
             raise no_column(source.name, column, loaded.column_names)
     chosen = loaded.select_columns(there(columns, loaded.column_names))
     for column in chosen.column_names:
-        if column in columns and any(isinstance(one, FileColumn) and one == column for one in columns):
+        if column in columns and any(isinstance(one, PlacedColumn) and one == column for one in columns):
             chosen = _undecoded(chosen, column)
     names = names_of_classes(chosen.features.to_dict())
     for number, row in enumerate(chosen, start=1):
@@ -41,4 +41,7 @@ def hub_rows(source: Source, columns: Sequence[str]) -> Read:
 def _undecoded(loaded: Any, column: str) -> Any:
     """Return the data set with the bytes of a column's files: launcher decodes them itself, and later."""
     feature = loaded.features[column]
+    inner: Any = getattr(feature, "feature", None)
+    if hasattr(inner, "decode"):  # a list of files
+        return loaded.cast_column(column, type(feature)(type(inner)(decode=False)))
     return loaded.cast_column(column, type(feature)(decode=False)) if hasattr(feature, "decode") else loaded

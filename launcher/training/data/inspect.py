@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from launcher.data.folder import FileColumn
+from launcher.data.folder import PlacedColumn
 from launcher.data.rows import Row, RowProblem
 from launcher.data.section import Source
 from launcher.data.streams import row_number
@@ -143,8 +143,8 @@ def _samples(
 def _place(row: Row, task: Task) -> dict[str, str]:
     """Return where the file of a row lies, where rows name files."""
     values = {} if isinstance(row.values, RowProblem) else row.values
-    names = [column for column in task.columns if isinstance(column, FileColumn)]
-    paths = [value for name in names if isinstance(value := values.get(name), str)]
+    names = [column for column in task.columns if isinstance(column, PlacedColumn)]
+    paths = [path for name in names for path in name.paths(values.get(name))]
     return {"path": paths[0]} if paths else {}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ import xxhash
 from launcher.data.mixture import in_an_epoch
 from launcher.data.section import Sources
 from launcher.planner.plan import Plan
+from launcher.tasks.multi_task import MultiTask
+from launcher.tasks.multi_task_columns import rows_for
 from launcher.tasks.task import Sample, Task
 from launcher.training.data.cache_key import Role
 from launcher.training.data.dataset import DataReport, Dataset
@@ -40,21 +43,45 @@ def prepare_sources(
     if not given.sources:
         return prepare(given, role, plan, task, tokenizer, report)
     task.prepare(tokenizer)
-    if task.needs_labels and task.labels is None:
-        task.fit(rows_of(plan.data.train, plan, task))
+    for one, rows in _with_rows(task, plan.data.train):
+        if one.needs_labels and one.labels is None:
+            one.fit(rows_of(rows, plan, task))
     parts = []
     for source in given.sources:
         own = of_source(task, plan, source)
         # The classes are those of all sources, and what is to be said of them is said once.
-        own.labels_given, own.remarks = task.needs_labels, []
-        parts.append(
-            prepare(source, role, plan.model_copy(update={"data": own.data}), own, tokenizer, report)
-        )
+        own.labels_given, own.remarks = own.needs_labels, []
+        alone = plan.model_copy(update={"data": own.data, "task": own.name})
+        parts.append(prepare(source, role, alone, own, tokenizer, report))
     counts = [dataset.num_items for dataset in parts]
     if role == "train":
         counts = in_an_epoch(counts, given, plan.data.mixing)
-    remarks = task.remarks if role == "train" else []
-    return MixedDataset(parts, given.aliases, counts, remarks)
+    remarks = [text for one, _ in _with_rows(task, given) for text in one.remarks] if role == "train" else []
+    return MixedDataset(parts, given, counts, remarks, task)
+
+
+def _with_rows(task: Task, given: Sources) -> list[tuple[Task, Sources]]:
+    """Return the task with all sources; several tasks at once each with its own."""
+    if not task.parts:
+        return [(task, given)]
+    own = [(part, rows_for(given, name)) for name, part in task.parts.items()]
+    return [(part, rows) for part, rows in own if rows is not None]
+
+
+def refuse_unknown(task: Task, given: Sources, plan: Plan) -> None:
+    """Raise ConfigurationError where rows have classes that the model, whose classes are known, does not."""
+    for one, rows in _with_rows(task, given):
+        if one.labels_given:
+            one.refuse_unknown(rows_of(rows, plan, task))
+
+
+def learn_from(task: Task, train: Dataset) -> None:
+    """Give a task what it learns from all prepared training samples: several tasks each from their own."""
+    for name, part in task.parts.items():
+        assert isinstance(train, MixedDataset)
+        part.learn_from(functools.partial(train.column, task=name))
+    if not task.parts:
+        task.learn_from(train.column)
 
 
 @dataclass
@@ -102,11 +129,16 @@ class MixedDataset(Dataset):
     """
 
     def __init__(
-        self, parts: Sequence[Dataset], aliases: Sequence[str], counts: Sequence[int], remarks: list[str]
+        self, parts: Sequence[Dataset], given: Sources, counts: Sequence[int], remarks: list[str], task: Task
     ) -> None:
         """`counts`: how many items of each an epoch has."""
-        self.parts, self.aliases, self.counts = tuple(parts), tuple(aliases), tuple(counts)
-        self.report: MixedReport = MixedReport.of([one.report for one in parts], aliases, counts, remarks)
+        self.parts, self.aliases, self.counts = tuple(parts), given.aliases, tuple(counts)
+        self.report: MixedReport = MixedReport.of(
+            [one.report for one in parts], self.aliases, counts, remarks
+        )
+        self._tasks = task if isinstance(task, MultiTask) else None
+        self.tasks = tuple(getattr(source, "task", None) for source in given.parts)
+        """Of each source the one of several tasks whose rows it has."""
         self.directory = parts[0].directory
         self.held = None
         self.padding_free = parts[0].padding_free
@@ -148,8 +180,11 @@ class MixedDataset(Dataset):
         np.add.at(counts, owners, self._item_supervised[indices])
         return counts
 
-    def column(self, name: str) -> np.ndarray | None:
-        columns = [one.column(name) for one in self.parts]
+    def column(self, name: str, task: str | None = None) -> np.ndarray | None:
+        """Return one column of all samples, end to end, or of those of one of several tasks; None where
+        samples have no such column."""
+        chosen = [one for one, own in zip(self.parts, self.tasks, strict=True) if task in (None, own)]
+        columns = [one.column(name) for one in chosen]
         there = [one for one in columns if one is not None]
         return np.concatenate(there) if len(there) == len(columns) else None
 
@@ -162,6 +197,8 @@ class MixedDataset(Dataset):
             for place, samples in zip(places.tolist(), own, strict=True):
                 for sample in samples:
                     sample.id += int(self._first_rows[number])
+                    if self._tasks is not None:
+                        self._tasks.marked(sample, str(self.tasks[number]))
                 results[place] = samples
         return results
 

@@ -15,7 +15,7 @@ import xxhash
 
 from launcher.data.aligned import find_pairs, read_pair, refuse_unpaired
 from launcher.data.files import find_files
-from launcher.data.folder import FileColumn, folder_of, listing, with_places
+from launcher.data.folder import PlacedColumn, folder_of, listing, with_places
 from launcher.data.formats import format_of
 from launcher.data.rows import Row, RowProblem
 from launcher.data.section import Source, Sources
@@ -70,13 +70,13 @@ class Rows:
 
         Not of what is in them: each sample keeps a hash of its file, and who reads it compares.
         """
-        names = [column for column in self.columns if isinstance(column, FileColumn)]
+        names = [column for column in self.columns if isinstance(column, PlacedColumn)]
         if not names:
             return ""
         hasher = xxhash.xxh3_128()
         for row in self:
             values = {} if isinstance(row.values, RowProblem) else row.values
-            for path in (value for name in names if isinstance(value := values.get(name), str)):
+            for path in (path for name in names for path in name.paths(values.get(name))):
                 try:
                     status = Path(path).stat()
                     hasher.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
@@ -113,8 +113,9 @@ def open_source(source: Source, columns: Sequence[str]) -> Rows:
 
 
 def of_source(task: Task, plan: Plan, source: Source) -> Task:
-    """Return the task as it reads one of several sources, not yet prepared."""
-    own = copy.copy(task)
+    """Return the task as it reads one of several sources, not yet prepared; of several tasks at once the
+    source's own."""
+    own = copy.copy(task.parts.get(str(getattr(source, "task", None)), task))
     own.data = data_of(plan.task, plan.data, source)
     return own
 

@@ -34,6 +34,8 @@ def without_hooks(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for one, kept in zip(hooks, before, strict=True):
+            # transformers makes hooks of its own in a first pass, and once only.
+            kept |= {number: hook for number, hook in one.items() if number not in kept}
             one.clear()
             one.update(kept)
 

@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 from launcher.training.model.packed_kernel import note_lengths
 
 Batch = dict[str, Any]
+SEES = (*("pixel_values", "pixel_attention_mask", "image_grid_thw"), *("token_type_ids", "mm_token_type_ids"))
+"""What a decoder that sees is called with beside its tokens: images, and which tokens are theirs."""
 
 
 def own_forward(model: PreTrainedModel, inputs: Batch) -> Any:
@@ -48,9 +50,8 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
 def decoder_inputs(batch: Batch) -> Batch:
     """Return what a decoder is called with: names of lengths as transformers' FlashAttentionKwargs have
     them."""
-    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch} | {
-        "use_cache": False
-    }
+    names = ("input_ids", "attention_mask", "position_ids", *SEES)
+    inputs = {key: batch[key] for key in names if key in batch} | {"use_cache": False}
     if "cu_seq_lens" in batch:
         if "lengths" in batch:
             note_lengths(batch["cu_seq_lens"], batch["lengths"])

@@ -23,11 +23,13 @@ from transformers.distributed import DistributedConfig
 from launcher import tasks
 from launcher.errors import ConfigurationError, Problem
 from launcher.planner.plan import Mesh, Plan
+from launcher.tasks.traits import HEADS
 from launcher.training.model import adapters, normalization, pretrained
 from launcher.training.model.buffers import restore_buffers
 from launcher.training.model.conversion import converted_whole, copied_in_parts, cut_like
 from launcher.training.model.places import freeze, repeated_layers
 from launcher.training.model.reading import Changes, following
+from launcher.training.model.with_heads import starts_of_bias
 from launcher.training.precision import DTYPES
 from launcher.training.reporting.whereabouts import tensors_counted
 
@@ -87,9 +89,8 @@ def load(plan: Plan, auto_class: Any, config: Any, shard: Shard) -> LoadedModel:
     new = tuple(name for name, _ in model.named_parameters() if name in missing)
     _widen(model, new)
     initialise(model, new, plan.training.seed)
-    bias = getattr(config, "head_bias", None)
-    if bias is not None and tasks.find(plan.task).traits.head == "one-per-sample":
-        _begin(model, set(new) & following(kind, config, "num_labels"), torch.tensor(bias))
+    for head, bias in _starts_of_bias(plan, kind, config):
+        _begin(model, set(new) & head, bias)
     for name in seam.constants:  # who reads a file makes a parameter anew that trains
         model.get_parameter(name).requires_grad_(False)
     freeze(model, plan.model)
@@ -103,6 +104,20 @@ def load(plan: Plan, auto_class: Any, config: Any, shard: Shard) -> LoadedModel:
     if plan.mesh.world_size == 1:
         shard(model)
     return LoadedModel(model, new)
+
+
+def _starts_of_bias(
+    plan: Plan, kind: type[PreTrainedModel], config: Any
+) -> Iterator[tuple[frozenset[str], torch.Tensor]]:
+    """Yield which parameters a head has by its number of outputs, and where its bias begins, where that is
+    said."""
+    if hasattr(config, HEADS):
+        yield from starts_of_bias(config, following)
+    elif (
+        tasks.find(plan.task).traits.head == "one-per-sample"
+        and getattr(config, "head_bias", None) is not None
+    ):
+        yield following(kind, config, "num_labels"), torch.tensor(config.head_bias)
 
 
 def _add_adapter(

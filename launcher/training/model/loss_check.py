@@ -11,6 +11,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,11 +24,13 @@ from launcher.planner.model.model_support import Way
 from launcher.planner.plan import Plan
 from launcher.tasks.task import IGNORE, Output, Sample, Task
 from launcher.training.data.dataset import Dataset
+from launcher.training.data.mixed import MixedDataset
 from launcher.training.devices import to_device
 from launcher.training.engines.engine import Engine
 from launcher.training.model import attention
 from launcher.training.model.forward import Batch, own_forward
 from launcher.training.model.places import is_unsplit, lists_of_layers
+from launcher.training.model.with_heads import head_of
 
 LENGTHS = (11, 7)
 """Tokens of the two rows: the longer one first, so that what it leaves behind would show in the other."""
@@ -52,18 +55,36 @@ def check_loss(engine: Engine, task: Task, dataset: Dataset, plan: Plan, event: 
     _all(True, torch.device(plan.mesh.device))  # a peer that still loads is no part of the check's time
     began = time.monotonic()
     ends = getattr(engine.model.config.get_text_config(), "eos_token_id", None)
-    rows = _rows(task, dataset, [ends] if isinstance(ends, int) else ends or [])
+    heads = _heads(task, dataset, [ends] if isinstance(ends, int) else ends or [])
+    rows = [row for head in heads for row in head.rows]
     # What both passes need is gathered once.
     with shortened(engine.model), engine.whole_where_it_fits(_tokens(engine.model, rows)):
-        _check_loss(engine, task, rows, plan, event, began)
+        _check_loss(engine, task, heads, plan, event, began)
+
+
+@dataclass(frozen=True)
+class _Head:
+    """One of several heads that is compared with its own class, or the only one."""
+
+    task: Task
+    """The task of that head."""
+    rows: Sequence[Sample]
+    """Two samples of it, of which the second counts."""
+    name: str | None = None
+    """Of several heads the name of this one's task."""
+
+    def output(self, output: Output) -> Output:
+        """Return its own part of an engine's output."""
+        return output if self.name is None or output.parts is None else output.parts[self.name]
 
 
 def _check_loss(
-    engine: Engine, task: Task, rows: Sequence[Sample], plan: Plan, event: Event, began: float
+    engine: Engine, task: Task, heads: Sequence[_Head], plan: Plan, event: Event, began: float
 ) -> None:
     planned = way = Way(task.layout, plan.attention, task.head)
-    own, size = _own(engine, task, rows[1], plan)
-    first = ours = _ours(engine, task, rows, plan, planned)
+    owns = [_own(engine, task, head, plan) for head in heads]
+    own, size = _joined([own for own, _ in owns]), torch.cat([size.expand(len(own)) for own, size in owns])
+    first = ours = _ours(engine, task, heads, plan, planned)
     others = iter(
         way
         for way in _FALLBACKS
@@ -77,7 +98,7 @@ def _check_loss(
             )
             cure = "launcher cannot train it truly; write batch.micro_batch_size: 1, or another model"
             raise ConfigurationError(Problem("model.name", plan.model.name, f"{reason}: {cure}"))
-        way, ours = other, _ours(engine, task, rows, plan, other)
+        way, ours = other, _ours(engine, task, heads, plan, other)
     numbers = {"ours": _number(first), "own": _number(own), "seconds": round(time.monotonic() - began, 2)}
     if way == planned:
         event("checked", **numbers)
@@ -125,10 +146,23 @@ def _kinds(model: PreTrainedModel, layers: nn.ModuleList) -> list[tuple[object, 
     ]
 
 
-def _rows(task: Task, dataset: Dataset, ends: Sequence[int]) -> list[Sample]:
-    """Two samples of the data, cut short, of which the second counts. Raises DataError for one that is not
-    what the task makes."""
-    samples = [sample for index in range(min(2, dataset.num_items)) for sample in dataset.item(index)]
+def _heads(task: Task, dataset: Dataset, ends: Sequence[int]) -> list[_Head]:
+    """Return what is compared: of several tasks at once the head of each."""
+    if not task.parts:
+        return [_Head(task, _rows(task, dataset, ends))]
+    assert isinstance(dataset, MixedDataset)
+    stretches = dict(zip(reversed(dataset.tasks), reversed(dataset.stretches), strict=True))
+    parts = task.parts.items()
+    return [_Head(part, _rows(task, dataset, ends, *stretches[name]), name) for name, part in parts]
+
+
+def _rows(
+    task: Task, dataset: Dataset, ends: Sequence[int], begin: int = 0, end: int | None = None
+) -> list[Sample]:
+    """Two samples of the items from `begin` to `end`, cut short, of which the second counts. Raises DataError
+    for one that is not what the task makes."""
+    stop = min(begin + 2, dataset.num_items if end is None else end)
+    samples = [sample for index in range(begin, stop) for sample in dataset.item(index)]
     first, second = (
         task.shortened(sample, length, ends)
         for length, sample in zip(LENGTHS, (*samples, *samples), strict=False)
@@ -148,20 +182,23 @@ def _tokens(model: PreTrainedModel, rows: Sequence[Sample]) -> list[int]:
     return [int(token) for token in every if 0 <= token < num_tokens]
 
 
-def _ours(engine: Engine, task: Task, rows: Sequence[Sample], plan: Plan, way: Way) -> torch.Tensor | None:
-    """Return what the engine makes of the second row behind the first (alone, where the run has one sample a
-    pass); None where the model's code cannot do it that way, which is so on all ranks."""
+def _ours(engine: Engine, task: Task, heads: Sequence[_Head], plan: Plan, way: Way) -> torch.Tensor | None:
+    """Return what the engine makes of the second row of each head behind the first (alone, where the run has one
+    sample a pass); None where the model's code cannot do it that way, which is so on all ranks."""
     task.layout, task.head = way.layout, way.head
-    shared = rows[1:] if plan.batch.micro_batch_size == 1 and not plan.data.packing else rows
     _attend(engine.model, way.attention)
-    try:
-        output = engine.evaluate(to_device(task.collate([[row] for row in shared]), plan.mesh.device))
-    except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError):
-        return None
-    return _values(task, output, rows[1])
+    values = []
+    for head in heads:
+        shared = head.rows[1:] if plan.batch.micro_batch_size == 1 and not plan.data.packing else head.rows
+        try:
+            output = engine.evaluate(to_device(task.collate([[row] for row in shared]), plan.mesh.device))
+        except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError):
+            return None
+        values.append(_values(head.task, head.output(output), head.rows[1]))
+    return _joined(values)
 
 
-def _own(engine: Engine, task: Task, row: Sample, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
+def _own(engine: Engine, task: Task, head: _Head, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what the model's own class makes of the second row alone, and the size against which rounding is
     seen.
 
@@ -169,36 +206,48 @@ def _own(engine: Engine, task: Task, row: Sample, plan: Plan) -> tuple[torch.Ten
     """
     name = engine.model.config._attn_implementation
     _attend(engine.model, "eager")
+    row = head.rows[1]
     try:
-        plain = task.plain_batch(row)
+        plain = head.task.plain_batch(row)
         if plain is None:
-            output = engine.evaluate(to_device(task.collate([[row]]), plan.mesh.device))
+            output = head.output(engine.evaluate(to_device(task.collate([[row]]), plan.mesh.device)))
         else:
-            with _forward(engine.model, _alone), torch.compiler.set_stance("force_eager"):
+            alone = functools.partial(_alone, head=head.name)
+            with _forward(engine.model, alone), torch.compiler.set_stance("force_eager"):
                 output = engine.evaluate(to_device(plain, plan.mesh.device))
     except ValueError as error:
         reason = f"its own class refuses a row of the data: {first_line(error)}"
         raise ConfigurationError(Problem("model.name", plan.model.name, reason)) from None
     _attend(engine.model, name)
-    own = _values(task, output, row)
+    own = _values(head.task, output, row)
     if not _all(bool(own.isfinite().all()), own.device):
         reason = f"its own class makes {_number(own)} of a row of the data in {plan.precision}"
         raise ConfigurationError(
             Problem("model.name", plan.model.name, f"{reason}: weights are not finite, or too large for it")
         )
-    return own, torch.maximum(own.float().abs().max(), output.num_correct.float())
+    return own.flatten(), torch.maximum(own.float().abs().max(), output.num_correct.float())
+
+
+def _joined(values: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return what is compared of all heads, one after another, [n]."""
+    return torch.cat([one.flatten() for one in values])
 
 
 def _values(task: Task, output: Output, row: Sample) -> torch.Tensor:
     """Return what is compared: the loss of a token, or a classifier's outputs, those of padding left out."""
     if output.predictions is None:
-        return output.loss_sum.reshape(1) / max(1, row.length - 1)
+        targets = row.get("targets")
+        # Of an image's tokens none is learned.
+        num_learned = row.length - 1 if targets is None else int((targets != IGNORE).sum())
+        return output.loss_sum.reshape(1) / max(1, num_learned)
     predictions = output.predictions[-1]
     return predictions[: row.length] if task.traits.head == "every-position" else predictions
 
 
-def _alone(model: PreTrainedModel, batch: Batch) -> Output:
-    """The loss or the outputs of one row; in the place of `num_correct` how large they usually are."""
+def _alone(model: PreTrainedModel, batch: Batch, head: str | None = None) -> Output:
+    """The loss or the outputs of one row, by the named one of several heads; in the place of `num_correct`
+    how large they usually are."""
+    model = model if head is None else head_of(model, head)
     with _size_of_outputs(model) as sizes:
         output = own_forward(model, batch | {"use_cache": False})
     # A head for answers has two outputs, for where they begin and where they end.
@@ -272,7 +321,7 @@ def _attend(model: PreTrainedModel, name: str) -> None:
 
 def _differ(ours: torch.Tensor, own: torch.Tensor, size: torch.Tensor) -> float:
     """The largest difference, relative to the size of what is compared, on any rank."""
-    relative = (ours.float() - own.float()).abs().max() / size.clamp_min(1e-6)
+    relative = ((ours.float() - own.float()).abs() / size.clamp_min(1e-6)).max()
     relative = torch.nan_to_num(relative, nan=torch.inf)
     if distributed.get_world_size() > 1:
         distributed.all_reduce(relative, distributed.ReduceOp.MAX)

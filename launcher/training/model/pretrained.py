@@ -52,7 +52,8 @@ def settled(plan: Plan) -> Plan:
     """
     config = read_config(plan.model_copy(update={"attention": "eager"}))
     data, trusted = plan.data, plan.model.trust_remote_code
-    known = model_support.support(plan.task, config.to_dict(), trusted, data.max_length, data.one_length)
+    names = tasks.names_of(plan.task, data)
+    known = model_support.support_of_tasks(names, config.to_dict(), trusted, data.max_length, data.one_length)
     planned = model_support.Way(plan.layout, plan.attention, plan.head)
     if known.ways and (
         known is model_support.untried(plan.task)
@@ -111,7 +112,8 @@ def read_processor(plan: Plan) -> Any:
             else:
                 processor = task.usual_processor(read_config(plan))
     except (OSError, ValueError, ImportError) as error:
-        reason = f"no processor of its {task.traits.unit}s: {first_line(error)}"
+        what = "rows" if task.traits.unit == "token" else f"{task.traits.unit}s"
+        reason = f"no processor of its {what}: {first_line(error)}"
         raise ConfigurationError(Problem("model.name", model.name, reason)) from None
     if task.joins_tokenizer:
         processor.tokenizer = read_tokenizer(plan)

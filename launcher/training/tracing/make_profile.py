@@ -217,7 +217,8 @@ def prepared_task(plan: Plan, config: Any) -> Task:
     if task.has_processor:
         task.prepare(pretrained.read_processor(plan))
     task.adopt(config)
-    task.labels = (task.own_labels or ["0", "1"]) if task.needs_labels else None
+    for part in (task, *task.parts.values()):
+        part.labels = (part.own_labels or ["0", "1"]) if part.needs_labels else None
     task.configure(config)
     for one in (config, config.get_text_config()):
         if getattr(one, "pad_token_id", None) is None:
@@ -241,7 +242,7 @@ def _natural(sample: Sample, number: int, config: Any) -> Sample:
     word = next(number for number in range(len(special) + 1) if number not in special)
     end = getattr(text, "eos_token_id", None)
     end = end[0] if isinstance(end, list) and end else end
-    if "input_ids" in arrays:
+    if "input_ids" in arrays and not arrays["input_ids"].any():  # else some of them are an image's
         most = (getattr(text, "vocab_size", None) or word + 1) - 1
         arrays["input_ids"] = arrays["input_ids"] * 0 + min(word, most)
         if isinstance(end, int) and end <= most:

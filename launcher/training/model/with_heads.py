@@ -1,0 +1,170 @@
+"""One model with a head for each of several tasks: transformers' own classes over one body.
+
+For each task there is the model's own class with that head, as `BertForSequenceClassification`, without a
+body of its own: where its forward calls the body, it gets what the one body gave. So each head computes what
+its class computes, by the class's own code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+from launcher.errors import ConfigurationError, Problem
+from launcher.tasks.traits import HEADS
+from launcher.training.model.forward import accepted, model_class_of
+
+
+class _Body:
+    """The one body as a head sees it."""
+
+    def __init__(self, body: nn.Module) -> None:
+        self.body = body
+        self.outputs: Any = None
+        """What the body gave for the batch that is being gone through; None: a head asks the body itself."""
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        return self.body(*args, **named) if self.outputs is None else self.outputs
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["body"], name)
+
+
+class WithHeads:
+    """A model with several heads, in front of the base class of its family."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        model = cast(PreTrainedModel, self)
+        heads = {name: head_class(config, name)(head_config(config, name)) for name in getattr(config, HEADS)}
+        prefix = model.base_model_prefix
+        bodies: dict[str, Any] = {name: getattr(head, prefix, None) for name, head in heads.items()}
+        kinds = {type(body) for body in bodies.values()}
+        if len(kinds) != 1 or type(None) in kinds:
+            named = ", ".join(sorted(type(head).__name__ for head in heads.values()))
+            reason = f"the {config.model_type} classes of these tasks ({named}) do not share one body"
+            raise ConfigurationError(Problem("model.name", config.name_or_path or None, reason))
+        # Some heads need a pooler in the body and others none: the largest body has what each of them needs.
+        largest = max(bodies, key=lambda name: sum(one.numel() for one in bodies[name].parameters()))
+        # Made anew, as its parts are to hold this model's config: by that their attention is switched.
+        setattr(self, prefix, getattr(head_class(config, largest)(config), prefix))
+        for name, head in heads.items():
+            del head._modules[prefix]
+            head.__dict__[prefix] = _Body(getattr(self, prefix))
+            setattr(self, head_name(name), head)
+        model.post_init()
+
+
+class _ClassByConfig:
+    """The classes with heads by the class of a config, as transformers' own mappings."""
+
+    def __getitem__(self, kind: type) -> type[PreTrainedModel]:
+        """Return the class. Raises KeyError for a type of model that has no body of its own."""
+        return _class_with_heads(kind)
+
+
+class AutoModelWithHeads:
+    """The Auto class of models with several heads: the parts of transformers' own that launcher asks."""
+
+    _model_mapping = _ClassByConfig()
+
+    @classmethod
+    def from_config(cls, config: Any, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
+        """Return a model with weights made up from its config."""
+        model: PreTrainedModel = cls._model_mapping[type(config)]._from_config(config, **options)
+        return model
+
+
+@functools.cache
+def _class_with_heads(config: type) -> type[PreTrainedModel]:
+    body = MODEL_MAPPING[config]
+    body = body[0] if isinstance(body, tuple) else body
+    family = next(one for one in body.__mro__[1:] if issubclass(one, PreTrainedModel))
+    kind = type(f"{body.__name__}WithHeads", (WithHeads, family), {"__module__": __name__})
+    return cast(type[PreTrainedModel], kind)
+
+
+def head_name(task: str) -> str:
+    """Return the name of a task's head in the model: what its parameters' names begin with."""
+    return f"head_{task}"
+
+
+def head_class(config: Any, task: str) -> type[PreTrainedModel]:
+    """Return transformers' own class with the head of a task.
+
+    Raises ConfigurationError where this type of model has none.
+    """
+    auto_class = getattr(transformers, getattr(config, HEADS)[task]["auto_class"])
+    try:
+        kind: Any = auto_class._model_mapping[type(config)]
+    except KeyError:
+        what = auto_class.__name__.removeprefix("AutoModelFor")
+        reason = f"transformers has no {what} class of a {config.model_type} model"
+        raise ConfigurationError(Problem(f"data.tasks.{task}.task", what, reason)) from None
+    return kind[0] if isinstance(kind, tuple) else kind
+
+
+def head_config(config: Any, task: str) -> Any:
+    """Return the config of a task's own class, as an export of that head has it."""
+    settings = dict(getattr(config, HEADS)[task])
+    del settings["auto_class"]
+    own = copy.deepcopy(config)
+    delattr(own, HEADS)
+    own.architectures = [head_class(config, task).__name__]
+    if "id2label" in settings:
+        settings["id2label"] = {int(number): name for number, name in settings["id2label"].items()}
+    for name, value in settings.items():
+        setattr(own, name, value)
+    return own
+
+
+def head_of(model: nn.Module, task: str) -> PreTrainedModel:
+    """Return the head of a task, which is called as its own class."""
+    return cast(PreTrainedModel, getattr(model, head_name(task)))
+
+
+@contextlib.contextmanager
+def body_computed(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Iterator[None]:
+    """Go through the body once; while inside, each head takes what it gave, whatever it calls it with."""
+    body = cast(nn.Module, model.base_model)
+    kind = model_class_of(cast(PreTrainedModel, body))
+    more = {"use_cache": False} if "use_cache" in inspect.signature(kind.forward).parameters else {}
+    outputs = body(**accepted(kind, dict(inputs) | more))
+    seen = [head.__dict__[model.base_model_prefix] for head in _heads(model)]
+    for one in seen:
+        one.outputs = outputs
+    try:
+        yield
+    finally:
+        for one in seen:
+            one.outputs = None
+
+
+def _heads(model: nn.Module) -> list[PreTrainedModel]:
+    config: Any = model.config
+    return [head_of(model, name) for name in getattr(config, HEADS)]
+
+
+def starts_of_bias(
+    config: Any, following: Callable[[type[PreTrainedModel], Any, str], frozenset[str]]
+) -> Iterator[tuple[frozenset[str], torch.Tensor]]:
+    """Yield which parameters the head of each task has by its number of outputs, and where a bias among them
+    begins.
+
+    `following` finds the parameters of a model's own class.
+    """
+    for task in getattr(config, HEADS):
+        own = head_config(config, task)
+        if (bias := getattr(own, "head_bias", None)) is not None:
+            names = following(head_class(config, task), own, "num_labels")
+            yield frozenset(f"{head_name(task)}.{name}" for name in names), torch.tensor(bias)

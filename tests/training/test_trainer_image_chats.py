@@ -1,0 +1,201 @@
+"""Runs on chats with images: the equivalences of the text tasks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, pipeline
+from transformers.models.smolvlm import processing_smolvlm
+
+from launcher.planner.plan import Plan
+from launcher.runs.layout import RunDirectory
+from launcher.training.checkpoint.export import export
+from launcher.training.predict_entry import predict
+from launcher.training.signals import StopRequest
+from tests.families.image_chats import SIZES as KINDS
+from tests.training.image_chats import chats_of, model_directory, plan_of
+from tests.training.plans import deepspeed
+from tests.training.runs import (
+    assert_equal,
+    batch_of,
+    curve,
+    evaluations,
+    finish,
+    named,
+    new_run,
+    replan,
+    state,
+)
+from tests.training.test_trainer_images import assert_near, with_children
+from tests.training.test_trainer_speech import samples_at, sharded_writing
+
+pytestmark = pytest.mark.distributed
+
+WRITES = {"evaluation": {"generate": {"max_new_tokens": 6}}}
+METRICS = {"loss", "perplexity", "accuracy", "bleu", "chrf", "rouge1", "rouge2", "rougeL", "exact_match"}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {kind: model_directory(tmp_path_factory.mktemp(kind), kind) for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """27 chats: not a multiple of the batch, so that the last one has filler."""
+    return chats_of(tmp_path_factory.mktemp("chats"), 27)
+
+
+def planned(model: Path, chats: Path, ranks: int, num_steps: int = 3, **changes: Any) -> Plan:
+    how = {"training": {"learning_rate": 2e-3}, **WRITES}
+    return plan_of(model, chats, ranks, num_steps, **(how | changes))
+
+
+def seeing(rank: int, stop: StopRequest) -> None:
+    """Let a rank start processes, and make SmolVLM's processor, which wants a package for videos."""
+    processing_smolvlm.num2words = processing_smolvlm.num2words or str
+    with_children(rank, stop)
+
+
+def writing(rank: int, stop: StopRequest) -> None:
+    """The same, with parameters gathered in every pass."""
+    seeing(rank, stop)
+    sharded_writing(rank, stop)
+
+
+def run_of(path: Path, plan: Plan, ranks: int, hook: Any = seeing, **options: Any) -> RunDirectory:
+    run = new_run(path, plan)
+    finish(run, ranks, hook, **options)
+    return run
+
+
+def assert_alike(one: RunDirectory, other: RunDirectory) -> None:
+    """The same curve, weights, metrics and texts."""
+    assert_near(one, other)
+    assert samples_at(one, 3) == samples_at(other, 3)
+    assert evaluations(one)[3].keys() == METRICS
+    assert evaluations(one)[3] == pytest.approx(evaluations(other)[3], rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.very_slow  # the engines are those of other tasks
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_ranks_and_engines_compute_and_write_the_same(
+    kind: str, models: dict[str, Path], chats: Path, tmp_path: Path
+) -> None:
+    """One sample a pass too: then some ranks of a step have an image, and some have none."""
+    model, length = models[kind], {"value": 1.0, "unit": "epochs"}
+    single = run_of(tmp_path / "single", planned(model, chats, 1, length=length), 1)
+    assert len(curve(single)) == 3 and named(single, "checked") and not named(single, "layout")
+    parts = planned(model, chats, 1, length=length, batch=batch_of(1, 1, 12))
+    assert_alike(run_of(tmp_path / "parts", parts, 1), single)
+    for name, engine in (("two", {}), ("zero", deepspeed(3))):
+        plan = planned(model, chats, 2, length=length, batch=batch_of(2, 1, 6), **engine)
+        assert_alike(run_of(tmp_path / name, plan, 2, writing), single)
+
+
+@pytest.mark.very_slow
+@pytest.mark.parametrize("engine", [{}, deepspeed(3)], ids=["fsdp", "zero"])
+def test_a_stop_and_another_number_of_ranks_change_no_token(
+    engine: dict[str, Any], models: dict[str, Path], chats: Path, tmp_path: Path
+) -> None:
+    plan = planned(models["qwen2_vl"], chats, 2, **engine)
+    whole = run_of(tmp_path / "whole", plan, 2)
+    stopped = run_of(tmp_path / "stopped", plan, 2, stop_at=2)
+    finish(stopped, 2, seeing)
+    assert curve(stopped) == curve(whole) and evaluations(stopped)[3] == evaluations(whole)[3]
+    assert_equal(state(stopped), state(whole))
+    other = run_of(tmp_path / "other", plan, 2, stop_at=2)
+    replan(other, planned(models["qwen2_vl"], chats, 3, batch=batch_of(3, 4), **engine))
+    finish(other, 3, seeing)
+    assert_alike(other, whole)
+
+
+def said_of(run: RunDirectory, plan: Plan, path: Path) -> list[dict[str, Any]]:
+    """What `launcher predict` writes of the plan's held-out rows."""
+    scratch, output = new_run(path / "scratch", plan), path / "out.jsonl"
+    request = {"run": str(run.path), "model": None, "step": None, "output": str(output)}
+    options = {"options": {"probabilities": False, "top_k": None}}
+    (scratch.path / "request.json").write_text(json.dumps(request | options))
+    finish(scratch, 1, seeing, entry=predict)
+    return [json.loads(line) for line in output.read_text().splitlines()]
+
+
+@pytest.mark.very_slow
+@pytest.mark.parametrize("kind", ["llava", "gemma3"])
+def test_it_learns_and_its_export_answers_the_same(
+    kind: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    """By transformers' pipeline, and by `launcher predict`."""
+    file, batch = chats_of(tmp_path / "chats", 8), batch_of(1, 8)
+    training = {"learning_rate": 5e-3}
+    plan = plan_of(models[kind], file, 1, 40, training=training, batch=batch, **WRITES)
+    run = run_of(tmp_path / "run", plan, 1)
+    before, after = evaluations(run)[0], evaluations(run)[40]
+    assert after["exact_match"] > 70 > 20 > before["exact_match"] and after["rougeL"] > 80
+    export(run, tmp_path / "export")
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert "AutoModelForImageTextToText.from_pretrained" in card and "AutoProcessor.from_pretrained" in card
+    answers = said_of(run, plan, tmp_path)
+    pipe = pipeline("image-text-to-text", model=str(tmp_path / "export"), device="cpu")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row, answer in zip(rows, answers, strict=True):
+        images = iter(row.get("images", ()))
+        asked = [as_parts(message, images, file.parent) for message in row["messages"][:-1]]
+        [written] = pipe(text=[asked], return_full_text=False, generate_kwargs=GREEDY)
+        text = written["generated_text"] if isinstance(written, dict) else written[0]["generated_text"]
+        assert text.strip() == answer["text"]
+
+
+GREEDY = {"do_sample": False, "max_new_tokens": 6}
+
+
+def as_parts(message: dict[str, Any], images: Any, folder: Path) -> dict[str, Any]:
+    """A message as the pipeline takes it: every content as parts, and images by their paths."""
+    content = message["content"]
+    if isinstance(content, list):
+        parts = [{**one, "image": str(folder / one["image"])} if "image" in one else one for one in content]
+        return {**message, "content": parts}
+    pieces = [{"type": "text", "text": piece} for piece in content.split("<image>")]
+    parts = [pieces[0]] * bool(pieces[0]["text"])
+    for piece in pieces[1:]:
+        parts += [{"type": "image", "image": str(folder / next(images))}, piece]
+    return {**message, "content": parts}
+
+
+@pytest.mark.very_slow
+@pytest.mark.parametrize("engine", [{}, deepspeed(3)], ids=["fsdp", "zero"])
+@pytest.mark.parametrize("how", ["frozen", "adapter"])
+def test_parts_that_do_not_train_stay_as_they_were(
+    how: str, engine: dict[str, Any], models: dict[str, Path], chats: Path, tmp_path: Path
+) -> None:
+    """The part that sees frozen by a pattern, and an adapter; on two ranks as on one."""
+    values: dict[str, Any] = {
+        "frozen": {"model__freeze": ["model.vision_tower.*"]},
+        "adapter": {"model__adapter": {"rank": 2, "alpha": 4}},
+    }[how]
+    runs = [
+        run_of(tmp_path / f"{ranks}", planned(models["llava"], chats, ranks, **values, **engine), ranks)
+        for ranks in (1, 2)
+    ]
+    assert_alike(runs[1], runs[0])
+    export(runs[1], tmp_path / "export")
+    begun, after = (
+        AutoModelForImageTextToText.from_pretrained(path).state_dict()
+        for path in (models["llava"], tmp_path / "export")
+    )
+    changed = {name for name in begun if not torch.equal(begun[name], after[name])}
+    assert any(name.startswith("model.language_model.") for name in changed)
+    assert any(name.startswith("model.vision_tower.") for name in changed) == (how == "adapter")
+
+
+@pytest.mark.very_slow
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_half_precision_sees_in_half_precision(
+    kind: str, models: dict[str, Path], chats: Path, tmp_path: Path
+) -> None:
+    run = run_of(tmp_path / "run", planned(models[kind], chats, 1, 1, precision="bf16"), 1)
+    assert evaluations(run)[1].keys() == METRICS and not named(run, "layout")
