@@ -377,8 +377,8 @@ def _effective(timelines: list[Timeline]) -> list[str]:
         total = total.add(timeline.times(EVERY))
     return [
         f"Effective time: {total.ratio:.1%} of {total.wall:.0f} s went into steps that count (they were "
-        f"held up for another {total.held:.0f} s by what ended nothing). By [the formula](../guide-checkpoints.md#how-often-to-save) it is "
-        f"{total.formula:.1%}: stall {total.stalls / total.saves:.2f} s, "
+        f"held up for another {total.held:.0f} s by what ended nothing). "
+        f"By [the formula](../guide-checkpoints.md#how-often-to-save) it is {total.formula:.1%}: stall {total.stalls / total.saves:.2f} s, "
         f"interval {total.intervals / total.saves:.2f} s, restart "
         f"{total.restarts / max(1, total.failures):.1f} s, "
         f"MTTF {total.wall / max(1, total.failures):.1f} s."
