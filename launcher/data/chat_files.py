@@ -16,7 +16,7 @@ _SOURCES = ("image", "path", "url", "bytes", "image_url")
 
 def is_image(part: Any) -> bool:
     """Return whether a part of a message is an image."""
-    return isinstance(part, dict) and part.get("type") in ("image", "image_url")
+    return isinstance(part, dict) and part.get("type") in ("image", "image_url", "input_image")
 
 
 def image_of(part: dict[str, Any]) -> Any:

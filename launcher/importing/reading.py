@@ -96,7 +96,7 @@ class Reading:
         """Return whether the file has said something of a key."""
         return any(fact.key == key for fact in self.facts)
 
-    def read(self, said: str) -> bool:
+    def was_taken(self, said: str) -> bool:
         """Return whether something was taken from a key of the file."""
         return any(fact.said == self._spelled(said) and not fact.is_default for fact in self.facts)
 

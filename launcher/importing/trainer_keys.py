@@ -140,7 +140,7 @@ def rest(content: dict[str, Any], read: set[str], reading: Reading) -> None:
         (PLACES, "how and in which order it is computed; the same is learned"),
     ):
         unread = (key for key, value in kept.items() if key in keys and value is not False)
-        if unused := sorted(key for key in unread if not reading.read(key)):
+        if unused := sorted(key for key in unread if not reading.was_taken(key)):
             reading.ignore(", ".join(unused), None, text)
 
 

@@ -14,17 +14,19 @@ from launcher.data.section import Data, MixedSource, Source, Sources
 from launcher.errors import ConfigurationError
 from launcher.job.schema import Job
 from launcher.tasks.mixed import data_of, of_one_task, own_columns
+from launcher.tasks.multi_task_columns import MultiTaskColumns
 from launcher.tasks.task import Finding, Task, finding
 
 
 def findings(job: Job) -> Iterator[Finding]:
     """Yield everything about a job's sources that contradicts itself."""
+    several = isinstance(job.data, MultiTaskColumns)
     for role, given in (("train", job.data.train), ("evaluation", job.data.evaluation)):
         if given is None:
             continue
         for number, source in enumerate(given.parts):
             key = given.key(role, number)
-            if (task := getattr(source, "task", None)) is not None and not tasks.of_job(job).parts:
+            if (task := getattr(source, "task", None)) is not None and not several:
                 reason = "is a key of several tasks at once; leave it out, or write model.task: multi-task"
                 yield finding(f"{key}.task", task, reason, "model.task")
             yield from _source(key, source)

@@ -47,7 +47,7 @@ def _may_stream(name: str) -> bool:
     """Return whether a task streams whatever its columns are."""
     kind = tasks.find(name)
     counts = kind.learn_from is not Task.learn_from or kind.needs_labels is not Task.needs_labels
-    return not (counts or kind.traits.reads_files)
+    return not (counts or kind.traits.reads_files or kind.streams is not Task.streams)
 
 
 def _length(job: Job) -> Iterator[Finding]:

@@ -25,6 +25,10 @@ FORCED_EXIT = 130
 """
 
 
+OF_AGENT = -1
+"""In the place of a rank's number."""
+
+
 def write_failure(run: RunDirectory, number: int, failure: Failure) -> None:
     """Write a failure to failure.json and the events, as far as the disk takes it: that it is full may be
     what is to be written."""
@@ -88,4 +92,4 @@ def forced_failure(end: End, plan: Plan, directory: Path) -> Failure | None:
 def failure_of_agent(kind: type[LauncherError], cause: str, exit_code: int | None = None) -> Failure:
     """Return a failure that no rank told of, with the class's own exit code unless another is given."""
     code = kind.exit_code if exit_code is None else exit_code
-    return Failure(time.time(), -1, os.uname().nodename, os.getpid(), kind.failure_class, code, cause)
+    return Failure(time.time(), OF_AGENT, os.uname().nodename, os.getpid(), kind.failure_class, code, cause)

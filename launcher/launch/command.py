@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from launcher.launch import script_run as scripts
 from launcher.launch.agent import NODE_VARIABLE
 from launcher.launch.fork_server import VARIABLE as WARM_VARIABLE
 from launcher.launch.rendezvous import ATTEMPT_VARIABLE
+from launcher.planner.hardware.detect import cpu_flags
 from launcher.planner.plan import Plan
 from launcher.redaction import is_variable_of_secret, redact, redact_all
 from launcher.runs import cache, doors, secret
@@ -118,8 +120,10 @@ def environment(
     else:
         of_device = gpu_env.variables(run.attempt(attempt), os.environ)
     if plan.model.compile:
-        # Kept beside the rest of the cache: what lies on a node's own disk is gone after a Slurm job.
-        of_device["TORCHINDUCTOR_CACHE_DIR"] = str(cache.root() / "compiled")
+        # Kept beside the rest of the cache, as what lies on a node's own disk is gone after a Slurm job. Code
+        # for one processor may be none for another node's.
+        flags = hashlib.sha256(" ".join(sorted(cpu_flags())).encode()).hexdigest()[:16]
+        of_device["TORCHINDUCTOR_CACHE_DIR"] = str(cache.root() / "compiled" / flags)
     return {
         **of_device,
         **os.environ,

@@ -9,6 +9,8 @@ from launcher.runs.seen import Seen, SeenAgent
 from launcher.runs.wording import duration
 
 _SETTLED_SECONDS = 1.0
+_STOPPED_SECONDS = 5.0
+"""An agent that was stopped a moment ago is not what ranks have waited for."""
 _MOST_NAMED = 4
 _LOADER = "data"
 
@@ -28,9 +30,9 @@ def name(
     at least one of the two.
     """
     stopped = list(agents)
-    cannot_start = not all(agent.has_ranks for agent in stopped)
+    cannot_start = any(agent.stopped_seconds >= _STOPPED_SECONDS for agent in stopped if not agent.has_ranks)
     if is_of_agent or (cannot_start and not any(seen.state == "T" for seen in ranks)):
-        return _of_agents(stopped, ranks, seconds)
+        return _of_agents(stopped, ranks)
     culprits = _culprits(ranks, set(unheard))
     others = [seen for seen in ranks if seen not in culprits]
     parts = [_group(culprits, lambda seen: _what(seen, set(unheard), everyone=not others), hosts=True)]
@@ -40,15 +42,16 @@ def name(
     return f"{_head(culprits[0], ranks, seconds, step_seconds)}: {'; '.join(parts)}", culprits[0]
 
 
-def _of_agents(agents: list[SeenAgent], ranks: list[Seen], seconds: float) -> tuple[str, Seen]:
+def _of_agents(agents: list[SeenAgent], ranks: list[Seen]) -> tuple[str, Seen]:
     """Return the line of agents that are stopped: an agent holds up nobody but the ranks that it has yet to
     start."""
-    first, *others = sorted(agents, key=lambda agent: agent.has_ranks)
+    first, *others = sorted(agents, key=lambda agent: (agent.has_ranks, -agent.stopped_seconds))
     guilty = Seen(-1, first.host, first.pid, "starting", step=max((seen.step for seen in ranks), default=0))
     then = ["the ranks go on, and one that ends is not noticed there"]
     if not first.has_ranks:
         then = ["its ranks cannot start", *([_group(ranks, _waits, hosts=False)] if ranks else [])]
-    return "; ".join([f"{_agent(first)} for {duration(seconds)}", *map(_agent, others), *then]), guilty
+    head = f"{_agent(first)} for {duration(first.stopped_seconds)}"
+    return "; ".join([head, *map(_agent, others), *then]), guilty
 
 
 def _agent(agent: SeenAgent) -> str:
@@ -56,7 +59,7 @@ def _agent(agent: SeenAgent) -> str:
 
 
 def stalled_save(seen: Seen) -> str:
-    """The line that names a save which has not moved for long."""
+    """Return the line that names a save which has not moved for long."""
     kernel = f", blocked in the kernel{f' ({seen.wchan})' if seen.wchan else ''}" if seen.state == "D" else ""
     what = f"rank {seen.rank} on {seen.host} is {seen.save} {seen.save_detail}".rstrip()
     still = f"the save of step {seen.save_step} has not moved for {duration(seen.save_still_seconds)}"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from launcher.errors import OutOfMemoryError
 from launcher.launch import local
+from launcher.launch.attempt_failure import OF_AGENT
 from launcher.launch.run_setup import reopen
 from launcher.launch.screen import Watcher
 from launcher.plain_files import read_json
@@ -32,9 +35,9 @@ def cut(run: RunDirectory, here: bool = True) -> tuple[Plan, str] | None:
     """The plan with passes of half as many samples, written into the run, and a line that says so; the global
     batch stays as it is.
 
-    None where the last attempt did not run out of memory, where that costs steps (nothing was saved at the
-    last one, as after the host's killer), where it was at the first step of all, or where a pass is a single
-    sample: then the failure's own advice counts.
+    None where no rank of the last attempt ran out of memory (but its agent, say), where that costs steps
+    (nothing was saved at the last one, as after the host's killer), where it was at the first step of all,
+    or where a pass is a single sample: then the failure's own advice counts.
     """
     attempt, plan = run.last_attempt(), Plan.read(run.plan_file)
     failure = _failure(run, attempt)
@@ -42,6 +45,7 @@ def cut(run: RunDirectory, here: bool = True) -> tuple[Plan, str] | None:
     newest = newest_checkpoint(run)
     if (
         failure.get("failure_class") != OutOfMemoryError.failure_class
+        or failure["rank"] == OF_AGENT
         or plan.script
         or micro == 1
         or newest is None
@@ -51,16 +55,16 @@ def cut(run: RunDirectory, here: bool = True) -> tuple[Plan, str] | None:
         return None
     half = max(size for size in divisors(micro) if 2 * size <= micro)
     smaller = reopen(run, [f"batch.micro_batch_size={half}"], None, here)
-    who = f"rank {failure['rank']} on {failure['host']} ran out of memory in step {step + 1}"
+    who = f"rank {failure['rank']} on {failure['host']} ran out of memory after step {step}"
     text = (
-        f"{who}; the state after step {step} is saved: going on there by itself, with passes of {half} "
+        f"{who}, whose state is saved: going on there by itself, with passes of {half} "
         f"samples in place of {micro}"
     )
     event(run.events_file, "cut", step=step, before=micro, after=half, text=text)
     return smaller, text
 
 
-def _failure(run: RunDirectory, attempt: int) -> dict[str, object]:
+def _failure(run: RunDirectory, attempt: int) -> dict[str, Any]:
     try:
         content = read_json(run.attempt(attempt) / "failure.json")
     except (OSError, ValueError):

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
-_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-"""The name, and the one of before, which is heeded too."""
+_FORMER = {
+    "PYTORCH_ALLOC_CONF": "PYTORCH_CUDA_ALLOC_CONF",
+    "TORCH_FR_BUFFER_SIZE": "TORCH_NCCL_TRACE_BUFFER_SIZE",
+    "TORCH_FR_DUMP_TEMP_FILE": "TORCH_NCCL_DEBUG_INFO_TEMP_FILE",
+}
+"""Names that PyTorch still reads, but after the new ones: what the user set by them must not be overruled."""
 _CALLS_KEPT = 2000
 
 
@@ -16,20 +22,27 @@ def variables(attempt: Path, given: Mapping[str, str]) -> dict[str, str]:
     - Segments of the allocator that grow: samples of ever new lengths leave no holes that fit none of the next.
     - The order of the GPUs is that of nvidia-smi and the doctor, not the fastest first.
     - NCCL's flight recorder keeps a rank's last calls. A rank writes them into the attempt's directory where a
-      call timed out, or where the launcher asks it to as a rank hangs (hangs.py). The watchdog must not abort
-      the call before that (pytorch/pytorch#121055).
+      call timed out, or where the launcher asks for them as a rank hangs (hangs.py), by a pipe beside them.
 
     torchtitan's run_train.sh and distributed/utils.py set the allocator's and the recorder's likewise.
     """
-    allocator = (
-        {} if any(name in given for name in _ALLOCATOR) else {_ALLOCATOR[0]: "expandable_segments:True"}
-    )
-    return {
-        **allocator,
+    chosen = {
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
-        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
         "TORCH_FR_BUFFER_SIZE": str(_CALLS_KEPT),
         "TORCH_FR_DUMP_TEMP_FILE": str(attempt / "nccl-rank-"),
-        "TORCH_NCCL_DEBUG_INFO_PIPE_FILE": str(attempt / "nccl-rank-"),
     }
+    if _takes_pipes(attempt):
+        chosen["TORCH_NCCL_DEBUG_INFO_PIPE_FILE"] = str(attempt / "nccl-rank-")
+    return {name: value for name, value in chosen.items() if _FORMER.get(name, name) not in given}
+
+
+def _takes_pipes(directory: Path) -> bool:
+    """Return whether a pipe can be made there: NCCL would end a rank that cannot make its own."""
+    probe = directory / f".pipe-{os.getpid()}"
+    with contextlib.suppress(OSError):
+        os.mkfifo(probe)
+        probe.unlink()
+        return True
+    return False

@@ -231,9 +231,11 @@ class Hangs:
         return ranks, sorted(unheard)
 
     def _agents(self, now: float) -> list[SeenAgent]:
-        """The agents that are stopped, as far as is known here."""
+        """Return the agents that are stopped, and for how long, as far as is known here."""
         agents = [self._own.agent] if self._own.agent else []
-        for theirs, heard_at in list(self._heard.values()):
+        # Of the others nothing is known while the run's directory does not answer.
+        heard = [] if self._files.stuck_seconds > _UNHEARD_SECONDS else list(self._heard.values())
+        for theirs, heard_at in heard:
             if (agent := theirs.agent) and agent.stopped_seconds:
                 agents.append(
                     dataclasses.replace(agent, stopped_seconds=agent.stopped_seconds + now - heard_at)

@@ -84,14 +84,14 @@ def published(path: Path) -> Published | None:
     try:
         content = read_json(path)
         agent = content.get("agent")
-        ranks = [_made_of(Seen, one) for one in content["ranks"]]
-        return Published(int(content["number"]), ranks, _made_of(SeenAgent, agent) if agent else None)
+        ranks = [_of_known_fields(Seen, one) for one in content["ranks"]]
+        return Published(int(content["number"]), ranks, _of_known_fields(SeenAgent, agent) if agent else None)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 
 
-def _made_of(kind: type[T], content: dict[str, Any]) -> T:
-    """A record of the fields that are known here: another version may have written more."""
+def _of_known_fields(kind: type[T], content: dict[str, Any]) -> T:
+    """Return a record of the fields that are known here: another version may have written more."""
     return made_of(kind, {field.name: content[field.name] for field in fields(kind) if field.name in content})  # type: ignore[arg-type]
 
 

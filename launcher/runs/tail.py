@@ -42,7 +42,7 @@ class Tail:
             yield from block.split(b"\n")
 
     def blocks(self) -> Iterator[bytes]:
-        """Yield the same many lines at a time: whole ones, without the end of the last."""
+        """Yield the same lines, many at a time: whole ones, without the end of the last."""
         try:
             file = open(self.path, "rb", opener=plain)  # noqa: SIM115
         except FileNotFoundError:

@@ -100,6 +100,8 @@ class ChatProcessor:
             output = self._processor(
                 text=[written.text], images=[list(images)] if images else None, **options, **begun
             )
+        except MemoryError:  # of the machine, not of the row
+            raise
         except Exception as error:  # a class of transformers may raise anything
             raise RowProblem(BAD_VALUE, f"its model's processor refuses the chat: {error}") from None
         expanded = output["text_replacement_offsets"][0] if images else []

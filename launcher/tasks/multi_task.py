@@ -69,6 +69,7 @@ class MultiTask(Task):
                 continue  # `checks` says why
             self._parts[name] = entry.kind(entry.data)
             self.loss_weights[name] = entry.loss_weight
+        self._names = tuple(self._parts)
         self.keeps_losses = all(part.keeps_losses for part in self._parts.values())  # type: ignore[misc]
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -81,6 +82,11 @@ class MultiTask(Task):
     @property
     def parts(self) -> Mapping[str, Task]:
         return self._parts
+
+    @property
+    def streams(self) -> bool:
+        """Return False: each task has a source of its own, and several are not streamed."""
+        return False
 
     def checks(self) -> Iterator[Finding]:
         yield from super().checks()
@@ -176,12 +182,12 @@ class MultiTask(Task):
 
     def marked(self, sample: Sample, name: str) -> Sample:
         """Return a sample of one task as one of several tasks; the same one."""
-        sample.update(_mark(list(self.parts).index(name)))
+        sample.update(_mark(self._names.index(name)))
         return sample
 
     def part_of(self, sample: Sample) -> str:
         """Return the name of a sample's task."""
-        return list(self.parts)[int(sample["task"][0])]
+        return self._names[int(sample["task"][0])]
 
     def example(self, length: int) -> Sample:
         name, part = next(iter(self.parts.items()))
@@ -232,8 +238,7 @@ class MultiTask(Task):
         return self._batch_of(batch, name) | {"aside": batch["aside"][name]}
 
     def in_a_step(self, num_supervised: Sequence[int]) -> dict[str, Any]:
-        """Return by what the loss of each task is multiplied: nothing is learned of a task that has no sample
-        in the global batch."""
+        """Return the factor of each task's loss. A task without a sample in the global batch learns nothing."""
         of_task = dict.fromkeys(self.parts, 0)
         for source, number in zip(
             cast(Sequence[MixedSource], self.data.train.parts), num_supervised, strict=True

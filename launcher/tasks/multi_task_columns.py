@@ -53,7 +53,15 @@ def entry_of(data: MultiTaskColumns, name: str) -> TaskEntry:
     shared |= {"train": rows_for(data.train, name) or data.train, "mixing": None}
     if data.evaluation is not None:
         shared["evaluation"] = rows_for(data.evaluation, name)
-    return TaskEntry(kind, kind.Columns.model_validate(shared | own), float(content.get("loss_weight", 1.0)))
+    weight = content.get("loss_weight", 1.0)
+    if not _is_weight(weight):
+        raise ValueError(f"loss_weight {weight!r} is no number above 0")
+    return TaskEntry(kind, kind.Columns.model_validate(shared | own), float(weight))
+
+
+def _is_weight(value: Any) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and 0 < value < math.inf
 
 
 def rows_for(given: Sources, name: str) -> Sources | None:
@@ -80,8 +88,7 @@ def _entry(data: MultiTaskColumns, name: str, content: Mapping[str, Any]) -> Ite
         yield finding(key, None, reason, "data.tasks")
         return
     weight = content.get("loss_weight", 1.0)
-    is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-    if not is_number or not 0 < weight < math.inf:
+    if not _is_weight(weight):
         reason = "a loss counts by a number above 0; leave out a task that is not to be learned"
         shown = weight if isinstance(weight, (str, int, float)) else None
         yield finding(f"{key}.loss_weight", shown, reason)
@@ -149,6 +156,11 @@ def _rows(role: str, given: Sources, names: Mapping[str, Any]) -> Iterator[Findi
             near = difflib.get_close_matches(source.task, names, n=1, cutoff=0.0)
             reason = "data.tasks has no such task" + (f"; the nearest is {near[0]}" if near else "")
             yield finding(key, source.task, reason, "data.tasks")
+    for number, (source, alias) in enumerate(zip(given.sources, given.aliases, strict=True)):
+        is_only = sum(other.task == source.task for other in given.sources) == 1
+        if alias in names and not (alias == source.task and is_only):
+            reason = f"metrics of the task {alias} go by that name, and are not this source's: write another"
+            yield finding(f"{given.key(role, number)}.alias", source.alias, reason, "data.tasks")
     for name in names:
         if rows_for(given, name) is None:
             reason = f"has no rows of the task {name}; add an entry with task: {name}, or leave the task out"
@@ -160,8 +172,8 @@ def why_alone(kind: type[Task]) -> str | None:
     traits = kind.traits
     if kind.Columns is MultiTaskColumns:
         return "is several tasks itself"
-    if traits.reads_files or traits.unit != "token":
-        return f"reads {traits.unit}s, and the others read texts by a tokenizer"
+    if traits.reads_files:
+        return "has rows that name files, and the others read texts by a tokenizer"
     if traits.encoder_decoder:
         return "writes a text with a decoder, and the tasks share an encoder"
     if traits.layout != "padded":

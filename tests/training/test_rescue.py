@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from launcher.errors import OutOfMemoryError
+from launcher.launch import attempt_failure
 from launcher.runs.error_class import classify
 from launcher.runs.layout import RunDirectory
 from launcher.runs.status import newest_checkpoint
@@ -188,7 +189,7 @@ def test_launcher_run_goes_on_by_itself_until_a_single_sample_does_not_fit(
     assert [said[0]["before"], *(record["after"] for record in said)] == tried and {
         record["step"] for record in said
     } == {3}
-    assert "ran out of memory in step 4; the state after step 3 is saved" in output
+    assert "ran out of memory after step 3, whose state is saved" in output
     assert run.last_attempt() == len(tried)
     if code == 0:
         assert list(curve(run)) == list(range(1, 7)) and run.finished and state(run, 6)
@@ -215,6 +216,11 @@ def test_what_was_not_saved_is_not_cut(tmp_path: Path, model: Path, data: dict[s
     run.checkpoint(2).mkdir(parents=True)
     (run.checkpoint(2) / "manifest.json").write_text("{}")
     assert cut(run) is None
+    run.checkpoint(3).mkdir(parents=True)
+    (run.checkpoint(3) / "manifest.json").write_text("{}")
+    failure = {"failure_class": "out-of-memory", "rank": attempt_failure.OF_AGENT, "host": "n"}
+    (run.attempt(1) / "failure.json").write_text(json.dumps(failure))
+    assert cut(run) is None, "an agent without memory is none of a pass"
 
 
 def test_a_rank_that_nobody_comes_to_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,7 +112,7 @@ def test_what_cannot_be_is_refused_in_one_line_each(tmp_path: Path) -> None:
 
     assert reason({"task": "causal-lm", "text": "a"}, "task").startswith("learns words of the vocabulary")
     assert "go together are question-answering, sequence-" in reason({"task": "masked-lm"}, "task")
-    assert reason({"task": "image-classification"}, "task").startswith("reads ")
+    assert reason({"task": "image-classification"}, "task").startswith("has rows that name files")
     assert "writes a text with a decoder" in reason({"task": "sequence-to-sequence"}, "task")
     assert "is several tasks itself" in reason({"task": "multi-task"}, "task")
     assert "the nearest is token-classification" in reason({"task": "token-clasification"}, "task")
@@ -176,3 +176,32 @@ def test_a_model_has_the_ways_that_its_tasks_have_in_common(tmp_path: Path) -> N
     assert support_of_tasks(names, None) is unknown("multi-task")
     with pytest.raises(ConfigurationError, match="a bart model cannot do token-classification"):
         plan_job(job_of(tmp_path, {"kind": KIND, "words": TAGS}, "bart"), hardware=CPU)
+
+
+@pytest.mark.parametrize("weight", [None, [2], "2", 0, -1, True])
+def test_a_weight_that_is_none_is_refused_by_its_key(weight: Any, tmp_path: Path) -> None:
+    found = refused(tmp_path, {"kind": KIND | {"loss_weight": weight}, "words": TAGS})
+    assert "a number above 0" in found["data.tasks.kind.loss_weight"]
+
+
+def test_a_source_may_not_go_by_another_tasks_name(tmp_path: Path) -> None:
+    """Its metrics would stand in the place of that task's."""
+    given = [{"path": "rows.jsonl", "task": name} for name in ("kind", "words")]
+    entries = {"kind": KIND, "words": TAGS}
+    job_of(tmp_path, entries, evaluation=[given[0] | {"alias": "kind"}, given[1] | {"alias": "held"}])
+    for alias, evaluation in (
+        ("words", [given[0] | {"alias": "words"}, given[1]]),
+        ("kind", [given[0] | {"alias": "kind"}, given[0] | {"alias": "more"}, given[1]]),
+    ):
+        key = "data.evaluation.0.alias"
+        reason = f"metrics of the task {alias} go by that name, and are not this source's: write another"
+        assert refused(tmp_path, entries, evaluation=evaluation)[key] == reason
+
+
+def test_rows_of_several_tasks_are_not_streamed(tmp_path: Path) -> None:
+    found = refused(tmp_path, {"kind": KIND, "words": TAGS}, streaming=True)
+    assert "multi-task" not in found["data.streaming"].partition("write false. ")[2]
+
+
+def test_a_mistyped_key_is_not_told_as_another_task(tmp_path: Path) -> None:
+    assert set(refused(tmp_path, {"kind": KIND | {"lable": "x"}})) == {"data.tasks.kind.lable"}

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from launcher.errors import ConfigurationError
+from launcher.launch import command as commands
 from launcher.launch import gpu_env, local, malloc_env
 from launcher.launch.command import agent_command, environment, public, write_command
 from launcher.launch.screen import Watcher
@@ -110,18 +111,28 @@ def test_ranks_on_gpus_have_an_allocator_that_grows_and_a_flight_recorder(
     assert seen["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
     assert seen["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
     assert seen["TORCH_FR_DUMP_TEMP_FILE"] == f"{run.attempt(3)}/nccl-rank-"
+    assert "TORCH_NCCL_DEBUG_INFO_PIPE_FILE" not in seen, "no pipe can be made where there is no directory"
+    run.attempt(3).mkdir(parents=True)
+    pipe = environment(run, gpu, 3)["TORCH_NCCL_DEBUG_INFO_PIPE_FILE"]
+    assert pipe == f"{run.attempt(3)}/nccl-rank-" and not list(run.attempt(3).iterdir())
     assert not set(gpu_env.variables(run.path, {})) & set(environment(run, plan(), 3))
     monkeypatch.setenv("CUDA_DEVICE_ORDER", "FASTEST_FIRST")
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
+    monkeypatch.setenv("TORCH_NCCL_TRACE_BUFFER_SIZE", "0")
     seen = environment(run, gpu, 3)
-    assert seen["CUDA_DEVICE_ORDER"] == "FASTEST_FIRST" and "PYTORCH_ALLOC_CONF" not in seen
+    assert seen["CUDA_DEVICE_ORDER"] == "FASTEST_FIRST"
+    assert not {"PYTORCH_ALLOC_CONF", "TORCH_FR_BUFFER_SIZE"} & set(seen), "by their former names"
 
 
 def test_compiled_layers_are_kept_in_the_cache(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
     compiled = plan().model_copy(update={"model": plan().model.model_copy(update={"compile": True})})
-    assert environment(run, compiled, 1)["TORCHINDUCTOR_CACHE_DIR"] == "/cache/launcher/compiled"
+    monkeypatch.setattr(commands, "cpu_flags", lambda: frozenset({"avx2"}))
+    first = environment(run, compiled, 1)["TORCHINDUCTOR_CACHE_DIR"]
+    assert first.startswith("/cache/launcher/compiled/")
+    monkeypatch.setattr(commands, "cpu_flags", lambda: frozenset({"avx2", "amx_bf16"}))
+    assert environment(run, compiled, 1)["TORCHINDUCTOR_CACHE_DIR"] != first, "another processor"
     assert "TORCHINDUCTOR_CACHE_DIR" not in environment(run, plan(), 1)
 
 

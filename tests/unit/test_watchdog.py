@@ -457,6 +457,22 @@ def test_a_stoppage_is_none_under_a_debugger_and_begins_anew_after_a_pause() -> 
             -1,
         ),
         (
+            [seen(0, waits_in="all_gather"), seen(1)],
+            [agent("n2", 1, False)],
+            False,
+            "no step for 12 s after step 12 (a step takes 0.3 s): rank 1 on n2 is in forward, micro-batch 3 of 8; rank 0 "
+            "waits in all_gather; the agent on n2 is stopped (SIGSTOP)",
+            1,
+        ),
+        (
+            [seen(0), seen(1)],
+            [agent("n2", 12), agent("n3", 31)],
+            True,
+            "the agent on n3 is stopped (SIGSTOP) for 31 s; the agent on n2 is stopped (SIGSTOP); the ranks go on, and "
+            "one that ends is not noticed there",
+            -1,
+        ),
+        (
             [seen(0, waits_in="all_gather"), seen(1, state="T", state_seconds=12)],
             [agent("n2", 12)],
             False,

@@ -48,7 +48,7 @@ def view(run: RunDirectory, totals: Totals | None = None) -> dict[str, Any]:
 
 
 def views(runs: Iterable[RunDirectory]) -> list[dict[str, Any]]:
-    """The status of many runs, with one question to the controller; of each its main metric and its disk, too.
+    """Return the status of many runs, with one question to the controller; of each its main metric and disk.
 
     A run whose files cannot be read is there as `unreadable`, with the reason as its last word.
     """

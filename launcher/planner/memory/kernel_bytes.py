@@ -35,11 +35,11 @@ def attention_bytes(
     torch 2.13).
     """
     longest, tokens = max(lengths), sum(lengths)
-    rows = min(longest, 256 if longest >= 768 else 64 if longest >= 192 else 32)
-    scores = 4 * rows * min(longest, 512)
     if cuda:
         grouped = 2 * size * width if key_width < width else 0
         return 0, tokens * (4 * width + grouped)
+    rows = min(longest, 256 if longest >= 768 else 64 if longest >= 192 else 32)
+    scores = 4 * rows * min(longest, 512)
     wide = size if size > 2 or longest > WIDENED_AT_MOST else 4
     copies = 0 if wide == size else 3 * width + 2 * key_width
     forward = longest * (size * width + 4 * heads) + scores + 4 * rows * (2 + width // heads)

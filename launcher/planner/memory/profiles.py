@@ -18,6 +18,7 @@ from typing import Any
 from launcher import tasks
 from launcher.errors import ConfigurationError, Problem
 from launcher.plain_files import read_json
+from launcher.planner.hardware.detect import cpu_flags
 from launcher.planner.memory.formulas import formulas_of
 from launcher.planner.memory.profile import Profile
 from launcher.planner.memory.program import Program, Unit, Weight
@@ -151,7 +152,8 @@ def _key(plan: Plan, config: dict[str, Any]) -> str:
     data = plan.data.model_dump(mode="json", exclude={"train", "evaluation", "num_workers"})
     hangs_on = [
         FORMAT, config, model, data, plan.task, plan.attention, plan.layout, plan.head, plan.precision,
-        plan.mesh.device,
+        # A CPU's kernels were asked for their memory, which differs by what the processor can do.
+        plan.mesh.device, sorted(cpu_flags()) if plan.mesh.device == "cpu" else None,
         _own_code(plan.model.name, plan.model.revision) if "auto_map" in config else None, _versions(),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(hangs_on, sort_keys=True, default=str).encode()).hexdigest()[:32]

@@ -12,7 +12,7 @@ from typing import Any
 from launcher.data.chat_files import image_of, is_image, listed
 from launcher.data.rows import BAD_VALUE, RowProblem, is_missing
 from launcher.tasks.chat.forms import in_parts, with_whole_parts
-from launcher.tasks.chat.rows import is_parts
+from launcher.tasks.chat.rows import TEXT_PARTS, is_parts
 from launcher.tasks.chat.shadows import Message
 from launcher.tasks.chat.template import ChatTemplate
 from launcher.tasks.chat.writer import Tools, Writer
@@ -35,8 +35,10 @@ def with_places(
     image.
     """
     messages, beside = listed(row.get(column)), listed(row.get(images))
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        return row, []
+    if not isinstance(messages, list) or not all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) for message in messages
+    ):
+        return row, []  # who reads the messages says what is wrong with them
     has_list = not is_missing(beside)
     beside = beside if isinstance(beside, list) else [beside] * has_list
     rest, placed, files = iter(beside), list[Message](), list[list[Any]]()
@@ -76,7 +78,7 @@ def _check(parts: Sequence[Any], number: int) -> None:
     """Raise RowProblem for a part that is neither text nor image, and for a text that holds our own mark."""
     for part in parts if is_parts(parts) else ():
         kind = part.get("type", "text") if isinstance(part, dict) else "text"
-        if not is_image(part) and "text" not in kind:
+        if not is_image(part) and kind not in TEXT_PARTS:
             reason = f"message {number} has a part of type {kind!r}, and such chats have text and images"
             raise RowProblem(BAD_VALUE, reason)
     texts = [part.get("text") if isinstance(part, dict) else part for part in parts]

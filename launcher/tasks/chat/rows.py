@@ -23,7 +23,7 @@ from launcher.values import Tools
 
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 """The keys of a message that chat templates take its thoughts from."""
-_TEXT_PARTS = ("text", "input_text", "output_text")
+TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 def chat_columns(messages: str, tools: Tools | None) -> tuple[str, ...]:
@@ -111,7 +111,7 @@ def is_parts(content: Any) -> TypeGuard[list[Any]]:
 def _text_of_part(part: Any) -> str | None:
     if isinstance(part, str):
         return part
-    text = part.get("text") if part.get("type", "text") in _TEXT_PARTS else None
+    text = part.get("text") if part.get("type", "text") in TEXT_PARTS else None
     return text if isinstance(text, str) else None
 
 

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from launcher.errors import ConfigurationError, Problem
 from launcher.planner.limits import DEFERRED_GRADIENT_BYTES
 from launcher.planner.plan import Plan
 from launcher.runs.places import here
@@ -89,7 +90,18 @@ class FsdpEngine:
         here.turn("backward")
         # FSDP averages gradients over the ranks, and the step's loss is a sum.
         (output.loss_sum * (factor * self._plan.batch.data_parallel_size)).backward()
+        if last and not self._defers and self._plan.mesh.dp_replicate > 1:
+            self._refuse_left_over_sums()
         return output
+
+    def _refuse_left_over_sums(self) -> None:
+        """Raise ConfigurationError where a unit had gradients in a step's passes, and none in the last one: FSDP
+        would add them to the next step's."""
+        for name, module in self.model.named_modules():
+            groups = module._get_fsdp_state()._fsdp_param_groups if isinstance(module, FSDPModule) else ()
+            if any(group._partial_reduce_output is not None for group in groups):
+                reason = f"{name} has no gradient in some passes, which copies then do not add up; write 1"
+                raise ConfigurationError(Problem("parallel.replicate", self._plan.mesh.dp_replicate, reason))
 
     def evaluate(self, batch: Batch) -> Output:
         self.model.eval()

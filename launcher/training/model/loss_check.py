@@ -34,6 +34,8 @@ from launcher.training.model.with_heads import head_of
 
 LENGTHS = (11, 7)
 """Tokens of the two rows: the longer one first, so that what it leaves behind would show in the other."""
+_LOOKED_AT = 16
+"""Items among which one with a file is looked for."""
 TOLERANCE = {"fp32": 1e-4, "fp16": 3e-3, "bf16": 1.5e-2}
 """The largest difference that rounding explains, relative to what is compared."""
 _FALLBACKS = (
@@ -159,13 +161,20 @@ def _heads(task: Task, dataset: Dataset, ends: Sequence[int]) -> list[_Head]:
 def _rows(
     task: Task, dataset: Dataset, ends: Sequence[int], begin: int = 0, end: int | None = None
 ) -> list[Sample]:
-    """Two samples of the items from `begin` to `end`, cut short, of which the second counts. Raises DataError
-    for one that is not what the task makes."""
-    stop = min(begin + 2, dataset.num_items if end is None else end)
+    """Return two samples of the items from `begin` to `end`, cut short, of which the second counts: one with a
+    file, where rows name files and one of the first has any.
+
+    Raises DataError for one that is not what the task makes.
+    """
+    most = _LOOKED_AT if task.traits.reads_files else 2
+    stop = min(begin + most, dataset.num_items if end is None else end)
     samples = [sample for index in range(begin, stop) for sample in dataset.item(index)]
+    counts = next(
+        (one for one in samples[1:] + samples[:1] if len(one.get("media", ()))), samples[1 % len(samples)]
+    )
+    other = next((one for one in samples if one is not counts), counts)
     first, second = (
-        task.shortened(sample, length, ends)
-        for length, sample in zip(LENGTHS, (*samples, *samples), strict=False)
+        task.shortened(sample, length, ends) for length, sample in zip(LENGTHS, (other, counts), strict=True)
     )
     return [first.as_filler(), second]
 

@@ -120,18 +120,20 @@ def _described(leaf: Any, is_packed: bool) -> Any:
 def _measured(function: Any, described: tuple[Any, ...], spec: Any) -> int:
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with _disable_current_modes(), torch.no_grad():
-        arguments = pytree.tree_unflatten(
-            [one.real() if isinstance(one, _Described) else one for one in described], spec
-        )
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            results = function(*arguments)
-        kept = {
-            one.untyped_storage().data_ptr(): one.untyped_storage().nbytes()
-            for one in pytree.tree_leaves(results)
-            if isinstance(one, torch.Tensor)
-        }
-    torch.set_num_threads(num_threads)
+    try:
+        with _disable_current_modes(), torch.no_grad():
+            arguments = pytree.tree_unflatten(
+                [one.real() if isinstance(one, _Described) else one for one in described], spec
+            )
+            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+                results = function(*arguments)
+    finally:
+        torch.set_num_threads(num_threads)
+    kept = {
+        one.untyped_storage().data_ptr(): one.untyped_storage().nbytes()
+        for one in pytree.tree_leaves(results)
+        if isinstance(one, torch.Tensor)
+    }
     return max(0, _highest(profiler) - sum(kept.values()))
 
 
