@@ -50,7 +50,7 @@ _READ = ("input_ids", "attention_mask", "token_type_ids")
 
 
 class MultiTask(Task):
-    """Several tasks over one encoder: classes, numbers and tags at once."""
+    """Learn several tasks over one encoder: classes, numbers and tags at once."""
 
     name = "multi-task"
     traits = Traits("padded", causal=False, head="few-per-position", windows=True)

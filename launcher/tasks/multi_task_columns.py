@@ -21,7 +21,7 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-"
 
 
 class MultiTaskColumns(Data):
-    """Rows of several tasks, each with its own columns."""
+    """Name rows of several tasks, each with its own columns."""
 
     tasks: dict[str, dict[str, Any]]
     """The tasks by names of your own, each a section: `task` (what it is), `loss_weight` (how much its loss
@@ -35,7 +35,7 @@ class MultiTaskColumns(Data):
 
 @dataclass(frozen=True)
 class TaskEntry:
-    """One of several tasks, as the job file has it."""
+    """Hold one of several tasks, as the job file has it."""
 
     kind: type[Task]
     data: Data

@@ -18,7 +18,7 @@ BatchOf = Callable[[dict[str, Any], str], dict[str, Any] | None]
 
 
 class MultiTaskScores(Evaluator):
-    """The metrics of each task as `TASK/metric`, and `loss`: the sum over the tasks of weight x loss."""
+    """Give the metrics of each task as `TASK/metric`, and `loss`: the sum over the tasks of weight x loss."""
 
     def __init__(
         self, evaluators: Mapping[str, Evaluator], weights: Mapping[str, float], batch_of: BatchOf
@@ -60,7 +60,7 @@ class MultiTaskScores(Evaluator):
 
 
 class OneTaskScores(Evaluator):
-    """The metrics of one of several tasks, by some of its rows."""
+    """Give the metrics of one of several tasks, by some of its rows."""
 
     def __init__(self, name: str, evaluator: Evaluator, batch_of: BatchOf) -> None:
         self._name, self._evaluator, self._batch_of = name, evaluator, batch_of

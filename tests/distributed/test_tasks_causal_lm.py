@@ -219,7 +219,7 @@ def test_tokenizers_that_cannot_serve() -> None:
         task_of(CHAT, byte_tokenizer(template=None))
     with pytest.raises(
         ConfigurationError,
-        match="no such task; there are audio-classification, causal-lm, .*the nearest is image-classification",
+        match=r"no such task; there are audio-classification, causal-lm, .*the nearest is image-classification",
     ):
         tasks.build(plan_of(TEXT).model_copy(update={"task": "vision"}), TOKENIZER)
 

@@ -19,7 +19,7 @@ from launcher.training.model.with_heads import head_class, head_config, head_nam
 
 
 class OneHead:
-    """The tensors of one task's own class, under the names that this has for them."""
+    """Give the tensors of one task's own class, under that class's names for them."""
 
     def __init__(self, weights: Weights, model_files: Path, task: str) -> None:
         """model_files: a directory with the config of the whole model."""

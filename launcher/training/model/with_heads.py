@@ -26,12 +26,12 @@ from launcher.training.model.forward import accepted, model_class_of
 
 
 class _Body:
-    """The one body as a head sees it."""
+    """Show a head the one body, or what it gave."""
 
     def __init__(self, body: nn.Module) -> None:
         self.body = body
         self.outputs: Any = None
-        """What the body gave for the batch that is being gone through; None: a head asks the body itself."""
+        """What the body gave for the batch of this pass; None: a head asks the body itself."""
 
     def __call__(self, *args: Any, **named: Any) -> Any:
         return self.body(*args, **named) if self.outputs is None else self.outputs
@@ -41,7 +41,7 @@ class _Body:
 
 
 class WithHeads:
-    """A model with several heads, in front of the base class of its family."""
+    """Put several heads on a model; mixed in before the base class of its family."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
@@ -66,7 +66,7 @@ class WithHeads:
 
 
 class _ClassByConfig:
-    """The classes with heads by the class of a config, as transformers' own mappings."""
+    """Find classes with heads by the class of a config, as transformers' own mappings."""
 
     def __getitem__(self, kind: type) -> type[PreTrainedModel]:
         """Return the class. Raises KeyError for a type of model that has no body of its own."""
@@ -74,7 +74,7 @@ class _ClassByConfig:
 
 
 class AutoModelWithHeads:
-    """The Auto class of models with several heads: the parts of transformers' own that launcher asks."""
+    """Make models with several heads, by as much of an Auto class as launcher asks for."""
 
     _model_mapping = _ClassByConfig()
 
@@ -135,7 +135,7 @@ def head_of(model: nn.Module, task: str) -> PreTrainedModel:
 
 @contextlib.contextmanager
 def body_computed(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Iterator[None]:
-    """Go through the body once; while inside, each head takes what it gave, whatever it calls it with."""
+    """Go through the body once; while inside, each head takes what the body gave, whatever its arguments."""
     body = cast(nn.Module, model.base_model)
     kind = model_class_of(cast(PreTrainedModel, body))
     more = {"use_cache": False} if "use_cache" in inspect.signature(kind.forward).parameters else {}
