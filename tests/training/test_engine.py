@@ -258,7 +258,7 @@ def additions_of_copies(plan: Plan, defers: bool) -> tuple[list[int], dict[str, 
     if not defers:
         # As where a part has no gradient in the last pass: sums of the passes before it are left.
         engine.micro_step(packed_batch(_samples(0)[:2]), 1.0, False)
-        with pytest.raises(ConfigurationError, match="parallel.replicate"):
+        with pytest.raises(ConfigurationError, match=r"parallel\.replicate"):
             engine._refuse_left_over_sums()  # type: ignore[attr-defined]
     return seen, results
 
