@@ -16,62 +16,62 @@ from launcher.plain_files import plain
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
-class Place(NamedTuple):
+class Offset(NamedTuple):
     """Say what of a file comes before a row."""
 
     row: int = 0
     line: int = 0
     """Lines; of Parquet rows."""
-    offset: int = 0
+    byte: int = 0
     """Bytes; 0 of Parquet, where rows are no stretch of bytes."""
 
 
 class Shard(ABC):
-    """A file of which rows are read from any place on."""
+    """Read the rows of a file from any place in it on."""
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
         self.path, self.columns = path, columns
 
     @abstractmethod
-    def read(self, start: Place) -> Iterator[tuple[int, Values, Place]]:
-        """Yield the rows behind a place: line, values, and the place behind it.
+    def read(self, start: Offset) -> Iterator[tuple[int, Values, Offset]]:
+        """Yield the rows from an offset on: line, values, and the offset behind it.
 
         Raises DataError or OSError where the file cannot be read.
         """
 
     @abstractmethod
-    def skip(self, start: Place, count: int) -> Place:
-        """Return the place behind so many rows, or that behind the last row. Raises as `read`."""
+    def skip(self, start: Offset, count: int) -> Offset:
+        """Return the offset behind so many rows, or that behind the last row. Raises as `read`."""
 
 
 class Lines(Shard):
-    """A file with a row on each line."""
+    """Read a file with a row on each line."""
 
-    def read(self, start: Place) -> Iterator[tuple[int, Values, Place]]:
+    def read(self, start: Offset) -> Iterator[tuple[int, Values, Offset]]:
         row = start.row
-        for line, offset, content in self._lines(start):
+        for line, byte, content in self._lines(start):
             for _, values in self._rows(content):
                 row += 1
-                yield line, values, Place(row, line, offset)
+                yield line, values, Offset(row, line, byte)
 
-    def skip(self, start: Place, count: int) -> Place:
-        place, row = start, start.row
-        for line, offset, content in self._lines(start) if count else ():
+    def skip(self, start: Offset, count: int) -> Offset:
+        offset, row = start, start.row
+        for line, byte, content in self._lines(start) if count else ():
             if self._is_row(content):
                 row += 1
-                place = Place(row, line, offset)
+                offset = Offset(row, line, byte)
             if row == start.row + count:
                 break
-        return place
+        return offset
 
-    def _lines(self, start: Place) -> Iterator[tuple[int, int, bytes]]:
+    def _lines(self, start: Offset) -> Iterator[tuple[int, int, bytes]]:
         """Yield each line with its number, from 1, and the bytes up to its end."""
-        number, offset = start.line, start.offset
+        number, byte = start.line, start.byte
         with open(self.path, "rb", opener=plain) as file:
-            file.seek(offset)
+            file.seek(byte)
             for content in file:
-                number, offset = number + 1, offset + len(content)
-                yield number, offset, content
+                number, byte = number + 1, byte + len(content)
+                yield number, byte, content
 
     @abstractmethod
     def _rows(self, content: bytes) -> Iterator[tuple[int, Values]]:
@@ -83,7 +83,7 @@ class Lines(Shard):
 
 
 class JsonLines(Lines):
-    """One JSON object a line; lines of white space are not rows."""
+    """Read one JSON object from each line; lines of white space are not rows."""
 
     def _rows(self, content: bytes) -> Iterator[tuple[int, Values]]:
         return json_rows([content])
@@ -93,7 +93,7 @@ class JsonLines(Lines):
 
 
 class Text(Lines):
-    """One text a line."""
+    """Read one text from each line."""
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
         super().__init__(path, columns)
@@ -107,7 +107,7 @@ class Text(Lines):
 
 
 class Parquet(Shard):
-    """A Parquet file. What was decoded last is kept: who reads on does not decode it again."""
+    """Read a Parquet file, and keep what was decoded last: who reads on does not decode it again."""
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
         super().__init__(path, columns)
@@ -118,7 +118,7 @@ class Parquet(Shard):
         self._batch: Any = None
         """The last batch, which ends there."""
 
-    def read(self, start: Place) -> Iterator[tuple[int, Values, Place]]:
+    def read(self, start: Offset) -> Iterator[tuple[int, Values, Offset]]:
         import pyarrow
 
         row = start.row
@@ -128,14 +128,14 @@ class Parquet(Shard):
                 first = self._next - self._batch.num_rows
                 for index in range(row - first, self._batch.num_rows):
                     row += 1
-                    yield row, arrow_row(self._batch, index), Place(row, row)
+                    yield row, arrow_row(self._batch, index), Offset(row, row)
                 self._advance()
         except (OSError, pyarrow.ArrowException) as error:
             raise DataError(f"{self.path} cannot be read after row {row:,}: {error}") from None
 
-    def skip(self, start: Place, count: int) -> Place:
+    def skip(self, start: Offset, count: int) -> Offset:
         row = min(start.row + count, int(self._open().metadata.num_rows))
-        return Place(row, row)
+        return Offset(row, row)
 
     def _open(self) -> Any:
         if self._file is None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 from launcher.data.rows import Row
-from launcher.data.shards import SHARDS, Place, Shard
+from launcher.data.shards import SHARDS, Offset, Shard
 from launcher.errors import DataError
 
 FILE_BITS = 40
@@ -27,19 +27,19 @@ class Cursor(NamedTuple):
     epoch: int = 0
     shard: int = 0
     """The file's place among those of the epoch, which each epoch has in an order of its own."""
-    place: Place = Place()
+    offset: Offset = Offset()
 
     def to_dict(self) -> dict[str, int]:
         """Return it as JSON has it."""
-        return {"epoch": self.epoch, "shard": self.shard, **self.place._asdict()}
+        return {"epoch": self.epoch, "shard": self.shard, **self.offset._asdict()}
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> Cursor:
         """Return what `to_dict` gave. Raises KeyError or ValueError for anything else."""
-        numbers = {name: int(given[name]) for name in ("epoch", "shard", *Place._fields)}
+        numbers = {name: int(given[name]) for name in ("epoch", "shard", *Offset._fields)}
         if min(numbers.values()) < 0:
             raise ValueError(f"{given} is no place in files")
-        return cls(numbers["epoch"], numbers["shard"], Place(*(numbers[name] for name in Place._fields)))
+        return cls(numbers["epoch"], numbers["shard"], Offset(*(numbers[name] for name in Offset._fields)))
 
 
 def can_stream(path: str) -> bool:
@@ -65,8 +65,8 @@ class Stamp:
             raise DataError(f"{path} cannot be read: {error.strerror}") from None
         return cls(path, stat.st_size, stat.st_mtime_ns)
 
-    def refuse_change(self, place: Place) -> None:
-        """Raise DataError where the file is not what it was; `place` is from where it was being read."""
+    def refuse_change(self, offset: Offset) -> None:
+        """Raise DataError where the file is not what it was; `offset` is from where it was being read."""
         now = Stamp.of(self.path)
         if now == self:
             return
@@ -74,7 +74,7 @@ class Stamp:
             how = f"{self.bytes:,} bytes then, cut off at byte {now.bytes:,} now"
         else:
             how = f"{self.bytes:,} bytes then, {now.bytes:,} and written anew now"
-        read = f"byte {place.offset:,}, row {place.row:,}" if place.offset else f"row {place.row:,}"
+        read = f"byte {offset.byte:,}, row {offset.row:,}" if offset.byte else f"row {offset.row:,}"
         raise DataError(
             f"{self.path} changed under the run: {how}; it was being read from {read} on; put it back "
             "as it was, or begin a new run"
@@ -82,7 +82,7 @@ class Stamp:
 
 
 class Files:
-    """The rows of some files, epoch after epoch, each epoch with the files in an order of its own."""
+    """Read the rows of some files, epoch after epoch, each epoch with the files in an order of its own."""
 
     def __init__(
         self, paths: Sequence[Path], columns: Sequence[str], order: Callable[[int], Sequence[int]]
@@ -104,16 +104,16 @@ class Files:
         """
         left = count
         for number, shard, cursor in self._shards(start):
-            place = cursor.place
-            with self._unchanged(number, place):
-                for line, values, behind in shard.read(place) if left else ():
-                    row = Row((number << FILE_BITS) + place.row, str(shard.path), line, values)
-                    place, left = behind, left - 1
+            offset = cursor.offset
+            with self._unchanged(number, offset):
+                for line, values, behind in shard.read(offset) if left else ():
+                    row = Row((number << FILE_BITS) + offset.row, str(shard.path), line, values)
+                    offset, left = behind, left - 1
                     yield row
                     if not left:
                         break
             if not left:
-                ends(Cursor(cursor.epoch, cursor.shard, place))
+                ends(Cursor(cursor.epoch, cursor.shard, offset))
                 return
         ends(Cursor(start.epoch + 1))
 
@@ -121,11 +121,11 @@ class Files:
         """Return where `read` would end. Raises as it does."""
         left = count
         for number, shard, cursor in self._shards(start):
-            with self._unchanged(number, cursor.place):
-                place = shard.skip(cursor.place, left)
-            left -= place.row - cursor.place.row
+            with self._unchanged(number, cursor.offset):
+                offset = shard.skip(cursor.offset, left)
+            left -= offset.row - cursor.offset.row
             if not left:
-                return Cursor(cursor.epoch, cursor.shard, place)
+                return Cursor(cursor.epoch, cursor.shard, offset)
         return Cursor(start.epoch + 1)
 
     def _shards(self, start: Cursor) -> Iterator[tuple[int, Shard, Cursor]]:
@@ -140,19 +140,15 @@ class Files:
             cursor = Cursor(cursor.epoch, cursor.shard + 1)
 
     @contextlib.contextmanager
-    def _unchanged(self, number: int, place: Place) -> Iterator[None]:
-        """Raise DataError where a file cannot be read from a place on, or is another one after it was read: what
-        is wrong with a file that changed is that."""
+    def _unchanged(self, number: int, offset: Offset) -> Iterator[None]:
+        """Raise DataError where a file cannot be read from an offset on, or is another one after it was read:
+        what is wrong with a file that changed is that."""
         try:
             yield
         except (DataError, OSError) as error:
-            self.stamps[number].refuse_change(place)
+            self.stamps[number].refuse_change(offset)
             if isinstance(error, DataError):
                 raise
             reason = f"{self.stamps[number].path} cannot be read: {error.strerror or error}"
             raise DataError(reason) from None
-        self.stamps[number].refuse_change(place)
-
-    def to_dict(self) -> list[dict[str, Any]]:
-        """Return what is known of each file, as JSON has it."""
-        return [asdict(stamp) for stamp in self.stamps]
+        self.stamps[number].refuse_change(offset)

@@ -51,7 +51,7 @@ def _may_stream(name: str) -> bool:
 
 
 def _length(job: Job) -> Iterator[Finding]:
-    """Yield lengths that are said in epochs: how long one is shows at its end alone."""
+    """Yield lengths that are said in epochs: rows that are streamed are not counted before."""
     training = job.training
     if training.max_steps is None:
         reason = (
@@ -65,8 +65,8 @@ def _length(job: Job) -> Iterator[Finding]:
     ):
         if every is not None and every.unit == "epochs":
             reason = (
-                "how long an epoch is is not known of streamed rows; write a number of steps, or a time such "
-                "as 15min"
+                "the length of an epoch is not known where rows are streamed; write a number of steps, or a "
+                "time such as 15min"
             )
             yield finding(key, str(every), reason, _KEY)
 

@@ -156,16 +156,18 @@ def remove(going: list[Entry]) -> list[Entry]:
 
 
 def keep_bounded() -> list[Entry]:
-    """Remove prepared data that was used least recently, until no more is there than LAUNCHER_CACHE_SIZE
-    says; gives what went.
+    """Remove what killed processes left, and prepared data that was used least recently, until no more is
+    there than LAUNCHER_CACHE_SIZE says; gives what went.
 
     Raises ConfigurationError where that is no size.
     """
     most = bound()
-    if most is None:
-        return []
     with contextlib.suppress(OSError):
-        return remove(to_prune(entries(("data",)), None, most))
+        if most is not None:
+            return remove(to_prune(entries(("data",)), None, most))
+        unfinished = [path for path in _paths("data") if _UNFINISHED.match(path.name)]
+        there = [entry for path in unfinished if (entry := _look("data", path)) is not None]
+        return remove(to_prune(there, None, None))
     return []
 
 
@@ -257,7 +259,7 @@ def _remove(path: Path, last_used: float) -> bool:
             aside = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
             path.rename(aside)
         shutil.rmtree(aside)
-        if not unfinished:
+        if not held.exists():
             for ending in (_LOCK, _USED):
                 held.with_name(held.name + ending).unlink(missing_ok=True)
     return True

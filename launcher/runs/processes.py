@@ -38,6 +38,19 @@ def die_with_parent(parent: int | None = None) -> None:
         os._exit(128 + signal.SIGKILL)
 
 
+def begin_worker(parent: int, *, terminates: bool) -> None:
+    """Begin a forked worker: it leaves stop signals to the rank, which may go on for a while, and ends with it.
+
+    `terminates`: whether SIGTERM ends it, by which pools end theirs.
+    """
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if terminates:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    die_with_parent(parent)
+
+
 def heed(handler: Callable[[int, FrameType | None], None]) -> None:
     """Handle the stop signals in this process, but for the one that the launcher heeds for it."""
     ignored = os.environ.get(IGNORED_VARIABLE)

@@ -31,6 +31,8 @@ def train(
     here.at("loading")
     device = start_process_group(plan)
     waited.watch()
+    if material.stream is not None:
+        material.stream.compare_ranks()
     if plan.model.compile:
         cache.hold_until_the_end(Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")))
         say_compiling()

@@ -38,8 +38,8 @@ class TrainingInputs:
     tokenizer: Any
     """What reads the rows: a tokenizer, or what the task has in its place."""
     task: Task
-    train: Dataset
-    """Of streamed rows the first window that this attempt reads."""
+    stored: Dataset | None
+    """What is trained on, where that is not streamed."""
     evaluation: Dataset | None
     stream: Stream | None = None
     """Where rows are streamed: all of them."""
@@ -51,13 +51,16 @@ class TrainingInputs:
         material, leads = cls.of(run, plan), os.environ.get("RANK", "0") == "0"
         for dataset in material.datasets:
             if material.stream is not None and dataset is material.train:
-                continue  # which is looked at as it comes
+                material.stream.refuses = True  # from now on, as rows come
+                material.stream.judge(material.stream.first())
+                continue
             for one in dataset.reports:
                 refuse_mostly_dropped(one, plan)
             refuse_change(run.path / f"data-{dataset.report.role}.json", dataset.report)
         if leads:
             for dataset in material.datasets:
-                report = material.reported(dataset)
+                streamed = material.stream if dataset is material.train else None
+                report = dataset.report.to_dict() if streamed is None else streamed.to_dict()
                 events.event(run.events_file, "prepared", **report, **shape(dataset))
                 print(*prepared.lines({"event": "prepared", **report}), sep="\n", file=sys.stderr)
                 for text in dataset.report.remarks:
@@ -65,46 +68,57 @@ class TrainingInputs:
         return material
 
     @classmethod
-    def of(cls, run: RunDirectory, plan: Plan) -> TrainingInputs:
+    def of(cls, run: RunDirectory, plan: Plan, *, streams: bool = True) -> TrainingInputs:
         """Tokenised and packed data come from the cache where it has them; one process of a machine makes
-        them, the others wait."""
+        them, the others wait. Where rows are streamed and `streams` is false, the held-out rows stand in
+        their place."""
         cache.hold_until_the_end(Path(plan.model.name))
         config = pretrained.read_config(plan)
         tokenizer = pretrained.read_processor(plan)
         task = tasks.build(plan, tokenizer)
         task.adopt(config)
-        report = phase_report(run, "preparing", "rows")
-        stream = Stream.open(run, plan, task, tokenizer) if plan.data.streaming else None
-        if stream is not None:
-            train = stream.first()
-        else:
-            train = prepare_sources(plan.data.train, "train", plan, task, tokenizer, report)
-        evaluation = None
-        if (held_out := plan.data.evaluation) is not None:
-            report = phase_report(run, "preparing", "rows")
-            evaluation = prepare_sources(held_out, "evaluation", plan, task, tokenizer, report)
-        learn_from(task, train)
-        task.configure(config)
-        check_teacher(plan, task, tokenizer)
-        texts = getattr(tokenizer, "tokenizer", None) if task.has_processor else tokenizer
-        rows_of_tokens = () if texts is None else (("train", train), ("evaluation", evaluation))
-        for role, dataset in rows_of_tokens:
-            refuse_tokens(dataset, f"data.{role}", texts, config)
-        if stream is not None and texts is not None:
-            stream.check = lambda window: refuse_tokens(window, "data.train", texts, config)
-        return cls(config, tokenizer, task, train, evaluation, stream)
+        train = evaluation = stream = None
+        if plan.data.streaming and streams:
+            stream = Stream.open(run, plan, task, tokenizer)
+        try:
+            if not plan.data.streaming:
+                report = phase_report(run, "preparing", "rows")
+                train = prepare_sources(plan.data.train, "train", plan, task, tokenizer, report)
+            if (held_out := plan.data.evaluation) is not None:
+                report = phase_report(run, "preparing", "rows")
+                evaluation = prepare_sources(held_out, "evaluation", plan, task, tokenizer, report)
+            stored = evaluation if plan.data.streaming and not streams else train
+            material = cls(config, tokenizer, task, stored, evaluation, stream)
+            learn_from(task, material.train)
+            task.configure(config)
+            check_teacher(plan, task, tokenizer)
+            texts = getattr(tokenizer, "tokenizer", None) if task.has_processor else tokenizer
+            if texts is not None:
+                refuse_tokens(material.train, "data.train", texts, config)
+                refuse_tokens(evaluation, "data.evaluation", texts, config)
+            if stream is not None and texts is not None:
+                stream.check = lambda window: refuse_tokens(window, "data.train", texts, config)
+            return material
+        except BaseException:
+            # Other ranks of the node would miss what this one removes, and fail of that.
+            if stream is not None and stream.worker.num_local_ranks == 1:
+                stream.close()
+            raise
+
+    @property
+    def train(self) -> Dataset:
+        """Return what is trained on: of streamed rows the first window with samples, which is there until the
+        steps are past it."""
+        train = self.stored if self.stream is None else self.stream.first().dataset
+        assert train is not None
+        return train
 
     @property
     def datasets(self) -> tuple[Dataset, ...]:
         """Return what is trained on, and what is measured on where there is such a thing."""
-        return (self.train,) if self.evaluation is None else (self.train, self.evaluation)
-
-    def reported(self, dataset: Dataset) -> dict[str, Any]:
-        """Return what became of the rows of a data set, for an event: of streamed rows, of those that were read
-        so far."""
-        if self.stream is None or dataset is not self.train:
-            return dataset.report.to_dict()
-        return self.stream.report.to_dict() | {"streaming": True}
+        if self.evaluation is None or self.evaluation is self.stored:
+            return (self.train,)
+        return (self.train, self.evaluation)
 
     def save_model_files(self, run: RunDirectory, plan: Plan, model: PreTrainedModel) -> None:
         """Write RUN/model once: what the model's directory holds beside weights, with this run's config,

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from launcher.errors import CheckpointError
 from launcher.runs.checkpoints import MANIFEST_NAME, Count, Progress
-from launcher.training.data.batches import StepBatch
+from launcher.training.data.batches import Batches, StepBatch
 from launcher.training.data.stream_batches import StreamBatches
 from launcher.training.early_stopping import EarlyEnd
 from launcher.training.precision import LossScale
@@ -88,10 +88,9 @@ class Counters:
     loss_scale: LossScale
     divergence: Divergence
     early_end: EarlyEnd
+    batches: Batches | StreamBatches
     told: list[str] = field(default_factory=list)
     """The kinds of symptoms that the run was told of."""
-    stream: StreamBatches | None = None
-    """Where rows are streamed: what knows the position in the files."""
 
     def progress(self) -> Progress:
         """Return what a checkpoint keeps of it."""
@@ -100,8 +99,8 @@ class Counters:
             "good_steps": self.loss_scale.good_steps,
         }
         extra |= {"said": self.told}
-        if self.stream is not None:
-            extra["stream"] = self.stream.position(self.state.step)
+        if (position := self.batches.position(self.state.step)) is not None:
+            extra["stream"] = position
         return self.state.progress(extra | self.early_end.state() | self.divergence.state())
 
     def restore(self, progress: Progress, checkpoint: str) -> None:
@@ -115,5 +114,4 @@ class Counters:
         self.early_end.restore(kept.best, kept.num_worse)
         self.divergence.restore(kept.model_dump())
         self.told[:] = kept.said
-        if self.stream is not None:
-            self.stream.go_to(progress.step, kept.stream, checkpoint)
+        self.batches.go_to(progress.step, kept.stream, checkpoint)

@@ -39,7 +39,9 @@ class StateKeeper:
         """
         tensors = self._engine.state_dict()
         progress = self._checkpointer.load(tensors)
-        if progress is not None:
+        if progress is None:
+            self._counters.batches.go_to(0, None, "")
+        else:
             self._engine.after_load()
             checkpoint = self._run.checkpoint(progress.step).name
             self._counters.restore(progress, checkpoint)

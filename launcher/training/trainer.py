@@ -28,7 +28,7 @@ from launcher.training.cadence import Cadence
 from launcher.training.checkpoint.checkpointer import Checkpointer
 from launcher.training.data.ahead import Loader
 from launcher.training.data.batches import StepBatch
-from launcher.training.data.stream_batches import StreamBatches, batches_of
+from launcher.training.data.stream_batches import batches_of
 from launcher.training.devices import name_of, peak_memory_bytes, to_device
 from launcher.training.early_stopping import EarlyEnd
 from launcher.training.held_out import HeldOut
@@ -86,9 +86,7 @@ class Trainer:
         self.loss_scale = LossScale(plan.precision == "fp16")
         self.divergence = Divergence(plan.training, self.event)
         self.early_end = EarlyEnd(run, plan, self.rank == 0, self._agree, self.event)
-        self.counters = Counters(self.state, self.loss_scale, self.divergence, self.early_end)
-        if isinstance(self.batches, StreamBatches):
-            self.counters.stream = self.batches
+        self.counters = Counters(self.state, self.loss_scale, self.divergence, self.early_end, self.batches)
 
     def load(self) -> None:
         """Load the model and the newest checkpoint that is whole. Called by all ranks together."""
@@ -117,8 +115,6 @@ class Trainer:
         here.at("restoring")
         self.keeper = StateKeeper(self.run, self.engine, self.checkpointer, self.counters, self.event)
         tensors = self.keeper.restore()
-        if self.counters.stream is not None and self.state.step == 0:
-            self.counters.stream.go_to(0, None, "")
         self._watch(tensors)
 
     def _watch(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -183,7 +179,7 @@ class Trainer:
         ranks."""
         started = time.monotonic()
         self.own.begin(self.pace.measures)
-        here.at("data", detail=str(self.material.train.directory))
+        here.at("data", detail=str(self.batches.directory))
         step_batch = self.batches.step(self.state.step)
         waited = time.monotonic() - started
         self._thaw()
@@ -241,7 +237,7 @@ class Trainer:
         seed, step = self.plan.training.seed, self.state.step
         more = self.task.in_a_step(step_batch.supervised_by_source)
         for index, items in enumerate(step_batch.micro_batches):
-            here.at("data", done=index, total=last + 1, detail=str(self.material.train.directory))
+            here.at("data", done=index, total=last + 1, detail=str(self.batches.directory))
             began = time.monotonic()
             batch = to_device(self.loader.batch(step, index, items), self.device) | more
             self.own.loaded(time.monotonic() - began)
@@ -305,7 +301,7 @@ class Trainer:
         if not self.saves:
             return True
         if self.material.stream is not None:
-            self.event("prepared", **self.material.reported(self.material.train))
+            self.event("prepared", **self.material.stream.to_dict())
         here.at("staging")
         saved = self.keeper.save(self.engine.state_dict(), wait)
         if wait and must and not saved:
@@ -347,14 +343,10 @@ class Trainer:
         self._close()
 
     def _close(self) -> None:
-        if self.material.stream is not None:
-            self.material.stream.worker.end()
         if self.recorder:
             self.recorder.finish()
         here.at("leaving")
-        distributed.barrier()
-        if self.material.stream is not None:
-            self.material.stream.close()
+        self.batches.close(distributed.barrier)
 
     def _announce(self) -> None:
         if self.recorder:

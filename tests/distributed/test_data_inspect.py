@@ -243,6 +243,39 @@ def test_most_rows_dropped_are_refused_unless_it_is_written_out(tmp_path: Path) 
     assert (said["rows_used"], said["dropped"]) == (2, {"missing key": 2, "empty": 1})
 
 
+def windows_left(tmp_path: Path) -> list[Path]:
+    return [*(tmp_path / "cache").rglob("*-windows"), *(tmp_path / "cache").rglob("*.used")]
+
+
+def test_streamed_rows_that_are_refused_are_shown(tmp_path: Path) -> None:
+    rows = [*BAD[1:], BAD[1], *PAIRS[:2]]
+    columns = {"prompt": "q", "completion": "a", "streaming": True}
+    plan, _ = ready(tmp_path, rows, **columns, shuffle_window=3)
+    seen = inspected(plan, tmp_path)
+    assert [sample["line"] for sample in seen["samples"]] == [4, 5], "the first window has no sample"
+    assert seen["streaming"] and seen["refused"].startswith("a run is refused: train data: 3 of 5 rows")
+    with pytest.raises(ConfigurationError, match="streamed rows have no number"):
+        inspected(plan, tmp_path, row=1)
+    assert not windows_left(tmp_path)
+    run = RunDirectory(tmp_path)
+    with pytest.raises(DataError, match=r"3 of 5 rows .* would be dropped"):
+        TrainingInputs.prepare(run, plan)
+    plan, _ = ready(tmp_path, BAD[1:], **columns)
+    with pytest.raises(DataError, match="none of 2 rows can be used"):
+        inspected(plan, tmp_path)
+    assert len(windows_left(tmp_path)) <= 2, "of the run that was refused: the next attempt removes them"
+
+
+def test_to_prepare_held_out_rows_reads_none_that_are_streamed(tmp_path: Path) -> None:
+    held_out = jsonl(tmp_path / "b.jsonl", PAIRS)
+    columns = {"prompt": "q", "completion": "a", "streaming": True, "evaluation": held_out}
+    plan, _ = ready(tmp_path, BAD[1:], **columns)  # of which none can be used
+    seen = inspected(plan, tmp_path, roles=["evaluation"], show=False)
+    assert (seen["role"], seen["rows_used"]) == ("evaluation", 6)
+    [sample, *_] = inspected(plan, tmp_path, roles=["evaluation"])["samples"]
+    assert learned(sample)[0] == ("the cat sat", False)
+
+
 def test_half_is_not_most_and_too_long_rows_count(tmp_path: Path) -> None:
     long = {"q": "the cat", "a": "sat " * 99}
     plan, _ = ready(tmp_path, [PAIRS[0], long], prompt="q", completion="a", max_length=32, too_long="drop")

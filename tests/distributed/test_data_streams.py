@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import multiprocessing
 import os
+import signal
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,11 +22,15 @@ from hypothesis import strategies as st
 
 from launcher import tasks
 from launcher.data.formats import format_of
-from launcher.data.shards import Place
+from launcher.data.shards import Offset
 from launcher.data.streams import FILE_BITS, Cursor, Files
 from launcher.errors import CheckpointError, DataError, OutOfMemoryError, StorageError
 from launcher.planner.plan import Length, Plan
+from launcher.runs import processes
 from launcher.runs.layout import RunDirectory
+from launcher.runs.places import here
+from launcher.training import exchange
+from launcher.training.data import windows as windows_module
 from launcher.training.data.order import Order, seed_of
 from launcher.training.data.stream import Stream
 from launcher.training.data.stream_batches import StreamBatches
@@ -125,7 +133,9 @@ def opened(tmp_path: Path, plan: Plan, name: str = "run") -> Stream:
     run = RunDirectory(tmp_path / name)
     run.path.mkdir(exist_ok=True)
     tokenizer = byte_tokenizer()
-    return Stream.open(run, plan, tasks.build(plan, tokenizer), tokenizer)
+    stream = Stream.open(run, plan, tasks.build(plan, tokenizer), tokenizer)
+    stream.refuses = True
+    return stream
 
 
 def rows_of_step(batches: StreamBatches, step: int) -> list[int]:
@@ -184,12 +194,12 @@ def test_the_order_is_that_of_any_number_of_ranks_and_workers(cache: Path, tmp_p
     plan = plan_with(path, 16, packing=True)
     task = tasks.build(plan, tokenizer)
     hashes = []
-    for places in (1, 3):
-        root = tmp_path / f"by-{places}"
+    for num_ranks in (1, 3):
+        root = tmp_path / f"by-{num_ranks}"
         shares = []
-        for place in range(places):
+        for rank in range(num_ranks):
             files = Files([path], ["text"], lambda epoch: [0])
-            shares.append(Maker(files, plan, task, tokenizer, root).share(Start(), place, places))
+            shares.append(Maker(files, plan, task, tokenizer, root).share(Start(), rank, num_ranks))
         for share in shares:
             for number in share:
                 if number >= 9:  # into the second epoch
@@ -218,6 +228,7 @@ def test_a_position_is_gone_on_from_with_one_window_made_again(cache: Path, tmp_
     assert rows_of_step(again, 10) == expected[10]
     assert not other.maker.path(0).exists() or other.leads, "the window before is not asked for"
     assert again.position(10) == position
+    assert again.directory == other.maker.path(1) and again.directory.exists(), "what is named is in use"
     with pytest.raises(CheckpointError, match="no position in files"):
         again.go_to(10, {"window": "x"}, "step-10")
     with pytest.raises(DataError, match=r"rows.jsonl, from row 30 \(byte \d+,?\d*\) on: other samples come"):
@@ -253,23 +264,77 @@ def test_a_file_written_anew_with_as_many_bytes_is_refused(tmp_path: Path) -> No
     with pytest.raises(DataError, match="written anew"):
         files.skip(Cursor(), 3)
     with pytest.raises(ValueError, match="no place in files"):
-        Cursor.of({**Cursor(0, 0, Place()).to_dict(), "row": -1})
+        Cursor.of({**Cursor(0, 0, Offset()).to_dict(), "row": -1})
 
 
 def test_files_that_come_or_go_are_refused(cache: Path, tmp_path: Path) -> None:
-    write(tmp_path / "a.txt", ["x y z"] * 9)
+    for name in "bc":
+        write(tmp_path / f"{name}.txt", [f"{name} y z"] * 9)
     plan = plan_with(tmp_path / "*.txt", 4)
     for _ in range(2):
         opened(tmp_path, plan).close()
-    write(tmp_path / "b.txt", ["x"])
-    with pytest.raises(DataError, match=r"\.txt names 2 files, and named 1 when the run began"):
+    write(tmp_path / "a.txt", ["x"])
+    with pytest.raises(DataError, match=r"names 3 files, and named 2 .*: /.*/a\.txt came since then"):
         opened(tmp_path, plan)
-    (tmp_path / "b.txt").unlink()
-    write(tmp_path / "a.txt", ["x y v"] * 9)
+    (tmp_path / "a.txt").unlink()
+    (tmp_path / "b.txt").rename(tmp_path / "b")
+    with pytest.raises(DataError, match=r"names 1 files, and named 2 .*: /.*/b\.txt is no longer there"):
+        opened(tmp_path, plan)
+    (tmp_path / "b").rename(tmp_path / "b.txt")
+    write(tmp_path / "c.txt", ["c y v"] * 9)
     with pytest.raises(
-        DataError, match=r"a\.txt changed since the run began: the first difference is between byte 0"
+        DataError, match=r"c\.txt changed since the run began: the first difference is between byte 0"
     ):
         opened(tmp_path, plan)
+
+
+def test_files_that_moved_are_told_by_their_contents(cache: Path, tmp_path: Path) -> None:
+    for folder in ("then", "now"):
+        (tmp_path / folder).mkdir()
+        for name in "ab":
+            write(tmp_path / folder / f"{name}.txt", [f"{name} y z"] * 9)
+    opened(tmp_path, plan_with(tmp_path / "then" / "*.txt", 4)).close()
+    plan = plan_with(tmp_path / "now" / "*.txt", 4)
+    opened(tmp_path, plan).close()
+    write(tmp_path / "now" / "b.txt", ["b y"] * 9)
+    with pytest.raises(DataError, match=r"now/b\.txt changed since the run began: 54 bytes then, 36 now"):
+        opened(tmp_path, plan)
+    (tmp_path / "now" / "b.txt").unlink()
+    with pytest.raises(DataError, match="names 1 other files than the 2 of when the run began"):
+        opened(tmp_path, plan)
+
+
+def test_a_node_with_other_files_is_refused_by_name(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "rows.txt", ["a dog ran"] * 9)
+    plan = plan_with(path, 4)
+    opened(tmp_path, plan).close()
+    monkeypatch.setenv("RANK", "2")  # the first of another node, with a copy of its own
+    write(path, ["a cat ran"] * 9)
+    node = os.uname().nodename
+    with pytest.raises(DataError, match=rf"rows\.txt changed since the run began: .*\(on {node}\)"):
+        opened(tmp_path, plan)
+    stream = opened(tmp_path, plan, "other")
+    assert not (tmp_path / "other" / "data-train.json").exists(), "the first rank alone writes it"
+
+    def gathered(**changes: str) -> Any:
+        """Return what ranks exchange where one on another node has something else."""
+        names = ("node", "files", "begin", "samples")
+
+        def gather(own: Any) -> list[Any]:
+            told = dict(zip(names, json.loads(json.dumps(own)), strict=True))
+            return [list((told | more).values()) for more in ({}, {"files": ""}, {"node": "n2"} | changes)]
+
+        return gather
+
+    for changes, reason in (({"files": "x"}, "other files"), ({"samples": "x"}, "other samples of the same")):
+        monkeypatch.setattr(exchange, "all_gather", gathered(**changes))
+        with pytest.raises(DataError, match=rf"rows\.txt: node n2 \(rank 2\) has {reason}"):
+            stream.compare_ranks()
+    monkeypatch.setattr(exchange, "all_gather", gathered())
+    stream.compare_ranks()
+    stream.close()
 
 
 def test_rows_of_which_none_or_few_can_be_used_are_refused(cache: Path, tmp_path: Path) -> None:
@@ -280,14 +345,31 @@ def test_rows_of_which_none_or_few_can_be_used_are_refused(cache: Path, tmp_path
     ):
         stream.first()
     stream.close()
-    path = write(tmp_path / "half.jsonl", [" "] * 6 + ["a dog"] * 20)
+    path = write(tmp_path / "half.jsonl", [" "] * 14 + ["a dog"] * 8)
     stream = opened(tmp_path, plan_with(path, 8), "half")
-    with pytest.raises(DataError, match=r"6 of 8 rows \(75.0%\) would be dropped"):
-        stream.first()
+    stream.first()
+    with pytest.raises(DataError, match=r"14 of 22 rows \(63.6%\) would be dropped"):
+        stream.window(2)
+    stream.close()
+    path = write(tmp_path / "many.jsonl", ([" "] * 11 + ["a dog"] * 9) * 60)
+    stream = opened(tmp_path, plan_with(path, 512), "many")
+    stream.first()
+    with pytest.raises(DataError, match=r"of 1,024 rows \(.*%\) would be dropped"):
+        stream.window(1)
     stream.close()
     stream = opened(tmp_path, plan_with(path, 8, unusable="refuse"), "refuse")
     with pytest.raises(DataError, match=r"data\.unusable is 'refuse'"):
         stream.first()
+    assert not list(stream.maker.root.iterdir()), "nothing half made is left"
+    stream.close()
+
+
+def test_a_few_bad_rows_at_the_beginning_end_nothing(cache: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [" "] * 5 + ["a dog ran"] * 30)
+    stream = opened(tmp_path, plan_with(path, 8))
+    assert stream.first().num_items == 3
+    for number in range(1, 5):  # to the end of the epoch
+        stream.window(number)
     stream.close()
 
 
@@ -304,3 +386,90 @@ def test_a_process_that_was_killed_or_cannot_write_is_named(cache: Path, tmp_pat
     stream.maker.root.write_text("in the way")
     with pytest.raises(StorageError, match="set XDG_CACHE_HOME"):
         stream.maker.make(Start())
+
+
+def test_a_window_that_is_damaged_is_named(cache: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.txt", ["a dog ran"] * 20)
+    stream = opened(tmp_path, plan_with(path, 4))
+    stream.first()
+    for number, name in ((1, "input_ids.npy"), (2, "window.json"), (3, "meta.json")):
+        stream.worker.need(number)
+        directory = stream.maker.path(number)
+        while not directory.exists():
+            time.sleep(0.005)
+        os.truncate(directory / name, 9)
+        with pytest.raises(StorageError, match=rf"{directory}, a window .* is not what was written"):
+            stream.window(number)
+        with pytest.raises(StorageError, match="is not what was written"):
+            stream.maker.make(Start(number))
+    stream.close()
+
+
+def test_the_process_outlives_signals_that_all_processes_get(cache: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.txt", ["a dog ran"] * 40)
+    stream = opened(tmp_path, plan_with(path, 4))
+    stream.first()
+    for number in processes.STOP_SIGNALS:
+        os.kill(stream.worker._process.pid, number)
+    assert [stream.window(number).num_items for number in range(1, 5)] == [4] * 4
+    process = stream.worker._process
+    del stream
+    gc.collect()
+    process.join(5)
+    assert process.exitcode == -signal.SIGKILL, "nobody has to wait for it"
+
+
+def test_sigterm_alone_ends_the_worker_of_a_pool() -> None:
+    context = multiprocessing.get_context("fork")
+    begun, theirs = context.Pipe()
+
+    def work(parent: int) -> None:
+        processes.begin_worker(parent, terminates=True)
+        theirs.send(True)
+        time.sleep(60)
+
+    worker = context.Process(target=work, args=(os.getpid(),), daemon=True)
+    worker.start()
+    assert begun.recv() and worker.pid is not None
+    for number in (*set(processes.STOP_SIGNALS) - {signal.SIGTERM}, signal.SIGTERM):
+        assert worker.exitcode is None
+        os.kill(worker.pid, number)
+    worker.join()
+    assert worker.exitcode == -signal.SIGTERM
+
+
+def test_a_fault_in_the_process_is_in_the_log_with_its_traceback(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def faulty(*arguments: Any) -> Any:
+        raise ZeroDivisionError("of a tokenizer")
+
+    monkeypatch.setattr(windows_module, "encode_chunk", faulty)
+    stream = opened(tmp_path, plan_with(write(tmp_path / "rows.txt", ["a dog ran"]), 4))
+    with pytest.raises(RuntimeError, match="ZeroDivisionError in the process that tokenises: of a tokenizer"):
+        stream.first()
+    stream.close()
+    assert "in faulty" in capfd.readouterr().err
+
+
+def test_who_waits_for_a_window_says_how_far_it_is(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode_chunk, told = windows_module.encode_chunk, []
+    moved = here.moved
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.05)
+        return encode_chunk(*arguments)
+
+    def noted(done: int) -> None:
+        moved(done)
+        told.append(here.read(0, "", 0))
+
+    monkeypatch.setattr(windows_module, "encode_chunk", slow)
+    monkeypatch.setattr(here, "moved", noted)
+    stream = opened(tmp_path, plan_with(write(tmp_path / "rows.txt", ["a dog ran"] * 600), 600))
+    stream.first()
+    assert told[0].place == "preparing" and (told[0].done, told[0].total) == (256, 600)
+    assert told[0].detail == str(stream.maker.path(0)) and here.read(0, "", 0).place != "preparing"
+    stream.close()

@@ -124,7 +124,7 @@ def test_stopped_in_the_middle_of_a_file_it_goes_on_on_other_ranks(
     run = new_run(tmp_path / "run", make(model, data, 2))
     finish(run, 2, no_daemon, stop_at=4)
     position = position_of(run)
-    assert position["row"] and position["offset"] and position["file"].startswith("part-")
+    assert position["row"] and position["byte"] and position["file"].startswith("part-")
     replan(run, make(model, data, 1))
     finish(run, 1, no_daemon)
     assert ids(run) == ids(whole)

@@ -169,6 +169,17 @@ def test_prepared_data_is_bounded_and_nothing_else(filled: Path, monkeypatch: py
     assert left(filled) == {NAMES[1], NAMES[2], "small"}
     monkeypatch.setenv("LAUNCHER_CACHE_SIZE", "unlimited")
     assert cache.keep_bounded() == [] and cache.bound() is None
+    windows = filled / "data" / f".{NAMES[0]}-windows"  # as a killed process leaves them
+    windows.mkdir()
+    held = cache.hold(filled / "data" / NAMES[0])
+    assert cache.keep_bounded() == [], "who holds them lives"
+    held.release()
+    assert [entry.name for entry in cache.keep_bounded()] == [windows.name] and not windows.exists()
+    assert not (filled / "data" / f"{NAMES[0]}.used").exists() and left(filled) == {
+        NAMES[1],
+        NAMES[2],
+        "small",
+    }
     monkeypatch.delenv("LAUNCHER_CACHE_SIZE")
     assert 0 < (cache.bound() or 0) <= 100e9 and cache.keep_bounded() == []
 

@@ -7,7 +7,6 @@ from this one, after a resume, and on any number of ranks.
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from launcher.errors import LauncherError, OutOfMemoryError
 from launcher.planner.plan import Plan
-from launcher.runs.processes import die_with_parent
+from launcher.runs.processes import begin_worker
 from launcher.tasks.task import Draws, Sample, Task
 from launcher.training.data.batches import Batches
 from launcher.training.data.stream_batches import StreamBatches
@@ -98,7 +97,7 @@ class Loader:
             num_workers=self._num_workers,
             prefetch_factor=_EACH,
             collate_fn=_as_it_is,
-            worker_init_fn=lambda _: _begin_worker(parent),
+            worker_init_fn=lambda _: begin_worker(parent, terminates=True),
             multiprocessing_context="fork",
         )
         return iter(loader)
@@ -125,11 +124,3 @@ def workers_of(plan: Plan) -> int:
 
 def _as_it_is(batch: Any) -> Any:
     return batch
-
-
-def _begin_worker(parent: int) -> None:
-    """Leave signals to the rank, and end with it."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    die_with_parent(parent)

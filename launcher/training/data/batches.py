@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -78,6 +80,22 @@ class Batches:
     def lengths(self, real: np.ndarray) -> np.ndarray:
         """Tokens of each place of the global batch; a filler is as long as the shortest item."""
         return _filled(self.dataset.item_lengths[real], self.batch)
+
+    @property
+    def directory(self) -> Path:
+        """Return where the data lies."""
+        return self.dataset.directory
+
+    def go_to(self, step: int, position: dict[str, Any] | None, checkpoint: str) -> None:
+        """Go on at a step: any is found by its number, so that nothing is kept of one."""
+
+    def position(self, step: int) -> dict[str, Any] | None:
+        """Return what a checkpoint has to keep of where a step begins: nothing."""
+        return None
+
+    def close(self, meet: Callable[[], None]) -> None:
+        """Wait for the other ranks, by `meet`: there is nothing to end."""
+        meet()
 
     @property
     def items_per_epoch(self) -> int | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import multiprocessing
 import os
-import signal
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -19,7 +18,7 @@ import numpy as np
 
 from launcher.data.rows import NOTHING_TO_LEARN, TOO_LONG, Row, RowProblem
 from launcher.errors import OutOfMemoryError
-from launcher.runs.processes import die_with_parent
+from launcher.runs.processes import begin_worker
 from launcher.tasks.task import Encoded, Task
 from launcher.training.data.dataset import HASHES, sample_hash
 from launcher.training.data.packing import Packs, gather_sums
@@ -133,12 +132,8 @@ _worker: tuple[Task, Any]
 def _begin_worker(task: Task, tokenizer: Any, parent: int) -> None:
     global _worker
     _worker = (task, tokenizer)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A parent killed with -9 cannot end its workers, and they would wait for it for ever.
-    die_with_parent(parent)
+    begin_worker(parent, terminates=True)
 
 
 def _work(rows: list[Row]) -> Chunk:

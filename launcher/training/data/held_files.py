@@ -17,35 +17,50 @@ from launcher.runs.layout import write_atomically
 from launcher.training.data.sources import BLOCK
 
 
-def refuse_change(record: Path, stamps: Sequence[Stamp], what: str) -> None:
-    """Hold a run to the files it began with, by their sizes and their first and last MiB: write what they
-    are to `record`, or compare. Raises DataError naming the first file that changed, and where."""
+def refuse_change(record: Path, stamps: Sequence[Stamp], what: str, *, writes: bool) -> str:
+    """Hold a run to the files it began with, by their sizes and their first and last MiB: compare with `record`,
+    or write what they are to it where there is none and this rank `writes`.
+
+    Return a hash of sizes and ends. Raises DataError naming the first file that came, went or changed, and
+    where.
+    """
     files = [{"path": one.path, "bytes": one.bytes, "ends": _ends(one.path)} for one in stamps]
     digest = xxhash.xxh3_128_hexdigest(json.dumps([[f["bytes"], f["ends"]] for f in files]).encode())
-    if not record.exists():
+    if record.exists():
+        began = read_json(record)
+        if began["source_hash"] != digest:  # equal ones may lie elsewhere by now
+            reason = _difference(began["files"], files, what)
+            raise DataError(f"{reason} (on {os.uname().nodename}); put it back as it was, or begin a new run")
+    elif writes:
         now = {"source_hash": digest, "samples_hash": "", "files": files}
         write_atomically(record, json.dumps(now) + "\n")
-        return
-    then = read_json(record)["files"]
-    for old, new in zip(then, files, strict=False):
-        if (old["bytes"], old.get("ends")) != (new["bytes"], new["ends"]):
-            raise DataError(_difference(old, new))
-    if len(then) != len(files):
-        reason = f"{what} names {len(files):,} files, and named {len(then):,} when the run began"
-        raise DataError(f"{reason}; put them back, or begin a new run")
+    return digest
 
 
-def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Return in words where a file is not what it was."""
+def _difference(then: list[dict[str, Any]], now: list[dict[str, Any]], what: str) -> str:
+    """Return in words which file is not what it was, and where."""
+    before, there = ({one["path"]: one for one in files} for files in (then, now))
+    if before.keys() & there.keys():  # not all of them moved
+        names = f"{what} names {len(now):,} files, and named {len(then):,} when the run began"
+        if came := sorted(there.keys() - before.keys()):
+            return f"{names}: {came[0]} came since then"
+        if went := sorted(before.keys() - there.keys()):
+            return f"{names}: {went[0]} is no longer there"
+        pairs = [(before[path], there[path]) for path in there]
+    elif len(then) == len(now):
+        pairs = list(zip(then, now, strict=True))
+    else:
+        return f"{what} names {len(now):,} other files than the {len(then):,} of when the run began"
+    old, new = next(pair for pair in pairs if any(pair[0][key] != pair[1][key] for key in ("bytes", "ends")))
     size = int(new["bytes"])
     if old["bytes"] != size:
         where = f"{old['bytes']:,} bytes then, {size:,} now, the first difference is at byte "
         where += f"{min(old['bytes'], size):,} or before"
-    elif (old.get("ends") or [""])[0] != new["ends"][0]:
+    elif old["ends"][0] != new["ends"][0]:
         where = f"the first difference is between byte 0 and byte {min(BLOCK, size):,}"
     else:
         where = f"a difference is between byte {max(0, size - BLOCK):,} and byte {size:,}"
-    return f"{new['path']} changed since the run began: {where}; put it back as it was, or begin a new run"
+    return f"{new['path']} changed since the run began: {where}"
 
 
 def _ends(path: str) -> list[str]:

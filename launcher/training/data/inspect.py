@@ -41,17 +41,19 @@ def inspect(
     if "evaluation" not in request["roles"]:
         plan = plan.model_copy(update={"data": plan.data.model_copy(update={"evaluation": None})})
     plan = pretrained.settled(plan)
-    material = TrainingInputs.of(scratch, plan)
-    wanted = [dataset for dataset in material.datasets if dataset.report.role in request["roles"]]
-    if not request["show"]:
-        for report in (report for dataset in wanted for report in dataset.reports):
-            refuse_mostly_dropped(report, plan)
-    datasets = [
-        _shown(dataset, material, plan, request) if request["show"] else dataset.report.to_dict()
-        for dataset in wanted
-    ]
-    if material.stream is not None:
-        material.stream.close()
+    material = TrainingInputs.of(scratch, plan, streams="train" in request["roles"])
+    try:
+        wanted = [dataset for dataset in material.datasets if dataset.report.role in request["roles"]]
+        if not request["show"]:
+            for report in (report for dataset in wanted for report in dataset.reports):
+                refuse_mostly_dropped(report, plan)
+        datasets = [
+            _shown(dataset, material, plan, request) if request["show"] else dataset.report.to_dict()
+            for dataset in wanted
+        ]
+    finally:
+        if material.stream is not None:
+            material.stream.close()
     write_atomically(scratch.path / "data.json", json.dumps({"datasets": datasets}) + "\n")
     events.event(scratch.events_file, "finished", step=0, metrics={})
 
@@ -94,7 +96,7 @@ def _described(
     return {
         **dataset.report.to_dict(),
         "num_dropped": dataset.report.num_dropped,
-        "refused": _refused(dataset, plan),
+        "refused": _refused(dataset, material, plan),
         "too_long": plan.data.too_long,
         "max_length": plan.data.max_length,
         "lengths": {**spread(lengths), "quantile_95": float(np.quantile(lengths, 0.95))},
@@ -106,10 +108,13 @@ def _described(
     }
 
 
-def _refused(dataset: Dataset, plan: Plan) -> str | None:
+def _refused(dataset: Dataset, material: TrainingInputs, plan: Plan) -> str | None:
     """Return why a run would not begin; None where it would."""
     try:
-        refuse_mostly_dropped(dataset.report, plan)
+        if material.stream is not None and dataset is material.train:
+            material.stream.judge(material.stream.first())
+        else:
+            refuse_mostly_dropped(dataset.report, plan)
     except DataError as error:
         return f"a run is refused: {error}"
     return None

@@ -1,7 +1,7 @@
 """Streamed rows as an endless list of items, window after window.
 
 The list is the items of one window after another, each window in an order of its own. So it is a function of
-seed and files, and a place in it is a window and a number in it. A checkpoint has where the window begins: no
+seed and files, and a position in it is a window and a number in it. A checkpoint has where the window begins: no
 more than that one is made again by who goes on from there, on any number of ranks.
 """
 
@@ -29,9 +29,11 @@ from launcher.planner.plan import Plan
 from launcher.runs import cache, prepared
 from launcher.runs.checkpoints import MANIFEST_NAME
 from launcher.runs.layout import RunDirectory
+from launcher.runs.places import here
 from launcher.runs.processes import started_ticks
 from launcher.runs.status import newest_checkpoint
 from launcher.tasks.task import Task
+from launcher.training import exchange
 from launcher.training.data.cache_key import cache_root
 from launcher.training.data.dataset import DataReport, Dataset
 from launcher.training.data.held_files import refuse_change
@@ -42,10 +44,12 @@ from launcher.training.data.windows import Maker, Start, Window, Worker
 _LOOKS_SECONDS = 0.005
 _MOST_FILES = 100
 """That an event names."""
+_FEWEST_JUDGED = 1000
+"""Rows: of fewer, some bad ones at a file's beginning would be more than half."""
 _COUNTED = ("rows_read", "rows_used", "num_cut", "num_items", "num_tokens", "num_supervised")
 
 
-class Place(NamedTuple):
+class Position(NamedTuple):
     """Say how far a run is: so many items of a window are taken."""
 
     window: int = 0
@@ -54,7 +58,7 @@ class Place(NamedTuple):
 
 @dataclass
 class Stream:
-    """The windows of a run's rows. `open()` begins to make them."""
+    """Hold the windows of a run's rows. `open()` begins to make them."""
 
     maker: Maker
     worker: Worker
@@ -68,6 +72,10 @@ class Stream:
     """Where windows began to be made."""
     check: Callable[[Dataset], None] = lambda dataset: None
     """Raises where samples do not go with the model."""
+    files_hash: str = ""
+    """Of the sizes and the ends of the files, where this rank leads."""
+    refuses: bool = False
+    """Whether rows of which most are dropped are refused, as `judge` does."""
     wanted_hash: str = ""
     """Of the samples of the first window, as a checkpoint has it."""
     _windows: dict[int, Window] = field(default_factory=dict)
@@ -95,16 +103,17 @@ class Stream:
         num_ranks = min(plan.mesh.ranks_per_node, int(os.environ.get("WORLD_SIZE", "1")))
         worker = Worker(maker, int(os.environ.get("LOCAL_RANK", "0")), num_ranks)
         stream = cls(maker, worker, leads, entry, cache.hold(entry))
-        if os.environ.get("RANK", "0") == "0":  # files may be many, and on a file system that all ranks share
-            refuse_change(run.path / "data-train.json", files.stamps, source.path)
+        if leads:  # one rank of a node, as files may be many, and each node may have copies of its own
+            record, writes = run.path / "data-train.json", os.environ.get("RANK", "0") == "0"
+            stream.files_hash = refuse_change(record, files.stamps, source.path, writes=writes)
         try:
             stream.begin(_newest(run))
         except (KeyError, TypeError, ValueError):  # whoever goes on from that checkpoint says so
             stream.begin(None)
         return stream
 
-    def begin(self, position: dict[str, Any] | None) -> Place:
-        """Go to what `position` returned, or to the beginning; return the place there.
+    def begin(self, position: dict[str, Any] | None) -> Position:
+        """Go to what `position` returned, or to the beginning; return where that is.
 
         Raises KeyError, TypeError or ValueError for anything else.
         """
@@ -118,7 +127,7 @@ class Stream:
         self._before = {start.number: report}
         for number in sorted(self._windows):
             self._take(self._windows[number])
-        return Place(start.number, int(known["item"]))
+        return Position(start.number, int(known["item"]))
 
     def _new_report(self) -> DataReport:
         task, files = self.maker.task, self.maker.files.stamps[:_MOST_FILES]
@@ -129,19 +138,55 @@ class Stream:
         """Return a window, once it is made; they are asked for one after another.
 
         Raises DataError for rows or files that cannot be used, or that are not what they were; and what went
-        wrong in the process that makes this rank's share.
+        wrong in the process that makes this rank's share. Raises StorageError for a window that is damaged.
         """
         if number not in self._windows:
             path = self.maker.path(number)
             self.worker.need(number)
-            while not path.exists():
-                time.sleep(_LOOKS_SECONDS)
-                self.worker.check()
+            if not path.exists():
+                self._wait_for(path)
             self._windows[number] = window = Window.open(path)
             self._take(window)
             if window.dataset is not None:
                 self.check(window.dataset)
         return self._windows[number]
+
+    def _wait_for(self, path: Path) -> None:
+        """Wait for a window, and say how far this rank's process is."""
+        # No stop is heeded here: other ranks may have gone on into the step, and would wait for this one.
+        num_rows, seen = self.maker.plan.data.shuffle_window, self.worker.progress
+        with here.during("preparing", total=num_rows, detail=str(path)):
+            while not path.exists():
+                time.sleep(_LOOKS_SECONDS)
+                self.worker.check()
+                if (now := self.worker.progress) != seen:
+                    seen = now
+                    here.moved(now[1])
+
+    def compare_ranks(self) -> None:
+        """Compare the files of each node, and the samples of the first window, with those of the first rank.
+
+        Called by all ranks together. Raises DataError where a node has others.
+        """
+        first = self.first()
+        own = (os.uname().nodename, self.files_hash, first.start, first.report.samples_hash)
+        (host, files, *begin), *others = exchange.all_gather(own)
+        path = self.maker.plan.data.train.path
+        for rank, (node, other_files, *other_begin) in enumerate(others, 1):
+            reason = ""
+            if other_files and other_files != files:
+                reason = "other files than"
+            elif other_begin[0] == begin[0] and other_begin[1] != begin[1]:
+                reason = "other samples of the same rows, by another tokenizer or version of launcher, than"
+            if reason:
+                reason = f"{path}: node {node} (rank {rank}) has {reason} node {host} (rank 0)"
+                raise DataError(f"{reason}; give all nodes the same, as by a file system that they share")
+
+    def judge(self, window: Window) -> None:
+        """Raise DataError where most of the rows that were read up to the end of this window are dropped: of
+        1,000 at least, unless an epoch ends there."""
+        if window.end.epoch > window.start.cursor.epoch or self.report.rows_read >= _FEWEST_JUDGED:
+            refuse_mostly_dropped(self.report, self.maker.plan)
 
     def _take(self, window: Window) -> None:
         """Count the rows of a window. Raises DataError where it is not what it was, or where too few rows can be
@@ -164,48 +209,54 @@ class Stream:
         if self.maker.task.packs and after.num_items:
             after.fill = after.num_tokens / (after.num_items * plan.data.max_length)
         self._before[number + 1] = after
-        refuse_mostly_dropped(after, plan)
+        if self.refuses:
+            self.judge(window)
         if window.end.epoch > window.start.cursor.epoch and not after.num_items:
             first = prepared.first_dropped(after.to_dict())
             raise DataError(f"{plan.data.train.path}: none of {after.rows_read:,} rows can be used; {first}")
 
     def _where(self, cursor: Cursor) -> str:
         stamp = self.maker.files.stamps[self.maker.files.number_of(cursor)]
-        place = cursor.place
-        return f"{stamp.path}, from row {place.row:,}" + (f" (byte {place.offset:,})" if place.offset else "")
+        row, _, byte = cursor.offset
+        return f"{stamp.path}, from row {row:,}" + (f" (byte {byte:,})" if byte else "")
 
-    def first(self) -> Dataset:
-        """Return the samples of the first window that has any. Raises as `window`."""
+    def first(self) -> Window:
+        """Return the first window that has samples. Raises as `window`."""
         number = self.start.number
-        while (dataset := self.window(number).dataset) is None:
+        while (window := self.window(number)).dataset is None:
             number += 1
-        return dataset
+        return window
 
     def rows(self) -> Iterator[Row]:
-        """Yield the rows from where windows began to be made, to the end of the first one."""
-        return self.maker.files.read(self.start.cursor, self.maker.plan.data.shuffle_window, lambda end: None)
+        """Yield the rows of the first window that has samples."""
+        begin, num_rows = self.first().start.cursor, self.maker.plan.data.shuffle_window
+        return self.maker.files.read(begin, num_rows, lambda end: None)
 
     @property
     def report(self) -> DataReport:
         """Return what became of the rows that were read so far, in this attempt and those before it."""
         return self._before[max(self._before)]
 
-    def position(self, place: Place) -> dict[str, Any]:
-        """Return a place as a checkpoint has it."""
-        window = self._windows.get(place.window)
-        if window is not None and place.item == window.num_items:
-            place, cursor, window = Place(place.window + 1), window.end, self._windows.get(place.window + 1)
+    def to_dict(self) -> dict[str, Any]:
+        """Return `report` as an event has it."""
+        return self.report.to_dict() | {"streaming": True}
+
+    def position(self, at: Position) -> dict[str, Any]:
+        """Return a position as a checkpoint has it."""
+        window = self._windows.get(at.window)
+        if window is not None and at.item == window.num_items:
+            at, cursor, window = Position(at.window + 1), window.end, self._windows.get(at.window + 1)
         else:
             cursor = self.start.cursor if window is None else window.start.cursor
-        before = self._before[place.window]
+        before = self._before[at.window]
         counts = {
             name: getattr(before, name) for name in (*_COUNTED, "longest", "dropped", "examples", "fill")
         }
         return {
-            **place._asdict(),
+            **at._asdict(),
             **cursor.to_dict(),
             "file": Path(self.maker.files.stamps[self.maker.files.number_of(cursor)].path).name,
-            "samples_hash": "" if window is None or not place.item else window.report.samples_hash,
+            "samples_hash": "" if window is None or not at.item else window.report.samples_hash,
             "counts": counts,
         }
 
@@ -216,9 +267,11 @@ class Stream:
             if self.leads:
                 shutil.rmtree(self.maker.path(number), ignore_errors=True)
 
-    def close(self) -> None:
-        """End the process, and remove all windows where this rank leads: once those of all ranks have ended."""
+    def close(self, meet: Callable[[], None] = lambda: None) -> None:
+        """End the process, and remove all windows where this rank leads: after `meet`, in which the ranks wait
+        until all have ended theirs."""
         self.worker.end()
+        meet()
         self.held.release()
         if self.leads:
             shutil.rmtree(self.maker.root, ignore_errors=True)
@@ -233,8 +286,8 @@ def _who(run: RunDirectory) -> list[Any]:
 
 
 def _newest(run: RunDirectory) -> dict[str, Any] | None:
-    """Return the position that the newest checkpoint has, where it can be read: it is most likely the one that
-    is gone on from, once all of it was verified."""
+    """Return the position that the newest checkpoint has, where it can be read. Most likely the run goes on from
+    there; whether the checkpoint is whole shows later."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         if (newest := newest_checkpoint(run)) is not None:
             position: dict[str, Any] = read_json(newest / MANIFEST_NAME)["progress"]["extra"]["stream"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +14,11 @@ from launcher.training.data.batches import Batches, StepBatch, cut, total_items
 from launcher.training.data.dataset import Dataset
 from launcher.training.data.mixed import order_of
 from launcher.training.data.order import Order, seed_of
-from launcher.training.data.stream import Place, Stream
+from launcher.training.data.stream import Position, Stream
 
 
 class StreamBatches:
-    """The global batches of a stream, one after another, and the position of each."""
+    """Give the global batches of a stream, one after another, and the position of each."""
 
     items_per_epoch = None
 
@@ -24,7 +26,7 @@ class StreamBatches:
         self.stream, self.batch, self.rank = stream, plan.batch, rank
         self.num_steps = int(plan.length.value)
         self._seed = plan.training.seed
-        self._places: dict[int, Place] = {}
+        self._positions: dict[int, Position] = {}
         """Of the last step that was taken, and of the one behind it."""
 
     def go_to(self, step: int, position: dict[str, Any] | None, checkpoint: str) -> None:
@@ -33,7 +35,7 @@ class StreamBatches:
         Raises CheckpointError where it is no position.
         """
         try:
-            self._places = {step: self.stream.begin(position)}
+            self._positions = {step: self.stream.begin(position)}
         except (KeyError, TypeError, ValueError) as error:
             reason = f"{checkpoint}: progress.extra.stream is no position in files: {error}"
             raise CheckpointError(
@@ -42,16 +44,25 @@ class StreamBatches:
 
     def position(self, step: int) -> dict[str, Any]:
         """Return where a step begins that was taken last, or the one behind it."""
-        return self.stream.position(self._places[step])
+        return self.stream.position(self._positions[step])
+
+    @property
+    def directory(self) -> Path:
+        """Return where the window lies that is in use, or comes next."""
+        return self.stream.maker.path(self._positions[max(self._positions)].window)
+
+    def close(self, meet: Callable[[], None]) -> None:
+        """End what reads ahead, and leave nothing of it; `meet` has all ranks wait for each other."""
+        self.stream.close(meet)
 
     def step(self, step: int) -> StepBatch:
         """Return everything that this rank needs at a step: the one that was taken last, or the one behind it.
 
         Raises IndexError for any other, and as `Stream.window`.
         """
-        if step not in self._places:
-            raise IndexError(f"step {step}: a stream is at {sorted(self._places)}")
-        number, item = self._places[step]
+        if step not in self._positions:
+            raise IndexError(f"step {step}: a stream is at {sorted(self._positions)}")
+        number, item = self._positions[step]
         # The exchange of the step before is over: all ranks have taken its samples.
         self.stream.release(number)
         parts: list[tuple[Dataset, np.ndarray]] = []
@@ -66,7 +77,7 @@ class StreamBatches:
             if not left:
                 break
             number, item = number + 1, 0
-        self._places = {step: self._places[step], step + 1: Place(number, item)}
+        self._positions = {step: self._positions[step], step + 1: Position(number, item)}
         return cut(parts, self.batch, self.rank)
 
 

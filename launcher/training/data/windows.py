@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 import multiprocessing
 import os
-import signal
+import shutil
 import tempfile
+import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from multiprocessing.connection import Connection
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,10 +28,10 @@ from launcher.data.streams import Cursor, Files
 from launcher.errors import LauncherError, OutOfMemoryError, StorageError
 from launcher.plain_files import read_json
 from launcher.planner.plan import Plan
-from launcher.runs.processes import die_with_parent
+from launcher.runs.processes import begin_worker
 from launcher.tasks.task import Task
 from launcher.training.data.cache_key import FORMAT
-from launcher.training.data.dataset import DataReport, Dataset
+from launcher.training.data.dataset import CacheProblem, DataReport, Dataset
 from launcher.training.data.encode import CHUNK_ROWS, encode_chunk
 from launcher.training.data.prepare import write_samples
 
@@ -59,12 +62,18 @@ class Window:
 
     @classmethod
     def open(cls, directory: Path) -> Window:
-        """Map a window that is whole. Raises CacheProblem where it is not what was written."""
-        about = read_json(directory / _ABOUT)
-        start = Start(about["number"], Cursor.of(about["begin"]))
-        report = DataReport(**about["report"])
-        dataset = Dataset.open(directory, FORMAT) if report.num_items else None
-        return cls(start, Cursor.of(about["end"]), report, dataset)
+        """Map a window that is whole. Raises StorageError where it is not what was written."""
+        try:
+            about = read_json(directory / _ABOUT)
+            start = Start(about["number"], Cursor.of(about["begin"]))
+            report = DataReport(**about["report"])
+            dataset = Dataset.open(directory, FORMAT) if report.num_items else None
+            return cls(start, Cursor.of(about["end"]), report, dataset)
+        except (CacheProblem, OSError, ValueError, KeyError, TypeError) as error:
+            raise StorageError(
+                f"{directory}, a window of streamed rows, is not what was written: {error}; the next attempt "
+                "makes it again; where it recurs, set XDG_CACHE_HOME to another disk"
+            ) from error
 
 
 @dataclass
@@ -82,20 +91,23 @@ class Maker:
         """Return where a window lies once it is whole."""
         return self.root / str(number)
 
-    def make(self, start: Start) -> Cursor:
-        """Make a window, and return where the next one begins. Raises DataError for rows or files that cannot be
-        used, StorageError where it cannot be written."""
+    def make(self, start: Start, moved: Callable[[int], None] = lambda rows_read: None) -> Cursor:
+        """Make a window, and return where the next one begins; `moved` is called with the rows read so far.
+
+        Raises DataError for rows or files that cannot be used, StorageError where it cannot be written.
+        """
         if (done := self.path(start.number)).exists():  # by an earlier process of this attempt
-            return Cursor.of(read_json(done / _ABOUT)["end"])
+            return Window.open(done).end
         report = DataReport("train", "", labels=self.task.labels, unit=self.task.traits.unit)
         ends: list[Cursor] = []
         rows = self.files.read(start.cursor, self.plan.data.shuffle_window, ends.append)
         chunks = iter(lambda: list(islice(rows, CHUNK_ROWS)), [])
+        directory: Path | None = None
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             directory = Path(tempfile.mkdtemp(dir=self.root, prefix=f".{start.number}-"))
             encoded = (encode_chunk(chunk, self.task, self.tokenizer) for chunk in chunks)
-            write_samples(directory, encoded, report, self.plan, self.task)
+            write_samples(directory, encoded, report, self.plan, self.task, moved)
             about = {"number": start.number, "begin": start.cursor.to_dict(), "end": ends[0].to_dict()}
             (directory / _ABOUT).write_text(json.dumps({**about, "report": asdict(report)}), encoding="utf-8")
             directory.rename(done)
@@ -104,15 +116,24 @@ class Maker:
                 f"a window of streamed rows cannot be written below {self.root}: {error.strerror or error}; "
                 "set XDG_CACHE_HOME to a place with room, or write a smaller data.shuffle_window"
             ) from error
+        finally:
+            if directory is not None:
+                shutil.rmtree(directory, ignore_errors=True)
         return ends[0]
 
-    def share(self, start: Start, place: int, places: int) -> Iterator[int]:
-        """Make every so many-th window from one on, those whose number is `place` beside a multiple of `places`;
-        yield the number of each before it is made."""
+    def share(
+        self,
+        start: Start,
+        local_rank: int,
+        num_local_ranks: int,
+        moved: Callable[[int], None] = lambda rows_read: None,
+    ) -> Iterator[int]:
+        """Make every so many-th window from one on, those whose number is `local_rank` beside a multiple of
+        `num_local_ranks`; yield the number of each before it is made. `moved` as in `make`."""
         while True:
-            if start.number % places == place:
+            if start.number % num_local_ranks == local_rank:
                 yield start.number
-                cursor = self.make(start)
+                cursor = self.make(start, moved)
             else:
                 cursor = self.files.skip(start.cursor, self.plan.data.shuffle_window)
             start = Start(start.number + 1, cursor)
@@ -120,15 +141,15 @@ class Maker:
 
 @dataclass
 class Worker:
-    """A process that makes a rank's share of the windows, and one of them ahead of the steps."""
+    """Have a process make a rank's share of the windows, and one of them ahead of the steps."""
 
     maker: Maker
-    place: int
-    """This rank's number among those of the node."""
-    places: int
-    """How many there are."""
+    local_rank: int
+    num_local_ranks: int
     _process: Any = None
     _pipe: Connection | None = field(default=None, repr=False)
+    _moved: memoryview = field(default_factory=lambda: memoryview(mmap.mmap(-1, 16)).cast("q"), repr=False)
+    """Written by the process, int64: how often it went on, and the rows read of the window that it makes."""
 
     def begin(self, start: Start) -> None:
         """Make windows from one on."""
@@ -136,12 +157,14 @@ class Worker:
         # Forked, so that the tokenizer is shared and nothing is imported again; it runs no torch.
         context = multiprocessing.get_context("fork")
         self._pipe, theirs = context.Pipe()
-        arguments = (self.maker, self.place, self.places, start, theirs, os.getpid())
-        self._process = context.Process(target=_work, args=arguments, daemon=True)
+        arguments = (start, theirs, os.getpid())
+        self._process = context.Process(target=self.work, args=arguments, daemon=True)
         with warnings.catch_warnings():
             # Python warns of a fork beside threads; the process takes no lock that these could hold.
             warnings.simplefilter("ignore", DeprecationWarning)
             self._process.start()
+        # Python ends its children by SIGTERM at its exit, which this one ignores, and waits for them.
+        Finalize(self, self._process.kill, exitpriority=1)
         theirs.close()
 
     def need(self, number: int) -> None:
@@ -151,7 +174,7 @@ class Worker:
         """
         assert self._pipe is not None
         with contextlib.suppress(BrokenPipeError):
-            self._pipe.send(number + self.places)
+            self._pipe.send(number + self.num_local_ranks)
         self.check()
 
     def check(self) -> None:
@@ -166,6 +189,31 @@ class Worker:
                 "smaller data.shuffle_window"
             )
 
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Return how often the process went on, and the rows read of the window that it makes."""
+        return self._moved[0], self._moved[1]
+
+    def work(self, start: Start, pipe: Connection, parent: int) -> None:
+        """Make windows as `need` allows: what the process does."""
+        begin_worker(parent, terminates=False)
+        allowed = start.number
+        try:
+            for number in self.maker.share(start, self.local_rank, self.num_local_ranks, self._note):
+                while number > allowed:
+                    allowed = max(allowed, pipe.recv())
+        except EOFError:
+            pass
+        except Exception as error:
+            if not isinstance(error, LauncherError):
+                traceback.print_exc()
+                error = RuntimeError(f"{type(error).__name__} in the process that tokenises: {error}")
+            pipe.send(error)
+            pipe.recv()  # stays until it was heard
+
+    def _note(self, rows_read: int) -> None:
+        self._moved[0], self._moved[1] = self._moved[0] + 1, rows_read
+
     def end(self) -> None:
         """End the process, if there is one."""
         if self._process is not None:
@@ -173,24 +221,3 @@ class Worker:
             self._process.join()
             self._pipe.close()  # type: ignore[union-attr]
             self._process = None
-
-
-def _work(maker: Maker, place: int, places: int, start: Start, pipe: Connection, parent: int) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    for each in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(each, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    die_with_parent(parent)
-    allowed = start.number
-    try:
-        for number in maker.share(start, place, places):
-            while number > allowed:
-                allowed = max(allowed, pipe.recv())
-    except EOFError:
-        pass
-    except LauncherError as error:
-        pipe.send(error)
-        pipe.recv()  # stays until it was heard
-    except Exception as error:
-        pipe.send(RuntimeError(f"{type(error).__name__} in the process that tokenises: {error}"))
-        pipe.recv()
