@@ -261,6 +261,7 @@ def test_streamed_rows_that_are_refused_are_shown(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"3 of 5 rows .* would be dropped"):
         TrainingInputs.prepare(run, plan)
     plan, _ = ready(tmp_path, BAD[1:], **columns)
+    (tmp_path / "scratch" / "data-train.json").unlink()
     with pytest.raises(DataError, match="none of 2 rows can be used"):
         inspected(plan, tmp_path)
     assert len(windows_left(tmp_path)) <= 2, "of the run that was refused: the next attempt removes them"

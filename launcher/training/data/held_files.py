@@ -30,7 +30,7 @@ def refuse_change(record: Path, stamps: Sequence[Stamp], what: str, *, writes: b
         began = read_json(record)
         if began["source_hash"] != digest:  # equal ones may lie elsewhere by now
             reason = _difference(began["files"], files, what)
-            raise DataError(f"{reason} (on {os.uname().nodename}); put it back as it was, or begin a new run")
+            raise DataError(f"{reason} (on {os.uname().nodename}); put the files back, or begin a new run")
     elif writes:
         now = {"source_hash": digest, "samples_hash": "", "files": files}
         write_atomically(record, json.dumps(now) + "\n")
