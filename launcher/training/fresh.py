@@ -11,6 +11,7 @@ import contextlib
 import multiprocessing
 import os
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from multiprocessing import util
@@ -22,7 +23,10 @@ from torch import distributed
 from torch import multiprocessing as ranks_of
 from transformers.utils import logging
 
+from launcher.runs.error_class import classify
 from launcher.training import closing
+
+_SECONDS_TO_BE_ENDED = 10.0
 
 
 def in_fresh_ranks(work: Callable[..., Any], arguments: tuple[Any, ...], num_ranks: int) -> Any:
@@ -64,10 +68,17 @@ def _rank(
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=num_ranks
     )
-    result = work(*arguments)
-    if rank == 0:
-        torch.save(result, Path(folder) / "result.pt")
-    leave()
+    try:
+        result = work(*arguments)
+        if rank == 0:
+            torch.save(result, Path(folder) / "result.pt")
+        leave()
+    except RuntimeError as error:
+        if classify(error)[1]:
+            time.sleep(
+                _SECONDS_TO_BE_ENDED
+            )  # the rank that failed is to be heard of first; then this one is ended
+        raise
 
 
 def leave() -> NoReturn:
