@@ -50,7 +50,7 @@ class MixedSource(Source):
     columns: Annotated[dict[str, Any] | None, BeforeValidator(parse_columns)] = None
     """Columns of its own, by the keys of `data`, as `{text: body}`. Left out, those of `data`."""
     task: str | None = None
-    """Of several tasks at once (`model.task: multi-task`), the one in `data.tasks` whose rows these are."""
+    """The task in `data.tasks` whose rows these are, where there are several (`model.task: multi-task`)."""
 
     def __hash__(self) -> int:
         """Return the hash of its JSON: a mapping of columns has none."""
@@ -125,7 +125,7 @@ class Data(Section):
     """Read the rows of `train` as training goes, a window at a time, in place of tokenising all of them before:
     for files larger than the disk or the memory (.jsonl .txt .parquet). Needs `training.max_steps`."""
     shuffle_window: int = Field(default=10_000, ge=1, le=1_000_000_000)
-    """Of `streaming`: so many rows in a row are read, tokenised, packed and shuffled together. Files are
+    """The number of rows in a row that `streaming` has read, tokenised, packed and shuffled together. Files are
     shuffled as a whole besides."""
     max_length: int = Field(default=1024, ge=8, le=100_000_000)
     """Tokens of the longest sample; with packing, of a pack."""

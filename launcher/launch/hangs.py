@@ -57,7 +57,7 @@ class Hangs:
         self.failure: Failure | None = None
         """Set once the run is to be ended as hung."""
         self.agent_pid = 0
-        """Of this node's agent, once it is started."""
+        """The process of this node's agent, once it is started."""
         self._run, self._directory, self._ranks = run, run.attempt(attempt), ranks
         self._node, self._nodes = node, nodes
         self._judge, self._stillness, self._stoppage = Judge(hang_after), Stillness(), Stoppage()

@@ -175,7 +175,7 @@ class Judge:
     seconds: float = 0.0
     """For how long nothing has moved, at the last look."""
     is_of_agent: bool = False
-    """Whether it is an agent alone that is suspected: the ranks go on."""
+    """An agent alone is suspected: the ranks go on."""
     _steps: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
     _batches: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
     _last: tuple[float, str, int, int] = (0.0, "", 0, 0)

@@ -30,7 +30,7 @@ class Forecast:
     target: Target
     """The device that it counts with."""
     checkpoint_bytes: int
-    """Of one checkpoint on the disk; 0 where the plan writes none."""
+    """The bytes of one checkpoint on the disk; 0 where the plan writes none."""
     program: Program
     """What its model is to it: formulas, or a profile of the model's real class."""
     speed: Speed | None = None

@@ -11,7 +11,7 @@ from launcher.runs.tail import parse
 
 MOST_POINTS = 2000
 _FEW = 8
-"""Of so many steps one is kept: then it pays to look for it."""
+"""The stride from which on it pays to look for the steps that are kept in a block of lines."""
 _NEAR = 4096
 """Bytes around the place where a step stands if all lines are of one length."""
 _STEP = re.compile(rb'\{"kind": "train", "step": (\d{1,18}), .*\}$')

@@ -13,7 +13,7 @@ from launcher.lazy import Lazy
 from launcher.metrics import Better
 from launcher.tasks import causal_columns, roles
 from launcher.tasks.causal_columns import CausalColumns
-from launcher.tasks.causal_samples import num_asked, question_of, sample_of
+from launcher.tasks.causal_samples import encoded, num_asked
 from launcher.tasks.chat.rows import chat_columns, messages_of, texts_of, tools_of
 from launcher.tasks.distillation import TEACHER
 from launcher.tasks.encoding import Borders, Tokens, Written, encode_usable, encode_written
@@ -24,7 +24,6 @@ from launcher.tasks.task import (
     AnswerOptions,
     Draws,
     Encoded,
-    Evaluator,
     Finding,
     Left,
     Output,
@@ -34,8 +33,8 @@ from launcher.tasks.task import (
 )
 from launcher.tasks.text_scores import EXACT, OVERLAP
 from launcher.tasks.token_batches import joined, padded
-from launcher.tasks.token_losses import TokenLosses, likelihood
-from launcher.tasks.writing import LOSSES, TextEvaluator, WritingTask, as_bytes
+from launcher.tasks.token_losses import likelihood
+from launcher.tasks.writing import LOSSES, WritingTask, as_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -140,10 +139,6 @@ class CausalLM(WritingTask):
         return ["references", self.for_prediction, chat] if self.generates else chat
 
     @property
-    def generates(self) -> bool:
-        return self.evaluation.generate is not None
-
-    @property
     def _answers(self) -> bool:
         """Return whether rows are only questions."""
         return self.for_prediction and self.generates
@@ -176,10 +171,7 @@ class CausalLM(WritingTask):
     def _sample(self, tokens: Tokens | RowProblem) -> Encoded | RowProblem:
         if isinstance(tokens, RowProblem):
             return tokens
-        if self._answers:
-            return question_of(tokens, self.data.max_length)
-        tokenizer = self.tokenizer if self.generates else None
-        return sample_of(tokens, self.data.max_length, self.data.too_long == "cut", tokenizer)
+        return encoded(tokens, self.data, self._answers, self.tokenizer if self.generates else None)
 
     def prompts(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Return each sample up to the last part that is learned: to the completion, or to the assistant's
@@ -233,9 +225,6 @@ class CausalLM(WritingTask):
 
             return distilled(model, batch, others[TEACHER], self.distillation)
         return causal_lm(model, batch, self.head)
-
-    def evaluator(self) -> Evaluator:
-        return TextEvaluator(self) if self.generates else TokenLosses()
 
     def answers(
         self, output: Output, batch: dict[str, Any], samples: Sequence[Sample], options: AnswerOptions

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from launcher.data.rows import EMPTY, NOTHING_TO_LEARN, RowProblem
+from launcher.data.section import Data
 from launcher.lazy import Lazy
 from launcher.tasks.encoding import Tokens, too_long
 from launcher.tasks.task import IGNORE, Encoded
@@ -15,6 +16,13 @@ if TYPE_CHECKING:
     import numpy as np
 else:
     np = Lazy("numpy")
+
+
+def encoded(tokens: Tokens, data: Data, is_question: bool, tokenizer: Any | None) -> Encoded | RowProblem:
+    """Return the sample of a row by a job's section `data`: as `question_of` or `sample_of`."""
+    if is_question:
+        return question_of(tokens, data.max_length)
+    return sample_of(tokens, data.max_length, data.too_long == "cut", tokenizer)
 
 
 def sample_of(

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from launcher.lazy import Lazy
-from launcher.tasks.task import IGNORE, AnswerOptions, Better, Evaluator, Output, Sample
-from launcher.tasks.token_losses import TokenLosses, likelihood
-from launcher.tasks.writing import LOSSES, TextEvaluator, WritingTask
+from launcher.tasks.task import IGNORE, AnswerOptions, Better, Output, Sample
+from launcher.tasks.token_losses import likelihood
+from launcher.tasks.writing import LOSSES, WritingTask
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,9 +49,6 @@ class EncoderDecoderTask(WritingTask):
         assert output.losses is not None
         losses = output.losses.double().view(batch["targets"].shape).cpu()
         return [likelihood(*one) for one in zip(losses, batch["targets"].cpu(), strict=True)]
-
-    def evaluator(self) -> Evaluator:
-        return TextEvaluator(self) if self.generates else TokenLosses()
 
 
 def written_texts(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:

@@ -13,18 +13,18 @@ from launcher.lazy import Lazy
 from launcher.metrics import Better
 from launcher.tasks import images, media, roles
 from launcher.tasks.causal_lm import MARKS
-from launcher.tasks.causal_samples import num_asked, question_of, sample_of
+from launcher.tasks.causal_samples import encoded, num_asked
 from launcher.tasks.chat.images import PLACE, ImageChatTemplate, with_places
 from launcher.tasks.chat.rows import messages_of, texts_of
 from launcher.tasks.chat_image_columns import ChatImageColumns
 from launcher.tasks.chat_processor import TOKEN_TYPES, ChatProcessor, together
 from launcher.tasks.encoding import Written, unfit
 from launcher.tasks.generation import padded_prompts
-from launcher.tasks.task import IGNORE, AnswerOptions, Draws, Encoded, Evaluator, Left, Output, Sample, Traits
+from launcher.tasks.task import IGNORE, AnswerOptions, Draws, Encoded, Left, Output, Sample, Traits
 from launcher.tasks.text_scores import EXACT, OVERLAP
 from launcher.tasks.token_batches import padded
-from launcher.tasks.token_losses import TokenLosses, likelihood
-from launcher.tasks.writing import LOSSES, TextEvaluator, WritingTask, as_bytes
+from launcher.tasks.token_losses import likelihood
+from launcher.tasks.writing import LOSSES, WritingTask, as_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -119,10 +119,6 @@ class ImageTextToText(WritingTask):
         return chat, images.MOST_PIXELS, self.for_prediction, "references" if self.generates else None
 
     @property
-    def generates(self) -> bool:
-        return self.evaluation.generate is not None
-
-    @property
     def _answers(self) -> bool:
         """Return whether rows are only questions."""
         return self.for_prediction and self.generates
@@ -152,11 +148,7 @@ class ImageTextToText(WritingTask):
         if len(ends) and ends[-1] > most:
             of = f"{len(tokens.ids):,} tokens, and image {int((ends <= most).sum()) + 1} ends behind {most:,}"
             return RowProblem(TOO_LONG, f"{of}, max_length")
-        tokenizer = self.tokenizer if self.generates else None
-        if self._answers:
-            sample = question_of(tokens, most)
-        else:
-            sample = sample_of(tokens, most, self.data.too_long == "cut", tokenizer)
+        sample = encoded(tokens, self.data, self._answers, self.tokenizer if self.generates else None)
         if isinstance(sample, RowProblem):
             return sample
         kept = {name: values[: sample.length] for name, values in types.items()}
@@ -251,9 +243,6 @@ class ImageTextToText(WritingTask):
         from launcher.training.heads import causal_lm
 
         return causal_lm(model, batch, self.head)
-
-    def evaluator(self) -> Evaluator:
-        return TextEvaluator(self) if self.generates else TokenLosses()
 
     @property
     def end_tokens(self) -> Sequence[int]:

@@ -180,9 +180,8 @@ class MultiTask(Task):
             results.append(tuple(samples) if samples or not problems else problems[0])
         return results
 
-    def marked(self, sample: Sample, name: str) -> Sample:
-        """Return a sample of one task as one of several tasks; the same one."""
-        sample.update(_mark(self._names.index(name)))
+    def marked(self, sample: Sample, name: str | None) -> Sample:
+        sample.update(_mark(self._names.index(str(name))))
         return sample
 
     def part_of(self, sample: Sample) -> str:

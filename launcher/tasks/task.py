@@ -353,6 +353,10 @@ class Task(ABC):
     def evaluator(self) -> Evaluator:
         """Return an empty evaluator, to collect one evaluation."""
 
+    def marked(self, sample: Sample, name: str | None) -> Sample:
+        """Return the sample, with a mark of which of several tasks it is; `name` is None for one task alone."""
+        return sample
+
     def evaluator_of(self, source: Any, alias: str) -> Evaluator | None:
         """Return an empty evaluator for one of several sources, by its section and its name; None where its
         metrics are measured anyway."""

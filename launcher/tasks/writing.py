@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from launcher.lazy import Lazy
 from launcher.tasks.generation import Generate, GenerationOptions, options_of
 from launcher.tasks.groups import by_length, measured
-from launcher.tasks.task import Better, Finding, Output, Sample, Task, finding
+from launcher.tasks.task import Better, Evaluator, Finding, Output, Sample, Task, finding
 from launcher.tasks.text_scores import scores
 from launcher.tasks.token_losses import TokenLosses
 
@@ -27,6 +27,10 @@ class WritingTask(Task):
     """The model's, once prepared."""
     compared_by: Mapping[str, Better] = {}
     """What answers are held to references by."""
+
+    @property
+    def generates(self) -> bool:
+        return self.evaluation.generate is not None
 
     @property
     def settings(self) -> Generate:
@@ -71,6 +75,9 @@ class WritingTask(Task):
         }:
             reason = f"{name} is measured already; give the function another name"
             yield finding("evaluation.scorer", evaluation.scorer, reason)
+
+    def evaluator(self) -> Evaluator:
+        return TextEvaluator(self) if self.generates else TokenLosses()
 
     @property
     def generation(self) -> GenerationOptions:

@@ -27,6 +27,7 @@ from launcher.render.deepspeed import config as deepspeed_config
 from launcher.runs import events
 from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.layout import RunDirectory
+from launcher.training.checkpoint.export import export
 from launcher.training.checkpoint.reader import CheckpointReader
 from launcher.training.signals import StopRequest
 from tests.ports import free_port
@@ -331,6 +332,15 @@ def state(run: RunDirectory, step: int | None = None) -> dict[str, torch.Tensor]
     ]
     reader = CheckpointReader(whole[-1].directory)
     return {name: reader.read(name).clone() for name in reader.names}
+
+
+def changed_by(run: RunDirectory, begun: Path, auto_class: Any) -> set[str]:
+    """The tensors that a run's export has other than the model that it began with, by name."""
+    export(run, run.path.with_name("export"))
+    before, after = (
+        auto_class.from_pretrained(path).state_dict() for path in (begun, run.path.with_name("export"))
+    )
+    return {name for name in before if not torch.equal(before[name], after[name])}
 
 
 def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:

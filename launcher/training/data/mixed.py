@@ -14,7 +14,6 @@ import xxhash
 from launcher.data.mixture import in_an_epoch
 from launcher.data.section import Sources
 from launcher.planner.plan import Plan
-from launcher.tasks.multi_task import MultiTask
 from launcher.tasks.multi_task_columns import rows_for
 from launcher.tasks.task import Sample, Task
 from launcher.training.data.cache_key import Role
@@ -136,7 +135,7 @@ class MixedDataset(Dataset):
         self.report: MixedReport = MixedReport.of(
             [one.report for one in parts], self.aliases, counts, remarks
         )
-        self._tasks = task if isinstance(task, MultiTask) else None
+        self._task = task
         self.tasks = tuple(getattr(source, "task", None) for source in given.parts)
         """Of each source the one of several tasks whose rows it has."""
         self.directory = parts[0].directory
@@ -197,8 +196,7 @@ class MixedDataset(Dataset):
             for place, samples in zip(places.tolist(), own, strict=True):
                 for sample in samples:
                     sample.id += int(self._first_rows[number])
-                    if self._tasks is not None:
-                        self._tasks.marked(sample, str(self.tasks[number]))
+                    self._task.marked(sample, self.tasks[number])
                 results[place] = samples
         return results
 
