@@ -9,7 +9,8 @@ to it until it is finished. Kills (a rank, all ranks of a node, agent, launcher,
 `cluster.hang_after` ends them), full disks, signals, requeues, and nodes that lose their power or their
 network. Each piece has a seed of its own, made of the soak's and its number. What came of it is in
 FOLDER/state.json, and what is in there is not done again: the same command goes on. A piece that was broken
-off begins anew.
+off begins anew. Several soaks, each with a folder and a seed of its own, can go side by side: most of the time
+is spent waiting for Slurm. --write adds a soak to those that were written before.
 
 The run directory is a file system of its own in memory (`mount` needs root), so that a disk can be filled.
 After each injection that ended an attempt, the checkpoint that the next one chose is read and hashed.
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import random
@@ -46,6 +48,7 @@ from tests.slurm.cluster import Cluster
 from tests.slurm.runs import Run, TrainingInputs
 from tests.training.runs import assert_equal, state
 
+_TITLE = "Hit at random under Slurm, and compared"
 NUM_STEPS = 60
 EVERY = 4
 MOST_PER_PIECE = 25
@@ -345,44 +348,57 @@ def num_injections(done: dict[str, Any]) -> int:
     return sum(len(piece["injections"]) for piece in [*done["pieces"], *done["broken"]])
 
 
-def report(done: dict[str, Any]) -> str:
-    """The section of docs/benchmarks/faults.md."""
-    pieces = done["pieces"]
-    kinds = Counter(entry["kind"] for piece in pieces for entry in piece["injections"])
+def figures(done: dict[str, Any]) -> dict[str, Any]:
+    """Return what is kept of a soak: of each piece how often each thing was done, and where its time went."""
+    pieces = [
+        {key: value for key, value in piece.items() if key not in ("injections", "timeline")}
+        | {"kinds": Counter(entry["kind"] for entry in piece["injections"])}
+        | {"times": vars(Timeline(**piece["timeline"]).times(EVERY))}
+        for piece in done["pieces"]
+    ]
+    broken = [piece | {"injections": len(piece["injections"])} for piece in done["broken"]]
+    return {"pieces": pieces, "broken": broken}
+
+
+def report(soaks: dict[str, Any]) -> str:
+    """Return the section of docs/benchmarks/faults.md. `soaks`: the figures of each, by its seed."""
+    pieces = [piece for soak in soaks.values() for piece in soak["pieces"]]
+    broken = [(seed, piece) for seed, soak in soaks.items() for piece in soak["broken"]]
+    kinds: Counter[str] = Counter()
+    for piece in pieces:
+        kinds.update(piece["kinds"])
+    each = ", ".join(
+        f"{sum(sum(piece['kinds'].values()) for piece in soak['pieces'])} of seed {seed}"
+        for seed, soak in soaks.items()
+    )
     different = sum(bool(piece["differences"]) for piece in pieces)
     lines = [
         f"{_report.sentence(pieces[-1]['conditions'])}\n",
-        f"Seed {done['seed']}, {len(pieces)} runs of {NUM_STEPS} steps on 2 of 3 nodes with 2 ranks "
-        f"each, saved every {EVERY} steps.",
-        f"{sum(kinds.values())} injections, {sum(piece['failures'] for piece in pieces)} of which "
-        "ended an attempt; "
-        f"{sum(piece['saves_failed'] for piece in pieces)} saves failed.",
+        f"{len(pieces)} runs of {NUM_STEPS} steps on 2 of 3 nodes with 2 ranks each, saved every {EVERY} steps.",
+        f"{sum(kinds.values())} injections ({each}), {sum(piece['failures'] for piece in pieces)} of which "
+        f"ended an attempt; {sum(piece['saves_failed'] for piece in pieces)} saves failed.",
         f"{sum(piece['checkpoints_chosen'] for piece in pieces)} checkpoints were chosen, each was whole. "
         f"{different} runs differ from the undisturbed one in a sample, a loss, a gradient norm or a weight.",
-        f"Runs that did not get to their end: {len(done['broken'])}.",
+        f"Runs that did not get to their end: {len(broken)}.",
         "",
         _report.table(("injection", "times"), sorted(kinds.items(), key=lambda item: -item[1])),
+        _effective([Times(**piece["times"]) for piece in pieces]),
     ]
-    lines += _effective([Timeline(**piece["timeline"]) for piece in pieces if "timeline" in piece])
-    lines += [f"- piece {broken['piece']}: {broken['why'].splitlines()[0]}" for broken in done["broken"]]
+    lines += [f"- seed {seed}, piece {one['piece']}: {one['why'].splitlines()[0]}" for seed, one in broken]
     return "\n".join(lines)
 
 
-def _effective(timelines: list[Timeline]) -> list[str]:
-    """What the runs lost in time, beside the formula; nothing where no times were kept."""
-    if not timelines:
-        return []
-    total = Times()
-    for timeline in timelines:
-        total = total.add(timeline.times(EVERY))
-    return [
+def _effective(times: list[Times]) -> str:
+    """Return what the runs lost in time, beside the formula."""
+    total = functools.reduce(Times.add, times)
+    failures = max(1, total.failures)
+    return (
         f"Effective time: {total.ratio:.1%} of {total.wall:.0f} s went into steps that count (they were "
         f"held up for another {total.held:.0f} s by what ended nothing). "
-        f"By [the formula](../guide-checkpoints.md#how-often-to-save) it is {total.formula:.1%}: stall {total.stalls / total.saves:.2f} s, "
-        f"interval {total.intervals / total.saves:.2f} s, restart "
-        f"{total.restarts / max(1, total.failures):.1f} s, "
-        f"MTTF {total.wall / max(1, total.failures):.1f} s."
-    ]
+        f"By [the formula](../guide-checkpoints.md#how-often-to-save) it is {total.formula:.1%}: "
+        f"stall {total.stalls / total.saves:.2f} s, interval {total.intervals / total.saves:.2f} s, "
+        f"restart {total.restarts / failures:.1f} s, MTTF {total.wall / failures:.1f} s."
+    )
 
 
 def main() -> None:
@@ -399,15 +415,13 @@ def main() -> None:
     os.environ.setdefault("XDG_CACHE_HOME", str(options.folder / "cache"))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that mounts and machines go
     done = soak(options.folder, options.seed, options.injections)
-    text = report(done)
-    print(text)
+    new = {str(done["seed"]): figures(done)}
     if options.write:
-        figures = {key: value for key, value in done.items() if key != "pieces"}
-        figures["pieces"] = [
-            {key: value for key, value in piece.items() if key not in ("injections", "timeline")}
-            for piece in done["pieces"]
-        ]
-        _report.write("faults", "Hit at random under Slurm, and compared", text, figures)
+        soaks = (
+            json.loads((_report.DOCUMENTS / "faults.json").read_text(encoding="utf-8")).get(_TITLE, {}) | new
+        )
+        _report.write("faults", _TITLE, report(soaks), soaks)
+    print(report(new))
 
 
 if __name__ == "__main__":

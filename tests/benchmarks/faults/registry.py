@@ -29,6 +29,8 @@ VARIANTS: dict[str, dict[str, object]] = {
     },
 }
 """Changes to the job, by the name that the table shows."""
+PLAIN = tuple(name for name, changes in VARIANTS.items() if "checkpoint" in changes)
+"""Those that do not save in the background."""
 ONE = ("FSDP",)
 ENGINES = ("FSDP", "ZeRO-2, plain saving", "ZeRO-3")
 SAVING = ("FSDP", "FSDP, plain saving", "ZeRO-2", "ZeRO-3", "ZeRO-3, plain saving", "FSDP, adapter")
@@ -51,7 +53,7 @@ class Expected:
     bits: bool = True
     """Whether losses and norms must be equal to the bit, or the samples alone."""
     most_lost: int = 6
-    """Steps that may be done again: an interval, and those of a save under way."""
+    """Steps that may be done again: an interval, and the one under way; two intervals where saves go on beside steps."""
 
 
 @dataclass(frozen=True)

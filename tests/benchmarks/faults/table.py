@@ -14,6 +14,8 @@ from tests.benchmarks._report import ROOT
 from tests.benchmarks.faults.registry import Injection
 
 _PAGE = ROOT / "docs" / "failures.md"
+_RECORD = _report.DOCUMENTS / "fault_matrix.json"
+"""What the table is made of: the matrix is injected in pieces, on one machine after another."""
 _TITLE = "What was injected, and what was seen"
 _LONGEST = 150
 _INTRODUCTION = """Made by `python -m tests.benchmarks.bench_fault_matrix FOLDER --write` from what its runs saw, and changed by nobody.
@@ -39,15 +41,18 @@ def keep(folder: Path, result: dict[str, Any]) -> None:
 
 
 def results(folder: Path) -> dict[str, dict[str, Any]]:
-    """All that was written down."""
-    return {
+    """Return all that was written down in the folder, and before it on other machines."""
+    recorded = json.loads(_RECORD.read_text(encoding="utf-8")) if _RECORD.exists() else {}
+    return recorded | {
         path.stem: json.loads(path.read_text(encoding="utf-8"))
         for path in sorted((folder / "results").glob("*.json"))
     }
 
 
 def write(injections: Sequence[Injection], known: dict[str, Any]) -> None:
-    """Put the table into docs/failures.md, in place of the one that is there."""
+    """Put the table into docs/failures.md, in place of the one that is there, and all results beside it."""
+    lines = (f"{json.dumps(name)}: {json.dumps(_kept(result))}" for name, result in sorted(known.items()))
+    _RECORD.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
     rows = [_row(injection, results) for injection in injections if (results := _of(injection, known))]
     done = [result for injection in injections for result in _of(injection, known) if "missing" not in result]
     held = sum(not result["why_not"] for result in done)
@@ -79,6 +84,16 @@ def write(injections: Sequence[Injection], known: dict[str, Any]) -> None:
         pattern.sub(lambda _: section + "\n", old) if pattern.search(old) else f"{old.rstrip()}\n\n{section}"
     )
     _PAGE.write_text(new.rstrip() + "\n", encoding="utf-8")
+
+
+def _kept(result: dict[str, Any]) -> dict[str, Any]:
+    """Return a result with what the table shows of its output, and no path of the machine."""
+    shown = [_clean(line) for line in result.get("output", ()) if line.startswith("warning")][:1]
+    return {
+        key: _clean(value) if key == "line" and value else value
+        for key, value in (result | {"output": shown}).items()
+        if value not in (None, "", [], {}) or key == "why_not"
+    }
 
 
 def _of(injection: Injection, known: dict[str, Any]) -> list[dict[str, Any]]:
