@@ -29,6 +29,7 @@ from launcher.training import engines
 from launcher.training.data.prepare import prepare
 from launcher.training.loss import LogitTransform
 from launcher.training.model import attention, loss_check, pretrained
+from launcher.training.model.few_layers import shortened
 from launcher.training.model.loading import repeated_layers
 from tests.families import tiny
 from tests.training.plans import deepspeed, plan_of
@@ -317,7 +318,7 @@ def test_the_check_passes_the_first_layers_of_every_kind(
     model = tiny.model_of(kind, tiny.CAUSAL_LM, config=config).eval()
     ids = torch.arange(3, 12)[None]
     before = model(ids).logits
-    with loss_check.shortened(model):
+    with shortened(model):
         assert len(repeated_layers(model)) == kept
         assert not torch.equal(model(ids).logits, before)
     assert len(repeated_layers(model)) == changes["num_hidden_layers"]

@@ -8,15 +8,13 @@ fault of our own.
 from __future__ import annotations
 
 import contextlib
-import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import distributed, nn
-from torch.nn import functional
+from torch import distributed
 from transformers import PreTrainedModel
 
 from launcher.errors import ConfigurationError, Problem, first_line
@@ -28,9 +26,8 @@ from launcher.training.data.mixed import MixedDataset
 from launcher.training.devices import to_device
 from launcher.training.engines.engine import Engine
 from launcher.training.model import attention
-from launcher.training.model.forward import Batch, own_forward
-from launcher.training.model.places import is_unsplit, lists_of_layers
-from launcher.training.model.with_heads import head_of
+from launcher.training.model.few_layers import shortened
+from launcher.training.model.own_class import by_own_class
 
 LENGTHS = (11, 7)
 """Tokens of the two rows: the longer one first, so that what it leaves behind would show in the other."""
@@ -42,8 +39,6 @@ _FALLBACKS = (
     Way("padded", "sdpa", "chunked"), Way("padded", "eager", "chunked"),
     Way("padded", "sdpa", "model"), Way("padded", "eager", "model"), Way("padded", "eager", "forward"),
 )  # fmt: skip
-_NUMBERS = {"layer_idx", "layer_id", "layer_index", "layer_number", "block_idx", "ds_id"}
-"""By which a layer, or what is in it, is told apart from all others: by transformers, and by DeepSpeed."""
 Event = Callable[..., None]
 
 
@@ -106,46 +101,6 @@ def _check_loss(
         event("checked", **numbers)
     else:
         event("layout", planned=" ".join(planned), taken=" ".join(way), **numbers)
-
-
-@contextlib.contextmanager
-def shortened(model: PreTrainedModel) -> Iterator[None]:
-    """While inside, each list of layers ends where every kind of layer has been seen: what all kinds do
-    right, all layers do.
-
-    Lists that hold parts of layers are left alone: a model counts those by itself.
-    """
-    removed = []
-    for layers in (layer_list for layer_list in lists_of_layers(model) if is_unsplit(model, layer_list[0])):
-        kinds = _kinds(model, layers)
-        num_kept = max(2, *(kinds.index(kind) + 1 for kind in set(kinds)))
-        removed.append((layers, list(layers)[num_kept:]))
-        del layers[num_kept:]
-    try:
-        yield
-    finally:
-        for layers, rest in removed:
-            layers.extend(rest)
-
-
-def _kinds(model: PreTrainedModel, layers: nn.ModuleList) -> list[tuple[object, ...]]:
-    """Each layer by the classes in it, their settings and its type in the config. A setting unlike all others
-    makes a kind of its own."""
-    types = getattr(model.config.get_text_config(), "layer_types", None) or ()
-    named = types if len(types) == len(layers) else [""] * len(layers)
-    plain = (bool, int, float, str, type(None))
-    return [
-        (
-            name,
-            *(
-                (type(module), key, value)
-                for module in layer.modules()
-                for key, value in {"": "", **vars(module)}.items()
-                if isinstance(value, plain) and key not in _NUMBERS
-            ),
-        )
-        for name, layer in zip(named, layers, strict=True)
-    ]
 
 
 def _heads(task: Task, dataset: Dataset, ends: Sequence[int]) -> list[_Head]:
@@ -221,8 +176,7 @@ def _own(engine: Engine, task: Task, head: _Head, plan: Plan) -> tuple[torch.Ten
         if plain is None:
             output = head.output(engine.evaluate(to_device(task.collate([[row]]), plan.mesh.device)))
         else:
-            alone = functools.partial(_alone, head=head.name)
-            with _forward(engine.model, alone), torch.compiler.set_stance("force_eager"):
+            with by_own_class(engine.model, head.name), torch.compiler.set_stance("force_eager"):
                 output = engine.evaluate(to_device(plain, plan.mesh.device))
     except ValueError as error:
         reason = f"its own class refuses a row of the data: {first_line(error)}"
@@ -251,73 +205,6 @@ def _values(task: Task, output: Output, row: Sample) -> torch.Tensor:
         return output.loss_sum.reshape(1) / max(1, num_learned)
     predictions = output.predictions[-1]
     return predictions[: row.length] if task.traits.head == "every-position" else predictions
-
-
-def _alone(model: PreTrainedModel, batch: Batch, head: str | None = None) -> Output:
-    """The loss or the outputs of one row, by the named one of several heads; in the place of `num_correct`
-    how large they usually are."""
-    model = model if head is None else head_of(model, head)
-    with _size_of_outputs(model) as sizes:
-        output = own_forward(model, batch | {"use_cache": False})
-    # A head for answers has two outputs, for where they begin and where they end.
-    logits = (
-        output.logits if "logits" in output else torch.stack((output.start_logits, output.end_logits), dim=-1)
-    ).float()
-    if "labels" not in batch:
-        return Output(logits.sum(), sizes[-1] if sizes else logits.new_zeros(()), logits)
-    if "input_ids" not in batch:  # of a sound: CTC's loss is one number, that of a decoder a mean over tokens
-        num_learned = (batch["labels"] != IGNORE).sum() if model.config.is_encoder_decoder else 1
-        return Output(output.loss.float() * num_learned, torch.ones_like(output.loss))
-    ids = batch["input_ids"][0]
-    if batch["labels"].shape != batch["input_ids"].shape or bool(
-        (batch["labels"] != batch["input_ids"]).any()
-    ):
-        # What is written is another text than what is read: the labels are not shifted.
-        return Output(output.loss.float() * (batch["labels"] != IGNORE).sum(), torch.ones_like(output.loss))
-    entropy = functional.cross_entropy(logits[0, :-1], ids[1:])
-    loss = entropy if getattr(output, "loss", None) is None else output.loss.float()
-    # BART's kin want labels that are shifted already: asked for the same tokens, their own loss is that of
-    # saying each token again.
-    if torch.isclose(loss, functional.cross_entropy(logits[0], ids), rtol=1e-4):
-        loss = entropy
-    return Output(
-        loss * (len(ids) - 1), torch.ones_like(loss)
-    )  # of what is known by heart less than rounding is left
-
-
-@contextlib.contextmanager
-def _size_of_outputs(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
-    """While inside, how large a classifier's outputs usually are, by its last matrix and what goes into it,
-    is added to a list.
-
-    A single output is a sum of many terms and by chance near zero, where rounding of the terms is no small
-    part of it.
-    """
-    sizes: list[torch.Tensor] = []
-
-    def seen(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], _: object) -> None:
-        if isinstance(module, torch.nn.Linear) and module.out_features == getattr(
-            model.config, "num_labels", 0
-        ):
-            norms = inputs[0].float().norm(dim=-1).max() * module.weight.float().norm(dim=1).max()
-            sizes.append(norms / module.in_features**0.5)
-
-    hook = torch.nn.modules.module.register_module_forward_hook(seen)
-    try:
-        yield sizes
-    finally:
-        hook.remove()
-
-
-@contextlib.contextmanager
-def _forward(model: PreTrainedModel, function: Callable[..., Output]) -> Iterator[None]:
-    """While inside, `function` runs where the task's loss would, inside the engine's hooks."""
-    before = model.forward
-    model.forward = functools.partial(function, model)
-    try:
-        yield
-    finally:
-        model.forward = before
 
 
 def _attend(model: PreTrainedModel, name: str) -> None:
