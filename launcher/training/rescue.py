@@ -39,6 +39,8 @@ _SECONDS_TO_SAVE = 900.0
 _SECONDS_TO_ARRIVE = 60.0
 """For a peer to be in the pass of the same step: it has no more to do before than its part of the last
 update. As long the caller waits for a save that does not begin."""
+_TIMES_OWN_PART = 5
+"""So many times as long as this rank took for its part, a peer may take for its own."""
 _LOOK_SECONDS = 0.5
 
 
@@ -112,8 +114,12 @@ class Rescue:
             saving.join(_LOOK_SECONDS)
             if here.save_progress != progress:
                 progress, since = here.save_progress, now
-            if not progress[0] and now - since > _SECONDS_TO_ARRIVE:
-                return  # a peer that cannot come would be waited for until their group has no more patience
+            # A peer that cannot come would be waited for until their group has no more patience. One that comes has
+            # a part to write that is as large as this rank's.
+            own = _TIMES_OWN_PART * (since - began)
+            most = {"": _SECONDS_TO_ARRIVE, "waiting for the other ranks": max(_SECONDS_TO_ARRIVE, own)}
+            if now - since > most.get(progress[0], _SECONDS_TO_SAVE):
+                return
 
     def _save_once(self) -> None:
         """Save, once, without waiting for what the pass has begun."""

@@ -20,6 +20,7 @@ from launcher.errors import OutOfMemoryError
 from launcher.launch import attempt_failure
 from launcher.runs.error_class import classify
 from launcher.runs.layout import RunDirectory
+from launcher.runs.places import here
 from launcher.runs.status import newest_checkpoint
 from launcher.training import rank, rescue, step_totals
 from launcher.training.signals import StopRequest
@@ -223,13 +224,17 @@ def test_what_was_not_saved_is_not_cut(tmp_path: Path, model: Path, data: dict[s
     assert cut(run) is None, "an agent without memory is none of a pass"
 
 
-def test_a_rank_that_nobody_comes_to_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And one that has told the others its sums calls nobody."""
+@pytest.mark.parametrize("does", ["", "waiting for the other ranks"])
+def test_a_rank_that_nobody_comes_to_leaves(
+    does: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where its own part is written; and one that has told the others its sums calls nobody."""
     monkeypatch.setattr(rescue, "_SECONDS_TO_ARRIVE", 0.2)
     monkeypatch.setattr(rescue, "_LOOK_SECONDS", 0.05)
     came, calls = threading.Event(), tmp_path / rescue.CALL
 
     def save() -> None:
+        here.saving(does)
         came.wait(60)
 
     one = rescue.Rescue(tmp_path, torch.device("cpu"), 2, save, lambda seconds: None)
@@ -241,6 +246,7 @@ def test_a_rank_that_nobody_comes_to_leaves(tmp_path: Path, monkeypatch: pytest.
             raise MemoryError
         assert calls.exists() != told and time.monotonic() - began < 30
     came.set()
+    here.saving("")
 
 
 def test_a_rank_without_memory_to_say_so_ends_all_the_same(
