@@ -184,6 +184,7 @@ class Hangs:
         agents = self._agents(now)
         verdict = self._judge.look(now, ranks, agents)
         if verdict == "suspected" and self._judge.is_of_agent:
+            self._asked = None
             self._say(ranks, unheard, agents)
         elif verdict == "suspected":
             self._ask(now)

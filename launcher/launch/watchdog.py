@@ -208,8 +208,9 @@ class Judge:
         was_of_agent, self.is_of_agent = self.is_of_agent, agent >= stopped_suspect and not hangs
         self.seconds = agent if self.is_of_agent else max(stopped, still)
         if hangs or self.is_of_agent:
-            # Ranks that hang under an agent which was named alone are another matter.
-            if not self.suspected or (was_of_agent and not self.is_of_agent):
+            # Ranks that hang under an agent which was named alone are another matter, and so is the agent alone
+            # where they go on again.
+            if not self.suspected or was_of_agent != self.is_of_agent:
                 self.suspected = True
                 return "suspected"
             return "hung" if over else ""

@@ -409,6 +409,8 @@ def test_a_stopped_agent_is_suspected_and_its_ranks_go_on() -> None:
     judge = Judge()
     assert judge.look(100, moving, [agent("n2", 20.0)]) == "suspected" and judge.is_of_agent
     assert judge.look(102, still, [agent("n2", 22.0)]) == "suspected" and not judge.is_of_agent
+    again = [judge.look(104, moving, [agent("n2", 24.0)]), judge.look(106, moving, [agent("n2", 26.0)])]
+    assert again == ["suspected", ""] and judge.is_of_agent, "that they go on is said with the agent's name"
     judge = Judge("off")
     assert judge.look(100, moving, [agent("n2", 90.0)]) == ""
 
