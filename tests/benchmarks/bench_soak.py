@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import json
 import os
 import random
@@ -42,7 +41,8 @@ from launcher.runs.layout import RunDirectory
 from launcher.runs.retention import ATTEMPT_PREFIX
 from launcher.runs.status import last_step
 from tests.benchmarks import _report
-from tests.benchmarks.faults.effective import Timeline, Times
+from tests.benchmarks.faults import soak_page
+from tests.benchmarks.faults.effective import Timeline
 from tests.benchmarks.faults.processes import Process, find, send
 from tests.slurm.cluster import Cluster
 from tests.slurm.runs import Run, TrainingInputs
@@ -348,59 +348,6 @@ def num_injections(done: dict[str, Any]) -> int:
     return sum(len(piece["injections"]) for piece in [*done["pieces"], *done["broken"]])
 
 
-def figures(done: dict[str, Any]) -> dict[str, Any]:
-    """Return what is kept of a soak: of each piece how often each thing was done, and where its time went."""
-    pieces = [
-        {key: value for key, value in piece.items() if key not in ("injections", "timeline")}
-        | {"kinds": Counter(entry["kind"] for entry in piece["injections"])}
-        | {"times": vars(Timeline(**piece["timeline"]).times(EVERY))}
-        for piece in done["pieces"]
-    ]
-    broken = [piece | {"injections": len(piece["injections"])} for piece in done["broken"]]
-    return {"pieces": pieces, "broken": broken}
-
-
-def report(soaks: dict[str, Any]) -> str:
-    """Return the section of docs/benchmarks/faults.md. `soaks`: the figures of each, by its seed."""
-    pieces = [piece for soak in soaks.values() for piece in soak["pieces"]]
-    broken = [(seed, piece) for seed, soak in soaks.items() for piece in soak["broken"]]
-    kinds: Counter[str] = Counter()
-    for piece in pieces:
-        kinds.update(piece["kinds"])
-    each = ", ".join(
-        f"{sum(sum(piece['kinds'].values()) for piece in soak['pieces'])} of seed {seed}"
-        for seed, soak in soaks.items()
-    )
-    different = sum(bool(piece["differences"]) for piece in pieces)
-    lines = [
-        f"{_report.sentence(pieces[-1]['conditions'])}\n",
-        f"{len(pieces)} runs of {NUM_STEPS} steps on 2 of 3 nodes with 2 ranks each, saved every {EVERY} steps.",
-        f"{sum(kinds.values())} injections ({each}), {sum(piece['failures'] for piece in pieces)} of which "
-        f"ended an attempt; {sum(piece['saves_failed'] for piece in pieces)} saves failed.",
-        f"{sum(piece['checkpoints_chosen'] for piece in pieces)} checkpoints were chosen, each was whole. "
-        f"{different} runs differ from the undisturbed one in a sample, a loss, a gradient norm or a weight.",
-        f"Runs that did not get to their end: {len(broken)}.",
-        "",
-        _report.table(("injection", "times"), sorted(kinds.items(), key=lambda item: -item[1])),
-        _effective([Times(**piece["times"]) for piece in pieces]),
-    ]
-    lines += [f"- seed {seed}, piece {one['piece']}: {one['why'].splitlines()[0]}" for seed, one in broken]
-    return "\n".join(lines)
-
-
-def _effective(times: list[Times]) -> str:
-    """Return what the runs lost in time, beside the formula."""
-    total = functools.reduce(Times.add, times)
-    failures = max(1, total.failures)
-    return (
-        f"Effective time: {total.ratio:.1%} of {total.wall:.0f} s went into steps that count (they were "
-        f"held up for another {total.held:.0f} s by what ended nothing). "
-        f"By [the formula](../guide-checkpoints.md#how-often-to-save) it is {total.formula:.1%}: "
-        f"stall {total.stalls / total.saves:.2f} s, interval {total.intervals / total.saves:.2f} s, "
-        f"restart {total.restarts / failures:.1f} s, MTTF {total.wall / failures:.1f} s."
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -415,13 +362,13 @@ def main() -> None:
     os.environ.setdefault("XDG_CACHE_HOME", str(options.folder / "cache"))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that mounts and machines go
     done = soak(options.folder, options.seed, options.injections)
-    new = {str(done["seed"]): figures(done)}
+    new = {str(done["seed"]): soak_page.figures(done, EVERY)}
     if options.write:
         soaks = (
             json.loads((_report.DOCUMENTS / "faults.json").read_text(encoding="utf-8")).get(_TITLE, {}) | new
         )
-        _report.write("faults", _TITLE, report(soaks), soaks)
-    print(report(new))
+        _report.write("faults", _TITLE, soak_page.report(soaks, NUM_STEPS, EVERY), soaks)
+    print(soak_page.report(new, NUM_STEPS, EVERY))
 
 
 if __name__ == "__main__":

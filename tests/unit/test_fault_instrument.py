@@ -3,6 +3,7 @@ of results alone."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import pytest
 
 from launcher.runs.events import append
 from launcher.runs.layout import RunDirectory
-from tests.benchmarks.faults import shim, table
+from tests.benchmarks import _report
+from tests.benchmarks.faults import shim, soak_page, table
 from tests.benchmarks.faults.effective import Timeline
 from tests.benchmarks.faults.registry import Expected, Injection
 
@@ -98,7 +100,9 @@ def test_what_failures_and_saves_cost_is_counted_once(tmp_path: Path) -> None:
 def test_a_table_says_what_the_results_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = tmp_path / "failures.md"
     page.write_text("# Failures\n\nKept.\n")
+    record = tmp_path / "fault_matrix.json"
     monkeypatch.setattr(table, "_PAGE", page)
+    monkeypatch.setattr(table, "_RECORD", record)
     one = Injection(
         "one", "1", "a rank killed", lambda scene: None, Expected(), ("FSDP", "ZeRO-3"), lambda: None
     )
@@ -127,8 +131,9 @@ def test_a_table_says_what_the_results_say(tmp_path: Path, monkeypatch: pytest.M
         base
         | {"variant": "ZeRO-3", "why_not": ["exit code 1, not 9"], "bits_equal": False, "steps_again": 3},
     )
-    for _ in range(2):
-        table.write([one], table.results(tmp_path))
+    for folder in (tmp_path, tmp_path / "another machine"):
+        table.write([one], table.results(folder))
+    assert "/a/b" not in record.read_text(), "no path of the machine"
     text = page.read_text()
     assert "Kept." in text and text.count("## What was injected") == 1
     assert "2 injections of 1 kinds, 1 of which held" in text
@@ -140,3 +145,19 @@ def test_a_table_says_what_the_results_say(tmp_path: Path, monkeypatch: pytest.M
         and "2 to 3" in row
         and "/a/b" not in row
     )
+
+
+def test_soaks_of_several_machines_add_up() -> None:
+    timeline = vars(Timeline(tuple((step, float(step)) for step in range(1, 10)), (0.0,), ()))
+    piece = {"piece": 1, "failures": 2, "saves_failed": 1, "checkpoints_chosen": 2, "differences": []}
+    piece |= {"conditions": _report.conditions("torch"), "timeline": timeline}
+    done = [
+        {"pieces": [piece | {"injections": [{"kind": "kill rank", "time": 1.0}] * number}], "broken": []}
+        for number in (3, 4)
+    ]
+    done[1]["broken"] = [{"piece": 2, "why": "TimeoutError: no step", "injections": [{"kind": "stop"}]}]
+    soaks = {str(seed): soak_page.figures(one, 4) for seed, one in enumerate(done, 1)}
+    text = soak_page.report(json.loads(json.dumps(soaks)), 60, 4)
+    assert "7 injections (3 of seed 1, 4 of seed 2), 4 of which ended an attempt" in text
+    assert "| kill rank | 7 |" in text and "- seed 2, piece 2: TimeoutError: no step" in text
+    assert "Effective time: 100.0% of 18 s" in text
