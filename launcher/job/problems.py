@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from typing import Any
 
@@ -27,28 +28,32 @@ _SECRET_REASON = (
 def refused(content: dict[str, Any]) -> list[Problem]:
     """Secrets; they are taken out of `content`, so that nothing shows or judges them again."""
     problems: list[Problem] = []
-    known = {key.path for key in keys()}
-    _refuse_in(content, "", known, problems)
+    _refuse_in(content, "", problems)
     return problems
 
 
-def _refuse_in(section: Any, prefix: str, known: set[str], problems: list[Problem]) -> None:
+@functools.cache
+def _known() -> frozenset[str]:
+    """Return every key of a job file. To list them takes the modules of all tasks."""
+    return frozenset(key.path for key in keys())
+
+
+def _refuse_in(section: Any, prefix: str, problems: list[Problem]) -> None:
     for key, value in list(section.items() if isinstance(section, dict) else enumerate(section)):
         path = f"{prefix}{key}"
         secret_key = (
-            path not in known
-            and isinstance(key, str)
+            isinstance(key, str)
             and bool(_SECRET_KEY.search(key))
             and not isinstance(value, dict)
+            # pad_token_id is a number
+            and (isinstance(value, str) or not path.startswith("model.config."))
+            and path not in _known()
         )
-        secret_key &= isinstance(value, str) or not path.startswith(
-            "model.config."
-        )  # pad_token_id is a number
         if secret_key or (isinstance(value, str) and holds_secret(value)):
             problems.append(Problem(path, None, _SECRET_REASON))
             section[key] = None
         elif isinstance(value, (dict, list)):
-            _refuse_in(value, f"{path}.", known, problems)
+            _refuse_in(value, f"{path}.", problems)
             continue
         else:
             continue

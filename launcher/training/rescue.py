@@ -114,8 +114,8 @@ class Rescue:
             saving.join(_LOOK_SECONDS)
             if here.save_progress != progress:
                 progress, since = here.save_progress, now
-            # A peer that cannot come would be waited for until their group has no more patience. One that comes has
-            # a part to write that is as large as this rank's.
+            # A peer that cannot come would be waited for until their group has no more patience. One that comes
+            # has a part to write that is as large as this rank's.
             own = _TIMES_OWN_PART * (since - began)
             most = {"": _SECONDS_TO_ARRIVE, "waiting for the other ranks": max(_SECONDS_TO_ARRIVE, own)}
             if now - since > most.get(progress[0], _SECONDS_TO_SAVE):

@@ -33,7 +33,7 @@ COMMON = {
     "vocab_size": 128256,
     "max_position_embeddings": 131072,
 }
-JOB = """name: planned
+DECODER = """name: planned
 model: {{name: model, weights: random, config: {config}}}
 data: {{train: {{path: rows.jsonl}}, text: text, max_length: {length}}}
 batch: {{global_batch_size: {samples}}}
@@ -42,30 +42,56 @@ cluster: {{nodes: {nodes}, gpus_per_node: 8}}
 """
 PREFACE = """# Time that planning takes
 
-`tests/benchmarks/bench_planning.py`: whole processes of `launcher plan --gpu h100-80gb`, one after another, begun with Python's bytecode at
+`tests/benchmarks/bench_planning.py`: whole processes of `launcher plan`, of the large models for `--gpu h100-80gb`, one after another, begun with Python's bytecode at
 hand: an installed package has it, a clone from the second command on. `first command of a clone` has that of the libraries alone.
 """
 
 
+CLASSIFIER = """name: planned
+model: {name: model, task: sequence-classification, weights: random, config: {model_type: bert}}
+data: {train: {path: rows.jsonl}, text: text, label: label, max_length: 128}
+batch: {global_batch_size: 32}
+training: {max_steps: 1000}
+cluster: {gpus_per_node: 0, ranks_per_node: 2}
+"""
+"""A BERT of 110M parameters, of which no formula knows: its class is traced, and a CPU's kernels are asked."""
+
+
+def decoder(sizes: dict[str, int], length: int, nodes: int) -> str:
+    """Return the job file of a Llama of these sizes, with samples of `length` tokens, on nodes of 8 GPUs."""
+    config = ", ".join(f"{key}: {value}" for key, value in (COMMON | sizes).items())
+    return DECODER.format(config=f"{{{config}}}", length=length, samples=nodes * 8, nodes=nodes)
+
+
 class Case(NamedTuple):
-    """One command, and how it is run."""
+    """One command that is timed."""
 
     name: str
-    sizes: dict[str, int]
-    length: int
-    nodes: int
-    arguments: tuple[str, ...] = ()
-    compiled: bool = True
+    job: str
+    arguments: tuple[str, ...] = ("--gpu", "h100-80gb")
     target: float = TARGET
     num_runs: int = NUM_RUNS
+    compiled: bool = True
+    """Whether Python's bytecode of launcher is at hand."""
+    caches: bool = True
+    """Whether profiles of models are kept from one run to the next."""
 
 
 CASES = (
-    Case("405B, 16,384 GPUs, samples of 4,096", LARGEST, 4096, 2048),
-    Case("the same, `--json`", LARGEST, 4096, 2048, ("--json",)),
-    Case("samples of 8,192: FSDP does not fit, ZeRO is gone through too", LARGEST, 8192, 2048),
-    Case("the same, first command of a clone", LARGEST, 8192, 2048, compiled=False),
-    Case("70B, 64 GPUs, `--trace`", LARGE, 4096, 8, ("--trace",), target=TRACE_TARGET, num_runs=NUM_TRACES),
+    Case("405B, 16,384 GPUs, samples of 4,096", decoder(LARGEST, 4096, 2048)),
+    Case("the same, `--json`", decoder(LARGEST, 4096, 2048), ("--gpu", "h100-80gb", "--json")),
+    Case("samples of 8,192: FSDP does not fit, ZeRO is gone through too", decoder(LARGEST, 8192, 2048)),
+    Case("the same, first command of a clone", decoder(LARGEST, 8192, 2048), compiled=False),
+    Case(
+        "70B, 64 GPUs, `--trace`",
+        decoder(LARGE, 4096, 8),
+        ("--gpu", "h100-80gb", "--trace"),
+        TRACE_TARGET,
+        NUM_TRACES,
+        caches=False,
+    ),
+    Case("BERT of 110M on 2 ranks of a CPU, the first plan", CLASSIFIER, (), 12.0, NUM_TRACES, caches=False),
+    Case("the same, each later one", CLASSIFIER, (), 0.6),
 )
 
 
@@ -75,7 +101,7 @@ def main() -> None:
     rows, figures = [], {}
     with tempfile.TemporaryDirectory() as scratch:
         for case in CASES:
-            arguments = ["plan", str(written(case, Path(scratch))), "--gpu", "h100-80gb", *case.arguments]
+            arguments = ["plan", str(written(case, Path(scratch))), *case.arguments]
             runs = measured(case, arguments, Path(scratch))
             torch = imports_torch(arguments)
             figures[case.name] = {**runs, "imports_torch": torch}
@@ -101,13 +127,11 @@ def main() -> None:
 
 def written(case: Case, directory: Path) -> Path:
     """The job file of a case, and the rows that it names."""
-    (directory / "rows.jsonl").write_text('{"text": "a row"}\n' * 16, encoding="utf-8")
-    config = ", ".join(f"{key}: {value}" for key, value in (COMMON | case.sizes).items())
-    job = directory / "job.yaml"
-    job.write_text(
-        JOB.format(config=f"{{{config}}}", length=case.length, samples=case.nodes * 8, nodes=case.nodes),
-        encoding="utf-8",
+    (directory / "rows.jsonl").write_text(
+        '{"text": "a row", "label": "a"}\n{"text": "b", "label": "b"}\n' * 8
     )
+    job = directory / "job.yaml"
+    job.write_text(case.job, encoding="utf-8")
     return job
 
 
@@ -123,6 +147,7 @@ def measured(case: Case, arguments: list[str], scratch: Path) -> dict[str, Any]:
     command = [str(Path(sys.executable).with_name("launcher")), *arguments]
     found: dict[str, Any] = {"wall_seconds": [], "processor_seconds": [], "bytes": []}
     for number in range(case.num_runs + 1):
+        environment["XDG_CACHE_HOME"] = str(scratch / ("cache" if case.caches else f"cache-{number}"))
         begun = time.monotonic()
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
         _, status, used = os.wait4(process.pid, 0)

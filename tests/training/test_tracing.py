@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,10 @@ from launcher.planner.model.model_config import read_config
 from launcher.planner.plan import Plan
 from launcher.training import heads
 from launcher.training.model.places import freeze
+from launcher.training.tracing import traced_model
 from launcher.training.tracing.layers import spread
 from launcher.training.tracing.make_profile import ProfileMaker, make_profile
-from launcher.training.tracing.recorder import same
+from launcher.training.tracing.recorder import Passed, same
 from launcher.training.tracing.traced_model import Untraceable
 from tests.benchmarks.memory_pool import World
 from tests.benchmarks.memory_ranks import Request
@@ -157,6 +159,25 @@ def test_what_a_loss_in_chunks_needs_is_no_line(tmp_path: Path) -> None:
         # Within a chunk's rise the line through its ends is above what is needed.
         assert ours.added == pytest.approx(theirs.added, rel=0.01)
         assert 0.98 * theirs.peak <= ours.peak <= 1.06 * theirs.peak
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_chunks_that_are_left_out_are_as_the_third(
+    training: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Positions of 7.5 chunks: what is highest, what stays and what is written, as where each is gone through."""
+    monkeypatch.setattr("launcher.training.loss.chunk_length", lambda *_: 16)
+    maker = ProfileMaker(plan_for(tmp_path))
+
+    def tail() -> Passed:
+        passed = maker._go(maker.traced.layers(), 2, LENGTH, "none", training, backward=False)
+        return next(block for block in passed if block.kind == "tail" and not block.backward)
+
+    few = tail()
+    monkeypatch.setattr(traced_model, "_few_chunks", lambda meter: nullcontext())
+    every = tail()
+    assert (few.added, few.traffic, few.num_made) == (every.added, every.traffic, every.num_made)
+    assert max(few.gaps[-1]) == max(every.gaps[-1]) and len(few.gaps[-1]) < len(every.gaps[-1])
 
 
 def plan_for_samples(plan: Plan, samples: int) -> Plan:

@@ -26,7 +26,8 @@ from transformers.pytorch_utils import Conv1D
 
 from launcher.job.adapter import Adapter
 from launcher.planner.memory.program import Unit, Weight
-from launcher.training import operations
+from launcher.planner.memory.symbolic import Meter
+from launcher.training import loss, operations
 from launcher.training.engines.linear import is_plain
 from launcher.training.engines.recompute import checkpoint_activations
 from launcher.training.model import adapters, pretrained
@@ -130,7 +131,12 @@ class TracedModel:
             # What is there before the step an engine answers for.
             held = chain(self.model.buffers(), self.model.parameters())
             counting = Counting(recorder.meter, held, cuda)
-            with self._prepared(recorder, layers, checkpointing), counting, _decided_by_numbers():
+            with (
+                self._prepared(recorder, layers, checkpointing),
+                counting,
+                _decided_by_numbers(),
+                _few_chunks(recorder.meter),
+            ):
                 recorder.begin("stem")
                 self._pass(
                     recorder,
@@ -220,6 +226,30 @@ def _decided_by_numbers() -> Iterator[None]:
         raise Untraceable(f"its code does not run without numbers: {pretrained.first_line(error)}") from error
     finally:
         masking_utils.is_tracing = before
+
+
+@contextlib.contextmanager
+def _few_chunks(meter: Meter) -> Iterator[None]:
+    """While inside, a loss in many chunks goes through the first three and the last, which may be shorter: those
+    between are as the third, and count as it does."""
+
+    def few(num_positions: int, chunk: int) -> Iterator[int]:
+        begins = range(0, num_positions, chunk)
+        yield from begins[:2]
+        if left_out := max(0, len(begins) - 4):
+            written, num_made = meter.written, meter.num_made
+            yield begins[2]
+            meter.written += left_out * (meter.written - written)
+            meter.num_made += left_out * (meter.num_made - num_made)
+            yield begins[-1]
+        else:
+            yield from begins[2:]
+
+    loss.chunks, before = few, loss.chunks
+    try:
+        yield
+    finally:
+        loss.chunks = before
 
 
 def _before(recorder: Recorder, layer: Layer) -> Callable[..., None]:
