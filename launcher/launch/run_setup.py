@@ -31,7 +31,7 @@ from launcher.render.files import NAMES, files
 from launcher.render.launch_paths import Place
 from launcher.render.write import write
 from launcher.runs.events import event
-from launcher.runs.layout import RunDirectory, write_atomically
+from launcher.runs.layout import LEFTOVER, RunDirectory, write_atomically
 from launcher.runs.sharing import set_umask, share
 from launcher.runs.status import has_learned
 
@@ -59,26 +59,36 @@ def open_run(
     """
     job = load_job(job_file, overrides, script)
     run = RunDirectory((directory or Path("runs") / job.name).absolute())
-    if run.plan_file.exists():
-        _refuse_another_script(read_plan(run), script)
-        return run, _go_on(run, job, nproc, local)
-    if run.path.exists() and (
-        not run.path.is_dir() or any(path.name != ".lock" for path in run.path.iterdir())
+    if not run.plan_file.exists():
+        _refuse_other_things(run)
+        plan = decide_for(job, nproc, script, local, profiles)
+        forecast = preflight(job, plan, run.path, local, force, profiles)
+        set_umask(plan.share_with_group)
+        run.path.mkdir(parents=True, exist_ok=True)
+        with run.lock():
+            if not run.plan_file.exists():  # else another launcher was sooner
+                _write_forecast(run, plan, forecast)
+                _write(run, job, plan)
+                event(run.events_file, "planned", world_size=plan.mesh.world_size, digest=plan.digest())
+                return run, plan
+    _refuse_another_script(read_plan(run), script)
+    return run, _go_on(run, job, nproc, local)
+
+
+def _refuse_other_things(run: RunDirectory) -> None:
+    """Raise ConfigurationError for a directory that holds other things.
+
+    What another launcher writes just now, or wrote before it was killed, begins with the lock and is no other thing.
+    """
+    if not run.path.exists():
+        return
+    names = {path.name for path in run.path.iterdir()} if run.path.is_dir() else {run.path.name}
+    ours = {".lock", ".lease", run.forecast_file.name, run.rendered.name, run.job_file.name}
+    if names and (
+        ".lock" not in names or any(name not in ours and not LEFTOVER.match(name) for name in names)
     ):
-        raise ConfigurationError(
-            Problem(
-                "--run-dir", str(run.path), "holds other things and no run; name an empty or a new directory"
-            )
-        )
-    plan = decide_for(job, nproc, script, local, profiles)
-    forecast = preflight(job, plan, run.path, local, force, profiles)
-    set_umask(plan.share_with_group)
-    run.path.mkdir(parents=True, exist_ok=True)
-    with run.lock():
-        _write_forecast(run, plan, forecast)
-        _write(run, job, plan)
-        event(run.events_file, "planned", world_size=plan.mesh.world_size, digest=plan.digest())
-    return run, plan
+        reason = "holds other things and no run; name an empty or a new directory"
+        raise ConfigurationError(Problem("--run-dir", str(run.path), reason))
 
 
 def _write_forecast(run: RunDirectory, plan: Plan, forecast: Forecast | None) -> None:

@@ -19,7 +19,8 @@ from launcher.runs.processes import Identity
 
 STEP_DIRECTORY = re.compile(r"^step-(\d{8,})$")
 """Eight digits, so that names sort; more where a run has a hundred million steps."""
-_LEFTOVER = re.compile(r"^\..+\.[0-9a-f]{8}$")
+LEFTOVER = re.compile(r"^\..+\.[0-9a-f]{8}$")
+"""The name of a file that is being written, or that a crash left half written."""
 _RELEASE_SECONDS = 2.0
 """For a disk to take the lock back; the kernel does it anyway when the process ends."""
 
@@ -165,7 +166,7 @@ class RunDirectory:
         """Remove the files that a crash left half written in the run directory itself. For whoever holds the
         lock, while no rank lives."""
         for path in self.path.glob(".*.*"):
-            if _LEFTOVER.match(path.name) and path.is_file() and not path.is_symlink():
+            if LEFTOVER.match(path.name) and path.is_file() and not path.is_symlink():
                 path.unlink(missing_ok=True)
 
     def run_id(self) -> str:

@@ -238,6 +238,28 @@ def test_a_directory_with_other_things_is_no_run(job: Path, tmp_path: Path) -> N
     assert open_run(job, [], None, tmp_path / "empty")[0].plan_file.exists()
 
 
+def test_a_run_that_another_launcher_begins_just_now(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is in use, and no directory with other things; once the other one has written its plan, that is kept."""
+    run = RunDirectory(job.parent / "begun")
+    run.path.mkdir()
+    with run.lock():
+        run.forecast_file.write_text("{}")
+        run.job_file.with_name(".job.yaml.0123abcd").touch()
+        with pytest.raises(RunInUseError):
+            open_run(job, [], None, run.path)
+    decide = run_setup.decide_for
+
+    def decide_later(*arguments: Any) -> Plan:
+        plan = decide(*arguments)
+        monkeypatch.setattr(run_setup, "decide_for", decide)
+        open_run(job, [], None, run.path)
+        return plan
+
+    monkeypatch.setattr(run_setup, "decide_for", decide_later)
+    open_run(job, [], None, run.path)
+    assert events(run) == ["planned"]
+
+
 def test_a_run_under_way_is_left_alone(job: Path) -> None:
     run, plan = open_run(job, [], None, None)
     with run.lock(), pytest.raises(RunInUseError):
