@@ -78,7 +78,7 @@ def open_run(
 def _refuse_other_things(run: RunDirectory) -> None:
     """Raise ConfigurationError for a directory that holds other things.
 
-    What another launcher writes just now, or wrote before it was killed, begins with the lock and is no other thing.
+    What another launcher writes just now, or wrote before it was killed, begins with the lock: that is none.
     """
     if not run.path.exists():
         return
