@@ -208,6 +208,8 @@ def summary(run: RunDirectory, path: str) -> str:
         attempts = f"over {run.last_attempt()} attempt{'s' * (run.last_attempt() != 1)}"
         unit = next((record.get("unit", "token") for record in totals.prepared.values()), "token")
         lines.append(f"  {f'{unit}s' if tokens else 'time':11} {tokens}{took}, {attempts}")
+    if isinstance(share := totals.last.get("finished", {}).get("data_share"), float):
+        lines.append(f"  waiting     {share:.1%} of the time of steps, for data")
     lines += [f"  rows        {line(record)}" for record in totals.prepared.values()]
     if totals.evaluations:
         before, after = totals.evaluations

@@ -140,7 +140,7 @@ def describe(seen: dict[str, Any]) -> str:
         **{role: line({"role": role, **rows}).partition(": ")[2] for role, rows in seen["data"].items()},
         "step": f"{seen['step']}{of}",
         "loss": None if seen["loss"] is None else f"{seen['loss']:.4f}",
-        "speed": None if seen["tokens_per_second"] is None else f"{seen['tokens_per_second']:.0f} tokens/s",
+        "speed": _speed(seen),
         "measured": ", ".join(f"{name} {value:.4f}" for name, value in seen["metrics"].items())
         if seen["metrics"]
         else None,
@@ -152,6 +152,14 @@ def describe(seen: dict[str, Any]) -> str:
         "go on with": seen["command"],
     }
     return "\n".join(f"{name:11}{text}" for name, text in facts.items() if text)
+
+
+def _speed(seen: dict[str, Any]) -> str | None:
+    """Return how fast it is, and how much of the last step went into waiting for data."""
+    if seen["tokens_per_second"] is None:
+        return None
+    waits = "" if seen["data_share"] is None else f", {seen['data_share']:.1%} of the time waiting for data"
+    return f"{seen['tokens_per_second']:.0f} tokens/s{waits}"
 
 
 def _since_step(seen: dict[str, Any]) -> str:

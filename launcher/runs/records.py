@@ -106,7 +106,8 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
         ("event", "phase", "unit", "kind", "text", "checkpoint", "metric", "role", "reason", "signal", "job"),
         _text,
     ),
-    **dict.fromkeys(("done", "loss", "grad_norm", "learning_rate", "tokens_per_second", "seconds"), _number),
+    **dict.fromkeys(("done", "loss", "grad_norm", "learning_rate", "tokens_per_second"), _number),
+    **dict.fromkeys(("seconds", "data_seconds"), _number),
     **dict.fromkeys(
         ("step", "first_step", "world_size", "attempt", "num_tokens", "num_samples", "num_items"), _count
     ),

@@ -47,6 +47,8 @@ class Status:
     failure: dict[str, Any] | None = None
     command: str | None = None
     tokens_per_second: float | None = None
+    data_share: float | None = None
+    """The part of its last step in which rank 0 waited for data."""
     checkpoint_age_seconds: float | None = None
     step_age_seconds: float | None = None
     """Since the last step of this attempt, while it runs."""
@@ -110,12 +112,20 @@ def read_status(run: RunDirectory, totals: Totals | None = None) -> Status:
         failure=last["failed"].get("failure") if state == "failed" else None,
         command=None if state in ("running", "finished") else f"launcher resume {run.path}",
         tokens_per_second=record.get("tokens_per_second") if record and state == "running" else None,
+        data_share=_data_share(record) if state == "running" else None,
         checkpoint_age_seconds=_age(newest),
         last_word=_last_word(last, state),
         job=last.get("submitted", {}).get("job"),
         nodes=tuple(last.get("started", {}).get("nodes", ())),
         data={role: prepared.numbers(record) for role, record in totals.prepared.items()},
     )
+
+
+def _data_share(record: dict[str, Any] | None) -> float | None:
+    """Return the share of a step in which it waited for data, by its record; None where that does not say."""
+    if not record or not {"data_seconds", "tokens_per_second", "num_tokens"} <= record.keys():
+        return None
+    return round(record["data_seconds"] * record["tokens_per_second"] / max(1, record["num_tokens"]), 4)
 
 
 def _age(checkpoint: Path | None) -> float | None:

@@ -40,7 +40,7 @@ from launcher.training.precision import LossScale
 from launcher.training.reporting.divergence import Divergence
 from launcher.training.reporting.journal import Journal
 from launcher.training.reporting.pace import Own, Pace, straggler
-from launcher.training.reporting.recording import Recorder, description
+from launcher.training.reporting.recording import Recorder, StepSeconds, description
 from launcher.training.reporting.symptoms import Sample, Symptoms
 from launcher.training.rescue import Rescue
 from launcher.training.schedule import Schedule, stage_at
@@ -181,9 +181,9 @@ class Trainer:
         self.own.begin(self.pace.measures)
         here.at("data", detail=str(self.batches.directory))
         step_batch = self.batches.step(self.state.step)
-        waited = time.monotonic() - started
+        self.data_seconds = 0.0
+        self._loaded_since(started)
         self._thaw()
-        self.own.loaded(waited)
         with self.rescue.passes(self.state.step, self.state.step == self.keeper.saved_step):
             loss_sum = self._accumulate(step_batch)
             here.peak_memory(functools.partial(peak_memory_bytes, self.device))
@@ -208,11 +208,9 @@ class Trainer:
         here.step_done(self.state.step, seconds)
         if self.recorder:
             here.at("recording")
-            more: dict[str, Any] = {
-                "loss_by_source": self.by_source.losses(step_batch.items, totals.by_source)
-            }
-            more |= {"data_seconds": round(waited, 4)} if self.material.stream is not None else {}
-            self.recorder.step(self.state, step_batch, loss, gradient_norm, learning_rate, seconds, more)
+            times = StepSeconds(seconds, self.data_seconds)
+            by_source = self.by_source.losses(step_batch.items, totals.by_source)
+            self.recorder.step(self.state, step_batch, loss, gradient_norm, learning_rate, times, by_source)
         if verdict == "rewind":
             self._rewind()
         return totals.due
@@ -240,7 +238,7 @@ class Trainer:
             here.at("data", done=index, total=last + 1, detail=str(self.batches.directory))
             began = time.monotonic()
             batch = to_device(self.loader.batch(step, index, items), self.device) | more
-            self.own.loaded(time.monotonic() - began)
+            self._loaded_since(began)
             here.at("forward", done=index, total=last + 1)
             torch.manual_seed(dropout_seed(seed, step, self.data_rank, index))
             if self.noise is not None:
@@ -249,6 +247,12 @@ class Trainer:
             loss_sum += output.loss_sum.detach()
             self.by_source.add(output, batch, items)
         return loss_sum
+
+    def _loaded_since(self, began: float) -> None:
+        """Note what was waited for data from a moment on."""
+        seconds = time.monotonic() - began
+        self.data_seconds += seconds
+        self.own.loaded(seconds)
 
     def _add_up(self, loss_sum: torch.Tensor) -> StepTotals:
         """Make the step's one exchange beside the gradients. Rank 0's clock and any rank's signal say what is
@@ -339,7 +343,8 @@ class Trainer:
         self.checkpointer.finish()
         if self.rank == 0:
             write_atomically(self.run.finished_file, f"step {self.state.step}\n")
-        self.event("finished", step=self.state.step, metrics=self.state.metrics)
+        share = self.recorder.data_share if self.recorder else None
+        self.event("finished", step=self.state.step, metrics=self.state.metrics, data_share=share)
         self._close()
 
     def _close(self) -> None:

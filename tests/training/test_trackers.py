@@ -16,7 +16,7 @@ from tests.training.runs import causal_data, curve, evaluations, finish, new_run
 pytestmark = pytest.mark.distributed
 STEP_NAMES = {
     *("train/loss", "train/grad_norm", "train/learning_rate", "train/epoch", "train/num_input_tokens_seen"),
-    *("train/tokens_per_second", "train/step_seconds", "train/peak_memory_gib"),
+    *("train/tokens_per_second", "train/step_seconds", "train/data_seconds", "train/peak_memory_gib"),
 }
 TRACKING = {"project": "reviews", "group": "ablation", "tags": ("small", "first")}
 

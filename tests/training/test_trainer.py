@@ -125,6 +125,7 @@ def test_learning_is_learning(whole: RunDirectory) -> None:
     before, after = evaluations(whole)[0], evaluations(whole)[NUM_STEPS]
     assert after["loss"] < before["loss"] - 0.2
     assert named(whole, "finished")[0]["metrics"] == after
+    assert 0 <= named(whole, "finished")[0]["data_share"] < 1
     assert whole.finished
 
 
@@ -143,7 +144,7 @@ def test_every_line_of_metrics_has_every_key(whole: RunDirectory) -> None:
     records = [record for record in events.read(whole.metrics_file) if record["kind"] == "train"]
     assert [record["step"] for record in records] == list(range(1, NUM_STEPS + 1))
     for record in records:
-        assert record.keys() == keys | {"tokens_so_far", "sample_ids", "time"}
+        assert record.keys() == keys | {"tokens_so_far", "data_seconds", "sample_ids", "time"}
         assert record["num_samples"] >= 12 and 12 * 32 < record["num_tokens"] <= 12 * 64
         assert record["tokens_per_second"] > 0 and record["peak_memory_bytes"] > 1 << 20
     assert len({record["sample_ids"] for record in records}) == NUM_STEPS

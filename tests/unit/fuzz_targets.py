@@ -119,7 +119,7 @@ EVENTS: list[dict[str, Any]] = [
 ]
 METRICS: list[dict[str, Any]] = [
     {"kind": "train", "step": step, "loss": 2.0, "grad_norm": 1.0, "learning_rate": 1e-3, "num_samples": 8, "num_tokens": 99,
-     "tokens_per_second": 9.5, "peak_memory_bytes": 10, "sample_ids": "ab", "time": 1e9 + step}
+     "tokens_per_second": 9.5, "peak_memory_bytes": 10, "data_seconds": 0.1, "sample_ids": "ab", "time": 1e9 + step}
     for step in range(1, 4)
 ] + [{"kind": "evaluation", "step": 3, "metrics": {"loss": 1.5}}]  # fmt: skip
 FAILURE = {

@@ -19,14 +19,14 @@ STEPS_UNKEPT = 3_000
 
 
 def step_line(step: int, attempt: int = 1, total: bool = True) -> str:
-    """A record as the trainer writes it, 270 bytes; without the running count of tokens as it was before
+    """A record as the trainer writes it, 295 bytes; without the running count of tokens as it was before
     there was one."""
     so_far = f'"tokens_so_far": {4096 * step}, ' if total else ""
     return (
         f'{{"kind": "train", "step": {step}, "loss": {11 - step % 1009 / 1009 - attempt / 8}, '
         '"grad_norm": 1.8125, "learning_rate": 1e-4, '
         f'"num_samples": 16, "num_tokens": 4096, {so_far}"tokens_per_second": 20480.1, '
-        '"peak_memory_bytes": 2147483648, '
+        '"peak_memory_bytes": 2147483648, "data_seconds": 0.0012, '
         f'"sample_ids": "0123456789abcdef", "time": {BEGAN + step / 5:.3f}}}\n'
     )
 

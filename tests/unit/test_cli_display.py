@@ -174,7 +174,9 @@ def test_the_summary_says_what_came_of_it_and_what_is_next(run: RunDirectory) ->
     step(run, 2, 2.0)
     event(run.events_file, "evaluated", step=2, metrics={"loss": 1.0})
     run.attempt(1).mkdir(parents=True)
+    event(run.events_file, "finished", step=2, data_share=0.0123)
     text = summary(run, "runs/tiny")
+    assert "  waiting     1.2% of the time of steps, for data\n" in text
     assert "2, loss 1.0000 -> 0.5000" in text
     assert "before      loss 3.0000" in text and "after       loss 1.0000" in text
     assert "200 in" in text and "1 attempt\n" in text

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from launcher.cli.status import describe
 from launcher.launch.slurm.view import runs_below, views
 from launcher.runs.events import append, event
 from launcher.runs.glance import glance
@@ -44,6 +45,20 @@ def test_a_run_that_cannot_be_read_is_one_of_a_list(name: str, tmp_path: Path) -
     assert (broken["name"], broken["state"]) == ("broken", "unreadable")
     assert broken["last_word"] == f"IsADirectoryError: [Errno 21] Is a directory: '{tmp_path}/broken/{name}'"
     assert fine["state"] == "planned"
+
+
+def test_how_much_of_the_last_step_was_waiting_for_data(run: RunDirectory) -> None:
+    """A step of 100 tokens at 50 a second took two seconds."""
+    with run.lock():
+        event(run.events_file, "started", attempt=1)
+        step = {"kind": "train", "step": 1, "loss": 1.0, "num_tokens": 100, "tokens_per_second": 50.0}
+        append(run.metrics_file, step)
+        assert read_status(run).data_share is None, "as older runs have it"
+        append(run.metrics_file, step | {"step": 2, "data_seconds": 0.5})
+        seen = read_status(run)
+    assert seen.data_share == 0.25
+    text = describe(seen.to_dict() | {"checkpoint_age_seconds": None})
+    assert "speed      50 tokens/s, 25.0% of the time waiting for data" in text
 
 
 def test_what_a_running_run_is_at_and_whether_it_hangs(run: RunDirectory) -> None:

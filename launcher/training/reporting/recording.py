@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -37,6 +37,14 @@ _TOLD = {
 """Of a step's record, and by which name trackers have it: that of the Trainer, where it has one."""
 
 
+class StepSeconds(NamedTuple):
+    """How long a step took on rank 0."""
+
+    whole: float
+    data: float
+    """In which it waited for data."""
+
+
 class Recorder:
     """The files and trackers of one run. Begun before the model is loaded, so that the bare process is known."""
 
@@ -45,6 +53,17 @@ class Recorder:
         self._foreseen = ForecastCheck(run, device)
         self._folds = (Totals(run), Curve(run))
         self._kept_at = time.monotonic()
+        self._seconds: StepSeconds | None = None
+
+    @property
+    def data_share(self) -> float | None:
+        """Return the share of this attempt's steps that was waiting for data, but the first step, in which
+        workers start; None before the second."""
+        return (
+            round(self._seconds.data / self._seconds.whole, 4)
+            if self._seconds and self._seconds.whole
+            else None
+        )
 
     def loaded(self, step: int, num_items_of_epoch: int | None) -> None:
         """Begin, or go on, with trackers: the model and its state after `step` steps are there.
@@ -65,14 +84,17 @@ class Recorder:
         loss: float,
         gradient_norm: float,
         learning_rate: float,
-        seconds: float,
-        more: dict[str, Any],
+        seconds: StepSeconds,
+        by_source: dict[str, float],
     ) -> None:
         """Record one optimizer step of all ranks, after which the run stands at `state`; it took `seconds`.
 
-        `more`: `loss_by_source`, the loss of each of several sources; of streamed rows `data_seconds`, those in
-        which this rank waited for them.
+        `by_source`: the loss of each of several sources.
         """
+        before = self._seconds
+        self._seconds = (
+            StepSeconds(*map(sum, zip(before, seconds, strict=True))) if before else StepSeconds(0, 0)
+        )
         step, peak_memory = state.step, peak_memory_bytes(self._device)
         record = {
             "kind": "train",
@@ -83,22 +105,21 @@ class Recorder:
             "num_samples": batch.num_samples,
             "num_tokens": batch.num_tokens,
             "tokens_so_far": state.num_tokens,
-            "tokens_per_second": round(batch.num_tokens / seconds, 1),
+            "tokens_per_second": round(batch.num_tokens / seconds.whole, 1),
             "peak_memory_bytes": peak_memory,
+            "data_seconds": round(seconds.data, 4),
             "sample_ids": batch.sample_ids,
             "time": round(time.time(), 3),
         }
-        by_source: dict[str, float] = more.get("loss_by_source") or {}
-        record |= {key: value for key, value in more.items() if value != {}}
+        record |= {"loss_by_source": by_source} if by_source else {}
         self._journal.append(self._run.metrics_file, record)
-        if compared := self._foreseen.note(batch.num_tokens, seconds):
+        if compared := self._foreseen.note(batch.num_tokens, seconds.whole):
             self._journal.event(self._run.events_file, "compared", **compared)
         told: dict[str, Any] = {f"train/{name}": record[key] for key, name in _TOLD.items()}
-        told |= {"train/step_seconds": seconds, "train/peak_memory_gib": peak_memory / (1 << 30)}
+        told |= {"train/step_seconds": seconds.whole, "train/data_seconds": seconds.data}
+        told["train/peak_memory_gib"] = peak_memory / (1 << 30)
         if self._num_items_of_epoch:
             told["train/epoch"] = state.num_items / self._num_items_of_epoch
-        if "data_seconds" in more:
-            told["train/data_seconds"] = more["data_seconds"]
         told |= {f"train/loss/{alias}": value for alias, value in by_source.items()}
         self._trackers.log(told, step)
         if time.monotonic() - self._kept_at > _SECONDS_BETWEEN_KEEPING:
