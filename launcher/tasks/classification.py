@@ -231,4 +231,5 @@ class Classification(Task):
     def _label_tensor(self, samples: Sequence[Sample]) -> torch.Tensor:
         """Return the labels of a batch: int64 [B], float32 [B, num_labels] or float32 [B]."""
         labels = np.stack([sample["label"] for sample in samples])
-        return torch.from_numpy(labels if self.data.problem == "multi-label" else labels[:, 0].copy())
+        whole = self.data.problem == "multi-label" or labels.shape[1] > 1
+        return torch.from_numpy(labels if whole else labels[:, 0].copy())

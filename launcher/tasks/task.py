@@ -304,6 +304,11 @@ class Task(ABC):
         model. Numbers reach the model in what it computes in, but for those of `labels` and `weights`.
         """
 
+    @property
+    def mixes(self) -> bool:
+        """Return whether training samples have partners (`Sample.partner`), with which `collate` mixes them."""
+        return False
+
     # Loss and metrics.
 
     def in_a_step(self, num_supervised: Sequence[int]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from tests.training.runs import assert_equal, batch_of, curve, evaluations, fini
 pytestmark = pytest.mark.distributed
 
 ALTERED = {"random_crop": 0.5, "horizontal_flip": 0.5, "color_jitter": 0.2}
+ALTERED |= {"mixup_alpha": 0.4, "cutmix_alpha": 1.0, "mix_probability": 0.8}
 NEAR = {"rtol": 2e-4, "atol": 2e-5}
 
 

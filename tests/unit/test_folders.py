@@ -95,6 +95,16 @@ def test_a_job_with_a_folder_is_planned(tmp_path: Path) -> None:
         ({"max_length": 512}, "data.max_length"),
         ({"text": "text"}, "data.text = 'text': belongs to causal-lm"),
         ({"augmentation": {"flip": 0.5}}, "data.augmentation.flip"),
+        ({"augmentation": {"mixup_alpha": 0}}, "data.augmentation.mixup_alpha = 0"),
+        ({"augmentation": {"mix_probability": 0.5}}, "add mixup_alpha or cutmix_alpha"),
+        (
+            {"augmentation": {"mixup_alpha": 0.2}, "problem": "regression"},
+            "data.augmentation.mixup_alpha = 0.2: mixes classes, and a regression has none",
+        ),
+        (
+            {"augmentation": {"cutmix_alpha": 1.0}, "focal_gamma": 2.0},
+            "data.augmentation.cutmix_alpha = 1.0: gives an image two classes",
+        ),
     ],
 )
 def test_what_makes_no_sense_of_images_is_refused(data: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -172,6 +182,7 @@ def test_a_model_that_cannot_write_about_an_image_alone_is_refused(
         ({"label": "x"}, "data.label = 'x': belongs to audio-classification"),
         ({"max_target_length": 4}, "data.max_target_length"),
         ({"augmentation": {}}, "names no alteration"),
+        ({"augmentation": {"mixup_alpha": 0.2}}, "data.augmentation.mixup_alpha"),
         ({"packing": True}, "only language models pack"),
     ],
 )
