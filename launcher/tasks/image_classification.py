@@ -11,6 +11,7 @@ from launcher.tasks.file_classification import FileClassification
 from launcher.tasks.image_columns import ImageColumns
 from launcher.tasks.mixing import mix, mixes, mixing_contradictions
 from launcher.tasks.padding import weights
+from launcher.tasks.sample import Drawn
 from launcher.tasks.seeing import Seeing, read_image_processor, usual_image_processor
 from launcher.tasks.task import Draws, Finding, Sample, Traits
 
@@ -127,6 +128,13 @@ class ImageClassification(FileClassification):
         shares = np.zeros(len(self.labels or "?"), dtype=np.float32)
         shares[label] = 1
         return shares
+
+    def drawn(self, sample: Sample, draws: Draws | None = None) -> Drawn:
+        """Return the image as the model sees it, and its classes; of a mixed one, the share of each."""
+        batch = self.collate([[sample]], draws)
+        [label], [pixels] = batch["labels"].numpy(), batch["pixel_values"].numpy()
+        assert self.seeing.pixels is not None
+        return Drawn(self.seeing.pixels.shown(pixels), self._label_text(label))
 
     def plain_batch(self, sample: Sample) -> dict[str, Any] | None:
         return self.seeing.batch([sample])

@@ -30,6 +30,15 @@ class Encoded(NamedTuple):
     """Whether it was longer than max_length, or in words what of the row was left out."""
 
 
+class Drawn(NamedTuple):
+    """What a model sees or hears of a sample, for people to look at."""
+
+    picture: np.ndarray
+    """uint8 [height, width, 3]."""
+    text: str
+    """What is learned of it."""
+
+
 class Sample(dict[str, "np.ndarray"]):
     """One sample's arrays by name.
 

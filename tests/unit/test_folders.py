@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from launcher import tasks
+from launcher.cli.display import Display
 from launcher.data.files import find_files
 from launcher.data.folder import IMAGES, FileColumn, FileColumnIfThere, read_folder, with_places
 from launcher.data.rows import RowProblem
@@ -18,6 +19,7 @@ from launcher.data.sample import look
 from launcher.data.section import Source
 from launcher.errors import ConfigurationError, DataError
 from launcher.job.load import load
+from launcher.launch.prepare_data import look as inspect_data
 from launcher.planner.search import plan_job
 from tests.unit.test_planning_decide import CPU
 
@@ -122,6 +124,40 @@ def test_an_alteration_without_its_package_is_refused(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "kornia" else found(name))
     with pytest.raises(ConfigurationError, match=r"rand_augment.*pip install 'finetune-launcher\[image\]'"):
         load(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("sheet.jpg", {}, "is written as PNG; name a file that ends in .png"),
+        ("not/there.png", {}, "there is no folder"),
+        ("sheet.png", {"row": 2}, "of all rows; leave --row out"),
+        ("sheet.png", {"source": "old"}, "of all rows; leave --source out"),
+        ("sheet.png", {"num_rows": 0}, "has no samples by --rows 0"),
+    ],
+)
+def test_a_sheet_that_cannot_be_is_refused_before_rows_are_read(
+    name: str, options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    asked = {"row": None, "source": None, "num_rows": 3} | options
+    with pytest.raises(ConfigurationError) as caught:
+        inspect_data(
+            load(job_of(tmp_path)), "train", 3, asked["row"], False, Display(quiet=True), asked["source"],
+            (tmp_path / name, asked["num_rows"]),
+        )  # fmt: skip
+    assert message in str(caught.value)
+
+
+def test_a_sheet_of_texts_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    path = tmp_path / "job.yaml"
+    data = {"train": {"path": "rows.jsonl"}, "text": "text"}
+    path.write_text(yaml.safe_dump({"name": "texts", "model": {"name": "org/m"}, "data": data}))
+    sheet = tmp_path / "sheet.png", 3
+    with pytest.raises(
+        ConfigurationError, match=r"rows of a causal-lm job are not drawn; those of .*image-to-text"
+    ):
+        inspect_data(load(path), "train", 3, None, False, Display(quiet=True), None, sheet)
 
 
 def test_a_model_that_sees_no_images_is_refused(tmp_path: Path) -> None:
