@@ -1,4 +1,4 @@
-"""Captioning models without a decoder of their own: their text begins with a token and stands beside the image."""
+"""Tell of captioning models without a decoder of their own: their text stands beside the image."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def text_config(config: Any) -> Any:
 
 
 def first_token(config: Any) -> int | None:
-    """Return the token that a text begins with, as the class's own `generate` has it; None where the config does not
-    say."""
+    """Return the token that a text begins with, as the class's own `generate` has it; None where the config
+    does not say."""
     token: int | None = text_config(config).bos_token_id
     return token
 

@@ -127,8 +127,12 @@ class ImageToText(EncoderDecoderTask):
         self._config = config
         if self._beside:
             self.seeing.adopt(config.vision_config)
+            own = self.seeing.own_size
             if captioners.first_token(config) is None:
                 raise self._unfit("its config has no bos_token_id, the token that its texts begin with")
+            if config.model_type == "git" and own is not None and self.seeing.size != own:
+                reason = f"a git model looks for its text behind an image of {own[0]} pixels; leave it out"
+                raise ConfigurationError(Problem("data.image_size", self.data.image_size, reason))
             return
         if not hasattr(config, "encoder"):  # one with code of its own, which no table knows
             reason = f"a {config.model_type} model is no vision-encoder-decoder"

@@ -54,7 +54,7 @@ DECODERS: dict[str, dict[str, Any]] = {
 BESIDE: dict[str, dict[str, Any]] = {
     "blip": {
         "text_config": {**_LAYERS, **_TOKENS, "vocab_size": VOCABULARY, "max_position_embeddings": POSITIONS}
-        | {"encoder_hidden_size": 32, "sep_token_id": 2},
+        | {"encoder_hidden_size": 32, "sep_token_id": 2, "label_smoothing": 0.1},
         "vision_config": _PATCHES,
     },
     "git": {

@@ -63,7 +63,9 @@ def assert_near(one: RunDirectory, other: RunDirectory) -> None:
     first, second = state(one), state(other)
     for name in first:
         # The bias of keys moves no attention: its gradient is noise, which Adam makes steps of.
-        if name.startswith("model.") and not name.endswith(("k_proj.bias", "key.bias", "c_attn.bias")):
+        if name.startswith("model.") and not name.endswith(
+            ("k_proj.bias", "key.bias", "c_attn.bias", "qkv.bias")
+        ):
             torch.testing.assert_close(first[name].float(), second[name].float(), **NEAR, msg=name)
 
 
