@@ -13,11 +13,10 @@ def text_config(config: Any) -> Any:
     return config.text_config if config.model_type == "blip" else config
 
 
-def first_token(config: Any) -> int | None:
+def first_token(config: Any) -> Any:
     """Return the token that a text begins with, as the class's own `generate` has it; None where the config
     does not say."""
-    token: int | None = text_config(config).bos_token_id
-    return token
+    return text_config(config).bos_token_id
 
 
 def smoothing(config: Any) -> float:

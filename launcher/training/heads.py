@@ -25,6 +25,7 @@ from launcher.training.model.forward import (
     decoder_inputs,
     decoder_of,
     model_class_of,
+    output_embeddings_of,
     outputs_of,
     own_forward,
 )
@@ -97,14 +98,13 @@ def encoder_decoder(
     first_token: what a text begins with beside an image, for a model without a decoder of its own (BLIP, GIT).
     """
     inputs = {name: batch[name] for name in READ if name in batch} | {"use_cache": False}
-    labels, head = batch["labels"], model.get_output_embeddings()
+    labels, head = batch["labels"], output_embeddings_of(model)
     if first_token is None:
         inputs["decoder_input_ids"] = _one_later(model, labels)
     else:
         first = torch.full_like(labels[:, :1], first_token)
         # What stands behind a text is read by nobody: it is read from left to right.
         inputs["input_ids"] = torch.cat([first, labels[:, :-1].clamp(min=0)], dim=1)
-        head = head or model.text_decoder.get_output_embeddings()
     with _hidden_states_of(head) as seen:
         own_forward(model, inputs)
     if not seen:

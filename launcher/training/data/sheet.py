@@ -114,7 +114,8 @@ def sheet_of(pictures: Sequence[Drawn], heading: str, keeps_shape: bool) -> Any:
 
 def _lines(text: str, font: Any) -> list[str]:
     """Return a text in lines that fit under a picture, cut off behind the last that there is room for."""
-    lines, rest = [], " ".join(text.split())
+    lines: list[str] = []
+    rest = " ".join(text.split())
     while rest and len(lines) < _MOST_LINES:
         end = len(rest)
         while end > 1 and font.getlength(rest[:end]) > _EDGE:
