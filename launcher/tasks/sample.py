@@ -31,7 +31,7 @@ class Encoded(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """What a model sees or hears of a sample, for people to look at."""
+    """Show people what a model sees or hears of a sample."""
 
     picture: np.ndarray
     """uint8 [height, width, 3]."""

@@ -200,7 +200,7 @@ def test_a_job_that_writes_about_images_is_planned(encoder: str, attention: str,
         ),
         ("mllama", r"launcher does not make what it reads beside an image \(a prompt, a chat\)"),
         ("qwen2_vl", "what it reads beside an image is a chat, as the task image-text-to-text has it"),
-        ("vit", "a vit model cannot do image-to-text; it can do image-classification; 1 other types"),
+        ("vit", "a vit model cannot do image-to-text; it can do image-classification; 3 other types"),
     ],
 )
 def test_a_model_that_cannot_write_about_an_image_alone_is_refused(
