@@ -372,10 +372,13 @@ def test_a_file_that_changes_stops_the_run(models: dict[str, Path], cache: Path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "kind", ["gpt2", *(pytest.param(kind, marks=pytest.mark.very_slow) for kind in ("trocr", "swin"))]
+    "kind",
+    ["gpt2", *(pytest.param(kind, marks=pytest.mark.very_slow) for kind in ("trocr", "swin", "blip", "git"))],
 )
-def test_a_profile_is_made_of_the_longest_text(kind: str, models: dict[str, Path], folder: Path) -> None:
-    profile = make_profile(plan_of(models[kind], folder, precision="fp32"))
+def test_a_profile_is_made_of_the_longest_text(
+    kind: str, models: dict[str, Path], beside: dict[str, Path], folder: Path
+) -> None:
+    profile = make_profile(plan_of((models | beside)[kind], folder, precision="fp32"))
     assert not profile.untraceable and len(profile.layers) >= 4
     assert set(profile.passes) >= {"none", "full", "evaluation"}
     assert text_of(0) and np.isfinite(profile.quadratic)
