@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,6 +15,8 @@ from launcher.cli.plan import AsJson
 if TYPE_CHECKING:
     from launcher.launch.screen import Watcher
 
+_LISTED, _ON_A_SHEET = 3, 24
+"""Samples that are shown where nobody says how many."""
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
@@ -26,7 +29,18 @@ class Role(enum.StrEnum):
 
 RoleOption = Annotated[Role, typer.Option("--role", help="The rows to learn from, or those held out.")]
 NumRows = Annotated[
-    int, typer.Option("--rows", min=0, metavar="N", help="How many samples to show, from the first.")
+    int | None,
+    typer.Option(
+        "--rows", min=0, metavar="N", help="How many samples to show, from the first: 3, on a sheet 24."
+    ),
+]
+Sheet = Annotated[
+    Path | None,
+    typer.Option(
+        "--sheet",
+        metavar="FILE.png",
+        help="Draw the images or sounds that the model sees first, altered as they will be.",
+    ),
 ]
 OneRow = Annotated[
     int | None,
@@ -42,10 +56,11 @@ Tokens = Annotated[bool, typer.Option("--tokens", help="Show samples token by to
 def inspect(
     job: JobFile,
     role: RoleOption = Role.train,
-    rows: NumRows = 3,
+    rows: NumRows = None,
     row: OneRow = None,
     source: OneSource = None,
     tokens: Tokens = False,
+    sheet: Sheet = None,
     as_json: AsJson = False,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
@@ -57,7 +72,9 @@ def inspect(
     from launcher.job.load import load
     from launcher.launch.prepare_data import look
 
-    seen = look(load(job, overrides), role.value, rows, row, tokens, _watcher(), source)
+    drawn = None if sheet is None else (sheet, _ON_A_SHEET if rows is None else rows)
+    listed = _LISTED if rows is None else rows
+    seen = look(load(job, overrides), role.value, listed, row, tokens, _watcher(), source, drawn)
     if as_json:
         print_json(seen)
     else:

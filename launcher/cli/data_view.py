@@ -28,6 +28,9 @@ _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if
 def show(seen: dict[str, Any], console: Console, whole: bool) -> None:
     """Print all that was seen of a data set, or of each of its sources; samples as a whole, or the beginning and
     the end of long ones."""
+    if "sheet" in seen:
+        sheet = seen["sheet"]
+        console.print(Text(f"{sheet['num_samples']} samples are drawn in {sheet['path']}"), soft_wrap=True)
     if "sources" in seen:
         console.print(Text(prepared.line(seen), style="bold"))
         for source in seen["sources"]:

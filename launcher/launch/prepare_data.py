@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from launcher import tasks
 from launcher.errors import ConfigurationError, Problem
 from launcher.job.schema import Job
 from launcher.launch.scratch import ask
@@ -11,6 +13,7 @@ from launcher.launch.screen import Watcher
 from launcher.planner.hardware.detect import Hardware
 from launcher.planner.plan import Plan
 from launcher.planner.search import plan_job
+from launcher.tasks.task import Task
 
 MODULE = "launcher.training.data.inspect"
 
@@ -23,16 +26,23 @@ def look(
     tokens: bool,
     watcher: Watcher,
     source: str | None = None,
+    sheet: tuple[Path, int] | None = None,
 ) -> dict[str, Any]:
     """Return what `run` would train on: counts, lengths, labels and samples of one data set, of each of its
-    sources, or of the one that is named. Raises ConfigurationError where there is none."""
+    sources, or of the one that is named. Raises ConfigurationError where there is none.
+
+    sheet: a PNG to be written, and of how many of the samples that the model sees first.
+    """
     if role == "evaluation" and job.data.evaluation is None:
         raise ConfigurationError(
             Problem("--role", role, "the job names no data.evaluation; look at train, or name held-out rows")
         )
+    if sheet is not None:
+        _check_sheet(job, *sheet, row, source)
     request = {
         "roles": [role],
         "show": True,
+        "sheet": None if sheet is None else [str(sheet[0].absolute()), sheet[1]],
         "num_rows": num_rows,
         "row": row,
         "tokens": tokens,
@@ -41,6 +51,26 @@ def look(
     [datasets] = ask(_here(job), MODULE, request, "data.json", watcher)["datasets"]
     result: dict[str, Any] = datasets
     return result
+
+
+def _check_sheet(job: Job, path: Path, number: int, row: int | None, source: str | None) -> None:
+    """Raise ConfigurationError where no such sheet can be drawn."""
+    task = type(tasks.of_job(job))
+    alone = "--row" if row is not None else "--source" if source is not None else None
+    reason = None
+    if task.drawn is Task.drawn:
+        able = ", ".join(name for name in tasks.TASKS if tasks.find(name).drawn is not Task.drawn)
+        reason = f"the rows of a {task.name} job are not drawn; those of {able} are"
+    elif path.suffix.lower() != ".png":
+        reason = "is written as PNG; name a file that ends in .png"
+    elif not path.parent.is_dir():
+        reason = f"there is no folder {path.parent}; create it, or name another file"
+    elif alone is not None:
+        reason = f"shows what the model sees first, of all rows; leave {alone} out"
+    elif number < 1:
+        reason = "has no samples by --rows 0; leave --rows out, or ask for some"
+    if reason is not None:
+        raise ConfigurationError(Problem("--sheet", str(path), reason))
 
 
 def fill_cache(job: Job, watcher: Watcher) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from launcher.tasks.audio_columns import AudioColumns, without_packages
 from launcher.tasks.file_classification import FileClassification
 from launcher.tasks.hearing import Hearing, usual_extractor
 from launcher.tasks.padding import weights
+from launcher.tasks.sample import Drawn
 from launcher.tasks.task import Draws, Finding, Sample, Traits
 
 
@@ -89,6 +90,11 @@ class AudioClassification(FileClassification):
         samples = [sample for item in items for sample in item]
         heard = self.hearing.batch(samples, self.layout, draws)
         return heard | {"labels": self._label_tensor(samples), "weights": weights(samples)}
+
+    def drawn(self, sample: Sample, draws: Draws | None = None) -> Drawn:
+        """Return the clip's spectrogram, and its classes."""
+        [label] = self._label_tensor([sample]).numpy()
+        return self.hearing.drawn(sample, draws, self._label_text(label))
 
     def plain_batch(self, sample: Sample) -> dict[str, Any] | None:
         return self.hearing.alone(sample)

@@ -228,7 +228,20 @@ class Classification(Task):
         num_outputs = len(self.labels or "?") if self.data.problem == "multi-label" else 1
         return np.zeros(num_outputs, dtype=np.int64 if self.data.problem == "single-label" else np.float32)
 
+    def _label_text(self, label: np.ndarray) -> str:
+        """Return the label of a sample of a batch in words: its classes, with the shares of those that have not
+        all of it, or a number."""
+        if self.labels is None:
+            return f"{float(label):g}"
+        if not label.ndim:
+            return self.labels[int(label)]
+        shares = [(name, share) for name, share in zip(self.labels, label.tolist(), strict=True) if share > 0]
+        return (
+            ", ".join(name if share == 1 else f"{name} {share:.2f}" for name, share in shares) or "no class"
+        )
+
     def _label_tensor(self, samples: Sequence[Sample]) -> torch.Tensor:
         """Return the labels of a batch: int64 [B], float32 [B, num_labels] or float32 [B]."""
         labels = np.stack([sample["label"] for sample in samples])
-        return torch.from_numpy(labels if self.data.problem == "multi-label" else labels[:, 0].copy())
+        whole = self.data.problem == "multi-label" or labels.shape[1] > 1
+        return torch.from_numpy(labels if whole else labels[:, 0].copy())

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 from launcher.data.rows import TOO_LONG, RowProblem
 from launcher.errors import ConfigurationError, Problem
 from launcher.lazy import Lazy
-from launcher.tasks import media, sounds
+from launcher.tasks import media, sounds, spectrograms
 from launcher.tasks.audio_columns import SoundColumns
 from launcher.tasks.clips import Clips, fewest_samples, joined
+from launcher.tasks.sample import Drawn
 from launcher.tasks.task import Draws, Sample, SampleLayout
 
 if TYPE_CHECKING:
@@ -129,9 +130,24 @@ class Hearing:
         [n], where it gives one."""
         if "features" in sample:
             return sample["features"], sample.get("mask")
+        return self.clips.features(self._clip(sample, draws))
+
+    def _clip(self, sample: Sample, draws: Draws | None) -> np.ndarray:
         samples = sounds.resampled(*sounds.heard(media.stored_content(sample)), self.clips.rate)
         chance = draws.of(sample) if draws is not None and draws.training else None
-        return self.clips.features(self.clips.clip(samples, self._cut_at, chance))
+        return self.clips.clip(samples, self._cut_at, chance)
+
+    def drawn(self, sample: Sample, draws: Draws | None, text: str) -> Drawn:
+        """Return the spectrogram of a sample's clip, with a text and its seconds: what the model's own feature
+        extractor makes of it, and of one that leaves samples as they are the power in mel bands."""
+        clip = self._clip(sample, draws)
+        features, _ = self.clips.features(clip)
+        levels = (
+            spectrograms.of_samples(features, self.clips.rate)
+            if features.ndim == 1
+            else spectrograms.of_features(features, self.clips.processor)
+        )
+        return Drawn(spectrograms.coloured(levels), f"{text} ({len(clip) / self.clips.rate:.2f} s)")
 
     def alone(self, sample: Sample) -> dict[str, torch.Tensor]:
         """Return one clip as a batch of one, as transformers' documentation has it."""

@@ -14,6 +14,8 @@ from launcher.tasks.task import Finding, finding
 from launcher.values import Fraction, Section
 
 Probability = Annotated[float, Field(gt=0, le=1)]
+Alpha = Annotated[float, Field(gt=0, le=100)]
+"""Of a Beta distribution: below 1 most of a mixed image is one of the two."""
 
 
 class Augmentation(Section):
@@ -30,6 +32,19 @@ class Augmentation(Section):
     """RandAugment (Cubuk et al. 2020, arXiv 1909.13719): so many alterations, of this strength each."""
     random_erasing: Probability | None = None
     """How likely a part of 2 to 33% of the image is made grey (Zhong et al. 2020, arXiv 1708.04896)."""
+
+
+class ImageAugmentation(Augmentation):
+    """Alterations of images that have a label, which can be mixed too."""
+
+    mixup_alpha: Alpha | None = None
+    """Add to an image another one of its step, and to its label that one's (Zhang et al. 2018, arXiv
+    1710.09412): by a share that is drawn from Beta(alpha, alpha); 0.2 to 1 are usual."""
+    cutmix_alpha: Alpha | None = None
+    """Put a part of another image of the step in the place of the image's own, and mix their labels by the area
+    (Yun et al. 2019, arXiv 1905.04899): drawn alike, 1 there. Beside `mixup_alpha` each is as likely."""
+    mix_probability: Probability | None = None
+    """How likely an image is mixed. Left out, every one is."""
 
 
 class PictureColumns(Data):
@@ -61,10 +76,13 @@ class ImageColumns(PictureColumns, FileColumns):
     label: str | None = "label"
     """The column of the label: a class, a list of classes, or a number for regression. Of a folder without
     metadata, the sub-folders are the classes."""
+    augmentation: ImageAugmentation | None = None
+    """How images are altered in training."""
 
 
 def image_contradictions(data: PictureColumns) -> Iterator[Finding]:
     """Yield what makes no sense beside the rest."""
     if data.augmentation is not None and not data.augmentation.model_fields_set:
-        reason = f"names no alteration; there are {', '.join(Augmentation.model_fields)}, or leave it out"
+        there = ", ".join(type(data.augmentation).model_fields)
+        reason = f"names no alteration; there are {there}, or leave it out"
         yield finding("data.augmentation", None, reason)

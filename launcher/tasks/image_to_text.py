@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 from launcher.data.rows import TOO_LONG, IfThere, RowProblem, text_of
 from launcher.errors import ConfigurationError, Problem
 from launcher.lazy import Lazy
-from launcher.tasks import media, roles
+from launcher.tasks import captioners, media, roles
 from launcher.tasks.caption_columns import CaptionColumns
 from launcher.tasks.encoder_decoders import EncoderDecoderTask, written_texts
 from launcher.tasks.encoding import unfit
 from launcher.tasks.generation import GenerationOptions
 from launcher.tasks.padding import counts_positions_from_padding
 from launcher.tasks.pair_columns import references_of
+from launcher.tasks.pixels import resized
+from launcher.tasks.sample import IGNORE, Drawn
 from launcher.tasks.seeing import Seeing, read_image_processor, usual_image_processor
 from launcher.tasks.task import Draws, Encoded, Finding, Output, Sample, Traits, ends_of
 from launcher.tasks.text_scores import EXACT, OVERLAP
@@ -105,7 +107,10 @@ class ImageToText(EncoderDecoderTask):
         return CaptionProcessor(read_image_processor(name, options))
 
     def usual_processor(self, config: Any) -> Any:
-        return CaptionProcessor(usual_image_processor(getattr(config, "encoder", config)))
+        images = usual_image_processor(getattr(config, "encoder", config))
+        if config.model_type in captioners.BESIDE:
+            resized(images, config.vision_config.image_size)
+        return CaptionProcessor(images)
 
     def prepare(self, processor: Any) -> None:
         """Take the size of images, and the tokenizer. Raises ConfigurationError for a tokenizer without an end
@@ -120,9 +125,18 @@ class ImageToText(EncoderDecoderTask):
         """Take what a config says of images and of its decoder's first token. Raises ConfigurationError where it
         does not say, and for a model that is not made of an encoder and a decoder that reads its output."""
         self._config = config
+        if self._beside:
+            self.seeing.adopt(config.vision_config)
+            own = self.seeing.own_size
+            if captioners.first_token(config) is None:
+                raise self._unfit("its config has no bos_token_id, the token that its texts begin with")
+            if config.model_type == "git" and own is not None and self.seeing.size != own:
+                reason = f"a git model looks for its text behind an image of {own[0]} pixels; leave it out"
+                raise ConfigurationError(Problem("data.image_size", self.data.image_size, reason))
+            return
         if not hasattr(config, "encoder"):  # one with code of its own, which no table knows
             reason = f"a {config.model_type} model is no vision-encoder-decoder"
-            raise self._unfit(f"{reason}, as TrOCR, Donut, and ViT with GPT-2 are")
+            raise self._unfit(f"{reason}, as TrOCR, Donut, and ViT with GPT-2 are, nor a BLIP or GIT")
         self.seeing.adopt(config.encoder)
         self.seeing.stretches = "interpolate_pos_encoding" in _inputs("MODEL_MAPPING", config.encoder)
         if "encoder_hidden_states" not in _inputs("MODEL_FOR_CAUSAL_LM_MAPPING", config.decoder):
@@ -139,13 +153,22 @@ class ImageToText(EncoderDecoderTask):
                 )
             setattr(config, key, token)
 
+    @property
+    def _beside(self) -> bool:
+        """Return whether the model has no decoder of its own: its texts stand beside the image."""
+        return self._config is not None and self._config.model_type in captioners.BESIDE
+
     def _unfit(self, reason: str) -> ConfigurationError:
         name = getattr(self._config, "name_or_path", None) or None
         return ConfigurationError(Problem("model.name", name, reason))
 
     def configure_generation(self, generation: Any) -> None:
-        for key in _TOLD:
-            setattr(generation, key, getattr(self._config, key))
+        if self._beside:
+            generation.bos_token_id = captioners.first_token(self._config)
+            generation.pad_token_id = self.tokenizer.pad_token_id
+        else:
+            for key in _TOLD:
+                setattr(generation, key, getattr(self._config, key))
         generation.eos_token_id = list(self.end_tokens)
 
     # Rows and samples.
@@ -153,7 +176,8 @@ class ImageToText(EncoderDecoderTask):
     @property
     def _most_tokens(self) -> int:
         """Return the tokens of the longest text, as the job says and the decoder has positions for."""
-        decoder, most = self._config.decoder, self.data.max_target_length
+        most = self.data.max_target_length
+        decoder = captioners.text_config(self._config) if self._beside else self._config.decoder
         if (positions := getattr(decoder, "max_position_embeddings", None)) is None:
             return most
         behind = decoder.pad_token_id + 1 if counts_positions_from_padding(decoder) else 0
@@ -179,6 +203,9 @@ class ImageToText(EncoderDecoderTask):
         except RowProblem as problem:
             return problem
         ids = list(self.tokenizer(text, verbose=False)["input_ids"])
+        begins = (self.tokenizer.cls_token_id, self.tokenizer.bos_token_id)
+        if self._beside and ids[:1] and ids[0] in begins:
+            ids = ids[1:]  # it is told, and not learned
         # GPT-2's tokenizer writes no end, and a text without one would be learned to go on.
         ids = ids if ids[-1:] and ids[-1] in self.end_tokens else [*ids, self.end_tokens[0]]
         if (most := self._most_tokens) < len(ids):
@@ -211,27 +238,51 @@ class ImageToText(EncoderDecoderTask):
         batch = self.seeing.batch(samples, draws) | written_texts(samples)
         return batch | ({"aside": self.aside(samples)} if self.generates else {})
 
+    def drawn(self, sample: Sample, draws: Draws | None = None) -> Drawn:
+        """Return the image as the model sees it, and its text."""
+        [pixels] = self.seeing.batch([sample], draws)["pixel_values"].numpy()
+        assert self.seeing.pixels is not None
+        text = self.tokenizer.decode(sample["labels"], skip_special_tokens=True)
+        return Drawn(self.seeing.pixels.shown(pixels), text)
+
     # Loss and answers.
 
     def plain_batch(self, sample: Sample) -> dict[str, Any] | None:
         labels = torch.from_numpy(sample["labels"].astype(np.int64))[None]
-        return self.seeing.batch([sample]) | {"labels": labels}
+        if not self._beside:
+            return self.seeing.batch([sample]) | {"labels": labels}
+        first = labels.new_tensor([[captioners.first_token(self._config)]])
+        text = {"input_ids": torch.cat([first, labels], dim=1)}
+        return self.seeing.batch([sample]) | text | {"labels": torch.cat([first * 0 + IGNORE, labels], dim=1)}
 
     def loss(self, model: torch.nn.Module, batch: dict[str, Any]) -> Output:
-        """Return the summed loss of the texts' tokens."""
+        """Return the summed loss of the texts' tokens; of BLIP smoothed as its own class does, in evaluations
+        too."""
         from launcher.training.heads import encoder_decoder
 
-        return encoder_decoder(model, batch)
+        if not self._beside:
+            return encoder_decoder(model, batch)
+        first = captioners.first_token(self._config)
+        return encoder_decoder(model, batch, captioners.smoothing(self._config), first)
 
     @property
     def generation(self) -> GenerationOptions:
         options = super().generation
         room = min(options.arguments["max_new_tokens"], self._most_tokens)
+        if self._beside:
+            # BLIP's class gives no keys and values back; GIT's would know the image by them alone.
+            return options.also(max_new_tokens=room, use_cache=self._config.model_type != "blip")
         return options.also(max_new_tokens=room, decoder_start_token_id=self._config.decoder_start_token_id)
 
     def prompts(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """Return what the model sees (`Seeing.batch`), and which rows it is of."""
-        of = {"ids": [sample.id for sample in samples], "windows": [sample.window for sample in samples]}
+        """Return what the model sees (`Seeing.batch`), the token that texts begin with where it has no decoder,
+        and which rows it is of."""
+        of: dict[str, Any] = {
+            "ids": [sample.id for sample in samples],
+            "windows": [sample.window for sample in samples],
+        }
+        if self._beside:
+            of["input_ids"] = torch.full((len(samples), 1), captioners.first_token(self._config))
         return self.seeing.batch(samples) | of
 
     def answer(self, row: dict[str, Any], parts: Sequence[Any]) -> dict[str, Any]:

@@ -47,11 +47,11 @@ class LabelLoss:
         )
         if self.problem == "multi-label":
             return self._several(logits, labels.float(), weights).mean(dim=-1)
-        return self._one(logits, labels.view(-1), weights)
+        return self._one(logits, labels if _soft(labels) else labels.view(-1), weights)
 
     def _one(self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-        """Return torch's own cross entropy; with gamma times (1 - p)^gamma, where p is the probability of the
-        right class."""
+        """Return torch's own cross entropy, of class ids [n] or shares [n, outputs]; with gamma times
+        (1 - p)^gamma, where p is the probability of the right class."""
         from torch.nn import functional
 
         smoothing = self.smoothing
@@ -80,6 +80,11 @@ class LabelLoss:
         return (
             entropies * (self.gamma * functional.logsigmoid(torch.where(labels > 0.5, -logits, logits))).exp()
         )
+
+
+def _soft(labels: torch.Tensor) -> bool:
+    """Return whether labels of one class each are shares of all classes, as those of mixed samples."""
+    return labels.is_floating_point()
 
 
 def beginning(labels: np.ndarray, problem: str, weights: Sequence[float] | None) -> list[float] | None:
@@ -142,7 +147,8 @@ def label_loss(
             losses, label_divergence(loss.problem, logits, wanted, distillation.temperature)
         )
     if loss.problem == "single-label":
-        correct = (logits.argmax(dim=-1) == labels.view(-1)).float()
+        ids = labels.argmax(dim=-1) if _soft(labels) else labels.view(-1)
+        correct = (logits.argmax(dim=-1) == ids).float()
     elif loss.problem == "multi-label":
         correct = ((logits > 0) == (labels > 0.5)).all(dim=-1).float()
     else:

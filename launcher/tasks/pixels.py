@@ -80,6 +80,22 @@ class Pixels:
         pixels: np.ndarray = self.processor(image, return_tensors="np")["pixel_values"][0]
         return np.ascontiguousarray(pixels, dtype=np.float32)
 
+    def shown(self, pixels: np.ndarray) -> np.ndarray:
+        """Return for people, uint8 [height, width, 3], what a model sees, float32 [3, height, width].
+
+        By what the processor makes of black and of white, whatever it normalises by.
+        """
+        from PIL import Image
+
+        dark, light = (
+            self.of_image(Image.new("RGB", (self.width, self.height), colour))
+            .reshape(3, -1)
+            .mean(axis=1)[:, None, None]
+            for colour in ("black", "white")
+        )
+        unit = (pixels - dark) / (light - dark)
+        return np.round(unit.clip(0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)
+
     def altered(self, image: Any, how: Augmentation, draws: np.random.Generator) -> np.ndarray:
         """Return an RGB image cut and altered by chance, then normalised: float32 [3, height, width]."""
         from launcher.tasks.augmentation import alter

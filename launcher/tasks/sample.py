@@ -30,15 +30,25 @@ class Encoded(NamedTuple):
     """Whether it was longer than max_length, or in words what of the row was left out."""
 
 
+class Drawn(NamedTuple):
+    """Show people what a model sees or hears of a sample."""
+
+    picture: np.ndarray
+    """uint8 [height, width, 3]."""
+    text: str
+    """What is learned of it."""
+
+
 class Sample(dict[str, "np.ndarray"]):
     """One sample's arrays by name.
 
     `id` is its row number in the source, `window` its number among the samples of that row, `length` the
     positions that it costs. A `weight` of 0 marks filler, which only keeps shapes equal among ranks:
-    `collate` must leave nothing of it supervised.
+    `collate` must leave nothing of it supervised. `partner` is another sample of its step, for a task that mixes
+    them.
     """
 
-    __slots__ = ("id", "length", "weight", "window")
+    __slots__ = ("id", "length", "partner", "weight", "window")
 
     def __init__(
         self, arrays: Mapping[str, np.ndarray], id: int, length: int, weight: int = 1, window: int = 0
@@ -48,6 +58,7 @@ class Sample(dict[str, "np.ndarray"]):
         self.length = length
         self.weight = weight
         self.window = window
+        self.partner: Sample | None = None
 
     def as_filler(self) -> Sample:
         """Return the same arrays with weight 0."""

@@ -94,10 +94,10 @@ class Seeing:
 
     def example(self) -> dict[str, np.ndarray]:
         """Return the arrays of an image of zeros, of the size that the model will see."""
-        return {"pixels": np.zeros((3, *self._size), dtype=np.float32)}
+        return {"pixels": np.zeros((3, *self.size), dtype=np.float32)}
 
     @property
-    def _size(self) -> tuple[int, int]:
+    def size(self) -> tuple[int, int]:
         """Return the height and width of the images that the model sees, in pixels."""
         if self.pixels is not None:
             return self.pixels.height, self.pixels.width
@@ -112,7 +112,7 @@ class Seeing:
         Raises DataError where a file is no longer what it was.
         """
         pixels = torch.from_numpy(np.stack([self._seen(sample, draws) for sample in samples]))
-        same = self.own_size is None or self._size == self.own_size or not self.stretches
+        same = self.own_size is None or self.size == self.own_size or not self.stretches
         return {"pixel_values": pixels} | ({} if same else {"interpolate_pos_encoding": True})
 
     def _seen(self, sample: Sample, draws: Draws | None) -> np.ndarray:

@@ -17,13 +17,14 @@ from launcher.tasks.encoder_decoders import written_texts
 from launcher.tasks.generation import AnswerOptions, GenerationOptions
 from launcher.tasks.hearing import Hearing, usual_extractor
 from launcher.tasks.padding import weights
+from launcher.tasks.sample import Drawn
 from launcher.tasks.speech_columns import SpeechColumns
 from launcher.tasks.speech_models import MULTILINGUAL, auto_class, num_frames, tell
 from launcher.tasks.speech_processor import PAD, SpeechProcessor, characters_in, characters_of, tokenizer_of
 from launcher.tasks.speech_scores import ERRORS, SpeechScores
 from launcher.tasks.speech_texts import character_ids, spoken, spoken_in, token_ids
 from launcher.tasks.task import Draws, Encoded, Evaluator, Finding, Output, Sample, Traits, finding
-from launcher.tasks.writing import WritingTask, as_bytes
+from launcher.tasks.writing import WritingTask, as_bytes, from_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -276,6 +277,10 @@ class SpeechRecognition(WritingTask):
         ]
         batch |= {"labels": texts["labels"], "weights": weights(samples), "aside": aside}
         return batch | ({"targets": texts["targets"]} if self.decodes else {})
+
+    def drawn(self, sample: Sample, draws: Draws | None = None) -> Drawn:
+        """Return the sound's spectrogram, and what is said."""
+        return self.hearing.drawn(sample, None, str(from_bytes(sample["references"])[0]))
 
     # Loss and metrics.
 

@@ -22,7 +22,7 @@ from launcher.tasks.evaluator import KEEPS_LOSSES, Evaluator, Output
 from launcher.tasks.findings import Finding, Left, finding
 from launcher.tasks.generation import AnswerOptions, Evaluation, GenerationOptions
 from launcher.tasks.roles import Role
-from launcher.tasks.sample import IGNORE, Draws, Encoded, Sample, ends_of, sample_at
+from launcher.tasks.sample import IGNORE, Drawn, Draws, Encoded, Sample, ends_of, sample_at
 from launcher.tasks.traits import Head, SampleLayout, Traits
 
 if TYPE_CHECKING:
@@ -303,6 +303,19 @@ class Task(ABC):
         Arrays and texts for the evaluator alone go under the key `aside`, which never reaches a device or the
         model. Numbers reach the model in what it computes in, but for those of `labels` and `weights`.
         """
+
+    @property
+    def mixes(self) -> bool:
+        """Return whether training samples have partners (`Sample.partner`), with which `collate` mixes them."""
+        return False
+
+    def drawn(self, sample: Sample, draws: Draws | None = None) -> Drawn | None:
+        """Return what the model sees or hears of a sample, as `collate` alters it by these draws, and what is
+        learned of it; None for a task of texts.
+
+        Raises DataError where its file is no longer what it was.
+        """
+        return None
 
     # Loss and metrics.
 

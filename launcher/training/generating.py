@@ -59,6 +59,7 @@ def generate(
     with (
         _own_forward(model, each_token, leaving),
         _plain_attention(model),
+        _goes_on_with_text(model, prompts),
         torch.compiler.set_stance("force_eager"),
     ):
         # Whisper's own `generate` goes on clip by clip, for longer sounds than it hears: ranks would part.
@@ -126,6 +127,20 @@ def _own_forward(model: PreTrainedModel, each_token: EachToken, leaving: _Leavin
         yield
     finally:
         model.forward = task_loss
+
+
+@contextlib.contextmanager
+def _goes_on_with_text(model: PreTrainedModel, prompts: Batch) -> Iterator[None]:
+    """While inside, what is written goes behind a prompt's text, also of a class that names the image as what it
+    is told (BLIP). Its own `generate` calls parts of the model, which sharding does not gather."""
+    if "input_ids" not in prompts or model.main_input_name == "input_ids":
+        yield
+        return
+    model.main_input_name = "input_ids"
+    try:
+        yield
+    finally:
+        del model.main_input_name
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from launcher.training.model.forward import (
     decoder_inputs,
     decoder_of,
     model_class_of,
+    output_embeddings_of,
     outputs_of,
     own_forward,
 )
@@ -84,17 +85,26 @@ def causal_lm(
     return Output(loss_sum, entropy.num_correct, router_loss_sum=router.detach(), losses=entropy.losses)
 
 
-def encoder_decoder(model: PreTrainedModel, batch: Batch, smoothing: float = 0.0) -> Output:
+def encoder_decoder(
+    model: PreTrainedModel, batch: Batch, smoothing: float = 0.0, first_token: int | None = None
+) -> Output:
     """Return the summed loss of a collated micro-batch of pairs: cross entropy of the targets, smoothed
     where asked for.
 
     `input_ids` or what is heard or seen, `attention_mask` [samples, longest source]; `labels` [samples, longest
     target], which the decoder reads one token later, as the model's own class has it; `targets` alike, -100
     where nothing is learned. The logits exist in chunks alone.
+
+    first_token: what a text begins with beside an image, for a model without a decoder of its own (BLIP, GIT).
     """
     inputs = {name: batch[name] for name in READ if name in batch} | {"use_cache": False}
-    inputs["decoder_input_ids"] = _one_later(model, batch["labels"])
-    head = model.get_output_embeddings()
+    labels, head = batch["labels"], output_embeddings_of(model)
+    if first_token is None:
+        inputs["decoder_input_ids"] = _one_later(model, labels)
+    else:
+        first = torch.full_like(labels[:, :1], first_token)
+        # What stands behind a text is read by nobody: it is read from left to right.
+        inputs["input_ids"] = torch.cat([first, labels[:, :-1].clamp(min=0)], dim=1)
     with _hidden_states_of(head) as seen:
         own_forward(model, inputs)
     if not seen:
@@ -103,7 +113,8 @@ def encoder_decoder(model: PreTrainedModel, batch: Batch, smoothing: float = 0.0
         )
     bias = [part for part in (head.bias, getattr(model, "final_logits_bias", None)) if part is not None]
     entropy = chunked_cross_entropy(
-        seen[-1].flatten(0, 1),
+        # Behind an image in one sequence the text is what comes last.
+        seen[-1][:, -labels.shape[1] :].flatten(0, 1),
         head.weight,
         batch["targets"].flatten(),
         batch.get("supervised"),

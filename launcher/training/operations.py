@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from launcher.training.model import adapters
 from launcher.training.model import loading as models
+from launcher.training.model.forward import output_embeddings_of
 
 
 def used_share(config: Any, shape: tuple[int, ...]) -> float:
@@ -37,7 +38,7 @@ def flops_per_token(model: PreTrainedModel, config: Any, length: int) -> float:
     """
     # A table that is the head too is multiplied with; a classifier of texts has no such head, whatever its
     # config says.
-    tied = getattr(config, "tie_word_embeddings", False) and model.get_output_embeddings() is not None
+    tied = getattr(config, "tie_word_embeddings", False) and output_embeddings_of(model) is not None
     embeddings = 0 if tied else _table_size(model)
     shapes = [models.whole_shape(parameter) for parameter in model.parameters()]
     matrices = (

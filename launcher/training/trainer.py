@@ -72,7 +72,7 @@ class Trainer:
         self.rank = distributed.get_rank()
         self.data_rank = plan.mesh.data_rank(self.rank)
         self.task, self.journal = material.task, Journal()
-        self.batches = batches_of(material.train, material.stream, plan, self.data_rank)
+        self.batches = batches_of(material.train, material.stream, plan, self.data_rank, self.task.mixes)
         self.num_steps = self.batches.num_steps
         self.loader = Loader(
             self.task, self.batches, plan, lambda step: Draws(plan.training.seed, step, training=True)

@@ -23,14 +23,10 @@ WAYS = (("padded", "sdpa"), ("padded", "eager"))
 SIZE, VOCABULARY, POSITIONS = 16, 16, 24
 LABELS = ([3, 4, 4, 5, 2], [6, 2], [5, 6, 7, 2])
 """Of the images."""
-OTHERS = {
-    "blip": "its own loss is smoothed, which launcher does not compute for it",
-    "git": "its text stands behind the image in one sequence, which launcher does not make",
-    "pix2struct": "its images are cut into patches of any number, which launcher does not make",
-}
+OTHERS = {"pix2struct": "its images are cut into patches of any number, which launcher does not make"}
 """Why types that write about an image alone are refused."""
 _OF_CHATS = "launcher does not make what it reads beside an image (a prompt, a chat)"
-CURE = "; vision-encoder-decoder models can (TrOCR, Donut, ViT with GPT-2)"
+CURE = "; vision-encoder-decoder models can (TrOCR, Donut, ViT with GPT-2), and blip and git"
 
 _LAYERS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 _PATCHES = {"image_size": SIZE, "patch_size": 4, **_LAYERS}
@@ -55,6 +51,23 @@ DECODERS: dict[str, dict[str, Any]] = {
 }
 
 
+BESIDE: dict[str, dict[str, Any]] = {
+    "blip": {
+        "text_config": {**_LAYERS, **_TOKENS, "vocab_size": VOCABULARY, "max_position_embeddings": POSITIONS}
+        | {"encoder_hidden_size": 32, "sep_token_id": 2, "label_smoothing": 0.1},
+        "vision_config": _PATCHES,
+    },
+    "git": {
+        **_LAYERS,
+        **_TOKENS,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": POSITIONS,
+        "vision_config": _PATCHES,
+    },
+}
+"""Models whose text stands beside the image."""
+
+
 def parts_of(model_type: str) -> tuple[str, str]:
     """The types of the encoder and of the decoder of `vision-encoder-decoder+part`; without a part the usual
     ones."""
@@ -64,6 +77,10 @@ def parts_of(model_type: str) -> tuple[str, str]:
 
 def config_of(model_type: str, **changes: Any) -> Any:
     """The config of a tiny model, without dropout."""
+    if model_type in BESIDE:
+        config = CONFIG_MAPPING[model_type](**BESIDE[model_type])
+        tiny.set_dropout(config, 0.0)
+        return config
     encoder, decoder = parts_of(model_type)
     parts = CONFIG_MAPPING[encoder](**ENCODERS[encoder]), CONFIG_MAPPING[decoder](**DECODERS[decoder])
     config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(*parts)
@@ -84,7 +101,7 @@ def model_of(model_type: str, attention: str, **changes: Any) -> Any:
 
 def unable(model_type: str) -> str | None:
     """Why a type is refused without being tried; None for one that is tried."""
-    if model_type.partition("+")[0] == TYPE:
+    if model_type.partition("+")[0] in (TYPE, *BESIDE):
         return None
     if model_type in CHATS:
         return "what it reads beside an image is a chat, as the task image-text-to-text has it"

@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 from transformers import (
     AutoImageProcessor,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     GenerationConfig,
-    GitConfig,
     LlamaConfig,
+    Pix2StructConfig,
     VisionEncoderDecoderModel,
 )
 
@@ -91,6 +92,68 @@ def one_of(task: ImageToText, folder: Path, **row: Any) -> Any:
 
 
 # The loss.
+
+
+@pytest.fixture(scope="module")
+def beside(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Models whose text stands beside the image; BLIP's own loss is smoothed."""
+    return {kind: model_of(tmp_path_factory.mktemp(kind), kind) for kind in ("blip", "git")}
+
+
+@pytest.mark.parametrize("kind", ["blip", "git"])
+def test_a_text_beside_its_image_has_the_loss_and_gradient_of_its_own_class(
+    kind: str, beside: dict[str, Path], folder: Path
+) -> None:
+    """By the processors' own calls, begun as the class's own `generate` begins; filler counts nothing."""
+    task = task_of(beside[kind], folder)
+    model = AutoModelForImageTextToText.from_pretrained(beside[kind], attn_implementation="eager").eval()
+    images = AutoImageProcessor.from_pretrained(beside[kind], backend="pil")
+    tokenizer, own, weights = AutoTokenizer.from_pretrained(beside[kind]), [], list(model.parameters())
+    samples = samples_of(task, folder)
+    for row in rows_of(folder):
+        ids = torch.tensor([[BEGIN, *tokenizer(row["text"], add_special_tokens=False)["input_ids"], END]])
+        pixels = images(Image.open(row["file_name"]), return_tensors="pt")["pixel_values"]
+        own.append(model(pixel_values=pixels, input_ids=ids, labels=ids).loss * (ids.shape[1] - 1))
+    batch = task.collate([[one] for one in (*samples, samples[0].as_filler())])
+    loss_sum = task.loss(model, batch).loss_sum
+    torch.testing.assert_close(loss_sum, sum(own), rtol=1e-5, atol=1e-5)
+    pairs = zip(
+        *(torch.autograd.grad(one, weights, allow_unused=True) for one in (loss_sum, sum(own))), strict=True
+    )
+    assert all(one is other or torch.allclose(one, other, rtol=1e-4, atol=1e-5) for one, other in pairs)
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+@pytest.mark.parametrize("kind", ["blip", "git"])
+def test_a_text_beside_its_image_is_written_as_its_own_generate_does(
+    kind: str, num_beams: int, beside: dict[str, Path], folder: Path
+) -> None:
+    task = task_of(beside[kind], folder)
+    task.evaluation = Evaluation(generate=Generate(max_new_tokens=6, num_beams=num_beams))
+    model = AutoModelForImageTextToText.from_pretrained(beside[kind]).eval()
+    prompts = task.prompts(samples_of(task, folder))
+    task.configure_generation(model.generation_config)
+    own = model.generate(pixel_values=prompts["pixel_values"], max_new_tokens=6, num_beams=num_beams)
+    model.forward = functools.partial(task.loss, model)
+    written = generating.generate(model, prompts, task.generation, lambda: False, synced=False)
+    assert written.tolist() == own[:, 1:].tolist() and len(set(written.flatten().tolist())) > 2
+    assert model.main_input_name == type(model).main_input_name
+
+
+def test_a_model_that_does_not_say_how_its_texts_begin_is_refused(
+    beside: dict[str, Path], folder: Path
+) -> None:
+    task = task_of(beside["git"], folder)
+    config = read_config(plan_of(beside["git"], folder))
+    config.bos_token_id = None
+    with pytest.raises(ConfigurationError, match="its config has no bos_token_id"):
+        task.adopt(config)
+    with pytest.raises(
+        ConfigurationError, match=r"data\.image_size = 24: a git model looks for its text behind"
+    ):
+        task_of(beside["git"], folder, image_size=24)
+    stretched = task_of(beside["blip"], folder, image_size=24)
+    assert stretched.plain_batch(samples_of(stretched, folder)[0])["interpolate_pos_encoding"]  # type: ignore[index]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -256,8 +319,10 @@ def test_a_decoder_that_reads_no_encoder_is_refused(models: dict[str, Path], fol
 
 def test_a_model_of_another_make_is_refused(models: dict[str, Path], folder: Path) -> None:
     task = task_of(models["bert"], folder)
-    with pytest.raises(ConfigurationError, match="a git model is no vision-encoder-decoder, as TrOCR, Donut"):
-        task.adopt(GitConfig())
+    with pytest.raises(
+        ConfigurationError, match="a pix2struct model is no vision-encoder-decoder, as TrOCR, Donut"
+    ):
+        task.adopt(Pix2StructConfig())
     with pytest.raises(ValueError, match="and a llama model has none of its own"):
         task.usual_processor(LlamaConfig())
 
@@ -307,10 +372,13 @@ def test_a_file_that_changes_stops_the_run(models: dict[str, Path], cache: Path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "kind", ["gpt2", *(pytest.param(kind, marks=pytest.mark.very_slow) for kind in ("trocr", "swin"))]
+    "kind",
+    ["gpt2", *(pytest.param(kind, marks=pytest.mark.very_slow) for kind in ("trocr", "swin", "blip", "git"))],
 )
-def test_a_profile_is_made_of_the_longest_text(kind: str, models: dict[str, Path], folder: Path) -> None:
-    profile = make_profile(plan_of(models[kind], folder, precision="fp32"))
+def test_a_profile_is_made_of_the_longest_text(
+    kind: str, models: dict[str, Path], beside: dict[str, Path], folder: Path
+) -> None:
+    profile = make_profile(plan_of((models | beside)[kind], folder, precision="fp32"))
     assert not profile.untraceable and len(profile.layers) >= 4
     assert set(profile.passes) >= {"none", "full", "evaluation"}
     assert text_of(0) and np.isfinite(profile.quadratic)

@@ -9,12 +9,18 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoTokenizer, VisionEncoderDecoderModel
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    VisionEncoderDecoderModel,
+)
 
 from launcher.planner.plan import Plan
 from launcher.runs.layout import RunDirectory
 from launcher.training.checkpoint.export import export
 from launcher.training.predict_entry import predict
+from tests.families.captions import BESIDE
 from tests.training.captions import folder_of, model_of, plan_of, rows_of
 from tests.training.plans import deepspeed
 from tests.training.runs import (
@@ -41,12 +47,13 @@ METRICS = {"loss", "perplexity", "accuracy", "bleu", "chrf", "rouge1", "rouge2",
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """ViT with GPT-2, whose tokenizer writes no ends, and Donut's encoder with TrOCR's decoder alike."""
+    """ViT with GPT-2, whose tokenizer writes no ends, Donut's encoder with TrOCR's decoder alike, BLIP, GIT."""
     kinds = {"gpt2": False, "donut-swin": True, "trocr": True}
-    return {
+    parts = {
         part: model_of(tmp_path_factory.mktemp(part), f"vision-encoder-decoder+{part}", ends)
         for part, ends in kinds.items()
     }
+    return parts | {kind: model_of(tmp_path_factory.mktemp(kind), kind) for kind in ("blip", "git")}
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +83,7 @@ def assert_alike(one: RunDirectory, other: RunDirectory) -> None:
 
 
 @pytest.mark.very_slow  # the engines are those of other tasks
-@pytest.mark.parametrize("kind", ["gpt2", "donut-swin", "trocr"])
+@pytest.mark.parametrize("kind", ["gpt2", "donut-swin", "trocr", "blip", "git"])
 def test_ranks_and_engines_compute_and_write_the_same(
     kind: str, models: dict[str, Path], pictures: Path, tmp_path: Path
 ) -> None:
@@ -88,6 +95,21 @@ def test_ranks_and_engines_compute_and_write_the_same(
     for name, engine in (("two", {}), ("zero", deepspeed(3)), ("zero1", deepspeed(1))):
         plan = planned(model, pictures, 2, length=length, **engine)
         assert_alike(run_with(tmp_path / name, plan, 2, sharded_writing), single)
+    if kind in BESIDE:
+        assert_exported(single, tmp_path / "export")
+
+
+def assert_exported(run: RunDirectory, export_to: Path) -> None:
+    """transformers' own classes write the same by the export."""
+    export(run, export_to)
+    model = AutoModelForImageTextToText.from_pretrained(export_to).eval()
+    images = AutoImageProcessor.from_pretrained(export_to, backend="pil")
+    tokenizer = AutoTokenizer.from_pretrained(export_to)
+    lines = (run.path / "samples" / "step-00000003.jsonl").read_text().splitlines()
+    for answer in (json.loads(line)["answer"] for line in lines):
+        pixels = images(Image.open(answer["image"]), return_tensors="pt")["pixel_values"]
+        [written] = model.generate(pixel_values=pixels, max_new_tokens=8)
+        assert tokenizer.decode(written, skip_special_tokens=True).strip() == answer["text"]
 
 
 @pytest.mark.very_slow

@@ -13,7 +13,10 @@ from launcher import tasks
 from launcher.job.load import load, read, validate
 from launcher.planner.search import plan_job
 
-EXAMPLES = sorted((Path(__file__).parents[2] / "docs" / "examples").rglob("*.yaml"))
+ROOT = Path(__file__).parents[2]
+EXAMPLES = sorted((ROOT / "docs" / "examples").rglob("*.yaml"))
+JOBS = sorted((ROOT / "tests" / "jobs").glob("*.yaml"))
+"""What figures in docs/benchmarks come from, or will."""
 
 
 CHAT = [{"role": role, "content": "word"} for role in ("user", "assistant")]
@@ -46,7 +49,7 @@ def stand_in(folder: Path, named: str, columns: Sequence[str]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*EXAMPLES, *JOBS], ids=lambda path: path.stem)
 def test_an_example_loads_and_plans(path: Path, tmp_path: Path) -> None:
     content, overrides = read(path), []
     asked, problems = validate(content)
@@ -65,9 +68,8 @@ def test_an_example_loads_and_plans(path: Path, tmp_path: Path) -> None:
     assert plan.task == job.model.task
     assert plan.batch.global_batch_size == job.batch.global_batch_size
     first = path.read_text(encoding="utf-8").splitlines()[:3]
-    assert first[0].startswith("# ") and any(
-        f"launcher run docs/examples/{path.name}" in line for line in first
-    )
+    command = f"launcher run {path.relative_to(ROOT)}"
+    assert first[0].startswith("# ") and any(command in line for line in first)
 
 
 def test_every_task_has_an_example() -> None:

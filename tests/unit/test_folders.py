@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from launcher import tasks
+from launcher.cli.display import Display
 from launcher.data.files import find_files
 from launcher.data.folder import IMAGES, FileColumn, FileColumnIfThere, read_folder, with_places
 from launcher.data.rows import RowProblem
@@ -18,6 +19,7 @@ from launcher.data.sample import look
 from launcher.data.section import Source
 from launcher.errors import ConfigurationError, DataError
 from launcher.job.load import load
+from launcher.launch.prepare_data import look as inspect_data
 from launcher.planner.search import plan_job
 from tests.unit.test_planning_decide import CPU
 
@@ -95,6 +97,16 @@ def test_a_job_with_a_folder_is_planned(tmp_path: Path) -> None:
         ({"max_length": 512}, "data.max_length"),
         ({"text": "text"}, "data.text = 'text': belongs to causal-lm"),
         ({"augmentation": {"flip": 0.5}}, "data.augmentation.flip"),
+        ({"augmentation": {"mixup_alpha": 0}}, "data.augmentation.mixup_alpha = 0"),
+        ({"augmentation": {"mix_probability": 0.5}}, "add mixup_alpha or cutmix_alpha"),
+        (
+            {"augmentation": {"mixup_alpha": 0.2}, "problem": "regression"},
+            "data.augmentation.mixup_alpha = 0.2: mixes classes, and a regression has none",
+        ),
+        (
+            {"augmentation": {"cutmix_alpha": 1.0}, "focal_gamma": 2.0},
+            "data.augmentation.cutmix_alpha = 1.0: gives an image two classes",
+        ),
     ],
 )
 def test_what_makes_no_sense_of_images_is_refused(data: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -112,6 +124,40 @@ def test_an_alteration_without_its_package_is_refused(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "kornia" else found(name))
     with pytest.raises(ConfigurationError, match=r"rand_augment.*pip install 'finetune-launcher\[image\]'"):
         load(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("sheet.jpg", {}, "is written as PNG; name a file that ends in .png"),
+        ("not/there.png", {}, "there is no folder"),
+        ("sheet.png", {"row": 2}, "of all rows; leave --row out"),
+        ("sheet.png", {"source": "old"}, "of all rows; leave --source out"),
+        ("sheet.png", {"num_rows": 0}, "has no samples by --rows 0"),
+    ],
+)
+def test_a_sheet_that_cannot_be_is_refused_before_rows_are_read(
+    name: str, options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    asked = {"row": None, "source": None, "num_rows": 3} | options
+    with pytest.raises(ConfigurationError) as caught:
+        inspect_data(
+            load(job_of(tmp_path)), "train", 3, asked["row"], False, Display(quiet=True), asked["source"],
+            (tmp_path / name, asked["num_rows"]),
+        )  # fmt: skip
+    assert message in str(caught.value)
+
+
+def test_a_sheet_of_texts_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    path = tmp_path / "job.yaml"
+    data = {"train": {"path": "rows.jsonl"}, "text": "text"}
+    path.write_text(yaml.safe_dump({"name": "texts", "model": {"name": "org/m"}, "data": data}))
+    sheet = tmp_path / "sheet.png", 3
+    with pytest.raises(
+        ConfigurationError, match=r"rows of a causal-lm job are not drawn; those of .*image-to-text"
+    ):
+        inspect_data(load(path), "train", 3, None, False, Display(quiet=True), None, sheet)
 
 
 def test_a_model_that_sees_no_images_is_refused(tmp_path: Path) -> None:
@@ -149,14 +195,12 @@ def test_a_job_that_writes_about_images_is_planned(encoder: str, attention: str,
     ("kind", "reason"),
     [
         (
-            "blip",
-            r"its own loss is smoothed, .*; vision-encoder-decoder models can \(TrOCR, Donut, ViT with GPT-2\)",
+            "pix2struct",
+            r"its images are cut into patches .*; vision-encoder-decoder models can \(TrOCR, .*, and blip and git",
         ),
-        ("git", "its text stands behind the image in one sequence"),
-        ("pix2struct", "its images are cut into patches of any number"),
         ("mllama", r"launcher does not make what it reads beside an image \(a prompt, a chat\)"),
         ("qwen2_vl", "what it reads beside an image is a chat, as the task image-text-to-text has it"),
-        ("vit", "a vit model cannot do image-to-text; it can do image-classification; 1 other types"),
+        ("vit", "a vit model cannot do image-to-text; it can do image-classification; 3 other types"),
     ],
 )
 def test_a_model_that_cannot_write_about_an_image_alone_is_refused(
@@ -172,6 +216,7 @@ def test_a_model_that_cannot_write_about_an_image_alone_is_refused(
         ({"label": "x"}, "data.label = 'x': belongs to audio-classification"),
         ({"max_target_length": 4}, "data.max_target_length"),
         ({"augmentation": {}}, "names no alteration"),
+        ({"augmentation": {"mixup_alpha": 0.2}}, "data.augmentation.mixup_alpha"),
         ({"packing": True}, "only language models pack"),
     ],
 )

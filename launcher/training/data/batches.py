@@ -47,8 +47,15 @@ class Batches:
     """
 
     def __init__(
-        self, dataset: Dataset, order: Order, batch: BatchPlan, rank: int, num_items_total: int
+        self,
+        dataset: Dataset,
+        order: Order,
+        batch: BatchPlan,
+        rank: int,
+        num_items_total: int,
+        mixes: bool = False,
     ) -> None:
+        """`mixes`: whether samples have partners."""
         if not 0 <= rank < batch.data_parallel_size:
             raise ValueError(f"rank = {rank}: must be below data_parallel_size = {batch.data_parallel_size}")
         if order.num_items != dataset.num_items:
@@ -58,6 +65,7 @@ class Batches:
         self.batch = batch
         self.rank = rank
         self.num_items_total = num_items_total
+        self.mixes = mixes
 
     @property
     def num_steps(self) -> int:
@@ -75,7 +83,7 @@ class Batches:
 
     def step(self, step: int) -> StepBatch:
         """Everything rank `rank` needs at `step`, counted from 0. Raises IndexError past the end."""
-        return cut([(self.dataset, self.indices(step))], self.batch, self.rank)
+        return cut([(self.dataset, self.indices(step))], self.batch, self.rank, self.mixes)
 
     def lengths(self, real: np.ndarray) -> np.ndarray:
         """Tokens of each place of the global batch; a filler is as long as the shortest item."""
@@ -103,8 +111,15 @@ class Batches:
         return self.order.num_in_epoch
 
 
-def cut(parts: Sequence[tuple[Dataset, np.ndarray]], batch: BatchPlan, rank: int) -> StepBatch:
-    """Return a rank's share of a global batch: some items of one data set, int64, then some of another."""
+def cut(
+    parts: Sequence[tuple[Dataset, np.ndarray]], batch: BatchPlan, rank: int, mixes: bool = False
+) -> StepBatch:
+    """Return a rank's share of a global batch: some items of one data set, int64, then some of another.
+
+    With `mixes` every sample of a data set has a partner: the item before it in the global batch, of the first
+    one the last, as in torchvision's MixUp. By the order alone, so that neither ranks nor micro-batches change
+    who is mixed with whom; most partners are in one micro-batch, where they are decoded anyway.
+    """
     indices = np.concatenate([real for _, real in parts])
     owners = np.repeat(np.arange(len(parts)), [len(real) for _, real in parts])
     lengths = np.concatenate([dataset.item_lengths[real] for dataset, real in parts])
@@ -120,6 +135,11 @@ def cut(parts: Sequence[tuple[Dataset, np.ndarray]], batch: BatchPlan, rank: int
             items[place] = samples
     for place in np.flatnonzero(is_filler).tolist():
         items[place] = [sample.as_filler() for sample in items[place]]
+    if mixes and len(indices) > 1:
+        [(dataset, _)] = parts
+        real = np.flatnonzero(~is_filler)
+        for place, partner in zip(real.tolist(), dataset.items(indices[chosen[real] - 1]), strict=True):
+            [items[place][0].partner] = partner
     size = batch.micro_batch_size
     supervised = np.sum([dataset.num_supervised_by_source(real) for dataset, real in parts], axis=0)
     ids = np.concatenate([dataset.sample_ids(real) for dataset, real in parts])

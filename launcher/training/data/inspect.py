@@ -7,6 +7,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from launcher.training import entry
 from launcher.training.data.dataset import Dataset
 from launcher.training.data.mixed import MixedDataset
 from launcher.training.data.prepare import refuse_mostly_dropped
+from launcher.training.data.sheet import write_sheet
 from launcher.training.data.sources import of_source, open_source
 from launcher.training.data.spread import balance, spread
 from launcher.training.inputs import TrainingInputs
@@ -51,6 +53,10 @@ def inspect(
             _shown(dataset, material, plan, request) if request["show"] else dataset.report.to_dict()
             for dataset in wanted
         ]
+        if request.get("sheet"):
+            path, number = request["sheet"]
+            drawn = write_sheet(Path(path), wanted[0], material, plan, number)
+            datasets[0]["sheet"] = {"path": path, "num_samples": drawn}
     finally:
         if material.stream is not None:
             material.stream.close()

@@ -81,9 +81,11 @@ class StreamBatches:
         return cut(parts, self.batch, self.rank)
 
 
-def batches_of(train: Dataset, stream: Stream | None, plan: Plan, data_rank: int) -> Batches | StreamBatches:
-    """Return the global batches of a run, of which this rank takes its share."""
+def batches_of(
+    train: Dataset, stream: Stream | None, plan: Plan, data_rank: int, mixes: bool = False
+) -> Batches | StreamBatches:
+    """Return the global batches of a run, of which this rank takes its share; `mixes`: with partners."""
     if stream is not None:
         return StreamBatches(stream, plan, data_rank)
     order = order_of(train, plan.training.seed)
-    return Batches(train, order, plan.batch, data_rank, total_items(plan, order.num_in_epoch))
+    return Batches(train, order, plan.batch, data_rank, total_items(plan, order.num_in_epoch), mixes)

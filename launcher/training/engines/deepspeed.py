@@ -38,7 +38,7 @@ from launcher.training.engines.unshard import cut_rows, gathered, replaced_one_b
 from launcher.training.engines.zero import Piece, StageOneOrTwo, StageThree
 from launcher.training.model import adapters, normalization
 from launcher.training.model import loading as models
-from launcher.training.model.forward import Batch
+from launcher.training.model.forward import Batch, output_embeddings_of
 from launcher.training.precision import DTYPES, as_computed
 
 
@@ -110,7 +110,7 @@ class DeepSpeedEngine:
     def _register_head(self) -> None:
         """The loss multiplies with the output embeddings outside of their module: have stage 3 gather them
         for the whole model."""
-        head = self.model.get_output_embeddings()
+        head = output_embeddings_of(self.model)
         if self._plan.zero is not None and self._plan.zero.stage == 3 and head is not None:
             for parameter in head.parameters():
                 self._deepspeed.zero.register_external_parameter(self.model, parameter)

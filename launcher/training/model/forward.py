@@ -33,6 +33,16 @@ def model_class_of(model: PreTrainedModel) -> type[PreTrainedModel]:
     return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
 
 
+def output_embeddings_of(model: PreTrainedModel) -> Any:
+    """Return the matrix that makes a model's logits, as a module; None where it has none.
+
+    BLIP's class names none of its own: it is that of the part which writes.
+    """
+    writes = getattr(model, "text_decoder", None)
+    own = model.get_output_embeddings()
+    return own if own is not None or writes is None else writes.get_output_embeddings()
+
+
 def decoder_of(model: PreTrainedModel) -> nn.Module:
     """Return the part of a causal LM whose `last_hidden_state` goes into its head: what its own forward calls
     first.

@@ -75,7 +75,8 @@ def repeated_layers(model: PreTrainedModel) -> list[nn.Module]:
 def is_unsplit(model: PreTrainedModel, layer: nn.Module) -> bool:
     """Return whether the model names the layer's class as not to be split. FSDP makes a class of its own of
     it, which has that one as its base."""
-    unsplit = set(model._no_split_modules or ())
+    # BLIP's class names the layers of its images alone.
+    unsplit = {*(model._no_split_modules or ()), "BlipTextLayer"}
     return any(kind.__name__ in unsplit for kind in type(layer).__mro__)
 
 
