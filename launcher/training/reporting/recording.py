@@ -38,7 +38,7 @@ _TOLD = {
 
 
 class StepSeconds(NamedTuple):
-    """How long a step took on rank 0."""
+    """Hold how long a step took on rank 0."""
 
     whole: float
     data: float
