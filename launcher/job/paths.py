@@ -62,12 +62,14 @@ def _sources(given: Sources, role: str, folder: Path, problems: list[Problem], h
 
 
 def _taught(distillation: Distillation, folder: Path, problems: list[Problem]) -> Distillation:
-    """The section with its teacher's directory, which holds a whole model."""
+    """The section with its teacher's directory: a whole model, or RUN/model where it is a run."""
     key, name = "distillation.teacher", distillation.teacher
     path = folder / Path(name).expanduser()
     reason = ""
     if (path / "plan.json").is_file():
-        reason = f"a run directory; write its model first: launcher export {name} --out DIR, and name DIR"
+        path, name = path / "model", str(path / "model")
+        if not (path / "config.json").is_file():
+            reason = "a run that has not begun yet; start it first"
     elif adapter_directory.is_adapter(path):
         reason = "an adapter without its model; export it merged, and name that directory"
     if reason:
