@@ -41,6 +41,13 @@ def resolve(job: Job, folder: Path) -> tuple[Job, list[Problem]]:
             update={"offload_to": str((folder / Path(memory.offload_to).expanduser()).absolute())}
         )
     changed = {"data": data, "memory": memory, "model": _model(job.model, folder, problems)}
+    if (near := job.training.l2_sp) is not None and near.fisher is not None:
+        path = (folder / Path(near.fisher).expanduser()).absolute()
+        if not path.is_file():
+            reason = f"no such file{nearest_file(path)}; `launcher evaluate --fisher` writes one"
+            problems.append(Problem("training.l2_sp.fisher", near.fisher, reason))
+        near = near.model_copy(update={"fisher": str(path)})
+        changed["training"] = job.training.model_copy(update={"l2_sp": near})
     if job.distillation is not None:
         changed["distillation"] = _taught(job.distillation, folder, problems)
     return job.model_copy(update=changed), problems

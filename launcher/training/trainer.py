@@ -98,7 +98,7 @@ class Trainer:
         self.task.distillation = written_out(self.run, self.plan)
         self.engine = engines.build(self.plan, self.task, self.material.config, ds_config)
         if (near := self.plan.training.l2_sp) is not None:
-            self.engine = NearTheStart(self.engine, near.alpha, self.plan)
+            self.engine = NearTheStart(self.engine, near, self.plan)
         if (ema := self.plan.training.ema) is not None:
             self.engine = self.average = AveragedEngine(self.engine, ema.decay)
         if (alpha := self.plan.training.neftune_noise_alpha) is not None:

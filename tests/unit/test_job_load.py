@@ -377,6 +377,12 @@ CONTRADICTIONS = [
         "no place to stay near",
     ),
     (CAUSAL, ["training.l2_sp={alpha: 1e6}"], "training.l2_sp.alpha", "write 50000 or less"),
+    (
+        CAUSAL,
+        ["training.l2_sp={alpha: 1e6, fisher: nowhere.safetensors}"],
+        "training.l2_sp.fisher",
+        "no such file",
+    ),
     (CAUSAL, ["training.early_stopping={}"], "training.early_stopping", "name data.evaluation"),
     (CAUSAL, ["training.evaluate_every=5"], "training.evaluate_every", "name data.evaluation"),
     (CAUSAL, ["checkpoint.keep_best=1"], "checkpoint.keep_best", "name data.evaluation"),

@@ -102,6 +102,8 @@ def test_an_average_or_the_start_is_four_bytes_more_of_each_that_trains(key: dic
     averaged = footprint(**key)
     assert averaged.phase("loading").peak == parameters * 16 // 8
     assert averaged.phase("steady step").peak - footprint().phase("steady step").peak == parameters * 4 // 8
+    weighed = footprint(training__l2_sp={"alpha": 1, "fisher": "any"})
+    assert weighed.phase("loading").peak == parameters * 20 // 8
 
 
 def test_of_muon_the_matrices_of_the_layers_have_one_number_of_state() -> None:

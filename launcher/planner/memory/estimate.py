@@ -115,7 +115,9 @@ class Estimator:
             if plan.training.optimizer != "sgd" or plan.training.momentum
             else 0
         )
-        self.copies += (plan.training.ema is not None) + (plan.training.l2_sp is not None)
+        near = plan.training.l2_sp
+        self.copies += (plan.training.ema is not None) + (near is not None)
+        self.copies += near is not None and near.fisher is not None
         self.teacher: Teacher | None = None
         if isinstance(program, Taught):
             self.teacher = Teacher(plan, program.teacher, self.setting, self._cut())
