@@ -43,6 +43,9 @@ def _adapter(job: Job) -> Iterator[Finding]:
             "model.adapter out"
         )
         yield finding("model.weights", model.weights, reason, "model.adapter")
+    if model.adapter.init != "lora" and model.adapter.dora:
+        reason = "DoRA takes the lengths of whole weights, which then lack a part; write one of both"
+        yield finding("model.adapter.init", model.adapter.init, reason, "model.adapter.dora")
     if model.compile:
         yield finding(
             "model.compile",

@@ -463,6 +463,8 @@ CONTRADICTIONS = [
     ),
     (CAUSAL, [ADAPTER, "model.weights=random"], "model.weights", "write pretrained"),
     (CAUSAL, [ADAPTER, "model.compile=true"], "model.compile", "layers with adapters are not compiled"),
+    (CAUSAL, ["model.adapter.init=svd"], "model.adapter.init", "pissa"),
+    (CAUSAL, ["model.adapter={init: pissa, dora: true}"], "model.adapter.init", "write one of both"),
     (CAUSAL, ["model.adapter.rank=0"], "model.adapter.rank", "at least 1"),
     (CAUSAL, ["model.adapter.alpha=0"], "model.adapter.alpha", "above 0"),
     (CAUSAL, ["model.adapter.dropout=1"], "model.adapter.dropout", "below 1"),

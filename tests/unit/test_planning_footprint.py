@@ -203,6 +203,9 @@ def test_beside_an_adapter_the_weights_are_two_bytes_and_what_trains_sixteen() -
     one = footprint(world=1, model__adapter={})
     assert one.phase("loading").peak == 2 * weights + 12 * trained
     assert footprint(model__adapter={}).phase("loading").peak == (2 * weights + 12 * trained) // 8
+    # The largest is made whole in bf16, in fp64, and as four squares of its shorter side.
+    made = footprint(model__adapter={"init": "pissa"}).phase("loading").peak
+    assert made - footprint(model__adapter={}).phase("loading").peak == 10 * 4096 * 14336 + 32 * 4096**2
     full = footprint(world=1, model__adapter={"train_also": ("lm_head.*",)})
     assert full.phase("loading").peak == one.phase("loading").peak + 10 * 128256 * hidden
 
