@@ -16,7 +16,7 @@ _FACTOR = 3
 
 
 class Range(NamedTuple):
-    """What a value is drawn from: evenly, or by magnitude."""
+    """Hold the ends between which a value is drawn: evenly, or by magnitude."""
 
     low: float
     high: float

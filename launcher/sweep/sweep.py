@@ -123,7 +123,7 @@ class Sweep:
 
     @property
     def num_points(self) -> int:
-        """How many there are in all, with those that a search has yet to propose."""
+        """Return how many there are in all, with those that a search has yet to propose."""
         return self.search.num_points if self.search else len(self.points)
 
     def left(self) -> list[int]:

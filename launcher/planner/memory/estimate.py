@@ -132,8 +132,8 @@ class Estimator:
         steady = self._step()
         states, host = self._states()
         resident, staged = sum(states.values()), self.checkpoint_bytes // self.plan.mesh.world_size
-        made = self._loaded() + self._of_weights()
-        loaded = states | {PARAMETERS: states.get(PARAMETERS, 0) + made}
+        for_a_while = self._loaded() + self._of_weights()
+        loaded = states | {PARAMETERS: states.get(PARAMETERS, 0) + for_a_while}
         loading = Timeline(dict(loaded), sum(loaded.values()), "every parameter and its state", dict(loaded))
         saving = Timeline(dict(states), resident, "a copy, written while training goes on", dict(states))
         if not self.cuda and self.plan.checkpoint.asynchronous:
