@@ -106,9 +106,12 @@ def sweep(
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Try several values of a job's keys, as a Slurm array or here."""
+    from launcher.errors import ConfigurationError, Problem
     from launcher.runs.wording import shown
 
     seconds = _seconds(budget, local)
+    if apply is not None and not what.is_dir():
+        raise ConfigurationError(Problem("--apply", str(what), "is no sweep; name the directory of one"))
     opened = _open(what, grid, random, points, search, halving, seed, metric, out, nproc, overrides)
     if apply is not None:
         _apply(opened, apply, as_json)

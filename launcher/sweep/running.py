@@ -6,7 +6,7 @@ import math
 import sys
 import time
 
-from launcher.errors import ConfigurationError, LauncherError, Problem, Stopped
+from launcher.errors import ConfigurationError, DivergedError, LauncherError, Problem, Stopped
 from launcher.launch.attempt_failure import FORCED_EXIT
 from launcher.launch.cutting import run_with_cuts
 from launcher.launch.screen import Watcher
@@ -21,8 +21,9 @@ from launcher.sweep.sweep import Sweep
 
 
 def run_here(sweep: Sweep, watcher: Watcher, budget: float | None = None) -> int:
-    """Every point that is left, in turn; of a search also those that are proposed then. One that fails or cannot
-    begin does not keep the others from being tried; a stop ends the sweep. After `budget` seconds none begins.
+    """Every point that is left, in turn; of a search also those that are proposed then. One that fails or
+    cannot begin does not keep the others from being tried; a stop ends the sweep. After `budget` seconds none
+    begins.
 
     Gives 0 where all came to their end, 75 after a stop, else the exit code of the first that failed.
     """
@@ -53,11 +54,11 @@ def run_here(sweep: Sweep, watcher: Watcher, budget: float | None = None) -> int
 
 def submit(sweep: Sweep, parallel: int | None) -> tuple[str, list[int]]:
     """Every point that is left as one array, of which `parallel` run at a time; the array's number and the
-    points in their order. Of a search it is one round: points that failed before, else `parallel` new ones, of
-    which each knows the results of the rounds before and keeps away from the others of its own.
+    points in their order. Of a search it is one round: points that failed, but for those that diverged, and
+    new ones up to `parallel`. New ones know the rounds before, and keep away from each other.
 
     Raises RunInUseError where a point waits or runs already, ConfigurationError where points ask Slurm for
-    different things, and for a search without `parallel`.
+    different things, and for a search without `parallel`, or with nothing left to try.
     """
     submit_run.find_sbatch()
     if sweep.search and parallel is None:
@@ -66,11 +67,14 @@ def submit(sweep: Sweep, parallel: int | None) -> tuple[str, list[int]]:
     numbers = sweep.left()
     for number in numbers:
         refuse_second(sweep.run(number))
-    if sweep.search and not numbers:
-        before = len(sweep.points)
-        while len(sweep.points) < min(before + (parallel or 1), sweep.num_points):
+    if sweep.search:
+        lines = {line.point: line for line in leaderboard(sweep)}
+        numbers = [one for one in numbers if lines[one].failure_class != DivergedError.failure_class]
+        while len(numbers) < (parallel or 1) and len(sweep.points) < sweep.num_points:
             sweep = sweep.proposed(leaderboard(sweep))
-        numbers = list(range(before, len(sweep.points)))
+            numbers.append(len(sweep.points) - 1)
+    if not numbers:
+        raise ConfigurationError(Problem("SWEEP", str(sweep.path), "every point is finished, or diverged"))
     opened = [sweep.open(number, local=False) for number in numbers]
     _check_alike(opened, numbers)
     code = snapshot.of_launcher(RunDirectory(sweep.path))

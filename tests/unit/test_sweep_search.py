@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import yaml
 from numpy.random import SeedSequence
+from typer.testing import CliRunner
 
+from launcher.cli.app import app
 from launcher.cli.sweep import _seconds
 from launcher.errors import ConfigurationError, RunInUseError, Stopped
 from launcher.job.load import load
@@ -173,10 +175,13 @@ def test_under_slurm_a_search_goes_in_rounds(
             points.open(Sweep.read(sweep.path), number)
             points.run(sweep.run(number))
 
-    submit(lost=(1,))
+    submit(lost=(1, 2))
+    for name, more in (("started", {}), ("failed", {"failure": {"failure_class": "diverged", "cause": "a"}})):
+        event(sweep.run(2).events_file, name, **more)
     submit()
-    submit()
-    assert arrays == [[0, 1, 2], [1], [3, 4]] and Sweep.read(sweep.path).left() == []
+    assert arrays == [[0, 1, 2], [1, 3, 4]] and Sweep.read(sweep.path).left() == [2]
+    with pytest.raises(ConfigurationError, match="every point is finished, or diverged"):
+        submit()
     assert len(set(Sweep.read(sweep.path).points)) == 5, "those of one round keep away from each other"
 
 
@@ -222,6 +227,11 @@ def test_a_search_that_says_too_little_is_refused(
 ) -> None:
     with pytest.raises(ConfigurationError, match=reason):
         space(grid, random, num_points)
+
+
+def test_of_a_job_there_is_no_best_point(job: Path) -> None:
+    with pytest.raises(ConfigurationError, match="is no sweep; name the directory"):
+        CliRunner().invoke(app, ["sweep", str(job), "--apply", "best.yaml"], catch_exceptions=False)
 
 
 def test_a_budget_is_a_time_of_sweeps_here() -> None:
