@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from launcher.errors import ConfigurationError, Problem
 from launcher.job.training import StartingPoint
@@ -17,6 +16,7 @@ from launcher.training.checkpoint.boxes import FlatShard
 from launcher.training.engines.around import Around, part_of, trained_names
 from launcher.training.engines.engine import Engine
 from launcher.training.model import adapters
+from launcher.training.model.conversion import cut_like
 
 
 class NearTheStart(Around):
@@ -77,11 +77,9 @@ def _of_file(path: str, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.
 
 
 def _cut(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return this rank's part of a tensor, as another of its shape is cut."""
+    """Return this rank's part of a tensor, as another of its shape is cut, and where that is."""
     if isinstance(like, FlatShard):
-        return whole.flatten()[like.start : like.start + like.count].clone()
-    if isinstance(like, DTensor):
-        # Every rank has read it: nothing is sent.
-        whole = whole.to(like.device_mesh.device_type)
-        return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None).to_local()
-    return whole.to(like.device)
+        piece = whole.flatten()[like.start : like.start + like.count]
+    else:
+        piece = cut_like(like, whole)
+    return piece.clone().to(part_of(like).device)
