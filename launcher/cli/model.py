@@ -10,7 +10,7 @@ import typer
 
 from launcher.cli import completion
 from launcher.cli.job import Overrides
-from launcher.cli.output import print_json
+from launcher.cli.output import print_json, print_table
 from launcher.cli.plan import AsJson, NumRanks
 from launcher.cli.run import Run
 
@@ -98,14 +98,14 @@ def evaluate(
     job: JobOfModel = None,
     checkpoint: Checkpoint = None,
     on: Annotated[
-        Path | None,
+        list[Path],
         typer.Option(
             "--on",
             metavar="FILE|JOB",
-            help="Measure on this file, or on another job's held-out rows.",
+            help="Measure on this file, or on another job's held-out rows; may be given several times.",
             autocompletion=completion.data_files,
         ),
-    ] = None,
+    ] = [],  # noqa: B006
     bootstrap: Annotated[
         int,
         typer.Option(
@@ -119,18 +119,45 @@ def evaluate(
             help="Draw the learning curve, the confusion matrix, F1 by class or type, and the metric by length.",
         ),
     ] = False,
+    fisher: Annotated[
+        bool,
+        typer.Option(
+            "--fisher", help="Write the diagonal Fisher information instead, for training.l2_sp.fisher."
+        ),
+    ] = False,
+    rows: Annotated[
+        int, typer.Option("--rows", min=1, metavar="N", help="With --fisher: by so many rows.")
+    ] = 256,
     nproc: NumRanks = None,
     as_json: AsJson = False,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Measure a model before and after training, side by side."""
-    from launcher.launch.evaluation import Request, evaluate_locally
+    from launcher.errors import ConfigurationError, Problem
+    from launcher.launch.evaluation import Request, estimate_fisher, evaluate_locally
     from launcher.launch.screen import Watcher
 
     request = Request.of(model, job, checkpoint, nproc, overrides)
-    if on is not None:
-        request = request.measured_on(on)
-    result = evaluate_locally(request, Watcher(), bootstrap)
+    if len(on) > 1 and (fisher or bootstrap or plots):
+        reason = "--fisher, --bootstrap and --plots take one set of rows at a time"
+        raise ConfigurationError(Problem("--on", " ".join(map(str, on)), reason))
+    if len({one.stem for one in on}) < len(on):
+        reason = "two of the same name would be written to one file; rename one"
+        raise ConfigurationError(Problem("--on", " ".join(map(str, on)), reason))
+    requests = [request.measured_on(one) for one in on] or [request]
+    if fisher:
+        if bootstrap or plots:
+            reason = "measures nothing; leave --bootstrap and --plots out"
+            raise ConfigurationError(Problem("--fisher", None, reason))
+        written = estimate_fisher(requests[0], Watcher(), rows)
+        text = f"{written['parameters']:,} weights by {written['rows']} rows, in {written['file']}"
+        print_json(written) if as_json else typer.echo(text)
+        return
+    results = [evaluate_locally(one, Watcher(), bootstrap) for one in requests]
+    if len(results) > 1:
+        print_json({"sets": results}) if as_json else _sets(results)
+        return
+    result = results[0]
     drawn = _drawn(request.run, result) if plots else {}
     if as_json:
         print_json(result)
@@ -140,6 +167,16 @@ def evaluate(
         typer.echo(f"\n{text}")
     if file := result.get("file"):
         typer.echo(f"written: {file}", err=True)
+
+
+def _sets(results: list[dict[str, Any]]) -> None:
+    """Print one line for each metric of each set of rows: what was learned there, or forgotten."""
+    lines = [
+        [str(one["on"]), name, *(f"{value:.4f}" for value in values), f"{values[1] - values[0]:+.4f}"]
+        for one in results
+        for name, values in ((name, (one["before"][name], one["after"][name])) for name in one["after"])
+    ]
+    print_table(["on", "metric", "before", "after", "change"], lines)
 
 
 def table(result: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -39,6 +40,18 @@ Random = Annotated[
 Points = Annotated[
     int | None, typer.Option("--points", min=1, metavar="N", help="How many points --random draws.")
 ]
+
+
+class Sampler(enum.StrEnum):
+    """Name what proposes points by the results of those before."""
+
+    tpe = "tpe"
+
+
+Searched = Annotated[
+    Sampler | None,
+    typer.Option("--search", help="Choose the points of --random by what those before came to."),
+]
 HalvingRule = Annotated[
     str | None,
     typer.Option(
@@ -47,7 +60,7 @@ HalvingRule = Annotated[
         help="Compare points at STEPS, at N times that, and so on; one of N [3] goes on.",
     ),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Of the draws.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Of the draws.")]
 Metric = Annotated[
     str,
     typer.Option("--metric", help="What the leaderboard ranks by: a metric of the task, or ALIAS/METRIC."),
@@ -60,6 +73,16 @@ Parallel = Annotated[
     int | None,
     typer.Option("--parallel", min=1, metavar="N", help="Slurm: at most so many points at a time."),
 ]
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        "--budget", metavar="TIME", help="With --local: begin no further point after so long, as 8h."
+    ),
+]
+Apply = Annotated[
+    Path | None,
+    typer.Option("--apply", metavar="FILE", help="Write the best point as a job file, and start nothing."),
+]
 Show = Annotated[bool, typer.Option("--show", help="Show the leaderboard, and start nothing.")]
 
 
@@ -68,28 +91,40 @@ def sweep(
     grid: Grid = [],  # noqa: B006
     random: Random = [],  # noqa: B006
     points: Points = None,
+    search: Searched = None,
     halving: HalvingRule = None,
     seed: Seed = 0,
     metric: Metric = "loss",
     out: Out = None,
     local: Local = False,
     parallel: Parallel = None,
+    budget: Budget = None,
+    apply: Apply = None,
     nproc: NumRanks = None,
     show: Show = False,
     as_json: AsJson = False,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Try several values of a job's keys, as a Slurm array or here."""
+    from launcher.errors import ConfigurationError, Problem
     from launcher.runs.wording import shown
 
-    opened = _open(what, grid, random, points, halving, seed, metric, out, nproc, overrides)
+    seconds = _seconds(budget, local)
+    if apply is not None and not what.is_dir():
+        raise ConfigurationError(Problem("--apply", str(what), "is no sweep; name the directory of one"))
+    opened = _open(what, grid, random, points, search, halving, seed, metric, out, nproc, overrides)
+    if apply is not None:
+        _apply(opened, apply, as_json)
+        return
     code = 0
-    if not show and opened.left():
+    if not show and (opened.left() or len(opened.points) < opened.num_points):
         if local:
             from launcher.launch.screen import Watcher
             from launcher.sweep.running import run_here
+            from launcher.sweep.sweep import Sweep
 
-            code = run_here(opened, Watcher())
+            code = run_here(opened, Watcher(), seconds)
+            opened = Sweep.read(opened.path)
         else:
             code = _submit(opened, parallel, as_json)
             if not as_json:
@@ -104,6 +139,7 @@ def _open(
     grid: list[str],
     random: list[str],
     points: int | None,
+    search: Sampler | None,
     halving: str | None,
     seed: int,
     metric: str,
@@ -114,8 +150,9 @@ def _open(
     """A sweep that is there, or a new one. Raises ConfigurationError."""
     from launcher.errors import ConfigurationError, Problem
     from launcher.launch.run_setup import load_job
+    from launcher.sweep.search import Search
     from launcher.sweep.space import points as draw
-    from launcher.sweep.space import rungs
+    from launcher.sweep.space import rungs, space
     from launcher.sweep.sweep import Sweep
 
     if what.is_dir():
@@ -123,6 +160,7 @@ def _open(
             "--grid": grid,
             "--random": random,
             "--points": points,
+            "--search": search,
             "--halving": halving,
             "--out": out,
             "--set": overrides,
@@ -134,7 +172,8 @@ def _open(
                 raise ConfigurationError(Problem(option, None, reason))
         return Sweep.read(what)
     job = load_job(what, overrides, None)
-    drawn = draw(grid, random, points, seed)
+    chosen = Search(space(grid, random, points), points or 0, seed) if search else None
+    drawn = [] if chosen else draw(grid, random, points, seed)
     return Sweep.create(
         out or Path("sweeps") / job.name,
         what,
@@ -143,7 +182,41 @@ def _open(
         metric,
         nproc,
         rungs(halving) if halving else None,
+        chosen,
     )
+
+
+def _seconds(budget: str | None, local: bool) -> float | None:
+    """Return a budget as seconds. Raises ConfigurationError."""
+    from launcher.errors import ConfigurationError, Problem
+    from launcher.values import parse_seconds
+
+    if budget is None:
+        return None
+    seconds = parse_seconds(budget)
+    if not isinstance(seconds, float) or seconds <= 0:
+        raise ConfigurationError(Problem("--budget", budget, "write a time, as 90min or 8h"))
+    if not local:
+        reason = (
+            "goes with --local; under Slurm the queue decides when a point begins, and cluster.time how long"
+        )
+        raise ConfigurationError(Problem("--budget", budget, f"{reason} it may take"))
+    return seconds
+
+
+def _apply(sweep: Sweep, file: Path, as_json: bool) -> None:
+    """Write the job of the best point. Raises ConfigurationError where there is none, or something at `file`."""
+    from launcher.sweep.leaderboard import best_job
+
+    line = best_job(sweep, file)
+    if as_json:
+        print_json(
+            {"file": str(file), "point": line.point, "value": line.best, "overrides": list(line.overrides)}
+        )
+    else:
+        typer.echo(
+            f"point {line.point:03d} ({sweep.metric} {line.best:.4f}: {' '.join(line.overrides)}) in {file}"
+        )
 
 
 def _submit(sweep: Sweep, parallel: int | None, as_json: bool) -> int:
@@ -158,7 +231,9 @@ def _submit(sweep: Sweep, parallel: int | None, as_json: bool) -> int:
     if as_json:
         print_json({"sweep": str(sweep.path), "job": job_id, "points": numbers})
     else:
-        typer.echo(f"array {job_id}: {len(numbers)} of {len(sweep.points)} points of {sweep.path.name}")
+        typer.echo(f"array {job_id}: {len(numbers)} of {sweep.num_points} points of {sweep.path.name}")
+        if sweep.search:
+            typer.echo("when they are over, the same command submits the next round, which learns from them")
     return 0
 
 
@@ -170,7 +245,8 @@ def _leaderboard(sweep: Sweep, as_json: bool) -> None:
     lines = leaderboard(sweep)
     if as_json:
         points = [{**asdict(line), "run": str(sweep.run(line.point).path)} for line in lines]
-        print_json({"sweep": str(sweep.path), "metric": sweep.metric, "points": points})
+        shown = {"sweep": str(sweep.path), "metric": sweep.metric, "num_points": sweep.num_points}
+        print_json({**shown, "points": points})
         return
     rows = [
         [str(place), f"{line.point:03d}", *_cells(line), " ".join(line.overrides)]

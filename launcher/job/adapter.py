@@ -32,6 +32,9 @@ class Adapter(Section):
     dora: bool = False
     """Learn the length of each row of a weight beside its direction (DoRA, arXiv 2402.09353). Under FSDP,
     ZeRO-1 and 2."""
+    init: Literal["lora", "pissa", "olora"] = "lora"
+    """Where A and B begin: B at zero (`lora`), with the largest singular values of the weight (PiSSA, arXiv
+    2404.02948) or the first rows of its QR factors (OLoRA, arXiv 2406.01775), which the weight then lacks."""
     dropout: Fraction = 0.0
     """Dropout of what goes into A."""
     targets: Literal["all-linear"] | Annotated[tuple[Line, ...], Field(min_length=1)] = "all-linear"
@@ -48,6 +51,11 @@ class Adapter(Section):
     def scale(self) -> float:
         """Return how many times B A counts."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def as_plain(self) -> Adapter:
+        """Return PiSSA or OLoRA as a change of the weights before it: a LoRA of twice the rank."""
+        times = math.sqrt(2) if self.rslora else 2
+        return self.model_copy(update={"init": "lora", "rank": 2 * self.rank, "alpha": times * self.alpha})
 
     def takes(self, layer: str) -> bool:
         """Return whether a linear layer gets one by its name; with `all-linear` whoever asks has chosen the

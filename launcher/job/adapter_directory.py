@@ -29,6 +29,10 @@ _NOT_KNOWN = (
 """
 
 
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Starts by which the weights beside an adapter are no longer the base's, as long as peft did not convert it."""
+
+
 def is_adapter(directory: Path) -> bool:
     """Return whether a directory holds an adapter and no model."""
     return (directory / SETTINGS).is_file() and not (directory / "config.json").is_file()
@@ -59,6 +63,7 @@ def read(directory: Path, model: Model, key: str) -> tuple[Model, list[Problem]]
         "alpha": float(settings["lora_alpha"]),
         "rslora": bool(settings.get("use_rslora")),
         "dora": bool(settings.get("use_dora")),
+        "init": "lora",
         "targets": targets if isinstance(targets, str) else tuple(sorted(targets)),
     }
     given = model.adapter or Adapter()
@@ -97,6 +102,12 @@ def _reasons(directory: Path, settings: dict[str, Any], model: Model) -> list[st
     reasons = [f"its {name} is {settings.get(name)!r}, and a run goes on with {value!r} alone{cure}"
                for name, value in _PLAIN.items() if settings.get(name, value) != value]  # fmt: skip
     reasons += [f"it uses {name}, which a run does not{cure}" for name in _NOT_KNOWN if settings.get(name)]
+    init = str(settings.get("init_lora_weights"))
+    if init.startswith(_CHANGE_THE_BASE):
+        reasons.append(
+            f"it began by {init}, which takes a part of the base's weights away: save it with peft's "
+            "path_initial_model_for_weight_conversion"
+        )
     targets = settings.get("target_modules")
     if not (targets == "all-linear" or (isinstance(targets, list) and targets)):
         reasons.append(

@@ -43,6 +43,9 @@ def _adapter(job: Job) -> Iterator[Finding]:
             "model.adapter out"
         )
         yield finding("model.weights", model.weights, reason, "model.adapter")
+    if model.adapter.init != "lora" and model.adapter.dora:
+        reason = "DoRA takes the lengths of whole weights, which then lack a part; write one of both"
+        yield finding("model.adapter.init", model.adapter.init, reason, "model.adapter.dora")
     if model.compile:
         yield finding(
             "model.compile",
@@ -130,7 +133,7 @@ def _near_the_start(job: Job) -> Iterator[Finding]:
         reason = "random weights are no place to stay near; leave it out, or write model.weights: pretrained"
         yield finding("training.l2_sp", None, reason, "model.weights")
     rates = [group.learning_rate or 0.0 for group in training.groups]
-    if near.alpha * (highest := max([training.learning_rate, *rates])) > 1:
+    if near.fisher is None and near.alpha * (highest := max([training.learning_rate, *rates])) > 1:
         reason = (
             f"times the highest learning rate ({highest:g}) is above 1: a step would go beyond the start; "
             f"write {1 / highest:g} or less"

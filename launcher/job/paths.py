@@ -41,6 +41,13 @@ def resolve(job: Job, folder: Path) -> tuple[Job, list[Problem]]:
             update={"offload_to": str((folder / Path(memory.offload_to).expanduser()).absolute())}
         )
     changed = {"data": data, "memory": memory, "model": _model(job.model, folder, problems)}
+    if (near := job.training.l2_sp) is not None and near.fisher is not None:
+        path = (folder / Path(near.fisher).expanduser()).absolute()
+        if not path.is_file():
+            reason = f"no such file{nearest_file(path)}; `launcher evaluate --fisher` writes one"
+            problems.append(Problem("training.l2_sp.fisher", near.fisher, reason))
+        near = near.model_copy(update={"fisher": str(path)})
+        changed["training"] = job.training.model_copy(update={"l2_sp": near})
     if job.distillation is not None:
         changed["distillation"] = _taught(job.distillation, folder, problems)
     return job.model_copy(update=changed), problems
@@ -62,12 +69,14 @@ def _sources(given: Sources, role: str, folder: Path, problems: list[Problem], h
 
 
 def _taught(distillation: Distillation, folder: Path, problems: list[Problem]) -> Distillation:
-    """The section with its teacher's directory, which holds a whole model."""
+    """The section with its teacher's directory: a whole model, or RUN/model where it is a run."""
     key, name = "distillation.teacher", distillation.teacher
     path = folder / Path(name).expanduser()
     reason = ""
     if (path / "plan.json").is_file():
-        reason = f"a run directory; write its model first: launcher export {name} --out DIR, and name DIR"
+        path, name = path / "model", str(path / "model")
+        if not (path / "config.json").is_file():
+            reason = "a run that has not begun yet; start it first"
     elif adapter_directory.is_adapter(path):
         reason = "an adapter without its model; export it merged, and name that directory"
     if reason:

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from launcher.job.tuning import GroupKey, ParameterGroup, Place
-from launcher.values import Every, Fraction, Section
+from launcher.values import Every, Fraction, Line, Section
 
 Schedules = Literal[
     "linear",
@@ -66,6 +66,9 @@ class StartingPoint(Section):
     alpha: float = Field(gt=0, le=1e9)
     """In each step a weight first moves by learning rate x alpha x its distance from the start: as by
     `weight_decay` towards zero, apart from the gradient."""
+    fisher: Line | None = None
+    """A file of `launcher evaluate --fisher`: what each weight's pull is multiplied by (elastic weight
+    consolidation, Kirkpatrick et al. 2017, arXiv 1612.00796)."""
 
 
 class Training(Section):

@@ -106,11 +106,40 @@ def evaluate_locally(request: Request, watcher: Watcher, resamples: int = 0) -> 
     return result
 
 
+def estimate_fisher(request: Request, watcher: Watcher, num_rows: int) -> dict[str, Any]:
+    """Write a model's Fisher information, by so many rows, beside the run's evaluations or into the model's
+    directory, and return {"file": path, "step", "rows", "parameters"}.
+
+    FSDP shards the model, whatever the plan's engine. Raises ConfigurationError for a run that trains an
+    adapter, and the failure's own class where the ranks failed.
+    """
+    plan = request.plan
+    if request.run is not None and plan.model.adapter is not None:
+        reason = "trains an adapter, and its weights stay; export it, and name that directory with --job"
+        raise ConfigurationError(Problem("--fisher", str(request.run), reason))
+    if plan.data.streaming:
+        reason = "rows are drawn from all, and streamed ones are not known: --set data.streaming=false"
+        raise ConfigurationError(Problem("--fisher", "data.streaming", reason))
+    suffix = "" if request.on is None else f"-{_name_of(request.on)}"
+    if request.run is not None:
+        file = request.run / "evaluations" / f"fisher-step-STEP{suffix}.safetensors"
+    else:
+        assert request.model is not None
+        file = Path(request.model) / f"fisher{suffix}.safetensors"
+    plan = plan.model_copy(update={"engine": "fsdp", "zero": None, "offload": "none"})
+    wanted = request.asked | {"rows": num_rows, "file": str(file)}
+    return ask(plan, "launcher.training.fisher_entry", wanted, "fisher.json", watcher)
+
+
+def _name_of(on: Path) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", on.stem)[:80]
+
+
 def _keep(request: Request, run: Path, result: dict[str, Any]) -> Path:
     """Write what was found into the run; one of the same step on the same rows is written over."""
     name = f"evaluate-step-{result['step']:08d}"
     if request.on is not None:
-        name += "-" + re.sub(r"[^A-Za-z0-9._-]+", "-", request.on.stem)[:80]
+        name += f"-{_name_of(request.on)}"
     path = run / "evaluations" / f"{name}.json"
     try:
         make_directory(path.parent)

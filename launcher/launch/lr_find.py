@@ -73,10 +73,11 @@ class Span:
         training = job.training
         own = [one.learning_rate for one in training.groups if one.learning_rate is not None]
         largest = max(1.0, *(rate / training.learning_rate for rate in own), 0.0)
-        if training.l2_sp is not None and training.l2_sp.alpha * self.highest * largest > 1:
+        near = training.l2_sp
+        if near is not None and near.fisher is None and near.alpha * self.highest * largest > 1:
             reason = (
-                f"with training.l2_sp.alpha ({training.l2_sp.alpha:g}) a step would go beyond the start; write "
-                f"{1 / (training.l2_sp.alpha * largest):g} or less"
+                f"with training.l2_sp.alpha ({near.alpha:g}) a step would go beyond the start; write "
+                f"{1 / (near.alpha * largest):g} or less"
             )
             raise ConfigurationError(Problem("--to", self.highest, reason))
         times = self.highest / training.learning_rate

@@ -41,6 +41,9 @@ def decide_again(job: Job, nproc: int | None, stored: Plan, local: bool) -> Plan
         updates["precision"] = stored.precision
     if left := [one.key for one in tasks.of_job(job).left_open()]:
         updates["data"] = job.data.model_copy(update={key: getattr(stored.data, key) for key in left})
+    if job.distillation and stored.distillation and job.distillation.checkpoint is None:
+        taught = {"checkpoint": stored.distillation.checkpoint}
+        updates["distillation"] = job.distillation.model_copy(update=taught)
     if job.memory.activation_checkpointing == "auto":
         updates["memory"] = job.memory.model_copy(
             update={"activation_checkpointing": stored.activation_checkpointing}

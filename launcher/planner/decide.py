@@ -13,7 +13,7 @@ from launcher.planner.decider import Decider
 from launcher.planner.hardware.detect import Hardware
 from launcher.planner.model.model_shape import ModelShape
 from launcher.planner.plan import Length, Mesh, Plan, Zero
-from launcher.planner.resolve import slurm_request
+from launcher.planner.resolve import slurm_request, teacher
 from launcher.planner.resolve.batch import divide
 from launcher.planner.resolve.mesh import mesh as arrange
 from launcher.planner.resolve.sample_layout import choose_way
@@ -40,6 +40,7 @@ def candidate(job: Job, nproc: int | None, hardware: Hardware, local: bool) -> P
     trackers = _trackers(decider)
     num_workers = _num_workers(decider)
     requested = slurm_request.request(decider, mesh.ranks_per_node if mesh.device == "cuda" else 0)
+    taught = teacher.settle(decider)
     if decider.problems:
         raise ConfigurationError(decider.problems)
     batch = divide(job.batch, mesh.data_parallel_size)
@@ -78,7 +79,7 @@ def candidate(job: Job, nproc: int | None, hardware: Hardware, local: bool) -> P
         checkpoint=_checkpoint(decider, placed),
         evaluate_every=job.training.evaluate_every,
         evaluation=None if job.evaluation == Evaluation() else job.evaluation,
-        distillation=job.distillation,
+        distillation=taught,
         decisions=tuple(decider.decisions),
     )
 

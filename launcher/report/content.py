@@ -44,6 +44,8 @@ class RunContent:
     """What became of the rows of each role, with files and examples."""
     samples: list[dict[str, Any]]
     """Of each shown row its `input`, and `answers`: (step, text)."""
+    measured: list[dict[str, Any]]
+    """Of each `launcher evaluate`: `on`, `step` and `metrics`, of each its name, before, after and change."""
     checkpoints: list[Stored]
     commands: dict[str, Any]
     """Of the last attempt: command, directory and variables of the environment."""
@@ -93,6 +95,7 @@ def read_run(run: RunDirectory, series: Series | None = None) -> RunContent:
         attempts=attempts(records, last_step_at if math.isfinite(last_step_at) else None),
         data=list(prepared.values()),
         samples=redact_all(_samples(run)),
+        measured=redact_all(_measured(run)),
         # A run without an identity would be given one by this; whoever only looks writes nothing.
         checkpoints=list_checkpoints(run) if run.run_id_file.exists() else [],
         commands=redact_all(_command(run)),
@@ -133,6 +136,25 @@ def _text(run: RunDirectory) -> str:
     except (OSError, ValueError):
         return ""
     return text if len(text) <= _MOST_JOB_TEXT else f"{text[:_MOST_JOB_TEXT]}\n... (cut)"
+
+
+def _measured(run: RunDirectory) -> list[dict[str, Any]]:
+    """Return what the model was measured at before and after training, by the rows that it was measured on."""
+    measured = []
+    for file in sorted((run.path / "evaluations").glob("evaluate-step-*.json")):
+        content = _json(file)
+        both = [content.get("before"), content.get("after")]
+        if not isinstance(both[0], dict) or not isinstance(both[1], dict):
+            continue
+        pairs = [(str(name), both[0].get(name), value) for name, value in both[1].items()]
+        metrics = [
+            (name, before, after, after - before)
+            for name, before, after in pairs
+            if isinstance(before, (int, float)) and isinstance(after, (int, float))
+        ]
+        on = Path(str(content.get("on") or "held-out rows of the job")).name
+        measured.append({"on": on, "step": content.get("step"), "metrics": metrics})
+    return measured
 
 
 def _samples(run: RunDirectory) -> list[dict[str, Any]]:

@@ -21,7 +21,8 @@ REPLACED_PREFIX = ".replaced-"
 REMOVED_PREFIX = ".removed-"
 
 
-def _best(whole: list[Stored], count: int, metric: str, better: Better) -> list[Stored]:
+def best(whole: list[Stored], count: int, metric: str, better: Better) -> list[Stored]:
+    """Return so many of the checkpoints, the best first, of those that measured the metric as a number."""
     scored = [
         (cost(stored.manifest.metrics[metric], better), -stored.step, stored)
         for stored in whole
@@ -48,7 +49,7 @@ def to_prune(
     if good is None:
         return []
     whole = [stored for stored in listed if not stored.problems]
-    kept = (whole[-keep_last:] if keep_last > 0 else []) + _best(whole, keep_best, metric, better)
+    kept = (whole[-keep_last:] if keep_last > 0 else []) + best(whole, keep_best, metric, better)
     return [stored for stored in listed if stored not in kept and stored.step < good]
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
+from launcher.errors import ConfigurationError, Problem
+from launcher.launch.run_setup import load_job
 from launcher.metrics import cost
-from launcher.runs.layout import RunDirectory
+from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.status import read_status
 from launcher.runs.totals import Totals
-from launcher.sweep.sweep import Sweep
+from launcher.sweep.sweep import Sweep, as_yaml
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class Line:
     best: float | None
     """Of all its evaluations."""
     best_step: int | None
+    failure_class: str | None = None
+    """Of its last attempt, where that failed."""
 
     @property
     def values(self) -> dict[str, str]:
@@ -47,6 +52,24 @@ def leaderboard(sweep: Sweep) -> list[Line]:
     return sorted(lines, key=order)
 
 
+def best_job(sweep: Sweep, file: Path) -> Line:
+    """Write the best point as a job file, and return its line.
+
+    Raises ConfigurationError where none was measured yet, or where there is something at `file`.
+    """
+    first = next(iter(leaderboard(sweep)), None)
+    if first is None or first.best is None or not math.isfinite(first.best):
+        raise ConfigurationError(
+            Problem("SWEEP", str(sweep.path), f"no point has measured {sweep.metric} yet")
+        )
+    if file.exists():
+        raise ConfigurationError(Problem("--apply", str(file), "is there already; name another file"))
+    job = load_job(sweep.path / "job.yaml", list(first.overrides), None)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, as_yaml(job))
+    return first
+
+
 def _line(sweep: Sweep, number: int, run: RunDirectory) -> Line:
     overrides = sweep.points[number]
     if not run.plan_file.exists():
@@ -55,4 +78,5 @@ def _line(sweep: Sweep, number: int, run: RunDirectory) -> Line:
     status = read_status(run, totals)
     state = "given up" if status.state == "finished" and "halved" in totals.last else status.state
     measured = totals.measured(sweep.metric, sweep.better == "lower")
-    return Line(number, overrides, state, status.step, status.total_steps, *measured)
+    failure_class = (status.failure or {}).get("failure_class")
+    return Line(number, overrides, state, status.step, status.total_steps, *measured, failure_class)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 
-from launcher.errors import ConfigurationError, LauncherError, Problem, Stopped
+from launcher.errors import ConfigurationError, DivergedError, LauncherError, Problem, Stopped
 from launcher.launch.attempt_failure import FORCED_EXIT
 from launcher.launch.cutting import run_with_cuts
 from launcher.launch.screen import Watcher
@@ -15,18 +16,29 @@ from launcher.launch.slurm.submission import refuse_second, submit_array
 from launcher.planner.plan import Plan
 from launcher.runs.events import event
 from launcher.runs.layout import RunDirectory
+from launcher.sweep.leaderboard import leaderboard
 from launcher.sweep.sweep import Sweep
 
 
-def run_here(sweep: Sweep, watcher: Watcher) -> int:
-    """Every point that is left, in turn. One that fails or cannot begin does not keep the others from being
-    tried; a stop ends the sweep.
+def run_here(sweep: Sweep, watcher: Watcher, budget: float | None = None) -> int:
+    """Every point that is left, in turn; of a search also those that are proposed then. One that fails or
+    cannot begin does not keep the others from being tried; a stop ends the sweep. After `budget` seconds none
+    begins.
 
     Gives 0 where all came to their end, 75 after a stop, else the exit code of the first that failed.
     """
-    worst = 0
-    for number in sweep.left():
-        watcher.say(f"point {number} of {len(sweep.points)}: {' '.join(sweep.points[number])}")
+    worst, until = 0, time.monotonic() + budget if budget else math.inf
+    numbers = sweep.left()
+    while numbers or len(sweep.points) < sweep.num_points:
+        if time.monotonic() >= until:
+            finished = sum(run.finished for run in sweep.runs)
+            watcher.say(f"the budget is spent: {finished} of {sweep.num_points} points are finished")
+            break
+        if not numbers:
+            sweep = sweep.proposed(leaderboard(sweep))
+            numbers = [len(sweep.points) - 1]
+        number = numbers.pop(0)
+        watcher.say(f"point {number} of {sweep.num_points}: {' '.join(sweep.points[number])}")
         try:
             run, plan = sweep.open(number, local=True)
         except LauncherError as error:
@@ -42,15 +54,27 @@ def run_here(sweep: Sweep, watcher: Watcher) -> int:
 
 def submit(sweep: Sweep, parallel: int | None) -> tuple[str, list[int]]:
     """Every point that is left as one array, of which `parallel` run at a time; the array's number and the
-    points in their order.
+    points in their order. Of a search it is one round: points that failed, but for those that diverged, and
+    new ones up to `parallel`. New ones know the rounds before, and keep away from each other.
 
     Raises RunInUseError where a point waits or runs already, ConfigurationError where points ask Slurm for
-    different things.
+    different things, and for a search without `parallel`, or with nothing left to try.
     """
     submit_run.find_sbatch()
+    if sweep.search and parallel is None:
+        reason = "say how many points a round of the search has; each round learns from those before"
+        raise ConfigurationError(Problem("--parallel", None, reason))
     numbers = sweep.left()
     for number in numbers:
         refuse_second(sweep.run(number))
+    if sweep.search:
+        lines = {line.point: line for line in leaderboard(sweep)}
+        numbers = [one for one in numbers if lines[one].failure_class != DivergedError.failure_class]
+        while len(numbers) < (parallel or 1) and len(sweep.points) < sweep.num_points:
+            sweep = sweep.proposed(leaderboard(sweep))
+            numbers.append(len(sweep.points) - 1)
+    if not numbers:
+        raise ConfigurationError(Problem("SWEEP", str(sweep.path), "every point is finished, or diverged"))
     opened = [sweep.open(number, local=False) for number in numbers]
     _check_alike(opened, numbers)
     code = snapshot.of_launcher(RunDirectory(sweep.path))

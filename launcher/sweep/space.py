@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from launcher.errors import ConfigurationError, Problem
 from launcher.job.yaml_text import parse
@@ -13,6 +13,26 @@ _RANGE = re.compile(r"^\s*(\S+?)\s*\.\.\s*(\S+?)\s*(?::\s*(log|linear)\s*)?$")
 _MOST_POINTS = 1000
 _FACTOR = 3
 """Of how many points one goes on: near e, which Jamieson and Talwalkar (2016) find best in theory."""
+
+
+class Range(NamedTuple):
+    """Hold the ends between which a value is drawn: evenly, or by magnitude."""
+
+    low: float
+    high: float
+    log: bool
+
+    def as_distribution(self) -> Any:
+        """Return it as scipy draws from it."""
+        from scipy import stats
+
+        if self.log:
+            return stats.loguniform(self.low, self.high)
+        return stats.uniform(self.low, self.high - self.low)
+
+
+Space = Mapping[str, Range | list[Any]]
+"""By key a range, or the values of which one is taken."""
 
 
 def points(grid: Sequence[str], random: Sequence[str], num_points: int | None, seed: int) -> list[list[str]]:
@@ -27,6 +47,8 @@ def points(grid: Sequence[str], random: Sequence[str], num_points: int | None, s
     problems: list[Problem] = []
     fixed = _collect("--grid", grid, problems, ranges=False)
     drawn = _collect("--random", random, problems, ranges=True)
+    if random and num_points is None:
+        problems.append(Problem("--points", None, "say how many points --random draws"))
     problems += [
         Problem("--random", key, "stands in --grid too; name it once") for key in fixed.keys() & drawn.keys()
     ]
@@ -34,18 +56,43 @@ def points(grid: Sequence[str], random: Sequence[str], num_points: int | None, s
         problems.append(
             Problem("--grid", None, "write what to try, as --grid training.learning_rate=1e-5,2e-5")
         )
-    if random and num_points is None:
-        problems.append(Problem("--points", None, "say how many points --random draws"))
     if problems:
         raise ConfigurationError(problems)
-    draws = list(ParameterSampler(drawn, num_points or 1, random_state=seed)) if drawn else [{}]
+    spread = {key: one.as_distribution() if isinstance(one, Range) else one for key, one in drawn.items()}
+    draws = list(ParameterSampler(spread, num_points or 1, random_state=seed)) if drawn else [{}]
     tried = [{**point, **draw} for draw in draws for point in ParameterGrid(fixed)]
-    overrides = [[f"{key}={_written(value)}" for key, value in sorted(point.items())] for point in tried]
+    overrides = [written(point) for point in tried]
     if len(overrides) > _MOST_POINTS:
         raise ConfigurationError(
             Problem("--grid", len(overrides), f"is more than {_MOST_POINTS} points; try fewer values")
         )
     return overrides
+
+
+def space(grid: Sequence[str], random: Sequence[str], num_points: int | None) -> Space:
+    """Return what a search chooses from, by the options of `points`. Raises ConfigurationError with every
+    problem."""
+    problems: list[Problem] = []
+    chosen = _collect("--random", random, problems, ranges=True)
+    if grid:
+        problems.append(
+            Problem("--grid", grid[0], "a search chooses each value itself: write it as --random")
+        )
+    if not random:
+        example = "say what is searched, as --random training.learning_rate=1e-6..1e-4:log"
+        problems.append(Problem("--random", None, example))
+    if num_points is None or num_points > _MOST_POINTS:
+        problems.append(
+            Problem("--points", num_points, f"say how many are tried in all, up to {_MOST_POINTS}")
+        )
+    if problems:
+        raise ConfigurationError(problems)
+    return chosen
+
+
+def written(point: Mapping[str, Any]) -> list[str]:
+    """Return a point as `KEY=VALUE` overrides, in the order of its keys."""
+    return [f"{key}={value_text(value)}" for key, value in sorted(point.items())]
 
 
 def rungs(text: str) -> tuple[int, int]:
@@ -60,8 +107,10 @@ def rungs(text: str) -> tuple[int, int]:
     return first, factor
 
 
-def _collect(option: str, texts: Sequence[str], problems: list[Problem], ranges: bool) -> dict[str, Any]:
-    collected: dict[str, Any] = {}
+def _collect(
+    option: str, texts: Sequence[str], problems: list[Problem], ranges: bool
+) -> dict[str, Range | list[Any]]:
+    collected: dict[str, Range | list[Any]] = {}
     for text in texts:
         key, equals, values = text.partition("=")
         if not equals or not key.strip() or not values.strip():
@@ -93,9 +142,7 @@ def _values(text: str) -> list[Any]:
     return content
 
 
-def _range(text: str) -> Any:
-    from scipy import stats
-
+def _range(text: str) -> Range:
     match = _RANGE.match(text)
     try:
         low, high = (float(match[1]), float(match[2])) if match else (0.0, 0.0)
@@ -108,10 +155,10 @@ def _range(text: str) -> Any:
             f"from {low:g} to {high:g} there is "
             f"nothing{' in magnitude' if match[3] == 'log' and low < high else ''}"
         )
-    return stats.loguniform(low, high) if match[3] == "log" else stats.uniform(low, high - low)
+    return Range(low, high, match[3] == "log")
 
 
-def _written(value: Any) -> str:
+def value_text(value: Any) -> str:
     """Return a value as `--set` reads it; a number with four digits, which people can read and type again."""
     if isinstance(value, bool):
         return str(value).lower()

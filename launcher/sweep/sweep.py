@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from launcher import tasks
-from launcher.errors import ConfigurationError, Problem
+from launcher.errors import ConfigurationError, Problem, RunInUseError
 from launcher.job.schema import Job
 from launcher.launch import run_setup
 from launcher.metrics import Better
@@ -20,7 +22,12 @@ from launcher.planner.memory.profiles import Profiles
 from launcher.planner.plan import Plan
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.successive_halving import SWEEP_FILE, better_of
+from launcher.sweep.search import Search
+from launcher.sweep.space import written
 from launcher.tasks.mixed import measured, not_measured
+
+if TYPE_CHECKING:
+    from launcher.sweep.leaderboard import Line
 
 
 @dataclass(frozen=True)
@@ -29,11 +36,13 @@ class Sweep:
 
     path: Path
     points: tuple[tuple[str, ...], ...]
-    """The overrides of each."""
+    """The overrides of each; of a search those that were proposed by now."""
     metric: str
     nproc: int | None = None
     better: Better = "lower"
     """Which value of the metric is the better one."""
+    search: Search | None = None
+    """What proposes further points."""
 
     @classmethod
     def create(
@@ -45,11 +54,13 @@ class Sweep:
         metric: str,
         nproc: int | None,
         halving: tuple[int, int] | None = None,
+        search: Search | None = None,
     ) -> Sweep:
         """Write a new sweep of a job. Raises ConfigurationError where there is something at `path`, or the
         job is bad.
 
         halving: the steps before points are first compared, and how many of them one is kept of.
+        search: proposes the points, of which there are none then.
         """
         if path.exists() and any(path.iterdir()):
             reason = (
@@ -57,20 +68,20 @@ class Sweep:
                 "another one with --out"
             )
             raise ConfigurationError(Problem("--out", str(path), reason))
-        jobs = [run_setup.load_job(job_file, [*overrides, *point], None) for point in ([], *points)]
+        tried = [[], *points, *(map(written, search.corners()) if search else ())]
+        jobs = [run_setup.load_job(job_file, [*overrides, *point], None) for point in tried]
         job = jobs[0]
         # What no point can be, or measures, is said before any has begun.
-        for point, one in zip(([], *points), jobs, strict=True):
+        for point, one in zip(tried, jobs, strict=True):
             if (missing := not_measured(tasks.of_job(one), metric)) is not None:
                 where = f"at {' '.join(point)}: " if point else ""
                 raise ConfigurationError(Problem("--metric", metric, f"{where}{missing}"))
-        if halving:
-            _check_comparable(job, metric)
+        if halving or search:
+            _check_comparable(job, metric, "--halving" if halving else "--search", halving is not None)
         better = measured(tasks.of_job(job))[metric]
-        sweep = cls(path.absolute(), tuple(map(tuple, points)), metric, nproc, better)
+        sweep = cls(path.absolute(), tuple(map(tuple, points)), metric, nproc, better, search)
         (path / "points").mkdir(parents=True, exist_ok=True)
-        content = job.model_dump(mode="json", exclude_none=True, exclude_unset=True, by_alias=True)
-        write_atomically(path / "job.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+        write_atomically(path / "job.yaml", as_yaml(job))
         described: dict[str, Any] = {
             "format": 1,
             "points": points,
@@ -80,6 +91,8 @@ class Sweep:
         }
         if halving:
             described["halving"] = {"first": halving[0], "factor": halving[1]}
+        if search:
+            described["search"] = search.to_dict()
         write_atomically(path / SWEEP_FILE, json.dumps(described, indent=2) + "\n")
         return sweep
 
@@ -94,8 +107,9 @@ class Sweep:
                 nproc, (int, type(None))
             ):
                 raise ValueError("not as it was written")
-            return cls(path.absolute(), tuple(map(tuple, points)), metric, nproc, better_of(content))
-        except (OSError, ValueError, KeyError, TypeError):
+            search = Search.of(content["search"]) if "search" in content else None
+            return cls(path.absolute(), tuple(map(tuple, points)), metric, nproc, better_of(content), search)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise ConfigurationError(
                 Problem("SWEEP", str(path), "no sweep there: it has no sweep.json that can be read")
             ) from None
@@ -107,9 +121,26 @@ class Sweep:
     def runs(self) -> list[RunDirectory]:
         return [self.run(number) for number in range(len(self.points))]
 
+    @property
+    def num_points(self) -> int:
+        """Return how many there are in all, with those that a search has yet to propose."""
+        return self.search.num_points if self.search else len(self.points)
+
     def left(self) -> list[int]:
-        """The points that are not finished."""
+        """The points that are not finished, of those that are there."""
         return [number for number, run in enumerate(self.runs) if not run.finished]
+
+    def proposed(self, lines: Sequence[Line]) -> Sweep:
+        """Write down the next point of a search, and return the sweep with it; `lines` are those of all points
+        that are there. Raises RunInUseError where another launcher did meanwhile."""
+        assert self.search
+        point = written(self.search.propose(lines, self.better))
+        described = read_json(self.path / SWEEP_FILE)
+        if len(described["points"]) != len(self.points):
+            raise RunInUseError(f"another launcher works in {self.path}: it proposed points meanwhile")
+        described["points"].append(point)
+        write_atomically(self.path / SWEEP_FILE, json.dumps(described, indent=2) + "\n")
+        return dataclasses.replace(self, points=(*self.points, tuple(point)))
 
     def open(self, number: int, local: bool) -> tuple[RunDirectory, Plan]:
         """Make a point's run, or go on with it."""
@@ -125,19 +156,25 @@ class Sweep:
         )
 
 
-def _check_comparable(job: Job, metric: str) -> None:
-    """Points can be compared only by what is measured on the way. Raises ConfigurationError, with every
-    problem."""
+def as_yaml(job: Job) -> str:
+    """Return a job as the text of a job file: what was written there, with absolute paths."""
+    content = job.model_dump(mode="json", exclude_none=True, exclude_unset=True, by_alias=True)
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+def _check_comparable(job: Job, metric: str, option: str, on_the_way: bool) -> None:
+    """Points can be compared only by what is measured, of halving on the way. Raises ConfigurationError, with
+    every problem."""
     problems = []
     if find_spec("optuna") is None:
-        problems.append(Problem("--halving", None, "needs optuna: pip install 'finetune-launcher[sweep]'"))
+        problems.append(Problem(option, None, "needs optuna: pip install 'finetune-launcher[sweep]'"))
     if job.data.evaluation is None:
         problems.append(
             Problem(
                 "data.evaluation", None, f"points are compared by their {metric} on held-out rows: name some"
             )
         )
-    if job.training.evaluate_every is None:
+    if on_the_way and job.training.evaluate_every is None:
         problems.append(
             Problem(
                 "training.evaluate_every",

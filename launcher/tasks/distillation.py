@@ -25,8 +25,10 @@ class Distillation(Section):
     1503.02531)."""
 
     teacher: Line
-    """A directory with a trained Hugging Face model, as `launcher export` writes it, or a model's name on the
+    """A run directory (of this task), a directory with a trained Hugging Face model, or a model's name on the
     hub. It is not trained."""
+    checkpoint: Annotated[int, Field(ge=1)] | None = None
+    """Of a run as the teacher: the step that teaches; left out, the best it keeps, else the newest."""
     revision: Line | None = None
     """Branch, tag or commit of the teacher on the hub."""
     temperature: float = Field(default=1.0, gt=0, le=1000)

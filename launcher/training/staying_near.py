@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Mapping
+from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
+
+from launcher.errors import ConfigurationError, Problem
+from launcher.job.training import StartingPoint
 from launcher.planner.plan import Plan
 from launcher.training import optimizer as optimizers
+from launcher.training.checkpoint.boxes import FlatShard
 from launcher.training.engines.around import Around, part_of, trained_names
 from launcher.training.engines.engine import Engine
 from launcher.training.model import adapters
+from launcher.training.model.conversion import cut_like
 
 
 class NearTheStart(Around):
@@ -18,19 +26,26 @@ class NearTheStart(Around):
     zero, and with plain SGD the gradient of L2-SP (Li et al. 2018, arXiv 1802.01483). What the model's files did
     not hold, as a new head, has no start to go back to. The start is read from the model's files by every
     attempt, and is in no checkpoint.
+
+    With a Fisher file each weight's distance counts as many times as its value there, and no move goes beyond
+    the start: with plain SGD the gradient of elastic weight consolidation (Kirkpatrick et al. 2017).
     """
 
-    def __init__(self, engine: Engine, alpha: float, plan: Plan) -> None:
-        """Take an engine that is loaded, and has not been restored yet."""
+    def __init__(self, engine: Engine, near: StartingPoint, plan: Plan) -> None:
+        """Take an engine that is loaded, and has not been restored yet.
+
+        Raises ConfigurationError where the Fisher file is not of its model.
+        """
         super().__init__(engine)
         named = {id(parameter): name for name, parameter in adapters.named_parameters(engine.model)}
         groups = optimizers.parameter_groups(engine.model, plan.training, plan.model)
         self._groups = {named[id(one)]: group for group in groups for one in group["params"]}
         tensors = engine.state_dict()
         old = [name for name in trained_names(engine) if name not in set(engine.new_parameters)]
-        self._alpha = alpha
+        self._alpha = near.alpha
         self._weights = {name: tensors[f"model.{name}"] for name in old}
         self._starts = {name: part_of(weight).clone() for name, weight in self._weights.items()}
+        self._fisher = _of_file(near.fisher, self._weights) if near.fisher else {}
 
     @torch.no_grad()
     def optimizer_step(self, learning_rate: float, multiplier: float) -> None:
@@ -38,5 +53,33 @@ class NearTheStart(Around):
         for name, start in self._starts.items():
             group = self._groups[name]
             if group["stage"] <= self.stage:
-                part_of(self._weights[name]).lerp_(start, learning_rate * group["scale"] * self._alpha)
+                pull: Any = learning_rate * group["scale"] * self._alpha
+                if name in self._fisher:
+                    pull = (self._fisher[name] * pull).clamp_(max=1.0)
+                part_of(self._weights[name]).lerp_(start, pull)
         self._engine.optimizer_step(learning_rate, multiplier)
+
+
+def _of_file(path: str, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a Fisher file's values, fp32, as the weights are cut, one whole tensor in memory at a time. Raises
+    ConfigurationError."""
+    try:
+        with safe_open(path, "pt") as file:
+            stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            for name, weight in weights.items():
+                if stored.get(name) != tuple(weight.shape):
+                    has = f"has it as {list(stored[name])}" if name in stored else "has it not"
+                    reason = f"is not of this model: {name} is {list(weight.shape)} here, and the file {has}"
+                    raise ConfigurationError(Problem("training.l2_sp.fisher", path, reason))
+            return {name: _cut(file.get_tensor(name).float(), weight) for name, weight in weights.items()}
+    except (OSError, SafetensorError) as error:
+        raise ConfigurationError(Problem("training.l2_sp.fisher", path, f"cannot be read: {error}")) from None
+
+
+def _cut(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Return this rank's part of a tensor, as another of its shape is cut, and where that is."""
+    if isinstance(like, FlatShard):
+        piece = whole.flatten()[like.start : like.start + like.count]
+    else:
+        piece = cut_like(like, whole)
+    return piece.clone().to(part_of(like).device)

@@ -35,6 +35,7 @@ from launcher.training.held_out import HeldOut
 from launcher.training.inputs import TrainingInputs
 from launcher.training.model import loading as models
 from launcher.training.model.loss_check import check_loss
+from launcher.training.model.teacher import written_out
 from launcher.training.noise import EmbeddingNoise
 from launcher.training.precision import LossScale
 from launcher.training.reporting.divergence import Divergence
@@ -94,9 +95,10 @@ class Trainer:
         self.event("phase", phase="loading")
         self.recorder = Recorder(self.run, self.plan, self.device, self.journal) if self.rank == 0 else None
         ds_config = read_json(self.run.rendered / "ds_config.json") if self.plan.engine == "deepspeed" else {}
+        self.task.distillation = written_out(self.run, self.plan)
         self.engine = engines.build(self.plan, self.task, self.material.config, ds_config)
         if (near := self.plan.training.l2_sp) is not None:
-            self.engine = NearTheStart(self.engine, near.alpha, self.plan)
+            self.engine = NearTheStart(self.engine, near, self.plan)
         if (ema := self.plan.training.ema) is not None:
             self.engine = self.average = AveragedEngine(self.engine, ema.decay)
         if (alpha := self.plan.training.neftune_noise_alpha) is not None:

@@ -235,7 +235,7 @@ def test_what_an_export_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(exporting, "_write_safetensors", full)
+    monkeypatch.setattr(exporting, "write_safetensors", full)
     with pytest.raises(StorageError, match="No space left on device; nothing was exported"):
         export(run, tmp_path / "out")
     monkeypatch.undo()

@@ -19,6 +19,7 @@ from launcher.planner.plan import Plan
 from launcher.runs.layout import RunDirectory
 from launcher.tasks.distillation import Distillation, label_divergence
 from launcher.training import distillation, heads, loss
+from launcher.training.checkpoint.export import export
 from launcher.training.data.batches import Batches, total_items
 from launcher.training.data.order import Order
 from launcher.training.inputs import TrainingInputs
@@ -188,6 +189,34 @@ def test_stopped_it_goes_on_to_the_bit_and_on_other_ranks(
     replan(moved, make(3, batch=batch_of(3, 2)))
     finish(moved, 3)
     compare(moved, whole, 1e-4)
+
+
+@pytest.mark.slow
+def test_a_run_teaches_as_its_export_does(
+    student: Path, teacher: Path, rows: dict[str, Any], tmp_path: Path
+) -> None:
+    """FSDP on two ranks and ZeRO-3 learn from a run what they learn from its export, stopped in between and
+    with the teacher's checkpoints gone."""
+    large = new_run(tmp_path / "large", plan_for(teacher, rows, 1, 2))
+    finish(large, 1)
+    export(large, tmp_path / "exported", 2)
+    batch, section = batch_of(2, 3), {"teacher": str(large.path / "model"), "checkpoint": 2, **SETTINGS}
+    known, learning, other = (
+        new_run(tmp_path / name, plan(student, tmp_path / "exported", rows, 2, batch=batch, **changes))
+        for name, changes in (
+            ("known", {}),
+            ("learning", {"distillation": section}),
+            ("other", {"distillation": section, **deepspeed(3)}),
+        )
+    )
+    finish(known, 2)
+    finish(other, 2)
+    finish(learning, 2, stop_at=2)
+    shutil.rmtree(large.checkpoints)
+    finish(learning, 2)
+    assert curve(learning) == curve(known)
+    assert_equal(state(learning), state(known))
+    compare(other, known, 1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])

@@ -8,10 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from launcher.errors import ConfigurationError
+from launcher.launch.evaluation import Request, estimate_fisher
+from launcher.launch.screen import Watcher
 from launcher.runs.layout import RunDirectory
 from launcher.training.data.order import Order
+from launcher.training.staying_near import _of_file
 from tests.training.plans import deepspeed
 from tests.training.runs import (
     assert_equal,
@@ -63,11 +68,17 @@ def run_of(path: Path, model: Path, data: dict[str, Any], world_size: int, **cha
     return run
 
 
-def plain(model: Path, data: dict[str, Any], alpha: float) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses and weights of a loop in PyTorch, whose weights are drawn to the start before each step."""
-    one = AutoModelForCausalLM.from_pretrained(model)
+def rows_of(data: dict[str, Any]) -> list[torch.Tensor]:
     lines = Path(data["train"]["path"]).read_text().splitlines()
-    rows = [torch.tensor([tokenizer()(json.loads(line)["text"])["input_ids"]]) for line in lines]
+    return [torch.tensor([tokenizer()(json.loads(line)["text"])["input_ids"]]) for line in lines]
+
+
+def plain(
+    model: Path, data: dict[str, Any], alpha: float, fisher: dict[str, torch.Tensor] | None = None
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses and weights of a loop in PyTorch, whose weights are drawn to the start before each step."""
+    one, rows = AutoModelForCausalLM.from_pretrained(model), rows_of(data)
+    times = {id(parameter): fisher[name] if fisher else 1.0 for name, parameter in one.named_parameters()}
     embeddings = one.get_input_embeddings().weight
     others = [parameter for parameter in one.parameters() if parameter is not embeddings]
     groups = [{"params": others, "lr": RATE}, {"params": [embeddings], "lr": OTHER_RATE}]
@@ -81,7 +92,8 @@ def plain(model: Path, data: dict[str, Any], alpha: float) -> tuple[list[float],
         with torch.no_grad():
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
-                    parameter -= group["lr"] * alpha * (parameter - starts[id(parameter)])
+                    pull = torch.as_tensor(group["lr"] * alpha * times[id(parameter)]).clamp(max=1)
+                    parameter -= pull * (parameter - starts[id(parameter)])
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
@@ -115,6 +127,68 @@ def test_the_weights_are_those_of_a_plain_loop(
         sum(float((one[name] - start[name]).square().sum()) for name in weights) for one in (weights, free)
     )
     assert near < 0.8 * far, "the comparison can fail: without the pull the weights end elsewhere"
+
+
+def fisher_of(model: Path, data: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The mean over all rows of the squared gradient of a row's log-likelihood, one row after another."""
+    one, rows = AutoModelForCausalLM.from_pretrained(model).eval(), rows_of(data)
+    sums = {name: torch.zeros_like(parameter) for name, parameter in one.named_parameters()}
+    for row in rows:
+        one.zero_grad()
+        (one(row, labels=row).loss * (row.shape[1] - 1)).backward()
+        for name, parameter in one.named_parameters():
+            assert parameter.grad is not None
+            sums[name] += parameter.grad.square() / len(rows)
+    return sums
+
+
+@pytest.mark.slow
+def test_by_fisher_information_the_weights_are_those_of_a_plain_loop(
+    model: Path, data: dict[str, Any], tmp_path: Path
+) -> None:
+    """The file on two ranks has the values of a loop, and a run that uses it the weights of one on either engine,
+    stopped in between."""
+    held_out = plan_for(model, data | {"evaluation": data["train"]}, 2, 1)
+    written = estimate_fisher(Request(held_out, None, str(model), None), Watcher(), NUM_ROWS)
+    assert written["rows"] == NUM_ROWS and written["file"] == str(model / "fisher.safetensors")
+    expected = fisher_of(model, data)
+    fisher = load_file(written["file"])
+    assert fisher.keys() == expected.keys()
+    for name, values in expected.items():
+        torch.testing.assert_close(fisher[name], values, rtol=1e-3, atol=1e-6 * float(values.max()))
+    alpha = 0.3 / (RATE * float(torch.cat([one.flatten() for one in expected.values()]).mean()))
+    weights = plain(model, data, alpha, expected)[1]
+    near = {"training": {"l2_sp": {"alpha": alpha, "fisher": written["file"]}}}
+    run, whole, other = (
+        new_run(tmp_path / name, make(model, data, 2, **near, **engine))
+        for name, engine in (("run", {}), ("whole", {}), ("other", deepspeed(3)))
+    )
+    finish(whole, 2)
+    finish(run, 2, stop_at=3)
+    finish(run, 2)
+    assert_equal(state(run), state(whole))
+    for name, weight in weights.items():
+        torch.testing.assert_close(state(whole)[f"model.{name}"], weight, rtol=2e-3, atol=2e-5)
+    finish(other, 2)
+    compare(other, whole, 1e-4)
+    alike = plain(model, data, ALPHA)[1]
+    assert any(not torch.allclose(alike[name], weight, atol=1e-3) for name, weight in weights.items())
+
+
+def test_a_fisher_file_of_another_model_is_refused(model: Path, tmp_path: Path) -> None:
+    one = AutoModelForCausalLM.from_pretrained(model)
+    weights = dict(one.named_parameters())
+    values = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    for broken, reason in (
+        ({**values, "model.norm.weight": torch.zeros(3)}, r"the file has it as \[3\]"),
+        ({name: value for name, value in values.items() if "embed" not in name}, "the file has it not"),
+    ):
+        save_file(broken, tmp_path / "fisher.safetensors")
+        with pytest.raises(ConfigurationError, match=reason):
+            _of_file(str(tmp_path / "fisher.safetensors"), weights)
+    (tmp_path / "fisher.safetensors").write_text("none")
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        _of_file(str(tmp_path / "fisher.safetensors"), weights)
 
 
 @pytest.mark.very_slow

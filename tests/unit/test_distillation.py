@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ import yaml
 
 from launcher.errors import ConfigurationError
 from launcher.job.load import load
+from launcher.launch.redecide import decide_again
 from launcher.planner.changes import changes
 from launcher.planner.search import plan_job
+from launcher.runs.layout import RunDirectory
+from tests.unit.checkpoint_files import make_run, write_checkpoint
 from tests.unit.test_planning_decide import CPU
 from tests.unit.test_suitability import LLAMA, model
 
@@ -67,7 +71,7 @@ def test_the_plan_names_the_teacher_by_its_absolute_path_and_keeps_to_it(tmp_pat
         ),
         ({"distillation": {"teacher": "large", "temperature": 0}}, "distillation.temperature", "above 0"),
         ({"distillation": {"teacher": "./nowhere"}}, "distillation.teacher", "no such directory"),
-        ({"distillation": {"teacher": "run"}}, "distillation.teacher", "launcher export run --out DIR"),
+        ({"distillation": {"teacher": "run"}}, "distillation.teacher", "has not begun yet"),
         ({"distillation": {"teacher": "lora"}}, "distillation.teacher", "export it merged"),
         (
             {
@@ -143,3 +147,60 @@ def test_models_that_cannot_share_batches_are_refused_with_what_they_can(
 def test_a_model_whose_head_is_no_matrix_is_refused(tmp_path: Path) -> None:
     key, reason = refusal(write(tmp_path, "falcon_h1"))
     assert key == "distillation" and "a falcon_h1 model's own head is not only a matrix" in reason
+
+
+def big(folder: Path, steps: dict[int, float], task: str = "causal-lm", **checkpoint: Any) -> Path:
+    """A run of a larger model with checkpoints, by step their loss; the job that learns from it."""
+    job = write(folder, distillation={"teacher": "runs/big"})
+    run = make_run(folder / "runs" / "big")
+    shutil.copytree(folder / "large", run.path / "model")
+    alone = {key: value for key, value in yaml.safe_load(job.read_text()).items() if key != "distillation"}
+    alone["data"]["evaluation"] = {"path": "rows.jsonl"}
+    (folder / "big.yaml").write_text(yaml.safe_dump(alone | {"checkpoint": checkpoint}))
+    plan = plan_job(load(folder / "big.yaml"), hardware=CPU)
+    run.plan_file.write_text(plan.model_copy(update={"task": task}).to_json())
+    for step, value in steps.items():
+        write_checkpoint(run, step, metrics={"loss": value})
+    return job
+
+
+@pytest.mark.parametrize(("kept", "step"), [({}, 6), ({"keep_best": 2}, 4)])
+def test_a_run_teaches_by_its_best_checkpoint_or_its_newest(
+    kept: dict[str, Any], step: int, tmp_path: Path
+) -> None:
+    job = big(tmp_path, {2: 3.0, 4: 1.0, 6: 2.0}, **kept)
+    plan = plan_job(load(job), hardware=CPU)
+    assert plan.distillation is not None
+    assert plan.distillation.teacher == str(tmp_path / "runs" / "big" / "model")
+    assert plan.distillation.checkpoint == step
+    write_checkpoint(RunDirectory(tmp_path / "runs" / "big"), 8, metrics={"loss": 0.5})
+    again = decide_again(load(job), None, plan, local=True)
+    assert again.distillation == plan.distillation, "a run that goes on has the teacher that it began with"
+    asked = plan_job(load(job, ["distillation.checkpoint=2"]), hardware=CPU)
+    assert asked.distillation is not None and asked.distillation.checkpoint == 2
+
+
+@pytest.mark.parametrize(
+    ("steps", "overrides", "key", "reason"),
+    [
+        ({}, [], "teacher", "has no whole checkpoint yet"),
+        ({2: 1.0}, ["distillation.checkpoint=3"], "checkpoint", "has no such checkpoint; it has 2"),
+        ({2: 1.0}, ["distillation.teacher=large", "distillation.checkpoint=2"], "checkpoint", "is no run"),
+    ],
+)
+def test_a_run_that_cannot_teach_is_refused(
+    steps: dict[int, float], overrides: list[str], key: str, reason: str, tmp_path: Path
+) -> None:
+    job = big(tmp_path, steps)
+    with pytest.raises(ConfigurationError) as caught:
+        plan_job(load(job, overrides), hardware=CPU)
+    [problem] = caught.value.problems
+    assert problem.key == f"distillation.{key}" and reason in problem.reason
+
+
+def test_a_run_of_another_task_or_of_a_damaged_plan_teaches_nothing(tmp_path: Path) -> None:
+    job = big(tmp_path, {2: 1.0}, task="masked-lm")
+    key, reason = refusal(job)
+    assert key == "distillation.teacher" and "is a run of masked-lm" in reason
+    (tmp_path / "runs" / "big" / "plan.json").write_text("{}")
+    assert refusal(job)[0] == "distillation.teacher"

@@ -102,6 +102,8 @@ def test_an_average_or_the_start_is_four_bytes_more_of_each_that_trains(key: dic
     averaged = footprint(**key)
     assert averaged.phase("loading").peak == parameters * 16 // 8
     assert averaged.phase("steady step").peak - footprint().phase("steady step").peak == parameters * 4 // 8
+    weighed = footprint(training__l2_sp={"alpha": 1, "fisher": "any"})
+    assert weighed.phase("loading").peak == parameters * 20 // 8
 
 
 def test_of_muon_the_matrices_of_the_layers_have_one_number_of_state() -> None:
@@ -201,6 +203,9 @@ def test_beside_an_adapter_the_weights_are_two_bytes_and_what_trains_sixteen() -
     one = footprint(world=1, model__adapter={})
     assert one.phase("loading").peak == 2 * weights + 12 * trained
     assert footprint(model__adapter={}).phase("loading").peak == (2 * weights + 12 * trained) // 8
+    # The largest is made whole in bf16, in fp64, and as four squares of its shorter side.
+    made = footprint(model__adapter={"init": "pissa"}).phase("loading").peak
+    assert made - footprint(model__adapter={}).phase("loading").peak == 10 * 4096 * 14336 + 32 * 4096**2
     full = footprint(world=1, model__adapter={"train_also": ("lm_head.*",)})
     assert full.phase("loading").peak == one.phase("loading").peak + 10 * 128256 * hidden
 

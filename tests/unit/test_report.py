@@ -171,6 +171,17 @@ class TestContent:
         assert content.plan == {} and content.attempts == [] and content.data == [] and content.samples == []
         assert content.status.state == "planned" and not panels([content])
 
+    def test_what_was_measured_before_and_after(self, run: RunDirectory) -> None:
+        folder = run.path / "evaluations"
+        folder.mkdir()
+        result = {"on": "/data/old.jsonl", "step": 200, "before": {"loss": 1.0}, "after": {"loss": 1.5}}
+        (folder / "evaluate-step-00000200-old.json").write_text(json.dumps(result))
+        (folder / "evaluate-step-00000200-torn.json").write_text("{")
+        [one] = read_run(run).measured
+        assert one == {"on": "old.jsonl", "step": 200, "metrics": [["loss", 1.0, 1.5, 0.5]]}
+        page = write_report(run.path / "report.html", run.path).read_text()
+        assert '<th scope="row">old.jsonl</th>' in page
+
     def test_samples_over_time(self, run: RunDirectory) -> None:
         for step in range(201, 301):
             samples.write(run, step, [{"row": 0, "input": {"text": "later"}, "answer": step}])

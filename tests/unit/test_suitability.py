@@ -299,6 +299,8 @@ def test_an_adapters_directory_is_its_base_with_its_sizes(by: str, tmp_path: Pat
         ({"r": 0}, {}, "its r is 0"),
         ({}, {"task": "sequence-classification"}, "does not say which classes its head is for"),
         ({}, {"adapter": {"rank": 8}}, "model.adapter.rank = 8: the adapter in .* has 4"),
+        ({}, {"adapter": {"init": "pissa"}}, "model.adapter.init = 'pissa': the adapter in .* has lora"),
+        ({"init_lora_weights": "pissa_niter_4"}, {}, "began by pissa_niter_4, which takes a part"),
         ({"base_model_name_or_path": "./gone"}, {}, "no such directory"),
     ],
 )

@@ -115,7 +115,9 @@ class Estimator:
             if plan.training.optimizer != "sgd" or plan.training.momentum
             else 0
         )
-        self.copies += (plan.training.ema is not None) + (plan.training.l2_sp is not None)
+        near = plan.training.l2_sp
+        self.copies += (plan.training.ema is not None) + (near is not None)
+        self.copies += near is not None and near.fisher is not None
         self.teacher: Teacher | None = None
         if isinstance(program, Taught):
             self.teacher = Teacher(plan, program.teacher, self.setting, self._cut())
@@ -130,7 +132,8 @@ class Estimator:
         steady = self._step()
         states, host = self._states()
         resident, staged = sum(states.values()), self.checkpoint_bytes // self.plan.mesh.world_size
-        loaded = states | {PARAMETERS: states.get(PARAMETERS, 0) + self._loaded()}
+        for_a_while = self._loaded() + self._of_weights()
+        loaded = states | {PARAMETERS: states.get(PARAMETERS, 0) + for_a_while}
         loading = Timeline(dict(loaded), sum(loaded.values()), "every parameter and its state", dict(loaded))
         saving = Timeline(dict(states), resident, "a copy, written while training goes on", dict(states))
         if not self.cuda and self.plan.checkpoint.asynchronous:
@@ -183,6 +186,26 @@ class Estimator:
         return -(
             -sum(weight.num_elements * (self.itemsize if weight.narrow else 4) for weight in weights)
             // self.plan.mesh.world_size
+        )
+
+    def _of_weights(self) -> int:
+        """Return the bytes that an adapter takes which is made of the weights beside it, one after another: of
+        the largest, whole, fp64 with four squares of its shorter side, or fp32 three times."""
+        if self.adapter is None or self.adapter.init == "lora":
+            return 0
+        root, layers = self.units
+        weights = {weight.name: weight for unit in (root, *layers) for weight in unit.weights}
+        beside = [
+            weights.get(name.replace(".lora_A.weight", ".weight")) for name in weights if ".lora_A." in name
+        ]
+        return max(
+            (
+                one.num_elements * (self.itemsize if one.narrow else 4)
+                + max(8 * one.num_elements + 32 * min(one.shape) ** 2, 12 * one.num_elements)
+                for one in beside
+                if one is not None
+            ),
+            default=0,
         )
 
     def _phase(self, name: str, time: Timeline, host: int) -> Phase:

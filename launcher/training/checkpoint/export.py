@@ -220,7 +220,7 @@ def _write_shards(directory: Path, weights: Weights, shards: list[list[Entry]], 
     )
     for name, shard in zip(names, shards, strict=True):
         with open(directory / name, "wb") as file:
-            _write_safetensors(file, weights, shard)
+            write_safetensors(file, weights, shard)
             file.flush()
             os.fsync(file.fileno())
     if count == 1:
@@ -237,8 +237,11 @@ def _write_shards(directory: Path, weights: Weights, shards: list[list[Entry]], 
     return names
 
 
-def _write_safetensors(file: BinaryIO, weights: Weights, entries: list[Entry]) -> None:
-    """The format by hand, as the library's own writer needs all tensors of a file in memory at once."""
+def write_safetensors(file: BinaryIO, weights: Weights, entries: list[Entry]) -> None:
+    """Write tensors to a file, in the order of `entries`.
+
+    By hand, as the library's own writer needs all tensors of a file in memory at once.
+    """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for entry in entries:

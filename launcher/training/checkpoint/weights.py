@@ -17,7 +17,7 @@ from launcher.job.adapter import Adapter
 from launcher.planner.plan import Plan
 from launcher.training.averaging import PREFIX as EMA_PREFIX
 from launcher.training.checkpoint.reader import CheckpointReader
-from launcher.training.model import adapters, pretrained
+from launcher.training.model import adapter_starts, adapters, pretrained
 from launcher.training.model import loading as models
 from launcher.training.model.reading import Changes
 from launcher.training.precision import DTYPES
@@ -181,7 +181,7 @@ class Merged:
         module, _, key = name.rpartition(".")
         if key != "weight" or f"{module}.lora_A.weight" not in self.trained:
             return self.stored.pieces(name) if name in self.trained else _slices(self.base[name].detach())
-        own = self.stored.read(name) if name in self.trained else self.base[name].detach()
+        own = self.stored.read(name) if name in self.trained else self._beside(name, module)
         product = self.stored.read(f"{module}.lora_B.weight") @ self.stored.read(f"{module}.lora_A.weight")
         added = product.t() if name in self.turned else product
         whole = own.float().add(added, alpha=self.adapter.scale)
@@ -190,6 +190,15 @@ class Merged:
             lengths = torch.linalg.vector_norm(whole, dim=side, keepdim=True)
             whole *= self.stored.read(magnitude).unsqueeze(side) / lengths
         return _slices(whole)
+
+    def _beside(self, name: str, module: str) -> torch.Tensor:
+        """Return a weight as it stood beside its adapter, in the precision that it had there."""
+        own = self.base[name].detach()
+        if self.adapter.init == "lora":
+            return own
+        whole = own.t() if name in self.turned else own
+        rest = adapter_starts.rest(whole, *adapter_starts.matrices(whole, self.adapter, module), self.adapter)
+        return (rest.t() if name in self.turned else rest).to(own.dtype)
 
 
 def _base(plan: Plan, model_files: Path, dtype: torch.dtype) -> Any:
@@ -223,6 +232,8 @@ class Alone:
 
     def __init__(self, plan: Plan, adapter: Adapter, stored: Stored, model_files: Path) -> None:
         self.plan, self.adapter, self.stored = plan, adapter, stored
+        self._base = Merged(plan, adapter, stored, model_files) if adapter.init != "lora" else None
+        self._start: tuple[str, dict[str, torch.Tensor]] = "", {}
         self._names = _whole_parameters(plan, stored, model_files)
         self.modules = sorted({name.rpartition(".")[0] for name in self._names})
 
@@ -230,12 +241,33 @@ class Alone:
         described = {entry.name: entry for entry in self.stored.entries()}
         sources = {name: name for name in described if adapters.is_own(name)} | self._names
         return [
-            Entry(_PEFT_PREFIX + name, described[source].shape, described[source].dtype)
+            Entry(_PEFT_PREFIX + name, self._shape(name, described[source].shape), described[source].dtype)
             for name, source in sources.items()
         ]
 
+    def _shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if self._base is None or not adapters.is_own(name):
+            return shape
+        return (2 * shape[0], shape[1]) if name.endswith(".lora_A.weight") else (shape[0], 2 * shape[1])
+
+    @torch.no_grad()
+    def _with_start(self, name: str) -> torch.Tensor:
+        """Return A with the first A below it, or B with the first B, negative, beside it: what was learned
+        beside a part of the weight, as a change of the whole."""
+        assert self._base is not None
+        module, _, matrix = name.removesuffix(".weight").rpartition(".")
+        if self._start[0] != module:
+            weight = self._base.base[f"{module}.weight"].detach()
+            whole = weight.t() if f"{module}.weight" in self._base.turned else weight
+            first, second = adapter_starts.matrices(whole, self.adapter, module)
+            self._start = module, {"lora_A": first, "lora_B": -second}
+        own = self.stored.read(name)
+        return torch.cat([own, self._start[1][matrix].to(own.dtype)], dim=0 if matrix == "lora_A" else 1)
+
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
         name = name.removeprefix(_PEFT_PREFIX)
+        if self._base is not None and adapters.is_own(name):
+            return _slices(self._with_start(name))
         return self.stored.pieces(self._names.get(name, name))
 
     def write_settings(self, directory: Path) -> None:
@@ -252,7 +284,11 @@ class Alone:
             "revision": model.revision,
         }
         settings = adapters.settings(
-            self.adapter, names, modules_to_save=self.modules or None, inference_mode=True, **more
+            self.adapter if self._base is None else self.adapter.as_plain(),
+            names,
+            modules_to_save=self.modules or None,
+            inference_mode=True,
+            **more,
         )
         settings.save_pretrained(directory)
 

@@ -24,6 +24,8 @@ from transformers.pytorch_utils import Conv1D
 from launcher.errors import ConfigurationError, Problem
 from launcher.job.adapter import OWN, Adapter
 from launcher.planner.model.model_support import WITHOUT_ADAPTER
+from launcher.runs.places import here
+from launcher.training.model import adapter_starts
 
 WEIGHTS = "adapter_model.safetensors"
 """The file of an adapter's directory that holds its values."""
@@ -115,6 +117,21 @@ def _lengths(model: nn.Module, name: str) -> torch.Tensor:
     return torch.linalg.vector_norm(whole.float(), dim=0 if isinstance(layer, Conv1D) else 1)
 
 
+def _of_weights(model: nn.Module, adapter: Adapter) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield A and B as they are made of a weight, and the weight without them. Called by all ranks together."""
+    for name in [name for name, module in model.named_modules() if NAME in getattr(module, "lora_A", {})]:
+        layer: Any = model.get_submodule(f"{name}.base_layer")
+        weight = layer.weight.detach()
+        whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+        whole = whole.t() if isinstance(layer, Conv1D) else whole
+        here.moved(detail=name)
+        first, second = adapter_starts.together(whole, adapter, name)
+        rest = adapter_starts.rest(whole, first, second, adapter)
+        yield f"{name}.lora_A.{NAME}.weight", first
+        yield f"{name}.lora_B.{NAME}.weight", second
+        yield f"{name}.base_layer.weight", rest.t() if isinstance(layer, Conv1D) else rest
+
+
 def beginning(model: nn.Module, adapter: Adapter, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
     """The values that training begins with, fp32 and whole, by the name that the parameter has in the model
     with adapters.
@@ -122,6 +139,9 @@ def beginning(model: nn.Module, adapter: Adapter, seed: int) -> Iterator[tuple[s
     Of a new adapter its first ones; of one that is gone on with those in its file, of what is trained beside
     it too. Raises ConfigurationError where the file is not of these layers and sizes.
     """
+    if adapter.init != "lora":
+        yield from _of_weights(model, adapter)
+        return
     if adapter.weights is None:
         for name, parameter in model.named_parameters():
             if is_own(plain(name)):

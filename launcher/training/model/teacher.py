@@ -1,13 +1,19 @@
-"""Whether a teacher goes with what it teaches: the same tokenizer, a row for each token, the same classes."""
+"""Whether a teacher goes with what it teaches, by tokenizer and classes; and its weights, where it is a run."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+from torch import distributed
 
 from launcher.errors import ConfigurationError, Problem
 from launcher.planner.plan import Plan
+from launcher.runs.layout import RunDirectory
 from launcher.tasks import classes
+from launcher.tasks.distillation import Distillation
 from launcher.tasks.task import Task
+from launcher.training.checkpoint.export import export
 from launcher.training.model import pretrained
 
 KEY = "distillation.teacher"
@@ -48,6 +54,22 @@ def check_teacher(plan: Plan, task: Task, tokenizer: Any) -> None:
         raise _problem(plan, reason)
     if not task.needs_labels and len(own) != 1:
         raise _problem(plan, f"it has {len(own)} outputs, and a number is one")
+
+
+def written_out(run: RunDirectory, plan: Plan) -> Distillation | None:
+    """Return a plan's section `distillation`, with a directory of weights in the place of a run as the teacher.
+
+    That is RUN/teacher, which rank 0 writes in the first attempt. For all ranks together. Raises CheckpointError
+    where the teacher's checkpoint is not whole, StorageError where the disk does not take it.
+    """
+    settings = plan.distillation
+    if settings is None or settings.checkpoint is None:
+        return settings
+    target = run.path / "teacher"
+    if distributed.get_rank() == 0 and not target.exists():
+        export(RunDirectory(Path(settings.teacher).parent), target, settings.checkpoint)
+    distributed.barrier()
+    return settings.model_copy(update={"teacher": str(target)})
 
 
 def _shown(names: list[str]) -> str:
