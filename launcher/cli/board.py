@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from launcher.board.server import Server
 
 Runs = Annotated[
-    Path, typer.Argument(metavar="[DIR]", help="Where the runs are; of a sweep, its folder points/.")
+    Path,
+    typer.Argument(
+        metavar="[DIR]", help="Where the runs are; of a sweep, its folder points/.", envvar="LAUNCHER_RUNS"
+    ),
 ]
 Port = Annotated[
     int, typer.Option("--port", min=0, max=65535, help="The port on this machine; 0 takes a free one.")

@@ -40,6 +40,10 @@ def line_plot(
         plotext.xscale("log")
         plotext.yscale("log")
         plotext.xticks([x for x, _ in points], [f"{x:g}" for x, _ in points])
+    elif all(x == int(x) for x, _ in points):  # steps: there is none of number 6.2
+        first, last = points[0][0], points[-1][0]
+        ticks = sorted({round(first + (last - first) * part / 4) for part in range(5)})
+        plotext.xticks(ticks, [f"{tick:g}" for tick in ticks])
     if ylabel:
         plotext.title(ylabel)
     plotext.plot([x for x, _ in points], [y for _, y in points], marker="braille")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shlex
+import shutil
+import sys
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -27,8 +30,8 @@ _LAYOUTS = {
 _HEADER = ["gpu", "GPUs", "memory", "of", "fits", "step s", "tokens/s", "MFU", "hours", "cost", "plan"]
 
 
-def table(plan: Plan) -> str:
-    """Return the plan for people: what it comes to, then each decision with its reason."""
+def summary(plan: Plan) -> str:
+    """Return what a plan comes to, one fact a line."""
     mesh, batch = plan.mesh, plan.batch
     cut = f"{mesh.dp_replicate} x {mesh.dp_shard} (copies x shards)"
     ranks = f"{mesh.world_size} rank{'s' * (mesh.world_size > 1)} on {mesh.device}, {cut}"
@@ -48,12 +51,40 @@ def table(plan: Plan) -> str:
             **known,
             "engine": f"{plan.engine}, sharding {plan.sharding}, offload {plan.offload}, {plan.precision}",
         }
-    lines = [f"{name:9}{text}" for name, text in facts.items()]
+    return "\n".join(f"{name:9}{text}" for name, text in facts.items())
+
+
+def table(plan: Plan, width: int | None = None) -> str:
+    """Return the plan for people: what it comes to, then each decision with its reason.
+
+    width: lines are broken between words so that none has more characters.
+    """
+    lines = [summary(plan)]
     keys = max((len(decision.key) for decision in plan.decisions), default=0)
     values = max((len(str(decision.value)) for decision in plan.decisions), default=0)
     lines += ["", "Decided here, because the job leaves it open:"] if plan.decisions else []
     lines += [f"  {each.key:{keys}}  {each.value!s:{values}}  {each.reason}" for each in plan.decisions]
-    return "\n".join(lines + not_taken(plan))
+    lines += not_taken(plan)
+    if width is None:
+        return "\n".join(lines)
+    # Reasons stay below each other where they have room; on a narrow terminal they begin at the edge.
+    indent = " " * (keys + values + 6 if keys + values + 36 <= width else 4)
+    return "\n".join(
+        textwrap.fill(
+            part,
+            width,
+            subsequent_indent=indent if part.startswith("  ") else " " * 9,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for line in lines
+        for part in line.split("\n")
+    )
+
+
+def width_of_terminal() -> int | None:
+    """Return the columns of the terminal that stdout is; None where it is none, and lines stay whole."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def not_taken(plan: Plan) -> list[str]:
@@ -139,8 +170,6 @@ def cells(row: PlanRow) -> list[str]:
 
 def scaling_plots(rows: Sequence[PlanRow]) -> str:
     """Return plots of speed and memory over the number of GPUs; empty where a line would have one point."""
-    import shutil
-
     known = [(float(row.plan.mesh.world_size), row.forecast) for row in rows if row.forecast is not None]
     speeds = [(ranks, forecast.speed.tokens_per_second) for ranks, forecast in known if forecast.speed]
     memory = [(ranks, forecast.footprint.highest.total / 2**30) for ranks, forecast in known]

@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -70,7 +71,10 @@ class Profiles:
         """
         config = config_of(plan.model)
         if config is None:
-            ways = "fetch it, name its directory, or write model.config"
+            revision = ["--revision", plan.model.revision] if plan.model.revision else []
+            command = shlex.join(["hf", "download", plan.model.name, "config.json", *revision])
+            ways = f"fetch it (`launcher plan --fetch`, or `{command}`), name its directory, or write "
+            ways += "model.config"
             return Unknown(f"no config.json of {plan.model.name} on this machine; {ways}")
         if plan.distillation is not None:
             return self._taught(plan)
