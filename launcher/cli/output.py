@@ -40,6 +40,10 @@ def line_plot(
         plotext.xscale("log")
         plotext.yscale("log")
         plotext.xticks([x for x, _ in points], [f"{x:g}" for x, _ in points])
+        low, high = min(y for _, y in points), max(y for _, y in points)
+        ticks = [low * (high / low) ** (part / 4) for part in range(5)] if 0 < low < high else []
+        if ticks:
+            plotext.yticks(ticks, [f"{tick:,.0f}" if tick >= 100 else f"{tick:.3g}" for tick in ticks])
     elif all(x == int(x) for x, _ in points):  # steps: there is none of number 6.2
         first, last = points[0][0], points[-1][0]
         ticks = sorted({round(first + (last - first) * part / 4) for part in range(5)})

@@ -55,6 +55,14 @@ def test_validate_as_json(job: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert json.loads(capsys.readouterr().out) == expected
 
 
+def test_validate_says_that_a_tracker_is_not_here(
+    job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launcher.planner.dataset.suitability.find_spec", lambda name: None)
+    assert call("validate", "job.yaml", "--set", "trackers=[wandb]") == 0
+    assert "note: trackers = 'wandb': its package is not installed here" in capsys.readouterr().out
+
+
 def test_a_config_is_fetched_where_that_is_asked_for(
     job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
