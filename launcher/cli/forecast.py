@@ -40,9 +40,10 @@ def bars(forecast: Forecast) -> str:
     enlarged = f" (the longest bar is {gib(highest.total)} of {gib(memory)})" if longest < memory else ""
     lines = ["", f"Memory of a rank, by phase{enlarged}:"]
     for phase in phases:
-        bar = "".join(
-            sign * round(WIDTH * phase.parts.get(kind, 0) / longest) for kind, sign in signs.items()
-        )
+        bar, part = "", 0.0
+        for kind, sign in signs.items():
+            part += phase.parts.get(kind, 0)
+            bar += sign * (round(WIDTH * part / longest) - len(bar))
         host = f", {gib(phase.host)} of the host's" if phase.host else ""
         lines.append(f"  {phase.name:12} {bar:{WIDTH}} {gib(phase.total):>9}{host}")
     shown = {kind: size for kind in signs if (size := highest.parts.get(kind))}

@@ -115,4 +115,4 @@ def init(
     write(out, content, force)
     unfinished(out).unlink(missing_ok=True)
     start = "submit" if "cluster" in content else "run"
-    typer.echo(f"wrote {out}; next: launcher validate {out}, launcher plan {out}, launcher {start} {out}")
+    dialog.say(f"wrote {out}; next: launcher validate {out}, launcher plan {out}, launcher {start} {out}")

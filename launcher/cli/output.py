@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any
+import re
+import shutil
+import textwrap
+from typing import Any, TextIO
 
 import typer
 
@@ -22,6 +25,28 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     for row in [header, *rows]:
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def columns_of(stream: TextIO) -> int | None:
+    """Return the columns of the terminal that a stream is; None where it is none, and lines stay whole."""
+    return shutil.get_terminal_size().columns if stream.isatty() else None
+
+
+def folded(text: str, width: int | None) -> str:
+    """Return a text whose lines are broken between words, so that none has more than `width` characters.
+
+    What is broken off stands below its column, where lines have columns two spaces apart and there is room.
+    """
+    return text if width is None else "\n".join(_fold(line, width) for line in text.split("\n"))
+
+
+def _fold(line: str, width: int) -> str:
+    begins = [match.end() for match in re.finditer(r"(?<=\S) {2,}", line)]
+    column = begins[-1] if 0 < len(begins) < 4 and begins[-1] <= 0.65 * width else 0
+    column = column or (4 if line.startswith(" ") else 2)
+    return textwrap.fill(
+        line, width, subsequent_indent=" " * column, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def open_in_browser(address: str) -> bool:

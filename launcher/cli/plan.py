@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -158,21 +159,22 @@ def _print_rows(
 
 def _print(preview: Preview) -> None:
     from launcher.cli.forecast import bars, beside_trace, nearest, speed_lines
-    from launcher.cli.plan_tables import table, width_of_terminal
+    from launcher.cli.output import columns_of, folded
+    from launcher.cli.plan_tables import table
 
     forecast = preview.shown
-    typer.echo(table(preview.plan, width_of_terminal()))
+    width = columns_of(sys.stdout)
+    typer.echo(folded(table(preview.plan), width))
     if forecast is None:
-        typer.echo(f"\nNo forecast of memory: {preview.no_forecast}.")
-        typer.echo(
+        text = (
             "What is open is decided as it needs the least; `launcher run` checks the training state alone."
         )
+        typer.echo(folded(f"\nNo forecast of memory: {preview.no_forecast}.\n{text}", width))
         return
     traced = beside_trace(forecast, preview.forecast) if preview.traced or forecast.traced else ""
     instead = "" if forecast.fits else nearest(preview.suggestions)
-    typer.echo(
-        "\n".join(filter(None, [bars(forecast), traced, speed_lines(forecast, preview.no_epoch), instead]))
-    )
+    parts = [bars(forecast), traced, speed_lines(forecast, preview.no_epoch), instead]
+    typer.echo(folded("\n".join(filter(None, parts)), width))
 
 
 def _print_as_json(preview: Preview, trace: bool) -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import shlex
 import shutil
-import sys
-import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -30,6 +29,13 @@ _LAYOUTS = {
 _HEADER = ["gpu", "GPUs", "memory", "of", "fits", "step s", "tokens/s", "MFU", "hours", "cost", "plan"]
 
 
+def model_shown(name: str) -> str:
+    """Return a model's name on the hub, or its directory as people would type it."""
+    from launcher.runs.wording import shown
+
+    return shown(Path(name)) if Path(name).is_absolute() else name
+
+
 def summary(plan: Plan) -> str:
     """Return what a plan comes to, one fact a line."""
     mesh, batch = plan.mesh, plan.batch
@@ -38,7 +44,7 @@ def summary(plan: Plan) -> str:
     per_rank = f"{batch.micro_batch_size} x {batch.accumulation_steps}"
     sizes = f"{batch.global_batch_size} = {per_rank} x {batch.data_parallel_size}"
     facts = {
-        "run": f"{plan.name}: {plan.task} with {plan.model.name}",
+        "run": f"{plan.name}: {plan.task} with {model_shown(plan.model.name)}",
         "length": f"{plan.length.value:g} {plan.length.unit}",
         "ranks": f"{ranks}, {mesh.threads_per_rank} threads each",
         "batch": f"{sizes} (micro-batch x accumulation x ranks)",
@@ -54,37 +60,14 @@ def summary(plan: Plan) -> str:
     return "\n".join(f"{name:9}{text}" for name, text in facts.items())
 
 
-def table(plan: Plan, width: int | None = None) -> str:
-    """Return the plan for people: what it comes to, then each decision with its reason.
-
-    width: lines are broken between words so that none has more characters.
-    """
+def table(plan: Plan) -> str:
+    """Return the plan for people: what it comes to, then each decision with its reason."""
     lines = [summary(plan)]
     keys = max((len(decision.key) for decision in plan.decisions), default=0)
     values = max((len(str(decision.value)) for decision in plan.decisions), default=0)
     lines += ["", "Decided here, because the job leaves it open:"] if plan.decisions else []
     lines += [f"  {each.key:{keys}}  {each.value!s:{values}}  {each.reason}" for each in plan.decisions]
-    lines += not_taken(plan)
-    if width is None:
-        return "\n".join(lines)
-    # Reasons stay below each other where they have room; on a narrow terminal they begin at the edge.
-    indent = " " * (keys + values + 6 if keys + values + 36 <= width else 4)
-    return "\n".join(
-        textwrap.fill(
-            part,
-            width,
-            subsequent_indent=indent if part.startswith("  ") else " " * 9,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-        for line in lines
-        for part in line.split("\n")
-    )
-
-
-def width_of_terminal() -> int | None:
-    """Return the columns of the terminal that stdout is; None where it is none, and lines stay whole."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    return "\n".join(lines + not_taken(plan))
 
 
 def not_taken(plan: Plan) -> list[str]:

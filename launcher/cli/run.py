@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +12,7 @@ import typer
 from launcher.cli import completion
 from launcher.cli.app import SCRIPT_ARGUMENTS
 from launcher.cli.job import JobFile, Overrides
-from launcher.cli.output import print_json
+from launcher.cli.output import columns_of, folded, print_json
 from launcher.cli.plan import AsJson, NumRanks, profiles_for
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def run(
             lines.append(
                 f"decided  {len(plan.decisions)} open keys; `launcher plan` says each with its reason"
             )
-        typer.echo("\n".join(lines) + "\n", err=True)
+        typer.echo(folded("\n".join(lines), columns_of(sys.stderr)) + "\n", err=True)
     _attempt(opened, plan, stop_at, as_json)
 
 

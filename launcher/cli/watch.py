@@ -30,6 +30,8 @@ _SECONDS_BETWEEN_QUESTIONS = 10.0
 _RANKS_WIDTH, _FEW_RANKS_WIDTH, _NODE_WIDTH = 50, 34, 8
 _NARROW, _LOW = 76, 30
 """Columns and rows below which a terminal has no room for all that is known."""
+_IN_WORDS = ("compared", "straggler", "symptom", "rewound", "made_room", "layout", "other_engine")
+"""Events whose values only their sentence makes plain."""
 _OVER = ("finished", "failed", "stopped")
 
 
@@ -241,9 +243,13 @@ class Latest:
 
 def events(records: list[dict[str, Any]]) -> Latest:
     """The last events with their values, one a line."""
+    from launcher.cli.progress import notice
+
     lines = []
     for record in records:
         text = "  ".join(f"{key} {value}" for key, value in _values(record))
+        if record["event"] in _IN_WORDS:
+            text = (notice(record) or "").removeprefix("warning: ")
         clock = time.strftime("%H:%M:%S", time.localtime(record["time"]))
         lines.append(f"{clock}  {record['event']}  {text}"[:200])
     return Latest(lines)

@@ -28,6 +28,7 @@ from launcher.planner.model.model_config import config_of, locate
 from launcher.planner.model.model_shape import stored_parameters
 from launcher.planner.plan import Plan
 from launcher.runs import cache
+from launcher.runs.wording import shown
 
 FORMAT = 2
 """Of the files: another one is no profile."""
@@ -120,7 +121,9 @@ class Profiles:
                 f"no profile of this {kind} model for {plan.task} is in the cache, and none is made now"
             )
         if answer is None:
-            what = f"tracing {plan.model.name}, a {kind} model, for its memory"
+            name = plan.model.name
+            where = shown(Path(name)) if Path(name).is_absolute() else name
+            what = f"tracing {where}, a {kind} model, for its memory"
             self.say(f"{what}; later plans find the profile in the cache ...")
             answer = _trace(plan)
             if "profile" in answer:
