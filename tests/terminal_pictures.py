@@ -109,7 +109,7 @@ class Terminal:
         """Write what the terminal shows as SVG, in a font that every viewer has."""
         text = Text.from_ansi(self.seen(colours=True).rstrip())
         # Few fonts have these at the width of letters: as words of their own, they move nothing behind them.
-        text.highlight_regex("[\u2500-\u28ff]+", "#c5c8c7")
+        text.highlight_regex("[\u2500\u2502-\u2577\u257c-\u28ff]+", "#c5c8c7")
         with open(os.devnull, "w", encoding="utf-8") as nowhere:
             console = Console(record=True, width=self._columns, file=nowhere, force_terminal=True)
             console.print(text, soft_wrap=True, highlight=False)

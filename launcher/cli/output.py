@@ -44,9 +44,12 @@ def _fold(line: str, width: int) -> str:
     begins = [match.end() for match in re.finditer(r"(?<=\S) {2,}", line)]
     column = begins[-1] if 0 < len(begins) < 4 and begins[-1] <= 0.65 * width else 0
     column = column or (4 if line.startswith(" ") else 2)
-    return textwrap.fill(
-        line, width, subsequent_indent=" " * column, break_long_words=False, break_on_hyphens=False
+    # A sign of a legend stays before its word.
+    held = re.sub(r"([\u2580-\u259f]) (?=\w)", "\\1\u00a0", line)
+    filled = textwrap.fill(
+        held, width, subsequent_indent=" " * column, break_long_words=False, break_on_hyphens=False
     )
+    return filled.replace("\u00a0", " ")
 
 
 def open_in_browser(address: str) -> bool:

@@ -43,9 +43,10 @@ def summary(plan: Plan) -> str:
     ranks = f"{mesh.world_size} rank{'s' * (mesh.world_size > 1)} on {mesh.device}, {cut}"
     per_rank = f"{batch.micro_batch_size} x {batch.accumulation_steps}"
     sizes = f"{batch.global_batch_size} = {per_rank} x {batch.data_parallel_size}"
+    unit = plan.length.unit.removesuffix("s") if plan.length.value == 1 else plan.length.unit
     facts = {
         "run": f"{plan.name}: {plan.task} with {model_shown(plan.model.name)}",
-        "length": f"{plan.length.value:g} {plan.length.unit}",
+        "length": f"{plan.length.value:g} {unit}",
         "ranks": f"{ranks}, {mesh.threads_per_rank} threads each",
         "batch": f"{sizes} (micro-batch x accumulation x ranks)",
         "samples": f"{_LAYOUTS[plan.layout]}, {plan.attention} attention",

@@ -390,7 +390,7 @@ def answering(answers: list[bytes], *arguments: str) -> tuple[int, str]:
                 output += os.read(ours, 4096)
             except OSError:  # the other end is closed
                 break
-            if output.endswith((b"]: ", b"sounds): ", b"hub: ")) and len(output) > seen and left:
+            if output.endswith((b"]: ", b"sounds: ", b"hub: ")) and len(output) > seen and left:
                 time.sleep(0.1)  # until readline has the terminal
                 os.write(ours, left.pop(0))
                 seen = len(output)

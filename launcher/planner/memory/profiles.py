@@ -124,7 +124,7 @@ class Profiles:
             name = plan.model.name
             where = shown(Path(name)) if Path(name).is_absolute() else name
             what = f"tracing {where}, a {kind} model, for its memory"
-            self.say(f"{what}; later plans find the profile in the cache ...")
+            self.say(f"{what}; later plans know it ...")
             answer = _trace(plan)
             if "profile" in answer:
                 _keep(path, answer)
