@@ -190,6 +190,6 @@ def _attempt(run: RunDirectory, plan: Plan, stop_at: int | None, as_json: bool) 
         elif code == 0 and plan.training.is_range_test:
             typer.echo(f"finished: {shown(run.path)}; next: launcher lr-find {shown(run.path)}")
         elif code == 0:
-            typer.echo(summary(run, shown(run.path)))
+            typer.echo(folded(summary(run, shown(run.path)), columns_of(sys.stdout)))
     mute()
     raise typer.Exit(code)
