@@ -207,9 +207,7 @@ def ranks_table(ranks: list[dict[str, Any]], brief: bool = False) -> Table:
         slow = rank["slowness"] > 0 or (stands_out and len(ranks) > 1)
         cells = {
             "rank": str(rank["rank"]),
-            "node": rank["host"]
-            if len(rank["host"]) <= _NODE_WIDTH
-            else f"{rank['host'][: _NODE_WIDTH - 1]}…",
+            "node": host if len(host := rank["host"]) <= _NODE_WIDTH else f"…{host[1 - _NODE_WIDTH :]}",
             "step": str(rank["step"]),
             "busy": f"{rank['busy_seconds']:.2f} s",
             "still": f"{rank['behind_seconds']:.1f} s",

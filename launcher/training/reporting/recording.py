@@ -125,19 +125,17 @@ class Recorder:
             told["train/epoch"] = state.num_items / self._num_items_of_epoch
         told |= {f"train/loss/{alias}": value for alias, value in by_source.items()}
         self._trackers.log(told, step)
-        self._print(record)
+        self._print_step(record)
         if time.monotonic() - self._kept_at > _SECONDS_BETWEEN_KEEPING:
             self._keep()
 
-    def _print(self, record: dict[str, Any]) -> None:
+    def _print_step(self, record: dict[str, Any]) -> None:
         """Print a step into the rank's log: the first, and later one every few seconds."""
         if (now := time.monotonic()) - self._printed_at < _SECONDS_BETWEEN_LINES:
             return
         self._printed_at = now
-        facts = (
-            f"step {record['step']}  loss {record['loss']:.4f}  learning rate {record['learning_rate']:.2e}"
-        )
-        print(f"{facts}  {record['tokens_per_second']:,.0f} tokens/s", file=sys.stderr, flush=True)
+        loss, rate = f"loss {record['loss']:.4f}", f"learning rate {record['learning_rate']:.2e}"
+        _print(f"step {record['step']}  {loss}  {rate}  {record['tokens_per_second']:,.0f} tokens/s")
 
     def evaluation(
         self, step: int, metrics: dict[str, float], details: dict[str, Any], answers: list[dict[str, Any]]
@@ -155,7 +153,7 @@ class Recorder:
         self._journal.append(self._run.metrics_file, {"kind": "evaluation", "step": step, "metrics": metrics})
         self._journal.event(self._run.events_file, "evaluated", step=step, metrics=metrics)
         numbers = ", ".join(f"{key} {value:.4f}" for key, value in metrics.items())
-        print(f"measured after step {step}: {numbers}", file=sys.stderr, flush=True)
+        _print(f"measured after step {step}: {numbers}")
         self._trackers.log({f"eval/{key}": value for key, value in metrics.items()}, step)
         if answers:
             with contextlib.suppress(OSError):  # as above
@@ -174,6 +172,12 @@ class Recorder:
             with contextlib.suppress(OSError):
                 fold.refresh().keep()
         self._kept_at = time.monotonic()
+
+
+def _print(line: str) -> None:
+    """Print a line into the rank's log. A full disk stops no training."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def description(engine: Engine, config: Any, length: int, unit: str) -> dict[str, Any]:
