@@ -94,7 +94,7 @@ def _row(seen: dict[str, Any]) -> list[str]:
     return [
         seen["name"],
         seen["state"],
-        f"{seen['step']}{of}" if seen["step"] or of else "",
+        f"{seen['step']}{of}" if seen["step"] or of or seen["state"] == "planned" else "",
         "" if seen["loss"] is None else f"{seen['loss']:.4f}",
         f"{metric['name']} {metric['value']:.4f}" if metric else "",
         "" if began is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(began)),
@@ -141,7 +141,7 @@ def describe(seen: dict[str, Any]) -> str:
         "attempts": str(seen["attempts"]),
         **{role: line({"role": role, **rows}).partition(": ")[2] for role, rows in seen["data"].items()},
         # A script of one's own tells of no steps.
-        "step": f"{seen['step']}{of}" if seen["step"] or of else None,
+        "step": f"{seen['step']}{of}" if seen["step"] or of or seen["state"] == "planned" else None,
         "loss": None if seen["loss"] is None else f"{seen['loss']:.4f}",
         "speed": _speed(seen),
         "measured": ", ".join(f"{name} {value:.4f}" for name, value in seen["metrics"].items())
