@@ -24,20 +24,35 @@ Disk = Annotated[
 ]
 
 
-def bench(nproc: Ranks = None, disk: Disk = Path(), as_json: AsJson = False) -> None:
+Kept = Annotated[bool, typer.Option("--force", help="Keep the figures, though other work made them too low.")]
+_BUSY = 0.5
+"""Load beside the measurement, per core, from which on figures are too low to plan by."""
+
+
+def bench(nproc: Ranks = None, disk: Disk = Path(), force: Kept = False, as_json: AsJson = False) -> None:
     """Measure this machine, so that plans count with its own figures."""
+    import os
+
     from launcher.planner.hardware.detect import find_gpus
     from launcher.runs.machine import Machine, path
     from launcher.training.bench import bench as measure
 
-    ranks = nproc or len(find_gpus()[0]) or 2
+    ranks, load, cores = nproc or len(find_gpus()[0]) or 2, os.getloadavg()[0], os.cpu_count() or 1
+    keeps = force or load < _BUSY * cores
+    if load >= _BUSY * cores:
+        kept = "they are kept all the same" if force else "they are not kept (--force keeps them)"
+        text = f"other work is on this machine (load {load:.1f}, {cores} cores): figures will be too low, and"
+        typer.echo(f"warning: {text} {kept}", err=True)
+    typer.echo("this takes about two minutes on an idle machine", err=True)
     figures = measure(ranks, disk.absolute(), lambda what: typer.echo(f"measuring {what} ...", err=True))
-    Machine.read().with_rates(figures.rates).write()
+    if keeps:
+        Machine.read().with_rates(figures.rates).write()
     if as_json:
         print_json({**asdict(figures.rates), "messages": [asdict(message) for message in figures.messages]})
         return
     print_table(["what", "rate"], _rows(figures))
-    typer.echo(f"kept in {path()}; `launcher plan` counts with it", err=True)
+    if keeps:
+        typer.echo(f"kept in {path()}; `launcher plan` counts with it", err=True)
 
 
 def _rows(figures: Bench) -> list[list[str]]:

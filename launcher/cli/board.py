@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launcher.cli.output import print_json
+from launcher.cli.output import open_in_browser, print_json
 from launcher.cli.plan import AsJson
 
 if TYPE_CHECKING:
@@ -16,14 +17,22 @@ if TYPE_CHECKING:
     from launcher.board.server import Server
 
 Runs = Annotated[
-    Path, typer.Argument(metavar="[DIR]", help="Where the runs are; of a sweep, its folder points/.")
+    Path,
+    typer.Argument(
+        metavar="[DIR]", help="Where the runs are; of a sweep, its folder points/.", envvar="LAUNCHER_RUNS"
+    ),
 ]
 Port = Annotated[
     int, typer.Option("--port", min=0, max=65535, help="The port on this machine; 0 takes a free one.")
 ]
 
 
-def board(folder: Runs = Path("runs"), port: Port = 0, as_json: AsJson = False) -> None:
+Open = Annotated[bool, typer.Option("--open", help="Open it in a browser on this machine.")]
+
+
+def board(
+    folder: Runs = Path("runs"), port: Port = 0, open_it: Open = False, as_json: AsJson = False
+) -> None:
     """Show the runs in a folder in a browser, live, on this machine alone."""
     from launcher.board.pages import Pages
     from launcher.cli.progress import notice
@@ -35,12 +44,26 @@ def board(folder: Runs = Path("runs"), port: Port = 0, as_json: AsJson = False) 
     if not folder.is_dir():
         raise ConfigurationError(Problem("DIR", str(folder), "is no folder; name the one that runs are in"))
     pages = Pages(folder, notice)
-    with leaving_at_interrupt() as leaving, _listening(port, pages) as server:
+    with (
+        leaving_at_interrupt() as leaving,
+        _listening(port, pages) as server,
+        tempfile.TemporaryDirectory(prefix="launcher-board-") as private,
+    ):
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         _say(server, folder, len(pages.runs()), as_json)
+        if open_it and not open_in_browser(_door(Path(private), server.address)):
+            typer.echo("there is no browser here: open the address on a machine that has one", err=True)
         leaving.wait()
         server.shutdown()
+
+
+def _door(private: Path, address: str) -> str:
+    """Return the address of a page in a folder of this user's own, which leads to the board: what a browser is
+    begun with stands in the table of processes, and the board's address has its token."""
+    page = private / "board.html"
+    page.write_text(f'<meta http-equiv="refresh" content="0; url={address}">\n', encoding="utf-8")
+    return page.as_uri()
 
 
 def _listening(port: int, pages: Pages) -> Server:

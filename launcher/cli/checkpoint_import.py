@@ -76,7 +76,7 @@ def _to_import_into(
     from launcher.job.load import load
     from launcher.planner.plan import Plan
     from launcher.planner.search import plan_job
-    from launcher.runs.layout import RunDirectory
+    from launcher.runs.layout import RunDirectory, runs_folder
     from launcher.training.checkpoint.foreign.import_run import refuse_used
 
     if (run is None) == (job is None):
@@ -95,7 +95,7 @@ def _to_import_into(
         return directory, Plan.read(directory.plan_file)
     assert job is not None
     loaded = load(job, overrides)
-    fresh = RunDirectory((run_dir or Path("runs") / loaded.name).absolute())
+    fresh = RunDirectory((run_dir or runs_folder() / loaded.name).absolute())
     if fresh.plan_file.exists():
         raise ConfigurationError(
             Problem("--run-dir", str(fresh.path), "holds a run already; name it as RUN, without --job")

@@ -35,7 +35,9 @@ def models(incomplete: str) -> list[str]:
 
 def runs(incomplete: str) -> list[str]:
     """Return the names of the runs below runs/ that a beginning may become, else the folders."""
-    named = sorted(path.parent.name for path in Path("runs").glob("*/plan.json"))
+    from launcher.runs.layout import runs_folder
+
+    named = sorted(path.parent.name for path in runs_folder().glob("*/plan.json"))
     return [name for name in named if name.startswith(incomplete)] or _paths(incomplete, lambda path: False)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import typer
 
+from launcher.cli.output import columns_of, folded
 from launcher.errors import ConfigurationError, DataError, Problem
 
 Answer = TypeVar("Answer")
@@ -25,7 +27,7 @@ class Dialog:
 
     def say(self, line: str) -> None:
         """Print a line, on stderr where nobody is asked: stdout has the result alone."""
-        typer.echo(line, err=not self.asks)
+        typer.echo(folded(line, columns_of(sys.stdout if self.asks else sys.stderr)), err=not self.asks)
 
     def answer(
         self,
@@ -56,13 +58,13 @@ class Dialog:
             with _completing(complete):
                 typed = self._read(f"{question}{shown}: ").strip()
             if typed == "?" and about:
-                typer.echo(f"  {about}")
+                self.say(f"  {about}")
             elif typed or default is not None:
                 try:
                     return check(typed or str(default))
                 except (ConfigurationError, DataError) as error:
                     for line in _lines(error):
-                        typer.echo(f"  {line}")
+                        self.say(f"  {line}")
 
     def agrees(self, question: str) -> bool:
         """Return whether somebody says yes; without anybody to ask, that is so."""

@@ -65,6 +65,10 @@ class Display(Watcher):
         # What was read and not shown yet: one thread reads and another one shows.
         self._events: deque[dict[str, Any]] = deque()
         self._metrics: deque[dict[str, Any]] = deque()
+        # Of a script of the user's own, what its rank 0 prints; only the script knows how far it is.
+        self._is_script = plan is not None and bool(plan.script)
+        self._log: Tail | None = None
+        self._printed: deque[str] = deque()
         self._run: RunDirectory | None = None
         self._phase: dict[str, Any] | None = None
         self._phase_taken: dict[str, Any] | None = None
@@ -76,6 +80,8 @@ class Display(Watcher):
     def begin(self, run: RunDirectory, attempt: int) -> None:
         """Start at the files' present end, so that only this attempt is shown."""
         self._tails = Tail(run.events_file, from_end=True), Tail(run.metrics_file, from_end=True)
+        if self._is_script:
+            self._log = Tail(run.attempt(attempt) / "rank-0.log")
         self._run, self._phase_taken = run, current_phase(run)
         self.say(f"attempt {attempt} in {shown(run.path)}")
         if self.console.is_terminal and not self.console.is_dumb_terminal:
@@ -94,6 +100,10 @@ class Display(Watcher):
         if self._tails:
             for tail, records in zip(self._tails, (self._events, self._metrics), strict=True):
                 records.extend(tail.records())
+        if self._log:
+            # A progress bar writes over its line again and again: what it came to last is what counts.
+            lines = (line.decode(errors="replace").rstrip("\r") for line in self._log.lines())
+            self._printed.extend(line.rpartition("\r")[2] for line in lines)
 
     def tick(self) -> None:
         """Take in what was read; show it when it is time."""
@@ -108,7 +118,8 @@ class Display(Watcher):
     def say(self, line: str) -> None:
         """One line that stays, above the live display where there is one."""
         if not self._quiet:
-            self.console.print(Text(line), soft_wrap=True)
+            # A terminal would break it inside a word.
+            self.console.print(Text(line), soft_wrap=not self.console.is_terminal)
 
     def end(self) -> None:
         """Show the last of it, and leave the terminal as it was."""
@@ -116,8 +127,12 @@ class Display(Watcher):
         if self._live:
             self._live.stop()
             self._live = None
+            if self.progress.evaluations and not self._quiet:
+                self.console.print(_evaluations(self.progress.evaluations))
 
     def _take_in(self, now: float) -> None:
+        while self._printed:
+            self.say(self._printed.popleft())
         while self._events:
             record = self._events.popleft()
             self.progress.event(record)

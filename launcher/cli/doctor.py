@@ -40,6 +40,7 @@ Directory = Annotated[
         "--run-dir",
         metavar="DIR",
         help="Where runs are, or will be: it has to be shared by all nodes.",
+        envvar="LAUNCHER_RUNS",
     ),
 ]
 

@@ -36,12 +36,14 @@ def bars(forecast: Forecast) -> str:
         forecast.target.memory_bytes,
     )
     signs = {kind: _SIGNS[number % len(_SIGNS)] for number, kind in enumerate(_kinds(forecast))}
-    longest = max([phase.total for phase in phases] + [memory])
-    lines = ["", "Memory of a rank, by phase:"]
+    longest = _longest(forecast)
+    enlarged = f" (the longest bar is {gib(highest.total)} of {gib(memory)})" if longest < memory else ""
+    lines = ["", f"Memory of a rank, by phase{enlarged}:"]
     for phase in phases:
-        bar = "".join(
-            sign * round(WIDTH * phase.parts.get(kind, 0) / longest) for kind, sign in signs.items()
-        )
+        bar, part = "", 0.0
+        for kind, sign in signs.items():
+            part += phase.parts.get(kind, 0)
+            bar += sign * (round(WIDTH * part / longest) - len(bar))
         host = f", {gib(phase.host)} of the host's" if phase.host else ""
         lines.append(f"  {phase.name:12} {bar:{WIDTH}} {gib(phase.total):>9}{host}")
     shown = {kind: size for kind in signs if (size := highest.parts.get(kind))}
@@ -49,6 +51,13 @@ def bars(forecast: Forecast) -> str:
     if memory:
         lines.append(f"  {'fits' if forecast.fits else 'does NOT fit'}: {forecast.line()}")
     return "\n".join(lines)
+
+
+def _longest(forecast: Forecast) -> float:
+    """Return the bytes that a whole bar stands for: the device's memory, unless all bars were slivers beside
+    it."""
+    highest, memory = forecast.footprint.highest.total, forecast.target.memory_bytes
+    return max(highest, memory) if highest > memory / 4 else highest
 
 
 def _kinds(forecast: Forecast) -> list[str]:
@@ -101,7 +110,9 @@ def speed_lines(forecast: Forecast, no_epoch: str | None = None) -> str:
         hours = (
             f"{whole.total / 3600 * forecast.plan.mesh.world_size:,.1f} {'rank' if on_cpu else 'GPU'}-hours"
         )
-        lines.append(f"  waiting      {waiting}: {1 - whole.num_steps * whole.step / whole.total:.1%}")
+        lines.append(
+            f"  waiting      {waiting}: {1 - whole.num_steps * whole.step / whole.total:.1%} of the time"
+        )
         lines.append(f"  to the end   {duration(whole.total)}, {hours}, for {whole.num_steps:,} steps")
     return "\n".join(lines)
 
@@ -124,14 +135,23 @@ def nearest(suggestions: Sequence[Suggestion]) -> str:
 
 
 def picture(forecast: Forecast) -> str:
-    """Return the bars as an SVG."""
+    """Return the bars as an SVG, with a background of its own."""
+    from xml.sax.saxutils import escape
+
     phases, memory, kinds = forecast.footprint.phases, forecast.target.memory_bytes, _kinds(forecast)
-    longest = max([phase.total for phase in phases] + [memory])
+    longest, highest = _longest(forecast), forecast.footprint.highest
     colours = {kind: _COLOURS[number % len(_COLOURS)] for number, kind in enumerate(kinds)}
-    bottom = 26 * len(phases) + 20
-    rows, height = [], bottom + 20 * len(kinds) + 40
+    bottom = 26 * len(phases) + 70
+    height = bottom + 20 * len(kinds) + 30
+    rates = forecast.target.gpu
+    device = rates.key if rates else forecast.plan.mesh.device
+    title = f"{forecast.plan.name}: memory of a rank on {device}, by phase"
+    rows = [
+        '<rect width="760" height="100%" fill="white"/>',
+        f'<text x="20" y="24" font-size="15" font-weight="bold">{escape(title)}</text>',
+    ]
     for number, phase in enumerate(phases):
-        left, top = 120.0, 20 + 26 * number
+        left, top = 120.0, 60 + 26 * number
         rows.append(f'<text x="110" y="{top + 14}" text-anchor="end">{phase.name}</text>')
         for kind, colour in colours.items():
             width = 500 * phase.parts.get(kind, 0) / longest
@@ -139,15 +159,18 @@ def picture(forecast: Forecast) -> str:
             rows.append(f"{rectangle}<title>{kind}</title></rect>")
             left += width
         rows.append(f'<text x="{left + 6:.1f}" y="{top + 14}">{gib(phase.total)}</text>')
-    if memory:
+    if memory and memory <= longest:
         x = 120 + 500 * memory / longest
-        rows.append(
-            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="10" y2="{bottom}" stroke="black" stroke-dasharray="4"/>'
-        )
+        ends = f'x1="{x:.1f}" x2="{x:.1f}" y1="50" y2="{bottom - 8}"'
+        rows.append(f'<line {ends} stroke="black" stroke-dasharray="4"/>')
+        rows.append(f'<text x="{x:.1f}" y="44" text-anchor="middle">{gib(memory)}, all there is</text>')
+    elif memory:
+        rows.append(f'<text x="120" y="48">enlarged: it has {gib(memory)}</text>')
     for number, (kind, colour) in enumerate(colours.items()):
-        y = bottom + 20 + 20 * number
+        y = bottom + 20 * number
         rows.append(f'<rect x="120" y="{y}" width="12" height="12" fill="{colour}"/>')
-        rows.append(f'<text x="138" y="{y + 11}">{kind}</text>')
+        part = gib(highest.parts.get(kind, 0))
+        rows.append(f'<text x="138" y="{y + 11}">{kind}: {part} ({highest.name})</text>')
     style = 'font-family="sans-serif" font-size="13"'
     body = "\n".join(rows)
     return f'<svg xmlns="http://www.w3.org/2000/svg" width="760" height="{height}" {style}>\n{body}\n</svg>\n'

@@ -122,7 +122,7 @@ class Questions:
             keep(self._out, self._draft.content)
 
     def _ask_train(self) -> None:
-        question = "File to learn from (.jsonl .csv .parquet .txt ..., or a folder of images or sounds)"
+        question = "File to learn from, or a folder of images or sounds"
         self._ask_file("train", question, self._draft.get("data.train.path"))
         for line in shown(self._draft.get("data.train.path"), self._draft.seen()):
             self._dialog.say(line)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from launcher.cli import completion
+from launcher.cli.output import print_json
 from launcher.errors import ConfigurationError
 
 JobFile = Annotated[
@@ -24,7 +25,10 @@ Overrides = Annotated[
 ]
 
 
-def validate(job: JobFile, overrides: Overrides = []) -> None:  # noqa: B006 - typer reads the default, nobody changes it
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def validate(job: JobFile, as_json: AsJson = False, overrides: Overrides = []) -> None:  # noqa: B006 - typer reads the default, nobody changes it
     """Check a job file and some of its rows, and say all that is wrong with them."""
     from launcher.job.load import load
     from launcher.planner.dataset.suitability import check
@@ -34,6 +38,10 @@ def validate(job: JobFile, overrides: Overrides = []) -> None:  # noqa: B006 - t
         remarks = check(loaded)
     except ConfigurationError as error:
         raise ConfigurationError(error.problems, str(job)) from None
+    if as_json:
+        notes = [str(each) for each in remarks]
+        print_json({"job": str(job), "name": loaded.name, "task": loaded.model.task, "notes": notes})
+        return
     typer.echo(f"{job}: {loaded.name} is a valid job ({loaded.model.task})")
     for remark in remarks:
         typer.echo(f"note: {remark}")

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+import os
+import re
+import shutil
+import textwrap
+from typing import Any, TextIO
 
 import typer
 
@@ -23,6 +27,43 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
+def columns_of(stream: TextIO) -> int | None:
+    """Return the columns of the terminal that a stream is; None where it is none, and lines stay whole."""
+    return shutil.get_terminal_size().columns if stream.isatty() else None
+
+
+def folded(text: str, width: int | None) -> str:
+    """Return a text whose lines are broken between words, so that none has more than `width` characters.
+
+    What is broken off stands below its column, where lines have columns two spaces apart and there is room.
+    """
+    return text if width is None else "\n".join(_fold(line, width) for line in text.split("\n"))
+
+
+def _fold(line: str, width: int) -> str:
+    begins = [match.end() for match in re.finditer(r"(?<=\S) {2,}", line)]
+    column = begins[-1] if 0 < len(begins) < 4 and begins[-1] <= 0.65 * width else 0
+    column = column or (4 if line.startswith(" ") else 2)
+    # A sign of a legend stays before its word.
+    held = re.sub(r"([\u2580-\u259f]) (?=\w)", "\\1\u00a0", line)
+    filled = textwrap.fill(
+        held, width, subsequent_indent=" " * column, break_long_words=False, break_on_hyphens=False
+    )
+    return filled.replace("\u00a0", " ")
+
+
+def open_in_browser(address: str) -> bool:
+    """Open an address in a browser with a window of its own; return whether there is one.
+
+    A browser of the terminal (lynx, w3m) would take the terminal away, so none is begun where no display is.
+    """
+    import webbrowser
+
+    if not any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")):
+        return False
+    return webbrowser.open(address)
+
+
 def line_plot(
     points: list[tuple[float, float]],
     width: int,
@@ -40,6 +81,14 @@ def line_plot(
         plotext.xscale("log")
         plotext.yscale("log")
         plotext.xticks([x for x, _ in points], [f"{x:g}" for x, _ in points])
+        low, high = min(y for _, y in points), max(y for _, y in points)
+        ticks = [low * (high / low) ** (part / 4) for part in range(5)] if 0 < low < high else []
+        if ticks:
+            plotext.yticks(ticks, [f"{tick:,.0f}" if tick >= 100 else f"{tick:.3g}" for tick in ticks])
+    elif all(x == int(x) for x, _ in points):  # steps: there is none of number 6.2
+        first, last = points[0][0], points[-1][0]
+        ticks = sorted({round(first + (last - first) * part / 4) for part in range(5)})
+        plotext.xticks(ticks, [f"{tick:g}" for tick in ticks])
     if ylabel:
         plotext.title(ylabel)
     plotext.plot([x for x, _ in points], [y for _, y in points], marker="braille")

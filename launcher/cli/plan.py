@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from launcher.cli.job import AsJson as AsJson
 from launcher.cli.job import JobFile, Overrides
 
 if TYPE_CHECKING:
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
     from launcher.planner.preview import Preview
 
 NumRanks = Annotated[int | None, typer.Option("--nproc", min=1, help="Ranks on this machine.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 _MOST = 1024
@@ -33,7 +34,7 @@ MostGpus = Annotated[
 Prices = Annotated[
     list[str],
     typer.Option(
-        "--price", metavar="NAME=AMOUNT", help="Of one GPU and hour, as h100-80gb=2.5; may be repeated."
+        "--price", metavar="NAME=AMOUNT", help="Of one GPU and hour, as h100-80gb=2.5; several with commas."
     ),
 ]
 Explain = Annotated[
@@ -62,6 +63,9 @@ Traced = Annotated[
         show_default=False,
     ),
 ]
+Fetched = Annotated[
+    bool, typer.Option("--fetch", help="Fetch the config.json of a hub model that is not on this machine.")
+]
 Picture = Annotated[
     Path | None, typer.Option("--picture", metavar="FILE", help="Write the memory by phase as an SVG.")
 ]
@@ -81,13 +85,17 @@ def plan(
     explain: Explain = None,
     picture: Picture = None,
     trace: Traced = None,
+    fetch: Fetched = False,
 ) -> None:
     """Show what will run: every decision with its reason."""
     from launcher.job.load import load
     from launcher.planner.comparison import with_prices
+    from launcher.planner.model.model_config import fetch_config
     from launcher.planner.preview import preview_job
 
     wanted = load(job, overrides)
+    if fetch:
+        fetch_config(wanted.model.name, wanted.model.revision)
     profiles = profiles_for(trace is not False)
     fewest = deadline is not None or max_gpus is not None
     if fewest or scale is not None or price or (gpu is not None and "," in gpu):
@@ -151,21 +159,22 @@ def _print_rows(
 
 def _print(preview: Preview) -> None:
     from launcher.cli.forecast import bars, beside_trace, nearest, speed_lines
+    from launcher.cli.output import columns_of, folded
     from launcher.cli.plan_tables import table
 
     forecast = preview.shown
-    typer.echo(table(preview.plan))
+    width = columns_of(sys.stdout)
+    typer.echo(folded(table(preview.plan), width))
     if forecast is None:
-        typer.echo(f"\nNo forecast of memory: {preview.no_forecast}.")
-        typer.echo(
+        text = (
             "What is open is decided as it needs the least; `launcher run` checks the training state alone."
         )
+        typer.echo(folded(f"\nNo forecast of memory: {preview.no_forecast}.\n{text}", width))
         return
     traced = beside_trace(forecast, preview.forecast) if preview.traced or forecast.traced else ""
     instead = "" if forecast.fits else nearest(preview.suggestions)
-    typer.echo(
-        "\n".join(filter(None, [bars(forecast), traced, speed_lines(forecast, preview.no_epoch), instead]))
-    )
+    parts = [bars(forecast), traced, speed_lines(forecast, preview.no_epoch), instead]
+    typer.echo(folded("\n".join(filter(None, parts)), width))
 
 
 def _print_as_json(preview: Preview, trace: bool) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -27,16 +29,24 @@ _LAYOUTS = {
 _HEADER = ["gpu", "GPUs", "memory", "of", "fits", "step s", "tokens/s", "MFU", "hours", "cost", "plan"]
 
 
-def table(plan: Plan) -> str:
-    """Return the plan for people: what it comes to, then each decision with its reason."""
+def model_shown(name: str) -> str:
+    """Return a model's name on the hub, or its directory as people would type it."""
+    from launcher.runs.wording import shown
+
+    return shown(Path(name)) if Path(name).is_absolute() else name
+
+
+def summary(plan: Plan) -> str:
+    """Return what a plan comes to, one fact a line."""
     mesh, batch = plan.mesh, plan.batch
     cut = f"{mesh.dp_replicate} x {mesh.dp_shard} (copies x shards)"
     ranks = f"{mesh.world_size} rank{'s' * (mesh.world_size > 1)} on {mesh.device}, {cut}"
     per_rank = f"{batch.micro_batch_size} x {batch.accumulation_steps}"
     sizes = f"{batch.global_batch_size} = {per_rank} x {batch.data_parallel_size}"
+    unit = plan.length.unit.removesuffix("s") if plan.length.value == 1 else plan.length.unit
     facts = {
-        "run": f"{plan.name}: {plan.task} with {plan.model.name}",
-        "length": f"{plan.length.value:g} {plan.length.unit}",
+        "run": f"{plan.name}: {plan.task} with {model_shown(plan.model.name)}",
+        "length": f"{plan.length.value:g} {unit}",
         "ranks": f"{ranks}, {mesh.threads_per_rank} threads each",
         "batch": f"{sizes} (micro-batch x accumulation x ranks)",
         "samples": f"{_LAYOUTS[plan.layout]}, {plan.attention} attention",
@@ -48,7 +58,12 @@ def table(plan: Plan) -> str:
             **known,
             "engine": f"{plan.engine}, sharding {plan.sharding}, offload {plan.offload}, {plan.precision}",
         }
-    lines = [f"{name:9}{text}" for name, text in facts.items()]
+    return "\n".join(f"{name:9}{text}" for name, text in facts.items())
+
+
+def table(plan: Plan) -> str:
+    """Return the plan for people: what it comes to, then each decision with its reason."""
+    lines = [summary(plan)]
     keys = max((len(decision.key) for decision in plan.decisions), default=0)
     values = max((len(str(decision.value)) for decision in plan.decisions), default=0)
     lines += ["", "Decided here, because the job leaves it open:"] if plan.decisions else []
@@ -139,8 +154,6 @@ def cells(row: PlanRow) -> list[str]:
 
 def scaling_plots(rows: Sequence[PlanRow]) -> str:
     """Return plots of speed and memory over the number of GPUs; empty where a line would have one point."""
-    import shutil
-
     known = [(float(row.plan.mesh.world_size), row.forecast) for row in rows if row.forecast is not None]
     speeds = [(ranks, forecast.speed.tokens_per_second) for ranks, forecast in known if forecast.speed]
     memory = [(ranks, forecast.footprint.highest.total / 2**30) for ranks, forecast in known]

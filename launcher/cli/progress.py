@@ -11,7 +11,7 @@ from typing import Any
 
 from launcher.runs import time_left
 from launcher.runs.prepared import lines
-from launcher.runs.wording import duration, size
+from launcher.runs.wording import duration, gib
 
 
 @dataclass
@@ -128,15 +128,15 @@ def _compared(measured: dict[str, Any], expected: dict[str, Any]) -> str | None:
     """Measured beside foreseen, after the first steps."""
     parts = []
     if rate := expected.get("tokens_per_second"):
-        parts.append(f"{measured.get('tokens_per_second', 0):,.0f} tokens/s ({rate:,.0f} were expected)")
+        parts.append(f"{measured.get('tokens_per_second', 0):,.0f} tokens/s measured, {rate:,.0f} planned")
     if phases := expected.get("phases"):
         there = measured.get("phases") or {}
-        memory = ", ".join(
-            f"{name} {size(there[name])} ({size(foreseen)})"
-            for name, foreseen in phases.items()
-            if name in there
-        )
-        parts.append(f"memory beside the bare process, expected in brackets: {memory}")
+        if known := [name for name in phases if name in there]:
+            highest = max(known, key=lambda name: float(there[name]))
+            parts.append(
+                f"memory of a rank beside the bare process: {gib(there[highest])} measured, "
+                f"{gib(phases[highest])} planned ({highest})"
+            )
     return "; ".join(parts) or None
 
 

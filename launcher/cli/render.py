@@ -45,6 +45,7 @@ def render(
     from launcher.render.launch_paths import Place
     from launcher.render.notes import Note, notes
     from launcher.render.write import write
+    from launcher.runs.layout import runs_folder
 
     loaded = load(job, overrides)
     plan = plan_job(loaded, nproc, local=False)
@@ -54,7 +55,7 @@ def render(
             raise ConfigurationError(Problem("--engine", engine, "write fsdp or deepspeed"))
         loaded, changed = for_engine(loaded, plan, "fsdp" if engine == "fsdp" else "deepspeed")
         plan = plan_job(loaded, nproc, local=False)
-    place = Place(str((run_dir or Path("runs") / plan.name).absolute()), str(out.absolute()), sys.executable)
+    place = Place(str((run_dir or runs_folder() / plan.name).absolute()), str(out.absolute()), sys.executable)
     written = write(out, files(plan, place), NAMES)
     remarks = [*changed, *notes(plan)]
     if blind := plan.blind():

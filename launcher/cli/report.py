@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from launcher.cli import completion
-from launcher.cli.output import print_json
+from launcher.cli.output import open_in_browser, print_json
 from launcher.cli.plan import AsJson
 
 if TYPE_CHECKING:
@@ -62,10 +62,8 @@ def report(runs: Runs, output: Output = None, open_it: Open = False, as_json: As
         print_json({"file": str(output.absolute()), "bytes": num_bytes, "runs": names})
     else:
         typer.echo(f"{shown(output)}: {size(num_bytes)}; it needs no network, and can be sent as it is")
-    if open_it:
-        import webbrowser
-
-        webbrowser.open(output.absolute().as_uri())
+    if open_it and not open_in_browser(output.absolute().as_uri()):
+        typer.echo("there is no browser here: copy the file to where one is", err=True)
 
 
 def _sweep_directory(name: str) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +12,7 @@ import typer
 from launcher.cli import completion
 from launcher.cli.app import SCRIPT_ARGUMENTS
 from launcher.cli.job import JobFile, Overrides
-from launcher.cli.output import print_json
+from launcher.cli.output import columns_of, folded, print_json
 from launcher.cli.plan import AsJson, NumRanks, profiles_for
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ Run = Annotated[
 ]
 RunPath = Annotated[
     Path | None, typer.Option("--run-dir", metavar="DIR", help="Where the run is kept. [default: runs/NAME]")
+]
+Again = Annotated[
+    bool, typer.Option("--again", help="Begin the same job anew beside its earlier runs, as runs/NAME-2.")
 ]
 Force = Annotated[bool, typer.Option("--force", help="Begin it though the plan says that it cannot fit.")]
 Judged = Annotated[
@@ -57,6 +61,7 @@ def run(
     script: ScriptFile = None,
     nproc: NumRanks = None,
     run_dir: RunPath = None,
+    again: Again = False,
     stop_at: StopAt = None,
     force: Force = False,
     trace: Judged = True,
@@ -64,17 +69,39 @@ def run(
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Run a job on this machine; a run that stopped goes on where it was."""
+    from launcher.cli.plan_tables import summary as brief
     from launcher.cli.plan_tables import table
     from launcher.launch.run_setup import expectation, open_run
     from launcher.launch.script_run import script_command
 
     command = None if script is None else script_command(script, context.meta.get(SCRIPT_ARGUMENTS, []))
+    run_dir = own_directory(again, job, overrides, run_dir, command)
     opened, plan = open_run(
         job, overrides, nproc, run_dir, command, force=force, profiles=profiles_for(trace)
     )
     if opened.last_attempt() == 0 and not as_json:
-        typer.echo("\n".join(filter(None, [table(plan), expectation(opened)])) + "\n", err=True)
+        lines = [table(plan) if plan.script else brief(plan)]
+        lines += [f"memory   {line}" for line in [expectation(opened)] if line]
+        if not plan.script:
+            lines.append(
+                f"decided  {len(plan.decisions)} open keys; `launcher plan` says each with its reason"
+            )
+        typer.echo(folded("\n".join(lines), columns_of(sys.stderr)) + "\n", err=True)
     _attempt(opened, plan, stop_at, as_json)
+
+
+def own_directory(
+    again: bool, job: Path | None, overrides: list[str], run_dir: Path | None, script: tuple[str, ...] | None
+) -> Path | None:
+    """Return the directory of a run that is begun `again`; else the one that was named. Raises
+    ConfigurationError for both at once."""
+    from launcher.errors import ConfigurationError, Problem
+    from launcher.launch.run_setup import directory_of_next
+
+    if again and run_dir is not None:
+        reason = "names the directory, and --again looks for a free one; leave one of them out"
+        raise ConfigurationError(Problem("--run-dir", str(run_dir), reason))
+    return directory_of_next(job, overrides, script) if again else run_dir
 
 
 Local = Annotated[
@@ -163,6 +190,6 @@ def _attempt(run: RunDirectory, plan: Plan, stop_at: int | None, as_json: bool) 
         elif code == 0 and plan.training.is_range_test:
             typer.echo(f"finished: {shown(run.path)}; next: launcher lr-find {shown(run.path)}")
         elif code == 0:
-            typer.echo(summary(run, shown(run.path)))
+            typer.echo(folded(summary(run, shown(run.path)), columns_of(sys.stdout)))
     mute()
     raise typer.Exit(code)

@@ -21,7 +21,7 @@ SomeRun = Annotated[
         autocompletion=completion.runs,
     ),
 ]
-Folder = Annotated[Path, typer.Argument(metavar="[DIR]", help="Where the runs are.")]
+Folder = Annotated[Path, typer.Argument(metavar="[DIR]", help="Where the runs are.", envvar="LAUNCHER_RUNS")]
 Follow = Annotated[
     bool, typer.Option("--follow", "-f", help="Go on showing what is added, until the run is over.")
 ]
@@ -57,10 +57,12 @@ def newest() -> Any:
     """The run that something was last written of. Raises ConfigurationError where there is none."""
     from launcher.errors import ConfigurationError, Problem
     from launcher.launch.slurm.view import runs_below
+    from launcher.runs.layout import runs_folder
 
-    runs = runs_below(Path("runs"))
+    runs = runs_below(folder := runs_folder())
     if not runs:
-        raise ConfigurationError(Problem("RUN", None, "there are no runs under runs/; name a run directory"))
+        reason = f"there are no runs under {folder}/; name a run directory"
+        raise ConfigurationError(Problem("RUN", None, reason))
     return max(runs, key=lambda run: run.events_file.stat().st_mtime if run.events_file.exists() else 0.0)
 
 
@@ -92,7 +94,7 @@ def _row(seen: dict[str, Any]) -> list[str]:
     return [
         seen["name"],
         seen["state"],
-        f"{seen['step']}{of}",
+        f"{seen['step']}{of}" if seen["step"] or of or seen["state"] == "planned" else "",
         "" if seen["loss"] is None else f"{seen['loss']:.4f}",
         f"{metric['name']} {metric['value']:.4f}" if metric else "",
         "" if began is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(began)),
@@ -138,7 +140,8 @@ def describe(seen: dict[str, Any]) -> str:
         "process": seen["process"],
         "attempts": str(seen["attempts"]),
         **{role: line({"role": role, **rows}).partition(": ")[2] for role, rows in seen["data"].items()},
-        "step": f"{seen['step']}{of}",
+        # A script of one's own tells of no steps.
+        "step": f"{seen['step']}{of}" if seen["step"] or of or seen["state"] == "planned" else None,
         "loss": None if seen["loss"] is None else f"{seen['loss']:.4f}",
         "speed": _speed(seen),
         "measured": ", ".join(f"{name} {value:.4f}" for name, value in seen["metrics"].items())

@@ -10,7 +10,7 @@ from launcher.cli.app import SCRIPT_ARGUMENTS
 from launcher.cli.job import JobFile, Overrides
 from launcher.cli.output import print_json
 from launcher.cli.plan import AsJson, profiles_for
-from launcher.cli.run import Force, Judged, Run, RunPath, ScriptFile
+from launcher.cli.run import Again, Force, Judged, Run, RunPath, ScriptFile, own_directory
 
 After = Annotated[
     list[str],
@@ -28,6 +28,7 @@ def submit(
     job: JobFile,
     script: ScriptFile = None,
     run_dir: RunPath = None,
+    again: Again = False,
     after: After = [],  # noqa: B006
     dry_run: DryRun = False,
     force: Force = False,
@@ -44,6 +45,7 @@ def submit(
     from launcher.runs.wording import shown
 
     command = None if script is None else script_command(script, context.meta.get(SCRIPT_ARGUMENTS, []))
+    run_dir = own_directory(again, job, overrides, run_dir, command)
     if dry_run:
         typer.echo(submit_run.preview(job, overrides, run_dir, command, profiles_for(trace)), nl=False)
         return

@@ -16,7 +16,7 @@ from launcher.cli.plan import AsJson
 from launcher.cli.status import SomeRun, newest
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.console import Console, ConsoleOptions
     from rich.layout import Layout
     from rich.table import Table
     from rich.text import Text
@@ -27,7 +27,11 @@ Every = Annotated[
 Once = Annotated[bool, typer.Option("--once", help="Show it once and leave.")]
 _SECONDS_BETWEEN_QUESTIONS = 10.0
 """Slurm's controller serves many; files are looked at more often."""
-_RANKS_WIDTH = 46
+_RANKS_WIDTH, _FEW_RANKS_WIDTH, _NODE_WIDTH = 50, 34, 8
+_NARROW, _LOW = 76, 30
+"""Columns and rows below which a terminal has no room for all that is known."""
+_IN_WORDS = ("compared", "straggler", "symptom", "rewound", "made_room", "layout", "other_engine")
+"""Events whose values only their sentence makes plain."""
 _OVER = ("finished", "failed", "stopped")
 
 
@@ -46,7 +50,8 @@ def watch(run: SomeRun = None, every: Every = 1.0, once: Once = False, as_json: 
     if once or not console.is_terminal:
         seen = watched.look(ask=True)
         console.print(
-            screen(seen, console.width), height=max(24, console.height if console.is_terminal else 32)
+            screen(seen, console.width, console.height if console.is_terminal else 32),
+            height=max(24, console.height if console.is_terminal else 32),
         )
         return
     _follow(watched, console, every)
@@ -60,10 +65,12 @@ def _follow(watched: Any, console: Any, every: float) -> None:
     seen = watched.look(ask=True)
     with (
         leaving_at_interrupt() as leaving,
-        Live(screen(seen, console.width), console=console, screen=True, auto_refresh=False) as live,
+        Live(
+            screen(seen, console.width, console.height), console=console, screen=True, auto_refresh=False
+        ) as live,
     ):
         while not (leaving.is_set() or (seen["status"]["state"] in _OVER and not seen["goes_on"])):
-            live.update(screen(seen, console.width), refresh=True)
+            live.update(screen(seen, console.width, console.height), refresh=True)
             if leaving.wait(every):
                 break
             ask = time.monotonic() - asked_at > _SECONDS_BETWEEN_QUESTIONS
@@ -88,26 +95,27 @@ def leaving_at_interrupt() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-def screen(seen: dict[str, Any], width: int) -> Layout:
-    """One picture of a run."""
+def screen(seen: dict[str, Any], width: int, height: int = 32) -> Layout:
+    """One picture of a run. On a small terminal it shows less of the ranks and of what the model says."""
     from rich.layout import Layout
     from rich.panel import Panel
 
-    layout = Layout()
-    ranks = ranks_table(seen["ranks"])
+    layout, narrow = Layout(), width < _NARROW
+    ranks = ranks_table(seen["ranks"], brief=narrow)
     below = Layout(name="below")
     layout.split_column(
-        Layout(Panel(header(seen["status"]), title=seen["status"]["name"]), size=6),
+        Layout(Panel(header(seen["status"]), title=seen["status"]["name"]), size=7 if narrow else 6),
         Layout(name="middle", ratio=2),
         below,
     )
     layout["middle"].split_row(
-        Layout(Panel(curve(seen["losses"], max(20, width - _RANKS_WIDTH - 6)), title="loss")),
-        Layout(Panel(ranks, title="ranks"), size=_RANKS_WIDTH),
+        Layout(Panel(Loss(seen["losses"]), title="loss")),
+        Layout(Panel(ranks, title="ranks"), size=_FEW_RANKS_WIDTH if narrow else _RANKS_WIDTH),
     )
     below.update(Panel(events(seen["events"]), title="events"))
     if seen.get("samples"):
         step, rows = seen["samples"]
+        rows = rows[:1] if height < _LOW else rows
         message = Layout(
             Panel(samples(rows, width - 4), title=f"what the model says after step {step}"),
             size=2 + len(rows),
@@ -161,26 +169,35 @@ def header(status: dict[str, Any]) -> Table:
     return grid
 
 
-def curve(losses: list[tuple[int, float]], width: int) -> RenderableType:
-    """The loss over the steps."""
-    from rich.text import Text
+class Loss:
+    """The loss over the steps, as large as the panel that it stands in."""
 
-    if len(losses) < 2:
-        return Text("no two steps yet", style="dim")
-    from launcher.cli.output import line_plot
+    def __init__(self, losses: list[tuple[int, float]]) -> None:
+        self.losses = losses
 
-    return Text.from_ansi(line_plot([(float(step), loss) for step, loss in losses], width))
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        from rich.text import Text
+
+        from launcher.cli.output import line_plot
+
+        if len(self.losses) < 2:
+            yield Text("no two steps yet", style="dim")
+            return
+        points = [(float(step), loss) for step, loss in self.losses]
+        yield Text.from_ansi(line_plot(points, options.max_width, options.height or 12).rstrip("\n"))
 
 
-def ranks_table(ranks: list[dict[str, Any]]) -> Table:
+def ranks_table(ranks: list[dict[str, Any]], brief: bool = False) -> Table:
     """Return what each rank says of itself: the one whose own work takes longest is the one the others wait
-    for."""
+    for. `brief`: without node and stillness."""
     from rich.table import Table
 
-    from launcher.runs.wording import size
+    from launcher.runs.wording import gib
 
     table = Table(box=None, padding=(0, 1), header_style="dim")
-    for name in ("rank", "node", "step", "busy", "still", "memory"):
+    whole = ("rank", "node", "step", "busy", "still", "memory")
+    shown = ("rank", "step", "busy", "memory") if brief else whole
+    for name in shown:
         table.add_column(name, justify="left" if name == "node" else "right", no_wrap=True)
     slowest = max((rank["busy_seconds"] for rank in ranks), default=0.0)
     for rank in ranks:
@@ -188,14 +205,15 @@ def ranks_table(ranks: list[dict[str, Any]]) -> Table:
             other["busy_seconds"] for other in ranks
         )
         slow = rank["slowness"] > 0 or (stands_out and len(ranks) > 1)
-        cells = (
-            str(rank["rank"]),
-            rank["host"],
-            str(rank["step"]),
-            f"{rank['busy_seconds']:.2f} s",
-            f"{rank['behind_seconds']:.1f} s",
-        )
-        table.add_row(*cells, size(rank["memory_bytes"]), style="bold" if slow else None)
+        cells = {
+            "rank": str(rank["rank"]),
+            "node": host if len(host := rank["host"]) <= _NODE_WIDTH else f"…{host[1 - _NODE_WIDTH :]}",
+            "step": str(rank["step"]),
+            "busy": f"{rank['busy_seconds']:.2f} s",
+            "still": f"{rank['behind_seconds']:.1f} s",
+            "memory": gib(rank["memory_bytes"]),
+        }
+        table.add_row(*(cells[name] for name in shown), style="bold" if slow else None)
     return table
 
 
@@ -223,9 +241,13 @@ class Latest:
 
 def events(records: list[dict[str, Any]]) -> Latest:
     """The last events with their values, one a line."""
+    from launcher.cli.progress import notice
+
     lines = []
     for record in records:
         text = "  ".join(f"{key} {value}" for key, value in _values(record))
+        if record["event"] in _IN_WORDS:
+            text = (notice(record) or "").removeprefix("warning: ")
         clock = time.strftime("%H:%M:%S", time.localtime(record["time"]))
         lines.append(f"{clock}  {record['event']}  {text}"[:200])
     return Latest(lines)

@@ -24,7 +24,17 @@ _AWAY = (
 
 
 def check(is_needed: bool = False) -> list[Finding]:
-    """Check commands, controller and munge. No Slurm at all is fine unless it `is_needed`."""
+    """Check commands, controller and munge. Unless Slurm `is_needed`, none at all is fine, and what is wrong
+    with it is a warning."""
+    findings = _findings(is_needed)
+    if is_needed:
+        return findings
+    return [
+        warning(each.check, each.found, each.advice) if each.level == "failed" else each for each in findings
+    ]
+
+
+def _findings(is_needed: bool) -> list[Finding]:
     absent = [name for name in _COMMANDS if shutil.which(name) is None]
     if len(absent) == len(_COMMANDS):
         text = "no command of Slurm is here"

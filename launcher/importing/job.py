@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def import_files(paths: list[Path], words: list[str] | None = None) -> Imported:
         open_keys.append(("data", "(no column)", text))
     placeholders = [Remark("fill in", "(no file)", *one) for one in open_keys]
     remarks = (*merged.remarks, *placeholders, *_left_to_launcher(merged.facts))
-    return Imported(content, _text(content, readings), remarks)
+    return Imported(content, _text(content, readings, remarks), remarks)
 
 
 def _left_to_launcher(facts: dict[str, Any]) -> list[Remark]:
@@ -95,7 +96,7 @@ def _unfit(content: dict[str, Any], facts: dict[str, Any]) -> list[Problem]:
     return [Problem(sources.get(one.key, one.key), one.value, one.reason) for one in problems]
 
 
-def _text(content: dict[str, Any], readings: list[Reading]) -> str:
+def _text(content: dict[str, Any], readings: list[Reading], remarks: Sequence[Remark]) -> str:
     head = [
         f"# Made by `launcher import` of {', '.join(reading.source for reading in readings)}.".replace(
             "\n", " "
@@ -110,4 +111,9 @@ def _text(content: dict[str, Any], readings: list[Reading]) -> str:
     columns = "" if content["data"].keys() & _COLUMNS else columns
     body = body.replace(f"{TRAIN}\n", f"{TRAIN}   # fill in{columns}\n")
     body = re.sub(r"(FILL-IN\S*)\n", r"\1   # fill in\n", body)
+    for remark in remarks:
+        batch = re.match(r"batch\.(global_batch_size) = (\d+): (.*)", remark.text)
+        if remark.kind == "fill in" and batch:
+            line = f"  {batch[1]}: {batch[2]}\n"
+            body = body.replace(line, f"{line[:-1]}   # fill in: {batch[3]}\n")
     return "\n".join([*head, body])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from dataclasses import dataclass
@@ -12,10 +11,10 @@ from launcher.errors import ConfigurationError, Problem
 from launcher.job.schema import Job
 from launcher.job.training import Training
 from launcher.launch.plan_file import read_plan
-from launcher.launch.run_setup import load_job, open_run
+from launcher.launch.run_setup import free_directory, is_free, load_job, open_run
 from launcher.planner.memory.profiles import CACHED, Profiles
 from launcher.planner.plan import Plan
-from launcher.runs.layout import RunDirectory
+from launcher.runs.layout import RunDirectory, runs_folder
 
 FEWEST_STEPS = 20
 _LONGEST_NAME = 100
@@ -114,17 +113,11 @@ def open_test(
     span.check()
     job = load_job(job_file, overrides, None)
     if directory is None:
-        first = Path("runs") / f"{job.name}{_SUFFIX}"
-        others = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
-        directory = next(path for path in itertools.chain([first], others) if _is_free(path))
-    elif not _is_free(directory):
+        directory = free_directory(runs_folder() / f"{job.name}{_SUFFIX}")
+    elif not is_free(directory):
         reason = "holds something already, and each test has a directory of its own; name a new one"
         raise ConfigurationError(Problem("--run-dir", str(directory), reason))
     return open_run(job_file, [*overrides, *span.overrides(job)], nproc, directory, profiles=profiles)
-
-
-def _is_free(path: Path) -> bool:
-    return not path.exists() or (path.is_dir() and not any(path.iterdir()))
 
 
 def find_test(path: Path) -> tuple[RunDirectory, Plan]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 import sys
@@ -31,7 +32,7 @@ from launcher.render.files import NAMES, files
 from launcher.render.launch_paths import Place
 from launcher.render.write import write
 from launcher.runs.events import event
-from launcher.runs.layout import LEFTOVER, RunDirectory, write_atomically
+from launcher.runs.layout import LEFTOVER, RunDirectory, runs_folder, write_atomically
 from launcher.runs.sharing import set_umask, share
 from launcher.runs.status import has_learned
 
@@ -58,7 +59,7 @@ def open_run(
     where a new run cannot fit.
     """
     job = load_job(job_file, overrides, script)
-    run = RunDirectory((directory or Path("runs") / job.name).absolute())
+    run = RunDirectory((directory or runs_folder() / job.name).absolute())
     if not run.plan_file.exists():
         _refuse_other_things(run)
         plan = decide_for(job, nproc, script, local, profiles)
@@ -89,6 +90,23 @@ def _refuse_other_things(run: RunDirectory) -> None:
     ):
         reason = "holds other things and no run; name an empty or a new directory"
         raise ConfigurationError(Problem("--run-dir", str(run.path), reason))
+
+
+def free_directory(first: Path) -> Path:
+    """Return the first of DIRECTORY, DIRECTORY-2, DIRECTORY-3, ... that holds nothing."""
+    others = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
+    return next(path for path in itertools.chain([first], others) if is_free(path))
+
+
+def is_free(path: Path) -> bool:
+    """Return whether nothing is in the place of a directory."""
+    return not path.exists() or (path.is_dir() and not any(path.iterdir()))
+
+
+def directory_of_next(job_file: Path | None, overrides: list[str], script: tuple[str, ...] | None) -> Path:
+    """Return where another run of the same job is kept: runs/NAME, or the first of runs/NAME-2, ... that holds
+    nothing. Raises ConfigurationError for a bad job."""
+    return free_directory(runs_folder() / load_job(job_file, overrides, script).name)
 
 
 def _write_forecast(run: RunDirectory, plan: Plan, forecast: Forecast | None) -> None:

@@ -207,12 +207,13 @@ def _nothing_in_span(
 
 
 def with_prices(rows: list[PlanRow], texts: Iterable[str]) -> list[PlanRow]:
-    """Return the rows with the prices of their GPUs: `h100-80gb=2.5` is the price of one GPU and hour.
+    """Return the rows with the prices of their GPUs: `h100-80gb=2.5` is the price of one GPU and hour; several
+    in one text stand with commas between.
 
     Raises ConfigurationError for a text that is no price, and for a GPU that none of the rows is of.
     """
     prices: dict[str, float] = {}
-    for text in texts:
+    for text in (part for together in texts for part in together.split(",")):
         name, _, amount = text.partition("=")
         try:
             price = float(amount)

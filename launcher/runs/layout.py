@@ -68,6 +68,12 @@ def make_directory(path: Path) -> None:
         sync_directory(directory.parent)
 
 
+def runs_folder() -> Path:
+    """Return where runs are kept and looked for by name: LAUNCHER_RUNS, else runs/ below the working
+    directory."""
+    return Path(os.environ.get("LAUNCHER_RUNS") or "runs")
+
+
 @dataclass(frozen=True)
 class RunDirectory:
     """The names in one run directory. Making one touches nothing on disk."""
@@ -75,9 +81,10 @@ class RunDirectory:
     path: Path
 
     @classmethod
-    def find(cls, run: str | Path, root: Path = Path("runs")) -> RunDirectory:
-        """The run directory meant by a path or, below `root`, a name. Raises ConfigurationError where there
-        is none."""
+    def find(cls, run: str | Path, root: Path | None = None) -> RunDirectory:
+        """The run directory meant by a path or, below `root` (by default `runs_folder`), a name. Raises
+        ConfigurationError where there is none."""
+        root = root or runs_folder()
         for candidate in (Path(run), root / run):
             if (candidate / "plan.json").is_file():
                 return cls(candidate.resolve())

@@ -55,8 +55,15 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _trainer() -> Train:
+    import warnings
+
+    from transformers.utils import logging
+
     from launcher.training.attempt import train
 
+    # A rank's log is for what happened to this run: these stand in every one, and say nothing of it.
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message="DTensor random operators may not have complete support")
     return train
 
 

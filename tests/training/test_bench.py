@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from launcher.cli.main import main
 from launcher.errors import StorageError
 from launcher.planner.forecast import forecast_here
 from launcher.planner.hardware.detect import Hardware
@@ -20,7 +21,7 @@ from launcher.planner.plan import Plan
 from launcher.runs.events import read
 from launcher.runs.layout import RunDirectory
 from launcher.runs.machine import Machine, Rates
-from launcher.training.bench import MESSAGE_BYTES, copy_rate, file_rates
+from launcher.training.bench import MESSAGE_BYTES, Bench, copy_rate, file_rates
 from launcher.training.devices import Lap
 from launcher.training.reporting import forecast_check
 from tests.training.plans import plan_of
@@ -37,6 +38,7 @@ def test_a_machine_is_measured_and_kept(tmp_path: Path) -> None:
         "-m",
         "launcher.cli.main",
         "bench",
+        "--force",
         "--nproc",
         "2",
         "--disk",
@@ -58,6 +60,26 @@ def test_a_machine_is_measured_and_kept(tmp_path: Path) -> None:
     (kept,) = (tmp_path / "state" / "launcher" / "machines").glob("*.json")
     assert json.loads(kept.read_text())["rates"][0]["matrix"] == found["matrix"]
     assert not [path for path in tmp_path.iterdir() if path.name != "state"], "the files it wrote are gone"
+
+
+@pytest.mark.parametrize(("load", "option", "kept"), [(0.1, [], 1), (7.0, [], 0), (7.0, ["--force"], 1)])
+def test_figures_of_a_busy_machine_are_not_kept(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    load: float,
+    option: list[str],
+    kept: int,
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    figures = Bench(Rates("cpu", "2026-11-30", {"fp32": 50e9}, 10e9), ())
+    monkeypatch.setattr("launcher.training.bench.bench", lambda *_: figures)
+    with pytest.raises(SystemExit):
+        main(["bench", *option])
+    assert len(Machine.read().rates) == kept
+    assert ("figures will be too low" in capsys.readouterr().err) == (load > 1)
 
 
 def test_a_place_that_takes_no_files(tmp_path: Path) -> None:

@@ -376,7 +376,7 @@ def test_an_unknown_family_is_traced_once(
     assert (
         code == 0 and "Memory of a rank, by phase" in said and "by a profile of the model's own class" in said
     )
-    assert "later plans find the profile in the cache" in told
+    assert "later plans know it" in told
     code, said, told = launcher(capsys, "plan", job, "--no-trace", "--json")
     assert code == 0 and told == "" and json.loads(said)["forecast"]["traced"] is True
 

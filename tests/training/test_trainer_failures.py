@@ -3,8 +3,12 @@ trackers that fail."""
 
 from __future__ import annotations
 
+import errno
 import functools
+import io
 import math
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +19,7 @@ import torch
 
 from launcher.errors import ConfigurationError, DivergedError
 from launcher.runs.checkpoints import list_checkpoints
+from launcher.training.reporting import recording
 from launcher.training.signals import StopRequest
 from tests.tiers import slow_but
 from tests.training.runs import (
@@ -248,7 +253,17 @@ def test_a_tracker_that_fails_is_left_out(
     assert (told is None) == (not (tmp_path / "told").exists())
     if told:
         assert (tmp_path / "told").read_text().split() == told
-    assert "tracker tensorboard failed" in (run.path / "rank-0.log").read_text()
+    log = (run.path / "rank-0.log").read_text()
+    assert "tracker tensorboard failed" in log and re.search(r"^step 1  loss \d", log, re.MULTILINE)
+
+
+def test_a_log_that_takes_no_line_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sys, "stderr", Full())
+    recording._print("step 1")
 
 
 @pytest.mark.slow

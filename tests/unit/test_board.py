@@ -355,6 +355,11 @@ class TestTable:
         assert [(one.name, one.number, one.shown) for one in states] == [("", 1, False), ("failed", 1, True)]
 
 
+def _read_by(process: int) -> int:
+    """Return the bytes that a process has read so far, from files and sockets."""
+    return int(re.search(r"rchar: (\d+)", Path(f"/proc/{process}/io").read_text())[1])  # type: ignore[index]
+
+
 class TestCommand:
     def test_a_folder_that_is_none_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("launcher.report.page.check_installed", lambda command: None)
@@ -369,6 +374,32 @@ class TestCommand:
                 ConfigurationError, match=f"--port = {port}: .* in use; --port 0 takes a free one"
             ):
                 CliRunner().invoke(app, ["board", str(tmp_path), "--port", str(port)], catch_exceptions=False)
+
+    @pytest.mark.parametrize("display", ["", ":0"])
+    def test_it_is_opened_without_its_token_on_a_command_line(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, display: str
+    ) -> None:
+        opened: list[str] = []
+
+        def open_(address: str) -> bool:
+            opened.append(Path(address.removeprefix("file://")).read_text())
+            assert Path(address.removeprefix("file://")).parent.stat().st_mode & 0o077 == 0
+            return True
+
+        for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"):
+            monkeypatch.delenv(name, raising=False)
+        if display:
+            monkeypatch.setenv("DISPLAY", display)
+        monkeypatch.setattr("webbrowser.open", open_)
+        monkeypatch.setattr("launcher.report.page.check_installed", lambda command: None)
+        monkeypatch.setattr(threading.Event, "wait", lambda *_: True)
+        done = CliRunner().invoke(app, ["board", str(folder), "--open"], catch_exceptions=False)
+        address = re.search(r"  (http://\S+/)\n", done.output)
+        assert done.exit_code == 0 and address is not None
+        if display:
+            assert opened == [f'<meta http-equiv="refresh" content="0; url={address[1]}">\n']
+        else:
+            assert not opened and "there is no browser here: open the address on a machine" in done.output
 
     @needs_bokeh
     @pytest.mark.parametrize("as_json", [True, False])
@@ -396,6 +427,10 @@ class TestCommand:
             connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=60)
             connection.request("GET", f"/{token}/runs.json")
             assert len(json.loads(connection.getresponse().read())["runs"]) == 2
+            connection.close()
+            before = _read_by(process.pid)
+            time.sleep(1.0)
+            assert _read_by(process.pid) == before, "nobody asks, and nothing is read"
             process.send_signal(signal.SIGINT)
             assert process.wait(30) == 0 and process.stderr is not None and process.stderr.read() == ""
         finally:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +40,36 @@ class Board:
     def end(self) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+
+class Tunnel:
+    """Carries connections from a port of its own to another one, as `ssh -L` does."""
+
+    def __init__(self, to: int) -> None:
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self._to, self.port = to, self._listening.getsockname()[1]
+
+    def __enter__(self) -> Tunnel:
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listening.shutdown(socket.SHUT_RDWR)
+        self._listening.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # until it is closed
+            while True:
+                near, far = self._listening.accept()[0], socket.create_connection(("127.0.0.1", self._to))
+                for one, other in ((near, far), (far, near)):
+                    threading.Thread(target=_carry, args=(one, other), daemon=True).start()
+
+
+def _carry(one: socket.socket, other: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while part := one.recv(1 << 16):
+            other.sendall(part)
+        other.shutdown(socket.SHUT_WR)
 
 
 @pytest.fixture
@@ -81,6 +113,17 @@ def test_on_a_phone_and_a_desk_light_and_dark(board: Board, browser: browsers.Br
         assert browser.value("document.documentElement.dataset.drawn") == "8", (
             "one metric is of the other alone"
         )
+
+
+def test_through_a_tunnel_to_another_port_it_is_live(board: Board, browser: browsers.Browser) -> None:
+    with Tunnel(int(board.address.split(":")[2].split("/")[0])) as tunnel:
+        board.address = f"http://localhost:{tunnel.port}/{board.address.split('/')[3]}/"
+        browser.open(board.address, 1280, ready=_LIST)
+        rows = "document.querySelectorAll('tbody tr').length"
+        assert browser.value(rows) == 3
+        a_run(board.folder / "fourth", num_steps=20, text="the reason")
+        browser.wait(f"{rows} === 4")
+        browser.call("Page.navigate", url="about:blank")
 
 
 def test_a_report_follows_its_run_and_leaves_what_is_looked_at(

@@ -49,6 +49,37 @@ def test_validate(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "job.yaml: run is a valid job (causal-lm)\n"
 
 
+def test_validate_as_json(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("validate", "job.yaml", "--json") == 0
+    expected = {"job": "job.yaml", "name": "run", "task": "causal-lm", "notes": []}
+    assert json.loads(capsys.readouterr().out) == expected
+
+
+def test_validate_says_that_a_tracker_is_not_here(
+    job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launcher.planner.dataset.suitability.find_spec", lambda name: None)
+    assert call("validate", "job.yaml", "--set", "trackers=[wandb]") == 0
+    assert "note: trackers = 'wandb': its package is not installed here" in capsys.readouterr().out
+
+
+def test_a_config_is_fetched_where_that_is_asked_for(
+    job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    def fetch(name: str, file: str, revision: str | None) -> None:
+        raise OSError(f"no {file} of {name} in {revision}")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    assert call("plan", "job.yaml") == 0
+    shown = capsys.readouterr().out
+    assert "fetch it (`launcher plan --fetch`, or `hf download org/model config.json`)" in shown
+    assert call("plan", "job.yaml", "--fetch", "--set", "model.revision=v2") == 2
+    said = "model.name = 'org/model': its config.json cannot be fetched: OSError: no config.json of org"
+    assert said in capsys.readouterr().err
+
+
 def test_problems_go_to_stderr_with_exit_code_2(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("validate", "job.yaml", "--set", "precision=fp8", "--set", "wat=1") == 2
     shown = capsys.readouterr()
@@ -278,6 +309,28 @@ def test_the_price_of_the_gpu_that_the_job_names(
     assert row["cost"] == pytest.approx(3 * 8 * row["hours"])
 
 
+def test_prices_of_several_gpus_stand_with_commas(
+    planned: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = [*planned, "--gpu", "h100-80gb,l4", "--json", "--price"]
+    assert call(*asked, "h100-80gb=3,l4=1") == 0
+    assert all(row["cost"] for row in json.loads(capsys.readouterr().out)["plans"])
+    assert call(*asked, "h100-80gb=3,l4") == 2
+    assert "--price = 'l4': is no price" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 140])
+def test_lines_of_a_plan_break_between_words(planned: list[str], job: Path, width: int) -> None:
+    code, text = on_terminal(*planned, COLUMNS=str(width))
+    decided = text.split("Decided here")[1].split("Memory of a rank")[0].splitlines()[1:]
+    assert code == 0 and all(len(line) <= width for line in decided)
+    whole = subprocess.run(
+        [sys.executable, "-m", "launcher.cli.main", *planned], capture_output=True, text=True, check=True
+    ).stdout
+    words = whole.split("Decided here")[1].split("Memory of a rank")[0].splitlines()[1:]
+    assert " ".join(decided).split() == " ".join(words).split()
+
+
 def test_numbers_that_a_scale_leaves_out_are_said(
     planned: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -337,7 +390,7 @@ def answering(answers: list[bytes], *arguments: str) -> tuple[int, str]:
                 output += os.read(ours, 4096)
             except OSError:  # the other end is closed
                 break
-            if output.endswith((b"]: ", b"sounds): ", b"hub: ")) and len(output) > seen and left:
+            if output.endswith((b"]: ", b"sounds: ", b"hub: ")) and len(output) > seen and left:
                 time.sleep(0.1)  # until readline has the terminal
                 os.write(ours, left.pop(0))
                 seen = len(output)

@@ -80,6 +80,31 @@ def test_one_live_display_on_a_terminal(run: RunDirectory) -> None:
     assert "step 2 of 4" in text and "loss 0.5000" in text and "4 s left" in text
     assert "measured after step" in text and "accuracy" in text
     assert text.count("measured after step 0:") == 0
+    last = text.rpartition("measured after step")[2]
+    assert "0.5000" in last and "\x1b[2K" not in last, "the evaluations stay where the live display ends"
+
+
+@pytest.mark.parametrize("width", [60, 100])
+def test_lines_break_between_words_on_a_terminal(run: RunDirectory, width: int) -> None:
+    file = io.StringIO()
+    display = Display(console=Console(file=file, force_terminal=True, width=width, highlight=False))
+    text = "SIGINT: saving at the next step, then leaving, within 30 s; Ctrl-C again ends it at once, without saving"
+    display.say(text)
+    lines = file.getvalue().splitlines()
+    assert all(len(line) <= width for line in lines) and " ".join(lines).split() == text.split()
+
+
+def test_of_a_script_it_is_shown_what_rank_0_prints(run: RunDirectory) -> None:
+    file = io.StringIO()
+    plan = plan_of(Path("none"), 2, script=("train.py",))
+    display = Display(plan, Console(file=file, width=100, highlight=False), line_seconds=0)
+    display.begin(run, 1)
+    run.attempt(1).mkdir(parents=True)
+    (run.attempt(1) / "rank-0.log").write_bytes(b"step 1\n 10%|#\r 90%|##\nhalf a li")
+    (run.attempt(1) / "rank-1.log").write_text("another\n")
+    display.read()
+    display.tick()
+    assert file.getvalue().splitlines()[-2:] == ["step 1", " 90%|##"]
 
 
 def test_a_quiet_display_has_a_bar_and_no_lines(run: RunDirectory) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -244,6 +245,43 @@ def test_tables_are_whole(page: Path) -> None:
 def test_a_table_that_is_cut_is_noticed(cut: str) -> None:
     assert broken_tables("| a | b |\n|---|---|\n| 1 | 2 |\n") == []
     assert broken_tables(f"| a | b |\n|---|---|\n{cut}\n")
+
+
+def sentences(text: str) -> list[str]:
+    """Return the sentences of a page's paragraphs and lists; a colon before a capital ends one too."""
+    lines = [line for line in prose(text).splitlines() if not line.startswith(("|", "#", "!["))]
+    parts = re.split(r"\n\s*\n|\n(?=\s*(?:[-*]|\d+\.) )", "\n".join(lines))
+    plain = (" ".join(re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", part).split()) for part in parts)
+    return [one for part in plain for one in re.split(r"(?<=[.!?:])\s+(?=[A-Z`*(])", part) if one]
+
+
+def words(sentence: str) -> int:
+    return len(re.findall(r"\S*\w\S*", sentence))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.parent.name != "benchmarks"], ids=shown)
+def test_half_of_the_sentences_are_short(page: Path) -> None:
+    counts = [words(one) for one in sentences(page.read_text(encoding="utf-8"))]
+    assert len(counts) < 10 or statistics.median(counts) <= 15
+
+
+def test_sentences_are_told_apart() -> None:
+    text = "One two. Three `a.b` four: Five.\n\n- six\n- [seven eight](x.md)\n\n```\nnot. This.\n```\n| nor | this |\n"
+    assert [words(one) for one in sentences(text)] == [2, 3, 1, 1, 2]
+
+
+_WIDE = ("architecture.md", "failures.md", "job-file.md", "models.md", "symptoms.md")
+"""Pages that have wider tables still."""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=shown)
+def test_rows_of_tables_can_be_read(page: Path) -> None:
+    wide = [
+        line
+        for line in prose(page.read_text(encoding="utf-8")).splitlines()
+        if line.startswith("|") and len(line) > 200
+    ]
+    assert not wide or page.name in _WIDE or page.parent.name == "benchmarks"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=shown)

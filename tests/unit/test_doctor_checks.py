@@ -113,7 +113,7 @@ class TestSlurmHere:
 
     def test_half_of_it(self, programs: Programs) -> None:
         programs(**self.all_but("scancel"))
-        (found,) = controller.check()
+        (found,) = controller.check(is_needed=True)
         assert found.level == "failed" and found.found.startswith("scancel are not in PATH")
 
     @pytest.mark.parametrize(
@@ -131,7 +131,10 @@ class TestSlurmHere:
     ) -> None:
         monkeypatch.setattr(controller, "_SECONDS_BEFORE_ASKING_AGAIN", (0.0, 0.0, 0.0))
         programs(**self.all_but(scontrol=f"[ $1 = ping ] || exit 0\n{ping}"))
-        assert controller.check()[0].level == level
+        assert controller.check(is_needed=True)[0].level == level
+        assert controller.check()[0].level == ("warning" if level == "failed" else level), (
+            "nobody asked for it"
+        )
 
     @pytest.mark.parametrize(
         ("scripts", "level", "said"),

@@ -177,6 +177,13 @@ def test_what_trl_leaves_out_is_trls(tmp_path: Path) -> None:
     assert "lora_target_modules" in said(made, "fill in")
 
 
+def test_a_batch_of_one_rank_is_marked_in_the_file(tmp_path: Path) -> None:
+    text = imported(tmp_path, {"output_dir": "out", "per_device_train_batch_size": 4}, "a.json").text
+    assert (
+        "  global_batch_size: 4   # fill in: 4 x 1 of one rank: multiply it by the number of ranks\n" in text
+    )
+
+
 def test_what_the_trainer_leaves_out_is_the_trainers(tmp_path: Path) -> None:
     made = imported(tmp_path, {"output_dir": "out", "per_device_train_batch_size": 4, "bf16": True}, "a.json")
     expected = {"learning_rate": 5e-05, "schedule": "linear", "warmup": 0.0, "epochs": 3.0, "seed": 42}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from launcher import __version__
 from launcher.launch.slurm.snapshot import of_launcher
 from launcher.runs.layout import RunDirectory
+from launcher.training.demo.models import PACKAGES
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -129,6 +131,22 @@ def test_the_copy_for_a_job_leaves_the_pages_out(tmp_path: Path) -> None:
     copy = of_launcher(RunDirectory(tmp_path)) / "launcher"
     assert (copy / "cli" / "help.py").is_file() and (copy / "report" / "page.css").is_file()
     assert not (copy / "pages").exists()
+
+
+def test_versions_stand_in_one_place() -> None:
+    """The Makefile and the recipes of containers pin nothing that constraints.txt does not."""
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    models = re.search(r"^MODELS := (.*)$", makefile, re.MULTILINE)
+    deepspeed = re.search(r"^DEEPSPEED := (.*)$", makefile, re.MULTILINE)
+    assert models is not None and deepspeed is not None
+    assert models[1].split() == [package.requirement for package in PACKAGES.values()]
+    assert deepspeed[1] in constraints
+    recipes = [(ROOT / "docs" / "containers" / name).read_text() for name in ("Dockerfile", "launcher.def")]
+    tested = PROJECT["tool"]["mypy"]["python_version"]
+    for recipe in recipes:
+        assert set(re.findall(r"python:([\w.-]+)", recipe)) == {f"{tested}-slim"}
+        assert "constraints.txt" in recipe and "==" not in recipe
 
 
 def test_all_is_every_extra_that_one_machine_can_want() -> None:

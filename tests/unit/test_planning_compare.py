@@ -411,6 +411,13 @@ def test_the_nearest_that_fit_do_fit(tmp_path: Path) -> None:
     assert "The nearest plans that fit" in nearest(nearest_that_fit(made))
     assert "does NOT fit" in bars(made) and "MFU" in speed_lines(made)
     assert picture(made).startswith("<svg") and "optimizer state" in picture(made)
+    drawn = [
+        line for line in picture(made).splitlines() if "all there is" in line or "memory of a rank" in line
+    ]
+    assert "memory of a rank on rtx4090, by phase" in drawn[0] and "24.0 GiB, all there is" in drawn[1]
+    small = forecast(plan_for(tmp_path, batch__micro_batch_size=1), Target(1 << 50))
+    assert small is not None and "enlarged: it has 1048576.0 GiB" in picture(small)
+    assert "(the longest bar is " in bars(small) and "█" in bars(small)
     hopeless = forecast(plan, Target(1 << 20))
     assert hopeless is not None and "Nothing near it fits" in nearest(nearest_that_fit(hopeless))
 

@@ -184,8 +184,7 @@ def test_measured_beside_expected_for_people() -> None:
     }
     event = {"event": "compared", "measured": measured, "expected": expected}
     assert notice(event) == (
-        "900 tokens/s (1,000 were expected); memory beside the bare process, expected in brackets: "
-        "loading 2 GB (1 GB), "
-        "evaluating 3 GB (1 GB)"
+        "900 tokens/s measured, 1,000 planned; memory of a rank beside the bare process: "
+        "2.8 GiB measured, 954 MiB planned (evaluating)"
     )
     assert notice({**event, "expected": {}}) is None

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from launcher.cli.main import main
+from launcher.cli.run import own_directory
 from launcher.errors import ConfigurationError, OutOfMemoryError, RunInUseError
 from launcher.launch import plan_file, redecide, run_setup
 from launcher.launch.plan_file import write_plan
@@ -209,6 +210,22 @@ def test_a_run_is_not_told_to_stop_where_it_has_been(
     assert caught.value.code == ConfigurationError.exit_code
     reason = "the run goes on from step 3; name a later one"
     assert f"--stop-at = {step}: {reason}" in capsys.readouterr().err
+
+
+def test_the_same_job_again_has_a_directory_of_its_own(
+    job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = open_run(job, [], None, None)[0].path
+    taken = [own_directory(True, job, [], None, None)]
+    (tmp_path / "runs" / f"{first.name}-2").mkdir(parents=True)
+    (tmp_path / "runs" / f"{first.name}-2" / "plan.json").write_text("{}")
+    taken.append(own_directory(True, job, ["name=other"], None, None))
+    taken.append(own_directory(True, job, [], None, None))
+    assert taken == [Path(f"runs/{first.name}-2"), Path("runs/other"), Path(f"runs/{first.name}-3")]
+    assert own_directory(False, job, [], None, None) is None
+    with pytest.raises(SystemExit):
+        main(["run", str(job), "--again", "--run-dir", "elsewhere"])
+    assert "--run-dir = 'elsewhere': names the directory, and --again" in capsys.readouterr().err
 
 
 def test_what_would_be_another_run_is_refused_and_changes_nothing(job: Path) -> None:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from launcher.cli import completion
 from launcher.errors import ConfigurationError, RunInUseError
 from launcher.runs import layout
 from launcher.runs.checkpoints import list_checkpoints
-from launcher.runs.layout import RunDirectory, make_directory, write_atomically
+from launcher.runs.layout import RunDirectory, make_directory, runs_folder, write_atomically
 from launcher.runs.status import newest_checkpoint
 
 
@@ -33,6 +34,18 @@ def test_a_run_is_found_by_path_and_by_name(tmp_path: Path) -> None:
         == RunDirectory.find("first", tmp_path / "runs").path
         == run
     )
+
+
+def test_runs_are_where_a_variable_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LAUNCHER_RUNS", raising=False)
+    assert runs_folder() == Path("runs")
+    monkeypatch.setenv("LAUNCHER_RUNS", str(tmp_path / "kept"))
+    (tmp_path / "kept" / "first").mkdir(parents=True)
+    (tmp_path / "kept" / "first" / "plan.json").write_text("{}")
+    assert RunDirectory.find("first").path == tmp_path / "kept" / "first"
+    assert completion.runs("fi") == ["first"]
+    with pytest.raises(ConfigurationError, match=r"known runs under .*kept/: first"):
+        RunDirectory.find("second")
 
 
 def test_an_unknown_run_names_those_there_are(tmp_path: Path) -> None:

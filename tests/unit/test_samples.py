@@ -77,6 +77,26 @@ def test_watch_and_the_summary_show_the_newest(tmp_path: Path) -> None:
     assert "  says        good film -> positive" in summary(run, "run")
 
 
+@pytest.mark.parametrize(("width", "height"), [(60, 24), (80, 24), (120, 40)])
+def test_the_screen_of_a_run_fits_its_terminal(tmp_path: Path, width: int, height: int) -> None:
+    run = new_run(tmp_path)
+    for number in range(2, 20):
+        append(run.metrics_file, {"kind": "train", "step": number, "loss": 4.0 / number})
+    for number in range(9):
+        event(run.events_file, "saved", step=number, bytes=1 << 20)
+    seen = Watched(run).look(ask=False)
+    beat = {"rank": 0, "host": "node-1", "step": 19, "busy_seconds": 1.5, "behind_seconds": 0.1}
+    seen["ranks"] = [beat | {"slowness": 0, "memory_bytes": 1.3 * 2**30}]
+    seen["samples"] = 4, [{"input": {"text": f"film {row}"}, "answer": {"label": "good"}} for row in range(4)]
+    console = Console(width=width, file=io.StringIO(), record=True)
+    console.print(screen(seen, width, height), height=height)
+    drawn = console.export_text()
+    assert all(len(line) <= width for line in drawn.splitlines())
+    assert "1.3 GiB" in drawn and "saved  step 8  size 1.05 MB" in drawn and "film 0 -> good" in drawn
+    plotted = [line for line in drawn.splitlines() if "┤" in line or "└" in line]
+    assert len(plotted) >= 3 and "└" in plotted[-1], "the axis of the steps is there"
+
+
 def new_run(path: Path) -> RunDirectory:
     run = RunDirectory(path)
     event(run.events_file, "started", attempt=1, world_size=1)

@@ -16,7 +16,7 @@ from launcher.launch.slurm.submission import dry_run, queue, refuse_second, subm
 from launcher.planner.memory.profiles import CACHED, Profiles
 from launcher.planner.plan import Plan
 from launcher.runs.events import event
-from launcher.runs.layout import RunDirectory
+from launcher.runs.layout import RunDirectory, runs_folder
 
 
 def preview(
@@ -29,7 +29,7 @@ def preview(
     """The script that would be submitted. Writes nothing, and asks Slurm nothing."""
     job = run_setup.load_job(job_file, overrides, script)
     _check(job)
-    run = RunDirectory((directory or Path("runs") / job.name).absolute())
+    run = RunDirectory((directory or runs_folder() / job.name).absolute())
     _check_path(run)
     plan = run_setup.decide_for(job, None, script, local=False, profiles=profiles)
     return dry_run(run, plan, sys.executable, run.path / "code" / "launcher")
@@ -52,7 +52,7 @@ def hand_over(
     """
     job = run_setup.load_job(job_file, overrides, script)
     _check(job)
-    run = RunDirectory((directory or Path("runs") / job.name).absolute())
+    run = RunDirectory((directory or runs_folder() / job.name).absolute())
     _check_path(run)
     find_sbatch()
     refuse_second(run)

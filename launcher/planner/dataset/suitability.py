@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from launcher.data.section import Data
 from launcher.errors import ConfigurationError, Problem
 from launcher.job.schema import Job, Model
@@ -30,7 +32,10 @@ def check(job: Job) -> list[Problem]:
     findings = look(job)
     if findings.problems:
         raise ConfigurationError(list(findings.problems))
-    return list(findings.remarks)
+    trackers = () if job.trackers == "auto" else job.trackers
+    reason = "its package is not installed here, and where it is not, the run is refused before it begins"
+    away = [Problem("trackers", name, reason) for name in trackers if find_spec(name) is None]
+    return [*findings.remarks, *away]
 
 
 def _lengths(model: Model, data: Data) -> Findings:

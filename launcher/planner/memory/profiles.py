@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,7 @@ from launcher.planner.model.model_config import config_of, locate
 from launcher.planner.model.model_shape import stored_parameters
 from launcher.planner.plan import Plan
 from launcher.runs import cache
+from launcher.runs.wording import shown
 
 FORMAT = 2
 """Of the files: another one is no profile."""
@@ -70,7 +72,10 @@ class Profiles:
         """
         config = config_of(plan.model)
         if config is None:
-            ways = "fetch it, name its directory, or write model.config"
+            revision = ["--revision", plan.model.revision] if plan.model.revision else []
+            command = shlex.join(["hf", "download", plan.model.name, "config.json", *revision])
+            ways = f"fetch it (`launcher plan --fetch`, or `{command}`), name its directory, or write "
+            ways += "model.config"
             return Unknown(f"no config.json of {plan.model.name} on this machine; {ways}")
         if plan.distillation is not None:
             return self._taught(plan)
@@ -116,8 +121,10 @@ class Profiles:
                 f"no profile of this {kind} model for {plan.task} is in the cache, and none is made now"
             )
         if answer is None:
-            what = f"tracing {plan.model.name}, a {kind} model, for its memory"
-            self.say(f"{what}; later plans find the profile in the cache ...")
+            name = plan.model.name
+            where = shown(Path(name)) if Path(name).is_absolute() else name
+            what = f"tracing {where}, a {kind} model, for its memory"
+            self.say(f"{what}; later plans know it ...")
             answer = _trace(plan)
             if "profile" in answer:
                 _keep(path, answer)

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import ConfigurationError, Problem
+from launcher.errors import ConfigurationError, Problem, one_line
 from launcher.job.schema import Model
 from launcher.plain_files import read_json
 from launcher.planner.model.model_sizes import is_size, wrong_sizes
@@ -29,6 +29,22 @@ def locate(name: str, revision: str | None = None) -> str:
         commit = (folder / "refs" / commit).read_text(encoding="utf-8").strip()
     taken = [path for path in configs if path.parent.name == commit] or (configs if revision is None else [])
     return str(taken[-1].parent) if taken else name
+
+
+def fetch_config(name: str, revision: str | None = None) -> None:
+    """Fetch a hub model's config.json into the hub's cache, where it is not on this machine yet.
+
+    Raises ConfigurationError where the hub does not have it, or cannot be reached.
+    """
+    if (Path(locate(name, revision)) / "config.json").exists():
+        return
+    from huggingface_hub import hf_hub_download
+
+    try:
+        hf_hub_download(name, "config.json", revision=revision)
+    except (OSError, ValueError) as error:  # every error of the hub's client is one of these
+        reason = f"its config.json cannot be fetched: {one_line(error)}"
+        raise ConfigurationError(Problem("model.name", name, reason)) from None
 
 
 def cached_models() -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import time
 from typing import Any, NamedTuple
 
@@ -26,6 +27,8 @@ from launcher.training.state import State
 
 _SECONDS_BETWEEN_KEEPING = 30.0
 """Readers take in what came after that line by line: some thousands at most, in milliseconds."""
+_SECONDS_BETWEEN_LINES = 10.0
+"""Of a rank's log."""
 
 _TOLD = {
     "loss": "loss",
@@ -52,7 +55,7 @@ class Recorder:
         self._run, self._plan, self._device, self._journal = run, plan, device, journal
         self._foreseen = ForecastCheck(run, device)
         self._folds = (Totals(run), Curve(run))
-        self._kept_at = time.monotonic()
+        self._kept_at, self._printed_at = time.monotonic(), -_SECONDS_BETWEEN_LINES
         self._seconds: StepSeconds | None = None
 
     @property
@@ -122,8 +125,17 @@ class Recorder:
             told["train/epoch"] = state.num_items / self._num_items_of_epoch
         told |= {f"train/loss/{alias}": value for alias, value in by_source.items()}
         self._trackers.log(told, step)
+        self._print_step(record)
         if time.monotonic() - self._kept_at > _SECONDS_BETWEEN_KEEPING:
             self._keep()
+
+    def _print_step(self, record: dict[str, Any]) -> None:
+        """Print a step into the rank's log: the first, and later one every few seconds."""
+        if (now := time.monotonic()) - self._printed_at < _SECONDS_BETWEEN_LINES:
+            return
+        self._printed_at = now
+        loss, rate = f"loss {record['loss']:.4f}", f"learning rate {record['learning_rate']:.2e}"
+        _print(f"step {record['step']}  {loss}  {rate}  {record['tokens_per_second']:,.0f} tokens/s")
 
     def evaluation(
         self, step: int, metrics: dict[str, float], details: dict[str, Any], answers: list[dict[str, Any]]
@@ -140,6 +152,8 @@ class Recorder:
                 )
         self._journal.append(self._run.metrics_file, {"kind": "evaluation", "step": step, "metrics": metrics})
         self._journal.event(self._run.events_file, "evaluated", step=step, metrics=metrics)
+        numbers = ", ".join(f"{key} {value:.4f}" for key, value in metrics.items())
+        _print(f"measured after step {step}: {numbers}")
         self._trackers.log({f"eval/{key}": value for key, value in metrics.items()}, step)
         if answers:
             with contextlib.suppress(OSError):  # as above
@@ -158,6 +172,12 @@ class Recorder:
             with contextlib.suppress(OSError):
                 fold.refresh().keep()
         self._kept_at = time.monotonic()
+
+
+def _print(line: str) -> None:
+    """Print a line into the rank's log. A full disk stops no training."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def description(engine: Engine, config: Any, length: int, unit: str) -> dict[str, Any]:
