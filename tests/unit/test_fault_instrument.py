@@ -58,6 +58,19 @@ def test_writes_fail_in_files_that_could_be_opened(tmp_path: Path) -> None:
     assert told(tmp_path, f"spoil {tmp_path} 5", code).split() == ["open", "5", "None"]
 
 
+def test_a_wait_by_a_clock_that_was_set_back_is_as_long_as_it_was_to_be(tmp_path: Path) -> None:
+    """Else what waits by the wall clock would spin, which no machine whose clock is set does."""
+    code = (
+        "import ctypes, time\n"
+        "library, semaphore = ctypes.CDLL(None), ctypes.create_string_buffer(64)\n"
+        "library.sem_init(semaphore, 0, 0)\n"
+        "until, began = time.time() + 0.3, time.monotonic()\n"
+        "deadline = (ctypes.c_long * 2)(int(until), int(until % 1 * 1e9))\n"
+        "print(library.sem_timedwait(semaphore, deadline), 0.25 < time.monotonic() - began < 60)\n"
+    )
+    assert told(tmp_path, "clock -7200", code).split() == ["-1", "True"]
+
+
 def test_the_wall_clock_is_ahead_and_the_other_is_not(tmp_path: Path) -> None:
     wall, monotonic = told(
         tmp_path, "clock 7200", "import time\nprint(time.time(), time.monotonic())"

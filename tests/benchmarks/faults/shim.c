@@ -12,6 +12,8 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
+#include <semaphore.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -189,4 +191,24 @@ time_t time(time_t *into) {
     time_t now = real(NULL) + ahead();
     if (into) *into = now;
     return now;
+}
+
+/* Deadlines are times of the clock that a process sees, and the kernel waits by its own. Those of the monotonic clock are small. */
+static struct timespec of_the_kernel(const struct timespec *deadline) {
+    struct timespec kept = *deadline;
+    if (kept.tv_sec > 1000000000) kept.tv_sec -= ahead();
+    return kept;
+}
+int pthread_cond_timedwait(pthread_cond_t *condition, pthread_mutex_t *mutex, const struct timespec *deadline) {
+    static int (*real)(pthread_cond_t *, pthread_mutex_t *, const struct timespec *);
+    /* The older one, which dlsym may give, is of other conditions. */
+    if (!real) real = dlvsym(RTLD_NEXT, "pthread_cond_timedwait", "GLIBC_2.3.2");
+    if (!real) real = dlsym(RTLD_NEXT, "pthread_cond_timedwait");
+    struct timespec kept = of_the_kernel(deadline);
+    return real(condition, mutex, &kept);
+}
+int sem_timedwait(sem_t *semaphore, const struct timespec *deadline) {
+    REAL(sem_timedwait);
+    struct timespec kept = of_the_kernel(deadline);
+    return real(semaphore, &kept);
 }
