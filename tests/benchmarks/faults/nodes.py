@@ -159,7 +159,7 @@ def rank_killed_under_slurm(scene: Scene) -> None:
 
 @injection("6", "SIGUSR1, and then the time limit", UNDER_SLURM, WAYS, missing)
 def time_limit(scene: Scene) -> None:
-    slow = {"FAULT": "slow-first:all:5", "PYTHONPATH": str(FAULTS), "LAUNCHER_WARM": "0"}
+    slow = {"FAULT": "slow-first:all:5", "PYTHONPATH": str(FAULTS), "LAUNCHER_WARM": "faulty"}
     with stage(scene) as on:
         run = on.submit(time_limit="10min", environment=slow)
         run.wait_step(2)
@@ -255,7 +255,7 @@ def gpu_error(scene: Scene) -> None:
 
 @injection("39", "no progress in three attempts", UNDER_SLURM, ("FSDP", "ZeRO-3"), missing)
 def crash_loop(scene: Scene) -> None:
-    faulty = {"FAULT": "kill:3:6", "PYTHONPATH": str(FAULTS), "LAUNCHER_WARM": "0"}
+    faulty = {"FAULT": "kill:3:6", "PYTHONPATH": str(FAULTS), "LAUNCHER_WARM": "faulty"}
     with stage(scene) as on:
         run = on.submit(environment=faulty, attempts_without_progress=3)
         run.wait_step(4)
