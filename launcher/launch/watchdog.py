@@ -124,7 +124,8 @@ class Stillness:
         if phase != "step" or place.place == "waiting for the save":
             return phase
         if known.first_step is None:
-            known.first_step = place.step
+            # Many fast steps may be over before a watcher looks.
+            known.first_step = place.step if place.first_step is None else place.first_step
         return "step" if place.step - known.first_step >= _WARM_STEPS else "start"
 
     @staticmethod

@@ -48,6 +48,8 @@ SAVE_STATES = ("", "writing", "syncing", "waiting for the other ranks", "committ
 _PLACE, _COUNT, _STEP, _DONE, _TOTAL, _WAITING, _MEMORY, _SAVE, _SAVED_BYTES, _SAVE_STEP, _HAS_DETAIL = range(
     11
 )
+_FIRST_STEP = 11
+"""One more than it is, so that 0 stands for none."""
 _LOOKS, _STOPPED, _BLOCKED = range(16, 19)
 """Written by the supervisor: a rank cannot see how often it is stopped."""
 _STEP_SECONDS, _OWN_SECONDS, _SLOWNESS, _LAST_SAVE = range(32, 36)
@@ -86,6 +88,8 @@ class Place:
     """How many times slower it is than the others, where that has lasted; else 0."""
     memory_bytes: int = 0
     """Its peak so far."""
+    first_step: int | None = None
+    """Where this attempt's steps began; None before."""
 
 
 class Page:
@@ -127,6 +131,7 @@ class Page:
             place=PLACES[numbers[_PLACE]],
             count=numbers[_COUNT],
             step=numbers[_STEP],
+            first_step=numbers[_FIRST_STEP] - 1 if numbers[_FIRST_STEP] else None,
             done=numbers[_DONE],
             total=numbers[_TOTAL],
             collective=numbers[_WAITING] > 0,
@@ -223,6 +228,11 @@ class Whereabouts(Page):
     def waits(self, more: int) -> None:
         """Wait for the other ranks from now on (1), or no longer (-1)."""
         self._numbers[_WAITING] += more
+
+    def steps_begin(self, step: int) -> None:
+        """So many steps were done before this attempt's first one."""
+        self._numbers[_STEP], self._numbers[_FIRST_STEP] = step, step + 1
+        self._numbers[_COUNT] += 1
 
     def step_done(self, step: int, seconds: float) -> None:
         """A step of all ranks is over, which took so long."""

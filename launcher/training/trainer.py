@@ -131,7 +131,7 @@ class Trainer:
         self.first_step = step
         save = functools.partial(self.keeper.save, tensors, wait=True) if in_memory and self.saves else None
         self.rescue = Rescue(self.attempt, self.device, world_size, save, self.checkpointer.finish_here)
-        here.step_done(step, 0.0)
+        here.steps_begin(step)
         self.own = Own(models.repeated_layers(self.engine.model), self.device)
         say_slow = functools.partial(straggler, self.journal, self.run.events_file)
         self.pace = Pace(self.rank, world_size, say_slow)

@@ -79,7 +79,9 @@ def test_a_rank_says_where_it_is_and_another_process_reads_it(monkeypatch: pytes
     mine = Whereabouts()
     path, _ = mine.begin()
     theirs = Page.open(path)
-    assert theirs.read(3, "n1", 7).count == 0
+    assert (theirs.read(3, "n1", 7).count, theirs.read(3, "n1", 7).first_step) == (0, None)
+    mine.steps_begin(0)
+    assert theirs.read(3, "n1", 7).first_step == 0
     mine.at("data", done=2, total=8, detail="/cache/ä")
     with mine.during("compiling"):
         assert theirs.read(3, "n1", 7).place == "compiling"

@@ -106,6 +106,16 @@ class World:
         self.run(seconds, every=step_seconds, move=move, place="forward")
 
 
+def test_steps_that_were_over_before_the_first_look_count_as_steps() -> None:
+    """Twelve of 20 ms: what hangs after them is no slow start."""
+    rank = Rank(0, step=12)
+    rank.place = "exchange"
+    place, sight = rank.seen(LOOK)
+    [unknown] = Stillness().look(1000.0, [(place, sight)])
+    [known] = Stillness().look(1000.0, [(replace(place, first_step=0), sight)])
+    assert (unknown.phase, known.phase) == ("start", "step")
+
+
 def test_twenty_hours_of_healthy_phases_raise_no_alarm() -> None:
     world = World(every=4.5)
     world.run(240, place="starting", cpu=0.9)
