@@ -16,7 +16,7 @@ from launcher.job.load import load
 from launcher.job.schema import Job
 from launcher.job.script_job import load as load_for_script
 from launcher.job.script_job import without_placeholders
-from launcher.launch.plan_file import read_plan, write_plan
+from launcher.launch.plan_file import COPY, read_plan, write_plan
 from launcher.launch.redecide import decide_again, has_devices, plan_for_most_nodes
 from launcher.launch.script_run import write_configuration
 from launcher.plain_files import read_json
@@ -84,7 +84,7 @@ def _refuse_other_things(run: RunDirectory) -> None:
     if not run.path.exists():
         return
     names = {path.name for path in run.path.iterdir()} if run.path.is_dir() else {run.path.name}
-    ours = {".lock", ".lease", run.forecast_file.name, run.rendered.name, run.job_file.name}
+    ours = {".lock", ".lease", COPY, run.forecast_file.name, run.rendered.name, run.job_file.name}
     if names and (
         ".lock" not in names or any(name not in ours and not LEFTOVER.match(name) for name in names)
     ):

@@ -262,6 +262,7 @@ def test_a_run_that_another_launcher_begins_just_now(job: Path, monkeypatch: pyt
     with run.lock():
         run.forecast_file.write_text("{}")
         run.job_file.with_name(".job.yaml.0123abcd").touch()
+        (run.path / plan_file.COPY).touch()
         with pytest.raises(RunInUseError):
             open_run(job, [], None, run.path)
     decide = run_setup.decide_for

@@ -11,15 +11,15 @@ from tests.benchmarks.faults.effective import Timeline, Times
 
 
 def figures(done: dict[str, Any], every: int) -> dict[str, Any]:
-    """Return what is kept of a soak: of each piece how often each thing was done, and where its time went."""
+    """Return what is kept of a soak: how often each thing was done, and of each piece where its time went."""
     pieces = [
         {key: value for key, value in piece.items() if key not in ("injections", "timeline")}
-        | {"kinds": Counter(entry["kind"] for entry in piece["injections"])}
         | {"times": vars(Timeline(**piece["timeline"]).times(every))}
         for piece in done["pieces"]
     ]
+    kinds = Counter(entry["kind"] for piece in done["pieces"] for entry in piece["injections"])
     broken = [piece | {"injections": len(piece["injections"])} for piece in done["broken"]]
-    return {"pieces": pieces, "broken": broken}
+    return {"kinds": kinds, "pieces": pieces, "broken": broken}
 
 
 def report(soaks: dict[str, Any], num_steps: int, every: int) -> str:
@@ -28,12 +28,9 @@ def report(soaks: dict[str, Any], num_steps: int, every: int) -> str:
     pieces = [piece for soak in soaks.values() for piece in soak["pieces"]]
     broken = [(seed, piece) for seed, soak in soaks.items() for piece in soak["broken"]]
     kinds: Counter[str] = Counter()
-    for piece in pieces:
-        kinds.update(piece["kinds"])
-    each = ", ".join(
-        f"{sum(sum(piece['kinds'].values()) for piece in soak['pieces'])} of seed {seed}"
-        for seed, soak in soaks.items()
-    )
+    for soak in soaks.values():
+        kinds.update(soak["kinds"])
+    each = ", ".join(f"{sum(soak['kinds'].values())} of seed {seed}" for seed, soak in soaks.items())
     different = sum(bool(piece["differences"]) for piece in pieces)
     lines = [
         f"{_report.sentence(pieces[-1]['conditions'])}\n",
@@ -45,7 +42,7 @@ def report(soaks: dict[str, Any], num_steps: int, every: int) -> str:
         f"Runs that did not get to their end: {len(broken)}.",
         "",
         _report.table(("injection", "times"), sorted(kinds.items(), key=lambda item: -item[1])),
-        _effective([Times(**piece["times"]) for piece in pieces]),
+        _effective([Times(**piece["times"]) for piece in pieces if "times" in piece]),
     ]
     lines += [f"- seed {seed}, piece {one['piece']}: {one['why'].splitlines()[0]}" for seed, one in broken]
     return "\n".join(lines)
