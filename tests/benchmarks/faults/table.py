@@ -89,9 +89,12 @@ def write(injections: Sequence[Injection], known: dict[str, Any]) -> None:
 def _kept(result: dict[str, Any]) -> dict[str, Any]:
     """Return a result with what the table shows of its output, and no path of the machine."""
     shown = [_clean(line) for line in result.get("output", ()) if line.startswith("warning")][:1]
+    cleaned = {"output": shown, "why_not": [_clean(reason) for reason in result["why_not"]]}
+    if result.get("line"):
+        cleaned["line"] = _clean(result["line"])
     return {
-        key: _clean(value) if key == "line" and value else value
-        for key, value in (result | {"output": shown}).items()
+        key: value
+        for key, value in (result | cleaned).items()
         if value not in (None, "", [], {}) or key == "why_not"
     }
 
