@@ -8,6 +8,7 @@ INSIDE_SAID names.
 """
 
 import importlib
+import importlib.util
 import json
 import os
 import signal
@@ -121,14 +122,30 @@ def _target(path):
 
 
 def _install(action, argument, moment, nth):
-    """As soon as what is to be broken is imported: data are prepared right after the trainer is."""
-    module, name = ("inputs", "TrainingInputs") if moment == "preparing" else ("trainer", "Trainer")
-    while not hasattr(sys.modules.get(f"launcher.training.{module}"), name):
+    """As soon as what is to be broken is imported."""
+    while moment != "preparing" and not hasattr(sys.modules.get("launcher.training.trainer"), "Trainer"):
         time.sleep(0.005)
     holder, name = _target(MOMENTS[moment])
     plain = holder.__dict__.get(name, None) if isinstance(holder, type) else getattr(holder, name)
     made = _around(getattr(holder, name), action, argument, nth)
     setattr(holder, name, staticmethod(made) if isinstance(plain, (staticmethod, classmethod)) else made)
+
+
+def _right_after(module, install):
+    """Install when a module has been imported, before whoever imports it goes on."""
+
+    class Finder:
+        @staticmethod
+        def find_spec(name, path=None, target=None):
+            if name != module:
+                return None
+            sys.meta_path.remove(Finder)
+            spec = importlib.util.find_spec(module)
+            run = spec.loader.exec_module
+            spec.loader.exec_module = lambda imported: (run(imported), install())
+            return spec
+
+    sys.meta_path.insert(0, Finder)
 
 
 _first = os.environ.get("LAUNCHER_ATTEMPT_DIRECTORY", "").endswith(os.environ.get("INSIDE_ATTEMPT", "0001"))
@@ -142,4 +159,8 @@ if (
     _action, _, _moment = _what.partition("@")
     _action, _, _argument = _action.partition("=")
     if _where in (os.environ["RANK"], os.uname().nodename, "all"):
-        threading.Thread(target=_install, args=(_action, _argument, _moment, int(_nth)), daemon=True).start()
+        _arguments = (_action, _argument, _moment, int(_nth))
+        if _moment == "preparing":  # data are prepared at once
+            _right_after("launcher.training.inputs", lambda: _install(*_arguments))
+        else:
+            threading.Thread(target=_install, args=_arguments, daemon=True).start()
