@@ -18,6 +18,8 @@ _RECORD = _report.DOCUMENTS / "fault_matrix.json"
 """What the table is made of: the matrix is injected in pieces, on one machine after another."""
 _TITLE = "What was injected, and what was seen"
 _LONGEST = 150
+_PATH = re.compile(r"(?<![\w.])/(?:[\w.-]+/)+(?=[\w.-]+)")
+"""Of an absolute path all but the last name."""
 _INTRODUCTION = """Made by `python -m tests.benchmarks.bench_fault_matrix FOLDER --write` from what its runs saw, and changed by nobody.
 `#` is the row of the matrix; S and a number mark what reviewers had seen fail. "Gone" is the time from the fault until no process was
 left, or under Slurm until the next attempt began. "Samples" are those lost, and those of steps that had others than the undisturbed run;
@@ -93,7 +95,7 @@ def _kept(result: dict[str, Any]) -> dict[str, Any]:
     if result.get("line"):
         cleaned["line"] = _clean(result["line"])
     return {
-        key: value
+        key: _PATH.sub("", value) if isinstance(value, str) else value
         for key, value in (result | cleaned).items()
         if value not in (None, "", [], {}) or key == "why_not"
     }
