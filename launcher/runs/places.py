@@ -230,7 +230,7 @@ class Whereabouts(Page):
         self._numbers[_WAITING] += more
 
     def steps_begin(self, step: int) -> None:
-        """So many steps were done before this attempt's first one."""
+        """Note the steps that were done before this attempt began."""
         self._numbers[_STEP], self._numbers[_FIRST_STEP] = step, step + 1
         self._numbers[_COUNT] += 1
 
