@@ -107,10 +107,11 @@ def evaluate_locally(request: Request, watcher: Watcher, resamples: int = 0) -> 
 
 
 def estimate_fisher(request: Request, watcher: Watcher, num_rows: int) -> dict[str, Any]:
-    """Write a model's Fisher information, by so many rows, beside the run's evaluations or into the model's
-    directory, and return {"file": path, "step", "rows", "parameters"}.
+    """Write a model's Fisher information, by so many samples, beside the run's evaluations or into MODEL/fisher,
+    and return {"file": path, "step", "rows", "parameters"}.
 
-    FSDP shards the model, whatever the plan's engine. Raises ConfigurationError for a run that trains an
+    FSDP shards the model, whatever the plan's engine, and fp16 is computed in fp32: a squared gradient leaves its
+    range. Raises ConfigurationError for a run that trains an
     adapter, and the failure's own class where the ranks failed.
     """
     plan = request.plan
@@ -125,8 +126,11 @@ def estimate_fisher(request: Request, watcher: Watcher, num_rows: int) -> dict[s
         file = request.run / "evaluations" / f"fisher-step-STEP{suffix}.safetensors"
     else:
         assert request.model is not None
-        file = Path(request.model) / f"fisher{suffix}.safetensors"
-    plan = plan.model_copy(update={"engine": "fsdp", "zero": None, "offload": "none"})
+        # Beside the weights others would take it for some of them.
+        file = Path(request.model) / "fisher" / f"{suffix[1:] or plan.name}.safetensors"
+    precision = "fp32" if plan.precision == "fp16" else plan.precision
+    changes = {"engine": "fsdp", "zero": None, "offload": "none", "precision": precision}
+    plan = plan.model_copy(update=changes)
     wanted = request.asked | {"rows": num_rows, "file": str(file)}
     return ask(plan, "launcher.training.fisher_entry", wanted, "fisher.json", watcher)
 

@@ -150,7 +150,9 @@ def test_by_fisher_information_the_weights_are_those_of_a_plain_loop(
     stopped in between."""
     held_out = plan_for(model, data | {"evaluation": data["train"]}, 2, 1)
     written = estimate_fisher(Request(held_out, None, str(model), None), Watcher(), NUM_ROWS)
-    assert written["rows"] == NUM_ROWS and written["file"] == str(model / "fisher.safetensors")
+    assert written["rows"] == NUM_ROWS and written["file"] == str(model / "fisher" / f"{held_out.name}.safetensors")
+    with pytest.raises(ConfigurationError, match="is there already"):
+        estimate_fisher(Request(held_out, None, str(model), None), Watcher(), 3)
     expected = fisher_of(model, data)
     fisher = load_file(written["file"])
     assert fisher.keys() == expected.keys()
@@ -182,6 +184,7 @@ def test_a_fisher_file_of_another_model_is_refused(model: Path, tmp_path: Path) 
     for broken, reason in (
         ({**values, "model.norm.weight": torch.zeros(3)}, r"the file has it as \[3\]"),
         ({name: value for name, value in values.items() if "embed" not in name}, "the file has it not"),
+        ({name: value / 0 for name, value in values.items()}, "not finite"),
     ):
         save_file(broken, tmp_path / "fisher.safetensors")
         with pytest.raises(ConfigurationError, match=reason):
