@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from launcher import tasks
 from launcher.errors import ConfigurationError
 from launcher.job.cluster import node_range
@@ -28,12 +30,21 @@ def plan_for_most_nodes(job: Job, stored: Plan, counts: range) -> Plan:
     raise first
 
 
-def decide_again(job: Job, nproc: int | None, stored: Plan, local: bool) -> Plan:
+def decide_again(job: Job, nproc: int | None, stored: Plan, local: bool, run: Path | None = None) -> Plan:
     """Return the job's plan, with what it leaves open as it was decided before: memory that is free today
     must not change the numbers.
 
-    On another number of ranks the micro-batch is decided anew, as it must divide.
+    On another number of ranks the micro-batch is decided anew, as it must divide. A checkpoint that teaches may
+    be gone where `run` has it written out.
     """
+    if (taught := stored.distillation) and taught.checkpoint is not None and run and job.distillation:
+        own = job.distillation.model_copy(update={"checkpoint": taught.checkpoint})
+        if job.distillation.checkpoint in (None, taught.checkpoint) and own.written_out(run):
+            there = own.model_copy(update={"teacher": str(run / "teacher"), "checkpoint": None})
+            job, stored = (
+                one.model_copy(update={"distillation": there}) for one in (job, stored)
+            )
+            return decide_again(job, nproc, stored, local).model_copy(update={"distillation": own})
     updates: dict[str, object] = {}
     if stored.script:
         return decide_script(job, stored.script, _ranks(job, nproc, stored), local=local)

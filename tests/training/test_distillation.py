@@ -211,6 +211,7 @@ def test_a_run_teaches_as_its_export_does(
     )
     finish(known, 2)
     finish(other, 2)
+    shutil.copytree(student, learning.path / "teacher")  # of another, before anything was learned
     finish(learning, 2, stop_at=2)
     shutil.rmtree(large.checkpoints)
     finish(learning, 2)

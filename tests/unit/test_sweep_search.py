@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from launcher.cli.app import app
 from launcher.cli.sweep import _seconds
-from launcher.errors import ConfigurationError, RunInUseError, Stopped
+from launcher.errors import ConfigurationError, Problem, RunInUseError, Stopped
 from launcher.job.load import load
 from launcher.launch import local
 from launcher.runs.events import event
@@ -180,7 +180,7 @@ def test_under_slurm_a_search_goes_in_rounds(
         event(sweep.run(2).events_file, name, **more)
     submit()
     assert arrays == [[0, 1, 2], [1, 3, 4]] and Sweep.read(sweep.path).left() == [2]
-    with pytest.raises(ConfigurationError, match="every point is finished, or diverged"):
+    with pytest.raises(ConfigurationError, match="every point is finished, or failed by what it tries"):
         submit()
     assert len(set(Sweep.read(sweep.path).points)) == 5, "those of one round keep away from each other"
 
@@ -203,6 +203,37 @@ def test_a_search_is_written_down_and_its_best_point_is_a_job(
     assert written == load(sweep.path / "job.yaml", list(best.overrides))
     with pytest.raises(ConfigurationError, match="is there already"):
         best_job(sweep, tmp_path / "best.yaml")
+
+
+BATCH = "batch.global_batch_size"
+
+
+def test_of_a_whole_number_whole_ones_are_tried_and_one_that_cannot_begin_is_left(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("optuna")
+    points = Points(monkeypatch)
+    random = [RANDOM[0], f"{SCHEDULE}=linear,cosine", f"{BATCH}=8..64:log", "training.weight_decay=0..1"]
+    sweep = searched(job, tmp_path / "sweep", 12, random)
+    opened = Sweep.open
+
+    def open_but_one(self: Sweep, number: int, local: bool) -> Any:
+        if number == 1:
+            raise ConfigurationError(Problem(BATCH, 9, "does not divide"))
+        return opened(self, number, local)
+
+    monkeypatch.setattr(Sweep, "open", open_but_one)
+    heard = Heard()
+    points.ends["003"] = 8
+    with RunDirectory(sweep.path).lock(), pytest.raises(RunInUseError):
+        running.run_here(sweep, heard)
+    assert running.run_here(sweep, heard) == ConfigurationError.exit_code
+    sweep = Sweep.read(sweep.path)
+    lines = {line.point: line for line in leaderboard(sweep)}
+    assert len(lines) == 12 and lines[1].state == "failed" and sweep.left() == [3]
+    assert all(8 <= int(line.values[BATCH]) <= 64 for line in lines.values())
+    assert any("." in line.values["training.weight_decay"] for line in lines.values())
+    assert running.run_here(sweep, heard) == 0 and not Sweep.read(sweep.path).left()
 
 
 def test_a_corner_that_cannot_be_is_refused_before_anything_begins(job: Path, tmp_path: Path) -> None:
