@@ -126,7 +126,8 @@ def evaluate(
         ),
     ] = False,
     rows: Annotated[
-        int | None, typer.Option("--rows", min=1, metavar="N", help="With --fisher: by so many samples [256].")
+        int | None,
+        typer.Option("--rows", min=1, metavar="N", help="With --fisher: by so many samples [256]."),
     ] = None,
     nproc: NumRanks = None,
     as_json: AsJson = False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import re
 import time
@@ -11,6 +12,7 @@ from typing import Any
 
 from launcher.errors import ConfigurationError, Problem, StorageError
 from launcher.job.load import load
+from launcher.job.paths import nearest_file
 from launcher.launch.scratch import ask
 from launcher.launch.screen import Watcher
 from launcher.planner.memory.profiles import Profiles
@@ -66,9 +68,11 @@ class Request:
     def measured_on(self, other: Path) -> Request:
         """Return the same on another file with the same columns, or on the held-out rows of another job.
 
-        Raises ConfigurationError where that job has none, or another task.
+        Raises ConfigurationError where there is no such file, that job has none, or another task.
         """
         data = self.plan.data
+        if not other.exists() and not glob.has_magic(str(other)):
+            raise ConfigurationError(Problem("--on", str(other), f"no such file{nearest_file(other)}"))
         if other.suffix in (".yaml", ".yml"):
             job = load(other)
             if job.model.task != self.plan.task:

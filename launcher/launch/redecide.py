@@ -41,9 +41,7 @@ def decide_again(job: Job, nproc: int | None, stored: Plan, local: bool, run: Pa
         own = job.distillation.model_copy(update={"checkpoint": taught.checkpoint})
         if job.distillation.checkpoint in (None, taught.checkpoint) and own.written_out(run):
             there = own.model_copy(update={"teacher": str(run / "teacher"), "checkpoint": None})
-            job, stored = (
-                one.model_copy(update={"distillation": there}) for one in (job, stored)
-            )
+            job, stored = (one.model_copy(update={"distillation": there}) for one in (job, stored))
             return decide_again(job, nproc, stored, local).model_copy(update={"distillation": own})
     updates: dict[str, object] = {}
     if stored.script:

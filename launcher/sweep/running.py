@@ -27,9 +27,7 @@ from launcher.runs.layout import RunDirectory
 from launcher.sweep.leaderboard import leaderboard
 from launcher.sweep.sweep import Sweep
 
-_FOR_GOOD = {
-    one.failure_class for one in (ConfigurationError, DataError, DivergedError, OutOfMemoryError)
-}
+_FOR_GOOD = {one.failure_class for one in (ConfigurationError, DataError, DivergedError, OutOfMemoryError)}
 """Failures that the same point would have again."""
 
 

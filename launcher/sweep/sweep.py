@@ -87,7 +87,9 @@ class Sweep:
                 where = f"at {' '.join(point)}: " if point else ""
                 raise ConfigurationError(Problem("--metric", metric, f"{where}{missing}"))
         if search:
-            search = search.with_whole([key for key, one in search.between().items() if not loads(written(one))])
+            search = search.with_whole(
+                [key for key, one in search.between().items() if not loads(written(one))]
+            )
         if halving or search:
             _check_comparable(job, metric, "--halving" if halving else "--search", halving is not None)
         better = measured(tasks.of_job(job))[metric]

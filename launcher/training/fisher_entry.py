@@ -143,7 +143,9 @@ def measure(
         fisher.check()
         fisher.write(file)
     except Interrupted:
-        own.event("stopped", step=0, line="stopped before all samples were seen; the same command begins anew")
+        own.event(
+            "stopped", step=0, line="stopped before all samples were seen; the same command begins anew"
+        )
     else:
         if distributed.get_rank() == 0:
             result = {

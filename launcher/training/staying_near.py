@@ -71,7 +71,9 @@ def _of_file(path: str, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.
                     has = f"has it as {list(stored[name])}" if name in stored else "has it not"
                     reason = f"is not of this model: {name} is {list(weight.shape)} here, and the file {has}"
                     raise ConfigurationError(Problem("training.l2_sp.fisher", path, reason))
-            return {name: _cut(_finite(path, name, file.get_tensor(name)), one) for name, one in weights.items()}
+            return {
+                name: _cut(_finite(path, name, file.get_tensor(name)), one) for name, one in weights.items()
+            }
     except (OSError, SafetensorError) as error:
         raise ConfigurationError(Problem("training.l2_sp.fisher", path, f"cannot be read: {error}")) from None
 

@@ -150,7 +150,9 @@ def test_by_fisher_information_the_weights_are_those_of_a_plain_loop(
     stopped in between."""
     held_out = plan_for(model, data | {"evaluation": data["train"]}, 2, 1)
     written = estimate_fisher(Request(held_out, None, str(model), None), Watcher(), NUM_ROWS)
-    assert written["rows"] == NUM_ROWS and written["file"] == str(model / "fisher" / f"{held_out.name}.safetensors")
+    assert written["rows"] == NUM_ROWS and written["file"] == str(
+        model / "fisher" / f"{held_out.name}.safetensors"
+    )
     with pytest.raises(ConfigurationError, match="is there already"):
         estimate_fisher(Request(held_out, None, str(model), None), Watcher(), 3)
     expected = fisher_of(model, data)

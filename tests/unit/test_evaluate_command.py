@@ -48,6 +48,7 @@ def request(folder: Path) -> Request:
 
 def test_another_file_and_another_job_take_the_place_of_the_rows(folder: Path) -> None:
     asked = request(folder)
+    (folder / "other.jsonl").touch()
     file = asked.measured_on(folder / "other.jsonl").plan
     assert file.data.evaluation is not None and file.data.evaluation.path == str(folder / "other.jsonl")
     other = job(folder, "other", text="text", evaluation={"path": "other.jsonl"}, max_length=16)

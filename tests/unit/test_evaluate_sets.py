@@ -17,6 +17,8 @@ from launcher.launch.evaluation import Request, estimate_fisher
 from launcher.launch.screen import Watcher
 from tests.unit.test_scheduling_local import plan
 
+MEASURED_ON = Request.measured_on
+
 
 @pytest.fixture(autouse=True)
 def measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,3 +90,14 @@ def test_options_that_do_not_go_together_are_refused(options: list[str], reason:
 def test_fisher_information_that_is_of_no_use_is_refused(changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(ConfigurationError, match=reason):
         estimate_fisher(Request(plan(**changes), Path("run"), None, None), Watcher(), 8)
+
+
+@pytest.mark.parametrize("name", ["nowhere.jsonl", "nowhere.yaml"])
+def test_all_files_are_looked_for_before_anything_is_measured(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Request, "measured_on", MEASURED_ON)
+    monkeypatch.setattr(evaluation, "evaluate_locally", lambda *_: pytest.fail("measured"))
+    (tmp_path / "rows.jsonl").write_text("{}")
+    with pytest.raises(ConfigurationError, match="nowhere.*no such file"):
+        answer("--on", str(tmp_path / "rows.jsonl"), "--on", str(tmp_path / name))

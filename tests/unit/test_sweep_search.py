@@ -265,6 +265,18 @@ def test_of_a_job_there_is_no_best_point(job: Path) -> None:
         CliRunner().invoke(app, ["sweep", str(job), "--apply", "best.yaml"], catch_exceptions=False)
 
 
+@pytest.mark.parametrize("option", [["--metric", "loss"], ["--seed", "0"]])
+def test_a_sweep_that_is_there_keeps_what_it_has(option: list[str], job: Path, tmp_path: Path) -> None:
+    Sweep.create(tmp_path / "sweep", job, [], [["training.seed=1"]], "loss", None)
+    with pytest.raises(ConfigurationError, match=f"{option[0]}.*keeps its points"):
+        CliRunner().invoke(app, ["sweep", str(tmp_path / "sweep"), "--show", *option], catch_exceptions=False)
+
+
+def test_a_sheet_is_not_written_over_a_file(job: Path) -> None:
+    with pytest.raises(ConfigurationError, match="--sheet.*is there already"):
+        CliRunner().invoke(app, ["data", "inspect", str(job), "--sheet", str(job)], catch_exceptions=False)
+
+
 def test_a_budget_is_a_time_of_sweeps_here() -> None:
     assert _seconds("90min", local=True) == 5400 and _seconds(None, local=False) is None
     for text, local_, reason in (("long", True, "write a time"), ("8h", False, "goes with --local")):
