@@ -111,12 +111,12 @@ def evaluate_locally(request: Request, watcher: Watcher, resamples: int = 0) -> 
 
 
 def estimate_fisher(request: Request, watcher: Watcher, num_rows: int) -> dict[str, Any]:
-    """Write a model's Fisher information, by so many samples, beside the run's evaluations or into MODEL/fisher,
-    and return {"file": path, "step", "rows", "parameters"}.
+    """Write a model's Fisher information, by so many samples, beside the run's evaluations or into
+    MODEL/fisher, and return {"file": path, "step", "rows", "parameters"}.
 
-    FSDP shards the model, whatever the plan's engine, and fp16 is computed in fp32: a squared gradient leaves its
-    range. Raises ConfigurationError for a run that trains an
-    adapter, and the failure's own class where the ranks failed.
+    FSDP shards the model, whatever the plan's engine, and fp16 is computed in fp32, as its gradients are not
+    finite without a scale. Raises ConfigurationError for a run that trains an adapter, and the failure's own
+    class where the ranks failed.
     """
     plan = request.plan
     if request.run is not None and plan.model.adapter is not None:

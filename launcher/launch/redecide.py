@@ -37,11 +37,13 @@ def decide_again(job: Job, nproc: int | None, stored: Plan, local: bool, run: Pa
     On another number of ranks the micro-batch is decided anew, as it must divide. A checkpoint that teaches may
     be gone where `run` has it written out.
     """
-    if (taught := stored.distillation) and taught.checkpoint is not None and run and job.distillation:
-        own = job.distillation.model_copy(update={"checkpoint": taught.checkpoint})
-        if job.distillation.checkpoint in (None, taught.checkpoint) and own.written_out(run):
+    before = stored.distillation
+    if run and job.distillation and before and before.checkpoint is not None:
+        own = job.distillation.model_copy(update={"checkpoint": before.checkpoint})
+        if job.distillation.checkpoint in (None, before.checkpoint) and own.written_out(run):
             there = own.model_copy(update={"teacher": str(run / "teacher"), "checkpoint": None})
-            job, stored = (one.model_copy(update={"distillation": there}) for one in (job, stored))
+            job = job.model_copy(update={"distillation": there})
+            stored = stored.model_copy(update={"distillation": there})
             return decide_again(job, nproc, stored, local).model_copy(update={"distillation": own})
     updates: dict[str, object] = {}
     if stored.script:

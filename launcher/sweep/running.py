@@ -85,8 +85,9 @@ def submit(sweep: Sweep, parallel: int | None) -> tuple[str, list[int]]:
     ones up to `parallel`. New ones know the rounds before, and keep away from each other; one that cannot begin
     is written down as failed.
 
-    Raises RunInUseError where a point waits or runs already or another launcher submits, ConfigurationError where points ask Slurm for
-    different things, and for a search without `parallel`, or with nothing left to try.
+    Raises RunInUseError where a point waits or runs already or another launcher submits, ConfigurationError
+    where points ask Slurm for different things, and for a search without `parallel`, or with nothing left to
+    try.
     """
     submit_run.find_sbatch()
     if sweep.search and parallel is None:

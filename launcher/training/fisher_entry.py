@@ -40,11 +40,11 @@ _ONE = BatchPlan(global_batch_size=1, micro_batch_size=1, accumulation_steps=1, 
 class Fisher:
     """The mean over samples of the squared gradient of a sample's loss, fp32, cut as the weights are.
 
-    The loss is the task's own as evaluation computes it, summed over what is learned of the sample. Where that is
-    the negative log-likelihood of the labels, as of texts, tags and one class of several, this is the empirical
-    Fisher information. It is not where the task's loss is another: question answering has the mean of start and
-    end, several classes at once the mean over them, numbers the squared error, several tasks the loss that
-    they share, mixtures of experts the routers' loss beside it, BLIP the smoothing of its config.
+    The loss is the task's own as evaluation computes it, summed over what is learned of the sample. Where that
+    is the negative log-likelihood of the labels, as of texts, tags and one class of several, this is the
+    empirical Fisher information. It is not where the task's loss is another: question answering has the mean of
+    start and end, several classes at once the mean over them, numbers the squared error, several tasks the loss
+    that they share, mixtures of experts the routers' loss beside it, BLIP the smoothing of its config.
     """
 
     def __init__(self, engine: Engine) -> None:

@@ -80,7 +80,7 @@ def _of_file(path: str, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.
 
 def _finite(path: str, name: str, whole: torch.Tensor) -> torch.Tensor:
     if not whole.isfinite().all():
-        reason = f"{name} has values in it that are not finite; write the file anew with `launcher evaluate --fisher`"
+        reason = f"{name} has values in it that are not finite; write it anew: `launcher evaluate --fisher`"
         raise ConfigurationError(Problem("training.l2_sp.fisher", path, reason))
     return whole.float()
 

@@ -147,7 +147,7 @@ def test_a_run_is_a_plain_loop_of_peft_and_its_exports_are_loaded(
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     for name, weight in merged.state_dict().items():
         torch.testing.assert_close(weight, weights[name], rtol=1e-3, atol=2e-4)
-    with pytest.raises(ConfigurationError, match="--dtype.*nearly alike"):
+    with pytest.raises(ConfigurationError, match=r"--dtype.*nearly alike"):
         export(run, tmp_path / "adapter", dtype="bfloat16", adapter=True)
     export(run, tmp_path / "adapter", adapter=True)
     written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())

@@ -18,10 +18,10 @@ from launcher.tasks.audio_classification import AudioClassification
 from launcher.tasks.sample import Drawn
 from launcher.tasks.spectrograms import of_features
 from launcher.tasks.task import Draws
+from launcher.training.data import sheet as module
 from launcher.training.data.batches import Batches
 from launcher.training.data.mixed import order_of
 from launcher.training.data.prepare import prepare
-from launcher.training.data import sheet as module
 from launcher.training.data.sheet import sheet_of, write_sheet
 from launcher.training.inputs import TrainingInputs
 from launcher.training.model.pretrained import read_processor

@@ -99,5 +99,5 @@ def test_all_files_are_looked_for_before_anything_is_measured(
     monkeypatch.setattr(Request, "measured_on", MEASURED_ON)
     monkeypatch.setattr(evaluation, "evaluate_locally", lambda *_: pytest.fail("measured"))
     (tmp_path / "rows.jsonl").write_text("{}")
-    with pytest.raises(ConfigurationError, match="nowhere.*no such file"):
+    with pytest.raises(ConfigurationError, match=r"nowhere.*no such file"):
         answer("--on", str(tmp_path / "rows.jsonl"), "--on", str(tmp_path / name))

@@ -196,8 +196,8 @@ def _weights(run: RunDirectory, stored: Stored, alone: bool, dtype: ExportDtype)
         raise ConfigurationError(Problem("--adapter", run.path.name, reason))
     if alone and plan.model.adapter.init != "lora" and dtype in ("bfloat16", "float16"):
         reason = (
-            f"of {plan.model.adapter.init} the adapter is a difference of two that are nearly alike, which so few "
-            "digits lose; leave it out, or write float32"
+            f"of {plan.model.adapter.init} the adapter is a difference of two that are nearly alike, which so "
+            "few digits lose; leave it out, or write float32"
         )
         raise ConfigurationError(Problem("--dtype", dtype, reason))
     kind: type[Alone] | type[Merged] = Alone if alone else Merged

@@ -92,8 +92,12 @@ def _refuse_tied(model: nn.Module, adapter: Adapter, layers: Mapping[str, nn.Mod
     uses = Counter(id(one) for _, one in model.named_parameters(remove_duplicate=False))
     for name, layer in layers.items():
         if uses[id(layer.weight)] > 1:
-            reason = f"{name} shares its weight with another layer, which would be changed; leave it out of `targets`"
-            raise ConfigurationError(Problem("model.adapter.init", adapter.init, f"{reason}, or take lora"))
+            reason = f"{name} shares its weight with another layer, which would be changed"
+            raise ConfigurationError(
+                Problem(
+                    "model.adapter.init", adapter.init, f"{reason}; leave it out of `targets`, or take lora"
+                )
+            )
 
 
 def trained(model: nn.Module, adapter: Adapter, new: tuple[str, ...]) -> None:

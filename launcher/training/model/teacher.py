@@ -62,8 +62,9 @@ def written_out(run: RunDirectory, plan: Plan) -> Distillation | None:
     """Return a plan's section `distillation`, with a directory of weights in the place of a run as the teacher.
 
     That is RUN/teacher, which rank 0 writes in the first attempt, and anew where another checkpoint is to teach:
-    of a run that measures the averages of its weights (`training.ema.evaluate`) those. For all ranks together. Raises CheckpointError
-    where the teacher's checkpoint is not whole, StorageError where the disk does not take it.
+    of a run that measures the averages of its weights (`training.ema.evaluate`) those. For all ranks
+    together. Raises CheckpointError where the teacher's checkpoint is not whole, StorageError where the disk
+    does not take it.
     """
     settings = plan.distillation
     if settings is None or settings.checkpoint is None:
