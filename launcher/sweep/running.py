@@ -27,8 +27,10 @@ from launcher.runs.layout import RunDirectory
 from launcher.sweep.leaderboard import leaderboard
 from launcher.sweep.sweep import Sweep
 
-_FOR_GOOD = {one.failure_class for one in (ConfigurationError, DataError, DivergedError, OutOfMemoryError)}
+_FOR_GOOD = (DivergedError.failure_class, OutOfMemoryError.failure_class)
 """Failures that the same point would have again."""
+_UNTIL_MENDED = (ConfigurationError.failure_class, DataError.failure_class)
+"""Failures that it would have again unless somebody changes what it reads: it is tried once more."""
 
 
 def run_here(sweep: Sweep, watcher: Watcher, budget: float | None = None) -> int:
@@ -60,7 +62,7 @@ def _in_turn(sweep: Sweep, watcher: Watcher, until: float) -> int:
         except LauncherError as error:
             watcher.say(f"point {number} cannot begin: {error}")
             worst = worst or error.exit_code
-            if sweep.search and error.failure_class in _FOR_GOOD:
+            if _is_of_the_point(sweep, error):
                 sweep = sweep.without(number, str(error))
             continue
         code = run_with_cuts(run, plan, watcher)
@@ -71,17 +73,29 @@ def _in_turn(sweep: Sweep, watcher: Watcher, until: float) -> int:
 
 
 def _worth_trying(sweep: Sweep) -> list[int]:
-    """Return the points that are left; of a search, which goes on with others, without those that failed by
-    what they try."""
+    """Return the points that are left; of a search, which goes on with others, without those that failed for
+    good."""
     if not sweep.search:
         return sweep.left()
     classes = {line.point: line.failure_class for line in leaderboard(sweep)}
-    return [number for number in sweep.left() if classes[number] not in _FOR_GOOD]
+    return [
+        number
+        for number in sweep.left()
+        if classes[number] not in _FOR_GOOD
+        and (classes[number] not in _UNTIL_MENDED or sweep.run(number).last_attempt() < 2)
+    ]
+
+
+def _is_of_the_point(sweep: Sweep, error: LauncherError) -> bool:
+    """Return whether a point of a search cannot begin by what it tries, and not by what is wrong with all."""
+    if sweep.search is None or not isinstance(error, ConfigurationError):
+        return sweep.search is not None and error.failure_class in _FOR_GOOD
+    return any(problem.key in sweep.search.space for problem in error.problems)
 
 
 def submit(sweep: Sweep, parallel: int | None) -> tuple[str, list[int]]:
     """Every point that is left as one array, of which `parallel` run at a time; the array's number and the
-    points in their order. Of a search it is one round: points that failed, but not by what they try, and new
+    points in their order. Of a search it is one round: points that failed, but not for good, and new
     ones up to `parallel`. New ones know the rounds before, and keep away from each other; one that cannot begin
     is written down as failed.
 
@@ -111,11 +125,11 @@ def _submitted(sweep: Sweep, parallel: int | None) -> tuple[str, list[int]]:
             opened.append(sweep.open(number, local=False))
             numbers.append(number)
         except LauncherError as error:
-            if not sweep.search or error.failure_class not in _FOR_GOOD:
+            if not _is_of_the_point(sweep, error):
                 raise
             sweep = sweep.without(number, str(error))
     if not numbers:
-        reason = "every point is finished, or failed by what it tries"
+        reason = "every point is finished, or failed for good"
         raise ConfigurationError(Problem("SWEEP", str(sweep.path), reason))
     _check_alike(opened, numbers)
     code = snapshot.of_launcher(RunDirectory(sweep.path))

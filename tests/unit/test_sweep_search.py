@@ -186,7 +186,7 @@ def test_under_slurm_a_search_goes_in_rounds(
         event(sweep.run(2).events_file, name, **more)
     submit()
     assert arrays == [[0, 1, 2], [1, 4]] and Sweep.read(sweep.path).left() == [2]
-    with pytest.raises(ConfigurationError, match="every point is finished, or failed by what it tries"):
+    with pytest.raises(ConfigurationError, match="every point is finished, or failed for good"):
         submit()
     assert len(set(Sweep.read(sweep.path).points)) == 5, "those of one round keep away from each other"
 
@@ -221,11 +221,12 @@ def test_of_a_whole_number_whole_ones_are_tried_and_one_that_cannot_begin_is_lef
     points = Points(monkeypatch)
     random = [RANDOM[0], f"{SCHEDULE}=linear,cosine", f"{BATCH}=8..64:log", "training.weight_decay=0..1"]
     sweep = searched(job, tmp_path / "sweep", 12, random)
-    opened = Sweep.open
+    opened, mended = Sweep.open, list[int]()
 
     def open_but_one(self: Sweep, number: int, local: bool) -> Any:
-        if number == 1:
-            raise ConfigurationError(Problem(BATCH, 9, "does not divide"))
+        if number in (1, 5) and number not in mended:
+            key = {1: BATCH, 5: "cluster.gpus_per_node"}[number]
+            raise ConfigurationError(Problem(key, 9, "does not fit"))
         return opened(self, number, local)
 
     monkeypatch.setattr(Sweep, "open", open_but_one)
@@ -236,7 +237,8 @@ def test_of_a_whole_number_whole_ones_are_tried_and_one_that_cannot_begin_is_lef
     assert running.run_here(sweep, heard) == ConfigurationError.exit_code
     sweep = Sweep.read(sweep.path)
     lines = {line.point: line for line in leaderboard(sweep)}
-    assert len(lines) == 12 and lines[1].state == "failed" and sweep.left() == [3]
+    assert len(lines) == 12 and lines[1].state == "failed" and sweep.left() == [3, 5]
+    mended.append(5)
     assert all(8 <= int(line.values[BATCH]) <= 64 for line in lines.values())
     assert any("." in line.values["training.weight_decay"] for line in lines.values())
     assert running.run_here(sweep, heard) == 0 and not Sweep.read(sweep.path).left()
