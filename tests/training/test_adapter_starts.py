@@ -16,7 +16,10 @@ from launcher.job.adapter import Adapter
 from launcher.runs.layout import RunDirectory
 from launcher.training.checkpoint.export import export
 from launcher.training.data.order import Order
+from launcher.training.engines.partial_gather import matrices
 from launcher.training.model import adapter_starts, adapters
+from launcher.training.model.forward import output_embeddings_of
+from tests.families import captions
 from tests.training.plans import deepspeed
 from tests.training.runs import (
     assert_equal,
@@ -96,6 +99,16 @@ def test_a_layer_that_shares_its_weight_is_refused() -> None:
         assert adapters.targets(one, Adapter(init=init, targets=(targets,)), list)  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match=r"adapter\.init.*layers\.0\.mlp\.up_proj shares its weight"):
         adapters.targets(one, Adapter(init="pissa", targets=("up_proj",)), list)  # type: ignore[arg-type]
+
+
+def test_the_head_of_blip_is_a_head() -> None:
+    """Its class names none: it is that of the part that writes."""
+    one = captions.model_of("blip", "eager")
+    head = output_embeddings_of(one)
+    name = next(name for name, module in one.named_modules() if module is head)
+    with pytest.raises(ConfigurationError, match="matches no linear layer"):
+        adapters.targets(one, Adapter(targets=(name,)), list)  # type: ignore[arg-type]
+    assert any(weight is head.weight for weight in matrices(one))
 
 
 def plain(model: Path, data: dict[str, Any], init: str) -> tuple[list[float], dict[str, torch.Tensor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,9 @@ from launcher.errors import ConfigurationError
 from launcher.launch.evaluation import Request, estimate_fisher
 from launcher.launch.screen import Watcher
 from launcher.runs.layout import RunDirectory
+from launcher.training import fisher_entry
 from launcher.training.data.order import Order
+from launcher.training.fisher_entry import Fisher
 from launcher.training.staying_near import _of_file
 from tests.training.plans import deepspeed
 from tests.training.runs import (
@@ -177,6 +180,15 @@ def test_by_fisher_information_the_weights_are_those_of_a_plain_loop(
     compare(other, whole, 1e-4)
     alike = plain(model, data, ALPHA)[1]
     assert any(not torch.allclose(alike[name], weight, atol=1e-3) for name, weight in weights.items())
+
+
+def test_values_that_are_not_finite_are_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fisher_entry.distributed, "all_reduce", lambda *_: None)
+    fisher = Fisher(SimpleNamespace(model=torch.nn.Linear(2, 2)))  # type: ignore[arg-type]
+    fisher.check()
+    fisher.means["bias"][1] = torch.inf
+    with pytest.raises(ConfigurationError, match=r"--fisher.*not finite: nothing is written"):
+        fisher.check()
 
 
 def test_a_fisher_file_of_another_model_is_refused(model: Path, tmp_path: Path) -> None:

@@ -57,9 +57,14 @@ def test_fisher_information_says_where_it_is(monkeypatch: pytest.MonkeyPatch) ->
 
     def ask(plan: Any, module: str, wanted: dict[str, Any], *_: Any) -> dict[str, Any]:
         asked.append(wanted["rows"])
-        assert plan.engine == "fsdp" and module == "launcher.training.fisher_entry"
+        assert (plan.engine, plan.precision) == (
+            "fsdp",
+            "fp32",
+        ) and module == "launcher.training.fisher_entry"
         return {"file": wanted["file"], "step": 3, "rows": 8, "parameters": 1234}
 
+    half = plan().model_copy(update={"precision": "fp16"})
+    monkeypatch.setattr(Request, "of", lambda *_: Request(half, Path("run"), None, None))
     monkeypatch.setattr(evaluation, "ask", ask)
     said = answer("--fisher", "--rows", "8", "--on", "old rows.jsonl")
     assert said == "1,234 weights by 8 samples, in run/evaluations/fisher-step-STEP-old-rows.safetensors\n"
