@@ -69,9 +69,12 @@ def inspect(
     from rich.console import Console
 
     from launcher.cli.data_view import show
+    from launcher.errors import ConfigurationError, Problem
     from launcher.job.load import load
     from launcher.launch.prepare_data import look
 
+    if sheet is not None and sheet.exists():
+        raise ConfigurationError(Problem("--sheet", str(sheet), "is there already; name another file"))
     drawn = None if sheet is None else (sheet, _ON_A_SHEET if rows is None else rows)
     listed = _LISTED if rows is None else rows
     seen = look(load(job, overrides), role.value, listed, row, tokens, _watcher(), source, drawn)

@@ -126,8 +126,9 @@ def evaluate(
         ),
     ] = False,
     rows: Annotated[
-        int, typer.Option("--rows", min=1, metavar="N", help="With --fisher: by so many rows.")
-    ] = 256,
+        int | None,
+        typer.Option("--rows", min=1, metavar="N", help="With --fisher: by so many samples [256]."),
+    ] = None,
     nproc: NumRanks = None,
     as_json: AsJson = False,
     overrides: Overrides = [],  # noqa: B006
@@ -144,13 +145,15 @@ def evaluate(
     if len({one.stem for one in on}) < len(on):
         reason = "two of the same name would be written to one file; rename one"
         raise ConfigurationError(Problem("--on", " ".join(map(str, on)), reason))
+    if rows is not None and not fisher:
+        raise ConfigurationError(Problem("--rows", rows, "goes with --fisher; an evaluation takes all rows"))
     requests = [request.measured_on(one) for one in on] or [request]
     if fisher:
         if bootstrap or plots:
             reason = "measures nothing; leave --bootstrap and --plots out"
             raise ConfigurationError(Problem("--fisher", None, reason))
-        written = estimate_fisher(requests[0], Watcher(), rows)
-        text = f"{written['parameters']:,} weights by {written['rows']} rows, in {written['file']}"
+        written = estimate_fisher(requests[0], Watcher(), rows or 256)
+        text = f"{written['parameters']:,} weights by {written['rows']} samples, in {written['file']}"
         print_json(written) if as_json else typer.echo(text)
         return
     results = [evaluate_locally(one, Watcher(), bootstrap) for one in requests]

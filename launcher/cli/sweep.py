@@ -60,10 +60,13 @@ HalvingRule = Annotated[
         help="Compare points at STEPS, at N times that, and so on; one of N [3] goes on.",
     ),
 ]
-Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Of the draws.")]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, max=2**32 - 1, help="Of the draws. [default: 0]")]
 Metric = Annotated[
-    str,
-    typer.Option("--metric", help="What the leaderboard ranks by: a metric of the task, or ALIAS/METRIC."),
+    str | None,
+    typer.Option(
+        "--metric",
+        help="What the leaderboard ranks by: a metric of the task, or ALIAS/METRIC. [default: loss]",
+    ),
 ]
 Out = Annotated[
     Path | None, typer.Option("--out", metavar="DIR", help="Where the sweep is kept. [default: sweeps/NAME]")
@@ -93,8 +96,8 @@ def sweep(
     points: Points = None,
     search: Searched = None,
     halving: HalvingRule = None,
-    seed: Seed = 0,
-    metric: Metric = "loss",
+    seed: Seed = None,
+    metric: Metric = None,
     out: Out = None,
     local: Local = False,
     parallel: Parallel = None,
@@ -141,8 +144,8 @@ def _open(
     points: int | None,
     search: Sampler | None,
     halving: str | None,
-    seed: int,
-    metric: str,
+    seed: int | None,
+    metric: str | None,
     out: Path | None,
     nproc: int | None,
     overrides: list[str],
@@ -162,24 +165,28 @@ def _open(
             "--points": points,
             "--search": search,
             "--halving": halving,
+            "--seed": seed,
+            "--metric": metric,
             "--out": out,
             "--set": overrides,
             "--nproc": nproc,
         }
         for option, value in given.items():
-            if value:
-                reason = "a sweep that has begun keeps its points; begin another one from the job file"
+            if value not in (None, []):
+                reason = (
+                    "a sweep that has begun keeps its points and metric; begin another one from the job file"
+                )
                 raise ConfigurationError(Problem(option, None, reason))
         return Sweep.read(what)
     job = load_job(what, overrides, None)
-    chosen = Search(space(grid, random, points), points or 0, seed) if search else None
-    drawn = [] if chosen else draw(grid, random, points, seed)
+    chosen = Search(space(grid, random, points), points or 0, seed or 0) if search else None
+    drawn = [] if chosen else draw(grid, random, points, seed or 0)
     return Sweep.create(
         out or Path("sweeps") / job.name,
         what,
         overrides,
         drawn,
-        metric,
+        metric or "loss",
         nproc,
         rungs(halving) if halving else None,
         chosen,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import re
 import time
@@ -11,6 +12,7 @@ from typing import Any
 
 from launcher.errors import ConfigurationError, Problem, StorageError
 from launcher.job.load import load
+from launcher.job.paths import nearest_file
 from launcher.launch.scratch import ask
 from launcher.launch.screen import Watcher
 from launcher.planner.memory.profiles import Profiles
@@ -66,9 +68,11 @@ class Request:
     def measured_on(self, other: Path) -> Request:
         """Return the same on another file with the same columns, or on the held-out rows of another job.
 
-        Raises ConfigurationError where that job has none, or another task.
+        Raises ConfigurationError where there is no such file, that job has none, or another task.
         """
         data = self.plan.data
+        if not other.exists() and not glob.has_magic(str(other)):
+            raise ConfigurationError(Problem("--on", str(other), f"no such file{nearest_file(other)}"))
         if other.suffix in (".yaml", ".yml"):
             job = load(other)
             if job.model.task != self.plan.task:
@@ -107,11 +111,12 @@ def evaluate_locally(request: Request, watcher: Watcher, resamples: int = 0) -> 
 
 
 def estimate_fisher(request: Request, watcher: Watcher, num_rows: int) -> dict[str, Any]:
-    """Write a model's Fisher information, by so many rows, beside the run's evaluations or into the model's
-    directory, and return {"file": path, "step", "rows", "parameters"}.
+    """Write a model's Fisher information, by so many samples, beside the run's evaluations or into
+    MODEL/fisher, and return {"file": path, "step", "rows", "parameters"}.
 
-    FSDP shards the model, whatever the plan's engine. Raises ConfigurationError for a run that trains an
-    adapter, and the failure's own class where the ranks failed.
+    FSDP shards the model, whatever the plan's engine, and fp16 is computed in fp32, as its gradients are not
+    finite without a scale. Raises ConfigurationError for a run that trains an adapter, and the failure's own
+    class where the ranks failed.
     """
     plan = request.plan
     if request.run is not None and plan.model.adapter is not None:
@@ -125,8 +130,11 @@ def estimate_fisher(request: Request, watcher: Watcher, num_rows: int) -> dict[s
         file = request.run / "evaluations" / f"fisher-step-STEP{suffix}.safetensors"
     else:
         assert request.model is not None
-        file = Path(request.model) / f"fisher{suffix}.safetensors"
-    plan = plan.model_copy(update={"engine": "fsdp", "zero": None, "offload": "none"})
+        # Beside the weights others would take it for some of them.
+        file = Path(request.model) / "fisher" / f"{suffix[1:] or plan.name}.safetensors"
+    precision = "fp32" if plan.precision == "fp16" else plan.precision
+    changes = {"engine": "fsdp", "zero": None, "offload": "none", "precision": precision}
+    plan = plan.model_copy(update=changes)
     wanted = request.asked | {"rows": num_rows, "file": str(file)}
     return ask(plan, "launcher.training.fisher_entry", wanted, "fisher.json", watcher)
 

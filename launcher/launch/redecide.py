@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from launcher import tasks
 from launcher.errors import ConfigurationError
 from launcher.job.cluster import node_range
@@ -28,12 +30,21 @@ def plan_for_most_nodes(job: Job, stored: Plan, counts: range) -> Plan:
     raise first
 
 
-def decide_again(job: Job, nproc: int | None, stored: Plan, local: bool) -> Plan:
+def decide_again(job: Job, nproc: int | None, stored: Plan, local: bool, run: Path | None = None) -> Plan:
     """Return the job's plan, with what it leaves open as it was decided before: memory that is free today
     must not change the numbers.
 
-    On another number of ranks the micro-batch is decided anew, as it must divide.
+    On another number of ranks the micro-batch is decided anew, as it must divide. A checkpoint that teaches may
+    be gone where `run` has it written out.
     """
+    before = stored.distillation
+    if run and job.distillation and before and before.checkpoint is not None:
+        own = job.distillation.model_copy(update={"checkpoint": before.checkpoint})
+        if job.distillation.checkpoint in (None, before.checkpoint) and own.written_out(run):
+            there = own.model_copy(update={"teacher": str(run / "teacher"), "checkpoint": None})
+            job = job.model_copy(update={"distillation": there})
+            stored = stored.model_copy(update={"distillation": there})
+            return decide_again(job, nproc, stored, local).model_copy(update={"distillation": own})
     updates: dict[str, object] = {}
     if stored.script:
         return decide_script(job, stored.script, _ranks(job, nproc, stored), local=local)

@@ -219,7 +219,7 @@ def _go_on(run: RunDirectory, job: Job, nproc: int | None, local: bool) -> Plan:
             and has_devices(stored, local)
         ):
             return stored
-        plan = decide_again(job, nproc, stored, local)
+        plan = decide_again(job, nproc, stored, local, run.path)
         _refuse_quiet_fallback(job, stored, plan)
         # What has learned nothing yet is begun anew in place, whatever was wrong with it.
         changed = check(stored, plan) if stored.script or has_learned(run) else changes(stored, plan)

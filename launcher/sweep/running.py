@@ -6,7 +6,15 @@ import math
 import sys
 import time
 
-from launcher.errors import ConfigurationError, DivergedError, LauncherError, Problem, Stopped
+from launcher.errors import (
+    ConfigurationError,
+    DataError,
+    DivergedError,
+    LauncherError,
+    OutOfMemoryError,
+    Problem,
+    Stopped,
+)
 from launcher.launch.attempt_failure import FORCED_EXIT
 from launcher.launch.cutting import run_with_cuts
 from launcher.launch.screen import Watcher
@@ -19,16 +27,26 @@ from launcher.runs.layout import RunDirectory
 from launcher.sweep.leaderboard import leaderboard
 from launcher.sweep.sweep import Sweep
 
+_FOR_GOOD = (DivergedError.failure_class, OutOfMemoryError.failure_class)
+"""Failures that the same point would have again."""
+_UNTIL_MENDED = (ConfigurationError.failure_class, DataError.failure_class)
+"""Failures that it would have again unless somebody changes what it reads: it is tried once more."""
+
 
 def run_here(sweep: Sweep, watcher: Watcher, budget: float | None = None) -> int:
     """Every point that is left, in turn; of a search also those that are proposed then. One that fails or
     cannot begin does not keep the others from being tried; a stop ends the sweep. After `budget` seconds none
     begins.
 
-    Gives 0 where all came to their end, 75 after a stop, else the exit code of the first that failed.
+    Gives 0 where all came to their end, 75 after a stop, else the exit code of the first that failed. Raises
+    RunInUseError where another launcher runs it.
     """
-    worst, until = 0, time.monotonic() + budget if budget else math.inf
-    numbers = sweep.left()
+    with RunDirectory(sweep.path).lock():
+        return _in_turn(Sweep.read(sweep.path), watcher, time.monotonic() + budget if budget else math.inf)
+
+
+def _in_turn(sweep: Sweep, watcher: Watcher, until: float) -> int:
+    worst, numbers = 0, _worth_trying(sweep)
     while numbers or len(sweep.points) < sweep.num_points:
         if time.monotonic() >= until:
             finished = sum(run.finished for run in sweep.runs)
@@ -44,6 +62,8 @@ def run_here(sweep: Sweep, watcher: Watcher, budget: float | None = None) -> int
         except LauncherError as error:
             watcher.say(f"point {number} cannot begin: {error}")
             worst = worst or error.exit_code
+            if _is_of_the_point(sweep, error):
+                sweep = sweep.without(number, str(error))
             continue
         code = run_with_cuts(run, plan, watcher)
         if code in (Stopped.exit_code, FORCED_EXIT):
@@ -52,30 +72,65 @@ def run_here(sweep: Sweep, watcher: Watcher, budget: float | None = None) -> int
     return worst
 
 
+def _worth_trying(sweep: Sweep) -> list[int]:
+    """Return the points that are left; of a search, which goes on with others, without those that failed for
+    good."""
+    if not sweep.search:
+        return sweep.left()
+    classes = {line.point: line.failure_class for line in leaderboard(sweep)}
+    return [
+        number
+        for number in sweep.left()
+        if classes[number] not in _FOR_GOOD
+        and (classes[number] not in _UNTIL_MENDED or sweep.run(number).last_attempt() < 2)
+    ]
+
+
+def _is_of_the_point(sweep: Sweep, error: LauncherError) -> bool:
+    """Return whether a point of a search cannot begin by what it tries, and not by what is wrong with all."""
+    if sweep.search is None or not isinstance(error, ConfigurationError):
+        return sweep.search is not None and error.failure_class in _FOR_GOOD
+    return any(problem.key in sweep.search.space for problem in error.problems)
+
+
 def submit(sweep: Sweep, parallel: int | None) -> tuple[str, list[int]]:
     """Every point that is left as one array, of which `parallel` run at a time; the array's number and the
-    points in their order. Of a search it is one round: points that failed, but for those that diverged, and
-    new ones up to `parallel`. New ones know the rounds before, and keep away from each other.
+    points in their order. Of a search it is one round: points that failed, but not for good, and new
+    ones up to `parallel`. New ones know the rounds before, and keep away from each other; one that cannot begin
+    is written down as failed.
 
-    Raises RunInUseError where a point waits or runs already, ConfigurationError where points ask Slurm for
-    different things, and for a search without `parallel`, or with nothing left to try.
+    Raises RunInUseError where a point waits or runs already or another launcher submits, ConfigurationError
+    where points ask Slurm for different things, and for a search without `parallel`, or with nothing left to
+    try.
     """
     submit_run.find_sbatch()
     if sweep.search and parallel is None:
         reason = "say how many points a round of the search has; each round learns from those before"
         raise ConfigurationError(Problem("--parallel", None, reason))
-    numbers = sweep.left()
-    for number in numbers:
+    with RunDirectory(sweep.path).lock():
+        return _submitted(Sweep.read(sweep.path), parallel)
+
+
+def _submitted(sweep: Sweep, parallel: int | None) -> tuple[str, list[int]]:
+    for number in sweep.left():
         refuse_second(sweep.run(number))
-    if sweep.search:
-        lines = {line.point: line for line in leaderboard(sweep)}
-        numbers = [one for one in numbers if lines[one].failure_class != DivergedError.failure_class]
-        while len(numbers) < (parallel or 1) and len(sweep.points) < sweep.num_points:
+    waiting, numbers, opened = _worth_trying(sweep), list[int](), list[tuple[RunDirectory, Plan]]()
+    of_a_round = max(len(waiting), parallel or 1) if sweep.search else len(waiting)
+    while len(opened) < of_a_round and (waiting or len(sweep.points) < sweep.num_points):
+        if not waiting:
             sweep = sweep.proposed(leaderboard(sweep))
-            numbers.append(len(sweep.points) - 1)
+            waiting = [len(sweep.points) - 1]
+        number = waiting.pop(0)
+        try:
+            opened.append(sweep.open(number, local=False))
+            numbers.append(number)
+        except LauncherError as error:
+            if not _is_of_the_point(sweep, error):
+                raise
+            sweep = sweep.without(number, str(error))
     if not numbers:
-        raise ConfigurationError(Problem("SWEEP", str(sweep.path), "every point is finished, or diverged"))
-    opened = [sweep.open(number, local=False) for number in numbers]
+        reason = "every point is finished, or failed for good"
+        raise ConfigurationError(Problem("SWEEP", str(sweep.path), reason))
     _check_alike(opened, numbers)
     code = snapshot.of_launcher(RunDirectory(sweep.path))
     job_id = submit_array(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from launcher.errors import DivergedError
@@ -61,6 +61,23 @@ class Search:
         others = [{**first, key: value} for key, values in ends.items() for value in values[1:]]
         return [first, *others]
 
+    def between(self) -> dict[str, dict[str, Any]]:
+        """Return by key of a range with whole ends a point of `corners` with a value in it that is not whole."""
+        first = self.corners()[0]
+        return {
+            key: {**first, key: one.low + 0.5}
+            for key, one in self.space.items()
+            if isinstance(one, Range) and one.low.is_integer() and one.high.is_integer()
+        }
+
+    def with_whole(self, keys: Collection[str]) -> Search:
+        """Return it with whole numbers alone for these keys."""
+        space = {
+            key: one._replace(whole=True) if isinstance(one, Range) and key in keys else one
+            for key, one in self.space.items()
+        }
+        return replace(self, space=space)
+
     def propose(self, lines: Sequence[Line], better: Better) -> dict[str, Any]:
         """Return the values of the next point by key; `lines` are those of all points before it."""
         import optuna
@@ -79,8 +96,10 @@ class Search:
 
 
 def _distribution(one: Range | list[Any]) -> Any:
-    from optuna.distributions import CategoricalDistribution, FloatDistribution
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
+    if isinstance(one, Range) and one.whole:
+        return IntDistribution(int(one.low), int(one.high), log=one.log)
     if isinstance(one, Range):
         return FloatDistribution(one.low, one.high, log=one.log)
     return CategoricalDistribution(list(dict.fromkeys(map(value_text, one))))
@@ -93,14 +112,18 @@ def _trial(line: Line, distributions: dict[str, Any]) -> optuna.trial.FrozenTria
     pruned without a value, behind all others. One that failed otherwise says nothing of its values. What is not
     over yet is running: the sampler keeps away from it.
     """
-    from optuna.distributions import FloatDistribution
+    from optuna.distributions import CategoricalDistribution, IntDistribution
     from optuna.trial import TrialState, create_trial
 
     params: dict[str, Any] = {}
     for key, one in distributions.items():
         text = line.values[key]
+        if isinstance(one, CategoricalDistribution):
+            params[key] = text
+            continue
         # Of four digits the last may lie beyond the end of a range.
-        params[key] = min(max(float(text), one.low), one.high) if isinstance(one, FloatDistribution) else text
+        number = min(max(float(text), one.low), one.high)
+        params[key] = int(number) if isinstance(one, IntDistribution) else number
     state, value, reached = TrialState.RUNNING, None, dict[int, float]()
     if line.state == "given up" and line.value is not None:
         state, reached = TrialState.PRUNED, {line.step: line.value}

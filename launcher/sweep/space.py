@@ -21,6 +21,8 @@ class Range(NamedTuple):
     low: float
     high: float
     log: bool
+    whole: bool = False
+    """Of a key that takes whole numbers alone."""
 
     def as_distribution(self) -> Any:
         """Return it as scipy draws from it."""

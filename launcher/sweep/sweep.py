@@ -43,6 +43,8 @@ class Sweep:
     """Which value of the metric is the better one."""
     search: Search | None = None
     """What proposes further points."""
+    refused: tuple[int, ...] = ()
+    """Points of a search that could not begin."""
 
     @classmethod
     def create(
@@ -70,12 +72,24 @@ class Sweep:
             raise ConfigurationError(Problem("--out", str(path), reason))
         tried = [[], *points, *(map(written, search.corners()) if search else ())]
         jobs = [run_setup.load_job(job_file, [*overrides, *point], None) for point in tried]
+
+        def loads(point: list[str]) -> bool:
+            try:
+                run_setup.load_job(job_file, [*overrides, *point], None)
+            except ConfigurationError:
+                return False
+            return True
+
         job = jobs[0]
         # What no point can be, or measures, is said before any has begun.
         for point, one in zip(tried, jobs, strict=True):
             if (missing := not_measured(tasks.of_job(one), metric)) is not None:
                 where = f"at {' '.join(point)}: " if point else ""
                 raise ConfigurationError(Problem("--metric", metric, f"{where}{missing}"))
+        if search:
+            search = search.with_whole(
+                [key for key, one in search.between().items() if not loads(written(one))]
+            )
         if halving or search:
             _check_comparable(job, metric, "--halving" if halving else "--search", halving is not None)
         better = measured(tasks.of_job(job))[metric]
@@ -108,7 +122,9 @@ class Sweep:
             ):
                 raise ValueError("not as it was written")
             search = Search.of(content["search"]) if "search" in content else None
-            return cls(path.absolute(), tuple(map(tuple, points)), metric, nproc, better_of(content), search)
+            refused = tuple(int(number) for number in content.get("refused", {}))
+            tried = tuple(map(tuple, points))
+            return cls(path.absolute(), tried, metric, nproc, better_of(content), search, refused)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise ConfigurationError(
                 Problem("SWEEP", str(path), "no sweep there: it has no sweep.json that can be read")
@@ -127,8 +143,11 @@ class Sweep:
         return self.search.num_points if self.search else len(self.points)
 
     def left(self) -> list[int]:
-        """The points that are not finished, of those that are there."""
-        return [number for number, run in enumerate(self.runs) if not run.finished]
+        """The points that are not finished, of those that are there; of a search without those that could not
+        begin."""
+        return [
+            number for number, run in enumerate(self.runs) if not run.finished and number not in self.refused
+        ]
 
     def proposed(self, lines: Sequence[Line]) -> Sweep:
         """Write down the next point of a search, and return the sweep with it; `lines` are those of all points
@@ -141,6 +160,13 @@ class Sweep:
         described["points"].append(point)
         write_atomically(self.path / SWEEP_FILE, json.dumps(described, indent=2) + "\n")
         return dataclasses.replace(self, points=(*self.points, tuple(point)))
+
+    def without(self, number: int, reason: str) -> Sweep:
+        """Write down why a point of a search cannot begin, and return the sweep that knows it as failed."""
+        described = read_json(self.path / SWEEP_FILE)
+        described.setdefault("refused", {})[str(number)] = reason
+        write_atomically(self.path / SWEEP_FILE, json.dumps(described, indent=2) + "\n")
+        return dataclasses.replace(self, refused=(*self.refused, number))
 
     def open(self, number: int, local: bool) -> tuple[RunDirectory, Plan]:
         """Make a point's run, or go on with it."""

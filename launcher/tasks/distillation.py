@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
 from launcher.lazy import Lazy
+from launcher.plain_files import read_json
 from launcher.tasks.companion import Companion
 from launcher.values import Fraction, Line, Section
 
@@ -18,6 +20,8 @@ else:
 
 TEACHER = "teacher"
 """The name of the companion that teaches."""
+SOURCE = "launcher-teacher.json"
+"""The file in RUN/teacher that says which checkpoint was written there."""
 
 
 class Distillation(Section):
@@ -41,6 +45,19 @@ class Distillation(Section):
     def companions(self) -> Mapping[str, Companion]:
         """Return the teacher as the engines load it."""
         return {TEACHER: Companion(self.teacher, "distillation.teacher", revision=self.revision)}
+
+    @property
+    def source(self) -> dict[str, str | int | None]:
+        """Return what names the checkpoint that teaches, as SOURCE has it."""
+        return {"teacher": self.teacher, "checkpoint": self.checkpoint}
+
+    def written_out(self, run: Path) -> bool:
+        """Return whether RUN/teacher is whole and of the checkpoint that teaches, whose run may be gone then."""
+        try:
+            stored: object = read_json(run / "teacher" / SOURCE)
+        except (OSError, ValueError):
+            return False
+        return stored == self.source
 
     def mixed(self, own: torch.Tensor, divergence: torch.Tensor) -> torch.Tensor:
         """Return the loss of each sample, fp32 [n], by the task's own and the divergence, [n] each."""

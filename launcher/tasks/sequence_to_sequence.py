@@ -180,7 +180,7 @@ class SequenceToSequence(EncoderDecoderTask):
         perplexity stays comparable."""
         from launcher.training.heads import encoder_decoder
 
-        return encoder_decoder(model, batch, self.data.label_smoothing if torch.is_grad_enabled() else 0.0)
+        return encoder_decoder(model, batch, self.data.label_smoothing if model.training else 0.0)
 
     @property
     def generation(self) -> GenerationOptions:

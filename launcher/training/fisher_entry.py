@@ -38,7 +38,14 @@ _ONE = BatchPlan(global_batch_size=1, micro_batch_size=1, accumulation_steps=1, 
 
 
 class Fisher:
-    """The mean over rows of the squared gradient of a row's log-likelihood, fp32, cut as the weights are."""
+    """The mean over samples of the squared gradient of a sample's loss, fp32, cut as the weights are.
+
+    The loss is the task's own as evaluation computes it, summed over what is learned of the sample. Where that
+    is the negative log-likelihood of the labels, as of texts, tags and one class of several, this is the
+    empirical Fisher information. It is not where the task's loss is another: question answering has the mean of
+    start and end, several classes at once the mean over them, numbers the squared error, several tasks the loss
+    that they share, mixtures of experts the routers' loss beside it, BLIP the smoothing of its config.
+    """
 
     def __init__(self, engine: Engine) -> None:
         """Take an engine that is loaded, whose gradients are shards (FSDP)."""
@@ -48,13 +55,22 @@ class Fisher:
         self.means = {name: torch.zeros_like(one, dtype=torch.float32) for name, one in self._trained.items()}
 
     def take(self, batch: Any, num_ranks: int, num_rows: int) -> None:
-        """Take one row of `num_rows` in, the same on all ranks: gradients of several could not be squared one by
-        one where they are added up over ranks."""
+        """Take one sample of `num_rows` in, the same on all ranks: gradients of several could not be squared one
+        by one where they are added up over ranks."""
         self._engine.micro_step(batch, 1 / num_ranks, last=True)
         for name, parameter in self._trained.items():
             if parameter.grad is not None:
                 part_of(self.means[name]).add_(part_of(parameter.grad).float().square(), alpha=1 / num_rows)
         self._engine.zero_grad()
+
+    def check(self) -> None:
+        """Raise ConfigurationError on all ranks, which call this together, where a value is not finite."""
+        ends = [part_of(one).isfinite().all() for one in self.means.values()]
+        finite = torch.stack(ends).all().to(torch.int32)
+        distributed.all_reduce(finite, distributed.ReduceOp.MIN)
+        if not finite:
+            reason = "a squared gradient is not finite: nothing is written; --set precision=fp32 may do"
+            raise ConfigurationError(Problem("--fisher", None, reason))
 
     def entries(self) -> list[Entry]:
         """Return what is written, in its order."""
@@ -84,7 +100,7 @@ class Fisher:
 
 
 def estimate(own: Measuring, subject: Subject, engine: Engine, dataset: Dataset, num_rows: int) -> Fisher:
-    """Return the Fisher information of a model on rows that the job's seed draws. Raises Interrupted."""
+    """Return the Fisher information of a model on samples that the job's seed draws. Raises Interrupted."""
     plan = subject.plan
     batches = Batches(dataset, Order(plan.training.seed, dataset.num_items), _ONE, 0, num_rows)
     loader = Loader(subject.task, batches, plan, lambda step: Draws(plan.training.seed, 0))
@@ -109,7 +125,7 @@ def measure(
         reason = "no rows to estimate on; name held-out rows in the job file, or a file with --on"
         raise ConfigurationError(Problem("data.evaluation", None, reason))
     run, model = (Path(request["run"]) if request["run"] else None), request["model"]
-    # A row is squared by itself, and a pack has several.
+    # A sample is squared by itself, and a pack has several.
     plan = plan.model_copy(update={"data": plan.data.model_copy(update={"packing": False})})
     own, subject = Measuring(scratch, stop, 0, plan.training.seed), Subject.of(plan, run, model)
     dataset = own.dataset(subject, os.environ.get("RANK", "0") == "0")
@@ -120,10 +136,16 @@ def measure(
         if run is not None:
             step = subject.load(run, engine, request["step"])
             file = file.with_name(file.name.replace("STEP", f"{step:08d}"))
+        if file.exists():
+            reason = "is there already, maybe by other rows; move it away first"
+            raise ConfigurationError(Problem("--fisher", str(file), reason))
         fisher = estimate(own, subject, engine, dataset, num_rows)
+        fisher.check()
         fisher.write(file)
     except Interrupted:
-        own.event("stopped", step=0, line="stopped before all rows were seen; the same command begins anew")
+        own.event(
+            "stopped", step=0, line="stopped before all samples were seen; the same command begins anew"
+        )
     else:
         if distributed.get_rank() == 0:
             result = {

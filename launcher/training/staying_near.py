@@ -71,9 +71,18 @@ def _of_file(path: str, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.
                     has = f"has it as {list(stored[name])}" if name in stored else "has it not"
                     reason = f"is not of this model: {name} is {list(weight.shape)} here, and the file {has}"
                     raise ConfigurationError(Problem("training.l2_sp.fisher", path, reason))
-            return {name: _cut(file.get_tensor(name).float(), weight) for name, weight in weights.items()}
+            return {
+                name: _cut(_finite(path, name, file.get_tensor(name)), one) for name, one in weights.items()
+            }
     except (OSError, SafetensorError) as error:
         raise ConfigurationError(Problem("training.l2_sp.fisher", path, f"cannot be read: {error}")) from None
+
+
+def _finite(path: str, name: str, whole: torch.Tensor) -> torch.Tensor:
+    if not whole.isfinite().all():
+        reason = f"{name} has values in it that are not finite; write it anew: `launcher evaluate --fisher`"
+        raise ConfigurationError(Problem("training.l2_sp.fisher", path, reason))
+    return whole.float()
 
 
 def _cut(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,10 @@ from launcher.job.adapter import Adapter
 from launcher.runs.layout import RunDirectory
 from launcher.training.checkpoint.export import export
 from launcher.training.data.order import Order
-from launcher.training.model import adapter_starts
+from launcher.training.engines.partial_gather import matrices
+from launcher.training.model import adapter_starts, adapters
+from launcher.training.model.forward import output_embeddings_of
+from tests.families import captions
 from tests.training.plans import deepspeed
 from tests.training.runs import (
     assert_equal,
@@ -88,6 +91,26 @@ def test_a_weight_with_fewer_directions_than_the_rank_is_refused() -> None:
     torch.testing.assert_close(second @ first * (32 / 3), torch.ones(8, 3), rtol=1e-4, atol=1e-4)
 
 
+def test_a_layer_that_shares_its_weight_is_refused() -> None:
+    one = model_of("llama")
+    first, second = (layer.mlp for layer in one.model.layers[:2])
+    second.up_proj.weight = first.up_proj.weight
+    for init, targets in (("lora", "up_proj"), ("pissa", "gate_proj")):
+        assert adapters.targets(one, Adapter(init=init, targets=(targets,)), list)  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match=r"adapter\.init.*layers\.0\.mlp\.up_proj shares its weight"):
+        adapters.targets(one, Adapter(init="pissa", targets=("up_proj",)), list)  # type: ignore[arg-type]
+
+
+def test_the_head_of_blip_is_a_head() -> None:
+    """Its class names none: it is that of the part that writes."""
+    one = captions.model_of("blip", "eager")
+    head = output_embeddings_of(one)
+    name = next(name for name, module in one.named_modules() if module is head)
+    with pytest.raises(ConfigurationError, match="matches no linear layer"):
+        adapters.targets(one, Adapter(targets=(name,)), list)  # type: ignore[arg-type]
+    assert any(weight is head.weight for weight in matrices(one))
+
+
 def plain(model: Path, data: dict[str, Any], init: str) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses of a loop over peft's own model, and its weights merged."""
     one = get_peft_model(AutoModelForCausalLM.from_pretrained(model), settings(init))
@@ -137,6 +160,8 @@ def test_a_run_is_a_plain_loop_of_peft_and_its_exports_are_loaded(
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     for name, weight in merged.state_dict().items():
         torch.testing.assert_close(weight, weights[name], rtol=1e-3, atol=2e-4)
+    with pytest.raises(ConfigurationError, match=r"--dtype.*nearly alike"):
+        export(run, tmp_path / "adapter", dtype="bfloat16", adapter=True)
     export(run, tmp_path / "adapter", adapter=True)
     written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (written["r"], written["lora_alpha"], written["init_lora_weights"]) == (2 * RANK, 2 * ALPHA, True)

@@ -6,6 +6,7 @@ import functools
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from launcher.training.data.batches import Batches, total_items
 from launcher.training.data.order import Order
 from launcher.training.inputs import TrainingInputs
 from launcher.training.model import pretrained
+from launcher.training.model import teacher as teaching
 from launcher.training.model.teacher import check_teacher
 from tests.training.batches import batch_of_samples
 from tests.training.plans import deepspeed
@@ -211,12 +213,45 @@ def test_a_run_teaches_as_its_export_does(
     )
     finish(known, 2)
     finish(other, 2)
+    shutil.copytree(student, learning.path / "teacher")  # of another, before anything was learned
     finish(learning, 2, stop_at=2)
     shutil.rmtree(large.checkpoints)
     finish(learning, 2)
     assert curve(learning) == curve(known)
     assert_equal(state(learning), state(known))
     compare(other, known, 1e-4)
+
+
+@pytest.mark.parametrize("evaluate", [None, False, True])
+def test_a_teacher_is_written_out_once_for_each_checkpoint(
+    evaluate: bool | None,
+    teacher: Path,
+    rows: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a run that measures its averages those."""
+    training = {"training": {"ema": {"decay": 0.5, "evaluate": evaluate}}} if evaluate is not None else {}
+    large = new_run(tmp_path / "large", plan_for(teacher, rows, 1, 2, **training))
+    wrote: list[tuple[int, bool]] = []
+
+    def write(run: RunDirectory, out: Path, step: int, ema: bool) -> None:
+        assert run.path == large.path and not out.exists()
+        out.mkdir()
+        wrote.append((step, ema))
+
+    monkeypatch.setattr(teaching, "export", write)
+    monkeypatch.setattr(teaching, "distributed", SimpleNamespace(get_rank=lambda: 0, barrier=lambda: None))
+    run = RunDirectory(tmp_path / "run")
+    (run.path / "teacher").mkdir(parents=True)
+    for step in (2, 2, 4):
+        own = plan(teacher, large.path / "model", rows)
+        own = own.model_copy(
+            update={"distillation": Distillation(teacher=str(large.path / "model"), checkpoint=step)}
+        )
+        there = teaching.written_out(run, own)
+        assert there is not None and there.teacher == str(run.path / "teacher")
+    assert wrote == [(2, bool(evaluate)), (4, bool(evaluate))]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])

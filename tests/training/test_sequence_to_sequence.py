@@ -91,6 +91,8 @@ def test_an_evaluation_does_not_smooth_and_counts_what_is_right() -> None:
         smoothed, plain = (task_of(label_smoothing=value).loss(model, batch) for value in (0.5, 0.0))
         logits = model(**{name: batch[name] for name in ("input_ids", "attention_mask", "labels")}).logits
     assert float(smoothed.loss_sum) == float(plain.loss_sum)
+    with_gradient = task_of(label_smoothing=0.5).loss(model, batch).loss_sum
+    torch.testing.assert_close(with_gradient, plain.loss_sum, msg="Fisher information is of the plain loss")
     assert int(plain.num_correct) == int((logits.argmax(-1) == batch["labels"]).sum())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from launcher.tasks.audio_classification import AudioClassification
 from launcher.tasks.sample import Drawn
 from launcher.tasks.spectrograms import of_features
 from launcher.tasks.task import Draws
+from launcher.training.data import sheet as module
 from launcher.training.data.batches import Batches
 from launcher.training.data.mixed import order_of
 from launcher.training.data.prepare import prepare
@@ -95,12 +97,34 @@ def test_frames_that_are_joined_stand_one_behind_the_other() -> None:
     assert (of_features(frames.reshape(3, 4), SimpleNamespace(num_mel_bins=2)) == frames.T).all()
 
 
-def test_texts_stand_under_what_they_are_of(tmp_path: Path) -> None:
+def test_texts_stand_under_what_they_are_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Drawn] = []
+    monkeypatch.setattr(
+        module, "sheet_of", lambda cells, *a, **b: seen.extend(cells) or sheet_of(cells, *a, **b)
+    )
+
+    def cells_of(plan: Plan, name: str) -> list[Drawn]:
+        seen.clear()
+        material = TrainingInputs.of(new_run(tmp_path / f"{name}-run", plan), plan)
+        write_sheet(tmp_path / f"{name}.png", material.train, material, plan, 3)
+        with Image.open(tmp_path / f"{name}.png") as sheet:
+            under = np.asarray(sheet)[TOP:, GAP : GAP + EDGE].min(axis=(1, 2))
+        assert len(seen) == 3 and under[-60:].min() < 128, "letters stand in the last row"
+        return list(seen)
+
+    folder = speeches.folder_of(tmp_path / "said")
+    lines = (folder / "metadata.jsonl").read_text().splitlines()
     model = speeches.model_of(tmp_path / "speech")
-    plan = speeches.plan_of(model, speeches.folder_of(tmp_path / "said"), batch=batch_of(1, 1, 12))
-    drawn(plan, tmp_path, 3)
+    for cell in cells_of(speeches.plan_of(model, folder, batch=batch_of(1, 1, 12)), "said"):
+        assert any(cell.text.startswith(json.loads(line)["text"]) for line in lines), cell.text
     model = captions.model_of(tmp_path / "captions")
-    drawn(captions.plan_of(model, captions.folder_of(tmp_path / "pictures")), tmp_path, 3)
+    folder = captions.folder_of(tmp_path / "pictures")
+    colours = {name: np.array(colour) for name, colour in captions.COLOURS.items()}
+    for cell in cells_of(captions.plan_of(model, folder), "pictures"):
+        words, wide = cell.text.split(), cell.picture.mean(axis=0)
+        for number, word in enumerate(words):
+            there = wide[int((number + 0.5) * len(wide) / len(words))]
+            assert min(colours, key=lambda one: float(np.abs(colours[one] - there).sum())) == word
 
 
 def test_long_texts_are_cut_and_nothing_runs_over_the_edge() -> None:

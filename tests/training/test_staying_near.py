@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,9 @@ from launcher.errors import ConfigurationError
 from launcher.launch.evaluation import Request, estimate_fisher
 from launcher.launch.screen import Watcher
 from launcher.runs.layout import RunDirectory
+from launcher.training import fisher_entry
 from launcher.training.data.order import Order
+from launcher.training.fisher_entry import Fisher
 from launcher.training.staying_near import _of_file
 from tests.training.plans import deepspeed
 from tests.training.runs import (
@@ -150,7 +153,11 @@ def test_by_fisher_information_the_weights_are_those_of_a_plain_loop(
     stopped in between."""
     held_out = plan_for(model, data | {"evaluation": data["train"]}, 2, 1)
     written = estimate_fisher(Request(held_out, None, str(model), None), Watcher(), NUM_ROWS)
-    assert written["rows"] == NUM_ROWS and written["file"] == str(model / "fisher.safetensors")
+    assert written["rows"] == NUM_ROWS and written["file"] == str(
+        model / "fisher" / f"{held_out.name}.safetensors"
+    )
+    with pytest.raises(ConfigurationError, match="is there already"):
+        estimate_fisher(Request(held_out, None, str(model), None), Watcher(), 3)
     expected = fisher_of(model, data)
     fisher = load_file(written["file"])
     assert fisher.keys() == expected.keys()
@@ -175,6 +182,15 @@ def test_by_fisher_information_the_weights_are_those_of_a_plain_loop(
     assert any(not torch.allclose(alike[name], weight, atol=1e-3) for name, weight in weights.items())
 
 
+def test_values_that_are_not_finite_are_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fisher_entry.distributed, "all_reduce", lambda *_: None)
+    fisher = Fisher(SimpleNamespace(model=torch.nn.Linear(2, 2)))  # type: ignore[arg-type]
+    fisher.check()
+    fisher.means["bias"][1] = torch.inf
+    with pytest.raises(ConfigurationError, match=r"--fisher.*not finite: nothing is written"):
+        fisher.check()
+
+
 def test_a_fisher_file_of_another_model_is_refused(model: Path, tmp_path: Path) -> None:
     one = AutoModelForCausalLM.from_pretrained(model)
     weights = dict(one.named_parameters())
@@ -182,6 +198,7 @@ def test_a_fisher_file_of_another_model_is_refused(model: Path, tmp_path: Path) 
     for broken, reason in (
         ({**values, "model.norm.weight": torch.zeros(3)}, r"the file has it as \[3\]"),
         ({name: value for name, value in values.items() if "embed" not in name}, "the file has it not"),
+        ({name: value / 0 for name, value in values.items()}, "not finite"),
     ):
         save_file(broken, tmp_path / "fisher.safetensors")
         with pytest.raises(ConfigurationError, match=reason):

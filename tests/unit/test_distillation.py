@@ -16,6 +16,7 @@ from launcher.launch.redecide import decide_again
 from launcher.planner.changes import changes
 from launcher.planner.search import plan_job
 from launcher.runs.layout import RunDirectory
+from launcher.tasks.distillation import SOURCE
 from tests.unit.checkpoint_files import make_run, write_checkpoint
 from tests.unit.test_planning_decide import CPU
 from tests.unit.test_suitability import LLAMA, model
@@ -178,6 +179,22 @@ def test_a_run_teaches_by_its_best_checkpoint_or_its_newest(
     assert again.distillation == plan.distillation, "a run that goes on has the teacher that it began with"
     asked = plan_job(load(job, ["distillation.checkpoint=2"]), hardware=CPU)
     assert asked.distillation is not None and asked.distillation.checkpoint == 2
+
+
+def test_a_run_goes_on_without_the_checkpoint_that_it_has_written_out(tmp_path: Path) -> None:
+    job = big(tmp_path, {2: 1.0, 4: 2.0})
+    plan, run = plan_job(load(job), hardware=CPU), tmp_path / "learns"
+    assert plan.distillation is not None and plan.distillation.checkpoint == 4
+    shutil.copytree(tmp_path / "large", run / "teacher")
+    shutil.rmtree(RunDirectory(tmp_path / "runs" / "big").checkpoints)
+    asked = load(job, ["training.learning_rate=1e-3"])
+    with pytest.raises(ConfigurationError, match="no whole checkpoint"):
+        decide_again(asked, 1, plan, True, run)  # what lies there is of nobody knows what
+    (run / "teacher" / SOURCE).write_text(json.dumps(plan.distillation.source))
+    again = decide_again(asked, 1, plan, True, run)
+    assert again.distillation == plan.distillation and again.training.learning_rate == 1e-3
+    with pytest.raises(ConfigurationError, match="no whole checkpoint"):
+        decide_again(load(job, ["distillation.checkpoint=2"]), 1, plan, True, run)
 
 
 @pytest.mark.parametrize(

@@ -1,89 +1,110 @@
-"""`launcher evaluate` on several sets of rows in one table, and what of its options do not go together."""
+"""What `launcher evaluate` and `launcher predict` are asked, refuse and print."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+import yaml
 
-from launcher.cli.app import app
+from launcher.cli.model import table
+from launcher.cli.predict import described
 from launcher.errors import ConfigurationError
-from launcher.launch import evaluation
-from launcher.launch.evaluation import Request, estimate_fisher
+from launcher.launch.evaluation import Request
+from launcher.launch.prediction import Prediction
 from launcher.launch.screen import Watcher
-from tests.unit.test_scheduling_local import plan
+from launcher.tasks.task import AnswerOptions
+
+CONFIG = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+CONFIG |= {"num_key_value_heads": 2, "intermediate_size": 64, "vocab_size": 64, "max_position_embeddings": 64}
 
 
-@pytest.fixture(autouse=True)
-def measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stand in for the ranks: the loss of old rows goes up, that of all others down."""
-
-    def evaluate(request: Request, watcher: Any, resamples: int) -> dict[str, Any]:
-        after = 2.0 if request.on == Path("old.jsonl") else 0.5
-        return {"before": {"loss": 1.0}, "after": {"loss": after}, "on": str(request.on)}
-
-    monkeypatch.setattr(Request, "of", lambda *_: Request(plan(), Path("run"), None, None))
-    monkeypatch.setattr(Request, "measured_on", lambda self, on: dataclasses.replace(self, on=on))
-    monkeypatch.setattr(evaluation, "evaluate_locally", evaluate)
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(CONFIG))
+    for name in ("train", "other"):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "a", "label": "x"}\n{"text": "b", "label": "y"}\n')
+    return tmp_path
 
 
-def answer(*options: str) -> str:
-    result = CliRunner().invoke(app, ["evaluate", "run", *options], catch_exceptions=False)
-    assert result.exit_code == 0
-    return result.stdout
+def job(folder: Path, name: str, task: str = "causal-lm", **data: Any) -> Path:
+    content = {
+        "name": name,
+        "model": {"name": "model", "task": task},
+        "data": {"train": {"path": "train.jsonl"}, **data},
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(content | {"cluster": {"gpus_per_node": 0, "ranks_per_node": 2}}))
+    return path
 
 
-def test_several_sets_of_rows_are_one_table() -> None:
-    both = ["--on", "old.jsonl", "--on", "new.jsonl"]
-    lines = [line.split() for line in answer(*both).splitlines()]
-    assert lines == [
-        ["on", "metric", "before", "after", "change"],
-        ["old.jsonl", "loss", "1.0000", "2.0000", "+1.0000"],
-        ["new.jsonl", "loss", "1.0000", "0.5000", "-0.5000"],
-    ]
-    sets = json.loads(answer(*both, "--json"))["sets"]
-    assert [(one["on"], one["after"]["loss"]) for one in sets] == [("old.jsonl", 2.0), ("new.jsonl", 0.5)]
-    assert json.loads(answer("--on", "old.jsonl", "--json"))["after"] == {"loss": 2.0}
+def request(folder: Path) -> Request:
+    own = job(folder, "own", text="text", evaluation={"path": "train.jsonl"}, max_length=32)
+    return Request.of(str(folder / "model"), own, None, None, [])
 
 
-def test_fisher_information_says_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
-
-    def ask(plan: Any, module: str, wanted: dict[str, Any], *_: Any) -> dict[str, Any]:
-        asked.append(wanted["rows"])
-        assert plan.engine == "fsdp" and module == "launcher.training.fisher_entry"
-        return {"file": wanted["file"], "step": 3, "rows": 8, "parameters": 1234}
-
-    monkeypatch.setattr(evaluation, "ask", ask)
-    said = answer("--fisher", "--rows", "8", "--on", "old rows.jsonl")
-    assert said == "1,234 weights by 8 rows, in run/evaluations/fisher-step-STEP-old-rows.safetensors\n"
-    assert json.loads(answer("--fisher", "--json"))["parameters"] == 1234 and asked == [8, 256]
+def test_another_file_and_another_job_take_the_place_of_the_rows(folder: Path) -> None:
+    asked = request(folder)
+    (folder / "other.jsonl").touch()
+    file = asked.measured_on(folder / "other.jsonl").plan
+    assert file.data.evaluation is not None and file.data.evaluation.path == str(folder / "other.jsonl")
+    other = job(folder, "other", text="text", evaluation={"path": "other.jsonl"}, max_length=16)
+    theirs = asked.measured_on(other).plan
+    assert theirs.data.max_length == 16 and theirs.data.evaluation == file.data.evaluation
+    assert theirs.model == asked.plan.model and theirs.batch == asked.plan.batch
 
 
 @pytest.mark.parametrize(
-    ("options", "reason"),
+    ("task", "data", "match"),
     [
-        (["--on", "a/x.jsonl", "--on", "b/x.jsonl"], "two of the same name"),
-        (["--on", "a.jsonl", "--on", "b.jsonl", "--plots"], "one set of rows at a time"),
-        (["--fisher", "--bootstrap", "9"], "measures nothing; leave --bootstrap"),
+        (
+            "sequence-classification",
+            {"text": "text", "label": "label"},
+            r"is a job of sequence-classification, and",
+        ),
+        ("causal-lm", {"text": "text"}, r"names no held-out rows"),
     ],
 )
-def test_options_that_do_not_go_together_are_refused(options: list[str], reason: str) -> None:
-    with pytest.raises(ConfigurationError, match=reason):
-        answer(*options)
+def test_a_job_that_measures_nothing_of_it_is_refused(
+    task: str, data: dict[str, Any], match: str, folder: Path
+) -> None:
+    with pytest.raises(ConfigurationError, match=match):
+        request(folder).measured_on(job(folder, "other", task, **data))
 
 
 @pytest.mark.parametrize(
-    ("changes", "reason"),
+    ("output", "match"),
     [
-        ({"model__adapter": {"rank": 2}}, "trains an adapter"),
-        ({"data__streaming": True}, "data.streaming=false"),
+        ("answers.csv", r"--output = .*give it a name that ends in \.jsonl"),
+        ("train.jsonl", r"--output = .*is there already"),
+        ("none/answers.jsonl", r"--output = .*the folder .* is not there"),
     ],
 )
-def test_fisher_information_that_is_of_no_use_is_refused(changes: dict[str, Any], reason: str) -> None:
-    with pytest.raises(ConfigurationError, match=reason):
-        estimate_fisher(Request(plan(**changes), Path("run"), None, None), Watcher(), 8)
+def test_an_output_that_cannot_be_is_refused_before_anything_starts(
+    output: str, match: str, folder: Path
+) -> None:
+    asked = Prediction(request(folder), folder / "train.jsonl", folder / output, AnswerOptions())
+    with pytest.raises(ConfigurationError, match=match):
+        asked.run(Watcher())
+
+
+def test_before_after_and_intervals_stand_side_by_side() -> None:
+    plain = {"before": {"loss": 2.0, "f1": 0.25}, "after": {"loss": 1.5, "f1": 0.75}}
+    lines = table(plain).splitlines()
+    assert lines[1].split() == ["loss", "2.0000", "1.5000", "-0.5000"]
+    assert lines[2].split() == ["f1", "0.2500", "0.7500", "+0.5000"] and len(lines) == 3
+    of = {"before": {"loss": [1.9, 2.1]}, "after": {"loss": [1.4, 1.6]}, "change": {"loss": [-0.6, -0.4]}}
+    shown = table(plain | {"confidence": {"level": 0.95, "resamples": 1000, "seed": 1, **of}}).splitlines()
+    assert shown[2].split() == ["[1.9000,", "2.1000]", "[1.4000,", "1.6000]", "[-0.6000,", "-0.4000]"]
+    assert shown[-1] == "in brackets: 95% intervals of 1,000 drawings of the rows"
+
+
+def test_what_could_not_be_answered_is_counted_by_reason() -> None:
+    summary = {"rows": 1200, "output": "out.jsonl", "rows_per_second": 1234.5, "rows_before": 1000}
+    said = described(summary | {"problems": {"empty": 2, "missing key": 5}}).splitlines()
+    assert said[0] == "1,200 rows in out.jsonl, 1,234.5 rows a second (1,000 were there already)"
+    assert said[1] == "7 of them could not be used and say why: 5 missing key, 2 empty"
+    assert len(described(summary | {"problems": {}}).splitlines()) == 1

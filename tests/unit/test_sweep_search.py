@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from launcher.cli.app import app
 from launcher.cli.sweep import _seconds
-from launcher.errors import ConfigurationError, RunInUseError, Stopped
+from launcher.errors import ConfigurationError, OutOfMemoryError, Problem, RunInUseError, Stopped
 from launcher.job.load import load
 from launcher.launch import local
 from launcher.runs.events import event
@@ -163,7 +163,13 @@ def test_under_slurm_a_search_goes_in_rounds(
     monkeypatch.setattr(running, "submit_array", lambda *_: "7")
     monkeypatch.setattr(running, "refuse_second", lambda *_: None)
     plan = SimpleNamespace(slurm=SimpleNamespace(nodes="1"))
-    monkeypatch.setattr(Sweep, "open", lambda sweep, number, local: (points.open(sweep, number), plan))
+
+    def open_but_one(sweep: Sweep, number: int, local: bool) -> Any:
+        if number == 3:
+            raise OutOfMemoryError("it needs more than there is")
+        return points.open(sweep, number), plan
+
+    monkeypatch.setattr(Sweep, "open", open_but_one)
     sweep = searched(job, tmp_path / "sweep", 5)
     with pytest.raises(ConfigurationError, match="how many points a round"):
         running.submit(sweep, None)
@@ -179,8 +185,8 @@ def test_under_slurm_a_search_goes_in_rounds(
     for name, more in (("started", {}), ("failed", {"failure": {"failure_class": "diverged", "cause": "a"}})):
         event(sweep.run(2).events_file, name, **more)
     submit()
-    assert arrays == [[0, 1, 2], [1, 3, 4]] and Sweep.read(sweep.path).left() == [2]
-    with pytest.raises(ConfigurationError, match="every point is finished, or diverged"):
+    assert arrays == [[0, 1, 2], [1, 4]] and Sweep.read(sweep.path).left() == [2]
+    with pytest.raises(ConfigurationError, match="every point is finished, or failed for good"):
         submit()
     assert len(set(Sweep.read(sweep.path).points)) == 5, "those of one round keep away from each other"
 
@@ -203,6 +209,39 @@ def test_a_search_is_written_down_and_its_best_point_is_a_job(
     assert written == load(sweep.path / "job.yaml", list(best.overrides))
     with pytest.raises(ConfigurationError, match="is there already"):
         best_job(sweep, tmp_path / "best.yaml")
+
+
+BATCH = "batch.global_batch_size"
+
+
+def test_of_a_whole_number_whole_ones_are_tried_and_one_that_cannot_begin_is_left(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("optuna")
+    points = Points(monkeypatch)
+    random = [RANDOM[0], f"{SCHEDULE}=linear,cosine", f"{BATCH}=8..64:log", "training.weight_decay=0..1"]
+    sweep = searched(job, tmp_path / "sweep", 12, random)
+    opened, mended = Sweep.open, list[int]()
+
+    def open_but_one(self: Sweep, number: int, local: bool) -> Any:
+        if number in (1, 5) and number not in mended:
+            key = {1: BATCH, 5: "cluster.gpus_per_node"}[number]
+            raise ConfigurationError(Problem(key, 9, "does not fit"))
+        return opened(self, number, local)
+
+    monkeypatch.setattr(Sweep, "open", open_but_one)
+    heard = Heard()
+    points.ends["003"] = 8
+    with RunDirectory(sweep.path).lock(), pytest.raises(RunInUseError):
+        running.run_here(sweep, heard)
+    assert running.run_here(sweep, heard) == ConfigurationError.exit_code
+    sweep = Sweep.read(sweep.path)
+    lines = {line.point: line for line in leaderboard(sweep)}
+    assert len(lines) == 12 and lines[1].state == "failed" and sweep.left() == [3, 5]
+    mended.append(5)
+    assert all(8 <= int(line.values[BATCH]) <= 64 for line in lines.values())
+    assert any("." in line.values["training.weight_decay"] for line in lines.values())
+    assert running.run_here(sweep, heard) == 0 and not Sweep.read(sweep.path).left()
 
 
 def test_a_corner_that_cannot_be_is_refused_before_anything_begins(job: Path, tmp_path: Path) -> None:
@@ -232,6 +271,18 @@ def test_a_search_that_says_too_little_is_refused(
 def test_of_a_job_there_is_no_best_point(job: Path) -> None:
     with pytest.raises(ConfigurationError, match="is no sweep; name the directory"):
         CliRunner().invoke(app, ["sweep", str(job), "--apply", "best.yaml"], catch_exceptions=False)
+
+
+@pytest.mark.parametrize("option", [["--metric", "loss"], ["--seed", "0"]])
+def test_a_sweep_that_is_there_keeps_what_it_has(option: list[str], job: Path, tmp_path: Path) -> None:
+    Sweep.create(tmp_path / "sweep", job, [], [["training.seed=1"]], "loss", None)
+    with pytest.raises(ConfigurationError, match=f"{option[0]}.*keeps its points"):
+        CliRunner().invoke(app, ["sweep", str(tmp_path / "sweep"), "--show", *option], catch_exceptions=False)
+
+
+def test_a_sheet_is_not_written_over_a_file(job: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"--sheet.*is there already"):
+        CliRunner().invoke(app, ["data", "inspect", str(job), "--sheet", str(job)], catch_exceptions=False)
 
 
 def test_a_budget_is_a_time_of_sweeps_here() -> None:

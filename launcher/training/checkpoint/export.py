@@ -81,7 +81,7 @@ def export(
     stored = Stored(CheckpointReader(chosen.directory), dtype, ema)
     if last > 1:
         stored = Mean([Stored(CheckpointReader(one.directory), dtype) for one in _newest(run, last)])
-    weights = _weights(run, stored, adapter)
+    weights = _weights(run, stored, adapter, dtype)
     places: dict[str, Weights] = {"": weights}
     if tasks := heads_of(directory):
         places = {task: OneHead(weights, directory, task) for task in tasks}
@@ -182,7 +182,7 @@ def _model_directory(run: RunDirectory) -> Path:
     return directory
 
 
-def _weights(run: RunDirectory, stored: Stored, alone: bool) -> Weights:
+def _weights(run: RunDirectory, stored: Stored, alone: bool, dtype: ExportDtype) -> Weights:
     """The checkpoint's tensors; of a run that trains adapters the whole model's, or with `alone` the
     adapters'."""
     plan = Plan.read(run.plan_file) if run.plan_file.is_file() else None
@@ -194,6 +194,12 @@ def _weights(run: RunDirectory, stored: Stored, alone: bool) -> Weights:
     if alone and heads_of(run.path / "model"):
         reason = "peft keeps an adapter beside one class, and this run has a head for each task; leave it out"
         raise ConfigurationError(Problem("--adapter", run.path.name, reason))
+    if alone and plan.model.adapter.init != "lora" and dtype in ("bfloat16", "float16"):
+        reason = (
+            f"of {plan.model.adapter.init} the adapter is a difference of two that are nearly alike, which so "
+            "few digits lose; leave it out, or write float32"
+        )
+        raise ConfigurationError(Problem("--dtype", dtype, reason))
     kind: type[Alone] | type[Merged] = Alone if alone else Merged
     return kind(plan, plan.model.adapter, stored, run.path / "model")
 

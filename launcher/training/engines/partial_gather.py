@@ -20,13 +20,15 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 
+from launcher.training.model.forward import output_embeddings_of
+
 
 def matrices(model: PreTrainedModel) -> list[nn.Parameter]:
     """Return the weights of the input and the output embeddings that have a row for every token, a tied one
     once."""
     num_tokens = getattr(model.config.get_text_config(), "vocab_size", None)
     weights: list[nn.Parameter] = []
-    for module in (model.get_input_embeddings, model.get_output_embeddings):
+    for module in (model.get_input_embeddings, lambda: output_embeddings_of(model)):
         with contextlib.suppress(NotImplementedError, AttributeError):
             weight: Any = getattr(module(), "weight", None)
             # DeepSpeed has the shape of what it has cut beside it.

@@ -11,7 +11,8 @@ import hashlib
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from launcher.job.adapter import OWN, Adapter
 from launcher.planner.model.model_support import WITHOUT_ADAPTER
 from launcher.runs.places import here
 from launcher.training.model import adapter_starts
+from launcher.training.model.forward import output_embeddings_of
 
 WEIGHTS = "adapter_model.safetensors"
 """The file of an adapter's directory that holds its values."""
@@ -59,7 +61,7 @@ def targets(model: PreTrainedModel, adapter: Adapter, layers: Layers) -> list[st
     """The names of the linear layers that get an adapter. Raises ConfigurationError for a pattern that
     matches none."""
     # The loss multiplies with the head's weight itself: what stood beside it would never be asked.
-    head = model.get_output_embeddings()
+    head = output_embeddings_of(model)
     linear = {
         name: module
         for name, module in model.named_modules()
@@ -78,8 +80,24 @@ def targets(model: PreTrainedModel, adapter: Adapter, layers: Layers) -> list[st
         if not names:
             reason = f"the repeated layers of {type(model).__name__} hold no linear layer"
             raise ConfigurationError(Problem("model.adapter.targets", adapter.targets, reason))
-        return names
-    return [name for name in linear if adapter.takes(name)]
+    else:
+        names = [name for name in linear if adapter.takes(name)]
+    if adapter.init != "lora":
+        _refuse_tied(model, adapter, {name: linear[name] for name in names})
+    return names
+
+
+def _refuse_tied(model: nn.Module, adapter: Adapter, layers: Mapping[str, nn.Module]) -> None:
+    """Raise ConfigurationError for a layer that shares its weight: the other would lack what the adapter has."""
+    uses = Counter(id(one) for _, one in model.named_parameters(remove_duplicate=False))
+    for name, layer in layers.items():
+        if uses[id(layer.weight)] > 1:
+            reason = f"{name} shares its weight with another layer, which would be changed"
+            raise ConfigurationError(
+                Problem(
+                    "model.adapter.init", adapter.init, f"{reason}; leave it out of `targets`, or take lora"
+                )
+            )
 
 
 def trained(model: nn.Module, adapter: Adapter, new: tuple[str, ...]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,9 @@ from torch import distributed
 
 from launcher.errors import ConfigurationError, Problem
 from launcher.planner.plan import Plan
-from launcher.runs.layout import RunDirectory
+from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.tasks import classes
-from launcher.tasks.distillation import Distillation
+from launcher.tasks.distillation import SOURCE, Distillation
 from launcher.tasks.task import Task
 from launcher.training.checkpoint.export import export
 from launcher.training.model import pretrained
@@ -59,15 +61,21 @@ def check_teacher(plan: Plan, task: Task, tokenizer: Any) -> None:
 def written_out(run: RunDirectory, plan: Plan) -> Distillation | None:
     """Return a plan's section `distillation`, with a directory of weights in the place of a run as the teacher.
 
-    That is RUN/teacher, which rank 0 writes in the first attempt. For all ranks together. Raises CheckpointError
-    where the teacher's checkpoint is not whole, StorageError where the disk does not take it.
+    That is RUN/teacher, which rank 0 writes in the first attempt, and anew where another checkpoint is to teach:
+    of a run that measures the averages of its weights (`training.ema.evaluate`) those. For all ranks
+    together. Raises CheckpointError where the teacher's checkpoint is not whole, StorageError where the disk
+    does not take it.
     """
     settings = plan.distillation
     if settings is None or settings.checkpoint is None:
         return settings
     target = run.path / "teacher"
-    if distributed.get_rank() == 0 and not target.exists():
-        export(RunDirectory(Path(settings.teacher).parent), target, settings.checkpoint)
+    if distributed.get_rank() == 0 and not settings.written_out(run.path):
+        shutil.rmtree(target, ignore_errors=True)
+        of = RunDirectory(Path(settings.teacher).parent)
+        average = Plan.read(of.plan_file).training.ema
+        export(of, target, settings.checkpoint, ema=average is not None and average.evaluate)
+        write_atomically(target / SOURCE, json.dumps(settings.source) + "\n")
     distributed.barrier()
     return settings.model_copy(update={"teacher": str(target)})
 

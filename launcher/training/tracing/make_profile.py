@@ -22,6 +22,7 @@ from launcher.tasks.task import IGNORE, Draws, Sample, Task
 from launcher.training import cpu_half_matmul
 from launcher.training.devices import to_device
 from launcher.training.model import normalization, pretrained
+from launcher.training.model.forward import output_embeddings_of
 from launcher.training.precision import DTYPES
 from launcher.training.tracing.layers import Layer, spread
 from launcher.training.tracing.recorder import Passed, joined, same
@@ -88,7 +89,7 @@ class ProfileMaker:
         if inside is None:
             return ()
         head = [name for name, parameter in model.named_parameters() if id(parameter) not in inside]
-        if not self._classes_of_files and model.get_output_embeddings() is not None:
+        if not self._classes_of_files and output_embeddings_of(model) is not None:
             return ()  # a config that does not say whose files these are; a language model has its head
         return tuple(head) if type(model).__name__ not in self._classes_of_files else ()
 
