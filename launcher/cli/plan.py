@@ -94,7 +94,7 @@ def plan(
     from launcher.planner.preview import preview_job
 
     wanted = load(job, overrides)
-    if fetch:
+    if fetch and wanted.model.config is None:
         fetch_config(wanted.model.name, wanted.model.revision)
     profiles = profiles_for(trace is not False)
     fewest = deadline is not None or max_gpus is not None

@@ -81,18 +81,26 @@ def _follow(watched: Any, console: Any, every: float) -> None:
 
 @contextmanager
 def leaving_at_interrupt() -> Iterator[threading.Event]:
-    """Set by Ctrl-C, which breaks no half-drawn picture off this way; a second one does."""
+    """Set by Ctrl-C, SIGTERM and SIGHUP, which break no half-drawn picture off this way and leave nothing
+    behind; a second one does. What is ignored (as by nohup) stays so."""
     leaving = threading.Event()
+    ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: old for number in ends if (old := signal.getsignal(number)) != signal.SIG_IGN}
+
+    def _restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     def _leave(*_: object) -> None:
         leaving.set()
-        signal.signal(signal.SIGINT, before)
+        _restore()
 
-    before = signal.signal(signal.SIGINT, _leave)
     try:
+        for number in before:
+            signal.signal(number, _leave)
         yield leaving
     finally:
-        signal.signal(signal.SIGINT, before)
+        _restore()
 
 
 def screen(seen: dict[str, Any], width: int, height: int = 32) -> Layout:
