@@ -173,7 +173,7 @@ def _print(preview: Preview) -> None:
         return
     traced = beside_trace(forecast, preview.forecast) if preview.traced or forecast.traced else ""
     instead = "" if forecast.fits else nearest(preview.suggestions)
-    parts = [bars(forecast), traced, speed_lines(forecast, preview.no_epoch), instead]
+    parts = [bars(forecast, width), traced, speed_lines(forecast, preview.no_epoch), instead]
     typer.echo(folded("\n".join(filter(None, parts)), width))
 
 
