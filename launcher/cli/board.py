@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from launcher.board.server import Server
 
 Runs = Annotated[
-    Path,
+    Path | None,
     typer.Argument(
-        metavar="[DIR]", help="Where the runs are; of a sweep, its folder points/.", envvar="LAUNCHER_RUNS"
+        metavar="[DIR]",
+        help="Where the runs are; of a sweep, its folder points/. [default: $LAUNCHER_RUNS or runs]",
     ),
 ]
 Port = Annotated[
@@ -32,16 +33,16 @@ Port = Annotated[
 Open = Annotated[bool, typer.Option("--open", help="Open it in a browser on this machine.")]
 
 
-def board(
-    folder: Runs = Path("runs"), port: Port = 0, open_it: Open = False, as_json: AsJson = False
-) -> None:
+def board(folder: Runs = None, port: Port = 0, open_it: Open = False, as_json: AsJson = False) -> None:
     """Show the runs in a folder in a browser, live, on this machine alone."""
     from launcher.board.pages import Pages
     from launcher.cli.progress import notice
     from launcher.cli.watch import leaving_at_interrupt
     from launcher.errors import ConfigurationError, Problem
     from launcher.report.page import check_installed
+    from launcher.runs.layout import runs_folder
 
+    folder = folder or runs_folder()
     check_installed("launcher board")
     if not folder.is_dir():
         raise ConfigurationError(Problem("DIR", str(folder), "is no folder; name the one that runs are in"))

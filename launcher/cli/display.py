@@ -201,8 +201,10 @@ def _evaluations(evaluations: list[tuple[int, dict[str, float]]]) -> Table:
     table.add_column("measured after step", justify="right")
     for name in names:
         table.add_column(name, justify="right")
-    for step, metrics in shown:
+    for place, (step, metrics) in enumerate(shown):
         table.add_row(str(step), *(f"{metrics[name]:.4f}" if name in metrics else "" for name in names))
+        if place == 0 and len(shown) < len(evaluations):
+            table.add_row("...")
     return table
 
 
@@ -231,7 +233,7 @@ def summary(run: RunDirectory, path: str) -> str:
         unit = next((record.get("unit", "token") for record in totals.prepared.values()), "token")
         lines.append(f"  {f'{unit}s' if tokens else 'time':11} {tokens}{took}, {attempts}")
     if isinstance(share := totals.last.get("finished", {}).get("data_share"), float):
-        lines.append(f"  waiting     {share:.1%} of the time of steps, for data")
+        lines.append(f"  waiting     {share:.1%} of the last attempt's steps, for data")
     lines += [f"  rows        {line(record)}" for record in totals.prepared.values()]
     if totals.evaluations:
         before, after = totals.evaluations

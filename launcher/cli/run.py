@@ -26,7 +26,10 @@ Run = Annotated[
     ),
 ]
 RunPath = Annotated[
-    Path | None, typer.Option("--run-dir", metavar="DIR", help="Where the run is kept. [default: runs/NAME]")
+    Path | None,
+    typer.Option(
+        "--run-dir", metavar="DIR", help="Where the run is kept. [default: NAME in $LAUNCHER_RUNS or runs]"
+    ),
 ]
 Again = Annotated[
     bool, typer.Option("--again", help="Begin the same job anew beside its earlier runs, as runs/NAME-2.")
