@@ -30,6 +30,8 @@ _SECONDS_BETWEEN_QUESTIONS = 10.0
 _RANKS_WIDTH, _FEW_RANKS_WIDTH, _NODE_WIDTH = 50, 34, 8
 _NARROW, _LOW = 76, 30
 """Columns and rows below which a terminal has no room for all that is known."""
+_VERY_NARROW = 56
+"""Columns below which the loss has no room beside the ranks, which are left out."""
 _IN_WORDS = ("compared", "straggler", "symptom", "rewound", "made_room", "layout", "other_engine")
 """Events whose values only their sentence makes plain."""
 _OVER = ("finished", "failed", "stopped")
@@ -116,10 +118,11 @@ def screen(seen: dict[str, Any], width: int, height: int = 32) -> Layout:
         Layout(name="middle", ratio=2),
         below,
     )
-    layout["middle"].split_row(
-        Layout(Panel(Loss(seen["losses"]), title="loss")),
-        Layout(Panel(ranks, title="ranks"), size=_FEW_RANKS_WIDTH if narrow else _RANKS_WIDTH),
-    )
+    middle = [Layout(Panel(Loss(seen["losses"]), title="loss"))]
+    if width >= _VERY_NARROW:
+        columns = _FEW_RANKS_WIDTH if narrow else _RANKS_WIDTH
+        middle.append(Layout(Panel(ranks, title="ranks"), size=columns))
+    layout["middle"].split_row(*middle)
     below.update(Panel(events(seen["events"]), title="events"))
     if seen.get("samples"):
         step, rows = seen["samples"]
