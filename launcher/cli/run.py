@@ -80,7 +80,7 @@ def run(
     command = None if script is None else script_command(script, context.meta.get(SCRIPT_ARGUMENTS, []))
     run_dir = own_directory(again, job, overrides, run_dir, command)
     opened, plan = open_run(
-        job, overrides, nproc, run_dir, command, force=force, profiles=profiles_for(trace)
+        job, overrides, nproc, run_dir, command, force=force, profiles=profiles_for(trace), again=again
     )
     if opened.last_attempt() == 0 and not as_json:
         lines = [table(plan) if plan.script else brief(plan)]
