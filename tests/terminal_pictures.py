@@ -1,4 +1,4 @@
-"""Draw docs/images/{init,plan,run,finished,watch}-{80,120}.svg, and the report of the runs they show: real
+"""Draw docs/images/{init,plan,run,watch}-{80,120}.svg, finished-80.svg, and the report of the runs they show: real
 commands in a real terminal.
 
 Each command is typed into tmux, at 80 and at 120 columns, on rows of Banking77 and a small real encoder. What
@@ -107,7 +107,8 @@ class Terminal:
 
     def draw(self, file: Path, title: str) -> None:
         """Write what the terminal shows as SVG, in a font that every viewer has."""
-        text = Text.from_ansi(self.seen(colours=True).rstrip())
+        # The last line is cut below its letters' feet, so there is an empty one.
+        text = Text.from_ansi(self.seen(colours=True).rstrip()).append("\n")
         # Few fonts have these at the width of letters: as words of their own, they move nothing behind them.
         text.highlight_regex("[\u2500\u2502-\u2577\u257c-\u28ff]+", "#c5c8c7")
         with open(os.devnull, "w", encoding="utf-8") as nowhere:
@@ -155,7 +156,8 @@ def draw_terminals(folder: Path, out: Path, columns: int) -> RunDirectory:
         terminal.draw(out / f"run-{columns}.svg", "launcher run")
         beside.draw(out / f"watch-{columns}.svg", "launcher watch")
         terminal.wait(lambda: "launcher export" in terminal.seen())
-        terminal.draw(out / f"finished-{columns}.svg", "launcher run, at its end")
+        if columns == 80:
+            terminal.draw(out / "finished-80.svg", "launcher run, at its end")
     return run
 
 

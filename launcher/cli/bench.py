@@ -24,35 +24,40 @@ Disk = Annotated[
 ]
 
 
-Kept = Annotated[bool, typer.Option("--force", help="Keep the figures, though other work made them too low.")]
+Kept = Annotated[bool, typer.Option("--force", help="Measure, though other work makes the figures too low.")]
 _BUSY = 0.5
-"""Load beside the measurement, per core, from which on figures are too low to plan by."""
+"""Share of the cores that other work has, from which on figures are too low to plan by."""
 
 
 def bench(nproc: Ranks = None, disk: Disk = Path(), force: Kept = False, as_json: AsJson = False) -> None:
     """Measure this machine, so that plans count with its own figures."""
     import os
 
+    import psutil
+
+    from launcher.errors import ConfigurationError, Problem
     from launcher.planner.hardware.detect import find_gpus
     from launcher.runs.machine import Machine, path
     from launcher.training.bench import bench as measure
 
-    ranks, load, cores = nproc or len(find_gpus()[0]) or 2, os.getloadavg()[0], os.cpu_count() or 1
-    keeps = force or load < _BUSY * cores
-    if load >= _BUSY * cores:
-        kept = "they are kept all the same" if force else "they are not kept (--force keeps them)"
-        text = f"other work is on this machine (load {load:.1f}, {cores} cores): figures will be too low, and"
-        typer.echo(f"warning: {text} {kept}", err=True)
+    ranks = nproc or len(find_gpus()[0]) or 2
+    busy = psutil.cpu_percent(interval=1) / 100  # the load of a minute would count what ended just now
+    if busy >= _BUSY:
+        reason = (
+            f"other work has {busy:.0%} of the {os.cpu_count()} cores: figures would be too low to plan by"
+        )
+        if not force:
+            raise ConfigurationError(Problem("--force", force, f"{reason}; wait for its end, or add --force"))
+        typer.echo(f"warning: {reason}, and are kept all the same", err=True)
     typer.echo("this takes about two minutes on an idle machine", err=True)
     figures = measure(ranks, disk.absolute(), lambda what: typer.echo(f"measuring {what} ...", err=True))
-    if keeps:
-        Machine.read().with_rates(figures.rates).write()
+    Machine.read().with_rates(figures.rates).write()
     if as_json:
-        print_json({**asdict(figures.rates), "messages": [asdict(message) for message in figures.messages]})
+        messages = [asdict(message) for message in figures.messages]
+        print_json({**asdict(figures.rates), "messages": messages, "kept": str(path())})
         return
     print_table(["what", "rate"], _rows(figures))
-    if keeps:
-        typer.echo(f"kept in {path()}; `launcher plan` counts with it", err=True)
+    typer.echo(f"kept in {path()}; `launcher plan` counts with it", err=True)
 
 
 def _rows(figures: Bench) -> list[list[str]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import tempfile
 import threading
 from pathlib import Path
@@ -17,9 +19,10 @@ if TYPE_CHECKING:
     from launcher.board.server import Server
 
 Runs = Annotated[
-    Path,
+    Path | None,
     typer.Argument(
-        metavar="[DIR]", help="Where the runs are; of a sweep, its folder points/.", envvar="LAUNCHER_RUNS"
+        metavar="[DIR]",
+        help="Where the runs are; of a sweep, its folder points/. [default: $LAUNCHER_RUNS or runs]",
     ),
 ]
 Port = Annotated[
@@ -30,16 +33,16 @@ Port = Annotated[
 Open = Annotated[bool, typer.Option("--open", help="Open it in a browser on this machine.")]
 
 
-def board(
-    folder: Runs = Path("runs"), port: Port = 0, open_it: Open = False, as_json: AsJson = False
-) -> None:
+def board(folder: Runs = None, port: Port = 0, open_it: Open = False, as_json: AsJson = False) -> None:
     """Show the runs in a folder in a browser, live, on this machine alone."""
     from launcher.board.pages import Pages
     from launcher.cli.progress import notice
     from launcher.cli.watch import leaving_at_interrupt
     from launcher.errors import ConfigurationError, Problem
     from launcher.report.page import check_installed
+    from launcher.runs.layout import runs_folder
 
+    folder = folder or runs_folder()
     check_installed("launcher board")
     if not folder.is_dir():
         raise ConfigurationError(Problem("DIR", str(folder), "is no folder; name the one that runs are in"))
@@ -47,15 +50,26 @@ def board(
     with (
         leaving_at_interrupt() as leaving,
         _listening(port, pages) as server,
-        tempfile.TemporaryDirectory(prefix="launcher-board-") as private,
+        contextlib.ExitStack() as until_the_end,
     ):
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         _say(server, folder, len(pages.runs()), as_json)
-        if open_it and not open_in_browser(_door(Path(private), server.address)):
-            typer.echo("there is no browser here: open the address on a machine that has one", err=True)
+        if open_it:
+            private = until_the_end.enter_context(_private_folder())
+            hint = "there is no browser here: open the address on a machine that has one"
+            if open_in_browser(_door(Path(private), server.address)):
+                hint = "if no page opens, open the address above"
+            typer.echo(hint, err=True)
         leaving.wait()
         server.shutdown()
+
+
+def _private_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder that this user alone can read. A browser in a sandbox may have a /tmp of its own."""
+    session = os.environ.get("XDG_RUNTIME_DIR", "")
+    parent = session if os.access(session, os.W_OK | os.X_OK) else None
+    return tempfile.TemporaryDirectory(prefix="launcher-board-", dir=parent)
 
 
 def _door(private: Path, address: str) -> str:

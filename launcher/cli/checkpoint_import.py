@@ -35,7 +35,10 @@ def import_(
         ),
     ] = None,
     run_dir: Annotated[
-        Path | None, typer.Option("--run-dir", metavar="DIR", help="With --job: where. [default: runs/NAME]")
+        Path | None,
+        typer.Option(
+            "--run-dir", metavar="DIR", help="With --job: where. [default: NAME in $LAUNCHER_RUNS or runs]"
+        ),
     ] = None,
     samples: Annotated[
         int | None, typer.Option(min=0, help="Samples consumed. [default: steps x global batch]")

@@ -81,7 +81,7 @@ class Display(Watcher):
         """Start at the files' present end, so that only this attempt is shown."""
         self._tails = Tail(run.events_file, from_end=True), Tail(run.metrics_file, from_end=True)
         if self._is_script:
-            self._log = Tail(run.attempt(attempt) / "rank-0.log")
+            self._log = Tail(run.attempt(attempt) / "rank-0.log", overwritten=True)
         self._run, self._phase_taken = run, current_phase(run)
         self.say(f"attempt {attempt} in {shown(run.path)}")
         if self.console.is_terminal and not self.console.is_dumb_terminal:
@@ -101,9 +101,7 @@ class Display(Watcher):
             for tail, records in zip(self._tails, (self._events, self._metrics), strict=True):
                 records.extend(tail.records())
         if self._log:
-            # A progress bar writes over its line again and again: what it came to last is what counts.
-            lines = (line.decode(errors="replace").rstrip("\r") for line in self._log.lines())
-            self._printed.extend(line.rpartition("\r")[2] for line in lines)
+            self._printed.extend(map(_overwritten, self._log.lines()))
 
     def tick(self) -> None:
         """Take in what was read; show it when it is time."""
@@ -118,11 +116,13 @@ class Display(Watcher):
     def say(self, line: str) -> None:
         """One line that stays, above the live display where there is one."""
         if not self._quiet:
-            # A terminal would break it inside a word.
-            self.console.print(Text(line), soft_wrap=not self.console.is_terminal)
+            # A terminal would break it inside a word. A command stays whole: a part that is pasted would run.
+            self.console.print(Text(line), soft_wrap=not self.console.is_terminal or "launcher " in line)
 
     def end(self) -> None:
         """Show the last of it, and leave the terminal as it was."""
+        if self._log and self._log.unfinished:
+            self._printed.append(_overwritten(self._log.unfinished))
         self._take_in(time.monotonic())
         if self._live:
             self._live.stop()
@@ -132,7 +132,9 @@ class Display(Watcher):
 
     def _take_in(self, now: float) -> None:
         while self._printed:
-            self.say(self._printed.popleft())
+            printed = Text.from_ansi(self._printed.popleft())
+            if not self._quiet:
+                self.console.print(printed, soft_wrap=True)
         while self._events:
             record = self._events.popleft()
             self.progress.event(record)
@@ -182,6 +184,11 @@ class Display(Watcher):
         return Group(*parts)
 
 
+def _overwritten(line: bytes) -> str:
+    """A progress bar writes over its line again and again: what it came to last is what counts."""
+    return line.decode(errors="replace").rstrip("\r").rpartition("\r")[2]
+
+
 def _count(progress: AttemptView) -> str:
     return f"step {progress.step}" + (f" of {progress.total_steps}" if progress.total_steps else "")
 
@@ -194,8 +201,10 @@ def _evaluations(evaluations: list[tuple[int, dict[str, float]]]) -> Table:
     table.add_column("measured after step", justify="right")
     for name in names:
         table.add_column(name, justify="right")
-    for step, metrics in shown:
+    for place, (step, metrics) in enumerate(shown):
         table.add_row(str(step), *(f"{metrics[name]:.4f}" if name in metrics else "" for name in names))
+        if place == 0 and len(shown) < len(evaluations):
+            table.add_row("...")
     return table
 
 
@@ -224,7 +233,7 @@ def summary(run: RunDirectory, path: str) -> str:
         unit = next((record.get("unit", "token") for record in totals.prepared.values()), "token")
         lines.append(f"  {f'{unit}s' if tokens else 'time':11} {tokens}{took}, {attempts}")
     if isinstance(share := totals.last.get("finished", {}).get("data_share"), float):
-        lines.append(f"  waiting     {share:.1%} of the time of steps, for data")
+        lines.append(f"  waiting     {share:.1%} of the last attempt's steps, for data")
     lines += [f"  rows        {line(record)}" for record in totals.prepared.values()]
     if totals.evaluations:
         before, after = totals.evaluations

@@ -34,13 +34,12 @@ NumNodes = Annotated[
     typer.Option("--nodes", min=1, help="With --slurm: how many; 2, or all of the job it is called in."),
 ]
 Directory = Annotated[
-    Path,
+    Path | None,
     typer.Option(
         "--directory",
         "--run-dir",
         metavar="DIR",
-        help="Where runs are, or will be: it has to be shared by all nodes.",
-        envvar="LAUNCHER_RUNS",
+        help="Where runs are, or will be: it has to be shared by all nodes. [default: $LAUNCHER_RUNS or runs]",
     ),
 ]
 
@@ -53,7 +52,7 @@ def _option(text: str) -> typer.models.OptionInfo:
 def doctor(
     slurm: OnNodes = False,
     nodes: NumNodes = None,
-    directory: Directory = Path("runs"),
+    directory: Directory = None,
     partition: Annotated[str | None, _option("the partition.")] = None,
     account: Annotated[str | None, _option("who pays.")] = None,
     qos: Annotated[str | None, _option("the quality of service.")] = None,
@@ -86,6 +85,9 @@ def doctor(
     """
     from launcher.doctor import local
     from launcher.doctor.cluster import Examination, Request
+    from launcher.runs.layout import runs_folder
+
+    directory = directory or runs_folder()
 
     requested = dict(zip(_ASKED, (partition, account, qos, reservation, nodelist, exclude), strict=True))
     more = {

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from launcher.planner.forecast import Forecast
     from launcher.planner.suggestions import Suggestion
 
-WIDTH = 48
+_LENGTH, _SHORTEST = 48, 20
+"""Of bars, in characters: where there is room, and with something behind them."""
 _SIGNS = "█▓▒░▞▚▙▟▛▜▄"
 _COLOURS = (
     "#4e79a7",
@@ -28,8 +29,8 @@ _COLOURS = (
 )
 
 
-def bars(forecast: Forecast) -> str:
-    """Return stacked bars of memory by phase, with what the signs stand for."""
+def bars(forecast: Forecast, width: int | None = None) -> str:
+    """Return stacked bars of memory by phase, with what the signs stand for; `width` is in characters."""
     phases, highest, memory = (
         forecast.footprint.phases,
         forecast.footprint.highest,
@@ -39,13 +40,18 @@ def bars(forecast: Forecast) -> str:
     longest = _longest(forecast)
     enlarged = f" (the longest bar is {gib(highest.total)} of {gib(memory)})" if longest < memory else ""
     lines = ["", f"Memory of a rank, by phase{enlarged}:"]
-    for phase in phases:
+    hosts = [f", {gib(phase.host)} of the host's" if phase.host else "" for phase in phases]
+    beside = 2 + max(12, *(len(phase.name) for phase in phases)) + 1 + 1 + 10  # with a comma
+    room = _LENGTH if width is None else width - beside
+    if room - max(map(len, hosts)) >= _SHORTEST:  # else what stands behind a bar goes to the next line
+        room -= max(map(len, hosts)) if width is not None else 0
+    length = max(1, min(_LENGTH, room))
+    for phase, host in zip(phases, hosts, strict=True):
         bar, part = "", 0.0
         for kind, sign in signs.items():
             part += phase.parts.get(kind, 0)
-            bar += sign * (round(WIDTH * part / longest) - len(bar))
-        host = f", {gib(phase.host)} of the host's" if phase.host else ""
-        lines.append(f"  {phase.name:12} {bar:{WIDTH}} {gib(phase.total):>9}{host}")
+            bar += sign * (round(length * part / longest) - len(bar))
+        lines.append(f"  {phase.name:12} {bar:{length}} {gib(phase.total):>9}{host}")
     shown = {kind: size for kind in signs if (size := highest.parts.get(kind))}
     lines.append("  " + "  ".join(f"{signs[kind]} {kind} {gib(size)}" for kind, size in shown.items()))
     if memory:

@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from launcher.cli import completion
-from launcher.cli.output import columns_of, folded
 
 Out = Annotated[Path, typer.Option("--out", help="The file to write.", autocompletion=completion.job_files)]
 Train = Annotated[
@@ -116,5 +115,6 @@ def init(
     write(out, content, force)
     unfinished(out).unlink(missing_ok=True)
     start = "submit" if "cluster" in content else "run"
-    steps = f"launcher validate {out}, launcher plan {out}, launcher {start} {out}"
-    typer.echo(folded(f"wrote {out}; next: {steps}", columns_of(sys.stdout)))
+    typer.echo(
+        "\n".join([f"wrote {out}; next:", *(f"  launcher {do} {out}" for do in ("validate", "plan", start))])
+    )

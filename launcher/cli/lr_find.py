@@ -42,7 +42,11 @@ NoStop = Annotated[
 ]
 RunPath = Annotated[
     Path | None,
-    typer.Option("--run-dir", metavar="DIR", help="Where the test is kept. [default: runs/NAME-lr-find]"),
+    typer.Option(
+        "--run-dir",
+        metavar="DIR",
+        help="Where the test is kept. [default: NAME-lr-find in $LAUNCHER_RUNS or runs]",
+    ),
 ]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import textwrap
 from typing import Any, TextIO
 
@@ -28,16 +27,29 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
 
 
 def columns_of(stream: TextIO) -> int | None:
-    """Return the columns of the terminal that a stream is; None where it is none, and lines stay whole."""
-    return shutil.get_terminal_size().columns if stream.isatty() else None
+    """Return the columns of the terminal that a stream is, or what COLUMNS says; None where it is no terminal,
+    and lines stay whole."""
+    if not stream.isatty():
+        return None
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdecimal() and int(columns):
+        return int(columns)
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except OSError:
+        return 80
 
 
 def folded(text: str, width: int | None) -> str:
     """Return a text whose lines are broken between words, so that none has more than `width` characters.
 
-    What is broken off stands below its column, where lines have columns two spaces apart and there is room.
+    What is broken off stands below its column, where lines have columns two spaces apart and there is room. A
+    line that is a command stays whole: a part of it that is pasted would run.
     """
-    return text if width is None else "\n".join(_fold(line, width) for line in text.split("\n"))
+    if width is None:
+        return text
+    lines = text.split("\n")
+    return "\n".join(line if line.lstrip().startswith("launcher ") else _fold(line, width) for line in lines)
 
 
 def _fold(line: str, width: int) -> str:

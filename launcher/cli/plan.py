@@ -94,7 +94,7 @@ def plan(
     from launcher.planner.preview import preview_job
 
     wanted = load(job, overrides)
-    if fetch:
+    if fetch and wanted.model.config is None:
         fetch_config(wanted.model.name, wanted.model.revision)
     profiles = profiles_for(trace is not False)
     fewest = deadline is not None or max_gpus is not None
@@ -173,7 +173,7 @@ def _print(preview: Preview) -> None:
         return
     traced = beside_trace(forecast, preview.forecast) if preview.traced or forecast.traced else ""
     instead = "" if forecast.fits else nearest(preview.suggestions)
-    parts = [bars(forecast), traced, speed_lines(forecast, preview.no_epoch), instead]
+    parts = [bars(forecast, width), traced, speed_lines(forecast, preview.no_epoch), instead]
     typer.echo(folded("\n".join(filter(None, parts)), width))
 
 

@@ -47,7 +47,7 @@ def summary(plan: Plan) -> str:
     facts = {
         "run": f"{plan.name}: {plan.task} with {model_shown(plan.model.name)}",
         "length": f"{plan.length.value:g} {unit}",
-        "ranks": f"{ranks}, {mesh.threads_per_rank} threads each",
+        "ranks": f"{ranks}, {mesh.threads_per_rank} thread{'s' * (mesh.threads_per_rank != 1)} each",
         "batch": f"{sizes} (micro-batch x accumulation x ranks)",
         "samples": f"{_LAYOUTS[plan.layout]}, {plan.attention} attention",
         "compute": f"{plan.precision}, activation checkpointing {plan.activation_checkpointing}",

@@ -31,7 +31,9 @@ def render(
     run_dir: Annotated[
         Path | None,
         typer.Option(
-            "--run-dir", metavar="DIR", help="The run directory of the scripts; runs/NAME by default."
+            "--run-dir",
+            metavar="DIR",
+            help="The run directory of the scripts. [default: NAME in $LAUNCHER_RUNS or runs]",
         ),
     ] = None,
     as_json: AsJson = False,

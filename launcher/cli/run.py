@@ -26,7 +26,10 @@ Run = Annotated[
     ),
 ]
 RunPath = Annotated[
-    Path | None, typer.Option("--run-dir", metavar="DIR", help="Where the run is kept. [default: runs/NAME]")
+    Path | None,
+    typer.Option(
+        "--run-dir", metavar="DIR", help="Where the run is kept. [default: NAME in $LAUNCHER_RUNS or runs]"
+    ),
 ]
 Again = Annotated[
     bool, typer.Option("--again", help="Begin the same job anew beside its earlier runs, as runs/NAME-2.")
@@ -77,7 +80,7 @@ def run(
     command = None if script is None else script_command(script, context.meta.get(SCRIPT_ARGUMENTS, []))
     run_dir = own_directory(again, job, overrides, run_dir, command)
     opened, plan = open_run(
-        job, overrides, nproc, run_dir, command, force=force, profiles=profiles_for(trace)
+        job, overrides, nproc, run_dir, command, force=force, profiles=profiles_for(trace), again=again
     )
     if opened.last_attempt() == 0 and not as_json:
         lines = [table(plan) if plan.script else brief(plan)]

@@ -17,11 +17,13 @@ SomeRun = Annotated[
     str | None,
     typer.Argument(
         metavar="[RUN]",
-        help="A run directory, or the name of one below runs/. [default: the newest]",
+        help="A run directory, or the name of one below $LAUNCHER_RUNS or runs. [default: the newest]",
         autocompletion=completion.runs,
     ),
 ]
-Folder = Annotated[Path, typer.Argument(metavar="[DIR]", help="Where the runs are.", envvar="LAUNCHER_RUNS")]
+Folder = Annotated[
+    Path | None, typer.Argument(metavar="[DIR]", help="Where the runs are. [default: $LAUNCHER_RUNS or runs]")
+]
 Follow = Annotated[
     bool, typer.Option("--follow", "-f", help="Go on showing what is added, until the run is over.")
 ]
@@ -66,10 +68,12 @@ def newest() -> Any:
     return max(runs, key=lambda run: run.events_file.stat().st_mtime if run.events_file.exists() else 0.0)
 
 
-def list_(folder: Folder = Path("runs"), as_json: AsJson = False) -> None:
+def list_(folder: Folder = None, as_json: AsJson = False) -> None:
     """List the runs in a folder."""
     from launcher.launch.slurm.view import runs_below, views
+    from launcher.runs.layout import runs_folder
 
+    folder = folder or runs_folder()
     seen = views(runs_below(folder))
     if as_json:
         print_json({"runs": seen})

@@ -51,7 +51,7 @@ def submit(
         return
     try:
         run, plan, job_id = submit_run.hand_over(
-            job, overrides, run_dir, command, after, force, profiles_for(trace)
+            job, overrides, run_dir, command, after, force, profiles_for(trace), again
         )
     except SchedulerError as error:
         raise submit_run.explain(error) from None

@@ -30,6 +30,8 @@ _SECONDS_BETWEEN_QUESTIONS = 10.0
 _RANKS_WIDTH, _FEW_RANKS_WIDTH, _NODE_WIDTH = 50, 34, 8
 _NARROW, _LOW = 76, 30
 """Columns and rows below which a terminal has no room for all that is known."""
+_VERY_NARROW = 56
+"""Columns below which the loss has no room beside the ranks, which are left out."""
 _IN_WORDS = ("compared", "straggler", "symptom", "rewound", "made_room", "layout", "other_engine")
 """Events whose values only their sentence makes plain."""
 _OVER = ("finished", "failed", "stopped")
@@ -81,18 +83,26 @@ def _follow(watched: Any, console: Any, every: float) -> None:
 
 @contextmanager
 def leaving_at_interrupt() -> Iterator[threading.Event]:
-    """Set by Ctrl-C, which breaks no half-drawn picture off this way; a second one does."""
+    """Set by Ctrl-C, SIGTERM and SIGHUP, which break no half-drawn picture off this way and leave nothing
+    behind; a second one does. What is ignored (as by nohup) stays so."""
     leaving = threading.Event()
+    ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: old for number in ends if (old := signal.getsignal(number)) != signal.SIG_IGN}
+
+    def _restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     def _leave(*_: object) -> None:
         leaving.set()
-        signal.signal(signal.SIGINT, before)
+        _restore()
 
-    before = signal.signal(signal.SIGINT, _leave)
     try:
+        for number in before:
+            signal.signal(number, _leave)
         yield leaving
     finally:
-        signal.signal(signal.SIGINT, before)
+        _restore()
 
 
 def screen(seen: dict[str, Any], width: int, height: int = 32) -> Layout:
@@ -108,10 +118,11 @@ def screen(seen: dict[str, Any], width: int, height: int = 32) -> Layout:
         Layout(name="middle", ratio=2),
         below,
     )
-    layout["middle"].split_row(
-        Layout(Panel(Loss(seen["losses"]), title="loss")),
-        Layout(Panel(ranks, title="ranks"), size=_FEW_RANKS_WIDTH if narrow else _RANKS_WIDTH),
-    )
+    middle = [Layout(Panel(Loss(seen["losses"]), title="loss"))]
+    if width >= _VERY_NARROW:
+        columns = _FEW_RANKS_WIDTH if narrow else _RANKS_WIDTH
+        middle.append(Layout(Panel(ranks, title="ranks"), size=columns))
+    layout["middle"].split_row(*middle)
     below.update(Panel(events(seen["events"]), title="events"))
     if seen.get("samples"):
         step, rows = seen["samples"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -46,13 +47,15 @@ def open_run(
     local: bool = True,
     force: bool = False,
     profiles: Profiles = CACHED,
+    again: bool = False,
 ) -> tuple[RunDirectory, Plan]:
     """The run directory and the plan of `launcher run`. Where the directory holds a run already, that one
     goes on.
 
     `script` is a script of the user's own with its arguments; then a job file may be missing. Not `local`: it
     will run on other machines. `force`: begin it though it cannot fit. `profiles` is where a new
-    run's model is known from.
+    run's model is known from. `again`: where another launcher took the directory since it was looked for, the
+    next one is taken.
 
     Raises ConfigurationError for a bad job, for a directory with other things in it, and for changes that
     would make it another run; RunInUseError where the run is under way; OutOfMemoryError or StorageError
@@ -60,11 +63,13 @@ def open_run(
     """
     job = load_job(job_file, overrides, script)
     run = RunDirectory((directory or runs_folder() / job.name).absolute())
-    if not run.plan_file.exists():
-        _refuse_other_things(run)
+    if again or not run.plan_file.exists():
+        if not again:
+            _refuse_other_things(run)
         plan = decide_for(job, nproc, script, local, profiles)
         forecast = preflight(job, plan, run.path, local, force, profiles)
         set_umask(plan.share_with_group)
+        run = _make_next(run, job) if again else run
         run.path.mkdir(parents=True, exist_ok=True)
         with run.lock():
             if not run.plan_file.exists():  # else another launcher was sooner
@@ -93,9 +98,19 @@ def _refuse_other_things(run: RunDirectory) -> None:
 
 
 def free_directory(first: Path) -> Path:
-    """Return the first of DIRECTORY, DIRECTORY-2, DIRECTORY-3, ... that holds nothing."""
+    """Return the first of DIRECTORY, DIRECTORY-2, DIRECTORY-3, ... that is not there."""
     others = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
-    return next(path for path in itertools.chain([first], others) if is_free(path))
+    return next(path for path in itertools.chain([first], others) if not os.path.lexists(path))
+
+
+def _make_next(run: RunDirectory, job: Job) -> RunDirectory:
+    """Make the directory of another run of a job; return the first after it that nobody else has made."""
+    while True:
+        try:
+            run.path.mkdir(parents=True)
+            return run
+        except FileExistsError:
+            run = RunDirectory(free_directory(runs_folder() / job.name).absolute())
 
 
 def is_free(path: Path) -> bool:
@@ -104,8 +119,8 @@ def is_free(path: Path) -> bool:
 
 
 def directory_of_next(job_file: Path | None, overrides: list[str], script: tuple[str, ...] | None) -> Path:
-    """Return where another run of the same job is kept: runs/NAME, or the first of runs/NAME-2, ... that holds
-    nothing. Raises ConfigurationError for a bad job."""
+    """Return where another run of the same job is kept: runs/NAME, or the first of runs/NAME-2, ... that is
+    not there. Raises ConfigurationError for a bad job."""
     return free_directory(runs_folder() / load_job(job_file, overrides, script).name)
 
 

@@ -71,7 +71,7 @@ def make_directory(path: Path) -> None:
 def runs_folder() -> Path:
     """Return where runs are kept and looked for by name: LAUNCHER_RUNS, else runs/ below the working
     directory."""
-    return Path(os.environ.get("LAUNCHER_RUNS") or "runs")
+    return Path(os.environ.get("LAUNCHER_RUNS") or "runs").expanduser()
 
 
 @dataclass(frozen=True)

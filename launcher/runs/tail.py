@@ -20,17 +20,25 @@ _LAST_BLOCK = 1 << 14
 
 class Tail:
     """Gives each record of a file once. It may start at the file's present end, or at an offset; the file
-    need not exist yet."""
+    need not exist yet. `overwritten`: of a line that is not whole yet, what a \\r goes back over is not kept."""
 
-    def __init__(self, path: Path, from_end: bool = False, offset: int = 0) -> None:
+    def __init__(
+        self, path: Path, from_end: bool = False, offset: int = 0, overwritten: bool = False
+    ) -> None:
         self.path = path
         self._offset = path.stat().st_size if from_end and path.exists() else offset
         self._rest = b""
+        self._overwritten = overwritten
 
     @property
     def offset(self) -> int:
         """Return how many bytes of the file are whole lines that were given."""
         return self._offset - len(self._rest)
+
+    @property
+    def unfinished(self) -> bytes:
+        """Return what was read of a line that is not whole yet."""
+        return self._rest
 
     def lines(self) -> Iterator[bytes]:
         """Yield what was appended since the last call, without ever holding more than a block of it; to be
@@ -52,11 +60,11 @@ class Tail:
             while block := file.read(_BLOCK):
                 self._offset += len(block)
                 whole, end, rest = block.rpartition(b"\n")
-                if not end:
-                    self._rest += rest
-                    continue
-                lines, self._rest = self._rest + whole, rest
-                yield lines
+                lines, self._rest = self._rest + whole, rest if end else self._rest + rest
+                if self._overwritten:  # the last byte may be the first half of \r\n
+                    self._rest = self._rest[:-1].rpartition(b"\r")[2] + self._rest[-1:]
+                if end:
+                    yield lines
 
     def records(self) -> list[dict[str, Any]]:
         """The records among those lines."""

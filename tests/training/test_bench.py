@@ -62,8 +62,8 @@ def test_a_machine_is_measured_and_kept(tmp_path: Path) -> None:
     assert not [path for path in tmp_path.iterdir() if path.name != "state"], "the files it wrote are gone"
 
 
-@pytest.mark.parametrize(("load", "option", "kept"), [(0.1, [], 1), (7.0, [], 0), (7.0, ["--force"], 1)])
-def test_figures_of_a_busy_machine_are_not_kept(
+@pytest.mark.parametrize(("load", "option", "kept"), [(10.0, [], 1), (70.0, [], 0), (70.0, ["--force"], 1)])
+def test_a_busy_machine_is_measured_only_where_that_is_forced(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -72,14 +72,15 @@ def test_figures_of_a_busy_machine_are_not_kept(
     kept: int,
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr("psutil.cpu_percent", lambda interval: load)
     figures = Bench(Rates("cpu", "2026-11-30", {"fp32": 50e9}, 10e9), ())
     monkeypatch.setattr("launcher.training.bench.bench", lambda *_: figures)
     with pytest.raises(SystemExit):
-        main(["bench", *option])
+        main(["bench", "--json", *option])
+    shown = capsys.readouterr()
     assert len(Machine.read().rates) == kept
-    assert ("figures will be too low" in capsys.readouterr().err) == (load > 1)
+    assert ("figures would be too low" in shown.err) == (load == 70)
+    assert not kept or Path(json.loads(shown.out)["kept"]).is_file(), "else it left before it measured"
 
 
 def test_a_place_that_takes_no_files(tmp_path: Path) -> None:

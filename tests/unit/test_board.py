@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import re
 import signal
 import socket
@@ -400,6 +401,26 @@ class TestCommand:
             assert opened == [f'<meta http-equiv="refresh" content="0; url={address[1]}">\n']
         else:
             assert not opened and "there is no browser here: open the address on a machine" in done.output
+
+    @needs_bokeh
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+    def test_what_the_browser_reads_is_gone_at_the_end(
+        self, number: signal.Signals, folder: Path, tmp_path: Path
+    ) -> None:
+        (own := tmp_path / "own").mkdir()
+        command = [sys.executable, "-m", "launcher.cli.main", "board", str(folder), "--open"]
+        environment = {**os.environ, "XDG_RUNTIME_DIR": str(own), "BROWSER": "true %s"}
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        try:
+            assert process.stderr is not None
+            assert process.stderr.readline() == "if no page opens, open the address above\n"
+            assert [path.name for path in own.glob("*/*")] == ["board.html"]
+            process.send_signal(number)
+            assert process.wait(30) == 0 and not list(own.iterdir())
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
 
     @needs_bokeh
     @pytest.mark.parametrize("as_json", [True, False])

@@ -72,6 +72,7 @@ def test_a_config_is_fetched_where_that_is_asked_for(
         raise OSError(f"no {file} of {name} in {revision}")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url: None)
     assert call("plan", "job.yaml") == 0
     shown = capsys.readouterr().out
     assert "fetch it (`launcher plan --fetch`, or `hf download org/model config.json`)" in shown

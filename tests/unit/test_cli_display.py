@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from launcher.cli.display import Display, summary
+from launcher.cli.display import Display, _evaluations, summary
 from launcher.cli.progress import AttemptView, notice
 from launcher.runs.events import append, event
 from launcher.runs.layout import RunDirectory
@@ -107,6 +107,14 @@ def test_of_a_script_it_is_shown_what_rank_0_prints(run: RunDirectory) -> None:
     assert file.getvalue().splitlines()[-2:] == ["step 1", " 90%|##"]
 
 
+def test_evaluations_that_are_left_out_are_marked() -> None:
+    console = Console(file=io.StringIO(), width=60)
+    for number, rows in ((4, ["0", "1", "2", "3"]), (9, ["0", "...", "6", "7", "8"])):
+        with console.capture() as seen:
+            console.print(_evaluations([(step, {"loss": 1.0}) for step in range(number)]))
+        assert [line.split()[0] for line in seen.get().splitlines()[1:]] == rows
+
+
 def test_a_quiet_display_has_a_bar_and_no_lines(run: RunDirectory) -> None:
     file = io.StringIO()
     display = Display(console=Console(file=file, force_terminal=True, width=100, highlight=False), quiet=True)
@@ -201,7 +209,7 @@ def test_the_summary_says_what_came_of_it_and_what_is_next(run: RunDirectory) ->
     run.attempt(1).mkdir(parents=True)
     event(run.events_file, "finished", step=2, data_share=0.0123)
     text = summary(run, "runs/tiny")
-    assert "  waiting     1.2% of the time of steps, for data\n" in text
+    assert "  waiting     1.2% of the last attempt's steps, for data\n" in text
     assert "2, loss 1.0000 -> 0.5000" in text
     assert "before      loss 3.0000" in text and "after       loss 1.0000" in text
     assert "200 in" in text and "1 attempt\n" in text

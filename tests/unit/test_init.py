@@ -379,7 +379,10 @@ def test_the_schema_is_written_beside(capsys: pytest.CaptureFixture[str]) -> Non
     assert call("init", "--out", "new.yaml", "--model", "org/model", "--train", "train.jsonl") == 0
     assert Path("new.yaml").read_text().startswith("# yaml-language-server: $schema=job.schema.json\n")
     assert json.loads(Path("job.schema.json").read_text())["title"] == "Job"
-    assert "next: launcher validate new.yaml, launcher plan new.yaml, launcher run" in capsys.readouterr().out
+    assert (
+        "next:\n  launcher validate new.yaml\n  launcher plan new.yaml\n  launcher run"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -292,3 +294,16 @@ def test_a_name_without_a_slash_and_without_a_main_branch(hub: Path) -> None:
     fetched(hub, "gpt2", "b2", age=1)
     newest = fetched(hub, "gpt2", "a1", main="not-whole")
     assert locate("gpt2") == newest and locate("gpt2", "main") == "gpt2" and locate("gpt3") == "gpt3"
+
+
+@pytest.mark.parametrize("config", [None, SIZES])
+def test_the_hub_is_asked_once_and_only_where_a_config_is_lacking(
+    tmp_path: Path, config: dict[str, Any] | None
+) -> None:
+    job = written(tmp_path, config=config, name="org/name")
+    command = [sys.executable, "-m", "launcher.cli.main", "plan", str(job), "--fetch"]
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": str(tmp_path / "hub")}
+    done = subprocess.run(command, env={**os.environ, **nowhere}, capture_output=True, text=True, timeout=60)
+    reason = "its config.json is not on this machine, and the hub cannot be reached: "
+    assert (reason in done.stderr) == (config is None), done.stderr
+    assert done.stderr.count("\n") <= 3 and "Retry" not in done.stderr and done.returncode == 2 * (not config)

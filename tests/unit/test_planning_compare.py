@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from launcher.cli.forecast import bars, nearest, picture, speed_lines
+from launcher.cli.output import folded
 from launcher.cli.plan_tables import cells, explained, scaling_plots
 from launcher.data.section import Sources
 from launcher.errors import ConfigurationError
@@ -418,6 +419,13 @@ def test_the_nearest_that_fit_do_fit(tmp_path: Path) -> None:
     small = forecast(plan_for(tmp_path, batch__micro_batch_size=1), Target(1 << 50))
     assert small is not None and "enlarged: it has 1048576.0 GiB" in picture(small)
     assert "(the longest bar is " in bars(small) and "█" in bars(small)
+    for width in (40, 60, 80):
+        lines = folded(bars(made, width), width).splitlines()
+        assert all(len(line) <= width for line in lines), lines
+        rows = [
+            line for line in lines if line.startswith(tuple(f"  {p.name} " for p in made.footprint.phases))
+        ]
+        assert len(rows) == len(made.footprint.phases) and all(" GiB" in row for row in rows)
     hopeless = forecast(plan, Target(1 << 20))
     assert hopeless is not None and "Nothing near it fits" in nearest(nearest_that_fit(hopeless))
 

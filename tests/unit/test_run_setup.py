@@ -212,6 +212,17 @@ def test_a_run_is_not_told_to_stop_where_it_has_been(
     assert f"--stop-at = {step}: {reason}" in capsys.readouterr().err
 
 
+def test_two_that_begin_again_at_once_have_two_directories(job: Path) -> None:
+    first = open_run(job, [], None, None)[0].path
+    chosen = [own_directory(True, job, [], None, None) for _ in range(2)]
+    opened = [open_run(job, [], None, path, again=True)[0] for path in chosen]
+    assert chosen[0] == chosen[1] and [run.path.name for run in opened] == [
+        f"{first.name}-2",
+        f"{first.name}-3",
+    ]
+    assert all(run.plan_file.is_file() for run in opened)
+
+
 def test_the_same_job_again_has_a_directory_of_its_own(
     job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -46,6 +46,9 @@ def test_runs_are_where_a_variable_says(tmp_path: Path, monkeypatch: pytest.Monk
     assert completion.runs("fi") == ["first"]
     with pytest.raises(ConfigurationError, match=r"known runs under .*kept/: first"):
         RunDirectory.find("second")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("LAUNCHER_RUNS", "~/kept")
+    assert runs_folder() == tmp_path / "kept"
 
 
 def test_an_unknown_run_names_those_there_are(tmp_path: Path) -> None:

@@ -43,9 +43,10 @@ def hand_over(
     after: Sequence[str] = (),
     force: bool = False,
     profiles: Profiles = CACHED,
+    again: bool = False,
 ) -> tuple[RunDirectory, Plan, str]:
     """Make, or go on with, a run, and submit it; with the number of its Slurm job. `after` are runs that must
-    be over first.
+    be over first. `again` as for `open_run`.
 
     Raises ConfigurationError, SchedulerError, RunInUseError, StorageError; OutOfMemoryError where it cannot
     fit, unless `force`.
@@ -57,7 +58,7 @@ def hand_over(
     find_sbatch()
     refuse_second(run)
     run, plan = run_setup.open_run(
-        job_file, overrides, None, run.path, script, local=False, force=force, profiles=profiles
+        job_file, overrides, None, run.path, script, local=False, force=force, profiles=profiles, again=again
     )
     return run, plan, _submit(run, plan, after)
 

@@ -33,7 +33,7 @@ def check(job: Job) -> list[Problem]:
     if findings.problems:
         raise ConfigurationError(list(findings.problems))
     trackers = () if job.trackers == "auto" else job.trackers
-    reason = "its package is not installed here, and where it is not, the run is refused before it begins"
+    reason = "its package is not installed here; a run on this machine would be refused"
     away = [Problem("trackers", name, reason) for name in trackers if find_spec(name) is None]
     return [*findings.remarks, *away]
 

@@ -38,13 +38,18 @@ def fetch_config(name: str, revision: str | None = None) -> None:
     """
     if (Path(locate(name, revision)) / "config.json").exists():
         return
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     try:
+        # Asked once: a download asks six times, over 24 s, and logs each.
+        get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision))
         hf_hub_download(name, "config.json", revision=revision)
-    except (OSError, ValueError) as error:  # every error of the hub's client is one of these
-        reason = f"its config.json cannot be fetched: {one_line(error)}"
-        raise ConfigurationError(Problem("model.name", name, reason)) from None
+    except Exception as error:  # a connection's are of another library, from version to version
+        reached = isinstance(error, (OSError, ValueError)) and not isinstance(error, ConnectionError)
+        why = "cannot be fetched" if reached else "is not on this machine, and the hub cannot be reached"
+        raise ConfigurationError(
+            Problem("model.name", name, f"its config.json {why}: {one_line(error)}")
+        ) from None
 
 
 def cached_models() -> list[str]:

@@ -24,7 +24,8 @@ def mesh(decider: Decider) -> tuple[Mesh, Layout]:
     if cluster.threads_per_rank == "auto":
         threads = max(1, cores // ranks)
         shared = "; the ranks share cores, and will be slow" if ranks > cores else ""
-        decider.decide("cluster.threads_per_rank", threads, f"{cores} cores over {ranks} ranks{shared}")
+        over = f"{cores} core{'s' * (cores != 1)} over {ranks} rank{'s' * (ranks != 1)}"
+        decider.decide("cluster.threads_per_rank", threads, over + shared)
     else:
         threads = cluster.threads_per_rank
     world = nodes * ranks
