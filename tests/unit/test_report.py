@@ -364,7 +364,8 @@ class TestCommand:
 
     def test_opened_where_that_is_asked_for(self, run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
         opened: list[str] = []
-        monkeypatch.setattr("webbrowser.open", opened.append)
+        monkeypatch.setattr("webbrowser.open", lambda address: opened.append(address) or True)
+        monkeypatch.setenv("DISPLAY", ":0")
         CliRunner().invoke(app, ["report", str(run.path), "--open"])
         assert opened == [(run.path / "report.html").as_uri()]
 
