@@ -84,10 +84,11 @@ def _follow(watched: Any, console: Any, every: float) -> None:
 @contextmanager
 def leaving_at_interrupt() -> Iterator[threading.Event]:
     """Set by Ctrl-C, SIGTERM and SIGHUP, which break no half-drawn picture off this way and leave nothing
-    behind; a second one does. What is ignored (as by nohup) stays so."""
+    behind; a second Ctrl-C or SIGTERM does. A SIGHUP that is ignored (as by nohup) stays so."""
     leaving = threading.Event()
-    ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: old for number in ends if (old := signal.getsignal(number)) != signal.SIG_IGN}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    if before[signal.SIGHUP] == signal.SIG_IGN:
+        del before[signal.SIGHUP]
 
     def _restore() -> None:
         for number, handler in before.items():
@@ -96,6 +97,8 @@ def leaving_at_interrupt() -> Iterator[threading.Event]:
     def _leave(*_: object) -> None:
         leaving.set()
         _restore()
+        # A closed terminal sends it twice, by the shell and by the kernel.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     try:
         for number in before:

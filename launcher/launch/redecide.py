@@ -14,14 +14,14 @@ from launcher.planner.script_plan import plan as decide_script
 from launcher.planner.search import plan_job
 
 
-def plan_for_most_nodes(job: Job, stored: Plan, counts: range) -> Plan:
+def plan_for_most_nodes(job: Job, stored: Plan, counts: range, run: Path | None = None) -> Plan:
     """Return the plan for the first of these numbers of nodes that works, or raise why the first does not."""
     first: ConfigurationError | None = None
     for count in counts:
         cluster = job.cluster.model_copy(update={"nodes": count})
         try:
             plan = decide_again(
-                job.model_copy(update={"cluster": cluster}), stored.mesh.ranks_per_node, stored, local=False
+                job.model_copy(update={"cluster": cluster}), stored.mesh.ranks_per_node, stored, False, run
             )
             return plan.model_copy(update={"slurm": stored.slurm})
         except ConfigurationError as error:

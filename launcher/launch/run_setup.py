@@ -167,7 +167,7 @@ def fit_to_nodes(run: RunDirectory, num_nodes: int) -> Plan:
         )
         raise ConfigurationError(Problem("cluster.nodes", num_nodes, reason))
     job = load_job(run.job_file, [], stored.script)
-    plan = plan_for_most_nodes(job, stored, range(min(num_nodes, high), low - 1, -1))
+    plan = plan_for_most_nodes(job, stored, range(min(num_nodes, high), low - 1, -1), run.path)
     changed = check(stored, plan)
     _write_forecast(run, plan, preflight(job, plan, run.path, local=False, force=True))
     _write(run, job, plan)

@@ -70,8 +70,13 @@ def make_directory(path: Path) -> None:
 
 def runs_folder() -> Path:
     """Return where runs are kept and looked for by name: LAUNCHER_RUNS, else runs/ below the working
-    directory."""
-    return Path(os.environ.get("LAUNCHER_RUNS") or "runs").expanduser()
+    directory. Raises ConfigurationError for a ~ that stands for nothing."""
+    folder = os.environ.get("LAUNCHER_RUNS") or "runs"
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError:
+        reason = "its ~ stands for no home directory here; write the whole path"
+        raise ConfigurationError(Problem("LAUNCHER_RUNS", folder, reason)) from None
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,9 @@ from launcher.runs.layout import RunDirectory
 from launcher.sweep.leaderboard import leaderboard
 from launcher.sweep.sweep import Sweep
 
-_FOR_GOOD = (DivergedError.failure_class, OutOfMemoryError.failure_class)
-"""Failures that the same point would have again."""
-_UNTIL_MENDED = (ConfigurationError.failure_class, DataError.failure_class)
+_FOR_GOOD = {one.failure_class: one.exit_code for one in (DivergedError, OutOfMemoryError)}
+"""Failures that the same point would have again, and their exit codes."""
+_UNTIL_MENDED = {one.failure_class: one.exit_code for one in (ConfigurationError, DataError)}
 """Failures that it would have again unless somebody changes what it reads: it is tried once more."""
 
 
@@ -46,7 +46,8 @@ def run_here(sweep: Sweep, watcher: Watcher, budget: float | None = None) -> int
 
 
 def _in_turn(sweep: Sweep, watcher: Watcher, until: float) -> int:
-    worst, numbers = 0, _worth_trying(sweep)
+    numbers = _worth_trying(sweep)
+    worst = _code_of_the_rest(sweep, numbers, watcher)
     while numbers or len(sweep.points) < sweep.num_points:
         if time.monotonic() >= until:
             finished = sum(run.finished for run in sweep.runs)
@@ -84,6 +85,20 @@ def _worth_trying(sweep: Sweep) -> list[int]:
         if classes[number] not in _FOR_GOOD
         and (classes[number] not in _UNTIL_MENDED or sweep.run(number).last_attempt() < 2)
     ]
+
+
+def _code_of_the_rest(sweep: Sweep, numbers: list[int], watcher: Watcher) -> int:
+    """Return the exit code of the first point that failed for good and is not tried again, and say which are
+    not; 0 where there is none."""
+    rest = sorted(set(sweep.left()) - set(numbers)) + list(sweep.refused)
+    if not rest:
+        return 0
+    named = ", ".join(map(str, rest))
+    watcher.say(
+        f"not tried again, as they failed for good: points {named}; remove a point's run to try it anew"
+    )
+    classes = {line.point: line.failure_class for line in leaderboard(sweep)}
+    return (_FOR_GOOD | _UNTIL_MENDED).get(classes[rest[0]] or "", ConfigurationError.exit_code)
 
 
 def _is_of_the_point(sweep: Sweep, error: LauncherError) -> bool:

@@ -52,7 +52,7 @@ class Distillation(Section):
         return {"teacher": self.teacher, "checkpoint": self.checkpoint}
 
     def written_out(self, run: Path) -> bool:
-        """Return whether RUN/teacher is whole and of the checkpoint that teaches, whose run may be gone then."""
+        """Return whether RUN/teacher is whole and of the checkpoint that teaches, which may be gone by then."""
         try:
             stored: object = read_json(run / "teacher" / SOURCE)
         except (OSError, ValueError):

@@ -303,7 +303,8 @@ def test_the_hub_is_asked_once_and_only_where_a_config_is_lacking(
     job = written(tmp_path, config=config, name="org/name")
     command = [sys.executable, "-m", "launcher.cli.main", "plan", str(job), "--fetch"]
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": str(tmp_path / "hub")}
-    done = subprocess.run(command, env={**os.environ, **nowhere}, capture_output=True, text=True, timeout=60)
+    nowhere |= {"HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    done = subprocess.run(command, env={**os.environ, **nowhere}, capture_output=True, text=True, timeout=300)
     reason = "its config.json is not on this machine, and the hub cannot be reached: "
     assert (reason in done.stderr) == (config is None), done.stderr
     assert done.stderr.count("\n") <= 3 and "Retry" not in done.stderr and done.returncode == 2 * (not config)

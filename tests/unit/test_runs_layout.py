@@ -49,6 +49,9 @@ def test_runs_are_where_a_variable_says(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("LAUNCHER_RUNS", "~/kept")
     assert runs_folder() == tmp_path / "kept"
+    monkeypatch.setenv("LAUNCHER_RUNS", "~nobody-of-this-name/runs")
+    with pytest.raises(ConfigurationError, match="stands for no home directory here"):
+        runs_folder()
 
 
 def test_an_unknown_run_names_those_there_are(tmp_path: Path) -> None:

@@ -241,7 +241,9 @@ def test_of_a_whole_number_whole_ones_are_tried_and_one_that_cannot_begin_is_lef
     mended.append(5)
     assert all(8 <= int(line.values[BATCH]) <= 64 for line in lines.values())
     assert any("." in line.values["training.weight_decay"] for line in lines.values())
-    assert running.run_here(sweep, heard) == 0 and not Sweep.read(sweep.path).left()
+    # All that is worth trying came to its end; the point that never began is still said.
+    assert running.run_here(sweep, heard) == ConfigurationError.exit_code
+    assert not Sweep.read(sweep.path).left()
 
 
 def test_a_corner_that_cannot_be_is_refused_before_anything_begins(job: Path, tmp_path: Path) -> None:

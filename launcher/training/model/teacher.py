@@ -71,11 +71,15 @@ def written_out(run: RunDirectory, plan: Plan) -> Distillation | None:
         return settings
     target = run.path / "teacher"
     if distributed.get_rank() == 0 and not settings.written_out(run.path):
-        shutil.rmtree(target, ignore_errors=True)
-        of = RunDirectory(Path(settings.teacher).parent)
+        of, new = RunDirectory(Path(settings.teacher).parent), run.path / ".teacher-new"
+        shutil.rmtree(new, ignore_errors=True)
         average = Plan.read(of.plan_file).training.ema
-        export(of, target, settings.checkpoint, ema=average is not None and average.evaluate)
-        write_atomically(target / SOURCE, json.dumps(settings.source) + "\n")
+        export(of, new, settings.checkpoint, ema=average is not None and average.evaluate)
+        write_atomically(new / SOURCE, json.dumps(settings.source) + "\n")
+        shutil.rmtree(
+            target, ignore_errors=True
+        )  # no sooner: a teacher that cannot be read takes nothing away
+        new.rename(target)
     distributed.barrier()
     return settings.model_copy(update={"teacher": str(target)})
 
