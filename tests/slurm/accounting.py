@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -85,6 +86,14 @@ def _wait_for(question: Callable[[], object], daemon: Daemon, what: str) -> None
 
 def add_account(run: Callable[..., str]) -> None:
     """The cluster, which is not known before its controller or this tells of it, one account, and root in it."""
-    run("sacctmgr", "-i", "add", "cluster", "test")
+
+    def is_heard() -> bool:
+        # slurmdbd says that it has started before it listens.
+        with contextlib.suppress(RuntimeError):
+            run("sacctmgr", "-i", "add", "cluster", "test")
+            return True
+        return False
+
+    poll(is_heard, 30, "slurmdbd heard of the cluster")
     run("sacctmgr", "-i", "add", "account", ACCOUNT, "cluster=test")
     run("sacctmgr", "-i", "add", "user", "root", f"account={ACCOUNT}", "cluster=test")
