@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from launcher.planner.suggestions import Suggestion
 
 _LENGTH, _SHORTEST = 48, 20
-"""Of bars, in characters: where there is room, and with something behind them."""
+"""Characters of a whole bar: where there is room, and with something behind it."""
 _SIGNS = "█▓▒░▞▚▙▟▛▜▄"
 _COLOURS = (
     "#4e79a7",

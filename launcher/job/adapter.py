@@ -33,7 +33,7 @@ class Adapter(Section):
     """Learn the length of each row of a weight beside its direction (DoRA, arXiv 2402.09353). Under FSDP,
     ZeRO-1 and 2."""
     init: Literal["lora", "pissa", "olora"] = "lora"
-    """Where A and B begin: B at zero (`lora`), with the largest singular values of the weight (PiSSA, arXiv
+    """The start of A and B: B at zero (`lora`), with the largest singular values of the weight (PiSSA, arXiv
     2404.02948) or the first rows of its QR factors (OLoRA, arXiv 2406.01775), which the weight then lacks."""
     dropout: Fraction = 0.0
     """Dropout of what goes into A."""

@@ -89,7 +89,7 @@ class Place:
     memory_bytes: int = 0
     """Its peak so far."""
     first_step: int | None = None
-    """Where this attempt's steps began; None before."""
+    """The steps that were done before this attempt began; None until its first one."""
 
 
 class Page:

@@ -29,7 +29,7 @@ class Line:
     """Of all its evaluations."""
     best_step: int | None
     failure_class: str | None = None
-    """Of its last attempt, where that failed."""
+    """The class of its last attempt's failure, where that failed."""
 
     @property
     def values(self) -> dict[str, str]:

@@ -22,7 +22,7 @@ class Range(NamedTuple):
     high: float
     log: bool
     whole: bool = False
-    """Of a key that takes whole numbers alone."""
+    """Whether the key takes whole numbers alone."""
 
     def as_distribution(self) -> Any:
         """Return it as scipy draws from it."""
