@@ -45,7 +45,7 @@ class RunContent:
     samples: list[dict[str, Any]]
     """Of each shown row its `input`, and `answers`: (step, text)."""
     measured: list[dict[str, Any]]
-    """Results of each `launcher evaluate`: `on`, `step` and `metrics`, of each its name, before, after and change."""
+    """Results of each `launcher evaluate`: `on`, `step`, and `metrics` as (name, before, after, change)."""
     checkpoints: list[Stored]
     commands: dict[str, Any]
     """Of the last attempt: command, directory and variables of the environment."""
