@@ -116,9 +116,8 @@ class Piece:
             now = last_step(run.directory), len(run.events("started"))
             if now != seen:
                 alive = time.monotonic()
-            if now[1] > seen[1]:
-                self._check_choice(run.directory)
             seen = now
+            self._check_choice(run.directory)
             if gave_up := run.events("gave_up"):
                 raise RuntimeError(f"it gave up: {gave_up[-1]['reason']}")
             if time.monotonic() - alive > SECONDS_STUCK:
@@ -168,6 +167,7 @@ class Piece:
             f"after step {entry['step']}",
             flush=True,
         )
+        self._check_choice(run.directory)
         self._do(kind, cluster, run, processes)
         self.injections.append(entry)
 
@@ -234,13 +234,28 @@ class Piece:
             cluster.start_slurmd(node)
 
     def _check_choice(self, run: RunDirectory) -> None:
-        """Every checkpoint that was ever chosen, read and hashed once."""
+        """Read and hash every checkpoint that was ever chosen, once.
+
+        A run whose disk is full removes older ones, also the one that it began with.
+        """
         for record in read(run.events_file):
             if record["event"] == "resumed" and (name := record["checkpoint"]) not in self.chosen:
                 problems = verify(run.checkpoints / name, run.run_id())
-                if problems:
+                if problems and not self._was_removed(run, name, record["time"]):
                     raise AssertionError(f"{name} was chosen and is not whole: {problems}")
-                self.chosen.append(name)
+                if not problems:
+                    self.chosen.append(name)
+
+    def _was_removed(self, run: RunDirectory, name: str, since: float) -> bool:
+        """Return whether the run itself removed a checkpoint later: events say so once it is gone."""
+        until = time.monotonic() + 10
+        while time.monotonic() < until:
+            for record in read(run.events_file):
+                if record["event"] == "made_room" and record["time"] >= since:
+                    if any(run.checkpoint(step).name == name for step in record["removed"]):
+                        return True
+            time.sleep(0.2)
+        return False
 
     def _result(self, run: RunDirectory, seconds: float) -> dict[str, Any]:
         undisturbed = RunDirectory(self.material.folder / "runs" / "undisturbed")
