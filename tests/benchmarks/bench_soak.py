@@ -250,10 +250,10 @@ class Piece:
         """Return whether the run itself removed a checkpoint later: events say so once it is gone."""
         until = time.monotonic() + 10
         while time.monotonic() < until:
-            for record in read(run.events_file):
-                if record["event"] == "made_room" and record["time"] >= since:
-                    if any(run.checkpoint(step).name == name for step in record["removed"]):
-                        return True
+            records = [record for record in read(run.events_file) if record["event"] == "made_room"]
+            removed = {step for record in records if record["time"] >= since for step in record["removed"]}
+            if name in {run.checkpoint(step).name for step in removed}:
+                return True
             time.sleep(0.2)
         return False
 
