@@ -1,10 +1,17 @@
-"""Agree over all ranks how a run that was told to stop leaves: with a save, or without time for one."""
+"""Agree over all ranks how a run leaves: told to stop, with a save or without time for one; at its end, once
+the disk has room."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from torch import distributed
+
 from launcher.runs.layout import RunDirectory
+from launcher.runs.notices import tell
+from launcher.runs.places import here
 from launcher.runs.tail import last_record
 from launcher.training import exchange
 from launcher.training.signals import StopRequest
@@ -40,3 +47,26 @@ def agree(run: RunDirectory, stop: StopRequest, leads: bool) -> Farewell:
     record = last_record(run.events_file, lambda event: event.get("event") == "saved") if leads else None
     needed = exchange.from_first(float(record["seconds"]) if record else 0.0)
     return Farewell(next(filter(None, signals), "stop-at"), min(seconds_left), needed)
+
+
+NUM_WAITS, SECONDS = 7, 0.5
+"""Between the tries to write what a run ends with: so long, then twice, four times, eight times as long."""
+
+
+def patiently(write: Callable[[bool], bool], stop: StopRequest, agree: Callable[[bool], bool]) -> None:
+    """Call `write` until it returns that it has written, for a minute: a disk without room may get some.
+
+    It is told whether it must, and then raises where it cannot: the last time, and once a stop is asked for.
+    Called by all ranks together, which it must tell the same.
+    """
+    for number in range(NUM_WAITS):
+        if write(agree(stop.requested)):
+            return
+        if number == 2 and distributed.get_rank() == 0:
+            tell(say="warning: the end of the run cannot be written; it is tried again for a minute")
+        here.at("waiting for the save")
+        for _ in range(1 << number):
+            if agree(stop.requested):
+                break
+            time.sleep(SECONDS)
+    write(True)

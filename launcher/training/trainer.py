@@ -341,13 +341,24 @@ class Trainer:
 
     def _finish(self) -> None:
         """Save, and say that everything is done and measured."""
-        self._save(wait=True)
+        stopping.patiently(lambda must: self._save(wait=True, must=must), self.stop, self._agree)
         self.checkpointer.finish()
-        if self.rank == 0:
-            write_atomically(self.run.finished_file, f"step {self.state.step}\n")
+        stopping.patiently(self._write_finished, self.stop, self._agree)
         share = self.recorder.data_share if self.recorder else None
         self.event("finished", step=self.state.step, metrics=self.state.metrics, data_share=share)
         self._close()
+
+    def _write_finished(self, must: bool) -> bool:
+        """Write that the run is done; return whether it is written. Raises OSError where it `must` be."""
+        failed = False
+        if self.rank == 0:
+            try:
+                write_atomically(self.run.finished_file, f"step {self.state.step}\n")
+            except OSError:
+                failed = True
+                if must:
+                    raise
+        return not self._agree(failed)
 
     def _close(self) -> None:
         if self.recorder:

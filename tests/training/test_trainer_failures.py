@@ -266,6 +266,54 @@ def test_a_log_that_takes_no_line_stops_nothing(monkeypatch: pytest.MonkeyPatch)
     recording._print("step 1")
 
 
+def without_room(saves: int, writes: int, stops: bool, rank: int, stop: StopRequest) -> None:
+    """A hook: so many times the disk does not take the last save, and so many times not that the run is finished;
+    the second time a stop is asked for, where it `stops`."""
+    from launcher.training import stopping, trainer
+    from launcher.training.checkpoint.checkpointer import Checkpointer
+
+    stopping.NUM_WAITS, stopping.SECONDS = (30, 0.05) if stops else (4, 0.01)
+    save, write, left = Checkpointer.save, trainer.write_atomically, {"save": saves, "write": writes}
+
+    def saved(self: Checkpointer, tensors: Any, progress: Any, *arguments: Any, **options: Any) -> bool:
+        if progress.step < 4 or not left["save"]:
+            return save(self, tensors, progress, *arguments, **options)
+        left["save"] -= 1
+        self.problem = "No space left on device"
+        return False
+
+    def written(path: Path, text: str) -> None:
+        if left["write"]:
+            left["write"] -= 1
+            if stops and left["write"] == writes - 2:
+                stop.request("SIGTERM")
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, text)
+
+    Checkpointer.save, trainer.write_atomically = saved, written  # type: ignore[method-assign]
+
+
+def test_a_disk_without_room_at_the_end_is_waited_for(
+    tmp_path: Path, model: Path, data: dict[str, Any]
+) -> None:
+    run = new_run(tmp_path / "run", plan_for(model, data, 2, 4))
+    finish(run, 2, functools.partial(without_room, 3, 4, False))
+    assert run.finished and [stored.step for stored in list_checkpoints(run)] == [4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("saves", "writes", "stops"), [(5, 0, False), (0, 5, False), (0, 3, True)], ids=["save", "end", "stop"]
+)
+def test_who_waits_for_room_in_vain_says_so(
+    saves: int, writes: int, stops: bool, tmp_path: Path, model: Path, data: dict[str, Any]
+) -> None:
+    """After the last try; at once where a stop is asked for meanwhile."""
+    run = new_run(tmp_path / "run", plan_for(model, data, 2, 4))
+    [first, *_] = start(run, 2, functools.partial(without_room, saves, writes, stops)).errors()
+    assert "No space left on device" in str(first) and not run.finished
+
+
 @pytest.mark.slow
 def test_saves_by_the_clock_are_those_of_rank_0(tmp_path: Path, model: Path, data: dict[str, Any]) -> None:
     run = new_run(
