@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
+from launcher.errors import ConfigurationError, Problem
 from launcher.lazy import Lazy
 from launcher.plain_files import read_json
 from launcher.tasks.companion import Companion
@@ -22,6 +23,73 @@ TEACHER = "teacher"
 """The name of the companion that teaches."""
 SOURCE = "launcher-teacher.json"
 """The file in RUN/teacher that says which checkpoint was written there."""
+PROJECTION = "hidden_projection"
+"""The part of a model that turns its hidden states into such as a teacher of another width has; no export has
+it."""
+
+
+class HiddenStates(Section):
+    """Draw the hidden states of layers to those of the teacher's (TinyBERT, Jiao et al. 2020, arXiv
+    1909.10351)."""
+
+    weight: float = Field(default=1.0, gt=0, le=1e6)
+    """What the difference counts for beside the rest of the loss: the mean square over width, tokens and
+    layers."""
+    layers: dict[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] | None = Field(
+        default=None, min_length=1
+    )
+    """Of each layer that learns the one of the teacher's that it learns from; 0 is the embeddings. Left out:
+    every layer, from the teacher's in even distances, the last from the last."""
+
+    def pairs(self, num_layers: int, num_others: int) -> dict[int, int]:
+        """Return the teacher's layer by the model's. Raises ConfigurationError for one that is not there."""
+        if self.layers is None:
+            return {
+                layer: max(1, (2 * layer * num_others + num_layers) // (2 * num_layers))
+                for layer in range(1, num_layers + 1)
+            }
+        problems = [
+            Problem("distillation.hidden_states.layers", layer, f"{whose} has layers 0 to {most}")
+            for layers, whose, most in (
+                (self.layers.keys(), "the model", num_layers),
+                (self.layers.values(), "the teacher", num_others),
+            )
+            for layer in layers
+            if layer > most
+        ]
+        if problems:
+            raise ConfigurationError(problems)
+        return self.layers
+
+    def by_position(
+        self,
+        model: torch.nn.Module,
+        own: Sequence[torch.Tensor],
+        others: Sequence[torch.Tensor],
+        part: Callable[[torch.Tensor], torch.Tensor] = lambda states: states,
+    ) -> torch.Tensor:
+        """Return the weighted difference at each position, fp32 [...], by the hidden states of the model and
+        of its teacher: of each layer [..., width], the embeddings first. Only this part of them is compared."""
+        from torch.nn import functional
+
+        pairs = self.pairs(len(own) - 1, len(others) - 1)
+        projection: Any = getattr(model, PROJECTION, None)
+        differences = []
+        for layer, other in pairs.items():
+            mine = part(own[layer]) if projection is None else projection(part(own[layer]))
+            squares = functional.mse_loss(mine.float(), part(others[other]).float(), reduction="none")
+            differences.append(squares.mean(-1))
+        return self.weight * torch.stack(differences).mean(0)
+
+    def by_sample(
+        self, model: torch.nn.Module, outputs: Any, wanted: Any, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return the weighted difference of each sample, fp32 [n], the mean over its tokens, by what both
+        models returned of it; `mask`, [n, longest], is 0 where there is no token."""
+        differences = self.by_position(model, hidden_of(outputs, model), hidden_of(wanted, model))
+        if mask is None:
+            return differences.mean(-1)
+        return (differences * mask).sum(-1) / mask.sum(-1).clamp(min=1)
 
 
 class Distillation(Section):
@@ -40,6 +108,9 @@ class Distillation(Section):
     own_loss: Annotated[Fraction, Field(allow_inf_nan=False)] = 0.5
     """The share of the task's own loss; the rest is the divergence from the teacher, times the square of the
     temperature."""
+    hidden_states: HiddenStates | None = None
+    """Compare hidden states as well; `{}` is every layer, with weight 1. Where the teacher has another width, a
+    matrix that trains along turns one into the other."""
 
     @property
     def companions(self) -> Mapping[str, Companion]:
@@ -62,6 +133,15 @@ class Distillation(Section):
     def mixed(self, own: torch.Tensor, divergence: torch.Tensor) -> torch.Tensor:
         """Return the loss of each sample, fp32 [n], by the task's own and the divergence, [n] each."""
         return self.own_loss * own + (1 - self.own_loss) * self.temperature**2 * divergence
+
+
+def hidden_of(outputs: Any, model: torch.nn.Module) -> Sequence[torch.Tensor]:
+    """Return the hidden states that a model was asked for. Raises ConfigurationError where it returned none."""
+    states: Sequence[torch.Tensor] | None = getattr(outputs, "hidden_states", None)
+    if states is None:
+        reason = f"a {type(model).__name__} or its teacher returns no hidden states; leave it out"
+        raise ConfigurationError(Problem("distillation.hidden_states", None, reason))
+    return states
 
 
 def label_divergence(

@@ -137,15 +137,20 @@ def label_loss(
     from launcher.training.heads import own_forward
 
     inputs = {key: value for key, value in batch.items() if key not in ("labels", "weights", KEEPS_LOSSES)}
-    logits = own_forward(model, inputs).logits.float()
+    taught = distillation if model.training and teacher is not None else None
+    hidden = None if taught is None else taught.hidden_states
+    asked = inputs if hidden is None else inputs | {"output_hidden_states": True}
+    outputs = own_forward(model, asked)
+    logits = outputs.logits.float()
     labels, weights = batch["labels"], batch["weights"]
     loss = LabelLoss(loss) if isinstance(loss, str) else loss
     losses = (loss if model.training else loss.plain()).of(logits, labels)
-    if model.training and distillation is not None and teacher is not None:
-        wanted = _logits_of_teacher(teacher, inputs)
-        losses = distillation.mixed(
-            losses, label_divergence(loss.problem, logits, wanted, distillation.temperature)
-        )
+    if taught is not None:
+        wanted = _of_teacher(teacher, asked)
+        divergence = label_divergence(loss.problem, logits, wanted.logits.float(), taught.temperature)
+        losses = taught.mixed(losses, divergence)
+        if hidden is not None:
+            losses = losses + hidden.by_sample(model, outputs, wanted, inputs.get("attention_mask"))
     if loss.problem == "single-label":
         ids = labels.argmax(dim=-1) if _soft(labels) else labels.view(-1)
         correct = (logits.argmax(dim=-1) == ids).float()
@@ -158,8 +163,8 @@ def label_loss(
     return Output(weighted.sum(), (correct * weights).sum().detach(), logits.detach(), losses=kept)
 
 
-def _logits_of_teacher(teacher: torch.nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
-    """Return what a teacher says of a batch, fp32 [samples, outputs], by those of its inputs that it knows."""
+def _of_teacher(teacher: Any, inputs: Mapping[str, Any]) -> Any:
+    """Return the outputs of a teacher for a batch, without gradients, by those of its inputs that it knows."""
     from launcher.training.heads import accepted, model_class_of
 
     kind = model_class_of(teacher)
@@ -167,5 +172,4 @@ def _logits_of_teacher(teacher: torch.nn.Module, inputs: Mapping[str, Any]) -> t
     if "use_cache" in inspect.signature(kind.forward).parameters:
         known["use_cache"] = False
     with torch.no_grad():
-        logits: torch.Tensor = teacher(**known).logits
-    return logits.float()
+        return teacher(**known)

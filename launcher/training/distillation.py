@@ -11,12 +11,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from launcher.tasks.distillation import Distillation
+from launcher.tasks.distillation import Distillation, HiddenStates, hidden_of
 from launcher.tasks.task import KEEPS_LOSSES, Output
 from launcher.training import heads
 from launcher.training.heads import Batch
-from launcher.training.loss import CrossEntropy, LogitTransform, SoftTargets, chunked_cross_entropy
-from launcher.training.own_head import supervised_logits
+from launcher.training.loss import CrossEntropy, LogitTransform, SoftTargets, at, chunked_cross_entropy
+from launcher.training.model.forward import accepted, decoder_inputs, decoder_of
+from launcher.training.own_head import places_of, supervised_logits
 
 
 def causal_lm(
@@ -25,10 +26,16 @@ def causal_lm(
     """Return the summed loss of a micro-batch, as `heads.causal_lm` has it, mixed with the divergence from
     the teacher.
 
-    The student's logits come from its output matrix, the teacher's from its own head.
+    The student's logits come from its output matrix, the teacher's from its own head. Hidden states are compared
+    at the supervised positions.
     """
     entropy_of = functools.partial(_entropy, teacher=teacher, settings=settings)
-    return heads.causal_lm(model, batch, entropy_of=entropy_of)
+    return heads.causal_lm(model, batch, entropy_of=entropy_of, **_asked(settings))
+
+
+def _asked(settings: Distillation) -> dict[str, bool]:
+    """Return what both decoders are to return besides."""
+    return {"output_hidden_states": True} if settings.hidden_states is not None else {}
 
 
 def _entropy(
@@ -38,29 +45,48 @@ def _entropy(
     results: list[CrossEntropy] = []
 
     def within() -> None:
-        hidden, logits = supervised_logits(teacher, batch)
+        decoder = decoder_of(teacher)
+        wanted = decoder(**accepted(type(decoder), decoder_inputs(batch) | _asked(settings)))
+        hidden, logits = supervised_logits(teacher, batch, wanted)
         soft = SoftTargets(
             lambda begin, end: logits(hidden[begin:end]), settings.temperature, settings.own_loss
         )
         head = model.get_output_embeddings()
         with torch.enable_grad():
-            results.append(
-                chunked_cross_entropy(
-                    outputs.last_hidden_state.flatten(0, 1),
-                    head.weight,
-                    batch["targets"],
-                    batch.get("supervised"),
-                    bias=head.bias,
-                    transform=LogitTransform.of(model.config.get_text_config()),
-                    soft=soft,
-                    keep_losses=KEEPS_LOSSES in batch,
-                )
+            entropy = chunked_cross_entropy(
+                outputs.last_hidden_state.flatten(0, 1),
+                head.weight,
+                batch["targets"],
+                batch.get("supervised"),
+                bias=head.bias,
+                transform=LogitTransform.of(model.config.get_text_config()),
+                soft=soft,
+                keep_losses=KEEPS_LOSSES in batch,
             )
+            if settings.hidden_states is not None:
+                entropy = _with_hidden(entropy, model, batch, settings.hidden_states, outputs, wanted)
+            results.append(entropy)
 
     # The teacher's own hooks see a pass without gradients: it has no backward pass.
     with torch.no_grad(), _forward(teacher, within):
         teacher()
     return results[0]
+
+
+def _with_hidden(
+    entropy: CrossEntropy, model: PreTrainedModel, batch: Batch, settings: HiddenStates, *outputs: Any
+) -> CrossEntropy:
+    """Return the loss with the difference of hidden states at the supervised positions added, by what the
+    decoders of the model and of its teacher returned."""
+    places, targets = places_of(batch), batch["targets"]
+    own, others = (hidden_of(one, model) for one in outputs)
+    differences = settings.by_position(
+        model, own, others, lambda states: at(places, states.flatten(0, 1), targets)[0]
+    )
+    losses = entropy.losses
+    if losses is not None:
+        losses = losses.index_add(0, places, differences.detach())
+    return entropy._replace(loss_sum=entropy.loss_sum + differences.sum(), losses=losses)
 
 
 @contextlib.contextmanager

@@ -56,7 +56,11 @@ EntropyOf = Callable[[PreTrainedModel, Any, Batch], CrossEntropy]
 
 
 def causal_lm(
-    model: PreTrainedModel, batch: Batch, head: Head = "chunked", entropy_of: EntropyOf | None = None
+    model: PreTrainedModel,
+    batch: Batch,
+    head: Head = "chunked",
+    entropy_of: EntropyOf | None = None,
+    **asked: bool,
 ) -> Output:
     """Return the summed loss of a collated micro-batch: cross entropy, and the routers' loss where the config
     asks for it.
@@ -65,10 +69,11 @@ def causal_lm(
     `input_ids`, `attention_mask` [samples, longest]. Both: `targets`, the next token or -100, flat over all
     positions, `supervised`, the places of those that are not -100, and `lengths` of the samples.
 
-    entropy_of: what makes the loss of the decoder's outputs, in the place of the head's cross entropy.
+    entropy_of: what makes the loss of the decoder's outputs, in the place of the head's cross entropy;
+    asked: what the decoder is to return besides, as `output_hidden_states`.
     """
     routes = bool(getattr(model.config.get_text_config(), "output_router_logits", False))
-    inputs = decoder_inputs(batch) | ({"output_router_logits": True} if routes else {})
+    inputs = decoder_inputs(batch) | asked | ({"output_router_logits": True} if routes else {})
     if head == "forward":
         with outputs_of(decoder_of(model) if routes else model) as seen:
             logits = own_forward(model, inputs).logits

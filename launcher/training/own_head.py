@@ -47,7 +47,7 @@ def loss_by_own_head(model: PreTrainedModel, outputs: Any, batch: Batch) -> Cros
         losses += [] if each is None else [each]
     if torch.is_grad_enabled() and not keeps:
         return CrossEntropy(loss_sum, num_correct)
-    places = _places(batch)
+    places = places_of(batch)
     # What was made up for other ranks came last.
     return CrossEntropy(
         loss_sum, num_correct, spread(torch.cat(losses)[: len(places)], batch["targets"], places)
@@ -66,7 +66,7 @@ def likeliest(model: PreTrainedModel, batch: Batch, number: int) -> Output:
         sums += torch.stack([entropy.loss_sum, entropy.num_correct])
         results = logits.float().softmax(dim=-1).topk(number)
         best.append(torch.stack([results.indices.float(), results.values], dim=-1))
-    return Output(sums[0], sums[1], torch.cat(best)[: len(_places(batch))])
+    return Output(sums[0], sums[1], torch.cat(best)[: len(places_of(batch))])
 
 
 def cross_entropy_of(logits: torch.Tensor, targets: torch.Tensor, keep_losses: bool = False) -> CrossEntropy:
@@ -80,14 +80,12 @@ def cross_entropy_of(logits: torch.Tensor, targets: torch.Tensor, keep_losses: b
 
 
 def supervised_logits(
-    model: PreTrainedModel, batch: Batch
+    model: PreTrainedModel, batch: Batch, outputs: Any
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
-    """Return a causal LM's hidden states at the supervised positions, [n, hidden], and what makes logits
-    [positions, vocabulary] of some of them by the model's own head."""
-    decoder = decoder_of(model)
-    outputs = decoder(**accepted(type(decoder), decoder_inputs(batch)))
+    """Return a causal LM's hidden states at the supervised positions, [n, hidden], of what its decoder returned,
+    and what makes logits [positions, vocabulary] of some of them by the model's own head."""
     flat = outputs.last_hidden_state.flatten(0, 1)
-    hidden, targets = at(_places(batch), flat, batch["targets"])
+    hidden, targets = at(places_of(batch), flat, batch["targets"])
     return hidden, lambda part: _logits(model, outputs, part, targets[: len(part)])
 
 
@@ -100,7 +98,7 @@ def _chunks(
     each use of a module is a message. What a rank lacks is made up, last, by a position that does not count.
     """
     flat = outputs.last_hidden_state.flatten(0, 1)
-    hidden, wanted = at(_places(batch), flat, batch["targets"])
+    hidden, wanted = at(places_of(batch), flat, batch["targets"])
     step = chunk_length(model.config.get_text_config().vocab_size, flat.is_cuda)
     starts = range(0, len(wanted), step)
     num_chunks = _most_on_any_rank(model, max(1, len(starts)))  # before the first of them is gone through
@@ -110,7 +108,7 @@ def _chunks(
         yield flat[:1], wanted.new_full((1,), IGNORE)
 
 
-def _places(batch: Batch) -> torch.Tensor:
+def places_of(batch: Batch) -> torch.Tensor:
     """Return the supervised positions of a batch, int64 [n]; `to_device` found them on the host."""
     places: torch.Tensor | None = batch.get("supervised")
     return supervised_places(batch["targets"]) if places is None else places

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from launcher import tasks
 from launcher.planner.limits import chunk_length
 from launcher.planner.memory.fsdp import Cut, FsdpStep
-from launcher.planner.memory.program import Program, Segment, Setting, Unit
+from launcher.planner.memory.program import Program, Segment, Setting, Unit, Weight
 from launcher.planner.memory.timeline import Timeline, go_through
 from launcher.planner.plan import Plan
 
@@ -21,10 +21,15 @@ class Taught:
 
     student: Program
     teacher: Program
+    projection: Weight | None = None
+    """The matrix between hidden states of two widths."""
 
     def units(self) -> tuple[Unit, list[Unit]]:
-        """Return those of the student."""
-        return self.student.units()
+        """Return those of the student, and the projection."""
+        root, layers = self.student.units()
+        if self.projection is not None:
+            root = replace(root, weights=(*root.weights, self.projection))
+        return root, layers
 
     def blocks(self, setting: Setting) -> list[Segment]:
         """Return those of the student alone; `Teacher.beside` adds the teacher's pass."""

@@ -15,6 +15,7 @@ from launcher import tasks
 from launcher.errors import CheckpointError, ConfigurationError, Problem
 from launcher.job.adapter import Adapter
 from launcher.planner.plan import Plan
+from launcher.tasks.distillation import PROJECTION
 from launcher.training.averaging import PREFIX as EMA_PREFIX
 from launcher.training.checkpoint.reader import CheckpointReader
 from launcher.training.model import adapter_starts, adapters, pretrained
@@ -91,8 +92,13 @@ class Stored:
 
     @property
     def names(self) -> list[str]:
-        """Return the names of the model's tensors. Raises CheckpointError where there are none."""
-        stored = [name.removeprefix(_PREFIX) for name in self.reader.names if name.startswith(_PREFIX)]
+        """Return the names of the model's own tensors. Raises CheckpointError where there are none."""
+        projection = f"{_PREFIX}{PROJECTION}."
+        stored = [
+            name.removeprefix(_PREFIX)
+            for name in self.reader.names
+            if name.startswith(_PREFIX) and not name.startswith(projection)
+        ]
         if not stored:
             raise CheckpointError(f"{self.reader.directory} holds no tensor of a model")
         return stored

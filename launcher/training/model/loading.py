@@ -28,6 +28,7 @@ from launcher.training.model import adapters, normalization, pretrained
 from launcher.training.model.buffers import restore_buffers
 from launcher.training.model.conversion import converted_whole, copied_in_parts, cut_like
 from launcher.training.model.places import freeze, repeated_layers
+from launcher.training.model.projection import projected
 from launcher.training.model.reading import Changes, following
 from launcher.training.model.with_heads import starts_of_bias
 from launcher.training.precision import DTYPES
@@ -54,7 +55,7 @@ def load(plan: Plan, auto_class: Any, config: Any, shard: Shard) -> LoadedModel:
     source: dict[str, Any] = {"state_dict": {}} if plan.model.weights == "random" else {}
     name = None if plan.model.weights == "random" else plan.model.name
     distributed = DistributedConfig(fsdp_size=plan.mesh.dp_shard, dp_replicate_size=plan.mesh.dp_replicate)
-    kind = pretrained.model_class(auto_class, config, plan)
+    kind = projected(pretrained.model_class(auto_class, config, plan), config, plan)
     seam = _Seam(plan, shard)
     changes = Changes.of(plan, kind, config)
     with seam.in_place(), converted_whole(), copied_in_parts(), changes.in_place(), tensors_counted():
