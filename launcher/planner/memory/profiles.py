@@ -23,7 +23,7 @@ from launcher.planner.hardware.detect import cpu_flags
 from launcher.planner.memory.formulas import formulas_of
 from launcher.planner.memory.profile import Profile
 from launcher.planner.memory.program import Program, Unit, Weight
-from launcher.planner.memory.teacher import Taught
+from launcher.planner.memory.teacher import Taught, projection
 from launcher.planner.model.model_config import config_of, locate
 from launcher.planner.model.model_shape import stored_parameters
 from launcher.planner.plan import Plan
@@ -101,7 +101,7 @@ class Profiles:
             return student
         if isinstance(teacher, Unknown):
             return Unknown(f"of its teacher: {teacher.reason}")
-        return Taught(student, teacher)
+        return Taught(student, teacher, projection(plan))
 
     def program(self, plan: Plan) -> Program | None:
         """Return the program of a plan's model; None where no pass can be forecast."""

@@ -9,7 +9,9 @@ from launcher.planner.limits import chunk_length
 from launcher.planner.memory.fsdp import Cut, FsdpStep
 from launcher.planner.memory.program import Program, Segment, Setting, Unit, Weight
 from launcher.planner.memory.timeline import Timeline, go_through
+from launcher.planner.model.model_shape import ModelShape
 from launcher.planner.plan import Plan
+from launcher.tasks.distillation import PROJECTION
 
 COMPARED_BYTES = 8
 """Bytes of a logit of a chunk beside those of the two losses alone: both models' probabilities in fp32."""
@@ -59,8 +61,9 @@ class Teacher:
             elements = vocabulary * min(
                 setting.batch.num_tokens, chunk_length(vocabulary, plan.mesh.device == "cuda")
             )
+        self._hidden = _Hidden.of(plan, self.plan, setting)
         self.state_bytes = setting.itemsize * sum(unit.shard(plan.mesh.dp_shard) for unit in (root, *layers))
-        self.pass_bytes = self._highest() + COMPARED_BYTES * elements
+        self.pass_bytes = self._highest() + COMPARED_BYTES * elements + self._hidden.peak
 
     def _highest(self) -> int:
         """Return the most bytes that its pass takes and gives back."""
@@ -74,10 +77,55 @@ class Teacher:
         return step.time.peak
 
     def beside(self, segments: list[Segment]) -> list[Segment]:
-        """Return the student's blocks with the teacher's pass within the last one forward: its loss."""
-        last = max(index for index, one in enumerate(segments) if not one.backward)
-        loss = replace(segments[last], peak=segments[last].peak + self.pass_bytes)
-        return [*segments[:last], loss, *segments[last + 1 :]]
+        """Return the student's blocks with the teacher's pass within the last one forward: its loss. What the
+        difference of hidden states keeps goes in the first one backward, but for the gradients that wait for
+        their layers."""
+        last, hidden = max(index for index, one in enumerate(segments) if not one.backward), self._hidden
+        loss, changed = segments[last], [*segments]
+        added = loss.added + hidden.kept
+        changed[last] = replace(loss, peak=max(loss.peak + self.pass_bytes, added), added=added)
+        for index, left in ((last + 1, hidden.kept - hidden.waiting), (len(segments) - 1, hidden.waiting)):
+            changed[index] = replace(changed[index], added=changed[index].added - left)
+        return changed
+
+
+def projection(plan: Plan) -> Weight | None:
+    """Return the matrix between the hidden states of a plan's model and its teacher's; None where there is none,
+    or a config is not here."""
+    if plan.distillation is None or plan.distillation.hidden_states is None:
+        return None
+    own, other = (ModelShape.read(model) for model in (plan.model, plan.of_teacher().model))
+    if own is None or other is None or own.hidden_size == other.hidden_size:
+        return None
+    return Weight(f"{PROJECTION}.weight", (other.hidden_size, own.hidden_size))
+
+
+@dataclass(frozen=True)
+class _Hidden:
+    """Bytes of a difference of hidden states."""
+
+    kept: int = 0
+    """From the loss until it has gone backward."""
+    waiting: int = 0
+    """Of those, gradients of hidden states until their layers are reached."""
+    peak: int = 0
+    """While it is made."""
+
+    @classmethod
+    def of(cls, plan: Plan, teacher: Plan, setting: Setting) -> _Hidden:
+        """Return none where nothing is compared, or a config is not here."""
+        hidden = None if plan.distillation is None else plan.distillation.hidden_states
+        own, other = ModelShape.read(plan.model), ModelShape.read(teacher.model)
+        if hidden is None or own is None or other is None:
+            return cls()
+        num_tokens, itemsize = setting.batch.num_tokens, setting.itemsize
+        num_pairs, one = len(hidden.pairs(own.num_layers, other.num_layers)), num_tokens * other.hidden_size
+        # The squared difference keeps both sides in fp32; where that is a copy, of the model's side too.
+        copies = 2 if itemsize == 2 or own.hidden_size != other.hidden_size else 1
+        kept = num_pairs * 4 * copies * one
+        states = (other.num_layers + 1) * itemsize * one
+        waiting = num_pairs * num_tokens * own.hidden_size * itemsize
+        return cls(max(kept, waiting), waiting, kept + states + 2 * 4 * one)
 
 
 def _frozen(unit: Unit) -> Unit:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from launcher import tasks
-from launcher.errors import ConfigurationError
+from launcher.errors import ConfigurationError, Problem
+from launcher.job.schema import Model
 from launcher.planner.decider import Decider
+from launcher.planner.model.model_config import config_of
+from launcher.planner.model.model_shape import ModelShape
 from launcher.planner.plan import Plan
 from launcher.runs.checkpoints import Stored, list_checkpoints
 from launcher.runs.layout import RunDirectory
@@ -23,6 +26,8 @@ def settle(decider: Decider) -> Distillation | None:
     distillation = decider.job.distillation
     if distillation is None:
         return None
+    if distillation.hidden_states is not None:
+        decider.problems += _hidden_states(decider.job.model, distillation)
     run = RunDirectory(Path(distillation.teacher).parent)
     if Path(distillation.teacher).name != "model" or not run.plan_file.is_file():
         if distillation.checkpoint is not None:
@@ -49,6 +54,25 @@ def settle(decider: Decider) -> Distillation | None:
         has = ", ".join(map(str, steps[-6:]))
         decider.refuse(_KEY, distillation.checkpoint, f"{run.path.name} has no such checkpoint; it has {has}")
     return distillation
+
+
+def _hidden_states(model: Model, distillation: Distillation) -> tuple[Problem, ...]:
+    """Return what speaks against comparing hidden states, as far as configs are here."""
+    assert distillation.hidden_states is not None
+    teacher = Model(name=distillation.teacher, revision=distillation.revision, task=model.task)
+    if any((config_of(one) or {}).get("is_encoder_decoder") for one in (model, teacher)):
+        reason = (
+            "an encoder-decoder has two stacks of layers, and it is not said which to compare; leave it out"
+        )
+        return (Problem("distillation.hidden_states", None, reason),)
+    own, other = ModelShape.read(model), ModelShape.read(teacher)
+    if own is None or other is None:
+        return ()
+    try:
+        distillation.hidden_states.pairs(own.num_layers, other.num_layers)
+    except ConfigurationError as error:
+        return tuple(error.problems)
+    return ()
 
 
 def _chosen(plan: Plan, whole: list[Stored]) -> tuple[int, str]:
