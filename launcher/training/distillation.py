@@ -30,7 +30,7 @@ def causal_lm(
     at the supervised positions.
     """
     entropy_of = functools.partial(_entropy, teacher=teacher, settings=settings)
-    return heads.causal_lm(model, batch, entropy_of=entropy_of, **_asked(settings))
+    return heads.causal_lm(model, batch, entropy_of=entropy_of, asked=_asked(settings))
 
 
 def _asked(settings: Distillation) -> dict[str, bool]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def causal_lm(
     batch: Batch,
     head: Head = "chunked",
     entropy_of: EntropyOf | None = None,
-    **asked: bool,
+    asked: Mapping[str, bool] = MappingProxyType({}),
 ) -> Output:
     """Return the summed loss of a collated micro-batch: cross entropy, and the routers' loss where the config
     asks for it.
@@ -73,7 +74,7 @@ def causal_lm(
     asked: what the decoder is to return besides, as `output_hidden_states`.
     """
     routes = bool(getattr(model.config.get_text_config(), "output_router_logits", False))
-    inputs = decoder_inputs(batch) | asked | ({"output_router_logits": True} if routes else {})
+    inputs = decoder_inputs(batch) | dict(asked) | ({"output_router_logits": True} if routes else {})
     if head == "forward":
         with outputs_of(decoder_of(model) if routes else model) as seen:
             logits = own_forward(model, inputs).logits

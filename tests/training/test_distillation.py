@@ -372,11 +372,13 @@ def test_a_classifier_has_the_curve_of_a_plain_loop(
     torch.testing.assert_close([record["loss"] for record in curve(run).values()], losses, rtol=5e-5, atol=0)
 
 
-def state_at_start(run: RunDirectory, plan: Plan, scratch: Path) -> dict[str, torch.Tensor]:
+def state_at_start(
+    run: RunDirectory, plan: Plan, scratch: Path, world_size: int = 2
+) -> dict[str, torch.Tensor]:
     """The weights that a run begins with, its new head among them: as a run of no learning saves them."""
     still = plan.model_copy(update={"training": plan.training.model_copy(update={"learning_rate": 1e-30})})
     other = new_run(scratch / "still", still)
-    finish(other, 2, stop_at=1)
+    finish(other, world_size, stop_at=1)
     return {key: value for key, value in state(other).items() if key.startswith("model.")}
 
 

@@ -33,6 +33,8 @@ class TaughtCase:
     precision: str
     checkpointing: str = "none"
     stage: int = 0
+    hidden: bool = False
+    """Hidden states are compared, through a projection."""
 
 
 CASES = (
@@ -40,6 +42,9 @@ CASES = (
     TaughtCase("bf16", "full"),
     TaughtCase("bf16", "none", 3),
     TaughtCase("fp32", "none", 2),
+    TaughtCase("fp32", hidden=True),
+    TaughtCase("bf16", "full", hidden=True),
+    TaughtCase("bf16", "none", 3, hidden=True),
 )
 
 
@@ -57,7 +62,11 @@ def case_plan(case: TaughtCase, student: Path, teacher: Path, world_size: int) -
         precision=case.precision,
         activation_checkpointing=case.checkpointing,
         batch=batch_of(world_size, len(LENGTHS)),
-        distillation={"teacher": str(teacher), "temperature": 2.0},
+        distillation={
+            "teacher": str(teacher),
+            "temperature": 2.0,
+            **({"hidden_states": {}} if case.hidden else {}),
+        },
         **(deepspeed(case.stage) if case.stage else {}),
     )
 
@@ -68,12 +77,13 @@ def test_a_teacher_is_predicted(world: World, tmp_path: Path) -> None:
     within 1%."""
     student = model_directory(tmp_path / "student", num_hidden_layers=4, **SIZES)
     teacher = model_directory(tmp_path / "teacher", "qwen3", num_hidden_layers=8, **SIZES)
+    wide = model_directory(tmp_path / "wide", "qwen3", num_hidden_layers=8, **SIZES | {"hidden_size": 384})
     told = []
     for case in CASES:
         size = len(world.pipes)
         if case.stage and size == 1:
             continue
-        plan = case_plan(case, student, teacher, size)
+        plan = case_plan(case, student, wide if case.hidden else teacher, size)
         program = Profiles().find(plan)
         assert isinstance(program, Taught)
         footprint = Estimator(plan, program, Batch(LENGTHS)).footprint()

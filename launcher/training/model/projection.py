@@ -39,7 +39,7 @@ def projected(kind: type[PreTrainedModel], config: Any, plan: Plan) -> type[PreT
 
 
 @functools.cache
-def _class_with_projection(kind: type[PreTrainedModel], width: int) -> type[PreTrainedModel]:
+def _class_with_projection(kind: Any, width: int) -> type[PreTrainedModel]:
     # By its name transformers knows a class's loss, and a config's `architectures`.
     own = {"__module__": kind.__module__, "width_of_teacher": width}
     return cast(type[PreTrainedModel], type(kind.__name__, (_Projected, kind), own))
