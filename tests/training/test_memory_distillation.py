@@ -73,7 +73,7 @@ def case_plan(case: TaughtCase, student: Path, teacher: Path, world_size: int) -
 
 @pytest.mark.very_slow
 def test_a_teacher_is_predicted(world: World, tmp_path: Path) -> None:
-    """The peak of the second step: over by no more than 15%, and never under by more than 3%; the states
+    """The peak of the second step: over by no more than 8%, and never under by more than 1%; the states
     within 1%."""
     student = model_directory(tmp_path / "student", num_hidden_layers=4, **SIZES)
     teacher = model_directory(tmp_path / "teacher", "qwen3", num_hidden_layers=8, **SIZES)
@@ -93,7 +93,7 @@ def test_a_teacher_is_predicted(world: World, tmp_path: Path) -> None:
             for key, phase in (("peaks", "steady step"), ("ends", "first step"))
         )
         said, states = footprint.phase("steady step").peak, footprint.phase("loading").peak
-        good = -0.03 <= said / peak - 1 <= 0.15 and abs(states - left) <= 0.01 * left
+        good = -0.01 <= said / peak - 1 <= 0.08 and abs(states - left) <= 0.01 * left
         told.append((good, f"{said / peak - 1:+.2%} of {peak:,}, {states - left:+,} of {left:,} {case}"))
     print(*(text for _, text in told), sep="\n")
     assert all(good for good, _ in told), "\n".join(text for _, text in told)

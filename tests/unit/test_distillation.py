@@ -14,6 +14,9 @@ from launcher.errors import ConfigurationError
 from launcher.job.load import load
 from launcher.launch.redecide import decide_again
 from launcher.planner.changes import changes
+from launcher.planner.memory.estimate import Estimator
+from launcher.planner.memory.profiles import Profiles
+from launcher.planner.plan import Plan
 from launcher.planner.search import plan_job
 from launcher.runs.layout import RunDirectory
 from launcher.tasks.distillation import SOURCE
@@ -115,6 +118,46 @@ def test_a_teacher_that_is_too_short_is_refused_by_the_plan(tmp_path: Path) -> N
     model(tmp_path / "large", {"model_type": "gpt2", **sizes})
     key, reason = refusal(path)
     assert key == "distillation.teacher" and "no positions beyond 16" in reason
+
+
+@pytest.mark.parametrize(
+    ("layers", "key", "reason"),
+    [({3: 4}, 3, "the model has layers 0 to 2"), ({2: 5}, 5, "the teacher has layers 0 to 4")],
+)
+def test_layers_that_are_not_there_are_refused_by_the_plan(
+    layers: dict[int, int], key: int, reason: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path, distillation=TEACHER | {"hidden_states": {"layers": layers}})
+    with pytest.raises(ConfigurationError) as caught:
+        plan_job(load(path), hardware=CPU)
+    [problem] = caught.value.problems
+    assert (problem.key, problem.value) == ("distillation.hidden_states.layers", key)
+    assert reason in problem.reason
+
+
+def test_hidden_states_of_two_stacks_are_refused_by_the_plan(tmp_path: Path) -> None:
+    path = write(tmp_path, distillation=TEACHER | {"hidden_states": {}})
+    config = json.loads((tmp_path / "large" / "config.json").read_text())
+    (tmp_path / "large" / "config.json").write_text(json.dumps(config | {"is_encoder_decoder": True}))
+    key, reason = refusal(path)
+    assert key == "distillation.hidden_states" and "two stacks of layers" in reason
+
+
+def test_hidden_states_are_in_the_plan_and_its_memory(tmp_path: Path) -> None:
+    plans = []
+    for width, hidden in ((64, False), (64, True), (128, True)):
+        folder = tmp_path / f"{width}-{hidden}"
+        folder.mkdir()
+        path = write(folder, distillation=TEACHER | ({"hidden_states": {"layers": {2: 4}}} if hidden else {}))
+        model(
+            folder / "large", LLAMA | {"num_hidden_layers": 4, "hidden_size": width, "head_dim": width // 4}
+        )
+        plans.append(plan_job(load(path), hardware=CPU))
+    assert plans[1].distillation and plans[1].distillation.hidden_states
+    assert Plan.model_validate_json(plans[1].model_dump_json()).distillation == plans[1].distillation
+    without, alike, other = (Estimator(plan, Profiles().find(plan)) for plan in plans)  # type: ignore[arg-type]
+    assert alike.footprint().phase("steady step").peak > without.footprint().phase("steady step").peak
+    assert other.checkpoint_bytes - alike.checkpoint_bytes == 3 * 4 * 64 * 128, "the projection and its state"
 
 
 def test_a_way_is_taken_in_which_both_read_the_same_batches(tmp_path: Path) -> None:

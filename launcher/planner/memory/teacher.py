@@ -14,7 +14,8 @@ from launcher.planner.plan import Plan
 from launcher.tasks.distillation import PROJECTION
 
 COMPARED_BYTES = 8
-"""Bytes of a logit of a chunk beside those of the two losses alone: both models' probabilities in fp32."""
+"""Bytes of a logit of a chunk beside the teacher's own and those of the student's loss: both models'
+probabilities in fp32."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,12 @@ class Teacher:
         self._setting = replace(
             setting, checkpointing="none", training=False, frozen=frozenset(), adapter=None
         )
-        self.segments = program.blocks(self._setting)
+        self.segments = [
+            replace(one, peak=max(0, one.added))
+            if one.kind == "tail"
+            else one  # its own loss is not computed
+            for one in program.blocks(self._setting)
+        ]
         elements = 0
         if tasks.find(plan.task).traits.head == "every-position":
             vocabulary = root.weights[0].shape[0]
@@ -63,7 +69,10 @@ class Teacher:
             )
         self._hidden = _Hidden.of(plan, self.plan, setting)
         self.state_bytes = setting.itemsize * sum(unit.shard(plan.mesh.dp_shard) for unit in (root, *layers))
-        self.pass_bytes = self._highest() + COMPARED_BYTES * elements + self._hidden.peak
+        whole = 0 if plain else setting.itemsize * self.units[0].num_elements()
+        compared = whole + (setting.itemsize + COMPARED_BYTES) * elements
+        self.pass_bytes = self._hidden.states + max(self._highest(), compared)
+        self._differing = self._hidden.states + self._hidden.squares + whole
 
     def _highest(self) -> int:
         """Return the most bytes that its pass takes and gives back."""
@@ -83,7 +92,8 @@ class Teacher:
         last, hidden = max(index for index, one in enumerate(segments) if not one.backward), self._hidden
         loss, changed = segments[last], [*segments]
         added = loss.added + hidden.kept
-        changed[last] = replace(loss, peak=max(loss.peak + self.pass_bytes, added), added=added)
+        highest = max(loss.peak + self.pass_bytes, added + self._differing)
+        changed[last] = replace(loss, peak=highest, rest=highest, added=added)  # no gradient is made in it
         for index, left in ((last + 1, hidden.kept - hidden.waiting), (len(segments) - 1, hidden.waiting)):
             changed[index] = replace(changed[index], added=changed[index].added - left)
         return changed
@@ -108,8 +118,10 @@ class _Hidden:
     """From the loss until it has gone backward."""
     waiting: int = 0
     """Of those, gradients of hidden states until their layers are reached."""
-    peak: int = 0
-    """While it is made."""
+    states: int = 0
+    """The teacher's, of every layer, while it is asked."""
+    squares: int = 0
+    """While a difference is made."""
 
     @classmethod
     def of(cls, plan: Plan, teacher: Plan, setting: Setting) -> _Hidden:
@@ -125,7 +137,7 @@ class _Hidden:
         kept = num_pairs * 4 * copies * one
         states = (other.num_layers + 1) * itemsize * one
         waiting = num_pairs * num_tokens * own.hidden_size * itemsize
-        return cls(max(kept, waiting), waiting, kept + states + 2 * 4 * one)
+        return cls(max(kept, waiting), waiting, states, 2 * 4 * one)
 
 
 def _frozen(unit: Unit) -> Unit:
