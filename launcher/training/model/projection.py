@@ -5,7 +5,6 @@ It trains with the student, is sharded, saved and resumed with it, and is in no 
 
 from __future__ import annotations
 
-import functools
 from typing import Any, cast
 
 from torch import nn
@@ -38,8 +37,7 @@ def projected(kind: type[PreTrainedModel], config: Any, plan: Plan) -> type[PreT
     return kind if width == config.get_text_config().hidden_size else _class_with_projection(kind, width)
 
 
-@functools.cache
-def _class_with_projection(kind: Any, width: int) -> type[PreTrainedModel]:
+def _class_with_projection(kind: type[PreTrainedModel], width: int) -> type[PreTrainedModel]:
     # By its name transformers knows a class's loss, and a config's `architectures`.
     own = {"__module__": kind.__module__, "width_of_teacher": width}
     return cast(type[PreTrainedModel], type(kind.__name__, (_Projected, kind), own))
