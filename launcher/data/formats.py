@@ -222,12 +222,13 @@ FORMATS: dict[str, Format] = {
 """By the ending of a file's name, in the order in which people are told of them."""
 
 
-def format_of(path: str | Path) -> Format:
-    """Return the format of a file by its name, or that of a folder. Raises KeyError for an ending that is
-    none."""
+def format_of(path: str | Path, otherwise: str | None = None) -> Format:
+    """Return the format of a file by its name, or that of a folder. Of an ending that is none that of the ending
+    `otherwise`, or KeyError is raised."""
     if Path(path).is_dir():
         return _FOLDER
-    return FORMATS[Path(path).suffix.lower()]
+    suffix = Path(path).suffix.lower()
+    return FORMATS[suffix if suffix in FORMATS or otherwise is None else otherwise]
 
 
 def num_lines(path: Path) -> int:

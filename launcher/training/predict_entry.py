@@ -120,7 +120,9 @@ def predict(
         raise ConfigurationError(Problem("--input", None, "is missing"))
     refuse_silent(subject.task)
     subject.task.for_prediction = True
-    rows = open_source(source, subject.task.columns)
+    # Who trained on two texts side by side has more of the first, whatever it ends in.
+    otherwise = ".txt" if plan.data.train.targets is not None else None
+    rows = open_source(source, subject.task.columns, otherwise)
     start_process_group(plan)
     subject.task.configure(subject.config)
     engine = subject.build(scratch)

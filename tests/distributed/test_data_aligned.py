@@ -40,6 +40,20 @@ def test_lines_with_the_same_number_are_a_row(tmp_path: Path) -> None:
     assert seen.num_rows == 3 and list(seen.rows) == [row.values for row in rows]
 
 
+def test_one_of_them_alone_is_a_text_whatever_it_ends_in(tmp_path: Path) -> None:
+    """As whoever trained on both asks for answers to more of the first."""
+    (tmp_path / "more.de").write_text("eins\nzwei\n")
+    (tmp_path / "rows.jsonl").write_text('{"de": "drei", "en": "three"}\n')
+    rows = open_source(Source(path=str(tmp_path / "more.de")), ["de"], ".txt")
+    assert [row.values for row in rows] == [{"de": "eins"}, {"de": "zwei"}] and rows.num_rows_expected == 2
+    [row] = open_source(Source(path=str(tmp_path / "rows.jsonl")), COLUMNS, ".txt")
+    assert row.values == {"de": "drei", "en": "three"}, "a known ending is what it says"
+    with pytest.raises(DataError, match="no reader for '.de'"):
+        open_source(Source(path=str(tmp_path / "more.de")), ["de"])
+    with pytest.raises(DataError, match="no such file; did you mean"):
+        open_source(Source(path=str(tmp_path / "mor.de")), ["de"], ".txt")
+
+
 def test_what_is_in_either_file_decides_what_the_data_are(tmp_path: Path) -> None:
     opened = [open_source(pair(tmp_path, b"a\nb\n", text), COLUMNS) for text in (b"c\nd\n", b"c\ne\n")]
     assert opened[0].digest != opened[1].digest

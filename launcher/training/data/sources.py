@@ -58,6 +58,8 @@ class Rows:
     """Of the contents of the files, in their order."""
     num_rows_expected: int
     """For a progress bar; exact for most formats, and an estimate where a row may span lines."""
+    otherwise: str | None = None
+    """The ending whose format files have that end in none."""
 
     def __iter__(self) -> Iterator[Row]:
         for number, (line, file, values) in enumerate(islice(self._read(), self.source.limit)):
@@ -95,21 +97,24 @@ class Rows:
                     yield line, file.path, values
             return
         for file in self.files:
-            for line, values in format_of(file.path).read(Path(file.path), self.columns):
+            for line, values in format_of(file.path, self.otherwise).read(Path(file.path), self.columns):
                 yield line, file.path, values
 
 
-def open_source(source: Source, columns: Sequence[str]) -> Rows:
-    """Find and hash a source. Raises DataError where there is no such file, no reader for it,
-    or a line without a partner."""
+def open_source(source: Source, columns: Sequence[str], otherwise: str | None = None) -> Rows:
+    """Find and hash a source. Files whose names end in no format are read as those that end in `otherwise`.
+
+    Raises DataError where there is no such file, no reader for it, or a line without a partner.
+    """
     if source.path is None:
         return _open_hub(source, tuple(columns))
     if source.targets is not None:
         return _open_pairs(source, tuple(columns))
-    paths = find_files(source.path, source.split, columns)
+    is_plain = otherwise is not None and Path(source.path).is_file()
+    paths = [Path(source.path)] if is_plain else find_files(source.path, source.split, columns)
     files = tuple(hash_file(path) for path in paths)
-    expected = sum(_num_rows(path, file) for path, file in zip(paths, files, strict=True))
-    return Rows(source, tuple(columns), files, _digest(files), _limited(expected, source))
+    expected = sum(_num_rows(path, file, otherwise) for path, file in zip(paths, files, strict=True))
+    return Rows(source, tuple(columns), files, _digest(files), _limited(expected, source), otherwise)
 
 
 def of_source(task: Task, plan: Plan, source: Source) -> Task:
@@ -146,8 +151,8 @@ def _open_pairs(source: Source, columns: tuple[str, ...]) -> Rows:
     return Rows(source, columns, tuple(files), _digest(files), _limited(expected, source))
 
 
-def _num_rows(path: Path, file: SourceFile) -> int:
-    counted = format_of(path).num_rows(path)
+def _num_rows(path: Path, file: SourceFile, otherwise: str | None) -> int:
+    counted = format_of(path, otherwise).num_rows(path)
     return file.num_lines if counted is None else counted
 
 
