@@ -238,6 +238,9 @@ def _distillation(job: Job) -> Iterator[Finding]:
     elif getattr(job.data, "problem", None) == "regression" and distillation.temperature != 1:
         reason = "a number has no temperature, only classes and tokens have; leave it out"
         yield finding("distillation.temperature", distillation.temperature, reason, "data.problem")
+    if distillation.hidden_states is not None and tasks.find(job.model.task).traits.unit != "token":
+        reason = "hidden states are compared token by token, and an image has none; leave it out"
+        yield finding("distillation.hidden_states", None, reason, "model.task")
 
 
 def _machine(job: Job) -> Iterator[Finding]:

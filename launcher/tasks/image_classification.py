@@ -30,6 +30,7 @@ class ImageClassification(FileClassification):
     Columns = ImageColumns
     column_ways = (("image", "label"),)
     column_roles = roles.OF_IMAGES
+    distils = True
     head_name = "ImageClassification"
     file_key = "image"
     processor_class = "AutoProcessor"

@@ -91,7 +91,7 @@ class TrainingInputs:
             material = cls(config, tokenizer, task, stored, evaluation, stream)
             learn_from(task, material.train)
             task.configure(config)
-            check_teacher(plan, task, tokenizer)
+            check_teacher(plan, task, tokenizer, material.train)
             texts = getattr(tokenizer, "tokenizer", None) if task.has_processor else tokenizer
             if texts is not None:
                 refuse_tokens(material.train, "data.train", texts, config)

@@ -48,7 +48,7 @@ def test_one_of_them_alone_is_a_text_whatever_it_ends_in(tmp_path: Path) -> None
     assert [row.values for row in rows] == [{"de": "eins"}, {"de": "zwei"}] and rows.num_rows_expected == 2
     [row] = open_source(Source(path=str(tmp_path / "rows.jsonl")), COLUMNS, ".txt")
     assert row.values == {"de": "drei", "en": "three"}, "a known ending is what it says"
-    with pytest.raises(DataError, match="no reader for '.de'"):
+    with pytest.raises(DataError, match=r"no reader for '\.de'"):
         open_source(Source(path=str(tmp_path / "more.de")), ["de"])
     with pytest.raises(DataError, match="no such file; did you mean"):
         open_source(Source(path=str(tmp_path / "mor.de")), ["de"], ".txt")

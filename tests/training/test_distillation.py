@@ -387,7 +387,7 @@ def checked(student: Path, teacher: Path, rows: dict[str, Any]) -> str:
     own = plan(student, teacher, rows)
     tokenizer = pretrained.read_processor(own)
     try:
-        check_teacher(own, tasks.build(own, tokenizer), tokenizer)
+        check_teacher(own, tasks.build(own, tokenizer), tokenizer, None)  # type: ignore[arg-type]
     except ConfigurationError as error:
         [problem] = error.problems
         assert problem.key == "distillation.teacher"

@@ -85,7 +85,16 @@ def test_the_plan_names_the_teacher_by_its_absolute_path_and_keeps_to_it(tmp_pat
                 "data__words": "w",
             },
             "distillation",
-            "a token-classification task learns from no teacher; causal-lm, sequence-classification do",
+            "a token-classification task learns from no teacher; causal-lm, image-classification, sequence-classification do",
+        ),
+        (
+            {
+                "model__task": "image-classification",
+                "data": {"train": {"path": "."}},
+                "distillation": {"teacher": "large", "hidden_states": {}},
+            },
+            "distillation.hidden_states",
+            "compared token by token, and an image has none",
         ),
         (
             {"model__task": "sequence-classification", "data__label": "label", "data__problem": "regression"},

@@ -1,4 +1,5 @@
-"""Whether a teacher goes with what it teaches, by tokenizer and classes; and its weights, where it is a run."""
+"""Whether a teacher goes with what it teaches, by tokenizer or image, and classes; its weights, where it is a
+run."""
 
 from __future__ import annotations
 
@@ -7,15 +8,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import distributed
 
+from launcher import tasks
 from launcher.errors import ConfigurationError, Problem
 from launcher.planner.plan import Plan
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.tasks import classes
 from launcher.tasks.distillation import SOURCE, Distillation
-from launcher.tasks.task import Task
+from launcher.tasks.task import Sample, Task
 from launcher.training.checkpoint.export import export
+from launcher.training.data.dataset import Dataset
 from launcher.training.model import pretrained
 
 KEY = "distillation.teacher"
@@ -23,8 +27,8 @@ _TEXTS = ("The teacher's tokens, one by one.", " 12,345 Zeichen\n\tund «Umlaute
 """In which tokenizers with the same words may differ: cases, spaces, accents, digits."""
 
 
-def check_teacher(plan: Plan, task: Task, tokenizer: Any) -> None:
-    """Compare a plan's teacher with its model, by their tokenizers and configs, before any weight is read.
+def check_teacher(plan: Plan, task: Task, processor: Any, rows: Dataset) -> None:
+    """Compare a plan's teacher with its model, by their processors and configs, before any weight is read.
 
     Raises ConfigurationError where they do not go together.
     """
@@ -33,13 +37,19 @@ def check_teacher(plan: Plan, task: Task, tokenizer: Any) -> None:
     try:
         of_teacher = plan.of_teacher()
         there = pretrained.read_config(of_teacher)
-        other = pretrained.read_tokenizer(of_teacher)
+        other = pretrained.read_processor(of_teacher)
+        reads = None if not task.has_processor else tasks.build(of_teacher, other)
+        if reads is not None:
+            reads.adopt(there, as_it_stands=True)
     except ConfigurationError as error:
         raise _problem(plan, error.problems[0].reason) from None
-    if reason := _unlike(tokenizer, other):
+    if reads is not None:
+        if reason := _sees_otherwise(task, reads, rows.item(0)[0]):
+            raise _problem(plan, f"it sees an image otherwise than the model: {reason}")
+    elif reason := _unlike(processor, other):
         raise _problem(plan, f"its tokenizer is not the model's: {reason}")
-    num_rows = getattr(there.get_text_config(), "vocab_size", None)
-    if num_rows is not None and num_rows < (num_ids := pretrained.num_ids(tokenizer)):
+    num_rows = None if reads else getattr(there.get_text_config(), "vocab_size", None)
+    if num_rows is not None and num_rows < (num_ids := pretrained.num_ids(processor)):
         raise _problem(plan, f"its embedding has {num_rows:,} rows, and the tokenizer {num_ids:,} tokens")
     if (head := getattr(task, "head_name", None)) is None:
         return
@@ -91,6 +101,20 @@ def _shown(names: list[str]) -> str:
 def _problem(plan: Plan, reason: str) -> ConfigurationError:
     assert plan.distillation is not None
     return ConfigurationError(Problem(KEY, plan.distillation.teacher, reason))
+
+
+def _sees_otherwise(own: Task, other: Task, sample: Sample) -> str:
+    """Return in what two tasks give their models a sample; empty where the teacher sees what the model sees."""
+    ours, theirs = own.plain_batch(sample) or {}, other.plain_batch(sample) or {}
+    for name, value in theirs.items():
+        if name not in ours:
+            return f"it needs {name}, as the image has another size than it was trained with"
+        if isinstance(value, torch.Tensor) and value.shape != ours[name].shape:
+            mine, its = (list(one.shape[1:]) for one in (ours[name], value))
+            return f"{name} of an image are {its} in place of {mine}; write data.image_size"
+        if isinstance(value, torch.Tensor) and not torch.allclose(value, ours[name], atol=1e-5):
+            return f"the same image has other {name}: compare their preprocessor_config.json"
+    return ""
 
 
 def _unlike(own: Any, other: Any) -> str:
