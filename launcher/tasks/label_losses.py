@@ -139,14 +139,15 @@ def label_loss(
     inputs = {key: value for key, value in batch.items() if key not in ("labels", "weights", KEEPS_LOSSES)}
     taught = distillation if model.training and teacher is not None else None
     hidden = None if taught is None else taught.hidden_states
-    asked = inputs if hidden is None else inputs | {"output_hidden_states": True}
-    outputs = own_forward(model, asked)
+    if hidden is not None:
+        inputs["output_hidden_states"] = True
+    outputs = own_forward(model, inputs)
     logits = outputs.logits.float()
     labels, weights = batch["labels"], batch["weights"]
     loss = LabelLoss(loss) if isinstance(loss, str) else loss
     losses = (loss if model.training else loss.plain()).of(logits, labels)
     if taught is not None:
-        wanted = _of_teacher(teacher, asked)
+        wanted = _of_teacher(teacher, inputs)
         divergence = label_divergence(loss.problem, logits, wanted.logits.float(), taught.temperature)
         losses = taught.mixed(losses, divergence)
         if hidden is not None:

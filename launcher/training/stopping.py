@@ -1,5 +1,4 @@
-"""Agree over all ranks how a run leaves: told to stop, with a save or without time for one; at its end, once
-the disk has room."""
+"""Agree over all ranks how a run leaves: with a save or without time for one, and once the disk has room."""
 
 from __future__ import annotations
 

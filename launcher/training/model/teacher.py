@@ -1,5 +1,4 @@
-"""Whether a teacher goes with what it teaches, by tokenizer or image, and classes; its weights, where it is a
-run."""
+"""Compare a teacher with what it teaches, by processor and classes; write its weights out, where it is a run."""
 
 from __future__ import annotations
 
