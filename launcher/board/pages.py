@@ -7,7 +7,7 @@ import json
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,15 @@ it took: an open page costs at most a twentieth of a core, and half of a slow di
 
 
 class Pages:
-    """The pages of a folder's runs. `notice`: see Report."""
+    """The pages of a folder's runs. `notice`, `prices`: see Report."""
 
-    def __init__(self, folder: Path, notice: Callable[[dict[str, Any]], str | None]) -> None:
-        self._folder, self._notice = folder, notice
+    def __init__(
+        self,
+        folder: Path,
+        notice: Callable[[dict[str, Any]], str | None],
+        prices: Mapping[str, float] | None = None,
+    ) -> None:
+        self._folder, self._notice, self._prices = folder, notice, prices or {}
         self._lock = threading.Lock()
         """Held while a report is put together: Bokeh keeps state of its own."""
         self._listing, self._seen_until = threading.Lock(), 0.0
@@ -114,7 +119,7 @@ class Pages:
         took = _stopwatch()
         contents = [self._content(run, tags[run.path.name]) for run in runs]
         live = Live(self._every.get(key[:-1], _EVERY_SECONDS), home="./", tag=tag, again=again)
-        page = render(Report(", ".join(tags), contents, self._notice), live)
+        page = render(Report(", ".join(tags), contents, self._notice, prices=self._prices), live)
         _keep(self._every, key[:-1], took(), _MOST_PAGES)
         _keep(self._kept, key, (tag, page), _MOST_PAGES)
         return page

@@ -38,6 +38,7 @@ def board(folder: Runs = None, port: Port = 0, open_it: Open = False, as_json: A
     from launcher.board.pages import Pages
     from launcher.cli.progress import notice
     from launcher.cli.watch import leaving_at_interrupt
+    from launcher.planner.prices import known_prices
     from launcher.errors import ConfigurationError, Problem
     from launcher.report.page import check_installed
     from launcher.runs.layout import runs_folder
@@ -46,7 +47,7 @@ def board(folder: Runs = None, port: Port = 0, open_it: Open = False, as_json: A
     check_installed("launcher board")
     if not folder.is_dir():
         raise ConfigurationError(Problem("DIR", str(folder), "is no folder; name the one that runs are in"))
-    pages = Pages(folder, notice)
+    pages = Pages(folder, notice, known_prices())
     with (
         leaving_at_interrupt() as leaving,
         _listening(port, pages) as server,

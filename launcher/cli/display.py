@@ -17,7 +17,9 @@ from rich.text import Text
 from launcher.cli.progress import AttemptView, metrics_line, notice
 from launcher.launch.screen import Watcher
 from launcher.planner.plan import Plan
+from launcher.planner.prices import known_prices
 from launcher.runs import samples
+from launcher.runs.cost import in_words
 from launcher.runs.curve import Curve
 from launcher.runs.layout import RunDirectory
 from launcher.runs.phases import current_phase
@@ -230,6 +232,8 @@ def summary(run: RunDirectory, path: str) -> str:
         tokens = f"{last['tokens_so_far']:,} in " if "tokens_so_far" in last else ""
         took = duration(totals.seconds_in_attempts)
         attempts = f"over {run.last_attempt()} attempt{'s' * (run.last_attempt() != 1)}"
+        if used := in_words(totals.device_hours_with(None), known_prices()):
+            attempts += f", {used}"
         unit = next((record.get("unit", "token") for record in totals.prepared.values()), "token")
         lines.append(f"  {f'{unit}s' if tokens else 'time':11} {tokens}{took}, {attempts}")
     if isinstance(share := totals.last.get("finished", {}).get("data_share"), float):

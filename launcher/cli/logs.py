@@ -9,6 +9,7 @@ import time
 from itertools import islice
 from pathlib import Path
 
+from launcher.cli.following import WAIT_SECONDS, Following
 from launcher.errors import ConfigurationError, Problem
 from launcher.runs.layout import RunDirectory
 from launcher.runs.status import read_status
@@ -17,7 +18,6 @@ from launcher.runs.totals import Totals
 
 _POLL_SECONDS = 0.3
 _RANK_LOG = re.compile(r"^rank-(\d+)\.log$")
-_OVER = ("finished", "failed", "stopped", "interrupted")
 
 
 class Logs:
@@ -38,18 +38,25 @@ class Logs:
         self._totals = Totals(run)
 
     def show(self, follow: bool) -> None:
-        """Print the logs; with `follow` until the run is over. Raises ConfigurationError for a rank that is
-        not there."""
+        """Print the logs; with `follow` those of the next attempts too, until the run is over. Raises
+        ConfigurationError for a rank that is not there."""
         self._check_rank(follow)
         self._print(self.lines)
+        following, waited = Following(self.run), False
         while follow:
-            over = read_status(self.run, self._totals).state in _OVER and not self._slurm_goes_on()
+            state = read_status(self.run, self._totals).state
+            past = following.is_waiting or self.run.last_attempt() > self.attempt
+            over = following.is_over(state) or (past and not self._newest)
             if not over:
                 time.sleep(_POLL_SECONDS)
-                self._next_attempt()
+                self._next_attempts(following)
             self._print(0)
             if over:
                 return
+            if self._newest and following.is_waiting and not waited:
+                how = following.why(self.attempt) or state
+                print(f"{how}; waiting {WAIT_SECONDS:g} s for another attempt", file=sys.stderr, flush=True)
+            waited = following.is_waiting
 
     def _check_rank(self, follow: bool) -> None:
         there = sorted(
@@ -95,26 +102,14 @@ class Logs:
             )
         return line if self.rank is not None else f"[{path.stem.replace('-', ' ')}] {line}"
 
-    def _slurm_goes_on(self) -> bool:
-        """Return whether Slurm still has the job: then another attempt comes."""
-        from launcher.errors import SchedulerError
-        from launcher.launch.slurm.queue import queue
-        from launcher.launch.slurm.record import JobRecord, is_live
-
-        known = JobRecord.read(self.run)
-        if known is None or self.run.finished:
-            return False
-        try:
-            return is_live(queue([known.job_id]).get(known.job_id))
-        except SchedulerError:
-            return False
-
-    def _next_attempt(self) -> None:
-        if self._newest and (newest := self.run.last_attempt()) > self.attempt:
+    def _next_attempts(self, following: Following) -> None:
+        """Go on with the attempts that began since, one after another."""
+        while self._newest and self.run.last_attempt() > self.attempt:
             self._print(0)
-            self.attempt = newest
+            before = following.why(self.attempt)
+            self.attempt += 1
             if not self.as_json:
-                print(f"--- attempt {newest}", flush=True)
+                print(f"--- attempt {self.attempt}" + (f", after {before}" if before else ""), flush=True)
 
 
 def _split(line: bytes) -> list[str]:

@@ -40,6 +40,7 @@ def report(runs: Runs, output: Output = None, open_it: Open = False, as_json: As
     """Write one page of HTML that tells of runs, and opens anywhere, offline."""
     from launcher.cli.progress import notice
     from launcher.errors import StorageError
+    from launcher.planner.prices import known_prices
     from launcher.report.content import read_run
     from launcher.report.page import Report, check_installed, render
     from launcher.runs.layout import RunDirectory, write_atomically
@@ -52,7 +53,7 @@ def report(runs: Runs, output: Output = None, open_it: Open = False, as_json: As
         output = (home or Path()) / "report.html"
     title = sweep.name if sweep else ", ".join(run.path.name for run in directories)
     try:
-        page = render(Report(title, [read_run(run) for run in directories], notice, sweep))
+        page = render(Report(title, [read_run(run) for run in directories], notice, sweep, known_prices()))
         write_atomically(output, page)
     except OSError as error:
         raise StorageError(f"{error.filename}: {error.strerror}") from None

@@ -170,6 +170,7 @@ def _attempt(run: RunDirectory, plan: Plan, stop_at: int | None, as_json: bool) 
     from launcher.errors import ConfigurationError, Problem
     from launcher.launch.cutting import run_with_cuts
     from launcher.launch.screen import mute
+    from launcher.planner.prices import known_prices
     from launcher.runs.status import read_status
     from launcher.runs.wording import shown
 
@@ -180,6 +181,7 @@ def _attempt(run: RunDirectory, plan: Plan, stop_at: int | None, as_json: bool) 
     if stop_at is not None and stop_at <= (step := read_status(run).checkpoint_step or 0):
         reason = f"the run goes on from step {step}; name a later one"
         raise ConfigurationError(Problem("--stop-at", stop_at, reason))
+    known_prices()  # a bad one is refused now, and not where the summary says what was spent
     code = run_with_cuts(run, plan, Display(plan), stop_at)
     # Whoever read this may have gone, and the disk with the run: the attempt's own code is what counts.
     with contextlib.suppress(OSError):

@@ -81,7 +81,20 @@ def list_(folder: Folder = None, as_json: AsJson = False) -> None:
     if not seen:
         typer.echo(f"there are no runs under {folder}/", err=True)
         return
-    header = ["run", "state", "step", "loss", "metric", "began", "took", "left", "disk", "job", "reason"]
+    header = [
+        "run",
+        "state",
+        "step",
+        "loss",
+        "metric",
+        "began",
+        "took",
+        "used",
+        "left",
+        "disk",
+        "job",
+        "reason",
+    ]
     columns = zip(header, *map(_row, seen), strict=True)
     told = [column for place, column in enumerate(columns) if place < 3 or any(column[1:])]
     first, *rows = [list(row) for row in zip(*told, strict=True)]
@@ -91,6 +104,8 @@ def list_(folder: Folder = None, as_json: AsJson = False) -> None:
 def _row(seen: dict[str, Any]) -> list[str]:
     """A run in the list: its cells, empty where nothing is known."""
     from launcher.launch.slurm.view import reason
+    from launcher.planner.prices import known_prices
+    from launcher.runs.cost import in_words
     from launcher.runs.wording import duration, size
 
     of = f" of {seen['total_steps']}" if seen["total_steps"] else ""
@@ -103,6 +118,7 @@ def _row(seen: dict[str, Any]) -> list[str]:
         f"{metric['name']} {metric['value']:.4f}" if metric else "",
         "" if began is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(began)),
         duration(seen["seconds"]) if began is not None else "",
+        in_words(seen["device_hours"], known_prices()),
         "" if left is None else duration(left),
         size(seen["disk_bytes"]),
         seen.get("slurm", {}).get("job_id", ""),
@@ -127,6 +143,8 @@ def logs(
 
 def describe(seen: dict[str, Any]) -> str:
     """A status for people, one fact a line."""
+    from launcher.planner.prices import known_prices
+    from launcher.runs.cost import in_words
     from launcher.runs.prepared import line
     from launcher.runs.wording import duration
 
@@ -143,6 +161,7 @@ def describe(seen: dict[str, Any]) -> str:
         "nodes": ", ".join(seen["nodes"]) or None,
         "process": seen["process"],
         "attempts": str(seen["attempts"]),
+        "used": in_words(seen["device_hours"], known_prices()),
         **{role: line({"role": role, **rows}).partition(": ")[2] for role, rows in seen["data"].items()},
         # A script of one's own tells of no steps.
         "step": f"{seen['step']}{of}" if seen["step"] or of or seen["state"] == "planned" else None,

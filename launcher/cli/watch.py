@@ -34,7 +34,6 @@ _VERY_NARROW = 56
 """Columns below which the loss has no room beside the ranks, which are left out."""
 _IN_WORDS = ("compared", "straggler", "symptom", "rewound", "made_room", "layout", "other_engine")
 """Events whose values only their sentence makes plain."""
-_OVER = ("finished", "failed", "stopped")
 
 
 def watch(run: SomeRun = None, every: Every = 1.0, once: Once = False, as_json: AsJson = False) -> None:
@@ -63,15 +62,20 @@ def _follow(watched: Any, console: Any, every: float) -> None:
     """Until the run is over or Ctrl-C comes; the last picture stays."""
     from rich.live import Live
 
+    from launcher.cli.following import WAIT_SECONDS, Following
+
     asked_at = 0.0
     seen = watched.look(ask=True)
+    following = Following(watched.run)
     with (
         leaving_at_interrupt() as leaving,
         Live(
             screen(seen, console.width, console.height), console=console, screen=True, auto_refresh=False
         ) as live,
     ):
-        while not (leaving.is_set() or (seen["status"]["state"] in _OVER and not seen["goes_on"])):
+        while not (leaving.is_set() or following.is_over(seen["status"]["state"])):
+            if following.is_waiting:
+                seen["waiting"] = f"waiting {WAIT_SECONDS:g} s for another attempt"
             live.update(screen(seen, console.width, console.height), refresh=True)
             if leaving.wait(every):
                 break
@@ -117,7 +121,10 @@ def screen(seen: dict[str, Any], width: int, height: int = 32) -> Layout:
     ranks = ranks_table(seen["ranks"], brief=narrow)
     below = Layout(name="below")
     layout.split_column(
-        Layout(Panel(header(seen["status"]), title=seen["status"]["name"]), size=7 if narrow else 6),
+        Layout(
+            Panel(header(seen["status"]), title=seen["status"]["name"], subtitle=seen.get("waiting")),
+            size=7 if narrow else 6,
+        ),
         Layout(name="middle", ratio=2),
         below,
     )

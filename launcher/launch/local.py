@@ -14,6 +14,7 @@ from launcher.launch.screen import Screen, Watcher
 from launcher.launch.stop_signals import Signals
 from launcher.launch.supervisor import End, Supervisor, attempt_directory
 from launcher.planner.hardware.detect import Hardware
+from launcher.planner.hardware.gpu_table import name_here
 from launcher.planner.less_memory import less_memory
 from launcher.planner.plan import Plan
 from launcher.runs import failure as failures
@@ -64,7 +65,8 @@ def run(
         number, directory = attempt_directory(run)
         command, variables = agent_command(run, plan, number, stop_at, entry), environment(run, plan, number)
         write_command(directory / "command.json", command, variables)
-        event(run.events_file, "started", attempt=number, world_size=plan.mesh.world_size)
+        details = {"world_size": plan.mesh.world_size, "device": name_here(plan.mesh.device)}
+        event(run.events_file, "started", attempt=number, **details)
         killed_before = oom_kills()
         with signals.caught():
             supervisor = Supervisor(run, number, plan.grace_seconds, screen, signals, plan.hang_after)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from math import isfinite
 from typing import Any
 
 from launcher.errors import ConfigurationError, Problem
@@ -14,6 +13,7 @@ from launcher.planner.hardware.detect import Hardware
 from launcher.planner.hardware.gpu_table import NETWORKS, GpuType, gpu_type, on_network, seen
 from launcher.planner.memory.profiles import CACHED, Profiles
 from launcher.planner.plan import Plan, Refused, Why
+from launcher.planner.prices import known_prices, prices
 from launcher.planner.resolve.batch import divisors, nearest
 from launcher.planner.search import plan_job
 from launcher.planner.smallest_cluster import Offloading, refused_numbers
@@ -207,26 +207,15 @@ def _nothing_in_span(
 
 
 def with_prices(rows: list[PlanRow], texts: Iterable[str]) -> list[PlanRow]:
-    """Return the rows with the prices of their GPUs: `h100-80gb=2.5` is the price of one GPU and hour; several
-    in one text stand with commas between.
+    """Return the rows with the prices of their GPUs, from texts as `h100-80gb=2.5` and from LAUNCHER_PRICE.
 
     Raises ConfigurationError for a text that is no price, and for a GPU that none of the rows is of.
     """
-    prices: dict[str, float] = {}
-    for text in (part for together in texts for part in together.split(",")):
-        name, _, amount = text.partition("=")
-        try:
-            price = float(amount)
-        except ValueError:
-            price = float("nan")
-        if not isfinite(price) or price < 0:
-            raise ConfigurationError(
-                Problem("--price", text, "is no price; write NAME=AMOUNT, as h100-80gb=2.5")
-            )
-        prices[gpu_type(name, "--price").key] = price
+    asked = prices(texts, "--price")
     there = list(dict.fromkeys(row.gpu for row in rows))
-    for name in prices.keys() - set(there):
+    for name in asked.keys() - set(there):
         raise ConfigurationError(
             Problem("--price", name, f"is of a GPU that is not planned for; there are {', '.join(there)}")
         )
-    return [replace(row, price=prices.get(row.gpu)) for row in rows]
+    known = known_prices() | asked
+    return [replace(row, price=known.get(row.gpu)) for row in rows]

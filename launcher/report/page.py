@@ -6,8 +6,8 @@ import base64
 import functools
 import hashlib
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from launcher.report import figures
 from launcher.report.comparison import SweepContent, differing_settings, final_metrics
 from launcher.report.content import RunContent
 from launcher.runs import prepared
+from launcher.runs.cost import in_words
 from launcher.runs.wording import duration, gib, size
 
 MOST_TOLD = 6
@@ -32,6 +33,8 @@ class Report:
     runs: Sequence[RunContent]
     notice: Callable[[dict[str, Any]], str | None]
     sweep: SweepContent | None = None
+    prices: Mapping[str, float] = field(default_factory=dict)
+    """Of one device and hour, by its name."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ def fill(template: str, scripts: Sequence[str], live: Live | None, **content: An
         "memory": _known(gib),
         "moment": _known(moment),
         "duration": _known(duration),
+        "used": in_words,
         "why": prepared.why,
         "place": prepared.place,
     }

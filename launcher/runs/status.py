@@ -56,6 +56,8 @@ class Status:
     """When its first attempt began, in seconds since 1970."""
     seconds: float = 0.0
     """Wall time of its attempts; of one that was cut short or goes on, until the last that is known of it."""
+    device_hours: dict[str, float] = field(default_factory=dict)
+    """Of all attempts, by the name of the device: their wall time times their ranks, each of which holds one."""
     seconds_left: float | None = None
     """Until its last step, by the time of its last ones; evaluations and saves apart. While it trains."""
     hang: str | None = None
@@ -102,6 +104,7 @@ def read_status(run: RunDirectory, totals: Totals | None = None) -> Status:
         step_age_seconds=liveness.step_age(last, record) if state == "running" else None,
         began=totals.began,
         seconds=round(totals.seconds_with(record), 1),
+        device_hours={name: round(hours, 6) for name, hours in totals.device_hours_with(record).items()},
         seconds_left=time_left.seconds_left(time_left.recent(steps, last), int(record["step"]), total_steps)
         if record and state == "running"
         else None,

@@ -28,7 +28,7 @@ class Totals(Fold):
     """The totals of events.jsonl. Costs what was appended since they were kept."""
 
     kept_as = "totals.json"
-    form = 3
+    form = 4
 
     def __init__(self, run: RunDirectory) -> None:
         super().__init__(run.events_file)
@@ -45,6 +45,8 @@ class Totals(Fold):
             "time": 0.0,
             "over": False,
             "seconds": 0.0,
+            "ranks": [0, ""],
+            "device_hours": {},
         }
 
     def take_block(self, block: bytes) -> None:
@@ -67,6 +69,8 @@ class Totals(Fold):
         if name == "started":
             for other in _OF_ONE_ATTEMPT:
                 last.pop(other, None)
+            state["device_hours"] = self.device_hours_with(None)
+            state["ranks"] = [record.get("world_size") or 0, str(record.get("device") or "")]
             state["seconds"] = self.seconds_in_attempts
             state["began"], state["over"] = record.get("time"), False
             state["first_began"] = state["first_began"] or state["began"]
@@ -139,6 +143,16 @@ class Totals(Fold):
         since = (step or {}).get("time", 0.0) - self.state["time"]
         under_way = self.state["began"] is not None and not self.state["over"]
         return self.seconds_in_attempts + (max(0.0, since) if under_way else 0.0)
+
+    def device_hours_with(self, step: dict[str, Any] | None) -> dict[str, float]:
+        """Return for how long all attempts held their devices, by their names: the hours of one times their
+        number; an empty name is not known."""
+        num_ranks, device = self.state["ranks"]
+        hours = dict(self.state["device_hours"])
+        if num_ranks:
+            since = self.seconds_with(step) - self.state["seconds"]
+            hours[device] = hours.get(device, 0.0) + num_ranks * since / 3600
+        return hours
 
     @property
     def began(self) -> float | None:

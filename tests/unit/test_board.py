@@ -225,7 +225,7 @@ class TestWhatIsHandedOut:
 
     def test_the_list_on_the_terminal_leaves_out_what_nobody_has(self, folder: Path) -> None:
         lines = CliRunner().invoke(app, ["list", str(folder)]).output.splitlines()
-        assert lines[0].split() == ["run", "state", "step", "loss", "metric", "began", "took", "disk"]
+        assert lines[0].split() == ["run", "state", "step", "loss", "metric", "began", "took", "used", "disk"]
         assert lines[1].split()[:3] == ["one", "finished", "40"] and "loss 0.0750" in lines[1]
         assert "2025-10-0" in lines[1] and " 7 min 0 s " in lines[1]
         (folder.parent / "new" / "new").mkdir(parents=True)

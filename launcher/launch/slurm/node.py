@@ -42,6 +42,7 @@ from launcher.launch.slurm.supervision import TIME_LIMIT, NodeSupervisor
 from launcher.launch.stop_signals import Signals
 from launcher.launch.supervisor import End
 from launcher.plain_files import read_json
+from launcher.planner.hardware.gpu_table import name_here
 from launcher.planner.plan import Plan
 from launcher.runs import failure as failures
 from launcher.runs.aside import within
@@ -134,6 +135,7 @@ def _begin(run: RunDirectory, allocation: Allocation) -> tuple[Plan, int, Meetin
     set_umask(plan.share_with_group)
     number = _claim_attempt(run, allocation, hosts, address, port)
     details = {"job": allocation.job_id, "restart": allocation.restart, "nodes": list(hosts)}
+    details["device"] = name_here(plan.mesh.device)
     if left_out := allocation.hosts[plan.mesh.nodes :]:
         details["idle"] = list(left_out)
     event(run.events_file, "started", attempt=number, world_size=plan.mesh.world_size, **details)

@@ -13,6 +13,8 @@ from launcher.errors import LauncherError, SchedulerError, one_line
 from launcher.launch.slurm.deadline import seconds_since_1970
 from launcher.launch.slurm.queue import Entry, accounting, queue
 from launcher.launch.slurm.record import JobRecord, is_live
+from launcher.planner.prices import known_prices
+from launcher.runs.cost import cost
 from launcher.runs.glance import glance
 from launcher.runs.layout import RunDirectory
 from launcher.runs.status import Status, read_status
@@ -31,11 +33,11 @@ _WAITING = {
 
 
 def view(run: RunDirectory, totals: Totals | None = None) -> dict[str, Any]:
-    """The status of a run, with what Slurm says of its job under `slurm`: from the queue, or from accounting
-    once it is gone."""
+    """The status of a run with its `cost`, and with what Slurm says of its job under `slurm`: from the queue, or
+    from accounting once it is gone. Raises ConfigurationError for a bad LAUNCHER_PRICE."""
     known = JobRecord.read(run)
     if known is None:
-        return read_status(run, totals).to_dict()
+        return _together(read_status(run, totals), None, {})
     content: dict[str, Any] = {"job_id": known.job_id}
     entry = None
     try:
@@ -84,7 +86,7 @@ def _past(job_id: str) -> dict[str, str]:
 
 
 def _together(status: Status, entry: Entry | None, fields: dict[str, Any]) -> dict[str, Any]:
-    """The files tell how far the run is, the queue whether it waits or runs."""
+    """The files tell how far the run is, the queue whether it waits or runs, LAUNCHER_PRICE what it cost."""
     if entry is not None:
         fields = {**fields, **entry.to_dict()}
         if entry.state in _WAITING and status.state != "finished":
@@ -93,7 +95,8 @@ def _together(status: Status, entry: Entry | None, fields: dict[str, Any]) -> di
             status = replace(status, state="starting", command=None)
         elif not is_live(entry) and status.state == "running":
             status = replace(status, state="interrupted")
-    return {**status.to_dict(), "slurm": fields} if fields else status.to_dict()
+    seen = {**status.to_dict(), "cost": cost(status.device_hours, known_prices())}
+    return seen | ({"slurm": fields} if fields else {})
 
 
 def reason(seen: dict[str, Any]) -> str:
@@ -103,6 +106,14 @@ def reason(seen: dict[str, Any]) -> str:
         return str(seen.get("slurm", {}).get("reason") or "")
     word = (seen["failure"] or {}).get("cause") if seen["state"] == "failed" else seen["last_word"]
     return str(word or "")
+
+
+def has_live_job(run: RunDirectory) -> bool:
+    """Return whether Slurm says that the run's job runs, or will."""
+    known = JobRecord.read(run)
+    with contextlib.suppress(SchedulerError):
+        return known is not None and is_live(queue([known.job_id]).get(known.job_id))
+    return False
 
 
 def starts_in(entry: dict[str, Any]) -> float | None:

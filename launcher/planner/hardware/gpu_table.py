@@ -317,6 +317,14 @@ def seen(hardware: Hardware) -> GpuType | None:
     )
 
 
+def name_here(device: str) -> str:
+    """Return what the devices of this machine are called: `cpu`, a name of the table, or `gpu`."""
+    if device == "cpu":
+        return device
+    known = seen(Hardware.detect())
+    return known.key if known else "gpu"
+
+
 def _is_named(gpu: GpuType, name: str) -> bool:
     """Return whether a maker's name says that GPU, as a word: a GB200 is no B200, and an L40 no L4."""
     word = re.sub(r"(?<=[a-z])(?=\d)", r"\\s*", gpu.key.split("-")[0])

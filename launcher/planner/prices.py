@@ -1,0 +1,37 @@
+"""Prices of devices by their names, as people give them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from math import isfinite
+
+from launcher.errors import ConfigurationError, Problem
+from launcher.planner.hardware.gpu_table import gpu_type
+
+VARIABLE = "LAUNCHER_PRICE"
+
+
+def prices(texts: Iterable[str], where: str) -> dict[str, float]:
+    """Return the price of an hour of one GPU by its name, as `h100-80gb=2.5`, and of one rank on `cpu`; several
+    in one text stand with commas between.
+
+    Raises ConfigurationError for a text at `where` that is no price, and for an unknown GPU.
+    """
+    known: dict[str, float] = {}
+    for text in (part for together in texts for part in together.split(",")):
+        name, _, amount = text.partition("=")
+        try:
+            price = float(amount)
+        except ValueError:
+            price = float("nan")
+        if not isfinite(price) or price < 0:
+            raise ConfigurationError(Problem(where, text, "is no price; write NAME=AMOUNT, as h100-80gb=2.5"))
+        known["cpu" if name.strip() == "cpu" else gpu_type(name, where).key] = price
+    return known
+
+
+def known_prices() -> dict[str, float]:
+    """Return those that LAUNCHER_PRICE names. Raises ConfigurationError."""
+    text = os.environ.get(VARIABLE, "")
+    return prices([text], VARIABLE) if text.strip() else {}

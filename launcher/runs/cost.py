@@ -1,0 +1,28 @@
+"""What a run took of its devices, in hours and in money."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+def in_words(device_hours: Mapping[str, float], prices: Mapping[str, float]) -> str:
+    """Return the hours of all devices of each kind, of CPUs those of the ranks, and what they cost where that is
+    known: `3.2 GPU-hours, cost 8.00`."""
+    kinds: dict[str, float] = {}
+    for device, hours in device_hours.items():
+        kind = "rank-hours" if device in ("", "cpu") else "GPU-hours"
+        kinds[kind] = kinds.get(kind, 0.0) + hours
+    parts = [f"{_short(hours)} {kind}" for kind, hours in kinds.items()]
+    spent = cost(device_hours, prices)
+    return ", ".join(parts if spent is None else [*parts, f"cost {spent:,.2f}"])
+
+
+def _short(hours: float) -> str:
+    return f"{hours:.2g}" if hours < 10 else f"{hours:,.0f}" if hours >= 100 else f"{hours:.1f}"
+
+
+def cost(device_hours: Mapping[str, float], prices: Mapping[str, float]) -> float | None:
+    """Return what these hours cost, by the price of one device and hour; None where one is not known."""
+    if not device_hours or device_hours.keys() - prices.keys():
+        return None
+    return round(sum(hours * prices[device] for device, hours in device_hours.items()), 4)
