@@ -25,11 +25,24 @@ Disk = Annotated[
 
 
 Kept = Annotated[bool, typer.Option("--force", help="Measure, though other work makes the figures too low.")]
+Quick = Annotated[
+    bool, typer.Option("--quick", help="In half a minute: less of everything, and nothing of the disk.")
+]
+_LEFT_OUT = (
+    "quick: fewer rounds of each figure, so that they scatter more; messages of two sizes alone; the disk left "
+    "out (plans take what is usual)"
+)
 _BUSY = 0.5
 """Share of the cores that other work has, from which on figures are too low to plan by."""
 
 
-def bench(nproc: Ranks = None, disk: Disk = Path(), force: Kept = False, as_json: AsJson = False) -> None:
+def bench(
+    nproc: Ranks = None,
+    disk: Disk = Path(),
+    quick: Quick = False,
+    force: Kept = False,
+    as_json: AsJson = False,
+) -> None:
     """Measure this machine, so that plans count with its own figures."""
     import os
 
@@ -38,6 +51,7 @@ def bench(nproc: Ranks = None, disk: Disk = Path(), force: Kept = False, as_json
     from launcher.errors import ConfigurationError, Problem
     from launcher.planner.hardware.detect import find_gpus
     from launcher.runs.machine import Machine, path
+    from launcher.training.bench import FULL, QUICK
     from launcher.training.bench import bench as measure
 
     ranks = nproc or len(find_gpus()[0]) or 2
@@ -49,15 +63,29 @@ def bench(nproc: Ranks = None, disk: Disk = Path(), force: Kept = False, as_json
         if not force:
             raise ConfigurationError(Problem("--force", force, f"{reason}; wait for its end, or add --force"))
         typer.echo(f"warning: {reason}, and are kept all the same", err=True)
-    typer.echo("this takes about two minutes on an idle machine", err=True)
-    figures = measure(ranks, disk.absolute(), lambda what: typer.echo(f"measuring {what} ...", err=True))
-    Machine.read().with_rates(figures.rates).write()
+    if quick:
+        typer.echo(_LEFT_OUT, err=True)
+    figures = measure(ranks, disk.absolute(), _report, QUICK if quick else FULL)
+    before = Machine.read().of(figures.rates.device)
+    keeps = not quick or before is None or before.quick
+    if keeps:
+        Machine.read().with_rates(figures.rates).write()
     if as_json:
         messages = [asdict(message) for message in figures.messages]
-        print_json({**asdict(figures.rates), "messages": messages, "kept": str(path())})
+        print_json({**asdict(figures.rates), "messages": messages, "kept": str(path()) if keeps else None})
         return
     print_table(["what", "rate"], _rows(figures))
-    typer.echo(f"kept in {path()}; `launcher plan` counts with it", err=True)
+    if keeps:
+        typer.echo(f"kept in {path()}; `launcher plan` counts with it", err=True)
+    elif before is not None:
+        whole = f"plans count with the whole measurement of {before.when}, which stays in {path()}"
+        typer.echo(f"not kept: {whole}; `launcher bench` makes a new one", err=True)
+
+
+def _report(what: str, seconds_left: float) -> None:
+    from launcher.runs.wording import duration
+
+    typer.echo(f"measuring {what} ... about {duration(seconds_left)} left", err=True)
 
 
 def _rows(figures: Bench) -> list[list[str]]:

@@ -38,8 +38,8 @@ def board(folder: Runs = None, port: Port = 0, open_it: Open = False, as_json: A
     from launcher.board.pages import Pages
     from launcher.cli.progress import notice
     from launcher.cli.watch import leaving_at_interrupt
-    from launcher.planner.prices import known_prices
     from launcher.errors import ConfigurationError, Problem
+    from launcher.planner.prices import known_prices
     from launcher.report.page import check_installed
     from launcher.runs.layout import runs_folder
 

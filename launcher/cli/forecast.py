@@ -106,6 +106,8 @@ def speed_lines(forecast: Forecast, no_epoch: str | None = None) -> str:
     )
     lines.append(f"  a step       {_seconds(speed.step)}: {parts}")
     lines.append(f"  rate         {speed.tokens_per_second:,.0f} tokens/s, {share}")
+    if (rates := forecast.target.gpu) and "--quick" in rates.source:
+        lines.append(f"  measured     by {rates.source}; launcher bench takes longer and scatters less")
     if whole := forecast.duration:
         waiting = f"{whole.data * whole.num_steps:.1f} s for data"
         if whole.num_saves:

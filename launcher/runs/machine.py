@@ -46,6 +46,8 @@ class Rates:
     disk_read: float | None = None
     num_ranks: int = 1
     """Among which messages were measured."""
+    quick: bool = False
+    """Whether it was measured for a short time, and not all of it."""
 
 
 @dataclass(frozen=True)

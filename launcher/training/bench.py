@@ -7,7 +7,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,47 @@ from launcher.training import closing, cpu_half_matmul
 from launcher.training.fresh import in_fresh_ranks, leave
 from launcher.training.precision import DTYPES
 
-Report = Callable[[str], None]
+Report = Callable[[str, float], None]
+"""Told what is measured next, and the seconds to the end."""
 MESSAGE_BYTES = tuple(1 << power for power in (12, 16, 20, 24, 26))
-_SECONDS, _TURNS = 0.5, 9
-"""For each figure, after one round that is not counted; where several are compared, in so many turns."""
 _LARGEST_PRODUCT = 8192
 _COPY_BYTES = 1 << 28
-_FILE_BYTES = 1 << 28
 _BLOCK_BYTES = 1 << 23
+
+
+@dataclass(frozen=True)
+class Effort:
+    """Say how much is measured for each figure, after one round that is not counted."""
+
+    seconds: float = 0.5
+    turns: int = 9
+    """In so many those are measured that are compared with each other."""
+    rounds: int = 10
+    """Of each message."""
+    message_bytes: tuple[int, ...] = MESSAGE_BYTES
+    file_bytes: int = 1 << 28
+    parts: tuple[float, ...] = (2.0, 1.0, 60.0, 30.0, 3.0)
+    """Seconds on two idle cores: products in one precision, memory, messages, calling, files."""
+
+
+FULL = Effort()
+QUICK = Effort(0.2, 3, 3, (1 << 16, 1 << 24), 0, (0.5, 0.5, 6.0, 14.0, 0.0))
+"""Without the disk; of messages a small and a large one."""
+
+
+class Progress:
+    """Tells how long it still takes, by how long the parts that are over took."""
+
+    def __init__(self, report: Report, parts: list[float]) -> None:
+        self._report, self._parts = report, parts
+        self._began, self._number = time.monotonic(), 0
+
+    def next(self, what: str) -> None:
+        """Say what is measured now."""
+        foreseen, left = sum(self._parts[: self._number]), sum(self._parts[self._number :])
+        slowed = max(1.0, (time.monotonic() - self._began) / foreseen) if foreseen else 1.0
+        self._report(what, left * slowed)
+        self._number += 1
 
 
 @dataclass(frozen=True)
@@ -50,34 +83,38 @@ class Bench:
     messages: tuple[Message, ...]
 
 
-def bench(num_ranks: int, directory: Path, report: Report) -> Bench:
+def bench(num_ranks: int, directory: Path, report: Report, effort: Effort = FULL) -> Bench:
     """Measure everything, with as many ranks for the messages, and files in `directory`. Raises StorageError
     where none can be written."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     name = torch.cuda.get_device_name(0) if device.type == "cuda" else "cpu"
-    matrix = {}
+    product, memory, message, calling, files = effort.parts
+    parts = [product] * len(DTYPES) + [memory] + [message] * (num_ranks > 1) + [calling, files]
+    progress, matrix = Progress(report, parts), {}
     for precision, dtype in DTYPES.items():
         if device.type == "cpu":
             cpu_half_matmul.widen(dtype)  # as ranks do
-        report(f"matrix products in {precision}")
-        matrix[precision] = product_rate(dtype, device)
-    report("memory")
-    bandwidth = copy_rate(device)
+        progress.next(f"matrix products in {precision}")
+        matrix[precision] = product_rate(dtype, device, effort)
+    progress.next("memory")
+    bandwidth = copy_rate(device, effort)
     messages: tuple[Message, ...] = ()
     each = None
     if num_ranks > 1:
-        report(f"messages between {num_ranks} ranks")
-        messages, each = message_rates(num_ranks, device.type)
-    report("the calling of operators")
+        progress.next(f"messages between {num_ranks} ranks")
+        messages, each = message_rates(num_ranks, device.type, effort)
+    progress.next("the calling of operators")
     # Of a CPU, as its ranks call them: all at once, each with its share of the threads.
     reference = (
-        reference_seconds("cuda")
+        reference_seconds("cuda", effort)
         if device.type == "cuda"
-        else in_fresh_ranks(reference_seconds, ("cpu",), num_ranks)
+        else in_fresh_ranks(reference_seconds, ("cpu", effort), num_ranks)
     )
-    report(f"files in {directory}")
-    written, read = file_rates(directory)
-    to_device, to_host = transfer_rates(device) if device.type == "cuda" else (None, None)
+    written = read = None
+    if effort.file_bytes:
+        progress.next(f"files in {directory}")
+        written, read = file_rates(directory, effort)
+    to_device, to_host = transfer_rates(device, effort) if device.type == "cuda" else (None, None)
     link = max(
         (message.bytes_per_second for message in messages if message.kind == "all-gather"), default=None
     )
@@ -93,12 +130,13 @@ def bench(num_ranks: int, directory: Path, report: Report) -> Bench:
         to_host,
         written,
         read,
+        num_ranks=num_ranks,
+        quick=effort is QUICK,
     )
-    rates = replace(rates, num_ranks=num_ranks)
     return Bench(rates, messages)
 
 
-def seconds_of(work: Callable[[], object], device: torch.device, budget: float = _SECONDS) -> float:
+def seconds_of(work: Callable[[], object], device: torch.device, budget: float) -> float:
     """The least of the times of one call, over as many calls as the budget has room for, after a first one
     that is not counted.
 
@@ -120,31 +158,31 @@ def _timed(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def product_rate(dtype: torch.dtype, device: torch.device) -> float:
+def product_rate(dtype: torch.dtype, device: torch.device, effort: Effort = FULL) -> float:
     """Operations a second of square products. They grow until one takes a tenth of the budget: some are slow
     on some processors."""
     size, rate = 128, 0.0
     while size <= _LARGEST_PRODUCT:
         left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         first = _timed(lambda left=left, right=right: left @ right, device)  # type: ignore[misc]
-        if first > _SECONDS and rate:
+        if first > effort.seconds and rate:
             break
-        seconds = seconds_of(lambda left=left, right=right: left @ right, device, _SECONDS / 4)  # type: ignore[misc]
+        seconds = seconds_of(lambda left=left, right=right: left @ right, device, effort.seconds / 4)  # type: ignore[misc]
         rate = max(rate, 2 * size**3 / seconds)
-        if seconds > _SECONDS / 10:
+        if seconds > effort.seconds / 10:
             break
         size *= 2
     return rate
 
 
-def copy_rate(device: torch.device) -> float:
+def copy_rate(device: torch.device, effort: Effort = FULL) -> float:
     """Bytes read and written a second, copying far more than any cache holds."""
     source = torch.ones(_COPY_BYTES // 4, device=device)
     target = torch.empty_like(source)
-    return 2 * _COPY_BYTES / seconds_of(lambda: target.copy_(source), device)
+    return 2 * _COPY_BYTES / seconds_of(lambda: target.copy_(source), device, effort.seconds)
 
 
-def reference_seconds(device_type: str) -> dict[str, float]:
+def reference_seconds(device_type: str, effort: Effort = FULL) -> dict[str, float]:
     """A forward and backward pass of the reference model, which is nothing but the calling of operators, by
     what is computed again.
 
@@ -153,9 +191,9 @@ def reference_seconds(device_type: str) -> dict[str, float]:
     device = torch.device(device_type)
     steps = {way: _reference_step(way, device) for way in ("none", "selective", "full")}
     taken: dict[str, list[float]] = {way: [] for way in steps}
-    for _ in range(_TURNS):
+    for _ in range(effort.turns):
         for way, step in steps.items():
-            taken[way].append(seconds_of(step, device, _SECONDS / _TURNS))
+            taken[way].append(seconds_of(step, device, effort.seconds / effort.turns))
     return {way: min(seconds) for way, seconds in taken.items()}
 
 
@@ -192,23 +230,23 @@ def reference_batch(length: int, device: torch.device) -> dict[str, Any]:
     }
 
 
-def transfer_rates(device: torch.device) -> tuple[float, float]:
+def transfer_rates(device: torch.device, effort: Effort = FULL) -> tuple[float, float]:
     """Bytes a second to a GPU and back, from pinned memory."""
     host = torch.empty(_COPY_BYTES // 4, pin_memory=True)
     there = torch.empty(_COPY_BYTES // 4, device=device)
-    to_device = seconds_of(lambda: there.copy_(host, non_blocking=True), device)
-    to_host = seconds_of(lambda: host.copy_(there, non_blocking=True), device)
+    to_device = seconds_of(lambda: there.copy_(host, non_blocking=True), device, effort.seconds)
+    to_host = seconds_of(lambda: host.copy_(there, non_blocking=True), device, effort.seconds)
     return _COPY_BYTES / to_device, _COPY_BYTES / to_host
 
 
-def file_rates(directory: Path) -> tuple[float, float]:
+def file_rates(directory: Path, effort: Effort = FULL) -> tuple[float, float]:
     """Bytes a second written and synced, and read again from the disk rather than from the page cache. Raises
     StorageError."""
     block = os.urandom(_BLOCK_BYTES)
     try:
         with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
             began = time.perf_counter()
-            for _ in range(_FILE_BYTES // _BLOCK_BYTES):
+            for _ in range(effort.file_bytes // _BLOCK_BYTES):
                 file.write(block)
             os.fsync(file.fileno())
             written = time.perf_counter() - began
@@ -223,23 +261,23 @@ def file_rates(directory: Path) -> tuple[float, float]:
             f"no file can be written in {directory}: {error.strerror or error}; name another place "
             "with --disk"
         ) from None
-    return _FILE_BYTES / written, _FILE_BYTES / read
+    return effort.file_bytes / written, effort.file_bytes / read
 
 
-def message_rates(num_ranks: int, device: str) -> tuple[tuple[Message, ...], float]:
+def message_rates(num_ranks: int, device: str, effort: Effort = FULL) -> tuple[tuple[Message, ...], float]:
     """All-gathers and all-reduces of growing size between ranks of this machine, as rank 0 sees them; what
     FSDP takes for each beside."""
     with tempfile.TemporaryDirectory(prefix="launcher-bench-") as folder:
         store = Path(folder) / "store"
         result = Path(folder) / "result.pt"
         multiprocessing.start_processes(
-            _rank, (num_ranks, device, str(store), str(result)), num_ranks, start_method="spawn"
+            _rank, (num_ranks, device, str(store), str(result), effort), num_ranks, start_method="spawn"
         )
         rows, each = torch.load(result, weights_only=True)
     return tuple(Message(*row) for row in rows), each
 
 
-def _rank(rank: int, num_ranks: int, device: str, store: str, result: str) -> None:
+def _rank(rank: int, num_ranks: int, device: str, store: str, result: str, effort: Effort) -> None:
     warnings.simplefilter(
         "ignore", FutureWarning
     )  # PyTorch 2.13 renames all_gather_into_tensor; 2.11 has only that name
@@ -252,21 +290,23 @@ def _rank(rank: int, num_ranks: int, device: str, store: str, result: str) -> No
         "nccl" if device == "cuda" else "gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks
     )
     rows = []
-    for num_bytes in MESSAGE_BYTES:
+    for num_bytes in effort.message_bytes:
         part = torch.ones(max(1, num_bytes // 4 // num_ranks), device=where)
         whole = torch.empty(part.numel() * num_ranks, device=where)
-        gather = _agreed_seconds(partial(distributed.all_gather_into_tensor, whole, part), where)
-        reduce = _agreed_seconds(partial(distributed.all_reduce, whole), where)
+        gather = _agreed_seconds(
+            partial(distributed.all_gather_into_tensor, whole, part), where, effort.rounds
+        )
+        reduce = _agreed_seconds(partial(distributed.all_reduce, whole), where, effort.rounds)
         received = whole.numel() * 4 * (num_ranks - 1) / num_ranks
         rows.append(("all-gather", num_bytes, gather, received / gather))
         rows.append(("all-reduce", num_bytes, reduce, 2 * received / reduce))
-    each = unit_seconds(where)
+    each = unit_seconds(where, rounds=3 * effort.rounds)
     if rank == 0:
         torch.save((rows, each), result)
     leave()
 
 
-def unit_seconds(device: torch.device, num_units: int = 8) -> float:
+def unit_seconds(device: torch.device, num_units: int = 8, rounds: int = 30) -> float:
     """Return what FSDP takes for each of its messages beside the bytes: a step of tiny units, less the same
     step without FSDP."""
     taken = []
@@ -281,12 +321,12 @@ def unit_seconds(device: torch.device, num_units: int = 8) -> float:
             model(torch.ones(1, 16, device=device)).sum().backward()
             model.zero_grad(set_to_none=True)
 
-        taken.append(_agreed_seconds(step, device, rounds=30))
+        taken.append(_agreed_seconds(step, device, rounds))
     # Of each unit two gatherings and one sending.
     return max(0.0, taken[1] - taken[0]) / (3 * num_units)
 
 
-def _agreed_seconds(work: Callable[[], object], device: torch.device, rounds: int = 10) -> float:
+def _agreed_seconds(work: Callable[[], object], device: torch.device, rounds: int) -> float:
     """Every rank does as many rounds."""
     _timed(work, device)
     return min(_timed(work, device) for _ in range(rounds))

@@ -21,7 +21,7 @@ from launcher.planner.plan import Plan
 from launcher.runs.events import read
 from launcher.runs.layout import RunDirectory
 from launcher.runs.machine import Machine, Rates
-from launcher.training.bench import MESSAGE_BYTES, Bench, copy_rate, file_rates
+from launcher.training.bench import MESSAGE_BYTES, QUICK, Bench, Progress, copy_rate, file_rates
 from launcher.training.devices import Lap
 from launcher.training.reporting import forecast_check
 from tests.training.plans import plan_of
@@ -31,7 +31,8 @@ from tests.training.runs import causal_data, finish, model_directory, new_run, p
 @pytest.mark.slow
 @pytest.mark.very_slow
 @pytest.mark.timeout(1500)  # it takes 100 s by itself, and several times that beside other tests
-def test_a_machine_is_measured_and_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize("quick", [False, True])
+def test_a_machine_is_measured_and_kept(tmp_path: Path, quick: bool) -> None:
     environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path / "state")}
     command = [
         sys.executable,
@@ -44,6 +45,7 @@ def test_a_machine_is_measured_and_kept(tmp_path: Path) -> None:
         "--disk",
         str(tmp_path),
         "--json",
+        *["--quick"] * quick,
     ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1400)
     assert done.returncode == 0, done.stderr
@@ -51,12 +53,17 @@ def test_a_machine_is_measured_and_kept(tmp_path: Path) -> None:
     assert set(found["matrix"]) == {"fp32", "bf16", "fp16"} and all(
         rate > 1e6 for rate in found["matrix"].values()
     )
-    assert all(found[name] > 1e6 for name in ("bandwidth", "link", "disk_write", "disk_read"))
+    assert all(
+        found[name] > 1e6 for name in ("bandwidth", "link", *["disk_write", "disk_read"] * (not quick))
+    )
+    assert found["quick"] == quick and (found["disk_read"] is None) == quick
+    assert "s left" in done.stderr and ("the disk left out" in done.stderr) == quick
     # What is computed again is called again, and selective checkpointing looks at every operator in Python.
     assert 0 < found["reference"]["none"] < found["reference"]["full"] < found["reference"]["selective"]
     assert 0 < found["message"] < 1
     kinds = [(message["kind"], message["num_bytes"]) for message in found["messages"]]
-    assert kinds == [(kind, size) for size in MESSAGE_BYTES for kind in ("all-gather", "all-reduce")]
+    sizes = QUICK.message_bytes if quick else MESSAGE_BYTES
+    assert kinds == [(kind, size) for size in sizes for kind in ("all-gather", "all-reduce")]
     (kept,) = (tmp_path / "state" / "launcher" / "machines").glob("*.json")
     assert json.loads(kept.read_text())["rates"][0]["matrix"] == found["matrix"]
     assert not [path for path in tmp_path.iterdir() if path.name != "state"], "the files it wrote are gone"
@@ -81,6 +88,39 @@ def test_a_busy_machine_is_measured_only_where_that_is_forced(
     assert len(Machine.read().rates) == kept
     assert ("figures would be too low" in shown.err) == (load == 70)
     assert not kept or Path(json.loads(shown.out)["kept"]).is_file(), "else it left before it measured"
+
+
+def test_a_quick_measurement_takes_no_whole_ones_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setattr("psutil.cpu_percent", lambda interval: 0.0)
+
+    def bench(rate: float, *options: str) -> tuple[float, str]:
+        rates = Rates("cpu", "2026-11-30", {"fp32": rate}, 10e9, quick="--quick" in options)
+        monkeypatch.setattr("launcher.training.bench.bench", lambda *_: Bench(rates, ()))
+        with pytest.raises(SystemExit):
+            main(["bench", *options])
+        kept = Machine.read().of("cpu")
+        assert kept is not None
+        return kept.matrix["fp32"], capsys.readouterr().err
+
+    assert bench(1e9, "--quick")[0] == bench(1e9, "--quick")[0] == 1e9
+    assert bench(2e9, "--quick")[0] == 2e9, "a newer quick one takes an older one's place"
+    assert bench(3e9)[0] == 3e9
+    rate, words = bench(4e9, "--quick")
+    assert rate == 3e9 and "not kept: plans count with the whole measurement of 2026-11-30" in words
+    assert "the disk left out" in words and bench(5e9)[0] == 5e9
+
+
+def test_how_long_it_still_takes_goes_by_how_long_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    said, now = list[tuple[str, float]](), [0.0]
+    monkeypatch.setattr("launcher.training.bench.time.monotonic", lambda: now[0])
+    progress = Progress(lambda what, left: said.append((what, left)), [1.0, 2.0, 7.0])
+    for what, seconds in (("a", 3.0), ("b", 3.0), ("c", 7.0)):
+        progress.next(what)
+        now[0] += seconds
+    assert said == [("a", 10.0), ("b", 27.0), ("c", 14.0)]
 
 
 def test_a_place_that_takes_no_files(tmp_path: Path) -> None:

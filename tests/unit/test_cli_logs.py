@@ -115,7 +115,7 @@ def test_following_ends_where_nobody_goes_on(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run, scenes = story
+    run, _ = story
     Logs(run, 0, None, 40).show(follow=True)
     assert WAIT_SECONDS <= time.monotonic() <= WAIT_SECONDS + 1
     # For so long as Slurm has the job, it waits.

@@ -50,7 +50,7 @@ def rates_for(plan: Plan, hardware: Hardware, machine: Machine | None = None) ->
         link=link,
         network=table.network if table else link,
         capability=table.capability if table else 0.0,
-        source=f"launcher bench, {known.when}",
+        source=f"launcher bench{' --quick' * known.quick}, {known.when}",
         **_shares(plan, known.link is not None),
         operator_seconds=operator_seconds(known),
         message_seconds=known.message and known.message * (_WAITING if plan.mesh.device == "cpu" else 1.0),
