@@ -9,7 +9,9 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -35,6 +37,7 @@ _INTERVAL = {
 }
 
 
+_LONGEST_ROW = 200
 _HEAD = ("", "| key | what to write | default | |", "|---|---|---|---|")
 
 
@@ -116,11 +119,31 @@ def shown(value: object) -> str:
     )
 
 
-def _row(key: Key) -> str:
-    default = "**required**" if key.field.is_required() else f"`{shown(key.field.default)}`"
-    allowed = expected_of(key.field).replace("|", "\\|")
-    text = " ".join(docstring(key.section, key.name).split())
-    return f"| `{key.path.rsplit('.', 1)[-1]}` | {allowed} | {default} | {text} |"
+def _rows(keys: Iterable[Key]) -> list[str]:
+    """Return a row for each key. What is longer than a row that can be read stands whole below the table."""
+    rows, below = list[str](), list[str]()
+    for key in keys:
+        name = f"`{key.path.rsplit('.', 1)[-1]}`"
+        default = "**required**" if key.field.is_required() else f"`{shown(key.field.default)}`"
+        allowed = expected_of(key.field).replace("|", "\\|")
+        text = " ".join(docstring(key.section, key.name).split())
+        row = f"| {name} | {allowed} | {default} | {text} |"
+        if len(row) - len(text) > _LONGEST_ROW - 20:
+            text, allowed = f"{text} Write {allowed}.", "see below"
+        if len(row) > _LONGEST_ROW:
+            below.append(f"- {name}: {text}")
+            row = f"| {name} | {allowed} | {default} | {text} |"
+            row = f"| {name} | {allowed} | {default} | {_begin(text, len(text) + _LONGEST_ROW - len(row))} |"
+        rows.append(row)
+    return [*rows, *(["", *below] if below else [])]
+
+
+def _begin(text: str, room: int) -> str:
+    """Return the first sentences or clauses of a text, and that more follows below."""
+    places = (match.start() for match in re.finditer(r"\.(?= [A-Z`])|[;:,] | \(", text))
+    ends = [end for end in places if end + 6 <= room and text[:end].count("(") == text[:end].count(")")]
+    sentences = [end for end in ends if text[end] == "."]
+    return f"{text[: (sentences or ends)[-1]]} (...)"
 
 
 def _section(title: str, section: type[BaseModel], prefix: str) -> list[str]:
@@ -135,7 +158,7 @@ def _section(title: str, section: type[BaseModel], prefix: str) -> list[str]:
         if "." not in key.path.removeprefix(prefix) and section_of(key.field) is not None
     ]
     lines = ["", f"## {title}", "", inspect.getdoc(section) or "", *_HEAD]
-    lines += [_row(key) for key in plain if key.section is section]
+    lines += _rows(key for key in plain if key.section is section)
     for task, columns in columns_by_task().items() if section is Data else ():
         lines += ["", f"### Columns of `{task}`", "", inspect.getdoc(columns) or "", *_HEAD]
         own = [
@@ -143,11 +166,11 @@ def _section(title: str, section: type[BaseModel], prefix: str) -> list[str]:
             for key in keys(columns, prefix)
             if key.section is columns and key.name not in Data.model_fields
         ]
-        lines += map(_row, own)
+        lines += _rows(own)
         inside = [(key.path, child) for key in own if (child := section_of(key.field))]
         for path, child in inside:
             lines += ["", f"#### `{path}`", "", inspect.getdoc(child) or "", *_HEAD]
-            lines += [_row(key) for key in keys(child, f"{path}.")]
+            lines += _rows(keys(child, f"{path}."))
     for key in nested:
         child = section_of(key.field)
         assert child is not None

@@ -190,8 +190,9 @@ def _section(title: str, entries: dict[str, Any], loss: str = "forward") -> str:
         others = alike[entry["refused"]]
         if len(others) <= _ALIKE:
             lines.append(f"| `{kind}` | {entry['refused']} |")
-        elif kind == others[0]:
-            lines.append(f"| {', '.join(f'`{name}`' for name in others)} | {entry['refused']} |")
+    for reason, kinds in alike.items():
+        if len(kinds) > _ALIKE:
+            lines += ["", f"And for one reason ({reason}): {', '.join(f'`{name}`' for name in kinds)}."]
     return "\n".join([*lines, ""])
 
 
