@@ -19,6 +19,8 @@ from launcher.errors import ConfigurationError, Problem
 
 PAGES = Path(__file__).parents[1] / "pages"
 _INDEX_END = "To change it:"
+_BELOW = re.compile(r"^- `([\w.]+)`: (.*)$", re.MULTILINE)
+"""What of a key is too long for its row."""
 _INDEX_LINE = re.compile(r"^- \[([^\]]+)\]\(((?:reference/)?[\w-]+\.md)\)(?:: (.*))?$", re.MULTILINE)
 _FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 _HEADING = re.compile(r"^(#{2,4}) (.*)$", re.MULTILINE)
@@ -156,7 +158,8 @@ def _keys(page: Page) -> Iterator[Entry]:
         else:
             path, task = title.split(" (")[0].replace("Top level", ""), ""
         own = _HEADING.split(text)[3]
-        table = [row for row in rows(own) if len(row) == 4]
+        below = dict(_BELOW.findall(own))
+        table = [_whole(row, below) for row in rows(own) if len(row) == 4]
         shown = [_key(path, row, task) for row in table]
         if not task:
             about = own.partition("\n|")[0].strip()
@@ -166,6 +169,15 @@ def _keys(page: Page) -> Iterator[Entry]:
             )
         for row, text_of_key in zip(table, shown, strict=True):
             yield Entry("key", (f"{path}.{_bare(row[0])}".lstrip("."),), page.name, text_of_key + "\n")
+
+
+def _whole(row: list[str], below: dict[str, str]) -> list[str]:
+    """Return a key's row with all that the page says of it, some of which may stand below its table."""
+    text = below.get(_bare(row[0]), row[3])
+    if row[1] != "see below":
+        return [*row[:3], text]
+    text, _, allowed = text.rpartition(" Write ")
+    return [row[0], allowed.removesuffix("."), row[2], text]
 
 
 def _key(path: str, row: list[str], task: str) -> str:
@@ -192,5 +204,8 @@ def _terms(page: Page) -> Iterator[Entry]:
 
 
 def _symptoms(page: Page) -> Iterator[Entry]:
+    before = ""
     for seen, why, cure in (row for row in rows(page.text) if len(row) == 3):
+        seen = before + seen.removeprefix("the same") if seen.startswith("the same") else seen
+        before = seen if not before or not seen.startswith(before) else before
         yield Entry("symptom", (seen,), page.name, f"- Seen: {seen}\n\n  Why: {why}\n\n  Cure: {cure}\n")

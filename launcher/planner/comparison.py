@@ -211,11 +211,11 @@ def with_prices(rows: list[PlanRow], texts: Iterable[str]) -> list[PlanRow]:
 
     Raises ConfigurationError for a text that is no price, and for a GPU that none of the rows is of.
     """
-    asked = prices(texts, "--price")
+    of_options = prices(texts, "--price")
     there = list(dict.fromkeys(row.gpu for row in rows))
-    for name in asked.keys() - set(there):
+    for name in of_options.keys() - set(there):
         raise ConfigurationError(
             Problem("--price", name, f"is of a GPU that is not planned for; there are {', '.join(there)}")
         )
-    known = known_prices() | asked
+    known = known_prices() | of_options
     return [replace(row, price=known.get(row.gpu)) for row in rows]

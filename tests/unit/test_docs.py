@@ -270,10 +270,6 @@ def test_sentences_are_told_apart() -> None:
     assert [words(one) for one in sentences(text)] == [2, 3, 1, 1, 2]
 
 
-_WIDE = ("architecture.md", "failures.md", "job-file.md", "models.md", "symptoms.md")
-"""Pages that have wider tables still."""
-
-
 @pytest.mark.parametrize("page", PAGES, ids=shown)
 def test_rows_of_tables_can_be_read(page: Path) -> None:
     wide = [
@@ -281,7 +277,7 @@ def test_rows_of_tables_can_be_read(page: Path) -> None:
         for line in prose(page.read_text(encoding="utf-8")).splitlines()
         if line.startswith("|") and len(line) > 200
     ]
-    assert not wide or page.name in _WIDE or page.parent.name == "benchmarks"
+    assert not wide or page.parent.name == "benchmarks"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=shown)

@@ -18,13 +18,19 @@ _RECORD = _report.DOCUMENTS / "fault_matrix.json"
 """What the table is made of: the matrix is injected in pieces, on one machine after another."""
 _TITLE = "What was injected, and what was seen"
 _LONGEST = 150
+_WIDEST_ROW = 190
+"""Of both cells of what was seen."""
+_NUM_VARIANTS = 8
+"""Which is each engine, with saves beside the steps and with plain ones, and with adapters."""
+_SEEN = "The last line that people saw, or where it went on the first warning:"
 _PATH = re.compile(r"(?<![\w.])/(?:[\w.-]+/)+(?=[\w.-]+)")
 """Of an absolute path all but the last name."""
 _INTRODUCTION = """Made by `python -m tests.benchmarks.bench_fault_matrix FOLDER --write` from what its runs saw, and changed by nobody.
 `#` is the row of the matrix; S and a number mark what reviewers had seen fail. "Gone" is the time from the fault until no process was
 left, or under Slurm until the next attempt began. "Samples" are those lost, and those of steps that had others than the undisturbed run;
-"again" is how many steps were done twice; "bits" whether every loss and gradient norm is that of the undisturbed run. A row that does not
-hold says why.
+"again" is how many steps were done twice; "bits" whether every loss and gradient norm is that of the undisturbed run. "All" is each
+engine, with saves beside the steps and plain ones, and with adapters. The second table has what people saw; a row that does not hold says
+there why.
 """
 
 
@@ -64,22 +70,14 @@ def write(injections: Sequence[Injection], known: dict[str, Any]) -> None:
         f"{len(done)} injections of {len(rows)} kinds, {held} of which held; {when}, on two cores that "
         "others used too.\n"
     )
-    header = (
-        "#",
-        "fault",
-        "under",
-        "seen",
-        "gone after",
-        "exit code",
-        "samples",
-        "again",
-        "bits",
-        "holds",
-        "date",
-    )
+    header = ("#", "fault", "under", "gone after", "exit code", "samples", "again", "bits", "holds", "date")
     never = [f"{injection.fault} ({injection.row})" for injection in injections if not _of(injection, known)]
     rest = f"\nNot injected yet: {'; '.join(never)}.\n" if never else ""
-    section = f"## {_TITLE}\n{_INTRODUCTION}\n{summary}\n{_report.table(header, rows)}{rest}"
+    numbers = _report.table(header, [(*row[:3], *row[4:]) for row in rows])
+    said = _report.table(
+        ("fault", "seen"), [(row[1], _cut(row[3], _WIDEST_ROW - len(row[1]))) for row in rows]
+    )
+    section = f"## {_TITLE}\n{_INTRODUCTION}\n{summary}\n{numbers}\n{_SEEN}\n\n{said}{rest}"
     old = _PAGE.read_text(encoding="utf-8")
     pattern = re.compile(rf"^## {re.escape(_TITLE)}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
     new = (
@@ -106,7 +104,7 @@ def _of(injection: Injection, known: dict[str, Any]) -> list[dict[str, Any]]:
     return [result for result in found if result is not None]
 
 
-def _row(injection: Injection, results: list[dict[str, Any]]) -> tuple[object, ...]:
+def _row(injection: Injection, results: list[dict[str, Any]]) -> tuple[str, ...]:
     if missing := results[0].get("missing"):
         return (
             injection.row,
@@ -119,13 +117,13 @@ def _row(injection: Injection, results: list[dict[str, Any]]) -> tuple[object, .
         )
     failed = [result for result in results if result["why_not"]]
     names = ", ".join(
-        result["variant"].replace(", plain saving", " plain").replace(", adapter", " adapter")
+        result["variant"].replace(", plain saving", " plain").replace(", adapter", " LoRA")
         for result in results
     )
     return (
         injection.row,
         injection.fault,
-        names,
+        "all" if len(results) == _NUM_VARIANTS else names,
         _clean(_seen(failed or results)),
         _range(
             [result.get("seconds_until_gone") or result.get("seconds_to_end") for result in results], " s"
@@ -160,8 +158,13 @@ def _seen(results: list[dict[str, Any]]) -> str:
 def _clean(text: str) -> str:
     """Without paths of the machine, in one cell of a table."""
     text = re.sub(r"[\w./-]*/(?=[\w.-]+)", "", " ".join(text.split()))
-    text = text.replace("|", "/").replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_")
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+    text = text.replace("|", "/").replace("<", "&lt;")
+    text = re.sub(r"(?<!\\)([*_])", r"\\\1", text)  # what was recorded is clean already
+    return _cut(text, _LONGEST)
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[:longest]}…"
 
 
 def _range(values: list[Any], unit: str) -> str:
