@@ -81,20 +81,8 @@ def list_(folder: Folder = None, as_json: AsJson = False) -> None:
     if not seen:
         typer.echo(f"there are no runs under {folder}/", err=True)
         return
-    header = [
-        "run",
-        "state",
-        "step",
-        "loss",
-        "metric",
-        "began",
-        "took",
-        "used",
-        "left",
-        "disk",
-        "job",
-        "reason",
-    ]
+    header = ["run", "state", "step", "loss", "metric", "began", "took", "used"]
+    header += ["left", "disk", "job", "reason"]
     columns = zip(header, *map(_row, seen), strict=True)
     told = [column for place, column in enumerate(columns) if place < 3 or any(column[1:])]
     first, *rows = [list(row) for row in zip(*told, strict=True)]

@@ -37,7 +37,7 @@ _INTERVAL = {
 }
 
 
-_LONGEST_ROW = 200
+_LONGEST_ROW, _LEAST_ROOM = 200, 20
 _HEAD = ("", "| key | what to write | default | |", "|---|---|---|---|")
 
 
@@ -123,19 +123,21 @@ def _rows(keys: Iterable[Key]) -> list[str]:
     """Return a row for each key. What is longer than a row that can be read stands whole below the table."""
     rows, below = list[str](), list[str]()
     for key in keys:
-        name = f"`{key.path.rsplit('.', 1)[-1]}`"
         default = "**required**" if key.field.is_required() else f"`{shown(key.field.default)}`"
-        allowed = expected_of(key.field).replace("|", "\\|")
+        cells = [f"`{key.path.rsplit('.', 1)[-1]}`", expected_of(key.field).replace("|", "\\|"), default]
         text = " ".join(docstring(key.section, key.name).split())
-        row = f"| {name} | {allowed} | {default} | {text} |"
-        if len(row) - len(text) > _LONGEST_ROW - 20:
-            text, allowed = f"{text} Write {allowed}.", "see below"
-        if len(row) > _LONGEST_ROW:
-            below.append(f"- {name}: {text}")
-            row = f"| {name} | {allowed} | {default} | {text} |"
-            row = f"| {name} | {allowed} | {default} | {_begin(text, len(text) + _LONGEST_ROW - len(row))} |"
-        rows.append(row)
+        if _room(cells) < _LEAST_ROOM:
+            text, cells[1] = f"{text} Write {cells[1]}.", "see below"
+        if len(text) > _room(cells):
+            below.append(f"- {cells[0]}: {text}")
+            text = _begin(text, _room(cells))
+        rows.append(f"| {' | '.join([*cells, text])} |")
     return [*rows, *(["", *below] if below else [])]
+
+
+def _room(cells: list[str]) -> int:
+    """Return the characters that a row has left for a last cell."""
+    return _LONGEST_ROW - len(f"| {' | '.join([*cells, ''])} |")
 
 
 def _begin(text: str, room: int) -> str:
@@ -143,7 +145,7 @@ def _begin(text: str, room: int) -> str:
     places = (match.start() for match in re.finditer(r"\.(?= [A-Z`])|[;:,] | \(", text))
     ends = [end for end in places if end + 6 <= room and text[:end].count("(") == text[:end].count(")")]
     sentences = [end for end in ends if text[end] == "."]
-    return f"{text[: (sentences or ends)[-1]]} (...)"
+    return f"{text[: (sentences or ends or [room - 6])[-1]]} (...)"
 
 
 def _section(title: str, section: type[BaseModel], prefix: str) -> list[str]:
