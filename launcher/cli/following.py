@@ -8,7 +8,7 @@ from launcher.launch.slurm.view import has_live_job
 from launcher.runs import attempts, events
 from launcher.runs.layout import RunDirectory
 
-WAIT_SECONDS = 20.0
+WAIT_SECONDS = 60.0
 """For another attempt where Slurm does not have the job: with smaller passes, or because somebody resumes it."""
 _ASK_SECONDS = 10.0
 """Between two questions to Slurm's controller, which serves many."""
