@@ -148,9 +148,12 @@ def trainer_optimizer(name: str, said: str, reading: Reading) -> None:
         reading.say("training.optimizer", "sgd", said)
         reading.say("training.momentum", 0.0, said)
         return
+    if name == "adafactor":
+        reading.say("training.optimizer", "adafactor", said)
+        return
     if name not in _ADAMW:
         reading.cannot_say(
-            said, name, "launcher has adamw, adam, sgd and muon with fp32 states; taken: adamw"
+            said, name, "launcher has adamw, adam, sgd, muon and adafactor with fp32 states; taken: adamw"
         )
     reading.say("training.optimizer", "adamw", said)
 
@@ -189,7 +192,7 @@ def _deepspeed_optimizer(optimizer: dict[str, Any], params: dict[str, Any], read
         else:
             taken = "sgd" if name == "sgd" else "adamw"
             if name != "sgd":
-                text = "launcher has adamw, adam, sgd and muon; taken: adamw"
+                text = "launcher has adamw, adam, sgd, muon and adafactor; taken: adamw"
                 reading.cannot_say("optimizer.type", kind, text)
         reading.say("training.optimizer", taken, "optimizer.type")
     for option, key in (

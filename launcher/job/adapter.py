@@ -1,4 +1,4 @@
-"""The section `model.adapter`: which layers get low-rank matrices, what trains beside them."""
+"""The section `model.adapter`: which layers get matrices or vectors of their own, what trains beside them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,17 @@ from launcher.values import Fraction, Line, Section
 
 _HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 """Names of the matrix that makes logits."""
-OWN = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
+OWN = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector", ".ia3_l")
 """The ends of the names of an adapter's own parameters, as peft's files have them."""
 
 
 class Adapter(Section):
-    """Train small matrices beside the model's own weights, which stay as they are (LoRA, arXiv 2106.09685)."""
+    """Train small matrices or vectors beside the model's own weights, which stay as they are (LoRA, arXiv
+    2106.09685; IA3, arXiv 2205.05638)."""
 
+    method: Literal["lora", "ia3"] = "lora"
+    """Add B A to a weight (`lora`), or multiply what comes out of a layer, number by number, by what is learned
+    (`ia3`)."""
     rank: int = Field(default=16, ge=1, le=65_536)
     """Rows of A and columns of B: what is added to a weight is B A."""
     alpha: float = Field(default=32.0, gt=0)
@@ -39,7 +43,10 @@ class Adapter(Section):
     """Dropout of what goes into A."""
     targets: Literal["all-linear"] | Annotated[tuple[Line, ...], Field(min_length=1)] = "all-linear"
     """Which linear layers get one: all of the repeated layers, or those whose name, or the end of it, matches
-    a pattern, as `q_proj`."""
+    a pattern, as `q_proj`. `ia3` needs a list."""
+    feedforward: tuple[Line, ...] = ()
+    """Of `ia3`: those targets of which what goes in is multiplied, and not what comes out, as `down_proj`: the
+    last layer of a feed-forward part."""
     train_also: tuple[Line, ...] = ()
     """Patterns of parameter names that are trained in full beside them, as `model.norm.*`; a new head is so
     in any case."""
@@ -60,12 +67,11 @@ class Adapter(Section):
     def takes(self, layer: str) -> bool:
         """Return whether a linear layer gets one by its name; with `all-linear` whoever asks has chosen the
         layers."""
-        if self.targets == "all-linear":
-            return True
-        return any(
-            fnmatch.fnmatchcase(layer, pattern) or fnmatch.fnmatchcase(layer, f"*.{pattern}")
-            for pattern in self.targets
-        )
+        return self.targets == "all-linear" or _matches(layer, self.targets)
+
+    def scales_input(self, layer: str) -> bool:
+        """Return whether IA3 multiplies what goes into a layer, and not what comes out of it."""
+        return _matches(layer, self.feedforward)
 
     def trains(self, name: str) -> bool:
         """Return whether a parameter is trained: an adapter's own, or one of `train_also`."""
@@ -81,8 +87,12 @@ class Adapter(Section):
         layers, parameters = list(layers), list(parameters)
         ends = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
         problems = []
+        for pattern in self.feedforward:
+            if not any(_matches(name, (pattern,)) and self.takes(name) for name in layers):
+                reason = f"matches none of the targets; {_nearest(pattern, list(self.targets))}"
+                problems.append(Problem("model.adapter.feedforward", pattern, reason))
         for pattern in () if self.targets == "all-linear" else self.targets:
-            if not any(self.model_copy(update={"targets": (pattern,)}).takes(name) for name in layers):
+            if not any(_matches(name, (pattern,)) for name in layers):
                 reason = (
                     "matches no linear layer that can have one; "
                     f"{_nearest(pattern, layers if '.' in pattern else ends)}"
@@ -100,6 +110,14 @@ class Adapter(Section):
                     )
                 problems.append(Problem("model.adapter.train_also", pattern, reason))
         return problems
+
+
+def _matches(layer: str, patterns: Iterable[str]) -> bool:
+    """Return whether a layer's name, or the end of it, is of one of the patterns."""
+    return any(
+        fnmatch.fnmatchcase(layer, pattern) or fnmatch.fnmatchcase(layer, f"*.{pattern}")
+        for pattern in patterns
+    )
 
 
 def _nearest(pattern: str, names: list[str]) -> str:

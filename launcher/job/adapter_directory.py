@@ -15,8 +15,6 @@ from launcher.plain_files import plain, read_json
 
 SETTINGS = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-_PLAIN: dict[str, Any] = {"peft_type": "LORA", "bias": "none"}
-"""Settings that are kept to at one value alone."""
 _NOT_KNOWN = (
     "lora_bias", "rank_pattern", "alpha_pattern", "layers_to_transform",
     "layers_pattern", "layer_replication",
@@ -58,22 +56,25 @@ def read(directory: Path, model: Model, key: str) -> tuple[Model, list[Problem]]
             Problem(key, str(directory), f"{SETTINGS} or {WEIGHTS} cannot be read: {one_line(error)}")
         ]
     targets = settings["target_modules"]
-    keys = {
-        "rank": settings["r"],
-        "alpha": float(settings["lora_alpha"]),
-        "rslora": bool(settings.get("use_rslora")),
-        "dora": bool(settings.get("use_dora")),
-        "init": "lora",
-        "targets": targets if isinstance(targets, str) else tuple(sorted(targets)),
-    }
+    keys: dict[str, Any] = {"targets": targets if isinstance(targets, str) else tuple(sorted(targets))}
+    if settings.get("peft_type") == "IA3":
+        keys |= {"method": "ia3", "feedforward": tuple(sorted(settings["feedforward_modules"]))}
+    else:
+        keys |= {
+            "method": "lora",
+            "rank": settings["r"],
+            "alpha": float(settings["lora_alpha"]),
+            "rslora": bool(settings.get("use_rslora")),
+            "dora": bool(settings.get("use_dora")),
+            "init": "lora",
+        }
     given = model.adapter or Adapter()
     for name, value in keys.items():
         if name in given.model_fields_set and getattr(given, name) != value:
             reason = f"the adapter in {directory} has {value}; write that, or leave it out"
             problems.append(Problem(f"model.adapter.{name}", getattr(given, name), reason))
-    dropout = (
-        {} if "dropout" in given.model_fields_set else {"dropout": float(settings.get("lora_dropout") or 0.0)}
-    )
+    own_dropout = "dropout" in given.model_fields_set or keys["method"] == "ia3"
+    dropout = {} if own_dropout else {"dropout": float(settings.get("lora_dropout") or 0.0)}
     also = {} if "train_also" in given.model_fields_set else {"train_also": in_full}
     adapter = given.model_copy(update={**keys, **dropout, **also, "weights": str(directory.resolve())})
     named = model.name if key != "model.name" else base
@@ -90,7 +91,7 @@ def _trained_in_full(directory: Path) -> tuple[str, ...]:
             for name in json.loads(file.read(length))
             if name != "__metadata__"
         ]
-    return tuple(sorted(name for name in names if ".lora_" not in name))
+    return tuple(sorted(name for name in names if ".lora_" not in name and not name.endswith(".ia3_l")))
 
 
 def _reasons(directory: Path, settings: dict[str, Any], model: Model) -> list[str]:
@@ -99,8 +100,11 @@ def _reasons(directory: Path, settings: dict[str, Any], model: Model) -> list[st
         "; add it to its base with peft (merge_and_unload, save_pretrained), "
         "and name the model that comes out"
     )
-    reasons = [f"its {name} is {settings.get(name)!r}, and a run goes on with {value!r} alone{cure}"
-               for name, value in _PLAIN.items() if settings.get(name, value) != value]  # fmt: skip
+    reasons, kind = [], settings.get("peft_type", "LORA")
+    if kind not in ("LORA", "IA3"):
+        reasons.append(f"its peft_type is {kind!r}, and a run goes on with 'LORA' or 'IA3' alone{cure}")
+    if (bias := settings.get("bias", "none")) != "none":
+        reasons.append(f"its bias is {bias!r}, and a run goes on with 'none' alone{cure}")
     reasons += [f"it uses {name}, which a run does not{cure}" for name in _NOT_KNOWN if settings.get(name)]
     init = str(settings.get("init_lora_weights"))
     if init.startswith(_CHANGE_THE_BASE):
@@ -116,7 +120,10 @@ def _reasons(directory: Path, settings: dict[str, Any], model: Model) -> list[st
     if not (directory / WEIGHTS).is_file():
         reasons.append(f"there is no {WEIGHTS}; save it again with peft")
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
-    if not isinstance(rank, int) or not isinstance(alpha, (int, float)) or rank <= 0 or alpha <= 0:
+    if kind == "IA3":
+        if not isinstance(settings.get("feedforward_modules"), list) or targets == "all-linear":
+            reasons.append(f"its target_modules or feedforward_modules are no list of names{cure}")
+    elif not isinstance(rank, int) or not isinstance(alpha, (int, float)) or rank <= 0 or alpha <= 0:
         reasons.append(f"its r is {rank!r} and its lora_alpha {alpha!r}, and positive numbers are needed")
     if tasks.find(model.task).traits.head != "every-position":
         reasons.append(f"an adapter's directory does not say which classes its head is for{cure}")

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 
 from launcher import tasks
-from launcher.job import check_sources, check_streaming, slurm_options
+from launcher.job import check_adapter, check_sources, check_streaming, slurm_options
 from launcher.job.schema import Cluster, Job
 from launcher.job.training import Training
 from launcher.tasks.mixed import not_measured
@@ -18,41 +18,12 @@ def findings(job: Job) -> Iterator[Finding]:
     yield from check_sources.findings(job)
     yield from check_streaming.findings(job)
     yield from tasks.of_job(job).checks()
-    yield from _adapter(job)
+    yield from check_adapter.findings(job)
     yield from _training(job)
     yield from _evaluation(job)
     yield from _distillation(job)
     yield from _machine(job)
     yield from _slurm(job.cluster)
-
-
-def _adapter(job: Job) -> Iterator[Finding]:
-    model = job.model
-    if model.adapter is None:
-        return
-    if model.freeze:
-        reason = (
-            "an adapter leaves all weights as they are but those of "
-            "model.adapter.train_also; leave freeze out"
-        )
-        shown = list(model.freeze.parameters) or str(model.freeze.model_dump(exclude_defaults=True))
-        yield finding("model.freeze", shown, reason, "model.adapter")
-    if model.weights == "random":
-        reason = (
-            "an adapter is trained beside weights that were learned; write pretrained, or leave "
-            "model.adapter out"
-        )
-        yield finding("model.weights", model.weights, reason, "model.adapter")
-    if model.adapter.init != "lora" and model.adapter.dora:
-        reason = "DoRA takes the lengths of whole weights, which then lack a part; write one of both"
-        yield finding("model.adapter.init", model.adapter.init, reason, "model.adapter.dora")
-    if model.compile:
-        yield finding(
-            "model.compile",
-            True,
-            "layers with adapters are not compiled; write false, or leave model.adapter out",
-            "model.adapter",
-        )
 
 
 def _training(job: Job) -> Iterator[Finding]:

@@ -80,9 +80,9 @@ class Training(Section):
     """Optimizer steps, instead of epochs."""
     learning_rate: float = Field(default=2e-5, gt=0)
     """The highest learning rate."""
-    optimizer: Literal["adamw", "adam", "sgd", "muon"] = "adamw"
-    """AdamW (decoupled weight decay), Adam, SGD with momentum, or Muon for the matrices of the layers with AdamW
-    for the rest (FSDP)."""
+    optimizer: Literal["adamw", "adam", "sgd", "muon", "adafactor"] = "adamw"
+    """AdamW (decoupled weight decay), Adam, SGD with momentum, Muon for the matrices of the layers with AdamW
+    for the rest (FSDP), or Adafactor, whose state is a number for each row and column of a matrix (FSDP)."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     """Decay of Adam's two moments."""
     epsilon: float = Field(default=1e-8, gt=0)
@@ -141,6 +141,11 @@ class Training(Section):
         """Return whether the run only shows at which rates the loss falls and rises: its weights are of no
         use."""
         return self.schedule == "range-test"
+
+    @property
+    def needs_whole_matrices(self) -> bool:
+        """Return whether the optimizer works on matrices as they are: cut by rows alone, on the device."""
+        return self.optimizer in ("muon", "adafactor")
 
     def group_of(self, place: Place, num_dimensions: int, stage: int = 0) -> GroupKey:
         """Return which group of the optimizer a parameter belongs to.

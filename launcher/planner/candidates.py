@@ -45,14 +45,15 @@ def engine_options(job: Job, first: Plan) -> list[list[EngineOption]]:
     Of a group the fastest is taken; a later group only where nothing of the earlier ones fits. FSDP goes
     before DeepSpeed, and nothing offloaded before anything. first: the plan that the job begins with.
     """
-    # DeepSpeed always cuts, so that it is no choice for a job that wants whole copies; Muon and DoRA need
-    # whole matrices.
+    # DeepSpeed always cuts, so that it is no choice for a job that wants whole copies; Muon, Adafactor and
+    # DoRA need whole matrices.
     dora = job.model.adapter is not None and job.model.adapter.dora
-    only_fsdp = job.parallel.shard == "none" or job.training.optimizer == "muon" or dora
+    only_fsdp = job.parallel.shard == "none" or job.training.needs_whole_matrices or dora
     engine_open = job.parallel.engine == "auto" and not only_fsdp and first.engine == "fsdp"
     engines: list[EngineName] = [first.engine, "deepspeed"] if engine_open else [first.engine]
     groups = [[EngineOption(engine, first.offload)] for engine in engines]
-    if job.memory.offload == "auto" and first.mesh.device == "cuda" and job.training.optimizer != "muon":
+    may_offload = first.mesh.device == "cuda" and not job.training.needs_whole_matrices
+    if job.memory.offload == "auto" and may_offload:
         groups += [[EngineOption(engine, offload) for offload in _OFFLOADS[engine]] for engine in engines]
     return groups
 

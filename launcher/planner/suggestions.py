@@ -165,7 +165,7 @@ def fully_cut(plan: Plan, replicate: int) -> Plan:
 def _offloaded(plan: Plan) -> Iterator[Plan]:
     """Yield the plan with more offloaded; where the job leaves that open, it was looked at already."""
     decided = {decision.key for decision in plan.decisions}
-    if plan.training.optimizer == "muon":
+    if plan.training.needs_whole_matrices:
         return
     if plan.mesh.device != "cuda" or plan.offload != "none" or "memory.offload" in decided:
         return

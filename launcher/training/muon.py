@@ -67,7 +67,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
 Block = list[tuple[nn.Parameter, dict[str, Any]]]
 
 
-def _group_of(parameter: torch.Tensor) -> distributed.ProcessGroup | None:
+def group_of(parameter: torch.Tensor) -> distributed.ProcessGroup | None:
     """Return the ranks that the rows of a matrix lie on; None where it is whole on each."""
     if not isinstance(parameter, DTensor):
         return None
@@ -78,7 +78,7 @@ def _group_of(parameter: torch.Tensor) -> distributed.ProcessGroup | None:
 def _blocks(matrices: Block) -> Iterator[Block]:
     """Yield as many matrices at a time as ranks share them."""
     size = 1
-    if matrices and (group := _group_of(matrices[0][0])) is not None:
+    if matrices and (group := group_of(matrices[0][0])) is not None:
         size = distributed.get_world_size(group)
     for begin in range(0, len(matrices), size):
         yield matrices[begin : begin + size]
@@ -87,7 +87,7 @@ def _blocks(matrices: Block) -> Iterator[Block]:
 def _orthogonal(block: Block, parts: list[torch.Tensor]) -> list[torch.Tensor]:
     """Return this rank's rows of each matrix's update, to be added times the rate; `parts` are its rows of what
     they are made of."""
-    group = _group_of(block[0][0])
+    group = group_of(block[0][0])
     if group is None:
         return [orthogonalised(part) for part in parts]
     rank, size = distributed.get_rank(group), distributed.get_world_size(group)

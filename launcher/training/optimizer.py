@@ -10,6 +10,7 @@ from torch import nn
 from launcher.errors import ConfigurationError
 from launcher.job.schema import Model, Training
 from launcher.job.tuning import GroupKey, Place, unmatched
+from launcher.training import adafactor
 from launcher.training.model import adapters
 from launcher.training.model.loading import whole_shape
 from launcher.training.model.places import places, stages_of
@@ -35,6 +36,8 @@ def construct(model: nn.Module, training: Training, own: Model | None = None) ->
     common: dict[str, Any] = {"lr": training.learning_rate}
     if training.optimizer == "muon":
         return MuonAndAdamW(groups, training)
+    if training.optimizer == "adafactor":
+        return adafactor.Adafactor(groups, training.learning_rate)
     if training.optimizer == "sgd":
         # PyTorch has no fused SGD for sharded tensors.
         optimizer: Optimizer = torch.optim.SGD(groups, momentum=training.momentum, foreach=True, **common)
@@ -71,6 +74,8 @@ def make_states(optimizer: Optimizer, training: Training) -> None:
 
 def first_state(kind: str, parameter: torch.Tensor, momentum: float) -> dict[str, torch.Tensor]:
     """The state of one parameter before the first step."""
+    if kind == "adafactor":
+        return adafactor.first_state(parameter)
     if kind == "muon" or (kind == "sgd" and momentum):
         return {"momentum_buffer": torch.zeros_like(parameter)}
     if kind == "sgd":

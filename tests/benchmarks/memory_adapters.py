@@ -67,11 +67,13 @@ class AdapterCase:
             "precision": self.precision,
             "activation_checkpointing": self.checkpointing,
             "model__adapter": self.adapter,
+            "data": {"train": {"path": "t"}, "text": "text", "max_length": max(self.lengths)},
             "batch": batch | {"accumulation_steps": self.accumulation, "data_parallel_size": world},
         }
         return plan_of(directory, world, **changes, **(deepspeed(self.stage) if self.stage else {}))
 
 
+IA3 = {"method": "ia3", "targets": ("k_proj", "v_proj", "down_proj"), "feedforward": ("down_proj",)}
 CASES = (
     AdapterCase("llama", 1, "fp32", "none"),
     AdapterCase("llama", 1, "bf16", "none"),
@@ -89,4 +91,8 @@ CASES = (
     AdapterCase("llama", 2, "bf16", "none", {"rank": 8}, stage=2),
     AdapterCase("llama", 2, "bf16", "full", {"rank": 8}, stage=3),
     AdapterCase("llama", 2, "fp32", "none", {"rank": 8}, stage=3),
+    AdapterCase("llama", 1, "bf16", "none", IA3, lengths=(96, 96, 96)),
+    AdapterCase("llama", 1, "fp32", "full", IA3, lengths=(96, 96, 96)),
+    AdapterCase("llama", 2, "bf16", "none", IA3, lengths=(96, 96, 96)),
+    AdapterCase("llama", 2, "bf16", "full", IA3, lengths=(96, 96, 96), stage=3),
 )

@@ -1,4 +1,4 @@
-"""rsLoRA and DoRA: peft's own numbers on every engine that has them, resumed, resharded and exported."""
+"""rsLoRA, DoRA and IA3: peft's own numbers on every engine that has them, resumed, resharded and exported."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from launcher.training.checkpoint.export import export
@@ -37,7 +37,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "rslora": {"rank": 4, "alpha": 6.0, "targets": LAYERS, "rslora": True},
     "dora": {"rank": 4, "alpha": 6.0, "targets": LAYERS, "dora": True},
     "both": {"rank": 4, "alpha": 6.0, "targets": LAYERS, "dora": True, "rslora": True},
+    "ia3": {"method": "ia3", "targets": LAYERS, "feedforward": ("down_proj",)},
 }
+NOTHING_PERSISTS = deepspeed(zero=deepspeed()["zero"] | {"persistence_threshold": 0})
 STILL = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 
@@ -50,23 +52,33 @@ def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 def settings(directory: Path, kind: str) -> dict[str, Any]:
     """GPT-2 holds its weights the other way round."""
-    turned = {"targets": ("c_attn", "c_fc")} if directory.name == "gpt2" else {}
-    return KINDS[kind] | turned
+    if directory.name != "gpt2":
+        return KINDS[kind]
+    turned = {"targets": ("c_attn", "c_fc")}
+    ia3 = {"targets": ("c_attn", "mlp.c_proj"), "feedforward": ("mlp.c_proj",)}
+    return KINDS[kind] | (ia3 if kind == "ia3" else turned)
+
+
+def config_of(own: dict[str, Any]) -> Any:
+    """peft's own words for the settings of an adapter."""
+    common: Any = {"target_modules": list(own["targets"]), "task_type": "CAUSAL_LM"}
+    common["fan_in_fan_out"] = "c_attn" in own["targets"]
+    if "method" in own:
+        return IA3Config(feedforward_modules=list(own["feedforward"]), **common)
+    return LoraConfig(
+        r=own["rank"],
+        lora_alpha=own["alpha"],
+        use_dora=own.get("dora", False),
+        use_rslora=own.get("rslora", False),
+        **common,
+    )
 
 
 def by_peft(directory: Path, kind: str, start: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Three steps of AdamW on peft's own model, from the same A; each sample alone."""
-    own = settings(directory, kind)
-    config = LoraConfig(
-        r=own["rank"],
-        lora_alpha=own["alpha"],
-        target_modules=list(own["targets"]),
-        use_dora=own.get("dora", False),
-        use_rslora=own.get("rslora", False),
-        task_type="CAUSAL_LM",
-        fan_in_fan_out=directory.name == "gpt2",
+    """Three steps of AdamW on peft's own model, from the same start; each sample alone."""
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(directory), config_of(settings(directory, kind))
     )
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(directory), config)
     named = {
         name.removeprefix("base_model.model.")
         .replace(".default", "")
@@ -102,6 +114,9 @@ def by_peft(directory: Path, kind: str, start: dict[str, torch.Tensor]) -> dict[
         pytest.param("dora", 2, deepspeed(2), marks=pytest.mark.slow),
         pytest.param("dora", 2, deepspeed(1), marks=pytest.mark.very_slow),
         pytest.param("dora", 3, {}, marks=pytest.mark.very_slow),
+        ("ia3", 2, {}),
+        pytest.param("ia3", 3, NOTHING_PERSISTS, marks=pytest.mark.slow),
+        pytest.param("ia3", 2, deepspeed(1), marks=pytest.mark.very_slow),
     ],
 )
 def test_the_numbers_are_those_of_peft(
@@ -132,11 +147,12 @@ def test_the_numbers_are_those_of_peft(
 
 
 @pytest.mark.slow
-def test_dora_resumes_reshards_and_exports_as_peft_reads_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["both", "ia3"])
+def test_it_resumes_reshards_and_exports_as_peft_reads_it(kind: str, tmp_path: Path) -> None:
     """Stopped and gone on to the bit; moved to three ranks; merged and alone the same logits as in peft."""
     model = model_directory(tmp_path / "model", num_hidden_layers=2)
     make = functools.partial(
-        plan_for, model, causal_data(tmp_path / "data"), num_steps=4, model__adapter=KINDS["both"]
+        plan_for, model, causal_data(tmp_path / "data"), num_steps=4, model__adapter=KINDS[kind]
     )
     plan = make(world_size=2, batch=batch_of(2, 3))
     whole, stopped, moved = (new_run(tmp_path / name, plan) for name in ("whole", "stopped", "moved"))
@@ -156,7 +172,10 @@ def test_dora_resumes_reshards_and_exports_as_peft_reads_it(tmp_path: Path) -> N
     before = base(ids).logits
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     beside = PeftModel.from_pretrained(base, tmp_path / "alone").eval()
-    assert beside.peft_config["default"].use_dora and beside.peft_config["default"].use_rslora
+    assert beside.peft_config["default"].peft_type == ("IA3" if kind == "ia3" else "LORA")
+    assert kind == "ia3" or (
+        beside.peft_config["default"].use_dora and beside.peft_config["default"].use_rslora
+    )
     with torch.no_grad():
         torch.testing.assert_close(merged(ids).logits, beside(ids).logits, rtol=1e-5, atol=1e-5)
         assert (beside(ids).logits - before).abs().max() > 1e-3

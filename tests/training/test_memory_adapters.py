@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher.planner.memory.estimate import estimate
+from launcher.planner.memory.estimate import Estimator, estimate
 from launcher.planner.model.model_config import read_config
+from launcher.training.tracing.make_profile import make_profile
 from tests.benchmarks.bench_memory import settled
 from tests.benchmarks.memory_adapters import CASES, AdapterCase
 from tests.benchmarks.memory_pool import World
@@ -46,7 +47,8 @@ def _compare(world: World, case: AdapterCase, directory: Path) -> tuple[int, int
     plan = case.plan(case.write(directory))
     config = read_config(str(directory))
     made = estimate(plan, config or {}, case.batch)
-    assert made is not None
+    if made is None:  # by a trace, of samples that are all as long as they may be
+        made = Estimator(plan, make_profile(plan)).footprint()
     results = settled(world, measure, Request(plan, case.lengths))
     peak, left = (
         max(result[key][phase] for result in results)

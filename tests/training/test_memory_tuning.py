@@ -42,16 +42,20 @@ THAWED = {
     "training__layer_decay": 0.9,
 }
 MUON = {"training__optimizer": "muon"}
+ADAFACTOR = {"training__optimizer": "adafactor"}
 CASES = (
     TunedCase("llama", 1, "fp32", "none", keys={"model__freeze": {"layers": "0-2", "embeddings": True}}),
     TunedCase("llama", 1, "bf16", "none", keys=THAWED),
     TunedCase("llama", 1, "fp32", "full", keys=MUON),
     TunedCase("llama", 1, "bf16", "full", keys=MUON, lengths=(20, 12)),
+    TunedCase("llama", 1, "fp32", "full", keys=ADAFACTOR, lengths=(20, 12)),
+    TunedCase("llama", 1, "bf16", "none", keys=ADAFACTOR),
     TunedCase("llama", 2, "bf16", "full", keys=THAWED),
     TunedCase("llama", 2, "fp32", "none", keys=THAWED, stage=2),
     TunedCase("llama", 2, "bf16", "none", keys={"training__layer_decay": 0.9}, stage=1),
     TunedCase("llama", 2, "bf16", "full", keys=THAWED, stage=3),
     TunedCase("llama", 2, "fp32", "none", keys=MUON),
+    TunedCase("gpt2", 2, "fp32", "none", keys=ADAFACTOR, lengths=(20, 12)),
     TunedCase("gpt2", 2, "bf16", "full", keys=MUON, lengths=(20, 12)),
 )
 

@@ -285,7 +285,7 @@ def test_training_arguments(tmp_path: Path) -> None:
         ({"lr_scheduler_type": "cosine_with_restarts"}, "schedule", "cosine"),
         ({"optim": "paged_adamw_8bit"}, "optimizer", "adamw"),
         ({"optim": "sgd"}, "optimizer", "sgd"),
-        ({"adafactor": True}, "optimizer", "adamw"),
+        ({"adafactor": True}, "optimizer", "adafactor"),
     ],
 )
 def test_names_and_precedence_of_the_trainer(

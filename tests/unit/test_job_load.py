@@ -305,6 +305,7 @@ def test_missing_keys_say_what_they_are(folder: Path) -> None:
 
 
 ADAPTER = "model.adapter.rank=8"
+IA3 = "model.adapter={method: ia3, targets: [k_proj, down_proj]"
 FROZEN = "model.freeze={layers: all}"
 CONTRADICTIONS = [
     (
@@ -465,6 +466,16 @@ CONTRADICTIONS = [
     (CAUSAL, [ADAPTER, "model.compile=true"], "model.compile", "layers with adapters are not compiled"),
     (CAUSAL, ["model.adapter.init=svd"], "model.adapter.init", "pissa"),
     (CAUSAL, ["model.adapter={init: pissa, dora: true}"], "model.adapter.init", "write one of both"),
+    (CAUSAL, ["model.adapter.method=lora3"], "model.adapter.method", "lora or ia3"),
+    (
+        CAUSAL,
+        ["model.adapter.method=ia3"],
+        "model.adapter.targets",
+        "name them, as [k_proj, v_proj, down_proj]",
+    ),
+    (CAUSAL, [f"{IA3}, rank: 8}}"], "model.adapter.rank", "IA3 has a vector for each layer; leave it out"),
+    (CAUSAL, [f"{IA3}, dropout: 0.1}}"], "model.adapter.dropout", "of low-rank matrices"),
+    (CAUSAL, ["model.adapter.feedforward=[down_proj]"], "model.adapter.feedforward", "write method: ia3"),
     (CAUSAL, ["model.adapter.rank=0"], "model.adapter.rank", "at least 1"),
     (CAUSAL, ["model.adapter.alpha=0"], "model.adapter.alpha", "above 0"),
     (CAUSAL, ["model.adapter.dropout=1"], "model.adapter.dropout", "below 1"),

@@ -437,6 +437,16 @@ def test_stages_of_deepspeed(shard: str, stage: int) -> None:
             "Muon multiplies whole matrices",
         ),
         (
+            {**DEEPSPEED, "training__optimizer": "adafactor"},
+            "training.optimizer",
+            "works on rows and columns, and ZeRO cuts parameters into flat pieces; write parallel.engine: fsdp",
+        ),
+        (
+            {"training__optimizer": "adafactor", "memory__offload": "parameters", "parallel__engine": "fsdp"},
+            "memory.offload",
+            "Adafactor adds up columns over the ranks, on the device; write none",
+        ),
+        (
             {**DEEPSPEED, "model__adapter": {"dora": True}},
             "model.adapter.dora",
             "write parallel.shard: gradients",

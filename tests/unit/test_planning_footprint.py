@@ -113,6 +113,17 @@ def test_of_muon_the_matrices_of_the_layers_have_one_number_of_state() -> None:
     assert muon.phase("loading").peak == 12 * parameters - 4 * matrices
 
 
+def test_of_adafactor_matrices_have_a_number_for_each_row_and_column() -> None:
+    """By hand: of Llama 3.1 8B on 8 ranks, which share the rows and have all columns each."""
+    parameters, norms, vocabulary = 8_030_261_248, 65 * 4096, 2 * 128256
+    rows = vocabulary + 32 * (4096 + 2 * 1024 + 4096 + 2 * 14336 + 4096)
+    columns = 2 * 4096 + 32 * (4 * 4096 + 2 * 4096 + 14336)
+    of_rank = footprint(training__optimizer="adafactor").phase("loading").peak
+    assert of_rank == 4 * (parameters + norms + rows) // 8 + 4 * columns
+    whole = footprint(training__optimizer="adafactor", world=1).phase("loading").peak
+    assert whole == 4 * (parameters + norms + rows + columns)
+
+
 def test_more_recomputation_needs_less() -> None:
     peaks = [
         footprint(activation_checkpointing=mode).phase("steady step").peak

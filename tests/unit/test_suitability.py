@@ -268,6 +268,16 @@ def adapter(folder: Path, base: Path | str, **settings: Any) -> Path:
     return folder
 
 
+IA3 = {"peft_type": "IA3", "target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+
+
+def test_a_directory_of_ia3_is_gone_on_with(tmp_path: Path) -> None:
+    directory = adapter(tmp_path / "adapter", model(tmp_path / "base"), **IA3)
+    loaded = load(job(tmp_path, directory)).model.adapter
+    assert loaded is not None and loaded.method == "ia3" and loaded.weights == str(directory)
+    assert (loaded.targets, loaded.feedforward) == (("down_proj", "k_proj"), ("down_proj",))
+
+
 @pytest.mark.parametrize("by", ["model.name", "model.adapter.weights"])
 def test_an_adapters_directory_is_its_base_with_its_sizes(by: str, tmp_path: Path) -> None:
     base = model(tmp_path / "base")
@@ -292,7 +302,10 @@ def test_an_adapters_directory_is_its_base_with_its_sizes(by: str, tmp_path: Pat
     [
         ({"use_qalora": True}, {}, "it uses use_qalora, which a run does not; add it to its base with peft"),
         ({"rank_pattern": {"q_proj": 8}}, {}, "it uses rank_pattern"),
-        ({"peft_type": "IA3"}, {}, "its peft_type is 'IA3'"),
+        ({"peft_type": "VERA"}, {}, "its peft_type is 'VERA'"),
+        ({"peft_type": "IA3"}, {}, "its target_modules or feedforward_modules are no list"),
+        (IA3, {"adapter": {"method": "lora"}}, "model.adapter.method = 'lora': the adapter in .* has ia3"),
+        (IA3, {"adapter": {"rank": 8}}, "model.adapter.rank = 8: is of low-rank matrices"),
         ({"bias": "all"}, {}, "its bias is 'all'"),
         ({"target_modules": ".*q_proj"}, {}, "its target_modules are '.*q_proj'"),
         ({"r": None}, {}, "its r is None"),

@@ -26,8 +26,8 @@ from launcher.planner.memory.zero_states import ZeroCut
 from launcher.planner.plan import Plan
 
 PHASES = ("loading", "first step", "steady step", "evaluating", "saving", "resuming")
-STATE_COPIES = {"adamw": 2, "adam": 2, "sgd": 1, "muon": 2}
-"""fp32 numbers of each that trains; of a matrix that Muon steps one less."""
+STATE_COPIES = {"adamw": 2, "adam": 2, "sgd": 1, "muon": 2, "adafactor": 1}
+"""fp32 numbers of each that trains; of a matrix that Muon steps one less, of Adafactor's rows and columns."""
 STAGED = "staged checkpoint"
 CUDA_CONTEXT = 1 << 30
 """Assumed, not measured here: the CUDA context, its libraries and NCCL's own buffers."""
@@ -238,8 +238,8 @@ class Estimator:
         root, layers = self.units
         parameters = sum(unit.num_elements(trained=self.adapter is not None) for unit in (root, *layers))
         trained = sum(unit.num_elements(trained=True) for unit in (root, *layers))
-        by_muon = sum(unit.muon_shard(1) for unit in (root, *layers))
-        return 4 * (parameters + self.copies * trained - by_muon)
+        spared = sum(unit.spared_shard(1) for unit in (root, *layers))
+        return 4 * (parameters + self.copies * trained - spared)
 
     def segments(self, **changes: Any) -> list[Segment]:
         """Return the blocks of one micro-batch, with a teacher's pass in training."""

@@ -62,9 +62,11 @@ def formulas_of(plan: Plan, config: dict[str, Any]) -> Formulas | None:
         and plan.attention in ("packed", "flash_attention_2")
         and plan.head == "chunked"
     )
-    # DoRA makes the whole change of a weight in every pass, to take the lengths of its rows.
-    dora = plan.model.adapter is not None and plan.model.adapter.dora
-    if kind not in KNOWN or not (generates and packed) or dora:
+    # DoRA makes the whole change of a weight in every pass, to take the lengths of its rows; IA3 keeps what it
+    # multiplies.
+    adapter = plan.model.adapter
+    otherwise = adapter is not None and (adapter.dora or adapter.method == "ia3")
+    if kind not in KNOWN or not (generates and packed) or otherwise:
         return None
     try:
         names = {"freeze", "unfreeze", "freeze_normalization", "adapter"}
@@ -174,7 +176,7 @@ def grouped(units: tuple[Unit, list[Unit]], plan: Plan) -> tuple[Unit, list[Unit
     """
     training, model = plan.training, plan.model
     plain = training.layer_decay == 1 and not training.groups and not model.unfreeze
-    if plain and training.optimizer != "muon":
+    if plain and not training.needs_whole_matrices:
         return units
     where = {place.name: place for place in places(units)}
     opened = stages(model.freeze, model.unfreeze, [*where.values()]) if model.unfreeze else {}
@@ -184,7 +186,7 @@ def grouped(units: tuple[Unit, list[Unit]], plan: Plan) -> tuple[Unit, list[Unit
 
     def changed(weight: Weight) -> Weight:
         key = training.group_of(where[weight.name], len(weight.shape), opened.get(weight.name, 0))
-        return replace(weight, group=key, by_muon=key.kind == "muon")
+        return replace(weight, group=key, by_muon=key.kind == "muon", factored=key.kind == "adafactor")
 
     root, layers = units
     return _each(root, changed), [_each(layer, changed) for layer in layers]

@@ -65,10 +65,10 @@ class FsdpStep:
         parameters = sum(unit.shard(self.cut.ranks) for unit in self.units)
         narrow = sum(unit.narrow_shard(self.cut.ranks) for unit in self.units)
         trained = sum(unit.shard(self.cut.ranks, trained=True) for unit in self.units)
-        by_muon = sum(unit.muon_shard(self.cut.ranks) for unit in self.units)
+        spared = sum(unit.spared_shard(self.cut.ranks) for unit in self.units)
         return {
             PARAMETERS: 4 * parameters - (4 - self.cut.itemsize) * narrow,
-            OPTIMIZER: 4 * self.cut.state_copies * trained - 4 * by_muon,
+            OPTIMIZER: 4 * self.cut.state_copies * trained - 4 * spared,
         }
 
     def _gathered(self, unit: Unit) -> int:
@@ -229,6 +229,19 @@ class FsdpStep:
         num_bytes = (4 + exchanged + 4 + 3 * 2) * whole + 2 * 2 * short * short
         self.time.touch(TEMPORARIES, num_bytes, "Muon")
 
+    def _adafactor(self) -> None:
+        """Count the update of the largest part, and on a CPU the copy in fp64 that its norm is taken of."""
+        largest = max(
+            (
+                one.shard(self.cut.ranks)
+                for unit in self.units
+                for one in unit.weights
+                if one.factored and one.trains
+            ),
+            default=0,
+        )
+        self.time.touch(TEMPORARIES, (12 if self.cut.cpu else 4) * largest, "Adafactor")
+
     def step(self, first: list[Segment], more: list[Segment]) -> Timeline:
         """Go through a steady step; `more`: the blocks of a micro-batch that finds gradients there already."""
         self.time.parts = {} if self.cut.offloads else self.states()
@@ -243,6 +256,7 @@ class FsdpStep:
             else:
                 self.micro_step(segments, number == self.cut.accumulation - 1)
         self._muon()
+        self._adafactor()
         if self.cut.cpu:
             # On a CPU the norm of a gradient in fp64 is taken of a copy in fp64.
             self.time.touch(

@@ -30,6 +30,8 @@ class Weight:
     group: Hashable = None
     """Which of the optimizer's groups it is in, beside whether it is a matrix."""
     by_muon: bool = False
+    factored: bool = False
+    """Stepped by Adafactor: of a matrix the state is a number for each row and each column."""
 
     @functools.cached_property
     def num_elements(self) -> int:
@@ -38,6 +40,15 @@ class Weight:
     def shard(self, ranks: int) -> int:
         """Return the elements of the largest part, cut along the first dimension, as FSDP and loading cut."""
         return -(-self.shape[0] // ranks) * prod(self.shape[1:]) if self.shape else 1
+
+    def spared(self, ranks: int) -> int:
+        """Return how many numbers of state the largest part has fewer than `STATE_COPIES`: of Muon one for each
+        element, of Adafactor's matrices all but rows and columns."""
+        part = self.shard(ranks)
+        if self.factored and len(self.shape) >= 2:
+            columns = self.shape[-1] if len(self.shape) == 2 else part // self.shape[-2]
+            return part - part // self.shape[-1] - columns
+        return part if self.by_muon else 0
 
 
 @dataclass(frozen=True)
@@ -64,9 +75,9 @@ class Unit:
             )
         return self._known[ranks, trained]
 
-    def muon_shard(self, ranks: int) -> int:
-        """Return, of the largest rank's part, the elements that Muon steps, whose state is one number each."""
-        return sum(weight.shard(ranks) for weight in self.weights if weight.by_muon and weight.trains)
+    def spared_shard(self, ranks: int) -> int:
+        """Return how many numbers of state the largest rank's part has fewer than `STATE_COPIES`."""
+        return sum(weight.spared(ranks) for weight in self.weights if weight.trains)
 
     def narrow_shard(self, ranks: int) -> int:
         """Return the elements of the largest rank's part that are kept in the precision of the computation."""

@@ -112,8 +112,11 @@ def _sharding(decider: Decider, engine: EngineName, world_size: int) -> Sharding
 
 def _refuse_for_fsdp(decider: Decider, device: str) -> None:
     parallel, memory = decider.job.parallel, decider.job.memory
-    if decider.job.training.optimizer == "muon" and memory.offload == "parameters":
-        reason = "Muon multiplies whole matrices, on the device; write none, or training.optimizer: adamw"
+    training = decider.job.training
+    if training.needs_whole_matrices and memory.offload == "parameters":
+        muon = training.optimizer == "muon"
+        does = "Muon multiplies whole matrices" if muon else "Adafactor adds up columns over the ranks"
+        reason = f"{does}, on the device; write none, or training.optimizer: adamw"
         decider.refuse("memory.offload", memory.offload, reason)
     if parallel.shard == "optimizer":
         reason = (
@@ -152,12 +155,13 @@ def _refuse_for_fsdp(decider: Decider, device: str) -> None:
 def _refuse_for_deepspeed(decider: Decider, sharding: Sharding, world_size: int, device: str) -> Sharding:
     """Return what ZeRO cannot do; the sharding that it does instead where that computes the same."""
     job, parallel, memory = decider.job, decider.job.parallel, decider.job.memory
-    if job.training.optimizer == "muon":
+    if job.training.needs_whole_matrices:
+        what = "whole matrices" if job.training.optimizer == "muon" else "rows and columns"
         reason = (
-            "Muon works on whole matrices, and ZeRO cuts parameters into flat pieces; write "
+            f"works on {what}, and ZeRO cuts parameters into flat pieces; write "
             "parallel.engine: fsdp, or adamw"
         )
-        decider.refuse("training.optimizer", "muon", reason)
+        decider.refuse("training.optimizer", job.training.optimizer, reason)
     if parallel.replicate > 1:
         reason = (
             "ZeRO cuts over all ranks; leave it out, write parallel.engine: fsdp, or keep a copy on each "

@@ -57,8 +57,11 @@ class Card:
         given = [source for source in (plan.data.train, plan.data.evaluation) if source is not None]
         sources = [source for one in given for source in one.parts]
         extra: dict[str, Any] = _licence(plan)
-        if self._adapter:
-            extra["tags"] = ["lora", *([f"base_model:adapter:{self._base}"] if self._base else [])]
+        if self._adapter and plan.model.adapter is not None:
+            extra["tags"] = [
+                plan.model.adapter.method,
+                *([f"base_model:adapter:{self._base}"] if self._base else []),
+            ]
         return ModelCardData(
             base_model=self._base,
             datasets=sorted({source.name for source in sources if source.name}) or None,
@@ -87,7 +90,9 @@ class Card:
     def _parts(self) -> Iterator[str]:
         plan = self._plan
         yield f"# {plan.name}"
-        what = "An adapter (LoRA) for" if self._adapter else "Fine-tuned from"
+        adapter = plan.model.adapter if self._adapter else None
+        kind = "IA3" if adapter is not None and adapter.method == "ia3" else "LoRA"
+        what = f"An adapter ({kind}) for" if self._adapter else "Fine-tuned from"
         begins = f"{what} `{self._base}`" if self._base else "Trained from random weights"
         yield f"{begins}, for {plan.task}: {self._step:,} steps of launcher {__version__}."
         if not _licence(plan):

@@ -154,7 +154,7 @@ class Mean(Stored):
 
 class Merged:
     """The base with B A, scaled, added to each weight that has an adapter, in fp32, one tensor at a time; of
-    DoRA with its rows made as long as it learned.
+    DoRA with its rows made as long as it learned; of IA3 with its rows or columns, and biases, multiplied.
 
     The base comes from its own files in the precision that it was trained beside: through a memory map where
     that is the files' own. `keep` is that precision as well.
@@ -185,6 +185,8 @@ class Merged:
     @torch.no_grad()
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
         module, _, key = name.rpartition(".")
+        if f"{module}.ia3_l" in self.trained:
+            return _slices(self._multiplied(name, module, key))
         if key != "weight" or f"{module}.lora_A.weight" not in self.trained:
             return self.stored.pieces(name) if name in self.trained else _slices(self.base[name].detach())
         own = self.stored.read(name) if name in self.trained else self._beside(name, module)
@@ -196,6 +198,14 @@ class Merged:
             lengths = torch.linalg.vector_norm(whole, dim=side, keepdim=True)
             whole *= self.stored.read(magnitude).unsqueeze(side) / lengths
         return _slices(whole)
+
+    def _multiplied(self, name: str, module: str, key: str) -> torch.Tensor:
+        """Return a layer's weight or bias with IA3's factors in it, fp32."""
+        own = self.stored.read(name) if name in self.trained else self.base[name].detach()
+        factors = self.stored.read(f"{module}.ia3_l")  # [outputs, 1], or of inputs [1, inputs]
+        if key == "bias":
+            return own.float() * (1 if self.adapter.scales_input(module) else factors.view(-1))
+        return own.float() * (factors.t() if name in self.turned else factors)
 
     def _beside(self, name: str, module: str) -> torch.Tensor:
         """Return a weight as it stood beside its adapter, in the precision that it had there."""
@@ -278,11 +288,8 @@ class Alone:
 
     def write_settings(self, directory: Path) -> None:
         """adapter_config.json, by peft."""
-        names = [
-            name.removesuffix(".lora_A.weight")
-            for name in self.stored.names
-            if name.endswith(".lora_A.weight")
-        ]
+        one = ".ia3_l" if self.adapter.method == "ia3" else ".lora_A.weight"
+        names = [name.removesuffix(one) for name in self.stored.names if name.endswith(one)]
         model = self.plan.model
         more = {
             "task_type": tasks.find(self.plan.task).traits.peft_type,
@@ -318,7 +325,9 @@ def _whole_parameters(plan: Plan, stored: Stored, model_files: Path) -> dict[str
     parameters = {name: kept[id(parameter)] for name, parameter in named.items() if id(parameter) in kept}
     for module in sorted({name.rpartition(".")[0] for name in parameters}):
         rest = [name for name in named if name.startswith(f"{module}.") and name not in parameters]
-        rest = sorted(rest) or sorted(name for name in stored.names if name.startswith(f"{module}.lora_"))
+        rest = sorted(rest) or sorted(
+            name for name in stored.names if name.startswith(f"{module}.") and adapters.is_own(name)
+        )
         if rest:
             reason = (
                 f"peft keeps whole modules, and of this one {rest[0]} was trained otherwise; leave "

@@ -70,7 +70,7 @@ class DeepSpeedEngine:
         self.model.train()
         self.companions = load_companions(plan, self._task)
         bind_loss(self.model, self._task, self.companions)
-        self._register_head()
+        self._register_external()
         optimizer = optimizers.construct(self.model, plan.training, plan.model)
         with one_optimizer_for_all_stages(self._deepspeed), normalization.kept_exact(self.model):
             self._engine, *_ = self._deepspeed.initialize(
@@ -107,13 +107,17 @@ class DeepSpeedEngine:
                 new.partition()  # type: ignore[attr-defined]
         return masters
 
-    def _register_head(self) -> None:
-        """The loss multiplies with the output embeddings outside of their module: have stage 3 gather them
-        for the whole model."""
+    def _register_external(self) -> None:
+        """Have stage 3 gather what is used outside of its own module: the output embeddings, which the loss
+        multiplies with, for the whole model, and IA3's factors, which lie in a dictionary, for their layer."""
+        if self._plan.zero is None or self._plan.zero.stage < 3:
+            return
         head = output_embeddings_of(self.model)
-        if self._plan.zero is not None and self._plan.zero.stage == 3 and head is not None:
-            for parameter in head.parameters():
-                self._deepspeed.zero.register_external_parameter(self.model, parameter)
+        for parameter in head.parameters() if head is not None else ():
+            self._deepspeed.zero.register_external_parameter(self.model, parameter)
+        for layer in self.model.modules():
+            for factors in getattr(layer, "ia3_l", {}).values():
+                self._deepspeed.zero.register_external_parameter(layer, factors)
 
     @torch.no_grad()
     def _set_masters(self, masters: dict[str, torch.Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""LoRA adapters made by peft: where they go, what trains, which names they are kept by.
+"""Adapters made by peft, LoRA and IA3: where they go, what trains, which names they are kept by.
 
 peft puts each adapted layer into a module of its own, which changes the names below it. transformers must not
 see those while it reads a model's files, nor does anybody who reads a checkpoint: `plain` gives every
@@ -37,14 +37,15 @@ NAME = "default"
 """peft's name of the one adapter that a model has here."""
 _LAYER = re.compile(r"\.base_layer(?=\.)")
 _MATRIX = re.compile(rf"\.(lora_[AB])\.{NAME}(?=\.)")
-_MAGNITUDE = re.compile(rf"\.lora_magnitude_vector\.{NAME}\.weight$")
+_MAGNITUDE = ".lora_magnitude_vector"
+_VECTOR = re.compile(rf"(\{_MAGNITUDE}|\.ia3_l)\.{NAME}(\.weight)?$")
 Layers = Callable[[PreTrainedModel], list[nn.Module]]
 
 
 def plain(name: str) -> str:
     """A parameter's name without what peft puts around it; of an adapter's matrix `...q_proj.lora_A.weight`,
     as in peft's own files."""
-    return _MAGNITUDE.sub(".lora_magnitude_vector", _MATRIX.sub(r".\1", _LAYER.sub("", name)))
+    return _VECTOR.sub(r"\1", _MATRIX.sub(r".\1", _LAYER.sub("", name)))
 
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -53,7 +54,7 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def is_own(name: str) -> bool:
-    """Return whether a parameter's plain name is that of an adapter's matrix, or of DoRA's lengths."""
+    """Return whether a parameter's plain name is that of an adapter's matrix or vector."""
     return name.endswith(OWN)
 
 
@@ -116,8 +117,8 @@ def narrow(model: nn.Module, adapter: Adapter, dtype: torch.dtype) -> None:
 
 def first_values(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
     """fp32, by seed and plain name alone: A as `nn.Linear` has it at first (uniform within 1 / sqrt(inputs)),
-    B zero."""
-    whole = torch.zeros(shape)
+    B zero; IA3's factors one."""
+    whole = torch.ones(shape) if name.endswith(".ia3_l") else torch.zeros(shape)
     if name.endswith(".lora_A.weight"):
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
@@ -163,7 +164,7 @@ def beginning(model: nn.Module, adapter: Adapter, seed: int) -> Iterator[tuple[s
     if adapter.weights is None:
         for name, parameter in model.named_parameters():
             if is_own(plain(name)):
-                length = plain(name).endswith(OWN[-1])
+                length = plain(name).endswith(_MAGNITUDE)
                 yield (
                     name,
                     _lengths(model, name) if length else first_values(plain(name), parameter.shape, seed),
@@ -204,8 +205,11 @@ def beginning(model: nn.Module, adapter: Adapter, seed: int) -> Iterator[tuple[s
 
 def settings(adapter: Adapter, names: list[str], **more: Any) -> Any:
     """peft's own words for it."""
-    from peft import LoraConfig
+    from peft import IA3Config, LoraConfig
 
+    if adapter.method == "ia3":
+        inputs = [name for name in names if adapter.scales_input(name)]
+        return IA3Config(target_modules=names, feedforward_modules=inputs, **more)
     alpha = int(adapter.alpha) if adapter.alpha == int(adapter.alpha) else adapter.alpha
     return LoraConfig(
         r=adapter.rank,
@@ -217,6 +221,11 @@ def settings(adapter: Adapter, names: list[str], **more: Any) -> Any:
         bias="none",
         **more,
     )
+
+
+def _hollow(parameter: torch.Tensor) -> nn.Parameter:
+    """Return a parameter of the same shape, fp32 and without memory."""
+    return nn.Parameter(torch.empty(parameter.shape, dtype=torch.float32, device="meta"))
 
 
 class Injected:
@@ -238,9 +247,12 @@ class Injected:
             path, _, key = name.rpartition(".")
             wrapper: Any = model.get_submodule(name)
             self._places.append((model.get_submodule(path), key, wrapper))
+            if adapter.method == "ia3":
+                wrapper.ia3_l[NAME] = _hollow(wrapper.ia3_l[NAME])
+                continue
             own = [wrapper.lora_A[NAME], wrapper.lora_B[NAME]]
             for part in [*own, wrapper.lora_magnitude_vector[NAME]] if adapter.dora else own:
-                part.weight = nn.Parameter(torch.empty(part.weight.shape, dtype=torch.float32, device="meta"))
+                part.weight = _hollow(part.weight)
 
     def take_out(self) -> None:
         """The tree as it is without them."""

@@ -44,7 +44,7 @@ def expected(plan: Plan, foreign: Foreign) -> Expected:
             "a checkpoint of another system is of a whole model, and this run trains adapters; leave "
             "model.adapter out"
         )
-        raise ConfigurationError(Problem("model.adapter", f"rank {plan.model.adapter.rank}", reason))
+        raise ConfigurationError(Problem("model.adapter", plan.model.adapter.method, reason))
     if plan.training.ema is not None:
         reason = "a checkpoint of another system holds no average of its weights; leave it out"
         raise ConfigurationError(Problem("training.ema", None, reason))

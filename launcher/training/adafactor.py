@@ -1,0 +1,132 @@
+"""Adafactor on shards: transformers' own numbers, with the columns of whole matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import distributed, nn
+from torch.distributed.tensor import DTensor
+
+from launcher.training.model.loading import local_part
+from launcher.training.muon import group_of
+
+_DECAY, _EPSILON = 0.8, 1e-30
+"""transformers' defaults, of which its Trainer leaves both as they are."""
+
+
+class Adafactor(torch.optim.Optimizer):
+    """transformers' Adafactor as its Trainer takes it (Shazeer and Stern 2018, arXiv 1804.04235): with the rate
+    that it is given, and without a first moment.
+
+    Of a matrix the means of its squared gradients are kept by row and by column. It is cut by rows: those of
+    columns, and the size of a whole update, are added up over the ranks, in two messages a step.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], learning_rate: float) -> None:
+        super().__init__(groups, {"lr": learning_rate})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Take one step. For all ranks together, with a gradient for the same parameters on each."""
+        stepped = [
+            (parameter, group)
+            for group in self.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+        if not stepped:
+            return
+        sums = [self._of_rows(parameter) for parameter, _ in stepped]
+        _add_up(sums, stepped[0][0])
+        for (parameter, _), whole in zip(stepped, sums, strict=True):
+            self._of_columns(parameter, whole)
+        # Each update is computed twice, as keeping all of them would take as much as the weights.
+        squares = [
+            torch.linalg.vector_norm(self._update(parameter, whole), dtype=torch.float64).square().view(1)
+            for (parameter, _), whole in zip(stepped, sums, strict=True)
+        ]
+        _add_up(squares, stepped[0][0])
+        for (parameter, group), whole, square in zip(stepped, sums, squares, strict=True):
+            size = (square / parameter.numel()).sqrt().clamp(min=1).float()
+            own = local_part(parameter)
+            own.mul_(1 - group["lr"] * group["weight_decay"])
+            own.sub_(self._update(parameter, whole).div_(size), alpha=group["lr"])
+
+    def _of_rows(self, parameter: nn.Parameter) -> torch.Tensor:
+        """Move the means of this rank's rows, or of what is no matrix the squares themselves.
+
+        Return its part of what is summed over rows: of a matrix [columns + 1], the squares by column and the
+        means of its rows; of all else nothing.
+        """
+        gradient, state = _gradient(parameter), self.state[parameter]
+        state["step"] += 1
+        squares, share = gradient.square().add_(_EPSILON), state["step"].pow(-_DECAY)
+        if parameter.dim() < 2:
+            local_part(state["exp_avg_sq"]).lerp_(squares, share)
+            return gradient.new_empty(0)
+        row = local_part(state["exp_avg_sq_row"])
+        row.lerp_(squares.mean(dim=-1), share)
+        if parameter.dim() == 2:
+            return torch.cat([squares.sum(dim=0), row.sum(dim=0, keepdim=True)])
+        # Of several matrices in one tensor, as experts are, each is whole on its rank.
+        local_part(state["exp_avg_sq_col"]).lerp_(squares.mean(dim=-2), share)
+        return gradient.new_empty(0)
+
+    def _of_columns(self, parameter: nn.Parameter, whole: torch.Tensor) -> None:
+        """Move the means of a matrix's columns, given what is summed over all rows."""
+        if parameter.dim() == 2:
+            state = self.state[parameter]
+            state["exp_avg_sq_col"].lerp_(whole[:-1] / parameter.shape[0], state["step"].pow(-_DECAY))
+
+    def _update(self, parameter: nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
+        """Return this rank's part of the update before it is clipped, as transformers computes it."""
+        gradient, state = _gradient(parameter), self.state[parameter]
+        if parameter.dim() < 2:
+            return local_part(state["exp_avg_sq"]).rsqrt().mul_(gradient)
+        row, column = local_part(state["exp_avg_sq_row"]), local_part(state["exp_avg_sq_col"])
+        mean = whole[-1:] / parameter.shape[0] if parameter.dim() == 2 else row.mean(dim=-1, keepdim=True)
+        factors = (row / mean).rsqrt_().unsqueeze(-1)
+        return torch.mul(factors, column.unsqueeze(-2).rsqrt()).mul_(gradient)
+
+
+def first_state(parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the state of one parameter before the first step: of a matrix its rows', cut as they are, and its
+    columns', whole on each rank."""
+    step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+    if parameter.dim() < 2:
+        return {"step": step, "exp_avg_sq": torch.zeros_like(parameter)}
+    shape, own = parameter.shape, local_part(parameter)
+    column = own.new_zeros(shape[-1:])
+    if parameter.dim() > 2:
+        column = _cut_as(parameter, own.new_zeros(own.shape[:-2] + own.shape[-1:]), shape[:-2] + shape[-1:])
+    row = _cut_as(parameter, own.new_zeros(own.shape[:-1]), shape[:-1])
+    return {"step": step, "exp_avg_sq_row": row, "exp_avg_sq_col": column}
+
+
+def _cut_as(parameter: torch.Tensor, own: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Return a rank's part as that of a tensor of a shape, whose first dimension is cut as the parameter's."""
+    if not isinstance(parameter, DTensor):
+        return own
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        own, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=stride
+    )
+
+
+def _gradient(parameter: nn.Parameter) -> torch.Tensor:
+    """Return this rank's part of a gradient."""
+    assert parameter.grad is not None
+    return local_part(parameter.grad)
+
+
+def _add_up(tensors: list[torch.Tensor], parameter: torch.Tensor) -> None:
+    """Give each tensor its sum over the ranks that a parameter is cut over, in one message."""
+    ranks = group_of(parameter)
+    if ranks is None or distributed.get_world_size(ranks) == 1:
+        return
+    message = torch.cat(tensors)
+    distributed.all_reduce(message, group=ranks)
+    for one, summed in zip(tensors, message.split([one.numel() for one in tensors]), strict=True):
+        one.copy_(summed)
