@@ -45,6 +45,9 @@ def _training(job: Job) -> Iterator[Finding]:
         )
     yield from _unfreeze(job)
     yield from _schedule(training)
+    if training.moments != "fp32" and training.optimizer not in ("adamw", "adam"):
+        reason = f"is of Adam's moments, and training.optimizer is {training.optimizer}; leave it out"
+        yield finding("training.moments", training.moments, reason, "training.optimizer")
     yield from _near_the_start(job)
     traits = tasks.find(job.model.task).traits
     if training.neftune_noise_alpha is not None and (traits.encoder_decoder or traits.unit != "token"):

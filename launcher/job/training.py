@@ -87,6 +87,8 @@ class Training(Section):
     """Decay of Adam's two moments."""
     epsilon: float = Field(default=1e-8, gt=0)
     """Added to Adam's denominator."""
+    moments: Literal["fp32", "bf16"] = "fp32"
+    """How Adam's and AdamW's two moments are kept: four bytes each, or two, rounded by chance."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """The momentum of SGD, or of Muon, whose authors take 0.95."""
     weight_decay: float = Field(default=0.0, ge=0)

@@ -11,10 +11,12 @@ from launcher.errors import ConfigurationError
 from launcher.job.schema import Model, Training
 from launcher.job.tuning import GroupKey, Place, unmatched
 from launcher.training import adafactor
+from launcher.training.half_moments import AdamOfHalfMoments
 from launcher.training.model import adapters
 from launcher.training.model.loading import whole_shape
 from launcher.training.model.places import places, stages_of
 from launcher.training.muon import MuonAndAdamW
+from launcher.training.precision import DTYPES
 
 Optimizer = torch.optim.Optimizer
 
@@ -38,6 +40,8 @@ def construct(model: nn.Module, training: Training, own: Model | None = None) ->
         return MuonAndAdamW(groups, training)
     if training.optimizer == "adafactor":
         return adafactor.Adafactor(groups, training.learning_rate)
+    if training.moments == "bf16":
+        return AdamOfHalfMoments(groups, training)
     if training.optimizer == "sgd":
         # PyTorch has no fused SGD for sharded tensors.
         optimizer: Optimizer = torch.optim.SGD(groups, momentum=training.momentum, foreach=True, **common)
@@ -69,19 +73,27 @@ def make_states(optimizer: Optimizer, training: Training) -> None:
     """Give every parameter of the optimizer its state before the first step."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            optimizer.state[parameter] = first_state(group["kind"], parameter, training.momentum)
+            optimizer.state[parameter] = first_state(group["kind"], parameter, training)
 
 
-def first_state(kind: str, parameter: torch.Tensor, momentum: float) -> dict[str, torch.Tensor]:
+def first_state(kind: str, parameter: torch.Tensor, training: Training) -> dict[str, torch.Tensor]:
     """The state of one parameter before the first step."""
     if kind == "adafactor":
         return adafactor.first_state(parameter)
-    if kind == "muon" or (kind == "sgd" and momentum):
+    if kind == "muon" or (kind == "sgd" and training.momentum):
         return {"momentum_buffer": torch.zeros_like(parameter)}
     if kind == "sgd":
         return {}
     step = torch.zeros((), dtype=torch.float32, device=parameter.device)
-    return {"step": step, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+    dtype = moment_dtype(training)
+    return {"step": step} | {
+        key: torch.zeros_like(parameter, dtype=dtype) for key in ("exp_avg", "exp_avg_sq")
+    }
+
+
+def moment_dtype(training: Training) -> torch.dtype:
+    """Return the precision of the optimizer's moments."""
+    return DTYPES[training.moments]
 
 
 def state_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor]:

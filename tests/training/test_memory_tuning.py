@@ -42,6 +42,7 @@ THAWED = {
     "training__layer_decay": 0.9,
 }
 MUON = {"training__optimizer": "muon"}
+HALF = {"training__moments": "bf16"}
 ADAFACTOR = {"training__optimizer": "adafactor"}
 CASES = (
     TunedCase("llama", 1, "fp32", "none", keys={"model__freeze": {"layers": "0-2", "embeddings": True}}),
@@ -50,7 +51,11 @@ CASES = (
     TunedCase("llama", 1, "bf16", "full", keys=MUON, lengths=(20, 12)),
     TunedCase("llama", 1, "fp32", "full", keys=ADAFACTOR, lengths=(20, 12)),
     TunedCase("llama", 1, "bf16", "none", keys=ADAFACTOR),
+    TunedCase("llama", 1, "fp32", "full", keys=HALF, lengths=(20, 12)),
     TunedCase("llama", 2, "bf16", "full", keys=THAWED),
+    TunedCase("llama", 2, "bf16", "full", keys=HALF),
+    TunedCase("llama", 2, "bf16", "full", keys=HALF, stage=2),
+    TunedCase("llama", 2, "fp32", "full", keys=HALF, stage=3),
     TunedCase("llama", 2, "fp32", "none", keys=THAWED, stage=2),
     TunedCase("llama", 2, "bf16", "none", keys={"training__layer_decay": 0.9}, stage=1),
     TunedCase("llama", 2, "bf16", "full", keys=THAWED, stage=3),

@@ -466,6 +466,7 @@ CONTRADICTIONS = [
     (CAUSAL, [ADAPTER, "model.compile=true"], "model.compile", "layers with adapters are not compiled"),
     (CAUSAL, ["model.adapter.init=svd"], "model.adapter.init", "pissa"),
     (CAUSAL, ["model.adapter={init: pissa, dora: true}"], "model.adapter.init", "write one of both"),
+    (CAUSAL, ["training.moments=bf16", "training.optimizer=muon"], "training.moments", "leave it out"),
     (CAUSAL, ["model.adapter.method=lora3"], "model.adapter.method", "lora or ia3"),
     (
         CAUSAL,

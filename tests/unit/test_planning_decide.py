@@ -437,6 +437,16 @@ def test_stages_of_deepspeed(shard: str, stage: int) -> None:
             "Muon multiplies whole matrices",
         ),
         (
+            {
+                **DEEPSPEED,
+                "training__moments": "bf16",
+                "memory__offload": "optimizer",
+                "memory__offload_to": "/",
+            },
+            "training.moments",
+            "DeepSpeed's files hold fp32 alone; write offload_to: cpu",
+        ),
+        (
             {**DEEPSPEED, "training__optimizer": "adafactor"},
             "training.optimizer",
             "works on rows and columns, and ZeRO cuts parameters into flat pieces; write parallel.engine: fsdp",

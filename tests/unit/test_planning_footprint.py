@@ -113,6 +113,15 @@ def test_of_muon_the_matrices_of_the_layers_have_one_number_of_state() -> None:
     assert muon.phase("loading").peak == 12 * parameters - 4 * matrices
 
 
+def test_moments_in_bf16_are_four_bytes_of_each_that_trains_fewer() -> None:
+    parameters = 8_030_261_248
+    halved = footprint(training__moments="bf16")
+    assert halved.phase("loading").peak == parameters * 8 // 8
+    zero = {"training__moments": "bf16", **deepspeed(3)}
+    wide, half = (footprint(**{**zero, "training__moments": one}) for one in ("fp32", "bf16"))
+    assert wide.phase("loading").peak - half.phase("loading").peak == parameters * 4 // 8
+
+
 def test_of_adafactor_matrices_have_a_number_for_each_row_and_column() -> None:
     """By hand: of Llama 3.1 8B on 8 ranks, which share the rows and have all columns each."""
     parameters, norms, vocabulary = 8_030_261_248, 65 * 4096, 2 * 128256

@@ -115,6 +115,8 @@ class Estimator:
             if plan.training.optimizer != "sgd" or plan.training.momentum
             else 0
         )
+        if plan.training.moments == "bf16":
+            self.copies //= 2
         near = plan.training.l2_sp
         self.copies += (plan.training.ema is not None) + (near is not None)
         self.copies += near is not None and near.fisher is not None
@@ -264,6 +266,7 @@ class Estimator:
             itemsize=self.itemsize,
             reshard=plan.mesh.reshard_after_forward,
             state_copies=self.copies,
+            widens_moments=plan.training.moments == "bf16",
             cpu=not self.cuda,
             copied_below=self._copied_below(plan.mesh.dp_shard),
             accumulation=min(3, plan.batch.accumulation_steps),
@@ -291,6 +294,7 @@ class Estimator:
             ranks=plan.mesh.world_size,
             itemsize=self.itemsize,
             state_copies=self.copies,
+            widens_moments=plan.training.moments == "bf16",
             cpu=not self.cuda,
             copied_below=self._copied_below(plan.mesh.world_size),
             accumulation=min(3, plan.batch.accumulation_steps),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from launcher.planner.limits import WIDENED_MOMENTS
 from launcher.planner.memory.program import Segment, Unit
 from launcher.planner.memory.timeline import (
     GATHERED,
@@ -25,7 +26,7 @@ class Cut:
     itemsize: int
     reshard: bool
     state_copies: int
-    """fp32 tensors of the optimizer for each parameter."""
+    """fp32 tensors of the optimizer for each parameter; two in bf16 are one."""
     cpu: bool
     copied_below: float
     """Bytes; gloo copies messages that are smaller, and no others: none on GPUs, all between machines."""
@@ -41,6 +42,8 @@ class Cut:
     """Whether FSDP leaves alone what does not train: on one rank, in the precision of the computation."""
     offloads: bool = False
     """Whether parameters, gradients and optimizer state wait in the host's memory."""
+    widens_moments: bool = False
+    """Moments are in bf16, and in fp32 piece by piece as a step is taken."""
 
 
 class FsdpStep:
@@ -229,18 +232,18 @@ class FsdpStep:
         num_bytes = (4 + exchanged + 4 + 3 * 2) * whole + 2 * 2 * short * short
         self.time.touch(TEMPORARIES, num_bytes, "Muon")
 
-    def _adafactor(self) -> None:
-        """Count the update of the largest part, and on a CPU the copy in fp64 that its norm is taken of."""
-        largest = max(
-            (
-                one.shard(self.cut.ranks)
-                for unit in self.units
-                for one in unit.weights
-                if one.factored and one.trains
-            ),
-            default=0,
-        )
-        self.time.touch(TEMPORARIES, (12 if self.cut.cpu else 4) * largest, "Adafactor")
+    def _optimizer(self) -> None:
+        """Count what an optimizer holds beside its state: of Adafactor the update of the largest part, on a
+        CPU with the copy in fp64 that its norm is taken of; of moments in bf16 a piece in fp32, and what it is rounded
+        by."""
+        self._muon()
+        weights = [one for unit in self.units for one in unit.weights if one.trains]
+        parts = [one.shard(self.cut.ranks) for one in weights if one.factored]
+        held = (12 if self.cut.cpu else 4) * max(parts, default=0)
+        if self.cut.widens_moments and not self.cut.offloads:
+            largest = max(unit.largest_shard(self.cut.ranks) for unit in self.units)
+            held = 12 * min(WIDENED_MOMENTS, largest)
+        self.time.touch(TEMPORARIES, held, "optimizer")
 
     def step(self, first: list[Segment], more: list[Segment]) -> Timeline:
         """Go through a steady step; `more`: the blocks of a micro-batch that finds gradients there already."""
@@ -255,8 +258,7 @@ class FsdpStep:
                     go_through(self.time, segment, self.cut.recomputes)
             else:
                 self.micro_step(segments, number == self.cut.accumulation - 1)
-        self._muon()
-        self._adafactor()
+        self._optimizer()
         if self.cut.cpu:
             # On a CPU the norm of a gradient in fp64 is taken of a copy in fp64.
             self.time.touch(

@@ -170,7 +170,7 @@ class ZeroStep:
             )
             time.touch(TEMPORARIES, wide * buffer + 8 * piece * cut.cpu, "norm of the gradients")
         time.parts = dict(base)
-        time.touch(GRADIENTS, part if wide else part + copied, "optimizer")
+        time.touch(GRADIENTS, (part if wide else part + copied) + self.kept.widened(), "optimizer")
         time.touch(GRADIENTS, copied + 8 * piece * cut.cpu, "norm of the gradients")
 
     def _stage_3(self, segments: list[Segment]) -> None:
@@ -184,3 +184,4 @@ class ZeroStep:
             time.parts[GATHERED] = gathered[END]
             time.touch(MESSAGES, self._sending() + cut.itemsize * large, "sending gradients")
             self.filled = 0
+        time.touch(TEMPORARIES, self.kept.widened(), "optimizer")

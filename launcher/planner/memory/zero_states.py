@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass
 
+from launcher.planner.limits import WIDENED_MOMENTS
 from launcher.planner.memory.program import Unit, Weight
 from launcher.planner.memory.timeline import GRADIENTS, MESSAGES, OPTIMIZER, PARAMETERS
 
@@ -33,6 +34,8 @@ class ZeroCut:
     """Masters, gradients and optimizer state of a rank's part are in the host's memory."""
     offloads_parameters: bool = False
     """The shards of stage 3 too."""
+    widens_moments: bool = False
+    """Moments are in bf16, and in fp32 piece by piece as a step is taken."""
 
 
 class ZeroStates:
@@ -78,6 +81,12 @@ class ZeroStates:
         cut, part = self._cut, self.part(self.trained)
         optimizer = 4 * (2 + cut.state_copies) * part if cut.offloads_optimizer else 0
         return optimizer + cut.itemsize * (part + self.part(self._frozen)) * cut.offloads_parameters
+
+    def widened(self) -> int:
+        """Return the bytes on the device for a piece of the moments in fp32, and what it is rounded by."""
+        if not self._cut.widens_moments or self._cut.offloads_optimizer:
+            return 0
+        return 12 * min(WIDENED_MOMENTS, self.part(self.trained))
 
     def touched(self) -> list[tuple[int, int]]:
         """Return for each rank the elements of all parameters of which it has a part, and of its largest part.

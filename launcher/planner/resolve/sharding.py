@@ -178,6 +178,9 @@ def _refuse_for_deepspeed(decider: Decider, sharding: Sharding, world_size: int,
         if getattr(job.training, key) is not None and memory.offload_to != "cpu":
             reason = "would read every weight from files in each step; write offload_to: cpu, or leave it out"
             decider.refuse(f"training.{key}", None, reason)
+    if job.training.moments != "fp32" and memory.offload_to != "cpu":
+        reason = "DeepSpeed's files hold fp32 alone; write offload_to: cpu, or leave it out"
+        decider.refuse("training.moments", job.training.moments, reason)
     if job.model.compile:
         decider.refuse("model.compile", True, "compiled layers are for parallel.engine: fsdp; leave it out")
     if sharding == "none":

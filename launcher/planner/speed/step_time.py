@@ -86,13 +86,15 @@ def speed(plan: Plan, units: Units, segments: list[Segment], gpu: GpuType) -> Sp
 
 def optimizer_seconds(plan: Plan, units: Units, gpu: GpuType) -> float:
     """Return the seconds of the optimizer on a rank's part: parameter, gradient and moments are read and
-    written; by Adafactor's own operators, which are not fused, three times as much."""
+    written; more often by operators that are not fused, as Adafactor's and those that widen and round
+    moments."""
     root, layers = units
     state = sum(unit.num_elements(trained=True) for unit in (root, *layers)) / ranks_of(plan)
     # Offloaded, it is the processors that step, and the ranks of a node share their memory.
     rate = gpu.host_bandwidth / plan.mesh.ranks_per_node if offloads(plan) else gpu.bandwidth
-    num_bytes = (84 if plan.training.optimizer == "adafactor" else 28) * state
-    return num_bytes / (rate * gpu.memory_share) + _muon_operations(plan, units) / (
+    num_bytes = 84 if plan.training.optimizer == "adafactor" else 28
+    num_bytes += 72 * (plan.training.moments == "bf16")
+    return num_bytes * state / (rate * gpu.memory_share) + _muon_operations(plan, units) / (
         ranks_of(plan) * gpu.half_rate * gpu.matrix_share
     )
 

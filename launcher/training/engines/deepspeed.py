@@ -208,7 +208,8 @@ class DeepSpeedEngine:
             piece = self._stage.piece(parameter)
             tensors[f"model.{name}"] = _shard(parameter, piece, "param")
             for key in optimizers.moments(self._plan.training):
-                states[f"optimizer.{name}.{key}"] = _shard(parameter, piece, key)
+                dtype = optimizers.moment_dtype(self._plan.training)
+                states[f"optimizer.{name}.{key}"] = _shard(parameter, piece, key, dtype)
         tensors |= {
             f"model.{adapters.plain(name)}": buffer for name, buffer in models.persistent_buffers(self.model)
         }
@@ -235,11 +236,7 @@ class DeepSpeedEngine:
                 parameter.data.copy_(values.view(parameter.shape))
 
 
-def _shard(parameter: nn.Parameter, piece: Piece, key: str) -> FlatShard:
+def _shard(parameter: nn.Parameter, piece: Piece, key: str, dtype: torch.dtype = torch.float32) -> FlatShard:
     return FlatShard(
-        models.whole_shape(parameter),
-        piece.start,
-        piece.count,
-        functools.partial(piece.values, key),
-        torch.float32,
+        models.whole_shape(parameter), piece.start, piece.count, functools.partial(piece.values, key), dtype
     )

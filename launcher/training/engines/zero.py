@@ -86,7 +86,7 @@ class StageOneOrTwo:
         _leave_waiting_groups(zero, self._stages, self)
         for partition in zero.single_partition_of_fp32_groups:
             zero.optimizer.state[partition] = optimizers.first_state(
-                training.optimizer, partition.detach(), training.momentum
+                training.optimizer, partition.detach(), training
             )
         zero._lazy_init_hp_params_optimizer_state()
         zero.clip_grad = 0.0
@@ -157,7 +157,7 @@ class StageThree:
                 zero._optimizer_states_and_gradient_swap_in(index)
             self._let_go_of_a_copy(partition, zero.fp16_partitioned_groups_flat[index])
             zero.optimizer.state[partition] = optimizers.first_state(
-                training.optimizer, partition.detach(), training.momentum
+                training.optimizer, partition.detach(), training
             )
             if zero._swappable_optimizer_subgroup(index):
                 zero._optimizer_states_and_gradient_swap_out(index)

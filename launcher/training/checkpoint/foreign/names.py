@@ -15,7 +15,7 @@ from launcher.planner.plan import Plan
 from launcher.training.checkpoint.foreign.common import Foreign, ForeignTensor
 from launcher.training.model import loading as models
 from launcher.training.model import pretrained
-from launcher.training.optimizer import moments
+from launcher.training.optimizer import moment_dtype, moments
 
 _SHOWN = 4
 
@@ -147,7 +147,10 @@ def _one_of(names: list[str], foreign: Foreign) -> ForeignTensor:
 
 def _states(foreign: Foreign, wanted: Expected, plan: Plan) -> dict[str, tuple[ForeignTensor, torch.dtype]]:
     """The optimizer's tensors that the plan's optimizer needs."""
-    keys = moments(plan.training)
+    if plan.training.optimizer == "adafactor":
+        reason = "rows and columns of Adafactor are not taken over; name its weights as model.name"
+        raise CheckpointError(f"the checkpoint ({foreign.origin}) cannot be gone on with: {reason}")
+    keys, dtype = moments(plan.training), moment_dtype(plan.training)
     states: dict[str, tuple[ForeignTensor, torch.dtype]] = {}
     without = []
     for name, names in wanted.aliases.items():
@@ -158,7 +161,7 @@ def _states(foreign: Foreign, wanted: Expected, plan: Plan) -> dict[str, tuple[F
         )
         if missing := [key for key in keys if key not in there]:
             without.append((name, missing, sorted(there)))
-        states |= {f"optimizer.{name}.{key}": (there[key], torch.float32) for key in keys if key in there}
+        states |= {f"optimizer.{name}.{key}": (there[key], dtype) for key in keys if key in there}
     if without:
         raise CheckpointError(_why_no_state(foreign, plan, without))
     return states
