@@ -233,9 +233,11 @@ class FsdpStep:
         self.time.touch(TEMPORARIES, num_bytes, "Muon")
 
     def _optimizer(self) -> None:
-        """Count what an optimizer holds beside its state: of Adafactor the update of the largest part, on a
-        CPU with the copy in fp64 that its norm is taken of; of moments in bf16 a piece in fp32, and what it is rounded
-        by."""
+        """Count what an optimizer holds beside its state.
+
+        Of Adafactor it is the update of the largest part, on a CPU with the copy in fp64 that its norm is taken
+        of; of moments in bf16 a piece in fp32, and what it is rounded by.
+        """
         self._muon()
         weights = [one for unit in self.units for one in unit.weights if one.trains]
         parts = [one.shard(self.cut.ranks) for one in weights if one.factored]
