@@ -11,9 +11,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from transformers import Adafactor
 
+from launcher.errors import ConfigurationError
 from launcher.job.schema import Training
 from launcher.training import adafactor
 from launcher.training import optimizer as optimizers
+from launcher.training.checkpoint.foreign.names import expected
 from tests.training.plans import plan_of
 from tests.training.ranks import on_ranks
 from tests.training.runs import (
@@ -92,6 +94,11 @@ def test_two_ranks_end_where_one_does_with_rows_and_columns_for_state(tmp_path: 
             weight = one["tensors"][f"model.{key.removeprefix('optimizer.').rpartition('.')[0]}"]
             assert [*value.shape] == [weight.shape[0 if key.endswith("row") else 1]]
     assert not [key for key in one["tensors"] if key.endswith(".exp_avg")]
+
+
+def test_the_state_of_another_system_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"training\.optimizer.*adafactor.*not taken over"):
+        expected(plan_of(tmp_path, 1, **CHANGES), None)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow

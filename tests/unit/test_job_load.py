@@ -534,6 +534,16 @@ def test_an_adapter_has_defaults_and_may_be_a_list_of_patterns(folder: Path) -> 
     assert load(write(folder, CAUSAL)).model.adapter is None
 
 
+def test_what_ia3_multiplies_before_a_layer_is_one_of_its_targets() -> None:
+    layers = ["model.layers.0.k_proj", "model.layers.0.down_proj"]
+    one = Adapter(method="ia3", targets=("k_proj",), feedforward=("down_proj",))
+    assert [problem.key for problem in one.unmatched(layers, layers)] == ["model.adapter.feedforward"]
+    assert "matches none of the targets; the nearest are k_proj" in one.unmatched(layers, layers)[0].reason
+    both = one.model_copy(update={"targets": ("k_proj", "down_proj")})
+    assert not both.unmatched(layers, layers)
+    assert [both.scales_input(name) for name in layers] == [False, True]
+
+
 def test_everything_at_once(folder: Path) -> None:
     found = problems(
         folder,

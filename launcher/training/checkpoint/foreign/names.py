@@ -36,8 +36,8 @@ def expected(plan: Plan, foreign: Foreign) -> Expected:
     """Made from the model's config alone, no weight of it in memory. A new head is as wide as the
     checkpoint's.
 
-    Raises ConfigurationError where there is no such model, and where the run trains adapters beside it, or
-    keeps an average of its weights.
+    Raises ConfigurationError where there is no such model, and where the run trains adapters beside it,
+    keeps an average of its weights, or has Adafactor step them.
     """
     if plan.model.adapter is not None:
         reason = (
@@ -45,6 +45,12 @@ def expected(plan: Plan, foreign: Foreign) -> Expected:
             "model.adapter out"
         )
         raise ConfigurationError(Problem("model.adapter", plan.model.adapter.method, reason))
+    if plan.training.optimizer == "adafactor":
+        reason = (
+            "rows and columns of another system's Adafactor are not taken over; write adamw, or begin with "
+            "the weights alone: name them as model.name"
+        )
+        raise ConfigurationError(Problem("training.optimizer", "adafactor", reason))
     if plan.training.ema is not None:
         reason = "a checkpoint of another system holds no average of its weights; leave it out"
         raise ConfigurationError(Problem("training.ema", None, reason))
@@ -147,9 +153,6 @@ def _one_of(names: list[str], foreign: Foreign) -> ForeignTensor:
 
 def _states(foreign: Foreign, wanted: Expected, plan: Plan) -> dict[str, tuple[ForeignTensor, torch.dtype]]:
     """The optimizer's tensors that the plan's optimizer needs."""
-    if plan.training.optimizer == "adafactor":
-        reason = "rows and columns of Adafactor are not taken over; name its weights as model.name"
-        raise CheckpointError(f"the checkpoint ({foreign.origin}) cannot be gone on with: {reason}")
     keys, dtype = moments(plan.training), moment_dtype(plan.training)
     states: dict[str, tuple[ForeignTensor, torch.dtype]] = {}
     without = []
