@@ -86,7 +86,11 @@ class ZeroStates:
         """Return the bytes on the device for a piece of the moments in fp32, and what it is rounded by."""
         if not self._cut.widens_moments or self._cut.offloads_optimizer:
             return 0
-        return 12 * min(WIDENED_MOMENTS, self.part(self.trained))
+        most = self.part(self.trained)
+        if self._cut.stage == 3:  # sub-group by sub-group, of which the last parameter goes over its size
+            largest = max((weight.num_elements for weight in self._weights if weight.trains), default=0)
+            most = min(most, self._cut.sub_group + self.part(largest))
+        return 12 * min(WIDENED_MOMENTS, most)
 
     def touched(self) -> list[tuple[int, int]]:
         """Return for each rank the elements of all parameters of which it has a part, and of its largest part.
