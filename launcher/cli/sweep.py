@@ -232,13 +232,17 @@ def _submit(sweep: Sweep, parallel: int | None, as_json: bool) -> int:
     from launcher.sweep.running import submit
 
     try:
-        job_id, numbers = submit(sweep, parallel)
+        submitted = submit(sweep, parallel)
     except SchedulerError as error:
         raise submit_run.explain(error) from None
     if as_json:
-        print_json({"sweep": str(sweep.path), "job": job_id, "points": numbers})
+        shown = {"job": submitted.job_id, "points": submitted.points, "left_out": submitted.left_out}
+        print_json({"sweep": str(sweep.path), **shown})
     else:
-        typer.echo(f"array {job_id}: {len(numbers)} of {sweep.num_points} points of {sweep.path.name}")
+        for number, reason in submitted.left_out.items():
+            typer.echo(f"point {number} cannot begin, and waits for the next round: {reason}", err=True)
+        number = len(submitted.points)
+        typer.echo(f"array {submitted.job_id}: {number} of {sweep.num_points} points of {sweep.path.name}")
         if sweep.search:
             typer.echo("when they are over, the same command submits the next round, which learns from them")
     return 0

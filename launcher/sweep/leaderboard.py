@@ -73,7 +73,7 @@ def best_job(sweep: Sweep, file: Path) -> Line:
 def _line(sweep: Sweep, number: int, run: RunDirectory) -> Line:
     overrides = sweep.points[number]
     if number in sweep.refused:
-        return Line(number, overrides, "failed", 0, None, None, None, None, "configuration")
+        return Line(number, overrides, "failed", 0, None, None, None, None, sweep.refused[number])
     if not run.plan_file.exists():
         return Line(number, overrides, "not begun", 0, None, None, None, None)
     totals = Totals(run)

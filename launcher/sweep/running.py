@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from dataclasses import dataclass
 
 from launcher.errors import (
     ConfigurationError,
@@ -22,7 +23,7 @@ from launcher.launch.slurm import snapshot, submit_run
 from launcher.launch.slurm.record import JobRecord
 from launcher.launch.slurm.submission import refuse_second, submit_array
 from launcher.planner.plan import Plan
-from launcher.runs.events import event
+from launcher.runs.events import event, read
 from launcher.runs.layout import RunDirectory
 from launcher.sweep.leaderboard import leaderboard
 from launcher.sweep.sweep import Sweep
@@ -64,7 +65,7 @@ def _in_turn(sweep: Sweep, watcher: Watcher, until: float) -> int:
             watcher.say(f"point {number} cannot begin: {error}")
             worst = worst or error.exit_code
             if _is_of_the_point(sweep, error):
-                sweep = sweep.without(number, str(error))
+                sweep = sweep.without(number, error)
             continue
         code = run_with_cuts(run, plan, watcher)
         if code in (Stopped.exit_code, FORCED_EXIT):
@@ -83,8 +84,16 @@ def _worth_trying(sweep: Sweep) -> list[int]:
         number
         for number in sweep.left()
         if classes[number] not in _FOR_GOOD
-        and (classes[number] not in _UNTIL_MENDED or sweep.run(number).last_attempt() < 2)
+        and (classes[number] not in _UNTIL_MENDED or _failed_until_mended(sweep.run(number)) < 2)
     ]
+
+
+def _failed_until_mended(run: RunDirectory) -> int:
+    """Return how many attempts failed by what the run reads; others were stopped, say, or had smaller passes."""
+    failures = [
+        record.get("failure") or {} for record in read(run.events_file) if record.get("event") == "failed"
+    ]
+    return sum(failure.get("failure_class") in _UNTIL_MENDED for failure in failures)
 
 
 def _code_of_the_rest(sweep: Sweep, numbers: list[int], watcher: Watcher) -> int:
@@ -108,15 +117,26 @@ def _is_of_the_point(sweep: Sweep, error: LauncherError) -> bool:
     return any(problem.key in sweep.search.space for problem in error.problems)
 
 
-def submit(sweep: Sweep, parallel: int | None) -> tuple[str, list[int]]:
-    """Every point that is left as one array, of which `parallel` run at a time; the array's number and the
-    points in their order. Of a search it is one round: points that failed, but not for good, and new
-    ones up to `parallel`. New ones know the rounds before, and keep away from each other; one that cannot begin
-    is written down as failed.
+@dataclass(frozen=True)
+class Submitted:
+    """An array of points, as Slurm has it."""
+
+    job_id: str
+    points: list[int]
+    """In the order of its tasks."""
+    left_out: dict[int, str]
+    """Why a point could not begin, by its number: of a search those that the next round tries again."""
+
+
+def submit(sweep: Sweep, parallel: int | None) -> Submitted:
+    """Submit every point that is left as one array, of which `parallel` run at a time. Of a search it is one
+    round: points that failed, but not for good, and new ones up to `parallel`. New ones know the rounds before,
+    and keep away from each other. One that cannot begin by what it tries is written down as failed; one that
+    cannot by anything else has taken a place of the round, and the next one tries it again.
 
     Raises RunInUseError where a point waits or runs already or another launcher submits, ConfigurationError
     where points ask Slurm for different things, and for a search without `parallel`, or with nothing left to
-    try.
+    try; and what keeps the first point from beginning, where none can.
     """
     submit_run.find_sbatch()
     if sweep.search and parallel is None:
@@ -126,12 +146,15 @@ def submit(sweep: Sweep, parallel: int | None) -> tuple[str, list[int]]:
         return _submitted(Sweep.read(sweep.path), parallel)
 
 
-def _submitted(sweep: Sweep, parallel: int | None) -> tuple[str, list[int]]:
+def _submitted(sweep: Sweep, parallel: int | None) -> Submitted:
     for number in sweep.left():
         refuse_second(sweep.run(number))
     waiting, numbers, opened = _worth_trying(sweep), list[int](), list[tuple[RunDirectory, Plan]]()
     of_a_round = max(len(waiting), parallel or 1) if sweep.search else len(waiting)
-    while len(opened) < of_a_round and (waiting or len(sweep.points) < sweep.num_points):
+    errors, num_before = dict[int, LauncherError](), len(sweep.points)
+    while len(opened) + sum(number >= num_before for number in errors) < of_a_round and (
+        waiting or len(sweep.points) < sweep.num_points
+    ):
         if not waiting:
             sweep = sweep.proposed(leaderboard(sweep))
             waiting = [len(sweep.points) - 1]
@@ -140,9 +163,14 @@ def _submitted(sweep: Sweep, parallel: int | None) -> tuple[str, list[int]]:
             opened.append(sweep.open(number, local=False))
             numbers.append(number)
         except LauncherError as error:
-            if not _is_of_the_point(sweep, error):
+            if sweep.search is None:
                 raise
-            sweep = sweep.without(number, str(error))
+            if _is_of_the_point(sweep, error):
+                sweep = sweep.without(number, error)
+            else:
+                errors[number] = error
+    if not numbers and errors:
+        raise next(iter(errors.values()))
     if not numbers:
         reason = "every point is finished, or failed for good"
         raise ConfigurationError(Problem("SWEEP", str(sweep.path), reason))
@@ -157,7 +185,7 @@ def _submitted(sweep: Sweep, parallel: int | None) -> tuple[str, list[int]]:
         event(
             run.events_file, "submitted", job=f"{job_id}_{index}", nodes=plan.slurm.nodes or plan.mesh.nodes
         )
-    return job_id, numbers
+    return Submitted(job_id, numbers, {number: str(error) for number, error in errors.items()})
 
 
 def _check_alike(opened: list[tuple[RunDirectory, Plan]], numbers: list[int]) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from launcher import tasks
-from launcher.errors import ConfigurationError, Problem, RunInUseError
+from launcher.errors import ConfigurationError, LauncherError, Problem, RunInUseError
 from launcher.job.schema import Job
 from launcher.launch import run_setup
 from launcher.metrics import Better
@@ -43,8 +43,8 @@ class Sweep:
     """Which value of the metric is the better one."""
     search: Search | None = None
     """What proposes further points."""
-    refused: tuple[int, ...] = ()
-    """Points of a search that could not begin."""
+    refused: Mapping[int, str] = field(default_factory=dict)
+    """Points of a search that could not begin, with the class of the failure."""
 
     @classmethod
     def create(
@@ -122,7 +122,7 @@ class Sweep:
             ):
                 raise ValueError("not as it was written")
             search = Search.of(content["search"]) if "search" in content else None
-            refused = tuple(int(number) for number in content.get("refused", {}))
+            refused = {int(number): _class_of(why) for number, why in content.get("refused", {}).items()}
             tried = tuple(map(tuple, points))
             return cls(path.absolute(), tried, metric, nproc, better_of(content), search, refused)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -161,12 +161,13 @@ class Sweep:
         write_atomically(self.path / SWEEP_FILE, json.dumps(described, indent=2) + "\n")
         return dataclasses.replace(self, points=(*self.points, tuple(point)))
 
-    def without(self, number: int, reason: str) -> Sweep:
+    def without(self, number: int, error: LauncherError) -> Sweep:
         """Write down why a point of a search cannot begin, and return the sweep that knows it as failed."""
         described = read_json(self.path / SWEEP_FILE)
-        described.setdefault("refused", {})[str(number)] = reason
+        why = {"failure_class": error.failure_class, "reason": str(error)}
+        described.setdefault("refused", {})[str(number)] = why
         write_atomically(self.path / SWEEP_FILE, json.dumps(described, indent=2) + "\n")
-        return dataclasses.replace(self, refused=(*self.refused, number))
+        return dataclasses.replace(self, refused={**self.refused, number: error.failure_class})
 
     def open(self, number: int, local: bool) -> tuple[RunDirectory, Plan]:
         """Make a point's run, or go on with it."""
@@ -180,6 +181,11 @@ class Sweep:
             local=local,
             profiles=Profiles(starts=True),
         )
+
+
+def _class_of(why: Any) -> str:
+    """Return the class of a refused point by what sweep.json says of it; once that was the reason alone."""
+    return ConfigurationError.failure_class if isinstance(why, str) else str(why["failure_class"])
 
 
 def as_yaml(job: Job) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 
 from launcher.cli.app import app
 from launcher.cli.sweep import _seconds
-from launcher.errors import ConfigurationError, OutOfMemoryError, Problem, RunInUseError, Stopped
+from launcher.errors import ConfigurationError, DataError, OutOfMemoryError, Problem, RunInUseError, Stopped
 from launcher.job.load import load
 from launcher.launch import local
 from launcher.runs.events import event
@@ -152,22 +153,30 @@ def test_what_a_point_came_to_is_told_as_optuna_says_it(
     assert trials[3].intermediate_values == trials[4].intermediate_values == {}
 
 
-def test_under_slurm_a_search_goes_in_rounds(
-    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Points:
+    """Stand in for Slurm too: what is submitted is array 7."""
     pytest.importorskip("optuna")
-    points, arrays = Points(monkeypatch), list[list[int]]()
+    points = Points(monkeypatch)
     monkeypatch.setattr(running.submit_run, "find_sbatch", lambda: None)
     monkeypatch.setattr(running, "_check_alike", lambda *_: None)
     monkeypatch.setattr(running.snapshot, "of_launcher", lambda *_: tmp_path)
     monkeypatch.setattr(running, "submit_array", lambda *_: "7")
     monkeypatch.setattr(running, "refuse_second", lambda *_: None)
     plan = SimpleNamespace(slurm=SimpleNamespace(nodes="1"))
+    monkeypatch.setattr(Sweep, "open", lambda sweep, number, local: (points.open(sweep, number), plan))
+    return points
+
+
+def test_under_slurm_a_search_goes_in_rounds(
+    job: Path, slurm: Points, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrays, opened = list[list[int]](), Sweep.open
 
     def open_but_one(sweep: Sweep, number: int, local: bool) -> Any:
         if number == 3:
             raise OutOfMemoryError("it needs more than there is")
-        return points.open(sweep, number), plan
+        return opened(sweep, number, local)
 
     monkeypatch.setattr(Sweep, "open", open_but_one)
     sweep = searched(job, tmp_path / "sweep", 5)
@@ -176,10 +185,10 @@ def test_under_slurm_a_search_goes_in_rounds(
 
     def submit(lost: tuple[int, ...] = ()) -> None:
         sweep = Sweep.read(tmp_path / "sweep")
-        arrays.append(running.submit(sweep, 3)[1])
+        arrays.append(running.submit(sweep, 3).points)
         for number in set(arrays[-1]) - set(lost):
-            points.open(Sweep.read(sweep.path), number)
-            points.run(sweep.run(number))
+            slurm.open(Sweep.read(sweep.path), number)
+            slurm.run(sweep.run(number))
 
     submit(lost=(1, 2))
     for name, more in (("started", {}), ("failed", {"failure": {"failure_class": "diverged", "cause": "a"}})):
@@ -189,6 +198,82 @@ def test_under_slurm_a_search_goes_in_rounds(
     with pytest.raises(ConfigurationError, match="every point is finished, or failed for good"):
         submit()
     assert len(set(Sweep.read(sweep.path).points)) == 5, "those of one round keep away from each other"
+
+
+def test_a_round_goes_without_a_point_that_cannot_begin_by_a_key_that_was_not_tried(
+    job: Path, slurm: Points, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, lacking = Sweep.open, {1}
+
+    def open_others(sweep: Sweep, number: int, local: bool) -> Any:
+        if number in lacking:
+            raise ConfigurationError(Problem("cluster.gpus_per_node", number, "does not fit"))
+        return opened(sweep, number, local)
+
+    monkeypatch.setattr(Sweep, "open", open_others)
+    searched(job, tmp_path / "sweep", 9)
+
+    def submit() -> running.Submitted:
+        submitted = running.submit(Sweep.read(tmp_path / "sweep"), 3)
+        for number in submitted.points:
+            sweep = Sweep.read(tmp_path / "sweep")
+            slurm.run(slurm.open(sweep, number))
+        return submitted
+
+    first, second = submit(), submit()
+    assert first.points == [0, 2] and "cluster.gpus_per_node" in first.left_out[1]
+    # It waits, takes no place of a later round, and is tried in each.
+    assert second.points == [3, 4, 5] and list(second.left_out) == [1]
+    lacking.clear()
+    assert submit().points == [1, 6, 7]
+    lacking.add(8)
+    with pytest.raises(ConfigurationError, match=r"cluster\.gpus_per_node"):
+        submit()  # none is left that can begin
+    assert Sweep.read(tmp_path / "sweep").left() == [8]
+
+
+def test_a_point_is_tried_again_once_after_its_data_failed_however_many_attempts_it_had(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("optuna")
+    Points(monkeypatch)
+    sweep = searched(job, tmp_path / "sweep", 1)
+    assert running.run_here(sweep.proposed([]), Heard()) == 0
+    run = sweep.run(0)
+    run.finished_file.unlink()
+    ran = list[RunDirectory]()
+
+    def fail(run: RunDirectory, *_: Any) -> int:
+        ran.append(run)
+        return DataError.exit_code
+
+    monkeypatch.setattr(local, "run", fail)
+    for number, end in enumerate(["stopped", "out-of-memory", "data", "data"], start=1):
+        run.attempt(number).mkdir(parents=True)
+        event(run.events_file, "started", attempt=number)
+        failure = {"failure_class": end, "cause": "it did"}
+        event(run.events_file, "failed" if end != "stopped" else end, step=0, failure=failure)
+        if end != "data":
+            continue
+        heard = Heard()
+        assert running.run_here(Sweep.read(sweep.path), heard) == DataError.exit_code
+        assert ran == [run], "after the first failure once more, after the second no more"
+    assert "failed for good" in heard.lines[0]
+
+
+def test_a_refused_point_has_the_class_of_its_failure(job: Path, tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    sweep = searched(job, tmp_path / "sweep", 2).proposed([])
+    sweep = sweep.proposed(leaderboard(sweep))
+    sweep.without(0, OutOfMemoryError("it needs more than there is"))
+    # A sweep of before holds the reason alone.
+    described = json.loads((sweep.path / "sweep.json").read_text())
+    described["refused"]["1"] = "training.schedule: no such"
+    (sweep.path / "sweep.json").write_text(json.dumps(described))
+    sweep = Sweep.read(sweep.path)
+    classes = [line.failure_class for line in leaderboard(sweep)]
+    assert classes == ["out-of-memory", "configuration"]
+    assert running.run_here(sweep, Heard()) == OutOfMemoryError.exit_code
 
 
 def test_a_search_is_written_down_and_its_best_point_is_a_job(
