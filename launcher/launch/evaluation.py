@@ -13,8 +13,10 @@ from typing import Any
 from launcher.errors import ConfigurationError, Problem, StorageError
 from launcher.job.load import load
 from launcher.job.paths import nearest_file
+from launcher.job.schema import Job
 from launcher.launch.scratch import ask
 from launcher.launch.screen import Watcher
+from launcher.planner.fisher import plan_fisher
 from launcher.planner.memory.profiles import Profiles
 from launcher.planner.plan import Plan
 from launcher.planner.search import plan_job
@@ -45,12 +47,7 @@ class Request:
             if Plan.read(run.plan_file).script:
                 reason = "runs a script of its own, which alone knows how to measure its model"
                 raise ConfigurationError(Problem("RUN", target, reason))
-            return cls(
-                plan_job(load(run.job_file, overrides), num_ranks, profiles=Profiles(starts=True)),
-                run.path,
-                None,
-                step,
-            )
+            return cls(_plan(_load(run.job_file, overrides), num_ranks), run.path, None, step)
         if not (Path(target) / "config.json").is_file():
             reason = "no config.json there; with --job it must be a directory with a model"
             raise ConfigurationError(Problem("MODEL", target, reason))
@@ -58,12 +55,7 @@ class Request:
             raise ConfigurationError(
                 Problem("--checkpoint", step, "a model has no checkpoints; leave it out, or name a run")
             )
-        return cls(
-            plan_job(load(job, overrides), num_ranks, profiles=Profiles(starts=True)),
-            None,
-            str(Path(target).resolve()),
-            None,
-        )
+        return cls(_plan(_load(job, overrides), num_ranks), None, str(Path(target).resolve()), None)
 
     def measured_on(self, other: Path) -> Request:
         """Return the same on another file with the same columns, or on the held-out rows of another job.
@@ -74,11 +66,11 @@ class Request:
         if not other.exists() and not glob.has_magic(str(other)):
             raise ConfigurationError(Problem("--on", str(other), f"no such file{nearest_file(other)}"))
         if other.suffix in (".yaml", ".yml"):
-            job = load(other)
+            job = _load(other, [])
             if job.model.task != self.plan.task:
                 reason = f"is a job of {job.model.task}, and what is measured does {self.plan.task}"
                 raise ConfigurationError(Problem("--on", str(other), reason))
-            theirs = plan_job(job, self.plan.mesh.world_size, profiles=Profiles(starts=True))
+            theirs = _plan(job, self.plan.mesh.world_size)
             if theirs.data.evaluation is None:
                 raise ConfigurationError(
                     Problem("--on", str(other), "names no held-out rows (data.evaluation)")
@@ -92,6 +84,15 @@ class Request:
     def asked(self) -> dict[str, Any]:
         """Return what the ranks are told."""
         return {"run": None if self.run is None else str(self.run), "model": self.model, "step": self.step}
+
+
+def _load(job_file: Path, overrides: list[str]) -> Job:
+    """Return a job by which something is measured: no teacher is asked, which may be gone by now."""
+    return load(job_file, [*overrides, "distillation=null"])
+
+
+def _plan(job: Job, num_ranks: int | None) -> Plan:
+    return plan_job(job, num_ranks, profiles=Profiles(starts=True))
 
 
 def evaluate_locally(request: Request, watcher: Watcher, resamples: int = 0) -> dict[str, Any]:
@@ -114,9 +115,8 @@ def estimate_fisher(request: Request, watcher: Watcher, num_rows: int) -> dict[s
     """Write a model's Fisher information, by so many samples, beside the run's evaluations or into
     MODEL/fisher, and return {"file": path, "step", "rows", "parameters"}.
 
-    FSDP shards the model, whatever the plan's engine, and fp16 is computed in fp32, as its gradients are not
-    finite without a scale. Raises ConfigurationError for a run that trains an adapter, and the failure's own
-    class where the ranks failed.
+    Raises ConfigurationError for a run that trains an adapter, OutOfMemoryError where it cannot fit, and the
+    failure's own class where the ranks failed.
     """
     plan = request.plan
     if request.run is not None and plan.model.adapter is not None:
@@ -132,9 +132,10 @@ def estimate_fisher(request: Request, watcher: Watcher, num_rows: int) -> dict[s
         assert request.model is not None
         # Beside the weights others would take it for some of them.
         file = Path(request.model) / "fisher" / f"{suffix[1:] or plan.name}.safetensors"
-    precision = "fp32" if plan.precision == "fp16" else plan.precision
-    changes = {"engine": "fsdp", "zero": None, "offload": "none", "precision": precision}
-    plan = plan.model_copy(update=changes)
+    # It is planned by the model that is measured, which trains whole.
+    of = plan if request.model is None else plan.of_directory(request.model)
+    taken = plan_fisher(of, Profiles(starts=True))
+    plan = taken.model_copy(update={"model": plan.model})
     wanted = request.asked | {"rows": num_rows, "file": str(file)}
     return ask(plan, "launcher.training.fisher_entry", wanted, "fisher.json", watcher)
 

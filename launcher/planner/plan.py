@@ -199,6 +199,15 @@ class Plan(Frozen):
             f"{UNKNOWN_MEMORY}. Taken as it needs the least, which may be slower: {taken}" if blind else None
         )
 
+    def of_directory(self, model: str) -> Plan:
+        """Return the plan for a model's directory as it stands: what the job does to the model that it trains
+        is done to that one alone."""
+        own = self.model
+        as_it_stands = Model(
+            name=model, task=own.task, attention=own.attention, trust_remote_code=own.trust_remote_code
+        )
+        return self.model_copy(update={"model": as_it_stands})
+
     def of_teacher(self) -> Plan:
         """Return the plan of the teacher alone, as FSDP shards it beside either engine."""
         assert self.distillation is not None

@@ -10,7 +10,6 @@ from torch import distributed
 
 from launcher import tasks
 from launcher.errors import CheckpointError, ConfigurationError, Problem
-from launcher.job.schema import Model
 from launcher.plain_files import read_json
 from launcher.planner.model.model_support import Way
 from launcher.planner.plan import Plan
@@ -44,11 +43,11 @@ class Subject:
         Raises ConfigurationError.
         """
         plan = plan.model_copy(update={"distillation": None})
-        planned = pretrained.settled(plan if model is None else as_it_stands(plan, model))
+        planned = pretrained.settled(plan if model is None else plan.of_directory(model))
         config = pretrained.read_config(planned)
         task = tasks.build(planned, tokenizer := _tokenizer(planned, plan, model))
         if run is not None and (run / "model" / "config.json").is_file():
-            task.adopt(pretrained.read_config(as_it_stands(planned, str(run / "model"))), as_it_stands=True)
+            task.adopt(pretrained.read_config(planned.of_directory(str(run / "model"))), as_it_stands=True)
         else:
             task.adopt(config, as_it_stands=model is not None)
         subject = cls(planned, config, tokenizer, task)
@@ -87,19 +86,6 @@ class Subject:
             reason = "holds what was fitted on the held-out rows, and cannot be read"
             raise CheckpointError(f"{file} {reason} ({error}); remove it to go without") from None
         self.task.keeps_fitted = True
-
-
-def as_it_stands(plan: Plan, model: str) -> Plan:
-    """The plan for a model's directory: what the job does to the model that it trains is done to that one
-    alone."""
-    request = plan.model
-    own = Model(
-        name=model,
-        task=request.task,
-        attention=request.attention,
-        trust_remote_code=request.trust_remote_code,
-    )
-    return plan.model_copy(update={"model": own})
 
 
 def as_trained(plan: Plan, run: Path | None) -> Plan:

@@ -12,13 +12,16 @@ import yaml
 
 from launcher.errors import ConfigurationError
 from launcher.job.load import load
+from launcher.launch.evaluation import Request
 from launcher.launch.redecide import decide_again
 from launcher.planner.changes import changes
+from launcher.planner.hardware.detect import Hardware
 from launcher.planner.memory.estimate import Estimator
 from launcher.planner.memory.profiles import Profiles
 from launcher.planner.plan import Plan
 from launcher.planner.search import plan_job
 from launcher.runs.layout import RunDirectory
+from launcher.sweep.sweep import as_yaml
 from launcher.tasks.distillation import SOURCE
 from tests.unit.checkpoint_files import make_run, write_checkpoint
 from tests.unit.test_planning_decide import CPU
@@ -215,6 +218,27 @@ def big(folder: Path, steps: dict[int, float], task: str = "causal-lm", **checkp
     for step, value in steps.items():
         write_checkpoint(run, step, metrics={"loss": value})
     return job
+
+
+def test_a_student_is_measured_though_its_teacher_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Hardware, "detect", classmethod(lambda cls: CPU))
+    job = big(tmp_path, {2: 3.0})
+    run = make_run(tmp_path / "runs" / "student")
+    plan = plan_job(load(job), hardware=CPU)
+    run.plan_file.write_text(plan.to_json())
+    run.job_file.write_text(as_yaml(load(job)))
+    shutil.rmtree(tmp_path / "runs" / "big" / "checkpoints")
+    for gone in ("its checkpoints", "the whole run"):
+        with pytest.raises(ConfigurationError, match=r"distillation\.teacher"):
+            plan_job(load(run.job_file), hardware=CPU)
+        measured = Request.of(str(run.path), None, None, None, []).plan
+        assert measured == plan.model_copy(
+            update={"distillation": None, "decisions": measured.decisions, "refused": measured.refused}
+        ), gone
+        assert Request.of(str(tmp_path / "small"), job, None, None, []).plan.distillation is None
+        shutil.rmtree(tmp_path / "runs" / "big", ignore_errors=True)
 
 
 @pytest.mark.parametrize(("kept", "step"), [({}, 6), ({"keep_best": 2}, 4)])
