@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from launcher.cli import completion
+
+if TYPE_CHECKING:
+    from launcher.cli.dialog import Dialog
 
 Out = Annotated[Path, typer.Option("--out", help="The file to write.", autocompletion=completion.job_files)]
 Train = Annotated[
@@ -87,7 +90,7 @@ def init(
 ) -> None:
     """Ask a few questions, or take flags, and write a job file."""
     from launcher.cli.dialog import Dialog
-    from launcher.cli.init_questions import Questions, free_place
+    from launcher.cli.init_questions import Questions
     from launcher.job.init import kept, unfinished, write
 
     dialog = Dialog(sys.stdin.isatty() and not yes)
@@ -118,3 +121,27 @@ def init(
     typer.echo(
         "\n".join([f"wrote {out}; next:", *(f"  launcher {do} {out}" for do in ("validate", "plan", start))])
     )
+
+
+def free_place(dialog: Dialog, out: Path, force: bool) -> tuple[Path, bool]:
+    """Return the file to write, and whether one that is there may be written over, as somebody agrees or names
+    another. Raises ConfigurationError as `refuse_place` where nobody is asked."""
+    from launcher.job.init import refuse_place
+
+    if not dialog.asks or force or not out.exists():
+        refuse_place(out, force)
+        return out, force
+
+    def check(text: str) -> tuple[Path, bool]:
+        if text.lower() in ("y", "yes"):
+            return out, True
+        refuse_place(Path(text), False)
+        return Path(text), False
+
+    question = f"{out} is there already. Write over it (y), or name another file"
+    free = next(
+        f"{out.stem}-{n}{out.suffix}"
+        for n in range(2, 10_000)
+        if not out.with_name(f"{out.stem}-{n}{out.suffix}").exists()
+    )
+    return dialog.answer(question, "--out", None, check, str(out.with_name(free)), completion.job_files)

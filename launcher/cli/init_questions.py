@@ -24,32 +24,10 @@ from launcher.cli.init_answers import (
     shown,
 )
 from launcher.errors import ConfigurationError, DataError, Problem
-from launcher.job.init import keep, refuse_place
+from launcher.job.init import keep
 from launcher.planner.draft import Draft
 from launcher.planner.model.model_config import locate, read_config
 from launcher.tasks.task import Task
-
-
-def free_place(dialog: Dialog, out: Path, force: bool) -> tuple[Path, bool]:
-    """Return the file to write, and whether one that is there may be written over, as somebody agrees or names
-    another. Raises ConfigurationError as `refuse_place` where nobody is asked."""
-    if not dialog.asks or force or not out.exists():
-        refuse_place(out, force)
-        return out, force
-
-    def check(text: str) -> tuple[Path, bool]:
-        if text.lower() in ("y", "yes"):
-            return out, True
-        refuse_place(Path(text), False)
-        return Path(text), False
-
-    question = f"{out} is there already. Write over it (y), or name another file"
-    free = next(
-        f"{out.stem}-{n}{out.suffix}"
-        for n in range(2, 10_000)
-        if not out.with_name(f"{out.stem}-{n}{out.suffix}").exists()
-    )
-    return dialog.answer(question, "--out", None, check, str(out.with_name(free)), completion.job_files)
 
 
 class Questions:

@@ -19,21 +19,13 @@ EXCLUSIVE = (
 )
 """Sets of options of which one can count."""
 
+BY_NAME = (
+    *("partition", "account", "qos", "reservation", "constraint", "exclude", "nodelist"),
+    *("mem", "dependency", "begin", "comment"),
+)
+"""Options whose key of `cluster` has their name, and which Slurm alone reads."""
 KEYS = {
-    **{
-        name: f"cluster.{name}"
-        for name in (
-            "nodes",
-            "partition",
-            "account",
-            "qos",
-            "reservation",
-            "constraint",
-            "exclude",
-            "nodelist",
-        )
-    },
-    **{name: f"cluster.{name}" for name in ("mem", "dependency", "begin", "comment", "requeue")},
+    **{name: f"cluster.{name}" for name in ("nodes", *BY_NAME, "requeue")},
     "mail-user": "cluster.mail_user",
     "mail-type": "cluster.mail_type",
     "job-name": "name",

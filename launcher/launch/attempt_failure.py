@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from launcher.errors import LauncherError, RankLostError, Stopped
-from launcher.launch.supervisor import End
+from launcher.launch.attempt_end import End
 from launcher.planner.plan import Plan
 from launcher.runs import failure as failures
 from launcher.runs.error_class import classify_text

@@ -1,31 +1,29 @@
-"""Watch an attempt's ranks in a thread: judge whether they hang, and find out why.
+"""Watch an attempt's ranks in a thread: judge whether they hang, and say why.
 
-It reads memory and /proc alone. What goes to the run's directory, and comes from the other nodes, goes
-through a thread of its own, as that directory may be the very thing that hangs. Of several nodes each watches
-its own ranks and publishes what it sees; the first one judges.
+It reads memory and /proc alone (`NodeRanks`). What goes to the run's directory, and comes from the other
+nodes, goes through a thread of its own, as that directory may be the very thing that hangs. Of several nodes
+each watches its own ranks and publishes what it sees; the first one judges.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from launcher.errors import HungError, one_line
-from launcher.launch import culprit, sight, stacks
-from launcher.launch.watchdog import GAP_SECONDS, HangAfter, Judge, Stillness, Stoppage, stalled_saves
+from launcher.launch import culprit
+from launcher.launch.node_ranks import NodeRanks
+from launcher.launch.watchdog import GAP_SECONDS, HangAfter, Judge, stalled_saves
 from launcher.plain_files import read_json
 from launcher.runs.aside import Aside
 from launcher.runs.events import event
 from launcher.runs.failure import Failure
 from launcher.runs.layout import RunDirectory, write_atomically
-from launcher.runs.places import Page, Place
 from launcher.runs.seen import Published, Seen, SeenAgent, publish, published
 
 _LOOK_SECONDS = 0.5
@@ -56,24 +54,18 @@ class Hangs:
     ) -> None:
         self.failure: Failure | None = None
         """Set once the run is to be ended as hung."""
-        self.agent_pid = 0
-        """The process of this node's agent, once it is started."""
-        self._run, self._directory, self._ranks = run, run.attempt(attempt), ranks
+        self._run, self._directory = run, run.attempt(attempt)
+        self.here = NodeRanks(self._directory, ranks)
         self._node, self._nodes = node, nodes
-        self._judge, self._stillness, self._stoppage = Judge(hang_after), Stillness(), Stoppage()
-        self._hang_after = hang_after
-        self._host = os.uname().nodename
+        self._judge, self._hang_after = Judge(hang_after), hang_after
         self._lines: deque[str] = deque()
         self._over = threading.Event()
         self._files = Aside("hangs-files", most=64)
-        self._pages: dict[int, tuple[Page | None, str]] = {}
-        self._last: dict[int, tuple[str, int, int]] = {}
         self._own = Published(0, [])
         self._heard: dict[int, tuple[Published, float]] = {}
         self._published_at = self._judged_at = 0.0
         self._number = 0
         self._asked: tuple[float, threading.Thread] | None = None
-        self._stacks: dict[int, tuple[tuple[str, int, int], stacks.Stack]] = {}
         self._saves_named: set[int] = set()
 
     @contextlib.contextmanager
@@ -115,49 +107,7 @@ class Hangs:
             self._asked = (number, self._collect(number))  # as the first node has ordered
 
     def _take_in(self, now: float) -> None:
-        """See every rank of this node."""
-        looks = [one for rank, pid in list(self._ranks.items()) if (one := self._see(rank, pid))]
-        ranks = [self._with_stack(seen) for seen in self._stillness.look(now, looks)]
-        self._own = Published(self._own.number + 1, ranks, self._see_agent(now))
-
-    def _see_agent(self, now: float) -> SeenAgent | None:
-        pid = self.agent_pid
-        if not pid:
-            return None
-        seen = sight.look(pid, closely=False)
-        stopped = self._stoppage.look(now, sight.look(pid) if seen.state == "T" else seen)
-        return SeenAgent(self._host, pid, stopped, has_ranks=bool(self._ranks))
-
-    def _see(self, rank: int, pid: int) -> tuple[Place, sight.Sight] | None:
-        if rank not in self._pages:
-            path = ""
-            self._pages[rank] = None, path
-            with contextlib.suppress(OSError, ValueError, KeyError):
-                path = read_json(self._directory / f"rank-{rank}.json")["places"]
-                self._pages[rank] = None, path
-                self._pages[rank] = Page.open(path), path
-        page, _ = self._pages[rank]
-        if page is None:
-            return None
-        place = page.read(rank, self._host, pid)
-        moved = (place.place, place.count, place.step)
-        seen = sight.look(pid, closely=moved == self._last.get(rank))
-        self._last[rank] = moved
-        page.note_look(seen.state)
-        if place.place == "waiting for the preparation" and (holder := sight.lock_holder(Path(place.detail))):
-            # Whoever prepares is who may hang; it may be of another run.
-            theirs = sight.look(holder)
-            stopped = holder if theirs.state == "T" else 0
-            seen = dataclasses.replace(theirs, state=seen.state, stopped_child=stopped, wchan=seen.wchan)
-        return place, seen
-
-    def _with_stack(self, seen: Seen) -> Seen:
-        """With what its stack ended in, for as long as it has not moved since."""
-        moved, stack = self._stacks.get(seen.rank, (None, None))
-        stamp = {"time": round(time.time(), 3)}
-        if stack is None or moved != (seen.place, seen.count, seen.step):
-            return dataclasses.replace(seen, **stamp)  # type: ignore[arg-type]
-        return dataclasses.replace(seen, waits_in=stack.waits_in, frame=stack.frame, **stamp)  # type: ignore[arg-type]
+        self._own = Published(self._own.number + 1, self.here.look(now), self.here.agent(now))
 
     # What goes through the run's directory, in the other thread.
 
@@ -260,7 +210,7 @@ class Hangs:
         began, thread = self._asked
         if now - began > _SECONDS_FOR_STACKS:
             return True
-        others = [seen for seen in ranks if seen.host != self._host]
+        others = [seen for seen in ranks if seen.host != self.here.host]
         return not thread.is_alive() and all(
             seen.waits_in is not None or seen.state == "T" for seen in others
         )
@@ -290,24 +240,12 @@ class Hangs:
         about = {"step": seen.save_step, "line": line, "rank": seen.rank, "host": seen.host}
         self._files.do(lambda: event(self._run.events_file, "save_stalled", **about))
 
-    # Stacks, on every node.
-
     def _collect(self, number: int) -> threading.Thread:
-        wanted = {
-            rank: (pid, self._pages[rank][1])
-            for rank, pid in list(self._ranks.items())
-            if rank in self._pages
-        }
-        moved = dict(self._last)
+        """Have this node find out where its ranks are, and write their stacks down."""
+        name = f"stacks-{number}-node-{self._node}.txt" if self._node else f"stacks-{number}.txt"
 
-        def work() -> None:
-            collected = stacks.collect(wanted)
-            self._stacks = {rank: (moved[rank], stack) for rank, stack in collected.items() if rank in moved}
+        def write(text: str) -> None:
             if number <= _MOST_SUSPICIONS:
-                name = f"stacks-{number}-node-{self._node}.txt" if self._node else f"stacks-{number}.txt"
-                text = "\n".join(f"{stack.text}" for _, stack in sorted(collected.items()))
                 self._files.do(lambda: write_atomically(self._directory / name, text))
 
-        thread = threading.Thread(target=work, name="stacks", daemon=True)
-        thread.start()
-        return thread
+        return self.here.find_stacks(write)

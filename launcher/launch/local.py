@@ -7,12 +7,13 @@ import os
 from pathlib import Path
 
 from launcher.errors import ConfigurationError, DataError, OutOfMemoryError, Stopped, StorageError
+from launcher.launch.attempt_end import End
 from launcher.launch.attempt_failure import failure_of_agent, find_failure, forced_failure, write_failure
 from launcher.launch.command import agent_command, environment, write_command
 from launcher.launch.limits import raise_open_files
 from launcher.launch.screen import Screen, Watcher
 from launcher.launch.stop_signals import Signals
-from launcher.launch.supervisor import End, Supervisor, attempt_directory
+from launcher.launch.supervisor import Supervisor
 from launcher.planner.hardware.detect import Hardware
 from launcher.planner.hardware.gpu_table import name_here
 from launcher.planner.less_memory import less_memory
@@ -21,7 +22,7 @@ from launcher.runs import failure as failures
 from launcher.runs.aside import within
 from launcher.runs.events import event
 from launcher.runs.failure import Failure
-from launcher.runs.layout import RunDirectory
+from launcher.runs.layout import RunDirectory, make_directory
 from launcher.runs.processes import oom_kills
 from launcher.runs.seen import ranks_of
 from launcher.runs.sharing import set_umask
@@ -249,3 +250,11 @@ def going_on(run: RunDirectory, plan: Plan, failure: Failure) -> tuple[str, str]
     peak = max((seen.memory_bytes for seen in ranks_of(run.attempt(run.last_attempt()))), default=0)
     advice = less_memory(plan, Hardware.detect(), peak)
     return f"{command} {advice.options}".rstrip(), advice.reason
+
+
+def attempt_directory(run: RunDirectory) -> tuple[int, Path]:
+    """Make the next attempt's directory and give its number."""
+    number = run.last_attempt() + 1
+    directory = run.attempt(number)
+    make_directory(directory)
+    return number, directory

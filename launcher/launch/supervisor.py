@@ -17,10 +17,9 @@ import os
 import signal
 import subprocess
 import time
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from launcher.launch.attempt_end import End, Force
 from launcher.launch.disk import Disk
 from launcher.launch.hangs import Hangs
 from launcher.launch.screen import Screen
@@ -31,12 +30,11 @@ from launcher.launch.watchdog import HangAfter
 from launcher.runs.events import event
 from launcher.runs.failure import Failure
 from launcher.runs.grace import Grace
-from launcher.runs.layout import RunDirectory, make_directory
+from launcher.runs.layout import RunDirectory
 from launcher.runs.notices import VARIABLE as NOTICES_VARIABLE
 from launcher.runs.notices import Notices
 from launcher.runs.processes import STOP_SIGNALS, alive, children, kill_group, parent_of
 
-Force = Literal["", "second interrupt", "grace", "exit", "failure", "superseded", "gone", "hung"]
 EXIT_SECONDS = 30.0
 """Between the last word of a run (finished, stopped) and the end of its processes."""
 FAILURE_SECONDS = 10.0
@@ -49,38 +47,6 @@ _SECONDS_TO_TAKE_A_SIGNAL = 5.0
 _LAST_LOOK_SECONDS = 30.0
 _SHORT_LOOK_SECONDS = 2.0
 """For what was written last, where everything was ended by force."""
-
-
-@dataclass
-class End:
-    """Say how an attempt's processes ended: the agent's exit code, and why they were ended by force if they
-    were."""
-
-    code: int
-    forced: Force = ""
-    signal_name: str = ""
-    events: set[str] = field(default_factory=set)
-    grace_seconds: float | None = None
-    """What the ranks were given from the signal on, if one came."""
-    failures: list[Failure] = field(default_factory=list)
-    exits: list[dict[str, Any]] = field(default_factory=list)
-    """How ranks failed and ended, as they and the agent told it without the disk."""
-    lost: str = ""
-    """Why the run directory was not there in the end; empty where it was."""
-    place: Path | None = None
-    """Where it is now, if it was renamed."""
-    is_disk_stuck: bool = False
-    """Whether the run's disk did not even answer to a last look."""
-
-    @property
-    def is_hurried(self) -> bool:
-        """Return whether somebody waits for the end, or the disk is not worth waiting for."""
-        return self.is_disk_stuck or self.forced in ("second interrupt", "grace")
-
-    hung: Failure | None = None
-    """Why they were ended as hung, if they were."""
-    stopped: tuple[int, ...] = ()
-    """The ranks that a signal or a debugger held when they were ended by force."""
 
 
 class Supervisor:
@@ -122,7 +88,7 @@ class Supervisor:
         """Start the agent and stay until all is over; whatever happens here, no process is left."""
         with self.signals.caught(), self.hangs.watching():
             agent = self._start(command, variables)
-            self.hangs.agent_pid = agent.pid
+            self.hangs.here.agent_pid = agent.pid
             try:
                 return self._watch(agent)
             finally:
@@ -297,11 +263,3 @@ class Supervisor:
             agent.wait(5)
         while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
             time.sleep(0.02)
-
-
-def attempt_directory(run: RunDirectory) -> tuple[int, Path]:
-    """Make the next attempt's directory and give its number."""
-    number = run.last_attempt() + 1
-    directory = run.attempt(number)
-    make_directory(directory)
-    return number, directory

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from launcher.errors import OutOfMemoryError
 from launcher.planner.hardware.detect import Hardware
-from launcher.planner.memory.estimate import Estimator, Phase
+from launcher.planner.memory.estimate import Estimator
+from launcher.planner.memory.footprint import Phase
 from launcher.planner.memory.profiles import Profiles, Unknown
 from launcher.planner.memory.program import Program
 from launcher.planner.plan import BatchPlan, Plan

@@ -8,7 +8,8 @@ from typing import Any
 from launcher.job.cluster import NetworkName
 from launcher.planner.dataset.dataset_size import Items, evaluation_items, training_items
 from launcher.planner.hardware.detect import Hardware
-from launcher.planner.memory.estimate import Estimator, Footprint
+from launcher.planner.memory.estimate import Estimator
+from launcher.planner.memory.footprint import Footprint
 from launcher.planner.memory.formulas import Formulas
 from launcher.planner.memory.profiles import CACHED, Profiles
 from launcher.planner.memory.program import Program

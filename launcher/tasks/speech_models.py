@@ -1,4 +1,4 @@
-"""What launcher knows of models for speech: their Auto class, their frames, and what a decoder is told."""
+"""What launcher knows of models for speech: Auto class, keys, frames, and what a decoder is told."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from launcher.errors import ConfigurationError, Problem
 from launcher.lazy import Lazy
 from launcher.tasks.clips import Clips
+from launcher.tasks.speech_columns import SpeechColumns
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 else:
     np, torch = Lazy("numpy"), Lazy("torch")
 
-MULTILINGUAL = 51_865
+_MULTILINGUAL = 51_865
 """Tokens of a Whisper of many languages, at least: so OpenAI's own code tells it."""
 
 
@@ -32,6 +34,25 @@ def auto_class() -> Any:
     names.update(modeling_auto.MODEL_FOR_CTC_MAPPING_NAMES)
     mapping = {"_model_mapping": _LazyAutoMapping(CONFIG_MAPPING_NAMES, names)}
     return type("AutoModelForSpeechRecognition", (_BaseAutoModelClass,), mapping)
+
+
+def refuse_keys(config: Any, data: SpeechColumns, generate: Any) -> None:
+    """Raise ConfigurationError for keys of the other kind of model (one that writes, or CTC's), and for a
+    language that is not told. `generate`: the job's `evaluation.generate`."""
+    decodes = getattr(config, "is_encoder_decoder", False)
+    if decodes:
+        values: dict[str, Any] = {"data.vocabulary": None if data.vocabulary == "model" else data.vocabulary}
+        reason = f"is for CTC, and a {config.model_type} model writes the tokens of its tokenizer"
+    else:
+        values = {"data.language": data.language, "data.translate": data.translate or None}
+        values["evaluation.generate"] = None if generate is None else True
+        reason = f"is for a model that writes word by word, and a {config.model_type} model does not"
+    for key, value in values.items():
+        if value is not None:
+            raise ConfigurationError(Problem(key, value, f"{reason}; leave it out"))
+    if decodes and data.language is None and config.vocab_size >= _MULTILINGUAL:
+        reason = "is missing: a Whisper of many languages is told which, as `en`"
+        raise ConfigurationError(Problem("data.language", None, reason))
 
 
 def num_frames(config: Any, clips: Clips, num_samples: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import tempfile
@@ -55,7 +56,8 @@ def characters_of(texts: Iterable[str]) -> list[str]:
     return [PAD, UNKNOWN, BETWEEN, *sorted(characters)]
 
 
-def tokenizer_of(characters: Sequence[str]) -> Any:
+@functools.lru_cache(maxsize=8)
+def tokenizer_of(characters: tuple[str, ...]) -> Any:
     """Return the tokenizer of a vocabulary of `characters_of`, a Wav2Vec2CTCTokenizer."""
     from transformers import Wav2Vec2CTCTokenizer
 

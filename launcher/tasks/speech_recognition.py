@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from launcher.tasks.hearing import Hearing, usual_extractor
 from launcher.tasks.padding import weights
 from launcher.tasks.sample import Drawn
 from launcher.tasks.speech_columns import SpeechColumns
-from launcher.tasks.speech_models import MULTILINGUAL, auto_class, num_frames, tell
+from launcher.tasks.speech_models import auto_class, num_frames, refuse_keys, tell
 from launcher.tasks.speech_processor import PAD, SpeechProcessor, characters_in, characters_of, tokenizer_of
 from launcher.tasks.speech_scores import ERRORS, SpeechScores
 from launcher.tasks.speech_texts import character_ids, spoken, spoken_in, token_ids
@@ -123,7 +122,7 @@ class SpeechRecognition(WritingTask):
         self._config = config
         if self._hearing is not None:
             self._hearing.adopt(config)
-        self._refuse_keys(config)
+        refuse_keys(config, self.data, self.evaluation.generate)
         if self._processor is None or self._processor.tokenizer is not None or self.decodes:
             return
         self.own_labels = characters_in(config)
@@ -131,25 +130,6 @@ class SpeechRecognition(WritingTask):
             raise classes.without_head(config, "the model has no characters to write with, nor a tokenizer")
         if as_it_stands:
             self.labels, self.labels_given = self.own_labels, True
-
-    def _refuse_keys(self, config: Any) -> None:
-        """Raise ConfigurationError for keys of the other kind of model, and for a language that is not told."""
-        data, generate = self.data, self.evaluation.generate
-        if self.decodes:
-            values: dict[str, Any] = {
-                "data.vocabulary": None if data.vocabulary == "model" else data.vocabulary
-            }
-            reason = f"is for CTC, and a {config.model_type} model writes the tokens of its tokenizer"
-        else:
-            values = {"data.language": data.language, "data.translate": data.translate or None}
-            values["evaluation.generate"] = None if generate is None else True
-            reason = f"is for a model that writes word by word, and a {config.model_type} model does not"
-        for key, value in values.items():
-            if value is not None:
-                raise ConfigurationError(Problem(key, value, f"{reason}; leave it out"))
-        if self.decodes and data.language is None and config.vocab_size >= MULTILINGUAL:
-            reason = "is missing: a Whisper of many languages is told which, as `en`"
-            raise ConfigurationError(Problem("data.language", None, reason))
 
     def configure(self, config: Any) -> None:
         """Write the length of clips into the model's config, and for CTC its characters and its blank."""
@@ -191,7 +171,7 @@ class SpeechRecognition(WritingTask):
     def tokenizer(self) -> Any:
         """Return the model's tokenizer, or that of the characters in the training texts."""
         own = None if self._processor is None else self._processor.tokenizer
-        return own if own is not None or self.labels is None else _tokenizer_of(tuple(self.labels))
+        return own if own is not None or self.labels is None else tokenizer_of(tuple(self.labels))
 
     @property
     def needs_labels(self) -> bool:
@@ -335,8 +315,3 @@ class SpeechRecognition(WritingTask):
 
     def evaluator(self) -> Evaluator:
         return SpeechScores(self)
-
-
-@functools.lru_cache(maxsize=8)
-def _tokenizer_of(characters: tuple[str, ...]) -> Any:
-    return tokenizer_of(characters)

@@ -12,10 +12,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from launcher.tasks.distillation import Distillation, HiddenStates, hidden_of
-from launcher.tasks.task import KEEPS_LOSSES, Output
+from launcher.tasks.task import Output
 from launcher.training import heads
 from launcher.training.heads import Batch
-from launcher.training.loss import CrossEntropy, LogitTransform, SoftTargets, at, chunked_cross_entropy
+from launcher.training.loss import CrossEntropy, SoftTargets, at
 from launcher.training.model.forward import accepted, decoder_inputs, decoder_of
 from launcher.training.own_head import places_of, supervised_logits
 
@@ -51,18 +51,8 @@ def _entropy(
         soft = SoftTargets(
             lambda begin, end: logits(hidden[begin:end]), settings.temperature, settings.own_loss
         )
-        head = model.get_output_embeddings()
         with torch.enable_grad():
-            entropy = chunked_cross_entropy(
-                outputs.last_hidden_state.flatten(0, 1),
-                head.weight,
-                batch["targets"],
-                batch.get("supervised"),
-                bias=head.bias,
-                transform=LogitTransform.of(model.config.get_text_config()),
-                soft=soft,
-                keep_losses=KEEPS_LOSSES in batch,
-            )
+            entropy = heads.loss_in_chunks(model, outputs, batch, soft)
             if settings.hidden_states is not None:
                 entropy = _with_hidden(entropy, model, batch, settings.hidden_states, outputs, wanted)
             results.append(entropy)

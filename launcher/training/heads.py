@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from launcher.tasks.task import IGNORE, KEEPS_LOSSES, Head, Output
 from launcher.training.ctc_head import ctc
-from launcher.training.loss import CrossEntropy, LogitTransform, chunked_cross_entropy
+from launcher.training.loss import CrossEntropy, LogitTransform, SoftTargets, chunked_cross_entropy
 from launcher.training.model.forward import (
     Batch,
     accepted,
@@ -168,8 +168,11 @@ def _hidden_states_of(head: nn.Module) -> Iterator[list[torch.Tensor]]:
             head.forward = before
 
 
-def _loss_in_chunks(model: PreTrainedModel, outputs: Any, batch: Batch) -> CrossEntropy:
-    """Return the cross entropy from the output matrix, whose logits exist in chunks alone."""
+def loss_in_chunks(
+    model: PreTrainedModel, outputs: Any, batch: Batch, soft: SoftTargets | None = None
+) -> CrossEntropy:
+    """Return the cross entropy from the output matrix, whose logits exist in chunks alone; with `soft`, mixed
+    with the divergence from a teacher."""
     head = model.get_output_embeddings()
     return chunked_cross_entropy(
         outputs.last_hidden_state.flatten(0, 1),
@@ -178,12 +181,13 @@ def _loss_in_chunks(model: PreTrainedModel, outputs: Any, batch: Batch) -> Cross
         batch.get("supervised"),
         bias=head.bias,
         transform=LogitTransform.of(model.config.get_text_config()),
+        soft=soft,
         count_correct=not torch.is_grad_enabled(),
         keep_losses=KEEPS_LOSSES in batch,
     )
 
 
-_ENTROPIES: dict[str, EntropyOf] = {"chunked": _loss_in_chunks, "model": loss_by_own_head}
+_ENTROPIES: dict[str, EntropyOf] = {"chunked": loss_in_chunks, "model": loss_by_own_head}
 
 
 def _router_loss(model: PreTrainedModel, outputs: Any, batch: Batch) -> torch.Tensor | None:

@@ -63,6 +63,13 @@ def inspected(plan: Plan, tmp_path: Path, **request: Any) -> dict[str, Any]:
     return found  # type: ignore[no-any-return]
 
 
+def classes_inspected(labels: list[Any], problem: str, tmp_path: Path) -> dict[str, Any]:
+    rows = [{"text": "the cat", "label": label} for label in labels]
+    columns = {"text": "text", "label": "label", "problem": problem}
+    plan, _ = ready(tmp_path, rows, "sequence-classification", word_tokenizer(), **columns)
+    return inspected(plan, tmp_path)
+
+
 def learned(sample: dict[str, Any]) -> list[tuple[str, bool]]:
     return [(piece["text"], piece["learned"]) for piece in sample["pieces"]]
 
@@ -158,34 +165,14 @@ def test_a_text_that_is_cut_within_a_character_is_shown(tmp_path: Path) -> None:
 def test_the_balance_of_labels(
     problem: str, labels: list[Any], balance: Any, shown: Any, tmp_path: Path
 ) -> None:
-    rows = [{"text": "the cat", "label": label} for label in labels]
-    plan, _ = ready(
-        tmp_path,
-        rows,
-        "sequence-classification",
-        word_tokenizer(),
-        text="text",
-        label="label",
-        problem=problem,
-    )
-    seen = inspected(plan, tmp_path)
+    seen = classes_inspected(labels, problem, tmp_path)
     assert seen["balance"] == balance and seen["fill"] is None
     assert seen["samples"][0]["label"] == shown
     assert learned(seen["samples"][0])[0] == ("[CLS]", False) and seen["samples"][0]["num_learned"] == 0
 
 
 def test_numbers_are_spread(tmp_path: Path) -> None:
-    rows = [{"text": "the cat", "label": number / 4} for number in range(9)]
-    plan, _ = ready(
-        tmp_path,
-        rows,
-        "sequence-classification",
-        word_tokenizer(),
-        text="text",
-        label="label",
-        problem="regression",
-    )
-    seen = inspected(plan, tmp_path)
+    seen = classes_inspected([number / 4 for number in range(9)], "regression", tmp_path)
     assert seen["balance"]["numbers"]["longest"] == 2.0 and seen["samples"][1]["label"] == 0.25
     assert sum(count for _, _, count in seen["balance"]["numbers"]["bins"]) == 9
 

@@ -224,15 +224,13 @@ def test_tokenizers_that_cannot_serve() -> None:
         tasks.build(plan_of(TEXT).model_copy(update={"task": "vision"}), TOKENIZER)
 
 
-def test_collating_joins_samples_end_to_end() -> None:
-    def sample(*ids: int) -> Sample:
-        array = np.array(ids, dtype=np.int32)
-        return Sample(
-            {"input_ids": array, "targets": np.append(array[1:], -100).astype(np.int32)},
-            id=0,
-            length=len(ids),
-        )
+def sample(*ids: int) -> Sample:
+    array = np.array(ids, dtype=np.int32)
+    arrays = {"input_ids": array, "targets": np.append(array[1:], -100).astype(np.int32)}
+    return Sample(arrays, id=0, length=len(ids))
 
+
+def test_collating_joins_samples_end_to_end() -> None:
     batch = task_of(TEXT).collate([[sample(1, 2, 3), sample(4)], [sample(5, 6).as_filler()]])
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1]]
@@ -248,14 +246,6 @@ def test_collating_joins_samples_end_to_end() -> None:
 
 
 def test_collating_pads_on_the_right_where_samples_cannot_be_joined() -> None:
-    def sample(*ids: int) -> Sample:
-        array = np.array(ids, dtype=np.int32)
-        return Sample(
-            {"input_ids": array, "targets": np.append(array[1:], -100).astype(np.int32)},
-            id=0,
-            length=len(ids),
-        )
-
     task = task_of(TEXT)
     task.layout = "padded"
     batch = task.collate([[sample(1, 2, 3), sample(4)], [sample(5, 6).as_filler()]])

@@ -59,7 +59,7 @@ def model_of(path: Path, kind: str = "wav2vec2", tokenizer: bool = False, **chan
     model.save_pretrained(path)
     usual_extractor(model.config).save_pretrained(path)
     if tokenizer:
-        tokenizer_of(CHARACTERS).save_pretrained(path)
+        tokenizer_of(tuple(CHARACTERS)).save_pretrained(path)
     return path
 
 

@@ -112,7 +112,7 @@ def test_loss_is_that_of_transformers_own_class_for_each_clip(
     for sample, row in zip(samples, rows_of(folder), strict=True):
         wave = sounds.resampled(*sounds.heard(media.stored_content(sample)), RATE)
         inputs = extractor(wave, sampling_rate=RATE, return_tensors="pt")
-        labels = torch.tensor([tokenizer_of(CHARACTERS)(row["text"])["input_ids"]])
+        labels = torch.tensor([tokenizer_of(tuple(CHARACTERS))(row["text"])["input_ids"]])
         own.append(model(**inputs, labels=labels).loss)
     groups = [[one] for one in samples] if layout == "single" else [[*samples, samples[0].as_filler()]]
     total = sum(task.loss(model, task.collate([[one] for one in group])).loss_sum for group in groups)

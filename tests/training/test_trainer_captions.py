@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -19,30 +20,25 @@ from transformers import (
 from launcher.planner.plan import Plan
 from launcher.runs.layout import RunDirectory
 from launcher.training.checkpoint.export import export
-from launcher.training.predict_entry import predict
 from tests.families.captions import BESIDE
 from tests.training.captions import folder_of, model_of, plan_of, rows_of
 from tests.training.plans import deepspeed
-from tests.training.runs import (
-    assert_equal,
-    batch_of,
-    changed_by,
-    curve,
-    evaluations,
-    finish,
-    named,
-    new_run,
-    replan,
-    state,
-)
-from tests.training.test_trainer_images import assert_near, run_of, with_children
+from tests.training.runs import batch_of, curve, evaluations, named
+from tests.training.test_trainer_images import run_of, with_children
 from tests.training.test_trainer_speech import samples_at, sharded_writing
+from tests.training.written_runs import (
+    METRICS,
+    assert_alike,
+    assert_stops_change_nothing,
+    assert_the_rest_stays,
+    predicted,
+    run_with,
+)
 
 pytestmark = pytest.mark.distributed
 
 ALTERED = {"random_crop": 0.5, "horizontal_flip": 0.5}
 WRITES = {"evaluation": {"generate": {"max_new_tokens": 8}}}
-METRICS = {"loss", "perplexity", "accuracy", "bleu", "chrf", "rouge1", "rouge2", "rougeL", "exact_match"}
 
 
 @pytest.fixture(scope="module")
@@ -66,20 +62,6 @@ def planned(model: Path, pictures: Path, ranks: int, num_steps: int = 3, **chang
     changes.setdefault("columns", {"augmentation": ALTERED})
     how = {"training": {"learning_rate": 2e-3}, **WRITES}
     return plan_of(model, pictures, ranks, num_steps, **(how | changes))
-
-
-def run_with(path: Path, plan: Plan, ranks: int, hook: Any = with_children) -> RunDirectory:
-    run = new_run(path, plan)
-    finish(run, ranks, hook)
-    return run
-
-
-def assert_alike(one: RunDirectory, other: RunDirectory) -> None:
-    """The same curve, weights, metrics and texts."""
-    assert_near(one, other)
-    assert samples_at(one, 3) == samples_at(other, 3)
-    assert evaluations(one)[3].keys() == METRICS
-    assert evaluations(one)[3] == pytest.approx(evaluations(other)[3], rel=1e-3, abs=1e-6)
 
 
 @pytest.mark.very_slow  # the engines are those of other tasks
@@ -117,16 +99,8 @@ def assert_exported(run: RunDirectory, export_to: Path) -> None:
 def test_a_stop_and_another_number_of_ranks_change_no_pixel_and_no_token(
     engine: dict[str, Any], models: dict[str, Path], pictures: Path, tmp_path: Path
 ) -> None:
-    plan = planned(models["gpt2"], pictures, 2, **engine)
-    whole = run_of(tmp_path / "whole", plan, 2)
-    stopped = run_of(tmp_path / "stopped", plan, 2, stop_at=2)
-    finish(stopped, 2, with_children)
-    assert curve(stopped) == curve(whole) and evaluations(stopped)[3] == evaluations(whole)[3]
-    assert_equal(state(stopped), state(whole))
-    other = run_of(tmp_path / "other", plan, 2, stop_at=2)
-    replan(other, planned(models["gpt2"], pictures, 3, batch=batch_of(3, 4), **engine))
-    finish(other, 3, with_children)
-    assert_alike(other, whole)
+    plan_of_ranks = functools.partial(planned, models["gpt2"], pictures, **engine)
+    assert_stops_change_nothing(plan_of_ranks, tmp_path, with_children)
 
 
 @pytest.mark.slow
@@ -150,12 +124,7 @@ def test_it_learns_and_its_export_writes_the_same(models: dict[str, Path], tmp_p
         written = tokenizer.decode(model.generate(pixels, max_new_tokens=8), skip_special_tokens=True)
     right = sum(one.strip() == row["text"] for one, row in zip(written, rows, strict=True)) / len(rows)
     assert 100 * right == pytest.approx(after["exact_match"])
-    scratch, output = new_run(tmp_path / "scratch", plan), tmp_path / "out.jsonl"
-    request = {"run": str(run.path), "model": None, "step": None, "output": str(output)}
-    options = {"options": {"probabilities": False, "top_k": None}}
-    (scratch.path / "request.json").write_text(json.dumps(request | options))
-    finish(scratch, 1, with_children, entry=predict)
-    answers = [json.loads(line) for line in output.read_text().splitlines()]
+    answers = predicted(run, plan, tmp_path, with_children)
     assert [one["text"] for one in answers] == [one.strip() for one in written]
     assert [one["image"] for one in answers] == [row["file_name"] for row in rows]
 
@@ -166,19 +135,12 @@ def test_it_learns_and_its_export_writes_the_same(models: dict[str, Path], tmp_p
 def test_parts_that_do_not_train_stay_as_they_were(
     how: str, engine: dict[str, Any], models: dict[str, Path], pictures: Path, tmp_path: Path
 ) -> None:
-    """An encoder frozen by a pattern, and an adapter; on two ranks as on one."""
-    values: dict[str, Any] = {
-        "frozen": {"model__freeze": ["encoder.*"]},
-        "adapter": {"model__adapter": {"rank": 2, "alpha": 4}},
-    }[how]
-    runs = [
-        run_of(tmp_path / f"{ranks}", planned(models["gpt2"], pictures, ranks, **values, **engine), ranks)
-        for ranks in (1, 2)
-    ]
-    assert_alike(runs[1], runs[0])
-    changed = changed_by(runs[1], models["gpt2"], VisionEncoderDecoderModel)
-    assert any(name.startswith("decoder.") for name in changed)
-    assert any(name.startswith("encoder.") for name in changed) == (how == "adapter")
+    plan_of_ranks = functools.partial(planned, models["gpt2"], pictures, **engine)
+    parts = {"sees": "encoder.", "writes": "decoder."}
+    assert_the_rest_stays(
+        how, **parts, plan_of=plan_of_ranks, model=models["gpt2"], auto_class=VisionEncoderDecoderModel,
+        folder=tmp_path, hook=with_children,
+    )  # fmt: skip
 
 
 @pytest.mark.very_slow

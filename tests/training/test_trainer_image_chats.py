@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -13,30 +14,25 @@ from transformers.models.smolvlm import processing_smolvlm
 from launcher.planner.plan import Plan
 from launcher.runs.layout import RunDirectory
 from launcher.training.checkpoint.export import export
-from launcher.training.predict_entry import predict
 from launcher.training.signals import StopRequest
 from tests.families.image_chats import SIZES as KINDS
 from tests.training.image_chats import chats_of, model_directory, plan_of
 from tests.training.plans import deepspeed
-from tests.training.runs import (
-    assert_equal,
-    batch_of,
-    changed_by,
-    curve,
-    evaluations,
-    finish,
-    named,
-    new_run,
-    replan,
-    state,
+from tests.training.runs import batch_of, curve, evaluations, named
+from tests.training.test_trainer_images import with_children
+from tests.training.test_trainer_speech import sharded_writing
+from tests.training.written_runs import (
+    METRICS,
+    assert_alike,
+    assert_stops_change_nothing,
+    assert_the_rest_stays,
+    predicted,
+    run_with,
 )
-from tests.training.test_trainer_images import assert_near, with_children
-from tests.training.test_trainer_speech import samples_at, sharded_writing
 
 pytestmark = pytest.mark.distributed
 
 WRITES = {"evaluation": {"generate": {"max_new_tokens": 6}}}
-METRICS = {"loss", "perplexity", "accuracy", "bleu", "chrf", "rouge1", "rouge2", "rougeL", "exact_match"}
 
 
 @pytest.fixture(scope="module")
@@ -67,18 +63,8 @@ def writing(rank: int, stop: StopRequest) -> None:
     sharded_writing(rank, stop)
 
 
-def run_of(path: Path, plan: Plan, ranks: int, hook: Any = seeing, **options: Any) -> RunDirectory:
-    run = new_run(path, plan)
-    finish(run, ranks, hook, **options)
-    return run
-
-
-def assert_alike(one: RunDirectory, other: RunDirectory) -> None:
-    """The same curve, weights, metrics and texts."""
-    assert_near(one, other)
-    assert samples_at(one, 3) == samples_at(other, 3)
-    assert evaluations(one)[3].keys() == METRICS
-    assert evaluations(one)[3] == pytest.approx(evaluations(other)[3], rel=1e-3, abs=1e-6)
+def run_of(path: Path, plan: Plan, ranks: int, hook: Any = seeing) -> RunDirectory:
+    return run_with(path, plan, ranks, hook)
 
 
 @pytest.mark.very_slow  # the engines are those of other tasks
@@ -102,26 +88,8 @@ def test_ranks_and_engines_compute_and_write_the_same(
 def test_a_stop_and_another_number_of_ranks_change_no_token(
     engine: dict[str, Any], models: dict[str, Path], chats: Path, tmp_path: Path
 ) -> None:
-    plan = planned(models["qwen2_vl"], chats, 2, **engine)
-    whole = run_of(tmp_path / "whole", plan, 2)
-    stopped = run_of(tmp_path / "stopped", plan, 2, stop_at=2)
-    finish(stopped, 2, seeing)
-    assert curve(stopped) == curve(whole) and evaluations(stopped)[3] == evaluations(whole)[3]
-    assert_equal(state(stopped), state(whole))
-    other = run_of(tmp_path / "other", plan, 2, stop_at=2)
-    replan(other, planned(models["qwen2_vl"], chats, 3, batch=batch_of(3, 4), **engine))
-    finish(other, 3, seeing)
-    assert_alike(other, whole)
-
-
-def said_of(run: RunDirectory, plan: Plan, path: Path) -> list[dict[str, Any]]:
-    """What `launcher predict` writes of the plan's held-out rows."""
-    scratch, output = new_run(path / "scratch", plan), path / "out.jsonl"
-    request = {"run": str(run.path), "model": None, "step": None, "output": str(output)}
-    options = {"options": {"probabilities": False, "top_k": None}}
-    (scratch.path / "request.json").write_text(json.dumps(request | options))
-    finish(scratch, 1, seeing, entry=predict)
-    return [json.loads(line) for line in output.read_text().splitlines()]
+    plan_of_ranks = functools.partial(planned, models["qwen2_vl"], chats, **engine)
+    assert_stops_change_nothing(plan_of_ranks, tmp_path, seeing)
 
 
 @pytest.mark.very_slow
@@ -139,7 +107,7 @@ def test_it_learns_and_its_export_answers_the_same(
     export(run, tmp_path / "export")
     card = (tmp_path / "export" / "README.md").read_text()
     assert "AutoModelForImageTextToText.from_pretrained" in card and "AutoProcessor.from_pretrained" in card
-    answers = said_of(run, plan, tmp_path)
+    answers = predicted(run, plan, tmp_path, seeing)
     pipe = pipeline("image-text-to-text", model=str(tmp_path / "export"), device="cpu")
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     for row, answer in zip(rows, answers, strict=True):
@@ -172,19 +140,12 @@ def as_parts(message: dict[str, Any], images: Any, folder: Path) -> dict[str, An
 def test_parts_that_do_not_train_stay_as_they_were(
     how: str, engine: dict[str, Any], models: dict[str, Path], chats: Path, tmp_path: Path
 ) -> None:
-    """The part that sees frozen by a pattern, and an adapter; on two ranks as on one."""
-    values: dict[str, Any] = {
-        "frozen": {"model__freeze": ["model.vision_tower.*"]},
-        "adapter": {"model__adapter": {"rank": 2, "alpha": 4}},
-    }[how]
-    runs = [
-        run_of(tmp_path / f"{ranks}", planned(models["llava"], chats, ranks, **values, **engine), ranks)
-        for ranks in (1, 2)
-    ]
-    assert_alike(runs[1], runs[0])
-    changed = changed_by(runs[1], models["llava"], AutoModelForImageTextToText)
-    assert any(name.startswith("model.language_model.") for name in changed)
-    assert any(name.startswith("model.vision_tower.") for name in changed) == (how == "adapter")
+    plan_of_ranks = functools.partial(planned, models["llava"], chats, **engine)
+    parts = {"sees": "model.vision_tower.", "writes": "model.language_model."}
+    assert_the_rest_stays(
+        how, **parts, plan_of=plan_of_ranks, model=models["llava"], auto_class=AutoModelForImageTextToText,
+        folder=tmp_path, hook=seeing,
+    )  # fmt: skip
 
 
 @pytest.mark.very_slow

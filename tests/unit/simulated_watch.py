@@ -95,9 +95,8 @@ class Fleet:
         for node in range(self.num_nodes):
             first = node * self.ranks_per_node
             ranks = [SimulatedRank(first + n, f"n{node + 1}") for n in range(self.ranks_per_node)]
-            stillness = self.hangs._stillness if node == 0 else Stillness()
             rate = 1 + self.chance.uniform(-2e-4, 2e-4)
-            self.nodes.append(_Node(ranks, stillness, self.chance.uniform(1e3, 1e7), rate))
+            self.nodes.append(_Node(ranks, Stillness(), self.chance.uniform(1e3, 1e7), rate))
             self.ranks += ranks
 
     def look(self, hears: bool = True) -> None:

@@ -13,8 +13,9 @@ import yaml
 
 from launcher import tasks
 from launcher.cli.dialog import Dialog
+from launcher.cli.init import free_place
 from launcher.cli.init_answers import in_a_line
-from launcher.cli.init_questions import Questions, free_place
+from launcher.cli.init_questions import Questions
 from launcher.cli.main import main
 from launcher.errors import ConfigurationError
 from launcher.job.init import put, unfinished

@@ -14,7 +14,8 @@ import pytest
 from launcher.errors import ConfigurationError
 from launcher.planner.forecast import forecast
 from launcher.planner.memory import operators as ops
-from launcher.planner.memory.estimate import Footprint, estimate
+from launcher.planner.memory.estimate import estimate
+from launcher.planner.memory.footprint import Footprint
 from launcher.planner.memory.formulas import formulas_of
 from launcher.planner.memory.profiles import CACHED
 from launcher.planner.memory.program import Batch

@@ -12,10 +12,11 @@ import pytest
 from launcher.errors import ConfigurationError
 from launcher.launch import command as commands
 from launcher.launch import gpu_env, local, malloc_env
+from launcher.launch.attempt_end import End
 from launcher.launch.command import agent_command, environment, public, write_command
+from launcher.launch.local import attempt_directory
 from launcher.launch.screen import Watcher
 from launcher.launch.stop_signals import Signals
-from launcher.launch.supervisor import End, attempt_directory
 from launcher.planner.changes import changes, check
 from launcher.planner.plan import Plan
 from launcher.runs.events import append, event

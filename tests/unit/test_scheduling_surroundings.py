@@ -25,10 +25,12 @@ from launcher.cli.display import _Console
 from launcher.errors import ConfigurationError
 from launcher.launch import attempt_failure, limits, local
 from launcher.launch import disk as disks
+from launcher.launch.attempt_end import End
 from launcher.launch.disk import Disk
+from launcher.launch.local import attempt_directory
 from launcher.launch.screen import Screen
 from launcher.launch.stop_signals import Signals
-from launcher.launch.supervisor import End, Supervisor, attempt_directory
+from launcher.launch.supervisor import Supervisor
 from launcher.runs.error_class import named
 from launcher.runs.events import event
 from launcher.runs.failure import Failure, first

@@ -14,12 +14,12 @@ from launcher.errors import ConfigurationError
 from launcher.job.script_job import OWN, unused
 from launcher.job.script_job import load as load_job
 from launcher.launch import local
+from launcher.launch.attempt_end import End
 from launcher.launch.command import agent_command, environment
 from launcher.launch.evaluation import Request
 from launcher.launch.run_setup import open_run, reopen
 from launcher.launch.screen import Watcher
 from launcher.launch.script_run import script_command
-from launcher.launch.supervisor import End
 from launcher.planner.hardware.detect import Hardware
 from launcher.planner.plan import Plan
 from launcher.planner.script_plan import plan

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from launcher.errors import LauncherError, RunInUseError
+from launcher.launch.attempt_end import End
 from launcher.launch.command import Meeting, agent_command, environment, write_command
 from launcher.launch.limits import raise_open_files
 from launcher.launch.local import conclude, outcome
@@ -40,7 +41,6 @@ from launcher.launch.slurm.record import JobRecord
 from launcher.launch.slurm.snapshot import as_submitted
 from launcher.launch.slurm.supervision import TIME_LIMIT, NodeSupervisor
 from launcher.launch.stop_signals import Signals
-from launcher.launch.supervisor import End
 from launcher.plain_files import read_json
 from launcher.planner.hardware.gpu_table import name_here
 from launcher.planner.plan import Plan

@@ -12,12 +12,13 @@ import subprocess
 import time
 from typing import Any
 
+from launcher.launch.attempt_end import Force
 from launcher.launch.screen import Screen
 from launcher.launch.slurm.allocation import Allocation, is_claimed_by_another
 from launcher.launch.slurm.deadline import Clock, lead_seconds
 from launcher.launch.slurm.history import read_outcome
 from launcher.launch.stop_signals import Signals
-from launcher.launch.supervisor import Force, Supervisor
+from launcher.launch.supervisor import Supervisor
 from launcher.planner.plan import Plan
 from launcher.runs import prepared
 from launcher.runs.layout import RunDirectory

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from launcher import tasks
 from launcher.planner.limits import DEFERRED_GRADIENT_BYTES, SHARED_MESSAGE_BYTES
+from launcher.planner.memory.footprint import PHASES, Footprint, Phase
 from launcher.planner.memory.formulas import formulas_of, grouped
 from launcher.planner.memory.fsdp import Cut, FsdpStep
 from launcher.planner.memory.program import Batch, Program, Segment, Setting
@@ -25,7 +26,6 @@ from launcher.planner.memory.zero import ZeroStep
 from launcher.planner.memory.zero_states import ZeroCut
 from launcher.planner.plan import Plan
 
-PHASES = ("loading", "first step", "steady step", "evaluating", "saving", "resuming")
 STATE_COPIES = {"adamw": 2, "adam": 2, "sgd": 1, "muon": 2, "adafactor": 1}
 """fp32 numbers of each that trains; of a matrix that Muon steps one less, of Adafactor's rows and columns."""
 STAGED = "staged checkpoint"
@@ -34,45 +34,6 @@ CUDA_CONTEXT = 1 << 30
 CUDA_SLACK = 0.05
 """Assumed, not measured here: what PyTorch's caching allocator keeps beyond what is live, as a share of what
 comes and goes in a step."""
-
-
-@dataclass(frozen=True)
-class Phase:
-    """One phase of a run on the rank that needs most."""
-
-    name: str
-    peak: int
-    """Bytes of live tensors at the highest moment."""
-    where: str
-    parts: dict[str, int]
-    """Bytes at that moment by what they are for; context and slack besides."""
-    host: int = 0
-    """Bytes in the host's memory, where that is another one."""
-
-    @property
-    def slack(self) -> int:
-        """Return the bytes that the allocator keeps beside what lives."""
-        return self.parts.get(SLACK, 0)
-
-    @property
-    def total(self) -> int:
-        """Return the bytes that the device has to have."""
-        return self.peak + self.parts.get(CONTEXT, 0) + self.slack
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """All phases of a plan."""
-
-    phases: tuple[Phase, ...]
-
-    @property
-    def highest(self) -> Phase:
-        """Return the phase that needs most of the device."""
-        return max(self.phases, key=lambda phase: phase.total)
-
-    def phase(self, name: str) -> Phase:
-        return next(phase for phase in self.phases if phase.name == name)
 
 
 def estimate(plan: Plan, config: dict[str, Any], batch: Batch | None = None) -> Footprint | None:

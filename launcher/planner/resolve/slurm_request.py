@@ -7,25 +7,11 @@ from pathlib import Path
 from launcher.job import profile
 from launcher.job.cluster import node_range
 from launcher.job.schema import Cluster
+from launcher.job.slurm_options import BY_NAME
 from launcher.planner.decider import Decider
 from launcher.planner.plan import Slurm
 
-_BY_NAME = (
-    "partition",
-    "account",
-    "qos",
-    "reservation",
-    "constraint",
-    "exclude",
-    "nodelist",
-    "mem",
-    "dependency",
-    "begin",
-    "comment",
-)
 _MAIL = {"mail_user": "mail-user", "mail_type": "mail-type"}
-
-
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -44,7 +30,7 @@ def request(decider: Decider, num_gpus: int) -> Slurm:
         decider.problems += profile.problems(
             cluster, node_range(cluster.nodes)[1], num_gpus, profile.read(Path(cluster.profile))[0]
         )
-    options = {name: value for name in _BY_NAME if (value := getattr(cluster, name)) is not None}
+    options = {name: value for name in BY_NAME if (value := getattr(cluster, name)) is not None}
     options |= {
         option: value for name, option in _MAIL.items() if (value := getattr(cluster, name)) is not None
     }

@@ -20,19 +20,11 @@ from launcher.runs.checkpoints import Stored as StoredCheckpoint
 from launcher.runs.checkpoints import list_checkpoints, look, newest_valid, verify
 from launcher.runs.layout import RunDirectory, sync_directory
 from launcher.runs.sharing import set_umask
+from launcher.training.checkpoint.adapter_weights import Alone, Merged
 from launcher.training.checkpoint.card import Card
 from launcher.training.checkpoint.one_head import OneHead, heads_of
 from launcher.training.checkpoint.reader import CheckpointReader
-from launcher.training.checkpoint.weights import (
-    SAFETENSORS_NAMES,
-    Alone,
-    Entry,
-    ExportDtype,
-    Mean,
-    Merged,
-    Stored,
-    Weights,
-)
+from launcher.training.checkpoint.weights import SAFETENSORS_NAMES, Entry, ExportDtype, Mean, Stored, Weights
 from launcher.training.model.model_files import EVALUATION, kept
 
 _OF_A_MODEL = ("config.json", "generation_config.json")

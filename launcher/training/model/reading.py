@@ -112,50 +112,45 @@ def _named(key: str, names: frozenset[str]) -> str | None:
 
 def _with_rows(value: Any, num_rows: int) -> Any:
     shape = list(value.shape) if isinstance(value, torch.Tensor) else value.get_shape()
-    return _Grown(value, shape, num_rows) if shape and shape[0] < num_rows else value
+    return _Grown(value, num_rows) if shape and shape[0] < num_rows else value
 
 
-class _FirstRows:
-    """The first rows of a tensor of a file, read in slices as safetensors' own."""
+class _OtherRows:
+    """A tensor of a file with another number of rows, read in slices as safetensors' own."""
 
     def __init__(self, source: Any, num_rows: int) -> None:
         shape = list(source.shape) if isinstance(source, torch.Tensor) else source.get_shape()
-        self._source, self._shape = source, [num_rows, *shape[1:]]
+        self._source, self._num_old, self._shape = source, shape[0], [num_rows, *shape[1:]]
 
     def get_shape(self) -> list[int]:
-        """Return the shape without the rows that are left out."""
+        """Return the shape with so many rows."""
         return self._shape
 
     def get_dtype(self) -> Any:
         """Return the file's own dtype."""
         return self._source.dtype if isinstance(self._source, torch.Tensor) else self._source.get_dtype()
 
-    def __getitem__(self, index: Any) -> torch.Tensor:
+    def _taken(self, index: Any) -> tuple[int, int, list[Any]]:
+        """Return the first row of an index, the row after its last, and what it says of other dimensions."""
         rows, *rest = index if isinstance(index, tuple) else (index,)
         start, stop, _ = (slice(None) if rows is Ellipsis else rows).indices(self._shape[0])
+        return start, stop, rest
+
+
+class _FirstRows(_OtherRows):
+    """The first rows of a tensor."""
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        start, stop, rest = self._taken(index)
         part: torch.Tensor = self._source[(slice(start, stop), *rest)]
         return part
 
 
-class _Grown:
-    """A tensor of a file with rows added at its end, read in slices as safetensors' own."""
-
-    def __init__(self, source: Any, shape: list[int], num_rows: int) -> None:
-        self._source, self._num_old, self._shape = source, shape[0], [num_rows, *shape[1:]]
-
-    def get_shape(self) -> list[int]:
-        """Return the shape with the rows that are added."""
-        return self._shape
-
-    def get_dtype(self) -> Any:
-        """Return the file's own dtype."""
-        return self._source.dtype if isinstance(self._source, torch.Tensor) else self._source.get_dtype()
+class _Grown(_OtherRows):
+    """A tensor with rows added at its end."""
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        rows, *rest = index if isinstance(index, tuple) else (index,)
-        start, stop, _ = (
-            slice(None).indices(self._shape[0]) if rows is Ellipsis else rows.indices(self._shape[0])
-        )
+        start, stop, rest = self._taken(index)
         old: torch.Tensor = self._source[(slice(min(start, self._num_old), min(stop, self._num_old)), *rest)]
         num_new = max(0, stop - max(start, self._num_old))
         if not num_new:

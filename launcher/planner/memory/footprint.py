@@ -1,0 +1,48 @@
+"""The memory that each phase of a plan needs, as an estimate gives it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from launcher.planner.memory.timeline import CONTEXT, SLACK
+
+PHASES = ("loading", "first step", "steady step", "evaluating", "saving", "resuming")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase of a run on the rank that needs most."""
+
+    name: str
+    peak: int
+    """Bytes of live tensors at the highest moment."""
+    where: str
+    parts: dict[str, int]
+    """Bytes at that moment by what they are for; context and slack besides."""
+    host: int = 0
+    """Bytes in the host's memory, where that is another one."""
+
+    @property
+    def slack(self) -> int:
+        """Return the bytes that the allocator keeps beside what lives."""
+        return self.parts.get(SLACK, 0)
+
+    @property
+    def total(self) -> int:
+        """Return the bytes that the device has to have."""
+        return self.peak + self.parts.get(CONTEXT, 0) + self.slack
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """All phases of a plan."""
+
+    phases: tuple[Phase, ...]
+
+    @property
+    def highest(self) -> Phase:
+        """Return the phase that needs most of the device."""
+        return max(self.phases, key=lambda phase: phase.total)
+
+    def phase(self, name: str) -> Phase:
+        return next(phase for phase in self.phases if phase.name == name)

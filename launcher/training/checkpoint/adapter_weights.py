@@ -1,0 +1,225 @@
+"""Tensors of an export of adapters: added to the base's weights, or alone as peft reads them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from launcher import tasks
+from launcher.errors import ConfigurationError, Problem
+from launcher.job.adapter import Adapter
+from launcher.planner.plan import Plan
+from launcher.training.checkpoint.weights import Entry, Stored, entry_of, slices
+from launcher.training.model import adapter_starts, adapters, pretrained
+from launcher.training.model import loading as models
+from launcher.training.model.reading import Changes
+from launcher.training.precision import DTYPES
+
+_PEFT_PREFIX = "base_model.model."
+
+
+class Merged:
+    """The base with B A, scaled, added to each weight that has an adapter, in fp32, one tensor at a time; of
+    DoRA with its rows made as long as it learned; of IA3 with its rows or columns, and biases, multiplied.
+
+    The base comes from its own files in the precision that it was trained beside: through a memory map where
+    that is the files' own. `keep` is that precision as well.
+    """
+
+    def __init__(self, plan: Plan, adapter: Adapter, stored: Stored, model_files: Path) -> None:
+        self.adapter, self.stored = adapter, stored
+        self.kept = DTYPES[plan.precision]
+        model = _base(plan, model_files, self.kept)
+        self.turned = {
+            f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)
+        }
+        self.base: dict[str, torch.Tensor] = dict(model.named_parameters()) | dict(
+            models.persistent_buffers(model)
+        )
+        self.trained = set(stored.names)
+
+    def entries(self) -> list[Entry]:
+        dtypes = {
+            name: self.kept if tensor.is_floating_point() else tensor.dtype
+            for name, tensor in self.base.items()
+        }
+        return [
+            entry_of(name, tuple(tensor.shape), dtypes[name], self.stored.dtype)
+            for name, tensor in self.base.items()
+        ]
+
+    @torch.no_grad()
+    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+        module, _, key = name.rpartition(".")
+        if f"{module}.ia3_l" in self.trained:
+            return slices(self._multiplied(name, module, key))
+        if key != "weight" or f"{module}.lora_A.weight" not in self.trained:
+            return self.stored.pieces(name) if name in self.trained else slices(self.base[name].detach())
+        own = self.stored.read(name) if name in self.trained else self._beside(name, module)
+        product = self.stored.read(f"{module}.lora_B.weight") @ self.stored.read(f"{module}.lora_A.weight")
+        added = product.t() if name in self.turned else product
+        whole = own.float().add(added, alpha=self.adapter.scale)
+        if (magnitude := f"{module}.lora_magnitude_vector") in self.trained:
+            side = 0 if name in self.turned else 1
+            lengths = torch.linalg.vector_norm(whole, dim=side, keepdim=True)
+            whole *= self.stored.read(magnitude).unsqueeze(side) / lengths
+        return slices(whole)
+
+    def _multiplied(self, name: str, module: str, key: str) -> torch.Tensor:
+        """Return a layer's weight or bias with IA3's factors in it, fp32."""
+        own = self.stored.read(name) if name in self.trained else self.base[name].detach()
+        factors = self.stored.read(f"{module}.ia3_l")  # [outputs, 1], or of inputs [1, inputs]
+        if key == "bias":
+            return own.float() * (1 if self.adapter.scales_input(module) else factors.view(-1))
+        return own.float() * (factors.t() if name in self.turned else factors)
+
+    def _beside(self, name: str, module: str) -> torch.Tensor:
+        """Return a weight as it stood beside its adapter, in the precision that it had there."""
+        own = self.base[name].detach()
+        if self.adapter.init == "lora":
+            return own
+        whole = own.t() if name in self.turned else own
+        rest = adapter_starts.rest(whole, *adapter_starts.matrices(whole, self.adapter, module), self.adapter)
+        return (rest.t() if name in self.turned else rest).to(own.dtype)
+
+
+def _base(plan: Plan, model_files: Path, dtype: torch.dtype) -> Any:
+    """The model that the run began with, on the CPU."""
+    where = plan.model.model_copy(update={"name": str(model_files), "revision": None})
+    config = pretrained.read_config(plan.model_copy(update={"model": where, "attention": "eager"}))
+    kind = pretrained.model_class(tasks.unprepared(plan).auto_class, config, plan)
+    noise = logging.getLogger("transformers.modeling_utils")
+    level = noise.level
+    noise.setLevel(logging.ERROR)  # a head that its files lack is in the checkpoint
+    try:
+        with Changes.of(plan, kind, config).in_place():
+            return kind.from_pretrained(
+                plan.model.name, config=config, dtype=dtype, revision=plan.model.revision or "main"
+            )
+    except Exception as error:
+        if (why := pretrained.why_not_read(error)) is None:
+            raise
+        reason = f"the weights beside which it was trained cannot be read: {why}"
+        raise ConfigurationError(Problem("model.name", plan.model.name, reason)) from None
+    finally:
+        noise.setLevel(level)
+
+
+class Alone:
+    """The adapters and what was trained beside them, under the names that peft reads.
+
+    Of a tied pair peft is given both modules: of one alone it would make a copy that trained, and leave the
+    other what it was.
+    """
+
+    def __init__(self, plan: Plan, adapter: Adapter, stored: Stored, model_files: Path) -> None:
+        self.plan, self.adapter, self.stored = plan, adapter, stored
+        self._base = Merged(plan, adapter, stored, model_files) if adapter.init != "lora" else None
+        self._start: tuple[str, dict[str, torch.Tensor]] = "", {}
+        self._names = _whole_parameters(plan, stored, model_files)
+        self.modules = sorted({name.rpartition(".")[0] for name in self._names})
+
+    def entries(self) -> list[Entry]:
+        described = {entry.name: entry for entry in self.stored.entries()}
+        sources = {name: name for name in described if adapters.is_own(name)} | self._names
+        return [
+            Entry(_PEFT_PREFIX + name, self._shape(name, described[source].shape), described[source].dtype)
+            for name, source in sources.items()
+        ]
+
+    def _shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if self._base is None or not adapters.is_own(name):
+            return shape
+        return (2 * shape[0], shape[1]) if name.endswith(".lora_A.weight") else (shape[0], 2 * shape[1])
+
+    @torch.no_grad()
+    def _with_start(self, name: str) -> torch.Tensor:
+        """Return A with the first A below it, or B with the first B, negative, beside it: what was learned
+        beside a part of the weight, as a change of the whole."""
+        assert self._base is not None
+        module, _, matrix = name.removesuffix(".weight").rpartition(".")
+        if self._start[0] != module:
+            weight = self._base.base[f"{module}.weight"].detach()
+            whole = weight.t() if f"{module}.weight" in self._base.turned else weight
+            first, second = adapter_starts.matrices(whole, self.adapter, module)
+            self._start = module, {"lora_A": first, "lora_B": -second}
+        own = self.stored.read(name)
+        return torch.cat([own, self._start[1][matrix].to(own.dtype)], dim=0 if matrix == "lora_A" else 1)
+
+    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+        name = name.removeprefix(_PEFT_PREFIX)
+        if self._base is not None and adapters.is_own(name):
+            return slices(self._with_start(name))
+        return self.stored.pieces(self._names.get(name, name))
+
+    def write_settings(self, directory: Path) -> None:
+        """adapter_config.json, by peft."""
+        one = ".ia3_l" if self.adapter.method == "ia3" else ".lora_A.weight"
+        names = [name.removesuffix(one) for name in self.stored.names if name.endswith(one)]
+        model = self.plan.model
+        more = {
+            "task_type": tasks.find(self.plan.task).traits.peft_type,
+            "base_model_name_or_path": model.name,
+            "revision": model.revision,
+        }
+        settings = adapters.settings(
+            self.adapter if self._base is None else self.adapter.as_plain(),
+            names,
+            modules_to_save=self.modules or None,
+            inference_mode=True,
+            **more,
+        )
+        settings.save_pretrained(directory)
+
+
+def _whole_parameters(plan: Plan, stored: Stored, model_files: Path) -> dict[str, str]:
+    """The parameters that were trained in full, by each of their names in the model, and the name that the
+    checkpoint has each under.
+
+    Raises ConfigurationError where only a part of a module was: peft keeps whole ones alone; and where the
+    base has fewer rows for tokens.
+    """
+    where = plan.model.model_copy(update={"name": str(model_files), "revision": None})
+    config = pretrained.read_config(plan.model_copy(update={"model": where, "attention": "eager"}))
+    _refuse_new_rows(plan, config)
+    kind = pretrained.model_class(tasks.unprepared(plan).auto_class, config, plan)
+    with torch.device("meta"):
+        model = kind._from_config(config)
+    model.tie_weights()
+    named = dict(model.named_parameters(remove_duplicate=False))
+    kept = {id(named[name]): name for name in stored.names if name in named}
+    parameters = {name: kept[id(parameter)] for name, parameter in named.items() if id(parameter) in kept}
+    for module in sorted({name.rpartition(".")[0] for name in parameters}):
+        rest = [name for name in named if name.startswith(f"{module}.") and name not in parameters]
+        rest = sorted(rest) or sorted(
+            name for name in stored.names if name.startswith(f"{module}.") and adapters.is_own(name)
+        )
+        if rest:
+            reason = (
+                f"peft keeps whole modules, and of this one {rest[0]} was trained otherwise; leave "
+                "--adapter out for the whole model"
+            )
+            raise ConfigurationError(Problem("--adapter", module, reason))
+    return parameters
+
+
+def _refuse_new_rows(plan: Plan, config: Any) -> None:
+    """Raise ConfigurationError where the run's model has more rows for tokens than the base that peft would
+    put the adapter beside."""
+    if not plan.model.resize_embeddings:
+        return
+    base = pretrained.read_config(
+        plan.model_copy(update={"model": plan.model.model_copy(update={"resize_embeddings": None})})
+    )
+    before, after = base.get_text_config().vocab_size, config.get_text_config().vocab_size
+    if before != after:
+        reason = (
+            f"the run has {after:,} rows for tokens and its base {before:,}: the adapter does not fit the "
+            "base; leave --adapter out"
+        )
+        raise ConfigurationError(Problem("--adapter", plan.model.name, reason))
