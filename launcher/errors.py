@@ -159,7 +159,7 @@ class Stopped(LauncherError):
 
 
 def leaves(root: type[LauncherError] = LauncherError) -> list[type[LauncherError]]:
-    """The root and every class below it, in the order of their exit codes."""
+    """Return the root and every class below it, in the order of their exit codes."""
     classes = [root]
     for child in root.__subclasses__():
         classes += leaves(child)
@@ -167,7 +167,7 @@ def leaves(root: type[LauncherError] = LauncherError) -> list[type[LauncherError
 
 
 def by_failure_class(failure_class: str) -> type[LauncherError]:
-    """The exception class with this failure class; LauncherError where it is not known."""
+    """Return the exception class with this failure class; LauncherError where it is not known."""
     return next((error for error in leaves() if error.failure_class == failure_class), LauncherError)
 
 

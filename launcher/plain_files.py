@@ -57,7 +57,7 @@ def check_plain(path: str | os.PathLike[str], mode: int) -> None:
 
 
 def read_bytes(path: str | os.PathLike[str], most: int = LARGEST_TEXT_BYTES) -> bytes:
-    """The content of a plain file. Raises OSError, also where it has more than `most` bytes."""
+    """Return the content of a plain file. Raises OSError, also where it has more than `most` bytes."""
     with open(path, "rb", opener=plain) as file:
         # Room is taken for as much as is asked for, not for as much as there is.
         content: bytes = file.read(min(os.fstat(file.fileno()).st_size, most) + 1)
@@ -68,18 +68,18 @@ def read_bytes(path: str | os.PathLike[str], most: int = LARGEST_TEXT_BYTES) -> 
 
 
 def read_text(path: str | os.PathLike[str], most: int = LARGEST_TEXT_BYTES) -> str:
-    """The text of a plain file in UTF-8. Raises OSError, UnicodeDecodeError."""
+    """Return the text of a plain file in UTF-8. Raises OSError, UnicodeDecodeError."""
     return read_bytes(path, most).decode("utf-8")
 
 
 def read_json(path: str | os.PathLike[str], most: int = LARGEST_TEXT_BYTES) -> Any:
-    """The values in a JSON file. Raises OSError, and ValueError for what is not JSON, or is nested beyond any
-    sense."""
+    """Return the values in a JSON file. Raises OSError, and ValueError for what is not JSON, or is nested
+    beyond any sense."""
     return parse_json(read_text(path, most))
 
 
 def parse_json(text: str) -> Any:
-    """The values in a text. Raises ValueError for what is not JSON, or is nested beyond any sense."""
+    """Return the values in a text. Raises ValueError for what is not JSON, or is nested beyond any sense."""
     try:
         content = json.loads(text)
     except RecursionError:

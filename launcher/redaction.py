@@ -60,8 +60,8 @@ def secret_arguments(words: Sequence[str]) -> list[str]:
 
 
 def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
-    """The text with `***` in the place of each secret: by its looks, by its name, or as the value of a
-    variable with such a name."""
+    """Return the text with `***` in the place of each secret: by its looks, by its name, or as the value of
+    a variable with such a name."""
     return _redact(text, _values(environment))
 
 

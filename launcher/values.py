@@ -29,15 +29,15 @@ class Interval(Section):
 
 
 def parse_seconds(text: object) -> object:
-    """`90`, `30s`, `15min`, `8h`, `2d` -> seconds; anything else unchanged, for pydantic to refuse."""
+    """Return `90`, `30s`, `15min`, `8h` or `2d` as seconds; anything else unchanged, for pydantic to refuse."""
     if isinstance(text, str) and (match := _DURATION.match(text)):
         return float(match[1]) * _UNITS[match[2]]
     return text
 
 
 def parse_hang_after(value: object) -> object:
-    """A time as seconds; YAML reads a bare `off` as false. Raises ValueError for what is neither a time nor
-    one of the two words."""
+    """Return a time as seconds; YAML reads a bare `off` as false. Raises ValueError for what is neither a
+    time nor one of the two words."""
     value = "off" if value is False else parse_seconds(value)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if value not in ("auto", "off") and not (number and float(value) >= 1):  # type: ignore[arg-type]
@@ -46,7 +46,7 @@ def parse_hang_after(value: object) -> object:
 
 
 def check_day(text: str) -> str:
-    """`2026-11-28` as it is. Raises ValueError for anything that is no day of the calendar."""
+    """Return `2026-11-28` as it is. Raises ValueError for anything that is no day of the calendar."""
     try:
         if re.fullmatch(r"\d{4}-\d{2}-\d{2}", text):
             return datetime.date.fromisoformat(text).isoformat()
@@ -56,7 +56,7 @@ def check_day(text: str) -> str:
 
 
 def parse_interval(value: object) -> object:
-    """A whole number is steps, `15min` is a time, `epoch` and `2 epochs` are epochs."""
+    """Read an interval: a whole number is steps, `15min` is a time, `epoch` and `2 epochs` are epochs."""
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         return value
     if isinstance(value, int):

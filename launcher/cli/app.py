@@ -86,5 +86,5 @@ def root(
 
 
 def command() -> Any:
-    """The root command, ready to be called."""
+    """Return the root command, ready to be called."""
     return typer.main.get_command(app)

@@ -86,7 +86,7 @@ COMMANDS = {
 
 
 def available() -> dict[str, Command]:
-    """The commands whose module is there."""
+    """Return the commands whose module is there."""
     return {
         name: command
         for name, command in COMMANDS.items()

@@ -116,7 +116,7 @@ class Display(Watcher):
             self._live.update(self.render(), refresh=True)
 
     def say(self, line: str) -> None:
-        """One line that stays, above the live display where there is one."""
+        """Print a line that stays, above the live display where there is one."""
         if not self._quiet:
             # A terminal would break it inside a word. A command stays whole: a part that is pasted would run.
             self.console.print(Text(line), soft_wrap=not self.console.is_terminal or "launcher " in line)
@@ -167,7 +167,7 @@ class Display(Watcher):
         self._phase_said = phase
 
     def render(self) -> Group:
-        """The live display: what is going on with its bar, the last step, the last evaluations."""
+        """Return the live display: what is going on with its bar, the last step, the last evaluations."""
         progress = self.progress
         training = progress.phase == "training" and progress.total_steps
         done, total = (progress.step, progress.total_steps) if training else (progress.done, progress.total)
@@ -211,8 +211,8 @@ def _evaluations(evaluations: list[tuple[int, dict[str, float]]]) -> Table:
 
 
 def peak_rate(plan: Plan) -> float | None:
-    """The rate of all devices together, in operations a second; None on CPU, in fp32, and for GPUs that are
-    not in the table."""
+    """Return the rate of all devices together, in operations a second; None on CPU, in fp32, and for GPUs
+    that are not in the table."""
     if plan.mesh.device != "cuda" or plan.precision == "fp32":
         return None
     from launcher.planner.hardware.detect import Hardware

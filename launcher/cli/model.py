@@ -183,8 +183,8 @@ def _sets(results: list[dict[str, Any]]) -> None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """One line a metric: before, after, and what changed; with intervals, those of both and of the change
-    below it."""
+    """Return one line a metric: before, after, and what changed; with intervals, those of both and of the
+    change below it."""
     before, after, intervals = result["before"], result["after"], result.get("confidence", {})
     width = max(map(len, [*after, "metric"])) + 2
     lines = [f"{'metric':<{width}}{'before':>20}{'after':>20}{'change':>20}"]

@@ -15,12 +15,12 @@ from launcher.runs.wording import finite
 
 
 def print_json(content: dict[str, Any]) -> None:
-    """One JSON object, without secrets. JSON has no infinities and no NaN: they are written as words."""
+    """Print one JSON object, without secrets. JSON has no infinities and no NaN: they are written as words."""
     typer.echo(json.dumps(finite(redact_all(content)), indent=2))
 
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:
-    """Columns as wide as their widest cell."""
+    """Print columns as wide as their widest cell."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     for row in [header, *rows]:
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -83,7 +83,7 @@ def line_plot(
     logarithmic: bool = False,
     ylabel: str = "",
 ) -> str:
-    """A line through points, drawn with characters; `logarithmic` in both directions."""
+    """Return a line through points, drawn with characters; `logarithmic` in both directions."""
     import plotext
 
     plotext.clear_figure()

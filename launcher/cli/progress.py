@@ -87,17 +87,17 @@ class AttemptView:
         return time_left.seconds_per_step(self._times)
 
     def seconds_left(self) -> float | None:
-        """Until the last step, evaluations and saves apart."""
+        """Return the seconds until the last step, evaluations and saves apart."""
         return time_left.seconds_left(self._times, self.step, self.total_steps)
 
     def share_of_peak(self) -> float | None:
-        """Model FLOPs utilisation of the last step; None where the hardware's rate is not known."""
+        """Return Model FLOPs utilisation of the last step; None where the hardware's rate is not known."""
         if not self.peak or not self.flops_per_token or "tokens_per_second" not in self.record:
             return None
         return float(self.flops_per_token * self.record["tokens_per_second"] / self.peak)
 
     def facts(self) -> list[str]:
-        """The last step in words, the most wanted first."""
+        """Return the last step in words, the most wanted first."""
         record, known = self.record, []
         if "loss" in record:
             known.append(f"loss {record['loss']:.4f}")
@@ -117,7 +117,7 @@ class AttemptView:
 
 
 def metrics_line(metrics: dict[str, float]) -> str:
-    """Metrics in one line, in their own order."""
+    """Return metrics in one line, in their own order."""
     return ", ".join(
         f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}"
         for name, value in metrics.items()
@@ -141,7 +141,7 @@ def _compared(measured: dict[str, Any], expected: dict[str, Any]) -> str | None:
 
 
 def notice(record: dict[str, Any]) -> str | None:
-    """The line that an event is worth to people, whatever else is shown; None for most."""
+    """Return the line that an event is worth to people, whatever else is shown; None for most."""
     step = record.get("step")
     match record.get("event"):
         case "resumed":

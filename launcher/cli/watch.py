@@ -113,7 +113,8 @@ def leaving_at_interrupt() -> Iterator[threading.Event]:
 
 
 def screen(seen: dict[str, Any], width: int, height: int = 32) -> Layout:
-    """One picture of a run. On a small terminal it shows less of the ranks and of what the model says."""
+    """Return one picture of a run. On a small terminal it shows less of the ranks and of what the model
+    says."""
     from rich.layout import Layout
     from rich.panel import Panel
 
@@ -146,7 +147,7 @@ def screen(seen: dict[str, Any], width: int, height: int = 32) -> Layout:
 
 
 def header(status: dict[str, Any]) -> Table:
-    """State, place, progress."""
+    """Return state, place, progress."""
     from rich.progress_bar import ProgressBar
     from rich.table import Table
 
@@ -239,7 +240,7 @@ def ranks_table(ranks: list[dict[str, Any]], brief: bool = False) -> Table:
 
 
 def samples(rows: list[dict[str, Any]], width: int) -> Text:
-    """Each row with the model's answer, one a line of at most `width` characters."""
+    """Return each row with the model's answer, one a line of at most `width` characters."""
     from rich.text import Text
 
     from launcher.runs.samples import lines
@@ -261,7 +262,7 @@ class Latest:
 
 
 def events(records: list[dict[str, Any]]) -> Latest:
-    """The last events with their values, one a line."""
+    """Return the last events with their values, one a line."""
     from launcher.cli.progress import notice
 
     lines = []

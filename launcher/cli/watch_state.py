@@ -36,8 +36,8 @@ class Watched:
         self._slurm: dict[str, Any] = {}
 
     def look(self, ask: bool) -> dict[str, Any]:
-        """Status, losses, ranks, events and samples as they are now; Slurm is asked only where `ask` says
-        so, else what it said last is shown."""
+        """Return status, losses, ranks, events and samples as they are now; Slurm is asked only where `ask`
+        says so, else what it said last is shown."""
         if ask:
             status = view(self.run, self._totals)
             self._slurm = status.get("slurm", {})

@@ -17,7 +17,7 @@ PARQUET_BATCH = 1024
 
 
 def no_column(path: object, column: str, have: Sequence[str], hint: str = "") -> DataError:
-    """The error for a column that a whole file lacks."""
+    """Return the error for a column that a whole file lacks."""
     near = difflib.get_close_matches(column, have, n=1)
     shown = ", ".join(repr(name[:40]) for name in have[:12])
     return DataError(
@@ -27,7 +27,7 @@ def no_column(path: object, column: str, have: Sequence[str], hint: str = "") ->
 
 
 def read_parquet(path: Path, columns: Sequence[str]) -> Read:
-    """Parquet, batch by batch, only the columns asked for."""
+    """Read Parquet, batch by batch, only the columns asked for."""
     import pyarrow
 
     file = open_parquet(path, columns)
@@ -44,8 +44,8 @@ def read_parquet(path: Path, columns: Sequence[str]) -> Read:
 
 
 def arrow_row(batch: Any, index: int) -> Values:
-    """One row of a batch, without the nulls of objects; a value that Python cannot hold makes it one that
-    cannot be used."""
+    """Return one row of a batch, without the nulls of objects; a value that Python cannot hold makes it one
+    that cannot be used."""
     try:
         return {name: without_nulls(batch.column(name)[index].as_py()) for name in batch.schema.names}
     except UnicodeDecodeError as error:
@@ -55,22 +55,22 @@ def arrow_row(batch: Any, index: int) -> Values:
 
 
 def without_nulls(value: Any) -> Any:
-    """A value without the keys, at any depth, that hold null: a table gives each object the keys of all
-    objects of its column."""
+    """Return a value without the keys, at any depth, that hold null: a table gives each object the keys of
+    all objects of its column."""
     if isinstance(value, dict):
         return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def there(columns: Iterable[str], names: Iterable[str]) -> list[str]:
-    """The columns to be read of a table with these: all that it must have, and of the others those that it
-    has."""
+    """Return the columns to be read of a table with these: all that it must have, and of the others those
+    that it has."""
     have = set(names)
     return list(dict.fromkeys(column for column in columns if column in have))
 
 
 def open_parquet(path: Path, columns: Sequence[str]) -> Any:
-    """A Parquet file that has these columns, once each. Raises DataError for any other."""
+    """Return a Parquet file that has these columns, once each. Raises DataError for any other."""
     file = _parquet(path)
     with whole_parquet(path):
         check_columns(path, columns, file.schema_arrow.names)
@@ -109,12 +109,13 @@ def whole_parquet(path: Path) -> Iterator[None]:
 
 
 def num_parquet_rows(path: Path) -> int:
-    """From the file's footer. Raises DataError where there is none."""
+    """Return what the file's footer says. Raises DataError where there is none."""
     return int(_parquet(path).metadata.num_rows)
 
 
 def read_arrow(path: Path, columns: Sequence[str]) -> Read:
-    """Arrow, as `save_to_disk` writes it: only the columns asked for, the numbers of classes as their names."""
+    """Read Arrow, as `save_to_disk` writes it: only the columns asked for, the numbers of classes as their
+    names."""
     table = open_arrow(path, columns)
     names = names_of_classes(features_of(table.schema))
     number = 0
@@ -137,15 +138,15 @@ def refuse_damaged(path: Path, rows: Any, before: int) -> None:
 
 
 def open_arrow(path: Path, columns: Sequence[str]) -> Any:
-    """The columns of an Arrow file, a stream or one with a footer, mapped into memory. Raises DataError where
-    they cannot be had."""
+    """Return the columns of an Arrow file, a stream or one with a footer, mapped into memory. Raises
+    DataError where they cannot be had."""
     table = _arrow(path)
     check_columns(path, columns, table.schema.names)
     return table.select(there(columns, table.schema.names))
 
 
 def arrow_names(path: Path) -> list[str]:
-    """The names of an Arrow file's columns. Raises DataError where it cannot be read."""
+    """Return the names of an Arrow file's columns. Raises DataError where it cannot be read."""
     return list(_arrow(path).schema.names)
 
 
@@ -173,7 +174,7 @@ def features_of(schema: Any) -> dict[str, Any]:
 
 
 def names_of_classes(features: dict[str, Any]) -> dict[str, list[str]]:
-    """The names of the classes of each column that has numbers, or lists of numbers, for them."""
+    """Return the names of the classes of each column that has numbers, or lists of numbers, for them."""
     names = {}
     for column, feature in features.items():
         inner = feature.get("feature", feature) if isinstance(feature, dict) else {}
@@ -187,7 +188,7 @@ def names_of_classes(features: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def with_names(values: Values, names: dict[str, list[str]]) -> Values:
-    """A row with the names of its classes; -1, which stands for a row without a label, is no value."""
+    """Return a row with the names of its classes; -1, which stands for a row without a label, is no value."""
     if isinstance(values, RowProblem):
         return values
     return {

@@ -14,8 +14,8 @@ _DOCUMENT = "-DOCSTART-"
 
 
 def read_conll(path: Path, columns: Sequence[str]) -> Read:
-    """A sentence is a row, at its first line; a column is the list of what stands in it, by its number from
-    0, or from -1 backward.
+    """Read sentences: each is a row, at its first line; a column is the list of what stands in it, by its
+    number from 0, or from -1 backward.
 
     Tabs stand between columns where the first word's line has one, else spaces. Lines that begin documents
     are left out, and of files with tabs also comments: lines that begin with # and have no tab. Raises

@@ -15,9 +15,10 @@ from launcher.plain_files import read_json
 
 
 def find_files(pattern: str, split: str = "train", columns: Sequence[str] = ()) -> list[Path]:
-    """The files a path or a pattern means, sorted by name; of a directory that `save_to_disk` wrote those of
-    its data set, or of the split where it has several, in their order; of one with files that `columns` ask
-    for, its metadata file, else itself. Raises DataError where there are none that can be read."""
+    """Return the files a path or a pattern means, sorted by name; of a directory that `save_to_disk` wrote
+    those of its data set, or of the split where it has several, in their order; of one with files that
+    `columns` ask for, its metadata file, else itself. Raises DataError where there are none that can be
+    read."""
     known = ", ".join(sorted(FORMATS))
     exact = Path(pattern)
     if exact.is_dir() and file_column(columns) and saved_splits(exact) is None:

@@ -15,7 +15,8 @@ WHOLE = re.compile(r"(-?[0-9]{1,18})\.0+")
 
 
 def class_name(value: Any) -> str:
-    """A class's name: text without the space around it; 3, 3.0 and '3.0' are '3', True and 'True' are 'true'.
+    """Return a class's name: text without the space around it; 3, 3.0 and '3.0' are '3', True and 'True' are
+    'true'.
 
     Raises RowProblem for what is no name.
     """
@@ -40,7 +41,8 @@ def class_name(value: Any) -> str:
 
 
 def class_names(values: dict[str, Any], column: str, problem: str) -> list[str]:
-    """The names of a row's classes: one for `single-label`, any number for `multi-label`. Raises RowProblem."""
+    """Return the names of a row's classes: one for `single-label`, any number for `multi-label`. Raises
+    RowProblem."""
     value = _present(values, column)
     listed = (
         list_in(value)
@@ -77,7 +79,7 @@ def _parts(text: str) -> list[str]:
 
 
 def number_of(values: dict[str, Any], column: str) -> float:
-    """The finite number in a column. Raises RowProblem."""
+    """Return the finite number in a column. Raises RowProblem."""
     value = _present(values, column)
     try:
         number = float(value)

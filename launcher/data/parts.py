@@ -43,5 +43,5 @@ class Seen:
 
 
 def places_for(wanted: int) -> int:
-    """In how many places so many rows are looked for."""
+    """Return in how many places so many rows are looked for."""
     return max(1, min(_PLACES, wanted // _ROWS_OF_PLACE))

@@ -26,13 +26,13 @@ from launcher.plain_files import plain
 
 
 def read_json_lines(path: Path, columns: Sequence[str]) -> Read:
-    """One JSON object a line; lines of white space are not rows."""
+    """Read one JSON object a line; lines of white space are not rows."""
     with open(path, "rb", opener=plain) as file:
         yield from json_rows(file)
 
 
 def json_rows(lines: Iterable[bytes]) -> Read:
-    """The rows of some lines of JSON."""
+    """Yield the rows of some lines of JSON."""
     for number, line in enumerate(lines, start=1):
         if line := line.removeprefix(b"\xef\xbb\xbf").strip():
             yield number, _json_object(line)
@@ -53,8 +53,8 @@ def _json_object(line: bytes) -> Values:
 
 
 def read_json(path: Path, columns: Sequence[str]) -> Read:
-    """A list of objects, an object that holds one such list, or one object a line; rows may stand inside the
-    objects. The line given is the row's number."""
+    """Read a list of objects, an object that holds one such list, or one object a line; rows may stand
+    inside the objects. The line given is the row's number."""
     content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     try:
         whole = json.loads(content.decode("utf-8"))
@@ -125,13 +125,13 @@ def _key_of_rows(value: dict[str, Any], asked: set[str]) -> str | None:
 
 
 def read_csv(path: Path, columns: Sequence[str]) -> Read:
-    """Comma-separated values with RFC 4180 quoting."""
+    """Read comma-separated values with RFC 4180 quoting."""
     yield from _read_table(path, columns, csv.excel)
 
 
 def read_tsv(path: Path, columns: Sequence[str]) -> Read:
-    """Tab-separated values, as IANA registers them: no quoting, so that a stray quotation mark is only a
-    character."""
+    """Read tab-separated values, as IANA registers them: no quoting, so that a stray quotation mark is only
+    a character."""
     yield from _read_table(path, columns, PlainTabs)
 
 
@@ -154,7 +154,7 @@ def table_rows(
     dialect: type[csv.Dialect],
     header: list[str] | None = None,
 ) -> Read:
-    """The rows of some lines of a table; the first has the names of the columns, or they are given as
+    """Yield the rows of some lines of a table; the first has the names of the columns, or they are given as
     `header`."""
     reader = table_reader(lines, dialect, strict=True)
     while True:
@@ -180,14 +180,14 @@ def table_rows(
 
 
 def table_reader(lines: Iterable[str], dialect: type[csv.Dialect], strict: bool) -> Any:
-    """Python's own, for fields of any length."""
+    """Return Python's own, for fields of any length."""
     csv.field_size_limit(sys.maxsize)
     return csv.reader(lines, dialect, strict=strict)
 
 
 def names_of_columns(path: Path, first: list[str], columns: Sequence[str]) -> list[str]:
-    """The names of the columns: the first line where it has all that are asked for; else numbers, where
-    numbers are asked for."""
+    """Return the names of the columns: the first line where it has all that are asked for; else numbers,
+    where numbers are asked for."""
     wanted = required(columns)
     missing = [column for column in wanted if column not in first]
     if not missing:
@@ -212,14 +212,14 @@ def _table_row(header: list[str], fields: list[str]) -> Values:
 
 
 def read_text(path: Path, columns: Sequence[str]) -> Read:
-    """One sample a line, under the name of the one column asked for."""
+    """Read one sample a line, under the name of the one column asked for."""
     column = only_column(path, columns)
     with open(path, "rb", opener=plain) as file:
         yield from text_rows(file, column)
 
 
 def only_column(path: Path, columns: Sequence[str]) -> str:
-    """The one column asked of a text file. Raises DataError where there are more."""
+    """Return the one column asked of a text file. Raises DataError where there are more."""
     wanted = required(columns)
     if len(wanted) != 1:
         raise DataError(
@@ -230,7 +230,7 @@ def only_column(path: Path, columns: Sequence[str]) -> str:
 
 
 def text_rows(lines: Iterable[bytes], column: str) -> Read:
-    """The rows of some lines of text."""
+    """Yield the rows of some lines of text."""
     for number, line in enumerate(lines, start=1):
         try:
             text = line.removeprefix(b"\xef\xbb\xbf").decode("utf-8").rstrip("\r\n")

@@ -44,7 +44,7 @@ class IfThere(str):
 
 
 def required(columns: Iterable[str]) -> list[str]:
-    """The columns that a source must have, once each."""
+    """Return the columns that a source must have, once each."""
     return list(dict.fromkeys(column for column in columns if not isinstance(column, IfThere)))
 
 
@@ -72,7 +72,8 @@ def is_missing(value: Any) -> bool:
 
 
 def text_of(values: dict[str, Any], column: str) -> str:
-    """The text in `column`; a number is written out, 42.0 as 42. Raises RowProblem where there is none."""
+    """Return the text in `column`; a number is written out, 42.0 as 42. Raises RowProblem where there is
+    none."""
     value = values.get(column)
     if is_missing(value):
         raise missing(values, column)

@@ -42,8 +42,8 @@ class Sample:
 
 
 def look(source: Source, columns: Sequence[str], most: int = 1024) -> Sample:
-    """The number of rows of local files, and at most so many of them. Raises DataError where they are not
-    here, or cannot be read.
+    """Return the number of rows of local files, and at most so many of them. Raises DataError where they are
+    not here, or cannot be read.
 
     A limit up to `most` is read from the beginning; of a larger one the part that it reaches is looked at.
     """

@@ -26,8 +26,8 @@ _LAYOUT = {
 
 
 def list_in(text: str) -> list[Any] | None:
-    """The list that a text is: as JSON, as Python's `repr`, or as numpy with spaces between what is in it;
-    None where it is none.
+    """Return the list that a text is: as JSON, as Python's `repr`, or as numpy with spaces between what is
+    in it; None where it is none.
 
     A tuple and a set are lists too, the latter sorted by how its elements are written.
     """

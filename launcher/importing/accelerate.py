@@ -57,7 +57,8 @@ def read(content: dict[str, Any], reading: Reading, has_own_precision: bool = Fa
 
 
 def places(content: dict[str, Any], reading: Reading, kind: str = "") -> None:
-    """Everything but the engine: precision, ranks, compilation, and the keys that say nothing of the plan."""
+    """Place everything but the engine: precision, ranks, compilation, and the keys that say nothing of the
+    plan."""
     _precision(content, reading)
     _mesh(kind, content, reading)
     dynamo = reading.section(content, "dynamo_config")

@@ -61,7 +61,7 @@ def compare(a: Path, b: Path) -> Comparison:
 
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[Difference]:
-    """The keys whose values are not equal, in order."""
+    """Return the keys whose values are not equal, in order."""
     return [
         Difference(key, a.get(key), b.get(key))
         for key in sorted(a.keys() | b.keys())

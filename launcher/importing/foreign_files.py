@@ -54,7 +54,7 @@ def _unreadable(path: Path | str, reason: str) -> ConfigurationError:
 
 
 def content_of(path: Path) -> Any:
-    """The values in a JSON or YAML file, or the text of another. Raises ConfigurationError."""
+    """Return the values in a JSON or YAML file, or the text of another. Raises ConfigurationError."""
     try:
         text = read_bytes(path, _LARGEST_BYTES).decode("utf-8-sig")
     except FileNotFoundError:
@@ -94,7 +94,7 @@ def _json(text: str, path: Path) -> Any:
 
 
 def kind_of(content: Any) -> Kind | None:
-    """Whose file this is, by the keys that only it has; None where nothing tells."""
+    """Return whose file this is, by the keys that only it has; None where nothing tells."""
     if isinstance(content, str):
         return "command line"
     if not isinstance(content, dict):

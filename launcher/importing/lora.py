@@ -30,7 +30,7 @@ class Names:
     """Keys that say something of an adapter only beside one of `variants`."""
 
     def all(self) -> set[str]:
-        """Every key by its name."""
+        """Return every key by its name."""
         own = {self.rank, self.alpha, self.dropout, self.targets, self.also, self.stabilised, self.ratio} - {
             ""
         }

@@ -41,7 +41,7 @@ _GPUS = ("gres", "gpus-per-node", "gpus", "gpus-per-task", "ntasks-per-gpu")
 
 
 def options(words: list[str]) -> tuple[dict[str, str], list[str]]:
-    """Options by their long names, and the words after them."""
+    """Return the options by their long names, and the words after them."""
     by_name: dict[str, str] = {}
     index = 0
     while index < len(words) and words[index].startswith("-") and len(words[index]) > 1:
@@ -153,8 +153,8 @@ def gpus(given: dict[str, str], nodes: int | None, reading: Reading, prefix: str
 
 
 def seconds_of(time: str) -> float | None:
-    """Slurm's `30` (minutes), `30:00`, `2:30:00`, `1-12`, `1-12:30:00` as seconds; None for what is no limit,
-    or no time."""
+    """Return Slurm's `30` (minutes), `30:00`, `2:30:00`, `1-12`, `1-12:30:00` as seconds; None for what is
+    no limit, or no time."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time.strip())
     if match is None:
         return None

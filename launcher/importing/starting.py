@@ -41,7 +41,7 @@ _SHORT = {"H": "hostfile", "i": "include", "e": "exclude", "r": "redirects", "t"
 
 
 def flags_of(words: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """A launcher's own flags, and what follows: the script and its arguments."""
+    """Return a launcher's own flags, and what follows: the script and its arguments."""
     flags: dict[str, Any] = {}
     index = 0
     while index < len(words) and words[index].startswith("-") and len(words[index]) > 1:
@@ -59,7 +59,7 @@ def flags_of(words: list[str]) -> tuple[dict[str, Any], list[str]]:
 
 
 def without_variables(arguments: dict[str, Any], reading: Reading) -> dict[str, Any]:
-    """The arguments without those that the shell would have filled in, which are not known here."""
+    """Return the arguments without those that the shell would have filled in, which are not known here."""
     kept = {}
     for key, value in arguments.items():
         text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
@@ -77,7 +77,7 @@ def without_variables(arguments: dict[str, Any], reading: Reading) -> dict[str, 
 
 
 def of_accelerate(flags: dict[str, Any], reading: Reading) -> None:
-    """`accelerate launch` flags are the keys of its YAML, in other places."""
+    """Place `accelerate launch` flags, which are the keys of its YAML, in other places."""
     reading.lacks_engine |= "$" in str(flags.get("config_file", ""))
     flags = without_variables(flags, reading)
     content: dict[str, Any] = {}

@@ -23,7 +23,7 @@ _PLAIN = {code: sign for sign, code in _CODED.items()}
 
 
 def restored(word: str) -> str:
-    """A word as it was written."""
+    """Return a word as it was written."""
     return "".join(_PLAIN.get(sign, sign) for sign in word)
 
 
@@ -41,7 +41,7 @@ class Variables:
     """What was taken for a variable with a default of the script's own, as `${LR:-1e-5}`."""
 
     def expand(self, text: str, within: tuple[str, ...] = ()) -> str:
-        """The text with its known variables filled in, comments left out; quotes stay for the lexer."""
+        """Return the text with its known variables filled in, comments left out; quotes stay for the lexer."""
         pieces: list[str] = []
         quote, index = "", 0
         while index < len(text):

@@ -82,8 +82,8 @@ class Adapter(Section):
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.train_also)
 
     def unmatched(self, layers: Iterable[str], parameters: Iterable[str]) -> list[Problem]:
-        """Every pattern that matches nothing of a model, with the names most like it; `layers` are the linear
-        ones that can have one."""
+        """Return every pattern that matches nothing of a model, with the names most like it; `layers` are
+        the linear ones that can have one."""
         layers, parameters = list(layers), list(parameters)
         ends = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
         problems = []

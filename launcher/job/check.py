@@ -12,7 +12,7 @@ from launcher.tasks.task import Finding, finding
 
 
 def findings(job: Job) -> Iterator[Finding]:
-    """Everything in a job that contradicts itself."""
+    """Yield everything in a job that contradicts itself."""
     yield from check_sources.findings(job)
     yield from check_streaming.findings(job)
     yield from tasks.of_job(job).checks()

@@ -109,6 +109,6 @@ class Cluster(Section):
 
 
 def node_range(nodes: int | str) -> tuple[int, int]:
-    """The fewest and the most nodes that `cluster.nodes` allows."""
+    """Return the fewest and the most nodes that `cluster.nodes` allows."""
     low, _, high = str(nodes).partition("-")
     return int(low), int(high or low)

@@ -42,7 +42,7 @@ class Key:
 
 
 def section_of(field: FieldInfo) -> type[BaseModel] | None:
-    """The section that a field holds; None for a plain value."""
+    """Return the section that a field holds; None for a plain value."""
     parts = (field.annotation, *get_args(field.annotation))
     for candidate in (*parts, *(inner for part in parts for inner in get_args(part))):
         if isinstance(candidate, type) and issubclass(candidate, BaseModel) and candidate is not Interval:
@@ -51,7 +51,7 @@ def section_of(field: FieldInfo) -> type[BaseModel] | None:
 
 
 def written(name: str, field: FieldInfo) -> str:
-    """The name of a field in a job file: its alias where it has one."""
+    """Return the name of a field in a job file: its alias where it has one."""
     return field.alias or name
 
 
@@ -91,7 +91,7 @@ def columns_by_task() -> dict[str, type[Data]]:
 
 
 def choices(annotation: Any) -> list[str]:
-    """The fixed words that an annotation allows, in order."""
+    """Return the fixed words that an annotation allows, in order."""
     if get_origin(annotation) is Literal:
         return [str(word) for word in get_args(annotation)]
     return [word for part in get_args(annotation) for word in choices(part)]
@@ -138,7 +138,8 @@ def expected(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
 
 
 def limits(metadata: tuple[Any, ...] | list[Any]) -> str:
-    """Bounds in words, with a leading space: ` of at least 0, below 1`, ` of at least 1 and at most 1,024`."""
+    """Return bounds in words, with a leading space: ` of at least 0, below 1`, ` of at least 1 and at most
+    1,024`."""
     words = []
     for attribute, text in (("ge", "of at least"), ("gt", "above"), ("le", "of at most"), ("lt", "below")):
         for part in metadata:
@@ -172,7 +173,7 @@ def _docstrings(module: str) -> dict[tuple[str, str], str]:
 
 
 def docstring(section: type[BaseModel], name: str) -> str:
-    """The docstring line under a field in the source, in the class that it is from.
+    """Return the docstring line under a field in the source, in the class that it is from.
 
     Without one, the docstring of the section that the field holds.
     """

@@ -12,7 +12,7 @@ from launcher.plain_files import read_text
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The mapping in a job file, unchecked. Raises ConfigurationError where there is none."""
+    """Return the mapping in a job file, unchecked. Raises ConfigurationError where there is none."""
     try:
         text = read_text(path, MOST_BYTES)
     except FileNotFoundError:

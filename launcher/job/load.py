@@ -88,8 +88,8 @@ def _no_place(section: Any, where: str, step: str) -> str | None:
 
 
 def without(content: dict[str, Any], keys: set[str]) -> dict[str, Any]:
-    """A copy of `content` that a Job can be made of when the refused keys are left out: checks go on with the
-    rest."""
+    """Return a copy of `content` that a Job can be made of when the refused keys are left out: checks go on
+    with the rest."""
     kept = copy.deepcopy(content)
     for key in keys:
         *parents, last = key.split(".")
@@ -107,7 +107,7 @@ def without(content: dict[str, Any], keys: set[str]) -> dict[str, Any]:
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Job:
-    """The job in the file at `path`, with each `a.b=value` of `overrides` put over it; its paths are
+    """Return the job in the file at `path`, with each `a.b=value` of `overrides` put over it; its paths are
     absolute.
 
     Raises ConfigurationError with every problem found: unknown keys, values, contradictions, missing files,
@@ -150,7 +150,7 @@ def _about(key: str, bad: set[str]) -> bool:
 
 
 def validate(content: dict[str, Any]) -> tuple[Job | None, list[Problem]]:
-    """The job, or what pydantic holds against it."""
+    """Return the job, or what pydantic holds against it."""
     try:
         return Job.model_validate(content), []
     except ValidationError as error:

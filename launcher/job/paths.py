@@ -18,7 +18,7 @@ from launcher.tasks.distillation import Distillation
 
 
 def nearest_file(path: Path) -> str:
-    """`; the nearest is NAME` for a path that is not there, or the empty string."""
+    """Return `; the nearest is NAME` for a path that is not there, or the empty string."""
     if not path.parent.is_dir():
         return f"; the folder {path.parent} is not there either"
     near = difflib.get_close_matches(path.name, [other.name for other in path.parent.iterdir()], n=1)
@@ -26,7 +26,7 @@ def nearest_file(path: Path) -> str:
 
 
 def resolve(job: Job, folder: Path) -> tuple[Job, list[Problem]]:
-    """The job with absolute paths, and a problem for each file that is not there."""
+    """Return the job with absolute paths, and a problem for each file that is not there."""
     problems: list[Problem] = []
     holds_files = file_column(tasks.of_job(job).columns) is not None
     sources = {

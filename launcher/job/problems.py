@@ -26,7 +26,7 @@ _SECRET_REASON = (
 
 
 def refused(content: dict[str, Any]) -> list[Problem]:
-    """Secrets; they are taken out of `content`, so that nothing shows or judges them again."""
+    """Take secrets out of `content`, so that nothing shows or judges them again; return a problem for each."""
     problems: list[Problem] = []
     _refuse_in(content, "", problems)
     return problems
@@ -62,7 +62,7 @@ def _refuse_in(section: Any, prefix: str, problems: list[Problem]) -> None:
 
 
 def translate(error: ValidationError, content: dict[str, Any]) -> list[Problem]:
-    """One problem for each key, whatever number of alternatives pydantic tried at it."""
+    """Return one problem for each key, whatever number of alternatives pydantic tried at it."""
     problems: dict[str, Problem] = {}
     task = task_of(content)
     for item in error.errors(include_url=False):

@@ -55,8 +55,8 @@ def directories() -> list[Path]:
 
 
 def find(name: str, folder: Path) -> Path:
-    """The file of a profile by its path, relative to `folder`, or by its name. Raises ConfigurationError with
-    the nearest there is."""
+    """Return the file of a profile by its path, relative to `folder`, or by its name. Raises
+    ConfigurationError with the nearest there is."""
     if "/" in name or name.endswith((".yaml", ".yml")):
         path = folder / Path(name).expanduser()
         if path.is_file():
@@ -81,7 +81,8 @@ def find(name: str, folder: Path) -> Path:
 
 
 def read(path: Path) -> tuple[Profile, dict[str, Any]]:
-    """A profile, and its `cluster` as it is written. Raises ConfigurationError with what is wrong with it."""
+    """Return a profile, and its `cluster` as it is written. Raises ConfigurationError with what is wrong
+    with it."""
     content = job_file.read(path)
     try:
         profile = Profile.model_validate(content)

@@ -42,7 +42,7 @@ _HEAD = ("", "| key | what to write | default | |", "|---|---|---|---|")
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON schema of the job file, with each field's docstring as its description."""
+    """Return the JSON schema of the job file, with each field's docstring as its description."""
     schema = Job.model_json_schema(by_alias=True)
     for columns in columns_by_task().values():
         schema["$defs"][columns.__name__] = columns.model_json_schema(
@@ -96,12 +96,12 @@ def json_schema() -> dict[str, Any]:
 
 @functools.cache
 def schema_text() -> str:
-    """The JSON schema as it is written beside a job file."""
+    """Return the JSON schema as it is written beside a job file."""
     return json.dumps(json_schema(), indent=2) + "\n"
 
 
 def shown(value: object) -> str:
-    """A default as one would write it in a job file."""
+    """Return a default as one would write it in a job file."""
     if isinstance(value, Interval):
         if value.unit == "seconds":
             return f"{value.value / 60:g}min"
@@ -182,7 +182,7 @@ def _section(title: str, section: type[BaseModel], prefix: str) -> list[str]:
 
 
 def job_file_page() -> str:
-    """docs/reference/job-file.md."""
+    """Return docs/reference/job-file.md."""
     head = [
         "# The job file",
         "",
@@ -199,7 +199,7 @@ def job_file_page() -> str:
 
 
 def exit_codes_page() -> str:
-    """docs/reference/exit-codes.md."""
+    """Return docs/reference/exit-codes.md."""
     lines = [
         "# Exit codes",
         "",

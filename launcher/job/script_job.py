@@ -23,8 +23,8 @@ _CHECKED = ("cluster", "parallel", "memory", "precision", "model.name", "name")
 
 
 def load(path: Path | None, overrides: list[str], script: Path) -> Job:
-    """The job in the file at `path`, or an empty one, for `script`. Raises ConfigurationError with every
-    problem found."""
+    """Return the job in the file at `path`, or an empty one, for `script`. Raises ConfigurationError with
+    every problem found."""
     content = {} if path is None else read(path)
     problems = override(content, overrides) + refused(content)
     problems += profile.apply(content, Path.cwd() if path is None else path.resolve().parent)
@@ -67,7 +67,7 @@ def unused(job: Job) -> list[str]:
 
 
 def without_placeholders(content: dict[str, Any]) -> dict[str, Any]:
-    """A job for job.yaml: what only stands for the script's own is left out again."""
+    """Return a job for job.yaml: what only stands for the script's own is left out again."""
     kept = dict(content)
     if content.get("data", {}).get("train", {}).get("name") == OWN:
         del kept["data"]

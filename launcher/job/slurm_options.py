@@ -96,7 +96,7 @@ _LETTERS |= {
 
 
 def long_name(option: str) -> str:
-    """The name that sbatch reads of an option written otherwise: one letter, with `_`, or cut short."""
+    """Return the name that sbatch reads of an option written otherwise: one letter, with `_`, or cut short."""
     name = _LETTERS.get(option, option.replace("_", "-").lower() if len(option) > 1 else option)
     known = {*KEYS, *DECIDED, *(member for group in EXCLUSIVE for member in group)}
     longer = sorted(one for one in known if one.startswith(name))
@@ -109,13 +109,13 @@ def is_asked(value: object) -> bool:
 
 
 def rivals(options: Collection[str]) -> set[str]:
-    """Every option that one of these excludes."""
+    """Return every option that one of these excludes."""
     return {other for group in EXCLUSIVE for name in group.intersection(options) for other in group - {name}}
 
 
 def named(cluster: Mapping[str, Any]) -> set[str]:
-    """The options of sbatch that a `cluster` of a job file or a profile asks for, by its own keys and in its
-    `sbatch`."""
+    """Return the options of sbatch that a `cluster` of a job file or a profile asks for, by its own keys and
+    in its `sbatch`."""
     more = cluster.get("sbatch")
     given = [(key, value) for key, value in cluster.items() if key != "sbatch"]
     given += list(more.items()) if isinstance(more, Mapping) else []
@@ -123,7 +123,7 @@ def named(cluster: Mapping[str, Any]) -> set[str]:
 
 
 def without(cluster: Mapping[str, Any], options: Iterable[str]) -> dict[str, Any]:
-    """A copy of such a `cluster` that does not ask for these options."""
+    """Return a copy of such a `cluster` that does not ask for these options."""
     left_out = set(options)
     kept = {key: value for key, value in cluster.items() if key.replace("_", "-") not in left_out}
     if isinstance(more := kept.get("sbatch"), Mapping):

@@ -125,8 +125,8 @@ _Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_yaml_str)
 
 
 def parse(text: str, source: str) -> Any:
-    """YAML to plain values. Raises ConfigurationError with the line, and without the text, which may hold a
-    secret."""
+    """Read YAML as plain values. Raises ConfigurationError with the line, and without the text, which may
+    hold a secret."""
     if len(text) > MOST_BYTES:
         raise ConfigurationError(
             f"more than {MOST_BYTES >> 10} KiB of YAML, which no such file needs", source

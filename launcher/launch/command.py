@@ -78,8 +78,8 @@ def agent_command(
     entry: str | None = None,
     meeting: Meeting | None = None,
 ) -> list[str]:
-    """The agent over `entry` on every rank of this machine; without it over the trainer, or the plan's
-    script."""
+    """Return the agent over `entry` on every rank of this machine; without it over the trainer, or the
+    plan's script."""
     program = [entry or (scripts.ENTRY if plan.script else ENTRY), str(run.path), "--attempt", str(attempt)]
     command = agent_of(plan.mesh.nodes, plan.mesh.ranks_per_node, meeting, program)
     if plan.script:
@@ -141,7 +141,8 @@ def environment(
 
 
 def public(variables: dict[str, str]) -> dict[str, str]:
-    """The part of an environment that matters to a run and holds no secret, in the order of its names."""
+    """Return the part of an environment that matters to a run and holds no secret, in the order of its
+    names."""
     matters = {
         name: value
         for name, value in variables.items()

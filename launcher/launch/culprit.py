@@ -23,7 +23,7 @@ def name(
     agents: Iterable[SeenAgent] = (),
     is_of_agent: bool = False,
 ) -> tuple[str, Seen]:
-    """The line that people see, and the rank that the others wait for.
+    """Return the line that people see, and the rank that the others wait for.
 
     `unheard` are hosts whose supervisors say nothing more, `agents` those that are stopped. Where the hang
     `is_of_agent` the ranks go on, or there are none, and the first agent stands for a rank of number -1. Needs

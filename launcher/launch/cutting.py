@@ -32,8 +32,8 @@ def run_with_cuts(run: RunDirectory, plan: Plan, watcher: Watcher, stop_at: int 
 
 
 def cut(run: RunDirectory, here: bool = True) -> tuple[Plan, str] | None:
-    """The plan with passes of half as many samples, written into the run, and a line that says so; the global
-    batch stays as it is.
+    """Return the plan with passes of half as many samples, written into the run, and a line that says so;
+    the global batch stays as it is.
 
     None where no rank of the last attempt ran out of memory (but its agent, say), where that costs steps
     (nothing was saved at the last one, as after the host's killer), where it was at the first step of all,

@@ -85,12 +85,12 @@ class Disk:
             os.close(self._place)
 
     def events(self) -> list[dict[str, Any]]:
-        """The attempt's events that were read since the last call."""
+        """Return the attempt's events that were read since the last call."""
         return [self._events.popleft() for _ in range(len(self._events))]
 
     @property
     def stuck_seconds(self) -> float:
-        """For how long the disk has not answered to the reader or to the writer."""
+        """Return for how long the disk has not answered to the reader or to the writer."""
         return max(self._reader.stuck_seconds, self._writer.stuck_seconds)
 
     @property

@@ -40,8 +40,8 @@ class Request:
     def of(
         cls, target: str, job: Path | None, step: int | None, num_ranks: int | None, overrides: list[str]
     ) -> Request:
-        """From the command line. Raises ConfigurationError where the target is neither a run nor a model
-        with a job."""
+        """Return the request of a command line. Raises ConfigurationError where the target is neither a run
+        nor a model with a job."""
         if job is None:
             run = RunDirectory.find(target)
             if Plan.read(run.plan_file).script:
@@ -96,8 +96,8 @@ def _plan(job: Job, num_ranks: int | None) -> Plan:
 
 
 def evaluate_locally(request: Request, watcher: Watcher, resamples: int = 0) -> dict[str, Any]:
-    """{"before": metrics, "after": metrics, ...}, also written below the run. Raises the failure's own
-    class where the ranks failed.
+    """Return {"before": metrics, "after": metrics, ...}, also written below the run. Raises the failure's
+    own class where the ranks failed.
 
     `resamples`: how often rows are drawn anew for intervals, by the seed of the job; 0 for none.
     """

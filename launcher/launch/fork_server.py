@@ -45,7 +45,7 @@ class Forked:
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
-        """Its exit code, a signal as a negative one; None while it lives."""
+        """Return its exit code, a signal as a negative one; None while it lives."""
         if self.returncode is None:
             try:
                 pid, status = os.waitpid(self.pid, os.WNOHANG)
@@ -91,8 +91,8 @@ class WarmProcess:
         theirs.close()
 
     def rank(self, command: tuple[str, ...], environment: dict[str, str]) -> Forked | None:
-        """One rank with the command that would start it and its environment; None where this cannot be done,
-        and a new process must do."""
+        """Start one rank with the command that would start it and its environment; None where this cannot
+        be done, and a new process must do."""
         if command[1:3] != ("-u", "-m"):
             return None
         try:

@@ -60,7 +60,7 @@ class Outcome:
     problem: str = ""
 
     def off_by(self, reference: Outcome) -> tuple[float, float]:
-        """The largest relative differences of loss and gradient norm."""
+        """Return the largest relative differences of loss and gradient norm."""
         return _largest(self.losses, reference.losses), _largest(
             self.gradient_norms, reference.gradient_norms
         )
@@ -75,8 +75,8 @@ def _largest(ours: tuple[float, ...], theirs: tuple[float, ...]) -> float:
 def outcomes(
     job: Path, num_ranks: int, num_steps: int, overrides: list[str], watcher: Watcher
 ) -> Iterator[Outcome]:
-    """The reference first, on one rank, then each case on `num_ranks`; every one is a run of its own, in a
-    scratch directory.
+    """Yield the reference first, on one rank, then each case on `num_ranks`; every one is a run of its own,
+    in a scratch directory.
 
     Raises ConfigurationError where the job itself cannot be run; a case that cannot is an outcome that says
     why.

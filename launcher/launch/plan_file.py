@@ -27,7 +27,7 @@ def write_plan(run: RunDirectory, plan: Plan) -> None:
 
 
 def read_plan(run: RunDirectory) -> Plan:
-    """The plan of a run that is to go on.
+    """Return the plan of a run that is to go on.
 
     Raises ConfigurationError with every key that was changed by hand, the value as it was written, and the
     way on. A run of before there was a copy has none, and its plan is taken as it is.

@@ -49,8 +49,8 @@ def open_run(
     profiles: Profiles = CACHED,
     again: bool = False,
 ) -> tuple[RunDirectory, Plan]:
-    """The run directory and the plan of `launcher run`. Where the directory holds a run already, that one
-    goes on.
+    """Return the run directory and the plan of `launcher run`. Where the directory holds a run already, that
+    one goes on.
 
     `script` is a script of the user's own with its arguments; then a job file may be missing. Not `local`: it
     will run on other machines. `force`: begin it though it cannot fit. `profiles` is where a new
@@ -137,7 +137,7 @@ def _write_forecast(run: RunDirectory, plan: Plan, forecast: Forecast | None) ->
 
 
 def expectation(run: RunDirectory) -> str:
-    """One line of what the run was expected to need and to do; empty where nothing is known."""
+    """Return one line of what the run was expected to need and to do; empty where nothing is known."""
     try:
         return str(read_json(run.forecast_file)["line"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -145,13 +145,13 @@ def expectation(run: RunDirectory) -> str:
 
 
 def reopen(run: RunDirectory, overrides: list[str], nproc: int | None, local: bool = True) -> Plan:
-    """The plan of `launcher resume`: the job as it is in the run directory, with `overrides`."""
+    """Return the plan of `launcher resume`: the job as it is in the run directory, with `overrides`."""
     return _go_on(run, load_job(run.job_file, overrides, read_plan(run).script), nproc, local)
 
 
 def fit_to_nodes(run: RunDirectory, num_nodes: int) -> Plan:
-    """The plan for as many nodes as there are: the stored one, or one made anew within the range that the job
-    allows.
+    """Return the plan for as many nodes as there are: the stored one, or one made anew within the range that
+    the job allows.
 
     Called by whoever holds the run's lock. Raises ConfigurationError where no number of nodes up to that will
     do.
@@ -182,7 +182,7 @@ def fit_to_nodes(run: RunDirectory, num_nodes: int) -> Plan:
 def decide_for(
     job: Job, nproc: int | None, script: tuple[str, ...] | None, local: bool, profiles: Profiles = CACHED
 ) -> Plan:
-    """The plan of a job, or of a script of the user's own."""
+    """Return the plan of a job, or of a script of the user's own."""
     return (
         decide_script(job, script, nproc, local=local)
         if script
@@ -191,7 +191,7 @@ def decide_for(
 
 
 def load_job(job_file: Path | None, overrides: list[str], script: tuple[str, ...] | None) -> Job:
-    """The job in a file, or of a script. Raises ConfigurationError with every problem."""
+    """Return the job in a file, or of a script. Raises ConfigurationError with every problem."""
     if script:
         _refuse_secrets(script)
         return load_for_script(job_file, overrides, Path(script[0]))

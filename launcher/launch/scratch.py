@@ -20,8 +20,8 @@ from launcher.runs.layout import RunDirectory, write_atomically
 
 
 def ask(plan: Plan, module: str, request: dict[str, Any], answer: str, watcher: Watcher) -> dict[str, Any]:
-    """The file `answer` that `module` writes once it has read request.json. Raises the failure's own class
-    where the ranks failed."""
+    """Return the file `answer` that `module` writes once it has read request.json. Raises the failure's own
+    class where the ranks failed."""
     with tempfile.TemporaryDirectory(prefix="launcher-") as directory:
         scratch = RunDirectory(Path(directory))
         write_atomically(scratch.plan_file, plan.to_json())

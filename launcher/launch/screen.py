@@ -20,7 +20,7 @@ class Watcher:
     """Show what happens. This one only prints what must be said."""
 
     def begin(self, run: RunDirectory, attempt: int) -> None:
-        """The attempt's processes are about to start."""
+        """Take note that the attempt's processes are about to start."""
 
     def read(self) -> None:
         """Read what is new in the run's files, for the next `tick`. Called as often, by a thread that may
@@ -34,7 +34,7 @@ class Watcher:
         print(line, file=sys.stderr, flush=True)
 
     def end(self) -> None:
-        """The attempt is over."""
+        """Take note that the attempt is over."""
 
 
 class _Silent(Watcher):

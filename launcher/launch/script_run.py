@@ -20,7 +20,8 @@ _READ_BY_SCRIPTS = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")
 
 
 def script_command(script: Path, arguments: Sequence[str]) -> tuple[str, ...]:
-    """The script's absolute path and its arguments. Raises ConfigurationError where it is not a Python file."""
+    """Return the script's absolute path and its arguments. Raises ConfigurationError where it is not a
+    Python file."""
     try:
         source = script.read_bytes()
     except FileNotFoundError:
@@ -67,7 +68,7 @@ def write_configuration(run: RunDirectory, plan: Plan) -> None:
 
 
 def configuration(run: RunDirectory) -> Path:
-    """Accelerate's configuration for the run's script."""
+    """Return Accelerate's configuration for the run's script."""
     return run.path / "rendered" / "accelerate.yaml"
 
 
@@ -98,7 +99,7 @@ def accelerate_variables(config: Path, precision: str) -> dict[str, str]:
 
 
 def apply_configuration(run: RunDirectory, attempt: Path) -> None:
-    """In the agent: put what the configuration says into the environment of the ranks, and write it down in
+    """Put, in the agent, what the configuration says into the environment of the ranks, and write it down in
     the attempt's directory."""
     variables = accelerate_variables(configuration(run), Plan.read(run.plan_file).precision)
     write_atomically(attempt / "accelerate.json", json.dumps(variables, indent=2) + "\n")

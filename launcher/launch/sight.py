@@ -93,8 +93,8 @@ def _children(pid: int) -> list[int]:
 
 
 def lock_holder(path: Path) -> int:
-    """The process that holds an flock(2) on a file, as /proc/locks tells; 0 where nobody does or it is of
-    another machine."""
+    """Return the process that holds an flock(2) on a file, as /proc/locks tells; 0 where nobody does or it
+    is of another machine."""
     try:
         inode = path.stat().st_ino
     except OSError:

@@ -52,7 +52,7 @@ class Stack:
 
 
 def collect(ranks: dict[int, tuple[int, str]]) -> dict[int, Stack]:
-    """The stacks of several ranks, given as pid and the path of their memory.
+    """Return the stacks of several ranks, given as pid and the path of their memory.
 
     Takes a fifth of a second, and as long as a rank that runs has to wait for a core.
     """
@@ -178,8 +178,8 @@ def _py_spy(pid: int) -> str:
 
 
 def innermost(text: str) -> tuple[str, str]:
-    """The collective that the main thread waits in, empty where it is in none, and its innermost telling
-    frame, by faulthandler's text."""
+    """Return the collective that the main thread waits in, empty where it is in none, and its innermost
+    telling frame, by faulthandler's text."""
     frames = _main_thread(text)
     waits_in = ""
     for file, _, function in frames[:_INNERMOST]:

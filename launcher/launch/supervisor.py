@@ -207,7 +207,7 @@ class Supervisor:
         return self._grace
 
     def grace(self) -> float:
-        """Seconds between the first signal and the end by force."""
+        """Return the seconds between the first signal and the end by force."""
         return self.grace_seconds
 
     def _reason_to_force(self) -> Force:

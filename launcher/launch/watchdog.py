@@ -184,7 +184,7 @@ class Judge:
 
     @property
     def step_seconds(self) -> float:
-        """The median of the last steps; 0 before the first."""
+        """Return the median of the last steps; 0 before the first."""
         return statistics.median(self._steps) if self._steps else 0.0
 
     def look(self, now: float, ranks: list[Seen], agents: Sequence[SeenAgent] = ()) -> Verdict:
@@ -277,7 +277,8 @@ def _least_still(ranks: list[Seen]) -> float:
 
 
 def stalled_saves(ranks: Iterable[Seen], hang_after: HangAfter = None) -> list[Seen]:
-    """The ranks whose save has not moved for longer than is usual: a warning, as training goes on beside it."""
+    """Return the ranks whose save has not moved for longer than is usual: a warning, as training goes on
+    beside it."""
     if hang_after == "off":
         return []
     stalled = []

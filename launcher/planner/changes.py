@@ -65,7 +65,7 @@ class Change:
 
 
 def changes(before: Plan, after: Plan) -> list[Change]:
-    """Every difference between two plans, by key."""
+    """Return every difference between two plans, by key."""
     old, new = before.flat(_SAID_ELSEWHERE), after.flat(_SAID_ELSEWHERE)
     return [
         Change(key, old.get(key), new.get(key))
@@ -75,7 +75,8 @@ def changes(before: Plan, after: Plan) -> list[Change]:
 
 
 def check(before: Plan, after: Plan) -> list[Change]:
-    """The changes, all of which are allowed. Raises ConfigurationError with a problem for each that is not."""
+    """Return the changes, all of which are allowed. Raises ConfigurationError with a problem for each that
+    is not."""
     changed = changes(before, after)
     refused = [change for change in changed if not change.allowed]
     if refused:

@@ -227,13 +227,13 @@ class Plan(Frozen):
         return flat
 
     def to_json(self) -> str:
-        """Text for plan.json; what does not apply is left out, so that nothing in it is null."""
+        """Return the text for plan.json; what does not apply is left out, so that nothing in it is null."""
         return self.model_dump_json(indent=2, exclude_none=True, by_alias=True) + "\n"
 
     @classmethod
     def read(cls, path: Path) -> Plan:
-        """The plan written at `path`. Raises ConfigurationError where it is none, OSError where it cannot be
-        read."""
+        """Return the plan written at `path`. Raises ConfigurationError where it is none, OSError where it
+        cannot be read."""
         try:
             return cls.model_validate_json(read_text(path))
         except UnicodeDecodeError:
@@ -246,7 +246,8 @@ class Plan(Frozen):
             raise ConfigurationError(problems, f"{path} is no plan that launcher wrote") from None
 
     def digest(self) -> str:
-        """A hash of what decides the numbers of a run: equal digests on equal topology give equal bits."""
+        """Return a hash of what decides the numbers of a run: equal digests on equal topology give equal
+        bits."""
         told_apart = {
             "decisions",
             "refused",

@@ -11,7 +11,7 @@ PORT = 29500
 
 
 def config(plan: Plan, deepspeed_file: str = "ds_config.json") -> dict[str, Any]:
-    """The content of accelerate.yaml; `deepspeed_file` is where the ranks find ds_config.json.
+    """Return the content of accelerate.yaml; `deepspeed_file` is where the ranks find ds_config.json.
 
     With DeepSpeed there is no `mixed_precision`: it stands in ds_config.json, and Accelerate refuses it at
     both places.
@@ -56,8 +56,8 @@ def config(plan: Plan, deepspeed_file: str = "ds_config.json") -> dict[str, Any]
 
 
 def distributed_type(plan: Plan) -> str:
-    """Accelerate's word for what the ranks do. It has FSDP on devices alone: on CPUs its ranks hold whole
-    copies."""
+    """Return Accelerate's word for what the ranks do. It has FSDP on devices alone: on CPUs its ranks hold
+    whole copies."""
     if plan.engine == "deepspeed":
         return "DEEPSPEED"
     if plan.mesh.world_size == 1 and plan.sharding == "none":

@@ -20,8 +20,8 @@ _PARAMETER_BUFFERS = 5
 
 
 def config(plan: Plan) -> dict[str, Any]:
-    """The content of ds_config.json for a plan whose engine is DeepSpeed; complete, without `auto` and
-    without null.
+    """Return the content of ds_config.json for a plan whose engine is DeepSpeed; complete, without `auto`
+    and without null.
 
     Raises ValueError for a plan of another engine.
     """

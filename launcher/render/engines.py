@@ -10,7 +10,8 @@ from launcher.render.notes import Note
 
 
 def for_engine(job: Job, plan: Plan, engine: EngineName) -> tuple[Job, list[Note]]:
-    """The job for `engine`, to be planned again, and a note for each key that means something else there.
+    """Return the job for `engine`, to be planned again, and a note for each key that means something else
+    there.
 
     What `plan` decided about the computation (precision, recomputation, micro-batch) stays, so that only the
     engine differs.

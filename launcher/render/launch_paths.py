@@ -65,7 +65,7 @@ class Place:
 
 
 def quoted(words: list[str]) -> str:
-    """Words as one line of a shell; each is quoted where it must be."""
+    """Return the words as one line of a shell; each is quoted where it must be."""
     return " ".join(shlex.quote(word) for word in words)
 
 

@@ -22,7 +22,8 @@ class Note:
 
 
 def notes(plan: Plan) -> list[Note]:
-    """Everything that the files of this plan leave out or say otherwise, then the reason of each size."""
+    """Return everything that the files of this plan leave out or say otherwise, then the reason of each
+    size."""
     remarks = [*_everywhere(plan), *(_deepspeed(plan) if plan.engine == "deepspeed" else _fsdp(plan))]
     sizes = {f"zero.{name}" for name in _used(plan)}
     return [*remarks, *(Note(d.key, d.value, d.reason) for d in plan.decisions if d.key in sizes)]

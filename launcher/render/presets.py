@@ -58,7 +58,7 @@ JOBS: dict[str, dict[str, Any]] = {
 
 
 def plan(keys: dict[str, Any]) -> Plan:
-    """The plan of the example with some keys of its job set."""
+    """Return the plan of the example with some keys of its job set."""
     content: dict[str, Any] = {
         "name": "example",
         "model": {"name": "example-7b"},

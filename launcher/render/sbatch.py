@@ -37,7 +37,7 @@ way to that step."""
 
 
 def script(plan: Plan, place: Place) -> str:
-    """The text of submit.sbatch. Every value from the plan or of a path is quoted."""
+    """Return the text of submit.sbatch. Every value from the plan or of a path is quoted."""
     requested = options(plan) | {"signal": f"USR2@{SIGNAL_SECONDS}"}
     if not any(sign in place.rendered for sign in "\\%"):  # sbatch would read these as patterns
         requested |= {"output": f"{place.rendered}/slurm-%j.out"}
@@ -59,7 +59,7 @@ def script(plan: Plan, place: Place) -> str:
 
 
 def options(plan: Plan) -> dict[str, str]:
-    """sbatch's long options by name; empty text for one that takes no value."""
+    """Return sbatch's long options by name; empty text for one that takes no value."""
     mesh, slurm = plan.mesh, plan.slurm
     cores = slurm.cpus_per_node or mesh.ranks_per_node * mesh.threads_per_rank
     requested = {"job-name": plan.name, "nodes": slurm.nodes or str(mesh.nodes), "cpus-per-task": str(cores)}
@@ -81,8 +81,8 @@ def options(plan: Plan) -> dict[str, str]:
 
 
 def before(plan: Plan, place: Place) -> list[str]:
-    """The lines before the ranks start: what is decided after them, come what may, then the site's set-up, of
-    which no line may fail."""
+    """Return the lines before the ranks start: what is decided after them, come what may, then the site's
+    set-up, of which no line may fail."""
     slurm = plan.slurm
     exported = {**variables(plan), **slurm.environment}
     if place.code:
@@ -126,7 +126,8 @@ def _exports(exported: dict[str, str]) -> list[str]:
 
 
 def srun_options(plan: Plan, place: Place) -> list[str]:
-    """One task on each node, none of which ends the others: the first node does that, and knows why.
+    """Return the options for one task on each node, none of which ends the others: the first node does that,
+    and knows why.
 
     It gets what the script has exported, even where the script itself began with an empty environment (sbatch
     --export=NONE).

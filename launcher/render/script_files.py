@@ -19,7 +19,7 @@ _FILLED_IN = (
 
 
 def files(plan: Plan, directory: str) -> dict[str, str]:
-    """The text of each file by its name; `directory` is where they will lie, absolute."""
+    """Return the text of each file by its name; `directory` is where they will lie, absolute."""
     contents = {
         "accelerate.yaml": yaml.safe_dump(
             accelerate_config(plan, f"{directory}/ds_config.json"), sort_keys=False
@@ -31,8 +31,8 @@ def files(plan: Plan, directory: str) -> dict[str, str]:
 
 
 def accelerate_config(plan: Plan, deepspeed_file: str) -> dict[str, Any]:
-    """accelerate.yaml. On a CPU it says FSDP where the plan does: a rank of ours has Accelerate shard there
-    too."""
+    """Return accelerate.yaml. On a CPU it says FSDP where the plan does: a rank of ours has Accelerate shard
+    there too."""
     mesh = plan.mesh
     if plan.engine == "fsdp" and plan.sharding != "none" and mesh.device == "cpu":
         plan = plan.model_copy(update={"mesh": mesh.model_copy(update={"device": "cuda"})})
@@ -40,8 +40,8 @@ def accelerate_config(plan: Plan, deepspeed_file: str) -> dict[str, Any]:
 
 
 def deepspeed_config(plan: Plan) -> dict[str, Any]:
-    """ds_config.json with `auto` for batch, clipping and precision: Accelerate fills them from the script,
-    the Trainer from its arguments.
+    """Return ds_config.json with `auto` for batch, clipping and precision: Accelerate fills them from the
+    script, the Trainer from its arguments.
 
     A number there would have to be the script's own: the Trainer refuses another, and Accelerate takes it
     over the script's.

@@ -9,8 +9,8 @@ _PORT = 29500
 
 
 def command(plan: Plan, place: Place, attempt: int = 1) -> str:
-    """The shell lines to start the plan: on one machine as they stand, on several once on each, with HEAD
-    set.
+    """Return the shell lines to start the plan: on one machine as they stand, on several once on each, with
+    HEAD set.
 
     The agent is torchrun's own with better manners; it and the ranks meet out of others' reach
     (launcher/launch/rendezvous.py).

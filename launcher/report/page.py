@@ -143,7 +143,7 @@ def _digest(text: str) -> str:
 
 
 def number(value: Any) -> str:
-    """A value as people read it: four digits that matter, thousands apart; texts as they are."""
+    """Return a value as people read it: four digits that matter, thousands apart; texts as they are."""
     if value is None:
         return "–"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -156,7 +156,7 @@ def number(value: Any) -> str:
 
 
 def moment(seconds: float) -> str:
-    """Seconds since 1970 as date and time of this machine's zone."""
+    """Return the seconds since 1970 as date and time of this machine's zone."""
     return time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(seconds))
 
 

@@ -55,7 +55,7 @@ class Aside:
 
     @property
     def stuck_seconds(self) -> float:
-        """For how long the present piece of work has been under way; 0 where there is none."""
+        """Return for how long the present piece of work has been under way; 0 where there is none."""
         since = self._since
         return 0.0 if since is None else time.monotonic() - since
 

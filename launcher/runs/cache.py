@@ -40,12 +40,13 @@ _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)B?\s*$")
 
 
 def root() -> Path:
-    """XDG_CACHE_HOME/launcher; where that is not set, ~/.cache/launcher."""
+    """Return XDG_CACHE_HOME/launcher; where that is not set, ~/.cache/launcher."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "launcher"
 
 
 def parse_size(text: str, option: str) -> int:
-    """Bytes of `200GB`, `1.5 TB`, `512MiB` or a bare number. Raises ConfigurationError, which names `option`."""
+    """Return the bytes of `200GB`, `1.5 TB`, `512MiB` or a bare number. Raises ConfigurationError, which names
+    `option`."""
     match = _SIZE.match(text)
     if match is None:
         raise ConfigurationError(Problem(option, text, "write a size as 20GB, 1.5TB or 512MiB"))
@@ -70,7 +71,7 @@ class Entry:
     in_use: bool
 
     def to_dict(self) -> dict[str, Any]:
-        """For --json."""
+        """Return it for --json."""
         return asdict(self)
 
 
@@ -124,7 +125,7 @@ def hold_until_the_end(path: Path) -> None:
 
 
 def entries(kinds: tuple[str, ...] = _KINDS) -> list[Entry]:
-    """All there is, what was used last first."""
+    """Return all there is, what was used last first."""
     entries_there = [
         entry for kind in kinds for path in _paths(kind) if (entry := _look(kind, path)) is not None
     ]
@@ -172,8 +173,8 @@ def keep_bounded() -> list[Entry]:
 
 
 def bound() -> int | None:
-    """Bytes of prepared data that are kept; None for any number. Raises ConfigurationError for a variable
-    that is no size."""
+    """Return the bytes of prepared data that are kept; None for any number. Raises ConfigurationError for a
+    variable that is no size."""
     text = os.environ.get(SIZE_VARIABLE, "").strip()
     if text == "unlimited":
         return None

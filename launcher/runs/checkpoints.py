@@ -70,13 +70,13 @@ class Manifest(_Frozen):
         return sum(record.bytes for record in self.files.values())
 
     def to_json(self) -> str:
-        """The one text of this manifest, with a hash of itself in it."""
+        """Return the one text of this manifest, with a hash of itself in it."""
         content = self.model_dump(mode="python")
         return _canonical({**content, "manifest_xxh3_128": _text_hash(content)})
 
     @classmethod
     def parse(cls, text: str) -> Manifest:
-        """Raises ValueError, with the reason, for any text that `to_json` did not write."""
+        """Read a manifest. Raises ValueError, with the reason, for any text that `to_json` did not write."""
         try:
             content = parse_json(text)
         except ValueError as error:
@@ -123,7 +123,7 @@ class Choice:
 
 
 def hash_file(path: Path) -> str:
-    """xxh3_128 of a file's content, streamed. Raises OSError."""
+    """Return xxh3_128 of a file's content, streamed. Raises OSError."""
     digest = xxhash.xxh3_128()
     block = memoryview(bytearray(_BLOCK_BYTES))
     with open(path, "rb", buffering=0, opener=plain) as file:
@@ -134,7 +134,8 @@ def hash_file(path: Path) -> str:
 
 
 def look(directory: Path, run_id: str | None) -> Stored:
-    """Everything about a checkpoint that can be checked without reading its data: manifest, names, sizes.
+    """Return everything about a checkpoint that can be checked without reading its data: manifest, names,
+    sizes.
 
     `run_id` None accepts any run's.
     """
@@ -204,7 +205,8 @@ def content_problems(
 
 
 def verify(directory: Path, run_id: str | None = None, num_threads: int | None = None) -> list[str]:
-    """Everything that is wrong with a checkpoint, its data read and hashed; an empty list for a whole one."""
+    """Return everything that is wrong with a checkpoint, its data read and hashed; an empty list for a whole
+    one."""
     stored = look(directory, run_id)
     if stored.problems or stored.manifest is None:
         return list(stored.problems)
@@ -212,7 +214,7 @@ def verify(directory: Path, run_id: str | None = None, num_threads: int | None =
 
 
 def list_checkpoints(run: RunDirectory) -> list[Stored]:
-    """All directories named as checkpoints, oldest first, each looked at without reading its data."""
+    """Return all directories named as checkpoints, oldest first, each looked at without reading its data."""
     if not run.checkpoints.is_dir():
         return []
     run_id = run.run_id()
@@ -223,7 +225,7 @@ def list_checkpoints(run: RunDirectory) -> list[Stored]:
 
 
 def newest_valid(run: RunDirectory, num_threads: int | None = None) -> Choice:
-    """The newest checkpoint that verifies, and those newer ones that do not, with their problems."""
+    """Return the newest checkpoint that verifies, and those newer ones that do not, with their problems."""
     rejected: list[Stored] = []
     for stored in reversed(list_checkpoints(run)):
         problems = stored.problems

@@ -95,17 +95,17 @@ class Curve(Fold):
 
     @property
     def first(self) -> tuple[int, float] | None:
-        """The first step and its loss; None before there is one."""
+        """Return the first step and its loss; None before there is one."""
         return tuple(self.state["first"]) if self.state["first"] else None
 
     @property
     def last(self) -> dict[str, Any] | None:
-        """The record of the last step; None before there is one."""
+        """Return the record of the last step; None before there is one."""
         return parse(self.state["last_line"].encode())
 
     @property
     def points(self) -> list[tuple[int, float]]:
-        """Steps with their losses, in order; the first and the last step always among them."""
+        """Return the steps with their losses, in order; the first and the last step always among them."""
         pairs = [(step, loss) for step, loss in self.state["points"]]
         if self.first and (not pairs or pairs[0][0] > self.first[0]):
             pairs.insert(0, self.first)

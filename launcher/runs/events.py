@@ -41,7 +41,7 @@ def event(path: Path, name: str, **fields: Any) -> None:
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """Every whole record; a last line that a crash cut short is left out."""
+    """Yield every whole record; a last line that a crash cut short is left out."""
     if not path.exists():
         return
     with open(path, encoding="utf-8", errors="replace", opener=plain) as file:
@@ -51,7 +51,8 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def steps(path: Path) -> dict[int, dict[str, Any]]:
-    """The training record of each step. A step that was run again after a crash counts once, as it was last."""
+    """Return the training record of each step. A step that was run again after a crash counts once, as it
+    was last."""
     return {
         record["step"]: record
         for record in read(path)

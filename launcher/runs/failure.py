@@ -71,7 +71,7 @@ class Failure:
             object.__setattr__(self, name, redact(getattr(self, name)))
 
     def line(self) -> str:
-        """The one line that people see."""
+        """Return the one line that people see."""
         who = f"rank {self.rank} on {self.host}" if self.rank >= 0 else f"the agent on {self.host}"
         going_on = f"; go on with: {self.command}" if self.command else ""
         advice = f"; {self.advice}" if self.advice else ""
@@ -110,7 +110,7 @@ def record(directory: Path, rank: int, error: BaseException, step: int = 0) -> F
 
 
 def read(path: Path) -> Failure | None:
-    """The failure written at `path`; None where there is none that can be read."""
+    """Return the failure written at `path`; None where there is none that can be read."""
     try:
         return made_of(Failure, read_json(path))
     except (OSError, ValueError, TypeError):

@@ -36,7 +36,7 @@ class Fold(ABC):
 
     @abstractmethod
     def empty(self) -> dict[str, Any]:
-        """The state before the first line, of plain JSON values."""
+        """Return the state before the first line, of plain JSON values."""
 
     @abstractmethod
     def take(self, line: bytes) -> None:

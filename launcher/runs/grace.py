@@ -41,7 +41,7 @@ class Grace:
 
     @property
     def seconds_left(self) -> float:
-        """From now on; 0 where it is over."""
+        """Return the seconds from now on; 0 where it is over."""
         return max(0.0, self.until - time.clock_gettime(time.CLOCK_BOOTTIME))
 
 

@@ -33,7 +33,8 @@ _BROKEN = {
 
 
 def kernel_log(seconds_back: float | None = None) -> str:
-    """The kernel's messages, all of them or those of the last seconds; empty where they may not be read."""
+    """Return the kernel's messages, all of them or those of the last seconds; empty where they may not be
+    read."""
     try:
         done = subprocess.run(["dmesg"], capture_output=True, text=True, timeout=_SECONDS, errors="replace")
     except (OSError, subprocess.TimeoutExpired):
@@ -48,8 +49,8 @@ def kernel_log(seconds_back: float | None = None) -> str:
 
 
 def newer(log: str, since: float) -> str:
-    """The lines of a log from so many seconds after the start of the machine on; those without a time are
-    left out."""
+    """Return the lines of a log from so many seconds after the start of the machine on; those without a time
+    are left out."""
     return "\n".join(text for at, text in _LINE.findall(log) if float(at) >= since)
 
 
@@ -63,7 +64,7 @@ def killed_for_memory(log: str, pid: int) -> str:
 
 
 def xids(log: str) -> list[tuple[int, str]]:
-    """The Xid errors in a log, each with the GPU's address, each once."""
+    """Return the Xid errors in a log, each with the GPU's address, each once."""
     return list(dict.fromkeys((int(number), where) for where, number in _XID.findall(log)))
 
 

@@ -87,8 +87,8 @@ class RunDirectory:
 
     @classmethod
     def find(cls, run: str | Path, root: Path | None = None) -> RunDirectory:
-        """The run directory meant by a path or, below `root` (by default `runs_folder`), a name. Raises
-        ConfigurationError where there is none."""
+        """Return the run directory meant by a path or, below `root` (by default `runs_folder`), a name.
+        Raises ConfigurationError where there is none."""
         root = root or runs_folder()
         for candidate in (Path(run), root / run):
             if (candidate / "plan.json").is_file():
@@ -123,7 +123,7 @@ class RunDirectory:
 
     @property
     def rendered(self) -> Path:
-        """ds_config.json, accelerate.yaml, torchrun.txt, submit.sbatch: the plan as others read it."""
+        """Return ds_config.json, accelerate.yaml, torchrun.txt, submit.sbatch: the plan as others read it."""
         return self.path / "rendered"
 
     @property
@@ -162,11 +162,11 @@ class RunDirectory:
         return None if newest is None else self.evaluation(newest)
 
     def attempt(self, number: int) -> Path:
-        """The directory of one attempt: rank logs, failure.json, command.json."""
+        """Return the directory of one attempt: rank logs, failure.json, command.json."""
         return self.attempts / f"{number:04d}"
 
     def last_attempt(self) -> int:
-        """The number of the newest attempt; 0 before the first."""
+        """Return the number of the newest attempt; 0 before the first."""
         numbers = (
             [int(p.name) for p in self.attempts.glob("[0-9]*") if p.name.isdecimal()]
             if self.attempts.is_dir()
@@ -182,8 +182,8 @@ class RunDirectory:
                 path.unlink(missing_ok=True)
 
     def run_id(self) -> str:
-        """The run's identity, made up once. Checkpoints carry it, so that another run's shard is known as
-        such."""
+        """Return the run's identity, made up once. Checkpoints carry it, so that another run's shard is
+        known as such."""
         if not self.run_id_file.exists():
             # Linked into place whole: a crash leaves no empty identity, and of two makers one wins.
             new = self.run_id_file.with_name(f".run_id.{secrets.token_hex(4)}")

@@ -26,7 +26,7 @@ def phase(last: Events, step: dict[str, Any] | None) -> str | None:
 
 
 def step_age(last: Events, step: dict[str, Any] | None) -> float | None:
-    """Seconds since the last step of this attempt; None before it."""
+    """Return the seconds since the last step of this attempt; None before it."""
     began = last.get("training", {}).get("time")
     if step is None or began is None or step.get("time", 0.0) < began:
         return None
@@ -34,7 +34,7 @@ def step_age(last: Events, step: dict[str, Any] | None) -> float | None:
 
 
 def suspicion(last: Events) -> str | None:
-    """The line that names a hang which is suspected now."""
+    """Return the line that names a hang which is suspected now."""
     suspected = last.get("suspected")
     if suspected is None or last.get("recovered", {}).get("time", 0.0) >= suspected.get("time", 0.0):
         return None
@@ -42,5 +42,5 @@ def suspicion(last: Events) -> str | None:
 
 
 def straggler(last: Events) -> str | None:
-    """The line that names a slow rank of this attempt."""
+    """Return the line that names a slow rank of this attempt."""
     return str(last["straggler"].get("line", "")) if "straggler" in last else None

@@ -58,7 +58,7 @@ class Machine:
 
     @classmethod
     def read(cls) -> Machine:
-        """This machine's; empty where nothing was measured, or the file cannot be read."""
+        """Return this machine's; empty where nothing was measured, or the file cannot be read."""
         try:
             known = {one.name for one in fields(Rates)}  # earlier versions kept more
             return cls(
@@ -79,21 +79,21 @@ class Machine:
             return
 
     def of(self, device: str) -> Rates | None:
-        """The rates of a device, by its name."""
+        """Return the rates of a device, by its name."""
         return next((rates for rates in self.rates if rates.device == device), None)
 
     def disk_rate(self) -> float | None:
-        """Bytes a second read or written, whichever is slower."""
+        """Return the bytes a second read or written, whichever is slower."""
         known = [rate for rates in self.rates for rate in (rates.disk_write, rates.disk_read) if rate]
         return min(known, default=None)
 
     def with_rates(self, rates: Rates) -> Machine:
-        """With newer figures of a device in the place of older ones."""
+        """Return it with newer figures of a device in the place of older ones."""
         others = (other for other in self.rates if other.device != rates.device)
         return replace(self, rates=(*others, rates))
 
 
 def path(environment: Mapping[str, str] = os.environ) -> Path:
-    """XDG_STATE_HOME/launcher/machines/HOST.json: a home may be shared by many machines."""
+    """Return XDG_STATE_HOME/launcher/machines/HOST.json: a home may be shared by many machines."""
     state = environment.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     return Path(state) / "launcher" / "machines" / f"{platform.node() or 'machine'}.json"

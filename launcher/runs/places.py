@@ -102,7 +102,7 @@ class Page:
 
     @classmethod
     def open(cls, path: str) -> Page:
-        """The page at a path as a rank gives it. Raises OSError."""
+        """Return the page at a path as a rank gives it. Raises OSError."""
         descriptor = os.open(path, os.O_RDWR)
         try:
             return cls(mmap.mmap(descriptor, PAGE_BYTES))
@@ -112,7 +112,7 @@ class Page:
             os.close(descriptor)
 
     def text(self, name: str) -> str:
-        """`detail`, or `save_detail`."""
+        """Return `detail`, or `save_detail`."""
         start = _TEXTS[name]
         return self._memory[start : start + _TEXT_BYTES].rstrip(b"\0").decode(errors="replace")
 
@@ -213,7 +213,8 @@ class Whereabouts(Page):
             self.at(PLACES[before[0]], done=before[1], total=before[2], detail=before[3])
 
     def moved(self, done: int | None = None, detail: str | None = None) -> None:
-        """Something more is done at this place; `done` in all, where it is known, and what comes next."""
+        """Say that something more is done at this place; `done` in all, where it is known, and what comes
+        next."""
         numbers = self._numbers
         numbers[_COUNT] += 1
         numbers[_DONE] = numbers[_DONE] + 1 if done is None else done
@@ -235,7 +236,7 @@ class Whereabouts(Page):
         self._numbers[_COUNT] += 1
 
     def step_done(self, step: int, seconds: float) -> None:
-        """A step of all ranks is over, which took so long."""
+        """Say that a step of all ranks is over, which took so long."""
         self._numbers[_STEP] = step
         self._numbers[_COUNT] += 1
         self._floats[_STEP_SECONDS] = seconds
@@ -250,7 +251,7 @@ class Whereabouts(Page):
         self._floats[_OWN_SECONDS] = seconds
 
     def peak_memory(self, memory_bytes: Callable[[], int]) -> None:
-        """The most memory so far; asked for at most twice a second, as it costs system calls."""
+        """Say the most memory so far; asked for at most twice a second, as it costs system calls."""
         now = time.monotonic()
         if now - self._memory_at > self._SECONDS_BETWEEN_MEMORY:
             self._memory_at = now
@@ -282,7 +283,7 @@ class Whereabouts(Page):
         return self._floats[_LAST_SAVE]
 
     def save_took(self, seconds: float) -> None:
-        """The last save took so long."""
+        """Say how long the last save took."""
         self._floats[_LAST_SAVE] = seconds
 
 

@@ -58,7 +58,7 @@ def warning(record: dict[str, Any]) -> str | None:
 
 
 def first_dropped(record: dict[str, Any]) -> str:
-    """The first row that is left out, and why."""
+    """Return the first row that is left out, and why."""
     example = next((example for example in record.get("examples", ()) if not example.get("cut")), None)
     return f"the first is {place(example)}: {why(example)}" if example else "no example was kept"
 
@@ -74,12 +74,12 @@ def why(example: dict[str, Any]) -> str:
 
 
 def num_dropped(record: dict[str, Any]) -> int:
-    """Rows left out, whatever the reason."""
+    """Return how many rows were left out, whatever the reason."""
     return sum(record.get("dropped", {}).values())
 
 
 def lines(record: dict[str, Any]) -> list[str]:
-    """All that such an event says to people; nothing of any other event."""
+    """Return all that such an event says to people; nothing of any other event."""
     if record.get("event") != "prepared":
         return []
     each = [f"  {by_source(one)}" for one in record.get("by_source", ())]
@@ -95,6 +95,6 @@ def by_source(record: dict[str, Any]) -> str:
 
 
 def numbers(record: dict[str, Any]) -> dict[str, Any]:
-    """The part of an event that a status carries."""
+    """Return the part of an event that a status carries."""
     whole = {"num_dropped": num_dropped(record)} | record
     return {name: whole[name] for name in _KEPT if name in whole}

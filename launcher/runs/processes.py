@@ -74,7 +74,7 @@ def alive(pid: int) -> bool:
 
 
 def parent_of(pid: int) -> int:
-    """The parent's id; 0 where there is no such process."""
+    """Return the parent's id; 0 where there is no such process."""
     fields = _stat(pid)
     return int(fields[1]) if fields else 0
 
@@ -97,7 +97,7 @@ def started_ticks(pid: int) -> int:
 
 
 def children(pid: int) -> list[int]:
-    """The processes that have this one as their parent."""
+    """Return the processes that have this one as their parent."""
     return [int(path.name) for path in Path("/proc").glob("[0-9]*") if parent_of(int(path.name)) == pid]
 
 
@@ -119,7 +119,7 @@ class Identity:
 
     @classmethod
     def parse(cls, text: str) -> Identity | None:
-        """From what `str` gives, or from its beginning alone; None for anything else."""
+        """Read it from what `str` gives, or from its beginning alone; None for anything else."""
         match = re.match(r"process (\d+) on ([^\s,]+)(?:, begun at tick (\d+) of boot (\S*))?", text)
         return (
             cls(int(match[1]), match[2], int(match[3]) if match[3] else None, match[4] or "")
@@ -129,7 +129,7 @@ class Identity:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Return it for people."""
         return f"process {self.pid} on {self.host}"
 
     def __str__(self) -> str:
@@ -157,13 +157,13 @@ def _boot() -> str:
 
 
 def kill_group(pid: int) -> None:
-    """SIGKILL to the process group that `pid` leads; nothing where it is gone."""
+    """Send SIGKILL to the process group that `pid` leads; nothing where it is gone."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
 
 
 def signal_name(number: int) -> str:
-    """`SIGKILL` for 9; the number itself where it has no name."""
+    """Return `SIGKILL` for 9; the number itself where it has no name."""
     try:
         return signal.Signals(number).name
     except ValueError:

@@ -154,8 +154,8 @@ _NEEDED = {
 
 
 def parse(line: str | bytes) -> dict[str, Any] | None:
-    """The record in a line; None where the line is cut short, is no JSON object, or has a field of another
-    kind than its writer's."""
+    """Return the record in a line; None where the line is cut short, is no JSON object, or has a field of
+    another kind than its writer's."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -176,8 +176,8 @@ _KINDS = {"str": _text, "float": _number, "int": _count, "bool": _flag}
 
 
 def made_of(kind: type[_Made], content: Any) -> _Made:
-    """A dataclass of texts and numbers from what a JSON file holds. Raises TypeError where that has other
-    fields, or other kinds."""
+    """Return a dataclass of texts and numbers from what a JSON file holds. Raises TypeError where that has
+    other fields, or other kinds."""
     if not isinstance(content, dict):
         raise TypeError(f"{type(content).__name__} in the place of a {kind.__name__}")
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]

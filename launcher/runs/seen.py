@@ -96,7 +96,7 @@ def _of_known_fields(kind: type[T], content: dict[str, Any]) -> T:
 
 
 def ranks_of(directory: Path) -> list[Seen]:
-    """Each rank of an attempt as it was seen last, on all nodes, in the order of the ranks."""
+    """Return each rank of an attempt as it was seen last, on all nodes, in the order of the ranks."""
     ranks = [
         one
         for path in directory.glob("ranks-*.json")

@@ -11,8 +11,8 @@ _GROUP_READS = stat.S_IRGRP | stat.S_IXGRP
 
 
 def set_umask(share_with_group: bool) -> None:
-    """With `share_with_group` let the group read what this process, and all that it starts, make from now on;
-    else change nothing."""
+    """Let the group read, with `share_with_group`, what this process, and all that it starts, make from now
+    on; else change nothing."""
     if share_with_group:
         os.umask(os.umask(0o077) & ~_GROUP_READS)
 

@@ -75,7 +75,7 @@ class Status:
     prepared."""
 
     def to_dict(self) -> dict[str, Any]:
-        """For --json."""
+        """Return it for --json."""
         return dataclasses.asdict(self)
 
 
@@ -196,7 +196,7 @@ def _beats(run: RunDirectory) -> bool:
 
 
 def newest_checkpoint(run: RunDirectory) -> Path | None:
-    """The newest committed checkpoint by its name; whether it is whole is checked when it is loaded."""
+    """Return the newest committed checkpoint by its name; whether it is whole is checked when it is loaded."""
     if not run.checkpoints.is_dir():
         return None
     named = (path for path in run.checkpoints.iterdir() if STEP_DIRECTORY.match(path.name))
@@ -205,7 +205,7 @@ def newest_checkpoint(run: RunDirectory) -> Path | None:
 
 
 def last_step(run: RunDirectory) -> int:
-    """The last step that is written in metrics.jsonl; 0 before the first."""
+    """Return the last step that is written in metrics.jsonl; 0 before the first."""
     record = last_record(run.metrics_file, is_step)
     return int(record["step"]) if record else 0
 

@@ -87,7 +87,7 @@ class Halving:
 
     @classmethod
     def of(cls, run: RunDirectory) -> Halving | None:
-        """The rule under which a run is a point; None for every other run."""
+        """Return the rule under which a run is a point; None for every other run."""
         sweep = run.path.parent.parent
         try:
             content = read_json(sweep / SWEEP_FILE)

@@ -67,7 +67,7 @@ class Tail:
                     yield lines
 
     def records(self) -> list[dict[str, Any]]:
-        """The records among those lines."""
+        """Return the records among those lines."""
         return [record for line in self.lines() if (record := parse(line)) is not None]
 
 
@@ -82,12 +82,12 @@ def checksum_before(path: Path, offset: int) -> int:
 
 
 def last_record(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
-    """The last record of a JSON lines file that is wanted, read from its end."""
+    """Return the last record of a JSON lines file that is wanted, read from its end."""
     return next(iter(last_records(path, wanted, 1)), None)
 
 
 def last_records(path: Path, wanted: Callable[[dict[str, Any]], bool], count: int) -> list[dict[str, Any]]:
-    """The last so many records that are wanted, the last one first."""
+    """Return the last so many records that are wanted, the last one first."""
     newest: list[dict[str, Any]] = []
     for line in lines_backwards(path):
         record = parse(line)
@@ -99,7 +99,7 @@ def last_records(path: Path, wanted: Callable[[dict[str, Any]], bool], count: in
 
 
 def end_of(path: Path) -> tuple[int, Iterator[bytes]]:
-    """The place behind a file's last whole line, and its whole lines up to there, the last one first.
+    """Return the place behind a file's last whole line, and its whole lines up to there, the last one first.
 
     A `Tail` from that place misses nothing, and gives nothing twice.
     """
@@ -111,8 +111,8 @@ def end_of(path: Path) -> tuple[int, Iterator[bytes]]:
 
 
 def lines_backwards(path: Path, end: int | None = None) -> Iterator[bytes]:
-    """A file's lines up to `end`, the last one first, without their ends; nothing of a file that is not
-    there."""
+    """Yield a file's lines up to `end`, the last one first, without their ends; nothing of a file that is
+    not there."""
     try:
         file = open(path, "rb", opener=plain)  # noqa: SIM115
     except FileNotFoundError:

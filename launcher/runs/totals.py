@@ -109,8 +109,8 @@ class Totals(Fold):
 
     @property
     def last(self) -> dict[str, dict[str, Any]]:
-        """The newest event of each name; of what belongs to one attempt, only of the newest attempt. A phase
-        that is over is not there."""
+        """Return the newest event of each name; of what belongs to one attempt, only of the newest attempt.
+        A phase that is over is not there."""
         events: dict[str, dict[str, Any]] = self.state["last"]
         return events
 
@@ -122,7 +122,7 @@ class Totals(Fold):
 
     @property
     def evaluations(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """The first and the last one; None before there is one."""
+        """Return the first and the last one; None before there is one."""
         first = self.state["first_evaluated"]
         return (first, self.last["evaluated"]) if first else None
 
@@ -133,7 +133,7 @@ class Totals(Fold):
 
     @property
     def seconds_in_attempts(self) -> float:
-        """Wall time of all attempts; of one that was cut short, until its last event."""
+        """Return the wall time of all attempts; of one that was cut short, until its last event."""
         began = self.state["began"]
         return float(self.state["seconds"] + (self.state["time"] - began if began is not None else 0.0))
 
@@ -160,8 +160,8 @@ class Totals(Fold):
         return self.state["first_began"]
 
     def measured(self, metric: str, lower: bool) -> tuple[float | None, float | None, int | None]:
-        """A metric as it was measured last after step 0, its best finite value (the lowest, or the highest),
-        and the step of that."""
+        """Return a metric as it was measured last after step 0, its best finite value (the lowest, or the
+        highest), and the step of that."""
         known = self.state["measured"].get(metric)
         if known is None:
             return None, None, None

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def duration(seconds: float) -> str:
-    """`4 s`, `3 min 20 s`, `2 h 5 min`."""
+    """Return `4 s`, `3 min 20 s`, `2 h 5 min`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -19,7 +19,7 @@ def duration(seconds: float) -> str:
 
 
 def size(num_bytes: float) -> str:
-    """Bytes on a disk, for people: `274 MB`."""
+    """Return the bytes on a disk, for people: `274 MB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if num_bytes < 1000:
             return f"{num_bytes:.3g} {unit}"
@@ -28,7 +28,7 @@ def size(num_bytes: float) -> str:
 
 
 def gib(num_bytes: float) -> str:
-    """Bytes of memory for people: `1.5 GiB`, `12 MiB`."""
+    """Return the bytes of memory for people: `1.5 GiB`, `12 MiB`."""
     return f"{num_bytes / 2**30:.1f} GiB" if abs(num_bytes) >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
 
 

@@ -38,7 +38,8 @@ class Line:
 
 
 def leaderboard(sweep: Sweep) -> list[Line]:
-    """Every point, the best one first; those that were not measured yet, or measured as no number, last."""
+    """Return every point, the best one first; those that were not measured yet, or measured as no number,
+    last."""
     lines = [_line(sweep, number, run) for number, run in enumerate(sweep.runs)]
 
     def order(line: Line) -> tuple[bool, float, int]:

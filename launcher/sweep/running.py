@@ -35,9 +35,9 @@ _UNTIL_MENDED = {one.failure_class: one.exit_code for one in (ConfigurationError
 
 
 def run_here(sweep: Sweep, watcher: Watcher, budget: float | None = None) -> int:
-    """Every point that is left, in turn; of a search also those that are proposed then. One that fails or
-    cannot begin does not keep the others from being tried; a stop ends the sweep. After `budget` seconds none
-    begins.
+    """Run every point that is left, in turn; of a search also those that are proposed then. One that fails
+    or cannot begin does not keep the others from being tried; a stop ends the sweep. After `budget`
+    seconds none begins.
 
     Gives 0 where all came to their end, 75 after a stop, else the exit code of the first that failed. Raises
     RunInUseError where another launcher runs it.

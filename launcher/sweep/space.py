@@ -38,7 +38,7 @@ Space = Mapping[str, Range | list[Any]]
 
 
 def points(grid: Sequence[str], random: Sequence[str], num_points: int | None, seed: int) -> list[list[str]]:
-    """The `KEY=VALUE` overrides of each point.
+    """Return the `KEY=VALUE` overrides of each point.
 
     grid: `KEY=A,B,C`; each value is tried with each of the others. random: `KEY=LOW..HIGH`, evenly or with
     `:log` in magnitude, or `KEY=A,B,C`, one of them. With both, the grid is tried with each random draw.
@@ -98,7 +98,7 @@ def written(point: Mapping[str, Any]) -> list[str]:
 
 
 def rungs(text: str) -> tuple[int, int]:
-    """`STEPS` or `STEPS:N`: where points are first compared, and of how many one goes on. Raises
+    """Read `STEPS` or `STEPS:N`: where points are first compared, and of how many one goes on. Raises
     ConfigurationError."""
     match = re.fullmatch(r"\s*(\d+)\s*(?::\s*(\d+)\s*)?", text)
     first, factor = (int(match[1]), int(match[2] or _FACTOR)) if match else (0, 0)

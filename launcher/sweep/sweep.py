@@ -112,7 +112,7 @@ class Sweep:
 
     @classmethod
     def read(cls, path: Path) -> Sweep:
-        """The sweep in a directory. Raises ConfigurationError where there is none."""
+        """Return the sweep in a directory. Raises ConfigurationError where there is none."""
         try:
             content = read_json(path / SWEEP_FILE)
             points, metric, nproc = content["points"], content["metric"], content["nproc"]
@@ -143,8 +143,8 @@ class Sweep:
         return self.search.num_points if self.search else len(self.points)
 
     def left(self) -> list[int]:
-        """The points that are not finished, of those that are there; of a search without those that could not
-        begin."""
+        """Return the points that are not finished, of those that are there; of a search without those that
+        could not begin."""
         return [
             number for number, run in enumerate(self.runs) if not run.finished and number not in self.refused
         ]

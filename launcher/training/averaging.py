@@ -61,7 +61,7 @@ class AveragedEngine(Around):
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """While inside, the averages are the weights that compute. Called by all ranks together."""
+        """Compute with the averages as the weights while inside. Called by all ranks together."""
         self._exchange()
         try:
             yield

@@ -93,8 +93,8 @@ class Apart(Whole):
 
 
 def ids_of(batches: Batches) -> list[int]:
-    """The rows of a rank's batches of one item each, in the order in which they come; without filler, which
-    comes last."""
+    """Return the rows of a rank's batches of one item each, in the order in which they come; without filler,
+    which comes last."""
     results: list[int] = []
     for step in range(batches.num_steps):
         real = batches.indices(step)

@@ -37,8 +37,8 @@ def has_units(dtype: torch.dtype, capabilities: dict[str, Any] | None = None) ->
 
 
 def widen(dtype: torch.dtype) -> bool:
-    """From now on this process multiplies `dtype` by way of fp32, where the processor has no units for it.
-    Returns whether it does."""
+    """Have this process multiply `dtype` by way of fp32 from now on, where the processor has no units for
+    it. Returns whether it does."""
     if dtype not in HALF or has_units(dtype):
         return False
     if not _installed:
@@ -49,8 +49,8 @@ def widen(dtype: torch.dtype) -> bool:
 def matrix_product(
     left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | None = None, finish: Finish | None = None
 ) -> torch.Tensor:
-    """`left` [rows, inner] times `right` [inner, columns], both in half precision; into `out` where it is
-    given.
+    """Multiply `left` [rows, inner] by `right` [inner, columns], both in half precision; into `out` where
+    it is given.
 
     `finish` changes a block of the product in place while it is still in fp32: the block, its rows, its
     columns.

@@ -71,7 +71,7 @@ def name_of(device: torch.device) -> str:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory this rank has had so far: allocated on a GPU, resident on a CPU."""
+    """Return the most memory this rank has had so far: allocated on a GPU, resident on a CPU."""
     return max(_before_laps.get(device, 0), _peak_of_lap(device))
 
 

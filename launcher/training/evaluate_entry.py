@@ -45,7 +45,7 @@ class Measuring:
     seed: int
 
     def dataset(self, subject: Subject, leads: bool) -> Dataset:
-        """The held-out rows as samples for this model. Called before the ranks know each other."""
+        """Return the held-out rows as samples for this model. Called before the ranks know each other."""
         given, plan, task = subject.plan.data.evaluation, subject.plan, subject.task
         assert given is not None
         refuse_unknown(task, given, plan)
@@ -60,13 +60,14 @@ class Measuring:
         return dataset
 
     def engine(self, subject: Subject, dataset: Dataset) -> Engine:
-        """The model in shards, its loss checked."""
+        """Return the model in shards, its loss checked."""
         engine = subject.build(self.scratch)
         check_loss(engine, subject.task, dataset, subject.plan, self.event)
         return engine
 
     def look(self, subject: Subject, engine: Engine, dataset: Dataset) -> Whole:
-        """The metrics and details of the rows, with what was seen of each row where intervals are asked for."""
+        """Return the metrics and details of the rows, with what was seen of each row where intervals are
+        asked for."""
         plan = subject.plan
         evaluator = Whole(subject.task.evaluator)
         if self.resamples:
@@ -100,12 +101,12 @@ class Measuring:
         return bool(vote > 0)
 
     def event(self, name: str, **fields: Any) -> None:
-        """An event, written once for all ranks."""
+        """Write an event, once for all ranks."""
         if distributed.get_rank() == 0:
             events.event(self.scratch.events_file, name, **fields)
 
     def intervals(self, found: dict[str, Whole]) -> dict[str, Any]:
-        """The interval of each metric before and after, and of its change; on the rank that computes."""
+        """Return the interval of each metric before and after, and of its change; on the rank that computes."""
         draws = {
             name: one.drawn(self.resamples, self.seed)
             for name, one in found.items()

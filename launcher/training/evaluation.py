@@ -39,8 +39,8 @@ def evaluate(
     details: Callable[[dict[str, Any]], object] = lambda details: None,
     evaluator: Evaluator | None = None,
 ) -> dict[str, float]:
-    """Metrics over every sample of `dataset`, equal on all ranks; of several sources also those of each, as
-    `ALIAS/loss`.
+    """Compute the metrics over every sample of `dataset`, equal on all ranks; of several sources also those of
+    each, as `ALIAS/loss`.
 
     `stopping` is asked before every batch, on all ranks, and must answer the same on each; a yes raises
     Interrupted. `leaving` is asked before every token that is written, on each rank by itself; a yes ends

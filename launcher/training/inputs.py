@@ -69,7 +69,7 @@ class TrainingInputs:
 
     @classmethod
     def of(cls, run: RunDirectory, plan: Plan, *, streams: bool = True) -> TrainingInputs:
-        """Tokenised and packed data come from the cache where it has them; one process of a machine makes
+        """Take tokenised and packed data from the cache where it has them; one process of a machine makes
         them, the others wait. Where rows are streamed and `streams` is false, the held-out rows stand in
         their place."""
         cache.hold_until_the_end(Path(plan.model.name))
@@ -171,5 +171,5 @@ def refuse_tokens(dataset: Dataset | None, key: str, tokenizer: Any, config: Any
 
 
 def phase_report(run: RunDirectory, phase: str, unit: str) -> PhaseReport:
-    """A report function for a phase of this run."""
+    """Return a report function for a phase of this run."""
     return PhaseReport(run, phase, unit)

@@ -93,8 +93,8 @@ def chunked_cross_entropy(
     soft: SoftTargets | None = None,
     keep_losses: bool = False,
 ) -> CrossEntropy:
-    """Summed cross entropy of `hidden` [tokens, hidden] against `targets` [tokens] through `weight`
-    [vocabulary, hidden].
+    """Compute the summed cross entropy of `hidden` [tokens, hidden] against `targets` [tokens] through
+    `weight` [vocabulary, hidden].
 
     `smoothing` is the share of a target's probability that is spread evenly over the vocabulary (arXiv
     1512.00567, section 7). Targets of -100 are not supervised and cost nothing: `supervised`, int64 [n], are

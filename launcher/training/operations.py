@@ -29,7 +29,7 @@ def _table_size(model: PreTrainedModel) -> int:
 
 
 def flops_per_token(model: PreTrainedModel, config: Any, length: int) -> float:
-    """Floating-point operations of one token, forward and backward, of samples of `length` tokens.
+    """Return the floating-point operations of one token, forward and backward, of samples of `length` tokens.
 
     6 for each matrix parameter (Kaplan et al. 2020, arXiv 2001.08361, table 1, forward 2 and backward 4) but
     for experts that are not chosen, and for attention 12 x layers x hidden x length, halved as causal

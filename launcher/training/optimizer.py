@@ -22,15 +22,15 @@ Optimizer = torch.optim.Optimizer
 
 
 def build(model: nn.Module, training: Training, own: Model | None = None) -> Optimizer:
-    """The plan's optimizer over the parameters that train, with its state already made, so that saving and
-    loading see one shape."""
+    """Return the plan's optimizer over the parameters that train, with its state already made, so that
+    saving and loading see one shape."""
     optimizer = construct(model, training, own)
     make_states(optimizer, training)
     return optimizer
 
 
 def construct(model: nn.Module, training: Training, own: Model | None = None) -> Optimizer:
-    """The plan's optimizer over the parameters that train, without state yet.
+    """Return the plan's optimizer over the parameters that train, without state yet.
 
     Raises ConfigurationError where a pattern of `training.groups` matches none of them.
     """
@@ -77,7 +77,7 @@ def make_states(optimizer: Optimizer, training: Training) -> None:
 
 
 def first_state(kind: str, parameter: torch.Tensor, training: Training) -> dict[str, torch.Tensor]:
-    """The state of one parameter before the first step."""
+    """Return the state of one parameter before the first step."""
     if kind == "adafactor":
         return adafactor.first_state(parameter)
     if kind == "muon" or (kind == "sgd" and training.momentum):
@@ -97,8 +97,8 @@ def moment_dtype(training: Training) -> torch.dtype:
 
 
 def state_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor]:
-    """The optimizer's tensors by name: `optimizer.<parameter>.<key>`, and once for each stage the count of
-    steps, since all its parameters share it."""
+    """Return the optimizer's tensors by name: `optimizer.<parameter>.<key>`, and once for each stage the
+    count of steps, since all its parameters share it."""
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in adapters.named_parameters(model):
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -108,7 +108,8 @@ def state_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, torch.Ten
 
 
 def moments(training: Training) -> tuple[str, ...]:
-    """The names of the optimizer's tensors that have a parameter's shape; of Muon those of its matrices."""
+    """Return the names of the optimizer's tensors that have a parameter's shape; of Muon those of its
+    matrices."""
     if training.optimizer in ("sgd", "muon"):
         return ("momentum_buffer",) if training.momentum or training.optimizer == "muon" else ()
     return ("exp_avg", "exp_avg_sq")
@@ -131,7 +132,7 @@ def steps(optimizer: Optimizer) -> dict[int, list[torch.Tensor]]:
 
 
 def spread_step(counts: dict[int, list[torch.Tensor]]) -> None:
-    """After a load: give every parameter of a stage the count that was loaded into the first one."""
+    """Give, after a load, every parameter of a stage the count that was loaded into the first one."""
     for first, *others in counts.values():
         for step in others:
             step.copy_(first)
@@ -146,7 +147,7 @@ def drop_gradients(optimizer: Optimizer, stage: int) -> None:
 
 
 def sum_of_squares(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """The squared norm of all of them, as one fp64 number.
+    """Return the squared norm of all of them, as one fp64 number.
 
     On a CPU PyTorch's norm in fp32 is off by 1 part in 100,000 for a million normally distributed elements,
     by 4 for 2.3 million.

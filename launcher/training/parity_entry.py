@@ -19,7 +19,7 @@ from launcher.training.trainer import Trainer
 def compare(
     run: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, *, stop_at: int | None = None
 ) -> None:
-    """The trainer's own loop, on a model without dropout, and without checkpoints."""
+    """Run the trainer's own loop, on a model without dropout, and without checkpoints."""
     read_config = pretrained.read_config
 
     def without_dropout(plan: Plan) -> Any:

@@ -41,7 +41,7 @@ class LossScale:
             self.value = 1.0
 
     def good(self) -> None:
-        """A step whose gradients were finite."""
+        """Note a step whose gradients were finite."""
         if not self.used:
             return
         self.good_steps += 1
@@ -49,8 +49,8 @@ class LossScale:
             self.value, self.good_steps = min(_LARGEST, self.value * 2), 0
 
     def overflow(self) -> bool:
-        """A step whose gradients were not finite. True where a smaller scale may help, so that it is no fault
-        of the model."""
+        """Note a step whose gradients were not finite. True where a smaller scale may help, so that it is no
+        fault of the model."""
         if not self.used or self.value <= _SMALLEST:
             return False
         self.value, self.good_steps = max(_SMALLEST, self.value / 2), 0

@@ -74,7 +74,7 @@ class Rescue:
 
     @contextlib.contextmanager
     def passes(self, step: int, is_saved: bool) -> Iterator[None]:
-        """While inside, the state is that after `step` steps. Out of memory in here saves it first, unless it
+        """Guard passes from the state after `step` steps: out of memory in here saves it first, unless it
         is."""
         if self._device.type == "cuda":
             self._updated = torch.cuda.Event()

@@ -38,7 +38,8 @@ class Shown:
 
     @classmethod
     def of(cls, task: Task, dataset: Dataset | None, plan: Plan, rank: int) -> Shown | None:
-        """The rows to be shown; None where there are none, or the task does not tell what its model says."""
+        """Return the rows to be shown; None where there are none, or the task does not tell what its model
+        says."""
         number, source = task.evaluation.samples, plan.data.evaluation
         if dataset is None or source is None or number == 0 or not says(task):
             return None

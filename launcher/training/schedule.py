@@ -44,13 +44,13 @@ class Schedule:
 
     @classmethod
     def of(cls, training: Training, num_steps: int) -> Schedule:
-        """The schedule of a run of `num_steps`; a warm-up below 1 is a share of them, from 1 on a number of
-        steps."""
+        """Return the schedule of a run of `num_steps`; a warm-up below 1 is a share of them, from 1 on a
+        number of steps."""
         return cls(training, steps_of(training.warmup, num_steps), num_steps)
 
     def at(self, step: int) -> float:
-        """The learning rate of step `step`. The first step of a warm-up is already above 0, so that no step
-        is wasted."""
+        """Return the learning rate of step `step`. The first step of a warm-up is already above 0, so that
+        no step is wasted."""
         peak, minimum = self.training.learning_rate, self.training.minimum_learning_rate
         kind = self.training.schedule
         if kind == "one-cycle":

@@ -19,7 +19,7 @@ _COPIES = "DDP (a whole copy on each rank)"
 
 
 def planned(plan: Plan) -> str:
-    """The engine that the plan's ranks are to end up on, in the words of `Seen`."""
+    """Return the engine that the plan's ranks are to end up on, in the words of `Seen`."""
     if plan.engine == "deepspeed":
         assert plan.zero is not None
         return _zero(plan.zero.stage)
@@ -62,7 +62,7 @@ class Seen:
         }
 
     def found(self, engine: str) -> None:
-        """A model that trains is on this engine."""
+        """Note that a model that trains is on this engine."""
         if engine in self._found:
             return
         self._found.add(engine)

@@ -34,7 +34,8 @@ class Saving:
         return {"transformers.trainer": self._change_trainer, "deepspeed.runtime.engine": _gather}
 
     def finish(self) -> None:
-        """Once the script is through on this rank: join what rank 0 saves alone, until it is through as well.
+        """Join, once the script is through on this rank, what rank 0 saves alone, until it is through as
+        well.
 
         Many scripts have rank 0 alone call `save_model`, which is enough for whole copies; of shards it has
         only its own, and would wait.

@@ -47,7 +47,7 @@ class StopRequest:
             self.requested = True
 
     def seconds_left(self) -> float:
-        """Seconds of grace that are left; infinity before anybody asked."""
+        """Return the seconds of grace that are left; infinity before anybody asked."""
         if not self.requested:
             return float("inf")
         given = self._given()
@@ -55,7 +55,8 @@ class StopRequest:
 
     @property
     def asked_by(self) -> str:
-        """The signal that the launcher got and passed on, where it said so; else the one that came here."""
+        """Return the signal that the launcher got and passed on, where it said so; else the one that came
+        here."""
         given = self._given()
         return given.signal_name if given and self.requested else self.signal_name
 

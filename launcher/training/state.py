@@ -64,8 +64,8 @@ class TrainerState(BaseModel):
 
     @classmethod
     def of(cls, progress: Progress, checkpoint: str) -> TrainerState:
-        """Raises CheckpointError, with every key, where a manifest that is whole says something else than the
-        trainer does."""
+        """Read it from a manifest. Raises CheckpointError, with every key, where a manifest that is whole
+        says something else than the trainer does."""
         try:
             return cls.model_validate(progress.extra)
         except ValidationError as error:

@@ -36,8 +36,8 @@ class Subject:
 
     @classmethod
     def of(cls, plan: Plan, run: Path | None, model: str | None) -> Subject:
-        """The model in a directory, where one is named; else the one that the job begins with, with the
-        classes of the run.
+        """Return the model in a directory, where one is named; else the one that the job begins with, with
+        the classes of the run.
 
         Of the model that a job begins with they are those that it would be trained for. No teacher is asked.
         Raises ConfigurationError.
@@ -56,7 +56,7 @@ class Subject:
         return subject
 
     def build(self, scratch: RunDirectory) -> Engine:
-        """The plan's engine with the model loaded. Called by all ranks together."""
+        """Return the plan's engine with the model loaded. Called by all ranks together."""
         ds_config = read_json(scratch.rendered / "ds_config.json") if self.plan.engine == "deepspeed" else {}
         return engines.build(self.plan, self.task, self.config, ds_config, trains=False)
 
@@ -89,8 +89,8 @@ class Subject:
 
 
 def as_trained(plan: Plan, run: Path | None) -> Plan:
-    """The plan with the way in which the run's samples share a pass, where its check after loading took
-    another than planned."""
+    """Return the plan with the way in which the run's samples share a pass, where its check after loading
+    took another than planned."""
     taken = (
         Totals(RunDirectory(run)).refresh().last.get("layout", {}).get("taken") if run is not None else None
     )

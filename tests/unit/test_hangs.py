@@ -265,7 +265,7 @@ def test_two_nodes_watch_and_the_first_one_judges(
     pids = [start(run, rank) for rank in (0, 1)]
     watches = [Hangs(run, 1, {rank: pids[rank]}, hang_after=3.0, node=rank, nodes=2) for rank in (0, 1)]
     for number, watch in enumerate(watches):
-        watch._host = f"n{number + 1}"
+        watch.here.host = f"n{number + 1}"
     os.kill(pids[1], signal.SIGSTOP)
     wait_for(lambda: sight.look(pids[1]).state == "T")
     written = [run.attempt(1) / name for name in ("stacks-1.txt", "stacks-1-node-1.txt")]
@@ -309,7 +309,7 @@ def test_a_stopped_agent_of_another_node_is_named_by_the_first(
     with subprocess.Popen(["sleep", "600"]) as agent:
         try:
             for number, watch in enumerate(watches):
-                watch._host, watch.agent_pid = f"n{number + 1}", agent.pid if number else os.getpid()
+                watch.here.host, watch.here.agent_pid = f"n{number + 1}", agent.pid if number else os.getpid()
             os.kill(agent.pid, signal.SIGSTOP)
             lines = watched(run, watches, lambda _: watches[0].failure is not None)
         finally:

@@ -39,7 +39,7 @@ class Allocation:
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Allocation:
-        """From Slurm's variables. Raises ConfigurationError where they are not there."""
+        """Read it from Slurm's variables. Raises ConfigurationError where they are not there."""
         raw = environment.get("SLURM_JOB_ID", "")
         if not raw.isdigit():
             raise ConfigurationError(
@@ -60,7 +60,7 @@ class Allocation:
 
     @functools.cached_property
     def hosts(self) -> tuple[str, ...]:
-        """Every node by its name, in Slurm's order."""
+        """Return every node by its name, in Slurm's order."""
         from submitit.slurm.slurm import _parse_node_list
 
         return tuple(_parse_node_list(self.nodes))
@@ -153,7 +153,7 @@ def read_assignment(run: RunDirectory, number: int) -> Assignment | None:
 
 
 def find_attempt(run: RunDirectory, allocation: Allocation) -> int | None:
-    """The attempt that this allocation's head has begun; None before it has."""
+    """Return the attempt that this allocation's head has begun; None before it has."""
     number = run.last_attempt()
     assignment = read_assignment(run, number) if number else None
     return (

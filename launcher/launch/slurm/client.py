@@ -70,7 +70,7 @@ def patiently(command: Sequence[str], seconds: float) -> str:
 
 
 def reason(stderr: str) -> str:
-    """The last line in which a command of Slurm says what is wrong, without its own name."""
+    """Return the last line in which a command of Slurm says what is wrong, without its own name."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     line = next((line for line in reversed(lines) if "error" in line.lower()), lines[-1] if lines else "")
     for prefix in _PREFIXES:

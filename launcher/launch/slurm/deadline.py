@@ -75,7 +75,8 @@ def _term_seconds(partition: str) -> float:
 
 
 def seconds_since_1970(text: str) -> float | None:
-    """Slurm's way to write a time (2026-11-23T10:00:00, of this time zone); None for one that is not known."""
+    """Return a time as Slurm writes it in seconds (2026-11-23T10:00:00, of this time zone); None for one
+    that is not known."""
     try:
         return time.mktime(time.strptime(text, "%Y-%m-%dT%H:%M:%S"))
     except ValueError:

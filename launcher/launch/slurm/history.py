@@ -19,7 +19,7 @@ TERMINATED = "terminated"
 
 
 def checkpoint_step(run: RunDirectory) -> int:
-    """The step of the newest checkpoint; 0 where there is none."""
+    """Return the step of the newest checkpoint; 0 where there is none."""
     newest = newest_checkpoint(run)
     return int(newest.name.removeprefix("step-")) if newest else 0
 
@@ -44,7 +44,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def attempts(run: RunDirectory) -> list[Attempt]:
-    """Every attempt that Slurm started, in order."""
+    """Return every attempt that Slurm started, in order."""
     known = []
     for number in range(1, run.last_attempt() + 1):
         assignment = read_assignment(run, number)

@@ -76,8 +76,8 @@ _ASKED_TOGETHER = (
 
 
 def environment(environ: Mapping[str, str], written: Iterable[str]) -> dict[str, str]:
-    """The environment to call sbatch in, from one's own. `written` are the options that the batch script says
-    itself.
+    """Return the environment to call sbatch in, from one's own. `written` are the options that the batch
+    script says itself.
 
     Inside a job Slurm's variables of that job are left out: what the next one does not set anew, srun would
     take for its own options. What a user sets for sbatch (SBATCH_ACCOUNT) counts, but for what the script

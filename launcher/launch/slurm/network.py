@@ -14,7 +14,7 @@ _PORTS_TRIED = 200
 
 
 def resolve(host: str) -> str:
-    """A node's address. Raises ConfigurationError where its name leads nowhere."""
+    """Return a node's address. Raises ConfigurationError where its name leads nowhere."""
     try:
         return socket.gethostbyname(host)
     except OSError:
@@ -23,7 +23,7 @@ def resolve(host: str) -> str:
 
 
 def interfaces() -> dict[str, str]:
-    """The IPv4 address of each interface of this machine that is up and has one."""
+    """Return the IPv4 address of each interface of this machine that is up and has one."""
     import psutil
 
     states = psutil.net_if_stats()
@@ -39,7 +39,7 @@ def interfaces() -> dict[str, str]:
 def choose(
     hosts: Sequence[str], own: int, requested: str | None, environment: Mapping[str, str]
 ) -> tuple[str, str]:
-    """This node's interface towards the others, and its address there.
+    """Return this node's interface towards the others, and its address there.
 
     `asked` (cluster.interface) goes first, then what the environment says, then the route to another node.
     Raises ConfigurationError for one that is not there, or that leads nowhere but to this machine.
@@ -84,8 +84,8 @@ def is_loopback(address: str) -> bool:
 
 
 def free_port(first: int, address: str) -> int:
-    """The first port from `first` on that nobody listens on. Raises ConfigurationError where a whole range is
-    taken."""
+    """Return the first port from `first` on that nobody listens on. Raises ConfigurationError where a whole
+    range is taken."""
     for port in range(first, first + _PORTS_TRIED):
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

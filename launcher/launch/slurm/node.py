@@ -285,7 +285,7 @@ def _fail_to_begin(run: RunDirectory, allocation: Allocation, error: LauncherErr
 
 
 def main(arguments: list[str]) -> int:
-    """One node's part; the exit code. By hand under srun: see slurm/train.sbatch."""
+    """Run one node's part, and return the exit code. By hand under srun: see slurm/train.sbatch."""
     try:
         return work(RunDirectory(Path(arguments[0]).absolute()))
     except LauncherError as error:

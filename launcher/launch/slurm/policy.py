@@ -54,7 +54,8 @@ class Decision:
 
 
 def decide(attempts: Sequence[Attempt], allowed: bool, bound: int) -> Decision:
-    """After the last of `attempts`. `allowed`: cluster.requeue; `bound`: cluster.attempts_without_progress."""
+    """Decide what comes after the last of `attempts`. `allowed`: cluster.requeue; `bound`:
+    cluster.attempts_without_progress."""
     last = attempts[-1]
     if last.end in ("finished", "cancelled"):
         return Decision(False, last.end)

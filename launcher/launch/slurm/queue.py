@@ -50,13 +50,13 @@ class Entry:
     script: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """For --json; the path of the script is of no use to anybody."""
+        """Return it for --json; the path of the script is of no use to anybody."""
         return {key: value for key, value in asdict(self).items() if value and key != "script"}
 
 
 def queue(job_ids: Iterable[str] = ()) -> dict[str, Entry]:
-    """The jobs with these numbers, or all of this user's, by number, in one question to the controller. A job
-    that is gone is not there."""
+    """Return the jobs with these numbers, or all of this user's, by number, in one question to the
+    controller. A job that is gone is not there."""
     wanted = list(job_ids)
     which = [f"--jobs={','.join(wanted)}"] if wanted else ["--me"]
     try:
@@ -100,7 +100,7 @@ def record(job_id: str) -> dict[str, str]:
 
 
 def fields(line: str) -> dict[str, str]:
-    """`A=1 B=two words C=3` -> {A: 1, B: two words, C: 3}."""
+    """Return `A=1 B=two words C=3` as {A: 1, B: two words, C: 3}."""
     values: dict[str, str] = {}
     name = ""
     for word in line.split(" "):
@@ -113,7 +113,7 @@ def fields(line: str) -> dict[str, str]:
 
 
 def setting(name: str) -> str:
-    """One value of `scontrol show config`, as KillWait; empty where there is none of that name."""
+    """Return one value of `scontrol show config`, as KillWait; empty where there is none of that name."""
     for line in call(["scontrol", "show", "config"]).splitlines():
         key, _, value = line.partition("=")
         if key.strip() == name:

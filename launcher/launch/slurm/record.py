@@ -34,7 +34,7 @@ class JobRecord:
 
     @classmethod
     def read(cls, run: RunDirectory) -> JobRecord | None:
-        """The record of a run; None for one that was never submitted."""
+        """Return the record of a run; None for one that was never submitted."""
         try:
             known = made_of(cls, read_json(folder(run) / "job.json"))
             return known if _JOB_ID.fullmatch(known.job_id) else None

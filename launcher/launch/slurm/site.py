@@ -67,7 +67,7 @@ class Site:
         return next((partition for partition in self.partitions if partition.is_default), None)
 
     def partition(self, name: str) -> Partition:
-        """Raises ConfigurationError with the nearest there is."""
+        """Return a partition. Raises ConfigurationError with the nearest there is."""
         match = next((partition for partition in self.partitions if partition.name == name), None)
         if match is None:
             names = [partition.name for partition in self.partitions]
@@ -95,7 +95,7 @@ def ask() -> Site:
 
 
 def settings(text: str) -> dict[str, str]:
-    """`scontrol show config` by its names."""
+    """Return `scontrol show config` by its names."""
     pairs = (line.partition("=") for line in text.splitlines())
     return {key.strip(): value.strip() for key, equals, value in pairs if equals}
 
@@ -118,8 +118,8 @@ def _account() -> str | None:
 
 
 def read_partitions(described: str, nodes: str) -> tuple[Partition, ...]:
-    """Partitions from `scontrol --oneliner show partition`, and the lines that sinfo was asked for. What
-    cannot be read is left out."""
+    """Return the partitions from `scontrol --oneliner show partition`, and the lines that sinfo was asked for.
+    What cannot be read is left out."""
     of_nodes: dict[str, list[dict[str, str]]] = {}
     for line in nodes.splitlines():
         values = [value.strip() for value in line.split(_SEPARATOR)]
@@ -185,8 +185,8 @@ def count_gpus(gres: str) -> dict[str, int]:
 
 
 def seconds(time: str) -> float | None:
-    """Slurm's `2-12:00:00`, `12:00:00`, `30:00` or `30` (minutes) as seconds; None for UNLIMITED and what is
-    no time."""
+    """Return Slurm's `2-12:00:00`, `12:00:00`, `30:00` or `30` (minutes) as seconds; None for UNLIMITED and
+    what is no time."""
     days, dash, rest = time.rpartition("-")
     with contextlib.suppress(ValueError):
         parts = [int(part) for part in rest.split(":")]

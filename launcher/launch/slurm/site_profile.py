@@ -14,7 +14,7 @@ _TAKEN_FOR_OTHERS = {"y", "n", "yes", "no", "on", "off", "true", "false", "null"
 
 
 def text(site: Site, chosen: Partition | None) -> str:
-    """The YAML; `chosen` is the partition of jobs that name none."""
+    """Return the YAML; `chosen` is the partition of jobs that name none."""
     lines = [
         f"# The cluster {site.name}, as `launcher profile` found it. A job takes it with `cluster: "
         f"{{profile: {site.name}}}`;"
@@ -102,7 +102,7 @@ def _remarks(partition: Partition) -> list[str]:
 
 
 def duration(seconds: float | None) -> str | None:
-    """In the largest unit in which it is whole."""
+    """Return a time in the largest unit in which it is whole."""
     if seconds is None:
         return None
     for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):

@@ -20,7 +20,7 @@ _LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc", ".git", "pages")
 
 
 def of_launcher(run: RunDirectory) -> Path:
-    """The directory in RUN/code that holds this launcher; made where it is not there yet."""
+    """Return the directory in RUN/code that holds this launcher; made where it is not there yet."""
     package = Path(launcher.__file__).parent
     names = (path.relative_to(package) for path in package.rglob("*") if path.is_file())
     digest = hashlib.sha256()
@@ -36,8 +36,8 @@ def of_launcher(run: RunDirectory) -> Path:
 
 
 def of_script(run: RunDirectory, script: Path) -> Path:
-    """A copy of a training script with what `choose` takes of its folder, below RUN/code; the copy's own
-    path.
+    """Return a copy of a training script with what `choose` takes of its folder, below RUN/code; the copy's
+    own path.
 
     What was left out is named, with the reason, in RUN/code/left-out.txt. Raises ConfigurationError as
     `choose` does.
@@ -65,8 +65,8 @@ def of_script(run: RunDirectory, script: Path) -> Path:
 
 
 def left_out(run: RunDirectory) -> list[str]:
-    """A line for each file that the newest copy of the script does without, and why; none where it has no
-    script."""
+    """Return a line for each file that the newest copy of the script does without, and why; none where it
+    has no script."""
     try:
         return (run.path / "code" / LEFT_OUT).read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -80,7 +80,7 @@ def keep_script(run: RunDirectory, plan: Plan) -> None:
 
 
 def as_submitted(run: RunDirectory, plan: Plan) -> Plan:
-    """The plan with its script as it was when it was submitted."""
+    """Return the plan with its script as it was when it was submitted."""
     note = run.path / "code" / _SCRIPT
     if not plan.script or not note.exists():
         return plan

@@ -48,7 +48,7 @@ class Executor(submitit.SlurmExecutor):
         return 1  # nodes may be a range, and nobody waits for results
 
     def text(self) -> str:
-        """The script that would be submitted."""
+        """Return the script that would be submitted."""
         return self._make_submission_file_text(self._submitit_command_str, "") + "\n"
 
     def _submit_command(self, command: str) -> Any:
@@ -78,7 +78,7 @@ def _sbatch(script: Path) -> str:
 
 
 def find(script: Path, until: float) -> str | None:
-    """The number of the job with this script, once the controller answers; None where it has none.
+    """Return the number of the job with this script, once the controller answers; None where it has none.
 
     Raises ControllerUnreachableError where it does not answer until then.
     """
@@ -114,13 +114,13 @@ def parameters(plan: Plan, place: Place) -> dict[str, Any]:
 
 
 def place_of(run: RunDirectory, python: str, code: Path | None) -> Place:
-    """The run's own place, as every node sees it. Raises ConfigurationError for a path that Slurm could not
-    carry."""
+    """Return the run's own place, as every node sees it. Raises ConfigurationError for a path that Slurm
+    could not carry."""
     return Place(str(run.path), str(run.rendered), python, str(code) if code else "")
 
 
 def dry_run(run: RunDirectory, plan: Plan, python: str, code: Path | None) -> str:
-    """The script that `submit` would hand to sbatch. Nothing is written, and Slurm is not asked."""
+    """Return the script that `submit` would hand to sbatch. Nothing is written, and Slurm is not asked."""
     return Executor(run, plan, place_of(run, python, code)).text()
 
 
@@ -174,7 +174,7 @@ def submit_array(
 
 
 def refuse_second(run: RunDirectory) -> None:
-    """Raises RunInUseError where the run has a job that waits or runs; after a submission without an answer
+    """Raise RunInUseError where the run has a job that waits or runs; after a submission without an answer
     Slurm is asked for it first."""
     known = JobRecord.read(run)
     if known is None:

@@ -26,7 +26,7 @@ def preview(
     script: tuple[str, ...] | None,
     profiles: Profiles = CACHED,
 ) -> str:
-    """The script that would be submitted. Writes nothing, and asks Slurm nothing."""
+    """Return the script that would be submitted. Writes nothing, and asks Slurm nothing."""
     job = run_setup.load_job(job_file, overrides, script)
     _check(job)
     run = RunDirectory((directory or runs_folder() / job.name).absolute())
@@ -134,7 +134,7 @@ def _check_path(run: RunDirectory) -> None:
 
 
 def find_sbatch() -> None:
-    """Raises SchedulerError where there is no Slurm."""
+    """Raise SchedulerError where there is no Slurm."""
     if shutil.which("sbatch") is None:
         raise SchedulerError(
             "sbatch is not on this machine: submit from a login node of the cluster, or run here with "
@@ -143,7 +143,7 @@ def find_sbatch() -> None:
 
 
 def explain(error: LauncherError) -> LauncherError:
-    """Slurm's refusal with the key that it is about."""
+    """Return Slurm's refusal with the key that it is about."""
     text = str(error)
     hints = {
         "invalid partition": "cluster.partition; `sinfo` lists those there are",

@@ -64,7 +64,8 @@ class NodeSupervisor(Supervisor):
         self.agent_log = f"agent-{self._node}.log" if self._node else "agent.log"
 
     def grace(self) -> float:
-        """From the signal that came: Slurm kills at the job's end, or some time after SIGTERM."""
+        """Return the seconds from the signal that came: Slurm kills at the job's end, or some time after
+        SIGTERM."""
         assert self.signals.first is not None
         number = self.signals.first[0]
         if number == TIME_LIMIT and self._clock.end is not None:

@@ -42,11 +42,12 @@ class Items:
 
     @property
     def mean(self) -> float:
-        """Tokens of a sample."""
+        """Return the tokens of a sample."""
         return sum(self.lengths) / len(self.lengths)
 
     def padded(self, batch: BatchPlan) -> float:
-        """Tokens of a sample with its padding, where a global batch is dealt by length into micro-batches."""
+        """Return the tokens of a sample with its padding, where a global batch is dealt by length into
+        micro-batches."""
         shuffled = random.Random(0).sample(self.lengths, len(self.lengths))
         size, micro = min(batch.global_batch_size, len(shuffled)), batch.micro_batch_size
         total = count = 0
@@ -69,7 +70,7 @@ class Items:
 
 
 def training_items(plan: Plan) -> Items | None:
-    """One pass over the training data; None as for `one_pass`, and where a script brings its own."""
+    """Return one pass over the training data; None as for `one_pass`, and where a script brings its own."""
     return (
         None
         if plan.script
@@ -78,7 +79,7 @@ def training_items(plan: Plan) -> Items | None:
 
 
 def evaluation_items(plan: Plan) -> Items | None:
-    """One pass over the rows held out; None where there are none, or as for the training data."""
+    """Return one pass over the rows held out; None where there are none, or as for the training data."""
     source = plan.data.evaluation
     return (
         None
@@ -98,8 +99,8 @@ def why_no_items(plan: Plan) -> str | None:
 
 
 def one_pass(source: Source, data: Data, model: str, task: str) -> Items | None:
-    """One pass over a source, or an epoch of several; None where one is not in files here, or where they cannot
-    be read."""
+    """Return one pass over a source, or an epoch of several; None where one is not in files here, or where
+    they cannot be read."""
     items = _all_looked(source, data, model, task)
     return items if isinstance(items, Items) else None
 
@@ -174,7 +175,8 @@ def _looked(source: Source, data: Data, model: str, task: str, changed: int) -> 
 
 
 def fewest_packs(token_lengths: Sequence[int], capacity: int) -> float:
-    """Packs of `capacity` that samples of these lengths need at the least, which the packing comes close to.
+    """Return the number of packs of `capacity` that samples of these lengths need at the least, which the
+    packing comes close to.
 
     The bound L2 of Martello and Toth 1990 (Knapsack Problems, section 8.3), but not rounded up, as the
     samples stand for many more.

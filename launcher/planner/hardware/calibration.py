@@ -22,7 +22,7 @@ docs/benchmarks/auto.md is of another seed."""
 
 
 def device_of(plan: Plan, hardware: Hardware) -> str:
-    """The name under which rates of the plan's device are kept."""
+    """Return the name under which rates of the plan's device are kept."""
     return hardware.gpus[0].name if plan.mesh.device == "cuda" and hardware.gpus else "cpu"
 
 

@@ -37,13 +37,13 @@ class Hardware:
 
     @classmethod
     def detect(cls) -> Hardware:
-        """This machine, as far as this process may use it."""
+        """Return this machine, as far as this process may use it."""
         gpus, note = find_gpus()
         return cls(count_cores(), available_memory(), cpu_flags(), gpus, note, process_limit())
 
     def rank_memory(self, device: str, ranks_per_node: int) -> int:
-        """Bytes of one rank, of the device that it computes on; 0 where that is not known, as of GPUs that
-        are not here."""
+        """Return the bytes of one rank, of the device that it computes on; 0 where that is not known, as of GPUs
+        that are not here."""
         if device == "cuda":
             return min((gpu.memory_bytes for gpu in self.gpus), default=0)
         share = self.memory_bytes // ranks_per_node
@@ -57,7 +57,7 @@ def _cpu_blocks(text: str) -> Iterator[dict[str, str]]:
 
 
 def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
-    """The processor's feature flags, as amx_bf16; empty where the system does not say."""
+    """Return the processor's feature flags, as amx_bf16; empty where the system does not say."""
     try:
         text = cpuinfo.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -66,8 +66,8 @@ def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
 
 
 def count_cores(cpuinfo: Path = Path("/proc/cpuinfo"), root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Physical cores that this process may use: its affinity, two threads of a core counted once, within the
-    cgroup's quota."""
+    """Return how many physical cores there are that this process may use: its affinity, two threads of a
+    core counted once, within the cgroup's quota."""
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     try:
         blocks = list(_cpu_blocks(cpuinfo.read_text(encoding="utf-8", errors="replace")))
@@ -107,8 +107,8 @@ def _cgroups(root: Path) -> Iterator[Path]:
 
 
 def available_memory(root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that may still be taken: the machine's, within every limit of the control groups; files in the
-    page cache count as free."""
+    """Return the bytes that may still be taken: the machine's, within every limit of the control groups; files
+    in the page cache count as free."""
     import psutil
 
     free: int = psutil.virtual_memory().available
@@ -125,14 +125,14 @@ def available_memory(root: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def process_limit() -> int:
-    """Bytes that a process may have by `ulimit -d` and `ulimit -v`, which the ranks inherit; 0 where there is
-    no limit."""
+    """Return the bytes that a process may have by `ulimit -d` and `ulimit -v`, which the ranks inherit; 0 where
+    there is no limit."""
     limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS)]
     return min((limit for limit in limits if limit != resource.RLIM_INFINITY), default=0)
 
 
 def find_gpus(timeout: float = 20.0) -> tuple[tuple[Gpu, ...], str]:
-    """The GPUs that nvidia-smi lists and CUDA_VISIBLE_DEVICES leaves, and where there is none, why."""
+    """Return the GPUs that nvidia-smi lists and CUDA_VISIBLE_DEVICES leaves, and where there is none, why."""
     command = ["nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)

@@ -111,12 +111,13 @@ BY_KEY = {gpu.key: gpu for gpu in TABLE}
 
 
 def on_network(gpu: GpuType, name: NetworkName | None) -> GpuType:
-    """The GPU in nodes that are joined by that; by what such nodes commonly have where it is None."""
+    """Return the GPU in nodes that are joined by that; by what such nodes commonly have where it is None."""
     return gpu if name is None else replace(gpu, network=NETWORKS[name])
 
 
 def gpu_type(key: str, where: str = "--gpu") -> GpuType:
-    """The GPU of that name, which stands at `where`. Raises ConfigurationError with the nearest names."""
+    """Return the GPU of that name, which stands at `where`. Raises ConfigurationError with the nearest
+    names."""
     match = BY_KEY.get(key.strip().lower())
     if match is None:
         given = key.strip().lower()
@@ -127,7 +128,7 @@ def gpu_type(key: str, where: str = "--gpu") -> GpuType:
 
 
 def seen(hardware: Hardware) -> GpuType | None:
-    """The table's entry for the GPUs of this machine, by their name; None where there is none."""
+    """Return the table's entry for the GPUs of this machine, by their name; None where there is none."""
     if not hardware.gpus:
         return None
     name, memory = hardware.gpus[0].name.lower(), hardware.gpus[0].memory_bytes
@@ -155,6 +156,7 @@ def _is_named(gpu: GpuType, name: str) -> bool:
 
 
 def as_hardware(gpu: GpuType, per_node: int, cores: int = 64, memory_bytes: int | None = None) -> Hardware:
-    """A node of such GPUs that is not here. Cores and host memory are guesses where nothing is known: 1 TiB."""
+    """Return a node of such GPUs that is not here. Cores and host memory are guesses where nothing is known:
+    1 TiB."""
     one = Gpu(gpu.name, gpu.memory_bytes, gpu.capability)
     return Hardware(cores, memory_bytes or 1 << 40, frozenset(), (one,) * per_node)

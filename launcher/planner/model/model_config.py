@@ -15,8 +15,8 @@ from launcher.planner.model.vocabulary import read_vocabulary
 
 
 def locate(name: str, revision: str | None = None) -> str:
-    """The directory of a model: as it is named, or where the hub's cache holds it, in that revision where one
-    is named.
+    """Return the directory of a model: as it is named, or where the hub's cache holds it, in that revision
+    where one is named.
 
     Without one it is the main branch, else what was fetched last.
     """
@@ -67,7 +67,7 @@ def _hub_cache() -> Path:
 
 
 def read_config(directory: str) -> dict[str, Any] | None:
-    """A model's config.json; None where there is none that can be read."""
+    """Return a model's config.json; None where there is none that can be read."""
     try:
         config = read_json(Path(directory) / "config.json")
     except (OSError, ValueError):

@@ -37,8 +37,8 @@ class ModelShape:
 
     @classmethod
     def read(cls, model: Model) -> ModelShape | None:
-        """The shape of a model that is here, or whose sizes the job says; None where it cannot be known
-        before it is fetched."""
+        """Return the shape of a model that is here, or whose sizes the job says; None where it cannot be
+        known before it is fetched."""
         config = config_of(model)
         if config is None:
             return None
@@ -95,8 +95,8 @@ def _chosen_width(config: dict[str, Any]) -> int:
 
 
 def stored_parameters(directory: Path) -> int:
-    """Parameters in a directory's safetensors files, counted from their headers; 0 where there are none that
-    can be read."""
+    """Return the number of parameters in a directory's safetensors files, counted from their headers; 0
+    where there are none that can be read."""
     total = 0
     for path in directory.glob("*.safetensors"):
         try:

@@ -49,8 +49,8 @@ FAMILIES = {
 
 
 def wrong_sizes(config: dict[str, Any]) -> list[Problem]:
-    """A problem for each size that the program of its architecture cannot go by, by its name; of any other,
-    for those beyond any sense."""
+    """Return a problem for each size that the program of its architecture cannot go by, by its name; of any
+    other, for those beyond any sense."""
     if absurd := _beyond_any_sense(config):
         return absurd
     kind = config.get("model_type")

@@ -10,7 +10,7 @@ from launcher.planner.plan import BatchPlan, Plan
 
 
 def divisors(number: int) -> list[int]:
-    """Every divisor of a positive number, in order."""
+    """Return every divisor of a positive number, in order."""
     small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
     return small + [number // d for d in reversed(small) if d * d != number]
 
@@ -21,14 +21,14 @@ def largest_divisor(number: int, limit: int) -> int:
 
 
 def nearest(wanted: int, values: Iterable[int]) -> str:
-    """The value that is there, or the next below and above the one wanted, in words."""
+    """Return the value that is there, or the next below and above the one wanted, in words."""
     values = sorted(set(values))
     around = [*[v for v in values if v <= wanted][-1:], *[v for v in values if v > wanted][:1]]
     return " or ".join(str(value) for value in around if value != wanted or len(around) == 1)
 
 
 def multiples_around(wanted: int, unit: int) -> str:
-    """The multiples of `unit` next to the number wanted, in words."""
+    """Return the multiples of `unit` next to the number wanted, in words."""
     below = wanted // unit * unit
     return nearest(wanted, [m for m in (below, below + unit) if m > 0 and m != wanted])
 

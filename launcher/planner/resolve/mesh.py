@@ -12,7 +12,7 @@ from launcher.planner.resolve.sharding import Layout, layout
 
 
 def mesh(decider: Decider) -> tuple[Mesh, Layout]:
-    """Ranks and devices, and what is cut over them."""
+    """Return the ranks and devices, and what is cut over them."""
     cluster, parallel = decider.job.cluster, decider.job.parallel
     num_gpus = _num_gpus(decider)
     ranks = _ranks(decider, num_gpus)

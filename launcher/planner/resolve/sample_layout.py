@@ -88,7 +88,7 @@ def _words(ways: Iterable[Way]) -> str:
 
 
 def one_a_pass(job: Job) -> Job:
-    """The job with one sample a pass where its model can do no other, and the job leaves that open."""
+    """Return the job with one sample a pass where its model can do no other, and the job leaves that open."""
     if job.batch.micro_batch_size != "auto" or job.data.train.name == OWN:
         return job
     ways = fitting(_support(job), job.model.attention)

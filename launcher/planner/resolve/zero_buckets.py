@@ -28,7 +28,7 @@ class Buckets:
     def of(
         cls, shape: ModelShape | None, offloads_to_files: bool, parameters_on_files: bool = False
     ) -> tuple[Buckets, dict[str, str]]:
-        """The sizes for a model, and the reason of each by its name."""
+        """Return the sizes for a model, and the reason of each by its name."""
         if shape is None:
             unknown = "DeepSpeed's own default, as the model's size is not known before it is fetched"
             sizes = cls(_MOST, _MOST, 50_000_000, 100_000, 1_000_000_000, 100_000_000)

@@ -110,7 +110,7 @@ class _Times:
 
 
 def ranks_of(plan: Plan) -> int:
-    """Over which the parameters, or what is made of them, are cut."""
+    """Return the number of ranks over which the parameters, or what is made of them, are cut."""
     return plan.mesh.dp_shard if plan.zero is None else plan.mesh.world_size
 
 
@@ -151,8 +151,8 @@ def offloads(plan: Plan) -> bool:
 
 
 def moved(plan: Plan, units: Units, training: bool = True) -> float:
-    """Bytes of a step, or of its forward passes alone, between a rank and the host's memory, for its part of
-    all parameters.
+    """Return the bytes of a step, or of its forward passes alone, between a rank and the host's memory, for its
+    part of all parameters.
 
     FSDP copies fp32 shards to the device before it casts and gathers them, and fp32 gradients back. ZeRO adds
     gradients up in the host's memory and copies parameters in the computation's precision (Ren et al. 2021,

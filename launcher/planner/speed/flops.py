@@ -81,7 +81,7 @@ def matrix_elements(unit: Unit, trained: bool = False) -> float:
 
 
 def attention_width(unit: Unit) -> int:
-    """heads x head_dim of a layer: what goes into its output projection."""
+    """Return heads x head_dim of a layer: what goes into its output projection."""
     names = ("o_proj.weight", "out_proj.weight", "c_proj.weight", "output.dense.weight", ".o.weight")
     shapes = [
         weight.shape for weight in unit.weights if weight.name.endswith(names) and "mlp" not in weight.name

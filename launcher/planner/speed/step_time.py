@@ -46,7 +46,7 @@ class Speed:
 
     @property
     def utilisation(self) -> float:
-        """MFU: the model's operations over what the GPUs could do."""
+        """Return MFU: the model's operations over what the GPUs could do."""
         return self.model_flops / self.step / self.peak_rate
 
 

@@ -158,7 +158,7 @@ class Alone:
         return self.stored.pieces(self._names.get(name, name))
 
     def write_settings(self, directory: Path) -> None:
-        """adapter_config.json, by peft."""
+        """Write adapter_config.json, by peft."""
         one = ".ia3_l" if self.adapter.method == "ia3" else ".lora_A.weight"
         names = [name.removesuffix(one) for name in self.stored.names if name.endswith(one)]
         model = self.plan.model

@@ -20,8 +20,8 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
-    """The elements [start, stop) of a row-major tensor as boxes, in their order; each is one contiguous
-    stretch."""
+    """Yield the elements [start, stop) of a row-major tensor as boxes, in their order; each is one
+    contiguous stretch."""
     if start >= stop:
         return
     if len(shape) <= 1:
@@ -81,7 +81,7 @@ class FlatShard(torch.Tensor):
         raise NotImplementedError(f"{operator} on a part of a tensor that only checkpoints know")
 
     def boxes(self) -> list[Box]:
-        """Its boxes, in the order of their elements."""
+        """Return its boxes, in the order of their elements."""
         return list(boxes(tuple(self.shape), self.start, self.start + self.count))
 
     def __create_write_items__(self, fqn: str, _: Any) -> list[WriteItem]:

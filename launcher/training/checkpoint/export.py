@@ -132,7 +132,7 @@ def _write_model(
 
 
 def choose(run: RunDirectory, step: int | None) -> tuple[StoredCheckpoint, tuple[StoredCheckpoint, ...]]:
-    """A whole checkpoint: the newest, or `step`'s; and those passed over. Raises CheckpointError."""
+    """Return a whole checkpoint: the newest, or `step`'s; and those passed over. Raises CheckpointError."""
     if step is None:
         choice = newest_valid(run)
         if choice.chosen is None:

@@ -25,7 +25,7 @@ class RefusedError(Exception):
 
 
 def describe(error: BaseException) -> str:
-    """An error in one line, for people."""
+    """Return an error in one line, for people."""
     if isinstance(error, OSError) and error.strerror:
         return (
             f"{error.strerror} ({Path(os.fsdecode(error.filename)).name})"
@@ -49,7 +49,7 @@ class Ranks:
             self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
 
     def all_gather(self, value: T) -> list[T]:
-        """Every rank's value, in the order of ranks, on every rank."""
+        """Return every rank's value, in the order of ranks, on every rank."""
         return [value] if self.world_size == 1 else exchange.all_gather(value, self.group)
 
     def from_first(self, work: Callable[[], T]) -> T:

@@ -37,7 +37,7 @@ class Difference:
 
 
 def describe_tensors(directory: Path) -> list[TensorDescription]:
-    """All tensors, by name. Raises CheckpointError."""
+    """Return all tensors, by name. Raises CheckpointError."""
     reader = CheckpointReader(directory)
     descriptions = []
     for name in reader.names:
@@ -57,7 +57,7 @@ def describe_tensors(directory: Path) -> list[TensorDescription]:
 
 
 def differences(first: Path, second: Path) -> Iterator[Difference]:
-    """Tensor by tensor, by name, over both checkpoints' names. Raises CheckpointError."""
+    """Compare tensor by tensor, by name, over both checkpoints' names. Raises CheckpointError."""
     a, b = CheckpointReader(first), CheckpointReader(second)
     in_a, in_b = set(a.names), set(b.names)
     for name in sorted(in_a | in_b):

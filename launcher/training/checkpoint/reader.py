@@ -87,7 +87,8 @@ def _maker(kind: Any) -> type:
 
 
 def read_metadata(directory: Path) -> Metadata:
-    """DCP's description of a checkpoint. Raises CheckpointError where it cannot be read, or is anything else."""
+    """Return DCP's description of a checkpoint. Raises CheckpointError where it cannot be read, or is
+    anything else."""
     try:
         content = read_bytes(directory / METADATA_NAME, _LARGEST_METADATA_BYTES)
         metadata = _MetadataUnpickler(content).load()
@@ -192,7 +193,8 @@ class CheckpointReader:
         return sorted(self.metadata.state_dict_metadata)
 
     def describe(self, name: str) -> TensorStorageMetadata:
-        """Size, dtype and pieces of a tensor. Raises CheckpointError where it is missing, or no tensor."""
+        """Return size, dtype and pieces of a tensor. Raises CheckpointError where it is missing, or no
+        tensor."""
         entry = self.metadata.state_dict_metadata.get(name)
         if not isinstance(entry, TensorStorageMetadata):
             raise CheckpointError(
@@ -201,8 +203,8 @@ class CheckpointReader:
         return entry
 
     def piece(self, name: str, chunk: ChunkStorageMetadata) -> torch.Tensor:
-        """One stored piece, shape `chunk.sizes`, as a view of the file (writing to it changes nothing on
-        disk)."""
+        """Return one stored piece, shape `chunk.sizes`, as a view of the file (writing to it changes nothing
+        on disk)."""
         dtype = self.describe(name).properties.dtype
         if not chunk.sizes.numel():
             return torch.empty(chunk.sizes, dtype=dtype)
@@ -219,7 +221,7 @@ class CheckpointReader:
         ).view(chunk.sizes)
 
     def read(self, name: str) -> torch.Tensor:
-        """A whole tensor; a view of the file where it is stored in one piece, else a copy."""
+        """Return a whole tensor; a view of the file where it is stored in one piece, else a copy."""
         described = self.describe(name)
         chunks = [chunk for chunk in described.chunks if chunk.sizes.numel()]
         if len(chunks) == 1 and chunks[0].sizes == described.size:

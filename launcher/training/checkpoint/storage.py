@@ -66,7 +66,7 @@ class _ArchiveRecorder(io.RawIOBase):
 
 @functools.lru_cache(maxsize=4096)
 def archive_around(dtype: torch.dtype, sizes: tuple[int, ...]) -> tuple[bytes, bytes]:
-    """The bytes that `torch.save` writes before and after the elements of a contiguous CPU tensor.
+    """Return the bytes that `torch.save` writes before and after the elements of a contiguous CPU tensor.
 
     Its zip checksums are left out (torch never reads them): the manifest's hash covers every byte.
     """
@@ -118,7 +118,8 @@ class FileLayout:
 
     @classmethod
     def of(cls, rank: int, items: Sequence[WriteItem]) -> FileLayout:
-        """The pieces one after another, each aligned so that a memory map of the file gives aligned tensors."""
+        """Return the pieces one after another, each aligned so that a memory map of the file gives aligned
+        tensors."""
         slots, end = [], 0
         for item in items:
             data = item.tensor_data
@@ -133,7 +134,7 @@ class FileLayout:
         return cls(f"__{rank}_0.distcp", tuple(slots), end)
 
     def storage_data(self) -> dict[MetadataIndex, _StorageInfo]:
-        """DCP's table of where each piece is."""
+        """Return DCP's table of where each piece is."""
         return {slot.item.index: _StorageInfo(self.name, slot.offset, slot.length) for slot in self.slots}
 
 
@@ -153,7 +154,7 @@ class TensorPlanner(DefaultSavePlanner):
         return self.create_local_plan()
 
     def elements(self, tensors: dict[str, torch.Tensor], slot: Slot) -> torch.Tensor:
-        """This rank's piece of one tensor: contiguous, flat, as bytes, on its device."""
+        """Return this rank's piece of one tensor: contiguous, flat, as bytes, on its device."""
         self.state_dict = tensors
         with torch.no_grad():
             piece = self.resolve_data(slot.item)
@@ -162,7 +163,7 @@ class TensorPlanner(DefaultSavePlanner):
 
 
 def global_plan(planner: TensorPlanner, local_plans: list[SavePlan]) -> tuple[list[SavePlan], bytes]:
-    """Each rank's part, nothing written twice, and the content of `.metadata`."""
+    """Return each rank's part, nothing written twice, and the content of `.metadata`."""
     plans, metadata = planner.create_global_plan(local_plans)
     storage: dict[MetadataIndex, _StorageInfo] = {}
     for rank, plan in enumerate(plans):
@@ -204,7 +205,7 @@ class Image:
             torch.cuda.synchronize()
 
     def blocks(self) -> Iterator[memoryview]:
-        """The file's content, in order."""
+        """Yield the file's content, in order."""
         whole = memoryview(cast(Buffer, self.buffer.numpy()))
         for begin in range(0, len(whole), _BLOCK_BYTES):
             yield whole[begin : begin + _BLOCK_BYTES]

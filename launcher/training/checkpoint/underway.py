@@ -23,8 +23,8 @@ _WAITING = ("", "waiting for the other ranks")
 
 
 def giving_up_seconds(hang_after: HangAfter, last_save_seconds: float) -> float:
-    """After how long without a byte written a save is given up: of a plan's `hang_after`, and of what the
-    last save took."""
+    """Return after how long without a byte written a save is given up: of a plan's `hang_after`, and of what
+    the last save took."""
     if hang_after == "off":
         return math.inf
     return (
@@ -33,7 +33,7 @@ def giving_up_seconds(hang_after: HangAfter, last_save_seconds: float) -> float:
 
 
 def told(blocks: Iterator[memoryview], name: str) -> Iterator[memoryview]:
-    """The blocks of a file, said as they are written."""
+    """Yield the blocks of a file, said as they are written."""
     for block in blocks:
         yield block
         here.saved_bytes(len(block))

@@ -103,7 +103,7 @@ class Stored:
         return self.reader.read(self._key(name))
 
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
-        """Straight from the file where the tensor is cut along its first dimension."""
+        """Yield slices straight from the file where the tensor is cut along its first dimension."""
         described = self.reader.describe(self._key(name))
         chunks = sorted(
             (chunk for chunk in described.chunks if chunk.sizes.numel()),

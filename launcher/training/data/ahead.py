@@ -49,7 +49,7 @@ class Ahead(Dataset[Any]):
 
     @property
     def places(self) -> int:
-        """Micro-batches of a step."""
+        """Return the number of micro-batches of a step."""
         return self.batches.batch.accumulation_steps
 
 

@@ -69,12 +69,12 @@ class Batches:
 
     @property
     def num_steps(self) -> int:
-        """Steps until `num_items_total` items are consumed."""
+        """Return the steps until `num_items_total` items are consumed."""
         return -(-self.num_items_total // self.batch.global_batch_size)
 
     def indices(self, step: int) -> np.ndarray:
-        """The real items, int64, of the global batch of `step` (from 0), in order. Raises IndexError past the
-        end."""
+        """Return the real items, int64, of the global batch of `step` (from 0), in order. Raises IndexError
+        past the end."""
         size = self.batch.global_batch_size
         count = min(size, self.num_items_total - step * size)
         if step < 0 or count < 1:
@@ -82,11 +82,11 @@ class Batches:
         return self.order.indices(step * size, count)
 
     def step(self, step: int) -> StepBatch:
-        """Everything rank `rank` needs at `step`, counted from 0. Raises IndexError past the end."""
+        """Return everything rank `rank` needs at `step`, counted from 0. Raises IndexError past the end."""
         return cut([(self.dataset, self.indices(step))], self.batch, self.rank, self.mixes)
 
     def lengths(self, real: np.ndarray) -> np.ndarray:
-        """Tokens of each place of the global batch; a filler is as long as the shortest item."""
+        """Return the tokens of each place of the global batch; a filler is as long as the shortest item."""
         return _filled(self.dataset.item_lengths[real], self.batch)
 
     @property
@@ -107,7 +107,7 @@ class Batches:
 
     @property
     def items_per_epoch(self) -> int | None:
-        """Items that make an epoch; None where that is not known."""
+        """Return the items that make an epoch; None where that is not known."""
         return self.order.num_in_epoch
 
 
@@ -161,8 +161,8 @@ def _filled(lengths: np.ndarray, batch: BatchPlan) -> np.ndarray:
 
 
 def deal(lengths: np.ndarray, batch: BatchPlan, padding_free: bool) -> np.ndarray:
-    """Places of a global batch, int64 [accumulation_steps, data_parallel_size, micro_batch_size], each
-    exactly once.
+    """Return the places of a global batch, int64 [accumulation_steps, data_parallel_size, micro_batch_size],
+    each exactly once.
 
     Padded micro-batches get neighbours in length. Padding-free ones get near-equal sums: round after round
     the longest remaining item goes to the micro-batch with the fewest tokens. Ranks at the same accumulation

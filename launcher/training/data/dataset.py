@@ -71,11 +71,11 @@ class DataReport:
         return sum(self.dropped.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, without the per-MiB hashes: for an event."""
+        """Return plain JSON values, without the per-MiB hashes: for an event."""
         return {**asdict(self), "files": [{"path": f["path"], "bytes": f["bytes"]} for f in self.files]}
 
     def summary(self) -> str:
-        """One line for people."""
+        """Return one line for people."""
         return prepared.line(self.to_dict())
 
 
@@ -84,7 +84,7 @@ class CacheProblem(Exception):
 
 
 def gather(offsets: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """Positions, int64, of all elements of the given rows of a ragged array, row after row."""
+    """Return the positions, int64, of all elements of the given rows of a ragged array, row after row."""
     starts, counts = offsets[indices], offsets[indices + 1] - offsets[indices]
     ends = np.cumsum(counts)
     total = int(ends[-1]) if len(ends) else 0
@@ -163,16 +163,16 @@ class Dataset:
 
     @property
     def item_lengths(self) -> np.ndarray:
-        """Tokens of each item, int64 [num_items]."""
+        """Return the tokens of each item, int64 [num_items]."""
         return self._item_lengths
 
     @property
     def sample_lengths(self) -> np.ndarray:
-        """Tokens of each sample, int64 [num_samples], in the order of the rows."""
+        """Return the tokens of each sample, int64 [num_samples], in the order of the rows."""
         return self._sample_lengths
 
     def column(self, name: str) -> np.ndarray | None:
-        """One column of all samples, end to end; None where samples have no such column."""
+        """Return one column of all samples, end to end; None where samples have no such column."""
         return next((flat for own, flat, _ in self._columns if own == name), None)
 
     def first_ids(self, count: int) -> list[int]:
@@ -181,7 +181,7 @@ class Dataset:
         return ids
 
     def samples_of(self, id: int) -> list[Sample]:
-        """The samples of a row in window order; none where the row is not used."""
+        """Return the samples of a row in window order; none where the row is not used."""
         places = np.flatnonzero(np.isin(self._item_samples, np.flatnonzero(self._sample_ids == id)))
         items = np.unique(np.searchsorted(self._item_offsets, places, side="right") - 1)
         results = [sample for item in self.items(items) for sample in item if sample.id == id]
@@ -197,11 +197,12 @@ class Dataset:
         return len(item) - 1, next(sample for sample in item if sample.id == id)
 
     def item(self, index: int) -> list[Sample]:
-        """The samples of an item: a pack's, or a single one. The arrays are read-only views of the files."""
+        """Return the samples of an item: a pack's, or a single one. The arrays are read-only views of the
+        files."""
         return self.items(np.array([index]))[0]
 
     def items(self, indices: np.ndarray) -> list[list[Sample]]:
-        """The samples of several items; one call costs far less than one for each.
+        """Return the samples of several items; one call costs far less than one for each.
 
         Raises DataError, with file and place, where one is not what was written: the files are mapped, and
         may change under a run.
@@ -245,7 +246,7 @@ class Dataset:
         return -1 if tokens is None else int(tokens.max())
 
     def length(self, index: int) -> int:
-        """Tokens of an item."""
+        """Return the tokens of an item."""
         return int(self._item_lengths[index])
 
     def num_supervised_by_source(self, indices: np.ndarray) -> np.ndarray:
@@ -253,20 +254,20 @@ class Dataset:
         return np.array([self.num_supervised(indices)])
 
     def num_supervised(self, indices: Sequence[int] | np.ndarray) -> int:
-        """Supervised tokens (of a classification task: samples) of these items."""
+        """Return the number of supervised tokens (of a classification task: samples) of these items."""
         return int(self._item_supervised[np.asarray(indices, dtype=np.int64)].sum())
 
     def num_tokens_of(self, indices: Sequence[int] | np.ndarray) -> int:
-        """Tokens of these items."""
+        """Return the tokens of these items."""
         return int(self._item_lengths[np.asarray(indices, dtype=np.int64)].sum())
 
     def num_samples_of(self, indices: Sequence[int] | np.ndarray) -> int:
-        """Samples of these items."""
+        """Return the number of samples of these items."""
         chosen = np.asarray(indices, dtype=np.int64)
         return int((self._item_offsets[chosen + 1] - self._item_offsets[chosen]).sum())
 
     def sample_ids(self, index: int | np.ndarray) -> np.ndarray:
-        """Row numbers, int64, of the samples of one item or of several, one item after another."""
+        """Return the row numbers, int64, of the samples of one item or of several, one item after another."""
         chosen = np.atleast_1d(np.asarray(index, dtype=np.int64))
         return self._sample_ids[self._item_samples[gather(self._item_offsets, chosen)]]
 

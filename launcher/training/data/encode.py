@@ -89,7 +89,7 @@ def _problem(row: Row, reason: str, detail: str) -> dict[str, Any]:
 
 
 def encode_rows(rows: Rows, task: Task, tokenizer: Any, num_workers: int) -> Iterator[Chunk]:
-    """The chunks of a source in order, the same for any number of workers."""
+    """Yield the chunks of a source in order, the same for any number of workers."""
     source = iter(rows)
     chunks = iter(lambda: list(islice(source, CHUNK_ROWS)), [])
     fewest = CHUNK_ROWS if task.traits.reads_files else FEWEST_ROWS_FOR_WORKERS
@@ -177,7 +177,7 @@ class Writer:
         self.num_supervised += int(chunk.supervised.sum())
 
     def lengths(self) -> np.ndarray:
-        """Tokens of each sample, int64 [num_samples]."""
+        """Return the tokens of each sample, int64 [num_samples]."""
         return np.concatenate(self._lengths)
 
     def finish(self, packs: Packs) -> dict[str, str]:

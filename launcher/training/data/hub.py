@@ -13,7 +13,8 @@ from launcher.errors import DataError, first_line
 
 
 def load_hub(source: Source) -> Any:
-    """A split of a data set on the hub, or from its local cache. Raises DataError with the hub's own reason."""
+    """Return a split of a data set on the hub, or from its local cache. Raises DataError with the hub's own
+    reason."""
     import datasets
 
     try:
@@ -24,7 +25,7 @@ def load_hub(source: Source) -> Any:
 
 
 def hub_rows(source: Source, columns: Sequence[str]) -> Read:
-    """The rows of a hub data set, its class numbers as class names."""
+    """Yield the rows of a hub data set, its class numbers as class names."""
     loaded = load_hub(source)
     for column in required(columns):
         if column not in loaded.column_names:

@@ -18,7 +18,7 @@ _SECOND = np.uint64(0x94D049BB133111EB)
 
 
 def mix(values: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64: uint64 -> uint64, every input bit reaching every output bit."""
+    """Apply the finaliser of splitmix64: uint64 -> uint64, every input bit reaching every output bit."""
     values = values + _GOLDEN
     values = (values ^ (values >> np.uint64(30))) * _FIRST
     values = (values ^ (values >> np.uint64(27))) * _SECOND
@@ -26,7 +26,7 @@ def mix(values: np.ndarray) -> np.ndarray:
 
 
 def permute(values: np.ndarray, keys: np.ndarray, num_items: int) -> np.ndarray:
-    """A permutation of 0..num_items-1 for each key, applied to `values`; uint64 arrays of one shape."""
+    """Return a permutation of 0..num_items-1 for each key, applied to `values`; uint64 arrays of one shape."""
     bits = max(4, (num_items - 1).bit_length())
     low_bits = np.uint64(bits // 2)
     low_mask = np.uint64((1 << (bits // 2)) - 1)
@@ -59,7 +59,7 @@ class Order:
         self.shuffle = shuffle
 
     def indices(self, start: int, count: int) -> np.ndarray:
-        """Item indices, int64 [count], of the positions start..start+count-1."""
+        """Return the item indices, int64 [count], of the positions start..start+count-1."""
         return self.places(np.arange(start, start + count))
 
     def places(self, positions: np.ndarray) -> np.ndarray:
@@ -76,7 +76,7 @@ class Order:
         return self.num_items
 
     def at(self, position: int) -> int:
-        """The item at one position."""
+        """Return the item at one position."""
         return int(self.indices(position, 1)[0])
 
 
@@ -100,7 +100,7 @@ class MixedOrder(Order):
         return self._epoch.num_items
 
     def indices(self, start: int, count: int) -> np.ndarray:
-        """Item indices, int64 [count], of the positions start..start+count-1."""
+        """Return the item indices, int64 [count], of the positions start..start+count-1."""
         epochs = np.arange(start, start + count, dtype=np.int64) // self.num_in_epoch
         slots = self._epoch.indices(start, count)
         ends = np.cumsum(self.counts)
@@ -122,7 +122,7 @@ class Stretch(Order):
         self.begin = begin
 
     def indices(self, start: int, count: int) -> np.ndarray:
-        """Item indices, int64 [count], of the positions start..start+count-1 of the part."""
+        """Return the item indices, int64 [count], of the positions start..start+count-1 of the part."""
         return np.arange(self.begin + start, self.begin + start + count)
 
 

@@ -118,12 +118,12 @@ def _in_order(packs: np.ndarray, num_packs: int) -> Packs:
 
 
 def one_each(num_samples: int) -> Packs:
-    """No packing: every sample is an item of its own."""
+    """Return no packing: every sample is an item of its own."""
     return Packs(np.arange(num_samples + 1, dtype=np.int64), np.arange(num_samples, dtype=np.int64))
 
 
 def gather_sums(packs: Packs, values: np.ndarray) -> np.ndarray:
-    """The sum of a value per sample over each pack, int64 [num_packs]."""
+    """Return the sum of a value per sample over each pack, int64 [num_packs]."""
     return (
         np.add.reduceat(values[packs.samples], packs.offsets[:-1])
         if len(packs.samples)

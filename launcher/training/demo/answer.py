@@ -6,8 +6,8 @@ from pathlib import Path
 
 
 def answer(model_directory: Path, prompt: str, max_new_tokens: int = 48) -> str:
-    """The model's continuation of `prompt`, decoded greedily up to its end token or `max_new_tokens` tokens,
-    on one line."""
+    """Return the model's continuation of `prompt`, decoded greedily up to its end token or `max_new_tokens`
+    tokens, on one line."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging

@@ -90,7 +90,7 @@ def write_rows(directory: Path) -> tuple[int, int]:
 
 
 def entries() -> list[Entry]:
-    """Every entry, in the order of MODULES; a name or a summary that was there before is left out."""
+    """Return every entry, in the order of MODULES; a name or a summary that was there before is left out."""
     by_name: dict[str, Entry] = {}
     names: set[str] = set()
     for module_name in MODULES:
@@ -160,7 +160,8 @@ def _parameters(function: object) -> str:
 
 
 def summarise(document: str) -> str:
-    """The first sentence of a documentation text, or "" where it is too short, too long or no sentence."""
+    """Return the first sentence of a documentation text, or "" where it is too short, too long or no
+    sentence."""
     lines = inspect.cleandoc(document).splitlines()
     while lines and (not lines[0].strip() or _SIGNATURE_LINE.match(lines[0].strip())):
         lines.pop(0)

@@ -39,7 +39,7 @@ PACKAGES = {
 
 
 def model_directory(name: str) -> Path:
-    """A plain Hugging Face directory of the model `name` ("smollm2-135m" or "minilm-l6").
+    """Return a plain Hugging Face directory of the model `name` ("smollm2-135m" or "minilm-l6").
 
     SmolLM2 comes as GGUF and is unpacked once, to fp32 safetensors, under XDG_CACHE_HOME/launcher/models;
     about 20 s. Raises ConfigurationError for an unknown name, and where the package that carries the model is

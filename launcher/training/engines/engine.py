@@ -33,14 +33,15 @@ class Engine(Protocol):
         """Load the model and its companions, sharded, and build the optimizer."""
 
     def micro_step(self, batch: Batch, factor: float, last: bool) -> Output:
-        """Forward and backward of one micro-batch, its summed loss multiplied by `factor`; gradients add up
-        over ranks at the `last`."""
+        """Go forward and backward through one micro-batch, its summed loss multiplied by `factor`; gradients
+        add up over ranks at the `last`."""
 
     def evaluate(self, batch: Batch) -> Output:
-        """Forward alone, without dropout or gradients."""
+        """Go forward alone, without dropout or gradients."""
 
     def whole_where_it_fits(self, tokens: Sequence[int] | None = None) -> AbstractContextManager[bool]:
-        """While inside, every rank has all parameters, where all ranks have the memory; say whether it is so.
+        """Have every rank hold all parameters while inside, where all ranks have the memory; say whether it
+        is so.
 
         With `tokens`, matrices that have a row for every token have these rows alone, and zeros elsewhere.
         """
@@ -53,7 +54,8 @@ class Engine(Protocol):
         pass, and a yes ends this rank's writing."""
 
     def squared_gradient_norm(self) -> torch.Tensor:
-        """fp32 scalar: this rank's share of the squared global norm; the shares of all ranks add up to it."""
+        """Return, as an fp32 scalar, this rank's share of the squared global norm; the shares of all ranks
+        add up to it."""
 
     def optimizer_step(self, learning_rate: float, multiplier: float) -> None:
         """Multiply the gradients, let the optimizer take its step, and clear them."""
@@ -62,8 +64,8 @@ class Engine(Protocol):
         """Clear the gradients without a step."""
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Parameters and optimizer state by the names a checkpoint uses; loading into them in place restores
-        the engine."""
+        """Return parameters and optimizer state by the names a checkpoint uses; loading into them in place
+        restores the engine."""
 
     def after_load(self) -> None:
-        """Called after `state_dict` was loaded into."""
+        """Take up what was loaded into `state_dict`."""

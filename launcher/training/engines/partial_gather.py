@@ -42,8 +42,8 @@ def matrices(model: PreTrainedModel) -> list[nn.Parameter]:
 def few_rows_under_fsdp(
     model: PreTrainedModel, tokens: Sequence[int] | None, dtype: torch.dtype
 ) -> Iterator[None]:
-    """While inside, the root unit gathers all but these matrices, which have the rows of `tokens` alone; without
-    tokens nothing changes.
+    """Have the root unit gather, while inside, all but these matrices, which have the rows of `tokens`
+    alone; without tokens nothing changes.
 
     FSDP2 has no public way to leave a parameter out of a pass. What is used here was tried with torch 2.13.
     """
@@ -110,8 +110,8 @@ def cut_matrices(model: PreTrainedModel) -> list[Any]:
 def few_rows_under_zero(
     model: PreTrainedModel, cut: Sequence[Any], tokens: Sequence[int], device: torch.device
 ) -> Iterator[None]:
-    """While inside, plain matrices with the rows of `tokens` alone stand in the places of cut ones. ZeRO-3's
-    hooks must be off."""
+    """Have plain matrices with the rows of `tokens` alone stand, while inside, in the places of cut ones.
+    ZeRO-3's hooks must be off."""
     owners: list[tuple[nn.Module, str, Any]] = []
     for weight in cut:
         part, shape, group = weight.ds_tensor, weight.ds_shape, weight.ds_process_group

@@ -42,7 +42,7 @@ def _cut(parameter: nn.Parameter, mesh: DeviceMesh) -> DTensor:
 
 
 def gathered(parameter: torch.Tensor) -> torch.Tensor:
-    """All of a parameter, on every rank. Called by all ranks together."""
+    """Return all of a parameter, on every rank. Called by all ranks together."""
     if isinstance(parameter, DTensor):
         with torch.no_grad():
             return parameter.full_tensor()

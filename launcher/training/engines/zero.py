@@ -93,7 +93,7 @@ class StageOneOrTwo:
         zero.scaled_global_norm = lambda norm_type=2: torch.zeros(())
 
     def piece(self, parameter: nn.Parameter) -> Piece:
-        """Empty where this rank holds none of it."""
+        """Return what this rank holds of it, which may be nothing."""
         mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]
         if mapping is None:
             return Piece(0, 0, lambda key: torch.empty(0))
@@ -179,7 +179,7 @@ class StageThree:
             master.data = computing.data
 
     def piece(self, parameter: nn.Parameter) -> Piece:
-        """The last ranks hold less, or nothing, where the elements do not divide."""
+        """Return what this rank holds of it: of the last ranks less, or nothing, where they do not divide."""
         zero: Any = self._zero
         group, offset, length = zero.grad_position[zero.get_param_id(parameter)]
         part: Any = parameter

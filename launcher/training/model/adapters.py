@@ -43,13 +43,13 @@ Layers = Callable[[PreTrainedModel], list[nn.Module]]
 
 
 def plain(name: str) -> str:
-    """A parameter's name without what peft puts around it; of an adapter's matrix `...q_proj.lora_A.weight`,
-    as in peft's own files."""
+    """Return a parameter's name without what peft puts around it; of an adapter's matrix
+    `...q_proj.lora_A.weight`, as in peft's own files."""
     return _VECTOR.sub(r"\1", _MATRIX.sub(r".\1", _LAYER.sub("", name)))
 
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Every parameter by its plain name."""
+    """Yield every parameter by its plain name."""
     return ((plain(name), parameter) for name, parameter in model.named_parameters())
 
 
@@ -59,8 +59,8 @@ def is_own(name: str) -> bool:
 
 
 def targets(model: PreTrainedModel, adapter: Adapter, layers: Layers) -> list[str]:
-    """The names of the linear layers that get an adapter. Raises ConfigurationError for a pattern that
-    matches none."""
+    """Return the names of the linear layers that get an adapter. Raises ConfigurationError for a pattern
+    that matches none."""
     # The loss multiplies with the head's weight itself: what stood beside it would never be asked.
     head = output_embeddings_of(model)
     linear = {
@@ -116,8 +116,8 @@ def narrow(model: nn.Module, adapter: Adapter, dtype: torch.dtype) -> None:
 
 
 def first_values(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
-    """fp32, by seed and plain name alone: A as `nn.Linear` has it at first (uniform within 1 / sqrt(inputs)),
-    B zero; IA3's factors one."""
+    """Return the first values, fp32, by seed and plain name alone: A as `nn.Linear` has it at first (uniform
+    within 1 / sqrt(inputs)), B zero; IA3's factors one."""
     whole = torch.ones(shape) if name.endswith(".ia3_l") else torch.zeros(shape)
     if name.endswith(".lora_A.weight"):
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
@@ -152,8 +152,8 @@ def _of_weights(model: nn.Module, adapter: Adapter) -> Iterator[tuple[str, torch
 
 
 def beginning(model: nn.Module, adapter: Adapter, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """The values that training begins with, fp32 and whole, by the name that the parameter has in the model
-    with adapters.
+    """Yield the values that training begins with, fp32 and whole, by the name that the parameter has in the
+    model with adapters.
 
     Of a new adapter its first ones; of one that is gone on with those in its file, of what is trained beside
     it too. Raises ConfigurationError where the file is not of these layers and sizes.
@@ -204,7 +204,7 @@ def beginning(model: nn.Module, adapter: Adapter, seed: int) -> Iterator[tuple[s
 
 
 def settings(adapter: Adapter, names: list[str], **more: Any) -> Any:
-    """peft's own words for it."""
+    """Return peft's own words for it."""
     from peft import IA3Config, LoraConfig
 
     if adapter.method == "ia3":
@@ -255,11 +255,11 @@ class Injected:
                 part.weight = _hollow(part.weight)
 
     def take_out(self) -> None:
-        """The tree as it is without them."""
+        """Leave the tree as it is without them."""
         for parent, key, wrapper in self._places:
             setattr(parent, key, wrapper.get_base_layer())
 
     def put_back(self) -> None:
-        """The tree as it is with them."""
+        """Leave the tree as it is with them."""
         for parent, key, wrapper in self._places:
             setattr(parent, key, wrapper)

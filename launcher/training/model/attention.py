@@ -90,8 +90,8 @@ def packed_attention(
     is_causal: bool | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention within each sample of one row, causal unless the call or the module says that it is not, as
-    in an encoder.
+    """Compute attention within each sample of one row, causal unless the call or the module says that it is
+    not, as in an encoder.
 
     `query` is [1, heads, tokens, head_dim]; `key` and `value` may have fewer heads. Returns [1, tokens,
     heads, head_dim]. Raises ValueError where the model's class keeps to itself where samples begin, and for

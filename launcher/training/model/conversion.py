@@ -22,7 +22,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 
 @contextlib.contextmanager
 def converted_whole() -> Iterator[None]:
-    """While inside, from_pretrained gives each rank of a cut model its own rows of what it converts."""
+    """Have from_pretrained give, while inside, each rank of a cut model its own rows of what it converts."""
     original = modeling_utils.convert_and_load_state_dict_in_model
 
     def convert(
@@ -47,7 +47,7 @@ def converted_whole() -> Iterator[None]:
 
 @contextlib.contextmanager
 def copied_in_parts() -> Iterator[None]:
-    """While inside, what a model's class computes whole and copies into a cut parameter is cut alike.
+    """Cut alike, while inside, what a model's class computes whole and copies into a cut parameter.
 
     So do Marian and Pegasus with their positions, which no file of theirs holds.
     """

@@ -16,7 +16,7 @@ _NUMBERS = {"layer_idx", "layer_id", "layer_index", "layer_number", "block_idx",
 
 @contextlib.contextmanager
 def shortened(model: PreTrainedModel) -> Iterator[None]:
-    """While inside, each list of layers ends where every kind of layer has been seen: what all kinds do
+    """End each list of layers, while inside, where every kind of layer has been seen: what all kinds do
     right, all layers do.
 
     Lists that hold parts of layers are left alone: a model counts those by itself.

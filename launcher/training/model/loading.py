@@ -47,7 +47,7 @@ class LoadedModel:
 
 
 def load(plan: Plan, auto_class: Any, config: Any, shard: Shard) -> LoadedModel:
-    """The model of the plan, its weights in fp32, cut by `shard` before a single weight is read.
+    """Return the model of the plan, its weights in fp32, cut by `shard` before a single weight is read.
 
     Beside an adapter, what does not train has the precision of the computation: no fp32 master is needed of
     what never changes.
@@ -278,17 +278,17 @@ def _begin(model: PreTrainedModel, head: set[str], bias: torch.Tensor) -> None:
 
 
 def whole_shape(parameter: torch.Tensor) -> torch.Size:
-    """The shape of a parameter before any engine cut it: ZeRO-3 leaves an empty tensor in its place."""
+    """Return the shape of a parameter before any engine cut it: ZeRO-3 leaves an empty tensor in its place."""
     shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
     return shape
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a DTensor; a plain tensor is its own part."""
+    """Return this rank's part of a DTensor; a plain tensor is its own part."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor.data
 
 
 def persistent_buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """The buffers that a checkpoint holds, by name."""
+    """Return the buffers that a checkpoint holds, by name."""
     kept = set(model.state_dict(keep_vars=True).keys())
     return [(name, buffer) for name, buffer in model.named_buffers() if name in kept]

@@ -87,8 +87,8 @@ def kept(directory: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def own_code(plan: Plan) -> Iterator[None]:
-    """While inside, this process alone of its machine copies a model's code to where transformers imports it
-    from, and imports it.
+    """Let this process alone of its machine, while inside, copy a model's code to where transformers imports
+    it from, and import it.
 
     The ranks of a machine share that folder, and transformers does not keep one from importing what another
     has half written.

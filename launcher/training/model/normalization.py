@@ -84,7 +84,7 @@ def noting_samples(
 
 @contextlib.contextmanager
 def kept_exact(model: nn.Module) -> Iterator[None]:
-    """While inside, another may narrow the model's buffers; the running statistics are fp32 again behind it."""
+    """Let another narrow the model's buffers while inside; the running statistics are fp32 again behind it."""
     modules = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     before = [
         {name: buffer.clone() for name, buffer in module.named_buffers(recurse=False)} for module in modules

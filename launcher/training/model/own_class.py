@@ -17,8 +17,8 @@ from launcher.training.model.with_heads import head_of
 
 @contextlib.contextmanager
 def by_own_class(model: PreTrainedModel, head: str | None) -> Iterator[None]:
-    """While inside, the model's own class computes in the place of the task's loss; of several heads the named
-    one."""
+    """Have the model's own class compute, while inside, in the place of the task's loss; of several heads
+    the named one."""
     before = model.forward
     model.forward = functools.partial(_alone, model, head=head)
     try:

@@ -57,7 +57,7 @@ def freeze(model: PreTrainedModel, own: Model) -> None:
 
 
 def repeated_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The layers that repeat, in the order of the model: the units of sharding and of activation
+    """Return the layers that repeat, in the order of the model: the units of sharding and of activation
     checkpointing.
 
     They are the elements of the outermost ModuleLists whose class the model names as not to be split,
@@ -81,7 +81,7 @@ def is_unsplit(model: PreTrainedModel, layer: nn.Module) -> bool:
 
 
 def lists_of_layers(model: nn.Module) -> list[nn.ModuleList]:
-    """The outermost ModuleLists, without empty ones."""
+    """Return the outermost ModuleLists, without empty ones."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) >= 1]
     inner = {id(child) for outer in lists for child in outer.modules() if child is not outer}
     return [module for module in lists if id(module) not in inner]

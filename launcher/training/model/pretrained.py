@@ -19,8 +19,8 @@ from launcher.training.model.model_files import lacks_processor, own_code
 
 
 def read_config(plan: Plan) -> Any:
-    """The model's config, with the names that decide which attention it runs, and a row for each token where
-    the plan adds them."""
+    """Return the model's config, with the names that decide which attention it runs, and a row for each
+    token where the plan adds them."""
     config = _made_up(plan) if plan.model.config is not None else _in_files(plan)
     if plan.model.resize_embeddings:
         text = config.get_text_config()
@@ -45,8 +45,8 @@ def _in_files(plan: Plan) -> Any:
 
 
 def settled(plan: Plan) -> Plan:
-    """The plan with attention, layout and head as the model's architecture needs them, where the planner had
-    no config to go by.
+    """Return the plan with attention, layout and head as the model's architecture needs them, where the
+    planner had no config to go by.
 
     Raises ConfigurationError for a model that cannot be trained truly, and where there is none by that name.
     """
@@ -84,7 +84,7 @@ def _made_up(plan: Plan) -> Any:
 
 
 def read_tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
-    """The model's tokenizer; one without a padding token pads with its end of text."""
+    """Return the model's tokenizer; one without a padding token pads with its end of text."""
     try:
         with own_code(plan):
             tokenizer = AutoTokenizer.from_pretrained(
@@ -121,7 +121,7 @@ def read_processor(plan: Plan) -> Any:
 
 
 def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
-    """One more than the highest id of a tokenizer's tokens: ids may have gaps."""
+    """Return one more than the highest id of a tokenizer's tokens: ids may have gaps."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 

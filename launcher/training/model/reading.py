@@ -57,7 +57,7 @@ class Changes:
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """While inside, from_pretrained reads files with these changes."""
+        """Have from_pretrained read files with these changes while inside."""
         if not self.left_out and not self.grown and not self.shortened:
             yield
             return

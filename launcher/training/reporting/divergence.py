@@ -99,7 +99,7 @@ class Divergence:
         raise DivergedError(f"{reason}{tried}; {rate}")
 
     def checkpoints_before(self) -> Iterator[int]:
-        """The newest steps of which a checkpoint may be to go back to, the better one first.
+        """Yield the newest steps of which a checkpoint may be to go back to, the better one first.
 
         A loss is that of the weights before its step, so the update of the step before the first bad one may
         be what spoiled them. Where nothing was good since the last rewind, what that one went back to was not

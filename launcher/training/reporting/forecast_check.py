@@ -32,7 +32,7 @@ class ForecastCheck:
         self._phases: dict[str, int] = {}
 
     def ended(self, phase: str) -> None:
-        """A phase before or between the first steps is over: take note of its highest moment."""
+        """Note, where a phase before or between the first steps is over, its highest moment."""
         if len(self._rates) >= NUM_STEPS:
             return
         lap = lap_memory(self._device)

@@ -67,14 +67,14 @@ class Own:
             layer.register_forward_hook(self._after)
 
     def begin(self, measures: bool) -> None:
-        """A step begins; on a GPU only some are measured."""
+        """Begin a step; on a GPU only some are measured."""
         self._began, self._waited, self._measures = time.perf_counter(), waited.seconds, measures
         if measures:
             self._loader = 0.0
             self._events.clear()
 
     def loaded(self, seconds: float) -> None:
-        """The loader took so long."""
+        """Note how long the loader took."""
         if self._measures:
             self._loader += seconds
 
@@ -160,7 +160,7 @@ class Pace:
         return [self._last_own if rank == self._rank else 0.0 for rank in range(self._world_size)]
 
     def take(self, own: list[float]) -> None:
-        """The sum of all shares, the same on all ranks."""
+        """Take the sum of all shares, the same on all ranks."""
         if not own or min(own) <= 0:
             return
         now = self._clock()

@@ -140,8 +140,8 @@ class Recorder:
     def evaluation(
         self, step: int, metrics: dict[str, float], details: dict[str, Any], answers: list[dict[str, Any]]
     ) -> None:
-        """One evaluation; what no single number shows of it, and what the model says of some rows, get files of
-        their own."""
+        """Record one evaluation; what no single number shows of it, and what the model says of some rows,
+        get files of their own."""
         self._foreseen.ended("evaluating")
         if details:
             file = self._run.evaluation(step)

@@ -31,7 +31,7 @@ class SpikeWatch:
 
     @property
     def limit(self) -> float:
-        """The loss above which one stands out; infinite while too few are known."""
+        """Return the loss above which one stands out; infinite while too few are known."""
         if self.policy.action == "ignore" or 2 * len(self.losses) < self.policy.window:
             return math.inf
         median = self.median

@@ -142,8 +142,8 @@ class Sample:
         self._before = self._now()
 
     def move(self) -> float | None:
-        """The mean distance from where they were, over their mean size; None where this rank has none, or all
-        are 0."""
+        """Return the mean distance from where they were, over their mean size; None where this rank has
+        none, or all are 0."""
         size = float(self._before.abs().mean()) if len(self._before) else 0.0
         return float((self._now() - self._before).abs().mean()) / size if size else None
 

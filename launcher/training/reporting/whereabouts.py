@@ -71,7 +71,7 @@ def say_compiling() -> None:
 
 @contextlib.contextmanager
 def tensors_counted() -> Iterator[None]:
-    """While inside, from_pretrained says each parameter that it has read."""
+    """Have from_pretrained say, while inside, each parameter that it has read."""
     original = core_model_loading.set_param_for_module
 
     def set_param(model: Any, name: str, *rest: Any, **named: Any) -> Any:

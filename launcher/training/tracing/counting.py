@@ -81,7 +81,7 @@ class Counting(TorchDispatchMode):
         return tensor
 
     def count(self, storage: torch.UntypedStorage) -> None:
-        """From now on until it is gone."""
+        """Count from now on until it is gone."""
         key, num_bytes = storage._cdata, storage.nbytes()
         if key in self._live:
             return

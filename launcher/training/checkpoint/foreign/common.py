@@ -39,12 +39,12 @@ class ForeignTensor:
     """All elements in row-major order, flat; a view of the file where they lie together there."""
 
     def as_dtype(self, dtype: torch.dtype) -> torch.Tensor:
-        """All elements, flat, in that dtype."""
+        """Return all elements, flat, in that dtype."""
         return self.flat().to(dtype)
 
 
 def whole_tensor(value: torch.Tensor) -> ForeignTensor:
-    """A tensor that lies in one piece."""
+    """Return a tensor that lies in one piece."""
     return ForeignTensor(value.shape, value.dtype, lambda: value.detach().reshape(-1))
 
 
@@ -71,7 +71,7 @@ class Foreign:
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name without what compiling, checkpointing and wrapping put into it."""
+    """Return a parameter's name without what compiling, checkpointing and wrapping put into it."""
     return _WRAPPERS.sub("", name)
 
 
@@ -102,8 +102,8 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def trainer_step(directory: Path) -> int | None:
-    """The step in the trainer_state.json that Hugging Face's Trainer writes beside a checkpoint; None without
-    one."""
+    """Return the step in the trainer_state.json that Hugging Face's Trainer writes beside a checkpoint; None
+    without one."""
     try:
         step = read_json(directory / "trainer_state.json")["global_step"]
     except (OSError, ValueError, KeyError, TypeError):

@@ -92,7 +92,7 @@ def prepare(source: Path, plan: Plan, samples: int | None = None) -> Prepared:
 
 
 def refuse_used(run: RunDirectory) -> None:
-    """Raises ConfigurationError where a run has a checkpoint of its own, which would be newer or older than
+    """Raise ConfigurationError where a run has a checkpoint of its own, which would be newer or older than
     the one that comes."""
     there = list_checkpoints(run)
     if there:

@@ -33,8 +33,8 @@ class Expected:
 
 
 def expected(plan: Plan, foreign: Foreign) -> Expected:
-    """Made from the model's config alone, no weight of it in memory. A new head is as wide as the
-    checkpoint's.
+    """Return what is made from the model's config alone, no weight of it in memory. A new head is as wide as
+    the checkpoint's.
 
     Raises ConfigurationError where there is no such model, and where the run trains adapters beside it,
     keeps an average of its weights, or has Adafactor step them.
@@ -93,7 +93,7 @@ def _take_num_labels(plan: Plan, auto_class: Any, config: Any, foreign: Foreign)
 
 
 def matched(foreign: Foreign, wanted: Expected, plan: Plan) -> dict[str, tuple[ForeignTensor, torch.dtype]]:
-    """Each tensor of our checkpoint and the foreign tensor that it is.
+    """Return each tensor of our checkpoint and the foreign tensor that it is.
 
     Raises CheckpointError where names, shapes, tied values or the optimizer's state are not those of the
     plan's model.
