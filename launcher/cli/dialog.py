@@ -63,8 +63,8 @@ class Dialog:
                 try:
                     return check(typed or str(default))
                 except (ConfigurationError, DataError) as error:
-                    for line in _lines(error):
-                        self.say(f"  {line}")
+                    for one in error.problems if isinstance(error, ConfigurationError) else [error]:
+                        self.say(f"  {one}")
 
     def agrees(self, question: str) -> bool:
         """Return whether somebody says yes; without anybody to ask, that is so."""
@@ -77,10 +77,6 @@ def _yes_or_no(text: str) -> bool:
     if text.lower() not in ("y", "yes", "n", "no"):
         raise ConfigurationError(Problem("answer", text, "write y or n"))
     return text.lower().startswith("y")
-
-
-def _lines(error: ConfigurationError | DataError) -> list[str]:
-    return [str(one) for one in error.problems] if isinstance(error, ConfigurationError) else [str(error)]
 
 
 @contextlib.contextmanager

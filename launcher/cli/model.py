@@ -134,24 +134,13 @@ def evaluate(
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Measure a model before and after training, side by side."""
-    from launcher.errors import ConfigurationError, Problem
     from launcher.launch.evaluation import Request, estimate_fisher, evaluate_locally
     from launcher.launch.screen import Watcher
 
+    _refuse_together(on, fisher, rows, bool(bootstrap), plots)
     request = Request.of(model, job, checkpoint, nproc, overrides)
-    if len(on) > 1 and (fisher or bootstrap or plots):
-        reason = "--fisher, --bootstrap and --plots take one set of rows at a time"
-        raise ConfigurationError(Problem("--on", " ".join(map(str, on)), reason))
-    if len({one.stem for one in on}) < len(on):
-        reason = "two of the same name would be written to one file; rename one"
-        raise ConfigurationError(Problem("--on", " ".join(map(str, on)), reason))
-    if rows is not None and not fisher:
-        raise ConfigurationError(Problem("--rows", rows, "goes with --fisher; an evaluation takes all rows"))
     requests = [request.measured_on(one) for one in on] or [request]
     if fisher:
-        if bootstrap or plots:
-            reason = "measures nothing; leave --bootstrap and --plots out"
-            raise ConfigurationError(Problem("--fisher", None, reason))
         written = estimate_fisher(requests[0], Watcher(), rows or 256)
         text = f"{written['parameters']:,} weights by {written['rows']} samples, in {written['file']}"
         print_json(written) if as_json else typer.echo(text)
@@ -170,6 +159,25 @@ def evaluate(
         typer.echo(f"\n{text}")
     if file := result.get("file"):
         typer.echo(f"written: {file}", err=True)
+
+
+def _refuse_together(on: list[Path], fisher: bool, rows: int | None, bootstrap: bool, plots: bool) -> None:
+    """Raise ConfigurationError with all options that do not go together."""
+    from launcher.errors import ConfigurationError, Problem
+
+    problems, named = [], " ".join(map(str, on))
+    if len(on) > 1 and (fisher or bootstrap or plots):
+        reason = "--fisher, --bootstrap and --plots take one set of rows at a time"
+        problems.append(Problem("--on", named, reason))
+    if len({one.stem for one in on}) < len(on):
+        reason = "two of the same name would be written to one file; rename one"
+        problems.append(Problem("--on", named, reason))
+    if rows is not None and not fisher:
+        problems.append(Problem("--rows", rows, "goes with --fisher; an evaluation takes all rows"))
+    if fisher and (bootstrap or plots):
+        problems.append(Problem("--fisher", None, "measures nothing; leave --bootstrap and --plots out"))
+    if problems:
+        raise ConfigurationError(problems)
 
 
 def _sets(results: list[dict[str, Any]]) -> None:

@@ -17,7 +17,8 @@ _KEY = "data.streaming"
 def findings(job: Job) -> Iterator[Finding]:
     """Yield everything that does not go with streaming."""
     if not job.data.streaming:
-        if "shuffle_window" in job.data.model_fields_set and job.data.shuffle_window != _default_window():
+        default = Data.model_fields["shuffle_window"].default
+        if "shuffle_window" in job.data.model_fields_set and job.data.shuffle_window != default:
             reason = (
                 "is of rows that are streamed; stored rows are shuffled all together: leave it out, or write "
                 "data.streaming: true"
@@ -37,10 +38,6 @@ def findings(job: Job) -> Iterator[Finding]:
     if job.data.num_workers != "auto":
         reason = "with streaming each rank has one process that tokenises; leave it out"
         yield finding("data.num_workers", job.data.num_workers, reason, _KEY)
-
-
-def _default_window() -> int:
-    return int(Data.model_fields["shuffle_window"].default)
 
 
 def _may_stream(name: str) -> bool:

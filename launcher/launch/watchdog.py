@@ -197,7 +197,10 @@ class Judge:
         if ranks:
             self._remember(now, min(ranks, key=lambda seen: seen.rank))
         suspect, end = self._limits(ranks)
-        stopped_suspect, stopped_end = self._stopped_limits()
+        after = self.hang_after if isinstance(self.hang_after, float) else None
+        stopped_suspect, stopped_end = (
+            (STOPPED_SECONDS, STOPPED_END_SECONDS) if after is None else (after, 2 * after)
+        )
         stopped = max(
             (seen.state_seconds for seen in ranks if seen.state == "T" and not seen.traced), default=0.0
         )
@@ -232,10 +235,6 @@ class Judge:
             self._steps.append(first.step_seconds)
         if first.place == place == "evaluating" and first.done > done:
             self._batches.append((now - before) / (first.done - done))
-
-    def _stopped_limits(self) -> tuple[float, float]:
-        after = self.hang_after
-        return (STOPPED_SECONDS, STOPPED_END_SECONDS) if not isinstance(after, float) else (after, 2 * after)
 
     def _limits(self, ranks: list[Seen]) -> tuple[float, float]:
         """After how long without life a hang is suspected, and after how long the run is ended: the longest

@@ -70,25 +70,15 @@ class Sweep:
                 "another one with --out"
             )
             raise ConfigurationError(Problem("--out", str(path), reason))
-        tried = [[], *points, *(map(written, search.corners()) if search else ())]
-        jobs = [run_setup.load_job(job_file, [*overrides, *point], None) for point in tried]
-
-        def loads(point: list[str]) -> bool:
-            try:
-                run_setup.load_job(job_file, [*overrides, *point], None)
-            except ConfigurationError:
-                return False
-            return True
-
-        job = jobs[0]
-        # What no point can be, or measures, is said before any has begun.
-        for point, one in zip(tried, jobs, strict=True):
-            if (missing := not_measured(tasks.of_job(one), metric)) is not None:
-                where = f"at {' '.join(point)}: " if point else ""
-                raise ConfigurationError(Problem("--metric", metric, f"{where}{missing}"))
+        corners = [written(one) for one in search.corners()] if search else []
+        job, *_ = [_load(job_file, overrides, point, metric) for point in ([], *points, *corners)]
         if search:
             search = search.with_whole(
-                [key for key, one in search.between().items() if not loads(written(one))]
+                [
+                    key
+                    for key, one in search.between().items()
+                    if not _can_be(job_file, [*overrides, *written(one)])
+                ]
             )
         if halving or search:
             _check_comparable(job, metric, "--halving" if halving else "--search", halving is not None)
@@ -181,6 +171,24 @@ class Sweep:
             local=local,
             profiles=Profiles(starts=True),
         )
+
+
+def _load(job_file: Path, overrides: list[str], point: list[str], metric: str) -> Job:
+    """Return the job of a point. Raises ConfigurationError for what no run can be, or does not measure: before
+    any has begun."""
+    job = run_setup.load_job(job_file, [*overrides, *point], None)
+    if (missing := not_measured(tasks.of_job(job), metric)) is not None:
+        where = f"at {' '.join(point)}: " if point else ""
+        raise ConfigurationError(Problem("--metric", metric, f"{where}{missing}"))
+    return job
+
+
+def _can_be(job_file: Path, overrides: list[str]) -> bool:
+    try:
+        run_setup.load_job(job_file, overrides, None)
+    except ConfigurationError:
+        return False
+    return True
 
 
 def _class_of(why: Any) -> str:

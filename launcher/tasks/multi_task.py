@@ -128,7 +128,8 @@ class MultiTask(Task):
             raise classes.without_head(config, f"the model has no head of the task {lacks}")
         for name, part in self.parts.items():
             own = copy.deepcopy(config)
-            own.architectures = [_class_name(part)] if name in heads else ["Body"]
+            kind = part.auto_class.__name__.removeprefix("AutoModelFor")
+            own.architectures = [f"For{kind}" if name in heads else "Body"]
             for key, value in heads.get(name, {}).items():
                 setattr(own, key, value)
             part.adopt(own, as_it_stands)
@@ -325,8 +326,3 @@ def _typed(sample: Sample) -> Sample:
         return sample
     arrays = sample | {"token_type_ids": np.zeros_like(sample["input_ids"])}
     return Sample(arrays, sample.id, sample.length, sample.weight, sample.window)
-
-
-def _class_name(part: Task) -> str:
-    """Return how the name of a class with a task's head ends."""
-    return f"For{part.auto_class.__name__.removeprefix('AutoModelFor')}"

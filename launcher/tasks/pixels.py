@@ -24,7 +24,7 @@ def resized(processor: Any, size: int) -> None:
     """Have an image processor give images of `size` x `size` pixels, and cut off the same share at the edges."""
     square = {"height": size, "width": size}
     if getattr(processor, "do_center_crop", None):
-        before = _edge(processor.crop_size)
+        before = next(int(edge) for edge in dict(processor.crop_size).values() if edge)
         edges = {name: round(edge * size / before) for name, edge in dict(processor.size).items() if edge}
         processor.size, processor.crop_size = (
             type(processor.size)(**edges),
@@ -36,11 +36,6 @@ def resized(processor: Any, size: int) -> None:
     else:
         processor.size = type(processor.size)(**square)
     processor.do_resize = True
-
-
-def _edge(size: Any) -> int:
-    edges = [edge for edge in dict(size).values() if edge]
-    return int(edges[0])
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,7 @@ def _refuse_for_fsdp(decider: Decider, device: str) -> None:
 
 
 def _refuse_for_deepspeed(decider: Decider, sharding: Sharding, world_size: int, device: str) -> Sharding:
-    """Return what ZeRO cannot do; the sharding that it does instead where that computes the same."""
+    """Refuse what ZeRO cannot do; return the sharding that it does instead where that computes the same."""
     job, parallel, memory = decider.job, decider.job.parallel, decider.job.memory
     if job.training.needs_whole_matrices:
         what = "whole matrices" if job.training.optimizer == "muon" else "rows and columns"
@@ -168,12 +168,6 @@ def _refuse_for_deepspeed(decider: Decider, sharding: Sharding, world_size: int,
             "node with secondary_shard"
         )
         decider.refuse("parallel.replicate", parallel.replicate, reason)
-    if job.model.adapter is not None and job.model.adapter.dora and sharding == "full":
-        reason = (
-            "needs a weight beside its layer, and ZeRO-3 has it whole within the layer alone; write "
-            "parallel.shard: gradients (ZeRO-2), or parallel.engine: fsdp"
-        )
-        decider.refuse("model.adapter.dora", True, reason)
     for key in ("ema", "l2_sp"):
         if getattr(job.training, key) is not None and memory.offload_to != "cpu":
             reason = "would read every weight from files in each step; write offload_to: cpu, or leave it out"
@@ -183,18 +177,6 @@ def _refuse_for_deepspeed(decider: Decider, sharding: Sharding, world_size: int,
         decider.refuse("training.moments", job.training.moments, reason)
     if job.model.compile:
         decider.refuse("model.compile", True, "compiled layers are for parallel.engine: fsdp; leave it out")
-    if sharding == "none":
-        reason = (
-            "stage 0 takes a wrong first step in half precision (tried with 0.19.8); stage 1 computes what "
-            "it should, in less memory"
-        )
-        sharding = decider.decide("parallel.shard", "optimizer", reason)
-    if memory.activation_checkpointing == "selective" and sharding == "full":
-        reason = (
-            "ZeRO-3 gathers parameters again in the backward pass, which selective recomputation does not "
-            "allow; write full"
-        )
-        decider.refuse("memory.activation_checkpointing", "selective", reason)
     if (
         job.precision == "fp16"
         and device == "cpu"
@@ -206,13 +188,38 @@ def _refuse_for_deepspeed(decider: Decider, sharding: Sharding, world_size: int,
             "parallel.engine: fsdp"
         )
         decider.refuse("precision", "fp16", reason)
+    if sharding == "none":
+        reason = (
+            "stage 0 takes a wrong first step in half precision (tried with 0.19.8); stage 1 computes what "
+            "it should, in less memory"
+        )
+        sharding = decider.decide("parallel.shard", "optimizer", reason)
+    _refuse_by_stage(decider, sharding, world_size, device)
+    return sharding
+
+
+def _refuse_by_stage(decider: Decider, sharding: Sharding, world_size: int, device: str) -> None:
+    """Refuse what one of ZeRO's stages cannot do, or another alone can."""
+    job, parallel, memory = decider.job, decider.job.parallel, decider.job.memory
+    if job.model.adapter is not None and job.model.adapter.dora and sharding == "full":
+        reason = (
+            "needs a weight beside its layer, and ZeRO-3 has it whole within the layer alone; write "
+            "parallel.shard: gradients (ZeRO-2), or parallel.engine: fsdp"
+        )
+        decider.refuse("model.adapter.dora", True, reason)
+    if memory.activation_checkpointing == "selective" and sharding == "full":
+        reason = (
+            "ZeRO-3 gathers parameters again in the backward pass, which selective recomputation does not "
+            "allow; write full"
+        )
+        decider.refuse("memory.activation_checkpointing", "selective", reason)
     if memory.offload == "parameters" and sharding != "full":
         decider.refuse(
             "memory.offload",
             "parameters",
             f"only ZeRO-3 offloads parameters, and parallel.shard is {sharding}; write full",
         )
-    if zeropp(decider.job) and sharding != "full":
+    if zeropp(job) and sharding != "full":
         decider.refuse("parallel.shard", sharding, "ZeRO++ is part of ZeRO-3; write full")
     if world_size % parallel.secondary_shard:
         reason = f"{world_size} ranks cannot be cut into groups of so many; write the ranks of a node"
@@ -220,7 +227,6 @@ def _refuse_for_deepspeed(decider: Decider, sharding: Sharding, world_size: int,
     for key in ("quantized_weights", "quantized_gradients"):
         if getattr(parallel, key) and device == "cpu":
             decider.refuse(f"parallel.{key}", True, "DeepSpeed has no operator for it on CPUs; leave it out")
-    return sharding
 
 
 def _check_nvme(decider: Decider, directory: str) -> None:

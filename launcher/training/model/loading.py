@@ -52,38 +52,14 @@ def load(plan: Plan, auto_class: Any, config: Any, shard: Shard) -> LoadedModel:
     Beside an adapter, what does not train has the precision of the computation: no fp32 master is needed of
     what never changes.
     """
-    source: dict[str, Any] = {"state_dict": {}} if plan.model.weights == "random" else {}
-    name = None if plan.model.weights == "random" else plan.model.name
-    distributed = DistributedConfig(fsdp_size=plan.mesh.dp_shard, dp_replicate_size=plan.mesh.dp_replicate)
     kind = projected(pretrained.model_class(auto_class, config, plan), config, plan)
     seam = _Seam(plan, shard)
-    changes = Changes.of(plan, kind, config)
-    with seam.in_place(), converted_whole(), copied_in_parts(), changes.in_place(), tensors_counted():
-        try:
-            model, information = kind.from_pretrained(
-                name,
-                config=config,
-                dtype=torch.float32,
-                distributed_config=distributed,
-                output_loading_info=True,
-                revision=plan.model.revision or "main",
-                **source,
-            )
-        except Exception as error:
-            if (reason := pretrained.why_not_read(error)) is None:
-                raise
-            raise ConfigurationError(Problem("model.name", plan.model.name, reason)) from None
+    model, information = _read(plan, kind, config, seam)
     device = torch.device("cpu") if plan.offload == "parameters" else _device(plan.mesh)
     if plan.mesh.world_size == 1 or device != _device(plan.mesh):
         model.to(device)
         for buffer in model.buffers():  # who offloads parameters computes on the GPU all the same
             buffer.data = buffer.data.to(_device(plan.mesh))
-    if mismatched := information.get("mismatched_keys"):
-        raise ConfigurationError(
-            Problem(
-                "model.name", plan.model.name, f"weights of another shape: {sorted(map(str, mismatched))[:3]}"
-            )
-        )
     _copy_out_of_files(model)
     restore_buffers(model, kind, config, plan)
     missing = {*information["missing_keys"], *_materialise(model, device)}
@@ -105,6 +81,36 @@ def load(plan: Plan, auto_class: Any, config: Any, shard: Shard) -> LoadedModel:
     if plan.mesh.world_size == 1:
         shard(model)
     return LoadedModel(model, new)
+
+
+def _read(
+    plan: Plan, kind: type[PreTrainedModel], config: Any, seam: _Seam
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Return the model as from_pretrained reads it, and what that says of its keys. Raises ConfigurationError
+    for files that cannot be read, or are of another model."""
+    random, changes = plan.model.weights == "random", Changes.of(plan, kind, config)
+    source: dict[str, Any] = {"state_dict": {}} if random else {}
+    with seam.in_place(), converted_whole(), copied_in_parts(), changes.in_place(), tensors_counted():
+        try:
+            model, information = kind.from_pretrained(
+                None if random else plan.model.name,
+                config=config,
+                dtype=torch.float32,
+                distributed_config=DistributedConfig(
+                    fsdp_size=plan.mesh.dp_shard, dp_replicate_size=plan.mesh.dp_replicate
+                ),
+                output_loading_info=True,
+                revision=plan.model.revision or "main",
+                **source,
+            )
+        except Exception as error:
+            if (reason := pretrained.why_not_read(error)) is None:
+                raise
+            raise ConfigurationError(Problem("model.name", plan.model.name, reason)) from None
+    if mismatched := information.get("mismatched_keys"):
+        reason = f"weights of another shape: {sorted(map(str, mismatched))[:3]}"
+        raise ConfigurationError(Problem("model.name", plan.model.name, reason))
+    return model, information
 
 
 def _starts_of_bias(

@@ -140,7 +140,8 @@ def body_computed(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Iterator
     kind = model_class_of(cast(PreTrainedModel, body))
     more = {"use_cache": False} if "use_cache" in inspect.signature(kind.forward).parameters else {}
     outputs = body(**accepted(kind, dict(inputs) | more))
-    seen = [head.__dict__[model.base_model_prefix] for head in _heads(model)]
+    names = getattr(cast(Any, model.config), HEADS)
+    seen = [head_of(model, name).__dict__[model.base_model_prefix] for name in names]
     for one in seen:
         one.outputs = outputs
     try:
@@ -148,11 +149,6 @@ def body_computed(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Iterator
     finally:
         for one in seen:
             one.outputs = None
-
-
-def _heads(model: nn.Module) -> list[PreTrainedModel]:
-    config: Any = model.config
-    return [head_of(model, name) for name in getattr(config, HEADS)]
 
 
 def starts_of_bias(
