@@ -106,19 +106,22 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> dict[str, str]:
     return {"path": str(path)}
 
 
+def write_texts(path: Path, num_rows: int, seed: int = 0, column: str = "text") -> dict[str, str]:
+    """Rows of `texts`; the source as a job names it."""
+    return write_rows(path, [{column: text} for text in texts(num_rows, seed)])
+
+
+def plain_data(directory: Path, num_rows: int) -> dict[str, Any]:
+    """So many rows to learn from, each a sample."""
+    train = write_texts(directory / "train.jsonl", num_rows)
+    return {"train": train, "text": "text", "max_length": 64, "num_workers": 1}
+
+
 def causal_data(directory: Path, **changes: Any) -> dict[str, Any]:
     """200 rows to learn from and 24 held out, packed."""
     directory.mkdir(parents=True, exist_ok=True)
-    train = write_rows(directory / "train.jsonl", [{"text": text} for text in texts(200)])
-    held_out = write_rows(directory / "evaluation.jsonl", [{"text": text} for text in texts(24, seed=1)])
-    return {
-        "train": train,
-        "evaluation": held_out,
-        "text": "text",
-        "max_length": 64,
-        "packing": True,
-        "num_workers": 1,
-    } | changes
+    held_out = write_texts(directory / "evaluation.jsonl", 24, seed=1)
+    return {**plain_data(directory, 200), "evaluation": held_out, "packing": True} | changes
 
 
 def batch_of(world_size: int, micro: int, accumulation: int = 1) -> dict[str, int]:

@@ -44,6 +44,7 @@ from tests.training.runs import (
     texts,
     tokenizer,
     write_rows,
+    write_texts,
 )
 
 pytestmark = pytest.mark.distributed
@@ -156,11 +157,7 @@ def wrong_padding() -> Iterator[None]:
 
 @pytest.fixture
 def data(tmp_path: Path) -> dict[str, Any]:
-    return {
-        "train": write_rows(tmp_path / "train.jsonl", [{"text": text} for text in texts(20)]),
-        "text": "text",
-        "max_length": 64,
-    }
+    return {"train": write_texts(tmp_path / "train.jsonl", 20), "text": "text", "max_length": 64}
 
 
 def plan_with(model: Path, data: dict[str, Any], world_size: int = 1, **changes: Any) -> Plan:

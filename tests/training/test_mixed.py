@@ -29,9 +29,8 @@ from tests.training.runs import (
     plan_for,
     replan,
     state,
-    texts,
     tokenizer,
-    write_rows,
+    write_texts,
 )
 from tests.training.test_resume import compare
 
@@ -49,11 +48,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Two sources in equal shares, the second with a column of its own, and two that are held out."""
     folder = tmp_path_factory.mktemp("data")
-    first = write_rows(folder / "prose.jsonl", [{"text": text} for text in texts(SIZES[0])])
-    second = write_rows(folder / "code.jsonl", [{"body": text} for text in texts(SIZES[1], seed=2)])
+    first = write_texts(folder / "prose.jsonl", SIZES[0])
+    second = write_texts(folder / "code.jsonl", SIZES[1], seed=2, column="body")
     held_out = [
-        write_rows(folder / "held-a.jsonl", [{"text": text} for text in texts(7, seed=3)]),
-        write_rows(folder / "held-b.jsonl", [{"body": text} for text in texts(11, seed=4)]),
+        write_texts(folder / "held-a.jsonl", 7, seed=3),
+        write_texts(folder / "held-b.jsonl", 11, seed=4, column="body"),
     ]
     own = {"columns": {"text": "body"}}
     return {

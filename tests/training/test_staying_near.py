@@ -28,12 +28,11 @@ from tests.training.runs import (
     finish,
     model_directory,
     new_run,
+    plain_data,
     plan_for,
     replan,
     state,
-    texts,
     tokenizer,
-    write_rows,
 )
 from tests.training.test_resume import compare
 
@@ -49,9 +48,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    path = tmp_path_factory.mktemp("data") / "train.jsonl"
-    rows = [{"text": text} for text in texts(NUM_ROWS)]
-    return {"train": write_rows(path, rows), "text": "text", "max_length": 64, "num_workers": 1}
+    return plain_data(tmp_path_factory.mktemp("data"), NUM_ROWS)
 
 
 def make(model: Path, data: dict[str, Any], world_size: int, **changes: Any) -> Any:

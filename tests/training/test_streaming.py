@@ -29,6 +29,7 @@ from tests.training.runs import (
     state,
     texts,
     write_rows,
+    write_texts,
 )
 from tests.training.test_resume import compare
 
@@ -49,7 +50,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     every[7] = {"text": ""}
     for number, (begin, end) in enumerate([(0, 30), (30, 34), (34, 45)]):
         write_rows(folder / f"part-{number}.jsonl", every[begin:end])
-    held_out = write_rows(folder / "held-out.json", [{"text": text} for text in texts(6, seed=1)])
+    held_out = write_texts(folder / "held-out.json", 6, seed=1)
     return {
         "train": {"path": str(folder / "part-*.jsonl")},
         "evaluation": held_out,
@@ -175,7 +176,7 @@ def test_a_file_that_changed_is_refused_by_name_and_place(
     model: Path, data: dict[str, Any], tmp_path: Path
 ) -> None:
     path = tmp_path / "part.jsonl"
-    write_rows(path, [{"text": text} for text in texts(45)])
+    write_texts(path, 45)
     data = data | {"train": {"path": str(path)}, "evaluation": None}
     run = new_run(tmp_path / "run", make(model, data, 1))
     finish(run, 1, no_daemon, stop_at=3)

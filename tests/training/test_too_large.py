@@ -27,7 +27,7 @@ from launcher.errors import OutOfMemoryError
 from launcher.runs.layout import RunDirectory
 from launcher.runs.wording import gib
 from tests.benchmarks import _report
-from tests.training.runs import curve, named, texts, tokenizer, write_rows
+from tests.training.runs import curve, named, tokenizer, write_texts
 from tests.training.tiny import config_of
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -60,7 +60,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(directory / "model", max_shard_size="200MB")
     assert len(list((directory / "model").glob("*.safetensors"))) > 4
     tokenizer().save_pretrained(directory / "model")
-    rows = write_rows(directory / "train.jsonl", [{"text": text} for text in texts(40)])
+    rows = write_texts(directory / "train.jsonl", 40)
     content = {
         "name": "large",
         "model": {"name": str(directory / "model")},
