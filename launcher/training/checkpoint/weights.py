@@ -1,4 +1,4 @@
-"""Where an export takes its tensors from: as saved, with adapters merged, or adapters alone."""
+"""Tensors of an export as checkpoints hold them: of one, or the mean of several."""
 
 from __future__ import annotations
 
@@ -53,6 +53,7 @@ class Weights(Protocol):
 
 
 def entry_of(name: str, shape: tuple[int, ...], stored: torch.dtype, requested: ExportDtype) -> Entry:
+    """Return a tensor to write. Raises ConfigurationError for a dtype that safetensors does not have."""
     dtype = getattr(torch, requested) if requested != "keep" and stored.is_floating_point else stored
     if dtype not in SAFETENSORS_NAMES:
         raise ConfigurationError(Problem(name, str(dtype), "safetensors has no such dtype"))
@@ -60,6 +61,7 @@ def entry_of(name: str, shape: tuple[int, ...], stored: torch.dtype, requested: 
 
 
 def slices(whole: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield all elements, flat, a slice of some MiB at a time."""
     yield from whole.reshape(-1).split(_SLICE_BYTES // whole.element_size())
 
 
