@@ -56,7 +56,7 @@ def status(run: SomeRun = None, as_json: AsJson = False) -> None:
 
 
 def newest() -> Any:
-    """The run that something was last written of. Raises ConfigurationError where there is none."""
+    """Return the run that something was last written of. Raises ConfigurationError where there is none."""
     from launcher.errors import ConfigurationError, Problem
     from launcher.launch.slurm.view import runs_below
     from launcher.runs.layout import runs_folder
@@ -130,7 +130,7 @@ def logs(
 
 
 def describe(seen: dict[str, Any]) -> str:
-    """A status for people, one fact a line."""
+    """Return a status for people, one fact a line."""
     from launcher.planner.prices import known_prices
     from launcher.runs.cost import in_words
     from launcher.runs.prepared import line

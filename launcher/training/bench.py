@@ -137,8 +137,8 @@ def bench(num_ranks: int, directory: Path, report: Report, effort: Effort = FULL
 
 
 def seconds_of(work: Callable[[], object], device: torch.device, budget: float) -> float:
-    """The least of the times of one call, over as many calls as the budget has room for, after a first one
-    that is not counted.
+    """Return the least of the times of one call, over as many calls as the budget has room for, after a
+    first one that is not counted.
 
     What else a machine does only ever adds to it: beside a test suite the middle made two fifths of this
     processor's rate of it.
@@ -159,8 +159,8 @@ def _timed(work: Callable[[], object], device: torch.device) -> float:
 
 
 def product_rate(dtype: torch.dtype, device: torch.device, effort: Effort = FULL) -> float:
-    """Operations a second of square products. They grow until one takes a tenth of the budget: some are slow
-    on some processors."""
+    """Return the operations a second of square products. They grow until one takes a tenth of the budget:
+    some are slow on some processors."""
     size, rate = 128, 0.0
     while size <= _LARGEST_PRODUCT:
         left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -176,15 +176,15 @@ def product_rate(dtype: torch.dtype, device: torch.device, effort: Effort = FULL
 
 
 def copy_rate(device: torch.device, effort: Effort = FULL) -> float:
-    """Bytes read and written a second, copying far more than any cache holds."""
+    """Return the bytes read and written a second, copying far more than any cache holds."""
     source = torch.ones(_COPY_BYTES // 4, device=device)
     target = torch.empty_like(source)
     return 2 * _COPY_BYTES / seconds_of(lambda: target.copy_(source), device, effort.seconds)
 
 
 def reference_seconds(device_type: str, effort: Effort = FULL) -> dict[str, float]:
-    """A forward and backward pass of the reference model, which is nothing but the calling of operators, by
-    what is computed again.
+    """Time a forward and backward pass of the reference model, which is nothing but the calling of
+    operators, by what is computed again.
 
     The least of several turns: what else a machine does only ever adds to it.
     """
@@ -218,7 +218,7 @@ def _reference_step(way: str, device: torch.device) -> Callable[[], None]:
 
 
 def reference_batch(length: int, device: torch.device) -> dict[str, Any]:
-    """One sample."""
+    """Return one sample."""
     positions = torch.arange(length, device=device)
     ends = torch.tensor([0, length], dtype=torch.int32, device=device)
     return {
@@ -231,7 +231,7 @@ def reference_batch(length: int, device: torch.device) -> dict[str, Any]:
 
 
 def transfer_rates(device: torch.device, effort: Effort = FULL) -> tuple[float, float]:
-    """Bytes a second to a GPU and back, from pinned memory."""
+    """Return the bytes a second to a GPU and back, from pinned memory."""
     host = torch.empty(_COPY_BYTES // 4, pin_memory=True)
     there = torch.empty(_COPY_BYTES // 4, device=device)
     to_device = seconds_of(lambda: there.copy_(host, non_blocking=True), device, effort.seconds)
@@ -240,8 +240,8 @@ def transfer_rates(device: torch.device, effort: Effort = FULL) -> tuple[float, 
 
 
 def file_rates(directory: Path, effort: Effort = FULL) -> tuple[float, float]:
-    """Bytes a second written and synced, and read again from the disk rather than from the page cache. Raises
-    StorageError."""
+    """Return the bytes a second written and synced, and read again from the disk rather than from the page
+    cache. Raises StorageError."""
     block = os.urandom(_BLOCK_BYTES)
     try:
         with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
@@ -265,8 +265,8 @@ def file_rates(directory: Path, effort: Effort = FULL) -> tuple[float, float]:
 
 
 def message_rates(num_ranks: int, device: str, effort: Effort = FULL) -> tuple[tuple[Message, ...], float]:
-    """All-gathers and all-reduces of growing size between ranks of this machine, as rank 0 sees them; what
-    FSDP takes for each beside."""
+    """Time all-gathers and all-reduces of growing size between ranks of this machine, as rank 0 sees them;
+    what FSDP takes for each beside."""
     with tempfile.TemporaryDirectory(prefix="launcher-bench-") as folder:
         store = Path(folder) / "store"
         result = Path(folder) / "result.pt"

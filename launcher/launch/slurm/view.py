@@ -33,8 +33,8 @@ _WAITING = {
 
 
 def view(run: RunDirectory, totals: Totals | None = None) -> dict[str, Any]:
-    """The status of a run with its `cost`, and with what Slurm says of its job under `slurm`: from the queue, or
-    from accounting once it is gone. Raises ConfigurationError for a bad LAUNCHER_PRICE."""
+    """Return the status of a run with its `cost`, and with what Slurm says of its job under `slurm`: from
+    the queue, or from accounting once it is gone. Raises ConfigurationError for a bad LAUNCHER_PRICE."""
     known = JobRecord.read(run)
     if known is None:
         return _together(read_status(run, totals), None, {})
@@ -117,11 +117,11 @@ def has_live_job(run: RunDirectory) -> bool:
 
 
 def starts_in(entry: dict[str, Any]) -> float | None:
-    """Seconds until Slurm expects a waiting job to start."""
+    """Return the seconds until Slurm expects a waiting job to start."""
     begins = seconds_since_1970(entry.get("expected_start", ""))
     return None if begins is None else max(0.0, begins - time.time())
 
 
 def runs_below(folder: Path) -> list[RunDirectory]:
-    """The runs in a folder, by name."""
+    """Return the runs in a folder, by name."""
     return [RunDirectory(path.parent) for path in sorted(folder.glob("*/plan.json"))]
