@@ -51,8 +51,8 @@ def bench(
     from launcher.errors import ConfigurationError, Problem
     from launcher.planner.hardware.detect import find_gpus
     from launcher.runs.machine import Machine, path
-    from launcher.training.bench import FULL, QUICK
     from launcher.training.bench import bench as measure
+    from launcher.training.bench_effort import FULL, QUICK
 
     ranks = nproc or len(find_gpus()[0]) or 2
     busy = psutil.cpu_percent(interval=1) / 100  # the load of a minute would count what ended just now

@@ -19,50 +19,13 @@ from torch.distributed.fsdp import fully_shard
 from launcher.errors import StorageError
 from launcher.runs.machine import REFERENCE, REFERENCE_LENGTH, Rates
 from launcher.training import closing, cpu_half_matmul
+from launcher.training.bench_effort import FULL, QUICK, Effort, Progress, Report, seconds_of, timed
 from launcher.training.fresh import in_fresh_ranks, leave
 from launcher.training.precision import DTYPES
 
-Report = Callable[[str, float], None]
-"""Told what is measured next, and the seconds to the end."""
-MESSAGE_BYTES = tuple(1 << power for power in (12, 16, 20, 24, 26))
 _LARGEST_PRODUCT = 8192
 _COPY_BYTES = 1 << 28
 _BLOCK_BYTES = 1 << 23
-
-
-@dataclass(frozen=True)
-class Effort:
-    """Say how much is measured for each figure, after one round that is not counted."""
-
-    seconds: float = 0.5
-    turns: int = 9
-    """In so many those are measured that are compared with each other."""
-    rounds: int = 10
-    """Of each message."""
-    message_bytes: tuple[int, ...] = MESSAGE_BYTES
-    file_bytes: int = 1 << 28
-    parts: tuple[float, ...] = (2.0, 1.0, 60.0, 30.0, 3.0)
-    """Seconds on two idle cores: products in one precision, memory, messages, calling, files."""
-
-
-FULL = Effort()
-QUICK = Effort(0.2, 3, 3, (1 << 16, 1 << 24), 0, (0.5, 0.5, 6.0, 14.0, 0.0))
-"""Without the disk; of messages a small and a large one."""
-
-
-class Progress:
-    """Tells how long it still takes, by how long the parts that are over took."""
-
-    def __init__(self, report: Report, parts: list[float]) -> None:
-        self._report, self._parts = report, parts
-        self._began, self._number = time.monotonic(), 0
-
-    def next(self, what: str) -> None:
-        """Say what is measured now."""
-        foreseen, left = sum(self._parts[: self._number]), sum(self._parts[self._number :])
-        slowed = max(1.0, (time.monotonic() - self._began) / foreseen) if foreseen else 1.0
-        self._report(what, left * slowed)
-        self._number += 1
 
 
 @dataclass(frozen=True)
@@ -136,35 +99,13 @@ def bench(num_ranks: int, directory: Path, report: Report, effort: Effort = FULL
     return Bench(rates, messages)
 
 
-def seconds_of(work: Callable[[], object], device: torch.device, budget: float) -> float:
-    """Return the least of the times of one call, over as many calls as the budget has room for, after a
-    first one that is not counted.
-
-    What else a machine does only ever adds to it: beside a test suite the middle made two fifths of this
-    processor's rate of it.
-    """
-    _timed(work, device)
-    least, until = _timed(work, device), time.monotonic() + budget
-    while time.monotonic() < until:
-        least = min(least, _timed(work, device))
-    return least
-
-
-def _timed(work: Callable[[], object], device: torch.device) -> float:
-    began = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began
-
-
 def product_rate(dtype: torch.dtype, device: torch.device, effort: Effort = FULL) -> float:
     """Return the operations a second of square products. They grow until one takes a tenth of the budget:
     some are slow on some processors."""
     size, rate = 128, 0.0
     while size <= _LARGEST_PRODUCT:
         left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        first = _timed(lambda left=left, right=right: left @ right, device)  # type: ignore[misc]
+        first = timed(lambda left=left, right=right: left @ right, device)  # type: ignore[misc]
         if first > effort.seconds and rate:
             break
         seconds = seconds_of(lambda left=left, right=right: left @ right, device, effort.seconds / 4)  # type: ignore[misc]
@@ -328,5 +269,5 @@ def unit_seconds(device: torch.device, num_units: int = 8, rounds: int = 30) -> 
 
 def _agreed_seconds(work: Callable[[], object], device: torch.device, rounds: int) -> float:
     """Every rank does as many rounds."""
-    _timed(work, device)
-    return min(_timed(work, device) for _ in range(rounds))
+    timed(work, device)
+    return min(timed(work, device) for _ in range(rounds))

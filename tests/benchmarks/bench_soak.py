@@ -97,6 +97,8 @@ class Piece:
                     run.directory.path, kept, dirs_exist_ok=True, ignore=shutil.ignore_patterns("code")
                 )
                 (kept / "story.txt").write_text(run.story(), encoding="utf-8")
+                for log in cluster.directory.rglob("*.log"):
+                    shutil.copy(log, kept / log.name)
                 raise
 
     @contextlib.contextmanager

@@ -21,7 +21,8 @@ from launcher.planner.plan import Plan
 from launcher.runs.events import read
 from launcher.runs.layout import RunDirectory
 from launcher.runs.machine import Machine, Rates
-from launcher.training.bench import MESSAGE_BYTES, QUICK, Bench, Progress, copy_rate, file_rates
+from launcher.training.bench import Bench, copy_rate, file_rates
+from launcher.training.bench_effort import MESSAGE_BYTES, QUICK, Progress
 from launcher.training.devices import Lap
 from launcher.training.reporting import forecast_check
 from tests.training.plans import plan_of
@@ -115,7 +116,7 @@ def test_a_quick_measurement_takes_no_whole_ones_place(
 
 def test_how_long_it_still_takes_goes_by_how_long_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
     said, now = list[tuple[str, float]](), [0.0]
-    monkeypatch.setattr("launcher.training.bench.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("launcher.training.bench_effort.time.monotonic", lambda: now[0])
     progress = Progress(lambda what, left: said.append((what, left)), [1.0, 2.0, 7.0])
     for what, seconds in (("a", 3.0), ("b", 3.0), ("c", 7.0)):
         progress.next(what)
