@@ -151,7 +151,8 @@ def notice(record: dict[str, Any]) -> str | None:
         case "rejected":
             return f"warning: checkpoint {record.get('checkpoint')} was not used: {record.get('reason')}"
         case "save_failed":
-            return f"warning: the save of step {step} failed, training goes on: {record.get('reason')}"
+            goes_on = "" if record.get("waited_for") else ", training goes on"
+            return f"warning: the save of step {step} failed{goes_on}: {record.get('reason')}"
         case "made_room":
             gone = ", ".join(str(number) for number in record.get("removed", []))
             return (

@@ -12,6 +12,7 @@ from launcher.tasks.task import Finding, finding
 
 
 def findings(job: Job) -> Iterator[Finding]:
+    """Yield what is wrong with how a job trains."""
     training, batch = job.training, job.batch
     length = ("training.epochs", "training.max_steps")
     if training.epochs is not None and training.max_steps is not None:
@@ -30,9 +31,7 @@ def findings(job: Job) -> Iterator[Finding]:
         )
     yield from _unfreeze(job)
     yield from _schedule(training)
-    if training.moments != "fp32" and training.optimizer not in ("adamw", "adam"):
-        reason = f"is of Adam's moments, and training.optimizer is {training.optimizer}; leave it out"
-        yield finding("training.moments", training.moments, reason, "training.optimizer")
+    yield from _optimizer(training)
     yield from _near_the_start(job)
     traits = tasks.find(job.model.task).traits
     if training.neftune_noise_alpha is not None and (traits.encoder_decoder or traits.unit != "token"):
@@ -98,6 +97,23 @@ def _near_the_start(job: Job) -> Iterator[Finding]:
             f"write {1 / highest:g} or less"
         )
         yield finding(key, near.alpha, reason, "training.learning_rate")
+
+
+_OF_OPTIMIZERS = {
+    "moments": ("adamw", "adam"),
+    "betas": ("adamw", "adam", "muon"),
+    "epsilon": ("adamw", "adam", "muon"),
+    "momentum": ("sgd", "muon"),
+}
+
+
+def _optimizer(training: Training) -> Iterator[Finding]:
+    """Yield keys of another optimizer than the one that is asked for."""
+    for key, optimizers in _OF_OPTIMIZERS.items():
+        value = getattr(training, key)
+        if training.optimizer not in optimizers and value != Training.model_fields[key].default:
+            reason = f"is a key of {', '.join(optimizers)}, and training.optimizer is {training.optimizer}"
+            yield finding(f"training.{key}", value, f"{reason}; leave it out", "training.optimizer")
 
 
 _OF_SCHEDULES = {

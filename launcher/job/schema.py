@@ -74,7 +74,8 @@ class Model(Section):
     freeze_normalization: bool = False
     """Train no layer that normalises, and leave the running statistics of batch norm as they are."""
     adapter: Adapter | None = None
-    """Train small matrices beside the weights (LoRA) in place of the weights."""
+    """Train small matrices beside the weights (LoRA), or factors of what layers compute (IA3), in place of the
+    weights."""
     resize_embeddings: bool | None = None
     """Where the tokenizer has tokens that the model has no row for: `true` adds rows, the mean of the old
     ones; `false` leaves the model as it is and refuses rows of data with such a token. Left out, such a

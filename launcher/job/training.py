@@ -92,7 +92,8 @@ class Training(Section):
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """The momentum of SGD, or of Muon, whose authors take 0.95."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """On matrices; biases and norms are never decayed, unless `groups` says so."""
+    """On matrices; biases and norms are never decayed, unless `groups` says so. IA3's factors count as
+    matrices: they decay towards 0, not towards 1."""
     layer_decay: float = Field(default=1.0, gt=0, le=1)
     """The factor of a layer's learning rate for each layer above it, the head among them: the
     highest of n layers has this, the lowest its n-th power, embeddings one more."""

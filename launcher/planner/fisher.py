@@ -50,7 +50,7 @@ def memory(plan: Plan, program: Program) -> Phase:
     """Return what a rank needs where a sample has been gone through: the weights, their gradients, and the sums
     of squares of those. SGD with momentum keeps one number of each weight that trains too."""
     size = plan.batch.data_parallel_size
-    training = {"optimizer": "sgd", "momentum": 0.9, "ema": None, "l2_sp": None}
+    training = {"optimizer": "sgd", "momentum": 0.9, "moments": "fp32", "ema": None, "l2_sp": None}
     changes = {
         "training": plan.training.model_copy(update=training),
         "batch": BatchPlan(

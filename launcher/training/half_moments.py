@@ -47,7 +47,8 @@ class AdamOfHalfMoments(torch.optim.Adam):
         """Step one tensor, piece by piece: what is widened at a time is bounded."""
         state, draws = self.state[parameter], torch.Generator(local_part(parameter).device)
         before = state["step"].clone()
-        # One look at the device, which has come to the end of its backward pass by now: the norm was read.
+        # A look at the device for each tensor. It has come to the end of its backward pass by now: the norm
+        # was read.
         draws.manual_seed(hash((self._seed, int(before), self._numbers[parameter])) % (1 << 63))
         tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
         pieces = (local_part(one).view(-1).split(WIDENED_MOMENTS) for one in tensors)  # type: ignore[arg-type]

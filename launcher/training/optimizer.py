@@ -109,7 +109,7 @@ def state_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, torch.Ten
 
 def moments(training: Training) -> tuple[str, ...]:
     """Return the names of the optimizer's tensors that have a parameter's shape; of Muon those of its
-    matrices."""
+    matrices. Adafactor's matrices have none: do not ask for it."""
     if training.optimizer in ("sgd", "muon"):
         return ("momentum_buffer",) if training.momentum or training.optimizer == "muon" else ()
     return ("exp_avg", "exp_avg_sq")

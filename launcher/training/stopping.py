@@ -63,8 +63,8 @@ def patiently(write: Callable[[bool], bool], stop: StopRequest, agree: Callable[
             return
         if number == 2 and distributed.get_rank() == 0:
             tell(say="warning: the end of the run cannot be written; it is tried again for a minute")
-        here.at("waiting for the save")
         for _ in range(1 << number):
+            here.at("waiting for the save")  # said anew: one that stays for half a minute looks like a hang
             if agree(stop.requested):
                 break
             time.sleep(SECONDS)

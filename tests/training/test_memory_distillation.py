@@ -35,6 +35,8 @@ class TaughtCase:
     stage: int = 0
     hidden: bool = False
     """Hidden states are compared, through a projection."""
+    alike: bool = False
+    """They are of one width."""
 
 
 CASES = (
@@ -43,6 +45,7 @@ CASES = (
     TaughtCase("bf16", "none", 3),
     TaughtCase("fp32", "none", 2),
     TaughtCase("fp32", hidden=True),
+    TaughtCase("fp32", hidden=True, alike=True),
     TaughtCase("bf16", "full", hidden=True),
     TaughtCase("bf16", "none", 3, hidden=True),
 )
@@ -83,7 +86,7 @@ def test_a_teacher_is_predicted(world: World, tmp_path: Path) -> None:
         size = len(world.pipes)
         if case.stage and size == 1:
             continue
-        plan = case_plan(case, student, wide if case.hidden else teacher, size)
+        plan = case_plan(case, student, wide if case.hidden and not case.alike else teacher, size)
         program = Profiles().find(plan)
         assert isinstance(program, Taught)
         footprint = Estimator(plan, program, Batch(LENGTHS)).footprint()

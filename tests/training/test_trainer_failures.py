@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import functools
 import io
+import itertools
 import math
 import re
 import sys
@@ -19,6 +20,7 @@ import torch
 
 from launcher.errors import ConfigurationError, DivergedError
 from launcher.runs.checkpoints import list_checkpoints
+from launcher.training import stopping
 from launcher.training.reporting import recording
 from launcher.training.signals import StopRequest
 from tests.tiers import slow_but
@@ -299,6 +301,24 @@ def test_a_disk_without_room_at_the_end_is_waited_for(
     run = new_run(tmp_path / "run", plan_for(model, data, 2, 4))
     finish(run, 2, functools.partial(without_room, 3, 4, False))
     assert run.finished and [stored.step for stored in list_checkpoints(run)] == [4]
+
+
+def test_who_waits_for_room_says_so_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A place that is not said anew for half a minute is taken for a hang, and ends the run."""
+    happened: list[Any] = []
+    monkeypatch.setattr(stopping, "here", SimpleNamespace(at=happened.append))
+    monkeypatch.setattr(stopping.time, "sleep", happened.append)
+    monkeypatch.setattr(stopping.distributed, "get_rank", lambda: 0)
+
+    def write(must: bool) -> bool:
+        happened.append(must)
+        return must
+
+    stopping.patiently(write, StopRequest(), lambda wish: wish)
+    waits = [one for one in happened if isinstance(one, float)]
+    assert 60 <= sum(waits) <= 70 and max(waits) <= 1
+    assert all(one == "waiting for the save" for one, two in itertools.pairwise(happened) if two in waits)
+    assert happened[-1] is True and happened.count(False) == stopping.NUM_WAITS
 
 
 @pytest.mark.slow

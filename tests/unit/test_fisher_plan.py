@@ -47,6 +47,7 @@ def test_weights_and_sums_of_squares_are_eight_bytes_of_a_parameter(model: Path)
     assert memory(plan, program).parts["parameters"] == 4 * PARAMETERS // 8
     assert memory(plan, program).parts["optimizer state"] == 4 * PARAMETERS // 8
     more = {"training__ema": {"decay": 0.9}, "training__l2_sp": {"alpha": 1}, "training__optimizer": "muon"}
+    more |= {"training__moments": "bf16"}
     assert memory(plan_of(model, 8, data__max_length=64, **more), program) == memory(plan, program)
 
 

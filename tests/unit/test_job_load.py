@@ -467,6 +467,9 @@ CONTRADICTIONS = [
     (CAUSAL, ["model.adapter.init=svd"], "model.adapter.init", "pissa"),
     (CAUSAL, ["model.adapter={init: pissa, dora: true}"], "model.adapter.init", "write one of both"),
     (CAUSAL, ["training.moments=bf16", "training.optimizer=muon"], "training.moments", "leave it out"),
+    (CAUSAL, ["training.betas=[0.8, 0.9]", "training.optimizer=sgd"], "training.betas", "adamw, adam, muon"),
+    (CAUSAL, ["training.epsilon=1e-6", "training.optimizer=adafactor"], "training.epsilon", "is adafactor"),
+    (CAUSAL, ["training.momentum=0.5"], "training.momentum", "is a key of sgd, muon"),
     (CAUSAL, ["model.adapter.method=lora3"], "model.adapter.method", "lora or ia3"),
     (
         CAUSAL,

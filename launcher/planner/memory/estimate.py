@@ -27,7 +27,8 @@ from launcher.planner.memory.zero_states import ZeroCut
 from launcher.planner.plan import Plan
 
 STATE_COPIES = {"adamw": 2, "adam": 2, "sgd": 1, "muon": 2, "adafactor": 1}
-"""fp32 numbers of each that trains; of a matrix that Muon steps one less, of Adafactor's rows and columns."""
+"""fp32 numbers of each that trains. A matrix that Muon steps has one fewer; one that Adafactor steps has a
+number for each row and each column instead."""
 STAGED = "staged checkpoint"
 CUDA_CONTEXT = 1 << 30
 """Assumed, not measured here: the CUDA context, its libraries and NCCL's own buffers."""

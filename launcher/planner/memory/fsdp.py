@@ -235,13 +235,13 @@ class FsdpStep:
     def _optimizer(self) -> None:
         """Count what an optimizer holds beside its state.
 
-        Of Adafactor it is the update of the largest part, on a CPU with the copy in fp64 that its norm is taken
-        of; of moments in bf16 a piece in fp32, and what it is rounded by.
+        Of Adafactor it is the update of the largest part, with the copy in fp64 that its norm is taken of; of
+        moments in bf16 a piece in fp32, and what it is rounded by.
         """
         self._muon()
         weights = [one for unit in self.units for one in unit.weights if one.trains]
         parts = [one.shard(self.cut.ranks) for one in weights if one.factored]
-        held = (12 if self.cut.cpu else 4) * max(parts, default=0)
+        held = 12 * max(parts, default=0)
         if self.cut.widens_moments and not self.cut.offloads:
             largest = max(unit.largest_shard(self.cut.ranks) for unit in self.units)
             held = 12 * min(WIDENED_MOMENTS, largest)

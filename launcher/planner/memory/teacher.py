@@ -132,9 +132,14 @@ class _Hidden:
             return cls()
         num_tokens, itemsize = setting.batch.num_tokens, setting.itemsize
         num_pairs, one = len(hidden.pairs(own.num_layers, other.num_layers)), num_tokens * other.hidden_size
-        # The squared difference keeps both sides in fp32; where that is a copy, of the model's side too.
-        copies = 2 if itemsize == 2 or own.hidden_size != other.hidden_size else 1
-        kept = num_pairs * 4 * copies * one
+        # The squared difference keeps both sides in fp32. The model's own is no copy in that precision, unless
+        # a part of the positions is taken: of a causal LM those that are learned.
+        takes, turns = (
+            tasks.find(plan.task).traits.head == "every-position",
+            own.hidden_size != other.hidden_size,
+        )
+        copies = 2 if itemsize == 2 or takes or turns else 1
+        kept = num_pairs * (4 * copies * one + (takes and turns) * itemsize * num_tokens * own.hidden_size)
         states = (other.num_layers + 1) * itemsize * one
         waiting = num_pairs * num_tokens * own.hidden_size * itemsize
         return cls(max(kept, waiting), waiting, states, 2 * 4 * one)

@@ -99,7 +99,7 @@ class Checkpointer:
         begin = time.perf_counter()
         if not self._finished():
             if self._rank == 0:
-                self._leader.failing.failed(progress.step, self.problem or "")
+                self._leader.failing.failed(progress.step, self.problem or "", not wait)
             return False
         self._num_saves += 1
         name = f"{retention.ATTEMPT_PREFIX}{progress.step:08d}-{self._nonce}{self._num_saves:04d}"
@@ -114,7 +114,9 @@ class Checkpointer:
         except Exception as error:
             blocks = functools.partial(_refuse, describe(error))
         self._step = progress.step
-        save = _Save(progress.model_copy(deep=True), dict(metrics or {}), attempt, begin, layout, blocks)
+        save = _Save(
+            progress.model_copy(deep=True), dict(metrics or {}), attempt, begin, wait, layout, blocks
+        )
         self._underway.start(functools.partial(self._write, save))
         return asynchronous or self.finish()
 

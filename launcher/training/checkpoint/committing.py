@@ -32,6 +32,8 @@ class Saving:
     metrics: dict[str, float]
     attempt: Path
     begin: float
+    is_waited_for: bool
+    """Whether nothing goes on before it is over."""
 
 
 class Leader:
@@ -126,15 +128,15 @@ class Leader:
 
     def failed(self, save: Saving, reason: str) -> None:
         """Remove what there is of it, and say why it is none, on the screen and in an event."""
-        self.failing.failed(save.progress.step, reason)
+        self.failing.failed(save.progress.step, reason, not save.is_waited_for)
         shutil.rmtree(save.attempt, ignore_errors=True)
-        message = (
-            f"the checkpoint of step {save.progress.step} could not be saved: {reason}; training goes on"
-        )
+        message = f"the checkpoint of step {save.progress.step} could not be saved: {reason}"
+        message += "" if save.is_waited_for else "; training goes on"
         with contextlib.suppress(OSError):  # where these lines go may be as full
             print(f"warning: {message}", file=sys.stderr, flush=True)
         try:
-            self._event(self._run.events_file, "save_failed", step=save.progress.step, reason=reason)
+            more = {"waited_for": True} if save.is_waited_for else {}
+            self._event(self._run.events_file, "save_failed", step=save.progress.step, reason=reason, **more)
         except OSError as error:
             with contextlib.suppress(OSError):
                 print(f"warning: {self._run.events_file}: {describe(error)}", file=sys.stderr, flush=True)

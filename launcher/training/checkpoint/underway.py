@@ -137,12 +137,12 @@ class Failing:
         """Note that the save of `step` succeeded, or the run went on from it."""
         self._in_a_row, self._good = 0, step
 
-    def failed(self, step: int, reason: str) -> None:
-        """Note that the save of `step` failed."""
+    def failed(self, step: int, reason: str, goes_on: bool = True) -> None:
+        """Note that the save of `step` failed; training `goes_on` meanwhile."""
         self._in_a_row += 1
         if (
             self._in_a_row > 1 and self._in_a_row & (self._in_a_row - 1) == 0
         ):  # the 2nd, the 4th, the 8th: there may be thousands
             what = f"{self._in_a_row} saves in a row have failed, the last one at step {step} ({reason})"
             lost = f"nothing is saved {f'since step {self._good}' if self._good else 'yet'}"
-            tell(say=f"warning: {what}; {lost}; training goes on")
+            tell(say=f"warning: {what}; {lost}" + ("; training goes on" if goes_on else ""))
