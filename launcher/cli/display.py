@@ -247,5 +247,6 @@ def summary(run: RunDirectory, path: str) -> str:
         ]
     if (newest := samples.newest(run)) is not None:
         lines += [f"  says        {message}" for message in samples.lines(newest[1], _SAID_WIDTH)]
-    lines += ["next:", f"  launcher evaluate {path}", f"  launcher export {path} --out DIRECTORY"]
+    on = "" if totals.evaluations else " --on FILE"
+    lines += ["next:", f"  launcher evaluate {path}{on}", f"  launcher export {path} --out DIRECTORY"]
     return "\n".join(lines)

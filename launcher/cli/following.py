@@ -29,6 +29,11 @@ class Following:
         """Return whether an attempt ended and another may come."""
         return self._waiting_since is not None
 
+    @property
+    def waits(self) -> str:
+        """Return for what is waited, and how long."""
+        return "waiting for Slurm" if self._live else f"waiting {WAIT_SECONDS:g} s for another attempt"
+
     def is_over(self, state: str) -> bool:
         """Return whether nobody goes on with a run in this state: it finished, or it ended otherwise, Slurm
         does not have its job any more, and no attempt began for WAIT_SECONDS."""

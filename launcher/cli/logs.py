@@ -9,7 +9,7 @@ import time
 from itertools import islice
 from pathlib import Path
 
-from launcher.cli.following import WAIT_SECONDS, Following
+from launcher.cli.following import Following
 from launcher.errors import ConfigurationError, Problem
 from launcher.runs.layout import RunDirectory
 from launcher.runs.status import read_status
@@ -55,7 +55,7 @@ class Logs:
                 return
             if self._newest and following.is_waiting and not waited:
                 how = following.why(self.attempt) or state
-                print(f"{how}; waiting {WAIT_SECONDS:g} s for another attempt", file=sys.stderr, flush=True)
+                print(f"{how}; {following.waits}", file=sys.stderr, flush=True)
             waited = following.is_waiting
 
     def _check_rank(self, follow: bool) -> None:

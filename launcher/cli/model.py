@@ -72,6 +72,7 @@ def export(
 ) -> None:
     """Write a run's model as Hugging Face safetensors."""
     from launcher.runs.layout import RunDirectory
+    from launcher.runs.wording import size
     from launcher.training.checkpoint.export import export as write
 
     done = write(RunDirectory.find(run), out, checkpoint, dtype.value, int(max_shard * 1e9), adapter, ema)
@@ -88,8 +89,7 @@ def export(
         print_json(shown)
     else:
         typer.echo(
-            f"step {done.step}: {done.num_tensors} tensors, {done.num_bytes / 1e9:.2f} GB, in "
-            f"{done.directory}"
+            f"step {done.step}: {done.num_tensors} tensors, {size(done.num_bytes)}, in {done.directory}"
         )
 
 
@@ -164,12 +164,13 @@ def evaluate(
 def _refuse_together(on: list[Path], fisher: bool, rows: int | None, bootstrap: bool, plots: bool) -> None:
     """Raise ConfigurationError with all options that do not go together."""
     from launcher.errors import ConfigurationError, Problem
+    from launcher.launch.evaluation import file_name_of
 
     problems, named = [], " ".join(map(str, on))
     if len(on) > 1 and (fisher or bootstrap or plots):
         reason = "--fisher, --bootstrap and --plots take one set of rows at a time"
         problems.append(Problem("--on", named, reason))
-    if len({one.stem for one in on}) < len(on):
+    if len({file_name_of(one) for one in on}) < len(on):
         reason = "two of the same name would be written to one file; rename one"
         problems.append(Problem("--on", named, reason))
     if rows is not None and not fisher:

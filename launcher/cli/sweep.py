@@ -249,6 +249,7 @@ def _submit(sweep: Sweep, parallel: int | None, as_json: bool) -> int:
 
 
 def _leaderboard(sweep: Sweep, as_json: bool) -> None:
+    """Print the points, the best first; one that has measured nothing has no place."""
     from dataclasses import asdict
 
     from launcher.sweep.leaderboard import leaderboard
@@ -260,10 +261,19 @@ def _leaderboard(sweep: Sweep, as_json: bool) -> None:
         print_json({**shown, "points": points})
         return
     rows = [
-        [str(place), f"{line.point:03d}", *_cells(line), " ".join(line.overrides)]
+        [
+            "" if line.best is None else str(place),
+            f"{line.point:03d}",
+            *_cells(line),
+            " ".join(line.overrides),
+        ]
         for place, line in enumerate(lines, start=1)
     ]
     print_table(["place", "point", sweep.metric, "at step", "state", "tried"], rows)
+    if lines and all(line.best is None for line in lines):
+        typer.echo(
+            f"no point has measured {sweep.metric}: held-out rows are named by data.evaluation", err=True
+        )
 
 
 def _cells(line: Line) -> list[str]:

@@ -62,7 +62,7 @@ def _follow(watched: Any, console: Any, every: float) -> None:
     """Until the run is over or Ctrl-C comes; the last picture stays."""
     from rich.live import Live
 
-    from launcher.cli.following import WAIT_SECONDS, Following
+    from launcher.cli.following import Following
 
     asked_at = 0.0
     seen = watched.look(ask=True)
@@ -75,7 +75,7 @@ def _follow(watched: Any, console: Any, every: float) -> None:
     ):
         while not (leaving.is_set() or following.is_over(seen["status"]["state"])):
             if following.is_waiting:
-                seen["waiting"] = f"waiting {WAIT_SECONDS:g} s for another attempt"
+                seen["waiting"] = following.waits
             live.update(screen(seen, console.width, console.height), refresh=True)
             if leaving.wait(every):
                 break

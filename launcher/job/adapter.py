@@ -88,8 +88,11 @@ class Adapter(Section):
         ends = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
         problems = []
         for pattern in self.feedforward:
-            if not any(_matches(name, (pattern,)) and self.takes(name) for name in layers):
-                reason = f"matches none of the targets; {_nearest(pattern, list(self.targets))}"
+            there = [name for name in layers if _matches(name, (pattern,))]
+            if not any(self.takes(name) for name in there):
+                reason = f"matches no linear layer; {_nearest(pattern, layers if '.' in pattern else ends)}"
+                if there:
+                    reason = "is none of the targets; name it in model.adapter.targets as well"
                 problems.append(Problem("model.adapter.feedforward", pattern, reason))
         for pattern in () if self.targets == "all-linear" else self.targets:
             if not any(_matches(name, (pattern,)) for name in layers):

@@ -48,7 +48,7 @@ def _of_ia3(adapter: Adapter) -> Iterator[Finding]:
     if adapter.targets == "all-linear" and adapter.weights is None:
         reason = (
             "IA3 multiplies keys, values and what goes into the last layer of each feed-forward part; name "
-            "them, as [k_proj, v_proj, down_proj] with feedforward: [down_proj]"
+            "them, of a llama as [k_proj, v_proj, down_proj] with feedforward: [down_proj]"
         )
         yield finding("model.adapter.targets", adapter.targets, reason, "model.adapter.method")
 

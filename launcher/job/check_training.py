@@ -32,6 +32,8 @@ def findings(job: Job) -> Iterator[Finding]:
     yield from _unfreeze(job)
     yield from _schedule(training)
     yield from _optimizer(training)
+    if training.needs_whole_matrices and job.parallel.engine == "deepspeed":
+        yield finding("training.optimizer", training.optimizer, CUT_FLAT, "parallel.engine")
     yield from _near_the_start(job)
     traits = tasks.find(job.model.task).traits
     if training.neftune_noise_alpha is not None and (traits.encoder_decoder or traits.unit != "token"):
@@ -99,6 +101,10 @@ def _near_the_start(job: Job) -> Iterator[Finding]:
         yield finding(key, near.alpha, reason, "training.learning_rate")
 
 
+CUT_FLAT = (
+    "works on matrices, by whole ones or by rows and columns, and ZeRO cuts parameters into flat pieces; write "
+    "parallel.engine: fsdp, or adamw"
+)
 _OF_OPTIMIZERS = {
     "moments": ("adamw", "adam"),
     "betas": ("adamw", "adam", "muon"),

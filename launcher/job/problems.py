@@ -78,9 +78,8 @@ def translate(error: ValidationError, content: dict[str, Any]) -> list[Problem]:
                 continue
             problems[key] = Problem(key, shown, _unknown(path, section))
         elif item["type"] == "missing" and deep:
-            problems[key] = Problem(
-                key, None, f"is missing: {docstring(section, _field_name(section, path[-1]))}"
-            )
+            about = " ".join(docstring(section, _field_name(section, path[-1])).split())
+            problems[key] = Problem(key, None, f"is missing: {about}")
         elif key not in problems or item["type"] == "value_error":
             value = _value(content, path)
             problems[key] = Problem(

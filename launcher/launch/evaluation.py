@@ -96,12 +96,15 @@ def _plan(job: Job, num_ranks: int | None) -> Plan:
 
 
 def evaluate_locally(request: Request, watcher: Watcher, resamples: int = 0) -> dict[str, Any]:
-    """Return {"before": metrics, "after": metrics, ...}, also written below the run. Raises the failure's
-    own class where the ranks failed.
+    """Return {"before": metrics, "after": metrics, ...}, also written below the run. Raises ConfigurationError
+    where there is nothing to measure on, and the failure's own class where the ranks failed.
 
     `resamples`: how often rows are drawn anew for intervals, by the seed of the job; 0 for none.
     """
     plan = request.plan
+    if plan.data.evaluation is None:
+        reason = "the job names no held-out rows; write --on FILE, or --set data.evaluation.path=FILE"
+        raise ConfigurationError(Problem("data.evaluation", None, reason))
     wanted = request.asked | {"resamples": resamples, "seed": plan.training.seed}
     result = ask(plan, "launcher.training.evaluate_entry", wanted, "evaluation.json", watcher)
     result |= {"on": request.on and str(request.on), "engine": plan.engine, "precision": plan.precision}
@@ -125,7 +128,7 @@ def estimate_fisher(request: Request, watcher: Watcher, num_rows: int) -> dict[s
     if plan.data.streaming:
         reason = "rows are drawn from all, and streamed ones are not known: --set data.streaming=false"
         raise ConfigurationError(Problem("--fisher", "data.streaming", reason))
-    suffix = "" if request.on is None else f"-{_name_of(request.on)}"
+    suffix = "" if request.on is None else f"-{file_name_of(request.on)}"
     if request.run is not None:
         file = request.run / "evaluations" / f"fisher-step-STEP{suffix}.safetensors"
     else:
@@ -140,7 +143,7 @@ def estimate_fisher(request: Request, watcher: Watcher, num_rows: int) -> dict[s
     return ask(plan, "launcher.training.fisher_entry", wanted, "fisher.json", watcher)
 
 
-def _name_of(on: Path) -> str:
+def file_name_of(on: Path) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", on.stem)[:80]
 
 
@@ -148,7 +151,7 @@ def _keep(request: Request, run: Path, result: dict[str, Any]) -> Path:
     """Write what was found into the run; one of the same step on the same rows is written over."""
     name = f"evaluate-step-{result['step']:08d}"
     if request.on is not None:
-        name += f"-{_name_of(request.on)}"
+        name += f"-{file_name_of(request.on)}"
     path = run / "evaluations" / f"{name}.json"
     try:
         make_directory(path.parent)

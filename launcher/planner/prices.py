@@ -19,14 +19,16 @@ def prices(texts: Iterable[str], where: str) -> dict[str, float]:
     Raises ConfigurationError for a text at `where` that is no price, and for an unknown GPU.
     """
     known: dict[str, float] = {}
-    for text in (part for together in texts for part in together.split(",")):
+    for whole, text in ((together, part) for together in texts for part in together.split(",")):
         name, _, amount = text.partition("=")
         try:
             price = float(amount)
         except ValueError:
             price = float("nan")
         if not isfinite(price) or price < 0:
-            raise ConfigurationError(Problem(where, text, "is no price; write NAME=AMOUNT, as h100-80gb=2.5"))
+            among = "" if text == whole else f", in {whole!r}, where commas stand between prices"
+            reason = f"is no price{among}; write NAME=AMOUNT, as h100-80gb=2.5"
+            raise ConfigurationError(Problem(where, text, reason))
         known["cpu" if name.strip() == "cpu" else gpu_type(name, where).key] = price
     return known
 

@@ -14,7 +14,9 @@ def in_words(device_hours: Mapping[str, float], prices: Mapping[str, float]) -> 
         kinds[kind] = kinds.get(kind, 0.0) + hours
     parts = [f"{_short(hours)} {kind}" for kind, hours in kinds.items()]
     spent = cost(device_hours, prices)
-    return ", ".join(parts if spent is None else [*parts, f"cost {spent:,.2f}"])
+    return ", ".join(
+        parts if spent is None else [*parts, f"cost {spent:,.2f}" if spent >= 0.1 else f"cost {spent:.2g}"]
+    )
 
 
 def _short(hours: float) -> str:

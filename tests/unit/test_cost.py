@@ -64,6 +64,7 @@ def test_hours_are_those_of_all_attempts_by_device(run: RunDirectory) -> None:
         ({"h100-80gb": 3.0, "l4": 1.0}, "4 GPU-hours, cost 6.50"),
         ({"h100-80gb": 1234.5, "cpu": 12.34}, "1,234 GPU-hours, 12.3 rank-hours"),
         ({"gpu": 1.0}, "1 GPU-hours"),
+        ({"l4": 0.0142}, "0.014 GPU-hours, cost 0.0071"),
     ],
 )
 def test_in_words(hours: dict[str, float], words: str) -> None:
@@ -107,6 +108,7 @@ def test_every_screen_says_it(
     [
         ("h100-80gb", "LAUNCHER_PRICE = 'h100-80gb': is no price"),
         ("cpu=-1", "is no price"),
+        ("cpu=0,05", "'05': is no price, in 'cpu=0,05', where commas stand between prices"),
         ("h99=1", "LAUNCHER_PRICE = 'h99': is not in the table"),
     ],
 )

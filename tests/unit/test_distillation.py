@@ -147,6 +147,17 @@ def test_layers_that_are_not_there_are_refused_by_the_plan(
     assert reason in problem.reason
 
 
+def test_a_teacher_without_classes_is_refused_by_the_plan(tmp_path: Path) -> None:
+    keys = {"model__task": "sequence-classification", "data__label": "label"}
+    path = write(tmp_path, "bert", **keys)
+    config = json.loads((tmp_path / "large" / "config.json").read_text())
+    (tmp_path / "large" / "config.json").write_text(
+        json.dumps(config | {"architectures": ["LlamaForCausalLM"]})
+    )
+    key, reason = refusal(path)
+    assert key == "distillation.teacher" and "no classification head" in reason
+
+
 def test_hidden_states_of_two_stacks_are_refused_by_the_plan(tmp_path: Path) -> None:
     path = write(tmp_path, distillation=TEACHER | {"hidden_states": {}})
     config = json.loads((tmp_path / "large" / "config.json").read_text())

@@ -17,6 +17,7 @@ from launcher.launch.evaluation import Request, estimate_fisher
 from launcher.launch.screen import Watcher
 from tests.unit.test_scheduling_local import plan
 
+LOCALLY = evaluation.evaluate_locally
 MEASURED_ON = Request.measured_on
 
 
@@ -75,6 +76,7 @@ def test_fisher_information_says_where_it_is(monkeypatch: pytest.MonkeyPatch) ->
     ("options", "reason"),
     [
         (["--on", "a/x.jsonl", "--on", "b/x.jsonl"], "two of the same name"),
+        (["--on", "a b.jsonl", "--on", "a-b.jsonl"], "two of the same name"),
         (["--on", "a.jsonl", "--on", "b.jsonl", "--plots"], "one set of rows at a time"),
         (["--rows", "8"], "goes with --fisher"),
         (["--fisher", "--bootstrap", "9"], "measures nothing; leave --bootstrap"),
@@ -106,3 +108,11 @@ def test_all_files_are_looked_for_before_anything_is_measured(
     (tmp_path / "rows.jsonl").write_text("{}")
     with pytest.raises(ConfigurationError, match=r"nowhere.*no such file"):
         answer("--on", str(tmp_path / "rows.jsonl"), "--on", str(tmp_path / name))
+
+
+def test_without_held_out_rows_nothing_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    bare = plan()
+    bare = bare.model_copy(update={"data": bare.data.model_copy(update={"evaluation": None})})
+    monkeypatch.setattr(evaluation, "ask", lambda *_: pytest.fail("started"))
+    with pytest.raises(ConfigurationError, match=r"names no held-out rows; write --on FILE"):
+        LOCALLY(Request(bare, Path("run"), None, None), Watcher())

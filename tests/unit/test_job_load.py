@@ -470,12 +470,18 @@ CONTRADICTIONS = [
     (CAUSAL, ["training.betas=[0.8, 0.9]", "training.optimizer=sgd"], "training.betas", "adamw, adam, muon"),
     (CAUSAL, ["training.epsilon=1e-6", "training.optimizer=adafactor"], "training.epsilon", "is adafactor"),
     (CAUSAL, ["training.momentum=0.5"], "training.momentum", "is a key of sgd, muon"),
+    (
+        CAUSAL,
+        ["training.optimizer=adafactor", "parallel.engine=deepspeed"],
+        "training.optimizer",
+        "write parallel.engine: fsdp, or adamw",
+    ),
     (CAUSAL, ["model.adapter.method=lora3"], "model.adapter.method", "lora or ia3"),
     (
         CAUSAL,
         ["model.adapter.method=ia3"],
         "model.adapter.targets",
-        "name them, as [k_proj, v_proj, down_proj]",
+        "name them, of a llama as [k_proj, v_proj, down_proj]",
     ),
     (CAUSAL, [f"{IA3}, rank: 8}}"], "model.adapter.rank", "IA3 has a vector for each layer; leave it out"),
     (CAUSAL, [f"{IA3}, dropout: 0.1}}"], "model.adapter.dropout", "of low-rank matrices"),
@@ -541,7 +547,9 @@ def test_what_ia3_multiplies_before_a_layer_is_one_of_its_targets() -> None:
     layers = ["model.layers.0.k_proj", "model.layers.0.down_proj"]
     one = Adapter(method="ia3", targets=("k_proj",), feedforward=("down_proj",))
     assert [problem.key for problem in one.unmatched(layers, layers)] == ["model.adapter.feedforward"]
-    assert "matches none of the targets; the nearest are k_proj" in one.unmatched(layers, layers)[0].reason
+    assert "name it in model.adapter.targets as well" in one.unmatched(layers, layers)[0].reason
+    other = one.model_copy(update={"feedforward": ("up_pro",)})
+    assert "matches no linear layer; the nearest are" in other.unmatched(layers, layers)[0].reason
     both = one.model_copy(update={"targets": ("k_proj", "down_proj")})
     assert not both.unmatched(layers, layers)
     assert [both.scales_input(name) for name in layers] == [False, True]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from launcher.cli.sweep import _leaderboard as show
 from launcher.errors import ConfigurationError, OutOfMemoryError, Stopped
 from launcher.job.load import load
 from launcher.launch import local
@@ -217,6 +218,23 @@ def test_the_leaderboard_says_what_was_given_up(job: Path, tmp_path: Path) -> No
     event(sweep.run(0).events_file, "halved", step=2, metric="loss")
     sweep.run(0).finished_file.touch()
     assert [line.state for line in leaderboard(sweep)] == ["given up", "not begun"] and sweep.left() == [1]
+
+
+def test_what_has_measured_nothing_has_no_place(
+    job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = Sweep.create(tmp_path / "sweep", job, [], [[], []], "loss", None)
+    show(sweep, as_json=False)
+    said = capsys.readouterr()
+    assert "no point has measured loss: held-out rows are named by data.evaluation" in said.err
+    assert [line.split()[:2] for line in said.out.splitlines()[1:]] == [["000", "not"], ["001", "not"]]
+    measured(sweep.run(1), (2, 3.0))
+    show(sweep, as_json=False)
+    said = capsys.readouterr()
+    assert not said.err and [line.split()[:2] for line in said.out.splitlines()[1:]] == [
+        ["1", "001"],
+        ["000", "not"],
+    ]
 
 
 def test_a_run_that_is_no_point_is_compared_with_nothing(job: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from launcher.job.check_training import CUT_FLAT
 from launcher.job.schema import EngineName, Job, Offload, Sharding
 from launcher.planner.decider import Decider
 
@@ -156,12 +157,7 @@ def _refuse_for_deepspeed(decider: Decider, sharding: Sharding, world_size: int,
     """Refuse what ZeRO cannot do; return the sharding that it does instead where that computes the same."""
     job, parallel, memory = decider.job, decider.job.parallel, decider.job.memory
     if job.training.needs_whole_matrices:
-        what = "whole matrices" if job.training.optimizer == "muon" else "rows and columns"
-        reason = (
-            f"works on {what}, and ZeRO cuts parameters into flat pieces; write "
-            "parallel.engine: fsdp, or adamw"
-        )
-        decider.refuse("training.optimizer", job.training.optimizer, reason)
+        decider.refuse("training.optimizer", job.training.optimizer, CUT_FLAT)
     if parallel.replicate > 1:
         reason = (
             "ZeRO cuts over all ranks; leave it out, write parallel.engine: fsdp, or keep a copy on each "

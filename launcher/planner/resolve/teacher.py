@@ -26,6 +26,9 @@ def settle(decider: Decider) -> Distillation | None:
     distillation = decider.job.distillation
     if distillation is None:
         return None
+    if _lacks_head(decider.job.model, distillation):
+        reason = "it has no classification head, so that it has nothing to teach"
+        decider.refuse("distillation.teacher", distillation.teacher, reason)
     if distillation.hidden_states is not None:
         decider.problems += _hidden_states(decider.job.model, distillation)
     run = RunDirectory(Path(distillation.teacher).parent)
@@ -54,6 +57,16 @@ def settle(decider: Decider) -> Distillation | None:
         has = ", ".join(map(str, steps[-6:]))
         decider.refuse(_KEY, distillation.checkpoint, f"{run.path.name} has no such checkpoint; it has {has}")
     return distillation
+
+
+def _lacks_head(model: Model, distillation: Distillation) -> bool:
+    """Return whether a teacher of classes is of a class without them, as far as its config is here and says."""
+    head = getattr(tasks.find(model.task), "head_name", None)
+    teacher = (
+        config_of(Model(name=distillation.teacher, revision=distillation.revision, task=model.task)) or {}
+    )
+    known = () if teacher.get("auto_map") else teacher.get("architectures") or ()
+    return bool(head and known) and not any(str(name).endswith(f"For{head}") for name in known)
 
 
 def _hidden_states(model: Model, distillation: Distillation) -> tuple[Problem, ...]:
