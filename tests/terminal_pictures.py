@@ -71,7 +71,8 @@ class Terminal:
         size = ("-x", str(columns), "-y", str(rows))
         shell = ("bash", "--norc", "--noprofile")
         command = ("-f", "/dev/null", "new-session", "-d", *size, "-c", str(folder), *given, *shell)
-        subprocess.run([*self._tmux, *command], check=True)
+        # tmux starts commands by the user's shell, whose files may change what is given here.
+        subprocess.run([*self._tmux, *command], check=True, env={**os.environ, "SHELL": "/bin/sh"})
         self.wait(lambda: "$" in self.seen())
 
     def __enter__(self) -> Self:
