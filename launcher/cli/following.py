@@ -41,7 +41,7 @@ class Following:
             self._waiting_since = None
             return state == "finished"
         now = time.monotonic()
-        if self._waiting_since is None or self._has_job(now):
+        if self._has_job(now) or self._waiting_since is None:
             self._waiting_since = now
         return now - self._waiting_since >= WAIT_SECONDS
 
