@@ -27,7 +27,9 @@ def predict(
     ],
     output: Annotated[
         Path,
-        typer.Option("--output", metavar="FILE", help="A new .jsonl file: an answer for each row, in order."),
+        typer.Option(
+            "--output", "--out", metavar="FILE", help="A new .jsonl file: an answer for each row, in order."
+        ),
     ],
     job: JobOfModel = None,
     checkpoint: Checkpoint = None,

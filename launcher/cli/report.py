@@ -28,6 +28,7 @@ Output = Annotated[
     Path | None,
     typer.Option(
         "--output",
+        "--out",
         "-o",
         metavar="FILE",
         help="Where to write it. [default: report.html in the run or sweep; of several runs, here]",

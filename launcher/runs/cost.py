@@ -7,16 +7,17 @@ from collections.abc import Mapping
 
 def in_words(device_hours: Mapping[str, float], prices: Mapping[str, float]) -> str:
     """Return the hours of all devices of each kind, of CPUs those of the ranks, and what they cost where that is
-    known: `3.2 GPU-hours, cost 8.00`."""
+    known: `3.2 GPU-hours, cost 8.00`. Where some have a price, those without are named."""
     kinds: dict[str, float] = {}
     for device, hours in device_hours.items():
         kind = "rank-hours" if device in ("", "cpu") else "GPU-hours"
         kinds[kind] = kinds.get(kind, 0.0) + hours
     parts = [f"{_short(hours)} {kind}" for kind, hours in kinds.items()]
-    spent = cost(device_hours, prices)
-    return ", ".join(
-        parts if spent is None else [*parts, f"cost {spent:,.2f}" if spent >= 0.1 else f"cost {spent:.2g}"]
-    )
+    if (spent := cost(device_hours, prices)) is not None:
+        parts.append(f"cost {spent:,.2f}" if spent >= 0.1 else f"cost {spent:.2g}")
+    elif prices and (missing := sorted(filter(None, device_hours.keys() - prices.keys()))):
+        parts.append(f"no price of {', '.join(missing)}")
+    return ", ".join(parts)
 
 
 def _short(hours: float) -> str:

@@ -59,11 +59,11 @@ def test_hours_are_those_of_all_attempts_by_device(run: RunDirectory) -> None:
     ("hours", "words"),
     [
         ({}, ""),
-        ({"cpu": 0.0123}, "0.012 rank-hours"),
+        ({"cpu": 0.0123}, "0.012 rank-hours, no price of cpu"),
         ({"": 2.0}, "2 rank-hours"),
         ({"h100-80gb": 3.0, "l4": 1.0}, "4 GPU-hours, cost 6.50"),
-        ({"h100-80gb": 1234.5, "cpu": 12.34}, "1,234 GPU-hours, 12.3 rank-hours"),
-        ({"gpu": 1.0}, "1 GPU-hours"),
+        ({"h100-80gb": 1234.5, "cpu": 12.34}, "1,234 GPU-hours, 12.3 rank-hours, no price of cpu"),
+        ({"gpu": 1.0}, "1 GPU-hours, no price of gpu"),
         ({"l4": 0.0142}, "0.014 GPU-hours, cost 0.0071"),
     ],
 )
