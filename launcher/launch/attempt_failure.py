@@ -47,7 +47,7 @@ def write_failure(run: RunDirectory, number: int, failure: Failure) -> None:
 def find_failure(run: RunDirectory, number: int, end: End, plan: Plan, out_of_memory_killer: bool) -> Failure:
     """Return the failure that ended an attempt: of those that asked for its end, of a rank, or of the agent."""
     directory = run.attempt(number)
-    if forced := forced_failure(end, plan, directory):
+    if forced := forced_failure(end, plan, directory, run.is_scratch):
         return forced
     failure = failures.first(directory, out_of_memory_killer, end.failures, end.exits)
     if failure is not None:
@@ -64,12 +64,14 @@ def find_failure(run: RunDirectory, number: int, end: End, plan: Plan, out_of_me
     return failure_of_agent(classify_text(last), f"{last.removesuffix(':')} (see {shown(log)})")
 
 
-def forced_failure(end: End, plan: Plan, directory: Path) -> Failure | None:
-    """Return the failure of ranks that hung, or did not leave in time after a stop was asked for."""
+def forced_failure(end: End, plan: Plan, directory: Path, is_scratch: bool = False) -> Failure | None:
+    """Return the failure of ranks that hung, or did not leave in time after a stop was asked for. Of a run that
+    `is_scratch` nothing is saved, and its directory is gone soon."""
     if end.forced == "hung":
         return end.hung
     if end.forced == "second interrupt":
-        return failure_of_agent(Stopped, "ended by a second Ctrl-C; nothing more was saved", FORCED_EXIT)
+        more = "" if is_scratch else "; nothing more was saved"
+        return failure_of_agent(Stopped, f"ended by a second Ctrl-C{more}", FORCED_EXIT)
     if end.forced != "grace":
         return None
     seconds = plan.grace_seconds if end.grace_seconds is None else end.grace_seconds
@@ -77,16 +79,17 @@ def forced_failure(end: End, plan: Plan, directory: Path) -> Failure | None:
         f"{seconds:.0f} s of grace "
         f"({'cluster.grace' if seconds == plan.grace_seconds else 'what Slurm leaves'})"
     )
-    cause = f"{end.signal_name}: the ranks had not saved and left after {given} and were ended"
+    done = "left" if is_scratch else "saved and left"
+    cause = f"{end.signal_name}: the ranks had not {done} after {given} and were ended"
     if end.stopped:
         held = "ranks" if len(end.stopped) > 1 else "rank"
         cause += (
             f"; {held} {', '.join(map(str, end.stopped))} did not run: stopped by a signal (SIGSTOP) or a "
             "debugger"
         )
-    return failure_of_agent(
-        Stopped, f"{cause}; their stacks are in {shown(directory)}/rank-*.log", FORCED_EXIT
-    )
+    if not is_scratch:
+        cause += f"; their stacks are in {shown(directory)}/rank-*.log"
+    return failure_of_agent(Stopped, cause, FORCED_EXIT)
 
 
 def failure_of_agent(kind: type[LauncherError], cause: str, exit_code: int | None = None) -> Failure:

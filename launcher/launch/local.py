@@ -30,8 +30,6 @@ from launcher.runs.status import has_learned, last_step
 from launcher.runs.tail import last_record
 from launcher.runs.wording import shown
 
-REQUEST = "request.json"
-"""What a command asks of its ranks, in a directory of its own."""
 _OF_THE_JOB = {ConfigurationError.failure_class, DataError.failure_class}
 """Failures that come again, whoever goes on, until the job or its data are mended."""
 _LONG_SECONDS = 60.0
@@ -79,11 +77,6 @@ def run(
             code = conclude(run, plan, number, end, screen, oom_kills() > killed_before, signals)
             screen.close(code, _SHORT_SECONDS if signals.first else _LONG_SECONDS, signals.insisted)
         return code
-
-
-def is_scratch(run: RunDirectory) -> bool:
-    """Return whether it is the directory of a command (evaluate, predict) that nobody can go on with later."""
-    return (run.path / REQUEST).is_file()
 
 
 def conclude(
@@ -144,7 +137,7 @@ def outcome(
         end.events.add("stopped")
     if "stopped" in end.events:
         words = "stopped; the script goes on from what it saved itself" if plan.script else _stopped(run)
-        screen.say(words if is_scratch(run) else f"{words}; go on with: launcher resume {shown(run.path)}")
+        screen.say(words if run.is_scratch else f"{words}; go on with: launcher resume {shown(run.path)}")
         return Stopped.exit_code
     failure = find_failure(run, number, end, plan, out_of_memory_killer)
     failure = dataclasses.replace(failure, step=last_step(run))
@@ -225,7 +218,7 @@ def _stopped(run: RunDirectory) -> str:
     record = last_record(run.events_file, lambda record: record.get("event") == "stopped") or {}
     if line := record.get("line"):
         return str(line)
-    if is_scratch(run):
+    if run.is_scratch:
         return "stopped before anything was done"
     if reason := record.get("reason"):
         kept = (
@@ -240,7 +233,7 @@ def _stopped(run: RunDirectory) -> str:
 def going_on(run: RunDirectory, plan: Plan, failure: Failure) -> tuple[str, str]:
     """Return what to type next, and why. After out of memory, with the first change that makes a rank need
     less, where one is known."""
-    if is_scratch(run):
+    if run.is_scratch:
         return "", ""
     if failure.failure_class in _OF_THE_JOB and not has_learned(run) and not plan.script:
         return "", "nothing was learned yet: mend it, and launcher run begins the job anew"

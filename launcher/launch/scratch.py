@@ -28,7 +28,7 @@ def ask(plan: Plan, module: str, request: dict[str, Any], answer: str, watcher: 
         if plan.engine == "deepspeed":
             scratch.rendered.mkdir()
             write_atomically(scratch.rendered / "ds_config.json", json.dumps(deepspeed.config(plan)) + "\n")
-        write_atomically(scratch.path / local.REQUEST, json.dumps(request))
+        write_atomically(scratch.request_file, json.dumps(request))
         code = local.run(scratch, plan, watcher, entry=module)
         if code != 0:
             _raise(scratch, code)

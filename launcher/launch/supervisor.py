@@ -189,8 +189,10 @@ class Supervisor:
         if self.leads:
             fields = {"signal": name, "grace_seconds": round(seconds, 1)}
             self.disk.write(functools.partial(event, self.run.events_file, "stopping", **fields))
-            again = "; Ctrl-C again ends it at once, without saving" if name == "SIGINT" else ""
-            self.screen.say(f"{name}: saving at the next step, then leaving, within {seconds:.0f} s{again}")
+            saves = not self.run.is_scratch
+            again = f"; Ctrl-C again ends it at once{', without saving' * saves}" if name == "SIGINT" else ""
+            how = "saving at the next step, then leaving" if saves else "leaving"
+            self.screen.say(f"{name}: {how}, within {seconds:.0f} s{again}")
         self.disk.written(_GRACE_FILE_SECONDS)
 
     def _say_trouble(self) -> None:

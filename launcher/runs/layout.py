@@ -139,6 +139,16 @@ class RunDirectory:
         return self.path / "FINISHED"
 
     @property
+    def request_file(self) -> Path:
+        """Return where a command as evaluate or predict says what is asked of the ranks."""
+        return self.path / "request.json"
+
+    @property
+    def is_scratch(self) -> bool:
+        """Return whether it is the directory of such a command, that nobody can go on with later."""
+        return self.request_file.is_file()
+
+    @property
     def run_id_file(self) -> Path:
         return self.path / "run_id"
 

@@ -240,6 +240,24 @@ def test_a_disk_that_hangs_is_said_once_and_holds_up_no_signal(
     ]
 
 
+def test_a_command_that_saves_nothing_says_so_when_it_is_stopped(run: RunDirectory) -> None:
+    """As evaluate and predict, whose directory is gone with them."""
+    run.request_file.write_text("{}")
+    heard, signals = Heard(), Signals()
+    supervisor = Supervisor(run, attempt_directory(run)[0], 30.0, Screen(heard), signals)
+    signals.received.append((signal.SIGINT, time.monotonic()))
+    supervisor._stop_politely()
+    supervisor.screen.close(0, 60)
+    assert heard.lines == ["SIGINT: leaving, within 30 s; Ctrl-C again ends it at once"]
+    for forced, words in (
+        ("grace", "SIGINT: the ranks had not left after 30 s"),
+        ("second interrupt", "Ctrl-C"),
+    ):
+        end = End(0, forced, "SIGINT")  # type: ignore[arg-type]
+        found = attempt_failure.find_failure(run, 1, end, plan(), False)
+        assert words in found.cause and "saved" not in found.cause and "rank-*.log" not in found.cause
+
+
 def test_what_ranks_tell_without_the_disk_is_said_and_counts(run: RunDirectory) -> None:
     heard = Heard()
     supervisor = Supervisor(run, attempt_directory(run)[0], 30.0, Screen(heard))
