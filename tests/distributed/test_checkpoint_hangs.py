@@ -111,6 +111,6 @@ def test_failures_name_rank_and_file_and_the_second_in_a_row_goes_past_the_disk(
     assert record["say"] == (
         "warning: 2 saves in a row have failed, the last one at step 3 (rank 1: Input/output error "
         "(__1_0.distcp)); "
-        "nothing is saved since step 1; training goes on"
+        "nothing is saved since step 1"  # and nothing goes on meanwhile: these saves are waited for
     )
     notices.close()

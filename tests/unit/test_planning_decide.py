@@ -449,7 +449,7 @@ def test_stages_of_deepspeed(shard: str, stage: int) -> None:
         (
             {**DEEPSPEED, "training__optimizer": "adafactor"},
             "training.optimizer",
-            "works on rows and columns, and ZeRO cuts parameters into flat pieces; write parallel.engine: fsdp",
+            "works on matrices, by whole ones or by rows and columns, and ZeRO cuts parameters into flat pieces",
         ),
         (
             {"training__optimizer": "adafactor", "memory__offload": "parameters", "parallel__engine": "fsdp"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections import Counter
 from typing import Any
 
@@ -18,7 +19,10 @@ def figures(done: dict[str, Any], every: int) -> dict[str, Any]:
         for piece in done["pieces"]
     ]
     kinds = Counter(entry["kind"] for piece in done["pieces"] for entry in piece["injections"])
-    broken = [piece | {"injections": len(piece["injections"])} for piece in done["broken"]]
+    broken = [
+        piece | {"injections": len(piece["injections"]), "why": re.sub(r"/\S+/", "", piece["why"])}
+        for piece in done["broken"]
+    ]
     return {"kinds": kinds, "pieces": pieces, "broken": broken}
 
 
