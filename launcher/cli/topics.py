@@ -20,7 +20,7 @@ from launcher.errors import ConfigurationError, Problem
 PAGES = Path(__file__).parents[1] / "pages"
 _INDEX_END = "To change it:"
 _BELOW = re.compile(r"^- `([\w.]+)`: (.*)$", re.MULTILINE)
-"""What of a key is too long for its row."""
+"""A line below a table of the reference, with the rest of a key whose row is full."""
 _INDEX_LINE = re.compile(r"^- \[([^\]]+)\]\(((?:reference/)?[\w-]+\.md)\)(?:: (.*))?$", re.MULTILINE)
 _FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 _HEADING = re.compile(r"^(#{2,4}) (.*)$", re.MULTILINE)

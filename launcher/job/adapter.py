@@ -45,8 +45,8 @@ class Adapter(Section):
     """Which linear layers get one: all of the repeated layers, or those whose name, or the end of it, matches
     a pattern, as `q_proj`. `ia3` needs a list."""
     feedforward: tuple[Line, ...] = ()
-    """Of `ia3`: those targets of which what goes in is multiplied, and not what comes out, as `down_proj`: the
-    last layer of a feed-forward part."""
+    """The targets of `ia3` whose input is multiplied, and not their output, as `down_proj`: the last layer of a
+    feed-forward part."""
     train_also: tuple[Line, ...] = ()
     """Patterns of parameter names that are trained in full beside them, as `model.norm.*`; a new head is so
     in any case."""

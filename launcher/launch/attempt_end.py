@@ -21,14 +21,14 @@ class End:
     signal_name: str = ""
     events: set[str] = field(default_factory=set)
     grace_seconds: float | None = None
-    """What the ranks were given from the signal on, if one came."""
+    """Seconds that the ranks were given from the signal on, if one came."""
     failures: list[Failure] = field(default_factory=list)
     exits: list[dict[str, Any]] = field(default_factory=list)
     """How ranks failed and ended, as they and the agent told it without the disk."""
     lost: str = ""
     """Why the run directory was not there in the end; empty where it was."""
     place: Path | None = None
-    """Where it is now, if it was renamed."""
+    """The run directory's place now, if it was renamed."""
     is_disk_stuck: bool = False
     """Whether the run's disk did not even answer to a last look."""
     hung: Failure | None = None

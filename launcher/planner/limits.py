@@ -14,7 +14,7 @@ CHUNK_ELEMENTS_OF_GPU = 1 << 26
 """On a GPU: 256 MiB in fp32. Each chunk reads the whole output matrix, which fewer positions would not pay for;
 four times as many would take 4.3 GB with a vocabulary of 128k, much beside a card of 24 GB."""
 WIDENED_MOMENTS = 1 << 24
-"""Of moments in bf16: how many of each are in fp32 at a time as a step is taken, 64 MiB of each."""
+"""Numbers of a moment in bf16 that a step has in fp32 at a time: 64 MiB."""
 WIDENED_AT_MOST = 1024
 """Tokens of the longest packed sample whose attention's backward pass a CPU computes in fp32, in half precision.
 The fused kernel's own in bf16 takes up to four times as long on short samples, and no less up to here

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from transformers import Adafactor
 
 from launcher.errors import ConfigurationError
@@ -16,6 +15,7 @@ from launcher.job.schema import Training
 from launcher.training import adafactor
 from launcher.training import optimizer as optimizers
 from launcher.training.checkpoint.foreign.names import expected
+from tests.training.given_gradients import stepped, stepped_whole
 from tests.training.plans import plan_of
 from tests.training.ranks import on_ranks
 from tests.training.runs import (
@@ -46,24 +46,10 @@ def values(seed: int) -> list[torch.Tensor]:
     return made
 
 
-def stepped(copies: int = 1) -> list[torch.Tensor]:
-    """Three steps with given gradients, cut over this group; all of the tensors after them."""
-    size = torch.distributed.get_world_size()
-    mesh = init_device_mesh("cpu", (copies, size // copies), mesh_dim_names=("replicate", "shard"))
-
-    def cut(whole: torch.Tensor) -> torch.Tensor:
-        return distribute_tensor(whole, mesh, [Replicate(), Shard(0)])
-
-    parameters = [nn.Parameter(cut(value)) for value in values(0)]
-    group = {"params": parameters, "weight_decay": 0.1, "kind": "adafactor", "stage": 0, "scale": 1.0}
+def make(group: dict[str, Any]) -> adafactor.Adafactor:
     optimizer = adafactor.Adafactor([group], 0.02)
     optimizers.make_states(optimizer, Training(optimizer="adafactor"))
-    for step in range(3):
-        for parameter, gradient in zip(parameters, values(1 + step), strict=True):
-            parameter.grad = cut(gradient)
-        optimizers.set_learning_rate(optimizer, 0.02 / (step + 1))
-        optimizer.step()
-    return [parameter.full_tensor().detach() for parameter in parameters]  # type: ignore[attr-defined]
+    return optimizer
 
 
 @pytest.mark.parametrize(
@@ -72,14 +58,10 @@ def stepped(copies: int = 1) -> list[torch.Tensor]:
 def test_it_steps_as_transformers_own_on_whole_tensors(world_size: int, copies: int) -> None:
     parameters = [nn.Parameter(value) for value in values(0)]
     theirs = Adafactor(parameters, lr=0.02, weight_decay=0.1, scale_parameter=False, relative_step=False)
-    for step in range(3):
-        for parameter, gradient in zip(parameters, values(1 + step), strict=True):
-            parameter.grad = gradient
-        theirs.param_groups[0]["lr"] = 0.02 / (step + 1)
-        theirs.step()
-    for ours in on_ranks(world_size, stepped, copies):
-        for one, other in zip(ours, parameters, strict=True):
-            torch.testing.assert_close(one, other.detach(), rtol=0, atol=1e-6)
+    wanted = stepped_whole(theirs, values)
+    for ours in on_ranks(world_size, stepped, make, "adafactor", values, copies):
+        for one, other in zip(ours, wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
 
 def test_two_ranks_end_where_one_does_with_rows_and_columns_for_state(tmp_path: Path) -> None:

@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from launcher.job.schema import Training
 from launcher.training import optimizer as optimizers
 from launcher.training.muon import MuonAndAdamW
+from tests.training.given_gradients import stepped, stepped_whole
 from tests.training.plans import plan_of
 from tests.training.ranks import on_ranks
 from tests.training.runs import batch_of, causal_data, curve, finish, model_directory, new_run, plan_for
@@ -32,24 +31,10 @@ def values(seed: int) -> list[torch.Tensor]:
     return [torch.randn(shape, generator=generator) for shape in SHAPES]
 
 
-def stepped(copies: int = 1) -> list[torch.Tensor]:
-    """Three steps with given gradients, cut over this group; all of the matrices after them."""
-    size = torch.distributed.get_world_size()
-    mesh = init_device_mesh("cpu", (copies, size // copies), mesh_dim_names=("replicate", "shard"))
-
-    def cut(whole: torch.Tensor) -> torch.Tensor:
-        return distribute_tensor(whole, mesh, [Replicate(), Shard(0)])
-
-    parameters = [nn.Parameter(cut(value)) for value in values(0)]
-    group = {"params": parameters, "weight_decay": 0.1, "kind": "muon", "stage": 0, "scale": 1.0}
+def make(group: dict[str, Any]) -> MuonAndAdamW:
     optimizer = MuonAndAdamW([group], Training(**SETTINGS))
     optimizers.make_states(optimizer, Training(**SETTINGS))
-    for step in range(3):
-        for parameter, gradient in zip(parameters, values(1 + step), strict=True):
-            parameter.grad = cut(gradient)
-        optimizers.set_learning_rate(optimizer, 0.02 / (step + 1))
-        optimizer.step()
-    return [parameter.full_tensor().detach() for parameter in parameters]  # type: ignore[attr-defined]
+    return optimizer
 
 
 @pytest.mark.parametrize(
@@ -60,14 +45,10 @@ def test_it_steps_as_pytorchs_own_on_whole_matrices(world_size: int, copies: int
     theirs = torch.optim.Muon(
         parameters, lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"
     )
-    for step in range(3):
-        for parameter, gradient in zip(parameters, values(1 + step), strict=True):
-            parameter.grad = gradient
-        theirs.param_groups[0]["lr"] = 0.02 / (step + 1)
-        theirs.step()
-    for ours in on_ranks(world_size, stepped, copies):
-        for one, other in zip(ours, parameters, strict=True):
-            torch.testing.assert_close(one, other.detach(), rtol=0, atol=1e-6)
+    wanted = stepped_whole(theirs, values)
+    for ours in on_ranks(world_size, stepped, make, "muon", values, copies):
+        for one, other in zip(ours, wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
 
 def test_matrices_of_layers_are_muons_and_all_else_is_adamws(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ class _Hidden:
     kept: int = 0
     """From the loss until it has gone backward."""
     waiting: int = 0
-    """Of those, gradients of hidden states until their layers are reached."""
+    """Gradients of hidden states among them, until their layers are reached."""
     states: int = 0
     """The teacher's, of every layer, while it is asked."""
     squares: int = 0
