@@ -99,6 +99,9 @@ class Piece:
                 (kept / "story.txt").write_text(run.story(), encoding="utf-8")
                 for log in cluster.directory.rglob("*.log"):
                     shutil.copy(log, kept / log.name)
+                for things in ("job", "nodes"):
+                    with contextlib.suppress(RuntimeError):
+                        (kept / f"{things}.txt").write_text(cluster.run("scontrol", "show", things))
                 raise
 
     @contextlib.contextmanager
