@@ -14,7 +14,7 @@ from launcher.cli.output import print_json, print_table
 from launcher.cli.plan import AsJson, NumRanks
 
 if TYPE_CHECKING:
-    from launcher.sweep.leaderboard import Line
+    from launcher.sweep.line import Line
     from launcher.sweep.sweep import Sweep
 
 What = Annotated[

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from launcher.report.content import RunContent
 
 if TYPE_CHECKING:
-    from launcher.sweep.leaderboard import Line
+    from launcher.sweep.line import Line
 
 _NAMES_ITSELF = ("name",)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.errors import ConfigurationError, Problem
@@ -12,29 +11,8 @@ from launcher.metrics import cost
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.status import read_status
 from launcher.runs.totals import Totals
+from launcher.sweep.line import Line
 from launcher.sweep.sweep import Sweep, as_yaml
-
-
-@dataclass(frozen=True)
-class Line:
-    """One point. `value` is the metric of its last evaluation; None before the first."""
-
-    point: int
-    overrides: tuple[str, ...]
-    state: str
-    step: int
-    total_steps: int | None
-    value: float | None
-    best: float | None
-    """Of all its evaluations."""
-    best_step: int | None
-    failure_class: str | None = None
-    """The class of its last attempt's failure, where that failed."""
-
-    @property
-    def values(self) -> dict[str, str]:
-        """Return what it tried, by key."""
-        return dict(text.partition("=")[::2] for text in self.overrides)
 
 
 def leaderboard(sweep: Sweep) -> list[Line]:

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.errors import DivergedError
 from launcher.metrics import Better
+from launcher.sweep.line import Line
 from launcher.sweep.space import Range, Space, value_text
 
 if TYPE_CHECKING:
     import optuna
-
-    from launcher.sweep.leaderboard import Line
 
 
 @dataclass(frozen=True)

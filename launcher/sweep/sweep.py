@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -22,12 +22,10 @@ from launcher.planner.memory.profiles import Profiles
 from launcher.planner.plan import Plan
 from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.successive_halving import SWEEP_FILE, better_of
+from launcher.sweep.line import Line
 from launcher.sweep.search import Search
 from launcher.sweep.space import written
 from launcher.tasks.mixed import measured, not_measured
-
-if TYPE_CHECKING:
-    from launcher.sweep.leaderboard import Line
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from launcher.values import Section
 if TYPE_CHECKING:
     import numpy as np
 
-    from launcher.tasks.task import Sample
+    from launcher.tasks.sample import Sample
 else:
     np = Lazy("numpy")
 

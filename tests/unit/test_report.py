@@ -27,7 +27,7 @@ from launcher.runs.layout import RunDirectory
 from launcher.runs.series import Series, thin
 from launcher.runs.versions import versions
 from launcher.runs.wording import gib, size
-from launcher.sweep.leaderboard import Line
+from launcher.sweep.line import Line
 from tests.unit.long_run import long_run, step_line, write_events
 from tests.unit.report_runs import BEGAN, HOSTILE, a_run, a_sweep, step_record, write_metrics, write_report
 
