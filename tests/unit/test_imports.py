@@ -171,15 +171,14 @@ def test_commands_import_the_rest_only_when_called(path: Path) -> None:
 def circle(sources: dict[str, str]) -> list[str]:
     """The modules of one circle of imports; none where there is none. Those in functions and those for type
     checkers count: a reader follows them all."""
-    graph = {}
+    graph: dict[str, set[str]] = {}
     for name, source in sources.items():
-        graph[name] = {
+        graph[name] = set()
+        for node in ast.walk(ast.parse(source)):
+            imported = modules(iter([node])) & set(sources)
             # A package that a module is taken out of is no import of what its __init__ defines.
-            module
-            for node in ast.walk(ast.parse(source))
-            for module in (inner := modules(iter([node])) & set(sources))
-            if not any(other.startswith(f"{module}.") for other in inner)
-        }
+            packages = {module.rpartition(".")[0] for module in imported}
+            graph[name] |= imported - packages
     try:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
