@@ -93,6 +93,16 @@ def test_what_is_nobodys_fault_is_free(end: str) -> None:
     assert decide([failed("rank-lost"), *[attempt(end)] * 5], True, 2).again
 
 
+@pytest.mark.parametrize("end", ["node lost", "requeued"])
+def test_what_takes_its_nodes_down_each_time_is_not_begun_for_ever(end: str) -> None:
+    lost = [attempt(end)] * 10
+    decision = decide(lost, True, 3)
+    assert not decision.again and decision.reason.startswith("its nodes were lost 10 times in a row")
+    assert decide([attempt("preempted"), *lost[1:]], True, 3).again
+    assert decide([*lost[1:], attempt(end, 0, 5)], True, 3).again, "something was saved"
+    assert decide(lost, True, 11).again, "cluster.attempts_without_progress says more"
+
+
 def test_a_time_limit_in_which_nothing_is_saved_counts() -> None:
     assert decide([attempt("time limit", 5, 5)] * 9, True, 2).again
     decision = decide([attempt("time limit")] * 2, True, 2)

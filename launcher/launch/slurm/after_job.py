@@ -11,26 +11,33 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from launcher.errors import LauncherError, RunInUseError, SchedulerError
 from launcher.launch.cutting import cut
 from launcher.launch.slurm import queue
-from launcher.launch.slurm.allocation import Allocation, find_attempt, read_assignment
-from launcher.launch.slurm.client import call, patiently
+from launcher.launch.slurm.allocation import (
+    Allocation,
+    find_attempt,
+    has_gone_on,
+    is_claimed,
+    read_assignment,
+)
 from launcher.launch.slurm.history import TERMINATED, attempts, read_outcome, write_outcome
 from launcher.launch.slurm.policy import Decision, decide
 from launcher.launch.slurm.record import JobRecord
+from launcher.launch.slurm.requeue import ask, exclusion, meaning, put_back
 from launcher.planner.plan import Plan
+from launcher.runs.aside import within
 from launcher.runs.events import event
 from launcher.runs.layout import RunDirectory
 from launcher.runs.records import parse
 from launcher.runs.tail import lines_backwards
 
 _SECONDS_TO_ASK = 60.0
-_SECONDS_TO_EXCLUDE = 5.0
+_SECONDS_TO_WRITE = 30.0
 _MAY_BE_A_NODE = ("failed", "lost", "requeued", "signal")
 """Ends behind which there may be a node that died."""
 _SOMETHING_ELSE = ("started", "requeued", "training", "evaluated", "saved", "stopped", "failed")
@@ -52,6 +59,9 @@ def main(arguments: list[str]) -> int:
         return status or 1
     if run.finished:
         return 0
+    if has_gone_on(run, allocation):
+        print("the job has begun anew on other nodes: this one leaves the run alone", flush=True)
+        return status
     number = find_attempt(run, allocation)
     if number is None:
         return _never_began(run, allocation, status)
@@ -60,7 +70,8 @@ def main(arguments: list[str]) -> int:
     down = _nodes_lost(run, number) if end in _MAY_BE_A_NODE else []
     end = "node lost" if down else end
     kept = {key: value for key, value in outcome.items() if key not in ("end", "step_after", "time")}
-    write_outcome(run, number, end, **kept | ({"nodes_lost": down} if down else {}))
+    more = kept | ({"nodes_lost": down} if down else {})
+    _write(lambda: write_outcome(run, number, end, **more))
     slurm = Plan.read(run.plan_file).slurm
     decision = decide(attempts(run), slurm.requeue, slurm.attempts_without_progress)
     if not decision.again and slurm.requeue and (smaller := cut(run, here=False)):
@@ -90,32 +101,25 @@ def _nodes_lost(run: RunDirectory, number: int) -> list[str]:
 
 def _never_began(run: RunDirectory, allocation: Allocation, status: int) -> int:
     """Before an attempt had begun: a set-up line failed, or Slurm took the nodes back. That is free; a time
-    limit not for ever."""
+    limit, and what a run met that had begun before, not for ever."""
     end = _meaning(allocation, TERMINATED)
-    reason = f"{end} before it had begun"
-    if end in ("preempted", "requeued"):
+    reason, otherwise = f"{end} before it had begun", ""
+    if end in ("preempted", "requeued", "node lost"):
         return _act(run, allocation, Decision(True, reason), end, status)
-    if end == "time limit":
-        slurm = Plan.read(run.plan_file).slurm
-        again = slurm.requeue and _times_in_a_row(run, reason) + 1 < slurm.attempts_without_progress
-        return _act(
-            run,
-            allocation,
-            Decision(again, reason if again else f"{reason}: raise cluster.time_limit"),
-            end,
-            status,
-        )
-    if status == RunInUseError.exit_code:
+    if end == "cancelled":
+        return _act(run, allocation, Decision(False, end), end, status)
+    if status == RunInUseError.exit_code and not is_claimed(run, allocation):
         print("another job of this run is there; this one leaves it alone", flush=True)
         return status
-    end_in_words = (
-        "cancelled"
-        if end == "cancelled"
-        else f"ended with code {status} before an attempt began: see the job's output"
-    )
-    event(run.events_file, "gave_up", job=allocation.job_id, reason=end_in_words)
-    print(end_in_words, flush=True)
-    return status or 1
+    slurm, may_be_chance = Plan.read(run.plan_file).slurm, True
+    if end == "time limit":
+        otherwise = f"{reason}: raise cluster.time_limit"
+    else:
+        reason = f"ended with code {status} before an attempt began: see the job's output"
+        may_be_chance = run.last_attempt() > 0 or status == RunInUseError.exit_code
+    bound = slurm.attempts_without_progress
+    again = slurm.requeue and may_be_chance and _times_in_a_row(run, reason) + 1 < bound
+    return _act(run, allocation, Decision(again, reason if again else otherwise or reason), end, status or 1)
 
 
 def _times_in_a_row(run: RunDirectory, reason: str) -> int:
@@ -134,70 +138,55 @@ def _meaning(allocation: Allocation, end: str) -> str:
     """Return what Slurm meant by a SIGTERM: it tells by the state of the job."""
     if end not in (TERMINATED, "lost", "failed"):
         return end
-    known = {}
-    with contextlib.suppress(LauncherError):
-        known = queue.record(allocation.raw_job_id)
-    state = known.get("JobState", "")
-    if state == "PREEMPTED" or known.get("PreemptTime", "None") not in ("None", "N/A", ""):
-        return "preempted"
-    if state == "TIMEOUT" or known.get("Reason") == "TimeLimit":
-        return "time limit"
-    if (
-        state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "NODE_FAIL")
-        or int(known.get("Restarts", "0")) > allocation.restart
-    ):
-        return "node lost" if state == "NODE_FAIL" else "requeued"
-    if state in ("CANCELLED", "COMPLETING"):
-        return "cancelled"
-    return "signal" if end == TERMINATED else end
+    return meaning(ask(allocation), allocation) or ("signal" if end == TERMINATED else end)
 
 
 def _act(run: RunDirectory, allocation: Allocation, decision: Decision, end: str, code: int) -> int:
+    known = ask(allocation, _SECONDS_TO_ASK) if decision.again else {}
+    # Whoever cancels while a run saves for another reason does not want it back.
+    if decision.again and (_is_cancelled(run) or meaning(known, allocation) == "cancelled"):
+        decision = Decision(False, "cancelled")
     if not decision.again:
-        if decision.reason not in ("finished", "cancelled"):
-            event(run.events_file, "gave_up", job=allocation.job_id, reason=decision.reason)
-        else:
-            event(run.events_file, decision.reason, job=allocation.job_id)
+        name = decision.reason if decision.reason in ("finished", "cancelled") else "gave_up"
+        reason = {"reason": decision.reason} if name == "gave_up" else {}
+        _write(lambda: event(run.events_file, name, job=allocation.job_id, **reason))
         print(f"not again: {decision.reason}", flush=True)
         return code
-    event(
-        run.events_file,
-        "requeued",
-        job=allocation.job_id,
-        reason=decision.reason,
-        excluded=list(decision.exclude),
-    )
+    excluded = exclusion(known, decision.exclude)
+    told = {"job": allocation.job_id, "reason": decision.reason, "excluded": list(excluded)}
+    _write(lambda: event(run.events_file, "requeued", **told))
     print(f"again: {decision.reason}", flush=True)
     try:
-        _requeue(allocation, decision.exclude)
+        put_back(allocation, excluded)
     except SchedulerError as error:
         if end in ("preempted", "requeued", "node lost"):
             return code  # Slurm has done it already
-        event(
-            run.events_file, "gave_up", job=allocation.job_id, reason=f"Slurm would not requeue it: {error}"
-        )
+        reason = {"reason": f"Slurm would not requeue it: {error}"}
+        _write(lambda: event(run.events_file, "gave_up", job=allocation.job_id, **reason))
         print(f"Slurm would not requeue it: {error}; go on with: launcher resume {run.path}", flush=True)
     return code
 
 
-def _requeue(allocation: Allocation, exclude: tuple[str, ...]) -> None:
-    """Put the job back into the queue, which ends this script too, a little later."""
-    patiently(["scontrol", "requeue", allocation.job_id], _SECONDS_TO_ASK)
-    until = time.monotonic() + _SECONDS_TO_EXCLUDE
-    while exclude and time.monotonic() < until:
-        with contextlib.suppress(SchedulerError):
-            known = queue.record(allocation.raw_job_id).get("ExcNodeList", "")
-            already = [] if known in ("", "(null)") else [known]
-            call(
-                [
-                    "scontrol",
-                    "update",
-                    f"JobId={allocation.job_id}",
-                    f"ExcNodeList={','.join([*already, *exclude])}",
-                ]
-            )
-            return
-        time.sleep(0.2)
+def _is_cancelled(run: RunDirectory) -> bool:
+    """Return whether `launcher cancel` was called since the last attempt began."""
+    for line in lines_backwards(run.events_file):
+        name = (parse(line) or {}).get("event")
+        if name in ("cancelling", "started"):
+            return bool(name == "cancelling")
+    return False
+
+
+def _write(work: Callable[[], object]) -> None:
+    """Write it down if the disk takes it: one that is full or hangs must not keep a run out of the queue."""
+
+    def attempt() -> None:
+        try:
+            work()
+        except OSError as error:
+            print(f"this could not be written down: {error}", flush=True)
+
+    if not within(_SECONDS_TO_WRITE, attempt):
+        print("this could not be written down: the run directory does not answer", flush=True)
 
 
 if __name__ == "__main__":

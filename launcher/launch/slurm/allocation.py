@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import ConfigurationError, Problem
+from launcher.launch.slurm.queue import expand
 from launcher.plain_files import read_json
 from launcher.runs import secret
 from launcher.runs.layout import RunDirectory, write_atomically
@@ -61,9 +62,7 @@ class Allocation:
     @functools.cached_property
     def hosts(self) -> tuple[str, ...]:
         """Return every node by its name, in Slurm's order."""
-        from submitit.slurm.slurm import _parse_node_list
-
-        return tuple(_parse_node_list(self.nodes))
+        return expand(self.nodes)
 
     @property
     def is_head(self) -> bool:
@@ -107,6 +106,23 @@ def is_claimed_by_another(run: RunDirectory, allocation: Allocation) -> bool:
     try:
         return bool(read_json(run.path / "slurm" / _CLAIM) != [allocation.job_id, allocation.restart])
     except (OSError, ValueError):
+        return False
+
+
+def is_claimed(run: RunDirectory, allocation: Allocation) -> bool:
+    """Return whether this allocation is the last that has claimed the run."""
+    try:
+        return bool(read_json(run.path / "slurm" / _CLAIM) == [allocation.job_id, allocation.restart])
+    except (OSError, ValueError):
+        return False
+
+
+def has_gone_on(run: RunDirectory, allocation: Allocation) -> bool:
+    """Return whether a later incarnation of this job has claimed the run."""
+    try:
+        job_id, restart = read_json(run.path / "slurm" / _CLAIM)
+        return bool(job_id == allocation.job_id and restart > allocation.restart)
+    except (OSError, ValueError, TypeError):
         return False
 
 

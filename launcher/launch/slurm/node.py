@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from launcher.errors import LauncherError, RunInUseError
+from launcher.errors import LauncherError, RunInUseError, StorageError
 from launcher.launch.attempt_end import End
 from launcher.launch.command import Meeting, agent_command, environment, write_command
 from launcher.launch.limits import raise_open_files
@@ -291,6 +291,9 @@ def main(arguments: list[str]) -> int:
     except LauncherError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except OSError as error:
+        print(f"error: the run directory: {error}", file=sys.stderr, flush=True)
+        return StorageError.exit_code
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ _NODE_FAULT = re.compile(
 _WORTH_ANOTHER_TRY = {RankLostError.failure_class, LauncherError.failure_class, HungError.failure_class}
 _HANGS_OF_A_NODE = 2
 """So many hangs that came from one node, and it is left out: one may be chance."""
+_NODES_LOST = 10
+"""So often in a row without a checkpoint, and it is no chance: a job may crash its nodes."""
 FREE = {"preempted", "node lost", "requeued", "time limit"}
 """Ends that say nothing against the run, and do not count as attempts without progress; but for a time limit
 in which nothing was saved."""
@@ -69,6 +71,9 @@ def decide(attempts: Sequence[Attempt], allowed: bool, bound: int) -> Decision:
     in_vain = _in_vain(attempts)
     if len(in_vain) >= bound:
         return Decision(False, _diagnosis(in_vain))
+    if (lost := _lost_in_a_row(attempts)) >= max(_NODES_LOST, bound):
+        reason = f"its nodes were lost {lost} times in a row, and nothing was saved"
+        return Decision(False, f"{reason}: it may be what takes them down")
     exclude = (last.host,) if node_fault or _hangs_again(attempts) else ()
     reasons = {"failed": f"{last.failure_class}: {last.cause}", "lost": "its launcher was killed"}
     return Decision(True, reasons.get(last.end, last.end), exclude)
@@ -98,6 +103,17 @@ def _in_vain(attempts: Sequence[Attempt]) -> list[Attempt]:
         if attempt.end not in FREE or (attempt.end == "time limit" and attempt.step_before == 0):
             vain.append(attempt)
     return vain[::-1]
+
+
+def _lost_in_a_row(attempts: Sequence[Attempt]) -> int:
+    """Return how many attempts at the end lost a node, or were put back by Slurm for a reason that it does not
+    tell, without anything new saved."""
+    number = 0
+    for attempt in reversed(attempts):
+        if attempt.progressed or attempt.end not in ("node lost", "requeued"):
+            break
+        number += 1
+    return number
 
 
 def _diagnosis(in_vain: Sequence[Attempt]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ _FIELDS = {
     "nodes": "%N",
     "script": "%o",
 }
+_HELD = re.compile("held|^JobHeld|^JobHoldMaxRequeue$|^BadConstraints$", re.IGNORECASE)
 _NOTHING = {"", "N/A", "None", "(null)", "Unknown"}
 OVER = {
     "BOOT_FAIL",
@@ -48,6 +50,11 @@ class Entry:
     num_nodes: str = ""
     nodes: str = ""
     script: str = ""
+
+    @property
+    def is_held(self) -> bool:
+        """Return whether Slurm begins it no more by itself, whatever becomes free."""
+        return self.state == "PENDING" and bool(_HELD.search(self.reason))
 
     def to_dict(self) -> dict[str, Any]:
         """Return it for --json; the path of the script is of no use to anybody."""
@@ -142,6 +149,20 @@ def accounting(job_id: str) -> dict[str, str]:
         return {}
     lines = [line for line in text.splitlines() if line]
     return dict(zip(names, lines[-1].split("|"), strict=False)) if lines else {}
+
+
+def expand(nodes: str) -> tuple[str, ...]:
+    """Return every node of Slurm's abbreviation, as n[1-3], by its name."""
+    from submitit.slurm.slurm import _parse_node_list
+
+    return () if nodes in _NOTHING else tuple(_parse_node_list(nodes))
+
+
+def nodes_up(partition: str) -> set[str]:
+    """Return the nodes of a partition on which jobs may begin, now or later."""
+    text = call(["sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N %T"])
+    lines = [line.split() for line in text.splitlines()]
+    return {name for name, state in lines if not state.startswith(("down", "drain", "fail", "unk"))}
 
 
 def nodes_down(hosts: Iterable[str]) -> list[str]:

@@ -189,6 +189,11 @@ def refuse_second(run: RunDirectory) -> None:
     entry = queue([job_id]).get(job_id)
     if is_live(entry):
         assert entry is not None
+        if entry.is_held:
+            raise RunInUseError(
+                f"{run.path} is job {job_id}, which Slurm holds ({entry.reason}); let it go with: "
+                f"scontrol release {job_id}"
+            )
         raise RunInUseError(
             f"{run.path} is job {job_id} already ({entry.state.lower()}); see `launcher status "
             f"{run.path.name}`"

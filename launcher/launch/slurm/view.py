@@ -90,8 +90,11 @@ def _together(status: Status, entry: Entry | None, fields: dict[str, Any]) -> di
     if entry is not None:
         fields = {**fields, **entry.to_dict()}
         if entry.state in _WAITING and status.state != "finished":
-            status = replace(status, state="queued", phase=None, process=None, command=None)
-        elif is_live(entry) and status.state not in ("running", "finished"):
+            state, command = (
+                ("held", f"scontrol release {entry.job_id}") if entry.is_held else ("queued", None)
+            )
+            status = replace(status, state=state, phase=None, process=None, command=command)
+        elif is_live(entry) and entry.state != "COMPLETING" and status.state not in ("running", "finished"):
             status = replace(status, state="starting", command=None)
         elif not is_live(entry) and status.state == "running":
             status = replace(status, state="interrupted")
@@ -100,9 +103,9 @@ def _together(status: Status, entry: Entry | None, fields: dict[str, Any]) -> di
 
 
 def reason(seen: dict[str, Any]) -> str:
-    """Return why a run that was viewed is as it is: what a queued one waits for, what made one fail, what was
-    decided; empty where nothing is known."""
-    if seen["state"] == "queued":
+    """Return why a run that was viewed is as it is: what a queued one waits for, why Slurm holds one, what made
+    one fail, what was decided; empty where nothing is known."""
+    if seen["state"] in ("queued", "held"):
         return str(seen.get("slurm", {}).get("reason") or "")
     word = (seen["failure"] or {}).get("cause") if seen["state"] == "failed" else seen["last_word"]
     return str(word or "")
