@@ -53,6 +53,7 @@ NUM_STEPS = 60
 EVERY = 4
 MOST_PER_PIECE = 25
 SECONDS_STUCK = 300.0
+SECONDS_HELD = 60.0
 HANG_AFTER = "hang_after" in ClusterKeys.model_fields
 WEIGHTS = {
     "kill rank": 24,
@@ -81,6 +82,7 @@ class Piece:
         self.disk = folder / f"disk-{number}"
         self.injections: list[dict[str, Any]] = []
         self.chosen: list[str] = []
+        self.released = 0
 
     def play(self) -> dict[str, Any]:
         """Until the run is finished; what was done and what came of it."""
@@ -125,12 +127,31 @@ class Piece:
             self._check_choice(run.directory)
             if gave_up := run.events("gave_up"):
                 raise RuntimeError(f"it gave up: {gave_up[-1]['reason']}")
+            if time.monotonic() - alive > SECONDS_HELD * (1 + self.released):
+                self._let_go(cluster, run)
             if time.monotonic() - alive > SECONDS_STUCK:
                 raise TimeoutError(f"no step and no attempt for {SECONDS_STUCK:g} s")
             if now[1] and len(self.injections) < MOST_PER_PIECE and self._wait_moment(run):
                 self._inject(cluster, run)
             time.sleep(0.05)
         self._check_choice(run.directory)
+
+    def _let_go(self, cluster: Cluster, run: Run) -> None:
+        """Do what an administrator does with a job that Slurm itself holds, and with the nodes that it drained.
+
+        A slurmd that is restarted while a requeued job ends makes Slurm do so (`Duplicate jobid`).
+        """
+        with contextlib.suppress(RuntimeError):
+            if "held" not in cluster.show(run.job).get("Reason", ""):
+                return
+            for node, state in cluster.node_states().items():
+                if state.startswith("drain"):
+                    cluster.resume(node)
+            cluster.run("scontrol", "release", run.job)
+            self.released += 1
+            print(
+                f"{time.strftime('%H:%M:%S')} piece {self.number}: Slurm held the job; released", flush=True
+            )
 
     def _wait_moment(self, run: Run) -> bool:
         """Wait for a moment drawn by chance: at start-up, in a save, in steps. False where the run ended
@@ -273,6 +294,7 @@ class Piece:
             "failures": names["started"] - 1,
             "saves_failed": names["save_failed"],
             "checkpoints_chosen": len(self.chosen),
+            "released": self.released,
             "differences": differences,
             "seconds": round(seconds, 1),
             "timeline": vars(Timeline.of(run, self.injections)),

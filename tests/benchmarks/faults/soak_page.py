@@ -43,7 +43,8 @@ def report(soaks: dict[str, Any], num_steps: int, every: int) -> str:
         f"ended an attempt; {sum(piece['saves_failed'] for piece in pieces)} saves failed.",
         f"{sum(piece['checkpoints_chosen'] for piece in pieces)} checkpoints were chosen, each was whole. "
         f"{different} runs differ from the undisturbed one in a sample, a loss, a gradient norm or a weight.",
-        f"Runs that did not get to their end: {len(broken)}.",
+        f"Runs that did not get to their end: {len(broken)}. Jobs that Slurm held, and that were released: "
+        f"{sum(piece.get('released', 0) for piece in pieces)}.",
         "",
         _report.table(("injection", "times"), sorted(kinds.items(), key=lambda item: -item[1])),
         _effective([Times(**piece["times"]) for piece in pieces if "times" in piece]),
