@@ -15,10 +15,14 @@ import pytest
 import torch
 
 from launcher.errors import DataError, OutOfMemoryError
+from launcher.tasks.image_classification import ImageClassification
 from launcher.tasks.task import Draws
 from launcher.training.data import feed
 from launcher.training.data.batches import Batches
 from launcher.training.data.feed import Feed
+from launcher.training.data.order import Order
+from launcher.training.data.prepare import prepare
+from launcher.training.model.pretrained import read_processor
 from launcher.training.signals import StopRequest
 from tests.training import pictures
 from tests.training.runs import (
@@ -93,38 +97,46 @@ def test_a_sample_that_changed_is_named_in_its_turn(
     assert len(curve(run)) == 3  # the third was read before
 
 
-def ahead_of_a_kill(rank: int, stop: StopRequest) -> None:
-    from launcher.training.trainer import Trainer
-
-    ahead(rank, stop)
-    thaw = Trainer._thaw
-
-    def killing(self: Trainer) -> None:
-        thaw(self)
-        if self.state.step == 2:
-            for worker in self.feed._loader._running._workers:  # type: ignore[union-attr]
-                os.kill(worker.pid, signal.SIGKILL)
-            self.feed.rest()
-
-    Trainer._thaw = killing  # type: ignore[method-assign]
+def fed_with_images(model: Path, folder: Path) -> tuple[Feed, int]:
+    """The micro-batches of two steps of images, altered by chance, that a process decodes; and how many a step has."""
+    columns = {"augmentation": {"horizontal_flip": 0.5, "random_crop": 0.5}}
+    plan = pictures.plan_of(model, folder, columns=columns, batch=batch_of(1, 4, 3))
+    task = ImageClassification(plan.data, list(pictures.COLOURS))
+    processor = read_processor(plan)
+    task.prepare(processor)
+    dataset = prepare(plan.data.train, "train", plan, task, processor)
+    batches = Batches(dataset, Order(1, dataset.num_items), plan.batch, 0, 2 * plan.batch.global_batch_size)
+    return Feed(task, batches, plan, lambda step: Draws(1, step, training=True), CPU), 3
 
 
-def test_images_that_processes_decode_are_the_same_ahead(tmp_path: Path) -> None:
-    folder = pictures.folder_of(tmp_path / "pictures", 24)
-    plan = pictures.plan_of(
-        pictures.model_of(tmp_path / "model"), folder,
-        columns={"augmentation": {"horizontal_flip": 0.5, "random_crop": 0.5}}, batch=batch_of(1, 4, 3),
-    )  # fmt: skip
-    runs = {
-        name: new_run(tmp_path / name, plan)
-        for name, hook in {"turn": None, "ahead": ahead}.items()
-    }
-    finish(runs["turn"], 1)
-    finish(runs["ahead"], 1, ahead)
-    assert curve(runs["ahead"]) == curve(runs["turn"])
-    assert_equal(state(runs["ahead"]), state(runs["turn"]))
-    [error] = errors_of(new_run(tmp_path / "killed", plan), 1, ahead_of_a_kill)
-    assert isinstance(error, OutOfMemoryError) and "lower data.num_workers" in str(error)
+def all_of(one: Feed, number: int) -> list[dict[str, Any]]:
+    taken = []
+    for step in range(2):
+        step_batch = one.step(step)
+        taken += [one.batch(step, index, step_batch) for index in range(number)]
+    return taken
+
+
+def test_images_that_processes_decode_are_the_same_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model, folder = pictures.model_of(tmp_path / "model"), pictures.folder_of(tmp_path / "pictures", 8)
+    expected = all_of(*fed_with_images(model, folder))
+    monkeypatch.setattr(feed, "goes_ahead", lambda device: True)
+    before, number = fed_with_images(model, folder)
+    for ours, theirs in zip(all_of(before, number), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    killed, number = fed_with_images(model, folder)
+    step_batch = killed.step(0)
+    killed.batch(0, 0, step_batch)
+    [worker] = killed._loader._running._workers  # type: ignore[union-attr]
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(OutOfMemoryError, match=r"lower data\.num_workers"):
+        for index in range(1, number):
+            killed.batch(0, index, step_batch)
+        killed.step(1)
+        killed.batch(1, 0, step_batch)
 
 
 class Numbers(Batches):

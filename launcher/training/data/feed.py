@@ -60,7 +60,9 @@ class Feed:
 
     def batch(self, step: int, index: int, step_batch: StepBatch) -> dict[str, Any]:
         """Return a micro-batch on the device, and begin the one behind it. Raises as `Loader.batch`."""
-        made: _Made = self._taken(step, index, lambda: self._make(step, index, step_batch.micro_batches[index]))
+        made: _Made = self._taken(
+            step, index, lambda: self._make(step, index, step_batch.micro_batches[index])
+        )
         if self._thread is None:
             return made.batch
         if index + 1 < len(step_batch.micro_batches):
@@ -75,15 +77,16 @@ class Feed:
     def rest(self) -> None:
         """Wait until nothing is being made: a task's tokenizer or processor serves one thread at a time. What
         fails then fails in its turn."""
-        for one in self._begun.values():
-            one.exception()
+        with worker_ended():  # the main thread is told of that at once, by a signal
+            for one in self._begun.values():
+                one.exception()
 
     def _taken(self, step: int, index: int, make: Callable[[], Any]) -> Any:
         begun = self._begun.pop((step, index), None)
         if begun is None:
             self.rest()
             return make()
-        with worker_ended():  # the main thread alone is told of that at once, by a signal
+        with worker_ended():
             return begun.result()
 
     def _begin(self, step: int, index: int, make: Callable[[], Any]) -> Future[Any]:
