@@ -211,7 +211,7 @@ class FakeCuda:
     def set_device(self, device: Any) -> None:
         self.calls.append("set_device")
 
-    def Stream(self) -> Any:  # noqa: N802
+    def Stream(self) -> Any:
         return types.SimpleNamespace(record_event=lambda: self.calls.append("recorded") or "event")
 
     @contextlib.contextmanager

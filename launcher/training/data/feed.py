@@ -115,7 +115,7 @@ class Feed:
             return _Made(to_device(batch, self._device), self._stream.record_event())
 
     def _arrived(self, made: _Made) -> dict[str, Any]:
-        """Return a batch that the pass may use: its kernels wait for the copies, and the memory for the kernels."""
+        """Return a batch that the pass may use: kernels wait for the copies, and the memory for the kernels."""
         if made.copied is None:
             return to_device(made.batch, self._device)
         current = self._cuda.current_stream()
