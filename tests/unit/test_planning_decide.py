@@ -135,7 +135,7 @@ def test_what_is_asked_for_is_not_decided() -> None:
         ({"model__adapter": {}}, H100, False, "layers with adapters"),
         ({"model__attention": "sdpa"}, H100, True, "a layer of llama is one graph"),
         ({"model__attention": "eager"}, H100, False, "only layers over packed samples"),
-        ({"model__config": CONFIG | {"model_type": "qwen2"}}, H100, False, "of qwen2 it is not known"),
+        ({"model__config": CONFIG | {"model_type": "starcoder2"}}, H100, False, "of starcoder2 it is"),
         ({"model__config": None}, H100, False, "of this model it is not known"),
     ],
 )

@@ -7,8 +7,11 @@ from launcher.planner.decider import Decider
 from launcher.planner.model.model_config import config_of
 from launcher.planner.model.model_support import Way
 
-FAMILIES = ("llama", "mistral", "qwen3")
-"""Of which a test compiles a layer into one graph, with attention as a GPU has it over packed samples."""
+FAMILIES = (
+    *("gemma2", "gemma3_text", "granite", "llama", "mistral", "olmo2", "phi3"),
+    *("qwen2", "qwen3", "smollm3"),
+)
+"""Of which a test compiles layers, with a GPU's way of attention over packed samples, into one graph each."""
 
 
 def is_compiled(decider: Decider, engine: EngineName, way: Way, device: str) -> bool:
