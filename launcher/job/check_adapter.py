@@ -30,7 +30,7 @@ def findings(job: Job) -> Iterator[Finding]:
     if model.adapter.init != "lora" and model.adapter.dora:
         reason = "DoRA takes the lengths of whole weights, which then lack a part; write one of both"
         yield finding("model.adapter.init", model.adapter.init, reason, "model.adapter.dora")
-    if model.compile:
+    if model.compile is True:
         yield finding(
             "model.compile",
             True,

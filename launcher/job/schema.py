@@ -80,8 +80,9 @@ class Model(Section):
     """Where the tokenizer has tokens that the model has no row for: `true` adds rows, the mean of the old
     ones; `false` leaves the model as it is and refuses rows of data with such a token. Left out, such a
     tokenizer is refused."""
-    compile: bool = False
-    """Compile each repeated layer with torch.compile."""
+    compile: bool | Auto = False
+    """Compile each repeated layer with torch.compile. `auto`: on GPUs under FSDP, of models whose layers are
+    known to be one graph each."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Only for models whose code you have read."""
 

@@ -36,6 +36,9 @@ _INNERMOST = 14
 _NOT_TELLING = re.compile(
     r"/lib/python3[^/]*/(?!site-packages)|site-packages/(torch|numpy)/|^<frozen|launcher/training/reporting/whereabouts\.py$"
 )
+_FEED = "launcher/training/data/feed.py"
+_Frame = tuple[str, str, str]
+"""File, line and function."""
 
 
 @dataclass(frozen=True)
@@ -180,25 +183,32 @@ def _py_spy(pid: int) -> str:
 def innermost(text: str) -> tuple[str, str]:
     """Return the collective that the main thread waits in, empty where it is in none, and its innermost
     telling frame, by faulthandler's text."""
-    frames = _main_thread(text)
+    threads = _threads(text)
+    frames = threads[-1] if threads else []
     waits_in = ""
     for file, _, function in frames[:_INNERMOST]:
         if _COLLECTIVE_FILES.search(file):
             match = _COLLECTIVE.match(function)
             waits_in = match[1] if match and waits_in in ("", "a collective") else waits_in or "a collective"
     # The whole name tells more than its stem: all_gather_into_tensor is an all_gather to people.
-    telling = next(
-        (frame for frame in frames if not _NOT_TELLING.search(frame[0])), frames[0] if frames else None
-    )
+    telling = _telling(frames)
+    if telling and telling[0].endswith(_FEED):  # it waits for the thread that makes the next micro-batch
+        makers = (one for one in threads[:-1] if any(frame[0].endswith(_FEED) for frame in one))
+        telling = _telling(next(makers, frames))
     return waits_in, f"{telling[2]} ({Path(telling[0]).name}:{telling[1]})" if telling else ""
 
 
-def _main_thread(text: str) -> list[tuple[str, str, str]]:
-    """File, line and function of each frame of the main thread, which faulthandler writes last."""
-    blocks: list[list[tuple[str, str, str]]] = []
+def _telling(frames: list[_Frame]) -> _Frame | None:
+    own = (frame for frame in frames if not _NOT_TELLING.search(frame[0]))
+    return next(own, frames[0] if frames else None)
+
+
+def _threads(text: str) -> list[list[_Frame]]:
+    """Each thread's frames, innermost first; the main thread, which faulthandler writes last, at the end."""
+    blocks: list[list[_Frame]] = []
     for line in text.splitlines():
         if line.startswith(("Thread 0x", "Current thread 0x")):
             blocks.append([])
         elif (match := _FRAME.match(line)) and blocks:
             blocks[-1].append((match["file"], match["line"], match["function"]))
-    return next((block for block in reversed(blocks) if block), [])
+    return [block for block in blocks if block]

@@ -15,6 +15,7 @@ from launcher.planner.model.model_shape import ModelShape
 from launcher.planner.plan import Length, Mesh, Plan, Zero
 from launcher.planner.resolve import slurm_request, teacher
 from launcher.planner.resolve.batch import divide
+from launcher.planner.resolve.compiling import is_compiled
 from launcher.planner.resolve.mesh import mesh as arrange
 from launcher.planner.resolve.sample_layout import choose_way
 from launcher.planner.resolve.sharding import STAGES, Layout
@@ -37,6 +38,7 @@ def candidate(job: Job, nproc: int | None, hardware: Hardware, local: bool) -> P
     mesh, placed = arrange(decider)
     precision = _precision(decider, mesh)
     way = choose_way(decider, mesh.device)
+    compiled = is_compiled(decider, placed.engine, way, mesh.device)
     trackers = _trackers(decider)
     num_workers = _num_workers(decider)
     requested = slurm_request.request(decider, mesh.ranks_per_node if mesh.device == "cuda" else 0)
@@ -72,7 +74,7 @@ def candidate(job: Job, nproc: int | None, hardware: Hardware, local: bool) -> P
         batch=batch,
         mesh=mesh,
         model=job.model.model_copy(
-            update={"attention": "sdpa" if way.attention == "packed" else way.attention}
+            update={"attention": "sdpa" if way.attention == "packed" else way.attention, "compile": compiled}
         ),
         data=job.data.model_copy(update={"num_workers": num_workers, **settled}),
         training=job.training.model_copy(update={"epochs": length.value} if length.unit == "epochs" else {}),

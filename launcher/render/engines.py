@@ -141,6 +141,6 @@ def _to_deepspeed(
         notes.append(
             Note("memory.offload", "parameters", "only ZeRO-3 offloads parameters; taken: optimizer")
         )
-    if job.model.compile:
+    if job.model.compile is True:
         model["compile"] = False
         notes.append(Note("model.compile", True, "compiled layers are for FSDP; left out"))

@@ -50,7 +50,7 @@ def to_device(batch: dict[str, Any], device: torch.device | str) -> dict[str, An
     Where it has `targets`, `supervised` are the places of those that are not -100, int64 [n]: found here, as the
     device would have to be waited for.
     """
-    if "targets" in batch:
+    if "targets" in batch and "supervised" not in batch:
         batch = batch | {"supervised": supervised_places(batch["targets"].reshape(-1))}
     return {
         key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value

@@ -26,10 +26,10 @@ from launcher.training.averaging import AveragedEngine
 from launcher.training.by_source import LossBySource
 from launcher.training.cadence import Cadence
 from launcher.training.checkpoint.checkpointer import Checkpointer
-from launcher.training.data.ahead import Loader
 from launcher.training.data.batches import StepBatch
+from launcher.training.data.feed import Feed
 from launcher.training.data.stream_batches import batches_of
-from launcher.training.devices import name_of, peak_memory_bytes, to_device
+from launcher.training.devices import name_of, peak_memory_bytes
 from launcher.training.early_stopping import EarlyEnd
 from launcher.training.held_out import HeldOut
 from launcher.training.inputs import TrainingInputs
@@ -75,9 +75,8 @@ class Trainer:
         self.task, self.journal = material.task, Journal()
         self.batches = batches_of(material.train, material.stream, plan, self.data_rank, self.task.mixes)
         self.num_steps = self.batches.num_steps
-        self.loader = Loader(
-            self.task, self.batches, plan, lambda step: Draws(plan.training.seed, step, training=True)
-        )
+        draws = functools.partial(Draws, plan.training.seed, training=True)
+        self.feed = Feed(self.task, self.batches, plan, draws, device)
         self.by_source = LossBySource(material.task, material.train, device)
         self.schedule = Schedule.of(plan.training, self.num_steps)
         self.state = State()
@@ -182,7 +181,7 @@ class Trainer:
         started = time.monotonic()
         self.own.begin(self.pace.measures)
         here.at("data", detail=str(self.batches.directory))
-        step_batch = self.batches.step(self.state.step)
+        step_batch = self.feed.step(self.state.step)
         self.data_seconds = 0.0
         self._loaded_since(started)
         self._thaw()
@@ -239,7 +238,7 @@ class Trainer:
         for index, items in enumerate(step_batch.micro_batches):
             here.at("data", done=index, total=last + 1, detail=str(self.batches.directory))
             began = time.monotonic()
-            batch = to_device(self.loader.batch(step, index, items), self.device) | more
+            batch = self.feed.batch(step, index, step_batch) | more
             self._loaded_since(began)
             here.at("forward", done=index, total=last + 1)
             torch.manual_seed(dropout_seed(seed, step, self.data_rank, index))
@@ -281,6 +280,7 @@ class Trainer:
 
     def _evaluate(self) -> bool:
         """Evaluate on the held-out rows. Return False where a stop was asked for; the next attempt does it."""
+        self.feed.rest()
         ema = self.plan.training.ema
         measured = self.average if ema is not None and ema.evaluate else None
         with measured.averaged() if measured else contextlib.nullcontext():

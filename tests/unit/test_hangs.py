@@ -221,6 +221,27 @@ def test_a_stack_elsewhere_tells_where() -> None:
     assert stacks.innermost("") == ("", "")
 
 
+FEED = """Thread 0x1 (most recent call first):
+  File "/usr/lib/python3.11/threading.py", line 331 in wait
+
+Thread 0x2 (most recent call first):
+  File "/a/launcher/tasks/causal_lm.py", line 196 in collate
+  File "/a/launcher/training/data/feed.py", line 121 in _make
+  File "/usr/lib/python3.11/concurrent/futures/thread.py", line 58 in run
+
+Current thread 0x3 (most recent call first):
+  File "/usr/lib/python3.11/threading.py", line 327 in wait
+  File "/a/launcher/training/data/feed.py", line 98 in _taken
+  File "/a/launcher/training/trainer.py", line 240 in _accumulate
+"""
+
+
+def test_the_thread_that_makes_the_next_micro_batch_tells_where() -> None:
+    assert stacks.innermost(FEED) == ("", "collate (causal_lm.py:196)")
+    alone = FEED[FEED.index("Current") :]
+    assert stacks.innermost(alone) == ("", "_taken (feed.py:98)")
+
+
 @pytest.mark.parametrize("name", ["TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"])
 def test_a_flight_recorder_is_asked_where_there_is_one(tmp_path: Path, name: str) -> None:
     os.mkfifo(tmp_path / "fr3.pipe")

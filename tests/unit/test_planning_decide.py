@@ -127,6 +127,31 @@ def test_what_is_asked_for_is_not_decided() -> None:
 
 
 @pytest.mark.parametrize(
+    ("keys", "machine", "compiled", "reason"),
+    [
+        ({}, H100, True, "a layer of llama is one graph"),
+        ({}, CPU, False, "on a CPU it was not measured"),
+        ({"parallel__engine": "deepspeed"}, H100, False, "for parallel.engine: fsdp"),
+        ({"model__adapter": {}}, H100, False, "layers with adapters"),
+        ({"model__attention": "sdpa"}, H100, True, "a layer of llama is one graph"),
+        ({"model__attention": "eager"}, H100, False, "only layers over packed samples"),
+        ({"model__config": CONFIG | {"model_type": "starcoder2"}}, H100, False, "of starcoder2 it is"),
+        ({"model__config": None}, H100, False, "of this model it is not known"),
+    ],
+)
+def test_compiling_is_decided(
+    keys: dict[str, Any], machine: Hardware, compiled: bool, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    asked = job(**{"model__config": CONFIG} | keys, model__compile="auto")
+    made = plan_job(asked, 1, machine)
+    assert made.model.compile is compiled
+    [said] = [one for one in made.decisions if one.key == "model.compile"]
+    assert said.value is compiled and reason in said.reason
+    assert not plan_job(job(), 1, H100).model.compile, "the default"
+
+
+@pytest.mark.parametrize(
     ("machine", "nproc", "ranks", "threads", "device"),
     [
         (CPU, None, 1, 8, "cpu"),

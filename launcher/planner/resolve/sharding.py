@@ -171,7 +171,7 @@ def _refuse_for_deepspeed(decider: Decider, sharding: Sharding, world_size: int,
     if job.training.moments != "fp32" and memory.offload_to != "cpu":
         reason = "DeepSpeed's files hold fp32 alone; write offload_to: cpu, or leave it out"
         decider.refuse("training.moments", job.training.moments, reason)
-    if job.model.compile:
+    if job.model.compile is True:
         decider.refuse("model.compile", True, "compiled layers are for parallel.engine: fsdp; leave it out")
     if (
         job.precision == "fp16"

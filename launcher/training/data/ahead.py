@@ -6,6 +6,7 @@ from this one, after a resume, and on any number of ranks.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -73,13 +74,8 @@ class Loader:
             return self._source.task.collate(items, self._source.draws(step))
         if self._running is None or self._next != (step, index):
             self._running = self._begin(step, index)
-        try:
+        with worker_ended():
             batch = next(self._running)
-        except RuntimeError as error:
-            reason = (
-                "a process that decodes files ended, for want of memory most likely; lower data.num_workers"
-            )
-            raise OutOfMemoryError(f"{reason} ({str(error).splitlines()[0]})") from None
         if isinstance(batch, LauncherError):
             raise batch
         self._next = (step, index + 1) if index + 1 < self._source.places else (step + 1, 0)
@@ -115,6 +111,19 @@ class _From:
         for step in range(self.step, self.source.batches.num_steps):
             for index in range(self.index if step == self.step else 0, self.source.places):
                 yield step, index
+
+
+@contextlib.contextmanager
+def worker_ended() -> Iterator[None]:
+    """Raise OutOfMemoryError where PyTorch's loader says that one of its processes has ended: as its batch is
+    taken, or by a signal to the main thread wherever that waits."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        reason = "a process that decodes files ended, for want of memory most likely; lower data.num_workers"
+        raise OutOfMemoryError(f"{reason} ({str(error).splitlines()[0]})") from None
 
 
 def workers_of(plan: Plan) -> int:

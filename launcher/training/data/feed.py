@@ -1,0 +1,131 @@
+"""Have the next micro-batch read, collated and on its way to the device while this one computes.
+
+On a GPU a thread does it, as the processor has little else to do then; in page-locked memory, from which a copy
+holds up neither the processor nor the pass. On a CPU a thread would take from the pass what it gains. What a
+micro-batch holds hangs on the seed, the step and its samples alone, so that it is the same either way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import torch
+
+from launcher.planner.plan import Plan
+from launcher.tasks.task import Draws, Sample, Task
+from launcher.training.data.ahead import Loader, worker_ended
+from launcher.training.data.batches import Batches, StepBatch
+from launcher.training.data.stream_batches import StreamBatches
+from launcher.training.devices import to_device
+
+_MOST_BYTES = 32 << 20
+"""Of a micro-batch that is copied to a GPU before its turn: the plan has no room for a second one of large
+images, which waits in the host's memory."""
+_READING = -1
+"""In the place of a micro-batch: the samples of the step."""
+
+
+class _Made(NamedTuple):
+    """A micro-batch, and the event that its copies are over; None where no stream of their own has them."""
+
+    batch: dict[str, Any]
+    copied: Any = None
+
+
+class Feed:
+    """The samples of a rank's steps, and its micro-batches on their device, in order."""
+
+    def __init__(
+        self,
+        task: Task,
+        batches: Batches | StreamBatches,
+        plan: Plan,
+        draws: Callable[[int], Draws],
+        device: torch.device,
+    ) -> None:
+        """`draws` gives the random numbers of a step."""
+        self._loader = Loader(task, batches, plan, draws)
+        self._batches, self._device = batches, device
+        self._thread = ThreadPoolExecutor(1, "feed", self._begin_thread) if goes_ahead(device) else None
+        self._cuda: Any = torch.cuda if device.type == "cuda" else None
+        self._stream: Any = None
+        self._begun: dict[tuple[int, int], Future[Any]] = {}
+
+    def step(self, step: int) -> StepBatch:
+        """Return everything that this rank needs at a step. Raises as `Batches.step`."""
+        result: StepBatch = self._taken(step, _READING, lambda: self._batches.step(step))
+        return result
+
+    def batch(self, step: int, index: int, step_batch: StepBatch) -> dict[str, Any]:
+        """Return a micro-batch on the device, and begin the one behind it. Raises as `Loader.batch`."""
+        made: _Made = self._taken(
+            step, index, lambda: self._make(step, index, step_batch.micro_batches[index])
+        )
+        if self._thread is None:
+            return made.batch
+        if index + 1 < len(step_batch.micro_batches):
+            items = step_batch.micro_batches[index + 1]
+            self._begin(step, index + 1, lambda: self._make(step, index + 1, items))
+        # A stream's next step lets windows go that other ranks may still read.
+        elif step + 1 < self._batches.num_steps and isinstance(self._batches, Batches):
+            reading = self._begin(step + 1, _READING, lambda: self._batches.step(step + 1))
+            self._begin(step + 1, 0, lambda: self._make(step + 1, 0, reading.result().micro_batches[0]))
+        return self._arrived(made)
+
+    def rest(self) -> None:
+        """Wait until nothing is being made: a task's tokenizer or processor serves one thread at a time. What
+        fails then fails in its turn."""
+        with worker_ended():  # the main thread is told of that at once, by a signal
+            for one in self._begun.values():
+                one.exception()
+
+    def _taken(self, step: int, index: int, make: Callable[[], Any]) -> Any:
+        begun = self._begun.pop((step, index), None)
+        if begun is None:
+            self.rest()
+            return make()
+        with worker_ended():
+            return begun.result()
+
+    def _begin(self, step: int, index: int, make: Callable[[], Any]) -> Future[Any]:
+        assert self._thread is not None
+        begun = self._begun[step, index] = self._thread.submit(make)
+        return begun
+
+    def _begin_thread(self) -> None:
+        if self._cuda is not None:
+            self._cuda.set_device(self._device)  # each thread has its own
+            self._stream = self._cuda.Stream()
+
+    def _make(self, step: int, index: int, items: Sequence[Sequence[Sample]]) -> _Made:
+        batch = self._loader.batch(step, index, items)
+        if self._thread is None or self._cuda is None:
+            return _Made(to_device(batch, self._device))
+        batch = to_device(batch, "cpu")
+        batch = {
+            key: value.pin_memory() if isinstance(value, torch.Tensor) else value
+            for key, value in batch.items()
+        }
+        num_bytes = sum(value.nbytes for value in batch.values() if isinstance(value, torch.Tensor))
+        if self._stream is None or num_bytes > _MOST_BYTES:
+            return _Made(batch)
+        with self._cuda.stream(self._stream):
+            return _Made(to_device(batch, self._device), self._stream.record_event())
+
+    def _arrived(self, made: _Made) -> dict[str, Any]:
+        """Return a batch that the pass may use: kernels wait for the copies, and the memory for the kernels."""
+        if made.copied is None:
+            return to_device(made.batch, self._device)
+        current = self._cuda.current_stream()
+        current.wait_event(made.copied)
+        for value in made.batch.values():
+            if isinstance(value, torch.Tensor):
+                value.record_stream(current)
+        return made.batch
+
+
+def goes_ahead(device: torch.device) -> bool:
+    """Return whether micro-batches for a device are made ahead, in a thread."""
+    return device.type == "cuda"
