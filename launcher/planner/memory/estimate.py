@@ -22,6 +22,7 @@ from launcher.planner.memory.timeline import (
     TEMPORARIES,
     Timeline,
 )
+from launcher.planner.memory.writing import write
 from launcher.planner.memory.zero import ZeroStep
 from launcher.planner.memory.zero_states import ZeroCut
 from launcher.planner.plan import Plan
@@ -291,4 +292,6 @@ class Estimator:
             else:
                 engine.micro_step(segments, True)
         engine.time.touch(TEMPORARIES, 0, "between steps")
+        engine.time.parts = {} if self._offloads else engine.states()
+        write(engine.time, self.plan, self.program, self.setting, self.units)
         return engine.time
