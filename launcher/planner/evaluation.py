@@ -1,4 +1,4 @@
-"""Plan how a model is measured, or asked, where nothing trains: how many rows share a pass, and whether it fits."""
+"""Plan how a model is measured or asked where nothing trains: how many rows share a pass, and whether it fits."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def plan_evaluation(
     is not known.
 
     directories: of each model one after another; None stands for the plan's own. So many rows share a pass as
-    fit, at most the plan's micro-batch, and all models have the same. predicts: who has a decoder writes an answer
-    to each row, whether or not the job measures that.
+    fit, at most the plan's micro-batch, and all models have the same. predicts: who has a decoder writes an
+    answer to each row, whether or not the job measures that.
 
     Raises OutOfMemoryError with the nearest that fits, where one row does not fit.
     """

@@ -1,7 +1,7 @@
-"""Memory of a model that writes: the pass over its prompts, the keys and values that it keeps, the logits of a token.
+"""Memory of a model that writes: the pass over its prompts, the keys and values that it keeps, a token's logits.
 
-As transformers' `generate` goes (5.23): each beam is a row, keys and values grow by one token a pass and are copied
-as they grow, and beam search holds the logits of a pass three times in fp32.
+As transformers' `generate` goes (5.23): each beam is a row, keys and values grow by one token a pass and are
+copied as they grow, and beam search holds the logits of a pass three times in fp32.
 """
 
 from __future__ import annotations
@@ -81,9 +81,10 @@ def settings_of(plan: Plan) -> Generate | None:
 
 
 def beside_parameters(plan: Plan, program: Program, setting: Setting) -> int:
-    """Return the most bytes beside parameters and state while a micro-batch's texts are written; 0 where none are.
+    """Return the most bytes beside parameters and state while a micro-batch's texts are written; 0 where none
+    are.
 
-    setting: of an evaluation's pass. Every prompt is as long as a sample may be, every text as long as it may be.
+    setting: of an evaluation's pass. Prompts are as long as samples may be, texts as long as they may be.
     """
     how, config = settings_of(plan), config_of(plan.model)
     keys = Keys.of(config) if how is not None and config is not None else None
