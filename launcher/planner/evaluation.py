@@ -1,4 +1,4 @@
-"""Plan how a model is measured or asked where nothing trains: how many rows share a pass, and whether it fits."""
+"""Plan how a model is measured or asked where nothing trains: rows of a pass, and whether it fits."""
 
 from __future__ import annotations
 

@@ -84,7 +84,6 @@ def test_so_many_rows_share_a_pass_as_fit(model: Path, monkeypatch: pytest.Monke
             r"fits: --set parallel\.shard=full",
         ),
         (45, 2, {"precision": "fp32"}, r"fits: --nproc 1$"),
-        (37, 1, {"precision": "fp32"}, r"fits: --set precision=bf16$"),
         (38, 1, {"data__max_length": 1 << 16}, r"fits: --set data\.max_length=\d+ \(longer rows are cut\)$"),
         (20, 1, {}, r"; nothing near it fits; take a larger device$"),
     ],
@@ -104,14 +103,22 @@ def test_what_cannot_fit_is_refused_before_a_rank_starts(
         Prediction(request, model, model / "out.jsonl", AnswerOptions()).run(Watcher())
 
 
-def test_more_gpus_are_the_nearest_on_a_node_that_has_them(
-    model: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("gpus", "num_ranks", "precision", "way"),
+    [(4, 1, "bf16", r"fits: --nproc [24]$"), (2, 2, "fp32", r"fits: --set precision=bf16$")],
+)
+def test_more_gpus_of_the_node_or_half_precision_are_the_nearest(
+    gpus: int, num_ranks: int, precision: str, way: str, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    have(monkeypatch, as_hardware(gpu_type("rtx4090", "cluster.gpu"), 4, 32, 1 << 40))
-    batch = {"global_batch_size": 4, "micro_batch_size": 4, "accumulation_steps": 1, "data_parallel_size": 1}
-    plan = plan_of(model, 1, batch=batch, mesh__device="cuda", data__max_length=512, precision="bf16")
-    with pytest.raises(OutOfMemoryError, match=r"fits: --nproc [24]$"):
+    have(monkeypatch, as_hardware(gpu_type("rtx4090", "cluster.gpu"), gpus, 32, 1 << 40))
+    plan = plan_of(model, num_ranks, mesh__device="cuda", data__max_length=512, precision=precision)
+    with pytest.raises(OutOfMemoryError, match=way):
         plan_evaluation(plan, [None], Profiles())
+
+
+def test_one_rank_in_fp32_has_no_gradient_to_take_the_norm_of(model: Path) -> None:
+    plan = with_rows(plan_of(model, 1, data__max_length=64), 1)
+    assert sum(parts(plan).values()) < 4 * PARAMETERS + (1 << 28)
 
 
 def test_a_model_that_cannot_be_forecast_is_not_refused(

@@ -21,6 +21,7 @@ from launcher.planner.memory.timeline import (
     TEACHER,
     TEMPORARIES,
     Timeline,
+    go_through,
 )
 from launcher.planner.memory.writing import write
 from launcher.planner.memory.zero import ZeroStep
@@ -288,7 +289,8 @@ class Estimator:
         else:
             engine.time.parts = {} if self._offloads else engine.states()
             if engine.cut.plain:
-                engine.step(segments, segments)
+                for segment in segments:
+                    go_through(engine.time, segment, recomputes=False)
             else:
                 engine.micro_step(segments, True)
         engine.time.touch(TEMPORARIES, 0, "between steps")
