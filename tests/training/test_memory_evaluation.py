@@ -53,13 +53,13 @@ def peaks(plan: Plan, share: float) -> dict[str, int]:
             for _ in range(2):
                 engine.evaluate(example_batch(task, config, lengths))
         with record_function(f"{PHASE}generating"):
-            if (settings_of := plan.evaluation.generate) is not None:
+            if plan.evaluation is not None and plan.evaluation.generate is not None:
                 generating.SHARE_FOR_PARAMETERS = share
                 engine.model.generation_config.eos_token_id = None  # each text is as long as it may be
                 ids = [np.full(length, 5) for length in lengths]
                 samples = [Sample({}, number, length) for number, length in enumerate(lengths)]
                 prompts = padded_prompts(ids, samples, 0, on_the_left=not config.is_encoder_decoder)
-                engine.generate(prompts, options_of(settings_of, tokenizer()))
+                engine.generate(prompts, options_of(plan.evaluation.generate, tokenizer()))
         with record_function(f"{PHASE}end"):
             pass
     result: dict[str, int] = timeline(profiler)["peaks"]
@@ -106,11 +106,11 @@ def test_measuring_alone_is_predicted(kind: str, world: World, models: dict[str,
             assert not isinstance(program, Unknown), program
             alone = plan.model_copy(update={"evaluation": None})
             planned = {"evaluating": measured(alone, program).phase("evaluating").total}
-            if kind != "classes":
-                planned["generating"] = measured(plan, program).phase("evaluating").total
+            planned["generating"] = measured(plan, program).phase("evaluating").total
             seen = world.call(peaks, plan, share)
+            highest = {"evaluating": max(one["evaluating"] for one in seen)}
+            highest["generating"] = max(highest["evaluating"], *(one["generating"] for one in seen))
             for name, number in planned.items():
-                highest = max(one[name] for one in seen)
-                told.append((engine.get("engine"), precision, name, highest, round(number / highest - 1, 4)))
+                told.append((engine.get("engine"), precision, name, round(number / highest[name] - 1, 4)))
     print(*told, sep="\n")
     assert all(-0.02 <= share <= 0.05 for *_, share in told), told

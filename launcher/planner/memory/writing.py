@@ -126,7 +126,7 @@ def write(
     sizes = [setting.itemsize * unit.num_elements(trained) for unit in (root, *layers)]
     plain = one and plan.precision == "fp32" and plan.offload == "none"
     if zero.stage == 3 if zero is not None else not plain:
-        by_layers = sizes[0] + 2 * max(sizes[1:])  # one computes, and the message of the next is there
+        by_layers = sizes[0] + (1 if one else 2) * max(sizes[1:])  # the message of the next one is there
         time.up(GATHERED, min(sum(sizes), by_layers) if needed <= sum(sizes) else sum(sizes), "writing")
     time.touch(WRITING, needed, "writing")
 
