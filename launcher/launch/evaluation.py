@@ -16,6 +16,7 @@ from launcher.job.paths import nearest_file
 from launcher.job.schema import Job
 from launcher.launch.scratch import ask
 from launcher.launch.screen import Watcher
+from launcher.planner.evaluation import plan_evaluation
 from launcher.planner.fisher import plan_fisher
 from launcher.planner.memory.profiles import Profiles
 from launcher.planner.plan import Plan
@@ -80,6 +81,14 @@ class Request:
             data = data.model_copy(update={"evaluation": type(data.train)(path=str(other.absolute()))})
         return Request(self.plan.model_copy(update={"data": data}), self.run, self.model, self.step, other)
 
+    def planned(self, watcher: Watcher, *directories: str | None, predicts: bool = False) -> Plan:
+        """Return the plan by which models are measured or asked, and tell what they need; None stands for the
+        job's own. Raises OutOfMemoryError."""
+        plan, line = plan_evaluation(self.plan, directories, Profiles(starts=True), predicts)
+        if line:
+            watcher.say(line)
+        return plan
+
     @property
     def asked(self) -> dict[str, Any]:
         """Return what the ranks are told."""
@@ -97,7 +106,8 @@ def _plan(job: Job, num_ranks: int | None) -> Plan:
 
 def evaluate_locally(request: Request, watcher: Watcher, resamples: int = 0) -> dict[str, Any]:
     """Return {"before": metrics, "after": metrics, ...}, also written below the run. Raises ConfigurationError
-    where there is nothing to measure on, and the failure's own class where the ranks failed.
+    where there is nothing to measure on, OutOfMemoryError where no row fits, and the failure's own class where
+    the ranks failed.
 
     `resamples`: how often rows are drawn anew for intervals, by the seed of the job; 0 for none.
     """
@@ -105,6 +115,8 @@ def evaluate_locally(request: Request, watcher: Watcher, resamples: int = 0) -> 
     if plan.data.evaluation is None:
         reason = "the job names no held-out rows; write --on FILE, or --set data.evaluation.path=FILE"
         raise ConfigurationError(Problem("data.evaluation", None, reason))
+    # The model that the job begins with is measured too.
+    plan = request.planned(watcher, None, *([request.model] if request.model else []))
     wanted = request.asked | {"resamples": resamples, "seed": plan.training.seed}
     result = ask(plan, "launcher.training.evaluate_entry", wanted, "evaluation.json", watcher)
     result |= {"on": request.on and str(request.on), "engine": plan.engine, "precision": plan.precision}

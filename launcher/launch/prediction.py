@@ -24,8 +24,8 @@ class Prediction:
     options: AnswerOptions
 
     def run(self, watcher: Watcher) -> dict[str, Any]:
-        """Write the answers; the summary. Raises Stopped where a stop was asked for, else the failure's own
-        class."""
+        """Write the answers; the summary. Raises Stopped where a stop was asked for, OutOfMemoryError where no
+        row fits, else the failure's own class."""
         if self.output.suffix != ".jsonl":
             reason = "answers are written as JSON lines; give it a name that ends in .jsonl"
             raise ConfigurationError(Problem(KEY, str(self.output), reason))
@@ -33,7 +33,8 @@ class Prediction:
         data = self.request.plan.data
         source = type(data.train)(path=str(self.rows.absolute()))
         data = data.model_copy(update={"evaluation": source, "packing": False})
-        plan = self.request.plan.model_copy(update={"data": data})
+        plan = self.request.planned(watcher, self.request.model, predicts=True)
+        plan = plan.model_copy(update={"data": data})
         wanted = self.request.asked | {"output": str(self.output.absolute()), "options": asdict(self.options)}
         summary = ask(plan, "launcher.training.predict_entry", wanted, "prediction.json", watcher)
         return {"output": str(self.output), **summary, "engine": plan.engine, "ranks": plan.mesh.world_size}

@@ -104,6 +104,9 @@ def chunked_cross_entropy(
     """
     places = supervised_places(targets) if supervised is None else supervised
     chosen, wanted = at(places, hidden, targets)
+    if not torch.is_grad_enabled():
+        # A function is told that a weight trains, and not that nobody asks for its gradient.
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
     loss_sum, num_correct, losses = _ChunkedCrossEntropy.apply(
         chosen,
         weight,

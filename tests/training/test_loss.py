@@ -53,6 +53,21 @@ def test_nothing_supervised_is_zero_with_zero_gradients() -> None:
     assert weight.grad is not None and not weight.grad.any()
 
 
+@pytest.mark.parametrize("biased", [False, True])
+def test_where_nobody_asks_for_gradients_none_are_computed(
+    biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An evaluation has the same loss, and multiplies nothing with the logits' gradients."""
+    monkeypatch.setattr("launcher.training.loss._accumulate", lambda *_: pytest.fail("the weight's gradient"))
+    hidden, weight = torch.randn(401, 24), torch.randn(67, 24, requires_grad=True)
+    bias = torch.randn(67, requires_grad=True) if biased else None
+    targets = torch.randint(0, 67, (401,))
+    with torch.no_grad():
+        ours = chunked_cross_entropy(hidden, weight, targets, bias=bias)
+    plain = functional.cross_entropy(functional.linear(hidden, weight, bias), targets, reduction="sum")
+    torch.testing.assert_close(ours.loss_sum, plain.detach(), rtol=1e-6, atol=0)
+
+
 def test_logits_never_exist_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """The widest tensor with a vocabulary dimension has a chunk's rows."""
     seen: list[int] = []

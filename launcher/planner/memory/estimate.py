@@ -21,7 +21,9 @@ from launcher.planner.memory.timeline import (
     TEACHER,
     TEMPORARIES,
     Timeline,
+    go_through,
 )
+from launcher.planner.memory.writing import write
 from launcher.planner.memory.zero import ZeroStep
 from launcher.planner.memory.zero_states import ZeroCut
 from launcher.planner.plan import Plan
@@ -287,8 +289,11 @@ class Estimator:
         else:
             engine.time.parts = {} if self._offloads else engine.states()
             if engine.cut.plain:
-                engine.step(segments, segments)
+                for segment in segments:
+                    go_through(engine.time, segment, recomputes=False)
             else:
                 engine.micro_step(segments, True)
         engine.time.touch(TEMPORARIES, 0, "between steps")
+        engine.time.parts = {} if self._offloads else engine.states()
+        write(engine.time, self.plan, self.program, self.setting, self.units)
         return engine.time

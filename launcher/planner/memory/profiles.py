@@ -30,7 +30,7 @@ from launcher.planner.plan import Plan
 from launcher.runs import cache
 from launcher.runs.wording import shown
 
-FORMAT = 2
+FORMAT = 3
 """Of the files: another one is no profile."""
 SECONDS = 600.0
 """The longest that a trace may take."""

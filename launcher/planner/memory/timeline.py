@@ -10,6 +10,7 @@ PARAMETERS, OPTIMIZER, GRADIENTS = "parameters", "optimizer state", "gradients"
 ACTIVATIONS, RECOMPUTATION, LOSS = "activations kept", "recomputation", "logits and loss"
 GATHERED, MESSAGES, TEMPORARIES = "gathered layers", "communication", "temporaries"
 SLACK, CONTEXT, TEACHER = "allocator slack", "context", "teacher"
+WRITING = "texts being written"
 KINDS = (
     PARAMETERS,
     OPTIMIZER,
@@ -23,6 +24,7 @@ KINDS = (
     SLACK,
     CONTEXT,
     TEACHER,
+    WRITING,
 )
 
 

@@ -151,7 +151,7 @@ def _add_adapter(
 
 @torch.no_grad()
 def _copy_out_of_files(model: PreTrainedModel) -> None:
-    """Give memory of its own to each parameter on the CPU, one by one, and so let go of the files.
+    """Give memory of its own to each parameter and buffer on the CPU, one by one, and so let go of the files.
 
     Where nothing had to be converted, a parameter is a slice of the mapped file (a tensor does not say so):
     the whole file would count as this rank's memory, and who writes to the file would write to the weights.
@@ -164,6 +164,11 @@ def _copy_out_of_files(model: PreTrainedModel) -> None:
             parameter._local_tensor = part.clone()
         else:
             parameter.data = part.clone()
+    for (
+        buffer
+    ) in model.buffers():  # one of a few numbers would hold the whole file, as BART's bias of logits did
+        if buffer.device.type == "cpu":
+            buffer.data = buffer.data.clone()
 
 
 def _materialise(model: PreTrainedModel, device: torch.device) -> list[str]:

@@ -1,0 +1,135 @@
+"""Plan how a model is measured or asked where nothing trains: rows of a pass, and whether it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from launcher import tasks
+from launcher.errors import OutOfMemoryError
+from launcher.planner.forecast import Forecast
+from launcher.planner.hardware.detect import Hardware
+from launcher.planner.memory.estimate import Estimator
+from launcher.planner.memory.footprint import Footprint
+from launcher.planner.memory.profiles import Profiles
+from launcher.planner.memory.program import Program
+from launcher.planner.plan import BatchPlan, Plan
+from launcher.planner.resolve.batch import divisors
+from launcher.planner.suggestions import fully_cut
+from launcher.planner.target import target_here
+from launcher.runs.wording import gib
+from launcher.tasks.encoder_decoders import EncoderDecoderTask
+from launcher.tasks.generation import Evaluation, Generate
+
+_NOTHING_TRAINS = {"optimizer": "sgd", "momentum": 0.0, "moments": "fp32", "ema": None, "l2_sp": None}
+
+
+def plan_evaluation(
+    plan: Plan, directories: Iterable[str | None], profiles: Profiles, predicts: bool = False
+) -> tuple[Plan, str]:
+    """Return the plan by which models are measured or asked here, and what they need in words; empty where that
+    is not known.
+
+    directories: of each model one after another; None stands for the plan's own. So many rows share a pass as
+    fit, at most the plan's micro-batch, and all models have the same. predicts: who has a decoder writes an
+    answer to each row, whether or not the job measures that.
+
+    Raises OutOfMemoryError with the nearest that fits, where one row does not fit.
+    """
+    highest: Forecast | None = None
+    for directory in directories:
+        of = plan if directory is None else plan.of_directory(directory)
+        foreseen = _fitting(_writing(of) if predicts else of, profiles)
+        if foreseen is None:
+            continue
+        plan = with_rows(plan, foreseen.plan.batch.micro_batch_size)
+        if highest is None or foreseen.footprint.highest.total > highest.footprint.highest.total:
+            highest = foreseen
+    rows = plan.batch.micro_batch_size
+    return plan, "" if highest is None else f"{highest.line()}, {rows} row{'s' * (rows > 1)} a pass"
+
+
+def with_rows(plan: Plan, rows: int) -> Plan:
+    """Return the plan with so many rows in a pass of each rank, and no training in it."""
+    size = plan.batch.data_parallel_size
+    batch = BatchPlan(
+        global_batch_size=rows * size, micro_batch_size=rows, accumulation_steps=1, data_parallel_size=size
+    )
+    return plan.model_copy(update={"batch": batch})
+
+
+def measured(plan: Plan, program: Program) -> Footprint:
+    """Return what a rank needs where a model is loaded and measured, and nothing trains. FSDP has no optimizer
+    then; ZeRO's is there all the same, as the masters belong to it."""
+    changes: dict[str, object] = {"distillation": None}
+    kept = _NOTHING_TRAINS if plan.zero is None else {"ema": None, "l2_sp": None}
+    changes["training"] = plan.training.model_copy(update=kept)
+    phases = Estimator(plan.model_copy(update=changes), program).footprint()
+    return Footprint((phases.phase("loading"), phases.phase("evaluating")))
+
+
+def _fitting(plan: Plan, profiles: Profiles) -> Forecast | None:
+    """Return the plan's forecast with the most rows in a pass that fit; None of a model that no pass can be
+    forecast of. Raises OutOfMemoryError."""
+    program, hardware = profiles.program(plan), Hardware.detect()
+    if program is None:
+        return None
+    rows = reversed(divisors(plan.batch.micro_batch_size))
+    tried = [_forecast(with_rows(plan, number), program, hardware) for number in rows]
+    fitting = next((one for one in tried if one.fits), None)
+    return fitting or _refuse(tried[-1], plan.batch.global_batch_size, profiles, hardware)
+
+
+def _writing(plan: Plan) -> Plan:
+    evaluation = plan.evaluation or Evaluation()
+    if evaluation.generate is None and issubclass(tasks.find(plan.task), EncoderDecoderTask):
+        evaluation = evaluation.model_copy(update={"generate": Generate()})
+    return plan.model_copy(update={"evaluation": evaluation})
+
+
+def _forecast(plan: Plan, program: Program, hardware: Hardware) -> Forecast:
+    return Forecast(plan, measured(plan, program), target_here(plan, hardware), 0, program)
+
+
+def _refuse(least: Forecast, global_batch_size: int, profiles: Profiles, hardware: Hardware) -> Forecast:
+    """Raise OutOfMemoryError with the nearest plan that fits."""
+    nearest = "nothing near it fits; take a larger device"
+    for text, plan in _ways(least.plan, global_batch_size, hardware):
+        if (program := profiles.program(plan)) and _forecast(plan, program, hardware).fits:
+            nearest = f"the nearest that fits: {text}"
+            break
+    highest = least.footprint.highest
+    largest = max(highest.parts, key=lambda kind: highest.parts[kind])
+    raise OutOfMemoryError(
+        f"one row a pass needs {least.lack} ({highest.name}; most of it {largest}, "
+        f"{gib(highest.parts[largest])}); {nearest}"
+    )
+
+
+def _ways(plan: Plan, global_batch_size: int, hardware: Hardware) -> Iterator[tuple[str, Plan]]:
+    """Yield other plans, what alters nothing of the result first, with what is written for each."""
+    mesh, also = plan.mesh, ""
+    if plan.zero is not None:
+        plan = plan.model_copy(update={"engine": "fsdp", "zero": None, "offload": "none"})
+        also = "--set parallel.engine=fsdp --set memory.offload=none "
+        yield also.strip(), plan
+    if mesh.world_size > 1 and (mesh.dp_replicate > 1 or plan.sharding != "full"):
+        plan = fully_cut(plan, 1)
+        also += "--set parallel.shard=full --set parallel.replicate=1 "
+        yield also.strip(), plan
+    # More GPUs have less each, and fewer ranks in one memory have more of it.
+    more, fewer = range(mesh.world_size + 1, len(hardware.gpus) + 1), range(mesh.world_size - 1, 0, -1)
+    for number in more if mesh.device == "cuda" else fewer:
+        if global_batch_size % number == 0:
+            yield f"{also}--nproc {number}", _on_ranks(plan, number)
+    if plan.precision == "fp32":
+        yield f"{also}--set precision=bf16", plan.model_copy(update={"precision": "bf16"})
+    for length in (plan.data.max_length // 2, plan.data.max_length // 4):
+        shorter = plan.data.model_copy(update={"max_length": length})
+        text = f"{also}--set data.max_length={length} (longer rows are cut)"
+        yield text, plan.model_copy(update={"data": shorter})
+
+
+def _on_ranks(plan: Plan, number: int) -> Plan:
+    sizes = {"ranks_per_node": number, "world_size": number, "dp_shard": number, "dp_replicate": 1}
+    batch = plan.batch.model_copy(update={"data_parallel_size": number, "global_batch_size": number})
+    return plan.model_copy(update={"mesh": plan.mesh.model_copy(update=sizes), "batch": batch})
