@@ -239,7 +239,10 @@ class Trainer:
         for index, items in enumerate(step_batch.micro_batches):
             here.at("data", done=index, total=last + 1, detail=str(self.batches.directory))
             began = time.monotonic()
-            batch = to_device(self.loader.batch(step, index, items), self.device) | more
+            batch = self.loader.batch(step, index, items)
+            if self.material.logits is not None:
+                batch |= self.material.logits.of(items)
+            batch = to_device(batch, self.device) | more
             self._loaded_since(began)
             here.at("forward", done=index, total=last + 1)
             torch.manual_seed(dropout_seed(seed, step, self.data_rank, index))
