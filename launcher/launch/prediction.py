@@ -32,9 +32,8 @@ class Logits:
         if not self.output.absolute().parent.is_dir():
             reason = f"the folder {self.output.absolute().parent} is not there"
             raise ConfigurationError(Problem(key, str(self.output), reason))
-        if not tasks.find(plan.task).distils:
-            can = ", ".join(name for name in tasks.names() if tasks.find(name).distils)
-            reason = f"nothing learns from logits of a {plan.task} task; of {can} it does"
+        if plan.task not in (able := [name for name in tasks.names() if _writes_logits(name)]):
+            reason = f"nothing learns from logits of a {plan.task} task; of {', '.join(able)} a model does"
             raise ConfigurationError(Problem(key, str(self.output), reason))
         if plan.data.streaming:
             reason = "streamed rows are not all known before the first step: --set data.streaming=false"
@@ -44,6 +43,11 @@ class Logits:
         wanted = self.request.asked | {"output": str(self.output.absolute())}
         summary = ask(plan, "launcher.training.logits_entry", wanted, "logits.json", watcher)
         return {"output": str(self.output), **summary, "engine": plan.engine, "ranks": plan.mesh.world_size}
+
+
+def _writes_logits(name: str) -> bool:
+    task = tasks.find(name)
+    return task.distils and task.traits.head == "one-per-sample"
 
 
 @dataclass(frozen=True)

@@ -13,33 +13,24 @@ from launcher.values import Section
 
 KEY = "distillation.logits"
 MANIFEST = "manifest.json"
-TEACHER_LOGITS, TEACHER_TOKENS = "teacher_logits", "teacher_tokens"
-"""Under these names a batch has what was written of it."""
+TEACHER_LOGITS = "teacher_logits"
+"""Under this name a batch has what was written of it."""
 FORMAT = 1
 Count = Annotated[int, Field(ge=0)]
 
 
 class Manifest(Section):
-    """What the logits are of, and the files that hold them: `keys.npy`, `logits.npy`, `checks.npy`; of a
-    language model also `tokens.npy` and `offsets.npy`."""
+    """What the logits are of, and the files that hold them: `keys.npy`, `logits.npy` and `checks.npy`."""
 
     format: Annotated[int, Field(ge=FORMAT, le=FORMAT)]
     task: str
     problem: str | None
     """Of a classification."""
     classes: tuple[str, ...] | None
-    """Their names, in order; None of a number, and of a language model."""
+    """Their names, in order; None of a number."""
     num_outputs: Annotated[int, Field(ge=1)]
-    """Logits of a row: the classes; of a language model the tokens that were written of each position."""
-    vocabulary: Count
-    """Of a language model: the rows of its embeddings among which these are the likeliest; else 0."""
-    tokenizer: str
-    """Of a language model: a hash of its tokens and their numbers; else empty."""
-    temperature: Annotated[float, Field(gt=0)]
-    """Of a language model: what the logits were divided by; else 1."""
+    """Logits of a row."""
     num_samples: Annotated[int, Field(ge=1)]
-    num_positions: Count
-    """Of a language model: supervised tokens of all samples; else 0."""
     teacher: dict[str, Any]
     """The run and its step, or the files of a model's directory."""
     precision: str
@@ -76,17 +67,12 @@ class Manifest(Section):
                 raise ConfigurationError(Problem(KEY, str(directory), reason))
         return manifest
 
-    def unlike(self, task: str, data: Any, temperature: float) -> str:
+    def unlike(self, task: str, data: Any) -> str:
         """Return in what the logits do not suit a job, as far as its keys say; empty where they do."""
         if self.task != task:
             return f"logits of a {self.task} task, and the model's is {task}"
         if self.problem != getattr(data, "problem", None):
             return f"logits of {self.problem} (data.problem), and the job has {data.problem}"
-        if self.vocabulary and self.temperature != temperature:
-            return (
-                f"logits at temperature {self.temperature:g}, and distillation.temperature is {temperature:g}, on "
-                f"which the share of the tokens left out hangs; write {self.temperature:g}, or the logits anew"
-            )
         return ""
 
     def other_classes(self, names: tuple[str, ...] | None) -> str:

@@ -24,9 +24,10 @@ from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.runs.phases import PhaseReport
 from launcher.runs.places import here
 from launcher.tasks.task import Sample
+from launcher.tasks.written_logits import FORMAT
 from launcher.training import entry, exchange
 from launcher.training.data.dataset import Dataset
-from launcher.training.data.written_logits import Writer, key_of, num_learned, samples_of
+from launcher.training.data.written_logits import Writer, key_of, samples_of
 from launcher.training.devices import start_process_group, to_device
 from launcher.training.engines.engine import Engine
 from launcher.training.evaluate_entry import Measuring
@@ -67,8 +68,11 @@ class Writing:
             if self.writer is None:
                 continue
             for rank in ranks:
-                share = plan.mesh.data_rank(rank)
-                self._put(shares[share] if share < len(shares) else [], told[rank][0])
+                number = plan.mesh.data_rank(rank)
+                # Of filler nothing is written.
+                keys = shares[number] if number < len(shares) else []
+                for key, logits in zip(keys, told[rank][0], strict=False):
+                    self.writer.put(key, logits)
             report(done, len(order))
             here.moved(done)
             if time.monotonic() - kept > _SECONDS_BETWEEN:
@@ -81,19 +85,11 @@ class Writing:
         return sample
 
     def _logits(self, samples: Sequence[Sample]) -> np.ndarray:
-        """Return the logits of a rank's samples, one's after another's, fp32 [n, outputs]."""
+        """Return the logits of a rank's samples, fp32 [samples, outputs]."""
         batch = self.subject.task.collate([[sample] for sample in samples])
         output = self.engine.evaluate(to_device(batch, self.subject.plan.mesh.device))
         assert output.predictions is not None
         return output.predictions.float().cpu().numpy()
-
-    def _put(self, keys: Sequence[int], logits: np.ndarray) -> None:
-        assert self.writer is not None
-        begin = 0
-        for key in keys:
-            end = begin + 1
-            self.writer.put(key, (logits[begin:end],))
-            begin = end
 
     def _stops(self) -> bool:
         vote = torch.tensor(float(self.stop.requested), device=self.subject.plan.mesh.device)
@@ -114,17 +110,14 @@ def write(
     engine = own.engine(subject, dataset)
     step = subject.load(run, engine, request["step"]) if run is not None else None
     places: dict[int, tuple[int, int]] = {}
-    learned: dict[int, int] = {}
     for number, sample in enumerate(samples_of(dataset)):
-        if (key := key_of(sample)) not in places:
-            places[key], learned[key] = (number, sample.length), num_learned(sample)
-    order = sorted(
-        places, key=lambda key: (-places[key][1], key)
-    )  # the longest first: what is too large is met at once
-    began, writer, leads = time.monotonic(), None, distributed.get_rank() == 0
-    if leads:
-        about = _about(subject, dataset, run, model, step) | _shape(subject, learned)
-        writer = Writer(Path(request["output"]), about, {key: learned[key] for key in sorted(learned)})
+        places.setdefault(key_of(sample), (number, sample.length))
+    # The longest first: what is too large for memory is met at once.
+    order = sorted(places, key=lambda key: (-places[key][1], key))
+    began, writer = time.monotonic(), None
+    if distributed.get_rank() == 0:
+        about = _about(subject, dataset, {"name": str(run or model)} | subject.identity(run, model, step))
+        writer = Writer(Path(request["output"]), about | {"num_samples": len(order)}, sorted(places))
     before = int(exchange.from_first(writer.begin() if writer else 0))
     writing = Writing(subject, engine, stop, dataset, places, writer)
     done = writing.write(order, before, PhaseReport(scratch, "predicting", "samples"))
@@ -151,31 +144,19 @@ def write(
     distributed.barrier()
 
 
-def _about(
-    subject: Subject, dataset: Dataset, run: Path | None, model: str | None, step: int | None
-) -> dict[str, Any]:
+def _about(subject: Subject, dataset: Dataset, teacher: dict[str, Any]) -> dict[str, Any]:
     """Return what decides the logits, as a manifest has it."""
-    report, task = dataset.report, subject.task
+    report, plan = dataset.report, subject.plan
     hashes = {"source": report.source_hash, "samples": report.samples_hash, "rows": report.rows_used}
     return {
-        "format": 1,
-        "task": subject.plan.task,
-        "problem": getattr(subject.plan.data, "problem", None),
-        "classes": list(task.labels) if task.labels else None,
-        "teacher": {"name": str(run or model)} | subject.identity(run, model, step),
-        "precision": subject.plan.precision,
-        "data": hashes | {"max_length": subject.plan.data.max_length},
-    }
-
-
-def _shape(subject: Subject, learned: dict[int, int]) -> dict[str, Any]:
-    """Return how many logits there are of what."""
-    shape = {"num_samples": len(learned), "num_positions": sum(learned.values())}
-    return shape | {
+        "format": FORMAT,
+        "task": plan.task,
+        "problem": plan.data.problem,  # type: ignore[attr-defined]
+        "classes": list(subject.task.labels) if subject.task.labels else None,
         "num_outputs": subject.config.num_labels,
-        "vocabulary": 0,
-        "tokenizer": "",
-        "temperature": 1.0,
+        "teacher": teacher,
+        "precision": plan.precision,
+        "data": hashes | {"max_length": plan.data.max_length},
     }
 
 

@@ -34,8 +34,7 @@ def settle(decider: Decider) -> Distillation | None:
         except ConfigurationError as error:
             decider.problems += error.problems
             return distillation
-        job = decider.job
-        if reason := manifest.unlike(job.model.task, job.data, distillation.temperature):
+        if reason := manifest.unlike(decider.job.model.task, decider.job.data):
             decider.refuse(KEY, distillation.logits, reason)
         return distillation
     assert distillation.teacher is not None
