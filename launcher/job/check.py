@@ -96,9 +96,6 @@ def _written_logits(job: Job, distillation: Distillation) -> Iterator[Finding]:
     if getattr(job.data, "augmentation", None) is not None:
         reason = "altered images are not those that logits were written of; leave it out, or name a teacher"
         yield finding("data.augmentation", None, reason, "distillation.logits")
-    if job.data.streaming:
-        reason = "logits are looked for of every row before the first step; write false, or name a teacher"
-        yield finding("data.streaming", True, reason, "distillation.logits")
 
 
 def _machine(job: Job) -> Iterator[Finding]:

@@ -35,9 +35,6 @@ class Logits:
         if plan.task not in (able := [name for name in tasks.names() if _writes_logits(name)]):
             reason = f"nothing learns from logits of a {plan.task} task; of {', '.join(able)} a model does"
             raise ConfigurationError(Problem(key, str(self.output), reason))
-        if plan.data.streaming:
-            reason = "streamed rows are not all known before the first step: --set data.streaming=false"
-            raise ConfigurationError(Problem(key, str(self.output), reason))
         data = plan.data.model_copy(update={"evaluation": plan.data.train, "packing": False})
         plan = plan.model_copy(update={"data": data})
         wanted = self.request.asked | {"output": str(self.output.absolute())}

@@ -70,7 +70,7 @@ class Manifest(Section):
     def unlike(self, task: str, data: Any) -> str:
         """Return in what the logits do not suit a job, as far as its keys say; empty where they do."""
         if self.task != task:
-            return f"logits of a {self.task} task, and the model's is {task}"
+            return f"logits of {self.task}, and the model does {task}"
         if self.problem != getattr(data, "problem", None):
             return f"logits of {self.problem} (data.problem), and the job has {data.problem}"
         return ""
