@@ -37,6 +37,7 @@ from tests.training.runs import (
 from tests.training.test_distillation import classifier
 from tests.training.test_distilled_images import model_of, taught, teacher_of
 from tests.training.test_resume import compare
+from tests.training.test_trainer_images import run_of
 from tests.training.test_trainer_tasks import plan_of
 
 pytestmark = pytest.mark.distributed
@@ -118,12 +119,7 @@ def test_an_image_classifier_learns_as_from_the_teacher_itself(tmp_path: Path) -
     known = taught(student, teacher, pictures)
     finish(asking(known, teacher, tmp_path / "logits"), 2, entry=write)
     settings = {"logits": str(tmp_path / "logits"), "temperature": 2.0}
-    runs = [
-        new_run(tmp_path / name, own) for name, own in (("known", known), ("run", learns(known, **settings)))
-    ]
-    for run in runs:
-        finish(run, 2)
-    assert_alike(*runs)
+    assert_alike(run_of(tmp_path / "known", known, 2), run_of(tmp_path / "run", learns(known, **settings), 2))
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,4 @@
-"""Decide which checkpoint of a run teaches, where a job names a run as its teacher; look at logits written
-ahead."""
+"""Decide which checkpoint of a run teaches, and whether logits written ahead suit a job."""
 
 from __future__ import annotations
 
