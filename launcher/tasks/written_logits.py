@@ -53,7 +53,7 @@ class Manifest(Section):
         except FileNotFoundError:
             reason = f"has no {MANIFEST}; `launcher predict TEACHER --job JOB --logits DIR` writes one"
             raise ConfigurationError(Problem(KEY, str(directory), reason)) from None
-        except (OSError, ValidationError, ValueError) as error:
+        except (OSError, ValueError) as error:
             first = error.errors()[0] if isinstance(error, ValidationError) else None
             why = ": ".join((*map(str, first["loc"]), first["msg"])) if first else str(error)
             reason = f"its {MANIFEST} is not what was written ({why.splitlines()[0]}); write the logits anew"

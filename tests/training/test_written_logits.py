@@ -217,6 +217,7 @@ def _edit(**changes: Any) -> Callable[[Path], None]:
         (_edit(num_samples=0), ConfigurationError, "is not what was written .num_samples"),
         (lambda path: (path / "keys.npy").unlink(), ConfigurationError, "keys.npy is not there, and"),
         (_cut, ConfigurationError, r"logits.npy has 1,\d\d\d bytes, and 1,\d\d\d were written"),
+        (_edit(problem="multi-label"), ConfigurationError, "logits of multi-label"),
         (_edit(classes=["kind 0", "kind 2", "kind 1"]), ConfigurationError, "the same, in order"),
         (_edit(classes=["a", "b"]), ConfigurationError, r"logits of 2 classes .a, b., and the model's"),
         (_edit(num_outputs=4), DataError, r"holds float32 \[96, 3\], and float32 \[96, 4\] were written"),

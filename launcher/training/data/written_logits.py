@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -73,8 +74,9 @@ class WrittenLogits:
         return cls(directory, manifest, **arrays)
 
     def suit(self, task: Task) -> None:
-        """Raise ConfigurationError where they are of other classes than a task's."""
-        if reason := self.manifest.other_classes(None if task.labels is None else tuple(task.labels)):
+        """Raise ConfigurationError where they are of another task, or of other classes."""
+        names = None if task.labels is None else tuple(task.labels)
+        if reason := self.manifest.unlike(task.name, task.data) or self.manifest.other_classes(names):
             raise ConfigurationError(Problem(KEY, str(self.directory), reason))
 
     def check(self, dataset: Dataset) -> None:
@@ -157,6 +159,8 @@ class Writer:
             for name, (dtype, shape) in _shapes(self._manifest).items():
                 file, mode = self.path / f"{name}.npy", "r+" if goes_on else "w+"
                 self._arrays[name] = np.lib.format.open_memmap(file, mode, dtype, shape)
+                with open(file, "r+b") as whole:  # a disk that fills up later would kill the process
+                    os.posix_fallocate(whole.fileno(), 0, file.stat().st_size)
             self._arrays["keys"][:] = self._keys
             if not goes_on:
                 self.keep(0)
