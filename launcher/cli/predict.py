@@ -59,7 +59,7 @@ def predict(
     from launcher.runs.wording import size
     from launcher.tasks.task import AnswerOptions
 
-    given = {"--input": rows, "--output": output}
+    given: dict[str, object] = {"--input": rows, "--output": output}
     if logits is not None:
         given |= {"--probabilities": probabilities or None, "--top-k": top_k}
         reason = "does not go with --logits, which writes those of the job's own training rows; leave it out"

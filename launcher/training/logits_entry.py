@@ -126,7 +126,7 @@ def write(
         if done == len(order):
             manifest = writer.finish()
             seconds = round(time.monotonic() - began, 3)
-            summary = {
+            summary: dict[str, Any] = {
                 "samples": done,
                 "samples_before": before,
                 "rows": dataset.report.rows_used,

@@ -96,7 +96,7 @@ class WrittenLogits:
     def hold(self, record: Path) -> None:
         """Hold a run to the logits that it began with: write which they are to `record`, or compare. Raises
         DataError."""
-        now = {"digest": self.manifest.digest, "teacher": self.manifest.teacher}
+        now: dict[str, Any] = {"digest": self.manifest.digest, "teacher": self.manifest.teacher}
         if not record.exists():
             write_atomically(record, json.dumps(now) + "\n")
         elif (began := read_json(record))["digest"] != now["digest"]:
