@@ -100,7 +100,7 @@ class Distillation(Section):
     """A run directory (of this task), a directory with a trained Hugging Face model, or a model's name on the
     hub. It is not trained."""
     logits: Line | None = None
-    """In the place of a teacher: the directory of its logits that `launcher predict --logits` wrote ahead."""
+    """In the place of a teacher: the directory that `launcher predict --logits DIR` wrote ahead."""
     checkpoint: Annotated[int, Field(ge=1)] | None = None
     """Of a run as the teacher: the step that teaches; left out, the best it keeps, else the newest."""
     revision: Line | None = None
