@@ -435,6 +435,8 @@ def test_logits_that_nobody_could_learn_from_are_not_written(
 def test_rows_or_logits_are_asked_for(
     arguments: list[str], problems: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["predict", "run", *arguments]) == 2
+    with pytest.raises(SystemExit) as caught:
+        main(["predict", "run", *arguments])
+    assert caught.value.code == 2
     told = capsys.readouterr().err
     assert all(problem in told for problem in problems), told
