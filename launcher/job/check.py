@@ -84,7 +84,7 @@ def _distillation(job: Job) -> Iterator[Finding]:
 
 
 def _written_logits(job: Job, distillation: Distillation) -> Iterator[Finding]:
-    """What only a teacher that is asked meanwhile can give."""
+    """Yield what only a teacher that is asked meanwhile can give."""
     if tasks.find(job.model.task).traits.head == "every-position":
         reason = "those of a language model are not written ahead, only of classes; name a teacher"
         yield finding("distillation.logits", distillation.logits, reason, "model.task")

@@ -20,7 +20,7 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class Manifest(Section):
-    """What the logits are of, and the files that hold them: `keys.npy`, `logits.npy` and `checks.npy`."""
+    """Hold what the logits are of, and the files that they are in: `keys.npy`, `logits.npy`, `checks.npy`."""
 
     format: Annotated[int, Field(ge=FORMAT, le=FORMAT)]
     task: str
