@@ -17,20 +17,28 @@ from launcher.cli.plan import AsJson, NumRanks
 def predict(
     model: RunOrModel,
     rows: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             "--input",
             metavar="FILE",
             help="The rows: .jsonl .csv .tsv .parquet .arrow .json .txt; a folder of images or sounds.",
             autocompletion=completion.data_files,
         ),
-    ],
+    ] = None,
     output: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             "--output", "--out", metavar="FILE", help="A new .jsonl file: an answer for each row, in order."
         ),
-    ],
+    ] = None,
+    logits: Annotated[
+        Path | None,
+        typer.Option(
+            "--logits",
+            metavar="DIR",
+            help="In their place: a new directory for its logits of the job's training rows.",
+        ),
+    ] = None,
     job: JobOfModel = None,
     checkpoint: Checkpoint = None,
     probabilities: Annotated[
@@ -43,16 +51,38 @@ def predict(
     as_json: AsJson = False,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
-    """Write what a model says of every row of a file."""
+    """Write what a model says of every row of a file; or its logits of a job's training rows."""
     from launcher.cli.display import Display
+    from launcher.errors import ConfigurationError, Problem
     from launcher.launch.evaluation import Request
-    from launcher.launch.prediction import Prediction
+    from launcher.launch.prediction import Logits, Prediction
+    from launcher.runs.wording import size
     from launcher.tasks.task import AnswerOptions
 
+    given: dict[str, object] = {"--input": rows, "--output": output}
+    if logits is not None:
+        given |= {"--probabilities": probabilities or None, "--top-k": top_k}
+        reason = "does not go with --logits, which writes those of the job's own training rows; leave it out"
+        problems = [Problem(name, str(value), reason) for name, value in given.items() if value is not None]
+    else:
+        reason = "is missing: name a file, or write --logits DIR"
+        problems = [Problem(name, None, reason) for name, value in given.items() if value is None]
+    if problems:
+        raise ConfigurationError(problems)
     request = Request.of(model, job, checkpoint, nproc, overrides)
-    summary = Prediction(request, rows, output, AnswerOptions(probabilities, top_k)).run(Display(quiet=True))
+    display = Display(quiet=True)
+    if logits is not None:
+        summary = Logits(request, logits).run(display)
+    else:
+        assert rows is not None and output is not None
+        summary = Prediction(request, rows, output, AnswerOptions(probabilities, top_k)).run(display)
     if as_json:
         print_json(summary)
+    elif logits is not None:
+        typer.echo(
+            f"logits of {summary['samples']:,} samples ({summary['rows']:,} rows) in {summary['output']}, "
+            f"{size(summary['bytes'])}"
+        )
     else:
         typer.echo(described(summary))
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from launcher import tasks
 from launcher.job import check_adapter, check_sources, check_streaming, check_training, slurm_options
 from launcher.job.schema import Cluster, Job
+from launcher.tasks.distillation import Distillation
 from launcher.tasks.mixed import not_measured
 from launcher.tasks.task import Finding, finding
 
@@ -71,9 +72,30 @@ def _distillation(job: Job) -> Iterator[Finding]:
     elif getattr(job.data, "problem", None) == "regression" and distillation.temperature != 1:
         reason = "a number has no temperature, only classes and tokens have; leave it out"
         yield finding("distillation.temperature", distillation.temperature, reason, "data.problem")
+    if (distillation.teacher is None) == (distillation.logits is None):
+        given = "both are there" if distillation.teacher else "neither is there"
+        reason = f"name either a teacher, or logits that were written ahead: {given}"
+        yield finding("distillation", None, reason)
+    elif distillation.logits is not None:
+        yield from _written_logits(job, distillation)
     if distillation.hidden_states is not None and tasks.find(job.model.task).traits.unit != "token":
         reason = "hidden states are compared token by token, and an image has none; leave it out"
         yield finding("distillation.hidden_states", None, reason, "model.task")
+
+
+def _written_logits(job: Job, distillation: Distillation) -> Iterator[Finding]:
+    """Yield what only a teacher that is asked meanwhile can give."""
+    if tasks.find(job.model.task).traits.head == "every-position":
+        reason = "those of a language model are not written ahead, only of classes; name a teacher"
+        yield finding("distillation.logits", distillation.logits, reason, "model.task")
+    for key in ("checkpoint", "revision", "hidden_states"):
+        if (value := getattr(distillation, key)) is not None:
+            shown = value if isinstance(value, (int, str)) else None
+            reason = "logits that were written ahead have none of it; leave it out, or name a teacher"
+            yield finding(f"distillation.{key}", shown, reason, "distillation.logits")
+    if getattr(job.data, "augmentation", None) is not None:
+        reason = "altered images are not those that logits were written of; leave it out, or name a teacher"
+        yield finding("data.augmentation", None, reason, "distillation.logits")
 
 
 def _machine(job: Job) -> Iterator[Finding]:

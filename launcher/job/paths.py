@@ -69,8 +69,17 @@ def _sources(given: Sources, role: str, folder: Path, problems: list[Problem], h
 
 
 def _taught(distillation: Distillation, folder: Path, problems: list[Problem]) -> Distillation:
-    """The section with its teacher's directory: a whole model, or RUN/model where it is a run."""
+    """The section with its teacher's directory: a whole model, or RUN/model where it is a run; or with that of
+    its logits."""
+    if distillation.logits is not None:
+        path = (folder / Path(distillation.logits).expanduser()).absolute()
+        if not path.is_dir():
+            reason = f"no such directory{nearest_file(path)}; `launcher predict --logits` writes one"
+            problems.append(Problem("distillation.logits", distillation.logits, reason))
+        return distillation.model_copy(update={"logits": str(path)})
     key, name = "distillation.teacher", distillation.teacher
+    if name is None:
+        return distillation
     path = folder / Path(name).expanduser()
     reason = ""
     if (path / "plan.json").is_file():

@@ -6,12 +6,45 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher import tasks
 from launcher.errors import ConfigurationError, Problem
 from launcher.launch.evaluation import Request
 from launcher.launch.scratch import ask
 from launcher.launch.screen import Watcher
 from launcher.runs.partial import KEY, refuse_existing
 from launcher.tasks.task import AnswerOptions
+
+
+@dataclass(frozen=True)
+class Logits:
+    """Say which model's logits of a job's training rows are written, and where."""
+
+    request: Request
+    output: Path
+
+    def run(self, watcher: Watcher) -> dict[str, Any]:
+        """Write the logits; the summary. Raises Stopped where a stop was asked for, else the failure's own
+        class."""
+        plan, key = self.request.plan, "--logits"
+        if self.output.exists():
+            reason = "is there already; name another directory, or remove it"
+            raise ConfigurationError(Problem(key, str(self.output), reason))
+        if not self.output.absolute().parent.is_dir():
+            reason = f"the folder {self.output.absolute().parent} is not there"
+            raise ConfigurationError(Problem(key, str(self.output), reason))
+        if plan.task not in (able := [name for name in tasks.names() if _writes_logits(name)]):
+            reason = f"nothing learns from logits of a {plan.task} task; of {', '.join(able)} a model does"
+            raise ConfigurationError(Problem(key, str(self.output), reason))
+        data = plan.data.model_copy(update={"evaluation": plan.data.train, "packing": False})
+        plan = plan.model_copy(update={"data": data})
+        wanted = self.request.asked | {"output": str(self.output.absolute())}
+        summary = ask(plan, "launcher.training.logits_entry", wanted, "logits.json", watcher)
+        return {"output": str(self.output), **summary, "engine": plan.engine, "ranks": plan.mesh.world_size}
+
+
+def _writes_logits(name: str) -> bool:
+    task = tasks.find(name)
+    return task.distils and task.traits.head == "one-per-sample"
 
 
 @dataclass(frozen=True)

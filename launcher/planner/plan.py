@@ -163,7 +163,8 @@ class Plan(Frozen):
     evaluation: Evaluation | None = None
     """Where the job says what is done with held-out rows beside computing their loss."""
     distillation: Distillation | None = None
-    """The job's teacher, by its absolute directory, and how it is learned from; None without one."""
+    """The job's teacher, or its logits, by their absolute directory, and how it is learned from; None without
+    one."""
     script: tuple[str, ...] | None = None
     """A training script of the user's own, by its absolute path, and its arguments. Model, data, batch and
     training are then its own."""
@@ -210,7 +211,7 @@ class Plan(Frozen):
 
     def of_teacher(self) -> Plan:
         """Return the plan of the teacher alone, as FSDP shards it beside either engine."""
-        assert self.distillation is not None
+        assert self.distillation is not None and self.distillation.teacher is not None
         model = Model(
             name=self.distillation.teacher,
             revision=self.distillation.revision,

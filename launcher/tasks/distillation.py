@@ -96,9 +96,11 @@ class Distillation(Section):
     """Learn from a larger model, the teacher, beside the rows' own labels (Hinton et al. 2015, arXiv
     1503.02531)."""
 
-    teacher: Line
+    teacher: Line | None = None
     """A run directory (of this task), a directory with a trained Hugging Face model, or a model's name on the
     hub. It is not trained."""
+    logits: Line | None = None
+    """In the place of a teacher: the directory that `launcher predict --logits DIR` wrote ahead."""
     checkpoint: Annotated[int, Field(ge=1)] | None = None
     """Of a run as the teacher: the step that teaches; left out, the best it keeps, else the newest."""
     revision: Line | None = None
@@ -114,7 +116,9 @@ class Distillation(Section):
 
     @property
     def companions(self) -> Mapping[str, Companion]:
-        """Return the teacher as the engines load it."""
+        """Return the teacher as the engines load it; none where its logits were written ahead."""
+        if self.teacher is None:
+            return {}
         return {TEACHER: Companion(self.teacher, "distillation.teacher", revision=self.revision)}
 
     @property

@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING, Any
 from launcher.lazy import Lazy
 from launcher.tasks.distillation import Distillation, label_divergence
 from launcher.tasks.task import KEEPS_LOSSES, Output
+from launcher.tasks.written_logits import TEACHER_LOGITS
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 else:
     np, torch = Lazy("numpy"), Lazy("torch")
+
+_NOT_READ = ("labels", "weights", KEEPS_LOSSES, TEACHER_LOGITS)
+"""What of a batch the model gets nothing of."""
 
 
 @dataclass(frozen=True)
@@ -131,13 +135,13 @@ def label_loss(
     """Return the summed loss of the samples, each by its weight, with fp32 logits [samples, outputs] as
     predictions.
 
-    `loss` may be the name of a problem alone. An evaluation measures the loss without options, and asks no
-    teacher.
+    A batch may have the teacher's logits, as written ahead, in the place of a teacher. `loss` may be the name
+    of a problem alone. An evaluation measures the loss without options, and asks no teacher.
     """
     from launcher.training.heads import own_forward
 
-    inputs = {key: value for key, value in batch.items() if key not in ("labels", "weights", KEEPS_LOSSES)}
-    taught = distillation if model.training and teacher is not None else None
+    inputs = {key: value for key, value in batch.items() if key not in _NOT_READ}
+    taught = distillation if model.training and (teacher is not None or TEACHER_LOGITS in batch) else None
     hidden = None if taught is None else taught.hidden_states
     if hidden is not None:
         inputs["output_hidden_states"] = True
@@ -147,8 +151,9 @@ def label_loss(
     loss = LabelLoss(loss) if isinstance(loss, str) else loss
     losses = (loss if model.training else loss.plain()).of(logits, labels)
     if taught is not None:
-        wanted = _of_teacher(teacher, inputs)
-        divergence = label_divergence(loss.problem, logits, wanted.logits.float(), taught.temperature)
+        wanted = None if teacher is None else _of_teacher(teacher, inputs)
+        others = batch[TEACHER_LOGITS] if wanted is None else wanted.logits.float()
+        divergence = label_divergence(loss.problem, logits, others, taught.temperature)
         losses = taught.mixed(losses, divergence)
         if hidden is not None:
             losses = losses + hidden.by_sample(model, outputs, wanted, inputs.get("attention_mask"))

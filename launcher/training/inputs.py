@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import secrets
 import sys
@@ -25,6 +26,7 @@ from launcher.training.data.prepare import refuse_mostly_dropped
 from launcher.training.data.sources import refuse_change
 from launcher.training.data.spread import shape
 from launcher.training.data.stream import Stream
+from launcher.training.data.written_logits import WrittenLogits
 from launcher.training.model import model_files, pretrained
 from launcher.training.model.forward import model_class_of
 from launcher.training.model.teacher import check_teacher
@@ -43,6 +45,8 @@ class TrainingInputs:
     evaluation: Dataset | None
     stream: Stream | None = None
     """Where rows are streamed: all of them."""
+    logits: WrittenLogits | None = None
+    """What a teacher says of the rows, where that was written ahead."""
 
     @classmethod
     def prepare(cls, run: RunDirectory, plan: Plan) -> TrainingInputs:
@@ -57,6 +61,8 @@ class TrainingInputs:
             for one in dataset.reports:
                 refuse_mostly_dropped(one, plan)
             refuse_change(run.path / f"data-{dataset.report.role}.json", dataset.report)
+        if material.logits is not None:
+            material.logits.hold(run.path / "data-logits.json")
         if leads:
             for dataset in material.datasets:
                 streamed = material.stream if dataset is material.train else None
@@ -92,6 +98,11 @@ class TrainingInputs:
             learn_from(task, material.train)
             task.configure(config)
             check_teacher(plan, task, tokenizer, material.train)
+            if plan.distillation is not None and plan.distillation.logits is not None:
+                logits = WrittenLogits.open(Path(plan.distillation.logits))
+                logits.suit(task)
+                logits.check(material.train)
+                material = dataclasses.replace(material, logits=logits)
             texts = getattr(tokenizer, "tokenizer", None) if task.has_processor else tokenizer
             if texts is not None:
                 refuse_tokens(material.train, "data.train", texts, config)

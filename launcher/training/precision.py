@@ -7,17 +7,19 @@ from typing import Any
 
 import torch
 
+from launcher.tasks.written_logits import TEACHER_LOGITS
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """What the computation runs in, by the plan's word."""
-_AS_THEY_ARE = ("labels", "weights")
+_AS_THEY_ARE = ("labels", "weights", TEACHER_LOGITS)
 """Numbers of a batch that are compared and counted, and that no model reads."""
 _GROWTH_INTERVAL = 2000
 _LARGEST, _SMALLEST = 2.0**24, 1.0
 
 
 def as_computed(batch: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """Return a batch with the numbers that a model reads, as images and sounds, in what it computes in; labels
-    and weights as they are."""
+    """Return a batch with the numbers that a model reads, as images and sounds, in what it computes in; labels,
+    weights and a teacher's logits as they are."""
     return {
         key: value.to(dtype)
         if isinstance(value, torch.Tensor)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from torch import distributed
 
 from launcher.data.rows import Row, RowProblem
@@ -35,7 +34,6 @@ from launcher.training.data.stretches import Share, stretches
 from launcher.training.devices import start_process_group
 from launcher.training.engines.engine import Engine
 from launcher.training.evaluation import Interrupted
-from launcher.training.model.model_files import EVALUATION, is_weights
 from launcher.training.signals import StopRequest
 from launcher.training.subject import Subject, as_trained
 
@@ -164,14 +162,7 @@ def _identity(
         "data": data,
         "evaluation": wanted,
     }
-    if run is not None:
-        return of | {"the run": RunDirectory(run).run_id(), "the checkpoint's step": step}
-    telling = ("config.json", EVALUATION)
-    weights = [
-        path for path in sorted(Path(str(model)).iterdir()) if is_weights(path) or path.name in telling
-    ]
-    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weights]
-    return of | {"the model's files": xxhash.xxh3_64_hexdigest(json.dumps(files).encode())}
+    return of | subject.identity(run, model, step)
 
 
 def _conclude(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from torch import distributed
 
 from launcher import tasks
@@ -21,7 +23,7 @@ from launcher.training.averaging import read_from_average
 from launcher.training.checkpoint.checkpointer import Checkpointer
 from launcher.training.engines.engine import Engine
 from launcher.training.model import pretrained
-from launcher.training.model.model_files import EVALUATION
+from launcher.training.model.model_files import EVALUATION, is_weights
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,17 @@ class Subject:
         if (file := results.newest_evaluation(progress.step)) is not None:
             self.adopt(file)
         return progress.step
+
+    def identity(self, run: Path | None, model: str | None, step: int | None) -> dict[str, Any]:
+        """Return what tells this model from another one, by names for people."""
+        if run is not None:
+            return {"the run": RunDirectory(run).run_id(), "the checkpoint's step": step}
+        telling = ("config.json", EVALUATION)
+        weights = [
+            path for path in sorted(Path(str(model)).iterdir()) if is_weights(path) or path.name in telling
+        ]
+        files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weights]
+        return {"the model's files": xxhash.xxh3_64_hexdigest(json.dumps(files).encode())}
 
     def adopt(self, file: Path) -> None:
         """Take what an evaluation of this model fitted, and keep to it. Raises CheckpointError where the file

@@ -76,7 +76,7 @@ class Trainer:
         self.batches = batches_of(material.train, material.stream, plan, self.data_rank, self.task.mixes)
         self.num_steps = self.batches.num_steps
         draws = functools.partial(Draws, plan.training.seed, training=True)
-        self.feed = Feed(self.task, self.batches, plan, draws, device)
+        self.feed = Feed(self.task, self.batches, plan, draws, device, material.logits)
         self.by_source = LossBySource(material.task, material.train, device)
         self.schedule = Schedule.of(plan.training, self.num_steps)
         self.state = State()

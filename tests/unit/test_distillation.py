@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
+from launcher.cli.main import main
 from launcher.errors import ConfigurationError
 from launcher.job.load import load
 from launcher.launch.evaluation import Request
+from launcher.launch.prediction import Logits
 from launcher.launch.redecide import decide_again
 from launcher.planner.changes import changes
 from launcher.planner.hardware.detect import Hardware
@@ -28,6 +30,7 @@ from tests.unit.test_planning_decide import CPU
 from tests.unit.test_suitability import LLAMA, model
 
 TEACHER = {"teacher": "large", "temperature": 2.0}
+CLASSES = {"model__task": "sequence-classification", "data__label": "label"}
 
 
 def write(folder: Path, kind: str = "llama", **keys: Any) -> Path:
@@ -79,6 +82,46 @@ def test_the_plan_names_the_teacher_by_its_absolute_path_and_keeps_to_it(tmp_pat
         ({"distillation": {"teacher": "large", "temperature": 0}}, "distillation.temperature", "above 0"),
         ({"distillation": {"teacher": "./nowhere"}}, "distillation.teacher", "no such directory"),
         ({"distillation": {"teacher": "run"}}, "distillation.teacher", "has not begun yet"),
+        (
+            {"distillation": {"own_loss": 0.5}},
+            "distillation",
+            "logits that were written ahead: neither is there",
+        ),
+        ({"distillation": {"teacher": "large", "logits": "run"}}, "distillation", "both are there"),
+        (
+            CLASSES | {"distillation": {"logits": "rum"}},
+            "distillation.logits",
+            "no such directory; the nearest there is run",
+        ),
+        (
+            {"distillation": {"logits": "run"}},
+            "distillation.logits",
+            "those of a language model are not written ahead",
+        ),
+        (
+            CLASSES | {"distillation": {"logits": "run", "hidden_states": {}}},
+            "distillation.hidden_states",
+            "have none of it; leave it out, or name a teacher",
+        ),
+        (
+            CLASSES | {"distillation": {"logits": "run", "checkpoint": 4}},
+            "distillation.checkpoint",
+            "have none of it",
+        ),
+        (
+            CLASSES | {"distillation": {"logits": "run", "revision": "main"}},
+            "distillation.revision",
+            "have none of it",
+        ),
+        (
+            {
+                "model__task": "image-classification",
+                "data": {"train": {"path": "."}, "augmentation": {"horizontal_flip": 0.5}},
+                "distillation": {"logits": "run"},
+            },
+            "data.augmentation",
+            "altered images are not those that logits were written of",
+        ),
         ({"distillation": {"teacher": "lora"}}, "distillation.teacher", "export it merged"),
         (
             {
@@ -308,3 +351,92 @@ def test_a_run_of_another_task_or_of_a_damaged_plan_teaches_nothing(tmp_path: Pa
     assert key == "distillation.teacher" and "is a run of masked-lm" in reason
     (tmp_path / "runs" / "big" / "plan.json").write_text("{}")
     assert refusal(job)[0] == "distillation.teacher"
+
+
+def logits_of(folder: Path, **changes: Any) -> Path:
+    """A directory as `launcher predict --logits` writes it, whose arrays are of zeros."""
+    (folder / "logits").mkdir()
+    files = {"keys.npy": 640, "logits.npy": 896, "checks.npy": 640}
+    for name, size in files.items():
+        (folder / "logits" / name).write_bytes(b"\0" * size)
+    manifest = {
+        "format": 1,
+        "task": "sequence-classification",
+        "problem": "single-label",
+        "classes": ["x", "y"],
+    }
+    manifest |= {"num_outputs": 2, "num_samples": 64, "teacher": {"name": "large"}, "precision": "fp32"}
+    manifest |= {"data": {}, "files": files, "digest": "0"} | changes
+    (folder / "logits" / "manifest.json").write_text(json.dumps(manifest))
+    return folder / "logits"
+
+
+def test_of_logits_that_were_written_ahead_no_teacher_is_planned(tmp_path: Path) -> None:
+    path = write(tmp_path, "bert", **CLASSES, distillation={"logits": "logits"})
+    logits_of(tmp_path)
+    plan = plan_job(load(path), hardware=CPU)
+    assert plan.distillation is not None and plan.distillation.logits == str(tmp_path / "logits")
+    assert Plan.model_validate_json(plan.to_json()) == plan
+    without = plan.model_copy(update={"distillation": None})
+    assert Profiles().find(plan) == Profiles().find(without)
+    shutil.rmtree(tmp_path / "logits")
+    assert load(path, ["distillation=null"]).distillation is None, "to write them again is no fault"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"format": 2}, "its manifest.json is not what was written (format: "),
+        ({"task": "image-classification"}, "logits of image-classification, and the model does"),
+        ({"problem": "multi-label"}, "logits of multi-label (data.problem), and the job has single-label"),
+        ({"files": {"keys.npy": 641}}, "keys.npy has 640 bytes, and 641 were written; write the logits anew"),
+        ({"files": {"tokens.npy": 641}}, "tokens.npy is not there, and 641 were written"),
+    ],
+)
+def test_logits_of_something_else_are_refused_by_the_plan(
+    changes: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path, "bert", **CLASSES, distillation={"logits": "logits"})
+    logits_of(tmp_path, **changes)
+    key, why = refusal(path)
+    assert key == "distillation.logits" and reason in why
+
+
+@pytest.mark.parametrize(
+    ("options", "key", "reason"),
+    [
+        ({}, "--logits", "is there already; name another directory, or remove it"),
+        ({"out": "nowhere/logits"}, "--logits", "nowhere is not there"),
+        ({"task": "causal-lm"}, "--logits", "nothing learns from logits of a causal-lm task"),
+    ],
+)
+def test_logits_that_nobody_could_learn_from_are_not_written(
+    options: dict[str, Any], key: str, reason: str, tmp_path: Path
+) -> None:
+    plan = plan_job(load(write(tmp_path, "bert", **CLASSES, distillation=None)), hardware=CPU)
+    plan = plan.model_copy(update={"task": options.get("task", plan.task)})
+    out = options.get("out", "new" if options else "large")
+    with pytest.raises(ConfigurationError) as caught:
+        Logits(Request(plan, None, "large", None), tmp_path / out).run(None)  # type: ignore[arg-type]
+    [problem] = caught.value.problems
+    assert problem.key == key and reason in problem.reason
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problems"),
+    [
+        ([], ["--input: is missing: name a file, or write --logits DIR", "--output: is missing"]),
+        (
+            ["--logits", "out", "--input", "rows.jsonl", "--probabilities", "--top-k", "2"],
+            ["--input = 'rows.jsonl': does not go with --logits", "--probabilities", "--top-k = '2'"],
+        ),
+    ],
+)
+def test_rows_or_logits_are_asked_for(
+    arguments: list[str], problems: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["predict", "run", *arguments])
+    assert caught.value.code == 2
+    told = capsys.readouterr().err
+    assert all(problem in told for problem in problems), told

@@ -82,9 +82,9 @@ def _tokens(model: Model) -> Findings:
 
 def _teacher(job: Job) -> Findings:
     """Return what speaks against the teacher: its positions and its tokenizer."""
-    if (distillation := job.distillation) is None:
+    if (distillation := job.distillation) is None or (name := distillation.teacher) is None:
         return Findings()
-    key, name = "distillation.teacher", distillation.teacher
+    key = "distillation.teacher"
     teacher = Model(name=name, revision=distillation.revision, task=job.model.task)
     problems = [
         Problem(key, name, f"{one.reason}, and data.max_length is {job.data.max_length}")

@@ -78,7 +78,8 @@ class Profiles:
             ways += "model.config"
             return Unknown(f"no config.json of {plan.model.name} on this machine; {ways}")
         if plan.distillation is not None:
-            return self._taught(plan)
+            alone = plan.model_copy(update={"distillation": None})
+            return self._taught(plan) if plan.distillation.teacher else self.find(alone)
         if beside := tasks.unprepared(plan).companions:
             return Unknown(
                 f"the task asks models beside this one ({', '.join(beside)}), whose memory nothing counts"

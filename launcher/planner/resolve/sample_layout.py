@@ -54,16 +54,13 @@ def choose_way(decider: Decider, device: str) -> Way:
 
 
 def _with_teacher(known: Support, kind: str, job: Job, distillation: Distillation) -> Support:
-    """Return those ways of a model in which its teacher reads the same batches.
+    """Return those ways of a model in which its teacher reads the same batches; of logits written ahead, in
+    which they can be compared.
 
     Raises ConfigurationError where there is none.
     """
     model = job.model
-    named = Model(name=distillation.teacher, revision=distillation.revision, task=model.task)
-    config = config_of(named)
-    teaches = support(model.task, config, model.trust_remote_code, job.data.max_length)
     speaks = tasks.find(model.task).traits.head == "every-position"
-    able = {(way.layout, way.attention) for way in teaches.ways if not speaks or way.head != "forward"}
     learns = [way for way in known.ways if not speaks or way.head == "chunked"]
     if known.ways and not learns:
         reason = (
@@ -71,6 +68,12 @@ def _with_teacher(known: Support, kind: str, job: Job, distillation: Distillatio
             "that; leave it out, or train a model such as llama or qwen3"
         )
         raise ConfigurationError(Problem("distillation", None, reason))
+    if distillation.teacher is None:
+        return replace(known, ways=tuple(learns))
+    named = Model(name=distillation.teacher, revision=distillation.revision, task=model.task)
+    config = config_of(named)
+    teaches = support(model.task, config, model.trust_remote_code, job.data.max_length)
+    able = {(way.layout, way.attention) for way in teaches.ways if not speaks or way.head != "forward"}
     ways = tuple(way for way in learns if (way.layout, way.attention) in able)
     if learns and not ways:
         other = str((config or {}).get("model_type"))

@@ -1,4 +1,4 @@
-"""Decide which checkpoint of a run teaches, where a job names a run as its teacher."""
+"""Decide which checkpoint of a run teaches, and whether logits written ahead suit a job."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from launcher.runs.layout import RunDirectory
 from launcher.runs.retention import best
 from launcher.tasks.distillation import Distillation
 from launcher.tasks.mixed import measured
+from launcher.tasks.written_logits import KEY, Manifest
 
 _KEY = "distillation.checkpoint"
 
@@ -26,6 +27,16 @@ def settle(decider: Decider) -> Distillation | None:
     distillation = decider.job.distillation
     if distillation is None:
         return None
+    if distillation.logits is not None:
+        try:
+            manifest = Manifest.read(Path(distillation.logits))
+        except ConfigurationError as error:
+            decider.problems += error.problems
+            return distillation
+        if reason := manifest.unlike(decider.job.model.task, decider.job.data):
+            decider.refuse(KEY, distillation.logits, reason)
+        return distillation
+    assert distillation.teacher is not None
     if _lacks_head(decider.job.model, distillation):
         reason = "it has no classification head, so that it has nothing to teach"
         decider.refuse("distillation.teacher", distillation.teacher, reason)
@@ -62,17 +73,20 @@ def settle(decider: Decider) -> Distillation | None:
 def _lacks_head(model: Model, distillation: Distillation) -> bool:
     """Return whether a teacher of classes is of a class without them, as far as its config is here and says."""
     head = getattr(tasks.find(model.task), "head_name", None)
-    teacher = (
-        config_of(Model(name=distillation.teacher, revision=distillation.revision, task=model.task)) or {}
-    )
+    teacher = config_of(_named(distillation, model)) or {}
     known = () if teacher.get("auto_map") else teacher.get("architectures") or ()
     return bool(head and known) and not any(str(name).endswith(f"For{head}") for name in known)
+
+
+def _named(distillation: Distillation, model: Model) -> Model:
+    assert distillation.teacher is not None
+    return Model(name=distillation.teacher, revision=distillation.revision, task=model.task)
 
 
 def _hidden_states(model: Model, distillation: Distillation) -> tuple[Problem, ...]:
     """Return what speaks against comparing hidden states, as far as configs are here."""
     assert distillation.hidden_states is not None
-    teacher = Model(name=distillation.teacher, revision=distillation.revision, task=model.task)
+    teacher = _named(distillation, model)
     if any((config_of(one) or {}).get("is_encoder_decoder") for one in (model, teacher)):
         reason = (
             "an encoder-decoder has two stacks of layers, and it is not said which to compare; leave it out"

@@ -18,6 +18,7 @@ from launcher.tasks.task import Draws, Sample, Task
 from launcher.training.data.ahead import Loader, worker_ended
 from launcher.training.data.batches import Batches, StepBatch
 from launcher.training.data.stream_batches import StreamBatches
+from launcher.training.data.written_logits import WrittenLogits
 from launcher.training.devices import to_device
 
 _MOST_BYTES = 32 << 20
@@ -44,10 +45,11 @@ class Feed:
         plan: Plan,
         draws: Callable[[int], Draws],
         device: torch.device,
+        logits: WrittenLogits | None = None,
     ) -> None:
-        """`draws` gives the random numbers of a step."""
+        """`draws` gives the random numbers of a step, `logits` what a teacher wrote of its samples."""
         self._loader = Loader(task, batches, plan, draws)
-        self._batches, self._device = batches, device
+        self._batches, self._device, self._logits = batches, device, logits
         self._thread = ThreadPoolExecutor(1, "feed", self._begin_thread) if goes_ahead(device) else None
         self._cuda: Any = torch.cuda if device.type == "cuda" else None
         self._stream: Any = None
@@ -101,6 +103,8 @@ class Feed:
 
     def _make(self, step: int, index: int, items: Sequence[Sequence[Sample]]) -> _Made:
         batch = self._loader.batch(step, index, items)
+        if self._logits is not None:
+            batch |= self._logits.of(items)
         if self._thread is None or self._cuda is None:
             return _Made(to_device(batch, self._device))
         batch = to_device(batch, "cpu")

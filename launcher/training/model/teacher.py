@@ -31,7 +31,7 @@ def check_teacher(plan: Plan, task: Task, processor: Any, rows: Dataset) -> None
 
     Raises ConfigurationError where they do not go together.
     """
-    if plan.distillation is None:
+    if plan.distillation is None or plan.distillation.teacher is None:
         return
     try:
         of_teacher = plan.of_teacher()
@@ -76,7 +76,7 @@ def written_out(run: RunDirectory, plan: Plan) -> Distillation | None:
     does not take it.
     """
     settings = plan.distillation
-    if settings is None or settings.checkpoint is None:
+    if settings is None or settings.checkpoint is None or settings.teacher is None:
         return settings
     target = run.path / "teacher"
     if distributed.get_rank() == 0 and not settings.written_out(run.path):
