@@ -64,6 +64,15 @@ def in_a_line(task: type[Task]) -> str:
     return re.split(r"[.;:](?:\s|$)", text, maxsplit=1)[0]
 
 
+def share_of(text: str) -> float | None:
+    """Return a share above 0 and below 1, written as `10%` or `0.1`; None for anything else."""
+    try:
+        share = float(text.rstrip(" %")) / (100 if text.rstrip().endswith("%") else 1)
+    except ValueError:
+        return None
+    return share if 0 < share < 1 else None
+
+
 def parse_value(text: str) -> Any:
     """Return a value as a job file would have it: a number where it is written as one."""
     return parse(text, "answer")

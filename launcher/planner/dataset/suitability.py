@@ -16,6 +16,10 @@ from launcher.planner.model.model_support import WITHOUT_ADAPTER
 from launcher.planner.model.vocabulary import read_vocabulary
 
 _SHOWN = 4
+NO_EVALUATION = (
+    "no held-out rows: nothing says how good the model is on rows that it has not learned, and nothing ends "
+    "the training early; `launcher data split FILE` makes a file for data.evaluation.path"
+)
 
 
 def look(job: Job) -> Findings:
@@ -35,7 +39,8 @@ def check(job: Job) -> list[Problem]:
     trackers = () if job.trackers == "auto" else job.trackers
     reason = "its package is not installed here; a run on this machine would be refused"
     away = [Problem("trackers", name, reason) for name in trackers if find_spec(name) is None]
-    return [*findings.remarks, *away]
+    blind = [Problem("data.evaluation", None, NO_EVALUATION)] if job.data.evaluation is None else []
+    return [*findings.remarks, *away, *blind]
 
 
 def _lengths(model: Model, data: Data) -> Findings:
