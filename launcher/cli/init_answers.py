@@ -52,6 +52,21 @@ def given_columns(pairs: Sequence[str], task: type[Task]) -> dict[str, Any]:
     return columns
 
 
+def columns_among(role: str, known: Sequence[str]) -> Callable[[str], Any]:
+    """Return a check that takes the name of a column, or several between commas."""
+
+    def check(text: str) -> Any:
+        names = [part.strip() for part in text.split(",")] if text not in known else [text]
+        for name in names:
+            if name not in known and not re.fullmatch(r"-\d+", name):
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+                reason = f"no such column; there are {', '.join(known[:SHOWN])}; the nearest is {near}"
+                raise ConfigurationError(Problem(f"data.{role}", name, reason))
+        return names[0] if len(names) == 1 else names
+
+    return check
+
+
 def help_of(key: str) -> str:
     """Return what the reference says of a key of the job file; nothing for one that is not there."""
     of_key = next((one for one in keys() if one.path == key), None)

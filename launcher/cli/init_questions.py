@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from launcher.cli import completion
 from launcher.cli.dialog import Complete, Dialog
 from launcher.cli.init_answers import (
     NONE,
-    SHOWN,
+    columns_among,
     given_columns,
     gpu,
     help_of,
@@ -229,24 +227,15 @@ class Questions:
 
     def _ask_column(self, role: str, offered: Any) -> Any:
         seen = self._draft.seen()
-
-        def check(text: str) -> Any:
-            names = [part.strip() for part in text.split(",")] if text not in seen.names else [text]
-            for name in names:
-                if name not in seen.names and not re.fullmatch(r"-\d+", name):
-                    near = difflib.get_close_matches(name, seen.names, n=1, cutoff=0.0)[0]
-                    reason = (
-                        f"no such column; there are {', '.join(seen.names[:SHOWN])}; the nearest is {near}"
-                    )
-                    raise ConfigurationError(Problem(f"data.{role}", name, reason))
-            return names[0] if len(names) == 1 else names
-
+        check = columns_among(role, seen.names)
         default = ",".join(offered) if isinstance(offered, (list, tuple)) else offered
         return self._dialog.answer(
             f"Column of the {role}", "--column", None, check, default, seen.names, help_of(f"data.{role}")
         )
 
     def _ask_model(self) -> None:
+        if self._dialog.asks and "model" not in self._flags and (example := self._draft.example_model()):
+            self._dialog.say(f"  a small one on the hub: {example}; the tab key names those on this machine")
         question = "Model: a directory, or a name on the hub"
         self._ask("model", "model.name", question, None, str, completion.models)
         name = self._draft.get("model.name")

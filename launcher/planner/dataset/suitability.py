@@ -39,8 +39,7 @@ def check(job: Job) -> list[Problem]:
     trackers = () if job.trackers == "auto" else job.trackers
     reason = "its package is not installed here; a run on this machine would be refused"
     away = [Problem("trackers", name, reason) for name in trackers if find_spec(name) is None]
-    blind = [Problem("data.evaluation", None, NO_EVALUATION)] if job.data.evaluation is None else []
-    return [*findings.remarks, *away, *blind]
+    return [*findings.remarks, *away]
 
 
 def _lengths(model: Model, data: Data) -> Findings:
