@@ -148,7 +148,7 @@ class AttemptView:
         if (share := self.share_of_peak()) is not None:
             known.append(f"MFU {share:.1%}")
         if record.get("peak_memory_bytes"):
-            known.append(f"{record['peak_memory_bytes'] / 2**30:.2f} GiB")
+            known.append(f"peak {record['peak_memory_bytes'] / 2**30:.2f} GiB")
         if (left := self.seconds_left()) is not None:
             known.append(f"{duration(left)} left")
         if self.saved_step is not None:

@@ -26,8 +26,10 @@ def doing(ranks: Sequence[Place], world_size: int | None) -> tuple[str, str] | N
     None once a step is done, while ranks are at something that shows its own progress, as an evaluation, and
     where they do not tell, as those of a script.
     """
-    if not ranks or (world_size is not None and len(ranks) < world_size):
-        return "starting ranks", f"{len(ranks)} of {world_size}" if world_size else ""
+    if not ranks:
+        return "starting: importing PyTorch", ""  # the process that starts them, or that they are forked from
+    if world_size is not None and len(ranks) < world_size:
+        return "starting ranks", f"{len(ranks)} of {world_size}"
     last = min(ranks, key=lambda one: (PLACES.index(one.place), one.done))
     if last.count == 0 or last.step > (last.first_step or 0):
         return None

@@ -70,7 +70,7 @@ def test_plain_lines_where_there_is_no_terminal(run: RunDirectory) -> None:
     assert "\x1b" not in text
     assert f"attempt 2 in {run.path}" in text and "preparing" in text
     assert "measured after step 0: loss 3.0000, accuracy 0.5000" in text
-    assert "step 2 of 4  loss 0.5000  learning rate 1.00e-03  1,234 tokens/s  1.00 GiB  4 s left" in text
+    assert "step 2 of 4  loss 0.5000  learning rate 1.00e-03  1,234 tokens/s  peak 1.00 GiB  4 s left" in text
     assert "warning: the save of step 2 failed, training goes on: disk full" in text
     assert "7531" not in text, "what happened before this attempt is not shown"
     assert "MFU" not in text, "the rate of a CPU is not known"
@@ -104,7 +104,7 @@ def test_before_the_first_step_it_says_what_ranks_are_at(
         display.tick()
         return file.getvalue()
 
-    assert "starting ranks" in (text := shown()) and "0 of 2, 0 s" in text
+    assert "starting: importing PyTorch" in (text := shown()) and " 0 s" in text
     publish(run.attempt(1) / "ranks-0.json", Published(1, ranks))
     assert "importing PyTorch and Transformers" in shown() and "5 s" in shown() and "10 s" in shown()
     publish(run.attempt(1) / "ranks-0.json", Published(2, [replace(one, place="forward") for one in ranks]))

@@ -273,7 +273,7 @@ def test_what_ranks_are_at_before_the_first_step(run: RunDirectory) -> None:
 
     with run.lock():
         event(run.events_file, "started", attempt=1, world_size=2)
-        assert said() == "running (starting ranks: 0 of 2)"
+        assert said() == "running (starting: importing PyTorch)"
         assert said(("starting", 0)) == "running (starting ranks: 1 of 2)"
         assert said(("loading", 12), ("starting", 0)) == "running (importing PyTorch and Transformers)"
         assert said(("loading", 12), ("preparing", 2048)) == "running (reading rows: 2,048 so far)"
