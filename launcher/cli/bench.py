@@ -30,7 +30,8 @@ Disk = Annotated[
 
 Kept = Annotated[bool, typer.Option("--force", help="Measure, though other work makes the figures too low.")]
 Quick = Annotated[
-    bool, typer.Option("--quick", help="In half a minute: less of everything, and of the disk only with --disk.")
+    bool,
+    typer.Option("--quick", help="In half a minute: less of everything, and of the disk only with --disk."),
 ]
 _LEFT_OUT = "quick: fewer rounds of each figure, so that they scatter more; messages of two sizes alone"
 _NO_DISK = "; the disk left out (plans take what is usual; --disk DIR measures it)"
@@ -39,11 +40,7 @@ _BUSY = 0.5
 
 
 def bench(
-    nproc: Ranks = None,
-    disk: Disk = None,
-    quick: Quick = False,
-    force: Kept = False,
-    as_json: AsJson = False,
+    nproc: Ranks = None, disk: Disk = None, quick: Quick = False, force: Kept = False, as_json: AsJson = False
 ) -> None:
     """Measure this machine, so that plans count with its own figures."""
     import os

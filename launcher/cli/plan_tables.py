@@ -53,7 +53,9 @@ def summary(plan: Plan) -> str:
         "compute": f"{plan.precision}, activation checkpointing {plan.activation_checkpointing}",
     }
     if plan.data.evaluation is None:
-        facts["measured"] = "nothing: there are no held-out rows (data.evaluation); `launcher data split` makes some"
+        facts["measured"] = (
+            "nothing: there are no held-out rows (data.evaluation); `launcher data split` makes some"
+        )
     if plan.script:
         known = {"run": plan.name, "script": shlex.join(plan.script), "ranks": facts["ranks"]}
         facts = {

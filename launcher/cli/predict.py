@@ -28,7 +28,10 @@ def predict(
     output: Annotated[
         Path,
         typer.Option(
-            "--output", "--out", metavar="FILE", help="A new .jsonl, .csv or .tsv file: an answer for each row, in order."
+            "--output",
+            "--out",
+            metavar="FILE",
+            help="A new .jsonl, .csv or .tsv file: an answer for each row, in order.",
         ),
     ],
     job: JobOfModel = None,

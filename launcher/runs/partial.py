@@ -137,7 +137,9 @@ def _flat_rows(lines: Path) -> Iterator[dict[str, Any]]:
         for line in file:
             row: dict[str, Any] = {}
             for name, value in json.loads(line).items():
-                parts = {f"{name}.{key}": part for key, part in value.items()} if isinstance(value, dict) else {}
+                parts = (
+                    {f"{name}.{key}": part for key, part in value.items()} if isinstance(value, dict) else {}
+                )
                 row |= parts or {name: value}
             yield {
                 name: json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value

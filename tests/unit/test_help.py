@@ -62,7 +62,10 @@ def test_every_word_that_a_key_takes_is_a_topic() -> None:
 def test_every_variable_is_a_topic() -> None:
     """All that the code names, whoever sets them."""
     code = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "launcher").rglob("*.py"))
-    variables = {*re.findall(r"\bLAUNCHER_[A-Z_]+\b", code), *re.findall(r"XDG_(?:CACHE|STATE|CONFIG)_HOME", code)}
+    variables = {
+        *re.findall(r"\bLAUNCHER_[A-Z_]+\b", code),
+        *re.findall(r"XDG_(?:CACHE|STATE|CONFIG)_HOME", code),
+    }
     assert len(variables) > 10
     for variable in variables:
         assert [entry.kind for entry in lookup.find(variable)] == ["variable"], variable

@@ -46,7 +46,9 @@ def test_what_json_has_no_way_to_write_is_written_in_words(tmp_path: Path) -> No
 def test_a_table_where_the_name_says_so(suffix: str, delimiter: str, tmp_path: Path) -> None:
     one = Partial(tmp_path / f"out{suffix}")
     one.begin(OF)
-    one.append([{"row": 0, "label": 'a "b",\n\tc', "probabilities": {"x": 0.25, "y": 0.75}, "tags": ["ä", 1]}])
+    one.append(
+        [{"row": 0, "label": 'a "b",\n\tc', "probabilities": {"x": 0.25, "y": 0.75}, "tags": ["ä", 1]}]
+    )
     one.append([{"row": 1, "problem": "empty"}])
     one.finish()
     with open(one.output, encoding="utf-8", newline="") as file:
