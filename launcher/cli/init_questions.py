@@ -25,8 +25,8 @@ from launcher.cli.init_answers import (
 from launcher.data.hold_out import split
 from launcher.errors import ConfigurationError, DataError, Problem
 from launcher.job.init import keep
-from launcher.planner.draft import Draft
 from launcher.planner.dataset.suitability import NO_EVALUATION
+from launcher.planner.draft import Draft
 from launcher.planner.model.model_config import locate, read_config
 from launcher.tasks.task import Task
 

@@ -17,7 +17,6 @@ from launcher.runs.prepared import lines
 from launcher.runs.seen import ranks_of
 from launcher.runs.wording import duration, gib
 
-
 _BEGIN = ("starting", "preparing", "building operators", "loading", "checking the loss", "training")
 _SECONDS_BETWEEN_LOOKS = 1.0
 """As often as supervisors publish what their ranks say."""

@@ -1,5 +1,4 @@
-"""The topics of `launcher help`: pages, their sections, keys, what may stand in those, variables, exit codes, terms
-and symptoms.
+"""The topics of `launcher help`: pages, their sections, keys, variables, exit codes, terms and symptoms.
 
 The pages are those of docs/, which `launcher/pages` leads to in a clone and a wheel carries as files. Their
 index says which of them are topics, and what each is about.

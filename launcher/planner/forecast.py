@@ -97,9 +97,9 @@ class Forecast:
         highest, speed, there = self.footprint.highest, self.speed, self.target.memory_bytes
         memory = f"{gib(highest.total)} a rank"
         if there:
-            share = USABLE[self.plan.mesh.device]
+            part = USABLE[self.plan.mesh.device]
             memory = f"{gib(highest.total)} of the {gib(self._usable_bytes)} that a rank may use"
-            memory += f" ({share:.0%} of its {gib(there)})"
+            memory += f" ({part:.0%} of its {gib(there)})"
         rate = ""
         if speed:
             share = "MFU" if self.plan.mesh.device == "cuda" else "of the measured rate"
