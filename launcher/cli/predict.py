@@ -37,7 +37,7 @@ def predict(
     job: JobOfModel = None,
     checkpoint: Checkpoint = None,
     probabilities: Annotated[
-        bool, typer.Option("--probabilities", help="With the probability of every class.")
+        bool, typer.Option("--probabilities", help="With the probability of what is answered.")
     ] = False,
     top_k: Annotated[
         int | None, typer.Option("--top-k", min=1, metavar="K", help="With the K likeliest answers.")
