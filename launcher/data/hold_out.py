@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import random
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from launcher.data.columns import overview
 from launcher.data.readers import PlainTabs, table_reader
-from launcher.errors import ConfigurationError, DataError, Problem
+from launcher.errors import ConfigurationError, DataError, Problem, StorageError
 from launcher.plain_files import plain
 
 _DIALECTS: dict[str, type[csv.Dialect]] = {".csv": csv.excel, ".tsv": PlainTabs}
@@ -25,8 +26,11 @@ def split(path: Path, share: float) -> dict[str, tuple[Path, int]]:
 
     About `share` of the rows (above 0, below 1), drawn by chance and the same ones each time, go to the
     evaluation. Rows that are equal stay together: none is measured on that was learned. Raises DataError where
-    the file has not two different rows or cannot be read, ConfigurationError where a file is there already.
+    the file has not two different rows or cannot be read, ConfigurationError where a file is there already,
+    StorageError where none can be written.
     """
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; rows are held out of one file, not of a pattern or a folder")
     if path.suffix.lower() not in SUFFIXES:
         *first, last = SUFFIXES
         raise DataError(f"{path}: rows are held out of {', '.join(first)} and {last} files; write it as one")
@@ -42,17 +46,24 @@ def split(path: Path, share: float) -> dict[str, tuple[Path, int]]:
     rows = _rows(path)
     if has_header:
         next(rows)
-    with (
-        open(parts["train"], "x", encoding="utf-8", errors="surrogateescape", newline="") as train,
-        open(parts["evaluation"], "x", encoding="utf-8", errors="surrogateescape", newline="") as evaluation,
-    ):
-        files = {"train": train, "evaluation": evaluation}
-        for file in files.values():
-            file.write(header)
-        for row in rows:
-            role = "evaluation" if _hash(row) in held_out else "train"
-            files[role].write(row)
-            written[role] += 1
+    try:
+        with contextlib.ExitStack() as opened:
+            files = {
+                role: opened.enter_context(
+                    open(part, "x", encoding="utf-8", errors="surrogateescape", newline="")
+                )
+                for role, part in parts.items()
+            }
+            for file in files.values():
+                file.write(header)
+            for row in rows:
+                role = "evaluation" if _hash(row) in held_out else "train"
+                files[role].write(row)
+                written[role] += 1
+    except OSError as error:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
+        raise StorageError(f"{path.parent}: the rows cannot be written: {error.strerror or error}") from None
     return {role: (parts[role], written[role]) for role in parts}
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 from pathlib import Path
 
 import pytest
 
 from launcher.data.hold_out import split
-from launcher.errors import ConfigurationError, DataError
+from launcher.errors import ConfigurationError, DataError, StorageError
 from tests.unit.test_cli import call
 
 
@@ -71,6 +72,23 @@ def test_what_cannot_be_divided(tmp_path: Path, name: str, content: str, reason:
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=reason):
         split(tmp_path / name, 0.5)
+
+
+def test_a_pattern_and_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DataError, match=r"no such file; rows are held out of one file"):
+        split(tmp_path / "*.csv", 0.5)
+    path = tmp_path / "rows.txt"
+    path.write_text("a\nb\n")
+
+    def full(row: str) -> bytes:
+        if (tmp_path / "rows-train.txt").exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return row.encode()
+
+    monkeypatch.setattr("launcher.data.hold_out._hash", full)
+    with pytest.raises(StorageError, match="the rows cannot be written: No space left on device"):
+        split(path, 0.5)
+    assert [one.name for one in tmp_path.iterdir()] == ["rows.txt"]
 
 
 def test_the_command(
