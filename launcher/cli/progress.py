@@ -23,7 +23,7 @@ _SECONDS_BETWEEN_LOOKS = 1.0
 
 
 class Beginning:
-    """What the ranks of an attempt are at before the first step, and for how long."""
+    """Tell what the ranks of an attempt are at before the first step, and for how long."""
 
     def __init__(self, directory: Path, world_size: int | None) -> None:
         self._directory, self._world_size = directory, world_size
