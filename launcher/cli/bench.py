@@ -19,29 +19,28 @@ Ranks = Annotated[
     typer.Option("--nproc", min=1, help="Ranks that send each other messages. [default: one a GPU, or 2]"),
 ]
 Disk = Annotated[
-    Path,
-    typer.Option("--disk", metavar="DIR", help="Where files are written and read, as where runs are kept."),
+    Path | None,
+    typer.Option(
+        "--disk",
+        metavar="DIR",
+        help="Where files are written and read, as where runs are kept. [default: this folder]",
+    ),
 ]
 
 
 Kept = Annotated[bool, typer.Option("--force", help="Measure, though other work makes the figures too low.")]
 Quick = Annotated[
-    bool, typer.Option("--quick", help="In half a minute: less of everything, and nothing of the disk.")
+    bool,
+    typer.Option("--quick", help="In half a minute: less of everything, and of the disk only with --disk."),
 ]
-_LEFT_OUT = (
-    "quick: fewer rounds of each figure, so that they scatter more; messages of two sizes alone; the disk left "
-    "out (plans take what is usual)"
-)
+_LEFT_OUT = "quick: fewer rounds of each figure, so that they scatter more; messages of two sizes alone"
+_NO_DISK = "; the disk left out (plans take what is usual; --disk DIR measures it)"
 _BUSY = 0.5
 """Share of the cores that other work has, from which on figures are too low to plan by."""
 
 
 def bench(
-    nproc: Ranks = None,
-    disk: Disk = Path(),
-    quick: Quick = False,
-    force: Kept = False,
-    as_json: AsJson = False,
+    nproc: Ranks = None, disk: Disk = None, quick: Quick = False, force: Kept = False, as_json: AsJson = False
 ) -> None:
     """Measure this machine, so that plans count with its own figures."""
     import os
@@ -52,8 +51,11 @@ def bench(
     from launcher.planner.hardware.detect import find_gpus
     from launcher.runs.machine import Machine, path
     from launcher.training.bench import bench as measure
-    from launcher.training.bench_effort import FULL, QUICK
+    from launcher.training.bench_effort import FULL, QUICK, QUICK_WITH_DISK
 
+    if disk is not None and not disk.is_dir():
+        reason = "is no folder that is there; name one, as that of your runs"
+        raise ConfigurationError(Problem("--disk", str(disk), reason))
     ranks = nproc or len(find_gpus()[0]) or 2
     busy = psutil.cpu_percent(interval=1) / 100  # the load of a minute would count what ended just now
     if busy >= _BUSY:
@@ -63,9 +65,11 @@ def bench(
         if not force:
             raise ConfigurationError(Problem("--force", force, f"{reason}; wait for its end, or add --force"))
         typer.echo(f"warning: {reason}, and are kept all the same", err=True)
+    effort = FULL
     if quick:
-        typer.echo(_LEFT_OUT, err=True)
-    figures = measure(ranks, disk.absolute(), _report, QUICK if quick else FULL)
+        effort = QUICK if disk is None else QUICK_WITH_DISK
+        typer.echo(_LEFT_OUT + (_NO_DISK if disk is None else ""), err=True)
+    figures = measure(ranks, (disk or Path()).absolute(), _report, effort)
     before = Machine.read().of(figures.rates.device)
     keeps = not quick or before is None or before.quick
     if keeps:

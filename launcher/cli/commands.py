@@ -43,7 +43,7 @@ COMMANDS = {
     ),
     "diff": Command("render", "diff", "Show how two plans, jobs or engines' configurations differ."),
     "import": Command("importing", "import_", "Make a job file of another tool's configuration or script."),
-    "data": Command("data", "app", "Show what a job will see of its data, and tokenise it ahead of time."),
+    "data": Command("data", "app", "Show what a job will see of its data, prepare it, or hold rows out."),
     "run": Command("run", "run", "Run a job on this machine; a run that stopped goes on where it was."),
     "submit": Command("submit", "submit", "Hand a job to Slurm; a run that stopped goes on where it was."),
     "cancel": Command("submit", "cancel", "End a run's Slurm job; the ranks save first, if there is time."),

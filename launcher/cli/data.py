@@ -1,4 +1,4 @@
-"""launcher data: inspect what a job will see, or prepare it ahead of time."""
+"""launcher data: inspect what a job will see, prepare it ahead of time, or hold rows of a file out."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from launcher.cli import completion
 from launcher.cli.job import JobFile, Overrides
 from launcher.cli.output import print_json
 from launcher.cli.plan import AsJson
@@ -99,6 +100,36 @@ def prepare(job: JobFile, as_json: AsJson = False, overrides: Overrides = []) ->
         typer.echo("\n".join(lines({"event": "prepared", **report})))
         how = "there already" if report["cached"] else f"made in {report['seconds']:.1f} s"
         typer.echo(f"  {how}: {report['cache']}")
+
+
+@app.command()
+def split(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE", help="A .csv, .tsv, .jsonl or .txt file.", autocompletion=completion.data_files
+        ),
+    ],
+    hold_out: Annotated[
+        str, typer.Option("--hold-out", metavar="SHARE", help="How much to hold out, as 10% or 0.1.")
+    ] = "10%",
+    as_json: AsJson = False,
+) -> None:
+    """Write a file's rows as two files beside it: one to learn from, one to measure on."""
+    from launcher.cli.init_answers import share_of
+    from launcher.data.hold_out import split as divide
+    from launcher.errors import ConfigurationError, Problem
+
+    share = share_of(hold_out)
+    if share is None:
+        reason = "write a share above 0 and below 1, as 10% or 0.1"
+        raise ConfigurationError(Problem("--hold-out", hold_out, reason))
+    parts = divide(file, share)
+    if as_json:
+        print_json({role: {"path": str(path), "rows": rows} for role, (path, rows) in parts.items()})
+        return
+    for role, (path, rows) in parts.items():
+        typer.echo(f"data.{role}.path: {path}   # {rows:,} rows")
 
 
 def _watcher() -> Watcher:

@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from launcher.cli.progress import AttemptView, metrics_line, notice
+from launcher.cli.progress import AttemptView, Beginning, metrics_line, notice
 from launcher.launch.screen import Watcher
 from launcher.planner.plan import Plan
 from launcher.planner.prices import known_prices
@@ -72,6 +72,8 @@ class Display(Watcher):
         self._log: Tail | None = None
         self._printed: deque[str] = deque()
         self._run: RunDirectory | None = None
+        self._world_size = plan.mesh.world_size if plan else None
+        self._beginning: Beginning | None = None
         self._phase: dict[str, Any] | None = None
         self._phase_taken: dict[str, Any] | None = None
         self._event_at = 0.0
@@ -85,6 +87,7 @@ class Display(Watcher):
         if self._is_script:
             self._log = Tail(run.attempt(attempt) / "rank-0.log", overwritten=True)
         self._run, self._phase_taken = run, current_phase(run)
+        self._beginning = Beginning(run.attempt(attempt), self._world_size)
         self.say(f"attempt {attempt} in {shown(run.path)}")
         if self.console.is_terminal and not self.console.is_dumb_terminal:
             self._live = Live(
@@ -102,6 +105,8 @@ class Display(Watcher):
         if self._tails:
             for tail, records in zip(self._tails, (self._events, self._metrics), strict=True):
                 records.extend(tail.records())
+        if self._beginning and self.progress.begins:
+            self._beginning.read()
         if self._log:
             self._printed.extend(map(_overwritten, self._log.lines()))
 
@@ -173,9 +178,14 @@ class Display(Watcher):
         done, total = (progress.step, progress.total_steps) if training else (progress.done, progress.total)
         bar = Table.grid(padding=(0, 1))
         count = _count(progress) if training else f"{done:g} of {total:g} {progress.unit}" if total else ""
+        name, length = progress.phase, 40
+        if self._beginning and progress.begins and (begins := self._beginning.shown()):
+            name, far = begins
+            total, length = None if training else total, 16
+            count = far if training or not count else count
         bar.add_row(
-            Text(progress.phase, style="bold"),
-            ProgressBar(total=total or None, completed=done, width=40, pulse=not total),
+            Text(name, style="bold"),
+            ProgressBar(total=total or None, completed=done, width=length, pulse=not total),
             count,
         )
         parts: list[Any] = [bar]

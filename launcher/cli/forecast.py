@@ -38,7 +38,7 @@ def bars(forecast: Forecast, width: int | None = None) -> str:
     )
     signs = {kind: _SIGNS[number % len(_SIGNS)] for number, kind in enumerate(_kinds(forecast))}
     longest = _longest(forecast)
-    enlarged = f" (the longest bar is {gib(highest.total)} of {gib(memory)})" if longest < memory else ""
+    enlarged = f" (the longest bar is {gib(highest.total)})" if longest < memory else ""
     lines = ["", f"Memory of a rank, by phase{enlarged}:"]
     hosts = [f", {gib(phase.host)} of the host's" if phase.host else "" for phase in phases]
     beside = 2 + max(12, *(len(phase.name) for phase in phases)) + 1 + 1 + 10  # with a comma

@@ -17,9 +17,10 @@ from launcher.errors import ConfigurationError
 _LINK = re.compile(r"!?\[([^\]]*)\]\(([^)#\s]*)[^)]*\)")
 _WIDEST = 100
 _HOW = """\
-A topic is also a key of the job file (`training.optimizer`, or `optimizer`) or a section of it (`training`), an
-exit code (`9`, `rank-lost`), a term (`micro-batch`), a command, the heading of a page's section, or words of a
-message that you have seen. `PAGE PART` looks in one page: `launcher help data packing`.
+A topic is also a key of the job file (`training.optimizer`, or `optimizer`), a section of it (`training`), a
+word that may stand in it (`muon`), an environment variable (`LAUNCHER_PRICE`), an exit code (`9`, `rank-lost`),
+a term (`micro-batch`), a command, the heading of a page's section, or words of a message that you have seen.
+`PAGE PART` looks in one page: `launcher help data packing`.
 """
 
 

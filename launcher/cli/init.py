@@ -23,7 +23,9 @@ Train = Annotated[
 HeldOut = Annotated[
     str | None,
     typer.Option(
-        "--evaluation", help="The file to measure on, or none.", autocompletion=completion.data_files
+        "--evaluation",
+        help="The file to measure on, a share of the rows to hold out as 10%, or none.",
+        autocompletion=completion.data_files,
     ),
 ]
 TaskName = Annotated[

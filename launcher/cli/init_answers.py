@@ -52,6 +52,21 @@ def given_columns(pairs: Sequence[str], task: type[Task]) -> dict[str, Any]:
     return columns
 
 
+def columns_among(role: str, known: Sequence[str]) -> Callable[[str], Any]:
+    """Return a check that takes the name of a column, or several between commas."""
+
+    def check(text: str) -> Any:
+        names = [part.strip() for part in text.split(",")] if text not in known else [text]
+        for name in names:
+            if name not in known and not re.fullmatch(r"-\d+", name):
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+                reason = f"no such column; there are {', '.join(known[:SHOWN])}; the nearest is {near}"
+                raise ConfigurationError(Problem(f"data.{role}", name, reason))
+        return names[0] if len(names) == 1 else names
+
+    return check
+
+
 def help_of(key: str) -> str:
     """Return what the reference says of a key of the job file; nothing for one that is not there."""
     of_key = next((one for one in keys() if one.path == key), None)
@@ -62,6 +77,15 @@ def in_a_line(task: type[Task]) -> str:
     """Return what a task learns: the first clause of what its class says."""
     text = " ".join((inspect.getdoc(task) or "").split())
     return re.split(r"[.;:](?:\s|$)", text, maxsplit=1)[0]
+
+
+def share_of(text: str) -> float | None:
+    """Return a share above 0 and below 1, written as `10%` or `0.1`; None for anything else."""
+    try:
+        share = float(text.rstrip(" %")) / (100 if text.rstrip().endswith("%") else 1)
+    except ValueError:
+        return None
+    return share if 0 < share < 1 else None
 
 
 def parse_value(text: str) -> Any:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from launcher.cli import completion
 from launcher.cli.dialog import Complete, Dialog
 from launcher.cli.init_answers import (
     NONE,
-    SHOWN,
+    columns_among,
     given_columns,
     gpu,
     help_of,
@@ -21,10 +19,13 @@ from launcher.cli.init_answers import (
     one_of,
     or_none,
     parse_value,
+    share_of,
     shown,
 )
+from launcher.data.hold_out import split
 from launcher.errors import ConfigurationError, DataError, Problem
 from launcher.job.init import keep
+from launcher.planner.dataset.suitability import NO_EVALUATION
 from launcher.planner.draft import Draft
 from launcher.planner.model.model_config import locate, read_config
 from launcher.tasks.task import Task
@@ -109,13 +110,18 @@ class Questions:
         # A file that nobody named is offered, and not taken where nobody is asked.
         near = self._draft.held_out() if self._dialog.asks else None
         offered = self._draft.get("data.evaluation.path") or near or ""
-        self._ask_file("evaluation", "File to measure on, or none", offered)
+        self._ask_file("evaluation", "File to measure on, or 10% to hold out such a share, or none", offered)
+        if self._draft.get("data.evaluation") is None:
+            self._dialog.say(f"  {NO_EVALUATION}")
 
     def _ask_file(self, role: str, question: str, offered: str | None) -> None:
         """Ask for a data file that can be read; that of `evaluation` may be left out."""
         flag = f"--{role}"
 
         def check(text: str) -> None:
+            if role == "evaluation" and (share := share_of(text)) is not None:
+                self._hold_out(share)
+                return
             before = self._draft.get(f"data.{role}")
             is_file = role == "train" or text.lower() not in NONE
             self._draft.put(f"data.{role}", {"path": text} if is_file else None)
@@ -131,6 +137,14 @@ class Questions:
         about = help_of("data.train.path" if role == "train" else "data.evaluation")
         self._dialog.answer(question, flag, given, check, offered, completion.data_files, about)
         self._keep()
+
+    def _hold_out(self, share: float) -> None:
+        """Write two files of the training file's rows, and take them for it."""
+        given = Path(self._draft.get("data.train.path"))
+        for role, (path, rows) in split(self._out.parent / given.expanduser(), share).items():
+            name = str(given.with_name(path.name))
+            self._draft.put(f"data.{role}", {"path": name})
+            self._dialog.say(f"  wrote {name}: {rows:,} rows")
 
     def _ask_task(self) -> None:
         def check(text: str) -> str:
@@ -213,24 +227,15 @@ class Questions:
 
     def _ask_column(self, role: str, offered: Any) -> Any:
         seen = self._draft.seen()
-
-        def check(text: str) -> Any:
-            names = [part.strip() for part in text.split(",")] if text not in seen.names else [text]
-            for name in names:
-                if name not in seen.names and not re.fullmatch(r"-\d+", name):
-                    near = difflib.get_close_matches(name, seen.names, n=1, cutoff=0.0)[0]
-                    reason = (
-                        f"no such column; there are {', '.join(seen.names[:SHOWN])}; the nearest is {near}"
-                    )
-                    raise ConfigurationError(Problem(f"data.{role}", name, reason))
-            return names[0] if len(names) == 1 else names
-
+        check = columns_among(role, seen.names)
         default = ",".join(offered) if isinstance(offered, (list, tuple)) else offered
         return self._dialog.answer(
             f"Column of the {role}", "--column", None, check, default, seen.names, help_of(f"data.{role}")
         )
 
     def _ask_model(self) -> None:
+        if self._dialog.asks and "model" not in self._flags and (example := self._draft.example_model()):
+            self._dialog.say(f"  a small one on the hub: {example}; the tab key names those on this machine")
         question = "Model: a directory, or a name on the hub"
         self._ask("model", "model.name", question, None, str, completion.models)
         name = self._draft.get("model.name")

@@ -9,7 +9,7 @@ import typer
 
 from launcher.cli import completion
 from launcher.cli.output import print_json
-from launcher.errors import ConfigurationError
+from launcher.errors import ConfigurationError, Problem
 
 JobFile = Annotated[
     Path, typer.Argument(metavar="JOB", help="The job file.", autocompletion=completion.job_files)
@@ -31,13 +31,15 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 def validate(job: JobFile, as_json: AsJson = False, overrides: Overrides = []) -> None:  # noqa: B006 - typer reads the default, nobody changes it
     """Check a job file and some of its rows, and say all that is wrong with them."""
     from launcher.job.load import load
-    from launcher.planner.dataset.suitability import check
+    from launcher.planner.dataset.suitability import NO_EVALUATION, check
 
     loaded = load(job, overrides)
     try:
         remarks = check(loaded)
     except ConfigurationError as error:
         raise ConfigurationError(error.problems, str(job)) from None
+    if loaded.data.evaluation is None:
+        remarks.append(Problem("data.evaluation", None, NO_EVALUATION))
     if as_json:
         notes = [str(each) for each in remarks]
         print_json({"job": str(job), "name": loaded.name, "task": loaded.model.task, "notes": notes})

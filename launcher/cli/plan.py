@@ -228,6 +228,10 @@ def profiles_for(starts: bool, formulas: bool = True) -> Profiles:
     starts: a trace may be started where there is neither formula nor profile. formulas: where they know a
     model, it goes by them.
     """
+    from launcher.cli.output import columns_of, folded
     from launcher.planner.memory.profiles import Profiles
 
-    return Profiles(starts, formulas)
+    def say(line: str) -> None:
+        typer.echo(folded(line, columns_of(sys.stderr)), err=True)
+
+    return Profiles(starts, formulas, say)

@@ -52,6 +52,10 @@ def summary(plan: Plan) -> str:
         "samples": f"{_LAYOUTS[plan.layout]}, {plan.attention} attention",
         "compute": f"{plan.precision}, activation checkpointing {plan.activation_checkpointing}",
     }
+    if plan.data.evaluation is None:
+        facts["measured"] = (
+            "nothing: there are no held-out rows (data.evaluation); `launcher data split` makes some"
+        )
     if plan.script:
         known = {"run": plan.name, "script": shlex.join(plan.script), "ranks": facts["ranks"]}
         facts = {

@@ -28,7 +28,10 @@ def predict(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "--out", metavar="FILE", help="A new .jsonl file: an answer for each row, in order."
+            "--output",
+            "--out",
+            metavar="FILE",
+            help="A new .jsonl, .csv or .tsv file: an answer for each row, in order.",
         ),
     ] = None,
     logits: Annotated[
@@ -42,7 +45,7 @@ def predict(
     job: JobOfModel = None,
     checkpoint: Checkpoint = None,
     probabilities: Annotated[
-        bool, typer.Option("--probabilities", help="With the probability of every class.")
+        bool, typer.Option("--probabilities", help="With the probability of what is answered.")
     ] = False,
     top_k: Annotated[
         int | None, typer.Option("--top-k", min=1, metavar="K", help="With the K likeliest answers.")

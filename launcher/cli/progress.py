@@ -5,13 +5,47 @@ Knows nothing of terminals.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from launcher.runs import time_left
+from launcher.runs.beginning import doing
 from launcher.runs.prepared import lines
+from launcher.runs.seen import ranks_of
 from launcher.runs.wording import duration, gib
+
+_BEGIN = ("starting", "preparing", "building operators", "loading", "checking the loss", "training")
+_SECONDS_BETWEEN_LOOKS = 1.0
+"""As often as supervisors publish what their ranks say."""
+
+
+class Beginning:
+    """Tell what the ranks of an attempt are at before the first step, and for how long."""
+
+    def __init__(self, directory: Path, world_size: int | None) -> None:
+        self._directory, self._world_size = directory, world_size
+        self._looked = 0.0
+        self._now: tuple[str, str] | None = None
+        self._since = time.monotonic()
+
+    def read(self) -> None:
+        """Look at what the ranks say, where it is time to."""
+        if (now := time.monotonic()) - self._looked < _SECONDS_BETWEEN_LOOKS:
+            return
+        before, self._looked = self._now, now
+        self._now = doing(ranks_of(self._directory), self._world_size)
+        if self._now and (before is None or before[0] != self._now[0]):
+            self._since = now
+
+    def shown(self) -> tuple[str, str] | None:
+        """Return what they are at, and how far and for how long; None where they do not tell."""
+        if self._now is None:
+            return None
+        words, far = self._now
+        return words, ", ".join(filter(None, (far, duration(time.monotonic() - self._since))))
 
 
 @dataclass
@@ -82,6 +116,11 @@ class AttemptView:
             self._times.clear()
         self.phase, self.total, self.unit = "training", None, ""
 
+    @property
+    def begins(self) -> bool:
+        """Return whether it is before the first step, at nothing that shows how far it is by itself."""
+        return not self.record and self.phase in _BEGIN
+
     def seconds_per_step(self) -> float | None:
         """Return the seconds of one of the last steps; None before there are two."""
         return time_left.seconds_per_step(self._times)
@@ -108,7 +147,7 @@ class AttemptView:
         if (share := self.share_of_peak()) is not None:
             known.append(f"MFU {share:.1%}")
         if record.get("peak_memory_bytes"):
-            known.append(f"{record['peak_memory_bytes'] / 2**30:.2f} GiB")
+            known.append(f"peak {record['peak_memory_bytes'] / 2**30:.2f} GiB")
         if (left := self.seconds_left()) is not None:
             known.append(f"{duration(left)} left")
         if self.saved_step is not None:
@@ -134,7 +173,7 @@ def _compared(measured: dict[str, Any], expected: dict[str, Any]) -> str | None:
         if known := [name for name in phases if name in there]:
             highest = max(known, key=lambda name: float(there[name]))
             parts.append(
-                f"memory of a rank beside the bare process: {gib(there[highest])} measured, "
+                f"memory per rank, without Python and its libraries: {gib(there[highest])} measured, "
                 f"{gib(phases[highest])} planned ({highest})"
             )
     return "; ".join(parts) or None

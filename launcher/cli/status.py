@@ -142,7 +142,7 @@ def describe(seen: dict[str, Any]) -> str:
     old = f", {duration(age)} old" if age is not None and seen["state"] == "running" else ""
     facts = {
         "run": seen["run"],
-        "state": seen["state"] + (f" ({seen['phase']})" if seen["phase"] else "") + _since_step(seen),
+        "state": seen["state"] + at_now(seen) + _since_step(seen),
         "hangs": seen["hang"],
         "slow": seen["straggler"],
         "job": _job(slurm),
@@ -166,6 +166,12 @@ def describe(seen: dict[str, Any]) -> str:
         "go on with": seen["command"],
     }
     return "\n".join(f"{name:11}{text}" for name, text in facts.items() if text)
+
+
+def at_now(seen: dict[str, Any]) -> str:
+    """Return what a run that goes on is at, in brackets; empty where that is not known."""
+    at = seen["doing"] or seen["phase"]
+    return f" ({at})" if at else ""
 
 
 def _speed(seen: dict[str, Any]) -> str | None:

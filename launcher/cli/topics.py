@@ -1,4 +1,4 @@
-"""The topics of `launcher help`: pages, their sections, keys, exit codes, terms and symptoms.
+"""The topics of `launcher help`: pages, their sections, keys, variables, exit codes, terms and symptoms.
 
 The pages are those of docs/, which `launcher/pages` leads to in a clone and a wheel carries as files. Their
 index says which of them are topics, and what each is about.
@@ -28,6 +28,8 @@ _TERM = re.compile(r"^\*\*([^*]+)\.\*\*.*?(?=\n\n|\Z)", re.MULTILINE | re.DOTALL
 _ROW = re.compile(r"^\|(.*)\|$", re.MULTILINE)
 _CELL_END = re.compile(r"(?<!\\)\|")
 _COLUMNS_OF = "Columns of "
+_CHOICES = re.compile(r"\bone of ((?:[\w-]+, )+[\w-]+)|^([\w-]+) or ([\w-]+)$")
+"""What may be written for a key, by the words of the reference."""
 _SHORTEST_PHRASE = 3
 """Letters: shorter topics are codes, not words of a message."""
 
@@ -54,6 +56,8 @@ class Entry:
     names: tuple[str, ...]
     page: str
     text: str
+    choices: tuple[str, ...] = ()
+    """Of a key: the words that may be written there."""
 
 
 @functools.cache
@@ -70,7 +74,10 @@ def pages() -> dict[str, Page]:
 @functools.cache
 def entries() -> tuple[Entry, ...]:
     """Return every part of a page that is a topic, the short ones first."""
-    readers = {"job-file": _keys, "exit-codes": _exit_codes, "glossary": _terms, "symptoms": _symptoms}
+    readers = {
+        "job-file": _keys, "exit-codes": _exit_codes, "environment-variables": _variables,
+        "glossary": _terms, "symptoms": _symptoms,
+    }  # fmt: skip
     short = [entry for name, read in readers.items() for entry in read(pages()[name])]
     sections = [
         Entry("section", (title,), page.name, text)
@@ -104,11 +111,11 @@ def find(topic: str) -> list[Entry]:
 
 
 def names() -> list[str]:
-    """Return the names of pages, keys, exit codes and terms: those that are worth completing."""
-    short = [
-        name for entry in entries() if entry.kind in ("key", "exit code", "term") for name in entry.names
-    ]
-    return [*short, *pages()]
+    """Return the names of pages, keys and their choices, variables, exit codes and terms: those that are worth
+    completing."""
+    kinds = ("key", "exit code", "variable", "term")
+    short = [name for entry in entries() if entry.kind in kinds for name in (*entry.names, *entry.choices)]
+    return [*dict.fromkeys(short), *pages()]
 
 
 def parts(topic: str, page: str | None = None) -> list[Entry]:
@@ -121,6 +128,7 @@ def parts(topic: str, page: str | None = None) -> list[Entry]:
     named = [entry for entry in within if wanted in map(plain, entry.names)]
     if not named:
         named = [entry for entry in within if entry.kind == "key" and wanted == entry.names[0].split(".")[-1]]
+    named = named or [entry for entry in within if wanted in map(plain, entry.choices)]
     if len(wanted) < _SHORTEST_PHRASE:
         return named
     phrase = re.compile(rf"\b{re.escape(wanted)}\b")
@@ -168,7 +176,10 @@ def _keys(page: Page) -> Iterator[Entry]:
                 "section", (name,), page.name, f"## {name}\n\n{about}\n\n" + "\n\n".join(shown) + "\n"
             )
         for row, text_of_key in zip(table, shown, strict=True):
-            yield Entry("key", (f"{path}.{_bare(row[0])}".lstrip("."),), page.name, text_of_key + "\n")
+            name = f"{path}.{_bare(row[0])}".lstrip(".")
+            choices = [word for groups in _CHOICES.findall(row[1]) for word in ", ".join(groups).split(", ")]
+            known = tuple(word for word in choices if word not in ("", "true", "false"))
+            yield Entry("key", (name,), page.name, text_of_key + "\n", known)
 
 
 def _whole(row: list[str], below: dict[str, str]) -> list[str]:
@@ -196,6 +207,11 @@ def _exit_codes(page: Page) -> Iterator[Entry]:
         names = tuple(name for name in (f"exit code {code}", code, error, failure) if name)
         title = f"Exit code {code}" + (f": {failure} ({error})" if error else "")
         yield Entry("exit code", names, page.name, f"- {title}\n\n  {meaning}\n")
+
+
+def _variables(page: Page) -> Iterator[Entry]:
+    for variable, meaning, more in rows(page.text):
+        yield Entry("variable", (_bare(variable),), page.name, f"- {variable}: {meaning} ({more})\n")
 
 
 def _terms(page: Page) -> Iterator[Entry]:

@@ -13,7 +13,7 @@ import typer
 
 from launcher.cli.output import print_json
 from launcher.cli.plan import AsJson
-from launcher.cli.status import SomeRun, newest
+from launcher.cli.status import SomeRun, at_now, newest
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions
@@ -156,7 +156,7 @@ def header(status: dict[str, Any]) -> Table:
     slurm = status.get("slurm", {})
     rate, total = status["tokens_per_second"], status["total_steps"]
     parts = [
-        status["state"] + (f" ({status['phase']})" if status["phase"] else ""),
+        status["state"] + at_now(status),
         f"job {slurm['job_id']} {slurm.get('state', '').lower()} {slurm.get('reason', '')}".rstrip()
         if slurm
         else "",

@@ -199,7 +199,8 @@ def _remarks(content: dict[str, Any], reading: Reading) -> None:
         if (times := reading.count(content, option, least=0)) == 1:
             reading.say(key, "epoch", option)
         elif times:
-            reading.change(option, times, "launcher takes steps, a time or whole epochs; left out")
+            reason = f"launcher takes steps, a time or whole epochs; left out: write {key}, as 50 steps"
+            reading.change(option, times, reason)
     if content.get("tf32") in (True, "true"):
         reading.cannot_say("tf32", True, "launcher leaves the products of fp32 as PyTorch has them")
     if names := sorted(key for key in _NOTHING if content.get(key) not in (None, "", [], {})):

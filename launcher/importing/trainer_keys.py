@@ -43,8 +43,8 @@ PLACES = {
 """Where and how fast it is computed, and the order of the rows, which is launcher's own: rounding apart, the
 same is learned."""
 HELD_OUT = (
-    "launcher takes no share of the training rows: write it to a file of its own and name that under "
-    "data.evaluation"
+    "launcher takes no share of the training rows: `launcher data split FILE` writes two files, for data.train "
+    "and data.evaluation"
 )
 CHANGES: dict[str, str] = {
     "label_smoothing_factor": "launcher has plain cross entropy",

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from launcher import tasks
-from launcher.errors import ConfigurationError, Problem
 from launcher.launch.evaluation import Request
 from launcher.launch.scratch import ask
 from launcher.launch.screen import Watcher
-from launcher.runs.partial import KEY, refuse_existing
+from launcher.runs.partial import refuse_existing
 from launcher.tasks.task import AnswerOptions
 
 
@@ -59,9 +58,6 @@ class Prediction:
     def run(self, watcher: Watcher) -> dict[str, Any]:
         """Write the answers; the summary. Raises Stopped where a stop was asked for, OutOfMemoryError where no
         row fits, else the failure's own class."""
-        if self.output.suffix != ".jsonl":
-            reason = "answers are written as JSON lines; give it a name that ends in .jsonl"
-            raise ConfigurationError(Problem(KEY, str(self.output), reason))
         refuse_existing(self.output)
         data = self.request.plan.data
         source = type(data.train)(path=str(self.rows.absolute()))

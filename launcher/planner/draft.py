@@ -34,6 +34,15 @@ _COUNTED = 8192
 _BATCH = 32
 _EPOCHS = {"causal-lm": 1, "masked-lm": 1}
 """Passes over the rows; of tasks with a new head 3, as of BERT (Devlin et al. 2019, arXiv 1810.04805)."""
+_ENCODER = "distilbert/distilbert-base-uncased"
+_EXAMPLES = {
+    "causal-lm": "HuggingFaceTB/SmolLM2-135M",
+    **dict.fromkeys(
+        ("sequence-classification", "token-classification", "question-answering", "masked-lm"), _ENCODER
+    ),
+    "sequence-to-sequence": "google-t5/t5-small",
+}
+"""Names on the hub of small models that a task can begin with."""
 _RATE, _RATE_OF_ADAPTER = 2e-5, 2e-4
 
 
@@ -98,6 +107,10 @@ class Draft:
         named = [name for name in beside if name != path.name and _HELD_OUT.search(Path(name).stem)]
         near = difflib.get_close_matches(path.name, named, n=1, cutoff=0.0)
         return str(Path(given).with_name(near[0])) if near else None
+
+    def example_model(self) -> str | None:
+        """Return a small model on the hub for the task; None where none is known."""
+        return _EXAMPLES.get(self.task.name)
 
     def likely_tasks(self) -> list[str]:
         """Return all tasks: first those that the columns have room for, the likeliest first."""

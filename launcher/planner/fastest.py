@@ -221,7 +221,7 @@ class Search:
         if job.memory.activation_checkpointing == "auto":
             highest, usable = taken.forecast.footprint.highest, self.target.usable_bytes(plan.mesh.device)
             source = "its class's profile" if taken.forecast.traced else "the formulas"
-            reason = f"the peak is {gib(highest.total)} of {gib(usable)} usable per rank"
+            reason = f"the peak is {gib(highest.total)} of the {gib(usable)} that a rank may use"
             reason += f", by {source} ({highest.name}: {highest.where})"
             value = plan.activation_checkpointing
             decisions.append(Decision(key="memory.activation_checkpointing", value=value, reason=reason))

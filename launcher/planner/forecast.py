@@ -95,7 +95,11 @@ class Forecast:
     def line(self) -> str:
         """Return the summary that `run` and `submit` print, in one line."""
         highest, speed, there = self.footprint.highest, self.speed, self.target.memory_bytes
-        memory = f"{gib(highest.total)} of a rank's {gib(there)}" if there else f"{gib(highest.total)} a rank"
+        memory = f"{gib(highest.total)} a rank"
+        if there:
+            part = USABLE[self.plan.mesh.device]
+            memory = f"{gib(highest.total)} of the {gib(self._usable_bytes)} that a rank may use"
+            memory += f" ({part:.0%} of its {gib(there)})"
         rate = ""
         if speed:
             share = "MFU" if self.plan.mesh.device == "cuda" else "of the measured rate"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from launcher.runs.layout import sync_directory, write_atomically
 from launcher.runs.wording import finite
 
 KEY = "--output"
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+SUFFIXES = (".jsonl", *_DELIMITERS)
+"""What an output's name may end in."""
 
 
 class Partial:
@@ -93,9 +97,15 @@ class Partial:
             raise self._refused(error) from None
 
     def finish(self) -> None:
-        """Give the output its name. Raises StorageError."""
+        """Give the output its name, as a table where that says so. Raises StorageError."""
         try:
-            self.path.replace(self.output)
+            if delimiter := _DELIMITERS.get(self.output.suffix.lower()):
+                table = self.output.with_name(f"{self.output.name}.table")
+                _write_table(self.path, table, delimiter)
+                table.replace(self.output)
+                self.path.unlink()
+            else:
+                self.path.replace(self.output)
             self.state_file.unlink()
             sync_directory(self.output.parent)
         except OSError as error:
@@ -110,8 +120,40 @@ class Partial:
         return StorageError(f"{KEY} {self.output}: {error.strerror or error}{kept}")
 
 
+def _write_table(lines: Path, table: Path, delimiter: str) -> None:
+    """Write JSON lines as a table of all columns that any of them has, which is read twice for that."""
+    columns = list(dict.fromkeys(name for row in _flat_rows(lines) for name in row))
+    with open(table, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(_flat_rows(lines))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flat_rows(lines: Path) -> Iterator[dict[str, Any]]:
+    """Yield rows as cells: of a mapping, as of probabilities by class, a column each; other lists as JSON."""
+    with open(lines, encoding="utf-8") as file:
+        for line in file:
+            row: dict[str, Any] = {}
+            for name, value in json.loads(line).items():
+                parts = (
+                    {f"{name}.{key}": part for key, part in value.items()} if isinstance(value, dict) else {}
+                )
+                row |= parts or {name: value}
+            yield {
+                name: json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value
+                for name, value in row.items()
+            }
+
+
 def refuse_existing(output: Path) -> None:
-    """Raise ConfigurationError where an output is there already, or has no folder to lie in."""
+    """Raise ConfigurationError where an output is there already, has no folder to lie in, or a name that says
+    a format which is not written."""
+    if output.suffix.lower() not in SUFFIXES:
+        *first, last = SUFFIXES
+        reason = f"answers are written as {', '.join(first)} or {last}; the nearest is {output.stem}.csv"
+        raise ConfigurationError(Problem(KEY, str(output), reason))
     if output.exists():
         raise ConfigurationError(
             Problem(KEY, str(output), "is there already; name another file, or remove it")

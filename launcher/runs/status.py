@@ -11,9 +11,11 @@ from typing import Any
 
 from launcher.plain_files import read_bytes
 from launcher.runs import liveness, prepared, time_left
+from launcher.runs.beginning import doing
 from launcher.runs.curve import is_step
 from launcher.runs.layout import STEP_DIRECTORY, RunDirectory
 from launcher.runs.processes import Identity, started_at
+from launcher.runs.seen import ranks_of
 from launcher.runs.tail import last_record, last_records
 from launcher.runs.totals import Totals
 
@@ -42,6 +44,8 @@ class Status:
     checkpoint: str | None = None
     checkpoint_step: int | None = None
     phase: str | None = None
+    doing: str | None = None
+    """What its ranks are at before the first step of this attempt, in words."""
     process: str | None = None
     signal: str | None = None
     failure: dict[str, Any] | None = None
@@ -89,6 +93,7 @@ def read_status(run: RunDirectory, totals: Totals | None = None) -> Status:
     record = steps[0] if steps else None
     newest = newest_checkpoint(run)
     total_steps = last.get("training", {}).get("total_steps")
+    step_age = liveness.step_age(last, record) if state == "running" else None
     return Status(
         run=str(run.path),
         name=run.path.name,
@@ -101,7 +106,8 @@ def read_status(run: RunDirectory, totals: Totals | None = None) -> Status:
         checkpoint=str(newest) if newest else None,
         checkpoint_step=int(newest.name.removeprefix("step-")) if newest else None,
         phase=liveness.phase(last, record) if state == "running" else None,
-        step_age_seconds=liveness.step_age(last, record) if state == "running" else None,
+        doing=_doing(run, last) if state == "running" and step_age is None else None,
+        step_age_seconds=step_age,
         began=totals.began,
         seconds=round(totals.seconds_with(record), 1),
         device_hours={name: round(hours, 6) for name, hours in totals.device_hours_with(record).items()},
@@ -122,6 +128,12 @@ def read_status(run: RunDirectory, totals: Totals | None = None) -> Status:
         nodes=tuple(last.get("started", {}).get("nodes", ())),
         data={role: prepared.numbers(record) for role, record in totals.prepared.items()},
     )
+
+
+def _doing(run: RunDirectory, last: dict[str, dict[str, Any]]) -> str | None:
+    """Return what the ranks of an attempt without a step are at, with how far they are."""
+    known = doing(ranks_of(run.attempt(run.last_attempt())), last.get("started", {}).get("world_size"))
+    return known and ": ".join(filter(None, known))
 
 
 def _data_share(record: dict[str, Any] | None) -> float | None:

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from launcher.errors import StorageError
 from launcher.runs.machine import REFERENCE, REFERENCE_LENGTH, Rates
 from launcher.training import closing, cpu_half_matmul
-from launcher.training.bench_effort import FULL, QUICK, Effort, Progress, Report, seconds_of, timed
+from launcher.training.bench_effort import FULL, Effort, Progress, Report, seconds_of, timed
 from launcher.training.fresh import in_fresh_ranks, leave
 from launcher.training.precision import DTYPES
 
@@ -94,7 +94,7 @@ def bench(num_ranks: int, directory: Path, report: Report, effort: Effort = FULL
         written,
         read,
         num_ranks=num_ranks,
-        quick=effort is QUICK,
+        quick=effort.quick,
     )
     return Bench(rates, messages)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -26,11 +26,13 @@ class Effort:
     file_bytes: int = 1 << 28
     parts: tuple[float, ...] = (2.0, 1.0, 60.0, 30.0, 3.0)
     """Seconds on two idle cores: products in one precision, memory, messages, calling, files."""
+    quick: bool = False
 
 
 FULL = Effort()
-QUICK = Effort(0.2, 3, 3, (1 << 16, 1 << 24), 0, (0.5, 0.5, 6.0, 14.0, 0.0))
+QUICK = Effort(0.2, 3, 3, (1 << 16, 1 << 24), 0, (0.5, 0.5, 6.0, 14.0, 0.0), quick=True)
 """Without the disk; of messages a small and a large one."""
+QUICK_WITH_DISK = replace(QUICK, file_bytes=1 << 26, parts=(*QUICK.parts[:-1], 1.0))
 
 
 class Progress:

@@ -22,7 +22,7 @@ from launcher.runs.events import read
 from launcher.runs.layout import RunDirectory
 from launcher.runs.machine import Machine, Rates
 from launcher.training.bench import Bench, copy_rate, file_rates
-from launcher.training.bench_effort import MESSAGE_BYTES, QUICK, Progress
+from launcher.training.bench_effort import MESSAGE_BYTES, QUICK, Effort, Progress
 from launcher.training.devices import Lap
 from launcher.training.reporting import forecast_check
 from tests.training.plans import plan_of
@@ -34,6 +34,7 @@ from tests.training.runs import causal_data, finish, model_directory, new_run, p
 @pytest.mark.timeout(1500)  # it takes 100 s by itself, and several times that beside other tests
 @pytest.mark.parametrize("quick", [False, True])
 def test_a_machine_is_measured_and_kept(tmp_path: Path, quick: bool) -> None:
+    """The quick one is of no disk here; `test_what_is_measured_of_the_disk` has it with one."""
     environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path / "state")}
     command = [
         sys.executable,
@@ -43,10 +44,8 @@ def test_a_machine_is_measured_and_kept(tmp_path: Path, quick: bool) -> None:
         "--force",
         "--nproc",
         "2",
-        "--disk",
-        str(tmp_path),
         "--json",
-        *["--quick"] * quick,
+        *(["--quick"] if quick else ["--disk", str(tmp_path)]),
     ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1400)
     assert done.returncode == 0, done.stderr
@@ -112,6 +111,37 @@ def test_a_quick_measurement_takes_no_whole_ones_place(
     rate, words = bench(4e9, "--quick")
     assert rate == 3e9 and "not kept: plans count with the whole measurement of 2026-11-30" in words
     assert "the disk left out" in words and bench(5e9)[0] == 5e9
+
+
+@pytest.mark.parametrize(
+    ("options", "num_bytes", "words"),
+    [
+        (["--quick"], 0, "the disk left out"),
+        (["--quick", "--disk", "."], 1 << 26, "messages of two sizes alone\n"),
+        ([], 1 << 28, ""),
+    ],
+)
+def test_what_is_measured_of_the_disk(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    num_bytes: int,
+    words: str,
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("psutil.cpu_percent", lambda interval: 0.0)
+    asked = list[Effort]()
+    figures = Bench(Rates("cpu", "2026-11-30", {"fp32": 50e9}, 10e9), ())
+    monkeypatch.setattr("launcher.training.bench.bench", lambda *given: (asked.append(given[-1]), figures)[1])
+    with pytest.raises(SystemExit):
+        main(["bench", *options])
+    assert asked[0].file_bytes == num_bytes and asked[0].quick == ("--quick" in options)
+    assert words in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["bench", "--disk", "nowhere", *options])
+    assert "--disk = 'nowhere': is no folder that is there" in capsys.readouterr().err and len(asked) == 1
 
 
 def test_how_long_it_still_takes_goes_by_how_long_it_took(monkeypatch: pytest.MonkeyPatch) -> None:

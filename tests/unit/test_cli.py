@@ -46,13 +46,19 @@ def call(*arguments: str) -> int:
 
 def test_validate(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("validate", "job.yaml", "--set", "training.seed=3") == 0
-    assert capsys.readouterr().out == "job.yaml: run is a valid job (causal-lm)\n"
+    first, note = capsys.readouterr().out.splitlines()
+    assert first == "job.yaml: run is a valid job (causal-lm)"
+    assert note.startswith("note: data.evaluation: no held-out rows: ") and "launcher data split" in note
+    held_out = ("--set", "data.evaluation.path=train.jsonl")
+    assert call("validate", "job.yaml", *held_out) == 0 and "note" not in capsys.readouterr().out
 
 
 def test_validate_as_json(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("validate", "job.yaml", "--json") == 0
-    expected = {"job": "job.yaml", "name": "run", "task": "causal-lm", "notes": []}
-    assert json.loads(capsys.readouterr().out) == expected
+    seen = json.loads(capsys.readouterr().out)
+    (note,) = seen.pop("notes")
+    assert seen == {"job": "job.yaml", "name": "run", "task": "causal-lm"}
+    assert note.startswith("data.evaluation: no held-out rows")
 
 
 def test_validate_says_that_a_tracker_is_not_here(

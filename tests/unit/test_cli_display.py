@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from launcher.cli.display import Display, _evaluations, summary
 from launcher.cli.progress import AttemptView, notice
 from launcher.runs.events import append, event
 from launcher.runs.layout import RunDirectory
+from launcher.runs.seen import Published, Seen, publish
 from launcher.runs.wording import duration
 from tests.training.plans import plan_of
 
@@ -68,7 +70,7 @@ def test_plain_lines_where_there_is_no_terminal(run: RunDirectory) -> None:
     assert "\x1b" not in text
     assert f"attempt 2 in {run.path}" in text and "preparing" in text
     assert "measured after step 0: loss 3.0000, accuracy 0.5000" in text
-    assert "step 2 of 4  loss 0.5000  learning rate 1.00e-03  1,234 tokens/s  1.00 GiB  4 s left" in text
+    assert "step 2 of 4  loss 0.5000  learning rate 1.00e-03  1,234 tokens/s  peak 1.00 GiB  4 s left" in text
     assert "warning: the save of step 2 failed, training goes on: disk full" in text
     assert "7531" not in text, "what happened before this attempt is not shown"
     assert "MFU" not in text, "the rate of a CPU is not known"
@@ -82,6 +84,35 @@ def test_one_live_display_on_a_terminal(run: RunDirectory) -> None:
     assert text.count("measured after step 0:") == 0
     last = text.rpartition("measured after step")[2]
     assert "0.5000" in last and "\x1b[2K" not in last, "the evaluations stay where the live display ends"
+
+
+def test_before_the_first_step_it_says_what_ranks_are_at(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, now = io.StringIO(), [100.0]
+    monkeypatch.setattr("launcher.cli.progress.time.monotonic", lambda: now[0])
+    console = Console(file=file, force_terminal=True, width=60, no_color=True, highlight=False)
+    display = Display(plan_of(Path("none"), 2), console)
+    display.begin(run, 1)
+    run.attempt(1).mkdir(parents=True)
+    ranks = [Seen(rank, "vm", 9, "starting", count=1) for rank in range(2)]
+
+    def shown() -> str:
+        display._shown_at, now[0] = 0.0, now[0] + 5
+        display.read()
+        file.truncate(file.seek(0))
+        display.tick()
+        return file.getvalue()
+
+    assert "starting: importing PyTorch" in (text := shown()) and " 0 s" in text
+    publish(run.attempt(1) / "ranks-0.json", Published(1, ranks))
+    assert "importing PyTorch and Transformers" in shown() and "5 s" in shown() and "10 s" in shown()
+    publish(run.attempt(1) / "ranks-0.json", Published(2, [replace(one, place="forward") for one in ranks]))
+    event(run.events_file, "training", first_step=0, total_steps=4)
+    assert "the first step" in shown()
+    step(run, 1, 10.0)
+    assert "step 1 of 4" in (text := shown()) and "the first step" not in text
+    display.end()
 
 
 @pytest.mark.parametrize("width", [60, 100])

@@ -7,10 +7,11 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import pytest
 
-from launcher import errors
+from launcher import errors, tasks
 from launcher.cli import man_page
 from launcher.cli import topics as lookup
 from launcher.cli.commands import available
@@ -49,6 +50,27 @@ def test_every_key_is_a_topic() -> None:
             assert any(expected_of(key.field) in answer for answer in answers), path
 
 
+def test_every_word_that_a_key_takes_is_a_topic() -> None:
+    for key in keys():
+        if get_origin(key.field.annotation) is Literal:
+            for word in get_args(key.field.annotation):
+                assert lookup.parts(str(word)), f"{key.path}: {word}"
+    for word in (*tasks.TASKS, "adamw", "adafactor", "muon"):
+        assert lookup.parts(word), word
+
+
+def test_every_variable_is_a_topic() -> None:
+    """All that the code names, whoever sets them."""
+    code = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "launcher").rglob("*.py"))
+    variables = {
+        *re.findall(r"\bLAUNCHER_[A-Z_]+\b", code),
+        *re.findall(r"XDG_(?:CACHE|STATE|CONFIG)_HOME", code),
+    }
+    assert len(variables) > 10
+    for variable in variables:
+        assert [entry.kind for entry in lookup.find(variable)] == ["variable"], variable
+
+
 @pytest.mark.parametrize("error", errors.leaves(), ids=lambda error: error.__name__)
 def test_every_exit_code_is_a_topic(error: type[errors.LauncherError]) -> None:
     for topic in (str(error.exit_code), f"exit code {error.exit_code}", error.__name__, error.failure_class):
@@ -78,6 +100,9 @@ def test_every_symptom_and_term_is_a_topic() -> None:
         ("data", "See also: launcher help job-file data"),
         ("slurm", "a sweep"),
         ("bench", "Usage: launcher bench"),
+        ("muon", "training.optimizer: one of adamw"),
+        ("cosine", "training.schedule: one of"),
+        ("launcher_price", "h100-80gb=2.5"),
     ],
 )
 def test_a_topic_is_answered(

@@ -421,3 +421,17 @@ def test_a_file_that_is_there_is_written_over_where_that_is_asked_for() -> None:
     Path("job.yaml").write_text("mine")
     assert call("init", "--model", "org/other", "--train", "train.jsonl", "--force") == 0
     assert load("job.yaml").model.name == "org/other"
+
+
+def test_a_share_of_the_rows_is_held_out(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--model", "org/model", "--train", "train.jsonl", "--evaluation", "10%")
+    assert call("init", "--yes", *flags) == 0
+    data = load("job.yaml").data
+    assert data.evaluation is not None
+    files = [Path(str(source.path)) for source in (data.train, data.evaluation)]
+    assert [(one.name, len(one.read_text().splitlines())) for one in files] == [
+        ("train-train.jsonl", 18),
+        ("train-evaluation.jsonl", 2),
+    ]
+    assert call("init", "--yes", "--out", "other.yaml", *flags) == 2
+    assert "train-train.jsonl': is there already" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,30 @@ def test_what_json_has_no_way_to_write_is_written_in_words(tmp_path: Path) -> No
     one.append([{"score": float("nan"), "text": "a\ud800 ä"}])
     one.finish()
     assert read(one.output) == [{"score": "nan", "text": "a\ud800 ä"}]
+
+
+@pytest.mark.parametrize(("suffix", "delimiter"), [(".csv", ","), (".TSV", "\t")])
+def test_a_table_where_the_name_says_so(suffix: str, delimiter: str, tmp_path: Path) -> None:
+    one = Partial(tmp_path / f"out{suffix}")
+    one.begin(OF)
+    one.append(
+        [{"row": 0, "label": 'a "b",\n\tc', "probabilities": {"x": 0.25, "y": 0.75}, "tags": ["ä", 1]}]
+    )
+    one.append([{"row": 1, "problem": "empty"}])
+    one.finish()
+    with open(one.output, encoding="utf-8", newline="") as file:
+        first, second = csv.DictReader(file, delimiter=delimiter)
+    assert first == {
+        "row": "0", "label": 'a "b",\n\tc', "probabilities.x": "0.25", "probabilities.y": "0.75",
+        "tags": '["ä", 1]', "problem": "",
+    }  # fmt: skip
+    assert second["row"] == "1" and second["problem"] == "empty" and not second["label"]
+    assert [path.name for path in tmp_path.iterdir()] == [one.output.name]
+
+
+def test_a_format_that_is_not_written_is_refused_with_one_that_is(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"as \.jsonl, \.csv or \.tsv; the nearest is out\.csv"):
+        Partial(tmp_path / "out.xlsx").begin(OF)
 
 
 def test_another_request_is_refused_with_what_differs(tmp_path: Path) -> None:

@@ -15,10 +15,12 @@ import pytest
 
 from launcher.cli.status import describe
 from launcher.launch.slurm.view import runs_below, views
+from launcher.runs.beginning import doing
 from launcher.runs.events import append, event
 from launcher.runs.glance import glance
 from launcher.runs.layout import RunDirectory
 from launcher.runs.processes import alive, kill_group, oom_kills, parent_of, signal_name, started_at
+from launcher.runs.seen import Published, Seen, publish
 from launcher.runs.status import holder, last_step, newest_checkpoint, read_status
 from launcher.runs.tail import Tail, last_record
 
@@ -257,3 +259,30 @@ def test_signal_names() -> None:
 
 def test_counting_the_killer_gives_a_number() -> None:
     assert oom_kills() >= 0
+
+
+def test_what_ranks_are_at_before_the_first_step(run: RunDirectory) -> None:
+    """As they say in shared memory: the one that is least far counts. Once a step is done it is not said."""
+    run.attempt(1).mkdir(parents=True)
+
+    def said(*places: tuple[str, int]) -> str | None:
+        ranks = [Seen(n, "vm", 9, place, count=1, done=done) for n, (place, done) in enumerate(places)]
+        publish(run.attempt(1) / "ranks-0.json", Published(1, ranks))
+        seen = read_status(run).to_dict() | {"cost": None}
+        return describe(seen).splitlines()[1].removeprefix("state      ")
+
+    with run.lock():
+        event(run.events_file, "started", attempt=1, world_size=2)
+        assert said() == "running (starting: importing PyTorch)"
+        assert said(("starting", 0)) == "running (starting ranks: 1 of 2)"
+        assert said(("loading", 12), ("starting", 0)) == "running (importing PyTorch and Transformers)"
+        assert said(("loading", 12), ("preparing", 2048)) == "running (reading rows: 2,048 so far)"
+        assert said(("loading", 12), ("loading", 7)) == "running (loading the model: 7 tensors)"
+        assert said(("forward", 0), ("backward", 0)) == "running (the first step)"
+        event(run.events_file, "phase", phase="evaluating")
+        assert said(("evaluating", 3), ("evaluating", 3)) == "running (evaluating)"
+        event(run.events_file, "training", total_steps=9)
+        append(run.metrics_file, {"kind": "train", "step": 1, "loss": 1.0, "time": time.time() + 1})
+        assert said(("forward", 0), ("forward", 0)) == "running (training), last step 0 s ago"
+    script = [Seen(rank, "vm", 9, "starting") for rank in range(2)]
+    assert doing(script, 2) is None, "a script says nothing of where it is"

@@ -16,6 +16,10 @@ from launcher.planner.model.model_support import WITHOUT_ADAPTER
 from launcher.planner.model.vocabulary import read_vocabulary
 
 _SHOWN = 4
+NO_EVALUATION = (
+    "no held-out rows: nothing says how good the model is on rows that it has not learned, and nothing ends "
+    "the training early; `launcher data split FILE` makes a file for data.evaluation.path"
+)
 
 
 def look(job: Job) -> Findings:

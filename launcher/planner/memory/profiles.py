@@ -124,8 +124,8 @@ class Profiles:
         if answer is None:
             name = plan.model.name
             where = shown(Path(name)) if Path(name).is_absolute() else name
-            what = f"tracing {where}, a {kind} model, for its memory"
-            self.say(f"{what}; later plans know it ...")
+            what = f"finding out what memory {where} takes, by tracing its class ({kind})"
+            self.say(f"{what}: up to a minute, and once, as later plans know it ...")
             answer = _trace(plan)
             if "profile" in answer:
                 _keep(path, answer)
