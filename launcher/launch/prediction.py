@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import tasks
+from launcher.errors import ConfigurationError, Problem
 from launcher.launch.evaluation import Request
 from launcher.launch.scratch import ask
 from launcher.launch.screen import Watcher
