@@ -64,7 +64,7 @@ def _first(config: dict[str, Any], names: Sequence[str]) -> int:
 
 @dataclass(frozen=True)
 class Texts:
-    """What is written in one pass of a rank."""
+    """Hold what is written in one pass of a rank."""
 
     rows: int
     beams: int
@@ -76,8 +76,8 @@ class Texts:
 
 def settings_of(plan: Plan) -> Generate | None:
     """Return how a plan's model writes while it is measured; None where it does not."""
-    asked = plan.evaluation.generate if plan.evaluation is not None else None
-    return asked or (Generate() if plan.task == "speech-recognition" else None)
+    set_by_job = plan.evaluation.generate if plan.evaluation is not None else None
+    return set_by_job or (Generate() if plan.task == "speech-recognition" else None)
 
 
 def beside_parameters(plan: Plan, program: Program, setting: Setting) -> int:
