@@ -54,7 +54,7 @@ def predict(
     as_json: AsJson = False,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
-    """Write what a model says of every row of a file; or its logits of a job's training rows."""
+    """Write what a model says of every row of a file."""
     from launcher.cli.display import Display
     from launcher.errors import ConfigurationError, Problem
     from launcher.launch.evaluation import Request

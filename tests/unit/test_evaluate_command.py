@@ -78,7 +78,7 @@ def test_a_job_that_measures_nothing_of_it_is_refused(
 @pytest.mark.parametrize(
     ("output", "match"),
     [
-        ("answers.csv", r"--output = .*give it a name that ends in \.jsonl"),
+        ("answers.xlsx", r"--output = .*the nearest is answers\.csv"),
         ("train.jsonl", r"--output = .*is there already"),
         ("none/answers.jsonl", r"--output = .*the folder .* is not there"),
     ],

@@ -62,11 +62,11 @@ class Feed:
 
     def batch(self, step: int, index: int, step_batch: StepBatch) -> dict[str, Any]:
         """Return a micro-batch on the device, and begin the one behind it. Raises as `Loader.batch`."""
-        made: _Made = self._taken(
+        ready: _Made = self._taken(
             step, index, lambda: self._make(step, index, step_batch.micro_batches[index])
         )
         if self._thread is None:
-            return made.batch
+            return ready.batch
         if index + 1 < len(step_batch.micro_batches):
             items = step_batch.micro_batches[index + 1]
             self._begin(step, index + 1, lambda: self._make(step, index + 1, items))
@@ -74,7 +74,7 @@ class Feed:
         elif step + 1 < self._batches.num_steps and isinstance(self._batches, Batches):
             reading = self._begin(step + 1, _READING, lambda: self._batches.step(step + 1))
             self._begin(step + 1, 0, lambda: self._make(step + 1, 0, reading.result().micro_batches[0]))
-        return self._arrived(made)
+        return self._arrived(ready)
 
     def rest(self) -> None:
         """Wait until nothing is being made: a task's tokenizer or processor serves one thread at a time. What
@@ -118,16 +118,16 @@ class Feed:
         with self._cuda.stream(self._stream):
             return _Made(to_device(batch, self._device), self._stream.record_event())
 
-    def _arrived(self, made: _Made) -> dict[str, Any]:
+    def _arrived(self, ready: _Made) -> dict[str, Any]:
         """Return a batch that the pass may use: kernels wait for the copies, and the memory for the kernels."""
-        if made.copied is None:
-            return to_device(made.batch, self._device)
+        if ready.copied is None:
+            return to_device(ready.batch, self._device)
         current = self._cuda.current_stream()
-        current.wait_event(made.copied)
-        for value in made.batch.values():
+        current.wait_event(ready.copied)
+        for value in ready.batch.values():
             if isinstance(value, torch.Tensor):
                 value.record_stream(current)
-        return made.batch
+        return ready.batch
 
 
 def goes_ahead(device: torch.device) -> bool:
