@@ -186,6 +186,29 @@ def test_nodes_are_left_out_while_enough_remain(
 
 
 @pytest.mark.parametrize(
+    ("after", "told"),
+    [
+        ("JobState=PENDING Reason=BeginTime Restarts=1", ["requeue 1", "update JobId=1 ExcNodeList=n3"]),
+        ("JobState=RUNNING Reason=None Restarts=1", ["requeue 1"]),
+    ],
+)
+def test_nodes_are_left_out_of_what_waits(
+    after: str, told: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has begun anew before that keeps its nodes."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    calls = tmp_path / "calls"
+    program(
+        tmp_path,
+        "scontrol",
+        f"""if [ "$2" = show ]; then [ -e {calls} ] && echo 'JobId=1 {after}' || echo 'JobId=1 {RUNNING}'
+            else echo "$*" >> {calls}; fi""",
+    )
+    requeue.put_back(Allocation("1", "1", 0, 0, "n[1-2]"), ["n3"])
+    assert calls.read_text().splitlines() == told
+
+
+@pytest.mark.parametrize(
     ("state", "reason", "held"),
     [
         ("PENDING", "launch failed requeued held", True),
@@ -193,6 +216,7 @@ def test_nodes_are_left_out_while_enough_remain(
         ("PENDING", "JobHoldMaxRequeue", True),
         ("PENDING", "BadConstraints", True),
         ("PENDING", "Resources", False),
+        ("PENDING", "ReqNodeNotAvail, UnavailableNodes:sheldon1", False),
         ("RUNNING", "None", False),
     ],
 )

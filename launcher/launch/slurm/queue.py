@@ -22,7 +22,7 @@ _FIELDS = {
     "nodes": "%N",
     "script": "%o",
 }
-_HELD = re.compile("held|^JobHeld|^JobHoldMaxRequeue$|^BadConstraints$", re.IGNORECASE)
+_HELD = re.compile("[ _]held$|^JobHeld|^JobHoldMaxRequeue$|^BadConstraints$", re.IGNORECASE)
 _NOTHING = {"", "N/A", "None", "(null)", "Unknown"}
 OVER = {
     "BOOT_FAIL",

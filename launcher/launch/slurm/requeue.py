@@ -58,7 +58,7 @@ def put_back(allocation: Allocation, excluded: Sequence[str]) -> None:
     Raises SchedulerError where Slurm refuses, or does not answer for a minute.
     """
     until = time.monotonic() + _SECONDS_TO_ASK
-    while not is_queued(known := ask(allocation), allocation):
+    while not is_queued(ask(allocation), allocation):
         try:
             call(["scontrol", "requeue", allocation.job_id])
             break
@@ -70,7 +70,8 @@ def put_back(allocation: Allocation, excluded: Sequence[str]) -> None:
             if not is_queued(ask(allocation), allocation):
                 raise
             break
-    if excluded and known.get("JobState") not in ("RUNNING", "CONFIGURING"):
+    # What has begun anew keeps its nodes: Slurm would refuse it, and they are none of these by chance.
+    if excluded and ask(allocation).get("JobState") not in ("RUNNING", "CONFIGURING"):
         _keep_from(allocation, excluded)
 
 
