@@ -13,6 +13,9 @@ from launcher.planner.resolve.sharding import only_deepspeed
 from launcher.planner.script_plan import plan as decide_script
 from launcher.planner.search import plan_job
 
+_EARLIER_DEFAULTS: dict[str, object] = {"power": 2.0, "decay_shape": "linear"}
+"""Of `training`, before 2026-11-30: a run of then that leaves such a key out keeps its value."""
+
 
 def plan_for_most_nodes(job: Job, stored: Plan, counts: range, run: Path | None = None) -> Plan:
     """Return the plan for the first of these numbers of nodes that works, or raise why the first does not."""
@@ -37,6 +40,17 @@ def decide_again(job: Job, nproc: int | None, stored: Plan, local: bool, run: Pa
     On another number of ranks the micro-batch is decided anew, as it must divide. A checkpoint that teaches may
     be gone where `run` has it written out.
     """
+    plan = _decided(job, nproc, stored, local, run)
+    given = job.training.model_fields_set
+    as_begun = {
+        key: value
+        for key, value in _EARLIER_DEFAULTS.items()
+        if key not in given and getattr(stored.training, key) == value
+    }
+    return plan.model_copy(update={"training": plan.training.model_copy(update=as_begun)})
+
+
+def _decided(job: Job, nproc: int | None, stored: Plan, local: bool, run: Path | None) -> Plan:
     before = stored.distillation
     if run and job.distillation and before and before.checkpoint is not None:
         own = job.distillation.model_copy(update={"checkpoint": before.checkpoint})
@@ -44,7 +58,7 @@ def decide_again(job: Job, nproc: int | None, stored: Plan, local: bool, run: Pa
             there = own.model_copy(update={"teacher": str(run / "teacher"), "checkpoint": None})
             job = job.model_copy(update={"distillation": there})
             stored = stored.model_copy(update={"distillation": there})
-            return decide_again(job, nproc, stored, local).model_copy(update={"distillation": own})
+            return _decided(job, nproc, stored, local, None).model_copy(update={"distillation": own})
     updates: dict[str, object] = {}
     if stored.script:
         return decide_script(job, stored.script, _ranks(job, nproc, stored), local=local)
