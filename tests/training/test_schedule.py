@@ -107,9 +107,7 @@ def test_the_root_of_the_step_is_that_of_transformers(warmup: int) -> None:
         ("warmup-stable-decay", {"decay": 6}, {"num_decay_steps": 6}),
     ],
 )
-def test_defaults_are_those_of_transformers(
-    name: str, keys: dict[str, Any], options: dict[str, Any]
-) -> None:
+def test_defaults_are_those_of_transformers(name: str, keys: dict[str, Any], options: dict[str, Any]) -> None:
     make = functools.partial(
         transformers.get_scheduler,
         name.replace("-", "_"),
