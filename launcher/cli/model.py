@@ -13,7 +13,6 @@ from launcher.cli.job import Overrides
 from launcher.cli.output import print_json, print_table
 from launcher.cli.plan import AsJson, NumRanks
 from launcher.cli.run import Run
-from launcher.metrics import told
 
 Checkpoint = Annotated[
     int | None,
@@ -184,6 +183,8 @@ def _refuse_together(on: list[Path], fisher: bool, rows: int | None, bootstrap: 
 
 def _sets(results: list[dict[str, Any]]) -> None:
     """Print one line for each metric of each set of rows: what was learned there, or forgotten."""
+    from launcher.metrics import told
+
     lines = [
         [
             str(one["on"]),
@@ -201,6 +202,8 @@ def table(result: dict[str, Any]) -> str:
     """Return one line a metric: before, after, and what changed; with intervals, those of both and of the
     change below it."""
     before, after, intervals = result["before"], result["after"], result.get("confidence", {})
+    from launcher.metrics import told
+
     details = result.get("details", {}).get("after", {})
     names = {name: told(name, details) for name in after}
     width = max(map(len, [*names.values(), "metric"])) + 2

@@ -1,5 +1,4 @@
-"""Doubt that a column of labels holds classes (one for each row, whole texts, numbers with fractions), and of
-which of two classes F1 is meant."""
+"""Doubt that a column of labels holds classes, and say of which of two F1 is."""
 
 from __future__ import annotations
 

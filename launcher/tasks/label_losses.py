@@ -120,7 +120,7 @@ def balanced(labels: np.ndarray, num_labels: int) -> list[float]:
         others = len(labels) - counts
     else:
         counts = np.bincount(labels.reshape(-1), minlength=num_labels).astype(np.float64)
-        others = np.full(num_labels, len(labels) / max(1, np.count_nonzero(counts)))
+        others = np.full(num_labels, len(labels) / max(1, int(np.count_nonzero(counts))))
     usual = (counts > 0) & (others > 0)
     return [float(weight) for weight in np.where(usual, others / np.where(usual, counts, 1), 1.0)]
 

@@ -114,10 +114,10 @@ class LabelScores(Evaluator):
         elif self._problem == "multi-label":
             chosen = chosen_classes(predictions, thresholds)
             cuts = thresholds or [0.0] * labels.shape[1]
-            fits = self._fitted is not None or self._thresholds == "fit"
-            shown = [probability_of(cut) for cut in cuts] if fits else self._thresholds or [0.5] * len(cuts)
+            given = None if self._fitted is not None or self._thresholds == "fit" else self._thresholds
+            shown = given or [probability_of(cut) for cut in cuts]
             told = several_labels_details(chosen, labels, self._labels, shown)
-            if fits and all(map(math.isfinite, cuts)):
+            if all(map(math.isfinite, cuts)):
                 told["threshold_logits"] = dict(zip(self._labels, cuts, strict=True))
         if self._lengths.any():
             told["groups"] = {"tokens of the text": measured(by_length(self._lengths.tolist()), main)}
