@@ -6,15 +6,13 @@ from pathlib import Path
 
 from launcher import tasks
 from launcher.errors import ConfigurationError
+from launcher.job.check_training import EARLIER_DEFAULTS
 from launcher.job.cluster import node_range
 from launcher.job.schema import Job
 from launcher.planner.plan import Plan
 from launcher.planner.resolve.sharding import only_deepspeed
 from launcher.planner.script_plan import plan as decide_script
 from launcher.planner.search import plan_job
-
-_EARLIER_DEFAULTS: dict[str, object] = {"power": 2.0, "decay_shape": "linear"}
-"""Of `training`, before 2026-11-30: a run of then that leaves such a key out keeps its value."""
 
 
 def plan_for_most_nodes(job: Job, stored: Plan, counts: range, run: Path | None = None) -> Plan:
@@ -44,7 +42,7 @@ def decide_again(job: Job, nproc: int | None, stored: Plan, local: bool, run: Pa
     given = job.training.model_fields_set
     as_begun = {
         key: value
-        for key, value in _EARLIER_DEFAULTS.items()
+        for key, value in EARLIER_DEFAULTS.items()
         if key not in given and getattr(stored.training, key) == value
     }
     return plan.model_copy(update={"training": plan.training.model_copy(update=as_begun)})

@@ -495,6 +495,10 @@ def test_metrics_of_numbers() -> None:
             {"problem": "regression", "thresholds": 0.3},
             "data.thresholds = 0.3: are for several classes at once",
         ),
+        (
+            {"problem": "multi-label", "positive_label": "a"},
+            "data.positive_label = 'a': is of two classes that exclude each other",
+        ),
         ({"thresholds": "fit"}, "data.thresholds = 'fit': are for several classes at once"),
         (
             {"problem": "multi-label", "top_k": 3},

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from launcher.errors import ConfigurationError
+from launcher.job.check_training import findings
 from launcher.job.schema import Job
 from launcher.launch.redecide import decide_again
 from launcher.planner.changes import changes, check
@@ -611,3 +612,6 @@ def test_a_run_of_before_keeps_the_defaults_that_were(monkeypatch: pytest.Monkey
         assert decide_again(again, None, plan, local=True).training == plan.training
     asked = decide_again(job(**keys, training__decay_shape="cosine"), None, stored, local=True)
     assert [change.key for change in changes(stored, asked)] == ["training.decay_shape"]
+    assert not list(findings(job(training__power=2.0, training__decay_shape="linear")))
+    [one] = findings(job(training__power=3.0))
+    assert "is a key of the schedule polynomial" in str(one)
