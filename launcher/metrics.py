@@ -1,8 +1,9 @@
-"""Say which of two values of a metric is the better one."""
+"""Say which of two values of a metric is the better one, and what a metric is of."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 Better = Literal["lower", "higher"]
 """Which of two values of a metric is the better one."""
@@ -11,3 +12,12 @@ Better = Literal["lower", "higher"]
 def cost(value: float, better: Better) -> float:
     """Return the value as a number of which less is better."""
     return value if better == "lower" else -value
+
+
+def told(name: str, details: Mapping[str, Any]) -> str:
+    """Return a metric's name with the class that it is of, by an evaluation's details: `f1 (of yes)`, of one of
+    several tasks `TASK/f1 (of yes)`; any other as it is."""
+    task, _, own = name.rpartition("/")
+    of = details.get(task) if task else details
+    positive = of.get("f1_of") if own == "f1" and isinstance(of, Mapping) else None
+    return name if positive is None else f"{name} (of {positive})"

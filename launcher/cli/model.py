@@ -183,8 +183,15 @@ def _refuse_together(on: list[Path], fisher: bool, rows: int | None, bootstrap: 
 
 def _sets(results: list[dict[str, Any]]) -> None:
     """Print one line for each metric of each set of rows: what was learned there, or forgotten."""
+    from launcher.metrics import told
+
     lines = [
-        [str(one["on"]), name, *(f"{value:.4f}" for value in values), f"{values[1] - values[0]:+.4f}"]
+        [
+            str(one["on"]),
+            told(name, one.get("details", {}).get("after", {})),
+            *(f"{value:.4f}" for value in values),
+            f"{values[1] - values[0]:+.4f}",
+        ]
         for one in results
         for name, values in ((name, (one["before"][name], one["after"][name])) for name in one["after"])
     ]
@@ -195,10 +202,16 @@ def table(result: dict[str, Any]) -> str:
     """Return one line a metric: before, after, and what changed; with intervals, those of both and of the
     change below it."""
     before, after, intervals = result["before"], result["after"], result.get("confidence", {})
-    width = max(map(len, [*after, "metric"])) + 2
+    from launcher.metrics import told
+
+    details = result.get("details", {}).get("after", {})
+    names = {name: told(name, details) for name in after}
+    width = max(map(len, [*names.values(), "metric"])) + 2
     lines = [f"{'metric':<{width}}{'before':>20}{'after':>20}{'change':>20}"]
     for name, value in after.items():
-        lines.append(f"{name:<{width}}{before[name]:>20.4f}{value:>20.4f}{value - before[name]:>+20.4f}")
+        lines.append(
+            f"{names[name]:<{width}}{before[name]:>20.4f}{value:>20.4f}{value - before[name]:>+20.4f}"
+        )
         if intervals:
             cells = [intervals[when].get(name) for when in ("before", "after", "change")]
             texts = ["[{:.4f}, {:.4f}]".format(*cell) if cell else "" for cell in cells]

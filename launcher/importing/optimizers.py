@@ -77,13 +77,6 @@ def trainer_schedule(name: str, options: dict[str, Any], said: str, reading: Rea
         reading.facts = [fact for fact in reading.facts if fact.key != "training.warmup"]
         reading.ignore("warmup_steps, warmup_ratio", None, "the Trainer's `constant` does not warm up")
         reading.say("training.warmup", 0.0, said)
-    if name == "inverse_sqrt" and not reading.said_value("training.warmup"):
-        text = (
-            "without a warm-up transformers falls as if 10,000 steps had gone, which is hardly at all; "
-            "taken: constant"
-        )
-        reading.cannot_say(said, name, text)
-        schedule = "constant"
     reading.say("training.schedule", schedule, said)
 
 

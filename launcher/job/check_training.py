@@ -122,6 +122,9 @@ def _optimizer(training: Training) -> Iterator[Finding]:
             yield finding(f"training.{key}", value, f"{reason}; leave it out", "training.optimizer")
 
 
+EARLIER_DEFAULTS: dict[str, object] = {"power": 2.0, "decay_shape": "linear"}
+"""Of `training`, before 2026-11-30: a run of then that leaves such a key out keeps its value. One that
+tested rates has it in its job."""
 _OF_SCHEDULES = {
     "decay": "warmup-stable-decay",
     "decay_shape": "warmup-stable-decay",
@@ -137,7 +140,8 @@ def _schedule(training: Training) -> Iterator[Finding]:
     steps."""
     for key, schedule in _OF_SCHEDULES.items():
         value = getattr(training, key)
-        if training.schedule != schedule and value != Training.model_fields[key].default:
+        default = Training.model_fields[key].default
+        if training.schedule != schedule and value not in (default, EARLIER_DEFAULTS.get(key, default)):
             reason = f"is a key of the schedule {schedule}, and training.schedule is {training.schedule}"
             yield finding(f"training.{key}", value, f"{reason}; leave it out", "training.schedule")
     if training.decay >= 1 and training.decay != int(training.decay):

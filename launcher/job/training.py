@@ -104,11 +104,11 @@ class Training(Section):
     lr-find` runs: the rate grows by the same factor at each step, and nothing is saved."""
     decay: float = Field(default=0.2, gt=0)
     """Of `warmup-stable-decay`: how long the fall at the end is, as `warmup` says it."""
-    decay_shape: Literal["linear", "cosine", "1-sqrt"] = "linear"
+    decay_shape: Literal["linear", "cosine", "1-sqrt"] = "cosine"
     """Of `warmup-stable-decay`: how it falls."""
     restarts: int = Field(default=4, ge=1, le=1_000_000)
     """Of `cosine-restarts`: how often it falls from the highest rate."""
-    power: float = Field(default=2.0, gt=0)
+    power: float = Field(default=1.0, gt=0)
     """Of `polynomial`: the power of what is left of the steps."""
     start_division: float = Field(default=25.0, ge=1)
     """Of `one-cycle`: the highest rate over that of the first step."""

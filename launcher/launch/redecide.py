@@ -6,6 +6,7 @@ from pathlib import Path
 
 from launcher import tasks
 from launcher.errors import ConfigurationError
+from launcher.job.check_training import EARLIER_DEFAULTS
 from launcher.job.cluster import node_range
 from launcher.job.schema import Job
 from launcher.planner.plan import Plan
@@ -37,6 +38,17 @@ def decide_again(job: Job, nproc: int | None, stored: Plan, local: bool, run: Pa
     On another number of ranks the micro-batch is decided anew, as it must divide. A checkpoint that teaches may
     be gone where `run` has it written out.
     """
+    plan = _decided(job, nproc, stored, local, run)
+    given = job.training.model_fields_set
+    as_begun = {
+        key: value
+        for key, value in EARLIER_DEFAULTS.items()
+        if key not in given and getattr(stored.training, key) == value
+    }
+    return plan.model_copy(update={"training": plan.training.model_copy(update=as_begun)})
+
+
+def _decided(job: Job, nproc: int | None, stored: Plan, local: bool, run: Path | None) -> Plan:
     before = stored.distillation
     if run and job.distillation and before and before.checkpoint is not None:
         own = job.distillation.model_copy(update={"checkpoint": before.checkpoint})
@@ -44,7 +56,7 @@ def decide_again(job: Job, nproc: int | None, stored: Plan, local: bool, run: Pa
             there = own.model_copy(update={"teacher": str(run / "teacher"), "checkpoint": None})
             job = job.model_copy(update={"distillation": there})
             stored = stored.model_copy(update={"distillation": there})
-            return decide_again(job, nproc, stored, local).model_copy(update={"distillation": own})
+            return _decided(job, nproc, stored, local, None).model_copy(update={"distillation": own})
     updates: dict[str, object] = {}
     if stored.script:
         return decide_script(job, stored.script, _ranks(job, nproc, stored), local=local)

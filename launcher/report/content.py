@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.metrics import told
 from launcher.plain_files import read_json, read_text
 from launcher.redaction import redact, redact_all
 from launcher.runs import events, samples
@@ -146,7 +147,10 @@ def _measured(run: RunDirectory) -> list[dict[str, Any]]:
         both = [content.get("before"), content.get("after")]
         if not isinstance(both[0], dict) or not isinstance(both[1], dict):
             continue
-        pairs = [(str(name), both[0].get(name), value) for name, value in both[1].items()]
+        details = content.get("details")
+        after = details.get("after") if isinstance(details, dict) else None
+        known = after if isinstance(after, dict) else {}
+        pairs = [(told(str(name), known), both[0].get(name), value) for name, value in both[1].items()]
         metrics = [
             (name, before, after, after - before)
             for name, before, after in pairs

@@ -136,6 +136,19 @@ def by_class(key: str, given: float | Mapping[str, float], names: Sequence[str],
     return values
 
 
+def one_of_two(key: str, given: str, ids: Classes) -> int:
+    """Return the id of the one of two classes that is given by name. Raises ConfigurationError where it is
+    neither, or where there are more."""
+    names = ids.names
+    if len(names) != 2:
+        reason = f"there are {len(names)} classes, and f1 is the mean over them; leave it out"
+        raise ConfigurationError(Problem(key, given, reason))
+    if (number := ids.id_of(given)) is None:
+        reason = f"is none of the classes; write {names[0]!r} or {names[1]!r}"
+        raise ConfigurationError(Problem(key, given, reason))
+    return number
+
+
 def write_to(config: Any, names: Sequence[str]) -> None:
     """Write the classes into a model's config, in the order of their ids."""
     config.num_labels = len(names)

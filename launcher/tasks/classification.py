@@ -16,13 +16,13 @@ from launcher.errors import ConfigurationError, DataError, Problem
 from launcher.lazy import Lazy
 from launcher.metrics import Better
 from launcher.tasks import classes
-from launcher.tasks.classes import Classes, by_class, is_number, new_head, taken_by_number
+from launcher.tasks.classes import Classes, by_class, is_number, new_head, one_of_two, taken_by_number
 from launcher.tasks.distillation import TEACHER
 from launcher.tasks.label_answers import label_answers
 from launcher.tasks.label_columns import HF_PROBLEM, LabelColumns, measured
-from launcher.tasks.label_doubts import label_doubts
+from launcher.tasks.label_doubts import f1_doubts, label_doubts
 from launcher.tasks.label_losses import LabelLoss, balanced, beginning, label_loss
-from launcher.tasks.label_scores import LabelScores, Thresholds
+from launcher.tasks.label_scores import LabelScores, Thresholds, logit_of
 from launcher.tasks.row_labels import label_array, label_of, names_in
 from launcher.tasks.task import FEW_ROWS, Evaluator, Output, Sample, Task
 
@@ -47,7 +47,7 @@ class Classification(Task):
         super().__init__(data, labels)
         self._weights: list[float] | None = None
         self._fitted: list[float] | None = None
-        """The thresholds of the classes, where an evaluation fitted them."""
+        """The thresholds of the classes as logits, where an evaluation fitted them."""
         self._bias: list[float] | None = None
         """Of a new head's outputs, from the training rows' labels."""
 
@@ -62,6 +62,8 @@ class Classification(Task):
         yield from super().doubts(rows)
         if self.data.problem == "single-label" and not self.for_prediction and len(rows) >= FEW_ROWS:
             yield from label_doubts(rows, self._label_column)
+        if self.data.problem == "single-label" and not self.for_prediction:
+            yield from f1_doubts(rows, self._label_column, self.data.positive_label)
 
     def adopt(self, config: Any, as_it_stands: bool = False) -> None:
         """Take the classes of a model that has a classification head already. Raises ConfigurationError where
@@ -152,11 +154,12 @@ class Classification(Task):
 
     def learn_from(self, column: Callable[[str], np.ndarray | None]) -> None:
         """Take what each class weighs, and where a new head begins. Raises ConfigurationError for weights and
-        thresholds of what is no class, and for a `top_k` of all."""
+        thresholds of what is no class, a `top_k` of all, and a `positive_label` that is not one of two."""
         names, labels = list(self.labels or ()), column("label")
         if self.data.top_k is not None and self.data.top_k >= len(names):
             reason = f"there are {len(names)} classes, and the right one is always among so many"
             raise ConfigurationError(Problem("data.top_k", self.data.top_k, reason))
+        _ = self._positive
         self._numbers("thresholds", 0.5)
         self._weights = self._numbers("class_weights", 1.0)
         if labels is not None:
@@ -165,6 +168,12 @@ class Classification(Task):
             if self.data.class_weights == "balanced":
                 self._weights = balanced(labels, len(names))
             self._bias = beginning(labels, self.data.problem, self._weights)
+
+    @property
+    def _positive(self) -> int:
+        """Return the id of the class that `f1` is of, where there are two."""
+        given = self.data.positive_label
+        return 1 if given is None else one_of_two("data.positive_label", given, self._ids)
 
     def _numbers(self, key: str, other: float) -> list[float] | None:
         """Return what a key gives for each class; None where it gives no numbers."""
@@ -197,16 +206,22 @@ class Classification(Task):
         )
 
     def evaluator(self) -> Evaluator:
-        kept = self._fitted if self.keeps_fitted else None
-        thresholds: Thresholds = kept or (
-            "fit" if self.data.thresholds == "fit" else self._numbers("thresholds", 0.5)
+        thresholds: Thresholds = "fit" if self.data.thresholds == "fit" else self._numbers("thresholds", 0.5)
+        return LabelScores(
+            self.data.problem,
+            self.labels or (),
+            thresholds,
+            self.data.top_k,
+            fitted=self._fitted if self.keeps_fitted else None,
+            positive=self._positive,
         )
-        return LabelScores(self.data.problem, self.labels or (), thresholds, self.data.top_k)
 
     def adopt_evaluation(self, details: Mapping[str, Any]) -> None:
         """Take the thresholds that an evaluation of the model fitted, where the job leaves them to that."""
         if self.data.thresholds == "fit" and "thresholds" in details:
-            self._fitted = [float(details["thresholds"].get(name, 0.5)) for name in self.labels or ()]
+            cuts = {name: logit_of(float(value)) for name, value in details["thresholds"].items()}
+            cuts |= {name: float(value) for name, value in details.get("threshold_logits", {}).items()}
+            self._fitted = [cuts.get(name, 0.0) for name in self.labels or ()]
 
     def answers(
         self, output: Output, batch: dict[str, Any], samples: Sequence[Sample], options: AnswerOptions
@@ -215,7 +230,8 @@ class Classification(Task):
         probable classes on request."""
         assert output.predictions is not None
         logits = output.predictions.float().cpu().numpy()
-        thresholds = self._fitted or self._numbers("thresholds", 0.5)
+        given = self._numbers("thresholds", 0.5)
+        thresholds = self._fitted or (None if given is None else [logit_of(one) for one in given])
         return label_answers(logits, self.data.problem, list(self.labels or ()), thresholds, options)
 
     @property

@@ -23,7 +23,8 @@ def label_answers(
     thresholds: Sequence[float] | None,
     options: AnswerOptions,
 ) -> list[dict[str, Any]]:
-    """Return of each sample its `label`, its `labels`, or its `value`, by logits [samples, outputs]."""
+    """Return of each sample its `label`, its `labels`, or its `value`, by logits [samples, outputs]; thresholds
+    are logits too."""
     if problem == "regression":
         return [{"value": float(row[0])} for row in logits]
     if problem == "single-label":

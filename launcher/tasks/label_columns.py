@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
+from launcher.data.labels import class_name
 from launcher.data.section import Data
 from launcher.metrics import Better
 from launcher.tasks.task import Finding, finding
@@ -25,6 +26,11 @@ _METRICS: dict[str, dict[str, Better]] = {
     "multi-label": {"loss": "lower", "accuracy": "higher", "f1_micro": "higher", "f1_macro": "higher"},
     "regression": {"loss": "lower", "mse": "lower", "pearson": "higher", "spearman": "higher"},
 }
+
+
+def _as_label(value: object) -> object:
+    """Return a class as YAML may have it, `1` or `true`, as the rows' classes are named."""
+    return class_name(value) if isinstance(value, (bool, int)) else value
 
 
 class LabelColumns(Data):
@@ -52,6 +58,9 @@ class LabelColumns(Data):
     1/2."""
     top_k: int | None = Field(default=None, ge=2)
     """Measure too whether the class is among the so many most probable ones."""
+    positive_label: Annotated[str, BeforeValidator(_as_label)] | None = None
+    """Of two classes, the one that `f1` is of. Left out, the second: by number, else by name; of a model with
+    these classes, its own second."""
 
     def __hash__(self) -> int:
         """Return the hash of its JSON: a mapping of classes has none."""
@@ -109,6 +118,9 @@ def contradictions(data: LabelColumns, task: str) -> Iterator[Finding]:
     if data.top_k is not None and data.problem != "single-label":
         reason = f"is for one class of each sample, and data.problem is {data.problem}; leave it out"
         yield finding("data.top_k", data.top_k, reason, "data.problem")
+    if data.positive_label is not None and data.problem != "single-label":
+        reason = f"is of two classes that exclude each other; data.problem is {data.problem}: leave it out"
+        yield finding("data.positive_label", data.positive_label, reason, "data.problem")
     if data.label_smoothing and data.focal_gamma is not None:
         reason = (
             "the focal loss goes by the probability of the one right class, which smoothing does away "

@@ -1,4 +1,4 @@
-"""Doubt that a column of labels holds classes: one for each row, whole texts, or numbers with fractions."""
+"""Doubt that a column of labels holds classes, and say of which of two F1 is."""
 
 from __future__ import annotations
 
@@ -7,9 +7,34 @@ from typing import Any
 
 from launcher.data.columns import Kind, describe, number_in
 from launcher.data.labels import class_name
+from launcher.tasks.classes import Classes, is_number, spelling
 
 _LONG = 60
 """Characters of a class's name, in the mean, above which it is taken for a text."""
+
+
+_PLAIN = {
+    ("0", "1"), ("-1", "1"), ("no", "yes"), ("n", "y"), ("false", "true"), ("negative", "positive"),
+    ("neg", "pos"), ("bad", "good"),
+}  # fmt: skip
+"""Classes of which nobody would take the first for the positive one."""
+
+
+def f1_doubts(rows: Sequence[dict[str, Any]], column: str, positive: str | None) -> Iterator[str]:
+    """Yield which of two classes `f1` is of, where their names do not say; or that `positive` is neither."""
+    names = sorted({class_name(row[column]) for row in rows})
+    if len(names) != 2:
+        return
+    if all(map(is_number, names)):
+        names.sort(key=int)
+    first, second = names
+    if positive is None and (spelling(first), spelling(second)) not in _PLAIN:
+        yield (
+            f"f1 is that of {second!r}, the second of two classes (of a model that has them, its own second); "
+            f"for that of {first!r} write data.positive_label: {first}"
+        )
+    elif positive is not None and Classes(names, by_number=True).id_of(positive) is None:
+        yield f"data.positive_label: {positive} is none of their classes, {first!r} and {second!r}"
 
 
 def label_doubts(rows: Sequence[dict[str, Any]], column: str) -> Iterator[str]:

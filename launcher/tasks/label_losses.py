@@ -112,15 +112,15 @@ def balanced(labels: np.ndarray, num_labels: int) -> list[float]:
     """Return weights by which every class counts as much as any other; a class that never occurs has weight
     1.
 
-    `labels` are class ids, int [n]: n / (num_labels x number of the class), as scikit-learn's `balanced`. Or
-    0 and 1, float [n, num_labels]: those without the class for each that has it.
+    `labels` are class ids, int [n]: n / (classes that occur x number of the class), as scikit-learn's
+    `compute_class_weight`. Or 0 and 1, float [n, num_labels]: those without the class for each that has it.
     """
     if np.issubdtype(labels.dtype, np.floating):
         counts = labels.sum(axis=0, dtype=np.float64)
         others = len(labels) - counts
     else:
         counts = np.bincount(labels.reshape(-1), minlength=num_labels).astype(np.float64)
-        others = np.full(num_labels, len(labels) / num_labels)
+        others = np.full(num_labels, len(labels) / max(1, int(np.count_nonzero(counts))))
     usual = (counts > 0) & (others > 0)
     return [float(weight) for weight in np.where(usual, others / np.where(usual, counts, 1), 1.0)]
 

@@ -26,9 +26,19 @@ class LabelScores(Evaluator):
     Spearman and MSE."""
 
     def __init__(
-        self, problem: str, labels: Sequence[str], thresholds: Thresholds = None, top_k: int | None = None
+        self,
+        problem: str,
+        labels: Sequence[str],
+        thresholds: Thresholds = None,
+        top_k: int | None = None,
+        *,
+        fitted: Sequence[float] | None = None,
+        positive: int = 1,
     ) -> None:
+        """Take as `fitted` the thresholds of another evaluation, as logits; as `positive` the id of the class
+        that `f1` is of, where there are two."""
         self._problem, self._labels, self._thresholds, self._top_k = problem, labels, thresholds, top_k
+        self._fitted, self._positive = fitted, positive
         self._loss_sum = 0.0
         self._seen: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self._last: tuple[np.ndarray, np.ndarray] | None = None
@@ -64,7 +74,7 @@ class LabelScores(Evaluator):
     def _measured(
         self, predictions: np.ndarray, labels: np.ndarray, thresholds: Sequence[float] | None
     ) -> dict[str, float]:
-        """Return the measures of the problem; `thresholds` are those of several labels at once."""
+        """Return the measures of the problem; `thresholds` are those of several labels at once, as logits."""
         if self._problem == "regression":
             return measure.regression(predictions, labels)
         if self._problem == "multi-label":
@@ -75,12 +85,14 @@ class LabelScores(Evaluator):
             if number is None
             else {f"top_{number}_accuracy": measure.top_k_accuracy(predictions, labels, number)}
         )
-        return measure.single_label(predictions, labels, len(self._labels)) | more
+        return measure.single_label(predictions, labels, len(self._labels), self._positive) | more
 
     def _taken(self, predictions: np.ndarray, labels: np.ndarray) -> Sequence[float] | None:
-        if self._problem != "multi-label":
-            return None
-        return fitted_thresholds(predictions, labels) if self._thresholds == "fit" else self._thresholds
+        if self._problem != "multi-label" or self._fitted is not None:
+            return self._fitted
+        if self._thresholds == "fit":
+            return fitted_thresholds(predictions, labels)
+        return None if self._thresholds is None else [logit_of(one) for one in self._thresholds]
 
     def details(self) -> dict[str, Any]:
         """Return the confusion matrix and the measures of each class, of several at once the thresholds too;
@@ -97,9 +109,16 @@ class LabelScores(Evaluator):
         told: dict[str, Any] = {}
         if self._problem == "single-label":
             told = one_label_details(predictions, labels, self._labels)
+            if len(self._labels) == 2:
+                told["f1_of"] = self._labels[self._positive]
         elif self._problem == "multi-label":
             chosen = chosen_classes(predictions, thresholds)
-            told = several_labels_details(chosen, labels, self._labels, thresholds or [0.5] * labels.shape[1])
+            cuts = thresholds or [0.0] * labels.shape[1]
+            given = None if self._fitted is not None or self._thresholds == "fit" else self._thresholds
+            shown = given or [probability_of(cut) for cut in cuts]
+            told = several_labels_details(chosen, labels, self._labels, shown)
+            if all(map(math.isfinite, cuts)):
+                told["threshold_logits"] = dict(zip(self._labels, cuts, strict=True))
         if self._lengths.any():
             told["groups"] = {"tokens of the text": measured(by_length(self._lengths.tolist()), main)}
         return told
@@ -110,22 +129,30 @@ _MAIN = {"regression": "mse", "multi-label": "f1_micro", "single-label": "accura
 
 
 def chosen_classes(logits: np.ndarray, thresholds: Sequence[float] | None) -> np.ndarray:
-    """Return whether each class is given, bool [n, classes], where its probability is above its threshold,
-    1/2 by default."""
-    return np.greater(logits, 0.0 if thresholds is None else [_logit(threshold) for threshold in thresholds])
+    """Return whether each class is given, bool [n, classes], where its logit is above its threshold, a logit
+    too; 0 by default, a probability of 1/2."""
+    return np.greater(logits, 0.0 if thresholds is None else thresholds)
 
 
-def _logit(probability: float) -> float:
+def logit_of(probability: float) -> float:
+    """Return the logit of a probability; infinite of 0 and 1."""
     if probability in (0.0, 1.0):
         return math.copysign(math.inf, probability - 0.5)
     return math.log(probability) - math.log1p(-probability)
 
 
-def fitted_thresholds(logits: np.ndarray, labels: np.ndarray) -> list[float]:
-    """Return for each class the threshold with the best F1: half-way between the logits that it tells apart.
+def probability_of(logit: float) -> float:
+    """Return the probability of a logit, 1 from 37 on and 0 below -745: thresholds are compared as logits."""
+    share = math.exp(-abs(logit))
+    return (1.0 if logit >= 0 else share) / (1 + share)
 
-    Logits and labels (0 or 1) are [n, classes]. A class that no sample has keeps 1/2. Of equally good
-    thresholds the highest is taken.
+
+def fitted_thresholds(logits: np.ndarray, labels: np.ndarray) -> list[float]:
+    """Return for each class the threshold with the best F1, as a logit: half-way between the logits that it
+    tells apart.
+
+    Logits and labels (0 or 1) are [n, classes]. A class that no sample has keeps 0, a probability of 1/2. Of
+    equally good thresholds the highest is taken.
     """
     return [
         _fitted(logits[:, one].astype(np.float64), labels[:, one] > 0.5) for one in range(logits.shape[1])
@@ -134,14 +161,14 @@ def fitted_thresholds(logits: np.ndarray, labels: np.ndarray) -> list[float]:
 
 def _fitted(logits: np.ndarray, wanted: np.ndarray) -> float:
     if not wanted.any():
-        return 0.5
+        return 0.0
     order = np.argsort(-logits, kind="stable")
     logits, num_right = logits[order], np.cumsum(wanted[order])
     scores = 2 * num_right / (np.arange(1, len(logits) + 1) + wanted.sum())
     following = np.append(logits[1:], logits[-1] - 1.0)
     scores[following == logits] = -1.0  # no threshold parts equal logits
     best = int(np.argmax(scores))
-    return 1 / (1 + math.exp(-(logits[best] + following[best]) / 2))
+    return float(logits[best] + following[best]) / 2
 
 
 def one_label_details(predictions: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, Any]:

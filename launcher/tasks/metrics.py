@@ -13,9 +13,11 @@ else:
     np = Lazy("numpy")
 
 
-def single_label(predictions: np.ndarray, labels: np.ndarray, num_labels: int) -> dict[str, float]:
-    """Return `accuracy`, `matthews` and `f1`: of class 1 where there are two, else the mean over the classes
-    that occur.
+def single_label(
+    predictions: np.ndarray, labels: np.ndarray, num_labels: int, positive: int = 1
+) -> dict[str, float]:
+    """Return `accuracy`, `matthews` and `f1`: of the class `positive` where there are two, else the mean over
+    the classes that occur.
 
     Predictions are scores [n, num_labels] or class ids [n]; labels class ids [n].
     """
@@ -26,7 +28,7 @@ def single_label(predictions: np.ndarray, labels: np.ndarray, num_labels: int) -
     average = "binary" if num_labels == 2 else "macro"
     return {
         "accuracy": float(accuracy_score(labels, chosen)),
-        "f1": float(f1_score(labels, chosen, average=average, zero_division=0)),
+        "f1": float(f1_score(labels, chosen, average=average, pos_label=positive, zero_division=0)),
         "matthews": float(matthews_corrcoef(labels, chosen)),
     }
 

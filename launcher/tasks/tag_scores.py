@@ -48,7 +48,7 @@ def loose_entities(tags: Sequence[str]) -> list[Entity]:
 
 
 def completed(tags: Sequence[int], names: Sequence[str]) -> list[str]:
-    """Return the names of predicted tags.
+    """Return the names of predicted tags of a scheme.
 
     A word without a piece goes on with the entity before it; one that was not read has none.
     """
@@ -58,6 +58,12 @@ def completed(tags: Sequence[int], names: Sequence[str]) -> list[str]:
         goes_on = number == CONTINUES and before[:1] in ("B", "I")
         completed.append(names[number] if number >= 0 else inside(before) if goes_on else OUTSIDE)
     return completed
+
+
+def classes_of(tags: Sequence[int], names: Sequence[str]) -> list[str | None]:
+    """Return the names of predicted classes where there is no scheme; None of a word without a piece, and of one
+    that was not read."""
+    return [names[number] if number >= 0 else None for number in tags]
 
 
 class TagScores(Evaluator):
@@ -92,8 +98,14 @@ class TagScores(Evaluator):
         gold: list[list[str]] = []
         predicted: list[list[str]] = []
         for _, tags, guesses in _rows(np.concatenate([words for _, words in states])):
+            if self._scheme == "none":
+                # As in transformers' run_ner: of a word without a piece there is nothing to be right about.
+                seen = [place for place, guess in enumerate(guesses) if guess != CONTINUES]
+                tags, guesses = [tags[place] for place in seen], [guesses[place] for place in seen]
+                predicted.append([name or "" for name in classes_of(guesses, self._names)])
+            else:
+                predicted.append(completed(guesses, self._names))
             gold.append([self._names[number] for number in tags])
-            predicted.append(completed(guesses, self._names))
         self._tags = gold, predicted
         metrics = {"loss": loss_sum / max(num_learned, 1)}
         flat = [[name for tags in side for name in tags] for side in (gold, predicted)]

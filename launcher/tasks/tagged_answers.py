@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.lazy import Lazy
 from launcher.tasks.schemes import Scheme
-from launcher.tasks.tag_scores import completed, loose_entities
+from launcher.tasks.tag_scores import classes_of, completed, loose_entities
 from launcher.tasks.tagged_rows import Marked
 from launcher.tasks.task import AnswerOptions, Sample
 
@@ -53,7 +53,7 @@ def of_row(
     marked: Marked, parts: Sequence[dict[str, Any]], names: Sequence[str], scheme: Scheme
 ) -> dict[str, Any]:
     """Return the `tags` of a row's words, and with a scheme its `entities`; on request `probabilities` and
-    the `likeliest` tags.
+    the `likeliest` tags. Without a scheme a word that the model said nothing of has None.
 
     An entity has its type, text, `start` and `end` in characters, `words` (the first, and the one after the
     last), and a probability, the mean of its words'. Characters count in the words joined by spaces, where the
@@ -65,10 +65,12 @@ def of_row(
         flat = [value for part in parts for value in part[key]]
         return [flat[number] for number in order]
 
-    tags, probabilities = completed(all_of("tags"), names), all_of("probabilities")
-    answer: dict[str, Any] = {"tags": tags}
-    if scheme != "none":
-        answer["entities"] = []
+    probabilities = all_of("probabilities")
+    if scheme == "none":
+        answer: dict[str, Any] = {"tags": classes_of(all_of("tags"), names)}
+    else:
+        tags = completed(all_of("tags"), names)
+        answer = {"tags": tags, "entities": []}
         for kind, first, behind in loose_entities(tags):
             start, end = marked.words[first][0], marked.words[behind - 1][1]
             sure = [one for one in probabilities[first:behind] if one is not None]

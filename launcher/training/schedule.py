@@ -11,6 +11,8 @@ from launcher.job.tuning import Thaw
 
 _ONE_CYCLE_END = 1e4
 """torch.optim.lr_scheduler.OneCycleLR: final_div_factor."""
+_INVERSE_SQRT_TIMESCALE = 10_000
+"""transformers, get_inverse_sqrt_schedule: timescale without a warm-up."""
 _FALLS: dict[str, Callable[[float], float]] = {
     "linear": lambda done: 1 - done,
     "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
@@ -63,9 +65,8 @@ class Schedule:
         if kind == "constant":
             return peak
         if kind == "inverse-sqrt":
-            return peak * math.sqrt(
-                max(1, self.num_warmup_steps) / (step + 1 if self.num_warmup_steps == 0 else step)
-            )
+            timescale = self.num_warmup_steps or _INVERSE_SQRT_TIMESCALE
+            return peak * math.sqrt(timescale / (step + timescale - self.num_warmup_steps))
         return minimum + (peak - minimum) * self._share(kind, step)
 
     def _share(self, kind: str, step: int) -> float:

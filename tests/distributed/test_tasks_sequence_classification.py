@@ -495,6 +495,10 @@ def test_metrics_of_numbers() -> None:
             {"problem": "regression", "thresholds": 0.3},
             "data.thresholds = 0.3: are for several classes at once",
         ),
+        (
+            {"problem": "multi-label", "positive_label": "a"},
+            "data.positive_label = 'a': is of two classes that exclude each other",
+        ),
         ({"thresholds": "fit"}, "data.thresholds = 'fit': are for several classes at once"),
         (
             {"problem": "multi-label", "top_k": 3},
@@ -542,6 +546,12 @@ def test_weights_and_thresholds_go_by_the_names_of_the_classes() -> None:
         match=r"data\.top_k = 2: there are 2 classes, and the right one is always among so many",
     ):
         task_of(["no", "yes"], top_k=2).learn_from(nothing)
+    for labels, given, reason in (
+        (["no", "yes"], "maybe", r"is none of the classes; write 'no' or 'yes'"),
+        (["a", "b", "c"], "a", "there are 3 classes, and f1 is the mean over them; leave it out"),
+    ):
+        with pytest.raises(ConfigurationError, match=rf"data\.positive_label = '{given}': {reason}"):
+            task_of(labels, positive_label=given).learn_from(nothing)
 
 
 def test_options_are_for_training_and_an_evaluation_measures_without_them() -> None:
@@ -594,11 +604,17 @@ def test_what_the_model_says() -> None:
     assert said["probabilities"] == pytest.approx({"a": 0.5, "b": 0.8807971, "c": 0.7310586})
     assert [entry["label"] for entry in said["most_probable"]] == ["b", "c"]
     fitted = task_of(["a", "b", "c"], problem="multi-label", thresholds="fit")
-    fitted.adopt_evaluation({"thresholds": {"a": 0.4, "b": 0.95, "c": 0.7}})
+    fitted.adopt_evaluation({"thresholds": {"a": 0.4, "b": 0.95, "c": 0.7}})  # of before there were logits
     assert fitted.answers(output_of(logits), {}, [], plain) == [{"labels": ["a", "c"]}, {"labels": ["a"]}]
     assert measured_by(fitted)["a"] == 0.5  # fitted on the rows that are measured, of which none has it
     fitted.keeps_fitted = True
-    assert measured_by(fitted) == {"a": 0.4, "b": 0.95, "c": 0.7}
+    assert measured_by(fitted) == pytest.approx({"a": 0.4, "b": 0.95, "c": 0.7})
+    sure = {
+        "threshold_logits": {"a": 45.0, "b": -45.0, "c": 45.0},
+        "thresholds": {"a": 1.0, "b": 0.0, "c": 1.0},
+    }
+    fitted.adopt_evaluation(sure)
+    assert fitted.answers(output_of([[60.0, -60.0, 40.0]]), {}, [], plain) == [{"labels": ["a"]}]
     number = task_of(problem="regression")
     assert number.answers(output_of([[2.5], [1.0]]), {}, [], all_of_it) == [{"value": 2.5}, {"value": 1.0}]
     assert number.answer({}, [{"value": 2.5}]) == {"value": 2.5}

@@ -155,6 +155,7 @@ SCHEDULES: list[tuple[str, dict[str, Any], int]] = [
     ("constant", {}, 4),
     ("constant_with_warmup", {}, 4),
     ("inverse_sqrt", {}, 4),
+    ("inverse_sqrt", {}, 0),
 ]
 
 

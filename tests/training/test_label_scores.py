@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score, top_k_accuracy_score
 
-from launcher.tasks.label_scores import LabelScores, chosen_classes, fitted_thresholds
+from launcher.tasks.label_scores import LabelScores, chosen_classes, fitted_thresholds, logit_of
 
 
 def drawn(seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -48,13 +48,41 @@ def test_no_other_threshold_has_a_better_f1(seed: int) -> None:
 
 
 def test_a_class_that_nothing_has_keeps_its_threshold() -> None:
-    assert fitted_thresholds(np.ones((3, 1)), np.zeros((3, 1))) == [0.5]
+    assert fitted_thresholds(np.ones((3, 1)), np.zeros((3, 1))) == [0.0]
 
 
 @pytest.mark.parametrize(("thresholds", "count"), [(None, 3), ([0.5], 3), ([0.9], 1), ([0.0], 5), ([1.0], 0)])
 def test_thresholds_are_probabilities(thresholds: list[float] | None, count: int) -> None:
     logits = np.array([[-2.0], [0.0], [0.5], [1.0], [3.0]])
-    assert int(chosen_classes(logits, thresholds).sum()) == count
+    cuts = thresholds and [logit_of(one) for one in thresholds]
+    assert int(chosen_classes(logits, cuts).sum()) == count
+
+
+@pytest.mark.parametrize("shift", [0.0, -49.5, -900.0])
+def test_a_threshold_parts_what_a_probability_cannot(shift: float) -> None:
+    """As a probability it would be 1, and no class given."""
+    logits = np.array([[60.0], [50.0], [40.0], [39.0]], dtype=np.float32) + np.float32(shift)
+    labels = np.array([[1.0], [1.0], [0.0], [0.0]], dtype=np.float32)
+    logits, labels = np.tile(logits, 2), np.tile(labels, 2)
+    lengths = np.zeros(4, dtype=np.int64)
+    evaluator = LabelScores("multi-label", ["a", "b"], "fit")
+    found = evaluator.compute([[np.array([1.0]), logits, labels, lengths]])
+    told = json.loads(json.dumps(evaluator.details()))
+    assert found["f1_micro"] == 1.0 and told["threshold_logits"] == dict.fromkeys("ab", 45.0 + shift)
+    assert 0 <= told["thresholds"]["a"] <= 1
+    again = LabelScores("multi-label", ["a", "b"], fitted=list(told["threshold_logits"].values()))
+    assert again.compute([[np.array([1.0]), logits, labels, lengths]]) == found
+
+
+@pytest.mark.parametrize("positive", [0, 1])
+def test_f1_of_two_classes_is_of_the_one_that_is_asked_for(positive: int) -> None:
+    gold, said = np.array([0] * 68 + [1] * 32), np.array([0] * 90 + [1] * 10)
+    evaluator = LabelScores("single-label", ["equivalent", "not_equivalent"], positive=positive)
+    found = evaluator.compute([[np.array([1.0]), np.eye(2)[said], gold, np.zeros(100, dtype=np.int64)]])
+    assert found["f1"] == f1_score(gold, said, pos_label=positive)
+    details = evaluator.details()
+    assert details["f1_of"] == ["equivalent", "not_equivalent"][positive]
+    assert found["f1"] == pytest.approx(details["per_class"][details["f1_of"]]["f1"])
 
 
 def test_fitted_thresholds_make_the_metrics_and_are_told() -> None:
@@ -63,7 +91,7 @@ def test_fitted_thresholds_make_the_metrics_and_are_told() -> None:
     better, usual = computed(fitted, logits, labels), computed(plain, logits, labels)
     assert better["f1_macro"] > usual["f1_macro"] and better["loss"] == usual["loss"] == 2 / 25
     told = fitted.details()
-    again = LabelScores("multi-label", list("abcd"), list(told["thresholds"].values()))
+    again = LabelScores("multi-label", list("abcd"), fitted=list(told["threshold_logits"].values()))
     assert computed(again, logits, labels) == better
     assert told["per_class"]["a"]["support"] == labels[:, 0].sum() and set(
         plain.details()["thresholds"].values()
@@ -80,7 +108,7 @@ def test_texts_of_like_lengths_are_measured_together() -> None:
     evaluator = LabelScores("multi-label", list("abcd"), "fit")
     computed(evaluator, logits, labels, lengths)
     told = evaluator.details()
-    given = chosen_classes(logits, list(told["thresholds"].values()))
+    given = chosen_classes(logits, list(told["threshold_logits"].values()))
     assert told["groups"] == {
         "tokens of the text": {
             name: {

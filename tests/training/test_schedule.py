@@ -93,6 +93,31 @@ def ours(num_steps: int, **keys: Any) -> list[float]:
     return [schedule.at(step) for step in range(num_steps)]
 
 
+@pytest.mark.parametrize("warmup", [0, 5])
+def test_the_root_of_the_step_is_that_of_transformers(warmup: int) -> None:
+    make = functools.partial(optimization.get_inverse_sqrt_schedule, num_warmup_steps=warmup)
+    found = ours(200, schedule="inverse-sqrt", warmup=warmup)
+    assert found[warmup:] == pytest.approx(theirs(make, 200)[warmup:])
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "options"),
+    [
+        ("polynomial", {"minimum_learning_rate": 1e-7}, {}),
+        ("warmup-stable-decay", {"decay": 6}, {"num_decay_steps": 6}),
+    ],
+)
+def test_defaults_are_those_of_transformers(name: str, keys: dict[str, Any], options: dict[str, Any]) -> None:
+    make = functools.partial(
+        transformers.get_scheduler,
+        name.replace("-", "_"),
+        num_warmup_steps=3,
+        num_training_steps=20,
+        scheduler_specific_kwargs=options,
+    )
+    assert ours(20, schedule=name, warmup=3, **keys)[3:] == pytest.approx(theirs(make, 20)[3:])
+
+
 @pytest.mark.parametrize("restarts", [1, 3, 4])
 def test_restarts_are_those_of_transformers(restarts: int) -> None:
     make = functools.partial(

@@ -96,6 +96,8 @@ def test_before_after_and_intervals_stand_side_by_side() -> None:
     lines = table(plain).splitlines()
     assert lines[1].split() == ["loss", "2.0000", "1.5000", "-0.5000"]
     assert lines[2].split() == ["f1", "0.2500", "0.7500", "+0.5000"] and len(lines) == 3
+    of_yes = table(plain | {"details": {"before": {}, "after": {"f1_of": "yes"}}})
+    assert of_yes.splitlines()[2].split()[:3] == ["f1", "(of", "yes)"]
     of = {"before": {"loss": [1.9, 2.1]}, "after": {"loss": [1.4, 1.6]}, "change": {"loss": [-0.6, -0.4]}}
     shown = table(plain | {"confidence": {"level": 0.95, "resamples": 1000, "seed": 1, **of}}).splitlines()
     assert shown[2].split() == ["[1.9000,", "2.1000]", "[1.4000,", "1.6000]", "[-0.6000,", "-0.4000]"]

@@ -281,6 +281,7 @@ def test_training_arguments(tmp_path: Path) -> None:
         ({"warmup_steps": 50, "warmup_ratio": 0.1}, "warmup", 50),
         ({"warmup_steps": 0.06}, "warmup", 0.06),
         ({"lr_scheduler_type": "SchedulerType.INVERSE_SQRT", "warmup_steps": 10}, "schedule", "inverse-sqrt"),
+        ({"lr_scheduler_type": "inverse_sqrt"}, "schedule", "inverse-sqrt"),
         ({"lr_scheduler_type": "constant_with_warmup"}, "schedule", "constant"),
         ({"lr_scheduler_type": "cosine_with_restarts"}, "schedule", "cosine"),
         ({"optim": "paged_adamw_8bit"}, "optimizer", "adamw"),

@@ -264,7 +264,6 @@ CANNOT: list[tuple[dict[str, Any], str]] = [
     "lr_scheduler_kwargs": {"num_decay_steps": 5, "warmup_type": "cosine"}}, "lr_scheduler_kwargs.warmup_type"),
     ({"output_dir": "o", "lr_scheduler_type": "cosine_with_restarts",
     "lr_scheduler_kwargs": {"num_cycles": 2.5}}, "lr_scheduler_kwargs.num_cycles"),
-    ({"output_dir": "o", "lr_scheduler_type": "inverse_sqrt"}, "lr_scheduler_type"),
     ({"output_dir": "o", "lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 2}},
     "lr_scheduler_kwargs.num_cycles"),
     ({"output_dir": "o", "warmup_ratio": 0.1}, "warmup_ratio"),

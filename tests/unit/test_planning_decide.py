@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from launcher.errors import ConfigurationError
+from launcher.job.check_training import findings
 from launcher.job.schema import Job
-from launcher.planner.changes import check
+from launcher.launch.redecide import decide_again
+from launcher.planner.changes import changes, check
 from launcher.planner.hardware.detect import Gpu, Hardware
 from launcher.planner.model.model_shape import ModelShape
 from launcher.planner.plan import Plan
@@ -596,3 +598,20 @@ def test_a_plan_for_another_cluster() -> None:
         [decision.reason for decision in made.decisions]
     )
     assert made.slurm.time_limit_minutes == 480 and made.slurm.options == {"partition": "gpu"}
+
+
+def test_a_run_of_before_keeps_the_defaults_that_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan of before 2026-11-30 has another power and shape of the fall, whatever its schedule."""
+    monkeypatch.setattr(Hardware, "detect", classmethod(lambda cls: CPU))
+    for keys in ({}, {"training__schedule": "polynomial"}, {"training__schedule": "warmup-stable-decay"}):
+        again = job(**keys)
+        plan = plan_job(again, hardware=CPU)
+        earlier = plan.training.model_copy(update={"power": 2.0, "decay_shape": "linear"})
+        stored = plan.model_copy(update={"training": earlier})
+        assert decide_again(again, None, stored, local=True).training == earlier
+        assert decide_again(again, None, plan, local=True).training == plan.training
+    asked = decide_again(job(**keys, training__decay_shape="cosine"), None, stored, local=True)
+    assert [change.key for change in changes(stored, asked)] == ["training.decay_shape"]
+    assert not list(findings(job(training__power=2.0, training__decay_shape="linear")))
+    [one] = findings(job(training__power=3.0))
+    assert "is a key of the schedule polynomial" in str(one)

@@ -175,10 +175,16 @@ class TestContent:
         folder = run.path / "evaluations"
         folder.mkdir()
         result = {"on": "/data/old.jsonl", "step": 200, "before": {"loss": 1.0}, "after": {"loss": 1.5}}
+        result |= {"before": {"kind/f1": 0.5} | result["before"], "after": {"kind/f1": 0.5} | result["after"]}
+        result["details"] = {"after": {"kind": {"f1_of": "yes"}}}
         (folder / "evaluate-step-00000200-old.json").write_text(json.dumps(result))
         (folder / "evaluate-step-00000200-torn.json").write_text("{")
         [one] = read_run(run).measured
-        assert one == {"on": "old.jsonl", "step": 200, "metrics": [["loss", 1.0, 1.5, 0.5]]}
+        assert one == {
+            "on": "old.jsonl",
+            "step": 200,
+            "metrics": [["kind/f1 (of yes)", 0.5, 0.5, 0.0], ["loss", 1.0, 1.5, 0.5]],
+        }
         page = write_report(run.path / "report.html", run.path).read_text()
         assert '<th scope="row">old.jsonl</th>' in page
 

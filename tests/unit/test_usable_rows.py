@@ -18,7 +18,7 @@ from launcher.planner.dataset.usable_rows import look_at_rows
 from launcher.planner.search import plan_job
 from tests.unit.small_rows import NAMES, WAYS, write_rows
 
-TEXTS = [{"text": f"row {number}", "label": ("x", "y")[number % 2]} for number in range(40)]
+TEXTS = [{"text": f"row {number}", "label": ("no", "yes")[number % 2]} for number in range(40)]
 
 
 def look(
@@ -197,10 +197,37 @@ def test_texts_and_numbers_as_labels_are_doubted(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("names", "given", "reason"),
+    [
+        (("equivalent", "not_equivalent"), None, "f1 is that of 'not_equivalent', the second of two classes"),
+        ((2, 10), None, "f1 is that of '10', the second of two classes"),
+        (("equivalent", "not_equivalent"), "Equivalent", None),
+        (("yes", "no"), None, None),
+        ((True, False), True, None),
+        ((0, 1), 0, None),
+        (("LABEL_0", "LABEL_1"), None, None),
+        (("a", "b", "c"), None, None),
+        (("a", "b"), "c", "data.positive_label: c is none of their classes, 'a' and 'b'"),
+    ],
+)
+def test_of_which_of_two_classes_f1_is_is_said_once(
+    names: tuple[Any, ...], given: Any, reason: str | None, tmp_path: Path
+) -> None:
+    rows = [{"text": f"row {number}", "label": names[number % len(names)]} for number in range(12)]
+    keys: dict[str, Any] = {} if given is None else {"positive_label": given}
+    keys |= {"text": "text", "label": "label"}
+    once = job(tmp_path, rows, "sequence-classification", "rows.jsonl", **keys)
+    held_out = once.data.model_copy(update={"evaluation": once.data.train})
+    found, twice = look_at_rows(once), look_at_rows(once.model_copy(update={"data": held_out}))
+    assert [one.reason[: len(reason or "")] for one in found.remarks] == ([reason] if reason else [])
+    assert found == twice
+
+
 def test_a_table_without_a_header_is_a_problem(tmp_path: Path) -> None:
     table = "".join(f"{row['label']}\t{row['text']}\n" for row in TEXTS)
     [problem] = look(tmp_path, table, name="rows.tsv").problems
-    assert "has no column 'text'; it has 'x', 'row 0'" in problem.reason
+    assert "has no column 'text'; it has 'no', 'row 0'" in problem.reason
     assert "name columns by number from 0" in problem.reason
 
 

@@ -55,7 +55,7 @@ def look_at_rows(job: Job) -> Findings:
     Nothing for data on the hub, and for files that are not there, which whoever reads a job file refuses.
     """
     task = tasks.of_job(job)
-    looks = []
+    looks, told = [], set[str]()
     for role, given in (("train", job.data.train), ("evaluation", job.data.evaluation)):
         for number, source in enumerate(given.parts if given is not None else ()):
             own = task
@@ -64,11 +64,12 @@ def look_at_rows(job: Job) -> Findings:
                 own = tasks.find(kind)(data_of(task.name, job.data, source))
                 own.evaluation = task.evaluation
             if given is not None and source.path is not None:
-                looks.append(_of_source(given.key(role, number), source, own))
+                looks.append(_of_source(given.key(role, number), source, own, told))
     return Findings.joined(looks)
 
 
-def _of_source(key: str, source: Source, task: Task) -> Findings:
+def _of_source(key: str, source: Source, task: Task, told: set[str]) -> Findings:
+    """Return what there is to say of one source; `told` takes what its task said, which is not said twice."""
     assert source.path is not None
     if not is_there(source.path):
         return Findings()
@@ -91,7 +92,9 @@ def _of_source(key: str, source: Source, task: Task) -> Findings:
         if not isinstance(row, RowProblem) and why is None
     ]
     header = [doubt for file in files[:1] if (doubt := _header_as_row(file, task))]
-    doubts = tuple(Problem(key, source.path, doubt) for doubt in (*header, *task.doubts(usable)))
+    own = [doubt for doubt in task.doubts(usable) if doubt not in told]
+    told.update(own)
+    doubts = tuple(Problem(key, source.path, doubt) for doubt in (*header, *own))
     if not unusable:
         return Findings(remarks=doubts)
     problem = Problem(key, source.path, _described(unusable, seen))

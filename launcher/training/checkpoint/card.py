@@ -16,6 +16,7 @@ from transformers.modelcard import TASK_MAPPING
 
 from launcher import __version__, tasks
 from launcher.data.section import Sources
+from launcher.metrics import told
 from launcher.plain_files import read_json, read_text
 from launcher.planner.plan import Plan
 from launcher.redaction import redact
@@ -154,10 +155,11 @@ class Card:
             if self._metrics
             else f"{where}. Step {self._step:,} itself was not evaluated."
         ]
+        known = _details(self._run, self._step)
         lines += ["", "| metric | before | after |", "|---|---|---|"]
         for name in dict.fromkeys([*self._metrics, *before]):
             cells = (f"{of[name]:.4f}" if name in of else "" for of in (before, self._metrics))
-            lines.append(f"| {name} | {' | '.join(cells)} |")
+            lines.append(f"| {told(name, known)} | {' | '.join(cells)} |")
         return "## Metrics\n\n" + "\n".join(lines)
 
     def _training(self) -> Iterator[tuple[str, str]]:
@@ -218,6 +220,13 @@ def _licence(plan: Plan) -> dict[str, Any]:
 
 def _name(given: Sources) -> str:
     return "`, `".join(source.name or PurePath(str(source.path)).name for source in given.parts)
+
+
+def _details(run: RunDirectory, step: int) -> dict[str, Any]:
+    try:
+        return dict(read_json(run.evaluation(step))["details"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _digest(run: RunDirectory, role: str) -> str | None:
