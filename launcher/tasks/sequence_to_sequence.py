@@ -198,6 +198,7 @@ class SequenceToSequence(EncoderDecoderTask):
         return {"decoder_start_token_id": self._start}
 
     def configure_generation(self, generation: Any) -> None:
+        super().configure_generation(generation)
         for name, token in self._beginning.items():
             setattr(generation, name, token)
 
