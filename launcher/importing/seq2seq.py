@@ -94,10 +94,11 @@ def _generation(content: dict[str, Any], reading: Reading) -> None:
 
 def _own_length(content: dict[str, Any], reading: Reading) -> None:
     """Say how long answers are by the model's own generation_config.json, where that is here and says it."""
-    own: dict[str, Any] = {}
+    own: Any = None
     with contextlib.suppress(OSError, ValueError):
         folder = locate(str(content.get("model_name_or_path")), content.get("model_revision"))
         own = read_json(Path(folder) / "generation_config.json")
+    own = own if isinstance(own, dict) else {}
     longest = next((key for key in ("max_new_tokens", "max_length") if isinstance(own.get(key), int)), None)
     length = 0 if longest is None else own[longest] - (longest == "max_length")
     if length < 1:

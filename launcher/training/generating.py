@@ -58,7 +58,9 @@ def generate(
     arguments: dict[str, Any] = {**options.arguments, "eos_token_id": _ends(model, options)}
     if options.drawn is not None:
         rows = list(zip(batch["ids"], batch["windows"], strict=True))
-        arguments["logits_processor"] = LogitsProcessorList([_Drawn(options.drawn, model.generation_config, rows)])
+        arguments["logits_processor"] = LogitsProcessorList(
+            [_Drawn(options.drawn, model.generation_config, rows)]
+        )
     leaving = _Leaving()
     arguments["stopping_criteria"] = StoppingCriteriaList([leaving])
     with (
