@@ -59,7 +59,11 @@ def both_write(
     model.forward = model.forward  # as an engine sets one of its own
     launchers = generating.generate(model, prompts, task.generation, lambda: False, synced=False)
     begins = 1 if model.config.is_encoder_decoder else prompts["input_ids"].shape[1]
-    return launchers.tolist(), own[:, begins:].tolist()
+    # Beams fill with the end what is behind it, where the padding token is 0.
+    padding = task.tokenizer.pad_token_id
+    return launchers.tolist(), generating._padded_behind_ends(
+        own[:, begins:], list(task.end_tokens), padding
+    ).tolist()
 
 
 def test_a_chat_ends_with_its_turn() -> None:

@@ -122,13 +122,13 @@ class Card:
         reader, name = task.processor_class, "processor" if task.has_processor else "tokenizer"
         if self._adapter:
             labels = f", num_labels={len(self._config['id2label'])}" if "id2label" in self._config else ""
-            kinds = [kind]
+            named = [kind]
             if task.writes and (self._run.path / "model" / "generation_config.json").is_file():
                 # Base and adapter end an answer otherwise: where a chat's turn ends, too.
-                kinds.append("GenerationConfig")
+                named.append("GenerationConfig")
                 labels += ', generation_config=GenerationConfig.from_pretrained("DIRECTORY")'
             base = f'{kind}.from_pretrained("{self._base}"{labels})'
-            imports = f"from peft import PeftModel\nfrom transformers import {', '.join(sorted(kinds))}"
+            imports = f"from peft import PeftModel\nfrom transformers import {', '.join(sorted(named))}"
             return f'{imports}\n\nmodel = PeftModel.from_pretrained({base}, "DIRECTORY")'
         parts = [("model", kind), (name, reader)]
         parts += [("tokenizer", "AutoTokenizer")] if task.joins_tokenizer else []
