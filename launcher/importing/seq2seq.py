@@ -5,9 +5,13 @@ What the Trainer's own arguments say is read elsewhere.
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
 from typing import Any
 
 from launcher.importing.reading import Reading
+from launcher.plain_files import read_json
+from launcher.planner.model.model_config import locate
 
 MARKS = {"predict_with_generate", "generation_max_length", "generation_num_beams", "sortish_sampler"}
 """Names that only Seq2SeqTrainingArguments have: with any of them a model reads one text and writes
@@ -60,7 +64,10 @@ def _rows(content: dict[str, Any], reading: Reading) -> None:
 
 
 def _generation(content: dict[str, Any], reading: Reading) -> None:
-    """Say what is written in an evaluation. There a length counts the token that the decoder starts from."""
+    """Say what is written in an evaluation. There a length counts the token that the decoder starts from.
+
+    Beams that are left out are, here as there, those of the model's own generation_config.json.
+    """
     named = [key for key in (*_LENGTHS[:2], *_BEAMS) if content.get(key) is not None]
     if not reading.flag(content, "predict_with_generate"):
         if named:
@@ -74,11 +81,30 @@ def _generation(content: dict[str, Any], reading: Reading) -> None:
         text = f"evaluation.generate.max_new_tokens = {length - 1}: the decoder's first token counts there"
         reading.change(longest, length, text)
     elif longest is None:
-        text = "left out there: the model's own then, 20 where it has none; launcher's is 128 tokens"
-        reading.fill_in("evaluation.generate.max_new_tokens", None, text)
+        _own_length(content, reading)
     beams = next((key for key in _BEAMS if content.get(key) is not None), None)
-    number = 1 if beams is None else reading.count(content, beams)
-    reading.say("evaluation.generate.num_beams", number or 1, beams or "predict_with_generate")
+    if beams is not None and (number := reading.count(content, beams)) is not None:
+        reading.say("evaluation.generate.num_beams", number, beams)
+    elif not reading.says("evaluation.generate.max_new_tokens"):
+        reading.say("evaluation.generate", True, "predict_with_generate")
     if content.get("validation_file") is None and not reading.says("data.evaluation.name"):
         reading.say("data.evaluation.path", HELD_OUT, "(no key)")
         reading.fill_in("data.evaluation", HELD_OUT, "the rows to which the model writes in an evaluation")
+
+
+def _own_length(content: dict[str, Any], reading: Reading) -> None:
+    """Say how long answers are by the model's own generation_config.json, where that is here and says it."""
+    own: Any = None
+    with contextlib.suppress(OSError, ValueError):
+        folder = locate(str(content.get("model_name_or_path")), content.get("model_revision"))
+        own = read_json(Path(folder) / "generation_config.json")
+    own = own if isinstance(own, dict) else {}
+    longest = next((key for key in ("max_new_tokens", "max_length") if isinstance(own.get(key), int)), None)
+    length = 0 if longest is None else own[longest] - (longest == "max_length")
+    if length < 1:
+        text = "left out there: the model's own then, 20 where it has none; launcher's is 128 tokens"
+        reading.fill_in("evaluation.generate.max_new_tokens", None, text)
+        return
+    reading.say("evaluation.generate.max_new_tokens", length, "predict_with_generate")
+    text = f"left out there: by the model's generation_config.json, {longest} = {own[longest]}"
+    reading.change("evaluation.generate.max_new_tokens", length, text)

@@ -36,8 +36,12 @@ class EncoderDecoderTask(WritingTask):
 
     @property
     def end_tokens(self) -> Sequence[int]:
-        # A decoder made of a BERT writes its separator last.
-        return [end for end in (self.tokenizer.eos_token_id, self.tokenizer.sep_token_id) if end is not None]
+        # A decoder made of a BERT writes its separator last; of others it may stand between parts of a text.
+        end, separator = self.tokenizer.eos_token_id, self.tokenizer.sep_token_id
+        if separator in (None, end):
+            return super().end_tokens
+        written_last = self.tokenizer("")["input_ids"][-1:] == [separator]
+        return [separator] if end is None else [separator, end] if written_last else [end]
 
     def answers(
         self, output: Output, batch: dict[str, Any], samples: Sequence[Sample], options: AnswerOptions

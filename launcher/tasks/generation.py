@@ -20,28 +20,48 @@ else:
 
 
 class Generate(Section):
-    """Settings of how answers are written, by the names of transformers' GenerationConfig."""
+    """Settings of how answers are written, by the names of transformers' GenerationConfig.
+
+    What is left out is as the model's own `generation_config.json` has it, else as transformers does. Two keys
+    have values of their own all the same: an evaluation ends, by `max_new_tokens`, and says the same twice, as
+    long as `do_sample` is not asked for.
+    """
 
     max_new_tokens: int = Field(default=128, ge=1, le=1_000_000)
     """Tokens of the longest answer."""
-    num_beams: int = Field(default=1, ge=1, le=1000)
-    """Beams of beam search; 1 is greedy."""
-    length_penalty: float = 1.0
-    """With beams: above 0 longer answers are favoured, below 0 shorter ones."""
-    no_repeat_ngram_size: int = Field(default=0, ge=0)
-    """The length of word pieces' runs that may stand in an answer only once; 0 allows all."""
+    num_beams: int | None = Field(default=None, ge=1, le=1000)
+    """Beams of beam search; 1 is greedy. Left out: as the model has it, else 1."""
+    length_penalty: float | None = None
+    """With beams: above 0 longer answers are favoured, below 0 shorter ones. Left out: as the model has it,
+    else 1."""
+    no_repeat_ngram_size: int | None = Field(default=None, ge=0)
+    """The length of word pieces' runs that may stand in an answer only once; 0 allows all. Left out: as the
+    model has it, else 0."""
     do_sample: bool = False
-    """Draw each token by its probability, in place of taking the likeliest."""
-    temperature: float = Field(default=1.0, gt=0)
-    """When drawing: logits are divided by it."""
-    top_k: int = Field(default=0, ge=0)
-    """When drawing: only from the likeliest so many tokens; 0 is all."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    """When drawing: only from the likeliest tokens that have this share of the probability together."""
+    """Draw each token by its probability, in place of taking the likeliest; with one beam."""
+    temperature: float | None = Field(default=None, gt=0)
+    """When drawing: logits are divided by it. Left out: as the model has it, else 1."""
+    top_k: int | None = Field(default=None, ge=0)
+    """When drawing: only from the likeliest so many tokens; 0 is all. Left out: as the model has it, else 50."""
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    """When drawing: only from the likeliest tokens that have this share of the probability together. Left out:
+    as the model has it, else 1."""
     seed: int = Field(default=17, ge=0)
     """Of what is drawn; the same row draws the same on any number of ranks."""
     stop_strings: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Texts at which an answer ends; they are not part of it."""
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Return what is said of the arguments of `generate`, which override the model's own."""
+        names = ("max_new_tokens", "num_beams", "length_penalty", "no_repeat_ngram_size", "do_sample")
+        drawing = ("temperature", "top_k", "top_p") if self.do_sample else ()
+        values = {name: getattr(self, name) for name in (*names, *drawing)}
+        if self.do_sample:
+            values["num_beams"] = 1
+        if self.stop_strings:
+            values["stop_strings"] = list(self.stop_strings)
+        return {name: value for name, value in values.items() if value is not None}
 
 
 def as_section(value: object) -> object:
@@ -55,8 +75,8 @@ class Evaluation(Section):
     samples: int = Field(default=4, ge=0, le=1000)
     """Rows whose answers each evaluation writes to RUN/samples and to the trackers; 0 for none."""
     generate: Annotated[Generate | None, BeforeValidator(as_section)] = None
-    """Have the model write an answer to each row, and compare it with what the row has; `true` writes
-    greedily."""
+    """Have the model write an answer to each row, and compare it with what the row has; `true` leaves every
+    key out."""
     bleu_tokenizer: Literal["13a", "intl", "zh", "char", "none"] = "13a"
     """How sacrebleu cuts texts into words: `zh` for Chinese, `char` for languages without spaces."""
     scorer: str | None = Field(default=None, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
@@ -84,8 +104,7 @@ class GenerationOptions:
     """The arguments of transformers' `generate` that come with every batch of prompts."""
 
     arguments: Mapping[str, Any]
-    """Its keyword arguments that do not depend on the batch; `tokenizer` is among them where there are stop
-    strings."""
+    """Its keyword arguments that do not depend on the batch; `tokenizer` is among them, for stop strings."""
     drawn: Generate | None = None
     """How tokens are drawn, where they are. A draw depends on the seed, the row and the position alone."""
 
@@ -95,25 +114,24 @@ class GenerationOptions:
 
 
 def options_of(settings: Generate, tokenizer: Any, end_tokens: Sequence[int] = ()) -> GenerationOptions:
-    """Return the settings as keyword arguments of `generate`, which override the model's config.
+    """Return the settings as keyword arguments of `generate`, which override the model's generation config.
 
     `end_tokens` end an answer beside those that the model's generation config names.
     """
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     arguments: dict[str, Any] = {
-        "max_new_tokens": settings.max_new_tokens,
-        "num_beams": settings.num_beams,
-        "length_penalty": settings.length_penalty,
-        "no_repeat_ngram_size": settings.no_repeat_ngram_size,
+        **settings.arguments,
         "pad_token_id": padding,
+        "tokenizer": tokenizer,
+        # One answer a row, as a tensor, whatever the model's own say.
+        "num_return_sequences": 1,
+        "return_dict_in_generate": False,
         # launcher draws with processors of its own, so that a draw does not depend on what shares the batch.
         "do_sample": False,
         "temperature": 1.0,
         "top_p": 1.0,
         "top_k": 50,
     }
-    if settings.stop_strings:
-        arguments |= {"stop_strings": list(settings.stop_strings), "tokenizer": tokenizer}
     if end_tokens:
         arguments["eos_token_id"] = sorted(set(end_tokens))
     return GenerationOptions(arguments, settings if settings.do_sample else None)

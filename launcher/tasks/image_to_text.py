@@ -163,13 +163,12 @@ class ImageToText(EncoderDecoderTask):
         return ConfigurationError(Problem("model.name", name, reason))
 
     def configure_generation(self, generation: Any) -> None:
+        super().configure_generation(generation)
         if self._beside:
             generation.bos_token_id = captioners.first_token(self._config)
-            generation.pad_token_id = self.tokenizer.pad_token_id
         else:
             for key in _TOLD:
                 setattr(generation, key, getattr(self._config, key))
-        generation.eos_token_id = list(self.end_tokens)
 
     # Rows and samples.
 

@@ -48,6 +48,8 @@ class SequenceToSequence(EncoderDecoderTask):
         """The language code that what is written begins with."""
         self._start: int | None = None
         """The token that the decoder starts from, where the model's config does not say."""
+        self._lacks_start = False
+        """Whether the config does not say. Then the generation config does not either."""
 
     def checks(self) -> Iterator[Finding]:
         yield from super().checks()
@@ -97,7 +99,8 @@ class SequenceToSequence(EncoderDecoderTask):
         if self.tokenizer is None:
             return
         language = self.data.target_language is not None and self._first is None
-        if getattr(config, "decoder_start_token_id", None) is None or language:
+        self._lacks_start = self._lacks_start or getattr(config, "decoder_start_token_id", None) is None
+        if self._lacks_start or language:
             config.decoder_start_token_id = self._start
         if config.pad_token_id is None:
             config.pad_token_id = self._pad
@@ -188,16 +191,16 @@ class SequenceToSequence(EncoderDecoderTask):
 
     @property
     def _beginning(self) -> dict[str, int]:
-        """Return the arguments of `generate` by which an answer begins in the target language; none for the
-        model's own."""
+        """Return the arguments of `generate` by which an answer begins in the target language, or at all; none
+        for the model's own."""
         if self._first is not None:
             return {"forced_bos_token_id": self._first}
         # A generation config that lies with a model may name another language than its config.
-        if self.data.target_language is None or self._start is None:
-            return {}
-        return {"decoder_start_token_id": self._start}
+        tells = self.data.target_language is not None or self._lacks_start
+        return {"decoder_start_token_id": self._start} if tells and self._start is not None else {}
 
     def configure_generation(self, generation: Any) -> None:
+        super().configure_generation(generation)
         for name, token in self._beginning.items():
             setattr(generation, name, token)
 

@@ -70,8 +70,6 @@ def tell(generation: Any, tokenizer: Any, told: Sequence[int], has_language: boo
     """Write into a GenerationConfig what the decoder of a Whisper is told behind its first token, so that its
     own `generate` tells it the same. The last of `told` says that no times are written."""
     generation.return_timestamps, generation.no_timestamps_token_id = False, told[-1]
-    # Else whoever loads it makes it anew of the model's config, which has no such keys.
-    generation._from_model_config = False
     if not has_language:
         return
     generation.is_multilingual, generation.forced_decoder_ids = True, None

@@ -150,10 +150,13 @@ class SpeechRecognition(WritingTask):
             config.pad_token_id = tokenizer.pad_token_id
 
     def configure_generation(self, generation: Any) -> None:
-        """Write what the decoder is told, so that Whisper's own `generate` tells it the same."""
-        if not self.decodes or not hasattr(self.tokenizer, "set_prefix_tokens"):
+        """Write how a text ends, and what the decoder is told, so that Whisper's own `generate` tells it the
+        same."""
+        if not self.decodes:
             return
-        tell(generation, self.tokenizer, self._prefix[1:], self.data.language is not None)
+        super().configure_generation(generation)
+        if hasattr(self.tokenizer, "set_prefix_tokens"):
+            tell(generation, self.tokenizer, self._prefix[1:], self.data.language is not None)
 
     def chance_loss(self, config: Any) -> float | None:
         return math.log(config.vocab_size) if self.decodes else None

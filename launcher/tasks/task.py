@@ -214,7 +214,7 @@ class Task(ABC):
         """Write what the model must know of the task into its config: classes, kind of problem, padding."""
 
     def configure_generation(self, generation: Any) -> None:  # noqa: B027
-        """Write how answers begin into an export's transformers GenerationConfig."""
+        """Write how answers begin and end into an export's transformers GenerationConfig."""
 
     def chance_loss(self, config: Any) -> float | None:
         """Return the loss of guessing, where a model stays that learns nothing; None where it is not known."""

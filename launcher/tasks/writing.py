@@ -34,7 +34,7 @@ class WritingTask(Task):
 
     @property
     def settings(self) -> Generate:
-        """Return how answers are written: as the job says, else greedily."""
+        """Return how answers are written: as the job says, else as the model's own generation config does."""
         return self.evaluation.generate or Generate()
 
     @property
@@ -58,7 +58,7 @@ class WritingTask(Task):
         if self.data.evaluation is None:
             reason = "there are no rows to write to: name data.evaluation, or leave it out"
             yield finding("evaluation.generate", None, reason, "data.evaluation")
-        if settings.do_sample and settings.num_beams > 1:
+        if settings.do_sample and (settings.num_beams or 1) > 1:
             reason = "beams look for the likeliest text, and do_sample draws: write 1, or do_sample: false"
             yield finding(
                 "evaluation.generate.num_beams", settings.num_beams, reason, "evaluation.generate.do_sample"
@@ -87,6 +87,19 @@ class WritingTask(Task):
     def end_tokens(self) -> Sequence[int]:
         """Return the ids at which an answer ends, beside those of the model's generation config."""
         return [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+
+    def configure_generation(self, generation: Any) -> None:
+        """Write every end of an answer, and the tokenizer's first and padding token, as transformers' Trainer
+        aligns them (`align_special_tokens`)."""
+        for name in ("bos_token_id", "pad_token_id"):
+            if (token := getattr(self.tokenizer, name)) is not None:
+                setattr(generation, name, token)
+        own = generation.eos_token_id
+        own = [] if own is None else own if isinstance(own, list) else [own]
+        if not set(self.end_tokens) <= set(own):
+            generation.eos_token_id = list(dict.fromkeys([*self.end_tokens, *own]))
+        # Else whoever loads it makes it anew of the model's config, which has no such keys.
+        generation._from_model_config = False
 
     def decode(self, ids: np.ndarray) -> str:
         """Return the text of what was written, int [n], up to the first stop string and without special

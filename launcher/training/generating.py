@@ -18,14 +18,19 @@ import psutil
 import torch
 from torch import distributed
 from transformers import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
     GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
+    MinPLogitsWarper,
     PreTrainedModel,
     StoppingCriteria,
     StoppingCriteriaList,
+    TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )  # fmt: skip
 
 from launcher.tasks.generation import Generate, GenerationOptions
@@ -53,7 +58,9 @@ def generate(
     arguments: dict[str, Any] = {**options.arguments, "eos_token_id": _ends(model, options)}
     if options.drawn is not None:
         rows = list(zip(batch["ids"], batch["windows"], strict=True))
-        arguments["logits_processor"] = LogitsProcessorList([_Drawn(options.drawn, rows)])
+        arguments["logits_processor"] = LogitsProcessorList(
+            [_Drawn(options.drawn, model.generation_config, rows)]
+        )
     leaving = _Leaving()
     arguments["stopping_criteria"] = StoppingCriteriaList([leaving])
     with (
@@ -160,6 +167,19 @@ def _plain_attention(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
+_WARPERS: dict[str, tuple[Callable[[Any], LogitsProcessor], float, float]] = {
+    "temperature": (TemperatureLogitsWarper, 1.0, 1.0),
+    "top_k": (TopKLogitsWarper, 50, 0),
+    "top_p": (TopPLogitsWarper, 1.0, 1.0),
+    "min_p": (MinPLogitsWarper, 0.0, 0.0),
+    "typical_p": (TypicalLogitsWarper, 1.0, 1.0),
+    "epsilon_cutoff": (EpsilonLogitsWarper, 0.0, 0.0),
+    "eta_cutoff": (EtaLogitsWarper, 0.0, 0.0),
+}
+"""What decides from which tokens is drawn, in transformers' order: what does it, the value where nobody says one
+(`GenerationConfig._get_default_generation_params`), and the one that changes nothing."""
+
+
 class _Drawn(LogitsProcessor):
     """Turns the likeliest token into one that is drawn, by Gumbel noise on the logits (arXiv 1411.0030).
 
@@ -167,17 +187,20 @@ class _Drawn(LogitsProcessor):
     number of ranks.
     """
 
-    def __init__(self, how: Generate, rows: list[tuple[int, int]]) -> None:
-        self._how, self._rows, self._position = how, rows, 0
+    def __init__(self, how: Generate, own: Any, rows: list[tuple[int, int]]) -> None:
+        """`own`: the model's generation config, for what the job leaves open; where it does too,
+        transformers' values are taken."""
+        self._seed, self._rows, self._position = how.seed, rows, 0
+        self._warpers = LogitsProcessorList()
+        for name, (warper, usual, neutral) in _WARPERS.items():
+            values = (getattr(how, name, None), getattr(own, name, None), usual)
+            if (value := next(one for one in values if one is not None)) != neutral:
+                self._warpers.append(warper(value))
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        how, scores = self._how, scores.float() / self._how.temperature
-        if how.top_k:
-            scores = TopKLogitsWarper(how.top_k)(input_ids, scores)
-        if how.top_p < 1:
-            scores = TopPLogitsWarper(how.top_p)(input_ids, scores)
+        scores = self._warpers(input_ids, scores.float())
         of_rows = [
-            np.random.default_rng((how.seed, *row, self._position)).gumbel(size=scores.shape[-1])
+            np.random.default_rng((self._seed, *row, self._position)).gumbel(size=scores.shape[-1])
             for row in self._rows
         ]
         self._position += 1

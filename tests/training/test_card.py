@@ -63,6 +63,8 @@ def test_an_adapter_has_the_fields_of_peft(run: RunDirectory, tmp_path: Path) ->
     assert card.data.library_name == "peft" and card.data.base_model == "tiny-llama"
     assert set(card.data.tags) == {"lora", "base_model:adapter:tiny-llama"}
     assert "PeftModel.from_pretrained(AutoModelForCausalLM" in card.text
+    assert 'generation_config=GenerationConfig.from_pretrained("DIRECTORY")' in card.text
+    assert (tmp_path / "out" / "generation_config.json").is_file()
 
 
 def test_what_is_not_known_is_said(run: RunDirectory, tmp_path: Path) -> None:

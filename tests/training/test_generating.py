@@ -36,6 +36,7 @@ PLAIN: dict[str, Any] = {
 OPTIONS = {
     "greedy": GenerationOptions(PLAIN),
     "beams": GenerationOptions({**PLAIN, "num_beams": 3, "length_penalty": 2.0}),
+    "own": GenerationOptions({key: value for key, value in PLAIN.items() if key != "num_beams"}),
     "drawn": GenerationOptions(PLAIN, Generate(do_sample=True, temperature=1.5, top_k=90, top_p=0.99)),
 }
 
@@ -73,6 +74,7 @@ def write(plan: Plan, reads_pairs: bool) -> dict[str, Any]:
     config = AutoConfig.from_pretrained(plan.model.name, attn_implementation="sdpa")
     ds_config = deepspeed_config(plan) if plan.engine == "deepspeed" else {}
     engine = build(plan, Plain(reads_pairs), config, ds_config)  # type: ignore[arg-type]
+    engine.model.generation_config.update(num_beams=3, length_penalty=2.0)
     rank, size = torch.distributed.get_rank(), plan.batch.data_parallel_size
     batch = prompts(range(rank * 6 // size, (rank + 1) * 6 // size), on_the_left=not reads_pairs)
     found: dict[str, Any] = {"losses": []}
@@ -133,5 +135,8 @@ def test_three_ranks_write_what_one_writes(
     assert len(lengths) >= 4, f"rows must end at different lengths to show anything, and end at {lengths}"
     for name in alone.keys() - {"losses"}:
         assert [text for rank in shared for text in rank[name]] == alone[name], name
+    assert alone["own 0.5"] == alone["beams 0.5"] != alone["greedy 0.5"], (
+        "what is left out is the model's own"
+    )
     for rank in shared:
         assert len(set(rank["losses"])) == 1, "training goes on as if nothing had been written"

@@ -163,8 +163,11 @@ def test_it_writes_what_its_own_generate_does(kind: str, models: dict[str, Path]
     task = task_of(models[kind])
     task.evaluation = Evaluation(generate=Generate(max_new_tokens=5))
     model = AutoModelForImageTextToText.from_pretrained(models[kind]).eval()
+    model.generation_config.eos_token_id = None
+    task.configure_generation(model.generation_config)
+    assert set(task.end_tokens) <= {*model.generation_config.eos_token_id}
     samples = samples_of(task, rows_of(folder))
-    arguments = task.generation.arguments
+    arguments = {"max_new_tokens": 5, "do_sample": False}
     own = []
     for sample in samples:
         plain = task.plain_batch(task._at(sample, np.arange(task_asked(sample)), len(sample["image_ends"])))

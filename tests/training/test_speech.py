@@ -344,6 +344,7 @@ def test_whisper_is_told_its_language(whisper: Path, folder: Path) -> None:
         "transcribe",
         False,
     )
+    assert generation.eos_token_id == [task.tokenizer.eos_token_id]
     with pytest.raises(
         ConfigurationError, match=r"data\.language = 'klingon': Unsupported language: klingon"
     ):

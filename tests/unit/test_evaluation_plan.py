@@ -172,6 +172,13 @@ def test_beams_are_rows_and_keys_grow_with_each_token(model: Path) -> None:
     of_a_token = 32 * 2 * 8 * 128 * 2
     assert written(4) == 0
     assert written(4, **BEAMS) > 4 * 5 * 1000 * of_a_token
+    own, left_out = model / "generation_config.json", {"evaluation": {"generate": {"max_new_tokens": 100}}}
+    greedy = written(4, **left_out)
+    own.write_text('{"num_beams": 5}')
+    assert written(4, **left_out) == written(4, **BEAMS) > 4 * greedy, "the model's own beams"
+    assert written(4, evaluation={"generate": {"max_new_tokens": 100, "do_sample": True}}) == greedy
+    own.write_text("[]")
+    assert written(4, **left_out) == greedy
     more = {"evaluation": {"generate": {"num_beams": 5, "max_new_tokens": 4100}}}
     most = {"evaluation": {"generate": {"num_beams": 5, "max_new_tokens": 8100}}}
     grown = written(4, **most) - written(4, **more)

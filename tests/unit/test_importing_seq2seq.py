@@ -49,7 +49,7 @@ def test_columns_and_held_out_rows_are_to_be_filled_in(tmp_path: Path) -> None:
     assert found.content["data"]["source"] == "FILL-IN-source"
     assert found.content["data"]["target"] == "FILL-IN-target"
     assert found.content["data"]["evaluation"] == {"path": "FILL-IN-held-out.jsonl"}
-    assert found.content["evaluation"] == {"generate": {"num_beams": 1}}
+    assert found.content["evaluation"] == {"generate": True}
     for line in ("source: FILL-IN-source", "path: FILL-IN-held-out.jsonl", "path: FILL-IN.jsonl"):
         assert f"{line}   # fill in\n" in found.text
     wanted = said(found, "fill in")
@@ -60,6 +60,19 @@ def test_columns_and_held_out_rows_are_to_be_filled_in(tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text(found.text)
     with pytest.raises(ConfigurationError, match=r"FILL-IN\.jsonl.*no such file"):
         load(tmp_path / "job.yaml")
+
+
+def test_what_is_left_out_stays_the_models_own(tmp_path: Path) -> None:
+    """Left out, beams are the model's own here as there; the length is not, and is said."""
+    (tmp_path / "config.json").write_text("{}")
+    own = {"num_beams": 4, "length_penalty": 2.0, "max_length": 142}
+    (tmp_path / "generation_config.json").write_text(json.dumps(own))
+    found = imported(tmp_path, model_name_or_path=str(tmp_path), predict_with_generate=True)
+    assert found.content["evaluation"] == {"generate": {"max_new_tokens": 141}}
+    assert "by the model's generation_config.json, max_length = 142" in said(found, "changes meaning")
+    (tmp_path / "generation_config.json").write_text("[]")
+    found = imported(tmp_path, model_name_or_path=str(tmp_path), predict_with_generate=True)
+    assert found.content["evaluation"] == {"generate": True}
 
 
 def test_without_generation_nothing_is_written(tmp_path: Path) -> None:

@@ -6,14 +6,17 @@ copied as they grow, and beam search holds the logits of a pass three times in f
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from launcher.plain_files import read_json
 from launcher.planner.memory.formulas import Formulas
 from launcher.planner.memory.program import Batch, Program, Segment, Setting, Unit
 from launcher.planner.memory.timeline import GATHERED, WRITING, Timeline
-from launcher.planner.model.model_config import config_of
+from launcher.planner.model.model_config import config_of, locate
 from launcher.planner.plan import Plan
 from launcher.tasks.generation import Generate
 
@@ -80,6 +83,22 @@ def settings_of(plan: Plan) -> Generate | None:
     return set_by_job or (Generate() if plan.task == "speech-recognition" else None)
 
 
+def beams_of(plan: Plan, how: Generate) -> int:
+    """Return by how many beams a plan's model writes: where the job leaves it open, as many as the model's own
+    generation_config.json says, or a config.json of old, where that is here; else 1."""
+    if how.num_beams is not None or how.do_sample:
+        return 1 if how.do_sample else how.num_beams or 1
+    if plan.model.weights == "random" or plan.model.config is not None:
+        return 1
+    directory = Path(locate(plan.model.name, plan.model.revision))
+    for name in ("generation_config.json", "config.json"):
+        with contextlib.suppress(OSError, ValueError):
+            own = read_json(directory / name)
+            beams = own.get("num_beams") if isinstance(own, dict) else None
+            return beams if isinstance(beams, int) and beams > 0 else 1
+    return 1
+
+
 def beside_parameters(plan: Plan, program: Program, setting: Setting) -> int:
     """Return the most bytes beside parameters and state while a micro-batch's texts are written; 0 where none
     are.
@@ -91,14 +110,14 @@ def beside_parameters(plan: Plan, program: Program, setting: Setting) -> int:
     if how is None or config is None or keys is None:
         return 0
     rows, length = len(setting.batch.lengths), max(setting.batch.lengths)
-    heard = _first(config, ("max_source_positions",))
+    beams, heard = beams_of(plan, how), _first(config, ("max_source_positions",))
     if keys.across:
-        texts = Texts(rows, how.num_beams, heard or length, how.max_new_tokens, setting.itemsize)
+        texts = Texts(rows, beams, heard or length, how.max_new_tokens, setting.itemsize)
         return _beside_encoder(keys, texts)
     if plan.task == "speech-recognition":
         return 0  # CTC: nothing is written token by token
-    texts = Texts(rows, how.num_beams, length, how.max_new_tokens, setting.itemsize)
-    batch = Batch((length,) * (rows * how.num_beams), setting.batch.padded)
+    texts = Texts(rows, beams, length, how.max_new_tokens, setting.itemsize)
+    batch = Batch((length,) * (rows * beams), setting.batch.padded)
     blocks = program.blocks(replace(setting, batch=batch, training=False, checkpointing="none"))
     # The formulas know nothing of what a CPU takes for a product in half precision: its result in fp32.
     sums = not setting.cuda and setting.itemsize == 2 and isinstance(program, Formulas)

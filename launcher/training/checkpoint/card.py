@@ -24,6 +24,7 @@ from launcher.runs import prepared
 from launcher.runs.layout import RunDirectory
 from launcher.runs.totals import Totals
 from launcher.runs.wording import duration
+from launcher.tasks.generation import Generate
 from launcher.training.model.model_files import directory_of
 
 _PACKAGES = ("torch", "transformers", "accelerate", "peft", "deepspeed", "datasets", "tokenizers")
@@ -122,8 +123,13 @@ class Card:
         reader, name = task.processor_class, "processor" if task.has_processor else "tokenizer"
         if self._adapter:
             labels = f", num_labels={len(self._config['id2label'])}" if "id2label" in self._config else ""
+            named = [kind]
+            if task.writes and (self._run.path / "model" / "generation_config.json").is_file():
+                # Base and adapter end an answer otherwise: where a chat's turn ends, too.
+                named.append("GenerationConfig")
+                labels += ', generation_config=GenerationConfig.from_pretrained("DIRECTORY")'
             base = f'{kind}.from_pretrained("{self._base}"{labels})'
-            imports = f"from peft import PeftModel\nfrom transformers import {kind}"
+            imports = f"from peft import PeftModel\nfrom transformers import {', '.join(sorted(named))}"
             return f'{imports}\n\nmodel = PeftModel.from_pretrained({base}, "DIRECTORY")'
         parts = [("model", kind), (name, reader)]
         parts += [("tokenizer", "AutoTokenizer")] if task.joins_tokenizer else []
@@ -160,7 +166,21 @@ class Card:
         for name in dict.fromkeys([*self._metrics, *before]):
             cells = (f"{of[name]:.4f}" if name in of else "" for of in (before, self._metrics))
             lines.append(f"| {told(name, known)} | {' | '.join(cells)} |")
+        lines += ["", written] if (written := self._written()) else []
         return "## Metrics\n\n" + "\n".join(lines)
+
+    def _written(self) -> str:
+        """Return by which arguments of `generate` answers were written, where they were."""
+        evaluation = self._plan.evaluation
+        settings = None if evaluation is None else evaluation.generate
+        if settings is None and "wer" in self._metrics and self._config.get("is_encoder_decoder"):
+            settings = Generate()  # speech recognition writes whether it is told how or not
+        if settings is None:
+            return ""
+        named = [f"{name}={value!r}" for name, value in settings.arguments.items()]
+        named += ["tokenizer=tokenizer"] * bool(settings.stop_strings)
+        drawn = f", drawn by launcher with seed {settings.seed}" if settings.do_sample else ""
+        return f"Answers are what `model.generate(**inputs, {', '.join(named)})` writes{drawn}."
 
     def _training(self) -> Iterator[tuple[str, str]]:
         plan, training = self._plan, self._plan.training

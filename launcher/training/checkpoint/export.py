@@ -27,8 +27,6 @@ from launcher.training.checkpoint.reader import CheckpointReader
 from launcher.training.checkpoint.weights import SAFETENSORS_NAMES, Entry, ExportDtype, Mean, Stored, Weights
 from launcher.training.model.model_files import EVALUATION, kept
 
-_OF_A_MODEL = ("config.json", "generation_config.json")
-
 
 @dataclass(frozen=True)
 class Exported:
@@ -115,7 +113,7 @@ def _write_model(
     target.mkdir(exist_ok=True)
     files = _write_shards(target, weights, shards, "adapter_model" if is_adapter else "model")
     for inside in kept(directory):
-        if not is_adapter or inside.name not in _OF_A_MODEL:
+        if not is_adapter or inside.name != "config.json":
             (target / inside).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(directory / inside, target / inside)
     if isinstance(weights, Alone):
