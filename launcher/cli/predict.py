@@ -58,7 +58,8 @@ def predict(
     from launcher.cli.display import Display
     from launcher.errors import ConfigurationError, Problem
     from launcher.launch.evaluation import Request
-    from launcher.launch.prediction import Logits, Prediction
+    from launcher.launch.prediction import Logits, Prediction, refuse_directory, refuse_missing
+    from launcher.runs.partial import refuse_existing
     from launcher.runs.wording import size
     from launcher.tasks.task import AnswerOptions
 
@@ -72,6 +73,13 @@ def predict(
         problems = [Problem(name, None, reason) for name, value in given.items() if value is None]
     if problems:
         raise ConfigurationError(problems)
+    # What the command line alone shows is said before anything is planned.
+    if logits is not None:
+        refuse_directory(logits)
+    else:
+        assert rows is not None and output is not None
+        refuse_existing(output)
+        refuse_missing(rows)
     request = Request.of(model, job, checkpoint, nproc, overrides)
     display = Display(quiet=True)
     if logits is not None:

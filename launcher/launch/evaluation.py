@@ -81,12 +81,12 @@ class Request:
             data = data.model_copy(update={"evaluation": type(data.train)(path=str(other.absolute()))})
         return Request(self.plan.model_copy(update={"data": data}), self.run, self.model, self.step, other)
 
-    def planned(self, watcher: Watcher, *directories: str | None, predicts: bool = False) -> Plan:
+    def planned(self, *directories: str | None, predicts: bool = False) -> Plan:
         """Return the plan by which models are measured or asked, and tell what they need; None stands for the
         job's own. Raises OutOfMemoryError."""
         plan, line = plan_evaluation(self.plan, directories, Profiles(starts=True), predicts)
         if line:
-            watcher.say(line)
+            Watcher().say(line)  # also where the ranks' display is a quiet one
         return plan
 
     @property
@@ -116,7 +116,7 @@ def evaluate_locally(request: Request, watcher: Watcher, resamples: int = 0) -> 
         reason = "the job names no held-out rows; write --on FILE, or --set data.evaluation.path=FILE"
         raise ConfigurationError(Problem("data.evaluation", None, reason))
     # The model that the job begins with is measured too.
-    plan = request.planned(watcher, None, *([request.model] if request.model else []))
+    plan = request.planned(None, *([request.model] if request.model else []))
     wanted = request.asked | {"resamples": resamples, "seed": plan.training.seed}
     result = ask(plan, "launcher.training.evaluate_entry", wanted, "evaluation.json", watcher)
     result |= {"on": request.on and str(request.on), "engine": plan.engine, "precision": plan.precision}

@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
+import glob
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from launcher import tasks
 from launcher.errors import ConfigurationError, Problem
+from launcher.job.paths import nearest_file
 from launcher.launch.evaluation import Request
 from launcher.launch.scratch import ask
 from launcher.launch.screen import Watcher
 from launcher.runs.partial import refuse_existing
 from launcher.tasks.task import AnswerOptions
+
+_LOGITS = "--logits"
+
+
+def refuse_directory(output: Path) -> None:
+    """Raise ConfigurationError where a new directory of logits is there already, or has no folder to lie in."""
+    if output.exists():
+        reason = "is there already; name another directory, or remove it"
+        raise ConfigurationError(Problem(_LOGITS, str(output), reason))
+    if not output.absolute().parent.is_dir():
+        reason = f"the folder {output.absolute().parent} is not there"
+        raise ConfigurationError(Problem(_LOGITS, str(output), reason))
+
+
+def refuse_missing(rows: Path) -> None:
+    """Raise ConfigurationError where there is no file of rows, with the nearest."""
+    if not rows.exists() and not glob.has_magic(str(rows)):
+        raise ConfigurationError(Problem("--input", str(rows), f"no such file{nearest_file(rows)}"))
 
 
 @dataclass(frozen=True)
@@ -23,20 +43,15 @@ class Logits:
     output: Path
 
     def run(self, watcher: Watcher) -> dict[str, Any]:
-        """Write the logits; the summary. Raises Stopped where a stop was asked for, else the failure's own
-        class."""
-        plan, key = self.request.plan, "--logits"
-        if self.output.exists():
-            reason = "is there already; name another directory, or remove it"
-            raise ConfigurationError(Problem(key, str(self.output), reason))
-        if not self.output.absolute().parent.is_dir():
-            reason = f"the folder {self.output.absolute().parent} is not there"
-            raise ConfigurationError(Problem(key, str(self.output), reason))
-        if plan.task not in (able := [name for name in tasks.names() if _writes_logits(name)]):
-            reason = f"nothing learns from logits of a {plan.task} task; of {', '.join(able)} a model does"
-            raise ConfigurationError(Problem(key, str(self.output), reason))
-        data = plan.data.model_copy(update={"evaluation": plan.data.train, "packing": False})
-        plan = plan.model_copy(update={"data": data})
+        """Write the logits; the summary. Raises Stopped where a stop was asked for, OutOfMemoryError where no
+        row fits, else the failure's own class."""
+        refuse_directory(self.output)
+        task, data = self.request.plan.task, self.request.plan.data
+        if task not in (able := [name for name in tasks.names() if _writes_logits(name)]):
+            reason = f"nothing learns from logits of a {task} task; of {', '.join(able)} a model does"
+            raise ConfigurationError(Problem(_LOGITS, str(self.output), reason))
+        data = data.model_copy(update={"evaluation": data.train, "packing": False})
+        plan = self.request.planned(self.request.model, predicts=True).model_copy(update={"data": data})
         wanted = self.request.asked | {"output": str(self.output.absolute())}
         summary = ask(plan, "launcher.training.logits_entry", wanted, "logits.json", watcher)
         return {"output": str(self.output), **summary, "engine": plan.engine, "ranks": plan.mesh.world_size}
@@ -63,7 +78,7 @@ class Prediction:
         data = self.request.plan.data
         source = type(data.train)(path=str(self.rows.absolute()))
         data = data.model_copy(update={"evaluation": source, "packing": False})
-        plan = self.request.planned(watcher, self.request.model, predicts=True)
+        plan = self.request.planned(self.request.model, predicts=True)
         plan = plan.model_copy(update={"data": data})
         wanted = self.request.asked | {"output": str(self.output.absolute()), "options": asdict(self.options)}
         summary = ask(plan, "launcher.training.predict_entry", wanted, "prediction.json", watcher)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from launcher.cli.app import app
 from launcher.cli.model import table
 from launcher.cli.predict import described
 from launcher.errors import ConfigurationError
@@ -110,3 +113,24 @@ def test_what_could_not_be_answered_is_counted_by_reason() -> None:
     assert said[0] == "1,200 rows in out.jsonl, 1,234.5 rows a second (1,000 were there already)"
     assert said[1] == "7 of them could not be used and say why: 5 missing key, 2 empty"
     assert len(described(summary | {"problems": {}}).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (["--input", "train.jsonl", "--output", "a.xlsx"], r"--output = 'a\.xlsx'"),
+        (
+            ["--input", "trian.jsonl", "--output", "a.csv"],
+            r"--input = 'trian\.jsonl': no such file.*train\.jsonl",
+        ),
+        (["--logits", "model"], r"--logits = 'model': is there already"),
+    ],
+)
+def test_what_the_command_line_shows_is_refused_before_anything_is_planned(
+    options: list[str], match: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(Request, "of", lambda *_: pytest.fail("it was planned"))
+    result = CliRunner().invoke(app, ["predict", "model", "--job", "own.yaml", *options])
+    assert isinstance(result.exception, ConfigurationError)
+    assert re.search(match, str(result.exception))
