@@ -28,6 +28,7 @@ from launcher.training.model import pretrained
 from launcher.training.model import teacher as teaching
 from launcher.training.model.teacher import check_teacher
 from tests.training.batches import batch_of_samples
+from tests.training.plain_loop import plain_losses
 from tests.training.plans import deepspeed
 from tests.training.runs import (
     assert_equal,
@@ -105,9 +106,8 @@ def plain(
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         _, steps = batches(new_run(tmp_path_factory.mktemp("plain") / "run", own_plan), own_plan)
     model, frozen = (AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (student, teacher))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
-    losses = []
-    for step in range(NUM_STEPS):
+
+    def loss_of(step: int) -> torch.Tensor:
         total, batch = torch.zeros(()), steps.step(step)
         for sample in (sample for items in batch.micro_batches for item in items for sample in item):
             ids = torch.tensor(sample["input_ids"], dtype=torch.int64)[None]
@@ -116,13 +116,9 @@ def plain(
             logits = model(ids).logits[0, :-1]
             total = total + 0.3 * functional.cross_entropy(logits, ids[0, 1:], reduction="sum")
             total = total + 0.7 * 4 * divergence(logits, wanted, 2.0)
-        total = total / batch.num_supervised
-        total.backward()
-        losses.append(float(total.detach()))
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    return losses
+        return total / batch.num_supervised
+
+    return plain_losses(model.parameters(), NUM_STEPS, loss_of)
 
 
 WAYS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -352,9 +348,8 @@ def test_a_classifier_has_the_curve_of_a_plain_loop(
     start = {name.removeprefix("model."): value for name, value in state_at_start(run, own, tmp_path).items()}
     model.load_state_dict(start, strict=False)
     frozen = AutoModelForSequenceClassification.from_pretrained(teacher).eval()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
-    losses = []
-    for step in range(NUM_STEPS):
+
+    def loss_of(step: int) -> torch.Tensor:
         [items] = steps.step(step).micro_batches
         batch = material.task.collate(items)
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
@@ -363,12 +358,9 @@ def test_a_classifier_has_the_curve_of_a_plain_loop(
         result = model(**inputs, labels=batch["labels"])
         temperature = settings.get("temperature", 1.0)
         drawn = label_divergence(problem, result.logits, wanted, temperature).mean()
-        total = 0.25 * result.loss + 0.75 * temperature**2 * drawn
-        total.backward()
-        losses.append(float(total.detach()))
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        return 0.25 * result.loss + 0.75 * temperature**2 * drawn
+
+    losses = plain_losses(model.parameters(), NUM_STEPS, loss_of, 2e-3)
     torch.testing.assert_close([record["loss"] for record in curve(run).values()], losses, rtol=5e-5, atol=0)
 
 

@@ -14,6 +14,7 @@ from launcher.planner.plan import Plan
 from launcher.tasks.distillation import label_divergence
 from launcher.training.inputs import TrainingInputs
 from tests.training.pictures import SIZE, folder_of, model_of, plan_of
+from tests.training.plain_loop import plain_losses
 from tests.training.plans import deepspeed
 from tests.training.runs import curve, new_run, state
 from tests.training.test_distillation import batches
@@ -60,21 +61,17 @@ def test_it_has_the_curve_of_a_plain_loop(
         {name.removeprefix("model."): value for name, value in start.items() if name.startswith("model.")}
     )
     frozen = AutoModelForImageClassification.from_pretrained(teacher).eval()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
-    losses = []
-    for step in range(4):
+
+    def loss_of(step: int) -> torch.Tensor:
         [items] = steps.step(step).micro_batches
         batch = material.task.collate(items)
         with torch.no_grad():
             wanted = frozen(batch["pixel_values"]).logits
         result = model(batch["pixel_values"], labels=batch["labels"])
         drawn = label_divergence("single-label", result.logits, wanted, 2.0).mean()
-        total = 0.25 * result.loss + 0.75 * 4 * drawn
-        total.backward()
-        losses.append(float(total.detach()))
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        return 0.25 * result.loss + 0.75 * 4 * drawn
+
+    losses = plain_losses(model.parameters(), 4, loss_of)
     torch.testing.assert_close([record["loss"] for record in curve(run).values()], losses, rtol=5e-5, atol=0)
 
 

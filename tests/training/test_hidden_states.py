@@ -17,6 +17,7 @@ from launcher.planner.plan import Plan
 from launcher.tasks.distillation import PROJECTION, HiddenStates, hidden_of, label_divergence
 from launcher.training.checkpoint.export import export
 from tests.training import test_distillation as distilling
+from tests.training.plain_loop import plain_losses
 from tests.training.plans import deepspeed
 from tests.training.runs import assert_equal, batch_of, curve, finish, new_run, replan, state
 from tests.training.test_distillation import (
@@ -67,9 +68,8 @@ def plain(
     assert matrix.shape == (64, 48) and float(matrix.detach().std()) > 0
     model, frozen = (AutoModelForCausalLM.from_pretrained(one).eval() for one in (student, teacher))
     parameters = [*model.parameters(), matrix]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
-    losses = []
-    for step in range(NUM_STEPS):
+
+    def loss_of(step: int) -> torch.Tensor:
         total, batch = torch.zeros(()), steps.step(step)
         for sample in (sample for items in batch.micro_batches for item in items for sample in item):
             ids = torch.tensor(sample["input_ids"], dtype=torch.int64)[None]
@@ -80,13 +80,9 @@ def plain(
             total = total + 0.3 * functional.cross_entropy(logits, ids[0, 1:], reduction="sum")
             total = total + 0.7 * 4 * divergence(logits, wanted.logits[0, :-1], 2.0)
             total = total + 3.0 * difference(own, wanted, {1: 2, 2: 4}, matrix)[0, :-1].sum()
-        total = total / batch.num_supervised
-        total.backward()
-        losses.append(float(total.detach()))
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    return losses
+        return total / batch.num_supervised
+
+    return plain_losses(parameters, NUM_STEPS, loss_of)
 
 
 WAYS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -164,9 +160,8 @@ def test_a_classifier_of_the_same_width_has_the_curve_of_a_plain_loop(
     assert not [name for name in start if PROJECTION in name]
     model.load_state_dict(start, strict=False)
     frozen = AutoModelForSequenceClassification.from_pretrained(teacher).eval()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
-    losses = []
-    for step in range(NUM_STEPS):
+
+    def loss_of(step: int) -> torch.Tensor:
         [items] = steps.step(step).micro_batches
         batch = material.task.collate(items)
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
@@ -176,12 +171,9 @@ def test_a_classifier_of_the_same_width_has_the_curve_of_a_plain_loop(
         drawn = label_divergence("single-label", result.logits, wanted.logits, 1.0).mean()
         apart = difference(result, wanted, {0: 0, 2: 3}, None) * inputs["attention_mask"]
         hidden = (apart.sum(-1) / inputs["attention_mask"].sum(-1)).mean()
-        total = 0.25 * result.loss + 0.75 * drawn + hidden
-        total.backward()
-        losses.append(float(total.detach()))
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        return 0.25 * result.loss + 0.75 * drawn + hidden
+
+    losses = plain_losses(model.parameters(), NUM_STEPS, loss_of, 2e-3)
     torch.testing.assert_close([record["loss"] for record in curve(run).values()], losses, rtol=5e-5, atol=0)
 
 

@@ -16,6 +16,7 @@ from transformers.integrations.neftune import neftune_post_forward_hook
 from launcher.tasks.sample import Sample
 from launcher.training.noise import EmbeddingNoise
 from tests.training.batches import batch_of_samples
+from tests.training.plain_loop import plain_losses
 from tests.training.plans import deepspeed
 from tests.training.runs import (
     assert_equal,
@@ -100,7 +101,7 @@ def test_a_run_has_the_numbers_of_a_plain_loop_on_any_ranks_and_after_a_stop(
     moved = new_run(tmp_path / "moved", make(world_size=1, batch=batch_of(1, 1, 4)))
     finish(moved, 1)
     compare(moved, whole, 1e-5)
-    losses = plain_losses(whole, own, model)
+    losses = losses_with_noise(whole, own, model)
     torch.testing.assert_close([one["loss"] for one in curve(whole).values()], losses, rtol=2e-5, atol=0)
     quiet = new_run(tmp_path / "quiet", make(world_size=1, batch=batch_of(1, 4), training={}))
     finish(quiet, 1, stop_at=1)
@@ -108,14 +109,13 @@ def test_a_run_has_the_numbers_of_a_plain_loop_on_any_ranks_and_after_a_stop(
     assert curve(quiet)[1]["loss"] != pytest.approx(curve(whole)[1]["loss"], rel=1e-3)
 
 
-def plain_losses(run: Any, own: Any, directory: Path) -> list[float]:
+def losses_with_noise(run: Any, own: Any, directory: Path) -> list[float]:
     """A loop in plain PyTorch over single samples, which gives the model their embeddings with noise."""
     _, steps = batches(run, own)
     model = AutoModelForCausalLM.from_pretrained(directory).train()
     noise = EmbeddingNoise(model_of("llama"), ALPHA, own.training.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
-    losses = []
-    for step in range(NUM_STEPS):
+
+    def loss_of(step: int) -> torch.Tensor:
         total, batch = torch.zeros(()), steps.step(step)
         for sample in (sample for items in batch.micro_batches for item in items for sample in item):
             ids = torch.tensor(sample["input_ids"], dtype=torch.int64)[None]
@@ -125,13 +125,9 @@ def plain_losses(run: Any, own: Any, directory: Path) -> list[float]:
             noise._fill(added[0], sample)
             logits = model(inputs_embeds=embeddings + added).logits[0, :-1]
             total = total + functional.cross_entropy(logits, ids[0, 1:], reduction="sum")
-        total = total / batch.num_supervised
-        total.backward()
-        losses.append(float(total.detach()))
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    return losses
+        return total / batch.num_supervised
+
+    return plain_losses(model.parameters(), NUM_STEPS, loss_of)
 
 
 @pytest.mark.distributed
