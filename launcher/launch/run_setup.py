@@ -35,7 +35,7 @@ from launcher.render.write import write
 from launcher.runs.events import event
 from launcher.runs.layout import LEFTOVER, RunDirectory, runs_folder, write_atomically
 from launcher.runs.sharing import set_umask, share
-from launcher.runs.status import has_learned
+from launcher.runs.status import has_learned, newest_checkpoint
 
 
 def open_run(
@@ -238,6 +238,7 @@ def _go_on(run: RunDirectory, job: Job, nproc: int | None, local: bool) -> Plan:
         _refuse_quiet_fallback(job, stored, plan)
         # What has learned nothing yet is begun anew in place, whatever was wrong with it.
         changed = check(stored, plan) if stored.script or has_learned(run) else changes(stored, plan)
+        _refuse_fewer_steps(run, plan)
         if plan.share_with_group and not stored.share_with_group:
             set_umask(True)
             share(run.path)
@@ -252,6 +253,15 @@ def _go_on(run: RunDirectory, job: Job, nproc: int | None, local: bool) -> Plan:
         if run.finished and any(change.key.startswith("length") for change in changed):
             run.finished_file.unlink()  # it goes on from its last step
     return plan
+
+
+def _refuse_fewer_steps(run: RunDirectory, plan: Plan) -> None:
+    """Raise ConfigurationError where a run would be at its end before where it is."""
+    newest = newest_checkpoint(run)
+    done = int(newest.name.removeprefix("step-")) if newest else 0
+    if plan.length.unit == "steps" and plan.length.value < done:
+        reason = f"the run is at step {done} already; name more, or begin another run with --again"
+        raise ConfigurationError(Problem("training.max_steps", plan.length.value, reason))
 
 
 def _write(run: RunDirectory, job: Job, plan: Plan) -> None:

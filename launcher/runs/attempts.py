@@ -87,7 +87,7 @@ def _take(attempt: Attempt, record: dict[str, Any]) -> None:
         attempt.num_saves += 1
     elif name == "evaluated":
         attempt.num_evaluations += 1
-    elif name == "stopping" and not attempt.cause:
+    elif name == "stopping" and (not attempt.cause or "grace_seconds" in record):
         attempt.cause = str(record.get("signal", ""))
     elif name in ("stopped", "finished"):
         attempt.outcome = name

@@ -84,9 +84,8 @@ class Totals(Fold):
                 key: value for key, value in record.items() if key not in _LEFT_OUT
             }
             return
-        if (
-            name != "stopping" or name not in last
-        ):  # the launcher says which signal came, and then the ranks which one it sent them
+        # The launcher, which alone knows the grace, says which signal came; ranks say which one it sent them.
+        if name != "stopping" or name not in last or "grace_seconds" in record:
             last[name] = record
         if name == "saved" and "seconds" in record:
             state["saves"] = [*state["saves"], record["seconds"]][-_NUM_SAVES:]

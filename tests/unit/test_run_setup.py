@@ -18,6 +18,7 @@ from launcher.errors import ConfigurationError, OutOfMemoryError, RunInUseError
 from launcher.launch import plan_file, redecide, run_setup
 from launcher.launch.plan_file import write_plan
 from launcher.launch.run_setup import expectation, fit_to_nodes, open_run, reopen
+from launcher.launch.slurm import submit_run
 from launcher.planner import fastest
 from launcher.planner.hardware import detect
 from launcher.planner.memory.decoders import Llama
@@ -255,6 +256,22 @@ def test_more_steps_have_a_finished_run_go_on(job: Path) -> None:
     assert run.finished
     reopen(run, ["training.max_steps=8"], None)
     assert not run.finished
+
+
+def test_a_run_is_not_told_to_end_before_where_it_is(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is a finished one queued, with nothing to do."""
+    run, plan = open_run(job, [], None, None)
+    run.checkpoint(6).mkdir(parents=True)
+    (run.checkpoint(6) / "manifest.json").touch()
+    run.finished_file.touch()
+    with pytest.raises(ConfigurationError, match=r"max_steps = 4.*at step 6 already.*--again"):
+        open_run(job, ["training.max_steps=4"], None, None)
+    assert run.finished and Plan.read(run.plan_file) == plan
+    monkeypatch.setattr(submit_run, "find_sbatch", lambda: None)
+    with pytest.raises(ConfigurationError, match=r"is finished at step.*--again"):
+        submit_run.hand_over(job, ["cluster.gpus_per_node=0"], None, None)
+    with pytest.raises(ConfigurationError, match=r"is finished at step"):
+        submit_run.resubmit(run, [])
 
 
 def test_a_directory_with_other_things_is_no_run(job: Path, tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ import pytest
 
 from launcher.cli.status import describe
 from launcher.launch.slurm.view import runs_below, views
+from launcher.runs.attempts import attempts
 from launcher.runs.beginning import doing
-from launcher.runs.events import append, event
+from launcher.runs.events import append, event, read
 from launcher.runs.glance import glance
 from launcher.runs.layout import RunDirectory
 from launcher.runs.processes import alive, kill_group, oom_kills, parent_of, signal_name, started_at
@@ -116,6 +117,17 @@ def test_states_follow_the_events_of_the_last_attempt(run: RunDirectory) -> None
     assert (state(), read_status(run).signal) == ("stopped", "SIGTERM")
     run.finished_file.touch()
     assert (state(), read_status(run).command) == ("finished", None)
+
+
+def test_the_launcher_knows_which_signal_came_though_its_disk_is_slower(run: RunDirectory) -> None:
+    """It sends its ranks another, and they may write that down first."""
+    event(run.events_file, "started", attempt=1)
+    event(run.events_file, "stopping", signal="SIGUSR1")
+    event(run.events_file, "stopping", signal="SIGINT", grace_seconds=30.0)
+    event(run.events_file, "stopping", signal="SIGUSR1")
+    event(run.events_file, "stopped", step=3)
+    assert read_status(run).signal == "SIGINT"
+    assert [attempt.cause for attempt in attempts(read(run.events_file))] == ["SIGINT"]
 
 
 def test_how_long_a_run_took_and_has_yet_to_go(run: RunDirectory) -> None:

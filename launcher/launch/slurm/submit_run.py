@@ -17,6 +17,7 @@ from launcher.planner.memory.profiles import CACHED, Profiles
 from launcher.planner.plan import Plan
 from launcher.runs.events import event
 from launcher.runs.layout import RunDirectory, runs_folder
+from launcher.runs.status import last_step
 
 
 def preview(
@@ -72,6 +73,12 @@ def resubmit(run: RunDirectory, overrides: list[str]) -> tuple[Plan, str]:
 
 
 def _submit(run: RunDirectory, plan: Plan, after: Sequence[str]) -> str:
+    if run.finished:
+        reason = (
+            f"is finished at step {last_step(run)}, and a job would have nothing to do; go on with "
+            "--set training.max_steps=N, or begin another run with --again"
+        )
+        raise ConfigurationError(Problem("RUN", str(run.path), reason))
     code = snapshot.of_launcher(run)
     snapshot.keep_script(run, plan)
     more = [("dependency", _dependency(plan, after))] if after else []
