@@ -87,7 +87,12 @@ def _give_names(new: dict[str, Path], parts: dict[str, Path]) -> None:
             [Problem(f"data.{role}.path", str(part), reason) for role, part in there.items()]
         )
     for role in parts.keys() - there.keys():
-        os.link(new[role], parts[role])  # unlike a renaming, never over what is there
+        try:
+            os.link(new[role], parts[role])  # unlike a renaming, never over what is there
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without links
+            new[role].rename(parts[role])
 
 
 def _rows(path: Path) -> Iterator[tuple[str, bytes]]:

@@ -165,9 +165,8 @@ def _flat_rows(lines: Path) -> Iterator[dict[str, Any]]:
                 parts = (
                     {f"{name}.{key}": part for key, part in value.items()} if isinstance(value, dict) else {}
                 )
-                row |= (
-                    {name: value} if parts.keys() & (values.keys() | row.keys()) else parts or {name: value}
-                )
+                is_free = parts.keys().isdisjoint(values.keys() | row.keys())
+                row |= parts if parts and is_free else {name: value}
             yield {
                 name: json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value
                 for name, value in row.items()

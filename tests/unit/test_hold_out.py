@@ -123,9 +123,31 @@ def test_a_pattern_and_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for error, match in ((full, "the rows cannot be written: No space left"), (KeyboardInterrupt(), None)):
         # Here both are written, and neither has its name.
         monkeypatch.setattr("launcher.data.hold_out.os.link", Mock(side_effect=error))
+        monkeypatch.setattr(type(path), "rename", Mock(side_effect=error))
         with pytest.raises((StorageError, KeyboardInterrupt), match=match):
             split(path, 0.5)
         assert [one.name for one in tmp_path.iterdir()] == ["rows.txt"]
+
+
+def test_names_are_given_over_nothing_and_without_links_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rows.txt"
+    path.write_text("a\nb\n")
+    train = tmp_path / "rows-train.txt"
+
+    def meanwhile(*_: Path) -> None:
+        train.write_text("mine")
+        raise FileExistsError(errno.EEXIST, "File exists")
+
+    monkeypatch.setattr("launcher.data.hold_out.os.link", meanwhile)
+    with pytest.raises(StorageError, match="the rows cannot be written: File exists"):
+        split(path, 0.5)
+    assert train.read_text() == "mine" and len(list(tmp_path.iterdir())) == 2
+    train.unlink()
+    no_links = Mock(side_effect=PermissionError(errno.EPERM, "Operation not permitted"))
+    monkeypatch.setattr("launcher.data.hold_out.os.link", no_links)
+    assert sorted(part.read_text() for part, _ in split(path, 0.5).values()) == ["a\n", "b\n"]
 
 
 def test_the_command(
