@@ -38,7 +38,7 @@ class Partial:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the output has its name, and a crash came before the files beside it were removed."""
+        """Return whether the output has its name, and a crash came before the files beside it were removed."""
         try:
             return self.output.exists() and bool(read_json(self.state_file)["is_finished"])
         except (OSError, ValueError, KeyError, TypeError):
