@@ -139,12 +139,16 @@ class Questions:
         self._keep()
 
     def _hold_out(self, share: float) -> None:
-        """Write two files of the training file's rows, and take them for it."""
+        """Write two files of the training file's rows, or take those that are there, in its place."""
         given = Path(self._draft.get("data.train.path"))
+        whole = given.with_name(f"{given.stem.removesuffix('-train')}{given.suffix}")
+        half = str(given.with_name(f"{whole.stem}-evaluation{whole.suffix}"))
+        if whole != given and self._draft.get("data.evaluation.path") == half:
+            given = whole  # it was held out before, and these are kept answers
         for role, (path, rows) in split(self._out.parent / given.expanduser(), share).items():
             name = str(given.with_name(path.name))
             self._draft.put(f"data.{role}", {"path": name})
-            self._dialog.say(f"  wrote {name}: {rows:,} rows")
+            self._dialog.say(f"  {name}: {rows:,} rows")
 
     def _ask_task(self) -> None:
         def check(text: str) -> str:

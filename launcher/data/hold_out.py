@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import filecmp
 import hashlib
+import itertools
+import json
+import os
 import random
+import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from launcher.data.columns import overview
 from launcher.data.readers import PlainTabs, table_reader
@@ -25,51 +31,80 @@ def split(path: Path, share: float) -> dict[str, tuple[Path, int]]:
     """Write NAME-train and NAME-evaluation beside a file; return each by its role, with its number of rows.
 
     About `share` of the rows (above 0, below 1), drawn by chance and the same ones each time, go to the
-    evaluation. Rows that are equal stay together: none is measured on that was learned. Raises DataError where
-    the file has not two different rows or cannot be read, ConfigurationError where a file is there already,
-    StorageError where none can be written.
+    evaluation. Rows that are equal stay together, however they are written: none is measured on that was
+    learned. What the same split wrote before is taken. Raises DataError where the file has not two different
+    rows or cannot be read, ConfigurationError where another file is there already, StorageError where none can
+    be written.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file; rows are held out of one file, not of a pattern or a folder")
     if path.suffix.lower() not in SUFFIXES:
         *first, last = SUFFIXES
         raise DataError(f"{path}: rows are held out of {', '.join(first)} and {last} files; write it as one")
+    header, _ = next(_rows(path), ("", b""))
+    if "\0" in header or any("\udc80" <= character <= "\udcff" for character in header):
+        raise DataError(f"{path}: its first row is not UTF-8; write the file as UTF-8")
+    if path.suffix.lower() not in _DIALECTS or not overview(str(path)).has_header:
+        header = ""
+    begin = 1 if header else 0
+    held_out = _drawn(Counter(key for _, key in itertools.islice(_rows(path), begin, None)), share, path)
     parts = {role: path.with_name(f"{path.stem}-{role}{path.suffix}") for role in ("train", "evaluation")}
-    if there := next((part for part in parts.values() if part.exists()), None):
-        reason = "is there already; name it as it is, or remove it"
-        raise ConfigurationError(Problem("data.evaluation.path", str(there), reason))
-    has_header = overview(str(path)).has_header and path.suffix.lower() in _DIALECTS
-    rows = _rows(path)
-    header = next(rows) if has_header else ""
-    held_out = _drawn(Counter(map(_hash, rows)), share, path)
-    written = dict.fromkeys(parts, 0)
-    rows = _rows(path)
-    if has_header:
-        next(rows)
     try:
-        with contextlib.ExitStack() as opened:
-            files = {
-                role: opened.enter_context(
-                    open(part, "x", encoding="utf-8", errors="surrogateescape", newline="")
-                )
-                for role, part in parts.items()
-            }
-            for file in files.values():
-                file.write(header)
-            for row in rows:
-                role = "evaluation" if _hash(row) in held_out else "train"
-                files[role].write(row)
-                written[role] += 1
+        with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as beside:
+            new = {role: Path(beside, part.name) for role, part in parts.items()}
+            written = _deal(itertools.islice(_rows(path), begin, None), held_out, header, new)
+            _give_names(new, parts)
     except OSError as error:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
         raise StorageError(f"{path.parent}: the rows cannot be written: {error.strerror or error}") from None
     return {role: (parts[role], written[role]) for role in parts}
 
 
-def _rows(path: Path) -> Iterator[str]:
-    """Yield the text of each row that is not empty, with one line end; a quoted field may have others in it."""
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="", opener=plain) as file:
+def _deal(
+    rows: Iterable[tuple[str, bytes]], held_out: set[bytes], header: str, new: dict[str, Path]
+) -> dict[str, int]:
+    """Write each row behind the header of its part; return how many each has."""
+    written = dict.fromkeys(new, 0)
+    with contextlib.ExitStack() as opened:
+        files = {
+            role: opened.enter_context(open(one, "w", encoding="utf-8", errors="surrogateescape", newline=""))
+            for role, one in new.items()
+        }
+        for file in files.values():
+            file.write(header)
+        for row, key in rows:
+            role = "evaluation" if key in held_out else "train"
+            files[role].write(row)
+            written[role] += 1
+    return written
+
+
+def _give_names(new: dict[str, Path], parts: dict[str, Path]) -> None:
+    """Name new files as their parts, unless these are there. Raises ConfigurationError where others are."""
+    there = {role: part for role, part in parts.items() if part.exists()}
+    if not all(filecmp.cmp(new[role], part, shallow=False) for role, part in there.items()):
+        reason = "is there already, of other rows or another share; name it as it is, or remove it"
+        raise ConfigurationError(
+            [Problem(f"data.{role}.path", str(part), reason) for role, part in there.items()]
+        )
+    for role in parts.keys() - there.keys():
+        try:
+            os.link(new[role], parts[role])  # unlike a renaming, never over what is there
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without links
+            new[role].rename(parts[role])
+
+
+def _rows(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield each row that is not empty: its text with one line end, and a hash of what it holds.
+
+    Rows end where the readers end them: a quoted field may have line ends in it, and a lone carriage return ends
+    none but those of a table.
+    """
+    suffix = path.suffix.lower()
+    dialect = _DIALECTS.get(suffix)
+    newline = "" if dialect else "\n"
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline=newline, opener=plain) as file:
         taken: list[str] = []
 
         def lines() -> Iterator[str]:
@@ -77,16 +112,16 @@ def _rows(path: Path) -> Iterator[str]:
                 taken.append(line)
                 yield line
 
-        dialect = _DIALECTS.get(path.suffix.lower())
-        for _ in lines() if dialect is None else table_reader(lines(), dialect, strict=False):
+        for fields in table_reader(lines(), dialect, strict=False) if dialect else lines():
             text = "".join(taken).rstrip("\r\n")
             taken.clear()
             if text.strip():
-                yield f"{text}\n"
-
-
-def _hash(row: str) -> bytes:
-    return hashlib.blake2b(row.encode("utf-8", "surrogateescape"), digest_size=12).digest()
+                value: Any = fields if dialect else text
+                if suffix in (".jsonl", ".ndjson"):
+                    with contextlib.suppress(ValueError, RecursionError):
+                        value = json.loads(text)
+                content = json.dumps(value, sort_keys=True).encode()
+                yield f"{text}\n", hashlib.blake2b(content, digest_size=12).digest()
 
 
 def _drawn(counts: Counter[bytes], share: float, path: Path) -> set[bytes]:

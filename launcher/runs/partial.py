@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ from launcher.runs.layout import sync_directory, write_atomically
 from launcher.runs.wording import finite
 
 KEY = "--output"
-_DELIMITERS = {".csv": ",", ".tsv": "\t"}
-SUFFIXES = (".jsonl", *_DELIMITERS)
+# TSV as it is read: without quoting.
+_TABS = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "quotechar": None, "lineterminator": "\n"}
+_FORMATS: dict[str, dict[str, Any]] = {".csv": {}, ".tsv": _TABS}
+SUFFIXES = (".jsonl", *_FORMATS)
 """What an output's name may end in."""
 
 
@@ -33,6 +35,14 @@ class Partial:
         """Rows with a `problem` in them, by that."""
         self._num_bytes = 0
         self._of: dict[str, Any] = {}
+
+    @property
+    def is_whole(self) -> bool:
+        """Return whether the output has its name, and a crash came before the files beside it were removed."""
+        try:
+            return self.output.exists() and bool(read_json(self.state_file)["is_finished"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
 
     def begin(self, of: dict[str, Any]) -> int:
         """Return how many rows are there already of an output that was begun of the same.
@@ -52,8 +62,9 @@ class Partial:
                 self._keep()
             else:
                 self._go_on()
-            with open(self.path, "ab") as file:
-                file.truncate(self._num_bytes)  # a crash may have left more than was counted
+            if not self.is_whole:
+                with open(self.path, "ab") as file:
+                    file.truncate(self._num_bytes)  # a crash may have left more than was counted
         except OSError as error:
             raise self._refused(error) from None
         return self.num_rows
@@ -74,7 +85,7 @@ class Partial:
             reason = f"{self.path.name} was begun of something else: {was}; ask for the same, or remove it"
             raise ConfigurationError(Problem(KEY, str(self.output), reason))
         there = self.path.stat().st_size if self.path.exists() else 0
-        if there < self._num_bytes:
+        if there < self._num_bytes and not self.is_whole:
             reason = f"{self.path.name} has {there:,} bytes, and {self._num_bytes:,} were written; remove it"
             raise ConfigurationError(Problem(KEY, str(self.output), f"{reason} and {self.state_file.name}"))
 
@@ -97,50 +108,65 @@ class Partial:
             raise self._refused(error) from None
 
     def finish(self) -> None:
-        """Give the output its name, as a table where that says so. Raises StorageError."""
+        """Give the output its name, as a table where that says so. Raises StorageError, and ConfigurationError
+        where another file has that name by now."""
         try:
-            if delimiter := _DELIMITERS.get(self.output.suffix.lower()):
-                table = self.output.with_name(f"{self.output.name}.table")
-                _write_table(self.path, table, delimiter)
-                table.replace(self.output)
-                self.path.unlink()
-            else:
-                self.path.replace(self.output)
+            refuse_existing(self.output)
+            if not self.output.exists():
+                new = self.path
+                if self.output.suffix.lower() in _FORMATS:
+                    new = self.output.with_name(f"{self.output.name}.table")
+                    _write_table(self.path, new, self.output.suffix.lower())
+                self._keep(is_finished=True)
+                new.replace(self.output)
+            self.path.unlink(missing_ok=True)
             self.state_file.unlink()
             sync_directory(self.output.parent)
         except OSError as error:
             raise self._refused(error) from None
 
-    def _keep(self) -> None:
+    def _keep(self, is_finished: bool = False) -> None:
         state = {"of": self._of, "rows": self.num_rows, "bytes": self._num_bytes, "problems": self.problems}
-        write_atomically(self.state_file, json.dumps(state) + "\n")
+        write_atomically(self.state_file, json.dumps(state | {"is_finished": is_finished}) + "\n")
 
     def _refused(self, error: OSError) -> StorageError:
         kept = f"; {self.num_rows:,} rows are kept in {self.path}" if self.num_rows else ""
         return StorageError(f"{KEY} {self.output}: {error.strerror or error}{kept}")
 
 
-def _write_table(lines: Path, table: Path, delimiter: str) -> None:
+def _write_table(lines: Path, table: Path, suffix: str) -> None:
     """Write JSON lines as a table of all columns that any of them has, which is read twice for that."""
     columns = list(dict.fromkeys(name for row in _flat_rows(lines) for name in row))
-    with open(table, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, delimiter=delimiter)
-        writer.writeheader()
-        writer.writerows(_flat_rows(lines))
+    written: Callable[[Any], Any] = _unquoted if suffix == ".tsv" else lambda cell: cell
+    # A lone surrogate of a text is written as in JSON.
+    with open(table, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        writer = csv.writer(file, **_FORMATS[suffix])
+        writer.writerow(map(written, columns))
+        writer.writerows([written(row.get(name)) for name in columns] for row in _flat_rows(lines))
         file.flush()
         os.fsync(file.fileno())
 
 
+def _unquoted(cell: Any) -> Any:
+    """Return a cell for a table without quoting: as a JSON text where it could not be told apart otherwise."""
+    if isinstance(cell, str) and (cell.startswith('"') or not {"\t", "\n", "\r"}.isdisjoint(cell)):
+        return json.dumps(cell, ensure_ascii=False)
+    return cell
+
+
 def _flat_rows(lines: Path) -> Iterator[dict[str, Any]]:
-    """Yield rows as cells: of a mapping, as of probabilities by class, a column each; other lists as JSON."""
+    """Yield rows as cells: of a mapping, as of probabilities by class, a column each, unless a column has that
+    name; other lists and mappings as JSON."""
     with open(lines, encoding="utf-8") as file:
         for line in file:
+            values: dict[str, Any] = json.loads(line)
             row: dict[str, Any] = {}
-            for name, value in json.loads(line).items():
+            for name, value in values.items():
                 parts = (
                     {f"{name}.{key}": part for key, part in value.items()} if isinstance(value, dict) else {}
                 )
-                row |= parts or {name: value}
+                is_free = parts.keys().isdisjoint(values.keys() | row.keys())
+                row |= parts if parts and is_free else {name: value}
             yield {
                 name: json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value
                 for name, value in row.items()
@@ -149,12 +175,12 @@ def _flat_rows(lines: Path) -> Iterator[dict[str, Any]]:
 
 def refuse_existing(output: Path) -> None:
     """Raise ConfigurationError where an output is there already, has no folder to lie in, or a name that says
-    a format which is not written."""
+    a format which is not written. One that `Partial` has yet to tidy up after is no hindrance."""
     if output.suffix.lower() not in SUFFIXES:
         *first, last = SUFFIXES
         reason = f"answers are written as {', '.join(first)} or {last}; the nearest is {output.stem}.csv"
         raise ConfigurationError(Problem(KEY, str(output), reason))
-    if output.exists():
+    if output.exists() and not Partial(output).is_whole:
         raise ConfigurationError(
             Problem(KEY, str(output), "is there already; name another file, or remove it")
         )

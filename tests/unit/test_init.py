@@ -433,5 +433,19 @@ def test_a_share_of_the_rows_is_held_out(capsys: pytest.CaptureFixture[str]) -> 
         ("train-train.jsonl", 18),
         ("train-evaluation.jsonl", 2),
     ]
-    assert call("init", "--yes", "--out", "other.yaml", *flags) == 2
-    assert "train-train.jsonl': is there already" in capsys.readouterr().err
+    # Refused for another answer, or given again, it takes the same two files.
+    assert call("init", "--yes", "--out", "other.yaml", *flags, "--epochs", "many") == 2
+    assert call("init", "--yes", "--out", "other.yaml", *flags) == 0
+    assert load("other.yaml").data == data
+    assert call("init", "--yes", "--out", "third.yaml", *flags[:-1], "20%") == 2
+    error = capsys.readouterr().err
+    assert "data.train.path = 'train-train.jsonl': is there already" in error
+    assert "data.evaluation.path = 'train-evaluation.jsonl': is there already" in error
+
+
+def test_a_share_with_answers_that_were_kept_is_of_the_whole_file() -> None:
+    flags = ("--yes", "--model", "org/model", "--evaluation", "10%")
+    assert call("init", *flags, "--train", "train.jsonl") == 0
+    Path("job.yaml").rename("other.unfinished.yaml")
+    assert call("init", *flags, "--out", "other.yaml") == 0
+    assert Path(str(load("other.yaml").data.train.path)).name == "train-train.jsonl"
