@@ -198,7 +198,9 @@ class Questions:
             self._dialog.say("  so that file is left out; another one can be named as data.evaluation")
         for one in findings.remarks:
             self._dialog.say(f"  note: {one}")
-        agreed = not findings.remarks or bool(self._columns)
+        # What is said of the files makes one doubt; the rest is worth knowing.
+        doubts = any(one.key.startswith(("data.train", "data.evaluation")) for one in findings.remarks)
+        agreed = not doubts or bool(self._columns)
         return agreed or self._dialog.agrees("Take these columns all the same?")
 
     def _set_columns(self, columns: Mapping[str, Any]) -> None:

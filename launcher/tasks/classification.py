@@ -20,7 +20,7 @@ from launcher.tasks.classes import Classes, by_class, is_number, new_head, one_o
 from launcher.tasks.distillation import TEACHER
 from launcher.tasks.label_answers import label_answers
 from launcher.tasks.label_columns import HF_PROBLEM, LabelColumns, measured
-from launcher.tasks.label_doubts import f1_doubts, label_doubts
+from launcher.tasks.label_doubts import f1_notes, label_doubts
 from launcher.tasks.label_losses import LabelLoss, balanced, beginning, label_loss
 from launcher.tasks.label_scores import LabelScores, Thresholds, logit_of
 from launcher.tasks.row_labels import label_array, label_of, names_in
@@ -62,8 +62,10 @@ class Classification(Task):
         yield from super().doubts(rows)
         if self.data.problem == "single-label" and not self.for_prediction and len(rows) >= FEW_ROWS:
             yield from label_doubts(rows, self._label_column)
+
+    def notes(self, rows: Sequence[dict[str, Any]]) -> Iterator[Problem]:
         if self.data.problem == "single-label" and not self.for_prediction:
-            yield from f1_doubts(rows, self._label_column, self.data.positive_label)
+            yield from f1_notes(rows, self._label_column, self.data.positive_label)
 
     def adopt(self, config: Any, as_it_stands: bool = False) -> None:
         """Take the classes of a model that has a classification head already. Raises ConfigurationError where

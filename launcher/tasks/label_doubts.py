@@ -7,6 +7,7 @@ from typing import Any
 
 from launcher.data.columns import Kind, describe, number_in
 from launcher.data.labels import class_name
+from launcher.errors import Problem
 from launcher.tasks.classes import Classes, is_number, spelling
 
 _LONG = 60
@@ -20,8 +21,9 @@ _PLAIN = {
 """Classes of which nobody would take the first for the positive one."""
 
 
-def f1_doubts(rows: Sequence[dict[str, Any]], column: str, positive: str | None) -> Iterator[str]:
+def f1_notes(rows: Sequence[dict[str, Any]], column: str, positive: str | None) -> Iterator[Problem]:
     """Yield which of two classes `f1` is of, where their names do not say; or that `positive` is neither."""
+    key = "data.positive_label"
     names = sorted({class_name(row[column]) for row in rows})
     if len(names) != 2:
         return
@@ -29,12 +31,13 @@ def f1_doubts(rows: Sequence[dict[str, Any]], column: str, positive: str | None)
         names.sort(key=int)
     first, second = names
     if positive is None and (spelling(first), spelling(second)) not in _PLAIN:
-        yield (
+        reason = (
             f"f1 is that of {second!r}, the second of two classes (of a model that has them, its own second); "
-            f"for that of {first!r} write data.positive_label: {first}"
+            f"for that of {first!r} write {key}: {first}"
         )
+        yield Problem(key, second, reason)
     elif positive is not None and Classes(names, by_number=True).id_of(positive) is None:
-        yield f"data.positive_label: {positive} is none of their classes, {first!r} and {second!r}"
+        yield Problem(key, positive, f"is none of their classes, {first!r} and {second!r}")
 
 
 def label_doubts(rows: Sequence[dict[str, Any]], column: str) -> Iterator[str]:

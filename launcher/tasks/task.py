@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from launcher.data.columns import Column, Overview, number_in
 from launcher.data.rows import Row, RowProblem
 from launcher.data.section import Data
+from launcher.errors import Problem
 from launcher.metrics import Better
 from launcher.tasks import classes
 from launcher.tasks.companion import Companion
@@ -139,6 +140,10 @@ class Task(ABC):
         if all(len(each) > 1 and each[0] == each[1] for each in texts):
             names = " and ".join(map(repr, self.columns[:2]))
             yield f"each of {len(rows)} rows has the same text twice, in {names}; name another column for one"
+
+    def notes(self, rows: Sequence[dict[str, Any]]) -> Iterator[Problem]:
+        """Yield what of some usable rows is worth knowing, by the key of the job that would change it."""
+        yield from ()
 
     def added_tokens(self, num_texts: int, tokenizer: Any | None) -> int:
         """Return how many tokens a sample has beside its texts. `tokenizer`: of tokenizers, or None."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from launcher import tasks
 from launcher.errors import ConfigurationError, Problem
@@ -154,7 +155,8 @@ class TrainingInputs:
         if generation is not None:
             generation = copy.deepcopy(generation)
             self.task.configure_generation(generation)
-            generation.save_pretrained(directory)
+            # As it stands: transformers saves none that it would warn about, and loads it all the same.
+            generation.to_json_file(directory / GENERATION_CONFIG_NAME, keys_to_pop=["compile_config"])
         self.config.architectures = [model_class_of(model).__name__]
         self.config.save_pretrained(directory)
         model_files.name_own_code(directory, plan)

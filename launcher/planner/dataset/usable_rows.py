@@ -93,8 +93,9 @@ def _of_source(key: str, source: Source, task: Task, told: set[str]) -> Findings
     ]
     header = [doubt for file in files[:1] if (doubt := _header_as_row(file, task))]
     own = [doubt for doubt in task.doubts(usable) if doubt not in told]
-    told.update(own)
-    doubts = tuple(Problem(key, source.path, doubt) for doubt in (*header, *own))
+    notes = [note for note in task.notes(usable) if note.reason not in told]
+    told.update(own, (note.reason for note in notes))
+    doubts = (*(Problem(key, source.path, doubt) for doubt in (*header, *own)), *notes)
     if not unusable:
         return Findings(remarks=doubts)
     problem = Problem(key, source.path, _described(unusable, seen))
