@@ -96,7 +96,8 @@ def _own_length(content: dict[str, Any], reading: Reading) -> None:
     """Say how long answers are by the model's own generation_config.json, where that is here and says it."""
     own: Any = None
     with contextlib.suppress(OSError, ValueError):
-        folder = locate(str(content.get("model_name_or_path")), content.get("model_revision"))
+        revision = content.get("model_revision")
+        folder = locate(str(content.get("model_name_or_path")), None if revision is None else str(revision))
         own = read_json(Path(folder) / "generation_config.json")
     own = own if isinstance(own, dict) else {}
     longest = next((key for key in ("max_new_tokens", "max_length") if isinstance(own.get(key), int)), None)

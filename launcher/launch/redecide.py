@@ -45,7 +45,21 @@ def decide_again(job: Job, nproc: int | None, stored: Plan, local: bool, run: Pa
         for key, value in EARLIER_DEFAULTS.items()
         if key not in given and getattr(stored.training, key) == value
     }
-    return plan.model_copy(update={"training": plan.training.model_copy(update=as_begun)})
+    plan = plan.model_copy(update={"training": plan.training.model_copy(update=as_begun)})
+    return _writing_as_begun(plan, job, stored)
+
+
+def _writing_as_begun(plan: Plan, job: Job, stored: Plan) -> Plan:
+    """Return the plan whose answers are written as before, where the job leaves that open: what is measured
+    later is compared with what was measured."""
+    before = stored.evaluation.generate if stored.evaluation is not None else None
+    own = job.evaluation.generate
+    if own is None or before is None or plan.evaluation is None:
+        return plan
+    left = {key: getattr(before, key) for key in type(own).model_fields if key not in own.model_fields_set}
+    return plan.model_copy(
+        update={"evaluation": plan.evaluation.model_copy(update={"generate": own.model_copy(update=left)})}
+    )
 
 
 def _decided(job: Job, nproc: int | None, stored: Plan, local: bool, run: Path | None) -> Plan:

@@ -39,6 +39,7 @@ ALLOWED = (
     "model.trust_remote_code",
     "data.num_workers",
     "data.unusable",
+    "data.positive_label",
     "training.epochs",
     "training.max_steps",
     "training.evaluate_every",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ def f1_notes(rows: Sequence[dict[str, Any]], column: str, positive: str | None) 
     if positive is None and (spelling(first), spelling(second)) not in _PLAIN:
         reason = (
             f"f1 is that of {second!r}, the second of two classes (of a model that has them, its own second); "
-            f"for that of {first!r} write {key}: {first}"
+            f"for that of {first!r} write {key}: {json.dumps(first, ensure_ascii=False)}"
         )
         yield Problem(key, second, reason)
     elif positive is not None and Classes(names, by_number=True).id_of(positive) is None:

@@ -28,11 +28,13 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
+    TopHLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
     TypicalLogitsWarper,
 )  # fmt: skip
 
+from launcher.errors import ConfigurationError, Problem
 from launcher.tasks.generation import Generate, GenerationOptions
 from launcher.training.heads import READ
 from launcher.training.model.attention import PACKED
@@ -167,8 +169,9 @@ def _plain_attention(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-_WARPERS: dict[str, tuple[Callable[[Any], LogitsProcessor], float, float]] = {
+_WARPERS: dict[str, tuple[Callable[[Any], LogitsProcessor], float | None, float | None]] = {
     "temperature": (TemperatureLogitsWarper, 1.0, 1.0),
+    "top_h": (TopHLogitsWarper, None, None),
     "top_k": (TopKLogitsWarper, 50, 0),
     "top_p": (TopPLogitsWarper, 1.0, 1.0),
     "min_p": (MinPLogitsWarper, 0.0, 0.0),
@@ -194,8 +197,13 @@ class _Drawn(LogitsProcessor):
         self._warpers = LogitsProcessorList()
         for name, (warper, usual, neutral) in _WARPERS.items():
             values = (getattr(how, name, None), getattr(own, name, None), usual)
-            if (value := next(one for one in values if one is not None)) != neutral:
+            if (value := next((one for one in values if one is not None), None)) == neutral:
+                continue
+            try:
                 self._warpers.append(warper(value))
+            except (TypeError, ValueError) as error:
+                reason = f"{name} of the model's generation_config.json: {error}; mend it there"
+                raise ConfigurationError(Problem("evaluation.generate", str(value), reason)) from None
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         scores = self._warpers(input_ids, scores.float())

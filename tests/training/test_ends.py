@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     BertConfig,
     BertTokenizer,
     EncoderDecoderConfig,
@@ -19,11 +22,14 @@ from transformers import (
 
 from launcher import tasks
 from launcher.data.section import Source
+from launcher.errors import ConfigurationError
 from launcher.tasks.generation import Evaluation, Generate
 from launcher.tasks.task import Sample
 from launcher.training import generating
+from launcher.training.inputs import TrainingInputs
 from tests.distributed.data_world import byte_tokenizer
 from tests.training import pairs, tiny
+from tests.training.runs import causal_data, model_directory, new_run, plan_for
 from tests.training.runs import tokenizer as words
 
 LONGEST = 24
@@ -156,3 +162,33 @@ def test_what_is_drawn_from_is_the_models_own_where_the_job_does_not_say() -> No
     assert Generate(do_sample=True, top_p=0.5).arguments == {
         "max_new_tokens": 128, "num_beams": 1, "do_sample": True, "top_p": 0.5,
     }  # fmt: skip
+
+
+def test_a_config_that_transformers_only_warns_about_is_saved_as_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As vicuna's, which has a temperature and draws nothing: transformers saves none that it would warn about."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    directory = model_directory(tmp_path / "model")
+    own = {"bos_token_id": 1, "eos_token_id": 7, "pad_token_id": 5, "temperature": 0.9, "top_p": 0.6}
+    (directory / "generation_config.json").write_text(json.dumps(own))
+    plan = plan_for(directory, causal_data(tmp_path), 1, 1)
+    run = new_run(tmp_path / "run", plan)
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    TrainingInputs.of(run, plan).save_model_files(run, plan, model)
+    saved = GenerationConfig.from_pretrained(run.path / "model")
+    assert (saved.temperature, saved.top_p) == (0.9, 0.6) and set(saved.eos_token_id) == {2, 7}
+
+
+@pytest.mark.parametrize("values", [{"temperature": 0.0}, {"typical_p": 0.0}, {"top_k": -1}])
+def test_a_value_that_nothing_can_be_drawn_by_is_named(values: dict[str, Any]) -> None:
+    how, [name] = Generate(max_new_tokens=4, do_sample=True), values
+    with pytest.raises(ConfigurationError, match=f"{name} of the model's generation_config"):
+        generating._Drawn(how, GenerationConfig(**values), [])
+
+
+def test_the_entropy_of_a_draw_is_bounded_as_in_transformers() -> None:
+    drawn = generating._Drawn(
+        Generate(max_new_tokens=4, do_sample=True), GenerationConfig(top_h=0.3), [(0, 0)]
+    )
+    assert [type(one).__name__ for one in drawn._warpers] == ["TopHLogitsWarper", "TopKLogitsWarper"]

@@ -429,3 +429,20 @@ def test_a_run_is_as_private_as_the_umask_says_or_open_to_the_group(
         }
     finally:
         os.umask(before)
+
+
+def test_answers_are_written_as_they_were_where_the_job_leaves_that_open(job: Path) -> None:
+    """A run of before 2026-11-30 has launcher's own settings in its plan; now what is left out is the model's."""
+    (job.parent / "pairs.jsonl").write_text('{"q": "a", "a": "b"}\n' * 4)
+    rows = ["data.train.path=pairs.jsonl", "data.evaluation.path=pairs.jsonl", "data.text=null"]
+    generate = [*rows, "data.prompt=q", "data.completion=a", "evaluation.generate.max_new_tokens=8"]
+    run, plan = open_run(job, generate, None, None)
+    assert plan.evaluation is not None and plan.evaluation.generate is not None
+    assert plan.evaluation.generate.num_beams is None
+    before = plan.evaluation.generate.model_copy(update={"num_beams": 1, "max_new_tokens": 4})
+    evaluation = plan.evaluation.model_copy(update={"generate": before})
+    write_plan(run, plan.model_copy(update={"evaluation": evaluation}))
+    resumed = reopen(run, ["training.max_steps=9"], None)
+    assert resumed.evaluation is not None and resumed.evaluation.generate is not None
+    now = resumed.evaluation.generate
+    assert (now.num_beams, now.max_new_tokens) == (1, 8), "what the job says wins"

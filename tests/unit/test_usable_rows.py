@@ -208,7 +208,7 @@ def test_texts_and_numbers_as_labels_are_doubted(tmp_path: Path) -> None:
         ((0, 1), 0, None),
         (("LABEL_0", "LABEL_1"), None, None),
         (("a", "b", "c"), None, None),
-        (("a", "b"), "c", "data.positive_label: c is none of their classes, 'a' and 'b'"),
+        (("a", "b"), "c", "is none of their classes, 'a' and 'b'"),
     ],
 )
 def test_of_which_of_two_classes_f1_is_is_said_once(
