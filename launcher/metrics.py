@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -12,6 +13,17 @@ Better = Literal["lower", "higher"]
 def cost(value: float, better: Better) -> float:
     """Return the value as a number of which less is better."""
     return value if better == "lower" else -value
+
+
+def near_commonest(details: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Return the accuracy and the share of the commonest class, by an evaluation's details, where the first is
+    not above the second by more than two standard errors; None where it is, and where classes are not known."""
+    counts = details.get("confusion_matrix")
+    if not counts or not (total := sum(map(sum, counts))):
+        return None
+    accuracy = sum(row[place] for place, row in enumerate(counts)) / total
+    share = max(map(sum, counts)) / total
+    return (accuracy, share) if accuracy <= share + 2 * math.sqrt(share * (1 - share) / total) else None
 
 
 def told(name: str, details: Mapping[str, Any]) -> str:

@@ -33,6 +33,13 @@ def models(incomplete: str) -> list[str]:
     return here + [name for name in cached_models() if name.startswith(incomplete)]
 
 
+def models_to_train(incomplete: str) -> list[str]:
+    """Return what `models` does, and the names of models in Python packages, which `launcher init` knows."""
+    from launcher.training.demo.models import installed
+
+    return [*models(incomplete), *(name for name in installed() if name.startswith(incomplete))]
+
+
 def runs(incomplete: str) -> list[str]:
     """Return the names of the runs below runs/ that a beginning may become, else the folders."""
     from launcher.runs.layout import runs_folder

@@ -16,6 +16,8 @@ from rich.text import Text
 
 from launcher.cli.progress import AttemptView, Beginning, metrics_line, notice
 from launcher.launch.screen import Watcher
+from launcher.metrics import near_commonest
+from launcher.plain_files import read_json
 from launcher.planner.plan import Plan
 from launcher.planner.prices import known_prices
 from launcher.runs import samples
@@ -232,6 +234,21 @@ def peak_rate(plan: Plan) -> float | None:
     return one.half_rate * plan.mesh.world_size if one else None
 
 
+def _no_better(run: RunDirectory, step: int, path: str) -> list[str]:
+    """Return a line where the model is no better than whoever always says the commonest class."""
+    try:
+        details = read_json(run.evaluation(step))["details"]
+    except (OSError, ValueError, KeyError, TypeError):  # there is none, or it is damaged
+        return []
+    if (near := near_commonest(details)) is None or near[1] == 1:
+        return []
+    accuracy, share = near
+    return [
+        f"  note        accuracy {accuracy:.2f} is near the commonest class's {share:.2f}: a larger learning "
+        f"rate may help; `launcher lr-find {path}/job.yaml` suggests one"
+    ]
+
+
 def summary(run: RunDirectory, path: str) -> str:
     """Return what a finished run came to, and what to do with it. `path` is how people would type the run."""
     totals, curve = Totals(run).refresh(), Curve(run).refresh()
@@ -255,6 +272,7 @@ def summary(run: RunDirectory, path: str) -> str:
             f"  before      {metrics_line(before['metrics'])}",
             f"  after       {metrics_line(after['metrics'])}",
         ]
+        lines += _no_better(run, after["step"], path)
     if (newest := samples.newest(run)) is not None:
         lines += [f"  says        {message}" for message in samples.lines(newest[1], _SAID_WIDTH)]
     on = "" if totals.evaluations else " --on FILE"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from launcher.runs.wording import duration, gib
+from launcher.runs.wording import duration, gib, several
 
 if TYPE_CHECKING:
     from launcher.planner.forecast import Forecast
@@ -111,10 +111,10 @@ def speed_lines(forecast: Forecast, no_epoch: str | None = None) -> str:
     if whole := forecast.duration:
         waiting = f"{whole.data * whole.num_steps:.1f} s for data"
         if whole.num_saves:
-            saves = f"{_several(whole.num_saves, 'checkpoint')} of {gib(forecast.checkpoint_bytes)}"
+            saves = f"{several(whole.num_saves, 'checkpoint')} of {gib(forecast.checkpoint_bytes)}"
             waiting += f", {whole.saving:.1f} s for {saves}"
         if whole.num_evaluations:
-            waiting += f", {whole.evaluating:.1f} s for {_several(whole.num_evaluations, 'evaluation')}"
+            waiting += f", {whole.evaluating:.1f} s for {several(whole.num_evaluations, 'evaluation')}"
         hours = (
             f"{whole.total / 3600 * forecast.plan.mesh.world_size:,.1f} {'rank' if on_cpu else 'GPU'}-hours"
         )
@@ -127,10 +127,6 @@ def speed_lines(forecast: Forecast, no_epoch: str | None = None) -> str:
 
 def _seconds(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
-
-
-def _several(number: int, name: str) -> str:
-    return f"{number:,} {name}{'s' * (number > 1)}"
 
 
 def nearest(suggestions: Sequence[Suggestion]) -> str:

@@ -45,7 +45,9 @@ Columns = Annotated[
 ModelName = Annotated[
     str | None,
     typer.Option(
-        "--model", help="A model's directory, or its name on the hub.", autocompletion=completion.models
+        "--model",
+        help="A model's directory, or its name on the hub.",
+        autocompletion=completion.models_to_train,
     ),
 ]
 Length = Annotated[str | None, typer.Option("--max-length", help="Tokens of the longest sample.")]

@@ -7,6 +7,7 @@ import inspect
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from launcher.data.columns import Overview
@@ -96,6 +97,18 @@ def parse_value(text: str) -> Any:
 def or_none(text: str) -> str | None:
     """Return an answer as it is; None for one that leaves the thing out."""
     return None if text.lower() in NONE else text
+
+
+def model_in(folder: Path, say: Callable[[str], None], name: str) -> str:
+    """Return a model as a job file in `folder` names it: one that comes in a Python package by its directory.
+    Raises ConfigurationError, with what to install, where that package is not here."""
+    from launcher.training.demo.models import PACKAGES, model_directory
+
+    if name not in PACKAGES or (folder / name).is_dir():
+        return name
+    directory = str(model_directory(name))
+    say(f"  {name} is in {directory}")
+    return directory
 
 
 def gpu(text: str) -> str | None:

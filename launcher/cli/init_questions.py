@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from launcher.cli.init_answers import (
     gpu,
     help_of,
     in_a_line,
+    model_in,
     one_of,
     or_none,
     parse_value,
@@ -241,13 +243,21 @@ class Questions:
 
     def _ask_model(self) -> None:
         if self._dialog.asks and "model" not in self._flags and (example := self._draft.example_model()):
-            self._dialog.say(f"  a small one on the hub: {example}; the tab key names those on this machine")
-        question = "Model: a directory, or a name on the hub"
-        self._ask("model", "model.name", question, None, str, completion.models)
-        name = self._draft.get("model.name")
-        path = self._out.parent / Path(name).expanduser()
-        if not path.is_dir() and read_config(locate(name)) is None:
+            here = completion.models_to_train("")
+            tab = "; the tab key names those on this machine" if here else ""
+            self._dialog.say(f"  a small one on the hub: {example}{tab}")
+        model_here = partial(model_in, self._out.parent, self._dialog.say)
+        question, name = "Model: a directory, or a name on the hub", None
+        while True:
+            self._ask("model", "model.name", question, None, model_here, completion.models_to_train)
+            before, name = name, self._draft.get("model.name")
+            path = self._out.parent / Path(name).expanduser()
+            if name == before or path.is_dir() or read_config(locate(name)) is not None:
+                break
             self._dialog.say(f"  {name} is not on this machine; a run fetches it from the hub")
+            if "model" in self._flags or not self._dialog.asks:
+                break
+            question = "Keep it, or name another model"
 
     def _ask_length(self) -> None:
         length, rests_on = self._draft.length()
@@ -284,12 +294,6 @@ class Questions:
         self._ask("nodes", "cluster.nodes", "Nodes", 1, parse_value)
         self._ask("gpus_per_node", "cluster.gpus_per_node", "GPUs of each node", 8, parse_value)
         if self._draft.get("cluster.gpus_per_node"):
-            self._ask(
-                "gpu",
-                "cluster.gpu",
-                "Kind of GPU, or none where it is not known",
-                "",
-                gpu,
-                completion.gpu_names,
-            )
+            question = "Kind of GPU, or none where it is not known"
+            self._ask("gpu", "cluster.gpu", question, "", gpu, completion.gpu_names)
         self._ask("time_limit", "cluster.time_limit", "Time limit of a job, as 8h, or none", "", or_none)

@@ -161,10 +161,11 @@ def _print(preview: Preview) -> None:
     from launcher.cli.forecast import bars, beside_trace, nearest, speed_lines
     from launcher.cli.output import columns_of, folded
     from launcher.cli.plan_tables import table
+    from launcher.planner.dataset.dataset_size import training_items
 
     forecast = preview.shown
     width = columns_of(sys.stdout)
-    typer.echo(folded(table(preview.plan), width))
+    typer.echo(folded(table(preview.plan, training_items(preview.plan)), width))
     if forecast is None:
         text = (
             "What is open is decided as it needs the least; `launcher run` checks the training state alone."

@@ -15,7 +15,9 @@ from launcher.cli.output import line_plot, print_table
 if TYPE_CHECKING:
     from launcher.job.schema import Job
     from launcher.planner.comparison import PlanRow
+    from launcher.planner.dataset.dataset_size import Items
     from launcher.planner.plan import Decision, Plan, Refused
+    from launcher.values import Interval
 
 SEARCHED = ("parallel.", "memory.", "cluster.nodes")
 """How keys begin whose values were chosen beside others."""
@@ -36,17 +38,45 @@ def model_shown(name: str) -> str:
     return shown(Path(name)) if Path(name).is_absolute() else name
 
 
-def summary(plan: Plan) -> str:
-    """Return what a plan comes to, one fact a line."""
+def _length(plan: Plan, items: Items | None) -> str:
+    """Return how long a plan trains, in steps where its rows are known, and how often it saves and measures."""
+    from launcher.planner.speed.duration import steps_of
+    from launcher.runs.wording import duration, several
+
+    def often(every: Interval) -> str:
+        if every.unit == "seconds":
+            return duration(every.value).removesuffix(" 0 s")
+        return every.unit.removesuffix("s") if every.value == 1 else str(every)
+
+    text = _plain_length(plan)
+    if items is not None and plan.length.unit == "epochs" and (steps := steps_of(plan, items)) is not None:
+        about = "" if len(items.lengths) == items.num_items and not items.packed else "about "
+        size, kind = plan.batch.global_batch_size, "packs" if items.packed else "rows"
+        text += f" = {about}{several(steps, 'step')} of {size} {kind}"
+    if plan.script or plan.training.is_range_test:
+        return text
+    text += f"; saved every {often(plan.checkpoint.every)}"
+    if plan.data.evaluation is not None:
+        every = plan.evaluate_every
+        text += f", measured every {often(every)}" if every else ", measured before and after"
+    return text
+
+
+def _plain_length(plan: Plan) -> str:
+    unit = plan.length.unit.removesuffix("s") if plan.length.value == 1 else plan.length.unit
+    return f"{plan.length.value:g} {unit}"
+
+
+def summary(plan: Plan, length: str | None = None) -> str:
+    """Return what a plan comes to, one fact a line. `length`: how long it trains, in more words."""
     mesh, batch = plan.mesh, plan.batch
     cut = f"{mesh.dp_replicate} x {mesh.dp_shard} (copies x shards)"
     ranks = f"{mesh.world_size} rank{'s' * (mesh.world_size > 1)} on {mesh.device}, {cut}"
     per_rank = f"{batch.micro_batch_size} x {batch.accumulation_steps}"
     sizes = f"{batch.global_batch_size} = {per_rank} x {batch.data_parallel_size}"
-    unit = plan.length.unit.removesuffix("s") if plan.length.value == 1 else plan.length.unit
     facts = {
         "run": f"{plan.name}: {plan.task} with {model_shown(plan.model.name)}",
-        "length": f"{plan.length.value:g} {unit}",
+        "length": length or _plain_length(plan),
         "ranks": f"{ranks}, {mesh.threads_per_rank} thread{'s' * (mesh.threads_per_rank != 1)} each",
         "batch": f"{sizes} (micro-batch x accumulation x ranks)",
         "samples": f"{_LAYOUTS[plan.layout]}, {plan.attention} attention",
@@ -65,9 +95,10 @@ def summary(plan: Plan) -> str:
     return "\n".join(f"{name:9}{text}" for name, text in facts.items())
 
 
-def table(plan: Plan) -> str:
-    """Return the plan for people: what it comes to, then each decision with its reason."""
-    lines = [summary(plan)]
+def table(plan: Plan, items: Items | None = None) -> str:
+    """Return the plan for people: what it comes to, then each decision with its reason. `items`: what one pass
+    over its rows takes."""
+    lines = [summary(plan, _length(plan, items))]
     keys = max((len(decision.key) for decision in plan.decisions), default=0)
     values = max((len(str(decision.value)) for decision in plan.decisions), default=0)
     lines += ["", "Decided here, because the job leaves it open:"] if plan.decisions else []

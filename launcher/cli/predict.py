@@ -80,6 +80,8 @@ def predict(
         assert rows is not None and output is not None
         refuse_existing(output)
         refuse_missing(rows)
+    doing = "writing logits" if logits is not None else f"answering {rows}"
+    typer.echo(f"planning, loading the model, then {doing} ...", err=True)
     request = Request.of(model, job, checkpoint, nproc, overrides)
     display = Display(quiet=True)
     if logits is not None:

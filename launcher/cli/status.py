@@ -159,7 +159,10 @@ def describe(seen: dict[str, Any]) -> str:
         if seen["metrics"]
         else None,
         "checkpoint": f"{seen['checkpoint']}{old}" if seen["checkpoint"] else None,
-        "time left": slurm.get("time_left") if seen["state"] in ("running", "starting") else None,
+        "time left": None
+        if seen["seconds_left"] is None
+        else f"{duration(seen['seconds_left'])} of training",
+        "limit": _limit(slurm) if seen["state"] in ("running", "starting") else None,
         "stopped by": seen["signal"],
         "failure": f"{failure['failure_class']}: {failure['cause']}" if failure else None,
         "last word": seen["last_word"],
@@ -188,6 +191,14 @@ def _since_step(seen: dict[str, Any]) -> str:
 
     age = seen["step_age_seconds"]
     return f", last step {duration(age)} ago" if age is not None and seen["phase"] == "training" else ""
+
+
+def _limit(slurm: dict[str, Any]) -> str | None:
+    """Return what Slurm leaves the job: it ends it then, whatever the run still has to do."""
+    left = slurm.get("time_left")
+    if not left:
+        return None
+    return "Slurm's limit: none" if left == "UNLIMITED" else f"Slurm's limit: {left} left"
 
 
 def _job(slurm: dict[str, Any]) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,9 @@ from launcher.cli.job import JobFile, Overrides
 from launcher.cli.output import print_json
 from launcher.cli.plan import AsJson, profiles_for
 from launcher.cli.run import Again, Force, Judged, Run, RunPath, ScriptFile, own_directory
+
+if TYPE_CHECKING:
+    from launcher.planner.plan import Plan
 
 After = Annotated[
     list[str],
@@ -21,12 +24,16 @@ After = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print the script that would be submitted, and do nothing.")
 ]
+RanksPerNode = Annotated[
+    int | None, typer.Option("--nproc", min=1, help="Ranks of each node, as cluster.ranks_per_node.")
+]
 
 
 def submit(
     context: typer.Context,
     job: JobFile,
     script: ScriptFile = None,
+    nproc: RanksPerNode = None,
     run_dir: RunPath = None,
     again: Again = False,
     after: After = [],  # noqa: B006
@@ -45,13 +52,16 @@ def submit(
     from launcher.runs.wording import shown
 
     command = None if script is None else script_command(script, context.meta.get(SCRIPT_ARGUMENTS, []))
+    overrides = overrides if nproc is None else [*overrides, f"cluster.ranks_per_node={nproc}"]
     run_dir = own_directory(again, job, overrides, run_dir, command)
     if dry_run:
-        typer.echo(submit_run.preview(job, overrides, run_dir, command, profiles_for(trace)), nl=False)
+        text, plan = submit_run.preview(job, overrides, run_dir, command, profiles_for(trace))
+        typer.echo(text, nl=False)
+        typer.echo(f"not submitted; it would run on {_size(plan)}", err=True)
         return
     try:
         run, plan, job_id = submit_run.hand_over(
-            job, overrides, run_dir, command, after, force, profiles_for(trace), again
+            job, overrides, run_dir, command, after, force, profiles_for(trace), again, _say
         )
     except SchedulerError as error:
         raise submit_run.explain(error) from None
@@ -70,13 +80,23 @@ def submit(
     if missing:
         more = f"; {len(missing) - 3} more in {shown(run.path)}/code/{LEFT_OUT}" if len(missing) > 3 else ""
         typer.echo(f"not copied with the script: {'; '.join(missing[:3])}{more}", err=True)
-    typer.echo(
-        f"job {job_id}: {shown(run.path)} on {plan.slurm.nodes or plan.mesh.nodes} nodes x "
-        f"{plan.mesh.ranks_per_node} ranks"
-    )
+    typer.echo(f"job {job_id}: {shown(run.path)} on {_size(plan)}")
     if expected := expectation(run):
         typer.echo(expected)
     typer.echo(f"follow it with: launcher status {shown(run.path)}", err=True)
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def _size(plan: Plan) -> str:
+    """Return `1 node x 2 ranks`."""
+    from launcher.runs.wording import several
+
+    nodes = plan.slurm.nodes or plan.mesh.nodes  # as `2-4`, too
+    shown = several(nodes, "node") if isinstance(nodes, int) else f"{nodes} nodes"
+    return f"{shown} x {several(plan.mesh.ranks_per_node, 'rank')}"
 
 
 def cancel(run: Run, as_json: AsJson = False) -> None:

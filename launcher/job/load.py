@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +107,13 @@ def without(content: dict[str, Any], keys: set[str]) -> dict[str, Any]:
     return kept
 
 
-def load(path: str | Path, overrides: list[str] | None = None) -> Job:
+def load(
+    path: str | Path,
+    overrides: list[str] | None = None,
+    also: Callable[[Job], Iterable[Problem]] = lambda job: (),
+) -> Job:
     """Return the job in the file at `path`, with each `a.b=value` of `overrides` put over it; its paths are
-    absolute.
+    absolute. `also` yields what else is held against it.
 
     Raises ConfigurationError with every problem found: unknown keys, values, contradictions, missing files,
     secrets.
@@ -118,6 +123,9 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Job:
     problems = override(content, overrides or [])
     job, others = examine(content, path.resolve().parent)
     problems += others
+    if job is not None:
+        bad = {problem.key for problem in problems}
+        problems += [problem for problem in also(job) if not _about(problem.key, bad)]
     if problems or job is None:
         raise ConfigurationError(problems, str(path))
     return job

@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import yaml
@@ -190,16 +191,25 @@ def decide_for(
     )
 
 
-def load_job(job_file: Path | None, overrides: list[str], script: tuple[str, ...] | None) -> Job:
-    """Return the job in a file, or of a script. Raises ConfigurationError with every problem."""
+def load_job(
+    job_file: Path | None,
+    overrides: list[str],
+    script: tuple[str, ...] | None,
+    also: Callable[[Job], Iterable[Problem]] = lambda job: (),
+) -> Job:
+    """Return the job in a file, or of a script. Raises ConfigurationError with every problem, and with those
+    that `also` yields."""
     if script:
         _refuse_secrets(script)
-        return load_for_script(job_file, overrides, Path(script[0]))
+        job = load_for_script(job_file, overrides, Path(script[0]))
+        if problems := list(also(job)):
+            raise ConfigurationError(problems)
+        return job
     if job_file is None:
         raise ConfigurationError(
             Problem("JOB", None, "name a job file, or a script of your own with --script")
         )
-    return load(job_file, overrides)
+    return load(job_file, overrides, also)
 
 
 def _refuse_secrets(script: tuple[str, ...]) -> None:

@@ -104,7 +104,10 @@ class Draft:
         if not path.parent.is_dir():
             return None
         beside = sorted(other.name for other in path.parent.iterdir() if other.suffix == path.suffix)
-        named = [name for name in beside if name != path.name and _HELD_OUT.search(Path(name).stem)]
+        cut = {f"{path.stem}-{role}{path.suffix}" for role in ("train", "evaluation")}
+        # Rows that `launcher data split` took of this very file would be learned and measured on.
+        own = {path.name, *(cut if cut <= set(beside) else ())}
+        named = [name for name in beside if name not in own and _HELD_OUT.search(Path(name).stem)]
         near = difflib.get_close_matches(path.name, named, n=1, cutoff=0.0)
         return str(Path(given).with_name(near[0])) if near else None
 

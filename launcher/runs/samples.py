@@ -54,14 +54,23 @@ def _file(run: RunDirectory, step: int) -> Path:
 
 
 def lines(rows: Sequence[dict[str, Any]], width: int = 600) -> list[str]:
-    """Return each sample as a line for people of at most `width` characters: the row's texts, and what the
-    model says of them. Of the two the texts are cut first, and never to less than half of the line."""
+    """Return each sample as a line for people of at most `width` characters: the row's texts, the truth where
+    the row names its columns, and what the model says. The texts are cut first, and never to less than half of
+    the line."""
     results = []
     for row in rows:
-        texts, answer = _told(row.get("input")), _told(row.get("answer"))
-        half, room = (width - 4) // 2, width - 4
-        answer = _short(answer, max(half, room - len(texts)))
-        results.append(f"{_short(texts, room - len(answer))} -> {answer}")
+        texts, truth, answer = row.get("input"), "", _told(row.get("answer"))
+        if isinstance(texts, dict) and (learned := set(row.get("truth", ())) & texts.keys()):
+            truth = f"; true: {_told({name: texts[name] for name in sorted(learned)})}; model: "
+            texts = {name: value for name, value in texts.items() if name not in learned}
+        texts = _told(texts)
+        room = width - len(truth or " -> ")
+        half = (width - 4) // 2
+        if truth:
+            truth = _short(truth.removesuffix("; model: "), max(0, half - 9)) + "; model: "
+            room = width - len(truth)
+        answer = _short(answer, max(room // 2, room - len(texts)))
+        results.append(f"{_short(texts, room - len(answer))}{truth or ' -> '}{answer}")
     return results
 
 

@@ -18,6 +18,11 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
+def several(number: int, name: str) -> str:
+    """Return `1 node`, `2 nodes`."""
+    return f"{number:,} {name}{'s' * (number != 1)}"
+
+
 def size(num_bytes: float) -> str:
     """Return the bytes on a disk, for people: `274 MB`."""
     for unit in ("B", "kB", "MB", "GB"):

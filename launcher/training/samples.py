@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -90,9 +90,22 @@ class Shown:
                     "row": id,
                     "input": {name: _short(value) for name, value in self.rows[id].items()},
                     "answer": answer,
+                    "truth": [column for column in _truth(task) if column in self.rows[id]],
                 }
             )
         return told
+
+
+_LEARNED = ("label", "answers", "target", "tags", "spans", "completion")
+"""Columns of `data` that hold what the model is to say."""
+
+
+def _truth(task: Task) -> Iterator[str]:
+    """Yield the columns of a row that hold what its model is to say."""
+    for role in (*_LEARNED, *(["text"] if task.traits.reads_files else [])):
+        column = getattr(task.data, role, None)
+        if isinstance(column, str):
+            yield column
 
 
 def _short(value: Any) -> Any:

@@ -10,8 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from launcher import tasks
+from launcher.data.section import Source
 from launcher.runs import samples
 from launcher.runs.layout import RunDirectory
+from launcher.training.samples import _truth
 from tests.training.runs import (
     assert_equal,
     batch_of,
@@ -49,6 +52,26 @@ def trained(
 def shown(run: RunDirectory) -> dict[str, list[dict[str, Any]]]:
     files = sorted((run.path / "samples").iterdir())
     return {path.name: [json.loads(line) for line in path.read_text().splitlines()] for path in files}
+
+
+@pytest.mark.parametrize(
+    ("task", "columns", "truth"),
+    [
+        ("sequence-classification", {"text": "review", "label": "opinion"}, ["opinion"]),
+        ("sequence-to-sequence", {"source": "long", "target": "short"}, ["short"]),
+        ("causal-lm", {"prompt": "ask", "completion": "reply"}, ["reply"]),
+        ("causal-lm", {"text": "text"}, []),
+        ("question-answering", {"question": "q", "context": "c", "answers": "a"}, ["a"]),
+        ("image-to-text", {"image": "picture", "text": "caption"}, ["caption"]),
+        ("image-classification", {"image": "picture", "label": "kind"}, ["kind"]),
+    ],
+)
+def test_the_columns_that_hold_the_truth_are_those_that_are_learned(
+    task: str, columns: dict[str, str], truth: list[str]
+) -> None:
+    kind = tasks.find(task)
+    learned = kind(kind.Columns(train=Source(path="a"), **columns))
+    assert [name for name in _truth(learned) if name in columns.values()] == truth
 
 
 @pytest.mark.slow

@@ -229,6 +229,49 @@ def test_plan_table_and_json(job: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert all(decision["key"] in table and decision["reason"] in table for decision in plan["decisions"])
 
 
+@pytest.mark.parametrize(
+    ("overrides", "length"),
+    [
+        ((), "3 epochs = 3 steps of 32 rows; saved every 15 min"),
+        (("training.epochs=1", "checkpoint.every=1 epoch"), "1 epoch = 1 step of 32 rows; saved every epoch"),
+        (
+            ("data.evaluation.path=train.jsonl", "training.evaluate_every=2 steps"),
+            "3 epochs = 3 steps of 32 rows; saved every 15 min, measured every 2 steps",
+        ),
+        (("training.epochs=null", "training.max_steps=5"), "5 steps; saved every 15 min"),
+    ],
+)
+def test_a_plan_says_how_many_steps_its_epochs_are(
+    job: Path, capsys: pytest.CaptureFixture[str], overrides: tuple[str, ...], length: str
+) -> None:
+    (job.parent / "train.jsonl").write_text('{"text": "some words", "label": "a"}\n' * 32)
+    settings = ["model.task=sequence-classification", "data.text=text", "data.label=label"]
+    settings += ["cluster.gpus_per_node=0", "training.epochs=3"]
+    given = [part for setting in (*settings, *overrides) for part in ("--set", setting)]
+    assert call("plan", "job.yaml", *given) == 0
+    assert f"length   {length}\n" in capsys.readouterr().out
+
+
+def test_submit_takes_ranks_and_says_its_size_and_all_problems_at_once(
+    job: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    on_cpu = ("--set", "cluster.gpus_per_node=0")
+    assert call("submit", "job.yaml", "--dry-run", *on_cpu, "--nproc", "2") == 0
+    shown = capsys.readouterr()
+    assert shown.err.endswith("not submitted; it would run on 1 node x 2 ranks\n")
+    assert shown.out.startswith("#!") and "not submitted" not in shown.out
+    assert call("submit", "job.yaml", "--dry-run", *on_cpu, "--set", "cluster.nodes=2") == 0
+    assert "2 nodes x 1 rank\n" in capsys.readouterr().err
+    both = ("--set", "training.epochs=1", "--set", "training.max_steps=3")
+    assert call("submit", "job.yaml", "--set", "cluster.interface=lo", "--set", "cluster.nodes=2", *both) == 2
+    reasons = capsys.readouterr().err
+    assert "3 problems" in reasons
+    for key in ("training.max_steps = 3", "cluster.gpus_per_node = 'auto'", "cluster.interface = 'lo'"):
+        assert key in reasons
+    assert call("submit", "job.yaml", "--set", "cluster.gpus_per_node=many") == 2
+    assert capsys.readouterr().err.count("cluster.gpus_per_node") == 1, "one key has one reason"
+
+
 LLAMA = (
     "{model_type: llama, hidden_size: 64, num_hidden_layers: 2, intermediate_size: 128, "
     "num_attention_heads: 4, vocab_size: 100}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -229,6 +230,26 @@ def test_phases_follow_the_events() -> None:
         progress.event(record)
         assert progress.phase == phase
     assert progress.saved_step == 5
+
+
+@pytest.mark.parametrize(
+    ("counts", "is_near"),
+    [([[51, 0], [48, 1]], True), ([[45, 6], [4, 45]], False), ([[0, 0], [0, 9]], False)],
+)
+def test_a_run_that_ends_no_better_than_the_commonest_class_is_told(
+    run: RunDirectory, counts: list[list[int]], is_near: bool
+) -> None:
+    for number in (0, 2):
+        event(run.events_file, "evaluated", step=number, metrics={"accuracy": 0.5})
+    run.evaluation(2).parent.mkdir()
+    run.evaluation(2).write_text(json.dumps({"details": {"confusion_matrix": counts}}))
+    line = (
+        "  note        accuracy 0.52 is near the commonest class's 0.51: a larger learning rate may help; "
+        "`launcher lr-find runs/tiny/job.yaml` suggests one\n"
+    )
+    assert (line in summary(run, "runs/tiny")) == is_near
+    run.evaluation(2).write_text("[]")
+    assert "note" not in summary(run, "runs/tiny")
 
 
 def test_the_summary_says_what_came_of_it_and_what_is_next(run: RunDirectory) -> None:

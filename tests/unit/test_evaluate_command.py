@@ -134,3 +134,24 @@ def test_what_the_command_line_shows_is_refused_before_anything_is_planned(
     result = CliRunner().invoke(app, ["predict", "model", "--job", "own.yaml", *options])
     assert isinstance(result.exception, ConfigurationError)
     assert re.search(match, str(result.exception))
+
+
+@pytest.mark.parametrize(
+    ("options", "doing"),
+    [
+        (["--input", "rows.jsonl", "--output", "new.jsonl", "--json"], "answering rows.jsonl"),
+        (["--logits", "new"], "writing logits"),
+    ],
+)
+def test_predict_says_what_it_does_before_it_plans(
+    options: list[str], doing: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "rows.jsonl").write_text("{}")
+
+    def refuse(*_: object) -> None:
+        raise ConfigurationError([])
+
+    monkeypatch.setattr(Request, "of", refuse)
+    result = CliRunner().invoke(app, ["predict", "model", "--job", "own.yaml", *options])
+    assert result.stderr == f"planning, loading the model, then {doing} ...\n" and result.stdout == ""

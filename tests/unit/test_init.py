@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from launcher import tasks
+from launcher.cli import completion
 from launcher.cli.dialog import Dialog
 from launcher.cli.init import free_place
 from launcher.cli.init_answers import in_a_line
@@ -21,6 +22,7 @@ from launcher.errors import ConfigurationError
 from launcher.job.init import put, unfinished
 from launcher.job.load import load
 from launcher.planner.draft import Draft
+from launcher.training.demo import models
 from tests.unit.small_rows import NAMES, WAYS, write_rows
 
 LABELLED = [{"text": f"a text of row {number}", "label": ("x", "y")[number % 2]} for number in range(20)]
@@ -308,6 +310,65 @@ def test_a_held_out_file_beside_is_offered() -> None:
     assert content["data"]["evaluation"] == {"path": "valid.jsonl"}
     content = ask("train.jsonl", "none", "", "", "", "bert", *[""] * 6)
     assert "evaluation" not in content["data"]
+
+
+def test_rows_that_were_cut_off_the_training_file_are_not_offered_to_measure_on() -> None:
+    write(LABELLED[:15], "train-train.jsonl")
+    write(LABELLED[15:], "train-evaluation.jsonl")
+    draft = Draft(Path())
+    draft.put("data.train.path", "train.jsonl")
+    assert draft.held_out() is None, "its rows would be learned too"
+    draft.put("data.train.path", "train-train.jsonl")
+    assert draft.held_out() == "train-evaluation.jsonl"
+
+
+@pytest.fixture
+def packaged(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two models in Python packages, of which one is installed."""
+    inside = folder / "packages/some_package/model"
+    inside.mkdir(parents=True)
+    (inside / "config.json").write_text('{"model_type": "bert", "max_position_embeddings": 512}')
+    monkeypatch.syspath_prepend(str(folder / "packages"))
+    known = {
+        "minilm-l6": models.Package("some_package", "some-package==1", "model"),
+        "smollm2-135m": models.Package("no_such_package", "no-such-package==2", "model"),
+    }
+    monkeypatch.setattr(models, "PACKAGES", known)
+    return inside
+
+
+def test_a_model_in_a_package_is_known_by_its_name(
+    packaged: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = ask("train.jsonl", "", "", "", "", "smollm2-135m", "minilm-l6", *[""] * 6)
+    assert content["model"]["name"] == str(packaged)
+    shown = capsys.readouterr().out
+    assert "its package is not installed; run: " in shown and "no-such-package==2" in shown
+    assert f"minilm-l6 is in {packaged}" in shown and "fetches it" not in shown
+    assert completion.models_to_train("mini") == ["minilm-l6"]
+    assert completion.models_to_train("smol") == [] and "minilm-l6" in completion.models_to_train("")
+    arguments = ("--train", "train.jsonl", "--model", "minilm-l6", "--out", "other.yaml")
+    assert call("init", "--yes", *arguments) == 0
+    assert load("other.yaml").model.name == str(packaged)
+
+
+def test_a_model_that_is_not_here_is_kept_or_another_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    answers = ("train.jsonl", "", "", "", "", "org/model")
+    assert ask(*answers, "", *[""] * 6)["model"]["name"] == "org/model"
+    assert "Keep it, or name another model [org/model]: " in capsys.readouterr().out
+    assert ask(*answers, "bert", *[""] * 6)["model"]["name"] == "bert"
+
+
+def test_the_tab_key_is_promised_where_it_names_something(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = ("train.jsonl", "", "", "", "", "bert", *[""] * 6)
+    ask(*answers)
+    assert "the tab key names those on this machine" in capsys.readouterr().out
+    monkeypatch.setattr(completion, "models_to_train", lambda incomplete: [])
+    ask(*answers)
+    shown = capsys.readouterr().out
+    assert "a small one on the hub" in shown and "tab key" not in shown
 
 
 def test_held_out_rows_without_the_columns_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:

@@ -64,6 +64,26 @@ def test_how_much_of_the_last_step_was_waiting_for_data(run: RunDirectory) -> No
     assert "speed      50 tokens/s, 25.0% of the time waiting for data" in text
 
 
+@pytest.mark.parametrize(
+    ("left", "limit"),
+    [("UNLIMITED", "Slurm's limit: none"), ("364-23:59:50", "Slurm's limit: 364-23:59:50 left"), ("", None)],
+)
+def test_the_time_left_is_the_trainings_and_the_limit_is_slurms(
+    run: RunDirectory, left: str, limit: str | None
+) -> None:
+    with run.lock():
+        event(run.events_file, "started", attempt=1)
+        event(run.events_file, "training", first_step=0, total_steps=10)
+        now = time.time()
+        for number in (1, 2):
+            record = {"kind": "train", "step": number, "loss": 1.0, "time": now + 30 * number}
+            append(run.metrics_file, record)
+        seen = read_status(run).to_dict() | {"slurm": {"job_id": "7", "time_left": left}}
+    lines = describe(seen).splitlines()
+    assert "time left  4 min 0 s of training" in lines
+    assert [line for line in lines if line.startswith("limit")] == ([f"limit      {limit}"] if limit else [])
+
+
 def test_what_a_running_run_is_at_and_whether_it_hangs(run: RunDirectory) -> None:
     def now() -> tuple[str | None, bool, str | None]:
         status = read_status(run)

@@ -51,6 +51,16 @@ def test_lines_are_short_and_tell_the_texts(tmp_path: Path) -> None:
     assert second.startswith("question: why?, context: xxx") and second.endswith("… -> so")
 
 
+def test_the_truth_and_what_the_model_says_are_told_apart_and_stay_whole() -> None:
+    row = {"input": {"text": "x" * 90, "opinion": "bad"}, "answer": {"label": "good"}, "truth": ["opinion"]}
+    [line] = samples.lines([row], 60)
+    assert len(line) == 60 and line.startswith("xxx") and line.endswith("x…; true: bad; model: good")
+    row["input"] = {"text": "short", "opinion": "bad"}
+    assert samples.lines([row]) == ["short; true: bad; model: good"]
+    row["truth"] = ["gone"]
+    assert samples.lines([row]) == ["text: short, opinion: bad -> good"]
+
+
 @pytest.mark.parametrize(
     ("texts", "answer", "expected"),
     [

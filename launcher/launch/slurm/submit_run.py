@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from launcher.errors import ConfigurationError, LauncherError, Problem, SchedulerError
@@ -26,14 +26,13 @@ def preview(
     directory: Path | None,
     script: tuple[str, ...] | None,
     profiles: Profiles = CACHED,
-) -> str:
-    """Return the script that would be submitted. Writes nothing, and asks Slurm nothing."""
-    job = run_setup.load_job(job_file, overrides, script)
-    _check(job)
+) -> tuple[str, Plan]:
+    """Return the script that would be submitted, and its plan. Writes nothing, and asks Slurm nothing."""
+    job = run_setup.load_job(job_file, overrides, script, _problems)
     run = RunDirectory((directory or runs_folder() / job.name).absolute())
     _check_path(run)
     plan = run_setup.decide_for(job, None, script, local=False, profiles=profiles)
-    return dry_run(run, plan, sys.executable, run.path / "code" / "launcher")
+    return dry_run(run, plan, sys.executable, run.path / "code" / "launcher"), plan
 
 
 def hand_over(
@@ -45,18 +44,19 @@ def hand_over(
     force: bool = False,
     profiles: Profiles = CACHED,
     again: bool = False,
+    say: Callable[[str], None] = lambda line: None,
 ) -> tuple[RunDirectory, Plan, str]:
     """Make, or go on with, a run, and submit it; with the number of its Slurm job. `after` are runs that must
-    be over first. `again` as for `open_run`.
+    be over first. `again` as for `open_run`. `say` gets a line before what takes seconds.
 
     Raises ConfigurationError, SchedulerError, RunInUseError, StorageError; OutOfMemoryError where it cannot
     fit, unless `force`.
     """
-    job = run_setup.load_job(job_file, overrides, script)
-    _check(job)
+    job = run_setup.load_job(job_file, overrides, script, _problems)
     run = RunDirectory((directory or runs_folder() / job.name).absolute())
     _check_path(run)
     find_sbatch()
+    say("planning, copying the code, and handing the job to Slurm ...")
     refuse_second(run)
     run, plan = run_setup.open_run(
         job_file, overrides, None, run.path, script, local=False, force=force, profiles=profiles, again=again
@@ -114,22 +114,18 @@ def _dependency(plan: Plan, after: Sequence[str]) -> str:
     )
 
 
-def _check(job: Job) -> None:
+def _problems(job: Job) -> Iterator[Problem]:
+    """Yield what keeps a job from Slurm."""
     cluster = job.cluster
     if cluster.gpus_per_node == "auto":
         reason = (
             "the nodes are not this machine: write how many GPUs each has (0 trains on CPUs), or name a "
             "profile that says so"
         )
-        raise ConfigurationError(Problem("cluster.gpus_per_node", "auto", reason))
+        yield Problem("cluster.gpus_per_node", "auto", reason)
     if cluster.interface is not None and cluster.interface.startswith("lo") and str(cluster.nodes) != "1":
-        raise ConfigurationError(
-            Problem(
-                "cluster.interface",
-                cluster.interface,
-                "leads to no other node; leave it out, and the right one is found",
-            )
-        )
+        reason = "leads to no other node; leave it out, and the right one is found"
+        yield Problem("cluster.interface", cluster.interface, reason)
 
 
 def _check_path(run: RunDirectory) -> None:

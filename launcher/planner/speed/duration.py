@@ -71,7 +71,7 @@ def duration(
     disk_rate: bytes a second of one node's disk, where it was measured. Each node reads and writes its own
     part. held_out: what an evaluation goes through.
     """
-    num_steps = _num_steps(plan, items)
+    num_steps = steps_of(plan, items)
     if num_steps is None:
         return None
     nodes, disk = plan.mesh.nodes, disk_rate or DISK_RATE
@@ -101,7 +101,7 @@ def duration(
     return replace(whole, num_evaluations=len(evaluated), evaluation=evaluation)
 
 
-def _num_steps(plan: Plan, items: Items | None) -> int | None:
+def steps_of(plan: Plan, items: Items | None) -> int | None:
     """Return the number of steps as the trainer has it: whole steps, the last of them with what is left."""
     if plan.length.unit == "steps":
         return int(plan.length.value)

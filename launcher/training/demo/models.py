@@ -53,6 +53,11 @@ def model_directory(name: str) -> Path:
     return source if source.is_dir() else _unpacked(source, cache.root() / "models" / "smollm2-135m-instruct")
 
 
+def installed() -> list[str]:
+    """Return the names of the models whose package is on this machine. Runs none of their code."""
+    return [name for name, package in PACKAGES.items() if importlib.util.find_spec(package.module)]
+
+
 def _find(name: str, package: Package) -> Path:
     """The file or directory inside an installed package, found without running the package's own code."""
     spec = importlib.util.find_spec(package.module)
@@ -70,13 +75,15 @@ def _find(name: str, package: Package) -> Path:
 
 
 def _unpacked(gguf_file: Path, target: Path) -> Path:
-    """Convert once per machine: others wait for the one that works, and see the whole directory or none."""
+    """Convert once per machine: others wait for the one that works, and see the whole directory or none. What
+    libraries say meanwhile goes to stderr."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_name(f".{target.name}.lock")):
         if not (target / "model.safetensors").is_file():
             working = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
             try:
-                _convert(gguf_file, working)
+                with contextlib.redirect_stdout(sys.stderr):
+                    _convert(gguf_file, working)
                 shutil.rmtree(target, ignore_errors=True)
                 working.rename(target)
             finally:
@@ -111,11 +118,7 @@ def main(arguments: list[str]) -> int:
     """Print the directory of each model named."""
     try:
         for name in arguments or list(PACKAGES):
-            with contextlib.redirect_stdout(
-                sys.stderr
-            ):  # what libraries say while they convert is no part of the answer
-                directory = model_directory(name)
-            print(directory)
+            print(model_directory(name))
     except LauncherError as error:
         print(error, file=sys.stderr)
         return error.exit_code
