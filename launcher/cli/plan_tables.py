@@ -52,6 +52,9 @@ def summary(plan: Plan) -> str:
         "samples": f"{_LAYOUTS[plan.layout]}, {plan.attention} attention",
         "compute": f"{plan.precision}, activation checkpointing {plan.activation_checkpointing}",
     }
+    if (adapter := plan.model.adapter) is not None:
+        on = adapter.targets if isinstance(adapter.targets, str) else ", ".join(adapter.targets)
+        facts["adapter"] = f"{adapter.title}, on {on}; the model's own weights stay as they are"
     if plan.data.evaluation is None:
         facts["measured"] = (
             "nothing: there are no held-out rows (data.evaluation); `launcher data split` makes some"

@@ -201,7 +201,7 @@ def _remarks(content: dict[str, Any], reading: Reading) -> None:
         elif times:
             reason = f"launcher takes steps, a time or whole epochs; left out: write {key}, as 50 steps"
             reading.change(option, times, reason)
-    if content.get("tf32") in (True, "true"):
+    if reading.flag(content, "tf32"):
         reading.cannot_say("tf32", True, "launcher leaves the products of fp32 as PyTorch has them")
     if names := sorted(key for key in _NOTHING if content.get(key) not in (None, "", [], {})):
         reading.ignore(", ".join(names), None, "how it is computed, reported and saved; the same is learned")

@@ -103,7 +103,20 @@ def _reports(value: Any) -> bool:
 
 _FIELDS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(
-        ("event", "phase", "unit", "kind", "text", "checkpoint", "metric", "role", "reason", "signal", "job"),
+        (
+            "event",
+            "phase",
+            "unit",
+            "kind",
+            "text",
+            "checkpoint",
+            "metric",
+            "role",
+            "reason",
+            "signal",
+            "job",
+            "adapter",
+        ),
         _text,
     ),
     **dict.fromkeys(("done", "loss", "grad_norm", "learning_rate", "tokens_per_second"), _number),

@@ -387,10 +387,14 @@ def _adapted(
     return model
 
 
-def test_the_merged_model_is_the_adapted_one(whole: RunDirectory, model: Path, tmp_path: Path) -> None:
+def test_the_merged_model_is_the_adapted_one(
+    whole: RunDirectory, model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """In fp32, tokenizer and all; and it is not the base."""
     done = export(whole, tmp_path / "merged", max_shard_bytes=30_000)
-    assert len(done.files) > 1
+    assert len(done.files) > 1 and done.is_merged
+    assert "- adapter: LoRA, rank 4, merged into the weights" in (tmp_path / "merged/README.md").read_text()
+    assert "were not sharded" not in caplog.text
     merged = _logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
     torch.testing.assert_close(
         merged, _logits(_adapted(whole, model, Adapter(rank=4, alpha=8))), rtol=1e-5, atol=1e-5
@@ -403,7 +407,7 @@ def test_the_merged_model_is_the_adapted_one(whole: RunDirectory, model: Path, t
 
 
 def test_the_adapter_alone_is_loaded_by_peft(whole: RunDirectory, model: Path, tmp_path: Path) -> None:
-    export(whole, tmp_path / "adapter", adapter=True)
+    assert not export(whole, tmp_path / "adapter", adapter=True).is_merged
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {
         path.name for path in (tmp_path / "adapter").iterdir()
     }

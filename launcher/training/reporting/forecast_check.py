@@ -52,7 +52,7 @@ class ForecastCheck:
             "phases": self._phases,
         }
         expected = self._expected()
-        content: dict[str, Any] = {"measured": measured, "expected": expected}
+        content = {"measured": measured, "expected": expected, "device": self._device.type}
         with contextlib.suppress(OSError):
             write_atomically(self._run.path / "measured.json", json.dumps(content, indent=2) + "\n")
         return content
