@@ -3,6 +3,7 @@ when they are exported."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from launcher.launch.evaluation import Request, evaluate_locally
 from launcher.launch.screen import Watcher
 from launcher.planner.model.model_support import WITHOUT_ADAPTER
 from launcher.planner.plan import Plan
+from launcher.runs import events
 from launcher.runs.layout import RunDirectory
 from launcher.training.checkpoint.export import export
 from launcher.training.checkpoint.foreign.names import expected
@@ -388,9 +390,17 @@ def _adapted(
 
 
 def test_the_merged_model_is_the_adapted_one(
-    whole: RunDirectory, model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    whole: RunDirectory,
+    model: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In fp32, tokenizer and all; and it is not the base."""
+    [told] = [one for one in events.read(whole.events_file) if one["event"] == "training"]
+    assert told["adapter"] == "LoRA, rank 4" and told["num_trainable"] < told["num_parameters"]
+    noise = logging.getLogger("transformers.distributed.tensor_parallel")
+    monkeypatch.setattr(noise, "handlers", [caplog.handler])
     done = export(whole, tmp_path / "merged", max_shard_bytes=30_000)
     assert len(done.files) > 1 and done.is_merged
     assert "- adapter: LoRA, rank 4, merged into the weights" in (tmp_path / "merged/README.md").read_text()
