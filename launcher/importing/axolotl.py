@@ -103,7 +103,7 @@ def read(content: dict[str, Any], reading: Reading) -> None:
     arguments = {_RENAMED.get(key, key): value for key, value in content.items()}
     _schedule(content, arguments)
     half = content.get("bf16", content.get("bfloat16"))
-    arguments["bf16"] = "auto" if half in ("auto", "full") and "bf16" in content else half
+    arguments["bf16"] = True if half == "full" else half
     if content.get("gradient_checkpointing") in ("offload", "offload_disk"):
         arguments["gradient_checkpointing"] = True
         text = (

@@ -103,22 +103,10 @@ def _reports(value: Any) -> bool:
 
 _FIELDS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(
-        (
-            "event",
-            "phase",
-            "unit",
-            "kind",
-            "text",
-            "checkpoint",
-            "metric",
-            "role",
-            "reason",
-            "signal",
-            "job",
-            "adapter",
-        ),
+        ("event", "phase", "unit", "kind", "text", "checkpoint", "metric", "role", "reason", "signal", "job"),
         _text,
     ),
+    "adapter": _text,
     **dict.fromkeys(("done", "loss", "grad_norm", "learning_rate", "tokens_per_second"), _number),
     **dict.fromkeys(("seconds", "data_seconds"), _number),
     **dict.fromkeys(

@@ -230,6 +230,12 @@ def test_what_axolotl_leaves_open_and_holds_out_is_said(tmp_path: Path) -> None:
     assert "  warmup: 2   # steps\n" in made.text and "precision" not in made.content
 
 
+def test_a_model_wholly_in_bf16_computes_in_bf16(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(AXOLOTL | {"bf16": "full"}))
+    made = import_files([tmp_path / "a.yaml"])
+    assert made.content["precision"] == "bf16" and "bf16" not in said(made, "chosen")
+
+
 CANNOT: list[tuple[dict[str, Any], str]] = [
     (LLAMA_FACTORY | {"use_dora": True}, "use_dora"),
     (LLAMA_FACTORY | {"pissa_init": True}, "pissa_init"),
