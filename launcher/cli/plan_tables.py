@@ -54,7 +54,8 @@ def summary(plan: Plan) -> str:
     }
     if (adapter := plan.model.adapter) is not None:
         on = adapter.targets if isinstance(adapter.targets, str) else ", ".join(adapter.targets)
-        facts["adapter"] = f"{adapter.title}, on {on}; the model's own weights stay as they are"
+        whole = f"; whole beside it: {', '.join(adapter.train_also)}" if adapter.train_also else ""
+        facts["adapter"] = f"{adapter.title}, on {on}{whole}"
     if plan.data.evaluation is None:
         facts["measured"] = (
             "nothing: there are no held-out rows (data.evaluation); `launcher data split` makes some"

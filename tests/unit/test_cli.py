@@ -313,7 +313,8 @@ def test_an_adapter_is_named_and_its_section_explained(
 ) -> None:
     asked = [*planned, "--set", "model.adapter={rank: 8, alpha: 16}", "--set", "model.weights=pretrained"]
     assert call(*asked) == 0
-    adapter = "adapter  LoRA, rank 8, on all-linear; the model's own weights stay as they are"
+    adapter = "adapter  LoRA, rank 8, on all-linear; whole beside it: lm_head.*"
+    assert call(*asked, "--set", "model.adapter.train_also=[lm_head.*]") == 0
     assert adapter in capsys.readouterr().out.splitlines()
     assert call(*asked, "--explain", "model.adapter") == 0
     explained = capsys.readouterr().out
