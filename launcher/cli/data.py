@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -128,8 +129,9 @@ def split(
     if as_json:
         print_json({role: {"path": str(path), "rows": rows} for role, (path, rows) in parts.items()})
         return
+    typer.echo("data:")
     for role, (path, rows) in parts.items():
-        typer.echo(f"data.{role}.path: {path}   # {rows:,} rows")
+        typer.echo(f"  {role}: {{path: {json.dumps(str(path), ensure_ascii=False)}}}   # {rows:,} rows")
 
 
 def _watcher() -> Watcher:

@@ -65,7 +65,9 @@ def import_(
                 typer.echo(f"  {source}", err=out is None)
             value = "" if remark.value is None else f" = {remark.value}"
             typer.echo(f"    {remark.said}{value}: {remark.text}", err=out is None)
-    if out is not None:
+    if out is None:
+        typer.echo("printed only; --out job.yaml writes it", err=True)
+    else:
         typer.echo(f"wrote {out}; next: launcher validate {out}")
     return None
 

@@ -41,6 +41,9 @@ class Logs:
         """Print the logs; with `follow` those of the next attempts too, until the run is over. Raises
         ConfigurationError for a rank that is not there."""
         self._check_rank(follow)
+        if self._newest and not self.as_json and self.attempt > 1 and self.run.attempt(1).is_dir():
+            heading = f"attempt {self.attempt} of {self.attempt}; --attempt 1 shows the first"
+            print(heading, file=sys.stderr, flush=True)
         self._print(self.lines)
         following, waited = Following(self.run), False
         while follow:

@@ -88,9 +88,9 @@ def export(
         }
         print_json(shown)
     else:
-        typer.echo(
-            f"step {done.step}: {done.num_tensors} tensors, {size(done.num_bytes)}, in {done.directory}"
-        )
+        merged = ", adapter merged into the weights" if done.is_merged else ""
+        tensors = f"{done.num_tensors} tensors, {size(done.num_bytes)}{merged}"
+        typer.echo(f"step {done.step}: {tensors}, in {done.directory}")
 
 
 def evaluate(

@@ -82,6 +82,10 @@ def summary(plan: Plan, length: str | None = None) -> str:
         "samples": f"{_LAYOUTS[plan.layout]}, {plan.attention} attention",
         "compute": f"{plan.precision}, activation checkpointing {plan.activation_checkpointing}",
     }
+    if (adapter := plan.model.adapter) is not None:
+        on = adapter.targets if isinstance(adapter.targets, str) else ", ".join(adapter.targets)
+        whole = f"; whole beside it: {', '.join(adapter.train_also)}" if adapter.train_also else ""
+        facts["adapter"] = f"{adapter.title}, on {on}{whole}"
     if plan.data.evaluation is None:
         facts["measured"] = (
             "nothing: there are no held-out rows (data.evaluation); `launcher data split` makes some"

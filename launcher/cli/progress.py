@@ -15,7 +15,7 @@ from launcher.runs import time_left
 from launcher.runs.beginning import doing
 from launcher.runs.prepared import lines
 from launcher.runs.seen import ranks_of
-from launcher.runs.wording import duration, gib
+from launcher.runs.wording import duration, gib, rounded
 
 _BEGIN = ("starting", "preparing", "building operators", "loading", "checking the loss", "training")
 _SECONDS_BETWEEN_LOOKS = 1.0
@@ -163,7 +163,7 @@ def metrics_line(metrics: dict[str, float]) -> str:
     )
 
 
-def _compared(measured: dict[str, Any], expected: dict[str, Any]) -> str | None:
+def _compared(measured: dict[str, Any], expected: dict[str, Any], on_cpu: bool) -> str | None:
     """Measured beside foreseen, after the first steps."""
     parts = []
     if rate := expected.get("tokens_per_second"):
@@ -176,7 +176,19 @@ def _compared(measured: dict[str, Any], expected: dict[str, Any]) -> str | None:
                 f"memory per rank, without Python and its libraries: {gib(there[highest])} measured, "
                 f"{gib(phases[highest])} planned ({highest})"
             )
+            if on_cpu and float(there[highest]) > float(phases[highest]):
+                parts[-1] += ", usual on a CPU: `launcher help memory`"
     return "; ".join(parts) or None
+
+
+def _trained(record: dict[str, Any]) -> str:
+    """How many parameters train, where that is not all: of how many, and beside which adapter."""
+    number = record.get("num_parameters") or 0
+    trained = record.get("num_trainable") or number
+    if trained == number:
+        return f"{number:,} parameters"
+    adapter = f" ({name})" if (name := record.get("adapter")) else ""
+    return f"{rounded(trained)} of {rounded(number)} parameters{adapter}"
 
 
 def notice(record: dict[str, Any]) -> str | None:
@@ -233,12 +245,10 @@ def notice(record: dict[str, Any]) -> str | None:
         case "evaluated":
             return f"measured after step {step}: {metrics_line(record.get('metrics', {}))}"
         case "compared":
-            return _compared(record["measured"], record["expected"])
+            return _compared(record["measured"], record["expected"], record.get("device") == "cpu")
         case "prepared":
             return "\n".join(lines(record))
         case "training":
-            parameters = f"{record.get('num_parameters', 0):,} parameters"
-            return (
-                f"training {parameters}, from step {record.get('first_step')} to {record.get('total_steps')}"
-            )
+            steps = f"from step {record.get('first_step')} to {record.get('total_steps')}"
+            return f"training {_trained(record)}, {steps}"
     return None

@@ -103,7 +103,7 @@ def read(content: dict[str, Any], reading: Reading) -> None:
     arguments = {_RENAMED.get(key, key): value for key, value in content.items()}
     _schedule(content, arguments)
     half = content.get("bf16", content.get("bfloat16"))
-    arguments["bf16"] = "auto" if half in ("auto", "full") and "bf16" in content else half
+    arguments["bf16"] = True if half == "full" else half
     if content.get("gradient_checkpointing") in ("offload", "offload_disk"):
         arguments["gradient_checkpointing"] = True
         text = (
@@ -201,7 +201,7 @@ def _remarks(content: dict[str, Any], reading: Reading) -> None:
         elif times:
             reason = f"launcher takes steps, a time or whole epochs; left out: write {key}, as 50 steps"
             reading.change(option, times, reason)
-    if content.get("tf32") in (True, "true"):
+    if reading.flag(content, "tf32"):
         reading.cannot_say("tf32", True, "launcher leaves the products of fp32 as PyTorch has them")
     if names := sorted(key for key in _NOTHING if content.get(key) not in (None, "", [], {})):
         reading.ignore(", ".join(names), None, "how it is computed, reported and saved; the same is learned")

@@ -59,7 +59,7 @@ def import_files(paths: list[Path], words: list[str] | None = None) -> Imported:
         problems.append(Problem("FILE", None, "is missing: name files, or write a command line after --"))
     merged = merge(readings)
     problems += merged.problems
-    content = job_content(merged, [str(path) for path in paths])
+    content = _whole(job_content(merged, [str(path) for path in paths]))
     problems += _unfit(content, merged.facts) if not problems else []
     if problems:
         raise ConfigurationError(problems)
@@ -75,6 +75,15 @@ def import_files(paths: list[Path], words: list[str] | None = None) -> Imported:
     placeholders = [Remark("fill in", "(no file)", *one) for one in open_keys]
     remarks = (*merged.remarks, *placeholders, *_left_to_launcher(merged.facts))
     return Imported(content, _text(content, readings, remarks), remarks)
+
+
+def _whole(value: Any) -> Any:
+    """The same with 2.0 as 2, as people write it."""
+    if isinstance(value, dict):
+        return {key: _whole(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_whole(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() and value < 1e6 else value
 
 
 def _left_to_launcher(facts: dict[str, Any]) -> list[Remark]:
@@ -106,6 +115,7 @@ def _text(content: dict[str, Any], readings: list[Reading], remarks: Sequence[Re
         "# What is marked `fill in` no file said; `launcher validate` says whether anything is missing."
     )
     body = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    body = re.sub(r"^(  warmup: [1-9]\d*)$", r"\1   # steps", body, flags=re.MULTILINE)
     body = body.replace(f"{MODEL}\n", f"{MODEL}   # fill in: a directory, or a name on the hub\n")
     columns = ", and which columns are what: text, or prompt and completion, or messages"
     columns = "" if content["data"].keys() & _COLUMNS else columns

@@ -6,9 +6,10 @@ or read by `trainer`.
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
-from launcher.importing.reading import Reading, brief
+from launcher.importing.reading import Reading, as_number, brief
 
 REPORTS = {
     "output_dir", "overwrite_output_dir", "do_train", "do_eval", "do_predict", "prediction_loss_only",
@@ -148,7 +149,19 @@ def changes(content: dict[str, Any], table: dict[str, str], reading: Reading) ->
     """Say of each key of a table that it changes what is learned, unless its value changes nothing."""
     for key, text in table.items():
         if not does_nothing(key, content.get(key)):
+            text = how_held_out(key, content[key], reading) if text is HELD_OUT else text
             reading.cannot_say(key, brief(content[key]), text)
+
+
+def how_held_out(key: str, value: Any, reading: Reading) -> str:
+    """Return how rows are held out, with the share that the file says, and the rows' file where it is known."""
+    share = as_number(value) or 0.0
+    share = share / 100 if key == "validation_split_percentage" else share
+    train = reading.said_value("data.train")
+    path = reading.said_value("data.train.path") or (train.get("path") if isinstance(train, dict) else None)
+    file = shlex.quote(path) if isinstance(path, str) else "FILE"
+    option = f" --hold-out {share * 100:.6g}%" if 0 < share < 1 else ""
+    return HELD_OUT.replace("FILE", f"{file}{option}")
 
 
 def does_nothing(key: str, value: Any) -> bool:

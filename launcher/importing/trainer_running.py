@@ -13,6 +13,11 @@ def precision(content: dict[str, Any], reading: Reading) -> None:
     bf16, fp16 = (
         None if content.get(key) == "auto" else reading.flag(content, key) for key in ("bf16", "fp16")
     )
+    for option in ("bf16", "fp16"):
+        if content.get(option) == "auto":
+            reading.choose(
+                option, "auto", "precision, decided by `launcher plan` where no other file says it"
+            )
     if bf16 and fp16:
         reason = "bf16 is true too, and a model computes in one; the Trainer refuses it as well"
         reading.refuse("fp16", True, reason)

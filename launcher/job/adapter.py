@@ -55,6 +55,15 @@ class Adapter(Section):
     are those of the run. `model.name` may name it in place of its base."""
 
     @property
+    def title(self) -> str:
+        """Return the method by its name, with the rank: `LoRA, rank 8`, `LoRA, rank 8, DoRA`, `IA3`."""
+        if self.method == "ia3":
+            return "IA3"
+        start = {"pissa": "PiSSA", "olora": "OLoRA"}.get(self.init)
+        variants = [start, "DoRA" if self.dora else None, "rsLoRA" if self.rslora else None]
+        return ", ".join(["LoRA", f"rank {self.rank}", *(name for name in variants if name)])
+
+    @property
     def scale(self) -> float:
         """Return how many times B A counts."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)

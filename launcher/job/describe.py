@@ -71,8 +71,8 @@ def keys(section: type[BaseModel] = Job, prefix: str = "") -> Iterator[Key]:
 
 
 def value_of(job: Job, key: str) -> tuple[Any, bool] | None:
-    """Return the value of a key of a job, and whether the job sets it; None where there is no such key, or it is
-    a section."""
+    """Return the value of a key of a job, and whether the job sets it; None where there is no such key. Of a
+    section the value is its keys in words, those that the job sets first, with their values."""
     value: Any = job
     is_set = True
     for word in key.split("."):
@@ -82,7 +82,16 @@ def value_of(job: Job, key: str) -> tuple[Any, bool] | None:
             return None
         is_set = is_set and name in value.model_fields_set
         value = getattr(value, name)
-    return None if isinstance(value, BaseModel) else (value, is_set)
+    is_section = isinstance(value, BaseModel) and not isinstance(value, Interval)
+    return (_in_words(value) if is_section else value), is_set
+
+
+def _in_words(section: BaseModel) -> str:
+    fields = {name: written(name, field) for name, field in type(section).model_fields.items()}
+    chosen = section.model_dump(mode="json", include=section.model_fields_set, exclude_unset=True)
+    texts = [f"{fields[name]} {value}" for name, value in chosen.items() if name in fields]
+    left = [key for name, key in fields.items() if name not in chosen]
+    return "; ".join([*texts, f"left as they are: {', '.join(left)}"] if left else texts)
 
 
 def columns_by_task() -> dict[str, type[Data]]:

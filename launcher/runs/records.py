@@ -106,6 +106,7 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
         ("event", "phase", "unit", "kind", "text", "checkpoint", "metric", "role", "reason", "signal", "job"),
         _text,
     ),
+    "adapter": _text,
     **dict.fromkeys(("done", "loss", "grad_norm", "learning_rate", "tokens_per_second"), _number),
     **dict.fromkeys(("seconds", "data_seconds"), _number),
     **dict.fromkeys(

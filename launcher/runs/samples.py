@@ -80,9 +80,11 @@ def told(value: Any, width: int) -> str:
 
 
 def _told(value: Any) -> str:
-    """A value on one line, without JSON's marks where it is a single text, or an object with one key."""
+    """A value on one line, without JSON's marks where it is a single text, a chat, or an object with one key."""
     if isinstance(value, dict) and len(value) == 1:
         [value] = value.values()
+    if isinstance(value, list) and value and all(isinstance(turn, dict) and "role" in turn for turn in value):
+        return " / ".join(f"{turn['role']}: {_told(turn.get('content') or '')}" for turn in value)
     if isinstance(value, dict):
         return ", ".join(f"{key}: {_told(inner)}" for key, inner in value.items())
     if isinstance(value, float):

@@ -32,6 +32,13 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes:.3g} TB"
 
 
+def rounded(count: int) -> str:
+    """Return a number of parameters for people: `61,920`, `2.4M`, `7.2B`."""
+    if count < 10**6:
+        return f"{count:,}"
+    return f"{count / 1e6:.1f}M" if round(count / 1e6, 1) < 1000 else f"{count / 1e9:.1f}B"
+
+
 def gib(num_bytes: float) -> str:
     """Return the bytes of memory for people: `1.5 GiB`, `12 MiB`."""
     return f"{num_bytes / 2**30:.1f} GiB" if abs(num_bytes) >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"

@@ -371,6 +371,8 @@ class Trainer:
             self.recorder.loaded(self.state.step, self.batches.items_per_epoch)
         length = int(self.material.train.num_tokens / max(1, self.material.train.num_samples))
         about = description(self.engine, self.material.config, length, self.task.traits.unit)
+        if self.plan.model.adapter is not None:
+            about["adapter"] = self.plan.model.adapter.title
         about["device"], about["versions"] = name_of(self.device), versions(PACKAGES)
         self.event("training", first_step=self.state.step, total_steps=self.num_steps, **about)
 

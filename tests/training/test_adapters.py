@@ -3,6 +3,7 @@ when they are exported."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from launcher.launch.evaluation import Request, evaluate_locally
 from launcher.launch.screen import Watcher
 from launcher.planner.model.model_support import WITHOUT_ADAPTER
 from launcher.planner.plan import Plan
+from launcher.runs import events
 from launcher.runs.layout import RunDirectory
 from launcher.training.checkpoint.export import export
 from launcher.training.checkpoint.foreign.names import expected
@@ -387,10 +389,22 @@ def _adapted(
     return model
 
 
-def test_the_merged_model_is_the_adapted_one(whole: RunDirectory, model: Path, tmp_path: Path) -> None:
+def test_the_merged_model_is_the_adapted_one(
+    whole: RunDirectory,
+    model: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """In fp32, tokenizer and all; and it is not the base."""
+    [told] = [one for one in events.read(whole.events_file) if one["event"] == "training"]
+    assert told["adapter"] == "LoRA, rank 4" and told["num_trainable"] < told["num_parameters"]
+    noise = logging.getLogger("transformers.distributed.tensor_parallel")
+    monkeypatch.setattr(noise, "handlers", [caplog.handler])
     done = export(whole, tmp_path / "merged", max_shard_bytes=30_000)
-    assert len(done.files) > 1
+    assert len(done.files) > 1 and done.is_merged
+    assert "- adapter: LoRA, rank 4, merged into the weights" in (tmp_path / "merged/README.md").read_text()
+    assert "were not sharded" not in caplog.text
     merged = _logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
     torch.testing.assert_close(
         merged, _logits(_adapted(whole, model, Adapter(rank=4, alpha=8))), rtol=1e-5, atol=1e-5
@@ -403,7 +417,7 @@ def test_the_merged_model_is_the_adapted_one(whole: RunDirectory, model: Path, t
 
 
 def test_the_adapter_alone_is_loaded_by_peft(whole: RunDirectory, model: Path, tmp_path: Path) -> None:
-    export(whole, tmp_path / "adapter", adapter=True)
+    assert not export(whole, tmp_path / "adapter", adapter=True).is_merged
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {
         path.name for path in (tmp_path / "adapter").iterdir()
     }

@@ -176,6 +176,7 @@ def test_a_run_compares_itself_with_its_forecast(tmp_path: Path, monkeypatch: py
     assert json.loads((run.path / "measured.json").read_text()) == {
         key: compared[key] for key in ("measured", "expected")
     }
+    assert compared["device"] == "cpu"
     phases = {"loading", "evaluating", "first step", "steady step", "between steps"}
     assert set(compared["measured"]["phases"]) == set(compared["expected"]["phases"]) == phases
     live = {phase.name: phase.peak for phase in expected.footprint.phases}

@@ -351,6 +351,24 @@ def test_one_key_is_explained_as_json(planned: list[str], capsys: pytest.Capture
     assert json.loads(capsys.readouterr().out)["refused"] == []
 
 
+def test_an_adapter_is_named_and_its_section_explained(
+    planned: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = [*planned, "--set", "model.adapter={rank: 8, alpha: 16}", "--set", "model.weights=pretrained"]
+    assert call(*asked) == 0
+    adapter = "adapter  LoRA, rank 8, on all-linear; whole beside it: lm_head.*"
+    assert call(*asked, "--set", "model.adapter.train_also=[lm_head.*]") == 0
+    assert adapter in capsys.readouterr().out.splitlines()
+    assert call(*asked, "--explain", "model.adapter") == 0
+    explained = capsys.readouterr().out
+    assert explained.startswith("model.adapter = rank 8; alpha 16.0; left as they are: method, ")
+    assert explained.endswith("the job sets it\n")
+    assert call(*asked, "--explain", "batch") == 0
+    assert "batch = global_batch_size 96; left as they are: " in capsys.readouterr().out
+    assert call(*asked, "--explain", "checkpoint.every") == 0
+    assert call(*asked, "--explain", "model.adaptor") == 2
+
+
 def test_the_price_of_the_gpu_that_the_job_names(
     planned: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -208,6 +208,31 @@ def test_what_the_numbers_say_has_a_line() -> None:
 
 
 @pytest.mark.parametrize(
+    ("trained", "adapter", "expected"),
+    [
+        (136_957_248, None, "136,957,248 parameters"),
+        (2_442_240, "LoRA, rank 8", "2.4M of 137.0M parameters (LoRA, rank 8)"),
+        (57_600, None, "57,600 of 137.0M parameters"),
+        (None, None, "136,957,248 parameters"),
+    ],
+)
+def test_how_many_parameters_train(trained: int | None, adapter: str | None, expected: str) -> None:
+    record = {"event": "training", "first_step": 0, "total_steps": 12, "num_parameters": 136_957_248}
+    record |= {"num_trainable": trained} | ({"adapter": adapter} if adapter else {})
+    assert notice(record) == f"training {expected}, from step 0 to 12"
+
+
+@pytest.mark.parametrize(("device", "measured"), [("cpu", 2), ("cuda", 2), ("cpu", 0.5)])
+def test_more_memory_than_planned_is_usual_on_a_cpu_alone(device: str, measured: float) -> None:
+    phases = {"steady step": measured * 2**30}
+    expected = {"phases": {"steady step": 2**30}}
+    line = notice(
+        {"event": "compared", "measured": {"phases": phases}, "expected": expected, "device": device}
+    )
+    assert ("usual on a CPU: `launcher help memory`" in str(line)) == (device == "cpu" and measured > 1)
+
+
+@pytest.mark.parametrize(
     "name", ["resumed", "rejected", "save_failed", "skipped", "early_stopping", "evaluated", "training"]
 )
 def test_events_worth_a_line_have_one(name: str) -> None:

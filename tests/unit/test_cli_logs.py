@@ -31,6 +31,16 @@ def test_every_line_says_whose_it_is(run: RunDirectory, capsys: pytest.CaptureFi
     assert capsys.readouterr().out.splitlines() == ["one", "two"]
 
 
+def test_several_attempts_are_named_above_the_newest(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run.attempt(1).mkdir()
+    heading = "attempt 2 of 2; --attempt 1 shows the first\n"
+    for attempt, as_json, expected in ((None, False, heading), (2, False, ""), (None, True, "")):
+        Logs(run, 0, attempt, 1, as_json).show(follow=False)
+        assert capsys.readouterr().err == expected
+
+
 def test_lines_for_machines(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
     Logs(run, None, None, 40, as_json=True).show(follow=False)
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

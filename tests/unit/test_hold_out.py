@@ -157,8 +157,9 @@ def test_the_command(
     Path("rows.jsonl").write_text("".join(json.dumps({"text": str(n)}) + "\n" for n in range(20)))
     assert call("data", "split", "rows.jsonl", "--hold-out", "25 %") == 0
     assert capsys.readouterr().out.splitlines() == [
-        "data.train.path: rows-train.jsonl   # 15 rows",
-        "data.evaluation.path: rows-evaluation.jsonl   # 5 rows",
+        "data:",
+        '  train: {path: "rows-train.jsonl"}   # 15 rows',
+        '  evaluation: {path: "rows-evaluation.jsonl"}   # 5 rows',
     ]
     for share in ("0", "100%", "some"):
         assert call("data", "split", "rows.jsonl", "--hold-out", share) == 2

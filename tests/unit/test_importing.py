@@ -717,6 +717,7 @@ def test_import_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     )
     assert code == 0 and json.loads(said)["job"]["training"]["seed"] == 5
     code, said, err = run(capsys, "import", str(ROOT / "ds_configs" / "zero2.json"))
+    assert err.endswith("\nprinted only; --out job.yaml writes it\n")
     assert code == 0 and yaml.safe_load(said)["parallel"]["shard"] == "gradients" and "fill in" in err
     for bad, words in ((tmp_path / "no" / "job.yaml", "is not there"), (tmp_path, "is a directory")):
         code, _, err = run(capsys, "import", str(ROOT / "ds_configs" / "zero2.json"), "--out", str(bad))

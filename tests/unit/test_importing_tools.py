@@ -219,6 +219,23 @@ def test_a_default_gives_way_to_whatever_another_file_says(tmp_path: Path) -> No
     assert "gradient_clipping" in said(made, "default")  # older versions of DeepSpeed had another
 
 
+def test_what_axolotl_leaves_open_and_holds_out_is_said(tmp_path: Path) -> None:
+    content = AXOLOTL | {"val_set_size": 0.05, "bf16": "auto", "tf32": "auto", "warmup_steps": 2}
+    content["datasets"] = [{"path": "chats.jsonl", "type": "chat_template"}]
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(content))
+    made = import_files([tmp_path / "a.yaml"])
+    texts = {remark.said: remark.text for remark in made.remarks}
+    assert "`launcher data split chats.jsonl --hold-out 5%` writes two files" in texts["val_set_size"]
+    assert "bf16" in said(made, "chosen") and "tf32" in said(made, "changes meaning")
+    assert "  warmup: 2   # steps\n" in made.text and "precision" not in made.content
+
+
+def test_a_model_wholly_in_bf16_computes_in_bf16(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(AXOLOTL | {"bf16": "full"}))
+    made = import_files([tmp_path / "a.yaml"])
+    assert made.content["precision"] == "bf16" and "bf16" not in said(made, "chosen")
+
+
 CANNOT: list[tuple[dict[str, Any], str]] = [
     (LLAMA_FACTORY | {"use_dora": True}, "use_dora"),
     (LLAMA_FACTORY | {"pissa_init": True}, "pissa_init"),

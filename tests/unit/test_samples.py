@@ -61,6 +61,15 @@ def test_the_truth_and_what_the_model_says_are_told_apart_and_stay_whole() -> No
     assert samples.lines([row]) == ["text: short, opinion: bad -> good"]
 
 
+def test_a_chat_that_is_scored_is_readable(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    chat = [{"role": "user", "content": "Hello\nyou"}, {"role": "assistant", "content": "Hi"}]
+    answer = {"log_probability": -1.5, "tokens": 2, "perplexity": 2.117}
+    samples.write(run, 4, [{"row": 0, "input": {"messages": chat}, "answer": answer}])
+    scored = "user: Hello you / assistant: Hi -> log_probability: -1.5, tokens: 2, perplexity: 2.117"
+    assert f"  scores      {scored}" in summary(run, "run").splitlines()
+
+
 @pytest.mark.parametrize(
     ("texts", "answer", "expected"),
     [

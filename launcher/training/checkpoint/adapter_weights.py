@@ -20,6 +20,8 @@ from launcher.training.model import loading as models
 from launcher.training.model.reading import Changes
 from launcher.training.precision import DTYPES
 
+_NOISES = ("modeling_utils", "distributed.tensor_parallel")
+"""Loggers of transformers that warn of what is right here."""
 _PEFT_PREFIX = "base_model.model."
 
 
@@ -93,9 +95,11 @@ def _base(plan: Plan, model_files: Path, dtype: torch.dtype) -> Any:
     where = plan.model.model_copy(update={"name": str(model_files), "revision": None})
     config = pretrained.read_config(plan.model_copy(update={"model": where, "attention": "eager"}))
     kind = pretrained.model_class(tasks.unprepared(plan).auto_class, config, plan)
-    noise = logging.getLogger("transformers.modeling_utils")
-    level = noise.level
-    noise.setLevel(logging.ERROR)  # a head that its files lack is in the checkpoint
+    # A head that its files lack is in the checkpoint; nothing is to be sharded here.
+    noises = [logging.getLogger(f"transformers.{name}") for name in _NOISES]
+    levels = [noise.level for noise in noises]
+    for noise in noises:
+        noise.setLevel(logging.ERROR)
     try:
         with Changes.of(plan, kind, config).in_place():
             return kind.from_pretrained(
@@ -107,7 +111,8 @@ def _base(plan: Plan, model_files: Path, dtype: torch.dtype) -> Any:
         reason = f"the weights beside which it was trained cannot be read: {why}"
         raise ConfigurationError(Problem("model.name", plan.model.name, reason)) from None
     finally:
-        noise.setLevel(level)
+        for noise, level in zip(noises, levels, strict=True):
+            noise.setLevel(level)
 
 
 class Alone:

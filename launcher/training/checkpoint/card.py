@@ -194,6 +194,9 @@ class Card:
             f"{duration(self._totals.seconds_in_attempts)} over {attempts} attempt{'s' * (attempts != 1)}",
         )
         yield "engine", f"{plan.engine}, {plan.sharding} sharding, {plan.precision}"
+        if plan.model.adapter is not None:
+            merged = "" if self._adapter else ", merged into the weights"
+            yield "adapter", f"{plan.model.adapter.title}{merged}"
         yield "batch", f"{plan.batch.global_batch_size} samples a step"
         rate = f"learning rate {training.learning_rate:g}, {training.schedule}"
         yield (

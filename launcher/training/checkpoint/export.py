@@ -38,6 +38,8 @@ class Exported:
     num_bytes: int
     files: tuple[str, ...]
     rejected: tuple[StoredCheckpoint, ...] = ()
+    is_merged: bool = False
+    """The run's adapter was added to the weights."""
 
 
 def export(
@@ -97,8 +99,9 @@ def export(
         shutil.rmtree(temporary, ignore_errors=True)
     entries = [entry for one, _ in written.values() for entry in one]
     files = tuple(str(Path(place, name)) for place, (_, names) in written.items() for name in names)
+    num_bytes = sum(entry.num_bytes for entry in entries)
     return Exported(
-        out, chosen.step, len(entries), sum(entry.num_bytes for entry in entries), files, rejected
+        out, chosen.step, len(entries), num_bytes, files, rejected, is_merged=isinstance(weights, Merged)
     )
 
 

@@ -55,7 +55,7 @@ class ForecastCheck:
         content: dict[str, Any] = {"measured": measured, "expected": expected}
         with contextlib.suppress(OSError):
             write_atomically(self._run.path / "measured.json", json.dumps(content, indent=2) + "\n")
-        return content
+        return {**content, "device": self._device.type}
 
     def _expected(self) -> dict[str, Any]:
         """By the forecast, of the same kind as what is measured; empty where there was none of this plan."""
