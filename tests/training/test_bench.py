@@ -140,7 +140,7 @@ def test_what_is_measured_of_the_disk(
     assert asked[0].file_bytes == num_bytes and asked[0].quick == ("--quick" in options)
     assert words in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        main(["bench", "--disk", "nowhere", *options])
+        main(["bench", *options, "--disk", "nowhere"])
     assert "--disk = 'nowhere': is no folder that is there" in capsys.readouterr().err and len(asked) == 1
 
 
