@@ -124,9 +124,9 @@ class Display(Watcher):
 
     def say(self, line: str) -> None:
         """Print a line that stays, above the live display where there is one."""
-        if not self._quiet:
+        for part in [] if self._quiet else line.split("\n"):
             # A terminal would break it inside a word. A command stays whole: a part that is pasted would run.
-            self.console.print(Text(line), soft_wrap=not self.console.is_terminal or "launcher " in line)
+            self.console.print(Text(part), soft_wrap=not self.console.is_terminal or "launcher " in part)
 
     def end(self) -> None:
         """Show the last of it, and leave the terminal as it was."""

@@ -177,7 +177,7 @@ def _compared(measured: dict[str, Any], expected: dict[str, Any], on_cpu: bool) 
                 f"{gib(phases[highest])} planned ({highest})"
             )
             if on_cpu and float(there[highest]) > float(phases[highest]):
-                parts[-1] += ", usual on a CPU: `launcher help memory`"
+                parts[-1] += "\n  more is usual on a CPU: `launcher help memory`"
     return "; ".join(parts) or None
 
 
