@@ -182,7 +182,7 @@ def _compared(measured: dict[str, Any], expected: dict[str, Any], on_cpu: bool) 
 
 
 def _trained(record: dict[str, Any]) -> str:
-    """How many parameters train, where that is not all: of how many, and beside which adapter."""
+    """Return how many parameters train, where that is not all: of how many, and beside which adapter."""
     number = record.get("num_parameters") or 0
     trained = record.get("num_trainable") or number
     if trained == number:

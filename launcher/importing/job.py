@@ -78,7 +78,7 @@ def import_files(paths: list[Path], words: list[str] | None = None) -> Imported:
 
 
 def _whole(value: Any) -> Any:
-    """The same with 2.0 as 2, as people write it."""
+    """Return the same with 2.0 as 2, as people write it."""
     if isinstance(value, dict):
         return {key: _whole(inner) for key, inner in value.items()}
     if isinstance(value, list):

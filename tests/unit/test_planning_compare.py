@@ -476,7 +476,7 @@ def test_explained_and_not(job: Job) -> None:
         == f"training.weight_decay = {job.training.weight_decay}: the default, as the job does not set it"
     )
     with pytest.raises(ConfigurationError, match="there is no such key"):
-        explained(plan, "training", job)
+        explained(plan, "trainings", job)
 
 
 def test_a_model_in_the_hubs_cache_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
