@@ -269,7 +269,7 @@ def events(records: list[dict[str, Any]]) -> Latest:
     for record in records:
         text = "  ".join(f"{key} {value}" for key, value in _values(record))
         if record["event"] in _IN_WORDS:
-            text = (notice(record) or "").removeprefix("warning: ")
+            text = (notice(record) or "").removeprefix("warning: ").partition("\n")[0]
         clock = time.strftime("%H:%M:%S", time.localtime(record["time"]))
         lines.append(f"{clock}  {record['event']}  {text}"[:200])
     return Latest(lines)

@@ -140,3 +140,12 @@ def test_of_many_events_the_newest_are_seen_with_their_values() -> None:
     assert "step 7" not in drawn and "8272fcd" not in drawn
     console.print(events(many))
     assert "step 0" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_an_event_takes_one_line_of_the_panel() -> None:
+    """One that says more elsewhere would push the newest out of it."""
+    phases = {"phases": {"steady step": 2**30}}
+    more = {"event": "compared", "time": 1.0, "device": "cpu", "expected": phases}
+    many = [more | {"measured": {"phases": {"steady step": 2**31}}}, {"event": "saved", "time": 2.0}]
+    first, last = events(many).lines
+    assert "2.0 GiB measured" in first and "\n" not in first and "saved" in last
