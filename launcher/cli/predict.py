@@ -56,30 +56,12 @@ def predict(
 ) -> None:
     """Write what a model says of every row of a file."""
     from launcher.cli.display import Display
-    from launcher.errors import ConfigurationError, Problem
     from launcher.launch.evaluation import Request
-    from launcher.launch.prediction import Logits, Prediction, refuse_directory, refuse_missing
-    from launcher.runs.partial import refuse_existing
+    from launcher.launch.prediction import Logits, Prediction
     from launcher.runs.wording import size
     from launcher.tasks.task import AnswerOptions
 
-    given: dict[str, object] = {"--input": rows, "--output": output}
-    if logits is not None:
-        given |= {"--probabilities": probabilities or None, "--top-k": top_k}
-        reason = "does not go with --logits, which writes those of the job's own training rows; leave it out"
-        problems = [Problem(name, str(value), reason) for name, value in given.items() if value is not None]
-    else:
-        reason = "is missing: name a file, or write --logits DIR"
-        problems = [Problem(name, None, reason) for name, value in given.items() if value is None]
-    if problems:
-        raise ConfigurationError(problems)
-    # What the command line alone shows is said before anything is planned.
-    if logits is not None:
-        refuse_directory(logits)
-    else:
-        assert rows is not None and output is not None
-        refuse_existing(output)
-        refuse_missing(rows)
+    _refuse(rows, output, logits, {"--probabilities": probabilities or None, "--top-k": top_k})
     doing = "writing logits" if logits is not None else f"answering {rows}"
     typer.echo(f"planning, loading the model, then {doing} ...", err=True)
     request = Request.of(model, job, checkpoint, nproc, overrides)
@@ -98,6 +80,29 @@ def predict(
         )
     else:
         typer.echo(described(summary))
+
+
+def _refuse(rows: Path | None, output: Path | None, logits: Path | None, more: dict[str, object]) -> None:
+    """Raise ConfigurationError for what the command line alone shows, before anything is planned."""
+    from launcher.errors import ConfigurationError, Problem
+    from launcher.launch.prediction import refuse_directory, refuse_missing
+    from launcher.runs.partial import refuse_existing
+
+    given: dict[str, object] = {"--input": rows, "--output": output}
+    if logits is not None:
+        reason = "does not go with --logits, which writes those of the job's own training rows; leave it out"
+        together = (given | more).items()
+        problems = [Problem(name, str(value), reason) for name, value in together if value is not None]
+    else:
+        reason = "is missing: name a file, or write --logits DIR"
+        problems = [Problem(name, None, reason) for name, value in given.items() if value is None]
+    if problems:
+        raise ConfigurationError(problems)
+    if logits is not None:
+        refuse_directory(logits)
+    elif rows is not None and output is not None:
+        refuse_existing(output)
+        refuse_missing(rows)
 
 
 def described(summary: dict[str, Any]) -> str:

@@ -164,9 +164,7 @@ def _copy_out_of_files(model: PreTrainedModel) -> None:
             parameter._local_tensor = part.clone()
         else:
             parameter.data = part.clone()
-    for (
-        buffer
-    ) in model.buffers():  # one of a few numbers would hold the whole file, as BART's bias of logits did
+    for buffer in model.buffers():  # BART's bias of logits held the whole file
         if buffer.device.type == "cpu":
             buffer.data = buffer.data.clone()
 
