@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -87,7 +88,9 @@ def submit(
 
 
 def _say(line: str) -> None:
-    typer.echo(line, err=True)
+    """Tell who waits at a terminal; a script has one line for what goes wrong."""
+    if sys.stderr.isatty():
+        typer.echo(line, err=True)
 
 
 def _size(plan: Plan) -> str:

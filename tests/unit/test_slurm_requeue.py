@@ -240,3 +240,8 @@ def test_a_held_run_is_shown_as_such_with_the_command_that_lets_it_go(
     assert view(run)["state"] == "queued"
     program(tmp_path, "squeue", f"{line} COMPLETING None")
     assert view(run)["state"] == "planned", "it ends, and does not start"
+    event(run.events_file, "started", attempt=1)
+    event(run.events_file, "stopped", step=2)
+    assert view(run)["state"] == "stopped"
+    event(run.events_file, "requeued", reason="preempted")
+    assert view(run)["state"] == "queued", "it was put back"

@@ -94,8 +94,12 @@ def _together(status: Status, entry: Entry | None, fields: dict[str, Any]) -> di
                 ("held", f"scontrol release {entry.job_id}") if entry.is_held else ("queued", None)
             )
             status = replace(status, state=state, phase=None, process=None, command=command)
-        elif is_live(entry) and entry.state != "COMPLETING" and status.state not in ("running", "finished"):
-            status = replace(status, state="starting", command=None)
+        elif is_live(entry) and status.state not in ("running", "finished"):
+            # A job that ends may have been put back; else the files say how it ended.
+            if entry.state != "COMPLETING":
+                status = replace(status, state="starting", command=None)
+            elif (status.last_word or "").startswith("requeued"):
+                status = replace(status, state="queued", command=None)
         elif not is_live(entry) and status.state == "running":
             status = replace(status, state="interrupted")
     seen = {**status.to_dict(), "cost": cost(status.device_hours, known_prices())}
