@@ -19,7 +19,7 @@ from launcher.runs.wording import duration, gib, rounded
 
 _BEGIN = ("starting", "preparing", "building operators", "loading", "checking the loss", "training")
 _SECONDS_BETWEEN_LOOKS = 1.0
-"""As often as supervisors publish what their ranks say."""
+"""Seconds between looks: supervisors publish as often what their ranks say."""
 
 
 class Beginning:

@@ -29,7 +29,7 @@ _ROW = re.compile(r"^\|(.*)\|$", re.MULTILINE)
 _CELL_END = re.compile(r"(?<!\\)\|")
 _COLUMNS_OF = "Columns of "
 _CHOICES = re.compile(r"\bone of ((?:[\w-]+, )+[\w-]+)|^([\w-]+) or ([\w-]+)$")
-"""What may be written for a key, by the words of the reference."""
+"""Words that the reference has for what a key may be."""
 _SHORTEST_PHRASE = 3
 """Letters: shorter topics are codes, not words of a message."""
 
@@ -57,7 +57,7 @@ class Entry:
     page: str
     text: str
     choices: tuple[str, ...] = ()
-    """Of a key: the words that may be written there."""
+    """Words that may be written for a key."""
 
 
 @functools.cache

@@ -23,7 +23,7 @@ from launcher.plain_files import plain
 
 _DIALECTS: dict[str, type[csv.Dialect]] = {".csv": csv.excel, ".tsv": PlainTabs}
 SUFFIXES = (*_DIALECTS, ".jsonl", ".ndjson", ".txt")
-"""Of files whose rows are lines of text, which are copied as they stand."""
+"""Files whose rows are lines of text, which are copied as they stand."""
 _SEED = 0
 
 

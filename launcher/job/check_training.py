@@ -123,7 +123,7 @@ def _optimizer(training: Training) -> Iterator[Finding]:
 
 
 EARLIER_DEFAULTS: dict[str, object] = {"power": 2.0, "decay_shape": "linear"}
-"""Of `training`, before 2026-11-30: a run of then that leaves such a key out keeps its value. One that
+"""Defaults of `training` before 2026-11-30: a run of then that leaves such a key out keeps its value. One that
 tested rates has it in its job."""
 _OF_SCHEDULES = {
     "decay": "warmup-stable-decay",

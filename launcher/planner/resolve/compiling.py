@@ -11,7 +11,7 @@ FAMILIES = (
     *("gemma2", "gemma3_text", "granite", "llama", "mistral", "olmo2", "phi3"),
     *("qwen2", "qwen3", "smollm3"),
 )
-"""Of which a test compiles layers, with a GPU's way of attention over packed samples, into one graph each."""
+"""Families whose layers a test compiles, with a GPU's attention over packed samples, into one graph each."""
 
 
 def is_compiled(decider: Decider, engine: EngineName, way: Way, device: str) -> bool:
