@@ -74,7 +74,7 @@ def full_in_a_shard(scene: Scene) -> None:
 @injection(
     "9, S6",
     "a disk that is full to the last byte, and stays so",
-    Expected((5,), "storage", ("no space left", "launcher resume"), 60),
+    Expected((5,), "storage", ("no space left", "tried again for a minute", "launcher resume"), 150),
     ENGINES,
     needs_root,
 )
@@ -84,7 +84,7 @@ def full_to_the_last_byte(scene: Scene) -> None:
     scene.wait_step()
     with full(scene.run.path.parent):
         scene.hit()
-        scene.wait_end(60)
+        scene.wait_end(150)
         scene.check("no traceback on the screen", "Traceback" not in scene.output())
         scene.check("one line tells the cause", "storage:" in scene.output())
     left = [path.name for path in scene.run.attempt(1).glob(".*")]
@@ -143,7 +143,7 @@ _fails(errno.EDQUOT, ("FSDP", "ZeRO-2, plain saving"))
 @injection(
     "10",
     "EIO on every write of a checkpoint to the end",
-    Expected((5,), "storage", ("input/output error", "launcher resume"), 90),
+    Expected((5,), "storage", ("input/output error", "tried again for a minute", "launcher resume"), 150),
     ENGINES,
     shim.missing,
 )
@@ -152,7 +152,7 @@ def fails_to_the_end(scene: Scene) -> None:
     scene.wait_step()
     scene.shim.order(f"spoil {scene.run.checkpoints} {errno.EIO}")
     scene.hit()
-    scene.wait_end(90)
+    scene.wait_end(150)
     scene.shim.order()
 
 
