@@ -139,8 +139,7 @@ def screen(seen: dict[str, Any], width: int, height: int = 32) -> Layout:
         step, rows = seen["samples"]
         rows = rows[:1] if height < _LOW else rows
         message = Layout(
-            Panel(samples(rows, width - 4), title=f"what the model says after step {step}"),
-            size=2 + len(rows),
+            Panel(samples(rows, width - 4), title=f"predictions after step {step}"), size=2 + len(rows)
         )
         layout.add_split(message)
     return layout

@@ -92,7 +92,7 @@ def test_watch_and_the_summary_show_the_newest(tmp_path: Path) -> None:
     console = Console(width=120, file=io.StringIO(), record=True)
     console.print(screen(seen, 120), height=40)
     drawn = console.export_text()
-    assert "what the model says after step 4" in drawn and "good film -> positive" in drawn
+    assert "predictions after step 4" in drawn and "good film -> positive" in drawn
     assert "  says        good film -> positive" in summary(run, "run")
 
 
