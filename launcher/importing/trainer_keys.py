@@ -160,8 +160,8 @@ def changes(content: dict[str, Any], table: dict[str, str], reading: Reading) ->
 
 
 def hold_out(key: str, value: Any, reading: Reading) -> None:
-    """Say which share of the rows is held out: by the two files that `launcher data split` writes, where one file
-    has all rows. Else remark how it is done."""
+    """Say which share of the rows is held out: by the two files that `launcher data split` writes, where one
+    file has all rows. Else remark how it is done."""
     share = as_number(value) or 0.0
     share = share / 100 if key.endswith("validation_split_percentage") else share
     train = reading.said_value("data.train")

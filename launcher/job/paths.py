@@ -256,7 +256,7 @@ def _packaged(name: str) -> tuple[str, str]:
     Asked of a process of its own: one of the models is unpacked with torch when it is first wanted.
     """
     command = [sys.executable, "-m", "launcher.training.demo.models", name]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 0:
         return done.stdout.strip(), ""
     last = next(iter(reversed(done.stderr.strip().splitlines())), f"code {done.returncode}")
