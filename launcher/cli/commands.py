@@ -76,7 +76,7 @@ COMMANDS = {
     ),
     "export": Command("model", "export", "Write a run's model as Hugging Face safetensors."),
     "evaluate": Command("model", "evaluate", "Measure a model before and after training, side by side."),
-    "predict": Command("predict", "predict", "Write what a model says of every row of a file."),
+    "predict": Command("predict", "predict", "Write what a model predicts for every row of a file."),
     "parity": Command(
         "parity", "parity", "Train a few steps under every engine and compare losses and gradient norms."
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -132,6 +133,8 @@ def split(
     typer.echo("data:")
     for role, (path, rows) in parts.items():
         typer.echo(f"  {role}: {{path: {json.dumps(str(path), ensure_ascii=False)}}}   # {rows:,} rows")
+    set_ = " ".join(f"--set data.{role}.path={shlex.quote(str(path))}" for role, (path, _) in parts.items())
+    typer.echo(f"# in the job file; or for one command: {set_}")
 
 
 def _watcher() -> Watcher:

@@ -274,9 +274,7 @@ def summary(run: RunDirectory, path: str) -> str:
         ]
         lines += _no_better(run, after["step"], path)
     if (newest := samples.newest(run)) is not None:
-        # A task that writes nothing gives the row's own text a probability.
-        scores = any("log_probability" in (row.get("answer") or ()) for row in newest[1])
-        name = "scores" if scores else "says"
+        name = samples.heading(newest[1])
         lines += [f"  {name:11} {message}" for message in samples.lines(newest[1], _SAID_WIDTH)]
     on = "" if totals.evaluations else " --on FILE"
     lines += ["next:", f"  launcher evaluate {path}{on}", f"  launcher export {path} --out DIRECTORY"]

@@ -56,6 +56,8 @@ def bars(forecast: Forecast, width: int | None = None) -> str:
     lines.append("  " + "  ".join(f"{signs[kind]} {kind} {gib(size)}" for kind, size in shown.items()))
     if memory:
         lines.append(f"  {'fits' if forecast.fits else 'does NOT fit'}: {forecast.line()}")
+    if forecast.plan.mesh.device == "cpu":
+        lines.append("  a run's `peak` counts Python, its libraries and freed memory on top of it")
     return "\n".join(lines)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from launcher.cli.output import print_json
+from launcher.cli.output import columns_of, folded, print_json
 from launcher.cli.plan import AsJson
 from launcher.errors import ConfigurationError, Problem
 
@@ -54,6 +55,7 @@ def import_(
         )
     if out is None:
         typer.echo(imported.text)
+    width = columns_of(sys.stderr if out is None else sys.stdout)
     for kind in ("conflict", "cannot be said", "changes meaning", "default", "chosen", "ignored", "fill in"):
         remarks = [remark for remark in imported.remarks if remark.kind == kind]
         if remarks:
@@ -64,11 +66,12 @@ def import_(
                 source = remark.source
                 typer.echo(f"  {source}", err=out is None)
             value = "" if remark.value is None else f" = {remark.value}"
-            typer.echo(f"    {remark.said}{value}: {remark.text}", err=out is None)
+            typer.echo(folded(f"    {remark.said}{value}: {remark.text}", width), err=out is None)
     if out is None:
         typer.echo("printed only; --out job.yaml writes it", err=True)
     else:
-        typer.echo(f"wrote {out}; next: launcher validate {out}")
+        commands = [*imported.commands, f"launcher validate {out}"]
+        typer.echo("\n  ".join([f"wrote {out}; next:", *commands]))
     return None
 
 

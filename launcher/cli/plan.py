@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -66,6 +68,9 @@ Traced = Annotated[
 Fetched = Annotated[
     bool, typer.Option("--fetch", help="Fetch the config.json of a hub model that is not on this machine.")
 ]
+Whole = Annotated[
+    bool, typer.Option("--all", help="Show decisions that had no choice on these devices, too.")
+]
 Picture = Annotated[
     Path | None, typer.Option("--picture", metavar="FILE", help="Write the memory by phase as an SVG.")
 ]
@@ -83,6 +88,7 @@ def plan(
     max_gpus: MostGpus = None,
     price: Prices = [],  # noqa: B006
     explain: Explain = None,
+    whole: Whole = False,
     picture: Picture = None,
     trace: Traced = None,
     fetch: Fetched = False,
@@ -114,7 +120,7 @@ def plan(
     elif as_json:
         _print_as_json(preview, bool(trace))
     else:
-        _print(preview)
+        _print(preview, whole)
     if blind := preview.plan.blind():
         typer.echo(f"warning: {blind}", err=True)
 
@@ -157,7 +163,7 @@ def _print_rows(
     print_json({"plans": [row.to_dict() for row in rows]} | beside)
 
 
-def _print(preview: Preview) -> None:
+def _print(preview: Preview, whole: bool) -> None:
     from launcher.cli.forecast import bars, beside_trace, nearest, speed_lines
     from launcher.cli.output import columns_of, folded
     from launcher.cli.plan_tables import table
@@ -165,7 +171,7 @@ def _print(preview: Preview) -> None:
 
     forecast = preview.shown
     width = columns_of(sys.stdout)
-    typer.echo(folded(table(preview.plan, training_items(preview.plan)), width))
+    typer.echo(folded(table(preview.plan, training_items(preview.plan), whole), width))
     if forecast is None:
         text = (
             "What is open is decided as it needs the least; `launcher run` checks the training state alone."
@@ -224,7 +230,7 @@ def _refuse_of_one_plan(options: dict[str, int | str | None], trace: bool | None
 
 
 def profiles_for(starts: bool, formulas: bool = True) -> Profiles:
-    """Return where models come from, with a line on the terminal where the seconds of a trace pass.
+    """Return where models come from, with a line where the seconds of a trace pass, counted on a terminal.
 
     starts: a trace may be started where there is neither formula nor profile. formulas: where they know a
     model, it goes by them.
@@ -232,7 +238,19 @@ def profiles_for(starts: bool, formulas: bool = True) -> Profiles:
     from launcher.cli.output import columns_of, folded
     from launcher.planner.memory.profiles import Profiles
 
-    def say(line: str) -> None:
-        typer.echo(folded(line, columns_of(sys.stderr)), err=True)
+    @contextlib.contextmanager
+    def waiting(line: str) -> Iterator[None]:
+        from rich.console import Console
+        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    return Profiles(starts, formulas, say)
+        width = columns_of(sys.stderr)
+        typer.echo(folded(line, width), err=True)
+        if width is None:
+            yield
+            return
+        columns = SpinnerColumn(), TextColumn("tracing"), TimeElapsedColumn()
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            progress.add_task("")
+            yield
+
+    return Profiles(starts, formulas, waiting)

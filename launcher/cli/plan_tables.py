@@ -99,15 +99,34 @@ def summary(plan: Plan, length: str | None = None) -> str:
     return "\n".join(f"{name:9}{text}" for name, text in facts.items())
 
 
-def table(plan: Plan, items: Items | None = None) -> str:
+def table(plan: Plan, items: Items | None = None, whole: bool = False) -> str:
     """Return the plan for people: what it comes to, then each decision with its reason. `items`: what one pass
-    over its rows takes."""
+    over its rows takes. `whole`: decisions that could not have come out otherwise, too."""
     lines = [summary(plan, _length(plan, items))]
-    keys = max((len(decision.key) for decision in plan.decisions), default=0)
-    values = max((len(str(decision.value)) for decision in plan.decisions), default=0)
-    lines += ["", "Decided here, because the job leaves it open:"] if plan.decisions else []
-    lines += [f"  {each.key:{keys}}  {each.value!s:{values}}  {each.reason}" for each in plan.decisions]
+    listed = [each for each in plan.decisions if whole or _was_open(plan, each)]
+    keys = max((len(decision.key) for decision in listed), default=0)
+    values = max((len(str(decision.value)) for decision in listed), default=0)
+    lines += ["", "Decided here, because the job leaves it open:"] if listed else []
+    lines += [f"  {each.key:{keys}}  {each.value!s:{values}}  {each.reason}" for each in listed]
+    if left := len(plan.decisions) - len(listed):
+        lines.append(f"  and {left} without a choice on {_devices(plan)}, which --all shows")
     return "\n".join(lines + not_taken(plan))
+
+
+def _devices(plan: Plan) -> str:
+    ranks, device = plan.mesh.world_size, "CPU" if plan.mesh.device == "cpu" else "GPU"
+    return f"one {device} rank" if ranks == 1 else f"{device} ranks"
+
+
+def _was_open(plan: Plan, decision: Decision) -> bool:
+    """Return whether a decision could have come out otherwise on the plan's devices."""
+    from launcher.planner.resolve.mesh import BY_NPROC
+
+    on_cpu = plan.mesh.device == "cpu"
+    settled = {"cluster.gpus_per_node", "memory.offload"} if on_cpu else set()
+    if plan.mesh.world_size == 1:
+        settled |= {"cluster.threads_per_rank", "parallel.shard"} | ({"parallel.engine"} if on_cpu else set())
+    return decision.key not in settled and decision.reason != BY_NPROC
 
 
 def not_taken(plan: Plan) -> list[str]:

@@ -51,7 +51,7 @@ def confusion(table: dict[str, Any]) -> str:
     ]
     names = [f"{number} {label}"[:40] for number, label in zip(numbers, labels, strict=True)]
     first = max(map(len, names))
-    lines = ["rows: the true class; columns: what the model says, by the same numbers", ""]
+    lines = ["rows: the true class; columns: the predicted one, by the same numbers", ""]
     for name, cells in [("", numbers), *zip(names, counts, strict=True)]:
         lines.append(
             "  ".join(

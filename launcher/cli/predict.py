@@ -1,7 +1,8 @@
-"""launcher predict: write what a model says of every row of a file."""
+"""launcher predict: write what a model predicts for every row of a file."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +11,7 @@ import typer
 from launcher.cli import completion
 from launcher.cli.job import Overrides
 from launcher.cli.model import Checkpoint, JobOfModel, RunOrModel
-from launcher.cli.output import print_json
+from launcher.cli.output import columns_of, print_json
 from launcher.cli.plan import AsJson, NumRanks
 
 
@@ -54,7 +55,7 @@ def predict(
     as_json: AsJson = False,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
-    """Write what a model says of every row of a file."""
+    """Write what a model predicts for every row of a file."""
     from launcher.cli.display import Display
     from launcher.launch.evaluation import Request
     from launcher.launch.prediction import Logits, Prediction
@@ -72,14 +73,14 @@ def predict(
         assert rows is not None and output is not None
         summary = Prediction(request, rows, output, AnswerOptions(probabilities, top_k)).run(display)
     if as_json:
-        print_json(summary)
+        print_json({name: value for name, value in summary.items() if name != "first"})
     elif logits is not None:
         typer.echo(
             f"logits of {summary['samples']:,} samples ({summary['rows']:,} rows) in {summary['output']}, "
             f"{size(summary['bytes'])}"
         )
     else:
-        typer.echo(described(summary))
+        typer.echo(described(summary, columns_of(sys.stdout)))
 
 
 def _refuse(rows: Path | None, output: Path | None, logits: Path | None, more: dict[str, object]) -> None:
@@ -105,8 +106,11 @@ def _refuse(rows: Path | None, output: Path | None, logits: Path | None, more: d
         refuse_missing(rows)
 
 
-def described(summary: dict[str, Any]) -> str:
-    """Return what was written, and what could not be answered, in a line or two."""
+def described(summary: dict[str, Any], width: int | None = None) -> str:
+    """Return what was written, and what could not be answered, in a line or two; on a terminal of `width`
+    characters the first rows with their answers, too."""
+    from launcher.runs.samples import lines as shown
+
     lines = [
         f"{summary['rows']:,} rows in {summary['output']}, {summary['rows_per_second']:,.1f} rows a second"
     ]
@@ -117,4 +121,6 @@ def described(summary: dict[str, Any]) -> str:
             f"{count:,} {reason}" for reason, count in sorted(problems.items(), key=lambda item: -item[1])
         )
         lines.append(f"{sum(problems.values()):,} of them could not be used and say why: {reasons}")
+    if width is not None and (first := summary.get("first")):
+        lines += ["the first:", *(f"  {line}" for line in shown(first, width - 2))]
     return "\n".join(lines)

@@ -147,7 +147,7 @@ class AttemptView:
         if (share := self.share_of_peak()) is not None:
             known.append(f"MFU {share:.1%}")
         if record.get("peak_memory_bytes"):
-            known.append(f"peak {record['peak_memory_bytes'] / 2**30:.2f} GiB")
+            known.append(f"peak {gib(record['peak_memory_bytes'])}")
         if (left := self.seconds_left()) is not None:
             known.append(f"{duration(left)} left")
         if self.saved_step is not None:
@@ -172,12 +172,15 @@ def _compared(measured: dict[str, Any], expected: dict[str, Any], on_cpu: bool) 
         there = measured.get("phases") or {}
         if known := [name for name in phases if name in there]:
             highest = max(known, key=lambda name: float(there[name]))
+            bare = f"the {gib(size)} of " if (size := measured.get("bare_bytes")) else ""
             parts.append(
-                f"memory per rank, without Python and its libraries: {gib(there[highest])} measured, "
+                f"memory per rank, without {bare}Python and its libraries: {gib(there[highest])} measured, "
                 f"{gib(phases[highest])} planned ({highest})"
             )
-            if on_cpu and float(there[highest]) > float(phases[highest]):
-                parts[-1] += "\n  more is usual on a CPU: `launcher help memory`"
+            if on_cpu:
+                parts[-1] += "\n  `peak` counts all of it"
+                if float(there[highest]) > float(phases[highest]):
+                    parts[-1] += "; on a CPU freed memory stays with the rank, so more is usual"
     return "; ".join(parts) or None
 
 

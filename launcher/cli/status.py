@@ -186,11 +186,14 @@ def _speed(seen: dict[str, Any]) -> str | None:
 
 
 def _since_step(seen: dict[str, Any]) -> str:
-    """Return how long ago the last step was, of a run that trains."""
+    """Return how long ago the last step was, of a run that trains, and how long one takes."""
     from launcher.runs.wording import duration
 
-    age = seen["step_age_seconds"]
-    return f", last step {duration(age)} ago" if age is not None and seen["phase"] == "training" else ""
+    age, usual = seen["step_age_seconds"], seen["step_seconds"]
+    if age is None or seen["phase"] != "training":
+        return ""
+    takes = "" if usual is None else f"; a step takes {f'{usual:.1f} s' if usual < 10 else duration(usual)}"
+    return f", last step {duration(age)} ago{takes}"
 
 
 def _limit(slurm: dict[str, Any]) -> str | None:

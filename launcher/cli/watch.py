@@ -118,6 +118,8 @@ def screen(seen: dict[str, Any], width: int, height: int = 32) -> Layout:
     from rich.layout import Layout
     from rich.panel import Panel
 
+    from launcher.runs.samples import heading
+
     layout, narrow = Layout(), width < _NARROW
     ranks = ranks_table(seen["ranks"], brief=narrow)
     below = Layout(name="below")
@@ -139,8 +141,7 @@ def screen(seen: dict[str, Any], width: int, height: int = 32) -> Layout:
         step, rows = seen["samples"]
         rows = rows[:1] if height < _LOW else rows
         message = Layout(
-            Panel(samples(rows, width - 4), title=f"what the model says after step {step}"),
-            size=2 + len(rows),
+            Panel(samples(rows, width - 4), title=f"{heading(rows)} after step {step}"), size=2 + len(rows)
         )
         layout.add_split(message)
     return layout

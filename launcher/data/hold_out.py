@@ -27,6 +27,11 @@ SUFFIXES = (*_DIALECTS, ".jsonl", ".ndjson", ".txt")
 _SEED = 0
 
 
+def parts_of(path: Path) -> dict[str, Path]:
+    """Return the files that a split of a file writes, by their role."""
+    return {role: path.with_name(f"{path.stem}-{role}{path.suffix}") for role in ("train", "evaluation")}
+
+
 def split(path: Path, share: float) -> dict[str, tuple[Path, int]]:
     """Write NAME-train and NAME-evaluation beside a file; return each by its role, with its number of rows.
 
@@ -48,7 +53,7 @@ def split(path: Path, share: float) -> dict[str, tuple[Path, int]]:
         header = ""
     begin = 1 if header else 0
     held_out = _drawn(Counter(key for _, key in itertools.islice(_rows(path), begin, None)), share, path)
-    parts = {role: path.with_name(f"{path.stem}-{role}{path.suffix}") for role in ("train", "evaluation")}
+    parts = parts_of(path)
     try:
         with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as beside:
             new = {role: Path(beside, part.name) for role, part in parts.items()}

@@ -127,7 +127,7 @@ def read(content: dict[str, Any], reading: Reading) -> None:
             "left out, axolotl warms up over 3% of the steps, rounded down, and at most 100; here over 3%, "
             "rounded up"
         )
-        reading.cannot_say("warmup_ratio", fact.value, text)
+        reading.change("warmup_ratio", fact.value, text)
 
 
 def _schedule(content: dict[str, Any], made: dict[str, Any]) -> None:

@@ -30,6 +30,8 @@ class Imported:
     content: dict[str, Any]
     text: str
     remarks: tuple[Remark, ...]
+    commands: tuple[str, ...] = ()
+    """What people have to run before the job."""
 
 
 def import_files(paths: list[Path], words: list[str] | None = None) -> Imported:
@@ -74,7 +76,8 @@ def import_files(paths: list[Path], words: list[str] | None = None) -> Imported:
         open_keys.append(("data", "(no column)", text))
     placeholders = [Remark("fill in", "(no file)", *one) for one in open_keys]
     remarks = (*merged.remarks, *placeholders, *_left_to_launcher(merged.facts))
-    return Imported(content, _text(content, readings, remarks), remarks)
+    commands = tuple(dict.fromkeys(command for reading in readings for command in reading.commands))
+    return Imported(content, _text(content, readings, remarks), remarks, commands)
 
 
 def _whole(value: Any) -> Any:

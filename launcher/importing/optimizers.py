@@ -129,10 +129,10 @@ def warmup(reading: Reading) -> None:
     fact = next((fact for fact in reading.facts if fact.key == "training.warmup"), None)
     if fact is not None and fact.value:
         text = (
-            "of W steps of warm-up step k (from 0) has k/W of the learning rate there and (k + 1)/W here; "
-            "every later step has the same"
+            "taken over; of W steps of warm-up step k (from 0) has k/W of the learning rate there and "
+            "(k + 1)/W here; every later step has the same"
         )
-        reading.cannot_say(fact.said, fact.value, text)
+        reading.change(fact.said, fact.value, text)
 
 
 def trainer_optimizer(name: str, said: str, reading: Reading) -> None:

@@ -70,6 +70,8 @@ class Reading:
     """A file of Accelerate's or DeepSpeed's that it names is not here: precision may stand there."""
     unknown: set[str] = field(default_factory=set)
     """Its own keys whose values the shell alone knows."""
+    commands: list[str] = field(default_factory=list)
+    """What people have to run before the job that is made of it."""
     overrides: dict[str, tuple[dict[str, Any], bool]] = field(default_factory=dict)
     """Of a file that it names: what is said in place of the file's keys, and whether TRL reads it."""
 

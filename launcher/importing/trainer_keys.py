@@ -6,9 +6,13 @@ or read by `trainer`.
 
 from __future__ import annotations
 
+import glob
 import shlex
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from launcher.data.hold_out import SUFFIXES, parts_of
 from launcher.importing.reading import Reading, as_number, brief
 
 REPORTS = {
@@ -149,19 +153,31 @@ def changes(content: dict[str, Any], table: dict[str, str], reading: Reading) ->
     """Say of each key of a table that it changes what is learned, unless its value changes nothing."""
     for key, text in table.items():
         if not does_nothing(key, content.get(key)):
-            text = how_held_out(key, content[key], reading) if text is HELD_OUT else text
-            reading.cannot_say(key, brief(content[key]), text)
+            if text is HELD_OUT:
+                hold_out(key, content[key], reading)
+            else:
+                reading.cannot_say(key, brief(content[key]), text)
 
 
-def how_held_out(key: str, value: Any, reading: Reading) -> str:
-    """Return how rows are held out, with the share that the file says, and the rows' file where it is known."""
+def hold_out(key: str, value: Any, reading: Reading) -> None:
+    """Say which share of the rows is held out: by the two files that `launcher data split` writes, where one
+    file has all rows. Else remark how it is done."""
     share = as_number(value) or 0.0
-    share = share / 100 if key == "validation_split_percentage" else share
+    share = share / 100 if key.endswith("validation_split_percentage") else share
     train = reading.said_value("data.train")
     path = reading.said_value("data.train.path") or (train.get("path") if isinstance(train, dict) else None)
     file = shlex.quote(path) if isinstance(path, str) else "FILE"
     option = f" --hold-out {share * 100:.6g}%" if 0 < share < 1 else ""
-    return HELD_OUT.replace("FILE", f"{file}{option}")
+    rows = [fact for fact in reading.facts if fact.key.startswith(("data.train.", "data.evaluation"))]
+    is_one_file = [fact.key for fact in rows] == ["data.train.path"] and not glob.has_magic(str(path))
+    if not option or not is_one_file or Path(str(path)).suffix.lower() not in SUFFIXES:
+        reading.cannot_say(key, brief(value), HELD_OUT.replace("FILE", f"{file}{option}"))
+        return
+    [fact], parts = rows, parts_of(Path(str(path)))
+    reading.facts[reading.facts.index(fact)] = replace(fact, value=str(parts["train"]))
+    reading.say("data.evaluation.path", str(parts["evaluation"]), key)
+    reading.commands.append(f"launcher data split {file}{option}")
+    reading.change(key, brief(value), f"`{reading.commands[-1]}` writes the two files that the job names")
 
 
 def does_nothing(key: str, value: Any) -> bool:

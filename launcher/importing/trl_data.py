@@ -12,7 +12,7 @@ from typing import Any
 from launcher.importing import mixture
 from launcher.importing.mixture import DataSet
 from launcher.importing.reading import Reading, as_number, brief
-from launcher.importing.trainer_keys import how_held_out
+from launcher.importing.trainer_keys import hold_out
 
 _DATA = {"dataset_name", "dataset_config", "dataset_config_name", "dataset_train_split", "dataset_test_split"}
 _KINDS = ("dataset_mixer", "dataset_mixture", "datasets")
@@ -85,11 +85,7 @@ def mixture_of(content: dict[str, Any], reading: Reading) -> list[str]:
     ]
     mixture.say(train, evaluation, reading)
     if isinstance(value, dict) and not is_first_rows and value.get("test_split_size"):
-        reading.cannot_say(
-            f"{key}.test_split_size",
-            brief(value["test_split_size"]),
-            how_held_out("test_split_size", value["test_split_size"], reading),
-        )
+        hold_out(f"{key}.test_split_size", value["test_split_size"], reading)
     columns = next((entry["columns"] for entry in entries if isinstance(entry.get("columns"), list)), None)
     return [str(column) for column in columns or ()]
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import glob
+import subprocess
+import sys
 from pathlib import Path
 
 from launcher import tasks
@@ -15,6 +18,9 @@ from launcher.errors import Problem
 from launcher.job import adapter_directory
 from launcher.job.schema import Job, Model
 from launcher.tasks.distillation import Distillation
+
+PACKAGED = ("smollm2-135m", "minilm-l6")
+"""Short names of models that come in Python packages; a folder of that name goes before."""
 
 
 def nearest_file(path: Path) -> str:
@@ -236,4 +242,22 @@ def _base(model: Model, folder: Path, problems: list[Problem]) -> Model:
         )
     elif meant_as_path:
         problems.append(Problem("model.name", model.name, f"no such directory{nearest_file(path)}"))
+    elif model.name in PACKAGED:
+        directory, reason = _packaged(model.name)
+        problems += [Problem("model.name", model.name, reason)] if reason else []
+        return model.model_copy(update={"name": directory or model.name})
     return model
+
+
+@functools.cache
+def _packaged(name: str) -> tuple[str, str]:
+    """Return the directory of a model that comes in a Python package, or why there is none.
+
+    Asked of a process of its own: one of the models is unpacked with torch when it is first wanted.
+    """
+    command = [sys.executable, "-m", "launcher.training.demo.models", name]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode == 0:
+        return done.stdout.strip(), ""
+    last = next(iter(reversed(done.stderr.strip().splitlines())), f"code {done.returncode}")
+    return "", last.partition(": ")[2] or last

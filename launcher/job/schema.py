@@ -55,7 +55,8 @@ class Model(Section):
     """Name the model, and what it is to do."""
 
     name: str = Field(min_length=1)
-    """A directory with a Hugging Face model, or a model's name on the hub."""
+    """A directory with a Hugging Face model, or a model's name on the hub. `minilm-l6` and `smollm2-135m` are
+    small ones that come in Python packages."""
     task: TaskName = "causal-lm"
     """What the model learns to do."""
     revision: str | None = None

@@ -12,7 +12,7 @@ from launcher.planner.dataset import suitability
 from launcher.planner.decider import Decider
 from launcher.planner.hardware.detect import Hardware
 from launcher.planner.model.model_shape import ModelShape
-from launcher.planner.plan import Length, Mesh, Plan, Zero
+from launcher.planner.plan import BatchPlan, Length, Mesh, Plan, Zero
 from launcher.planner.resolve import slurm_request, teacher
 from launcher.planner.resolve.batch import divide
 from launcher.planner.resolve.compiling import is_compiled
@@ -43,9 +43,7 @@ def candidate(job: Job, nproc: int | None, hardware: Hardware, local: bool) -> P
     num_workers = _num_workers(decider)
     requested = slurm_request.request(decider, mesh.ranks_per_node if mesh.device == "cuda" else 0)
     taught = teacher.settle(decider)
-    if decider.problems:
-        raise ConfigurationError(decider.problems)
-    batch = divide(job.batch, mesh.data_parallel_size)
+    batch = _batch(decider, mesh)
     recompute = job.memory.activation_checkpointing
     length = _length(decider)
     left_open = tasks.of_job(job).left_open()
@@ -84,6 +82,19 @@ def candidate(job: Job, nproc: int | None, hardware: Hardware, local: bool) -> P
         distillation=taught,
         decisions=tuple(decider.decisions),
     )
+
+
+def _batch(decider: Decider, mesh: Mesh) -> BatchPlan:
+    """Return the batch, cut. Raises ConfigurationError with all problems so far; one of the batch is left out
+    where the number of ranks is in doubt."""
+    in_doubt = any(one.key.startswith(("--", "cluster.", "parallel.")) for one in decider.problems)
+    try:
+        batch = divide(decider.job.batch, mesh.data_parallel_size)
+    except ConfigurationError as error:
+        decider.problems += [] if in_doubt else error.problems
+    if decider.problems:
+        raise ConfigurationError(decider.problems)
+    return batch
 
 
 def _precision(decider: Decider, mesh: Mesh) -> Precision:

@@ -53,6 +53,12 @@ def _file(run: RunDirectory, step: int) -> Path:
     return run.path / "samples" / f"step-{step:08d}.jsonl"
 
 
+def heading(rows: Sequence[dict[str, Any]]) -> str:
+    """Return what samples are called: a task that writes nothing gives the row's own text a probability."""
+    scored = any("log_probability" in (row.get("answer") or ()) for row in rows)
+    return "scores" if scored else "predictions"
+
+
 def lines(rows: Sequence[dict[str, Any]], width: int = 600) -> list[str]:
     """Return each sample as a line for people of at most `width` characters: the row's texts, the truth where
     the row names its columns, and what the model says. The texts are cut first, and never to less than half of

@@ -56,6 +56,8 @@ class Status:
     checkpoint_age_seconds: float | None = None
     step_age_seconds: float | None = None
     """Since the last step of this attempt, while it runs."""
+    step_seconds: float | None = None
+    """What a step takes, by the time of its last ones; while it trains."""
     began: float | None = None
     """When its first attempt began, in seconds since 1970."""
     seconds: float = 0.0
@@ -94,6 +96,7 @@ def read_status(run: RunDirectory, totals: Totals | None = None) -> Status:
     newest = newest_checkpoint(run)
     total_steps = last.get("training", {}).get("total_steps")
     step_age = liveness.step_age(last, record) if state == "running" else None
+    recent = time_left.recent(steps, last) if record and state == "running" else []
     return Status(
         run=str(run.path),
         name=run.path.name,
@@ -108,12 +111,11 @@ def read_status(run: RunDirectory, totals: Totals | None = None) -> Status:
         phase=liveness.phase(last, record) if state == "running" else None,
         doing=_doing(run, last) if state == "running" and step_age is None else None,
         step_age_seconds=step_age,
+        step_seconds=time_left.seconds_per_step(recent),
         began=totals.began,
         seconds=round(totals.seconds_with(record), 1),
         device_hours={name: round(hours, 6) for name, hours in totals.device_hours_with(record).items()},
-        seconds_left=time_left.seconds_left(time_left.recent(steps, last), int(record["step"]), total_steps)
-        if record and state == "running"
-        else None,
+        seconds_left=time_left.seconds_left(recent, int(record["step"]), total_steps) if record else None,
         hang=liveness.suspicion(last) if state == "running" else None,
         straggler=liveness.straggler(last) if state == "running" else None,
         process=holder(run) if state == "running" else None,

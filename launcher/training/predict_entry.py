@@ -1,4 +1,4 @@
-"""Write what a model says of every row of a file: what `launcher predict` starts.
+"""Write what a model predicts for every row of a file: what `launcher predict` starts.
 
 It runs in a scratch run directory with a plan and a request, so that it is supervised like any other
 attempt. A stretch of rows is read, encoded in shares, dealt into passes of like lengths, and written in the
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,15 @@ from launcher.training.data.stretches import Share, stretches
 from launcher.training.devices import start_process_group
 from launcher.training.engines.engine import Engine
 from launcher.training.evaluation import Interrupted
+from launcher.training.samples import as_sample
 from launcher.training.signals import StopRequest
 from launcher.training.subject import Subject, as_trained
 
 _PASSES = 16
 """Of each rank in a stretch: what a stop or a crash may lose, and among how many rows like lengths are
 looked for."""
+_SHOWN = 5
+"""Rows that are shown with their answers at the end, from the first."""
 
 
 @dataclass
@@ -51,6 +54,8 @@ class Predicting:
     options: AnswerOptions
     rows: Rows
     stop: StopRequest
+    first: list[dict[str, Any]] = field(default_factory=list)
+    """The first rows that were answered, with their answers; on rank 0 alone."""
 
     def stretches(self, skip: int) -> Iterator[list[dict[str, Any]]]:
         """Yield the records of the rows behind the first `skip`, in order, on rank 0; empty lists on the others.
@@ -63,7 +68,21 @@ class Predicting:
             here.at("preparing", detail=rows[0].file)
             share = Share(rows[rank::size], self.subject.task, self.subject.tokenizer)
             gathered = exchange.all_gather(self._records(share))
-            yield [gathered[place % size][place // size] for place in range(len(rows))] if rank == 0 else []
+            records = (
+                [gathered[place % size][place // size] for place in range(len(rows))] if rank == 0 else []
+            )
+            self._show(rows, records)
+            yield records
+
+    def _show(self, rows: list[Row], records: list[dict[str, Any]]) -> None:
+        for row, record in zip(rows, records, strict=False):
+            if (
+                len(self.first) < _SHOWN
+                and not isinstance(row.values, RowProblem)
+                and "problem" not in record
+            ):
+                answer = {name: value for name, value in record.items() if name not in ("row", "cut")}
+                self.first.append(as_sample(self.subject.task, row.id, row.values, answer))
 
     def _records(self, share: Share) -> list[dict[str, Any]]:
         message: dict[int, list[tuple[int, Any]]] = {}
@@ -130,9 +149,9 @@ def predict(
     of = _identity(subject, rows, run, model, step) | {"options": request["options"]}
     skipped = int(exchange.from_first(output.begin(of) if leads else 0))
     report = PhaseReport(scratch, "predicting", "rows")
-    stopped = False
+    stopped, predicting = False, Predicting(subject, engine, options, rows, stop)
     try:
-        for records in Predicting(subject, engine, options, rows, stop).stretches(skipped):
+        for records in predicting.stretches(skipped):
             if leads:
                 here.at("recording", detail=str(output.path))
                 output.append(records)
@@ -142,9 +161,8 @@ def predict(
     if leads:
         if not stopped:
             output.finish()
-        _conclude(
-            scratch, output, stopped, skipped, {"step": step, "seconds": round(time.monotonic() - began, 3)}
-        )
+        facts = {"step": step, "seconds": round(time.monotonic() - began, 3), "first": predicting.first}
+        _conclude(scratch, output, stopped, skipped, facts)
     distributed.barrier()
 
 

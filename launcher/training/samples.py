@@ -85,15 +85,18 @@ class Shown:
         for row in self.samples:
             id = row[0].id
             answer = task.answer(self.rows[id], [next(parts) for _ in row])
-            told.append(
-                {
-                    "row": id,
-                    "input": {name: _short(value) for name, value in self.rows[id].items()},
-                    "answer": answer,
-                    "truth": [column for column in _truth(task) if column in self.rows[id]],
-                }
-            )
+            told.append(as_sample(task, id, self.rows[id], answer))
         return told
+
+
+def as_sample(task: Task, id: int, row: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
+    """Return a row with the model's answer as JSON, and which of its columns hold the truth."""
+    return {
+        "row": id,
+        "input": {name: _short(value) for name, value in row.items()},
+        "answer": answer,
+        "truth": [column for column in _truth(task) if column in row],
+    }
 
 
 _LEARNED = ("label", "answers", "target", "tags", "spans", "completion")

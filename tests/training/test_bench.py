@@ -229,6 +229,7 @@ def test_phases_are_compared_one_by_one(tmp_path: Path, monkeypatch: pytest.Monk
         "between steps": 100,
     }
     assert found["measured"]["phases"] == {name: size * MIB for name, size in of_phases.items()}
+    assert found["measured"]["bare_bytes"] == 50 * MIB
     assert (
         found["expected"]["phases"]["between steps"] == 300 * MIB
         and found["measured"]["memory_bytes"] == 3650 * MIB

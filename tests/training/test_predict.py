@@ -101,6 +101,10 @@ def test_two_ranks_say_what_transformers_says(folder: Path, tmp_path: Path) -> N
     assert [row["row"] for row in found] == list(range(len(given)))
     reasons = {row["row"]: row["problem"] for row in found if "problem" in row}
     assert reasons == {3: "empty", 40: "missing key", 89: "missing key"}
+    first = json.loads((tmp_path / "scratch" / "prediction.json").read_text())["first"]
+    assert [row["row"] for row in first] == [0, 1, 2, 4, 5], "one that cannot be used is not shown"
+    assert all(row["input"] == given[row["row"]] for row in first)
+    assert all(row["answer"]["label"] == found[row["row"]]["label"] for row in first)
     asked = pipeline(
         "text-classification", str(folder / "bert"), tokenizer=str(folder / "bert"), top_k=None, device="cpu"
     )

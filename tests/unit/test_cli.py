@@ -20,7 +20,9 @@ from launcher import __version__
 from launcher.cli import commands
 from launcher.cli import main as cli
 from launcher.cli.app import load
+from launcher.cli.plan import profiles_for
 from launcher.errors import CheckpointError
+from launcher.planner.hardware.detect import Hardware
 
 GOOD = "name: run\nmodel: {name: org/model}\ndata: {train: {path: train.jsonl}, text: body}\n"
 
@@ -397,6 +399,53 @@ def test_lines_of_a_plan_break_between_words(planned: list[str], job: Path, widt
     ).stdout
     words = whole.split("Decided here")[1].split("Memory of a rank")[0].splitlines()[1:]
     assert " ".join(decided).split() == " ".join(words).split()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_plan_leaves_out_what_had_no_choice(
+    ranks: int, job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Hardware, "detect", lambda: Hardware(2, 1 << 34))
+    job.write_text(
+        GOOD.replace("{name: org/model}", f"{{name: org/model, weights: random, config: {LLAMA}}}")
+    )
+    no_choice = ["cluster.gpus_per_node", "cluster.ranks_per_node", "memory.offload"]
+    no_choice += ["cluster.threads_per_rank", "parallel.engine", "parallel.shard"] if ranks == 1 else []
+    for option in ([], ["--all"]):
+        assert call("plan", "job.yaml", "--nproc", str(ranks), *option) == 0
+        text = capsys.readouterr().out
+        shown = [line.split()[0] for line in text.split("leaves it open:\n")[1].splitlines() if line]
+        assert all((key in shown) == bool(option) for key in no_choice)
+        assert "precision" in shown and ("parallel.engine" in shown) == (ranks == 2 or bool(option))
+        where = "one CPU rank" if ranks == 1 else "CPU ranks"
+        line = f"\n  and {len(no_choice)} without a choice on {where}, which --all shows\n"
+        assert (line in text) == (not option)
+    for key in no_choice:
+        assert call("plan", "job.yaml", "--nproc", str(ranks), "--explain", key) == 0
+
+
+def test_the_seconds_of_a_trace_are_counted_on_a_terminal_alone(
+    job: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with profiles_for(True).waiting("tracing it ..."):
+        assert capsys.readouterr() == ("", "tracing it ...\n")
+    assert capsys.readouterr() == ("", "")
+    program = (
+        "from launcher.cli.plan import profiles_for\nwith profiles_for(True).waiting('tracing it ...'): pass"
+    )
+    ours, theirs = pty.openpty()
+    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=theirs, check=True)
+    os.close(theirs)
+    assert done.stdout == b""
+    assert b"tracing it ...\r\n" in (shown := os.read(ours, 4096)) and b"0:00:00" in shown
+    os.close(ours)
+
+
+def test_a_plan_of_gpus_shows_offloading(planned: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(*planned) == 0
+    text = capsys.readouterr().out
+    assert "  memory.offload " in text and "without a choice" not in text
+    assert "a run's `peak` counts" not in text
 
 
 def test_numbers_that_a_scale_leaves_out_are_said(

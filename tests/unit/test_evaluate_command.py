@@ -113,6 +113,12 @@ def test_what_could_not_be_answered_is_counted_by_reason() -> None:
     assert said[0] == "1,200 rows in out.jsonl, 1,234.5 rows a second (1,000 were there already)"
     assert said[1] == "7 of them could not be used and say why: 5 missing key, 2 empty"
     assert len(described(summary | {"problems": {}}).splitlines()) == 1
+    row = {"text": "where is my parcel " * 9, "label": "delivery"}
+    first = [{"row": 0, "input": row, "answer": {"label": "refund", "probability": 0.93}, "truth": ["label"]}]
+    told = described(summary | {"problems": {}, "first": first}, 60).splitlines()
+    assert told[1] == "the first:" and len(told) == 3 and len(told[2]) <= 60
+    assert told[2].startswith("  where is my pa") and "true: delivery; model: label: refund" in told[2]
+    assert len(described(summary | {"problems": {}, "first": first}).splitlines()) == 1, "no terminal"
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,8 @@ def test_the_command(
         "data:",
         '  train: {path: "rows-train.jsonl"}   # 15 rows',
         '  evaluation: {path: "rows-evaluation.jsonl"}   # 5 rows',
+        "# in the job file; or for one command: --set data.train.path=rows-train.jsonl --set "
+        "data.evaluation.path=rows-evaluation.jsonl",
     ]
     for share in ("0", "100%", "some"):
         assert call("data", "split", "rows.jsonl", "--hold-out", share) == 2

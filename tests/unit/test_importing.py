@@ -719,6 +719,14 @@ def test_import_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     code, said, err = run(capsys, "import", str(ROOT / "ds_configs" / "zero2.json"))
     assert err.endswith("\nprinted only; --out job.yaml writes it\n")
     assert code == 0 and yaml.safe_load(said)["parallel"]["shard"] == "gradients" and "fill in" in err
+    recipe = tmp_path / "axo.yml"
+    recipe.write_text(
+        "base_model: org/small\nmicro_batch_size: 1\nsequence_len: 64\nval_set_size: 0.1\n"
+        "datasets: [{path: a b.jsonl, type: completion}]\n"
+    )
+    code, said, _ = run(capsys, "import", str(recipe), "--out", str(out), "--force")
+    command = "launcher data split 'a b.jsonl' --hold-out 10%"
+    assert code == 0 and said.endswith(f"wrote {out}; next:\n  {command}\n  launcher validate {out}\n")
     for bad, words in ((tmp_path / "no" / "job.yaml", "is not there"), (tmp_path, "is a directory")):
         code, _, err = run(capsys, "import", str(ROOT / "ds_configs" / "zero2.json"), "--out", str(bad))
         assert code == 2 and words in err

@@ -125,10 +125,9 @@ def test_axolotl(tmp_path: Path) -> None:
     }  # fmt: skip
     assert made.content["batch"] == {"micro_batch_size": 2, "global_batch_size": 8}
     assert "precision" not in made.content
-    assert said(made, "cannot be said") == {
-        "warmup_steps",
-        "warmup_ratio",
-    }  # 3% of the steps: launcher's, but for its first step
+    assert said(made, "cannot be said") == set()
+    # 3% of the steps: launcher's, but for its first step
+    assert {"warmup_steps", "warmup_ratio"} <= said(made, "changes meaning")
 
 
 def test_a_recipe_of_alignment_handbook(tmp_path: Path) -> None:
@@ -146,7 +145,7 @@ def test_a_recipe_of_alignment_handbook(tmp_path: Path) -> None:
         "packing": True,
         "max_length": 2048,
     }
-    assert said(made, "cannot be said") == {"warmup_ratio"}
+    assert said(made, "cannot be said") == set() and "warmup_ratio" in said(made, "changes meaning")
     assert said(made, "ignored") == {"output_dir", "torch_dtype"}
 
 
@@ -225,7 +224,14 @@ def test_what_axolotl_leaves_open_and_holds_out_is_said(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(content))
     made = import_files([tmp_path / "a.yaml"])
     texts = {remark.said: remark.text for remark in made.remarks}
-    assert "`launcher data split chats.jsonl --hold-out 5%` writes two files" in texts["val_set_size"]
+    command = "launcher data split chats.jsonl --hold-out 5%"
+    assert texts["val_set_size"] == f"`{command}` writes the two files that the job names"
+    assert made.commands == (command,) and "val_set_size" in said(made, "changes meaning")
+    data = made.content["data"]
+    assert (data["train"], data["evaluation"]) == (
+        {"path": "chats-train.jsonl"},
+        {"path": "chats-evaluation.jsonl"},
+    )
     assert "bf16" in said(made, "chosen") and "tf32" in said(made, "changes meaning")
     assert "  warmup: 2   # steps\n" in made.text and "precision" not in made.content
 
@@ -256,13 +262,13 @@ CANNOT: list[tuple[dict[str, Any], str]] = [
     "datasets.1.type"),
     (AXOLOTL | {"chat_template": "chatml"}, "chat_template"),
     (AXOLOTL | {"special_tokens": {"eos_token": "<|im_end|>"}}, "special_tokens"),
-    (AXOLOTL | {"val_set_size": 0.05}, "val_set_size"),
+    (AXOLOTL | {"val_set_size": 0.05, "datasets": [{"path": "a/b", "type": "chat_template"}]}, "val_set_size"),
+    (AXOLOTL | {"val_set_size": 50}, "val_set_size"),
     (AXOLOTL | {"train_on_inputs": True}, "train_on_inputs"),
     (AXOLOTL | {"optimizer": "adamw_bnb_8bit"}, "optimizer"),
     (AXOLOTL | {"adapter": None}, "bf16"),
     (AXOLOTL | {"tf32": True}, "tf32"),
     (AXOLOTL | {"peft_use_dora": True}, "peft_use_dora"),
-    (AXOLOTL | {"warmup_steps": 10}, "warmup_steps"),
     (RECIPE | {"assistant_only_loss": False}, "assistant_only_loss"),
     (RECIPE | {"completion_only_loss": False}, "completion_only_loss"),
     (RECIPE | {"loss_type": "dft"}, "loss_type"),
@@ -283,7 +289,6 @@ CANNOT: list[tuple[dict[str, Any], str]] = [
     "lr_scheduler_kwargs": {"num_cycles": 2.5}}, "lr_scheduler_kwargs.num_cycles"),
     ({"output_dir": "o", "lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 2}},
     "lr_scheduler_kwargs.num_cycles"),
-    ({"output_dir": "o", "warmup_ratio": 0.1}, "warmup_ratio"),
     ({"output_dir": "o", "gradient_accumulation_steps": 2}, "gradient_accumulation_steps"),
     ({"output_dir": "o", "accelerator_config": {"split_batches": True}}, "accelerator_config.split_batches"),
     ({"output_dir": "o", "resume_from_checkpoint": "x"}, "resume_from_checkpoint"),
@@ -307,6 +312,41 @@ def test_what_would_change_the_numbers_is_named(content: dict[str, Any], key: st
         remark.text for remark in made.remarks if remark.said == key and remark.kind == "cannot be said"
     )
     assert len(text) > 20  # the nearest way, or why there is none
+
+
+@pytest.mark.parametrize(
+    ("content", "key"),
+    [
+        (AXOLOTL | {"warmup_steps": 10}, "warmup_steps"),
+        ({"output_dir": "o", "warmup_ratio": 0.1}, "warmup_ratio"),
+    ],
+)
+def test_a_warm_up_is_taken_over_and_its_first_step_told(
+    content: dict[str, Any], key: str, tmp_path: Path
+) -> None:
+    made = imported(tmp_path, content)
+    assert made.content["training"]["warmup"] == content[key]
+    [text] = [one.text for one in made.remarks if one.said == key and one.kind == "changes meaning"]
+    assert text.startswith("taken over; ") and "(k + 1)/W here" in text
+
+
+@pytest.mark.parametrize(
+    ("data_set", "share"),
+    [
+        ({"path": "rows-*.jsonl"}, 0.1),
+        ({"path": "json", "data_files": ["a.jsonl", "b.jsonl"]}, 0.1),
+        ({"path": "rows.parquet"}, 0.1),
+        ({"path": "rows.jsonl", "split": "train[:50]"}, 0.1),
+        ({"path": "rows.jsonl"}, 1.0),
+    ],
+)
+def test_a_share_that_no_split_of_one_file_holds_out_is_left_to_people(
+    data_set: dict[str, Any], share: float, tmp_path: Path
+) -> None:
+    entry = {"type": "completion", **data_set}
+    made = imported(tmp_path, AXOLOTL | {"val_set_size": share, "datasets": [entry]})
+    assert made.commands == () and "evaluation" not in made.content["data"]
+    assert "val_set_size" in said(made, "cannot be said")
 
 
 SAID: list[tuple[dict[str, Any], tuple[str, ...], Any]] = [

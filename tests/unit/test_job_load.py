@@ -11,9 +11,11 @@ import pytest
 import yaml
 
 from launcher.errors import ConfigurationError, Problem
+from launcher.job import paths
 from launcher.job.adapter import Adapter
 from launcher.job.load import load
 from launcher.job.schema import Job
+from launcher.training.demo.models import PACKAGES, model_directory
 from launcher.values import Interval
 
 CAUSAL: dict[str, Any] = {
@@ -83,6 +85,23 @@ def test_local_model_is_made_absolute(folder: Path) -> None:
     (folder / "tiny").mkdir()
     (folder / "tiny" / "config.json").write_text("{}")
     assert load(write(folder, CAUSAL), ["model.name=tiny"]).model.name == str(folder / "tiny")
+
+
+def test_a_model_of_a_package_is_its_directory_in_a_job_file_too(folder: Path) -> None:
+    directory = str(model_directory("minilm-l6"))
+    named = CAUSAL | {"model": {"name": "minilm-l6"}}
+    assert load(write(folder, named)).model.name == directory
+    assert load(write(folder, CAUSAL), ["model.name=minilm-l6"]).model.name == directory
+    (folder / "minilm-l6").mkdir()
+    (folder / "minilm-l6/config.json").write_text("{}")
+    assert load(write(folder, named)).model.name == str(folder / "minilm-l6"), "a folder goes before"
+
+
+def test_a_model_whose_package_is_not_here_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(paths.PACKAGED) == set(PACKAGES)
+    monkeypatch.setattr(paths, "PACKAGED", ("no-such-model",))
+    wrong = problems(folder, CAUSAL, "model.name=no-such-model")
+    assert wrong["model.name"].reason.startswith("no package is known to carry it; these are: smollm2-135m")
 
 
 @pytest.mark.parametrize(

@@ -266,6 +266,18 @@ def test_all_refusals_at_once() -> None:
     }
 
 
+def test_a_batch_that_does_not_divide_is_told_with_the_rest_unless_ranks_are_in_doubt() -> None:
+    def keys(wanted: Job, nproc: int | None) -> set[str]:
+        with pytest.raises(ConfigurationError) as caught:
+            plan_job(wanted, nproc, hardware=CPU)
+        return {problem.key for problem in caught.value.problems}
+
+    wrong = job(model__attention="flash_attention_2")
+    assert keys(wrong, 3) == {"model.attention", "batch.global_batch_size"}
+    assert keys(wrong, 2) == {"model.attention"}
+    assert keys(job(cluster__gpus_per_node=3), None) == {"cluster.gpus_per_node"}
+
+
 def test_batch_that_does_not_divide() -> None:
     assert "global_batch_size 30 or 33" in refusal("batch.global_batch_size", job(), 3, CPU)
 

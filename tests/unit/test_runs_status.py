@@ -81,6 +81,7 @@ def test_the_time_left_is_the_trainings_and_the_limit_is_slurms(
         seen = read_status(run).to_dict() | {"slurm": {"job_id": "7", "time_left": left}}
     lines = describe(seen).splitlines()
     assert "time left  4 min 0 s of training" in lines
+    assert "state      running (training), last step 0 s ago; a step takes 30 s" in lines
     assert [line for line in lines if line.startswith("limit")] == ([f"limit      {limit}"] if limit else [])
 
 
@@ -314,7 +315,9 @@ def test_what_ranks_are_at_before_the_first_step(run: RunDirectory) -> None:
         event(run.events_file, "phase", phase="evaluating")
         assert said(("evaluating", 3), ("evaluating", 3)) == "running (evaluating)"
         event(run.events_file, "training", total_steps=9)
-        append(run.metrics_file, {"kind": "train", "step": 1, "loss": 1.0, "time": time.time() + 1})
+        append(run.metrics_file, {"kind": "train", "step": 1, "loss": 1.0, "time": (soon := time.time() + 1)})
         assert said(("forward", 0), ("forward", 0)) == "running (training), last step 0 s ago"
+        append(run.metrics_file, {"kind": "train", "step": 2, "loss": 1.0, "time": soon + 0.4})
+        assert said(("forward", 0), ("forward", 0)).endswith("last step 0 s ago; a step takes 0.4 s")
     script = [Seen(rank, "vm", 9, "starting") for rank in range(2)]
     assert doing(script, 2) is None, "a script says nothing of where it is"

@@ -92,8 +92,11 @@ def test_watch_and_the_summary_show_the_newest(tmp_path: Path) -> None:
     console = Console(width=120, file=io.StringIO(), record=True)
     console.print(screen(seen, 120), height=40)
     drawn = console.export_text()
-    assert "what the model says after step 4" in drawn and "good film -> positive" in drawn
-    assert "  says        good film -> positive" in summary(run, "run")
+    assert "predictions after step 4" in drawn and "good film -> positive" in drawn
+    assert "  predictions good film -> positive" in summary(run, "run")
+    samples.write(run, 8, [{"row": 0, "input": {"text": "good film"}, "answer": {"log_probability": -4.0}}])
+    console.print(screen(Watched(run).look(ask=False), 120), height=40)
+    assert "scores after step 8" in console.export_text()
 
 
 @pytest.mark.parametrize(("width", "height"), [(40, 24), (56, 24), (60, 24), (80, 24), (120, 40)])

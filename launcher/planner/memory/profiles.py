@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -11,7 +12,8 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,9 +49,11 @@ class Unknown:
     """Its parameters, where they are known all the same."""
 
 
-def tell(line: str) -> None:
+@contextlib.contextmanager
+def tell(line: str) -> Iterator[None]:
     """Write a line on the terminal, beside whatever a command prints."""
     print(line, file=sys.stderr, flush=True)
+    yield
 
 
 @dataclass(eq=False)
@@ -60,8 +64,8 @@ class Profiles:
     """Start a trace, in a process of its own, where there is neither formula nor profile."""
     formulas: bool = True
     """Go by the formulas where they know the model."""
-    say: Callable[[str], None] = tell
-    """Told in one line why the seconds of a trace pass."""
+    waiting: Callable[[str], AbstractContextManager[None]] = tell
+    """Told in one line why the seconds of a trace pass, and left when they have passed."""
     _known: dict[str, Program | Unknown | ConfigurationError] = field(default_factory=dict)
 
     def find(self, plan: Plan) -> Program | Unknown:
@@ -125,8 +129,8 @@ class Profiles:
             name = plan.model.name
             where = shown(Path(name)) if Path(name).is_absolute() else name
             what = f"finding out what memory {where} takes, by tracing its class ({kind})"
-            self.say(f"{what}: up to a minute, and once, as later plans know it ...")
-            answer = _trace(plan)
+            with self.waiting(f"{what}: up to a minute, and once, as later plans know it ..."):
+                answer = _trace(plan)
             if "profile" in answer:
                 _keep(path, answer)
         problems = [Problem(*problem) for problem in answer.get("problems", ())]

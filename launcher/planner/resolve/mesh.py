@@ -10,6 +10,9 @@ from launcher.planner.plan import Mesh
 from launcher.planner.resolve.batch import divisors, nearest
 from launcher.planner.resolve.sharding import Layout, layout
 
+BY_NPROC = "asked for with --nproc"
+"""The reason of a number of ranks that nobody left open."""
+
 
 def mesh(decider: Decider) -> tuple[Mesh, Layout]:
     """Return the ranks and devices, and what is cut over them."""
@@ -88,7 +91,7 @@ def _ranks(decider: Decider, num_gpus: int) -> int:
     if nproc is not None:
         if num_gpus and nproc > num_gpus:
             decider.refuse("--nproc", nproc, f"each rank needs a GPU of its own, and there are {num_gpus}")
-        return decider.decide("cluster.ranks_per_node", nproc, "asked for with --nproc")
+        return decider.decide("cluster.ranks_per_node", nproc, BY_NPROC)
     if requested != "auto":
         if num_gpus and requested != num_gpus:
             decider.refuse(

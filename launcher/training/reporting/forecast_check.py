@@ -46,11 +46,12 @@ class ForecastCheck:
         self._rates.append(num_tokens / seconds)
         if len(self._rates) != NUM_STEPS:
             return None
-        measured = {
+        measured: dict[str, Any] = {
             "tokens_per_second": round(statistics.median(self._rates[1:]), 2),
             "memory_bytes": max(self._phases.values()),
             "phases": self._phases,
         }
+        measured |= {"bare_bytes": self._bare} if self._bare else {}
         expected = self._expected()
         content: dict[str, Any] = {"measured": measured, "expected": expected}
         with contextlib.suppress(OSError):
