@@ -7,8 +7,11 @@ from typing import Any
 
 import torch
 from torch import distributed
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
 
 from launcher.planner.axes import DATA_AXES
+from launcher.planner.model.model_support import SEES_PADDING
 from launcher.planner.plan import BatchPlan, Plan
 from launcher.runs.places import here
 from launcher.tasks.task import Draws, Evaluator, Sample, Task
@@ -20,6 +23,7 @@ from launcher.training.data.mixed import MixedDataset
 from launcher.training.data.order import Stretch
 from launcher.training.devices import to_device
 from launcher.training.engines.engine import Engine
+from launcher.training.model.forward import model_class_of
 
 Report = Callable[[int, int], None]
 
@@ -122,7 +126,7 @@ def written(
     leaving: Callable[[], bool] = lambda: False,
 ) -> torch.Tensor:
     """Return what the model writes to a micro-batch's samples, int64 [samples, n], in the order of
-    `collate`.
+    `collate`: to each what it writes to that one alone.
 
     Called by all ranks together. `leaving` is asked before every token, on each rank by itself; a yes cuts
     this rank's texts short.
@@ -132,8 +136,24 @@ def written(
         here.moved(done)
         return leaving()
 
+    def texts_of(some: Sequence[Sample]) -> torch.Tensor:
+        prompts = to_device(task.prompts(some), device)
+        # Behind them may be a prompt that keeps all ranks in the same layers.
+        return engine.generate(prompts, task.generation, each_token)[: len(some)]
+
     done = here.done
     samples = [sample for item in items for sample in item]
-    prompts = to_device(task.prompts(samples), device)
-    # Behind them may be a prompt that keeps all ranks in the same layers.
-    return engine.generate(prompts, task.generation, each_token)[: len(samples)]
+    if not (task.traits.causal and sees_padding(engine.model)):
+        return texts_of(samples)
+    # Ranks that gather parameters in every pass have to write equally often.
+    most = max(exchange.all_gather(len(samples)))
+    padded = [*samples, *samples[-1:] * (most - len(samples))]
+    texts = [texts_of([sample])[0] for sample in padded][: len(samples)]
+    return pad_sequence(texts, batch_first=True, padding_value=task.generation.arguments["pad_token_id"])
+
+
+def sees_padding(model: PreTrainedModel) -> bool:
+    """Return whether a model continues a prompt otherwise where padding stands before it, so that prompts of unlike
+    lengths cannot share a pass. Of a class that came with a model nobody knows."""
+    kinds = {model.config.model_type, model.config.get_text_config().model_type}
+    return bool(kinds & SEES_PADDING) or not model_class_of(model).__module__.startswith("transformers.")

@@ -25,6 +25,15 @@ TABLE = Path(__file__).with_name("model_support.json")
 WITHOUT_ADAPTER = dict.fromkeys(("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"), "out_proj")
 """By model_type the linear layers that cannot have an adapter: their kernels take the matrix past the layer;
 peft (0.21) refuses."""
+SEES_PADDING = frozenset(
+    (
+        *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus"),
+        *("plbart", "trocr", "whisper", "roformer"),  # count positions from the first column
+        *("recurrent_gemma", "rwkv"),  # read padding as they read a text
+        *("deepseek_v4", "minimax_m3_vl_text"),  # put tokens together in blocks from the first column
+    )
+)
+"""Causal LMs that continue a prompt otherwise where padding stands before it. They write to one at a time."""
 
 
 class Way(NamedTuple):
