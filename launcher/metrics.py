@@ -32,7 +32,8 @@ def at_limit(details: Mapping[str, Any]) -> str | None:
     if not number:
         return None
     limit = f"{most} tokens, the most that one may have (evaluation.generate.max_new_tokens)"
-    return f"{number:,} of {details.get('num_answers', number):,} answers came to {limit}: the end may be missing"
+    answers = f"{number:,} of {details.get('num_answers', number):,} answers"
+    return f"{answers} came to {limit}: the end may be missing"
 
 
 def told(name: str, details: Mapping[str, Any]) -> str:

@@ -19,8 +19,8 @@ else:
 _NEAREST_TRIES = 10
 """Parts of an image that are drawn before all of it is taken, as in torchvision's RandomResizedCrop."""
 _BEHIND_THE_SIZE = ("do_rescale", "do_normalize", "do_flip_channel_order", "include_top")
-"""What a processor does to the numbers of an image once it has its size: another order of the channels (MobileViT),
-or the deviation divided by once more (EfficientNet)."""
+"""What a processor does to the numbers of an image once it has its size: another order of channels (MobileViT),
+a second division by the deviation (EfficientNet)."""
 
 
 def resized(processor: Any, size: int) -> None:
@@ -95,8 +95,8 @@ class Pixels:
         return np.round(unit.clip(0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)
 
     def check_altered(self) -> None:
-        """Raise ConfigurationError where an image that nothing is altered of is another than the processor's own,
-        as of one that does more than is known here."""
+        """Raise ConfigurationError where an image that nothing is altered of is not the processor's own, as of a
+        processor that does more than is known here."""
         from PIL import Image
 
         draws = np.random.default_rng(0)

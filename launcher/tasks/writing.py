@@ -109,8 +109,8 @@ class WritingTask(Task):
         return (text[: min(ends)] if ends else text).strip()
 
     def at_limit(self, written: np.ndarray) -> list[bool]:
-        """Return of each text, int [texts, n], whether it came to the most tokens that it may have, so that its end
-        may be missing."""
+        """Return of each text, int [texts, n], whether it came to the most tokens that it may have, so that its
+        end may be missing."""
         arguments = self.generation.arguments
         padding, most = arguments["pad_token_id"], arguments["max_new_tokens"]
         if written.shape[1] < most:
@@ -122,13 +122,13 @@ class WritingTask(Task):
         return [not one for one in (ended | np.array(stopped, dtype=bool)).tolist()]
 
     def limit_details(self, num_at_limit: int) -> dict[str, Any]:
-        """Return what an evaluation's details say of answers that came to their limit: their number, and what the
-        limit is where there are any."""
+        """Return what an evaluation's details say of answers that came to their limit: their number, and the
+        limit where there are any."""
         limit = {"max_new_tokens": self.generation.arguments["max_new_tokens"]} if num_at_limit else {}
         return {"num_at_limit": num_at_limit, **limit}
 
     def texts_of(self, output: Output) -> list[Any]:
-        """Return what was written to each sample, as `{"text": ...}`; in a prediction with `at_limit`, true, where it
+        """Return what was written to each sample, as `{"text": ...}`; in a prediction with `at_limit`, where it
         came to its limit."""
         assert output.generated is not None
         written = output.generated.cpu().numpy()
@@ -204,8 +204,8 @@ class TextEvaluator(TokenLosses):
 def answered(
     task: WritingTask, output: Output, batch: dict[str, Any]
 ) -> Iterator[tuple[int, int, str, list[str], bool]]:
-    """Yield of each row of a batch its id, its window, the answer, the references, and whether the answer came to
-    its limit."""
+    """Yield of each row of a batch its id, its window, the answer, the references, and whether the answer came
+    to its limit."""
     assert output.generated is not None
     written, aside = output.generated.cpu().numpy(), batch["aside"]
     named = zip(aside["ids"], aside["windows"], aside["weights"], aside["references"], strict=True)

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from launcher.planner.axes import DATA_AXES
-from launcher.planner.model.model_support import SEES_PADDING
+from launcher.planner.model.model_support import continues_alone
 from launcher.planner.plan import BatchPlan, Plan
 from launcher.runs.places import here
 from launcher.tasks.task import Draws, Evaluator, Sample, Task
@@ -143,7 +143,7 @@ def written(
 
     done = here.done
     samples = [sample for item in items for sample in item]
-    if not (task.traits.causal and sees_padding(engine.model)):
+    if not writes_alone(engine.model, task):
         return texts_of(samples)
     # Ranks that gather parameters in every pass have to write equally often.
     most = max(exchange.all_gather(len(samples)))
@@ -152,8 +152,11 @@ def written(
     return pad_sequence(texts, batch_first=True, padding_value=task.generation.arguments["pad_token_id"])
 
 
-def sees_padding(model: PreTrainedModel) -> bool:
-    """Return whether a model continues a prompt otherwise where padding stands before it, so that prompts of unlike
-    lengths cannot share a pass. Of a class that came with a model nobody knows."""
-    kinds = {model.config.model_type, model.config.get_text_config().model_type}
-    return bool(kinds & SEES_PADDING) or not model_class_of(model).__module__.startswith("transformers.")
+def writes_alone(model: PreTrainedModel, task: Task) -> bool:
+    """Return whether prompts of unlike lengths cannot share a pass of a model, as one would be continued
+    otherwise with others. Of a class that came with a model nobody knows."""
+    if not task.traits.causal:
+        return False  # an encoder's masks hide all padding
+    longest = task.data.max_length + task.generation.arguments.get("max_new_tokens", 0)
+    is_own = not model_class_of(model).__module__.startswith("transformers.")
+    return is_own or continues_alone(model.config.to_dict(), longest)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import GenerationMixin
 
-from launcher.planner.model.model_support import SEES_PADDING, read_table
+from launcher.planner.model.model_support import SEES_PADDING, continues_alone, read_table
 from launcher.tasks.generation import GenerationOptions, padded_prompts
 from launcher.tasks.task import Sample
 from launcher.training import evaluation, exchange, generating
@@ -18,7 +18,9 @@ from launcher.training.heads import own_forward
 from tests.families import tiny
 
 LENGTHS = (3, 9, 1, 6)
-OPTIONS = GenerationOptions({"max_new_tokens": 7, "num_beams": 1, "do_sample": False, "pad_token_id": tiny.PAD})
+OPTIONS = GenerationOptions(
+    {"max_new_tokens": 7, "num_beams": 1, "do_sample": False, "pad_token_id": tiny.PAD}
+)
 TYPES = [name for name, entry in read_table()[tiny.CAUSAL_LM].items() if "ways" in entry]
 UNABLE = {"blt", "xlstm"}  # their own `generate` fails for a tiny model
 
@@ -26,7 +28,7 @@ UNABLE = {"blt", "xlstm"}  # their own `generate` fails for a tiny model
 class Plain:
     """A task with prompts alone."""
 
-    traits, generation = SimpleNamespace(causal=True), OPTIONS
+    traits, data, generation = SimpleNamespace(causal=True), SimpleNamespace(max_length=9), OPTIONS
 
     def prompts(self, samples: list[Sample]) -> dict[str, Any]:
         return padded_prompts([one["input_ids"] for one in samples], samples, tiny.PAD, on_the_left=True)
@@ -58,7 +60,9 @@ def samples() -> list[Sample]:
 def check(engine: Engine) -> None:
     given = evaluation.written(cast(Any, engine), cast(Any, Plain()), [samples()], "cpu")
     # transformers' own cannot write where a mixture's routers have a loss.
-    plain = {"output_router_logits": False} if getattr(engine.model.config, "output_router_logits", False) else {}
+    plain = (
+        {"output_router_logits": False} if getattr(engine.model.config, "output_router_logits", False) else {}
+    )
     vars(engine.model).pop("forward")
     for row, sample in zip(given.tolist(), samples(), strict=True):
         ids = torch.from_numpy(sample["input_ids"])[None]
@@ -90,6 +94,20 @@ def test_routers_that_have_a_loss_do_not_stop_a_mixture_from_writing() -> None:
     check(Engine("qwen3_moe", output_router_logits=True))
 
 
+def test_frequencies_that_follow_the_longest_text_are_those_of_each() -> None:
+    rope = {
+        "rope_type": "dynamic",
+        "factor": 4.0,
+        "rope_theta": 100.0,
+        "original_max_position_embeddings": 12,
+    }
+    engine = Engine("llama", rope_parameters=rope, max_position_embeddings=12)
+    check(engine)
+    assert engine.asked == len(LENGTHS)
+    short = {"model_type": "llama", "rope_parameters": rope}
+    assert (continues_alone(short, 12), continues_alone(short, 13)) == (False, True)
+
+
 def test_ranks_write_equally_often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exchange, "all_gather", lambda value: [value, 6])
     engine = Engine("rwkv")
@@ -98,8 +116,8 @@ def test_ranks_write_equally_often(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_class_that_came_with_a_model_writes_to_one_at_a_time() -> None:
-    model = Engine("llama").model
-    assert not evaluation.sees_padding(model)
+    model, task = Engine("llama").model, cast(Any, Plain())
+    assert not evaluation.writes_alone(model, task)
     own = type("OwnForCausalLM", (type(model),), {"__module__": "modeling_own"})
     model.__class__ = own
-    assert evaluation.sees_padding(model)
+    assert evaluation.writes_alone(model, task)

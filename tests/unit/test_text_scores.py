@@ -147,6 +147,9 @@ def test_answers_that_came_to_their_limit_are_told(padding: int) -> None:
     def at_limit(*rows: list[int]) -> list[bool]:
         return WritingTask.at_limit(cast(Any, Writer()), np.array(rows))
 
-    assert at_limit([5, 6, 7, 8], [5, 2, padding, padding], [5, 6, 2, padding], [5, 9, 9, 1]) == [True, *[False] * 3]
+    assert at_limit([5, 6, 7, 8], [5, 2, padding, padding], [5, 6, 2, padding], [5, 9, 9, 1]) == [
+        True,
+        *[False] * 3,
+    ]
     assert at_limit([5, 6, 7, 2]) == [padding == 0]
     assert at_limit([5, 6, 7], [8, 8, 8]) == [False, False]
