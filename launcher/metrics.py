@@ -26,6 +26,16 @@ def near_commonest(details: Mapping[str, Any]) -> tuple[float, float] | None:
     return (accuracy, share) if accuracy <= share + 2 * math.sqrt(share * (1 - share) / total) else None
 
 
+def at_limit(details: Mapping[str, Any]) -> str | None:
+    """Return a sentence on answers that came to their limit, by an evaluation's details; None where none did."""
+    number, most = details.get("num_at_limit"), details.get("max_new_tokens")
+    if not number:
+        return None
+    limit = f"{most} tokens, the most that one may have (evaluation.generate.max_new_tokens)"
+    answers = f"{number:,} of {details.get('num_answers', number):,} answers"
+    return f"{answers} came to {limit}: the end may be missing"
+
+
 def told(name: str, details: Mapping[str, Any]) -> str:
     """Return a metric's name with the class that it is of, by an evaluation's details: `f1 (of yes)`, of one of
     several tasks `TASK/f1 (of yes)`; any other as it is."""

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from launcher.cli.progress import AttemptView, Beginning, metrics_line, notice
 from launcher.launch.screen import Watcher
-from launcher.metrics import near_commonest
+from launcher.metrics import at_limit, near_commonest
 from launcher.plain_files import read_json
 from launcher.planner.plan import Plan
 from launcher.planner.prices import known_prices
@@ -234,14 +234,16 @@ def peak_rate(plan: Plan) -> float | None:
     return one.half_rate * plan.mesh.world_size if one else None
 
 
-def _no_better(run: RunDirectory, step: int, path: str) -> list[str]:
-    """Return a line where the model is no better than whoever always says the commonest class."""
+def _notes(run: RunDirectory, step: int, path: str) -> list[str]:
+    """Return a line where the model is no better than whoever always says the commonest class, and one where
+    answers came to their limit."""
     try:
         details = read_json(run.evaluation(step))["details"]
     except (OSError, ValueError, KeyError, TypeError):  # there is none, or it is damaged
         return []
+    notes = [f"  note        {text}"] if (text := at_limit(details)) is not None else []
     if (near := near_commonest(details)) is None or near[1] == 1:
-        return []
+        return notes
     accuracy, share = near
     return [
         f"  note        accuracy {accuracy:.2f} is near the commonest class's {share:.2f}: a larger learning "
@@ -272,7 +274,7 @@ def summary(run: RunDirectory, path: str) -> str:
             f"  before      {metrics_line(before['metrics'])}",
             f"  after       {metrics_line(after['metrics'])}",
         ]
-        lines += _no_better(run, after["step"], path)
+        lines += _notes(run, after["step"], path)
     if (newest := samples.newest(run)) is not None:
         name = samples.heading(newest[1])
         lines += [f"  {name:11} {message}" for message in samples.lines(newest[1], _SAID_WIDTH)]

@@ -202,7 +202,7 @@ def table(result: dict[str, Any]) -> str:
     """Return one line a metric: before, after, and what changed; with intervals, those of both and of the
     change below it."""
     before, after, intervals = result["before"], result["after"], result.get("confidence", {})
-    from launcher.metrics import told
+    from launcher.metrics import at_limit, told
 
     details = result.get("details", {}).get("after", {})
     names = {name: told(name, details) for name in after}
@@ -220,6 +220,8 @@ def table(result: dict[str, Any]) -> str:
         lines.append(
             f"in brackets: {intervals['level']:.0%} intervals of {intervals['resamples']:,} drawings of the rows"
         )
+    if (note := at_limit(details)) is not None:
+        lines.append(f"note: after training {note}")
     return "\n".join(lines)
 
 

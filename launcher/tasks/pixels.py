@@ -18,6 +18,9 @@ else:
 
 _NEAREST_TRIES = 10
 """Parts of an image that are drawn before all of it is taken, as in torchvision's RandomResizedCrop."""
+_BEHIND_THE_SIZE = ("do_rescale", "do_normalize", "do_flip_channel_order", "include_top")
+"""What a processor does to the numbers of an image once it has its size: another order of channels (MobileViT),
+a second division by the deviation (EfficientNet)."""
 
 
 def resized(processor: Any, size: int) -> None:
@@ -91,6 +94,20 @@ class Pixels:
         unit = (pixels - dark) / (light - dark)
         return np.round(unit.clip(0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)
 
+    def check_altered(self) -> None:
+        """Raise ConfigurationError where an image that nothing is altered of is not the processor's own, as of a
+        processor that does more than is known here."""
+        from PIL import Image
+
+        draws = np.random.default_rng(0)
+        shape = (self.height, self.width, 3)
+        image = Image.fromarray(draws.integers(0, 256, shape, dtype=np.uint8))
+        own, altered = self.of_image(image), self.altered(image, Augmentation(), draws)
+        if not np.allclose(own, altered, rtol=0, atol=0.01 * float(np.ptp(own))):
+            reason = "does more to an image than resize, crop, rescale and normalise it; leave it out"
+            name = f"its {type(self.processor).__name__}"
+            raise ConfigurationError(Problem("data.augmentation", None, f"{name} {reason}"))
+
     def altered(self, image: Any, how: Augmentation, draws: np.random.Generator) -> np.ndarray:
         """Return an RGB image cut and altered by chance, then normalised: float32 [3, height, width]."""
         from launcher.tasks.augmentation import alter
@@ -100,8 +117,8 @@ class Pixels:
             image = image.resize((self.width, self.height), self.processor.resample, box=box)
             shown = np.asarray(image).transpose(2, 0, 1)
         else:
-            plain = self.processor(image, return_tensors="np", do_rescale=False, do_normalize=False)
-            shown = plain["pixel_values"][0]
+            later = {name: False for name in _BEHIND_THE_SIZE if hasattr(self.processor, name)}
+            shown = self.processor(image, return_tensors="np", **later)["pixel_values"][0]
         unit = torch.from_numpy(np.array(shown, dtype=np.float32)) / 255
         pixels = (alter(unit.clamp_(0, 1), how, draws) * 255).numpy()
         whole = {"do_resize": False, "do_center_crop": False, "input_data_format": "channels_first"}

@@ -72,8 +72,10 @@ class Seeing:
 
     def prepare(self, processor: Any) -> None:
         """Take the size of the images from the processor, or give it the job's. Raises ConfigurationError where
-        it gives images of different sizes."""
+        it gives images of different sizes, or what it does cannot be done around an alteration."""
         self.pixels = Pixels.of(processor, self.data.image_size)
+        if self.data.augmentation is not None:
+            self.pixels.check_altered()
 
     def adopt(self, config: Any) -> None:
         """Take the size of a model. Raises ConfigurationError for one that sees no colours."""

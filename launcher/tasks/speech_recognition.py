@@ -300,6 +300,9 @@ class SpeechRecognition(WritingTask):
         of = {"ids": [sample.id for sample in samples], "windows": [sample.window for sample in samples]}
         return self.hearing.batch(samples, self.layout, None) | {"decoder_input_ids": told} | of
 
+    def at_limit(self, written: np.ndarray) -> list[bool]:
+        return super().at_limit(written) if self.decodes else [False] * len(written)
+
     def decode(self, ids: np.ndarray) -> str:
         """Return the text of what was written, int [n]; of CTC's frames each character once."""
         return super().decode(ids) if self.decodes else str(self.tokenizer.decode(ids)).strip()

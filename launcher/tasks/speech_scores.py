@@ -10,7 +10,7 @@ from launcher.metrics import Better
 from launcher.tasks.groups import by_length, measured
 from launcher.tasks.task import Evaluator, Output
 from launcher.tasks.text_scores import scores
-from launcher.tasks.writing import WritingTask, as_bytes, from_bytes
+from launcher.tasks.writing import WritingTask, answered, as_bytes, from_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,18 +52,15 @@ class SpeechScores(Evaluator):
     def __init__(self, task: WritingTask) -> None:
         self._task = task
         self._sums = np.zeros(2)
-        self._rows: list[tuple[int, int, str, str]] = []
+        self._rows: list[tuple[int, int, str, list[str], bool]] = []
         self._texts: tuple[list[str], list[str]] = [], []
+        self._num_at_limit = 0
 
     def update(self, output: Output, batch: dict[str, Any]) -> None:
         aside = batch["aside"]
         self._sums += [float(output.loss_sum), sum(aside["supervised"])]
-        if output.generated is None:
-            return
-        named = zip(aside["ids"], aside["windows"], aside["weights"], aside["references"], strict=True)
-        for ids, (id, window, weight, references) in zip(output.generated.cpu().numpy(), named, strict=True):
-            if weight:
-                self._rows.append((id, window, self._task.decode(ids), references[0]))
+        if output.generated is not None:
+            self._rows += answered(self._task, output, batch)
 
     def state(self) -> list[np.ndarray]:
         return [self._sums, as_bytes(self._rows)]
@@ -71,7 +68,8 @@ class SpeechScores(Evaluator):
     def compute(self, states: Sequence[Sequence[np.ndarray]]) -> dict[str, float]:
         loss_sum, num_supervised = np.sum([sums for sums, _ in states], axis=0).tolist()
         rows = sorted((row for _, written in states for row in from_bytes(written)), key=lambda row: row[:2])
-        answers, references = [row[2] for row in rows], [row[3] for row in rows]
+        answers, references = [row[2] for row in rows], [row[3][0] for row in rows]
+        self._num_at_limit = sum(row[4] for row in rows)
         how, tokenizer = self._task.data.normalization, self._task.tokenizer
         self._texts = (
             [normalized(text, how, tokenizer) for text in answers],
@@ -98,6 +96,7 @@ class SpeechScores(Evaluator):
         return {
             "num_answers": len(answers),
             "num_distinct_answers": len(set(answers)),
+            **self._task.limit_details(self._num_at_limit),
             "worst": [{"cer": rate, "written": answer, "text": text} for rate, answer, text in worst],
             "groups": {"words of the text": measured(groups, scored)},
         }

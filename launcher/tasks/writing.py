@@ -108,10 +108,35 @@ class WritingTask(Task):
         ends = [place for stop in self.settings.stop_strings if (place := text.find(stop)) >= 0]
         return (text[: min(ends)] if ends else text).strip()
 
+    def at_limit(self, written: np.ndarray) -> list[bool]:
+        """Return of each text, int [texts, n], whether it came to the most tokens that it may have, so that its
+        end may be missing."""
+        arguments = self.generation.arguments
+        padding, most = arguments["pad_token_id"], arguments["max_new_tokens"]
+        if written.shape[1] < most:
+            return [False] * len(written)
+        ended = np.isin(written[:, :-1], [padding, *arguments.get("eos_token_id", ())]).any(axis=1)
+        ended |= written[:, -1] == padding
+        texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
+        stopped = [any(stop in text for stop in self.settings.stop_strings) for text in texts]
+        return [not one for one in (ended | np.array(stopped, dtype=bool)).tolist()]
+
+    def limit_details(self, num_at_limit: int) -> dict[str, Any]:
+        """Return what an evaluation's details say of answers that came to their limit: their number, and the
+        limit where there are any."""
+        limit = {"max_new_tokens": self.generation.arguments["max_new_tokens"]} if num_at_limit else {}
+        return {"num_at_limit": num_at_limit, **limit}
+
     def texts_of(self, output: Output) -> list[Any]:
-        """Return what was written to each sample, as `{"text": ...}`."""
+        """Return what was written to each sample, as `{"text": ...}`; in a prediction with `at_limit`, where it
+        came to its limit."""
         assert output.generated is not None
-        return [{"text": self.decode(ids)} for ids in output.generated.cpu().numpy()]
+        written = output.generated.cpu().numpy()
+        limits = self.at_limit(written) if self.for_prediction else [False] * len(written)
+        return [
+            {"text": self.decode(ids)} | ({"at_limit": True} if is_cut else {})
+            for ids, is_cut in zip(written, limits, strict=True)
+        ]
 
     def aside(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Return what the evaluator needs of a batch's samples: which rows they are, their weights and their
@@ -134,19 +159,16 @@ class TextEvaluator(TokenLosses):
     def __init__(self, task: WritingTask) -> None:
         super().__init__()
         self._task = task
-        self._rows: list[tuple[int, int, str, list[str]]] = []
+        self._rows: list[tuple[int, int, str, list[str], bool]] = []
         self._texts: tuple[list[str], list[list[str]]] = [], []
         """Of each row the answer and its references."""
+        self._num_at_limit = 0
 
     def update(self, output: Output, batch: dict[str, Any]) -> None:
         super().update(output, batch)
         if output.generated is None:
             return
-        aside = batch["aside"]
-        named = zip(aside["ids"], aside["windows"], aside["weights"], aside["references"], strict=True)
-        for ids, (id, window, weight, references) in zip(output.generated.cpu().numpy(), named, strict=True):
-            if weight:
-                self._rows.append((id, window, self._task.decode(ids), references))
+        self._rows += answered(self._task, output, batch)
 
     def state(self) -> list[np.ndarray]:
         return [*super().state(), as_bytes(self._rows)]
@@ -156,6 +178,7 @@ class TextEvaluator(TokenLosses):
         # Whatever rank wrote them, the rows stand in their own order, so that sums over them are rounded alike.
         rows = sorted((row for _, written in states for row in from_bytes(written)), key=lambda row: row[:2])
         answers, references = self._texts = [row[2] for row in rows], [row[3] for row in rows]
+        self._num_at_limit = sum(row[4] for row in rows)
         return losses | scores(answers, references, self._task.evaluation, tuple(self._task.compared_by))
 
     def details(self) -> dict[str, Any]:
@@ -174,7 +197,23 @@ class TextEvaluator(TokenLosses):
 
         groups = by_length([len(texts[0].split()) if texts else 0 for texts in references])
         distinct = {"num_answers": len(answers), "num_distinct_answers": len(set(answers))}
+        distinct |= self._task.limit_details(self._num_at_limit)
         return {**distinct, "groups": {"words of the reference": measured(groups, scored)}}
+
+
+def answered(
+    task: WritingTask, output: Output, batch: dict[str, Any]
+) -> Iterator[tuple[int, int, str, list[str], bool]]:
+    """Yield of each row of a batch its id, its window, the answer, the references, and whether the answer came
+    to its limit."""
+    assert output.generated is not None
+    written, aside = output.generated.cpu().numpy(), batch["aside"]
+    named = zip(aside["ids"], aside["windows"], aside["weights"], aside["references"], strict=True)
+    for ids, is_cut, (id, window, weight, references) in zip(
+        written, task.at_limit(written), named, strict=True
+    ):
+        if weight:
+            yield id, window, task.decode(ids), references, is_cut
 
 
 def as_bytes(value: Any) -> np.ndarray:

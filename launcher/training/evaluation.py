@@ -7,8 +7,11 @@ from typing import Any
 
 import torch
 from torch import distributed
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
 
 from launcher.planner.axes import DATA_AXES
+from launcher.planner.model.model_support import continues_alone
 from launcher.planner.plan import BatchPlan, Plan
 from launcher.runs.places import here
 from launcher.tasks.task import Draws, Evaluator, Sample, Task
@@ -20,6 +23,7 @@ from launcher.training.data.mixed import MixedDataset
 from launcher.training.data.order import Stretch
 from launcher.training.devices import to_device
 from launcher.training.engines.engine import Engine
+from launcher.training.model.forward import model_class_of
 
 Report = Callable[[int, int], None]
 
@@ -122,7 +126,7 @@ def written(
     leaving: Callable[[], bool] = lambda: False,
 ) -> torch.Tensor:
     """Return what the model writes to a micro-batch's samples, int64 [samples, n], in the order of
-    `collate`.
+    `collate`: to each what it writes to that one alone.
 
     Called by all ranks together. `leaving` is asked before every token, on each rank by itself; a yes cuts
     this rank's texts short.
@@ -132,8 +136,27 @@ def written(
         here.moved(done)
         return leaving()
 
+    def texts_of(some: Sequence[Sample]) -> torch.Tensor:
+        prompts = to_device(task.prompts(some), device)
+        # Behind them may be a prompt that keeps all ranks in the same layers.
+        return engine.generate(prompts, task.generation, each_token)[: len(some)]
+
     done = here.done
     samples = [sample for item in items for sample in item]
-    prompts = to_device(task.prompts(samples), device)
-    # Behind them may be a prompt that keeps all ranks in the same layers.
-    return engine.generate(prompts, task.generation, each_token)[: len(samples)]
+    if not writes_alone(engine.model, task):
+        return texts_of(samples)
+    # Ranks that gather parameters in every pass have to write equally often.
+    most = max(exchange.all_gather(len(samples)))
+    padded = [*samples, *samples[-1:] * (most - len(samples))]
+    texts = [texts_of([sample])[0] for sample in padded][: len(samples)]
+    return pad_sequence(texts, batch_first=True, padding_value=task.generation.arguments["pad_token_id"])
+
+
+def writes_alone(model: PreTrainedModel, task: Task) -> bool:
+    """Return whether prompts of unlike lengths cannot share a pass of a model, as one would be continued
+    otherwise with others. Of a class that came with a model nobody knows."""
+    if not task.traits.causal:
+        return False  # an encoder's masks hide all padding
+    longest = task.data.max_length + task.generation.arguments.get("max_new_tokens", 0)
+    is_own = not model_class_of(model).__module__.startswith("transformers.")
+    return is_own or continues_alone(model.config.to_dict(), longest)

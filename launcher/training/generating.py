@@ -38,7 +38,7 @@ from launcher.errors import ConfigurationError, Problem
 from launcher.tasks.generation import Generate, GenerationOptions
 from launcher.training.heads import READ
 from launcher.training.model.attention import PACKED
-from launcher.training.model.forward import SEES, Batch, model_class_of
+from launcher.training.model.forward import SEES, Batch, accepted, model_class_of
 
 EachToken = Callable[[], bool]
 """Called before every pass of the model; a yes ends the writing of this rank, with what is written so far."""
@@ -125,11 +125,14 @@ def _own_forward(model: PreTrainedModel, each_token: EachToken, leaving: _Leavin
     asks `each_token`."""
     task_loss = model.__dict__["forward"]
     own = types.MethodType(model_class_of(model).forward, model)
+    routes = getattr(model.config.get_text_config(), "output_router_logits", False)
+    # Their loss takes a mask of the tokens that are routed, and not one of those before them too.
+    plain = accepted(model_class_of(model), {"output_router_logits": False}) if routes else {}
 
     @functools.wraps(own)  # `generate` asks for its signature
     def forward(*args: Any, **kwargs: Any) -> Any:
         leaving.leaves = each_token() or leaving.leaves
-        return own(*args, **kwargs)
+        return own(*args, **{**kwargs, **plain})
 
     model.forward = forward
     try:

@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 from launcher.data.rows import RowProblem
 from launcher.errors import ConfigurationError, DataError
@@ -242,6 +245,45 @@ def test_each_alteration_changes_an_image_within_its_range(name: str, vit: Path)
     assert all(one.shape == (3, SIZE, SIZE) and np.abs(one).max() <= 1.0 + 1e-6 for one in several)
     if name == "horizontal_flip":
         assert np.allclose(several[0], pixels.of_image(image)[..., ::-1], atol=1e-5)
+
+
+PROCESSORS = sorted(
+    {
+        named["pil"]
+        for kind in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+        if "pil" in (named := IMAGE_PROCESSOR_MAPPING_NAMES.get(kind) or {})
+    }
+    - {"Siglip2ImageProcessorPil", "TimmWrapperImageProcessor"}  # of models that are refused
+)
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_an_image_that_nothing_is_altered_of_is_the_processors_own(name: str) -> None:
+    """MobileViT's turns the channels round, EfficientNet's divides by the deviation twice: each once alone."""
+    try:
+        pixels = Pixels.of(getattr(transformers, name)(), 32 if name != "DonutImageProcessorPil" else None)
+    except ConfigurationError:
+        return  # no tensor of one size: refused as it is
+    pixels.check_altered()
+    image = picture("green", 3).resize((70, 60))
+    altered = pixels.altered(image, Augmentation(), np.random.default_rng(0))
+    assert np.allclose(altered, pixels.of_image(image), atol=1e-4)
+
+
+def test_a_processor_that_does_more_than_is_known_takes_no_alterations(
+    vit: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task_of(vit, pictures, augmentation={"horizontal_flip": 0.5})
+    own = transformers.ViTImageProcessorPil.__call__
+
+    def inverted(self: Any, images: Any, **options: Any) -> Any:
+        given = own(self, images, **options)
+        return given | {"pixel_values": -given["pixel_values"]}
+
+    monkeypatch.setattr(transformers.ViTImageProcessorPil, "__call__", inverted)
+    task_of(vit, pictures)
+    with pytest.raises(ConfigurationError, match=r"data\.augmentation.*ViTImageProcessorPil does more"):
+        task_of(vit, pictures, augmentation={"horizontal_flip": 0.5})
 
 
 def test_a_random_crop_keeps_its_share_of_the_image() -> None:

@@ -27,7 +27,7 @@ from launcher.tasks.speech_processor import characters_in, characters_of, frames
 from launcher.tasks.speech_recognition import SpeechRecognition
 from launcher.tasks.speech_scores import error_rates, normalized
 from launcher.tasks.speech_texts import token_ids
-from launcher.tasks.task import Sample
+from launcher.tasks.task import Output, Sample
 from launcher.training import generating
 from launcher.training.data.prepare import prepare
 from launcher.training.model.pretrained import read_config, read_processor
@@ -327,6 +327,12 @@ def test_whisper_writes_what_its_own_generate_does(whisper: Path, folder: Path, 
     texts = [task.decode(row) for row in written.numpy()]
     assert texts == [task.tokenizer.decode(row, skip_special_tokens=True).strip() for row in own]
     assert all(texts)
+    ends = [task.tokenizer.eos_token_id, task.tokenizer.pad_token_id]
+    evaluator = task.evaluator()
+    evaluator.update(Output(torch.zeros(()), torch.zeros(()), generated=written), task.collate([samples]))
+    evaluator.compute([evaluator.state()])
+    cut = [len(row) == 6 and not np.isin(row[:-1].numpy(), ends).any() for row in written]
+    assert evaluator.details()["num_at_limit"] == sum(cut) > 0
 
 
 def test_whisper_is_told_its_language(whisper: Path, folder: Path) -> None:

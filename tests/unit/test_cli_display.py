@@ -276,6 +276,14 @@ def test_a_run_that_ends_no_better_than_the_commonest_class_is_told(
         "`launcher lr-find runs/tiny/job.yaml` suggests one\n"
     )
     assert (line in summary(run, "runs/tiny")) == is_near
+    cut = {"num_at_limit": 3, "num_answers": 1000, "max_new_tokens": 128}
+    run.evaluation(2).write_text(json.dumps({"details": cut}))
+    assert (
+        "  note        3 of 1,000 answers came to 128 tokens, the most that one may have "
+        "(evaluation.generate.max_new_tokens): the end may be missing\n"
+    ) in summary(run, "runs/tiny")
+    run.evaluation(2).write_text(json.dumps({"details": cut | {"num_at_limit": 0}}))
+    assert "note" not in summary(run, "runs/tiny")
     run.evaluation(2).write_text("[]")
     assert "note" not in summary(run, "runs/tiny")
 

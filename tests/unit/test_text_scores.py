@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 
 from launcher.errors import ConfigurationError
-from launcher.tasks.generation import Evaluation
+from launcher.tasks.generation import Evaluation, Generate, GenerationOptions
 from launcher.tasks.text_scores import EXACT, OVERLAP, scores
 
 ANSWERS = ["the cat sat on the mat .", "a dog", "", "häuser & straßen", "one two three four five six"]
@@ -105,21 +105,51 @@ def test_texts_are_scored_in_groups_and_distinct_ones_counted() -> None:
     """The scorer of the user's own is asked once, of all answers."""
     import numpy as np
 
-    from launcher.tasks.writing import TextEvaluator, as_bytes
+    from launcher.tasks.writing import TextEvaluator, WritingTask, as_bytes
 
     class Writer:
         compared_by = OVERLAP
         evaluation = Evaluation(scorer="tests.unit.no_such_module:score")
+        limit_details = WritingTask.limit_details
+        generation = GenerationOptions({"max_new_tokens": 8})
 
     evaluator: Any = TextEvaluator(cast(Any, Writer()))
     assert evaluator.details() == {}
-    rows = [[number, 0, *pair] for number, pair in enumerate(zip(ANSWERS * 2, REFERENCES * 2, strict=True))]
+    pairs = zip(ANSWERS * 2, REFERENCES * 2, strict=True)
+    rows = [[number, 0, *pair, number < 3] for number, pair in enumerate(pairs)]
     with pytest.raises(ConfigurationError, match="cannot be imported"):
         evaluator.compute([[np.zeros(4), as_bytes(rows)]])
     told = evaluator.details()
     assert (told["num_answers"], told["num_distinct_answers"]) == (10, 5)
+    assert (told["num_at_limit"], told["max_new_tokens"]) == (3, 8)
     groups = told["groups"]["words of the reference"]
     assert {name: group["num_rows"] for name, group in groups.items()} == {"1": 2, "3 to 4": 4, "5 to 8": 4}
     short = scores(["a dog", ANSWERS[3]], [REFERENCES[1], REFERENCES[3]], Evaluation(), tuple(OVERLAP))
     assert {name: groups["3 to 4"][name] for name in short} == pytest.approx(short)
     assert next(iter(groups["1"])) == "bleu"
+
+
+@pytest.mark.parametrize("padding", [0, 2], ids=["of its own", "the end"])
+def test_answers_that_came_to_their_limit_are_told(padding: int) -> None:
+    """A model may be forced to end there (BART): its last token tells nothing."""
+    import numpy as np
+
+    from launcher.tasks.writing import WritingTask
+
+    class Words:
+        def batch_decode(self, rows: Any, skip_special_tokens: bool) -> list[str]:
+            return [" ".join(map(str, row)) for row in rows]
+
+    class Writer:
+        tokenizer, settings = Words(), Generate(max_new_tokens=4, stop_strings=("9 9",))
+        generation = GenerationOptions({"max_new_tokens": 4, "pad_token_id": padding, "eos_token_id": [2]})
+
+    def at_limit(*rows: list[int]) -> list[bool]:
+        return WritingTask.at_limit(cast(Any, Writer()), np.array(rows))
+
+    assert at_limit([5, 6, 7, 8], [5, 2, padding, padding], [5, 6, 2, padding], [5, 9, 9, 1]) == [
+        True,
+        *[False] * 3,
+    ]
+    assert at_limit([5, 6, 7, 2]) == [padding == 0]
+    assert at_limit([5, 6, 7], [8, 8, 8]) == [False, False]

@@ -25,6 +25,15 @@ TABLE = Path(__file__).with_name("model_support.json")
 WITHOUT_ADAPTER = dict.fromkeys(("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"), "out_proj")
 """By model_type the linear layers that cannot have an adapter: their kernels take the matrix past the layer;
 peft (0.21) refuses."""
+SEES_PADDING = frozenset(
+    (
+        *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus"),
+        *("plbart", "trocr", "whisper", "roformer"),  # count positions from the first column
+        *("recurrent_gemma", "rwkv"),  # read padding as they read a text
+        *("deepseek_v4", "minimax_m3_vl_text"),  # put tokens together in blocks from the first column
+    )
+)
+"""Causal LMs that continue a prompt otherwise where padding stands before it."""
 
 
 class Way(NamedTuple):
@@ -240,6 +249,18 @@ def _growing_positions(config: dict[str, Any]) -> tuple[str, int]:
             )
             return kind, begun
     return "", 0
+
+
+def continues_alone(config: dict[str, Any], longest: int) -> bool:
+    """Return whether a causal LM, by its config.json, continues a prompt otherwise where longer ones share its
+    pass, of whose answers the longest ends at `longest` tokens.
+
+    It sees the padding before a prompt, or its rotary frequencies follow the longest.
+    """
+    text = {**config, **(config.get("text_config") or {})}
+    _, begun = _growing_positions(text)
+    sees_padding = not SEES_PADDING.isdisjoint((config.get("model_type"), text.get("model_type")))
+    return sees_padding or 0 < begun < longest
 
 
 def fitting(known: Support, attention: str) -> list[Way]:
