@@ -41,8 +41,7 @@ def _asked(settings: Distillation) -> dict[str, bool]:
 def _entropy(
     model: PreTrainedModel, outputs: Any, batch: Batch, teacher: PreTrainedModel, settings: Distillation
 ) -> CrossEntropy:
-    """Return the loss, computed within the teacher's forward, where its head is gathered. So only one chunk
-    of logits exists at a time."""
+    """Return the loss, computed chunk by chunk within the teacher's forward, where its head is gathered."""
     results: list[CrossEntropy] = []
 
     def within() -> None:

@@ -118,7 +118,7 @@ def predict(
         raise ConfigurationError(Problem("--input", None, "is missing"))
     refuse_silent(subject.task)
     subject.task.for_prediction = True
-    # If training read two parallel text files, the input is read as text too, whatever its suffix.
+    # If training read two parallel text files, an input with an unknown suffix is read as text.
     otherwise = ".txt" if plan.data.train.targets is not None else None
     rows = open_source(source, subject.task.columns, otherwise)
     start_process_group(plan)

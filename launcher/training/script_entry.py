@@ -39,9 +39,8 @@ _SECONDS_TO_HEAR = 10.0
 class Stop:
     """Stop signals for a rank whose script may not handle them.
 
-    A script that handles SIGTERM gets a SIGTERM for any stop signal. Any other script is ended at once, even
-    in a collective that its peers will never join: a thread receives the signals, without help of the main
-    thread.
+    A script that handles SIGTERM gets a SIGTERM for any stop signal. Any other is ended at once, even in a
+    collective that its peers will never join: a thread receives the signals without the main thread's help.
     """
 
     def __init__(self, run: RunDirectory) -> None:

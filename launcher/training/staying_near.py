@@ -28,9 +28,8 @@ class NearTheStart(Around):
     model's files lack, such as a new head, are not pulled. Every attempt reads the initial weights from the
     model's files; they are in no checkpoint.
 
-    With a Fisher file each distance is multiplied by the weight's value there, and no move goes beyond the
-    initial weight. With plain SGD this is the gradient of elastic weight consolidation (Kirkpatrick et al.
-    2017).
+    With a Fisher file each distance is multiplied by the weight's value there, and no move overshoots. With
+    plain SGD this is the gradient of elastic weight consolidation (Kirkpatrick et al. 2017).
     """
 
     def __init__(self, engine: Engine, near: StartingPoint, plan: Plan) -> None:

@@ -55,7 +55,7 @@ def vector_of(
 def add_up(vector: torch.Tensor, num_own_seconds: int) -> StepTotals:
     """Return the sums of `vector_of` over all ranks; an action is due if any rank wishes it. Called by all ranks
     together."""
-    here.waits(1)  # on a GPU the wait happens in the copy of the result, which does not look like a collective
+    here.waits(1)  # on a GPU the wait is in the copy of the result, which does not look like a collective
     distributed.all_reduce(vector)
     loss, norm, stop, save, evaluate, *own = vector.tolist()
     here.waits(-1)
