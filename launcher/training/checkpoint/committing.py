@@ -82,8 +82,7 @@ class Leader:
         return bool(removed)
 
     def commit(self, save: Saving, files: dict[str, FileRecord]) -> tuple[str | None, bool]:
-        """Commit the save as a checkpoint. Return the reason of a failure or None, and whether the disk is
-        full."""
+        """Commit the save. Return the reason of a failure, or None, and whether the disk was full."""
         here.saving("committing")
         try:
             manifest = self._manifest(save, files)

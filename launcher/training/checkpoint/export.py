@@ -131,8 +131,7 @@ def _write_model(
 
 
 def choose(run: RunDirectory, step: int | None) -> tuple[StoredCheckpoint, tuple[StoredCheckpoint, ...]]:
-    """Return the newest complete checkpoint, or `step`'s, and the damaged ones skipped. Raises
-    CheckpointError."""
+    """Return the newest complete checkpoint, or `step`'s, and damaged ones skipped. Raises CheckpointError."""
     if step is None:
         choice = newest_valid(run)
         if choice.chosen is None:
