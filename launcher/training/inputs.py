@@ -141,7 +141,7 @@ class TrainingInputs:
         target = run.path / "model"
         if target.exists():
             return
-        # Written to a temporary name: after a kill half-way, the next attempt would take it for complete.
+        # Under a temporary name first; after a kill half-way, the next attempt would take it for complete.
         directory = target.with_name(f".model-{secrets.token_hex(4)}")
         if (source := model_files.directory_of(plan)) is not None:
             model_files.copy(source, directory)

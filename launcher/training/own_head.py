@@ -94,9 +94,8 @@ def _chunks(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield hidden states and targets of supervised positions, in chunks whose logits fit into memory.
 
-    There is at least one chunk, so that a padding micro-batch has a gradient. Under ZeRO-3 all ranks yield
-    equally many, as each use of a module is a collective. Extra chunks come last, with one unsupervised
-    position.
+    There is at least one, so that a padding micro-batch has a gradient. Under ZeRO-3 all ranks yield equally
+    many, as each use of a module is a collective. Extra chunks come last, with one unsupervised position.
     """
     flat = outputs.last_hidden_state.flatten(0, 1)
     hidden, wanted = at(places_of(batch), flat, batch["targets"])

@@ -95,7 +95,7 @@ class Rescue:
         self._step = None
 
     def over(self) -> None:
-        """Note that this rank is about to send its sums: from then on it may not call the others."""
+        """Note that this rank is about to send its sums; after that it may not call the others."""
         self._may_call = False
 
     def _call_and_save(self, step: int) -> None:

@@ -108,7 +108,7 @@ class Seen:
 
 
 def _trains(wrapped: Any) -> bool:
-    """Return whether any parameter trains. A frozen model (a reference, say) may be on any engine."""
+    """Return whether any parameter trains. A frozen model, which only judges another, may use any engine."""
     modules: Iterable[Any] = (
         wrapped if isinstance(wrapped, (list, tuple)) else [] if wrapped is None else [wrapped]
     )

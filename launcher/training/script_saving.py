@@ -131,7 +131,7 @@ def _whole_state_dict(trainer: Any) -> Iterator[None]:
 def _gather(engine: ModuleType) -> None:
     """Make ZeRO-3 gather full weights for a save, whatever its configuration says.
 
-    With DeepSpeed's default, `stage3_gather_16bit_weights_on_model_save: false`, the Trainer saves weights
-    that do not load, and Accelerate raises an error.
+    With DeepSpeed's default, `stage3_gather_16bit_weights_on_model_save: false`, the Trainer saves no loadable
+    weights, and Accelerate raises an error.
     """
     engine.DeepSpeedEngine.zero_gather_16bit_weights_on_model_save = lambda self: True

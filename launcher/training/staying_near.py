@@ -20,7 +20,7 @@ from launcher.training.model.conversion import cut_like
 
 
 class NearTheStart(Around):
-    """An engine whose every step first moves each weight back to its initial value, by learning rate x alpha x
+    """An engine whose every step first moves each weight towards its initial value, by learning rate x alpha x
     the distance.
 
     This is AdamW's weight decay (Loshchilov and Hutter, arXiv 1711.05101) towards the initial weights instead of

@@ -116,7 +116,7 @@ def _base(plan: Plan, model_files: Path, dtype: torch.dtype) -> Any:
 
 
 class Alone:
-    """The adapters and the fully trained modules, under peft's names.
+    """The adapters and the modules trained in full, under peft's names.
 
     Both modules of a tied pair are written: given one, peft would replace it by a trained copy and leave the
     other unchanged.
@@ -183,10 +183,10 @@ class Alone:
 
 
 def _whole_parameters(plan: Plan, stored: Stored, model_files: Path) -> dict[str, str]:
-    """Return the fully trained parameters: the checkpoint's name by each of their names in the model.
+    """Return the parameters trained in full, without adapter: the checkpoint's name by each name in the model.
 
-    Raises ConfigurationError if only a part of a module was fully trained, as peft stores complete modules;
-    or if the base's embedding has fewer rows.
+    Raises ConfigurationError if only a part of a module was trained in full, as peft stores complete modules, or
+    if the base's embedding has another number of rows.
     """
     where = plan.model.model_copy(update={"name": str(model_files), "revision": None})
     config = pretrained.read_config(plan.model_copy(update={"model": where, "attention": "eager"}))

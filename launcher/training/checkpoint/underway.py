@@ -15,10 +15,10 @@ from launcher.training.checkpoint.group import Ranks
 HangAfter = float | Literal["off"] | None
 _SLICE_SECONDS = 1.0
 SAY_SECONDS, SAY_TIMES = 60.0, 5.0
-"""A save is reported as slow after SAY_SECONDS of waiting, and SAY_TIMES the duration of the previous save."""
+"""A save is reported as slow after waiting for both SAY_SECONDS and SAY_TIMES the previous save's duration."""
 GIVE_UP_SECONDS, GIVE_UP_TIMES = 600.0, 20.0
-"""A save without progress for longer than both (likewise) is given up: training continues, and saves again once
-the storage is back."""
+"""A save without progress for longer than both is given up: training continues, and saves again once the storage
+is back."""
 _WAITING = ("", "waiting for the other ranks")
 
 

@@ -225,8 +225,7 @@ Placed = Iterator[tuple[str, torch.Size, Any]]
 
 
 def _below_stage_three(ranks: list[_Rank], groups: list[dict[str, torch.Size]]) -> Placed:
-    """Yield the parameters of stages 1 and 2: a group's are concatenated, then split into a partition per
-    rank."""
+    """Yield the parameters of stages 1 and 2: a group's are concatenated, then split evenly over ranks."""
     paddings = ranks[0].content.get("param_alignment_paddings")
     if len(groups) != len(ranks[0].masters):
         raise ValueError(f"{len(ranks[0].masters)} partitions for {len(groups)} groups of parameters")
