@@ -1,4 +1,4 @@
-"""Adafactor on shards: transformers' own numbers, with the columns of whole matrices."""
+"""Adafactor on sharded weights: the updates of transformers, with column means of full matrices."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from launcher.training.model.loading import local_part
 from launcher.training.muon import group_of
 
 _DECAY, _EPSILON = 0.8, 1e-30
-"""transformers' defaults, of which its Trainer leaves both as they are."""
+"""transformers' defaults; its Trainer changes neither."""
 
 
 class Adafactor(torch.optim.Optimizer):
-    """transformers' Adafactor as its Trainer takes it (Shazeer and Stern 2018, arXiv 1804.04235): with the rate
-    that it is given, and without a first moment.
+    """transformers' Adafactor as its Trainer configures it (Shazeer and Stern 2018, arXiv 1804.04235): with
+    an external learning rate and no first moment.
 
-    Of a matrix the means of its squared gradients are kept by row and by column. It is cut by rows: those of
-    columns, and the size of a whole update, are added up over the ranks, in two messages a step.
+    It keeps the mean squared gradients of each row and each column of a matrix. Matrices are sharded by rows,
+    so column means and the norm of the full update are all-reduced: two messages a step.
     """
 
     def __init__(self, groups: list[dict[str, Any]], learning_rate: float) -> None:
@@ -29,7 +29,7 @@ class Adafactor(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Take one step. For all ranks together, with a gradient for the same parameters on each."""
+        """Take one step. Called by all ranks together; the same parameters have gradients on each."""
         stepped = [
             (parameter, group)
             for group in self.param_groups
@@ -42,7 +42,7 @@ class Adafactor(torch.optim.Optimizer):
         _add_up(sums, stepped[0][0])
         for (parameter, _), whole in zip(stepped, sums, strict=True):
             self._of_columns(parameter, whole)
-        # Each update is computed twice, as keeping all of them would take as much as the weights.
+        # Each update is computed twice: keeping all of them would take as much memory as the weights.
         squares = [
             torch.linalg.vector_norm(self._update(parameter, whole), dtype=torch.float64).square().view(1)
             for (parameter, _), whole in zip(stepped, sums, strict=True)
@@ -55,10 +55,11 @@ class Adafactor(torch.optim.Optimizer):
             own.sub_(self._update(parameter, whole).div_(size), alpha=group["lr"])
 
     def _of_rows(self, parameter: nn.Parameter) -> torch.Tensor:
-        """Move the means of this rank's rows, or of what is no matrix the squares themselves.
+        """Update the means of this rank's rows, or the elementwise squares of a parameter that is not a
+        matrix.
 
-        Return its part of what is summed over rows: of a matrix [columns + 1], the squares by column and the
-        means of its rows; of all else nothing.
+        Return this rank's addends of the sums over rows: for a matrix [columns + 1], the squares by column and
+        the sum of the row means; otherwise empty.
         """
         gradient, state = _gradient(parameter), self.state[parameter]
         state["step"] += 1
@@ -70,18 +71,18 @@ class Adafactor(torch.optim.Optimizer):
         row.lerp_(squares.mean(dim=-1), share)
         if parameter.dim() == 2:
             return torch.cat([squares.sum(dim=0), row.sum(dim=0, keepdim=True)])
-        # Of several matrices in one tensor, as experts are, each is whole on its rank.
+        # A tensor of several matrices (experts) is sharded between matrices: each is complete on its rank.
         local_part(state["exp_avg_sq_col"]).lerp_(squares.mean(dim=-2), share)
         return gradient.new_empty(0)
 
     def _of_columns(self, parameter: nn.Parameter, whole: torch.Tensor) -> None:
-        """Move the means of a matrix's columns, given what is summed over all rows."""
+        """Update the means of a matrix's columns from the sums over all rows."""
         if parameter.dim() == 2:
             state = self.state[parameter]
             state["exp_avg_sq_col"].lerp_(whole[:-1] / parameter.shape[0], state["step"].pow(-_DECAY))
 
     def _update(self, parameter: nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
-        """Return this rank's part of the update before it is clipped, as transformers computes it."""
+        """Return this rank's part of the unclipped update, computed as in transformers."""
         gradient, state = _gradient(parameter), self.state[parameter]
         if parameter.dim() < 2:
             return local_part(state["exp_avg_sq"]).rsqrt().mul_(gradient)
@@ -92,8 +93,8 @@ class Adafactor(torch.optim.Optimizer):
 
 
 def first_state(parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the state of one parameter before the first step: of a matrix its rows', cut as they are, and its
-    columns', whole on each rank."""
+    """Return the state of one parameter before the first step. A matrix has row means, sharded like its rows,
+    and column means, complete on each rank."""
     step = torch.zeros((), dtype=torch.float32, device=parameter.device)
     if parameter.dim() < 2:
         return {"step": step, "exp_avg_sq": torch.zeros_like(parameter)}
@@ -106,7 +107,7 @@ def first_state(parameter: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def _cut_as(parameter: torch.Tensor, own: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Return a rank's part as that of a tensor of a shape, whose first dimension is cut as the parameter's."""
+    """Return a rank's part as a tensor of global shape `shape`, sharded like the parameter on dimension 0."""
     if not isinstance(parameter, DTensor):
         return own
     stride = torch.empty(shape, device="meta").stride()
@@ -122,7 +123,7 @@ def _gradient(parameter: nn.Parameter) -> torch.Tensor:
 
 
 def _add_up(tensors: list[torch.Tensor], parameter: torch.Tensor) -> None:
-    """Give each tensor its sum over the ranks that a parameter is cut over, in one message."""
+    """Replace each tensor by its sum over the ranks that shard the parameter, in one message."""
     ranks = group_of(parameter)
     if ranks is None or distributed.get_world_size(ranks) == 1:
         return

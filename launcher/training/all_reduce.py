@@ -2,8 +2,8 @@
 
     python -m launcher.training.all_reduce DIRECTORY BACKEND SECONDS
 
-Rank, size and where to meet are in the environment, as for any rank under the agent. Why it failed goes to
-DIRECTORY.
+Rank, world size and rendezvous address come from the environment, as for any rank under the agent. A failure
+is recorded in DIRECTORY.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _REPEATS = 3
 
 
 def main(arguments: list[str]) -> int:
-    """Give the exit code. SIGALRM ends the process where the ranks have not added up in time, wherever they
-    wait."""
+    """Return the exit code. SIGALRM ends the process, wherever it waits, if the all-reduce takes longer than
+    SECONDS."""
     die_with_parent()
     directory, backend, seconds = Path(arguments[0]), arguments[1], int(arguments[2])
     try:
@@ -36,14 +36,14 @@ def main(arguments: list[str]) -> int:
         imported = time.perf_counter() - before
         signal.alarm(seconds)
         print(json.dumps({"import_seconds": imported, **add_up(backend, seconds)}), flush=True)
-    except Exception as error:  # whatever it was, it is what people want to know
+    except Exception as error:  # any failure is what the user wants to see
         failure.record(directory, int(os.environ["RANK"]), error)
         return 1
     return 0
 
 
 def add_up(backend: str, seconds: int) -> dict[str, float]:
-    """Sum a vector over all ranks, and give how long it took. Raises LauncherError where the sum is wrong."""
+    """Sum a vector over all ranks and return the time taken. Raises LauncherError if the sum is wrong."""
     import torch
     from torch import distributed
 

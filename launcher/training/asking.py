@@ -1,4 +1,4 @@
-"""Ask a sharded model what it says of samples."""
+"""Predictions of a sharded model for given samples."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from launcher.training.evaluation import written
 
 
 def says(task: Task) -> bool:
-    """Return whether a task tells what its model says; one of a package of the user's own may leave that out."""
+    """Return whether a task implements `answers`; a task from the user's own package may not."""
     return type(task).answers is not Task.answers
 
 
 def refuse_silent(task: Task) -> None:
-    """Raise ConfigurationError for a task that does not tell what its model says."""
+    """Raise ConfigurationError for a task without `answers`."""
     if not says(task):
         reason = (
             f"{type(task).__name__} has no method `answers`, so that nothing can be said of a row; write one"
@@ -35,10 +35,11 @@ def ask(
     plan: Plan,
     leaving: Callable[[], bool] = lambda: False,
 ) -> list[Any]:
-    """Return what the model says of each of these samples, as JSON values; of filler nothing. Called by all
+    """Return the model's prediction for each sample as a JSON value; padding samples get none. Called by all
     ranks together.
 
-    `leaving` is asked before every token that is written, on each rank by itself; a yes cuts its texts short.
+    `leaving` is called before every generated token, on each rank by itself; True cuts that rank's texts
+    short.
     """
     batch = task.collate([[sample] for sample in samples])
     output = engine.evaluate(to_device(batch, plan.mesh.device))

@@ -1,4 +1,4 @@
-"""Train: from a run directory with a plan to a trained, saved, evaluated model."""
+"""One attempt at a run: from a run directory with a plan to a trained, evaluated and saved model."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from launcher.training.trainer import Trainer
 def train(
     run: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, *, stop_at: int | None = None
 ) -> None:
-    """Run the plan to its end, or to a stop, going on from the newest whole checkpoint. Called by every
-    rank."""
+    """Train until the plan is done or a stop is requested, resuming from the newest complete checkpoint.
+    Called by every rank."""
     here.at("preparing")
     planned, plan = plan, pretrained.settled(plan)
     material = TrainingInputs.prepare(run, plan)

@@ -1,4 +1,4 @@
-"""A moving average of the weights, cut as they are, beside either engine."""
+"""A moving average of the weights, sharded like them, for either engine."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from launcher.training.engines.around import Around, part_of, trained_names
 from launcher.training.engines.engine import Engine
 
 PREFIX = "ema."
-"""Of an averaged weight's name in a checkpoint, where the weight itself has `model.`."""
+"""Prefix of an averaged weight's name in a checkpoint; the weight itself has `model.`."""
 
 
 def read_from_average(
     tensors: dict[str, torch.Tensor], engine: Engine, plan: Plan
 ) -> dict[str, torch.Tensor]:
-    """Return a model's tensors by the names under which a checkpoint holds what is measured: averages, where
-    the run measures those."""
+    """Return a model's tensors under the checkpoint names of the weights that the run evaluates: the
+    averages, if it evaluates those."""
     ema = plan.training.ema
     if ema is None or not ema.evaluate:
         return tensors
@@ -30,14 +30,14 @@ def read_from_average(
 
 
 class AveragedEngine(Around):
-    """An engine that keeps an average of its weights: after each step decay x average + (1 - decay) x weights,
-    fp32, from the weights that training begins with.
+    """An engine that keeps an fp32 average of its weights, starting from the initial weights. After each step
+    it is decay x average + (1 - decay) x weights.
 
-    Everything else is the engine's own. The average is among the tensors of `state_dict`.
+    Everything else is the wrapped engine's. `state_dict` includes the average.
     """
 
     def __init__(self, engine: Engine, decay: float) -> None:
-        """Take an engine that is loaded."""
+        """Wrap an engine whose weights are loaded."""
         super().__init__(engine)
         self._decay = decay
         self._weights = {name: engine.state_dict()[f"model.{name}"] for name in trained_names(engine)}
@@ -45,13 +45,13 @@ class AveragedEngine(Around):
 
     @torch.no_grad()
     def optimizer_step(self, learning_rate: float, multiplier: float) -> None:
-        """Take the engine's step, and let the average follow."""
+        """Take the engine's step, then update the average."""
         self._engine.optimizer_step(learning_rate, multiplier)
         for name, average in self._averages.items():
             average.lerp_(part_of(self._weights[name]), 1 - self._decay)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return the engine's tensors, and each average as its weight is cut."""
+        """Return the engine's tensors and the averages, each sharded like its weight."""
         tensors = self._engine.state_dict()
         averages = {
             PREFIX + name: _cut_alike(tensors[f"model.{name}"], average)
@@ -61,7 +61,7 @@ class AveragedEngine(Around):
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """Compute with the averages as the weights while inside. Called by all ranks together."""
+        """Swap the averages in as weights within this context. Called by all ranks together."""
         self._exchange()
         try:
             yield
@@ -70,8 +70,8 @@ class AveragedEngine(Around):
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        """Put each average in its weight's place, and the weight in that of the average."""
-        self._engine.state_dict()  # gathered units are let go of: their shards are what is written to
+        """Swap each weight with its average."""
+        self._engine.state_dict()  # frees gathered units, as the swap writes to their shards
         for name, average in self._averages.items():
             weight = part_of(self._weights[name])
             kept = weight.clone()
@@ -81,7 +81,7 @@ class AveragedEngine(Around):
 
 
 def _cut_alike(weight: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-    """Return this rank's part of an average as a tensor of the weight's kind."""
+    """Return this rank's part of an average as the same kind of sharded tensor as the weight."""
     if isinstance(weight, FlatShard):
         return FlatShard(tuple(weight.shape), weight.start, weight.count, lambda: part, torch.float32)
     if isinstance(weight, DTensor):

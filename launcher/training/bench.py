@@ -1,4 +1,4 @@
-"""Measure this machine: matrix products, memory, messages, disk, the way to a GPU."""
+"""Benchmarks of this machine: matrix products, memory, collectives, disk, transfers to and from a GPU."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _BLOCK_BYTES = 1 << 23
 
 @dataclass(frozen=True)
 class Message:
-    """A collective of one size: what a rank receives in a second."""
+    """The time of one collective at one size, and the bytes a rank receives per second."""
 
     kind: str
     num_bytes: int
@@ -47,8 +47,8 @@ class Bench:
 
 
 def bench(num_ranks: int, directory: Path, report: Report, effort: Effort = FULL) -> Bench:
-    """Measure everything, with as many ranks for the messages, and files in `directory`. Raises StorageError
-    where none can be written."""
+    """Run all benchmarks: collectives between `num_ranks` ranks, files in `directory`. Raises StorageError if
+    no file can be written there."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     name = torch.cuda.get_device_name(0) if device.type == "cuda" else "cpu"
     product, memory, message, calling, files = effort.parts
@@ -56,7 +56,7 @@ def bench(num_ranks: int, directory: Path, report: Report, effort: Effort = FULL
     progress, matrix = Progress(report, parts), {}
     for precision, dtype in DTYPES.items():
         if device.type == "cpu":
-            cpu_half_matmul.widen(dtype)  # as ranks do
+            cpu_half_matmul.widen(dtype)  # as training ranks do
         progress.next(f"matrix products in {precision}")
         matrix[precision] = product_rate(dtype, device, effort)
     progress.next("memory")
@@ -67,7 +67,7 @@ def bench(num_ranks: int, directory: Path, report: Report, effort: Effort = FULL
         progress.next(f"messages between {num_ranks} ranks")
         messages, each = message_rates(num_ranks, device.type, effort)
     progress.next("the calling of operators")
-    # Of a CPU, as its ranks call them: all at once, each with its share of the threads.
+    # On a CPU, as in training: all ranks at once, each with its share of the threads.
     reference = (
         reference_seconds("cuda", effort)
         if device.type == "cuda"
@@ -100,8 +100,8 @@ def bench(num_ranks: int, directory: Path, report: Report, effort: Effort = FULL
 
 
 def product_rate(dtype: torch.dtype, device: torch.device, effort: Effort = FULL) -> float:
-    """Return the operations a second of square products. They grow until one takes a tenth of the budget:
-    some are slow on some processors."""
+    """Return the operations per second of square matrix products. Sizes grow until one product takes a tenth
+    of the budget, because some dtypes are slow on some processors."""
     size, rate = 128, 0.0
     while size <= _LARGEST_PRODUCT:
         left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -117,17 +117,17 @@ def product_rate(dtype: torch.dtype, device: torch.device, effort: Effort = FULL
 
 
 def copy_rate(device: torch.device, effort: Effort = FULL) -> float:
-    """Return the bytes read and written a second, copying far more than any cache holds."""
+    """Return the bytes read and written per second by a copy that exceeds every cache."""
     source = torch.ones(_COPY_BYTES // 4, device=device)
     target = torch.empty_like(source)
     return 2 * _COPY_BYTES / seconds_of(lambda: target.copy_(source), device, effort.seconds)
 
 
 def reference_seconds(device_type: str, effort: Effort = FULL) -> dict[str, float]:
-    """Time a forward and backward pass of the reference model, which is nothing but the calling of
-    operators, by what is computed again.
+    """Return the seconds of a forward and backward pass of the reference model for each kind of activation
+    checkpointing. The model is so small that calling operators dominates.
 
-    The least of several turns: what else a machine does only ever adds to it.
+    Each is the minimum of several turns, because other load on the machine only adds time.
     """
     device = torch.device(device_type)
     steps = {way: _reference_step(way, device) for way in ("none", "selective", "full")}
@@ -159,7 +159,7 @@ def _reference_step(way: str, device: torch.device) -> Callable[[], None]:
 
 
 def reference_batch(length: int, device: torch.device) -> dict[str, Any]:
-    """Return one sample."""
+    """Return a batch of one sample with `length` tokens."""
     positions = torch.arange(length, device=device)
     ends = torch.tensor([0, length], dtype=torch.int32, device=device)
     return {
@@ -172,7 +172,7 @@ def reference_batch(length: int, device: torch.device) -> dict[str, Any]:
 
 
 def transfer_rates(device: torch.device, effort: Effort = FULL) -> tuple[float, float]:
-    """Return the bytes a second to a GPU and back, from pinned memory."""
+    """Return the bytes per second from pinned memory to a GPU, and back."""
     host = torch.empty(_COPY_BYTES // 4, pin_memory=True)
     there = torch.empty(_COPY_BYTES // 4, device=device)
     to_device = seconds_of(lambda: there.copy_(host, non_blocking=True), device, effort.seconds)
@@ -181,8 +181,8 @@ def transfer_rates(device: torch.device, effort: Effort = FULL) -> tuple[float, 
 
 
 def file_rates(directory: Path, effort: Effort = FULL) -> tuple[float, float]:
-    """Return the bytes a second written and synced, and read again from the disk rather than from the page
-    cache. Raises StorageError."""
+    """Return the bytes per second written and synced, and read back from disk (not from the page cache).
+    Raises StorageError."""
     block = os.urandom(_BLOCK_BYTES)
     try:
         with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
@@ -206,8 +206,8 @@ def file_rates(directory: Path, effort: Effort = FULL) -> tuple[float, float]:
 
 
 def message_rates(num_ranks: int, device: str, effort: Effort = FULL) -> tuple[tuple[Message, ...], float]:
-    """Time all-gathers and all-reduces of growing size between ranks of this machine, as rank 0 sees them;
-    what FSDP takes for each beside."""
+    """Time all-gathers and all-reduces of growing size between ranks of this machine, as seen by rank 0; then
+    FSDP's overhead per collective."""
     with tempfile.TemporaryDirectory(prefix="launcher-bench-") as folder:
         store = Path(folder) / "store"
         result = Path(folder) / "result.pt"
@@ -248,8 +248,8 @@ def _rank(rank: int, num_ranks: int, device: str, store: str, result: str, effor
 
 
 def unit_seconds(device: torch.device, num_units: int = 8, rounds: int = 30) -> float:
-    """Return what FSDP takes for each of its messages beside the bytes: a step of tiny units, less the same
-    step without FSDP."""
+    """Return FSDP's fixed overhead per collective in seconds: a step with tiny units, minus the same step
+    without FSDP."""
     taken = []
     for cut in (False, True):
         model = nn.Sequential(*(nn.Linear(16, 16, device=device) for _ in range(num_units)))
@@ -263,11 +263,11 @@ def unit_seconds(device: torch.device, num_units: int = 8, rounds: int = 30) -> 
             model.zero_grad(set_to_none=True)
 
         taken.append(_agreed_seconds(step, device, rounds))
-    # Of each unit two gatherings and one sending.
+    # Each unit does two all-gathers and one reduce-scatter.
     return max(0.0, taken[1] - taken[0]) / (3 * num_units)
 
 
 def _agreed_seconds(work: Callable[[], object], device: torch.device, rounds: int) -> float:
-    """Every rank does as many rounds."""
+    """Return the minimum over a fixed number of rounds, so that every rank joins the same collectives."""
     timed(work, device)
     return min(timed(work, device) for _ in range(rounds))

@@ -1,4 +1,4 @@
-"""Say how much is measured, tell how long it still takes, and time one call."""
+"""The effort and progress of benchmarks, and the timing of one call."""
 
 from __future__ import annotations
 
@@ -9,41 +9,41 @@ from dataclasses import dataclass, replace
 import torch
 
 Report = Callable[[str, float], None]
-"""Told what is measured next, and the seconds to the end."""
+"""A callback that receives the name of the next measurement and the estimated seconds left."""
 MESSAGE_BYTES = tuple(1 << power for power in (12, 16, 20, 24, 26))
 
 
 @dataclass(frozen=True)
 class Effort:
-    """Say how much is measured for each figure, after one round that is not counted."""
+    """The amount of work behind each figure, after one warm-up round that is not counted."""
 
     seconds: float = 0.5
     turns: int = 9
-    """In so many those are measured that are compared with each other."""
+    """Number of turns in which figures that are compared with each other are measured alternately."""
     rounds: int = 10
-    """Of each message."""
+    """Rounds of each collective."""
     message_bytes: tuple[int, ...] = MESSAGE_BYTES
     file_bytes: int = 1 << 28
     parts: tuple[float, ...] = (2.0, 1.0, 60.0, 30.0, 3.0)
-    """Seconds on two idle cores: products in one precision, memory, messages, calling, files."""
+    """Seconds on two idle cores: products in one precision, memory, collectives, operator calls, files."""
     quick: bool = False
 
 
 FULL = Effort()
 QUICK = Effort(0.2, 3, 3, (1 << 16, 1 << 24), 0, (0.5, 0.5, 6.0, 14.0, 0.0), quick=True)
-"""Without the disk; of messages a small and a large one."""
+"""No disk benchmark, and only two message sizes."""
 QUICK_WITH_DISK = replace(QUICK, file_bytes=1 << 26, parts=(*QUICK.parts[:-1], 1.0))
 
 
 class Progress:
-    """Tells how long it still takes, by how long the parts that are over took."""
+    """Reports the estimated time left, scaled by how long the finished parts took."""
 
     def __init__(self, report: Report, parts: list[float]) -> None:
         self._report, self._parts = report, parts
         self._began, self._number = time.monotonic(), 0
 
     def next(self, what: str) -> None:
-        """Say what is measured now."""
+        """Report the measurement that starts now."""
         foreseen, left = sum(self._parts[: self._number]), sum(self._parts[self._number :])
         slowed = max(1.0, (time.monotonic() - self._began) / foreseen) if foreseen else 1.0
         self._report(what, left * slowed)
@@ -51,11 +51,11 @@ class Progress:
 
 
 def seconds_of(work: Callable[[], object], device: torch.device, budget: float) -> float:
-    """Return the least of the times of one call, over as many calls as the budget has room for, after a
-    first one that is not counted.
+    """Return the minimum time of one call over as many calls as fit into the budget (seconds), after one
+    warm-up call.
 
-    What else a machine does only ever adds to it: beside a test suite the middle made two fifths of this
-    processor's rate of it.
+    Other load on the machine only adds time: while a test suite ran, the median gave two fifths of this
+    processor's rate.
     """
     timed(work, device)
     least, until = timed(work, device), time.monotonic() + budget
@@ -65,7 +65,7 @@ def seconds_of(work: Callable[[], object], device: torch.device, budget: float) 
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds of one call, with what it left to a GPU."""
+    """Return the seconds of one call, including the GPU work that it queued."""
     began = time.perf_counter()
     work()
     if device.type == "cuda":

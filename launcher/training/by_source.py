@@ -1,4 +1,4 @@
-"""The training loss of each of several sources, beside that of a step."""
+"""The training loss of each data source, in addition to the loss of a step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from launcher.training.data.mixed import MixedDataset
 
 
 class LossBySource:
-    """The sums of a step's loss by source: on one rank, and after the step's exchange over all."""
+    """The loss sums of a step by source: one rank's, and all ranks' after the step's all-reduce."""
 
     def __init__(self, task: Task, dataset: Dataset, device: torch.device) -> None:
         self._mixed = dataset if isinstance(dataset, MixedDataset) and task.keeps_losses else None
@@ -22,17 +22,17 @@ class LossBySource:
         self.begin()
 
     def begin(self) -> None:
-        """Begin a step."""
+        """Reset the sums for a new step."""
         number = len(self._mixed.aliases) if self._mixed is not None else 0
         self.sums = torch.zeros(number, dtype=torch.float64, device=self._device)
-        """fp64 [sources]; empty where there is one source, or the task does not tell its losses."""
+        """fp64 [sources]; empty if there is one source, or if the task does not return losses."""
 
     def asked(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Return a micro-batch that asks for its losses, where they are wanted."""
+        """Return the micro-batch, with a request for its individual losses if they are needed."""
         return batch if self._mixed is None else {**batch, KEEPS_LOSSES: True}
 
     def add(self, output: Output, batch: dict[str, Any], items: Sequence[Sequence[Sample]]) -> None:
-        """Take in a micro-batch's losses: of each sample, or of each position."""
+        """Add a micro-batch's losses, which are per sample or per position."""
         if self._mixed is None:
             return
         samples = [sample for item in items for sample in item]
@@ -41,9 +41,9 @@ class LossBySource:
         self.sums.index_add_(0, torch.from_numpy(sources).to(self._device), losses)
 
     def losses(self, real: np.ndarray, sums: Sequence[float]) -> dict[str, float]:
-        """Return the mean loss of each source that has something to learn among these items of a global batch.
+        """Return the mean loss of each source that has supervised positions in these items of a global batch.
 
-        `sums`: those of all ranks.
+        `sums` are those over all ranks.
         """
         if self._mixed is None:
             return {}
@@ -53,7 +53,7 @@ class LossBySource:
 
 
 def losses_of_samples(output: Output, batch: dict[str, Any], samples: Sequence[Sample]) -> torch.Tensor:
-    """Return the summed loss of each sample of a batch that asked for its losses, fp64 [samples]."""
+    """Return the summed loss of each sample of a batch that requested its losses, fp64 [samples]."""
     assert output.losses is not None
     losses = output.losses.detach().double()
     if "cu_seq_lens" not in batch:  # a row for each sample

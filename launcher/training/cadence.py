@@ -1,4 +1,4 @@
-"""When to save and when to evaluate. Rank 0 decides; the clock is handed in."""
+"""When to save and when to evaluate. Rank 0 decides; callers pass the current time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from launcher.values import Interval
 
 @dataclass
 class Cadence:
-    """Answers whether something that happens every so often is due after a step."""
+    """The schedule of a periodic action: whether it is due after a step."""
 
     interval: Interval | None
     steps_per_epoch: float
@@ -33,15 +33,15 @@ class Cadence:
         self.last_step, self.last_time = step, now
 
     def _periods(self, step: int) -> int:
-        """Whole periods of epochs after `step` steps; a quotient that rounding left just below a whole number
-        counts as that."""
+        """Return the number of complete periods after `step` steps, for intervals in epochs. A quotient that
+        rounding left just below a whole number counts as that number."""
         assert self.interval is not None
         return math.floor(step / (self.steps_per_epoch * self.interval.value) + 1e-9)
 
 
 @dataclass
 class Patience:
-    """Early stopping: counts the evaluations in a row that brought nothing better."""
+    """Early stopping: a count of consecutive evaluations without improvement."""
 
     metric: str
     patience: int
@@ -53,11 +53,11 @@ class Patience:
 
     @property
     def exhausted(self) -> bool:
-        """Return whether it has run out."""
+        """Return whether patience has run out."""
         return self.num_worse >= self.patience
 
     def exhausted_by(self, metrics: dict[str, float]) -> bool:
-        """Take note of one evaluation; True when patience has run out."""
+        """Record one evaluation; return whether patience has run out."""
         value = metrics[self.metric]
         if (
             self.best is None

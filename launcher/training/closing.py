@@ -1,7 +1,7 @@
-"""Close gloo's listening ports once all peers have connected.
+"""Closing of gloo's listening ports once all peers have connected.
 
-gloo asks nobody who connects for a name: who says the number of a connection that is still awaited takes that
-rank's place, reads what its peer sends and answers what it likes. The number is small, and counts up.
+gloo does not authenticate. Anyone who sends the number of a connection that is still awaited takes that rank's
+place, reads its peer's messages and can forge replies. The numbers are small and count up.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _LAZY = "TORCH_GLOO_LAZY_INIT"
 
 
 def shut_behind(distributed: ModuleType) -> None:
-    """Have each gloo group that this process makes shut its ports. Takes the module
+    """Make each gloo group that this process creates close its ports. `distributed` is the module
     torch.distributed.distributed_c10d."""
     group = getattr(distributed, "ProcessGroupGloo", None)
     if group is None or hasattr(group.__init__, "__wrapped__"):
@@ -30,15 +30,15 @@ def shut_behind(distributed: ModuleType) -> None:
     def __init__(self: Any, *arguments: Any, **options: Any) -> None:
         before = {one.descriptor for one in doors.listening()}
         make(self, *arguments, **options)
-        if os.environ.get(_LAZY, "0") in ("0", ""):  # else peers come at the first message, and later
+        if os.environ.get(_LAZY, "0") in ("0", ""):  # else peers connect lazily, at the first message
             _shut([one for one in doors.listening() if one.descriptor not in before])
 
     group.__init__ = __init__
 
 
 def stay_here() -> None:
-    """Have the groups of this process, which are all of this machine, listen to it alone, shut their ports, and
-    pass large messages through shared memory."""
+    """Restrict the process groups of this process, all within one machine: they listen on loopback only,
+    close their ports, and pass large messages through shared memory."""
     from torch.distributed import (
         distributed_c10d,
     )  # not above: a script may set variables before it imports torch
@@ -49,7 +49,7 @@ def stay_here() -> None:
 
 
 def _shut(new: list[doors.Listening]) -> None:
-    """Raises RankLostError where somebody else was quicker than the ranks."""
+    """Close these listening ports. Raises RankLostError if another user connected before the peers did."""
     for one in new:
         doors.admit(one.descriptor)
     if users := doors.strangers({one.place for one in new}):

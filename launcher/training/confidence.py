@@ -1,8 +1,8 @@
-"""Bootstrap intervals of an evaluation's metrics: the rows drawn anew, with replacement, as often as asked for.
+"""Bootstrap confidence intervals of an evaluation's metrics: rows are resampled with replacement.
 
-Percentile intervals after Efron and Tibshirani (An Introduction to the Bootstrap, 1993, section 13.3). A
-row is drawn with all its samples. Equal draws before and after training give the interval of the change,
-which is narrower than the two would suggest.
+Percentile intervals after Efron and Tibshirani (An Introduction to the Bootstrap, 1993, section 13.3). A row
+is drawn with all its samples. The same draws before and after training give the interval of the change, which
+is narrower than the two intervals suggest.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ State = Sequence[np.ndarray]
 
 
 class Whole(Evaluator):
-    """The task's own evaluator, with what it came to."""
+    """The task's own evaluator, with its results."""
 
     def __init__(self, make: Callable[[], Evaluator]) -> None:
-        """`make` returns the task's evaluator, empty."""
+        """Store `make`, which returns a new, empty evaluator of the task."""
         self.make, self.own = make, make()
         self.metrics: dict[str, float] = {}
         self.shown: dict[str, Any] = {}
-        """Its details."""
+        """The evaluator's details."""
 
     def update(self, output: Output, batch: dict[str, Any]) -> None:
         self.own.update(output, batch)
@@ -45,15 +45,15 @@ class Whole(Evaluator):
 
 
 class Apart(Whole):
-    """Collect batches of one sample each, with what was seen of each row kept apart."""
+    """An evaluator for batches of one sample each, which keeps the state of each row separately."""
 
     def __init__(self, make: Callable[[], Evaluator], ids: Sequence[int]) -> None:
-        """`ids` are the rows of this rank's batches, without filler, which comes last."""
+        """Store the row ids of this rank's batches, without padding, which comes last."""
         super().__init__(make)
         self._ids = list(ids)
         self._states: list[list[np.ndarray]] = []
         self.rows: dict[int, list[State]] = {}
-        """On the rank that computes: the states of each row's samples, by its id."""
+        """The states of each row's samples by row id; filled on the rank that computes the metrics."""
 
     def update(self, output: Output, batch: dict[str, Any]) -> None:
         one = self.make()
@@ -61,7 +61,7 @@ class Apart(Whole):
         self._states.append(one.state())
 
     def state(self) -> list[np.ndarray]:
-        """Return the ids, the number of arrays of each state, and the arrays."""
+        """Return the row ids, the number of arrays in each state, and the arrays."""
         kept = self._states[: len(self._ids)]
         counts = np.array([len(state) for state in kept], dtype=np.int64)
         return [np.array(self._ids, dtype=np.int64), counts, *(array for state in kept for array in state)]
@@ -75,8 +75,8 @@ class Apart(Whole):
         return super().compute([state for row in self.rows.values() for state in row])
 
     def drawn(self, number: int, seed: int) -> dict[str, np.ndarray]:
-        """Return each metric of so many drawings of as many rows as there are, float64 [number]. Equal
-        seeds draw equal rows."""
+        """Return each metric over `number` resamples, float64 [number]. A resample has as many rows as the
+        data; equal seeds draw equal rows."""
         units, own = list(self.rows.values()), self.make()
         results: dict[str, list[float]] = {}
         generator = np.random.default_rng(seed)
@@ -93,8 +93,8 @@ class Apart(Whole):
 
 
 def ids_of(batches: Batches) -> list[int]:
-    """Return the rows of a rank's batches of one item each, in the order in which they come; without filler,
-    which comes last."""
+    """Return the row ids of a rank's batches of one item each, in batch order, without padding, which comes
+    last."""
     results: list[int] = []
     for step in range(batches.num_steps):
         real = batches.indices(step)
@@ -107,8 +107,8 @@ def ids_of(batches: Batches) -> list[int]:
 
 
 def interval(values: np.ndarray) -> list[float]:
-    """Return the middle LEVEL of these values, from and to; NaN where all of them are, as of a correlation
-    with a constant."""
+    """Return the lower and upper bound of the middle LEVEL of these values. Both are NaN if all values are,
+    for example correlations with a constant."""
     tail = 50 * (1 - LEVEL)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)

@@ -1,9 +1,9 @@
-"""bf16 and fp16 products on processors without such units: widened to fp32, rounded once.
+"""bf16 and fp16 matrix products on CPUs without such units: widened to fp32, rounded once.
 
-PyTorch's own way there is 4 to 140 times slower than fp32 (docs/benchmarks/products.md). The result is the
-same but for the order of its sums: both add up in fp32. Of a product little is widened at a time, so that no
-large matrix is ever copied whole; attention is widened whole, queries, keys and values of one sample where
-samples are packed.
+PyTorch's own kernels there are 4 to 140 times slower than fp32 (docs/benchmarks/products.md). Both accumulate
+in fp32, so results differ only by the order of the sums. Products are widened block by block, so that no
+large matrix is copied in full. Attention is widened at once: with packing, the queries, keys and values of
+one sample.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ Finish = Callable[[torch.Tensor, slice, slice], None]
 
 HALF = (torch.bfloat16, torch.float16)
 _BLOCK_ELEMENTS = 1 << 20
-"""Of each matrix that is widened at a time, 4 MiB in fp32: larger blocks were no faster."""
+"""Elements of each matrix widened at a time, 4 MiB in fp32: larger blocks were no faster."""
 _SHORTEST = 128
-"""Rows, columns and inner size of a block, at least, where the matrix has so many: thinner ones are slow."""
+"""Minimum rows, columns and inner size of a block, if the matrix is that large: thinner blocks are slow."""
 _UNITS = {
     torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
     torch.float16: ("avx512_fp16", "amx_fp16", "fp16"),
 }
-"""By torch.cpu.get_capabilities(): x86 before Arm."""
+"""Flag names of torch.cpu.get_capabilities(): x86 before Arm."""
 _installed: list[torch.library.Library] = []
 
 
 def has_units(dtype: torch.dtype, capabilities: dict[str, Any] | None = None) -> bool:
-    """Return whether this processor multiplies in `dtype` itself; True as well where PyTorch cannot tell."""
+    """Return whether this processor multiplies `dtype` in hardware; also True if PyTorch cannot tell."""
     flags = torch.cpu.get_capabilities() if capabilities is None else capabilities
     known = [flags[name] for name in _UNITS[dtype] if name in flags]
     return any(known) or not known
 
 
 def widen(dtype: torch.dtype) -> bool:
-    """Have this process multiply `dtype` by way of fp32 from now on, where the processor has no units for
-    it. Returns whether it does."""
+    """Make this process multiply `dtype` through fp32 from now on, if the processor has no units for it.
+    Return whether it does."""
     if dtype not in HALF or has_units(dtype):
         return False
     if not _installed:
@@ -49,11 +49,9 @@ def widen(dtype: torch.dtype) -> bool:
 def matrix_product(
     left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | None = None, finish: Finish | None = None
 ) -> torch.Tensor:
-    """Multiply `left` [rows, inner] by `right` [inner, columns], both in half precision; into `out` where
-    it is given.
+    """Multiply `left` [rows, inner] by `right` [inner, columns], both in half precision; into `out` if given.
 
-    `finish` changes a block of the product in place while it is still in fp32: the block, its rows, its
-    columns.
+    `finish(block, rows, columns)` changes a block of the product in place while it is still in fp32.
     """
     rows, inner, columns = *left.shape, right.shape[1]
     if out is None:
@@ -75,7 +73,7 @@ def matrix_product(
 
 
 def _wide_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """In fp32; along `inner` in parts where it is long."""
+    """Return the product in fp32, computed in parts along a long `inner` dimension."""
     step = max(_SHORTEST, _BLOCK_ELEMENTS // max(left.shape[0], right.shape[1], 1))
     if left.shape[1] <= step:
         return left.float() @ right.float()
@@ -90,20 +88,19 @@ def _parts(length: int, step: int) -> list[slice]:
 
 
 def _install() -> None:
-    """Put the widened products before PyTorch's own kernels, which go on to take everything that is not in
-    half precision."""
+    """Register the widened products over PyTorch's own kernels, which still handle all other dtypes."""
     library = torch.library.Library("aten", "IMPL")
     for name, function in _OPERATORS.items():
         kernel = torch.library.get_kernel(f"aten::{name}", "CPU")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that a kernel is replaced, which is what is wanted
+            warnings.simplefilter("ignore", UserWarning)  # it warns that a kernel is replaced, as intended
             library.impl(name, _either(kernel, function), "CPU", with_keyset=True)
     _installed.append(library)
 
 
 def _either(kernel: Any, function: Any) -> Any:
     def call(keys: Any, first: torch.Tensor, *rest: Any, **named: Any) -> Any:
-        # Operands that do not go together are left to PyTorch, which says so.
+        # Operands that do not match are left to PyTorch, which raises its own error.
         if first.dtype in HALF and (function not in _PRODUCTS or _agree(first, *rest)):
             return function(lambda *a, **n: kernel.call_boxed(keys, *a, **n), first, *rest, **named)
         return kernel.call_boxed(keys, first, *rest, **named)

@@ -1,4 +1,4 @@
-"""The loss of a model that writes a character, or nothing, at every frame (CTC; Graves et al. 2006)."""
+"""The loss of a model that predicts a character or a blank at every frame (CTC; Graves et al. 2006)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from launcher.training.model.forward import Batch, own_forward
 
 
 def ctc(model: PreTrainedModel, batch: Batch) -> Output:
-    """Return the summed loss of a collated micro-batch: of each sample what the model's own class has for it
-    alone.
+    """Return the summed loss of a collated micro-batch. Each sample's loss is that of the model's own class
+    for the sample alone.
 
-    `input_values` or `input_features` [B, longest, ...]; `attention_mask` [B, longest], where clips differ in
-    length; `labels` [B, longest text], -100 behind each; `weights` [B], 0 for filler. `generated` is the
-    likeliest token of each frame, int64 [B, frames], the blank behind a clip.
+    `input_values` or `input_features` [B, longest, ...]; `attention_mask` [B, longest], if clips differ in
+    length; `labels` [B, longest text], padded with -100; `weights` [B], 0 for padding samples. `generated` is
+    the likeliest token of each frame, int64 [B, frames], padded with the blank.
 
-    Raises NotImplementedError for a class that does not say how many frames a clip has.
+    Raises NotImplementedError for a model class without a rule for the number of frames.
     """
     names = ("input_values", "input_features")
     inputs = {name: batch[name] for name in (*names, "attention_mask") if name in batch}
@@ -53,12 +53,12 @@ def _losses(
     learned = labels != IGNORE
     sizes = learned.sum(dim=-1)
     if isinstance(log_probabilities, FakeTensor):
-        # A trace has no lengths to go by. What CTC keeps are the paths' probabilities at every frame.
+        # A trace has no lengths. CTC keeps the probabilities of the paths at every frame for backward.
         num_frames, num_samples, _ = log_probabilities.shape
         paths = log_probabilities.new_empty(num_samples, num_frames, 2 * labels.shape[1] + 1)
         return (log_probabilities.sum(dim=-1).T[:, :, None] * paths).sum(dim=(1, 2))
     config = model.config
-    with torch.backends.cudnn.flags(enabled=False):  # as transformers has it
+    with torch.backends.cudnn.flags(enabled=False):  # as in transformers
         losses: torch.Tensor = functional.ctc_loss(
             log_probabilities,
             labels[learned],

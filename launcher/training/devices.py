@@ -22,7 +22,7 @@ from launcher.training.precision import DTYPES
 
 
 def start_process_group(plan: Plan) -> torch.device:
-    """Join the process group torchrun described in the environment; returns this rank's device."""
+    """Join the process group that torchrun describes in the environment; return this rank's device."""
     meeting.prepare()
     exchange.refuse_pickles()
     if plan.mesh.device == "cuda":
@@ -45,10 +45,10 @@ def start_process_group(plan: Plan) -> torch.device:
 
 
 def to_device(batch: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
-    """Return the batch with its tensors on `device`, without what is kept `aside` for the evaluator.
+    """Return the batch with its tensors on `device`, without the evaluator's values under `aside`.
 
-    Where it has `targets`, `supervised` are the places of those that are not -100, int64 [n]: found here, as the
-    device would have to be waited for.
+    If it has `targets`, `supervised` holds the positions of those that are not -100, int64 [n]. They are
+    computed on the host, because on a GPU this would force a synchronisation.
     """
     if "targets" in batch and "supervised" not in batch:
         batch = batch | {"supervised": supervised_places(batch["targets"].reshape(-1))}
@@ -60,7 +60,7 @@ def to_device(batch: dict[str, Any], device: torch.device | str) -> dict[str, An
 
 
 def name_of(device: torch.device) -> str:
-    """Return what people call a device: the GPU's name, or the processor's."""
+    """Return the name of the GPU or the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     with contextlib.suppress(OSError):
@@ -71,35 +71,35 @@ def name_of(device: torch.device) -> str:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the most memory this rank has had so far: allocated on a GPU, resident on a CPU."""
+    """Return this rank's peak memory so far: allocated on a GPU, resident on a CPU."""
     return max(_before_laps.get(device, 0), _peak_of_lap(device))
 
 
 class Lap(NamedTuple):
-    """Bytes of this rank in a stretch of its work."""
+    """Memory of this rank in one stretch of its work, in bytes."""
 
     peak: int
-    """The most there was: of tensors on a GPU, resident on a CPU."""
+    """The peak: of tensors on a GPU, resident on a CPU."""
     now: int
     """At the end."""
 
 
 def lap_memory(device: torch.device) -> Lap:
-    """Return what there was since the last call; the next call's figures begin from here."""
+    """Return the memory used since the last call, and start a new lap."""
     peak, now = _peak_of_lap(device), memory_bytes(device)
     _before_laps[device] = max(_before_laps.get(device, 0), peak)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        # Linux then takes the resident size of this moment for the highest so far. Where the system does not
-        # let it, the next lap's figures are of all laps.
+        # Linux then resets the peak resident size to the current size. If the system forbids this, the next
+        # lap's peak covers all laps.
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     return Lap(peak, now)
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Return what this rank has now: allocated on a GPU, resident on a CPU."""
+    """Return this rank's current memory: allocated on a GPU, resident on a CPU."""
     return (
         torch.cuda.memory_allocated(device)
         if device.type == "cuda"
@@ -108,14 +108,13 @@ def memory_bytes(device: torch.device) -> int:
 
 
 _before_laps: dict[torch.device, int] = {}
-"""The highest of the laps that are over."""
+"""The peak over all finished laps."""
 
 
 def _peak_of_lap(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # Not getrusage: there counts what this process had before it became Python, a copy of the one that
-    # started it.
+    # Not getrusage: it includes the memory of the parent's copy that this process was between fork and exec.
     with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii", errors="replace") as file:
         for line in file:
             if line.startswith("VmHWM:"):

@@ -1,4 +1,4 @@
-"""Distillation of a causal LM: the divergence from a teacher, a few hundred positions at a time."""
+"""Distillation of a causal LM: the divergence from a teacher, in chunks of a few hundred positions."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from launcher.training.own_head import places_of, supervised_logits
 def causal_lm(
     model: PreTrainedModel, batch: Batch, teacher: PreTrainedModel, settings: Distillation
 ) -> Output:
-    """Return the summed loss of a micro-batch, as `heads.causal_lm` has it, mixed with the divergence from
-    the teacher.
+    """Return the summed loss of a micro-batch as in `heads.causal_lm`, mixed with the divergence from the
+    teacher.
 
-    The student's logits come from its output matrix, the teacher's from its own head. Hidden states are compared
-    at the supervised positions.
+    The student's logits come from its output matrix, the teacher's from its own head. Hidden states are
+    compared at the supervised positions.
     """
     entropy_of = functools.partial(_entropy, teacher=teacher, settings=settings)
     return heads.causal_lm(model, batch, entropy_of=entropy_of, asked=_asked(settings))
 
 
 def _asked(settings: Distillation) -> dict[str, bool]:
-    """Return what both decoders are to return besides."""
+    """Return the extra forward arguments of both decoders: hidden states, if they are compared."""
     return {"output_hidden_states": True} if settings.hidden_states is not None else {}
 
 
 def _entropy(
     model: PreTrainedModel, outputs: Any, batch: Batch, teacher: PreTrainedModel, settings: Distillation
 ) -> CrossEntropy:
-    """Compute the loss within the teacher's forward, where its head is whole: no logits wait for others."""
+    """Return the loss, computed chunk by chunk within the teacher's forward, where its head is gathered."""
     results: list[CrossEntropy] = []
 
     def within() -> None:
@@ -57,7 +57,7 @@ def _entropy(
                 entropy = _with_hidden(entropy, model, batch, settings.hidden_states, outputs, wanted)
             results.append(entropy)
 
-    # The teacher's own hooks see a pass without gradients: it has no backward pass.
+    # The teacher's FSDP hooks must see a forward pass without gradients: it has no backward pass.
     with torch.no_grad(), _forward(teacher, within):
         teacher()
     return results[0]
@@ -66,8 +66,8 @@ def _entropy(
 def _with_hidden(
     entropy: CrossEntropy, model: PreTrainedModel, batch: Batch, settings: HiddenStates, *outputs: Any
 ) -> CrossEntropy:
-    """Return the loss with the difference of hidden states at the supervised positions added, by what the
-    decoders of the model and of its teacher returned."""
+    """Return the loss plus the difference of hidden states at the supervised positions. `outputs` are those
+    of the student's and the teacher's decoder."""
     places, targets = places_of(batch), batch["targets"]
     own, others = (hidden_of(one, model) for one in outputs)
     differences = settings.by_position(
@@ -81,7 +81,7 @@ def _with_hidden(
 
 @contextlib.contextmanager
 def _forward(model: nn.Module, forward: Callable[[], None]) -> Iterator[None]:
-    """While inside, the model's forward is this function."""
+    """Replace the model's forward by this function within the context."""
     model.forward = forward
     try:
         yield

@@ -1,4 +1,4 @@
-"""Reasons to end before the last step: early stopping, falling behind in a sweep, a range test that diverged."""
+"""Reasons to end before the last step: early stopping, a losing sweep trial, a diverged range test."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from launcher.training.cadence import Patience
 
 
 class EarlyEnd:
-    """One rank's judgement of each evaluation; all ranks come to the same one.
+    """The decision, after each evaluation, whether training ends early; it is the same on all ranks.
 
-    `agree` tells whether any rank wishes something, `event` writes an event once for all.
+    `agree` returns whether any rank votes True; `event` writes an event once for all ranks.
     """
 
     def __init__(
@@ -42,14 +42,14 @@ class EarlyEnd:
 
     @property
     def reached(self) -> bool:
-        """Return whether training is over, whatever steps are left."""
+        """Return whether training ends now, before its last step."""
         return (
             self._left_behind or self._diverged or (self._patience is not None and self._patience.exhausted)
         )
 
     def judge(self, step: int, is_last: bool, metrics: dict[str, float]) -> None:
-        """Judge what the evaluation after `step` means. Raises ConfigurationError for a metric that the task
-        does not have."""
+        """Decide from the evaluation after `step` whether training ends. Raises ConfigurationError for a
+        metric that the task does not have."""
         self._be_patient(step, metrics)
         if self._halving is not None and step > 0 and not is_last:
             self._left_behind = self._agree(self._leads and self._halving.gives_up(self._run))
@@ -57,9 +57,9 @@ class EarlyEnd:
                 self._event("halved", step=step, metric=self._halving.metric)
 
     def judge_loss(self, step: int, loss: float, learning_rate: float) -> None:
-        """End a range test where the loss of `step`, counted from 1, shows that it diverged.
+        """End a range test if the loss after `step` (counted from 1) has diverged.
 
-        The loss is that of all ranks, so they come to the same end without a word.
+        The loss is already summed over all ranks, so they decide alike without communication.
         """
         if self._smoothed is None:
             return
@@ -80,10 +80,10 @@ class EarlyEnd:
             self._event("early_stopping", step=step, metric=patience.metric, best=patience.best)
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps of it."""
+        """Return the state to store in a checkpoint."""
         return {"best": self._patience.best, "num_worse": self._patience.num_worse} if self._patience else {}
 
     def restore(self, best: float | None, num_worse: int) -> None:
-        """Go on from a checkpoint's."""
+        """Restore the state from a checkpoint."""
         if self._patience:
             self._patience.best, self._patience.num_worse = best, num_worse

@@ -2,9 +2,8 @@
 
     python -m launcher.training.entry RUN_DIRECTORY --attempt N [--stop-at STEP]
 
-Before anything heavy is imported, the rank has tied its life to its agent's, takes stop signals, writes to
-its own log, and has said who it is. However it ends, it ends with os._exit: no destructor, thread or peer
-holds it.
+Before heavy imports, the rank arranges to die with its agent, installs signal handlers, opens its own log and
+writes who it is. It always ends with os._exit, so that no destructor, thread or peer can delay it.
 """
 
 from __future__ import annotations
@@ -27,8 +26,7 @@ Train = Callable[..., None]
 
 
 def main(arguments: list[str] | None = None, train: Train | None = None) -> NoReturn:
-    """Run one rank to its end. `train(run, plan, attempt, stop, stop_at=...)` is the trainer's where it is
-    not given."""
+    """Run one rank to its end. `train(run, plan, attempt, stop, stop_at=...)` defaults to the trainer's."""
     die_with_parent()
     stop = StopRequest().install()
     options = _parse(sys.argv[1:] if arguments is None else arguments)
@@ -39,7 +37,7 @@ def main(arguments: list[str] | None = None, train: Train | None = None) -> NoRe
         plan = Plan.read(rank.run.plan_file)
         stop.grace_seconds, stop.grace_file = plan.grace_seconds, grace_file(rank.directory)
         (train or _trainer())(rank.run, plan, options.attempt, stop, stop_at=options.stop_at)
-    except BaseException as error:  # whatever it was, the parent must hear of it
+    except BaseException as error:  # any failure must reach the parent
         rank.fail(error)
     leave(0)
 
@@ -61,7 +59,7 @@ def _trainer() -> Train:
 
     from launcher.training.attempt import train
 
-    # A rank's log is for what happened to this run: these stand in every one, and say nothing of it.
+    # A rank's log is for events of this run: these messages appear in every run and carry no information.
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message="DTensor random operators may not have complete support")
     return train

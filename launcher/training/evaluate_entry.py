@@ -1,6 +1,6 @@
-"""Measure a model before and after training: what `launcher evaluate` starts.
+"""The ranks of `launcher evaluate`: evaluation of a model before and after training.
 
-It runs in a scratch run directory with a plan and a request, so that it is supervised like any other attempt.
+They run in a scratch run directory with a plan and a request, so they are supervised like any other attempt.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from launcher.training.subject import Subject
 
 @dataclass
 class Measuring:
-    """One rank's part in measuring a model, or two."""
+    """One rank's part in evaluating one or two models."""
 
     scratch: RunDirectory
     stop: StopRequest
     resamples: int
-    """How often rows are drawn anew for intervals; 0 for none."""
+    """Number of bootstrap resamples for confidence intervals; 0 for none."""
     seed: int
 
     def dataset(self, subject: Subject, leads: bool) -> Dataset:
-        """Return the held-out rows as samples for this model. Called before the ranks know each other."""
+        """Return the held-out rows as samples for this model. Called before the process group exists."""
         given, plan, task = subject.plan.data.evaluation, subject.plan, subject.task
         assert given is not None
         refuse_unknown(task, given, plan)
@@ -60,14 +60,13 @@ class Measuring:
         return dataset
 
     def engine(self, subject: Subject, dataset: Dataset) -> Engine:
-        """Return the model in shards, its loss checked."""
+        """Return the sharded model after checking its loss."""
         engine = subject.build(self.scratch)
         check_loss(engine, subject.task, dataset, subject.plan, self.event)
         return engine
 
     def look(self, subject: Subject, engine: Engine, dataset: Dataset) -> Whole:
-        """Return the metrics and details of the rows, with what was seen of each row where intervals are
-        asked for."""
+        """Return the metrics and details over the rows, and each row's state if intervals are requested."""
         plan = subject.plan
         evaluator = Whole(subject.task.evaluator)
         if self.resamples:
@@ -106,7 +105,7 @@ class Measuring:
             events.event(self.scratch.events_file, name, **fields)
 
     def intervals(self, found: dict[str, Whole]) -> dict[str, Any]:
-        """Return the interval of each metric before and after, and of its change; on the rank that computes."""
+        """Return the interval of each metric before, after, and of the change. Called on rank 0 alone."""
         draws = {
             name: one.drawn(self.resamples, self.seed)
             for name, one in found.items()
@@ -124,8 +123,8 @@ class Measuring:
 def measure(
     scratch: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, *, stop_at: int | None = None
 ) -> None:
-    """Evaluate what request.json names and write evaluation.json: metrics and details before and after,
-    and intervals if asked for."""
+    """Evaluate the models that request.json names and write evaluation.json: metrics and details before and
+    after, and intervals if requested."""
     request = read_json(scratch.path / "request.json")
     if plan.data.evaluation is None:
         raise ConfigurationError(
@@ -133,11 +132,11 @@ def measure(
         )
     run, model = (Path(request["run"]) if request["run"] else None), request["model"]
     own = Measuring(scratch, stop, request["resamples"], request["seed"])
-    if own.resamples:  # rows are drawn, and a pack has several
+    if own.resamples:  # rows are resampled, and a packed sequence has several
         plan = plan.model_copy(update={"data": plan.data.model_copy(update={"packing": False})})
-    # A run has one model with two states; of a directory the model that the job begins with is another one.
+    # A run is one model with two states. A model directory is compared with the job's initial model.
     subjects = [Subject.of(plan, run, None), *([Subject.of(plan, None, model)] if model else [])]
-    # Before the ranks know each other, who would wait in vain for whoever tokenises.
+    # Before the process group starts: a rank that tokenises for long would let its peers time out.
     datasets = [
         own.dataset(one, one is subjects[0] and os.environ.get("RANK", "0") == "0") for one in subjects
     ]

@@ -1,4 +1,4 @@
-"""Compute the task's metrics over held-out data, on all ranks."""
+"""Evaluation: the task's metrics over held-out data, on all ranks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Report = Callable[[int, int], None]
 
 
 class Interrupted(Exception):
-    """The evaluation was given up on request; there are no metrics."""
+    """The evaluation was stopped on request; there are no metrics."""
 
 
 def evaluate(
@@ -43,13 +43,13 @@ def evaluate(
     details: Callable[[dict[str, Any]], object] = lambda details: None,
     evaluator: Evaluator | None = None,
 ) -> dict[str, float]:
-    """Compute the metrics over every sample of `dataset`, equal on all ranks; of several sources also those of
-    each, as `ALIAS/loss`.
+    """Return the metrics over every sample of `dataset`, equal on all ranks. With several sources, the
+    metrics of each are added, as `ALIAS/loss`.
 
-    `stopping` is asked before every batch, on all ranks, and must answer the same on each; a yes raises
-    Interrupted. `leaving` is asked before every token that is written, on each rank by itself; a yes ends
-    the writing of this rank, where `stopping` will be a yes too. `details` is called with what no single
-    number shows. `evaluator`, where it is given, takes the place of the task's own.
+    `stopping` is called before every batch and must return the same on all ranks; True raises Interrupted.
+    `leaving` is called before every generated token, on each rank by itself; True ends this rank's
+    generation, and `stopping` must then return True too. `details` receives results that are not single
+    numbers. `evaluator` replaces the task's own, if given.
     """
     parts = batches_by_source(dataset, plan)
     whole = evaluator or task.evaluator()
@@ -73,7 +73,7 @@ def evaluate(
             here.moved(done)
             report(done, total)
     if task.generates and stopping():
-        raise Interrupted  # what was written last may have been cut short
+        raise Interrupted  # the last texts may have been cut short
     here.at("measuring")
     metrics, told = _measured(whole, plan)
     details(told)
@@ -85,7 +85,7 @@ def evaluate(
 
 
 def _by_source(task: Task, dataset: Dataset, plan: Plan) -> list[Evaluator | None]:
-    """Return an evaluator for each of several sources; None for one whose metrics are measured anyway."""
+    """Return an evaluator for each of several sources; None if a source's metrics are computed anyway."""
     if not isinstance(dataset, MixedDataset) or plan.data.evaluation is None:
         return []
     named = zip(plan.data.evaluation.parts, dataset.aliases, strict=True)
@@ -93,8 +93,8 @@ def _by_source(task: Task, dataset: Dataset, plan: Plan) -> list[Evaluator | Non
 
 
 def batches_by_source(dataset: Dataset, plan: Plan) -> list[Batches]:
-    """Return a rank's batches of an evaluation, in the order of the rows: of each source by itself, so that no
-    batch has rows of two."""
+    """Return a rank's evaluation batches in row order. Each source has its own, so that no batch mixes
+    sources."""
     size, micro = plan.batch.data_parallel_size, plan.batch.micro_batch_size
     cut = BatchPlan(
         global_batch_size=micro * size, micro_batch_size=micro, accumulation_steps=1, data_parallel_size=size
@@ -107,9 +107,9 @@ def batches_by_source(dataset: Dataset, plan: Plan) -> list[Batches]:
 
 
 def _measured(evaluator: Evaluator, plan: Plan) -> tuple[dict[str, float], dict[str, Any]]:
-    """Return the metrics of all ranks' evaluators, and their details, equal on all ranks."""
+    """Return the metrics and details over all ranks' evaluators, equal on all ranks."""
     states = exchange.all_gather_arrays(evaluator.state())
-    # Ranks that share their samples have seen the same: the first of them stands for all.
+    # Ranks that share their samples have equal states: only the first of them counts.
     seen = [state for rank, state in enumerate(states) if plan.mesh.counts(rank, DATA_AXES)]
     leads = distributed.get_rank() == 0
     metrics = evaluator.compute(seen) if leads else {}
@@ -125,10 +125,10 @@ def written(
     device: str,
     leaving: Callable[[], bool] = lambda: False,
 ) -> torch.Tensor:
-    """Return what the model writes to a micro-batch's samples, int64 [samples, n], in the order of
-    `collate`: to each what it writes to that one alone.
+    """Return the tokens generated for a micro-batch's samples, int64 [samples, n], in the order of `collate`. Each
+    sample gets the answer that it gets alone.
 
-    Called by all ranks together. `leaving` is asked before every token, on each rank by itself; a yes cuts
+    Called by all ranks together. `leaving` is called before every token, on each rank by itself; True cuts
     this rank's texts short.
     """
 
@@ -145,7 +145,7 @@ def written(
     samples = [sample for item in items for sample in item]
     if not writes_alone(engine.model, task):
         return texts_of(samples)
-    # Ranks that gather parameters in every pass have to write equally often.
+    # Ranks that gather parameters in every forward pass must make the same number of them.
     most = max(exchange.all_gather(len(samples)))
     padded = [*samples, *samples[-1:] * (most - len(samples))]
     texts = [texts_of([sample])[0] for sample in padded][: len(samples)]
@@ -153,10 +153,10 @@ def written(
 
 
 def writes_alone(model: PreTrainedModel, task: Task) -> bool:
-    """Return whether prompts of unlike lengths cannot share a pass of a model, as one would be continued
-    otherwise with others. Of a class that came with a model nobody knows."""
+    """Return whether a model generates one row at a time, because padding would change its answers. A class that
+    came with its model is assumed to need it."""
     if not task.traits.causal:
-        return False  # an encoder's masks hide all padding
+        return False  # an encoder's mask hides all padding
     longest = task.data.max_length + task.generation.arguments.get("max_new_tokens", 0)
     is_own = not model_class_of(model).__module__.startswith("transformers.")
     return is_own or continues_alone(model.config.to_dict(), longest)

@@ -1,7 +1,7 @@
-"""Exchange JSON and arrays of numbers between ranks, as bytes.
+"""Exchange of JSON values and number arrays between ranks, as bytes.
 
-torch's own collectives for objects send pickles, and reading a pickle runs what its sender wants. Whoever
-takes a peer's place on the network would run code here. JSON and numbers can be wrong, and no more.
+torch's object collectives send pickles, and unpickling runs code that the sender chose. Anyone who takes a
+peer's place on the network could run code here. JSON and numbers can at worst be wrong.
 """
 
 from __future__ import annotations
@@ -18,18 +18,17 @@ from torch import distributed
 from torch.distributed import distributed_c10d
 
 _KINDS = "biuf"
-"""Of numpy's types those that are numbers: an array of objects would be a pickle again."""
+"""numpy's kinds that are numbers: an array of objects would be a pickle again."""
 
 
 def all_gather(value: Any, group: Any = None) -> list[Any]:
-    """Give every rank's value, in the order of ranks, on every rank. Values are what JSON can hold; a tuple
-    arrives as a list."""
+    """Return every rank's value on every rank, in rank order. Values must be JSON; tuples arrive as lists."""
     return [json.loads(content) for content in _all_gather_bytes(json.dumps(value).encode(), group)]
 
 
 def from_first(value: Any, group: Any = None) -> Any:
-    """Give the value of the group's rank 0 on every rank; what the others hand in does not count. Values as
-    in `all_gather`."""
+    """Return the value of the group's rank 0 on every rank; the others' values are ignored. Values as in
+    `all_gather`."""
     content = json.dumps(value).encode() if distributed.get_rank(group) == 0 else b""
     length = torch.tensor([len(content)])
     distributed.broadcast(length, group=group, group_src=0)
@@ -39,10 +38,10 @@ def from_first(value: Any, group: Any = None) -> Any:
 
 
 def all_gather_arrays(arrays: Sequence[np.ndarray], group: Any = None) -> list[list[np.ndarray]]:
-    """Give every rank's arrays on every rank. They may differ in number, shape and type; each must be of
-    numbers.
+    """Return every rank's arrays on every rank. Ranks may differ in the number, shapes and types of arrays;
+    each must hold numbers.
 
-    Raises TypeError for another type, here or where one arrives.
+    Raises TypeError for another type, whether sent or received.
     """
     headers = all_gather([(_number_type(array.dtype.str).str, array.shape) for array in arrays], group)
     contents = _all_gather_bytes(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays), group)
@@ -77,7 +76,7 @@ def _all_gather_bytes(content: bytes, group: Any) -> list[bytes]:
 
 
 def _tensor(content: bytes, length: int) -> torch.Tensor:
-    """The bytes, filled up to a length."""
+    """Return the bytes as a tensor, zero-padded to a length."""
     return torch.frombuffer(bytearray(content.ljust(length, b"\0")), dtype=torch.uint8)
 
 
@@ -89,10 +88,9 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def refuse_pickles() -> None:
-    """Have torch's own collectives for objects take plain values alone in this process, whichever library
-    calls them.
+    """Make torch's object collectives accept only plain values in this process, whichever library calls them.
 
-    Lists, dictionaries, texts and numbers pass; torch.compile sends such. Anything with a class raises
-    UnpicklingError.
+    Lists, dictionaries, strings and numbers pass; torch.compile sends such values. Anything with a class
+    raises UnpicklingError.
     """
     distributed_c10d._unpickler = _PlainUnpickler

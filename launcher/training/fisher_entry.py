@@ -1,4 +1,4 @@
-"""Estimate the diagonal of a model's Fisher information, sharded: what `launcher evaluate --fisher` starts."""
+"""The ranks of `launcher evaluate --fisher`: the diagonal of a sharded model's Fisher information."""
 
 from __future__ import annotations
 
@@ -38,25 +38,25 @@ _ONE = BatchPlan(global_batch_size=1, micro_batch_size=1, accumulation_steps=1, 
 
 
 class Fisher:
-    """The mean over samples of the squared gradient of a sample's loss, fp32, cut as the weights are.
+    """The squared gradient of each sample's loss, averaged over samples: fp32, sharded like the weights.
 
-    The loss is the task's own as evaluation computes it, summed over what is learned of the sample. Where that
-    is the negative log-likelihood of the labels, as of texts, tags and one class of several, this is the
-    empirical Fisher information. It is not where the task's loss is another: question answering has the mean of
-    start and end, several classes at once the mean over them, numbers the squared error, several tasks the loss
-    that they share, mixtures of experts the routers' loss beside it, BLIP the smoothing of its config.
+    The loss is the task's evaluation loss, summed over the sample's supervised positions. If it is the negative
+    log-likelihood of the labels (texts, tags, one class of several), the mean is the empirical Fisher
+    information. It is not for other losses: question answering averages start and end, multi-label
+    classification averages over the labels, regression squares the error, several tasks share one loss, mixtures
+    of experts add the routers' loss, and BLIP smooths as its config says.
     """
 
     def __init__(self, engine: Engine) -> None:
-        """Take an engine that is loaded, whose gradients are shards (FSDP)."""
+        """Wrap a loaded engine whose gradients are sharded (FSDP)."""
         self._engine = engine
         named = adapters.named_parameters(engine.model)
         self._trained = {name: one for name, one in named if one.requires_grad}
         self.means = {name: torch.zeros_like(one, dtype=torch.float32) for name, one in self._trained.items()}
 
     def take(self, batch: Any, num_ranks: int, num_rows: int) -> None:
-        """Take one sample of `num_rows` in, the same on all ranks: gradients of several could not be squared one
-        by one where they are added up over ranks."""
+        """Add one sample of `num_rows`, the same on all ranks. Gradients are summed over ranks, so those of
+        different samples could not be squared separately."""
         self._engine.micro_step(batch, 1 / num_ranks, last=True)
         for name, parameter in self._trained.items():
             if parameter.grad is not None:
@@ -64,7 +64,7 @@ class Fisher:
         self._engine.zero_grad()
 
     def check(self) -> None:
-        """Raise ConfigurationError on all ranks, which call this together, where a value is not finite."""
+        """Raise ConfigurationError on all ranks if a value is not finite. Called by all ranks together."""
         ends = [part_of(one).isfinite().all() for one in self.means.values()]
         finite = torch.stack(ends).all().to(torch.int32)
         distributed.all_reduce(finite, distributed.ReduceOp.MIN)
@@ -73,16 +73,16 @@ class Fisher:
             raise ConfigurationError(Problem("--fisher", None, reason))
 
     def entries(self) -> list[Entry]:
-        """Return what is written, in its order."""
+        """Return the entries of the file, in file order."""
         return [Entry(name, tuple(one.shape), torch.float32) for name, one in sorted(self.means.items())]
 
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
-        """Yield one of them whole, on the CPU. For all ranks together."""
+        """Yield one full tensor on the CPU. Called by all ranks together."""
         mean = self.means[name]
         yield (mean.full_tensor() if isinstance(mean, DTensor) else mean).cpu()
 
     def write(self, path: Path) -> None:
-        """Write them as one safetensors file. For all ranks together. Raises StorageError."""
+        """Write all means to one safetensors file. Called by all ranks together. Raises StorageError."""
         if distributed.get_rank() != 0:
             for one in self.entries():
                 next(self.pieces(one.name))
@@ -100,12 +100,12 @@ class Fisher:
 
 
 def estimate(own: Measuring, subject: Subject, engine: Engine, dataset: Dataset, num_rows: int) -> Fisher:
-    """Return the Fisher information of a model on samples that the job's seed draws. Raises Interrupted."""
+    """Return the Fisher information of a model over samples drawn with the job's seed. Raises Interrupted."""
     plan = subject.plan
     batches = Batches(dataset, Order(plan.training.seed, dataset.num_items), _ONE, 0, num_rows)
     loader = Loader(subject.task, batches, plan, lambda step: Draws(plan.training.seed, 0))
     fisher = Fisher(engine)
-    engine.model.eval()  # without dropout, and the task's own loss
+    engine.model.eval()  # no dropout, and the task's evaluation loss
     here.at("evaluating", total=num_rows)
     for row in range(num_rows):
         if own.stops():
@@ -119,13 +119,13 @@ def estimate(own: Measuring, subject: Subject, engine: Engine, dataset: Dataset,
 def measure(
     scratch: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, *, stop_at: int | None = None
 ) -> None:
-    """Write the Fisher information of what request.json names to the file that it names, and fisher.json."""
+    """Write the Fisher information of the model in request.json to the file named there, and fisher.json."""
     request = read_json(scratch.path / "request.json")
     if plan.data.evaluation is None:
         reason = "no rows to estimate on; name held-out rows in the job file, or a file with --on"
         raise ConfigurationError(Problem("data.evaluation", None, reason))
     run, model = (Path(request["run"]) if request["run"] else None), request["model"]
-    # A sample is squared by itself, and a pack has several.
+    # Gradients are squared per sample, and a packed sequence has several.
     plan = plan.model_copy(update={"data": plan.data.model_copy(update={"packing": False})})
     own, subject = Measuring(scratch, stop, 0, plan.training.seed), Subject.of(plan, run, model)
     dataset = own.dataset(subject, os.environ.get("RANK", "0") == "0")

@@ -1,8 +1,7 @@
-"""Start fresh CPU ranks for each measurement, as a job would have them.
+"""Fresh CPU ranks for each benchmark, like those of a job.
 
-What ran before in a process slows what comes after: an engine leaves its process groups behind, with gloo's
-threads, and memory in pieces. A process that has imported everything once is copied for each rank instead,
-which takes a moment.
+Earlier work slows later work in the same process: an engine leaves process groups, gloo threads and fragmented
+memory behind. So each rank is forked from a server process that has imported everything once, which is fast.
 """
 
 from __future__ import annotations
@@ -30,11 +29,10 @@ _SECONDS_TO_BE_ENDED = 10.0
 
 
 def in_fresh_ranks(work: Callable[..., Any], arguments: tuple[Any, ...], num_ranks: int) -> Any:
-    """Return what `work` returns on rank 0, of plain values and tensors, where it runs on as many ranks of
-    one gloo group.
+    """Run `work` on `num_ranks` ranks of one gloo group; return rank 0's result (plain values and tensors).
 
-    `work` is a function of a module. Raises ProcessRaisedException with the traceback of a rank that fails,
-    and ProcessExitedException.
+    `work` is a module-level function. Raises ProcessRaisedException with the traceback of a failed rank, and
+    ProcessExitedException.
     """
     multiprocessing.set_forkserver_preload([__name__, "launcher.training.fresh_imports", work.__module__])
     with tempfile.TemporaryDirectory(prefix="launcher-bench-") as folder, _accelerator("cpu"):
@@ -45,8 +43,8 @@ def in_fresh_ranks(work: Callable[..., Any], arguments: tuple[Any, ...], num_ran
 
 @contextlib.contextmanager
 def _accelerator(name: str) -> Iterator[None]:
-    """DeepSpeed asks for it while it is imported, once for all ranks; what this process starts later is none
-    of theirs."""
+    """Set DS_ACCELERATOR within this context. DeepSpeed reads it once, when the fork server imports it; later
+    processes of this one must not inherit it."""
     before = os.environ.get("DS_ACCELERATOR")
     os.environ["DS_ACCELERATOR"] = before or name
     try:
@@ -77,13 +75,13 @@ def _rank(
         if classify(error)[1]:
             time.sleep(
                 _SECONDS_TO_BE_ENDED
-            )  # the rank that failed is to be heard of first; then this one is ended
+            )  # this failure follows from another rank's, which must be reported first and ends this rank
         raise
 
 
 def leave() -> NoReturn:
-    """End this rank, with all others: gloo's threads, of which some still run, would now and then abort an
-    orderly end."""
+    """End this rank together with all others, by os._exit: in an orderly exit, gloo threads that still run
+    sometimes abort the process."""
     distributed.barrier()
     util._exit_function()  # type: ignore[attr-defined]
     os._exit(0)

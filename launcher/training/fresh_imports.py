@@ -1,4 +1,4 @@
-"""The imports of every measuring rank, done once for all of them."""
+"""The imports of every benchmark rank, done once for all of them."""
 
 import contextlib
 import warnings
@@ -8,6 +8,6 @@ from launcher.training import engines  # noqa: F401
 with (
     contextlib.suppress(Exception),
     warnings.catch_warnings(),
-):  # a rank that needs it says what is wrong with it
+):  # a rank that needs it reports the failure itself
     warnings.simplefilter("ignore")
-    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  by which DeepSpeed imports a compiler when it starts
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  DeepSpeed imports a compiler through it at startup

@@ -1,8 +1,8 @@
-"""Have a model write texts by transformers' `generate`, sharded or not, on all ranks together.
+"""Text generation by transformers' `generate`, with sharded or gathered parameters, on all ranks together.
 
-Where a model's parameters are gathered pass by pass, every rank has to make as many passes as the one that
-writes longest: `synced_gpus` sees to that. Where they fit into memory whole they are gathered once, and each
-rank writes by itself.
+If parameters are gathered in every forward pass, each rank must make as many passes as the rank with the longest
+text: `synced_gpus` ensures this. If the full parameters fit into memory, they are gathered once, and each rank
+generates independently.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ from launcher.training.model.attention import PACKED
 from launcher.training.model.forward import SEES, Batch, accepted, model_class_of
 
 EachToken = Callable[[], bool]
-"""Called before every pass of the model; a yes ends the writing of this rank, with what is written so far."""
+"""A callback before every forward pass; True ends this rank's generation and keeps the text so far."""
 SHARE_FOR_PARAMETERS = 0.5
-"""Of the memory that is free when writing begins: as much may become whole parameters. The rest is for keys,
-values and logits."""
+"""The share of the memory free before generation that full parameters may take. The rest is for keys, values
+and logits."""
 
 
 def generate(
     model: PreTrainedModel, batch: Batch, options: GenerationOptions, each_token: EachToken, synced: bool
 ) -> torch.Tensor:
-    """Return what the model writes to the prompts of `batch`, int64 [B, n], padded behind its end; of a
-    causal LM without the prompt.
+    """Return the tokens generated for the prompts of `batch`, int64 [B, n], padded after the end token. A causal
+    LM's prompt is not included.
 
-    `synced`: parameters are gathered in every pass, so that all ranks must make equally many.
+    `synced`: parameters are gathered in every forward pass, so all ranks must make equally many.
     """
     names = dict.fromkeys((*READ, *SEES, "decoder_input_ids"))
     prompts = {key: batch[key] for key in names if key in batch}
@@ -71,18 +71,18 @@ def generate(
         _goes_on_with_text(model, prompts),
         torch.compiler.set_stance("force_eager"),
     ):
-        # Whisper's own `generate` goes on clip by clip, for longer sounds than it hears: ranks would part.
+        # Not Whisper's own `generate`: it splits long audio into clips, so ranks would make unequal passes.
         written: torch.Tensor = GenerationMixin.generate(model, **prompts, **arguments, synced_gpus=synced)
-    # What an encoder-decoder writes begins with what its decoder is told: of most its first token, which may be
-    # the one that ends texts.
+    # An encoder-decoder's output begins with the decoder's prompt: usually one start token, which may equal the
+    # end token.
     told = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
     first = prompts[told].shape[1] if told in prompts else 1
     return _padded_behind_ends(written[:, first:], arguments["eos_token_id"] or [], arguments["pad_token_id"])
 
 
 def fits_whole(num_bytes: int, device: torch.device, ranks_per_node: int) -> bool:
-    """Return whether so many bytes fit into the memory of every rank, beside what writing needs. Called by
-    all ranks together."""
+    """Return whether `num_bytes` of parameters fit into the memory of every rank, with room for generation.
+    Called by all ranks together."""
     if device.type == "cuda":
         free = (
             torch.cuda.mem_get_info(device)[0]
@@ -98,20 +98,20 @@ def fits_whole(num_bytes: int, device: torch.device, ranks_per_node: int) -> boo
 
 
 def _ends(model: PreTrainedModel, options: GenerationOptions) -> list[int] | None:
-    """The tokens at which an answer ends: the model's own and the task's."""
+    """Return the end tokens: the model's own and the task's."""
     own = model.generation_config.eos_token_id if model.generation_config is not None else None
     own = [] if own is None else own if isinstance(own, list) else [own]
     return sorted({*own, *options.arguments.get("eos_token_id", ())}) or None
 
 
 def _padded_behind_ends(written: torch.Tensor, ends: list[int], padding: int) -> torch.Tensor:
-    """Beam search fills with end tokens what is behind an end, where the padding token's id is 0."""
+    """Pad after the first end token; beam search repeats end tokens there if the padding token's id is 0."""
     is_end = torch.isin(written, torch.tensor(ends, device=written.device, dtype=written.dtype)).long()
     return written.masked_fill(is_end.cumsum(dim=1) - is_end > 0, padding)
 
 
 class _Leaving(StoppingCriteria):
-    """Ends all rows of a batch once this rank is to leave."""
+    """A stopping criterion that ends all rows of a batch once this rank must leave."""
 
     leaves = False
 
@@ -121,15 +121,15 @@ class _Leaving(StoppingCriteria):
 
 @contextlib.contextmanager
 def _own_forward(model: PreTrainedModel, each_token: EachToken, leaving: _Leaving) -> Iterator[None]:
-    """While inside, the model computes as its own class does, in the place of the task's loss, and each pass
-    asks `each_token`."""
+    """Restore the forward of the model's own class within this context, in place of the task's loss; each pass
+    calls `each_token`."""
     task_loss = model.__dict__["forward"]
     own = types.MethodType(model_class_of(model).forward, model)
     routes = getattr(model.config.get_text_config(), "output_router_logits", False)
     # Their loss takes a mask of the tokens that are routed, and not one of those before them too.
     plain = accepted(model_class_of(model), {"output_router_logits": False}) if routes else {}
 
-    @functools.wraps(own)  # `generate` asks for its signature
+    @functools.wraps(own)  # `generate` inspects its signature
     def forward(*args: Any, **kwargs: Any) -> Any:
         leaving.leaves = each_token() or leaving.leaves
         return own(*args, **{**kwargs, **plain})
@@ -143,8 +143,8 @@ def _own_forward(model: PreTrainedModel, each_token: EachToken, leaving: _Leavin
 
 @contextlib.contextmanager
 def _goes_on_with_text(model: PreTrainedModel, prompts: Batch) -> Iterator[None]:
-    """While inside, what is written goes behind a prompt's text, also of a class that names the image as what it
-    is told (BLIP). Its own `generate` calls parts of the model, which sharding does not gather."""
+    """Make generation continue the prompt's text within this context, even if the class's main input is the
+    image (BLIP). BLIP's own `generate` calls submodules directly, which sharding does not gather."""
     if "input_ids" not in prompts or model.main_input_name == "input_ids":
         yield
         return
@@ -157,14 +157,14 @@ def _goes_on_with_text(model: PreTrainedModel, prompts: Batch) -> Iterator[None]
 
 @contextlib.contextmanager
 def _plain_attention(model: PreTrainedModel) -> Iterator[None]:
-    """While inside, attention is one that takes masks and a cache: that for packed samples has neither."""
+    """Use an attention with masks and a cache within this context: the one for packed samples has neither."""
     before = model.config._attn_implementation
     if before != PACKED:
         yield
         return
     try:
         model.set_attn_implementation("sdpa")
-    except ValueError:  # a class that has none
+    except ValueError:  # a class without sdpa
         model.set_attn_implementation("eager")
     try:
         yield
@@ -182,20 +182,19 @@ _WARPERS: dict[str, tuple[Callable[[Any], LogitsProcessor], float | None, float 
     "epsilon_cutoff": (EpsilonLogitsWarper, 0.0, 0.0),
     "eta_cutoff": (EtaLogitsWarper, 0.0, 0.0),
 }
-"""What decides from which tokens is drawn, in transformers' order: what does it, the value where nobody says one
-(`GenerationConfig._get_default_generation_params`), and the one that changes nothing."""
+"""Filters of the tokens to sample from, in transformers' order: the class, the default value
+(`GenerationConfig._get_default_generation_params`), and the value that has no effect."""
 
 
 class _Drawn(LogitsProcessor):
-    """Turns the likeliest token into one that is drawn, by Gumbel noise on the logits (arXiv 1411.0030).
+    """Sampling by Gumbel noise on the logits, whose maximum is then the sampled token (arXiv 1411.0030).
 
-    The noise of a row hangs on the seed, the row and the position alone, so that the same is drawn on any
-    number of ranks.
+    The noise depends only on the seed, the row and the position, so any number of ranks samples the same tokens.
     """
 
     def __init__(self, how: Generate, own: Any, rows: list[tuple[int, int]]) -> None:
-        """`own`: the model's generation config, for what the job leaves open; where it does too,
-        transformers' values are taken."""
+        """Choose each setting: the job's, else that of `own` (the model's generation config), else
+        transformers' default."""
         self._seed, self._rows, self._position = how.seed, rows, 0
         self._warpers = LogitsProcessorList()
         for name, (warper, usual, neutral) in _WARPERS.items():

@@ -1,4 +1,4 @@
-"""Adam with moments in bf16: computed in fp32 by PyTorch's own step, and rounded by chance afterwards."""
+"""Adam with moments in bf16: computed in fp32 by PyTorch's own step, then rounded stochastically."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from launcher.training.model.loading import local_part
 
 
 class AdamOfHalfMoments(torch.optim.Adam):
-    """PyTorch's Adam or AdamW over fp32 parameters, with a state of half as many bytes.
+    """PyTorch's Adam or AdamW over fp32 parameters, with half the bytes of state.
 
-    The second moment moves by a thousandth of its distance in a step (beta2 0.999), and a number in bf16 by
-    1/256 of itself at least: rounded to the nearest it would stand still. So each number is rounded up or down
-    by chance, such that it is right in the mean (stochastic rounding, Gupta et al. 2015, arXiv 1502.02551). What
-    is drawn follows from the seed, the step and the tensor: a resumed run draws the same, and so does each copy
-    of a shard.
+    In a step the second moment moves by a thousandth of its distance to the new square (beta2 0.999). A bf16
+    number can only move by 1/256 of itself or more: rounded to nearest, it would never change. So each number is
+    rounded up or down at random, with the right mean (stochastic rounding, Gupta et al. 2015, arXiv 1502.02551).
+    The random numbers depend on seed, step and tensor alone: a resumed run and each replica of a shard draw the
+    same.
     """
 
     def __init__(self, groups: list[dict[str, Any]], training: Training) -> None:
@@ -35,7 +35,7 @@ class AdamOfHalfMoments(torch.optim.Adam):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Take one step with the gradients that are there. All tensors have their state already."""
+        """Take one step for all parameters with a gradient. Every tensor must have its state already."""
         if len(self._numbers) < len(self.state):
             self._numbers = {one: number for number, one in enumerate(self.state)}
         for group in self.param_groups:
@@ -44,11 +44,11 @@ class AdamOfHalfMoments(torch.optim.Adam):
                     self._step(parameter, group)
 
     def _step(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
-        """Step one tensor, piece by piece: what is widened at a time is bounded."""
+        """Step one tensor piece by piece, so that the fp32 copies stay small."""
         state, draws = self.state[parameter], torch.Generator(local_part(parameter).device)
         before = state["step"].clone()
-        # A look at the device for each tensor. It has come to the end of its backward pass by now: the norm
-        # was read.
+        # int() waits for the device once per tensor. That costs little here: the backward pass is over, as its
+        # gradient norm was already read.
         draws.manual_seed(hash((self._seed, int(before), self._numbers[parameter])) % (1 << 63))
         tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
         pieces = (local_part(one).view(-1).split(WIDENED_MOMENTS) for one in tensors)  # type: ignore[arg-type]
@@ -67,9 +67,10 @@ class AdamOfHalfMoments(torch.optim.Adam):
 
 
 def put_back(narrow: torch.Tensor, wide: torch.Tensor, noise: torch.Tensor) -> None:
-    """Round fp32 to bf16 by chance, in place of both: `noise` is from [0, 65536), int32, of the same shape.
+    """Round `wide` (fp32) stochastically into `narrow` (bf16), changing both. `noise` is int32 in [0, 65536), of
+    the same shape.
 
-    bf16 is the upper half of fp32. The lower half over 65536 is the chance of the next number away from zero.
+    bf16 is the upper half of fp32. The lower half, over 65536, is the probability of rounding away from zero.
     """
     bits = wide.view(torch.int32)
     bits.add_(noise).bitwise_and_(-(1 << 16))

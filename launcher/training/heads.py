@@ -1,4 +1,4 @@
-"""Compute the summed loss of a batch as a task's `loss` asks for it: of a causal LM, and of pairs.
+"""The summed loss of a batch for a task's `loss`: of causal LMs, and of encoder-decoder pairs.
 
 It runs as the model's own forward, inside its sharding hooks.
 """
@@ -46,14 +46,14 @@ __all__ = [
     "model_class_of",
     "own_forward",
 ]
-"""What a task calls on a rank, from one place."""
+"""Everything that a task calls on a rank, in one place."""
 READ = (
     *("input_ids", "input_features", "input_values", "attention_mask"),
     *("pixel_values", "interpolate_pos_encoding"),
 )
-"""What an encoder reads, hears or sees."""
+"""Names of an encoder's inputs: text, sound or image."""
 EntropyOf = Callable[[PreTrainedModel, Any, Batch], CrossEntropy]
-"""What makes the loss of a micro-batch by a causal LM, what its decoder gave back, and the batch."""
+"""A function of a causal LM, its decoder's outputs and the micro-batch that returns the loss."""
 
 
 def causal_lm(
@@ -63,15 +63,15 @@ def causal_lm(
     entropy_of: EntropyOf | None = None,
     asked: Mapping[str, bool] = MappingProxyType({}),
 ) -> Output:
-    """Return the summed loss of a collated micro-batch: cross entropy, and the routers' loss where the config
-    asks for it.
+    """Return the summed loss of a collated micro-batch: cross entropy, plus the routers' loss if the config
+    requests it.
 
     Packed: `input_ids`, `position_ids` [1, tokens], `cu_seq_lens` [samples + 1], `max_length`. Padded:
     `input_ids`, `attention_mask` [samples, longest]. Both: `targets`, the next token or -100, flat over all
-    positions, `supervised`, the places of those that are not -100, and `lengths` of the samples.
+    positions; `supervised`, the positions that are not -100; `lengths` of the samples.
 
-    entropy_of: what makes the loss of the decoder's outputs, in the place of the head's cross entropy;
-    asked: what the decoder is to return besides, as `output_hidden_states`.
+    `entropy_of` computes the loss from the decoder's outputs and replaces the head's cross entropy. `asked` are
+    extra arguments of the decoder, for example `output_hidden_states`.
     """
     routes = bool(getattr(model.config.get_text_config(), "output_router_logits", False))
     inputs = decoder_inputs(batch) | dict(asked) | ({"output_router_logits": True} if routes else {})
@@ -94,14 +94,14 @@ def causal_lm(
 def encoder_decoder(
     model: PreTrainedModel, batch: Batch, smoothing: float = 0.0, first_token: int | None = None
 ) -> Output:
-    """Return the summed loss of a collated micro-batch of pairs: cross entropy of the targets, smoothed
-    where asked for.
+    """Return the summed loss of a collated micro-batch of pairs: cross entropy of the targets, with optional
+    label smoothing.
 
-    `input_ids` or what is heard or seen, `attention_mask` [samples, longest source]; `labels` [samples, longest
-    target], which the decoder reads one token later, as the model's own class has it; `targets` alike, -100
-    where nothing is learned. The logits exist in chunks alone.
+    `input_ids` (or sound or image inputs), `attention_mask` [samples, longest source]; `labels` [samples,
+    longest target], shifted by one token for the decoder as in the model's own class; `targets` of the same
+    shape, -100 at unsupervised positions. Logits exist only in chunks.
 
-    first_token: what a text begins with beside an image, for a model without a decoder of its own (BLIP, GIT).
+    `first_token` starts the text after an image, for models without a separate decoder (BLIP, GIT).
     """
     inputs = {name: batch[name] for name in READ if name in batch} | {"use_cache": False}
     labels, head = batch["labels"], output_embeddings_of(model)
@@ -109,7 +109,7 @@ def encoder_decoder(
         inputs["decoder_input_ids"] = _one_later(model, labels)
     else:
         first = torch.full_like(labels[:, :1], first_token)
-        # What stands behind a text is read by nobody: it is read from left to right.
+        # The padding value after a text does not matter: attention is causal.
         inputs["input_ids"] = torch.cat([first, labels[:, :-1].clamp(min=0)], dim=1)
     with _hidden_states_of(head) as seen:
         own_forward(model, inputs)
@@ -119,7 +119,7 @@ def encoder_decoder(
         )
     bias = [part for part in (head.bias, getattr(model, "final_logits_bias", None)) if part is not None]
     entropy = chunked_cross_entropy(
-        # Behind an image in one sequence the text is what comes last.
+        # If image and text share one sequence, the text comes last.
         seen[-1][:, -labels.shape[1] :].flatten(0, 1),
         head.weight,
         batch["targets"].flatten(),
@@ -134,10 +134,10 @@ def encoder_decoder(
 
 
 def _one_later(model: PreTrainedModel, labels: torch.Tensor) -> torch.Tensor:
-    """Return what the decoder reads to write `labels`, int64 [samples, longest]: by the rule of the model's own
+    """Return the decoder's input ids for `labels`, int64 [samples, longest], shifted as in the model's own
     class.
 
-    Raises NotImplementedError for a class that does not say.
+    Raises NotImplementedError for a class without such a rule.
     """
     kind = model_class_of(model)
     if hasattr(kind, "prepare_decoder_input_ids_from_labels"):
@@ -150,7 +150,7 @@ def _one_later(model: PreTrainedModel, labels: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _hidden_states_of(head: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Collect what goes into the head in a list, while inside; no logits are computed from it."""
+    """Collect the head's inputs in a list within this context; the head computes no logits."""
     seen: list[torch.Tensor] = []
     before = head.__dict__.get("forward")
 
@@ -171,8 +171,8 @@ def _hidden_states_of(head: nn.Module) -> Iterator[list[torch.Tensor]]:
 def loss_in_chunks(
     model: PreTrainedModel, outputs: Any, batch: Batch, soft: SoftTargets | None = None
 ) -> CrossEntropy:
-    """Return the cross entropy from the output matrix, whose logits exist in chunks alone; with `soft`, mixed
-    with the divergence from a teacher."""
+    """Return the cross entropy by the output matrix, with logits in chunks; with `soft`, mixed with the
+    divergence from a teacher."""
     head = model.get_output_embeddings()
     return chunked_cross_entropy(
         outputs.last_hidden_state.flatten(0, 1),
@@ -191,11 +191,11 @@ _ENTROPIES: dict[str, EntropyOf] = {"chunked": loss_in_chunks, "model": loss_by_
 
 
 def _router_loss(model: PreTrainedModel, outputs: Any, batch: Batch) -> torch.Tensor | None:
-    """Return the routers' auxiliary loss: that of each sample alone, as the model's own forward has it, times
-    its supervised tokens.
+    """Return the routers' auxiliary loss: each sample's own, as in the model's forward, times its supervised
+    tokens.
 
-    So the step's loss is the mean of `model(sample, labels).loss` by supervised tokens, however samples share
-    a pass. None for a class that has the key in its config and no such loss (DeepSeek-V2).
+    So the step's loss is the mean of `model(sample, labels).loss` weighted by supervised tokens, however samples
+    are batched. None for a class that has the config key but no such loss (DeepSeek-V2).
     """
     if not getattr(outputs, "router_logits", None):
         return None

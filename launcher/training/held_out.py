@@ -1,4 +1,4 @@
-"""Evaluate a run on its held-out rows, and have the model answer those that are shown."""
+"""Evaluation of a run on its held-out rows, and predictions for the rows that are shown."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from launcher.training.signals import StopRequest
 class HeldOut:
     """The held-out rows of a run, on one rank. All ranks call every method together.
 
-    `agree` tells whether any rank wishes something.
+    `agree` returns whether any rank votes True.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class HeldOut:
         self._shown = Shown.of(inputs.task, inputs.evaluation, plan, self._rank)
 
     def evaluate(self) -> tuple[dict[str, float], dict[str, Any]] | None:
-        """Return metrics, and what no single number shows; empty without held-out rows. None after a stop."""
+        """Return metrics and details that are no numbers; empty without held-out rows, None after a stop."""
         rows, task, stop = self._inputs.evaluation, self._inputs.task, self._stop
         details: dict[str, Any] = {}
         if rows is None:
@@ -62,7 +62,7 @@ class HeldOut:
         return metrics, details
 
     def answers(self) -> list[dict[str, Any]]:
-        """Return what the model answers to the rows that are shown; nothing where a stop came meanwhile."""
+        """Return the model's predictions for the shown rows; none if a stop was requested meanwhile."""
         if self._shown is None:
             return []
         task, stop = self._inputs.task, self._stop

@@ -35,28 +35,28 @@ from launcher.training.model.teacher import check_teacher
 
 @dataclass(frozen=True)
 class TrainingInputs:
-    """Hold what training needs before the ranks know each other: config, tokenizer, task and data."""
+    """The inputs of training that exist before the process group: config, tokenizer, task and data."""
 
     config: Any
     tokenizer: Any
-    """What reads the rows: a tokenizer, or what the task has in its place."""
+    """The tokenizer, or the task's processor in its place."""
     task: Task
     stored: Dataset | None
-    """What is trained on, where that is not streamed."""
+    """The training data, unless it is streamed."""
     evaluation: Dataset | None
     stream: Stream | None = None
-    """Where rows are streamed: all of them."""
+    """All training rows, if they are streamed."""
     logits: WrittenLogits | None = None
-    """What a teacher says of the rows, where that was written ahead."""
+    """A teacher's logits of the rows, if they were written ahead of training."""
 
     @classmethod
     def prepare(cls, run: RunDirectory, plan: Plan) -> TrainingInputs:
-        """Return what a run trains on, said in its events before the first step. Raises DataError where the
-        data is not what the run began with, or where most rows would be dropped."""
+        """Return a run's inputs and write a data report to its events. Raises DataError if the data has changed
+        since the run began, or if most rows would be dropped."""
         material, leads = cls.of(run, plan), os.environ.get("RANK", "0") == "0"
         for dataset in material.datasets:
             if material.stream is not None and dataset is material.train:
-                material.stream.refuses = True  # from now on, as rows come
+                material.stream.refuses = True  # from now on, as rows arrive
                 material.stream.judge(material.stream.first())
                 continue
             for one in dataset.reports:
@@ -76,9 +76,9 @@ class TrainingInputs:
 
     @classmethod
     def of(cls, run: RunDirectory, plan: Plan, *, streams: bool = True) -> TrainingInputs:
-        """Take tokenised and packed data from the cache where it has them; one process of a machine makes
-        them, the others wait. Where rows are streamed and `streams` is false, the held-out rows stand in
-        their place."""
+        """Return the inputs, with tokenised and packed data from the cache. If the cache lacks them, one process
+        of a machine prepares them while the others wait. If rows are streamed and `streams` is false, the
+        held-out rows replace the training rows."""
         cache.hold_until_the_end(Path(plan.model.name))
         config = pretrained.read_config(plan)
         tokenizer = pretrained.read_processor(plan)
@@ -112,50 +112,50 @@ class TrainingInputs:
                 stream.check = lambda window: refuse_tokens(window, "data.train", texts, config)
             return material
         except BaseException:
-            # Other ranks of the node would miss what this one removes, and fail of that.
+            # With other ranks on the node, removing the files would make those fail with a misleading error.
             if stream is not None and stream.worker.num_local_ranks == 1:
                 stream.close()
             raise
 
     @property
     def train(self) -> Dataset:
-        """Return what is trained on: of streamed rows the first window with samples, which is there until the
-        steps are past it."""
+        """Return the training data. For streamed rows it is the first window with samples, which exists until
+        the steps have passed it."""
         train = self.stored if self.stream is None else self.stream.first().dataset
         assert train is not None
         return train
 
     @property
     def datasets(self) -> tuple[Dataset, ...]:
-        """Return what is trained on, and what is measured on where there is such a thing."""
+        """Return the training data, and the evaluation data if there is any."""
         if self.evaluation is None or self.evaluation is self.stored:
             return (self.train,)
         return (self.train, self.evaluation)
 
     def save_model_files(self, run: RunDirectory, plan: Plan, model: PreTrainedModel) -> None:
-        """Write RUN/model once: what the model's directory holds beside weights, with this run's config,
+        """Write RUN/model once: the files of the model's directory except weights, with this run's config,
         tokenizer and generation config.
 
-        For one rank to call.
+        Called by one rank.
         """
         target = run.path / "model"
         if target.exists():
             return
-        # Written aside: killed half-way, it would be taken for whole by the next attempt.
+        # Under a temporary name first; after a kill half-way, the next attempt would take it for complete.
         directory = target.with_name(f".model-{secrets.token_hex(4)}")
         if (source := model_files.directory_of(plan)) is not None:
             model_files.copy(source, directory)
         self.tokenizer.save_pretrained(directory)
         replaced = self.task.has_processor and not self.task.keeps_processor
         if replaced and (directory / "preprocessor_config.json").is_file():
-            # It may hold what reads images or sounds as it was before the job set a size or a length, and is
-            # what transformers looks at first.
+            # It may describe the image or sound processor before the job set a size or length, and transformers
+            # reads it first.
             (directory / "processor_config.json").unlink(missing_ok=True)
         generation: GenerationConfig | None = getattr(model, "generation_config", None)
         if generation is not None:
             generation = copy.deepcopy(generation)
             self.task.configure_generation(generation)
-            # As it stands: transformers saves none that it would warn about, and loads it all the same.
+            # Unvalidated: transformers refuses to save a config that it would warn about, yet loads it.
             generation.to_json_file(directory / GENERATION_CONFIG_NAME, keys_to_pop=["compile_config"])
         self.config.architectures = [model_class_of(model).__name__]
         self.config.save_pretrained(directory)
@@ -164,10 +164,10 @@ class TrainingInputs:
 
 
 def refuse_tokens(dataset: Dataset | None, key: str, tokenizer: Any, config: Any) -> None:
-    """Raise ConfigurationError where rows have a token for which the model's embedding has no row."""
+    """Raise ConfigurationError if the data has a token for which the model's embedding has no row."""
     num_rows = getattr(config.get_text_config(), "vocab_size", None)
-    # To read every sample takes a while: only where the tokenizer has such tokens. Of characters there is no
-    # table.
+    # Reading every sample takes a while, so only if the tokenizer has such tokens. Models of characters have no
+    # embedding table.
     if (
         dataset is None
         or num_rows is None

@@ -1,7 +1,7 @@
-"""Write a model's logits of every training row of a job: what `launcher predict --logits` starts.
+"""The ranks of `launcher predict --logits`: they write a model's logits for every training row of a job.
 
-It runs in a scratch run directory with a plan and a request, so that it is supervised like any other attempt.
-The plan's evaluation rows are the ones that are written of.
+They run in a scratch run directory with a plan and a request, so they are supervised like any other attempt.
+That plan's evaluation rows are the rows to write logits for.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from launcher.training.signals import StopRequest
 from launcher.training.subject import Subject, as_trained
 
 _SECONDS_BETWEEN = 30.0
-"""What a crash may lose."""
+"""Seconds between flushes, and so the most work that a crash loses."""
 
 
 @dataclass
@@ -47,13 +47,13 @@ class Writing:
     stop: StopRequest
     dataset: Dataset
     places: dict[int, tuple[int, int]]
-    """Of each key the item that has it, and its length."""
+    """The item number and the length for each key."""
     writer: Writer | None
-    """On rank 0."""
+    """The output; on rank 0 only."""
 
     def write(self, order: Sequence[int], done: int, report: PhaseReport) -> int:
-        """Write the logits of these keys behind the first `done`; return how many are there then, fewer than all
-        after a stop. Called by all ranks together."""
+        """Write the logits of these keys, skipping the first `done`. Return how many are written in total: fewer
+        than all after a stop. Called by all ranks together."""
         plan, ranks = self.subject.plan, range(distributed.get_world_size())
         micro, own = plan.batch.micro_batch_size, plan.mesh.data_rank(distributed.get_rank())
         here.at("evaluating", total=len(order))
@@ -69,7 +69,7 @@ class Writing:
                 continue
             for rank in ranks:
                 number = plan.mesh.data_rank(rank)
-                # Of filler nothing is written.
+                # Padding samples are not written.
                 keys = shares[number] if number < len(shares) else []
                 for key, logits in zip(keys, told[rank][0], strict=False):
                     self.writer.put(key, logits)
@@ -100,7 +100,7 @@ class Writing:
 def write(
     scratch: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, *, stop_at: int | None = None
 ) -> None:
-    """Write the logits of the model of request.json; the summary into logits.json."""
+    """Write the logits of the model in request.json, and a summary to logits.json."""
     request = read_json(scratch.path / "request.json")
     run, model = (Path(request["run"]) if request["run"] else None), request["model"]
     subject = Subject.of(as_trained(plan, run), run, model)
@@ -112,7 +112,7 @@ def write(
     places: dict[int, tuple[int, int]] = {}
     for number, sample in enumerate(samples_of(dataset)):
         places.setdefault(key_of(sample), (number, sample.length))
-    # The longest first: what is too large for memory is met at once.
+    # Longest first, so that running out of memory shows at once.
     order = sorted(places, key=lambda key: (-places[key][1], key))
     began, writer = time.monotonic(), None
     if distributed.get_rank() == 0:
@@ -145,7 +145,7 @@ def write(
 
 
 def _about(subject: Subject, dataset: Dataset, teacher: dict[str, Any]) -> dict[str, Any]:
-    """Return what decides the logits, as a manifest has it."""
+    """Return everything that determines the logits, as fields of the manifest."""
     report, plan = dataset.report, subject.plan
     hashes = {"source": report.source_hash, "samples": report.samples_hash, "rows": report.rows_used}
     return {

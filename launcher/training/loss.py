@@ -1,8 +1,7 @@
-"""Chunked cross entropy: the logits of a few hundred positions exist at a time.
+"""Chunked cross entropy: the logits of only a few hundred positions exist at a time.
 
-The gradient with respect to the hidden states and the output matrix is made in the forward pass, while a
-chunk's probabilities are at hand, so nothing is computed twice (the arrangement of Liger Kernel, arXiv
-2410.10989, section 3.2).
+The gradients of the hidden states and the output matrix are computed in the forward pass, while a chunk's
+probabilities exist, so nothing is computed twice (as in Liger Kernel, arXiv 2410.10989, section 3.2).
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ from launcher.tasks.task import IGNORE
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """Change logits as some models do: multiply them (Granite, Cohere), then cap them softly (Gemma 2)."""
+    """A transformation of logits in some models: a factor (Granite, Cohere), then a soft cap (Gemma 2)."""
 
     scale: float = 1.0
     softcap: float | None = None
 
     @classmethod
     def of(cls, config: Any) -> LogitTransform:
-        """Return what this model's config asks for."""
+        """Return the transformation that this model's config defines."""
         scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
             getattr(config, "logits_scaling", None) or 1.0
         )
@@ -49,25 +48,24 @@ class CrossEntropy(NamedTuple):
     loss_sum: torch.Tensor
     num_correct: torch.Tensor
     losses: torch.Tensor | None = None
-    """Of each position, fp32 [tokens], 0 where nothing is supervised; where nothing is trained, or they are
-    kept."""
+    """The loss of each position, fp32 [tokens], 0 at unsupervised ones. Set in evaluation, or if requested."""
 
 
 @dataclass(frozen=True)
 class SoftTargets:
-    """Hold what another model says at the same positions, which a loss is drawn to (arXiv 1503.02531)."""
+    """A teacher's logits at the same positions, for distillation (arXiv 1503.02531)."""
 
     logits_of: Callable[[int, int], torch.Tensor]
-    """Returns its logits, [positions, vocabulary], from one supervised position to another."""
+    """A function from a range of supervised positions (begin, end) to logits [positions, vocabulary]."""
     temperature: float
     own: float
     """The share of the cross entropy in the loss; the rest is the divergence times temperature squared."""
 
     def mix(self, logits: torch.Tensor, each: torch.Tensor, begin: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the losses of a chunk of positions, fp32 [n, 1], by its logits, fp32 [n, vocabulary], and its
-        entropies, [n, 1]; and the gradient of the divergence's share with respect to the logits.
+        """Return the mixed losses of a chunk, fp32 [n, 1], from its logits, fp32 [n, vocabulary], and its cross
+        entropies, [n, 1]; and the gradient of the weighted divergence with respect to the logits.
 
-        Where one has more rows than the other (some pad their embedding), those of both are compared.
+        If the vocabularies differ in size (some models pad their embedding), the common part is compared.
         """
         wanted = self.logits_of(begin, begin + len(logits))
         num_both = min(wanted.shape[1], logits.shape[1])
@@ -97,15 +95,15 @@ def chunked_cross_entropy(
     `weight` [vocabulary, hidden].
 
     `smoothing` is the share of a target's probability that is spread evenly over the vocabulary (arXiv
-    1512.00567, section 7). Targets of -100 are not supervised and cost nothing: `supervised`, int64 [n], are
-    the others, which a device would have to be asked for. `num_correct` is counted, and `losses` are kept,
-    only where asked for; to count costs a pass over the logits, and `keep_losses` keeps them without it. With
-    `soft` the loss is a mixture with the divergence from another model.
+    1512.00567, section 7). Targets of -100 are not supervised and cost nothing. `supervised`, int64 [n], are the
+    positions of the others; finding them here would synchronise with the device. `count_correct` counts
+    `num_correct`, at the cost of a pass over the logits, and keeps `losses`; `keep_losses` only keeps them. With
+    `soft`, the loss is mixed with the divergence from another model.
     """
     places = supervised_places(targets) if supervised is None else supervised
     chosen, wanted = at(places, hidden, targets)
     if not torch.is_grad_enabled():
-        # A function is told that a weight trains, and not that nobody asks for its gradient.
+        # Under no_grad, `needs_input_grad` of an autograd function still says that a weight trains.
         weight, bias = weight.detach(), None if bias is None else bias.detach()
     loss_sum, num_correct, losses = _ChunkedCrossEntropy.apply(
         chosen,
@@ -122,13 +120,13 @@ def chunked_cross_entropy(
 
 
 def supervised_places(targets: torch.Tensor) -> torch.Tensor:
-    """Return which of `targets` [tokens] are supervised, int64 [n]; of a device this waits for it."""
+    """Return which of `targets` [tokens] are supervised, int64 [n]. On a GPU this synchronises."""
     return (targets != IGNORE).nonzero().squeeze(1)
 
 
 def spread(losses: torch.Tensor, targets: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Return the losses of supervised positions, fp32 [n], in their places, int64 [n], among `targets`
-    [tokens]."""
+    """Return losses in the shape of `targets` [tokens]: those of the supervised positions, fp32 [n], at their
+    `places`, int64 [n], and 0 elsewhere."""
     return losses.new_zeros(targets.shape).index_copy_(0, places, losses)
 
 
@@ -143,7 +141,7 @@ def at(
 
 
 def chunks(num_positions: int, chunk: int) -> Iterable[int]:
-    """Return where each chunk begins. A trace of memory leaves some out, as they are alike."""
+    """Return where each chunk begins. A memory trace replaces this to skip some, as chunks are alike."""
     return range(0, num_positions, chunk)
 
 
@@ -224,7 +222,7 @@ def _accumulate(total: torch.Tensor, gradient: torch.Tensor, part: torch.Tensor)
     if part.dtype == torch.float32:
         total.addmm_(gradient.t(), part)
     elif part.is_cuda:
-        # In fp32 within the product: nothing is rounded to half precision, and the sum is read and written once.
+        # Accumulates in fp32 within the product: no rounding to half precision, one read and write of the sum.
         torch.addmm(total, gradient.t(), part, out_dtype=torch.float32, out=total)
     else:
         total += gradient.t() @ part

@@ -1,7 +1,7 @@
-"""How ranks find each other: the store of every process group.
+"""The rendezvous of ranks: the store of every process group.
 
-A process group is made as always, with `init_process_group()`, by the launcher's own trainer and by a
-script's libraries alike. torch then looks for a store by the environment; here it is given the attempt's.
+The launcher's trainer and a script's libraries create process groups as usual, with `init_process_group()`.
+torch then looks up a store from the environment; this module substitutes the attempt's store.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
 
 
 def prepare() -> None:
-    """Have the process groups of this process made through the attempt's store, and leave no port open behind
-    them."""
+    """Make this process create its process groups through the attempt's store, and close their ports
+    afterwards."""
     for name, change in changes().items():
         change(importlib.import_module(name))
 
 
 def changes() -> dict[str, Callable[[ModuleType], None]]:
-    """Return, by module, what is to be changed in it once it is imported."""
+    """Return, by module name, the function that patches the module once it is imported."""
     return {
         "torch.distributed.rendezvous": _use_the_attempts_store,
         "torch.distributed.distributed_c10d": _change_groups,
@@ -59,15 +59,15 @@ def _meet(
     timeout: timedelta = timedelta(minutes=30),
     **options: Any,
 ) -> Found:
-    """Give store, rank and number of ranks, as torch's own handler of `env://` does, which is asked where
-    this is not the agent's group."""
+    """Yield store, rank and world size, like torch's own handler of `env://`. That handler is still used for
+    groups that are not the agent's."""
     by_agent = os.environ.keys() & {secret.STORE_VARIABLE, secret.SECRET_VARIABLE}
     if not by_agent or given != {name: os.environ.get(name) for name in _ADDRESS}:
         yield from otherwise(url, timeout=timeout, **options)
         return
     query = dict(parse_qsl(urlparse(url).query))
     rank, size = (int(query.get(name.lower(), os.environ[name])) for name in ("RANK", "WORLD_SIZE"))
-    # A group that is made after one that was destroyed must not meet what that one left behind.
+    # A group created after another was destroyed must not see the keys that the other left behind.
     yield _store(f"group-{next(number)}", size, timeout), rank, size
 
 

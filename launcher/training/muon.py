@@ -1,4 +1,4 @@
-"""Muon for the matrices of the layers, on shards: each rank makes its share of the whole matrices orthogonal."""
+"""Muon for the sharded matrices of the layers: each rank orthogonalises its share of the full matrices."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from launcher.training.model.loading import local_part
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
-    """PyTorch's Muon (Jordan et al. 2024) for groups of the kind `muon`, its AdamW for all others.
+    """PyTorch's Muon (Jordan et al. 2024) for groups of kind `muon`, and its AdamW for all others.
 
-    Muon's update has the root mean square of AdamW's (Liu et al. 2025, arXiv 2502.16982, equation 4), so that
-    one learning rate and one weight decay are right for both. A matrix is cut by rows; the ranks exchange the
-    rows of as many matrices as there are ranks, and each works on one of them that is whole.
+    Muon's update has the root mean square of AdamW's (Liu et al. 2025, arXiv 2502.16982, equation 4), so one
+    learning rate and one weight decay suit both. Matrices are sharded by rows. For each block of as many
+    matrices as ranks, the ranks exchange rows, so that each orthogonalises one full matrix.
     """
 
     def __init__(self, groups: list[dict[str, Any]], training: Training) -> None:
-        """Take groups with `kind`; momentum, betas and epsilon are the training's."""
+        """Store groups, each with a `kind`. Momentum, betas and epsilon come from `training`."""
         others = [group for group in groups if group["kind"] != "muon"]
         settings: dict[str, Any] = {
             "lr": training.learning_rate,
@@ -32,14 +32,14 @@ class MuonAndAdamW(torch.optim.Optimizer):
         adamw = torch.optim.AdamW(others, fused=True, **settings) if others else None
         super().__init__(groups, adamw.defaults if adamw else {"lr": training.learning_rate})
         if adamw is not None:
-            # The same groups and the same state: what sets a rate, or loads a moment, does so once.
+            # Shared groups and state: a learning rate or a loaded moment then applies to both optimizers.
             adamw.param_groups = [group for group in self.param_groups if group["kind"] != "muon"]
             adamw.state = self.state
         self._adamw, self._momentum = adamw, training.momentum
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Take one step. For all ranks together, with a gradient for the same parameters on each."""
+        """Take one step. Called by all ranks together; the same parameters have gradients on each."""
         if self._adamw is not None:
             self._adamw.step()
         matrices = [
@@ -57,7 +57,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
                 own.add_(part, alpha=group["lr"])
 
     def _direction(self, parameter: nn.Parameter) -> torch.Tensor:
-        """Return this rank's rows of Nesterov's momentum, [rows, columns]."""
+        """Return this rank's rows of the Nesterov momentum, [rows, columns]."""
         assert parameter.grad is not None
         gradient, momentum = local_part(parameter.grad), local_part(self.state[parameter]["momentum_buffer"])
         momentum.lerp_(gradient, 1 - self._momentum)
@@ -68,7 +68,7 @@ Block = list[tuple[nn.Parameter, dict[str, Any]]]
 
 
 def group_of(parameter: torch.Tensor) -> distributed.ProcessGroup | None:
-    """Return the ranks that the rows of a matrix lie on; None where it is whole on each."""
+    """Return the group of ranks that shard the rows of a matrix; None if each rank has the full matrix."""
     if not isinstance(parameter, DTensor):
         return None
     cut = next((axis for axis, place in enumerate(parameter.placements) if isinstance(place, Shard)), None)
@@ -76,7 +76,7 @@ def group_of(parameter: torch.Tensor) -> distributed.ProcessGroup | None:
 
 
 def _blocks(matrices: Block) -> Iterator[Block]:
-    """Yield as many matrices at a time as ranks share them."""
+    """Yield blocks of as many matrices as there are ranks that shard them."""
     size = 1
     if matrices and (group := group_of(matrices[0][0])) is not None:
         size = distributed.get_world_size(group)
@@ -85,13 +85,13 @@ def _blocks(matrices: Block) -> Iterator[Block]:
 
 
 def _orthogonal(block: Block, parts: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Return this rank's rows of each matrix's update, to be added times the rate; `parts` are its rows of what
-    they are made of."""
+    """Return this rank's rows of each matrix's update, to be multiplied by the learning rate. `parts` are its
+    rows of the momentum."""
     group = group_of(block[0][0])
     if group is None:
         return [orthogonalised(part) for part in parts]
     rank, size = distributed.get_rank(group), distributed.get_world_size(group)
-    rows = [-(-parameter.shape[0] // size) for parameter, _ in block]  # as torch.chunk cuts
+    rows = [-(-parameter.shape[0] // size) for parameter, _ in block]  # as torch.chunk splits
     lengths = [own * part.shape[1] for own, part in zip(rows, parts, strict=True)]
     lengths += [0] * (size - len(block))
     sent = parts[0].new_zeros(sum(lengths))
@@ -110,8 +110,8 @@ def _orthogonal(block: Block, parts: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def orthogonalised(matrix: torch.Tensor) -> torch.Tensor:
-    """Return what Muon adds for a whole matrix at a rate of 1, [rows, columns]: by torch.optim.Muon itself."""
-    # A parameter of zeros without momentum or decay: after one step it is the update.
+    """Return Muon's update of a full matrix at a learning rate of 1, [rows, columns], by torch.optim.Muon."""
+    # A zero parameter without momentum and decay equals the update after one step.
     standing_in = nn.Parameter(torch.zeros_like(matrix))
     standing_in.grad = matrix
     torch.optim.Muon(

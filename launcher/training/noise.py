@@ -1,8 +1,7 @@
-"""NEFTune: noise on the embeddings of samples that are learned from (Jain et al. 2023, arXiv 2310.05914).
+"""NEFTune: noise on the embeddings of training samples (Jain et al. 2023, arXiv 2310.05914).
 
-The noise of a sample hangs on the seed, the step and the sample alone: equal on any number of ranks, however
-samples share a pass, and after a resume. It counts alpha / sqrt(length x width) times, by the sample's own
-length.
+A sample's noise depends only on the seed, the step and the sample. So it is the same for any number of ranks,
+any batching, and after a resume. It is scaled by alpha / sqrt(length x width) with the sample's own length.
 """
 
 from __future__ import annotations
@@ -19,8 +18,7 @@ from launcher.tasks.sample import Sample
 
 
 class EmbeddingNoise:
-    """Adds noise to what a model's input embeddings give, in the training passes that it was told the samples
-    of."""
+    """Noise on the output of a model's input embeddings, in training passes whose samples were announced."""
 
     def __init__(self, model: PreTrainedModel, alpha: float, seed: int) -> None:
         self._alpha, self._seed = alpha, seed
@@ -30,12 +28,11 @@ class EmbeddingNoise:
         embeddings.register_forward_hook(self._add)
 
     def expect(self, step: int, items: Sequence[Sequence[Sample]]) -> None:
-        """Take the samples of the micro-batch that comes next, in the order in which `collate` has them."""
+        """Announce the samples of the next micro-batch, in the order of `collate`."""
         self._step, self._samples = step, [sample for item in items for sample in item]
 
     def _add(self, module: torch.nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
-        """Return embeddings [1, positions, width] of samples end to end, or [samples, longest, width], with
-        noise."""
+        """Return embeddings with noise: [1, positions, width] if packed, or [samples, longest, width]."""
         if not module.training:
             return output
         noise = torch.zeros(output.shape, dtype=torch.float32, device=output.device)
@@ -48,7 +45,7 @@ class EmbeddingNoise:
         return output + noise.to(output.dtype)
 
     def _fill(self, part: torch.Tensor, sample: Sample) -> None:
-        """Write a sample's noise, [length, width]."""
+        """Fill `part` with a sample's noise, [length, width]."""
         place = f"{self._seed}/{self._step}/{sample.id}/{sample.window}"
         generator = torch.Generator(part.device)
         generator.manual_seed(int.from_bytes(hashlib.sha256(place.encode()).digest()[:7], "big"))

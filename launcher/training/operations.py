@@ -12,15 +12,15 @@ from launcher.training.model.forward import output_embeddings_of
 
 
 def used_share(config: Any, shape: tuple[int, ...]) -> float:
-    """Return the share of a parameter of this shape that one token is multiplied with: of all experts in one
-    tensor, those that are chosen."""
+    """Return the share of a parameter of this shape that one token is multiplied with: for a tensor of all
+    experts, the chosen ones."""
     experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
     chosen = getattr(config, "num_experts_per_tok", None)
     return chosen / experts if experts and chosen and len(shape) == 3 and shape[0] == experts else 1.0
 
 
 def _table_size(model: PreTrainedModel) -> int:
-    """Return the elements of the table of words; 0 for a model that reads something else."""
+    """Return the number of elements of the token embedding; 0 for a model with another kind of input."""
     try:
         table = getattr(model.get_input_embeddings(), "weight", None)
     except NotImplementedError:
@@ -29,15 +29,15 @@ def _table_size(model: PreTrainedModel) -> int:
 
 
 def flops_per_token(model: PreTrainedModel, config: Any, length: int) -> float:
-    """Return the floating-point operations of one token, forward and backward, of samples of `length` tokens.
+    """Return the floating-point operations per token, forward and backward, for samples of `length` tokens.
 
-    6 for each matrix parameter (Kaplan et al. 2020, arXiv 2001.08361, table 1, forward 2 and backward 4) but
-    for experts that are not chosen, and for attention 12 x layers x hidden x length, halved as causal
-    (Chowdhery et al. 2022, arXiv 2204.02311, appendix B). Beside an adapter a matrix that does not train
-    takes 4: there is no gradient of its own to make.
+    Each matrix parameter counts 6, except experts that are not chosen (Kaplan et al. 2020, arXiv 2001.08361,
+    table 1: forward 2 and backward 4). Attention counts 12 x layers x hidden x length, halved because it is
+    causal (Chowdhery et al. 2022, arXiv 2204.02311, appendix B). With an adapter, a frozen matrix counts 4: it
+    has no weight gradient.
     """
-    # A table that is the head too is multiplied with; a classifier of texts has no such head, whatever its
-    # config says.
+    # A tied embedding is also the head, so it counts as a product. A text classifier has no such head, whatever
+    # its config says.
     tied = getattr(config, "tie_word_embeddings", False) and output_embeddings_of(model) is not None
     embeddings = 0 if tied else _table_size(model)
     shapes = [models.whole_shape(parameter) for parameter in model.parameters()]

@@ -22,17 +22,17 @@ Optimizer = torch.optim.Optimizer
 
 
 def build(model: nn.Module, training: Training, own: Model | None = None) -> Optimizer:
-    """Return the plan's optimizer over the parameters that train, with its state already made, so that
-    saving and loading see one shape."""
+    """Return the plan's optimizer over the trained parameters, with its state already created, so that saving
+    and loading see the same tensors."""
     optimizer = construct(model, training, own)
     make_states(optimizer, training)
     return optimizer
 
 
 def construct(model: nn.Module, training: Training, own: Model | None = None) -> Optimizer:
-    """Return the plan's optimizer over the parameters that train, without state yet.
+    """Return the plan's optimizer over the trained parameters, without state.
 
-    Raises ConfigurationError where a pattern of `training.groups` matches none of them.
+    Raises ConfigurationError if a pattern of `training.groups` matches none of them.
     """
     groups = parameter_groups(model, training, own)
     common: dict[str, Any] = {"lr": training.learning_rate}
@@ -52,8 +52,8 @@ def construct(model: nn.Module, training: Training, own: Model | None = None) ->
 
 
 def parameter_groups(model: nn.Module, training: Training, own: Model | None = None) -> list[dict[str, Any]]:
-    """Return the groups of parameters that share a weight decay, a `scale` of the learning rate, and a `stage`
-    of `model.unfreeze`: matrices first."""
+    """Return groups of parameters with the same weight decay, `scale` of the learning rate and `stage` of
+    `model.unfreeze`; matrices come first."""
     trainable = [entry for entry in adapters.named_parameters(model) if entry[1].requires_grad]
     if problems := unmatched(training.groups, [name for name, _ in trainable]):
         raise ConfigurationError(problems)
@@ -61,7 +61,7 @@ def parameter_groups(model: nn.Module, training: Training, own: Model | None = N
     where = {place.name: place for place in places(model)} if goes_by_depth else {}
     opened = stages_of(model, own) if own is not None and own.unfreeze else {}
     groups: dict[GroupKey, list[nn.Parameter]] = {}
-    # A stable order: on every engine and number of ranks a group is made of the same parameters.
+    # A stable order, so that groups are the same for every engine and number of ranks.
     for name, parameter in sorted(trainable, key=lambda entry: len(whole_shape(entry[1])) < 2):
         place = where.get(name) or Place(name, 0, 0)
         key = training.group_of(place, len(whole_shape(parameter)), opened.get(name, 0))
@@ -70,7 +70,7 @@ def parameter_groups(model: nn.Module, training: Training, own: Model | None = N
 
 
 def make_states(optimizer: Optimizer, training: Training) -> None:
-    """Give every parameter of the optimizer its state before the first step."""
+    """Create the state of every parameter before the first step."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter] = first_state(group["kind"], parameter, training)
@@ -92,13 +92,13 @@ def first_state(kind: str, parameter: torch.Tensor, training: Training) -> dict[
 
 
 def moment_dtype(training: Training) -> torch.dtype:
-    """Return the precision of the optimizer's moments."""
+    """Return the dtype of the optimizer's moments."""
     return DTYPES[training.moments]
 
 
 def state_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor]:
-    """Return the optimizer's tensors by name: `optimizer.<parameter>.<key>`, and once for each stage the
-    count of steps, since all its parameters share it."""
+    """Return the optimizer's tensors by name: `optimizer.<parameter>.<key>`, and one step count for each stage,
+    which all its parameters share."""
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in adapters.named_parameters(model):
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -108,21 +108,21 @@ def state_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, torch.Ten
 
 
 def moments(training: Training) -> tuple[str, ...]:
-    """Return the names of the optimizer's tensors that have a parameter's shape; of Muon those of its
-    matrices. Adafactor's matrices have none: do not ask for it."""
+    """Return the names of the optimizer's tensors that have the parameter's shape; for Muon, those of matrices.
+    Not for Adafactor, whose state of a matrix has another shape."""
     if training.optimizer in ("sgd", "muon"):
         return ("momentum_buffer",) if training.momentum or training.optimizer == "muon" else ()
     return ("exp_avg", "exp_avg_sq")
 
 
 def step_name(stage: int) -> str:
-    """Return the name of the count of steps of what trains from a stage of `model.unfreeze` on; 0 is the
-    start."""
+    """Return the name of the step count of parameters that train from this stage of `model.unfreeze` on; 0 is
+    the start."""
     return f"optimizer.step.{stage}" if stage else "optimizer.step"
 
 
 def steps(optimizer: Optimizer) -> dict[int, list[torch.Tensor]]:
-    """Return the counts of steps of an optimizer's parameters, by the stage from which on they train."""
+    """Return the step counts of an optimizer's parameters by the stage from which they train."""
     counts: dict[int, list[torch.Tensor]] = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -132,14 +132,14 @@ def steps(optimizer: Optimizer) -> dict[int, list[torch.Tensor]]:
 
 
 def spread_step(counts: dict[int, list[torch.Tensor]]) -> None:
-    """Give, after a load, every parameter of a stage the count that was loaded into the first one."""
+    """Copy the step count loaded into a stage's first parameter to its other parameters."""
     for first, *others in counts.values():
         for step in others:
             step.copy_(first)
 
 
 def drop_gradients(optimizer: Optimizer, stage: int) -> None:
-    """Clear the gradients of what trains only from a later stage on, so that no step moves it or its state."""
+    """Clear the gradients of parameters that train from a later stage on, so that no step changes them."""
     for group in optimizer.param_groups:
         if group["stage"] > stage:
             for parameter in group["params"]:
@@ -147,10 +147,10 @@ def drop_gradients(optimizer: Optimizer, stage: int) -> None:
 
 
 def sum_of_squares(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Return the squared norm of all of them, as one fp64 number.
+    """Return the squared norm of all tensors together, an fp64 scalar.
 
-    On a CPU PyTorch's norm in fp32 is off by 1 part in 100,000 for a million normally distributed elements,
-    by 4 for 2.3 million.
+    On a CPU, PyTorch's norm in fp32 is off by 1 part in 100,000 for a million normally distributed elements,
+    and by 4 parts for 2.3 million.
     """
     kept = [tensor for tensor in tensors if tensor.numel()]
     if not kept:
@@ -159,6 +159,6 @@ def sum_of_squares(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 
 def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
-    """Set the schedule's learning rate, times each group's scale."""
+    """Set each group's learning rate: the schedule's times the group's scale."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["scale"]

@@ -1,4 +1,4 @@
-"""Compute loss and likeliest tokens by a model's own head, some positions at a time."""
+"""Loss and likeliest tokens by a model's own head, computed in chunks of positions."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from launcher.training.model.forward import (
 
 
 def loss_by_own_head(model: PreTrainedModel, outputs: Any, batch: Batch) -> CrossEntropy:
-    """Return the cross entropy from all that the model's own forward does after its decoder.
+    """Return the cross entropy by everything that the model's own forward does after its decoder.
 
-    A few hundred positions at a time, each computed again in the backward pass.
+    It goes by chunks of a few hundred positions, each recomputed in the backward pass.
     """
     device = outputs.last_hidden_state.device
     loss_sum = num_correct = torch.zeros((), device=device)
@@ -48,15 +48,15 @@ def loss_by_own_head(model: PreTrainedModel, outputs: Any, batch: Batch) -> Cros
     if torch.is_grad_enabled() and not keeps:
         return CrossEntropy(loss_sum, num_correct)
     places = places_of(batch)
-    # What was made up for other ranks came last.
+    # The extra chunks that match other ranks came last.
     return CrossEntropy(
         loss_sum, num_correct, spread(torch.cat(losses)[: len(places)], batch["targets"], places)
     )
 
 
 def likeliest(model: PreTrainedModel, batch: Batch, number: int) -> Output:
-    """Return the summed loss of supervised positions by the model's own head, and as predictions the `number`
-    likeliest tokens of each with their probabilities, fp32 [positions, number, 2]. Without a gradient."""
+    """Return the summed loss of supervised positions by the model's own head. Predictions are the `number`
+    likeliest tokens of each with probabilities, fp32 [positions, number, 2]. No gradient."""
     decoder = decoder_of(model)
     outputs = decoder(**accepted(type(decoder), decoder_inputs(batch)))
     sums, best = torch.zeros(2, device=outputs.last_hidden_state.device), []
@@ -70,7 +70,7 @@ def likeliest(model: PreTrainedModel, batch: Batch, number: int) -> Output:
 
 
 def cross_entropy_of(logits: torch.Tensor, targets: torch.Tensor, keep_losses: bool = False) -> CrossEntropy:
-    """Return the cross entropy of logits [tokens, vocabulary] that are all there."""
+    """Return the cross entropy of unchunked logits [tokens, vocabulary]."""
     num_correct = (logits.argmax(dim=-1) == targets).sum().float().detach()
     if torch.is_grad_enabled() and not keep_losses:
         loss_sum = functional.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="sum")
@@ -82,8 +82,8 @@ def cross_entropy_of(logits: torch.Tensor, targets: torch.Tensor, keep_losses: b
 def supervised_logits(
     model: PreTrainedModel, batch: Batch, outputs: Any
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
-    """Return a causal LM's hidden states at the supervised positions, [n, hidden], of what its decoder returned,
-    and what makes logits [positions, vocabulary] of some of them by the model's own head."""
+    """Return a causal LM's hidden states at the supervised positions, [n, hidden], and a function from some of
+    them to logits [positions, vocabulary] by the model's own head. `outputs` are the decoder's."""
     flat = outputs.last_hidden_state.flatten(0, 1)
     hidden, targets = at(places_of(batch), flat, batch["targets"])
     return hidden, lambda part: _logits(model, outputs, part, targets[: len(part)])
@@ -92,16 +92,16 @@ def supervised_logits(
 def _chunks(
     model: PreTrainedModel, outputs: Any, batch: Batch
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield hidden states and targets of supervised positions, so many at a time as may have their logits held.
+    """Yield hidden states and targets of supervised positions, in chunks whose logits fit into memory.
 
-    At least once, so that a pass of filler has a gradient too, and under ZeRO-3 as often on every rank: to it
-    each use of a module is a message. What a rank lacks is made up, last, by a position that does not count.
+    There is at least one, so that a padding micro-batch has a gradient. Under ZeRO-3 all ranks yield equally
+    many, as each use of a module is a collective. Extra chunks come last, with one unsupervised position.
     """
     flat = outputs.last_hidden_state.flatten(0, 1)
     hidden, wanted = at(places_of(batch), flat, batch["targets"])
     step = chunk_length(model.config.get_text_config().vocab_size, flat.is_cuda)
     starts = range(0, len(wanted), step)
-    num_chunks = _most_on_any_rank(model, max(1, len(starts)))  # before the first of them is gone through
+    num_chunks = _most_on_any_rank(model, max(1, len(starts)))  # before the first chunk is yielded
     for begin in starts:
         yield hidden[begin : begin + step], wanted[begin : begin + step]
     for _ in range(num_chunks - len(starts)):
@@ -109,13 +109,13 @@ def _chunks(
 
 
 def places_of(batch: Batch) -> torch.Tensor:
-    """Return the supervised positions of a batch, int64 [n]; `to_device` found them on the host."""
+    """Return the supervised positions of a batch, int64 [n], as `to_device` computed them on the host."""
     places: torch.Tensor | None = batch.get("supervised")
     return supervised_places(batch["targets"]) if places is None else places
 
 
 def _most_on_any_rank(model: PreTrainedModel, number: int) -> int:
-    """Return the largest of the ranks' numbers where ZeRO-3 has cut the model; else this rank's own."""
+    """Return the maximum over ranks if ZeRO-3 shards the model, else this rank's own number."""
     if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return number
     most = torch.tensor(number, device=next(model.parameters()).device)
@@ -126,7 +126,7 @@ def _most_on_any_rank(model: PreTrainedModel, number: int) -> int:
 def _logits(
     model: PreTrainedModel, outputs: Any, hidden: torch.Tensor, targets: torch.Tensor
 ) -> torch.Tensor:
-    """Return what the model's forward makes of hidden states [positions, hidden]: [positions, vocabulary]."""
+    """Return logits [positions, vocabulary] of hidden states [positions, hidden] by the model's forward."""
     with answering(decoder_of(model), outputs, last_hidden_state=hidden[None]):
         logits: torch.Tensor = own_forward(model, {"input_ids": targets[None], "use_cache": False}).logits[0]
     return logits

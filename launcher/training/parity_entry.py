@@ -1,6 +1,6 @@
-"""Train a few steps under one engine: what `launcher parity` starts on each rank.
+"""The ranks of `launcher parity`: a few training steps under one engine.
 
-Dropout is left out, as its mask depends on the rank; nothing is saved.
+Dropout is off, because its mask depends on the rank. Nothing is saved.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from launcher.training.trainer import Trainer
 def compare(
     run: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, *, stop_at: int | None = None
 ) -> None:
-    """Run the trainer's own loop, on a model without dropout, and without checkpoints."""
+    """Run the trainer's own loop on a model without dropout, and without checkpoints."""
     read_config = pretrained.read_config
 
     def without_dropout(plan: Plan) -> Any:

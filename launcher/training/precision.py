@@ -1,4 +1,4 @@
-"""What a run computes in, and the loss scale of fp16 (Micikevicius et al. 2018, arXiv 1710.03740)."""
+"""The compute dtype of a run, and the loss scale of fp16 (Micikevicius et al. 2018, arXiv 1710.03740)."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import torch
 from launcher.tasks.written_logits import TEACHER_LOGITS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-"""What the computation runs in, by the plan's word."""
+"""The compute dtype for each value of the plan's `precision`."""
 _AS_THEY_ARE = ("labels", "weights", TEACHER_LOGITS)
-"""Numbers of a batch that are compared and counted, and that no model reads."""
+"""Floating-point entries of a batch that are no inputs of the model."""
 _GROWTH_INTERVAL = 2000
 _LARGEST, _SMALLEST = 2.0**24, 1.0
 
 
 def as_computed(batch: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """Return a batch with the numbers that a model reads, as images and sounds, in what it computes in; labels,
-    weights and a teacher's logits as they are."""
+    """Return a batch with the model's floating-point inputs (images, sounds) cast to its compute dtype. Labels,
+    weights and a teacher's logits are left as they are."""
     return {
         key: value.to(dtype)
         if isinstance(value, torch.Tensor)
@@ -32,7 +32,7 @@ def as_computed(batch: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 @dataclass
 class LossScale:
-    """Doubles after 2,000 good steps, halves after an overflow; stays 1 where `used` is False."""
+    """A loss scale that doubles after 2,000 good steps and halves on overflow; constant 1 if not `used`."""
 
     used: bool
     value: float = 2.0**16
@@ -43,7 +43,7 @@ class LossScale:
             self.value = 1.0
 
     def good(self) -> None:
-        """Note a step whose gradients were finite."""
+        """Record a step with finite gradients."""
         if not self.used:
             return
         self.good_steps += 1
@@ -51,8 +51,8 @@ class LossScale:
             self.value, self.good_steps = min(_LARGEST, self.value * 2), 0
 
     def overflow(self) -> bool:
-        """Note a step whose gradients were not finite. True where a smaller scale may help, so that it is no
-        fault of the model."""
+        """Record a step with gradients that were not finite. Return whether a smaller scale may help; otherwise
+        the model itself diverges."""
         if not self.used or self.value <= _SMALLEST:
             return False
         self.value, self.good_steps = max(_SMALLEST, self.value / 2), 0

@@ -1,8 +1,8 @@
-"""Write what a model predicts for every row of a file: what `launcher predict` starts.
+"""The ranks of `launcher predict`: they write a model's prediction for every row of a file.
 
-It runs in a scratch run directory with a plan and a request, so that it is supervised like any other
-attempt. A stretch of rows is read, encoded in shares, dealt into passes of like lengths, and written in the
-rows' order before the next is read.
+They run in a scratch run directory with a plan and a request, so they are supervised like any other attempt. A
+stretch of rows is read, encoded in shares by the ranks, batched by similar length, and written in row order
+before the next stretch is read.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from launcher.training.signals import StopRequest
 from launcher.training.subject import Subject, as_trained
 
 _PASSES = 16
-"""Of each rank in a stretch: what a stop or a crash may lose, and among how many rows like lengths are
-looked for."""
+"""Forward passes of each rank in a stretch. A stop or crash loses at most one stretch; rows are grouped by
+length within one."""
 _SHOWN = 5
-"""Rows that are shown with their answers at the end, from the first."""
+"""Rows shown with their answers at the end, from the first."""
 
 
 @dataclass
@@ -58,9 +58,9 @@ class Predicting:
     """The first rows that were answered, with their answers; on rank 0 alone."""
 
     def stretches(self, skip: int) -> Iterator[list[dict[str, Any]]]:
-        """Yield the records of the rows behind the first `skip`, in order, on rank 0; empty lists on the others.
+        """Yield the records of the rows after the first `skip`, in order, on rank 0; empty lists on the others.
 
-        Raises Interrupted between two passes where any rank was asked to stop.
+        Raises Interrupted between two forward passes if any rank got a stop request.
         """
         batch, rank = self.subject.plan.batch, distributed.get_rank()
         size = batch.data_parallel_size
@@ -95,12 +95,12 @@ class Predicting:
             answers = ask(
                 self.engine, task, samples, self.options, self.subject.plan, lambda: self.stop.requested
             )
-            # Of filler, at the end, there is no answer.
+            # Padding samples, at the end, have no answer.
             for sample, answer in zip(samples, answers, strict=False):
                 message.setdefault(sample.id, []).append((sample.window, answer))
             here.moved(number + 1)
         if task.generates and self._stops():
-            raise Interrupted  # what was written last may have been cut short
+            raise Interrupted  # the last texts may have been cut short
         return [self._record(row, share, message.get(row.id, [])) for row in share.rows]
 
     def _record(self, row: Row, share: Share, parts: list[tuple[int, Any]]) -> dict[str, Any]:
@@ -126,7 +126,7 @@ class Predicting:
 def predict(
     scratch: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, *, stop_at: int | None = None
 ) -> None:
-    """Write what the model of request.json says of the plan's evaluation rows; the summary into
+    """Write the predictions of the model in request.json for the plan's evaluation rows, and a summary to
     prediction.json."""
     request = read_json(scratch.path / "request.json")
     run, model = (Path(request["run"]) if request["run"] else None), request["model"]
@@ -137,7 +137,7 @@ def predict(
         raise ConfigurationError(Problem("--input", None, "is missing"))
     refuse_silent(subject.task)
     subject.task.for_prediction = True
-    # Who trained on two texts side by side has more of the first, whatever it ends in.
+    # If training read two parallel text files, an input with an unknown suffix is read as text.
     otherwise = ".txt" if plan.data.train.targets is not None else None
     rows = open_source(source, subject.task.columns, otherwise)
     start_process_group(plan)
@@ -169,7 +169,7 @@ def predict(
 def _identity(
     subject: Subject, rows: Rows, run: Path | None, model: str | None, step: int | None
 ) -> dict[str, Any]:
-    """Return what decides the answers, by names for people."""
+    """Return everything that determines the predictions, under readable names."""
     data = subject.plan.data.model_dump(
         mode="json", exclude={"train", "evaluation", "num_workers", "unusable", "packing"}
     )

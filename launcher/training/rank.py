@@ -1,4 +1,4 @@
-"""What every rank does before and after its work: log, process name, failure record, end."""
+"""The beginning and end of every rank: its log, identity file, failure record and exit."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Rank:
         self.directory = run.attempt(attempt)
 
     def begin(self) -> None:
-        """Write to the rank's own log from now on, and say who this is: from then on the launcher may send
-        signals."""
+        """Redirect output to the rank's own log and write the rank's identity file. From then on the launcher
+        may send signals."""
         self.directory.mkdir(parents=True, exist_ok=True)
         _redirect(self.directory / f"rank-{self.number}.log")
         places, memory = here.begin()
@@ -50,10 +50,10 @@ class Rank:
         write_atomically(self.directory / f"rank-{self.number}.json", json.dumps(who) + "\n")
 
     def fail(self, error: BaseException) -> NoReturn:
-        """Write the failure down for the launcher, and end with the exit code of its class."""
+        """Record the failure for the launcher, and end with the exit code of its class."""
         code = failure.classify(error)[0].exit_code
-        # First without the disk, which may be full, gone or hang: the launcher then ends all within seconds.
-        # Without memory even that may fail; this process must end all the same, or its peers wait for it.
+        # First without the disk, which may be full, gone or hanging; the launcher then ends all ranks within
+        # seconds. Out of memory, even this may fail. The process must still end, or its peers wait for it.
         with contextlib.suppress(Exception):
             tell(failure=dataclasses.asdict(failure.of(self.number, error)))
         with contextlib.suppress(Exception):
@@ -63,7 +63,7 @@ class Rank:
 
 
 def leave(code: int, part: bool = True) -> NoReturn:
-    """End now. Peers are told (the process group destroyed) only after success, and only for so long."""
+    """End now. The process group is destroyed only after success (`part`), and only within a time limit."""
     distributed = sys.modules.get("torch.distributed")
     if part and distributed is not None and distributed.is_available() and distributed.is_initialized():
         parting = threading.Thread(target=_destroy_process_group, daemon=True)
@@ -76,7 +76,7 @@ def leave(code: int, part: bool = True) -> NoReturn:
 
 
 def _redirect(log: Path) -> None:
-    """Send everything this process prints, native libraries included, to its own log."""
+    """Redirect all output of this process, including native libraries', to its own log."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     sys.stdout.flush()
     sys.stderr.flush()

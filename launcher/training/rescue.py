@@ -1,13 +1,12 @@
-"""Save on all ranks after one ran out of memory in a pass, before the attempt ends.
+"""A save by all ranks after one ran out of memory in a forward or backward pass, before the attempt ends.
 
-The rank that ran out of memory cannot go on with its pass, and a smaller one of its own would need other
-messages than its peers wait for. They stand in the middle of a pass, inside of a collective, and cannot be
-called out of it. But nothing of the training state changes in a pass, and checkpoints have a channel of their
-own: a thread of each peer writes its part. Then the attempt ends, and the next one goes on at this step with
-smaller passes (`launcher/launch/cutting.py`).
+The rank that ran out of memory cannot continue its pass. A smaller pass of its own would need other collectives
+than its peers wait for, and they block inside a collective. But the training state does not change during a
+pass, and checkpoints have their own process group, so a thread of each peer can write its part. Then the attempt
+ends, and the next one resumes at this step with smaller micro-batches (`launcher/launch/cutting.py`).
 
-Once a rank has told the others its sums (`over`), they take the update and no longer have that state. A rank
-that runs out of memory after it, or anywhere else between passes, calls nobody and leaves at once.
+Once a rank has sent its sums to the others (`over`), they take the update and lose that state. A rank that runs
+out of memory after this, or anywhere else between passes, does not call the others and leaves at once.
 """
 
 from __future__ import annotations
@@ -30,23 +29,23 @@ from launcher.runs.layout import write_atomically
 from launcher.runs.places import here
 
 CALL = "out-of-memory.json"
-"""In the attempt's directory: a rank ran out of memory in the pass of this step, and waits for the others to
-save."""
+"""A file in the attempt's directory: a rank ran out of memory in the passes of this step, and waits for the
+others to save."""
 _LOOKS_PER_SECOND = 256
-"""Of all ranks together, for a peer's call: looking loads a shared file system."""
+"""How often all ranks together look for a peer's call, as looking loads a shared file system."""
 _SECONDS_TO_SAVE = 900.0
-"""Then the attempt ends unsaved."""
+"""The time limit of the save; after it the attempt ends unsaved."""
 _SECONDS_TO_ARRIVE = 60.0
-"""For a peer to be in the pass of the same step: it has no more to do before than its part of the last
-update. As long the caller waits for a save that does not begin."""
+"""Time for a peer to reach the passes of the same step: at most its part of the last update is left. The caller
+waits as long for a save that does not begin."""
 _TIMES_OWN_PART = 5
-"""So many times as long as this rank took for its part, a peer may take for its own."""
+"""A peer may take this many times as long for its part as this rank took for its own."""
 _LOOK_SECONDS = 0.5
 
 
 class Rescue:
-    """One rank's part in the save of a state that would be lost. `save` is collective over all ranks, and may
-    run in a thread."""
+    """One rank's part in saving a state that would be lost. `save` is collective over all ranks and may run in
+    a thread."""
 
     def __init__(
         self,
@@ -56,11 +55,10 @@ class Rescue:
         save: Callable[[], object] | None,
         finish: Callable[[float], object],
     ) -> None:
-        """`directory`: the attempt's; `finish` waits for this rank's part in a save under way, for so many
-        seconds.
+        """Start a thread that looks for a peer's call in `directory`, the attempt's.
 
-        Starts a thread that looks for a peer's call.
-        `save`: None where a thread cannot read the state beside a pass, as what DeepSpeed has on NVMe.
+        `save` is None if a thread cannot read the state during a pass, as with DeepSpeed's state on NVMe.
+        `finish(seconds)` waits for this rank's part of a save in progress.
         """
         self._call, self._device, self._save, self._finish = directory / CALL, device, save, finish
         self._lock = threading.Lock()
@@ -74,8 +72,8 @@ class Rescue:
 
     @contextlib.contextmanager
     def passes(self, step: int, is_saved: bool) -> Iterator[None]:
-        """Guard passes from the state after `step` steps: out of memory in here saves it first, unless it
-        is."""
+        """Guard the passes that start from the state after `step` steps: if memory runs out within this context,
+        save that state first, unless `is_saved`."""
         if self._device.type == "cuda":
             self._updated = torch.cuda.Event()
             self._updated.record()
@@ -85,10 +83,10 @@ class Rescue:
             yield
         except Exception as error:
             if classify(error)[0] is OutOfMemoryError:
-                # What the pass had made is held by the frames that the error came through.
+                # The frames in the error's traceback keep the tensors of the pass alive.
                 traceback.clear_frames(error.__traceback__)
                 gc.collect()
-                with contextlib.suppress(Exception):  # the error that led here is what must be told
+                with contextlib.suppress(Exception):  # the original error must be reported
                     if is_saved:
                         self._finish(_SECONDS_TO_SAVE)
                     elif self._may_call:
@@ -97,15 +95,15 @@ class Rescue:
         self._step = None
 
     def over(self) -> None:
-        """Be about to tell the others what the passes came to: from then on none of them may be called."""
+        """Note that this rank is about to send its sums; after that it may not call the others."""
         self._may_call = False
 
     def _call_and_save(self, step: int) -> None:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         write_atomically(self._call, json.dumps({"step": step}) + "\n")
-        # In a thread, as the peers do, because one that does not come would hold this rank for as long as
-        # their group has patience.
+        # In a thread, like the peers: a peer that does not come would block this rank until the timeout of
+        # their process group.
         saving = threading.Thread(target=self._save_once, name="rescue", daemon=True)
         saving.start()
         began = since = time.monotonic()
@@ -114,18 +112,18 @@ class Rescue:
             saving.join(_LOOK_SECONDS)
             if here.save_progress != progress:
                 progress, since = here.save_progress, now
-            # A peer that cannot come would be waited for until their group has no more patience. One that comes
-            # has a part to write that is as large as this rank's.
+            # Without this limit, a peer that cannot come would block until the group's timeout. A peer that
+            # comes writes a part as large as this rank's.
             own = _TIMES_OWN_PART * (since - began)
             most = {"": _SECONDS_TO_ARRIVE, "waiting for the other ranks": max(_SECONDS_TO_ARRIVE, own)}
             if now - since > most.get(progress[0], _SECONDS_TO_SAVE):
                 return
 
     def _save_once(self) -> None:
-        """Save, once, without waiting for what the pass has begun."""
+        """Save once, without waiting for work that the pass has queued."""
         if self._updated is not None:
-            # The stream of the pass waits for messages that will not come: copy on another one, when the last
-            # update is done.
+            # The pass's CUDA stream waits for collectives that will not come. So copy on another stream, once
+            # the last update is done.
             torch.cuda.set_device(self._device)
             self._updated.synchronize()
         with self._lock, torch.cuda.stream(torch.cuda.Stream() if self._updated is not None else None):
@@ -134,7 +132,7 @@ class Rescue:
                 self._save()
 
     def _listen(self) -> None:
-        """Wait for a call; then, as soon as this rank too is in the pass of that step, save."""
+        """Wait for a call; then save as soon as this rank is in the passes of the same step."""
         while not self._call.exists():
             time.sleep(self._seconds_between_looks)
         step = read_json(self._call)["step"]

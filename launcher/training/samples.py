@@ -1,4 +1,4 @@
-"""The held-out rows whose answers are shown at every evaluation."""
+"""The held-out rows whose predictions are shown at every evaluation."""
 
 from __future__ import annotations
 
@@ -21,25 +21,24 @@ from launcher.training.data.sources import rows_of
 from launcher.training.engines.engine import Engine
 
 _LOOKED_AT = 10_000
-"""Samples among which the rows are spread: to read the texts of rows far behind takes a while at every start."""
+"""Rows are chosen among this many first samples: reading later rows' texts takes long at every start."""
 _LONGEST = 2000
-"""Characters of a value that are kept."""
+"""Maximum characters of a shown value."""
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A few rows from all over the held-out ones: the same at every evaluation, on any number of ranks, and
-    after a resume."""
+    """A few evenly spread held-out rows: the same at every evaluation, on any number of ranks, and after a
+    resume."""
 
     samples: list[list[Sample]]
-    """Of each row, in window order."""
+    """The samples of each row, in window order."""
     rows: dict[int, dict[str, Any]]
-    """What stands in them, by row; on rank 0 alone."""
+    """The columns of each row by row id; on rank 0 only."""
 
     @classmethod
     def of(cls, task: Task, dataset: Dataset | None, plan: Plan, rank: int) -> Shown | None:
-        """Return the rows to be shown; None where there are none, or the task does not tell what its model
-        says."""
+        """Return the rows to show; None if there are none, or if the task does not implement `answers`."""
         number, source = task.evaluation.samples, plan.data.evaluation
         if dataset is None or source is None or number == 0 or not says(task):
             return None
@@ -61,11 +60,11 @@ class Shown:
     def answers(
         self, engine: Engine, task: Task, plan: Plan, leaving: Callable[[], bool] = lambda: False
     ) -> list[dict[str, Any]]:
-        """Return each row with what the model says of it, on rank 0; nothing on the others. Called by all
+        """Return each row with the model's prediction on rank 0; an empty list on the others. Called by all
         ranks together.
 
-        Draws no random numbers and changes nothing of the state: a run with samples and one without go the
-        same way. `leaving`, asked on each rank by itself, cuts what is written short.
+        It draws no random numbers and changes no state, so showing samples does not change a run. `leaving`,
+        called on each rank by itself, cuts generated texts short.
         """
         size, rank, micro = plan.batch.data_parallel_size, distributed.get_rank(), plan.batch.micro_batch_size
         flat = [sample for row in self.samples for sample in row]
@@ -100,11 +99,11 @@ def as_sample(task: Task, id: int, row: dict[str, Any], answer: dict[str, Any]) 
 
 
 _LEARNED = ("label", "answers", "target", "tags", "spans", "completion")
-"""Columns of `data` that hold what the model is to say."""
+"""Keys of `data` that name a column with the expected output."""
 
 
 def _truth(task: Task) -> Iterator[str]:
-    """Yield the columns of a row that hold what its model is to say."""
+    """Yield the columns of a row that hold the expected output."""
     for role in (*_LEARNED, *(["text"] if task.traits.reads_files else [])):
         column = getattr(task.data, role, None)
         if isinstance(column, str):
@@ -112,7 +111,7 @@ def _truth(task: Task) -> Iterator[str]:
 
 
 def _short(value: Any) -> Any:
-    """A value as JSON, a long text cut."""
+    """Return a value as JSON, with long texts cut."""
     if isinstance(value, str):
         return value if len(value) <= _LONGEST else value[:_LONGEST] + "…"
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step, and what of the model trains by then."""
+"""The learning rate as a pure function of the step, and the stage of gradual unfreezing."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ _FALLS: dict[str, Callable[[float], float]] = {
 
 
 def steps_of(value: float, num_steps: int) -> int:
-    """Return a number of steps: below 1 it is a share of `num_steps`, rounded up."""
+    """Return a number of steps. A value below 1 is a share of `num_steps`, rounded up."""
     return math.ceil(value * num_steps - 1e-9) if value < 1 else int(value)
 
 
 def stage_at(unfreeze: Sequence[Thaw], step: int, num_steps: int) -> int:
-    """Return how many entries of `model.unfreeze` have come before step `step`, counted from 0, is taken."""
+    """Return how many entries of `model.unfreeze` apply when step `step`, counted from 0, is taken."""
     return sum(steps_of(one.at, num_steps) <= step for one in unfreeze)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The warm-up, then what `training.schedule` names. Steps count from 0.
+    """The warm-up, then the schedule that `training.schedule` names. Steps count from 0.
 
-    After a linear warm-up the rates are those of transformers' schedules (optimization.py); `one-cycle` is
-    torch's OneCycleLR without its turn of the momentum, whose warm-up is a cosine. `range-test` grows from the
-    lowest rate at the first step to the highest at the last (Smith 2017, arXiv 1506.01186, who lets it grow
-    linearly; exponentially as in fastai, Lightning and torch-lr-finder).
+    After a linear warm-up the rates are those of transformers' schedules (optimization.py). `one-cycle` is
+    torch's OneCycleLR, with a cosine warm-up but without its cycle of the momentum. `range-test` grows from the
+    lowest rate at the first step to the highest at the last (Smith 2017, arXiv 1506.01186). Smith's grows
+    linearly; this one grows exponentially, as in fastai, Lightning and torch-lr-finder.
     """
 
     training: Training
@@ -46,20 +46,20 @@ class Schedule:
 
     @classmethod
     def of(cls, training: Training, num_steps: int) -> Schedule:
-        """Return the schedule of a run of `num_steps`; a warm-up below 1 is a share of them, from 1 on a
-        number of steps."""
+        """Return the schedule of a run of `num_steps`. A warm-up below 1 is a share of them, otherwise a number
+        of steps."""
         return cls(training, steps_of(training.warmup, num_steps), num_steps)
 
     def at(self, step: int) -> float:
-        """Return the learning rate of step `step`. The first step of a warm-up is already above 0, so that
-        no step is wasted."""
+        """Return the learning rate of step `step`. A warm-up starts above 0, so that its first step is not
+        wasted."""
         peak, minimum = self.training.learning_rate, self.training.minimum_learning_rate
         kind = self.training.schedule
         if kind == "one-cycle":
             return self._one_cycle(step)
         if kind == "range-test":
             done = min(1.0, step / max(1, self.num_steps - 1))
-            return minimum ** (1 - done) * peak**done  # a geometric series, whose ends are exact
+            return minimum ** (1 - done) * peak**done  # a geometric series with exact ends
         if step < self.num_warmup_steps:
             return peak * ((step + 1) / self.num_warmup_steps)
         if kind == "constant":
@@ -70,7 +70,7 @@ class Schedule:
         return minimum + (peak - minimum) * self._share(kind, step)
 
     def _share(self, kind: str, step: int) -> float:
-        """Return what is left, between 1 and 0, of the way from the highest rate to the lowest."""
+        """Return the remaining share, from 1 to 0, of the way from the highest rate to the lowest."""
         num_falling = self.num_steps - self.num_warmup_steps
         if kind == "warmup-stable-decay":
             num_falling = min(num_falling, steps_of(self.training.decay, self.num_steps))
@@ -83,7 +83,7 @@ class Schedule:
         return _FALLS[kind](done)
 
     def _one_cycle(self, step: int) -> float:
-        """Return the rate of OneCycleLR, whose `pct_start` is the share of the warm-up."""
+        """Return the rate of OneCycleLR, with the warm-up's share as `pct_start`."""
         training, warmup = self.training, self.training.warmup
         first = training.learning_rate / training.start_division
         last = training.minimum_learning_rate or first / _ONE_CYCLE_END

@@ -1,4 +1,4 @@
-"""Compare the engine that a script's model ends up on with the plan's."""
+"""Comparison of the engine that a script wraps its model in with the plan's engine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _COPIES = "DDP (a whole copy on each rank)"
 
 
 def planned(plan: Plan) -> str:
-    """Return the engine that the plan's ranks are to end up on, in the words of `Seen`."""
+    """Return the name of the engine that the plan intends, as `Seen` names it."""
     if plan.engine == "deepspeed":
         assert plan.zero is not None
         return _zero(plan.zero.stage)
@@ -33,8 +33,8 @@ def _zero(stage: int) -> str:
 
 
 class Seen:
-    """Hears of every model that is wrapped on this rank; rank 0 writes down, once each, what is not the
-    plan's."""
+    """A watch on every model that is wrapped on this rank. Rank 0 reports each engine other than the plan's
+    once."""
 
     def __init__(self, run: RunDirectory, plan: Plan, rank: int) -> None:
         self._run, self._planned, self._speaks = run, planned(plan), rank == 0
@@ -42,7 +42,7 @@ class Seen:
         self._found: set[str] = set()
 
     def changes(self) -> dict[str, Change]:
-        """Return what is changed in which module as it is imported, so that this hears of it."""
+        """Return the patches to apply to modules as they are imported, by module name."""
         return {
             "torch.nn.parallel.distributed": self._hear(
                 "DistributedDataParallel.__init__", lambda bound: _COPIES
@@ -62,7 +62,7 @@ class Seen:
         }
 
     def found(self, engine: str) -> None:
-        """Note that a model that trains is on this engine."""
+        """Note that a trained model uses this engine."""
         if engine in self._found:
             return
         self._found.add(engine)
@@ -70,7 +70,7 @@ class Seen:
             event(self._run.events_file, "other_engine", planned=self._planned, found=engine)
 
     def _hear(self, name: str, engine: Callable[[dict[str, Any]], str], after: bool = False) -> Change:
-        """Listen to a function of a module that takes the model as `module` or `model`."""
+        """Return a patch that wraps a module's function which takes the model as `module` or `model`."""
 
         def change(module: ModuleType) -> None:
             *owners, last = name.split(".")
@@ -91,8 +91,8 @@ class Seen:
         return change
 
     def _watch_steps(self, optimizers: ModuleType) -> None:
-        """At the first step of any optimizer something must have been wrapped, if the ranks are to learn
-        together."""
+        """Check at the first step of any optimizer that a model was wrapped; otherwise each rank trains
+        alone."""
 
         def before_step(optimizer: Any, *_: Any) -> None:
             handle.remove()
@@ -108,7 +108,7 @@ class Seen:
 
 
 def _trains(wrapped: Any) -> bool:
-    """Return whether anything in it does: a model that only judges another may be on any engine."""
+    """Return whether any parameter trains. A frozen model, which only judges another, may use any engine."""
     modules: Iterable[Any] = (
         wrapped if isinstance(wrapped, (list, tuple)) else [] if wrapped is None else [wrapped]
     )

@@ -37,11 +37,10 @@ _SECONDS_TO_HEAR = 10.0
 
 
 class Stop:
-    """Stop signals to a rank whose script may know nothing of them.
+    """Stop signals for a rank whose script may not handle them.
 
-    A script that handles SIGTERM gets a SIGTERM for whichever signal came. One that does not is ended where
-    it is, at once, even in a collective that its peers will never join: a thread hears of each signal, and
-    needs no step of the main thread for it.
+    A script that handles SIGTERM gets a SIGTERM for any stop signal. Any other is ended at once, even in a
+    collective that its peers will never join: a thread receives the signals without the main thread's help.
     """
 
     def __init__(self, run: RunDirectory) -> None:
@@ -51,7 +50,7 @@ class Stop:
         self._heard_all = threading.Event()
 
     def install(self) -> Stop:
-        """Hear of stop signals from now on, those included that were blocked since the process was started."""
+        """Receive stop signals from now on, including those blocked since the process started."""
         reading, self._writing = os.pipe()
         os.set_blocking(self._writing, False)
         heed(_heard_by_the_thread)
@@ -62,8 +61,8 @@ class Stop:
         return self
 
     def hear_all(self) -> None:
-        """Wait until the thread has dealt with every signal that came before: a script may leave sooner than
-        it was written down why."""
+        """Wait until the thread has handled all earlier signals: a script may exit before the reason is
+        recorded."""
         os.write(self._writing, b"\0")
         self._heard_all.wait(_SECONDS_TO_HEAR)
 
@@ -77,10 +76,10 @@ class Stop:
 
     def _stop(self, number: signal.Signals) -> None:
         first, self.requested = not self.requested, True
-        if first and number is not signal.SIGUSR1:  # which is the launcher's own, and written down already
+        if first and number is not signal.SIGUSR1:  # the launcher's own signal, already recorded
             event(self.run.events_file, "stopping", signal=number.name)
         if signal.getsignal(number) is not _heard_by_the_thread:
-            return  # the script has a handler for this very signal, which runs by itself
+            return  # the script handles this signal itself
         handler = signal.getsignal(signal.SIGTERM)
         if handler is _heard_by_the_thread or not callable(handler):
             leave(0, part=False)
@@ -89,11 +88,11 @@ class Stop:
 
 
 def _heard_by_the_thread(number: int, frame: FrameType | None) -> None:
-    """Python wants a handler before it tells the thread."""
+    """Do nothing: Python writes to the wakeup pipe only for signals that have a handler."""
 
 
 def _forget() -> None:
-    # A forked worker must die of the SIGTERM by which its pool ends it, and tell this rank nothing.
+    # A forked worker must die when its pool sends SIGTERM, and must not write to this rank's pipe.
     signal.set_wakeup_fd(-1)
     for number in STOP_SIGNALS:
         if signal.getsignal(number) is _heard_by_the_thread:
@@ -101,7 +100,7 @@ def _forget() -> None:
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Run the script on one rank, to its end."""
+    """Run the script on one rank to its end."""
     die_with_parent()
     options = _parse(sys.argv[1:] if arguments is None else arguments)
     rank = Rank(RunDirectory(options.run), options.attempt)
@@ -114,7 +113,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             plan.mesh.device, Seen(rank.run, plan, rank.number).changes(), saving.changes(), meeting.changes()
         )
         execute(options.script, saving.finish)
-    except BaseException as error:  # whatever it was, the parent must hear of it
+    except BaseException as error:  # any failure must reach the parent
         stop.hear_all()
         if stop.requested and _comes_of_stopping(error):
             leave(0, part=False)
@@ -134,10 +133,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def execute(script: list[str], then: Callable[[], None]) -> None:
-    """Run a script with its arguments as Python itself would: its folder first on the path, and all that it
-    leaves for its exit done.
+    """Run a script with its arguments as Python would: with its folder first on the path, and its exit handlers
+    at the end.
 
-    `then` is called between the script's last line and that.
+    `then` is called after the script's last line, before the exit handlers.
     """
     sys.argv[:] = script
     sys.path[0] = str(Path(script[0]).parent)
@@ -152,7 +151,7 @@ def execute(script: list[str], then: Callable[[], None]) -> None:
 
 
 def _named(error: BaseException) -> BaseException:
-    """An error of a known class as it is; any other as the script's own."""
+    """Return an error of a known class unchanged, and any other as a ScriptError."""
     if isinstance(error, SystemExit):
         text = f"exit code {error.code}" if isinstance(error.code, int) else str(error.code)
         named = ScriptError(f"the script left with {text}")
@@ -165,8 +164,8 @@ def _named(error: BaseException) -> BaseException:
 
 
 def _comes_of_stopping(error: BaseException) -> bool:
-    """Return whether it is how a script leaves when it is told to, or how a peer's leaving looks."""
-    time.sleep(0)  # let a handler run that is still due
+    """Return whether the error follows from a stop request, here or on a peer."""
+    time.sleep(0)  # let a pending handler run
     return isinstance(error, (SystemExit, KeyboardInterrupt)) or failure.classify(error)[1]
 
 

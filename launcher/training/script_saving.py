@@ -1,6 +1,6 @@
-"""Make a script's Trainer save whole models under every engine.
+"""Patches that make a script's Trainer save full models under every engine.
 
-Tried with transformers 5.23, accelerate 1.15 and deepspeed 0.19.8.
+Tested with transformers 5.23, accelerate 1.15 and deepspeed 0.19.8.
 """
 
 from __future__ import annotations
@@ -20,25 +20,24 @@ _SECONDS_BETWEEN_LOOKS = 0.1
 
 
 class Saving:
-    """This rank's part in what the script saves."""
+    """This rank's part in the script's saves."""
 
     def __init__(self, rank: int) -> None:
         self._leads = rank == 0
         self._trainer: Any = None
-        """The last sharded one that this rank was not told to save: let go once it is, so that the script may
-        free its memory."""
+        """The last sharded Trainer that this rank did not save yet. The reference is dropped at the save, so
+        that the script can free its memory."""
         self._saves = 0
 
     def changes(self) -> dict[str, Change]:
-        """Return what is changed in which module as it is imported."""
+        """Return the patches to apply to modules as they are imported, by module name."""
         return {"transformers.trainer": self._change_trainer, "deepspeed.runtime.engine": _gather}
 
     def finish(self) -> None:
-        """Join, once the script is through on this rank, what rank 0 saves alone, until it is through as
-        well.
+        """Join the saves of rank 0 after the script has finished on this rank, until it has finished there too.
 
-        Many scripts have rank 0 alone call `save_model`, which is enough for whole copies; of shards it has
-        only its own, and would wait.
+        Many scripts call `save_model` on rank 0 alone. That suffices for unsharded models; with shards, rank 0
+        would wait for the others.
         """
         store = _store()
         if store is None:
@@ -69,8 +68,8 @@ class Saving:
         @functools.wraps(create)
         def create_accelerator_and_postprocess(its: Any) -> None:
             if its.args.save_only_model:
-                # Refused with a sharded one; without an optimizer beside it nothing speaks against a whole
-                # one.
+                # transformers refuses this option with a sharded state dict. Without the optimizer's state, a
+                # full state dict is fine.
                 os.environ["FSDP_STATE_DICT_TYPE"] = "FULL_STATE_DICT"
             create(its)
             self._trainer = its if _is_sharded(its) else None
@@ -89,7 +88,7 @@ class Saving:
 
 
 def _store() -> Any:
-    """Return what the ranks tell each other by, without a collective; None where the script has no process
+    """Return the store through which ranks communicate without collectives; None if the script has no process
     group (any more)."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():
@@ -98,7 +97,7 @@ def _store() -> Any:
 
 
 def _is_said(store: Any, name: str) -> bool:
-    """Return whether rank 0 has said so. It may be through and gone, and the store with it."""
+    """Return whether rank 0 has set this key. If the store is gone, rank 0 has finished."""
     try:
         return bool(store.check([name]))
     except RuntimeError:
@@ -114,8 +113,8 @@ def _is_sharded(trainer: Any) -> bool:
 
 @contextlib.contextmanager
 def _whole_state_dict(trainer: Any) -> Iterator[None]:
-    """With a sharded state dict, which checkpoints to resume from keep, the Trainer's `save_model` writes
-    nothing at all under FSDP."""
+    """Use a full state dict within this context: with a sharded one, which checkpoints for resuming keep, the
+    Trainer's `save_model` writes nothing under FSDP."""
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if plugin is None:
         yield
@@ -130,9 +129,9 @@ def _whole_state_dict(trainer: Any) -> Iterator[None]:
 
 
 def _gather(engine: ModuleType) -> None:
-    """Have ZeRO-3 hand out whole weights, whatever its configuration says of it.
+    """Make ZeRO-3 gather full weights for a save, whatever its configuration says.
 
-    With `stage3_gather_16bit_weights_on_model_save: false`, which is DeepSpeed's default, the Trainer saves
-    no weights that load, and Accelerate raises an error.
+    With DeepSpeed's default, `stage3_gather_16bit_weights_on_model_save: false`, the Trainer saves no loadable
+    weights, and Accelerate raises an error.
     """
     engine.DeepSpeedEngine.zero_gather_16bit_weights_on_model_save = lambda self: True

@@ -1,9 +1,9 @@
-"""Pass large messages between the ranks of one machine through shared memory.
+"""Large collectives between the ranks of one machine through shared memory.
 
-gloo sends them through sockets, even to a process beside this one. Here each rank writes a piece into memory
-that its peers have mapped, all wait for each other, and each reads what it needs. gloo still does the waiting,
-so that a lost or late peer is noticed as before. Small messages, and those between machines or GPUs, go as they
-did; so do sums that all ranks want whole, which gloo makes as fast (docs/benchmarks/messages.md).
+gloo uses sockets even within a machine. Here each rank writes a piece into memory that its peers have mapped,
+all pass a barrier, and each reads the parts it needs. The barrier is gloo's, so a lost or late peer is
+noticed as before. Small messages and those between machines or GPUs are unchanged. So are all-reduces, which
+are as fast in gloo (docs/benchmarks/messages.md).
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from launcher.planner.limits import SHARED_MESSAGE_BYTES
 from launcher.runs.shared_memory import shared_memory
 
 PIECE_BYTES = 1 << 22
-"""Bytes that a rank writes before it waits for its peers; twice that is kept, to write one while one is read."""
+"""Bytes that a rank writes between barriers; there are two such buffers, one to write while one is read."""
 
 
 def use(distributed: ModuleType) -> None:
-    """Have the process groups of this process take this way where they can. Takes the module
+    """Make the process groups of this process use shared memory where they can. `distributed` is the module
     torch.distributed.distributed_c10d."""
     groups = distributed.ProcessGroup
     if hasattr(groups.all_gather_single, "__wrapped__"):
@@ -58,7 +58,7 @@ def _all_gather(group: Any, output: Any, part: Any, *_: Any, **__: Any) -> bool:
     if memory is None:
         return False
     rows, part = _as_bytes(output.detach()).view(memory.size, -1), _as_bytes(part.detach())
-    if rows[memory.rank].data_ptr() != part.data_ptr():  # FSDP's part stands in its place already
+    if rows[memory.rank].data_ptr() != part.data_ptr():  # FSDP's part is a view of the output
         rows[memory.rank].copy_(part)
     for begin in range(0, part.numel(), PIECE_BYTES):
         piece = part[begin : begin + PIECE_BYTES]
@@ -86,7 +86,7 @@ def _reduce_scatter(group: Any, output: Any, whole: Any, options: Any = None, *_
             theirs[memory.rank * num_bytes :][:num_bytes].view(whole.dtype)
             for theirs in memory.exchange(group, [_as_bytes(piece) for piece in pieces])
         ]
-        # In the order of ranks, whichever of them adds up.
+        # In rank order on every rank, so that rounding is the same.
         total = torch.add(parts[0], parts[1], out=output[begin : begin + count])
         for part in parts[2:]:
             total.add_(part)
@@ -102,7 +102,7 @@ def _as_bytes(tensor: Any) -> Any:
 
 
 def _memory(group: Any, large: Any, small: Any) -> Memory | None:
-    """Return the group's memory; None where the message does not go through it, which is so on all ranks."""
+    """Return the group's memory; None if the message does not go through it. All ranks decide alike."""
     if (
         large.device.type != "cpu"
         or large.numel() * large.element_size() < SHARED_MESSAGE_BYTES
@@ -117,10 +117,10 @@ def _memory(group: Any, large: Any, small: Any) -> Memory | None:
 
 
 class Memory:
-    """Two pieces of memory of each rank of a group, which all of them have mapped.
+    """Two buffers for each rank of a group, mapped by all its ranks.
 
-    A rank writes into one while its peers may still read the other. Who has passed the wait of a piece knows
-    that all have read the piece before.
+    A rank writes into one while its peers may still read the other. A rank that has passed the barrier of a
+    piece knows that all ranks have read the piece before.
     """
 
     def __init__(self, group: Any, buffers: list[Any]) -> None:
@@ -130,13 +130,13 @@ class Memory:
 
     @classmethod
     def of(cls, group: Any) -> Memory | None:
-        """Make the group's memory; None where its ranks are not all of one machine. Called by all of them."""
+        """Create the group's memory; return None if its ranks are not on one machine. Called by all of them."""
         import torch
 
         try:
             descriptor = shared_memory(2 * PIECE_BYTES)
         except OSError:
-            descriptor = -1  # which nobody can open
+            descriptor = -1  # no process can open it
         try:
             own = [*_surroundings(), os.getpid(), descriptor]
             members = torch.empty(group.size(), len(own), dtype=torch.int64)
@@ -155,7 +155,7 @@ class Memory:
                 os.close(descriptor)
 
     def exchange(self, group: Any, pieces: Sequence[Any]) -> Iterator[Any]:
-        """Write own bytes, one piece behind another; return what each rank wrote, once all have."""
+        """Write this rank's pieces one after another; return each rank's buffer once all have written."""
         buffer, begin = self._buffers[self.rank][self._turn], 0
         for piece in pieces:
             buffer[begin : begin + piece.numel()].copy_(piece)
@@ -166,18 +166,18 @@ class Memory:
 
 
 def _surroundings() -> tuple[int, int, int]:
-    """Return what is equal for processes of one node that know each other by their numbers: the start of the
-    machine, the name space of processes, the node's number in the run."""
+    """Return numbers that are equal for processes that can address each other by pid: the machine's boot id, the
+    pid namespace, and the node's rank in the run."""
     try:
         start = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").replace("-", "")
         processes = Path("/proc/self/ns/pid").stat().st_ino
     except OSError:
-        return secrets.randbits(60), 0, 0  # like no other
+        return secrets.randbits(60), 0, 0  # unlike any other process
     return int(start[:15], 16), processes, int(os.environ.get("GROUP_RANK", "0"))
 
 
 _memories: WeakKeyDictionary[Any, Memory | None] = WeakKeyDictionary()
-"""Each group's, which goes with the group."""
+"""The memory of each group, freed with the group."""
 
 
 def _map(path: str) -> Any:

@@ -1,4 +1,4 @@
-"""Note the first stop signal, which the trainer reads at step boundaries."""
+"""The first stop signal to a rank, which the trainer checks at step boundaries."""
 
 from __future__ import annotations
 
@@ -13,24 +13,23 @@ from launcher.runs.processes import STOP_SIGNALS, heed
 
 
 class StopRequest:
-    """Know whether somebody asked this rank to stop: by which signal, and when.
+    """The stop request to this rank, if any: the signal and its time.
 
-    Every signal of STOP_SIGNALS asks for the same: save at the next step boundary, and leave. More of them
-    change nothing, so that a scheduler that signals every process, and a launcher that passes its own signal
-    on, agree.
+    Every signal of STOP_SIGNALS requests the same: save at the next step boundary, and leave. Further signals
+    change nothing, so a scheduler may signal every process while the launcher forwards its own signal.
     """
 
     def __init__(self, grace_seconds: float = float("inf"), grace_file: Path | None = None) -> None:
         self.grace_seconds = grace_seconds
         self.grace_file = grace_file
-        """Where the launcher writes until when there is time, once it knows."""
+        """The file in which the launcher writes the deadline, once it knows it."""
         self.requested = False
         self.signal_name = ""
         self.time = 0.0
         self._clock = 0.0
 
     def install(self) -> StopRequest:
-        """Handle the stop signals in this process, and let in those that were blocked since it was started."""
+        """Handle the stop signals in this process, and unblock those blocked since it started."""
         heed(self._handle)
         os.register_at_fork(after_in_child=_default_handlers)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
@@ -40,14 +39,14 @@ class StopRequest:
         self.request(signal.Signals(number).name)
 
     def request(self, signal_name: str) -> None:
-        """Ask for the stop; what asked first stays."""
+        """Record a stop request; only the first one counts."""
         if not self.requested:
             self.time, self._clock = time.time(), time.monotonic()
             self.signal_name = signal_name
             self.requested = True
 
     def seconds_left(self) -> float:
-        """Return the seconds of grace that are left; infinity before anybody asked."""
+        """Return the seconds of grace left; infinity without a stop request."""
         if not self.requested:
             return float("inf")
         given = self._given()
@@ -55,7 +54,7 @@ class StopRequest:
 
     @property
     def asked_by(self) -> str:
-        """Return the signal that the launcher got and passed on, where it said so; else the one that came
+        """Return the signal that the launcher received and forwarded, if it is known; else the one received
         here."""
         given = self._given()
         return given.signal_name if given and self.requested else self.signal_name
@@ -65,6 +64,6 @@ class StopRequest:
 
 
 def _default_handlers() -> None:
-    # A forked worker (of a tokeniser pool, say) must die of the SIGTERM by which its pool ends it.
+    # A forked worker (of a tokeniser pool, say) must die when its pool sends SIGTERM.
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""Training progress beside tensors, as a checkpoint stores it and checks it on reading."""
+"""Training progress other than tensors, as a checkpoint stores it and validates it on reading."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from launcher.training.reporting.divergence import Divergence
 
 @dataclass
 class State:
-    """Count how far the run is."""
+    """The progress of a run: its counters and last evaluation."""
 
     step: int = 0
     num_items: int = 0
     num_tokens: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
-    """Of the last evaluation."""
+    """The metrics of the last evaluation."""
     evaluated_step: int = -1
-    """The step after which that was; -1 before the first."""
+    """The step after which it was; -1 before the first evaluation."""
 
     def took(self, batch: StepBatch) -> None:
-        """Count one more step, over this global batch."""
+        """Count one step over this global batch."""
         self.step += 1
         self.num_items += batch.num_items
         self.num_tokens += batch.num_tokens
 
     def progress(self, extra: dict[str, Any]) -> Progress:
-        """Return it as a checkpoint stores it."""
+        """Return the progress as a checkpoint stores it."""
         kept = {"metrics": self.metrics, "evaluated_step": self.evaluated_step}
         return Progress(step=self.step, samples=self.num_items, tokens=self.num_tokens, extra=kept | extra)
 
 
 class TrainerState(BaseModel):
-    """`Progress.extra` as the trainer writes it; what others put there (`imported`) is left alone."""
+    """The trainer's part of `Progress.extra`; keys of others (`imported`) are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -51,21 +51,21 @@ class TrainerState(BaseModel):
     metrics: dict[str, float] = {}
     evaluated_step: int | None = None
     best: float | None = None
-    """Of early stopping: the best value of its metric so far."""
+    """The best value of early stopping's metric so far."""
     num_worse: Count = 0
     ledger: list[dict[str, int | str]] = []
-    """Steps that were left out or taken back."""
+    """Steps that were skipped or rewound."""
     watched: dict[str, list[float]] = {}
-    """The losses by which a spike would be known."""
+    """Recent losses, against which a spike is detected."""
     said: list[str] = []
-    """The kinds of symptoms that the run has spoken of."""
+    """The kinds of symptoms that the run has reported."""
     stream: dict[str, Any] | None = None
-    """Of streamed rows: the position in the files, as `Stream.position` returns it."""
+    """The position in the files of streamed rows, as `Stream.position` returns it."""
 
     @classmethod
     def of(cls, progress: Progress, checkpoint: str) -> TrainerState:
-        """Read it from a manifest. Raises CheckpointError, with every key, where a manifest that is whole
-        says something else than the trainer does."""
+        """Read the state from a manifest. Raises CheckpointError, naming every wrong key, if an intact manifest
+        was not written by the trainer."""
         try:
             return cls.model_validate(progress.extra)
         except ValidationError as error:
@@ -81,8 +81,7 @@ class TrainerState(BaseModel):
 
 @dataclass
 class Counters:
-    """All that a run counts and watches beside tensors, of which a checkpoint keeps what it needs to go
-    on."""
+    """All counters and monitors of a run other than tensors. A checkpoint stores what is needed to resume."""
 
     state: State
     loss_scale: LossScale
@@ -90,10 +89,10 @@ class Counters:
     early_end: EarlyEnd
     batches: Batches | StreamBatches
     told: list[str] = field(default_factory=list)
-    """The kinds of symptoms that the run was told of."""
+    """The kinds of symptoms that were reported to the run."""
 
     def progress(self) -> Progress:
-        """Return what a checkpoint keeps of it."""
+        """Return the state to store in a checkpoint."""
         extra: dict[str, Any] = {
             "loss_scale": self.loss_scale.value,
             "good_steps": self.loss_scale.good_steps,
@@ -104,7 +103,7 @@ class Counters:
         return self.state.progress(extra | self.early_end.state() | self.divergence.state())
 
     def restore(self, progress: Progress, checkpoint: str) -> None:
-        """Go on from a checkpoint's, by its name. Raises CheckpointError where a trainer did not write it."""
+        """Restore from the checkpoint of this name. Raises CheckpointError if no trainer wrote it."""
         kept = TrainerState.of(progress, checkpoint)
         state, scale = self.state, self.loss_scale
         state.step, state.num_items, state.num_tokens = progress.step, progress.samples, progress.tokens

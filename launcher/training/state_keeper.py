@@ -1,4 +1,4 @@
-"""Keep a run's state in checkpoints, and take it back: the engine's tensors and the trainer's counters."""
+"""Saving and restoring of a run's state: the engine's tensors and the trainer's counters."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from launcher.training.state import Counters
 
 
 class StateKeeper:
-    """Save, restore and rewind one run. All ranks call every method together; `event` writes an event once
-    for them."""
+    """The saves, the restore and the rewinds of one run. All ranks call every method together; `event` writes an
+    event once for all."""
 
     def __init__(
         self,
@@ -26,16 +26,16 @@ class StateKeeper:
         counters: Counters,
         event: Callable[..., None],
     ) -> None:
-        """Store what the methods work on; `checkpointer` is open."""
+        """Store the arguments; `checkpointer` must be open."""
         self._run, self._engine, self._checkpointer = run, engine, checkpointer
         self._counters, self._event = counters, event
         self.saved_step = 0
-        """The step of the newest save, or of the checkpoint that the run went on from."""
+        """The step of the newest save, or of the checkpoint from which the run resumed."""
 
     def restore(self) -> dict[str, torch.Tensor]:
-        """Go on from the newest whole checkpoint, if there is one. Return the engine's tensors.
+        """Restore the newest complete checkpoint, if there is one. Return the engine's tensors.
 
-        Raises CheckpointError where there are checkpoints and none is whole, or one is not of this model.
+        Raises CheckpointError if there are checkpoints but none is complete, or if one is not of this model.
         """
         tensors = self._engine.state_dict()
         progress = self._checkpointer.load(tensors)
@@ -50,18 +50,17 @@ class StateKeeper:
         return tensors
 
     def save(self, tensors: dict[str, torch.Tensor], wait: bool) -> bool:
-        """Save the engine's tensors and the counters; return False where that is known to have failed."""
+        """Save the engine's tensors and the counters; return False if the save is known to have failed."""
         state = self._counters.state
-        # Metrics of an older state would rank this one among the best by what it is not.
+        # Metrics of an older state would misrank this one among the best checkpoints.
         metrics = state.metrics if state.evaluated_step == state.step else {}
         self.saved_step = state.step
         return self._checkpointer.save(tensors, self._counters.progress(), metrics, wait=wait)
 
     def rewind(self) -> int:
-        """Take the weights of an earlier checkpoint back, and return its step. The samples since are left
-        out.
+        """Restore the weights of an earlier checkpoint and return its step. The samples since are skipped.
 
-        Raises DivergedError where no checkpoint of before the first bad step is whole.
+        Raises DivergedError if no checkpoint before the first bad step is complete.
         """
         tensors, divergence = self._engine.state_dict(), self._counters.divergence
         progress = None

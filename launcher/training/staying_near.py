@@ -1,4 +1,4 @@
-"""Pull the weights towards those that training begins with, cut as they are, beside either engine."""
+"""A pull of the sharded weights towards their initial values, for either engine."""
 
 from __future__ import annotations
 
@@ -20,21 +20,22 @@ from launcher.training.model.conversion import cut_like
 
 
 class NearTheStart(Around):
-    """An engine whose every step first moves each weight by learning rate x alpha x its distance from the start.
+    """An engine whose every step first moves each weight towards its initial value, by learning rate x alpha x
+    the distance.
 
-    It is the weight decay of AdamW (Loshchilov and Hutter, arXiv 1711.05101) towards the start in the place of
-    zero, and with plain SGD the gradient of L2-SP (Li et al. 2018, arXiv 1802.01483). What the model's files did
-    not hold, as a new head, has no start to go back to. The start is read from the model's files by every
-    attempt, and is in no checkpoint.
+    This is AdamW's weight decay (Loshchilov and Hutter, arXiv 1711.05101) towards the initial weights instead of
+    zero; with plain SGD it is the gradient of L2-SP (Li et al. 2018, arXiv 1802.01483). Parameters that the
+    model's files lack, such as a new head, are not pulled. Every attempt reads the initial weights from the
+    model's files; they are in no checkpoint.
 
-    With a Fisher file each weight's distance counts as many times as its value there, and no move goes beyond
-    the start: with plain SGD the gradient of elastic weight consolidation (Kirkpatrick et al. 2017).
+    With a Fisher file each distance is multiplied by the weight's value there, and no move overshoots. With
+    plain SGD this is the gradient of elastic weight consolidation (Kirkpatrick et al. 2017).
     """
 
     def __init__(self, engine: Engine, near: StartingPoint, plan: Plan) -> None:
-        """Take an engine that is loaded, and has not been restored yet.
+        """Wrap an engine that has the initial weights, before a checkpoint is restored.
 
-        Raises ConfigurationError where the Fisher file is not of its model.
+        Raises ConfigurationError if the Fisher file belongs to another model.
         """
         super().__init__(engine)
         named = {id(parameter): name for name, parameter in adapters.named_parameters(engine.model)}
@@ -49,7 +50,7 @@ class NearTheStart(Around):
 
     @torch.no_grad()
     def optimizer_step(self, learning_rate: float, multiplier: float) -> None:
-        """Move the weights that train by now towards the start, and let the engine take its step."""
+        """Pull the weights that train at this stage, then take the engine's step."""
         for name, start in self._starts.items():
             group = self._groups[name]
             if group["stage"] <= self.stage:
@@ -61,8 +62,8 @@ class NearTheStart(Around):
 
 
 def _of_file(path: str, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return a Fisher file's values, fp32, as the weights are cut, one whole tensor in memory at a time. Raises
-    ConfigurationError."""
+    """Return a Fisher file's values, fp32, sharded like the weights, with one full tensor in memory at a time.
+    Raises ConfigurationError."""
     try:
         with safe_open(path, "pt") as file:
             stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -86,7 +87,7 @@ def _finite(path: str, name: str, whole: torch.Tensor) -> torch.Tensor:
 
 
 def _cut(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return this rank's part of a tensor, as another of its shape is cut, and where that is."""
+    """Return this rank's part of a tensor, sharded like another and on the same device."""
     if isinstance(like, FlatShard):
         piece = whole.flatten()[like.start : like.start + like.count]
     else:

@@ -1,4 +1,4 @@
-"""Sum over all ranks, in one exchange, what a step must agree on: loss, gradient norm and what is due."""
+"""The one all-reduce of a step: its loss, its gradient norm and the actions due after it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from launcher.runs.places import here
 
 @dataclass(frozen=True)
 class Due:
-    """Name what comes after a step: on one rank its wishes, and after the exchange what all ranks do."""
+    """The actions due after a step: one rank's requests, or, after the all-reduce, all ranks' decision."""
 
     stop: bool = False
     save: bool = False
@@ -21,17 +21,17 @@ class Due:
 
 @dataclass(frozen=True)
 class StepTotals:
-    """Hold the sums of one step over all ranks."""
+    """The sums of one step over all ranks."""
 
     loss_sum: float
-    """Over all that the global batch supervises."""
+    """The loss over all supervised positions of the global batch."""
     squared_norm: float
-    """Of the gradient, which the loss scale multiplies."""
+    """The squared norm of the gradient, still multiplied by the loss scale."""
     due: Due
     own_seconds: list[float]
-    """Each rank's own work, by rank; zeros, or empty, in a step in which nobody tells."""
+    """Seconds of each rank's own work, by rank; zeros or empty in a step without measurement."""
     by_source: list[float]
-    """The loss of each of several sources; empty where there is one."""
+    """The loss of each of several sources; empty if there is one."""
 
 
 def vector_of(
@@ -41,10 +41,10 @@ def vector_of(
     own_seconds: list[float],
     by_source: torch.Tensor,
 ) -> torch.Tensor:
-    """Return what this rank tells the others, fp64 [5 + ranks that tell + sources]: of fp64 scalars on the
-    device, of fp64 [sources], and of what it wishes.
+    """Return this rank's addends as one fp64 vector, [5 + ranks in `own_seconds` + sources], from fp64
+    scalars on the device, its wishes, and fp64 `by_source` [sources].
 
-    It has the same length in every step, as the rounding of a sum may depend on it.
+    The length is the same in every step, because the rounding of an all-reduce may depend on it.
     """
     more = torch.tensor(
         [wishes.stop, wishes.save, wishes.evaluate, *own_seconds], dtype=torch.float64, device=loss_sum.device
@@ -53,8 +53,9 @@ def vector_of(
 
 
 def add_up(vector: torch.Tensor, num_own_seconds: int) -> StepTotals:
-    """Return the sums over all ranks of `vector_of`, and what any rank wishes. Called by all ranks together."""
-    here.waits(1)  # on a GPU the wait is in the copy of the result, which looks like no collective
+    """Return the sums of `vector_of` over all ranks; an action is due if any rank wishes it. Called by all ranks
+    together."""
+    here.waits(1)  # on a GPU the wait is in the copy of the result, which does not look like a collective
     distributed.all_reduce(vector)
     loss, norm, stop, save, evaluate, *own = vector.tolist()
     here.waits(-1)

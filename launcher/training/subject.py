@@ -1,4 +1,4 @@
-"""The model that is measured or asked: a run's, or one that stands in a directory."""
+"""The model to evaluate or predict with: a run's, or one in a directory."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from launcher.training.model.model_files import EVALUATION, is_weights
 
 @dataclass(frozen=True)
 class Subject:
-    """A model with its config, its tokenizer and its task; `configure` writes the task into the config
-    before `build`."""
+    """A model with its config, tokenizer and task. The task's `configure` must update the config before
+    `build`."""
 
     plan: Plan
     config: Any
@@ -38,11 +38,11 @@ class Subject:
 
     @classmethod
     def of(cls, plan: Plan, run: Path | None, model: str | None) -> Subject:
-        """Return the model in a directory, where one is named; else the one that the job begins with, with
-        the classes of the run.
+        """Return the model in the directory `model`, if it is given; else the job's initial model, with the
+        classes of the run.
 
-        Of the model that a job begins with they are those that it would be trained for. No teacher is asked.
-        Raises ConfigurationError.
+        Without a run, the classes are those that the job would train for. No teacher is used. Raises
+        ConfigurationError.
         """
         plan = plan.model_copy(update={"distillation": None})
         planned = pretrained.settled(plan if model is None else plan.of_directory(model))
@@ -63,10 +63,10 @@ class Subject:
         return engines.build(self.plan, self.task, self.config, ds_config, trains=False)
 
     def load(self, run: Path, engine: Engine, step: int | None) -> int:
-        """Put the run's newest whole checkpoint, or `step`'s, into the engine; its step. Called by all
-        ranks together.
+        """Load the run's newest complete checkpoint, or that of `step`, into the engine. Return its step. Called
+        by all ranks together.
 
-        Raises ConfigurationError where there is none, CheckpointError where it is not whole.
+        Raises ConfigurationError if there is none, and CheckpointError if it is damaged.
         """
         results = RunDirectory(run)
         ranks = distributed.get_rank(), distributed.get_world_size()
@@ -80,7 +80,7 @@ class Subject:
         return progress.step
 
     def identity(self, run: Path | None, model: str | None, step: int | None) -> dict[str, Any]:
-        """Return what tells this model from another one, by names for people."""
+        """Return values that identify this model, under readable names."""
         if run is not None:
             return {"the run": RunDirectory(run).run_id(), "the checkpoint's step": step}
         telling = ("config.json", EVALUATION)
@@ -91,8 +91,8 @@ class Subject:
         return {"the model's files": xxhash.xxh3_64_hexdigest(json.dumps(files).encode())}
 
     def adopt(self, file: Path) -> None:
-        """Take what an evaluation of this model fitted, and keep to it. Raises CheckpointError where the file
-        is damaged."""
+        """Adopt the values that an evaluation of this model fitted, and do not fit again. Raises CheckpointError
+        if the file is damaged."""
         try:
             self.task.adopt_evaluation(dict(read_json(file)["details"]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -102,8 +102,8 @@ class Subject:
 
 
 def as_trained(plan: Plan, run: Path | None) -> Plan:
-    """Return the plan with the way in which the run's samples share a pass, where its check after loading
-    took another than planned."""
+    """Return the plan with the run's actual layout of samples, if its check after loading chose another than
+    planned."""
     taken = (
         Totals(RunDirectory(run)).refresh().last.get("layout", {}).get("taken") if run is not None else None
     )
@@ -114,7 +114,7 @@ def _tokenizer(plan: Plan, job: Plan, model: str | None) -> Any:
     try:
         return pretrained.read_processor(plan)
     except ConfigurationError:
-        # A directory with nothing but weights; the job's model says how texts are read.
+        # A directory with only weights: use the tokenizer of the job's model.
         if model is None:
             raise
         return pretrained.read_processor(job)

@@ -1,4 +1,4 @@
-"""Take the steps of a run on one rank, and evaluate, save, rewind and leave between them."""
+"""The training loop on one rank: steps, with evaluations, saves, rewinds and stops between them."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ class Trainer:
         stop_at: int | None,
         attempt: Path,
     ) -> None:
-        """Take the attempt's directory as `attempt`; `stop_at` is the step after which it leaves. Needs the
-        process group."""
+        """Prepare the attempt in the directory `attempt`, to stop after step `stop_at`. Needs the process
+        group."""
         self.run, self.plan, self.material, self.device = run, plan, material, device
         self.stop, self.stop_at, self.attempt = stop, stop_at, attempt
         self.rank = distributed.get_rank()
@@ -80,7 +80,7 @@ class Trainer:
         self.by_source = LossBySource(material.task, material.train, device)
         self.schedule = Schedule.of(plan.training, self.num_steps)
         self.state = State()
-        self.saves = not plan.training.is_range_test  # nobody has a use for the weights of one
+        self.saves = not plan.training.is_range_test  # the weights of a range test are of no use
         self.noise: EmbeddingNoise | None = None
         self.average: AveragedEngine | None = None
         self.loss_scale = LossScale(plan.precision == "fp16")
@@ -89,7 +89,7 @@ class Trainer:
         self.counters = Counters(self.state, self.loss_scale, self.divergence, self.early_end, self.batches)
 
     def load(self) -> None:
-        """Load the model and the newest checkpoint that is whole. Called by all ranks together."""
+        """Load the model and the newest complete checkpoint. Called by all ranks together."""
         here.at("loading")
         self.event("phase", phase="loading")
         self.recorder = Recorder(self.run, self.plan, self.device, self.journal) if self.rank == 0 else None
@@ -119,7 +119,7 @@ class Trainer:
         self._watch(tensors)
 
     def _watch(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Begin to watch the steps of a run with these tensors: symptoms, memory, pace, the clock."""
+        """Create the monitors of the steps: symptoms, out of memory, pace, save and evaluation intervals."""
         plan, step, world_size = self.plan, self.state.step, self.plan.mesh.world_size
         chance = self.task.chance_loss(self.material.config)
         in_memory = plan.offload == "none" or plan.offload_to == "cpu"
@@ -134,7 +134,7 @@ class Trainer:
         self.own = Own(models.repeated_layers(self.engine.model), self.device)
         say_slow = functools.partial(straggler, self.journal, self.run.events_file)
         self.pace = Pace(self.rank, world_size, say_slow)
-        # Of streamed rows nothing goes by epochs.
+        # Streamed rows have no epochs.
         steps_per_epoch = (self.batches.items_per_epoch or math.inf) / plan.batch.global_batch_size
         now = time.monotonic()
         self.saving = Cadence(plan.checkpoint.every, steps_per_epoch, now, step)
@@ -143,11 +143,11 @@ class Trainer:
         )
 
     def run_to_the_end(self) -> None:
-        """Evaluate, train, evaluate, save; or stop where told to."""
+        """Evaluate, train, evaluate and save; or stop on request."""
         self._announce()
         due = self._due_at_the_start()
         if self.divergence.rewinds and self.state.step == 0:
-            self._save()  # so that there is something to go back to from the first spike on
+            self._save()  # so that the first spike can already rewind
         while True:
             if due.stop or (due.evaluate and not self._evaluate()):
                 self._leave()
@@ -163,20 +163,20 @@ class Trainer:
             self._finish()
 
     def _due_at_the_start(self) -> Due:
-        """Return what is due before the first step: an evaluation also where a stop or a crash came before
-        it."""
+        """Return the actions due before the first step, including an evaluation that a stop or crash
+        prevented."""
         due_now = self.rank == 0 and self.evaluating.due(self.state.step, time.monotonic())
         evaluates = self.state.evaluated_step < 0 or self._agree(due_now)
         return Due(stop=self._agree(self.stop.requested), evaluate=evaluates)
 
     @property
     def _keeps_best(self) -> bool:
-        """Return whether what was just evaluated must be saved too, so that the best can be kept."""
+        """Return whether every evaluated state must be saved too, so that the best can be kept."""
         evaluates = self.material.evaluation is not None
         return self.plan.checkpoint.keep_best > 0 and evaluates and self.state.step > self.first_step
 
     def _step(self) -> Due:
-        """Take one optimizer step over one global batch; return what is due after it, agreed over all
+        """Take one optimizer step over one global batch; return the actions due after it, the same on all
         ranks."""
         started = time.monotonic()
         self.own.begin(self.pace.measures)
@@ -217,7 +217,7 @@ class Trainer:
         return totals.due
 
     def _thaw(self) -> None:
-        """Let train what is due to by now, and say so once."""
+        """Set the stage of `model.unfreeze` for this step, and note a new stage once."""
         unfreeze, step = self.plan.model.unfreeze, self.state.step
         stage = stage_at(unfreeze, step, self.num_steps)
         if stage > stage_at(unfreeze, step - 1, self.num_steps):
@@ -250,14 +250,14 @@ class Trainer:
         return loss_sum
 
     def _loaded_since(self, began: float) -> None:
-        """Note what was waited for data from a moment on."""
+        """Count the time since `began` as waiting for data."""
         seconds = time.monotonic() - began
         self.data_seconds += seconds
         self.own.loaded(seconds)
 
     def _add_up(self, loss_sum: torch.Tensor) -> StepTotals:
-        """Make the step's one exchange beside the gradients. Rank 0's clock and any rank's signal say what is
-        due."""
+        """Do the step's one all-reduce other than the gradients'. Rank 0's clock and any rank's stop signal
+        decide what is due."""
         next_step, now = self.state.step + 1, time.monotonic()
         leads = self.rank == 0
         wishes = Due(
@@ -268,7 +268,7 @@ class Trainer:
         squared_norm = self.engine.squared_gradient_norm().double().to(self.device)
         self.pace.worked(self.own.end())
         if not self.plan.mesh.counts(self.rank, LOSS_AXES):
-            loss_sum = torch.zeros_like(loss_sum)  # another rank computed the same
+            loss_sum = torch.zeros_like(loss_sum)  # another rank counts the same loss
             self.by_source.begin()
         share = self.pace.share()
         vector = step_totals.vector_of(loss_sum, squared_norm, wishes, share, self.by_source.sums)
@@ -279,7 +279,7 @@ class Trainer:
         return totals
 
     def _evaluate(self) -> bool:
-        """Evaluate on the held-out rows. Return False where a stop was asked for; the next attempt does it."""
+        """Evaluate on the held-out rows. Return False after a stop request; the next attempt then evaluates."""
         self.feed.rest()
         ema = self.plan.training.ema
         measured = self.average if ema is not None and ema.evaluate else None
@@ -299,9 +299,9 @@ class Trainer:
         return True
 
     def _save(self, wait: bool = False, must: bool = True) -> bool:
-        """Save, and `wait` until it is committed. Return whether it is, as far as that is known.
+        """Save; with `wait`, until the checkpoint is committed. Return False if it is known to have failed.
 
-        Raises StorageError where it `must` be committed and cannot.
+        Raises StorageError if it `must` be committed and cannot.
         """
         self.saving.done(self.state.step, time.monotonic())
         if not self.saves:
@@ -316,13 +316,13 @@ class Trainer:
         return saved
 
     def _rewind(self) -> None:
-        """Go back to the weights of an earlier checkpoint, and on behind the samples since."""
+        """Restore the weights of an earlier checkpoint, and continue after the samples since."""
         step = self.keeper.rewind()
         if self._save(wait=True, must=False):
             self.checkpointer.remove(range(step + 1, self.state.step))
 
     def _leave(self) -> None:
-        """Leave on request: save what the grace allows. The next attempt goes on there."""
+        """Leave on request, with a save if the grace allows one; the next attempt resumes from there."""
         farewell = stopping.agree(self.run, self.stop, self.rank == 0)
         self.event("stopping", signal=farewell.signal)
         changed = self.state.step > self.first_step
@@ -340,7 +340,7 @@ class Trainer:
         self._close()
 
     def _finish(self) -> None:
-        """Save, and say that everything is done and measured."""
+        """Save, and record that the run has finished."""
         stopping.patiently(lambda must: self._save(wait=True, must=must), self.stop, self._agree)
         self.checkpointer.finish()
         stopping.patiently(self._write_finished, self.stop, self._agree)
@@ -349,7 +349,7 @@ class Trainer:
         self._close()
 
     def _write_finished(self, must: bool) -> bool:
-        """Write that the run is done; return whether it is written. Raises OSError where it `must` be."""
+        """Mark the run as finished; return whether that succeeded. Raises OSError if it `must` and cannot."""
         failed = False
         if self.rank == 0:
             try:
@@ -377,7 +377,7 @@ class Trainer:
         self.event("training", first_step=self.state.step, total_steps=self.num_steps, **about)
 
     def _agree(self, wish: bool) -> bool:
-        """Return whether any rank wishes it. Called by all ranks together."""
+        """Return whether any rank's `wish` is True. Called by all ranks together."""
         vote = torch.tensor(float(wish), device=self.device)
         distributed.all_reduce(vote)
         return bool(vote > 0)
@@ -389,8 +389,8 @@ class Trainer:
 
 
 def dropout_seed(seed: int, step: int, data_rank: int, micro_batch: int) -> int:
-    """Return the seed of a forward pass, from where it stands in the run and nothing else.
+    """Return the seed of a forward pass, which depends only on its position in the run.
 
-    Ranks that share their samples draw alike.
+    Ranks that share their samples draw the same random numbers.
     """
     return ((seed * 1_000_003 + step) * 1_000_003 + data_rank) * 1_003 + micro_batch & (1 << 63) - 1

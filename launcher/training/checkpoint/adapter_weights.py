@@ -1,4 +1,4 @@
-"""Tensors of an export of adapters: added to the base's weights, or alone as peft reads them."""
+"""The tensors of an adapter's export: merged into the base's weights, or alone in peft's format."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from launcher.training.model.reading import Changes
 from launcher.training.precision import DTYPES
 
 _NOISES = ("modeling_utils", "distributed.tensor_parallel")
-"""Loggers of transformers that warn of what is right here."""
+"""Loggers of transformers whose warnings are false alarms here."""
 _PEFT_PREFIX = "base_model.model."
 
 
 class Merged:
-    """The base with B A, scaled, added to each weight that has an adapter, in fp32, one tensor at a time; of
-    DoRA with its rows made as long as it learned; of IA3 with its rows or columns, and biases, multiplied.
+    """The base with each adapter merged into its weight, in fp32, one tensor at a time. LoRA adds the scaled
+    B A; DoRA also sets the rows to the learned norms; IA3 multiplies rows or columns, and biases.
 
-    The base comes from its own files in the precision that it was trained beside: through a memory map where
-    that is the files' own. `keep` is that precision as well.
+    The base is read from its own files in the run's precision, by memory map if the files have that dtype. The
+    export dtype `keep` means this precision too.
     """
 
     def __init__(self, plan: Plan, adapter: Adapter, stored: Stored, model_files: Path) -> None:
@@ -73,15 +73,15 @@ class Merged:
         return slices(whole)
 
     def _multiplied(self, name: str, module: str, key: str) -> torch.Tensor:
-        """Return a layer's weight or bias with IA3's factors in it, fp32."""
+        """Return a layer's weight or bias multiplied by IA3's factors, fp32."""
         own = self.stored.read(name) if name in self.trained else self.base[name].detach()
-        factors = self.stored.read(f"{module}.ia3_l")  # [outputs, 1], or of inputs [1, inputs]
+        factors = self.stored.read(f"{module}.ia3_l")  # [outputs, 1], or [1, inputs] for input factors
         if key == "bias":
             return own.float() * (1 if self.adapter.scales_input(module) else factors.view(-1))
         return own.float() * (factors.t() if name in self.turned else factors)
 
     def _beside(self, name: str, module: str) -> torch.Tensor:
-        """Return a weight as it stood beside its adapter, in the precision that it had there."""
+        """Return a frozen weight as it was in training, in the same precision: for some inits, a residual."""
         own = self.base[name].detach()
         if self.adapter.init == "lora":
             return own
@@ -91,11 +91,11 @@ class Merged:
 
 
 def _base(plan: Plan, model_files: Path, dtype: torch.dtype) -> Any:
-    """The model that the run began with, on the CPU."""
+    """Return the run's initial model, on the CPU."""
     where = plan.model.model_copy(update={"name": str(model_files), "revision": None})
     config = pretrained.read_config(plan.model_copy(update={"model": where, "attention": "eager"}))
     kind = pretrained.model_class(tasks.unprepared(plan).auto_class, config, plan)
-    # A head that its files lack is in the checkpoint; nothing is to be sharded here.
+    # False alarms: a head that the base's files lack is in the checkpoint, and nothing is sharded here.
     noises = [logging.getLogger(f"transformers.{name}") for name in _NOISES]
     levels = [noise.level for noise in noises]
     for noise in noises:
@@ -116,10 +116,10 @@ def _base(plan: Plan, model_files: Path, dtype: torch.dtype) -> Any:
 
 
 class Alone:
-    """The adapters and what was trained beside them, under the names that peft reads.
+    """The adapters and the modules trained in full, under peft's names.
 
-    Of a tied pair peft is given both modules: of one alone it would make a copy that trained, and leave the
-    other what it was.
+    Both modules of a tied pair are written: given one, peft would replace it by a trained copy and leave the
+    other unchanged.
     """
 
     def __init__(self, plan: Plan, adapter: Adapter, stored: Stored, model_files: Path) -> None:
@@ -144,8 +144,8 @@ class Alone:
 
     @torch.no_grad()
     def _with_start(self, name: str) -> torch.Tensor:
-        """Return A with the first A below it, or B with the first B, negative, beside it: what was learned
-        beside a part of the weight, as a change of the whole."""
+        """Return A stacked on the initial A, or B next to the negated initial B. They were trained with a
+        residual of the weight; concatenated, their product is the change of the full weight."""
         assert self._base is not None
         module, _, matrix = name.removesuffix(".weight").rpartition(".")
         if self._start[0] != module:
@@ -163,7 +163,7 @@ class Alone:
         return self.stored.pieces(self._names.get(name, name))
 
     def write_settings(self, directory: Path) -> None:
-        """Write adapter_config.json, by peft."""
+        """Write adapter_config.json through peft."""
         one = ".ia3_l" if self.adapter.method == "ia3" else ".lora_A.weight"
         names = [name.removesuffix(one) for name in self.stored.names if name.endswith(one)]
         model = self.plan.model
@@ -183,11 +183,10 @@ class Alone:
 
 
 def _whole_parameters(plan: Plan, stored: Stored, model_files: Path) -> dict[str, str]:
-    """The parameters that were trained in full, by each of their names in the model, and the name that the
-    checkpoint has each under.
+    """Return the parameters trained in full, without adapter: the checkpoint's name by each name in the model.
 
-    Raises ConfigurationError where only a part of a module was: peft keeps whole ones alone; and where the
-    base has fewer rows for tokens.
+    Raises ConfigurationError if only a part of a module was trained in full, as peft stores complete modules, or
+    if the base's embedding has another number of rows.
     """
     where = plan.model.model_copy(update={"name": str(model_files), "revision": None})
     config = pretrained.read_config(plan.model_copy(update={"model": where, "attention": "eager"}))
@@ -214,8 +213,8 @@ def _whole_parameters(plan: Plan, stored: Stored, model_files: Path) -> dict[str
 
 
 def _refuse_new_rows(plan: Plan, config: Any) -> None:
-    """Raise ConfigurationError where the run's model has more rows for tokens than the base that peft would
-    put the adapter beside."""
+    """Raise ConfigurationError if the embedding of the run's model has another number of rows than the base to
+    which peft would add the adapter."""
     if not plan.model.resize_embeddings:
         return
     base = pretrained.read_config(

@@ -1,8 +1,8 @@
 """A flat range of a tensor as boxes, which DCP reads and writes as ordinary tensors.
 
 ZeRO gives each rank a contiguous range of a parameter's elements in row-major order. Any such range is a
-union of at most 2 x dimensions - 1 axis-aligned boxes: for a matrix the end of a row, a block of whole rows,
-and the start of a row.
+union of at most 2 x dimensions - 1 axis-aligned boxes. For a matrix they are the end of a row, a block of full
+rows, and the start of a row.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
-    """Yield the elements [start, stop) of a row-major tensor as boxes, in their order; each is one
-    contiguous stretch."""
+    """Yield boxes that cover the elements [start, stop) of a row-major tensor, in order; each is contiguous in
+    memory."""
     if start >= stop:
         return
     if len(shape) <= 1:
@@ -45,16 +45,16 @@ def _in_row(row: int, inner: Iterator[Box]) -> Iterator[Box]:
 
 
 class FlatShard(torch.Tensor):
-    """Stand for what a rank holds of a tensor: its elements [start, start + count) in row-major order.
+    """A rank's part of a tensor: its elements [start, start + count) in row-major order.
 
-    The subclass carries shape and dtype for DCP, which asks it what to write and where to read to; no
+    The subclass carries shape and dtype for DCP, which asks it for the pieces to write and to read into. No
     operator runs on it.
     """
 
     start: int
     count: int
     values: Callable[[], torch.Tensor]
-    """The elements, flat, as they are now; written to in place by a load."""
+    """A function that returns the current elements, flat; a load writes into them in place."""
 
     @staticmethod
     def __new__(
@@ -71,7 +71,7 @@ class FlatShard(torch.Tensor):
 
     @property
     def placements(self) -> tuple[int, int]:
-        """Return what the layout of a file depends on besides shape and dtype."""
+        """Return the properties besides shape and dtype on which a file's layout depends."""
         return self.start, self.count
 
     @classmethod
@@ -81,7 +81,7 @@ class FlatShard(torch.Tensor):
         raise NotImplementedError(f"{operator} on a part of a tensor that only checkpoints know")
 
     def boxes(self) -> list[Box]:
-        """Return its boxes, in the order of their elements."""
+        """Return the boxes of this part, in the order of their elements."""
         return list(boxes(tuple(self.shape), self.start, self.start + self.count))
 
     def __create_write_items__(self, fqn: str, _: Any) -> list[WriteItem]:

@@ -1,4 +1,4 @@
-"""Write a model card: what a model was made of, how good it is, and how to load it."""
+"""Model cards: a model's data and training, its metrics, and how to load it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from launcher.training.model.model_files import directory_of
 
 _PACKAGES = ("torch", "transformers", "accelerate", "peft", "deepspeed", "datasets", "tokenizers")
 _BUILDERS = {".jsonl": "json", ".ndjson": "json", ".tsv": "csv", ".txt": "text"}
-"""What `datasets` calls the reader of a kind of files, where that is not their ending."""
+"""The names of `datasets`' readers by file suffix, if they differ from the suffix."""
 _LICENCE = ("license", "license_name", "license_link", "language")
 
 
@@ -39,8 +39,8 @@ class Card:
     def __init__(
         self, run: RunDirectory, plan: Plan, step: int, metrics: Mapping[str, float], adapter: bool
     ) -> None:
-        """`metrics` are those of that step, empty where it was not evaluated; `adapter`: the adapter alone
-        is exported."""
+        """Store the arguments. `metrics` are those of `step`, empty if it was not evaluated; `adapter` means
+        that only the adapter is exported."""
         self._run, self._plan, self._step, self._metrics, self._adapter = run, plan, step, metrics, adapter
         self._totals = Totals(run).refresh()
         self._config: dict[str, Any] = read_json(run.path / "model" / "config.json")
@@ -54,7 +54,7 @@ class Card:
         )
 
     def _data(self) -> ModelCardData:
-        """Return what a hub reads."""
+        """Return the card's metadata for the hub."""
         plan, tag = self._plan, pipeline_tag(self._config)
         given = [source for source in (plan.data.train, plan.data.evaluation) if source is not None]
         sources = [source for one in given for source in one.parts]
@@ -77,7 +77,7 @@ class Card:
 
     def _results(self, tag: str | None) -> list[EvalResult]:
         source = self._plan.data.evaluation
-        if source is None or source.sources or tag is None:  # metrics of several have no one data set
+        if source is None or source.sources or tag is None:  # metrics of several sources have no one data set
             return []
         suffix = PurePath(str(source.path)).suffix.lower()
         kind = source.name or _BUILDERS.get(suffix, suffix.lstrip(".")) or "arrow"
@@ -117,7 +117,7 @@ class Card:
             lines += [f'model = {kind}.from_pretrained("DIRECTORY/{name}")' for name, kind in kinds.items()]
             reader = f"{task.processor_class}.from_pretrained"
             return "\n".join([*lines, f'tokenizer = {reader}("DIRECTORY/{next(iter(kinds))}")'])
-        # Of a task with models of several Auto classes launcher has one of its own.
+        # For tasks whose models have several Auto classes, launcher defines its own.
         kind = task.auto_class.__name__
         kind = kind if hasattr(transformers, kind) else self._config["architectures"][0]
         reader, name = task.processor_class, "processor" if task.has_processor else "tokenizer"
@@ -125,7 +125,7 @@ class Card:
             labels = f", num_labels={len(self._config['id2label'])}" if "id2label" in self._config else ""
             named = [kind]
             if task.writes and (self._run.path / "model" / "generation_config.json").is_file():
-                # Base and adapter end an answer otherwise: where a chat's turn ends, too.
+                # The run's end tokens differ from the base's: the end of a chat turn is one, too.
                 named.append("GenerationConfig")
                 labels += ', generation_config=GenerationConfig.from_pretrained("DIRECTORY")'
             base = f'{kind}.from_pretrained("{self._base}"{labels})'
@@ -170,11 +170,11 @@ class Card:
         return "## Metrics\n\n" + "\n".join(lines)
 
     def _written(self) -> str:
-        """Return by which arguments of `generate` answers were written, where they were."""
+        """Return a sentence with the arguments of `generate` behind the metrics; empty without generation."""
         evaluation = self._plan.evaluation
         settings = None if evaluation is None else evaluation.generate
         if settings is None and "wer" in self._metrics and self._config.get("is_encoder_decoder"):
-            settings = Generate()  # speech recognition writes whether it is told how or not
+            settings = Generate()  # speech recognition generates even without settings
         if settings is None:
             return ""
         named = [f"{name}={value!r}" for name, value in settings.arguments.items()]
@@ -211,8 +211,7 @@ class Card:
 
 
 def pipeline_tag(config: dict[str, Any]) -> str | None:
-    """Return the kind of pipeline that a model's class is for, as transformers names them; None where it
-    has none."""
+    """Return transformers' name of the pipeline for a model's class; None if there is none."""
     own = set(config.get("architectures") or ())
     for tag, mapping in TASK_MAPPING.items():
         names = mapping.get(config.get("model_type"), ())
@@ -222,15 +221,15 @@ def pipeline_tag(config: dict[str, Any]) -> str | None:
 
 
 def _base(plan: Plan) -> str | None:
-    """The model that the run began with: its name on the hub, or its directory's; None where its weights
-    were made up."""
+    """Return the name of the run's initial model, on the hub or of its directory; None if its weights were
+    random."""
     if plan.model.weights == "random" or plan.model.config is not None:
         return None
     return Path(plan.model.name).name if Path(plan.model.name).is_absolute() else plan.model.name
 
 
 def _licence(plan: Plan) -> dict[str, Any]:
-    """Return what the base model's own card says of its licence and language."""
+    """Return licence and language from the base model's own card."""
     directory = directory_of(plan)
     if directory is None or not (directory / "README.md").is_file():
         return {}
@@ -260,7 +259,7 @@ def _digest(run: RunDirectory, role: str) -> str | None:
 
 
 def _job(run: RunDirectory, plan: Plan) -> str:
-    """The job file without what concerns a machine or a site, and files by their names alone."""
+    """Return the job file without machine or site settings, and with file names instead of paths."""
     try:
         content = yaml.safe_load(read_text(run.job_file))
     except (OSError, ValueError, yaml.YAMLError):
@@ -272,7 +271,7 @@ def _job(run: RunDirectory, plan: Plan) -> str:
 
 
 def _short(value: Any) -> Any:
-    """Return the same with absolute paths as names."""
+    """Return the value with absolute paths shortened to file names."""
     if isinstance(value, dict):
         return {key: _short(inner) for key, inner in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Save and load checkpoints over all ranks: whole, durable and verified, or never chosen."""
+"""Saving and loading of checkpoints over all ranks: complete, durable and verified, or never used."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Blocks = Callable[[], Iterator[memoryview]]
 
 @dataclass(frozen=True)
 class _Save(Saving):
-    """One save under way, with what this rank writes of it."""
+    """One save in progress, with this rank's part of it."""
 
     layout: Layout | None
     blocks: Blocks
@@ -41,8 +41,8 @@ class Checkpointer:
     """The checkpoints of one run; `open` them first. Every method but `finish_here` is collective: all ranks
     call it, in the same order.
 
-    A save that fails, on whichever rank, fails for all: the attempt is removed, the event `save_failed` says
-    why, a warning is printed, and training goes on with the checkpoints there were.
+    A save that fails on any rank fails for all: its files are removed, the event `save_failed` gives the reason,
+    a warning is printed, and training continues with the existing checkpoints.
     """
 
     def __init__(
@@ -53,22 +53,22 @@ class Checkpointer:
         world_size: int,
         write_event: Callable[..., None] = event,
     ) -> None:
-        """Store what `open` needs. `write_event(path, name, **fields)` is called from the background thread
-        too."""
+        """Store the arguments for `open`. `write_event(path, name, **fields)` is also called from the background
+        thread."""
         self._run, self._plan = run, plan
         self._rank, self._world_size, self._event = rank, world_size, write_event
         self._num_saves = 0
         self._layout: Layout | None = None
         self._step = 0
-        """Of the save that was begun last."""
+        """The step of the save that was started last."""
         self.problem: str | None = None
-        """Why the last save that is over failed; None where it succeeded."""
+        """The reason why the last finished save failed; None if it succeeded."""
 
     def open(self, read_only: bool = False) -> Self:
-        """Meet the other ranks, and clear away what dead attempts left; return the checkpointer itself.
+        """Connect to the other ranks and remove leftovers of dead attempts; return the checkpointer itself.
 
-        Whoever started the ranks holds the run's lock. Needs the default process group where there is more
-        than one rank. `read_only` leaves all files as they are.
+        The process that started the ranks must hold the run's lock. With more than one rank, the default process
+        group must exist. `read_only` leaves all files unchanged.
         """
         self._ranks = Ranks(self._rank, self._world_size)
         run_id, self._nonce = self._ranks.from_first(functools.partial(self._prepare, read_only))
@@ -91,10 +91,10 @@ class Checkpointer:
     ) -> bool:
         """Save the tensors (the same names on every rank) as the checkpoint of `progress.step`.
 
-        Asynchronous, unless the job says otherwise or `wait` is set: when it returns the tensors may change.
-        A save under way is waited for first; one that hangs is given up after a bound, and nothing is saved
-        until its storage answers. False where this save is known to have failed: always known with `wait`;
-        otherwise `finish` tells.
+        The save is asynchronous unless the job disables that or `wait` is set; the tensors may change once it
+        returns. It first waits for a save in progress. A save that hangs is given up after a time limit, and
+        nothing is saved until its storage responds. Return False if this save is known to have failed, which is
+        always known with `wait`; otherwise `finish` returns it.
         """
         begin = time.perf_counter()
         if not self._finished():
@@ -121,18 +121,18 @@ class Checkpointer:
         return asynchronous or self.finish()
 
     def finish(self) -> bool:
-        """Wait for the save under way, as long as there is hope for it. Whether the last one succeeded. For
-        all ranks together."""
+        """Wait for the save in progress until it ends or is given up. Return whether the last save succeeded.
+        Called by all ranks together."""
         self._finished()
         return self.problem is None
 
     def finish_here(self, seconds: float) -> None:
-        """Wait for this rank's part in the save under way, for so long. Not collective: for a rank that is
+        """Wait up to `seconds` for this rank's part of the save in progress. Not collective: for a rank that is
         about to leave alone."""
         self._underway.wait_here(seconds)
 
     def _finished(self) -> bool:
-        """Wait for the save under way; False where it was given up, and its thread may still write."""
+        """Wait for the save in progress; return False if it was given up and its thread may still write."""
         was_given_up = self._underway.is_given_up
         reason = self._underway.wait()
         if reason is None:
@@ -151,7 +151,7 @@ class Checkpointer:
         return layout.image.blocks
 
     def _write(self, save: _Save) -> None:
-        """Write this rank's files; then commit, if every rank could. Runs in the background thread, and never
+        """Write this rank's files, then commit if every rank succeeded. Runs in the background thread and never
         raises."""
         try:
             reason, is_full = self._try(save)
@@ -170,7 +170,7 @@ class Checkpointer:
             self._leader.failed(save, reason)
 
     def _try(self, save: _Save) -> tuple[str | None, bool]:
-        """Write and commit; why it could not be done, and whether there was no room for it."""
+        """Write and commit. Return the reason of a failure, or None, and whether the disk was full."""
         here.saving("writing", step=save.progress.step)
         problem: str | None = None
         is_full = False
@@ -206,12 +206,12 @@ class Checkpointer:
         return files
 
     def load(self, tensors: Tensors, step: int | None = None, until: int | None = None) -> Progress | None:
-        """Fill the tensors, in place and in whatever sharding they have, from the newest checkpoint that
-        verifies, or from `step`'s.
+        """Fill the tensors in place, with any sharding, from the newest checkpoint that verifies, or from
+        that of `step`.
 
-        `until`: of at most that step. None where the run has no such checkpoint yet. Raises CheckpointError
-        where there are some and none is whole, where `step` is asked for and is not whole, and where names,
-        shapes or dtypes are not the checkpoint's.
+        `until` limits the step. Return None if the run has no such checkpoint yet. Raises CheckpointError if
+        there are some but none is complete, if that of `step` is missing or damaged, and if names, shapes or
+        dtypes do not match.
         """
         self.finish()
         entries = self._ranks.from_first(lambda: [*map(messages.of_stored, list_checkpoints(self._run))])
@@ -234,12 +234,12 @@ class Checkpointer:
         raise CheckpointError(self._refusal(listed, rejected, step))
 
     def remove(self, steps: Collection[int]) -> None:
-        """Delete the checkpoints of these steps, and wait until they are gone. What cannot be deleted stays,
+        """Delete the checkpoints of these steps and wait until they are gone. One that cannot be deleted stays,
         with a warning."""
         self._ranks.from_first(functools.partial(self._leader.remove, steps))
 
     def _verify(self, stored: Stored) -> list[str]:
-        """Return what is wrong with a checkpoint, each rank reading its part of the bytes."""
+        """Return the problems of a checkpoint; each rank reads its share of the bytes."""
         if stored.problems or stored.manifest is None:
             return list(stored.problems)
         largest_first = sorted(stored.manifest.files.items(), key=lambda entry: (-entry[1].bytes, entry[0]))
@@ -275,7 +275,7 @@ def _refuse(reason: str) -> Iterator[memoryview]:
 
 
 def _failures(reasons: list[str | None]) -> str:
-    """All ranks' reasons as one; said once where they are the same everywhere."""
+    """Return all ranks' reasons as one text; a reason common to all appears once."""
     if reasons[0] is not None and len(set(reasons)) == 1:
         return reasons[0]
     failed = [f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason]

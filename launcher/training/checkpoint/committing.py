@@ -26,18 +26,18 @@ from launcher.training.checkpoint.underway import Failing
 
 @dataclass(frozen=True)
 class Saving:
-    """One save: what it says of the run, and the directory that becomes a checkpoint."""
+    """One save: the run's progress, and the directory that becomes a checkpoint."""
 
     progress: Progress
     metrics: dict[str, float]
     attempt: Path
     begin: float
     is_waited_for: bool
-    """Whether nothing goes on before it is over."""
+    """Whether training waits until it is finished."""
 
 
 class Leader:
-    """The checkpoints of one run, as rank 0 keeps them. `event(path, name, **fields)` writes an event."""
+    """Rank 0's management of one run's checkpoints. `event(path, name, **fields)` writes an event."""
 
     def __init__(
         self, run: RunDirectory, plan: Plan, run_id: str, world_size: int, event: Callable[..., None]
@@ -50,20 +50,20 @@ class Leader:
             event,
         )
         self._settings = plan.checkpoint
-        # A metric that nothing is kept by may be any word.
+        # If no checkpoint is kept by it, the metric may be any word.
         self._better = measured(tasks.unprepared(plan)).get(plan.checkpoint.metric, "lower")
         self._known_good: set[int] = set()
-        """Steps whose bytes this process has hashed, writing or reading them."""
+        """Steps whose bytes this process has hashed while writing or reading."""
         self.failing = Failing()
 
     def read(self, step: int) -> None:
-        """Note that the checkpoint of `step` is whole: it was written or read here."""
+        """Note that the checkpoint of `step` is complete, as it was just written or read."""
         self._known_good.add(step)
         self.failing.saved(step)
 
     def make_room(self, save: Saving) -> bool:
-        """Give up older checkpoints for this one, where that is enough and one that is whole stays. Whether
-        that was done."""
+        """Remove older checkpoints for this one, if that frees enough and a complete one stays. Return whether
+        any was removed."""
         shutil.rmtree(save.attempt, ignore_errors=True)
         try:
             removed = retention.make_room(
@@ -82,7 +82,7 @@ class Leader:
         return bool(removed)
 
     def commit(self, save: Saving, files: dict[str, FileRecord]) -> tuple[str | None, bool]:
-        """Make it a checkpoint. None, or why it could not be done; and whether there was no room for it."""
+        """Commit the save. Return the reason of a failure, or None, and whether the disk was full."""
         here.saving("committing")
         try:
             manifest = self._manifest(save, files)
@@ -127,12 +127,12 @@ class Leader:
         )
 
     def failed(self, save: Saving, reason: str) -> None:
-        """Remove what there is of it, and say why it is none, on the screen and in an event."""
+        """Remove the files of a failed save, and report the reason on the screen and in an event."""
         self.failing.failed(save.progress.step, reason, not save.is_waited_for)
         shutil.rmtree(save.attempt, ignore_errors=True)
         message = f"the checkpoint of step {save.progress.step} could not be saved: {reason}"
         message += "" if save.is_waited_for else "; training goes on"
-        with contextlib.suppress(OSError):  # where these lines go may be as full
+        with contextlib.suppress(OSError):  # the log may be on the same full disk
             print(f"warning: {message}", file=sys.stderr, flush=True)
         try:
             more = {"waited_for": True} if save.is_waited_for else {}
@@ -142,13 +142,13 @@ class Leader:
                 print(f"warning: {self._run.events_file}: {describe(error)}", file=sys.stderr, flush=True)
 
     def given_up(self, step: int, reason: str) -> None:
-        """Say that a save is waited for no longer, on the screen and in an event. What it has written stays
-        for its thread to remove."""
+        """Report on the screen and in an event that a save was given up. Its own thread removes its files
+        later."""
         tell(say=f"warning: a checkpoint could not be saved: {reason}; training goes on")
         self._event(self._run.events_file, "save_failed", step=step, reason=reason)
 
     def remove(self, steps: Collection[int]) -> None:
-        """Delete the checkpoints of these steps. What cannot be deleted stays, with a warning."""
+        """Delete the checkpoints of these steps. One that cannot be deleted stays, with a warning."""
         for stored in list_checkpoints(self._run):
             if stored.step in steps:
                 try:
@@ -157,7 +157,7 @@ class Leader:
                     warnings.warn(f"{stored.name} could not be removed: {describe(error)}", stacklevel=2)
 
     def passed_over(self, stored: Stored, problems: list[str]) -> None:
-        """Say why a checkpoint is not taken."""
+        """Report why a checkpoint is not used."""
         reason = "; ".join(problems)
         print(
             f"checkpoint {stored.name} is not whole and is passed over: {reason}", file=sys.stderr, flush=True

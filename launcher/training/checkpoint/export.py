@@ -1,4 +1,4 @@
-"""Write a checkpoint as a Hugging Face model directory, one tensor in memory at a time."""
+"""Export of a checkpoint as a Hugging Face model directory, with one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from launcher.training.model.model_files import EVALUATION, kept
 
 @dataclass(frozen=True)
 class Exported:
-    """Name what an export wrote, and the checkpoints that were passed over on the way."""
+    """The result of an export, and the damaged checkpoints that it skipped."""
 
     directory: Path
     step: int
@@ -39,7 +39,7 @@ class Exported:
     files: tuple[str, ...]
     rejected: tuple[StoredCheckpoint, ...] = ()
     is_merged: bool = False
-    """The run's adapter was added to the weights."""
+    """Whether the run's adapter was merged into the weights."""
 
 
 def export(
@@ -52,17 +52,15 @@ def export(
     ema: bool = False,
     last: int = 1,
 ) -> Exported:
-    """Write the model of the newest whole checkpoint, or of `step`'s, as safetensors with config and
-    tokenizer.
+    """Write the model of the newest complete checkpoint, or of `step`, as safetensors with config and tokenizer.
 
-    Of a run of several tasks: a directory for each, with the body and the head of that task. Of a run that
-    trains adapters: the model with them added to its weights, or with `adapter` a directory that peft loads.
-    With `ema` the averages that the run kept of its weights; with `last` the mean of so many of the newest
-    whole checkpoints.
+    A run of several tasks gives one directory per task, each with the body and that task's head. A run with
+    adapters gives the model with the adapters merged into its weights, or with `adapter` a directory that peft
+    loads. With `ema`, the run's averaged weights are written; with `last`, the mean of that many newest complete
+    checkpoints.
 
-    Raises ConfigurationError where `out` is in use, or there is no such adapter or average, CheckpointError
-    where there is no whole checkpoint, StorageError where the disk does not take it. `out` appears at once and
-    whole, or not at all.
+    Raises ConfigurationError if `out` is in use, or if there is no such adapter or average; CheckpointError if
+    there is no complete checkpoint; StorageError if the disk fails. `out` appears complete or not at all.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigurationError(
@@ -108,10 +106,10 @@ def export(
 def _write_model(
     target: Path, weights: Weights, directory: Path, max_shard_bytes: int, evaluation: Path | None
 ) -> tuple[list[Entry], list[str]]:
-    """Write one model into a directory, with the files of `directory` that go with its weights; the tensors,
-    and the files that hold them."""
+    """Write one model into `target`, with the files of `directory` that belong to it. Return the tensors and the
+    names of the weight files."""
     is_adapter = isinstance(weights, Alone)
-    # peft reads one file.
+    # peft reads only one file.
     shards = [weights.entries()] if is_adapter else _shards(weights.entries(), max_shard_bytes)
     target.mkdir(exist_ok=True)
     files = _write_shards(target, weights, shards, "adapter_model" if is_adapter else "model")
@@ -133,7 +131,7 @@ def _write_model(
 
 
 def choose(run: RunDirectory, step: int | None) -> tuple[StoredCheckpoint, tuple[StoredCheckpoint, ...]]:
-    """Return a whole checkpoint: the newest, or `step`'s; and those passed over. Raises CheckpointError."""
+    """Return the newest complete checkpoint, or `step`'s, and damaged ones skipped. Raises CheckpointError."""
     if step is None:
         choice = newest_valid(run)
         if choice.chosen is None:
@@ -155,7 +153,7 @@ def choose(run: RunDirectory, step: int | None) -> tuple[StoredCheckpoint, tuple
 
 
 def _newest(run: RunDirectory, number: int) -> list[StoredCheckpoint]:
-    """Return so many whole checkpoints, the newest first. Raises ConfigurationError where there are fewer."""
+    """Return `number` complete checkpoints, newest first. Raises ConfigurationError if there are fewer."""
     whole: list[StoredCheckpoint] = []
     for stored in reversed(list_checkpoints(run)):
         if len(whole) < number and not verify(stored.directory, run.run_id()):
@@ -176,8 +174,8 @@ def _model_directory(run: RunDirectory) -> Path:
 
 
 def _weights(run: RunDirectory, stored: Stored, alone: bool, dtype: ExportDtype) -> Weights:
-    """The checkpoint's tensors; of a run that trains adapters the whole model's, or with `alone` the
-    adapters'."""
+    """Return the tensors to export: the checkpoint's; for a run with adapters, the merged model's, or with
+    `alone` the adapters'."""
     plan = Plan.read(run.plan_file) if run.plan_file.is_file() else None
     if plan is None or plan.model.adapter is None:
         if alone:
@@ -206,7 +204,7 @@ def _shards(entries: list[Entry], max_shard_bytes: int) -> list[list[Entry]]:
             size = 0
         shards[-1].append(entry)
         size += entry.num_bytes
-    # The widest first keeps every tensor aligned in a memory map of the file.
+    # The widest dtype first keeps every tensor aligned in a memory map of the file.
     return [sorted(shard, key=lambda entry: (-entry.dtype.itemsize, entry.name)) for shard in shards]
 
 
@@ -239,7 +237,7 @@ def _write_shards(directory: Path, weights: Weights, shards: list[list[Entry]], 
 def write_safetensors(file: BinaryIO, weights: Weights, entries: list[Entry]) -> None:
     """Write tensors to a file, in the order of `entries`.
 
-    By hand, as the library's own writer needs all tensors of a file in memory at once.
+    The library's own writer would need all tensors of a file in memory at once.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -261,8 +259,7 @@ def write_safetensors(file: BinaryIO, weights: Weights, entries: list[Entry]) ->
 
 
 def _set_dtype(config_file: Path, shards: list[list[Entry]]) -> None:
-    """Say in config.json what the weights are, as `from_pretrained` loads them in the dtype that stands
-    there."""
+    """Write the weights' dtype to config.json, because `from_pretrained` loads them in the dtype found there."""
     floating = [entry for shard in shards for entry in shard if entry.dtype.is_floating_point]
     if not floating:
         return

@@ -1,7 +1,7 @@
-"""The checkpoints' own gloo group, apart from training's messages.
+"""The checkpoints' own gloo group, separate from training's collectives.
 
-A save's background thread talks through it while the main thread trains; collectives of two threads on one
-group would mix.
+A save's background thread uses it while the main thread trains; collectives of two threads on one group would
+mix.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ T = TypeVar("T")
 
 
 class RefusedError(Exception):
-    """Say why a save cannot be done; its text is for people as it is."""
+    """The reason why a save cannot be done; its text is shown to users unchanged."""
 
 
 def describe(error: BaseException) -> str:
-    """Return an error in one line, for people."""
+    """Return an error as one readable line."""
     if isinstance(error, OSError) and error.strerror:
         return (
             f"{error.strerror} ({Path(os.fsdecode(error.filename)).name})"
@@ -36,8 +36,8 @@ def describe(error: BaseException) -> str:
 
 
 class Ranks:
-    """Small values between all ranks, of what JSON can hold. With one rank nothing is sent, and no process
-    group is needed.
+    """The exchange of small JSON values between all ranks. With one rank nothing is sent, and no process group
+    is needed.
 
     With more, a tuple arrives as a list.
     """
@@ -49,12 +49,12 @@ class Ranks:
             self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
 
     def all_gather(self, value: T) -> list[T]:
-        """Return every rank's value, in the order of ranks, on every rank."""
+        """Return every rank's value, in rank order, on every rank."""
         return [value] if self.world_size == 1 else exchange.all_gather(value, self.group)
 
     def from_first(self, work: Callable[[], T]) -> T:
-        """Return what `work` gives on rank 0, on every rank. What it raises there is raised everywhere, of
-        the same failure class."""
+        """Return the result of `work` on rank 0, on every rank. An error there is raised on all ranks, with the
+        same failure class."""
         if self.world_size == 1:
             return work()
         if self.rank > 0:

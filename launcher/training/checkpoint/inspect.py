@@ -1,4 +1,4 @@
-"""Describe the tensors of a checkpoint, and compare two checkpoints."""
+"""Descriptions of a checkpoint's tensors, and a comparison of two checkpoints."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class TensorDescription:
 
 @dataclass(frozen=True)
 class Difference:
-    """Say how one tensor differs between two checkpoints. `status`: equal (to the bit), different, only
-    first, only second, other shape."""
+    """The difference of one tensor between two checkpoints. `status`: equal (to the bit), different, only first,
+    only second, other shape."""
 
     name: str
     status: str
     max_absolute: float = 0.0
     max_relative: float = 0.0
-    """|a - b| / max(|a|, |b|), the largest."""
+    """The maximum of |a - b| / max(|a|, |b|)."""
 
 
 def describe_tensors(directory: Path) -> list[TensorDescription]:
@@ -57,7 +57,7 @@ def describe_tensors(directory: Path) -> list[TensorDescription]:
 
 
 def differences(first: Path, second: Path) -> Iterator[Difference]:
-    """Compare tensor by tensor, by name, over both checkpoints' names. Raises CheckpointError."""
+    """Compare all tensors of both checkpoints by name. Raises CheckpointError."""
     a, b = CheckpointReader(first), CheckpointReader(second)
     in_a, in_b = set(a.names), set(b.names)
     for name in sorted(in_a | in_b):

@@ -1,6 +1,6 @@
 """Messages between ranks about a checkpoint, as JSON.
 
-Each type is written out: what arrives makes plans, names and sizes, and nothing else.
+Each type is converted explicitly, so that received data can only become plans, names and sizes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from launcher.runs.layout import RunDirectory
 
 
 def of_plan(plan: SavePlan) -> dict[str, Any]:
-    """Turn DCP's plan of what a rank writes into JSON. Raises TypeError for what is no strided tensor."""
+    """Convert DCP's plan of a rank's writes to JSON. Raises TypeError for items that are no strided tensors."""
     return {
         "items": [_of_item(item) for item in plan.items],
         "paths": plan.planner_data and dict(plan.planner_data),
@@ -24,7 +24,7 @@ def of_plan(plan: SavePlan) -> dict[str, Any]:
 
 
 def plan(content: dict[str, Any]) -> SavePlan:
-    """Make the plan again that `of_plan` took apart."""
+    """Convert the result of `of_plan` back to a plan."""
     paths = content["paths"]
     return SavePlan(
         [_item(*item) for item in content["items"]],
@@ -61,22 +61,22 @@ def _item(place: list[Any], sizes: list[list[int]], properties: list[Any]) -> Wr
 
 
 def of_files(records: dict[str, FileRecord]) -> dict[str, Any]:
-    """Turn what was written into JSON."""
+    """Convert the records of written files to JSON."""
     return {name: record.model_dump() for name, record in records.items()}
 
 
 def files(content: dict[str, Any]) -> dict[str, FileRecord]:
-    """Make the records again that `of_files` took apart."""
+    """Convert the result of `of_files` back to records."""
     return {name: FileRecord(**record) for name, record in content.items()}
 
 
 def of_stored(stored: Stored) -> list[Any]:
-    """Turn a checkpoint that was found into JSON; its directory follows from the step."""
+    """Convert a listed checkpoint to JSON; its directory follows from the step."""
     return [stored.step, stored.manifest and stored.manifest.model_dump(), stored.problems]
 
 
 def stored(run: RunDirectory, step: int, manifest: dict[str, Any] | None, problems: list[str]) -> Stored:
-    """Make again what `of_stored` took apart."""
+    """Convert the result of `of_stored` back to a listed checkpoint."""
     return Stored(
         step,
         run.checkpoint(step),

@@ -1,4 +1,4 @@
-"""One of several heads with the body, as transformers' own class with that head has them."""
+"""One of several heads with the body, named as in transformers' own class for that head."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from launcher.training.model.with_heads import head_class, head_config, head_nam
 
 
 class OneHead:
-    """Give the tensors of one task's own class, under that class's names for them."""
+    """The tensors of one task's own model class, under the names of that class."""
 
     def __init__(self, weights: Weights, model_files: Path, task: str) -> None:
-        """model_files: a directory with the config of the whole model."""
+        """Read the config of the model with all heads from the directory `model_files`."""
         self._weights, self._task = weights, task
         whole = AutoConfig.from_pretrained(model_files)
         self._config = head_config(whole, task)
         with torch.device("meta"):
             own = head_class(whole, task)._from_config(self._config)
-        # Some heads use less of the body than others: a class for tags has no pooler.
+        # Some heads use less of the body than others: a token classifier has no pooler.
         own_names = own.state_dict(keep_vars=True).keys()
         begins = f"{head_name(task)}."
         named = {entry.name.removeprefix(begins): entry for entry in weights.entries()}
@@ -45,7 +45,7 @@ class OneHead:
         self._config.save_pretrained(directory)
 
     def write_evaluation(self, file: Path, directory: Path) -> None:
-        """Write of an evaluation of all tasks what is of this one."""
+        """Write this task's part of an evaluation of all tasks."""
         whole: dict[str, Any] = read_json(file)
         begins = f"{self._task}/"
         metrics = {
@@ -58,5 +58,5 @@ class OneHead:
 
 
 def heads_of(model_files: Path) -> list[str]:
-    """Return the tasks of a model's heads; none of a model with one head."""
+    """Return the tasks of a model with several heads; an empty list for a model with one head."""
     return list(read_json(model_files / "config.json").get(HEADS) or {})

@@ -1,8 +1,7 @@
-"""Read a checkpoint without executing anything in it.
+"""Reading of a checkpoint without executing anything in it.
 
-`.metadata` is a pickle: it is read by an unpickler that knows DCP's own few classes and refuses the rest. The
-tensors themselves are never unpickled: where their elements are follows from the archive's directory, what
-they are from `.metadata`.
+`.metadata` is a pickle: its unpickler knows DCP's own few classes and refuses all others. The tensors themselves
+are never unpickled: the archive's directory gives the position of their elements, `.metadata` their type.
 """
 
 from __future__ import annotations
@@ -54,8 +53,8 @@ _LARGEST_METADATA_BYTES = 8 << 30
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Makes instances of the allowed classes, and never hands out a class itself: a pickle could set
-    attributes of it, in this process."""
+    """An unpickler that creates instances of the allowed classes but never returns a class itself: a pickle
+    could change the attributes of that class in this process."""
 
     def __init__(self, content: bytes) -> None:
         super().__init__(io.BytesIO(content))
@@ -74,8 +73,8 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def _maker(kind: Any) -> type:
-    """A class that lives as long as one unpickler, and makes what `made` makes: of a dataclass bare
-    instances, which pickles fill."""
+    """Return a class, used by one unpickler only, whose calls create instances of `kind`. For a dataclass these
+    are empty, and the pickle fills them."""
     bare = dataclasses.is_dataclass(kind)
 
     def make(_: type, *arguments: Any) -> Any:
@@ -87,8 +86,8 @@ def _maker(kind: Any) -> type:
 
 
 def read_metadata(directory: Path) -> Metadata:
-    """Return DCP's description of a checkpoint. Raises CheckpointError where it cannot be read, or is
-    anything else."""
+    """Return DCP's description of a checkpoint. Raises CheckpointError if it cannot be read, or does not
+    describe a checkpoint."""
     try:
         content = read_bytes(directory / METADATA_NAME, _LARGEST_METADATA_BYTES)
         metadata = _MetadataUnpickler(content).load()
@@ -105,7 +104,7 @@ def read_metadata(directory: Path) -> Metadata:
 
 
 def _what_is_wrong(metadata: Any) -> str:
-    """Return why these objects do not describe a checkpoint, though each is of an allowed class; empty where
+    """Return the reason why these objects, though of allowed classes, do not describe a checkpoint; empty if
     they do."""
     if (
         not isinstance(metadata, Metadata)
@@ -137,7 +136,7 @@ def _what_is_wrong(metadata: Any) -> str:
 
 
 class _View(io.RawIOBase):
-    """A range of a memory map as a file, for zipfile to read the directory at its end."""
+    """A range of a memory map as a file, from which zipfile reads the directory at the end."""
 
     def __init__(self, content: memoryview) -> None:
         self.content, self.position = content, 0
@@ -164,7 +163,7 @@ class _View(io.RawIOBase):
 
 
 def _locate(archive: memoryview) -> tuple[int, int]:
-    """Offset and size, in bytes, of the elements in one `torch.save` archive. Raises ValueError,
+    """Return offset and size, in bytes, of the elements in one `torch.save` archive. Raises ValueError and
     zipfile.BadZipFile."""
     with zipfile.ZipFile(_View(archive)) as opened:
         entries = [entry for entry in opened.infolist() if entry.filename.endswith("/data/0")]
@@ -177,9 +176,9 @@ def _locate(archive: memoryview) -> tuple[int, int]:
 
 
 class CheckpointReader:
-    """The tensors of one checkpoint directory, through memory maps: only what is looked at is read.
+    """The tensors of one checkpoint directory, through memory maps, so that only used parts are read.
 
-    Trusts the files' content: verify first.
+    The files' content is trusted: verify it first.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -193,8 +192,7 @@ class CheckpointReader:
         return sorted(self.metadata.state_dict_metadata)
 
     def describe(self, name: str) -> TensorStorageMetadata:
-        """Return size, dtype and pieces of a tensor. Raises CheckpointError where it is missing, or no
-        tensor."""
+        """Return size, dtype and pieces of a tensor. Raises CheckpointError if it is missing or no tensor."""
         entry = self.metadata.state_dict_metadata.get(name)
         if not isinstance(entry, TensorStorageMetadata):
             raise CheckpointError(
@@ -203,8 +201,8 @@ class CheckpointReader:
         return entry
 
     def piece(self, name: str, chunk: ChunkStorageMetadata) -> torch.Tensor:
-        """Return one stored piece, shape `chunk.sizes`, as a view of the file (writing to it changes nothing
-        on disk)."""
+        """Return one stored piece, of shape `chunk.sizes`, as a view of the file. Writing to it does not change
+        the file."""
         dtype = self.describe(name).properties.dtype
         if not chunk.sizes.numel():
             return torch.empty(chunk.sizes, dtype=dtype)
@@ -221,7 +219,7 @@ class CheckpointReader:
         ).view(chunk.sizes)
 
     def read(self, name: str) -> torch.Tensor:
-        """Return a whole tensor; a view of the file where it is stored in one piece, else a copy."""
+        """Return a full tensor: a view of the file if it is stored in one piece, else a copy."""
         described = self.describe(name)
         chunks = [chunk for chunk in described.chunks if chunk.sizes.numel()]
         if len(chunks) == 1 and chunks[0].sizes == described.size:
@@ -235,9 +233,9 @@ class CheckpointReader:
         return whole
 
     def load_into(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Fill the given tensors, whatever their sharding, in place and without communication.
+        """Fill the given tensors in place, with any sharding and without communication.
 
-        Raises CheckpointError where a tensor is missing, or has another shape or dtype.
+        Raises CheckpointError if a tensor is missing, or has another shape or dtype.
         """
         for name, tensor in tensors.items():
             stored = self.describe(name)

@@ -1,4 +1,4 @@
-"""Plan what each rank writes of a save: once, as long as shapes and shardings stay."""
+"""The plan of each rank's part of a save, computed once for the same shapes and shardings."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass
 class Layout:
-    """The part of a save that this rank writes, with what it was planned for."""
+    """This rank's part of a save, with the key of the tensors for which it was planned."""
 
     key: tuple[object, ...]
     planner: TensorPlanner
     file: FileLayout
     metadata: bytes
-    """The content of `.metadata`; empty on all ranks but the first."""
+    """The content of `.metadata`; empty on all ranks except 0."""
     image: Image | None = None
 
 
 def plan_save(tensors: Tensors, ranks: Ranks, known: Layout | None) -> Layout:
-    """Return this rank's layout of a save of the tensors: the known one, where they are as they were then.
+    """Return this rank's layout for saving the tensors: the known one, if their properties are unchanged.
 
-    Collective where they are not. Raises RefusedError on all ranks where one of them cannot plan.
+    Otherwise this is collective. Raises RefusedError on all ranks if one of them cannot plan.
     """
     properties = ("dtype", "shape", "placements")
     key = tuple((name, *(getattr(one, kind, None) for kind in properties)) for name, one in tensors.items())
@@ -37,7 +37,7 @@ def plan_save(tensors: Tensors, ranks: Ranks, known: Layout | None) -> Layout:
         return known
     planner = TensorPlanner()
     problem, local = None, dict[str, Any]()
-    try:  # as JSON: a plan that cannot be told is a problem too
+    try:  # as JSON: a plan that cannot be converted is a problem too
         local = messages.of_plan(planner.local_plan(tensors, is_coordinator=ranks.rank == 0))
     except Exception as error:
         problem = describe(error)

@@ -1,9 +1,9 @@
-"""Write and read DCP's standard files without DCP's per-tensor cost.
+"""Writing of DCP's standard files without DCP's per-tensor cost.
 
-A rank's `__R_0.distcp` is known to the byte before a save starts: DCP stores each piece of a tensor as one
-`torch.save` archive, and all of it but the elements follows from dtype and shape. So the layout is planned
-once (`FileLayout`), and a save is a copy of the elements into the gaps and one sequential write. What comes
-out is what DCP's own writer would write, and PyTorch's own tools read it.
+The layout of a rank's `__R_0.distcp` is known to the byte before a save starts. DCP stores each piece of a
+tensor as one `torch.save` archive, in which everything except the elements follows from dtype and shape. So
+the layout is planned once (`FileLayout`), and a save copies the elements into the gaps and writes
+sequentially. The file is what DCP's own writer would write, and PyTorch's own tools read it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _BLOCK_BYTES = 16 << 20
 
 
 class _ArchiveRecorder(io.RawIOBase):
-    """Takes what `torch.save` writes around the elements of one tensor; the elements themselves are a seek."""
+    """A file that records the bytes `torch.save` writes around one tensor's elements, which it skips by seek."""
 
     def __init__(self) -> None:
         self.parts: list[bytearray] = [bytearray()]
@@ -68,7 +68,7 @@ class _ArchiveRecorder(io.RawIOBase):
 def archive_around(dtype: torch.dtype, sizes: tuple[int, ...]) -> tuple[bytes, bytes]:
     """Return the bytes that `torch.save` writes before and after the elements of a contiguous CPU tensor.
 
-    Its zip checksums are left out (torch never reads them): the manifest's hash covers every byte.
+    The zip checksums are left out, as torch never reads them and the manifest's hash covers every byte.
     """
     recorder = _ArchiveRecorder()
     with_checksums = torch.serialization.get_crc32_options()
@@ -84,13 +84,13 @@ def archive_around(dtype: torch.dtype, sizes: tuple[int, ...]) -> tuple[bytes, b
 
 @dataclass(frozen=True)
 class Slot:
-    """Say where one piece of a tensor stands in its rank's file."""
+    """The place of one piece of a tensor in its rank's file."""
 
     item: WriteItem
     offset: int
-    """Of its archive in the file, in bytes."""
+    """The offset of its archive in the file, in bytes."""
     data_bytes: int
-    """Of its elements."""
+    """The size of its elements, in bytes."""
 
     @property
     def around(self) -> tuple[bytes, bytes]:
@@ -110,7 +110,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class FileLayout:
-    """One rank's file, known to the byte."""
+    """The exact layout of one rank's file."""
 
     name: str
     slots: tuple[Slot, ...]
@@ -118,8 +118,8 @@ class FileLayout:
 
     @classmethod
     def of(cls, rank: int, items: Sequence[WriteItem]) -> FileLayout:
-        """Return the pieces one after another, each aligned so that a memory map of the file gives aligned
-        tensors."""
+        """Return the layout with the pieces one after another, each aligned, so that a memory map of the file
+        gives aligned tensors."""
         slots, end = [], 0
         for item in items:
             data = item.tensor_data
@@ -134,16 +134,16 @@ class FileLayout:
         return cls(f"__{rank}_0.distcp", tuple(slots), end)
 
     def storage_data(self) -> dict[MetadataIndex, _StorageInfo]:
-        """Return DCP's table of where each piece is."""
+        """Return DCP's table of the position of each piece."""
         return {slot.item.index: _StorageInfo(self.name, slot.offset, slot.length) for slot in self.slots}
 
 
 class TensorPlanner(DefaultSavePlanner):
-    """DCP's planner, asked once for what each rank writes; DTensors, replicas and box-wise subclasses are its
-    business."""
+    """DCP's planner, called once for each rank's writes. It handles DTensors, replicas and subclasses with
+    boxes."""
 
     def local_plan(self, tensors: dict[str, torch.Tensor], is_coordinator: bool) -> SavePlan:
-        """Return what this rank could write. Raises TypeError for a value that is no tensor."""
+        """Return everything that this rank could write. Raises TypeError for a value that is no tensor."""
         for name, tensor in tensors.items():
             if not isinstance(tensor, torch.Tensor):
                 raise TypeError(
@@ -154,7 +154,7 @@ class TensorPlanner(DefaultSavePlanner):
         return self.create_local_plan()
 
     def elements(self, tensors: dict[str, torch.Tensor], slot: Slot) -> torch.Tensor:
-        """Return this rank's piece of one tensor: contiguous, flat, as bytes, on its device."""
+        """Return this rank's piece of one tensor: contiguous, flat, as bytes, on the tensor's device."""
         self.state_dict = tensors
         with torch.no_grad():
             piece = self.resolve_data(slot.item)
@@ -163,7 +163,7 @@ class TensorPlanner(DefaultSavePlanner):
 
 
 def global_plan(planner: TensorPlanner, local_plans: list[SavePlan]) -> tuple[list[SavePlan], bytes]:
-    """Return each rank's part, nothing written twice, and the content of `.metadata`."""
+    """Return each rank's part, without duplicates, and the content of `.metadata`."""
     plans, metadata = planner.create_global_plan(local_plans)
     storage: dict[MetadataIndex, _StorageInfo] = {}
     for rank, plan in enumerate(plans):
@@ -175,8 +175,8 @@ def global_plan(planner: TensorPlanner, local_plans: list[SavePlan]) -> tuple[li
 
 
 class Image:
-    """A rank's file in memory, kept from save to save: the archives are filled in once, the elements at each
-    save."""
+    """A rank's file in memory, reused for every save: the archives' bytes are filled in once, the elements at
+    each save."""
 
     def __init__(self, layout: FileLayout, pinned: bool) -> None:
         self.layout = layout
@@ -198,14 +198,14 @@ class Image:
         ]
 
     def fill(self, planner: TensorPlanner, tensors: dict[str, torch.Tensor]) -> None:
-        """Copy this rank's elements in. When it returns the tensors may change."""
+        """Copy this rank's elements into the image. Once it returns, the tensors may change."""
         sources = [planner.elements(tensors, slot) for slot in self.layout.slots]
         torch._foreach_copy_(self.targets, sources, non_blocking=True)
         if any(source.is_cuda for source in sources):
             torch.cuda.synchronize()
 
     def blocks(self) -> Iterator[memoryview]:
-        """Yield the file's content, in order."""
+        """Yield the file's content in order."""
         whole = memoryview(cast(Buffer, self.buffer.numpy()))
         for begin in range(0, len(whole), _BLOCK_BYTES):
             yield whole[begin : begin + _BLOCK_BYTES]
@@ -214,10 +214,10 @@ class Image:
 def live_blocks(
     layout: FileLayout, planner: TensorPlanner, tensors: dict[str, torch.Tensor]
 ) -> Iterator[memoryview]:
-    """Yield the content of a rank's file straight from the tensors, with no copy of the whole; they must not
+    """Yield the content of a rank's file directly from the tensors, without a full copy. The tensors must not
     change meanwhile.
 
-    Two blocks of memory take turns: one must be done with before the next but one is asked for.
+    Two blocks of memory alternate: finish with a block before requesting the second one after it.
     """
     turns = itertools.cycle([memoryview(mmap.mmap(-1, _BLOCK_BYTES)) for _ in range(2)])
     block, used = next(turns), 0

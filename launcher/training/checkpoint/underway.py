@@ -1,4 +1,4 @@
-"""The save under way: a thread on each rank, and when the ranks give it up together."""
+"""The save in progress: a thread on each rank, and the ranks' joint decision to give it up."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from launcher.training.checkpoint.group import Ranks
 HangAfter = float | Literal["off"] | None
 _SLICE_SECONDS = 1.0
 SAY_SECONDS, SAY_TIMES = 60.0, 5.0
-"""A save that is waited for longer, and longer than so many times the one before took, is said to be slow."""
+"""A save is reported as slow after waiting for both SAY_SECONDS and SAY_TIMES the previous save's duration."""
 GIVE_UP_SECONDS, GIVE_UP_TIMES = 600.0, 20.0
-"""One that has not moved for longer than both is given up: training goes on, and saves again once the storage
+"""A save without progress for longer than both is given up: training continues, and saves again once the storage
 is back."""
 _WAITING = ("", "waiting for the other ranks")
 
 
 def giving_up_seconds(hang_after: HangAfter, last_save_seconds: float) -> float:
-    """Return after how long without a byte written a save is given up: of a plan's `hang_after`, and of what
-    the last save took."""
+    """Return the seconds without a written byte after which a save is given up, from the plan's `hang_after` or
+    the duration of the last save."""
     if hang_after == "off":
         return math.inf
     return (
@@ -33,7 +33,7 @@ def giving_up_seconds(hang_after: HangAfter, last_save_seconds: float) -> float:
 
 
 def told(blocks: Iterator[memoryview], name: str) -> Iterator[memoryview]:
-    """Yield the blocks of a file, said as they are written."""
+    """Yield the blocks of a file, and report each one once it is written."""
     for block in blocks:
         yield block
         here.saved_bytes(len(block))
@@ -43,40 +43,39 @@ def told(blocks: Iterator[memoryview], name: str) -> Iterator[memoryview]:
 class Underway:
     """At most one save, on all ranks. `start` and `wait` are collective.
 
-    A save that was given up is never committed, though its thread may come back: by then the tensors may have
+    A save that was given up is never committed, even if its thread continues later: by then the tensors may have
     changed.
     """
 
     def __init__(self, rank: int, world_size: int, hang_after: HangAfter = None) -> None:
-        """Needs the default process group where world_size is above 1: the ranks' main threads agree over a
-        group of their own."""
+        """Create a process group for the ranks' main threads; with more than one rank, the default process group
+        must exist."""
         self._ranks = Ranks(rank, world_size)
         self._hang_after = hang_after
         self._thread: threading.Thread | None = None
         self._given_up = threading.Event()
         self.ranks_lost = False
-        """Whether the threads' own group is broken on any rank; known once `wait` has said that the save is
-        over."""
+        """Whether the threads' own group is broken on any rank; known once `wait` has returned None."""
 
     @property
     def is_given_up(self) -> bool:
-        """Return whether the save whose thread was started last is."""
+        """Return whether the save that was started last was given up."""
         return self._given_up.is_set()
 
     def start(self, work: Callable[[], None]) -> None:
-        """Do `work` in the thread. Only after `wait` has said that the one before is over."""
+        """Run `work` in the thread. Call it only after `wait` has returned None for the previous save."""
         self._given_up.clear()
         self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
         self._thread.start()
 
     def wait_here(self, seconds: float) -> None:
-        """Wait for this rank's own thread alone, for so long: of a rank that the others do not wait with."""
+        """Wait up to `seconds` for this rank's own thread only; the other ranks need not call this."""
         if self._thread is not None:
             self._thread.join(seconds)
 
     def wait(self) -> str | None:
-        """Wait until the save is over on every rank; None then, else why it was given up. One that was is
-        asked for and not waited for."""
+        """Wait until the save has ended on every rank, then return None; or return why it was given up. A save
+        already given up is only polled."""
         with here.during("waiting for the save"):
             return self._wait()
 
@@ -101,7 +100,7 @@ class Underway:
             if not any(state["alive"] for state in states):
                 self._thread, self.ranks_lost = None, any(state["lost"] for state in states)
                 return None
-            # The same numbers decide on all ranks, or one would go on while another one still waits.
+            # All ranks decide by the same numbers; otherwise one would continue while another still waits.
             waited, last, where = (
                 states[0]["waited"],
                 states[0]["last"],
@@ -126,23 +125,24 @@ def _where(places: list[str]) -> str:
 
 
 class Failing:
-    """Says on the screen that saves fail, from the second in a row on, by another way than the disk that may
-    be why."""
+    """A warning on the screen about repeated failures of saves. It does not use the disk, which may be the
+    cause."""
 
     def __init__(self, step: int = 0) -> None:
         self._in_a_row = 0
         self._good = step
 
     def saved(self, step: int) -> None:
-        """Note that the save of `step` succeeded, or the run went on from it."""
+        """Note that the save of `step` succeeded, or that the run resumed from it."""
         self._in_a_row, self._good = 0, step
 
     def failed(self, step: int, reason: str, goes_on: bool = True) -> None:
-        """Note that the save of `step` failed; training `goes_on` meanwhile."""
+        """Note that the save of `step` failed, and warn at the 2nd, 4th, 8th failure in a row. `goes_on`:
+        training continues."""
         self._in_a_row += 1
         if (
             self._in_a_row > 1 and self._in_a_row & (self._in_a_row - 1) == 0
-        ):  # the 2nd, the 4th, the 8th: there may be thousands
+        ):  # not at each failure, as there may be thousands
             what = f"{self._in_a_row} saves in a row have failed, the last one at step {step} ({reason})"
             lost = f"nothing is saved {f'since step {self._good}' if self._good else 'yet'}"
             tell(say=f"warning: {what}; {lost}" + ("; training goes on" if goes_on else ""))

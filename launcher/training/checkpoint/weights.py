@@ -1,4 +1,4 @@
-"""Tensors of an export as checkpoints hold them: of one, or the mean of several."""
+"""The tensors of an export, from one checkpoint or as the mean of several."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ class Entry:
 
 
 class Weights(Protocol):
-    """Tensors by name, and of each its elements in row-major order, in flat slices."""
+    """Tensors by name, each with its elements in row-major order as flat slices."""
 
     def entries(self) -> list[Entry]: ...
     def pieces(self, name: str) -> Iterator[torch.Tensor]: ...
 
 
 def entry_of(name: str, shape: tuple[int, ...], stored: torch.dtype, requested: ExportDtype) -> Entry:
-    """Return a tensor to write. Raises ConfigurationError for a dtype that safetensors does not have."""
+    """Return the entry of a tensor. Raises ConfigurationError for a dtype that safetensors lacks."""
     dtype = getattr(torch, requested) if requested != "keep" and stored.is_floating_point else stored
     if dtype not in SAFETENSORS_NAMES:
         raise ConfigurationError(Problem(name, str(dtype), "safetensors has no such dtype"))
@@ -61,15 +61,15 @@ def entry_of(name: str, shape: tuple[int, ...], stored: torch.dtype, requested: 
 
 
 def slices(whole: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Yield all elements, flat, a slice of some MiB at a time."""
+    """Yield all elements as flat slices of some MiB."""
     yield from whole.reshape(-1).split(_SLICE_BYTES // whole.element_size())
 
 
 class Stored:
-    """The model in a checkpoint, as it is; or its averaged weights, with what is not averaged as it is."""
+    """The model in a checkpoint, or its averaged weights with the tensors that have no average unchanged."""
 
     def __init__(self, reader: CheckpointReader, dtype: ExportDtype, averaged: bool = False) -> None:
-        """Raises ConfigurationError where averages are wanted and the checkpoint holds none."""
+        """Store the arguments. Raises ConfigurationError if averages are requested but none are stored."""
         self.reader, self.dtype = reader, dtype
         self._averages = {name for name in reader.names if name.startswith(EMA_PREFIX)} if averaged else set()
         if averaged and not self._averages:
@@ -83,7 +83,7 @@ class Stored:
 
     @property
     def names(self) -> list[str]:
-        """Return the names of the model's own tensors. Raises CheckpointError where there are none."""
+        """Return the names of the model's own tensors. Raises CheckpointError if there are none."""
         projection = f"{_PREFIX}{PROJECTION}."
         stored = [
             name.removeprefix(_PREFIX)
@@ -105,7 +105,7 @@ class Stored:
         return self.reader.read(self._key(name))
 
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
-        """Yield slices straight from the file where the tensor is cut along its first dimension."""
+        """Yield slices of the tensor, directly from the file if it is sharded on its first dimension."""
         described = self.reader.describe(self._key(name))
         chunks = sorted(
             (chunk for chunk in described.chunks if chunk.sizes.numel()),
@@ -122,11 +122,11 @@ class Stored:
 
 
 class Mean(Stored):
-    """The mean of several checkpoints of one run, in fp32, one tensor at a time; of what is no floating-point
-    number, and of steps counted, the newest."""
+    """The mean of several checkpoints of one run, summed in fp64 one tensor at a time. Tensors without
+    floating-point numbers, such as step counts, are the newest checkpoint's."""
 
     def __init__(self, stored: Sequence[Stored]) -> None:
-        """Take the checkpoints, the newest first."""
+        """Store the checkpoints, newest first."""
         super().__init__(stored[0].reader, stored[0].dtype)
         self._stored = stored
 

@@ -1,4 +1,4 @@
-"""Write one file past the page cache, hashed on the way and synced at the end."""
+"""Writing of one file past the page cache, with a hash on the way and a sync at the end."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ PAGE_BYTES = 4096
 
 
 def write_hashed(path: Path, blocks: Iterator[memoryview]) -> FileRecord:
-    """Write a new file, hash it on the way, and make it durable. Raises OSError, with the file's name.
+    """Write a new file, hash it on the way, and sync it. Raises OSError with the file's name.
 
-    One block is on its way to the disk while the next is made and hashed.
+    One block is written while the next one is produced and hashed.
     """
     digest, total = xxhash.xxh3_128(), 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -37,7 +37,7 @@ def write_hashed(path: Path, blocks: Iterator[memoryview]) -> FileRecord:
                 writing.result()
         os.fsync(descriptor)
     except OSError as error:
-        # A write's own error does not say of which file it is.
+        # The error of a write does not name the file.
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(descriptor)
@@ -45,15 +45,15 @@ def write_hashed(path: Path, blocks: Iterator[memoryview]) -> FileRecord:
 
 
 class _Writer:
-    """Writes past the page cache where the file system can: filling it with what nobody reads costs training
-    ten times the processor time of the write itself."""
+    """Writes past the page cache, if the file system can. Filling the cache with data that nobody reads costs
+    training ten times the processor time of the write itself."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self._direct = _set_direct(descriptor, True)
 
     def write(self, block: memoryview) -> None:
-        """All of a block, which begins at a page of the file. Raises OSError."""
+        """Write all of a block, which begins at a page of the file. Raises OSError."""
         while block:
             if self._direct and len(block) % PAGE_BYTES:
                 self._direct = _set_direct(self._descriptor, False)
@@ -66,7 +66,7 @@ class _Writer:
 
 
 def _set_direct(descriptor: int, wanted: bool) -> bool:
-    """Switch writing past the page cache on or off; whether it is on. It needs whole pages at page addresses."""
+    """Switch direct I/O on or off; return whether it is on. It needs full pages at page-aligned addresses."""
     flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
     try:
         fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_DIRECT if wanted else flags & ~os.O_DIRECT)

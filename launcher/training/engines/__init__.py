@@ -13,8 +13,8 @@ from launcher.training.engines.fsdp import FsdpEngine
 def build(plan: Plan, task: Task, config: Any, ds_config: dict[str, Any], trains: bool = True) -> Engine:
     """Return the plan's engine with its model loaded. Called by all ranks together.
 
-    `ds_config` is the rendered configuration, for DeepSpeed alone. Without `trains` FSDP has no optimizer.
-    ZeRO has one in any case, as its shards of fp32 belong to it.
+    `ds_config` is the rendered configuration; only DeepSpeed uses it. Without `trains`, FSDP has no optimizer.
+    ZeRO always has one, because its optimizer owns the fp32 shards.
     """
     if plan.engine == "fsdp":
         engine: Engine = FsdpEngine(plan, task, config, trains)

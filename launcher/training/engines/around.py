@@ -1,4 +1,4 @@
-"""What goes around an engine's step: work on its weights, cut as they are, on either engine."""
+"""Wrappers around an engine's step, for work on the sharded weights of either engine."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from launcher.training.model import adapters
 
 
 class Around:
-    """An engine that does something more in a step. All that a subclass leaves out is the engine's own."""
+    """A wrapper of an engine that does more in a step. Everything not overridden is the engine's own."""
 
     def __init__(self, engine: Engine) -> None:
-        """Take an engine that is loaded."""
+        """Wrap an engine whose weights are loaded."""
         self._engine = engine
 
     def __getattr__(self, name: str) -> Any:
@@ -32,12 +32,12 @@ class Around:
 
 
 def trained_names(engine: Engine) -> list[str]:
-    """Return the names of what trains, in the model's order."""
+    """Return the names of the trained parameters, in the model's order."""
     return [name for name, one in adapters.named_parameters(engine.model) if one.requires_grad]
 
 
 def part_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Return this rank's values of a tensor as an engine gives it, which may be written to."""
+    """Return this rank's part of a tensor from an engine's `state_dict`; writing to it changes the tensor."""
     if isinstance(tensor, FlatShard):
         return tensor.values() if tensor.count else torch.empty(0)
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

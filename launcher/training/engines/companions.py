@@ -1,4 +1,4 @@
-"""Load the frozen models that compute beside the one that trains, sharded over the same ranks."""
+"""Frozen models, such as teachers, that a task uses next to the trained one, sharded over the same ranks."""
 
 from __future__ import annotations
 
@@ -21,20 +21,19 @@ from launcher.training.precision import DTYPES
 
 
 def load(plan: Plan, task: Task) -> dict[str, nn.Module]:
-    """Return the task's companions by name: frozen, in the plan's precision, without dropout. For all ranks
-    together.
+    """Return the task's companions by name: frozen, in the plan's precision, without dropout. Called by all
+    ranks together.
 
-    FSDP2 shards them beside either engine. Nothing of them trains, so all that ZeRO could do is to gather
-    them as well.
+    FSDP2 shards them with either engine. They do not train, so ZeRO could only gather them as well.
 
-    Raises ConfigurationError where one cannot be read, or where its files lack some of its weights.
+    Raises ConfigurationError if one cannot be read, or if its files lack some of its weights.
     """
     return {name: _load(plan, task, companion) for name, companion in task.companions.items()}
 
 
 def bind_loss(model: PreTrainedModel, task: Task, others: Mapping[str, nn.Module]) -> None:
-    """Have the model's own forward compute the task's loss, inside its sharding hooks; `others` are its
-    companions."""
+    """Replace the model's forward by the task's loss, so that it runs inside the sharding hooks. `others` are
+    the companions."""
     loss: Callable[..., Output] = task.loss
     forward = functools.partial(loss, model, **({"others": others} if others else {}))
     model.forward = normalization.noting_samples(model, forward)
@@ -64,8 +63,8 @@ def _load(plan: Plan, task: Task, companion: Companion) -> PreTrainedModel:
 
 
 def _shard(plan: Plan, model: PreTrainedModel) -> None:
-    """Freeze the model and shard it. Its numbers are read in the precision of the computation: no fp32 master
-    is needed."""
+    """Freeze the model and shard it. Its weights are loaded in the compute dtype, because no fp32 master weights
+    are needed."""
     model.tie_weights()
     for parameter in model.parameters():
         parameter.requires_grad_(False)

@@ -1,7 +1,7 @@
 """DeepSpeed's ZeRO, stages 1 to 3, with launcher's optimizer, loss, clipping and schedule.
 
-The configuration is the rendered `ds_config.json`: what was shown is what runs. Two things of it are taken
-over by the trainer, which does them alike on every engine: clipping, and the loss scale of fp16.
+The configuration is the rendered `ds_config.json`, so the file shown is the one that runs. The trainer takes
+over clipping and the loss scale of fp16, which it does alike on every engine.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class DeepSpeedEngine:
     """The engine protocol over `deepspeed.initialize`."""
 
     def __init__(self, plan: Plan, task: Task, config: Any, ds_config: dict[str, Any]) -> None:
-        """Take the rendered configuration as it is."""
+        """Store the rendered configuration, without clipping and loss scale."""
         self._plan, self._task, self._config = plan, task, config
         self._dtype = DTYPES[plan.precision]
         self._ds_config = without_clipping_and_scale(ds_config)
@@ -54,8 +54,8 @@ class DeepSpeedEngine:
         self.stage = 0
 
     def load(self) -> None:
-        """Load the model cut evenly, hand it to DeepSpeed parameter by parameter, and set its fp32 masters to
-        the loaded values."""
+        """Load the model in even shards, convert it for DeepSpeed parameter by parameter, and set the fp32
+        master weights to the loaded values."""
         plan, zero = self._plan, self._plan.zero
         assert zero is not None
         self._deepspeed = import_deepspeed(plan)
@@ -86,8 +86,8 @@ class DeepSpeedEngine:
             cut_rows(model, model._mesh_manager.get_mesh("fsdp"))
 
     def _convert(self) -> dict[str, torch.Tensor]:
-        """Give DeepSpeed its parameters in the precision of the computation; the loaded fp32 shards of those
-        that lose by it."""
+        """Convert the parameters to the compute dtype for DeepSpeed. Return the loaded fp32 shards of those that
+        lose precision by it."""
         assert self._plan.zero is not None
         partitioner = (
             self._deepspeed.zero.Init(config_dict_or_path=self._ds_config)
@@ -108,8 +108,8 @@ class DeepSpeedEngine:
         return masters
 
     def _register_external(self) -> None:
-        """Have stage 3 gather what is used outside of its own module: the output embeddings, which the loss
-        multiplies with, for the whole model, and IA3's factors, which lie in a dictionary, for their layer."""
+        """Make stage 3 gather parameters that are used outside their own module: the output embeddings, which
+        the loss uses, for the root module, and IA3's factors, which lie in a dictionary, for their layer."""
         if self._plan.zero is None or self._plan.zero.stage < 3:
             return
         head = output_embeddings_of(self.model)
@@ -121,7 +121,7 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def _set_masters(self, masters: dict[str, torch.Tensor]) -> None:
-        """Masters are made from the computation's precision; put back what that rounded off."""
+        """Set the master weights, which DeepSpeed copies from the compute dtype, to the unrounded values."""
         parameters = dict(self.model.named_parameters())
         for name, shard in masters.items():
             whole = gathered(shard).reshape(-1)
@@ -163,7 +163,7 @@ class DeepSpeedEngine:
         if self._plan.zero.stage < 3:
             yield True
             return
-        self._zero.empty_partition_cache()  # what the last pass fetched ahead may still be on its way
+        self._zero.empty_partition_cache()  # prefetches of the last pass may still be in flight
         few = {} if tokens is None else {id(one): one for one in cut_matrices(self.model)}
         absent: list[Any] = [
             one for one in self.model.parameters() if one.ds_status.name != "AVAILABLE" and id(one) not in few
@@ -186,8 +186,8 @@ class DeepSpeedEngine:
 
     def optimizer_step(self, learning_rate: float, multiplier: float) -> None:
         optimizers.set_learning_rate(self._zero.optimizer, learning_rate)
-        # DeepSpeed divides by the loss scale when it steps: the one place where it multiplies gradients once,
-        # wherever they lie.
+        # DeepSpeed divides by the loss scale in its step: the only place that scales each gradient exactly once,
+        # on any device.
         self._zero.loss_scale = 1.0 / multiplier
         self._zero.step()
         self._zero.loss_scale = 1.0
@@ -204,7 +204,7 @@ class DeepSpeedEngine:
                 tensors[f"model.{name}"] = _shard(parameter, self._frozen.piece(name, parameter), "param")
                 continue
             if not parameter.requires_grad:
-                continue  # beside an adapter: the model's own files keep it
+                continue  # with an adapter, frozen weights stay in the model's own files
             piece = self._stage.piece(parameter)
             tensors[f"model.{name}"] = _shard(parameter, piece, "param")
             for key in optimizers.moments(self._plan.training):
@@ -223,7 +223,7 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def _publish_frozen(self) -> None:
-        """Frozen parameters belong to no optimizer: put the loaded values into the copies that compute."""
+        """Copy the loaded values of frozen parameters, which no optimizer holds, into the compute copies."""
         assert self._plan.zero is not None
         for name, parameter in self.model.named_parameters():
             if name not in self._frozen:

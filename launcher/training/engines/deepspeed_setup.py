@@ -1,4 +1,4 @@
-"""Import DeepSpeed, and keep it from what launcher does itself: clipping, scaling, another optimizer, hooks."""
+"""The import of DeepSpeed, and patches that leave clipping, loss scaling and other work to launcher."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from launcher.planner.plan import Plan
 
 @contextlib.contextmanager
 def without_hooks(model: nn.Module) -> Iterator[None]:
-    """Keep DeepSpeed from doing anything before and after a module, while inside.
+    """Remove DeepSpeed's hooks from all modules within this context.
 
-    Its hooks free parameters, and compare the order of the modules with the other ranks' wherever a pass differs
-    from the last one: a rank that writes more tokens than the others would wait for them for ever.
+    The hooks free parameters. When a forward pass differs from the last one, they also compare the order of
+    modules across ranks: a rank that generates more tokens than the others would wait for them forever.
     """
     hooks: list[dict[int, Any]] = [
         one for module in model.modules() for one in (module._forward_pre_hooks, module._forward_hooks)
@@ -34,17 +34,17 @@ def without_hooks(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for one, kept in zip(hooks, before, strict=True):
-            # transformers makes hooks of its own in a first pass, and once only.
+            # transformers adds its own hooks only once, in the first forward pass.
             kept |= {number: hook for number, hook in one.items() if number not in kept}
             one.clear()
             one.update(kept)
 
 
 def import_deepspeed(plan: Plan) -> Any:
-    """Return the module deepspeed: quiet, on the plan's device, without collectives that gloo does as well, and
-    with no module gathered as one with all that is in it.
+    """Return the module deepspeed, set up: quiet, on the plan's device, with gloo's collectives on CPUs, and
+    without leaf modules (which are gathered as one).
 
-    Raises ConfigurationError where it cannot be imported.
+    Raises ConfigurationError if it cannot be imported.
     """
     os.environ.setdefault("DS_ACCELERATOR", plan.mesh.device)
     try:
@@ -54,11 +54,11 @@ def import_deepspeed(plan: Plan) -> Any:
         raise ConfigurationError(Problem("parallel.engine", "deepspeed", reason)) from None
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if plan.mesh.device == "cpu":
-        # Its collectives in shared memory take minutes to compile on first use.
+        # Its shared-memory collectives take minutes to compile on first use.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # It takes the experts of three types of model for one module each, which as classes of transformers 5 they
-    # need not be: their experts are one tensor. How soon a parameter is used again is then counted without
-    # experts, and all other matrices of all layers would stay whole after the forward pass.
+    # DeepSpeed makes the experts of three model types leaf modules. transformers 5 does not need this: its
+    # experts are one tensor. DeepSpeed would not count them in the reuse distance of parameters, so all other
+    # matrices of all layers would stay gathered after the forward pass.
     deepspeed.runtime.zero.leaf_module_config.DEFAULT_LEAF_MODULE_CLASSES.clear()
     deepspeed.init_distributed(
         dist_backend="nccl" if plan.mesh.device == "cuda" else "gloo", auto_mpi_discovery=False
@@ -68,10 +68,9 @@ def import_deepspeed(plan: Plan) -> Any:
 
 @contextlib.contextmanager
 def one_optimizer_for_all_stages(deepspeed: Any) -> Iterator[None]:
-    """Have stage 1 in bf16 take the optimizer of stages 1 and 2 as well.
+    """Make DeepSpeed use its optimizer of stages 1 and 2 for stage 1 in bf16 too, within this context.
 
-    With fp32 accumulation DeepSpeed would take its BF16_Optimizer, another class with other insides; the
-    numbers are the same.
+    With fp32 accumulation it would choose BF16_Optimizer, a class with other internals but the same numbers.
     """
     engine, kind = deepspeed.DeepSpeedEngine, "zero_optimization"
     choose = engine._do_optimizer_sanity_check
@@ -83,7 +82,7 @@ def one_optimizer_for_all_stages(deepspeed: Any) -> Iterator[None]:
 
 
 def without_clipping_and_scale(ds_config: dict[str, Any]) -> dict[str, Any]:
-    """Return the rendered configuration as the engine uses it: clipping and the loss scale are the trainer's."""
+    """Return the rendered configuration with clipping and loss scaling off; the trainer does both."""
     config = copy.deepcopy(ds_config)
     config["gradient_clipping"] = 0.0
     if config.get("fp16", {}).get("enabled"):

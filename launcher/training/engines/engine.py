@@ -1,4 +1,4 @@
-"""The protocol of an engine: what the trainer needs, and no more."""
+"""The protocol of an engine: exactly what the trainer needs."""
 
 from __future__ import annotations
 
@@ -17,55 +17,54 @@ from launcher.training.model.forward import Batch
 
 
 class Engine(Protocol):
-    """Holds the sharded model and its optimizer; every method but `state_dict` is called by all ranks
-    together."""
+    """The sharded model and its optimizer. Every method except `state_dict` is called by all ranks together."""
 
     model: PreTrainedModel
     new_parameters: tuple[str, ...]
-    """Names that the model's files did not hold, as a classification head's."""
+    """Parameters that the model's files lack, such as those of a new classification head."""
     stage: int
-    """How many entries of `model.unfreeze` have come: what waits for a later one counts in no gradient norm, and
-    no step moves it."""
+    """The number of entries of `model.unfreeze` reached. Parameters of later entries do not count in the
+    gradient norm, and no step changes them."""
     companions: dict[str, nn.Module]
-    """The task's frozen models beside the one that trains, by name; no checkpoint holds them."""
+    """The task's other, frozen models by name; no checkpoint holds them."""
 
     def load(self) -> None:
         """Load the model and its companions, sharded, and build the optimizer."""
 
     def micro_step(self, batch: Batch, factor: float, last: bool) -> Output:
-        """Go forward and backward through one micro-batch, its summed loss multiplied by `factor`; gradients
-        add up over ranks at the `last`."""
+        """Run forward and backward on one micro-batch, with its summed loss multiplied by `factor`. After the
+        `last` one, gradients are summed over ranks."""
 
     def evaluate(self, batch: Batch) -> Output:
-        """Go forward alone, without dropout or gradients."""
+        """Run a forward pass without dropout and gradients."""
 
     def whole_where_it_fits(self, tokens: Sequence[int] | None = None) -> AbstractContextManager[bool]:
-        """Have every rank hold all parameters while inside, where all ranks have the memory; say whether it
-        is so.
+        """Gather all parameters on every rank within this context, if all ranks have the memory. Yield whether
+        they are gathered.
 
-        With `tokens`, matrices that have a row for every token have these rows alone, and zeros elsewhere.
+        With `tokens`, matrices with a row per vocabulary token hold only these rows, and zeros elsewhere.
         """
 
     def generate(
         self, batch: Batch, options: GenerationOptions, each_token: EachToken = lambda: False
     ) -> torch.Tensor:
-        """Write to a batch of prompts (`Task.prompts`): int64 [samples, n], padded behind each one's end,
-        without a prompt of the same sequence. `each_token` is asked on each rank by itself before every
-        pass, and a yes ends this rank's writing."""
+        """Generate from a batch of prompts (`Task.prompts`). Return int64 [samples, n], padded after each end,
+        without a causal LM's prompt. `each_token` is called before every forward pass, on each rank by itself;
+        True ends this rank's generation."""
 
     def squared_gradient_norm(self) -> torch.Tensor:
-        """Return, as an fp32 scalar, this rank's share of the squared global norm; the shares of all ranks
-        add up to it."""
+        """Return this rank's share of the squared global norm, a scalar; the shares of all ranks add up to
+        it."""
 
     def optimizer_step(self, learning_rate: float, multiplier: float) -> None:
-        """Multiply the gradients, let the optimizer take its step, and clear them."""
+        """Multiply the gradients by `multiplier`, take the optimizer's step, and clear them."""
 
     def zero_grad(self) -> None:
         """Clear the gradients without a step."""
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return parameters and optimizer state by the names a checkpoint uses; loading into them in place
-        restores the engine."""
+        """Return parameters and optimizer state by their names in a checkpoint. Loading into them in place, then
+        `after_load`, restores the engine."""
 
     def after_load(self) -> None:
-        """Take up what was loaded into `state_dict`."""
+        """Apply the values that were loaded into the tensors of `state_dict`."""

@@ -1,4 +1,4 @@
-"""Keep the fp32 values of frozen parameters under ZeRO, whose optimizer has none of them."""
+"""The fp32 values of frozen parameters under ZeRO, whose optimizer does not hold them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from launcher.training.model import loading as models
 
 
 class FrozenParts:
-    """Each rank's flat part of every frozen parameter, by name: equally long parts, but for the last ones."""
+    """Each rank's flat part of every frozen parameter, by name. Parts are equally long, except the last ones."""
 
     def __init__(self, num_ranks: int) -> None:
         self._num_ranks = num_ranks
@@ -20,13 +20,13 @@ class FrozenParts:
         return name in self._parts
 
     def keep(self, name: str, values: torch.Tensor) -> None:
-        """Keep this rank's part of a parameter's values."""
+        """Store this rank's part of a parameter's values."""
         start = self._start(values.numel())
         length = self._length(values.numel())
         self._parts[name] = values.reshape(-1)[start : start + length].clone()
 
     def piece(self, name: str, parameter: nn.Parameter) -> Piece:
-        """Return where this rank's part begins, its length, and what reads it."""
+        """Return the start and length of this rank's part, and a function that reads it."""
         part = self._parts[name]
         return Piece(self._start(models.whole_shape(parameter).numel()), part.numel(), lambda key: part)
 

@@ -32,10 +32,10 @@ from launcher.training.precision import DTYPES, as_computed
 
 
 class FsdpEngine:
-    """The engine protocol over `fully_shard`; a single fp32 device is left as plain PyTorch."""
+    """The engine protocol over `fully_shard`; plain PyTorch on a single fp32 device."""
 
     def __init__(self, plan: Plan, task: Task, config: Any, trains: bool = True) -> None:
-        """Without `trains` there will be no optimizer, for evaluation alone."""
+        """Store the arguments. Without `trains` there is no optimizer (evaluation only)."""
         self._plan, self._task, self._config, self._trains = plan, task, config, trains
         self._dtype = DTYPES[plan.precision]
 
@@ -54,14 +54,14 @@ class FsdpEngine:
         )
         self._defers = gradient_bytes <= DEFERRED_GRADIENT_BYTES
         if isinstance(self.model, FSDPModule):
-            # The first pass would make its units and no others one family: those that a shortened model or an
-            # encoder alone leaves out would each be a root of its own, with streams of its own.
+            # Otherwise FSDP initialises in the first forward pass, with that pass's units only. Units that a
+            # shortened model or an encoder alone skips would each become a root with streams of its own.
             self.model._get_fsdp_state()._lazy_init()
 
     def _shard(self, model: PreTrainedModel) -> None:
-        """Cut the model: each repeated layer is a unit, the rest is the root unit."""
-        # transformers ties weights after loading only. Cut apart before, a tied pair would be two shards of
-        # which one goes stale.
+        """Shard the model: each repeated layer is a unit, the rest is the root unit."""
+        # transformers ties weights only after loading. Sharded before that, a tied pair would become two shards,
+        # one of which goes stale.
         model.tie_weights()
         layers = models.repeated_layers(model)
         for layer in layers:
@@ -81,22 +81,22 @@ class FsdpEngine:
             if self._defers:
                 self.model.set_requires_gradient_sync(last)
             elif self._plan.mesh.dp_replicate > 1:
-                # Each copy adds up its passes by itself: copies meet once a step, over the slower network.
+                # Each replica accumulates gradients; replicas all-reduce once a step, over the slower network.
                 self.model.set_requires_all_reduce(last)
-            # What is whole at the height of every pass stays so until the next one: it is gathered once a
-            # step.
+            # Parameters that are gathered at the end of the forward pass stay so for the next micro-batch: they
+            # are gathered once a step.
             self.model.set_reshard_after_backward(last, recurse=not self._plan.mesh.reshard_after_forward)
         output: Output = self.model(as_computed(batch, self._dtype))
         here.turn("backward")
-        # FSDP averages gradients over the ranks, and the step's loss is a sum.
+        # FSDP averages gradients over ranks, but the step's loss is a sum.
         (output.loss_sum * (factor * self._plan.batch.data_parallel_size)).backward()
         if last and not self._defers and self._plan.mesh.dp_replicate > 1:
             self._refuse_left_over_sums()
         return output
 
     def _refuse_left_over_sums(self) -> None:
-        """Raise ConfigurationError where a unit had gradients in a step's passes, and none in the last one: FSDP
-        would add them to the next step's."""
+        """Raise ConfigurationError if a unit had gradients in some micro-batches of a step but not in the last:
+        FSDP would add them to the next step's."""
         for name, module in self.model.named_modules():
             groups = module._get_fsdp_state()._fsdp_param_groups if isinstance(module, FSDPModule) else ()
             if any(group._partial_reduce_output is not None for group in groups):
@@ -132,7 +132,7 @@ class FsdpEngine:
             )
             device = torch.device(self._plan.mesh.device)
             if not generating.fits_whole(num_bytes, device, self._plan.mesh.ranks_per_node):
-                self.model.unshard()  # an encoder is called beside the root's own forward
+                self.model.unshard()  # an encoder is called outside the root's forward
                 yield self._plan.mesh.world_size == 1
                 return
             for unit in units:
@@ -141,7 +141,7 @@ class FsdpEngine:
             try:
                 yield True
             finally:
-                # The root stays whole, as it does after every pass: the next one would gather it again.
+                # The root stays gathered, as after every forward pass: the next pass needs it.
                 for layer in units[1:]:
                     layer.set_reshard_after_forward(self._plan.mesh.reshard_after_forward, recurse=False)
                     layer.reshard()
@@ -149,7 +149,7 @@ class FsdpEngine:
     def squared_gradient_norm(self) -> torch.Tensor:
         if self._optimizer is not None:
             optimizers.drop_gradients(self._optimizer, self.stage)
-        # Replicas hold equal gradients, so each counts for its share.
+        # Replicas hold equal gradients, so each contributes its share.
         return optimizers.sum_of_squares(self._gradients()) / self._plan.mesh.dp_replicate
 
     def optimizer_step(self, learning_rate: float, multiplier: float) -> None:
@@ -164,11 +164,11 @@ class FsdpEngine:
         self.model.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        # After a forward pass alone (an evaluation) the root's parameters are still whole, in memory that
-        # FSDP frees later.
+        # After a forward pass without backward (evaluation), the root's parameters are still gathered, in memory
+        # that FSDP frees later.
         self._reshard()
         named = adapters.named_parameters(self.model)
-        # Beside an adapter what does not train is the model's own files' to keep.
+        # With an adapter, frozen weights stay in the model's own files.
         keeps_all = self._plan.model.adapter is None
         parameters = {
             f"model.{name}": parameter.detach()
@@ -187,8 +187,8 @@ class FsdpEngine:
         self._reshard()
 
     def _reshard(self) -> None:
-        """Leave only shards. After an evaluation the root unit is still gathered, and its parameters are not
-        the ones that train."""
+        """Reshard all units. After an evaluation the root unit is still gathered, and its parameters are not the
+        trained shards."""
         for module in nn.Module.modules(self.model):
             if isinstance(module, FSDPModule):
                 module.reshard()

@@ -1,9 +1,8 @@
 """Linear layers that let ZeRO-3 free their matrix between forward and backward pass.
 
-Of a product PyTorch keeps the matrix for the backward pass as a turned view of it. When ZeRO empties the
-parameter, the view goes on holding what was gathered: without recomputation every layer's matrix would stay
-whole on every rank. Here the parameter itself is kept, which ZeRO fills again before the backward pass of its
-module.
+For the backward pass PyTorch saves a transposed view of the matrix. When ZeRO frees the parameter, this view
+still holds the gathered storage: without recomputation, every layer's full matrix would stay on every rank.
+These layers save the parameter itself, which ZeRO gathers again before the backward pass of its module.
 """
 
 from __future__ import annotations
@@ -17,15 +16,14 @@ from torch.autograd.function import once_differentiable
 
 
 def keep_parameters_not_matrices(model: nn.Module) -> None:
-    """Have the linear layers of a model compute by `_Linear`; those with a forward pass of their own are left
-    as they are."""
+    """Make the linear layers of a model compute by `_Linear`, except layers with a forward of their own."""
     for module in model.modules():
         if is_plain(module):
             module.forward = types.MethodType(_forward, module)
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Return whether it is a linear layer that computes as `torch.nn.Linear` does."""
+    """Return whether the module is a linear layer with the forward of `torch.nn.Linear`."""
     return type(module).forward is nn.Linear.forward
 
 
@@ -35,14 +33,14 @@ def _forward(self: nn.Linear, input: torch.Tensor) -> torch.Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """`torch.nn.functional.linear`, in value and gradients; it keeps its input only where the matrix trains."""
+    """`torch.nn.functional.linear`, in value and gradients. It saves its input only if the matrix trains."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        # Not `save_for_backward`: under recomputation a saved tensor becomes a view, which would hold what
-        # ZeRO empties.
+        # Not `save_for_backward`: under recomputation a saved tensor becomes a view, which would hold the
+        # storage that ZeRO frees.
         ctx.weight = weight
         ctx.save_for_backward(hidden if ctx.needs_input_grad[1] else None)
         return nn.functional.linear(hidden, weight, bias)

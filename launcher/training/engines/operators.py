@@ -1,8 +1,8 @@
-"""Build DeepSpeed's compiled operators once on a machine, before the ranks meet.
+"""The build of DeepSpeed's compiled operators, once per machine, before the process group starts.
 
-DeepSpeed compiles an operator where it first needs it, in the middle of loading, in every rank; a rank that
-is killed meanwhile leaves a lock behind that all later ones wait for. So one process builds beforehand, says
-so, and clears such a lock first.
+DeepSpeed compiles an operator at its first use, in the middle of loading, in every rank. A rank that is killed
+meanwhile leaves a lock behind, for which all later ranks wait. So one process removes such locks, builds the
+operators in advance, and reports its progress.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ _VARIABLE = "TORCH_EXTENSIONS_DIR"
 
 
 def build_operators(plan: Plan, report: Report) -> None:
-    """Build what the plan's engine compiles on first use, and report how many of them are done; minutes the
-    first time, seconds later.
+    """Build the operators that the plan's engine compiles on first use, and report how many are done. This takes
+    minutes the first time, seconds later.
 
-    They lie in XDG_CACHE_HOME/launcher/extensions; the user's own TORCH_EXTENSIONS_DIR goes before it.
+    They are stored in XDG_CACHE_HOME/launcher/extensions, or in the user's TORCH_EXTENSIONS_DIR if it is set.
 
-    Raises ConfigurationError where one cannot be built, with what the compiler said in the rank's log.
+    Raises ConfigurationError if one cannot be built; the compiler's output is in the rank's log.
     """
     if plan.engine != "deepspeed" or plan.offload_to == "cpu":
         return
     os.environ.setdefault(_VARIABLE, str(cache.root() / "extensions"))
     os.environ.setdefault("DS_ACCELERATOR", plan.mesh.device)
-    # ninja comes with DeepSpeed, beside the Python that runs this, which need not be on the path.
+    # DeepSpeed installs ninja in the folder of this Python, which may not be on the path.
     os.environ["PATH"] = f"{os.environ.get('PATH', '')}{os.pathsep}{Path(sys.executable).parent}"
     directory = Path(os.environ[_VARIABLE])
     cache.hold_until_the_end(directory)

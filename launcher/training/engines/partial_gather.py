@@ -1,8 +1,8 @@
-"""Gather less for a pass that serves to compare two ways of computing, for which other weights do as well.
+"""Partial gathering for forward passes that only compare two ways of computing, so that any weights will do.
 
-The matrices that have a row for every token get a few rows in their place, as gathering them whole is most of
-what gathering a small model costs: 1 GB of 1.5 GB for two layers of a Llama of 1.2 billion parameters in fp32.
-And layers of one make have the weights of the first of them.
+Matrices with a row per vocabulary token are replaced by matrices with a few rows. Gathering them in full is
+most of the cost for a small model: 1 GB of 1.5 GB for two layers of a Llama of 1.2 billion parameters in
+fp32. And layers of equal structure share the weights of the first of them.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from launcher.training.model.forward import output_embeddings_of
 
 
 def matrices(model: PreTrainedModel) -> list[nn.Parameter]:
-    """Return the weights of the input and the output embeddings that have a row for every token, a tied one
+    """Return the input and output embedding matrices that have a row per vocabulary token; a tied matrix
     once."""
     num_tokens = getattr(model.config.get_text_config(), "vocab_size", None)
     weights: list[nn.Parameter] = []
     for module in (model.get_input_embeddings, lambda: output_embeddings_of(model)):
         with contextlib.suppress(NotImplementedError, AttributeError):
             weight: Any = getattr(module(), "weight", None)
-            # DeepSpeed has the shape of what it has cut beside it.
+            # DeepSpeed stores the full shape of a sharded parameter in `ds_shape`.
             shape: Sequence[int] = getattr(weight, "ds_shape", getattr(weight, "shape", ()))
             if len(shape) == 2 and shape[0] == num_tokens and all(weight is not other for other in weights):
                 weights.append(weight)
@@ -42,10 +42,10 @@ def matrices(model: PreTrainedModel) -> list[nn.Parameter]:
 def few_rows_under_fsdp(
     model: PreTrainedModel, tokens: Sequence[int] | None, dtype: torch.dtype
 ) -> Iterator[None]:
-    """Have the root unit gather, while inside, all but these matrices, which have the rows of `tokens`
-    alone; without tokens nothing changes.
+    """Exclude these matrices from the root unit's gather within this context, and give them only the rows of
+    `tokens`. If `tokens` is None, nothing changes.
 
-    FSDP2 has no public way to leave a parameter out of a pass. What is used here was tried with torch 2.13.
+    FSDP2 has no public way to exclude a parameter from a gather. These internals were tested with torch 2.13.
     """
     state = model._get_fsdp_state() if isinstance(model, FSDPModule) else None
     group = state._fsdp_param_group if state is not None else None
@@ -76,10 +76,10 @@ def few_rows_under_fsdp(
 
 
 def gather(units: Sequence[FSDPModule], lends_weights: bool) -> None:
-    """Gather the parameters of units. With `lends_weights` only the first of those that are made alike is
+    """Gather the parameters of units. With `lends_weights`, only the first of units with equal structure is
     gathered; the others compute with its weights until they are resharded.
 
-    FSDP2 has no public way to lend weights. What is used here was tried with torch 2.13.
+    FSDP2 has no public way to lend weights. These internals were tested with torch 2.13.
     """
     lenders: dict[object, list[FSDPParam]] = {}
     for unit in units:
@@ -98,7 +98,7 @@ def gather(units: Sequence[FSDPModule], lends_weights: bool) -> None:
 
 
 def cut_matrices(model: PreTrainedModel) -> list[Any]:
-    """Return those of these weights that ZeRO-3 has cut, and has in memory."""
+    """Return the embedding matrices that ZeRO-3 has sharded and whose shards are in memory (not on NVMe)."""
     return [
         weight
         for weight in cast("list[Any]", matrices(model))
@@ -110,8 +110,8 @@ def cut_matrices(model: PreTrainedModel) -> list[Any]:
 def few_rows_under_zero(
     model: PreTrainedModel, cut: Sequence[Any], tokens: Sequence[int], device: torch.device
 ) -> Iterator[None]:
-    """Have plain matrices with the rows of `tokens` alone stand, while inside, in the places of cut ones.
-    ZeRO-3's hooks must be off."""
+    """Replace sharded matrices within this context by plain ones with only the rows of `tokens`. ZeRO-3's hooks
+    must be off."""
     owners: list[tuple[nn.Module, str, Any]] = []
     for weight in cut:
         part, shape, group = weight.ds_tensor, weight.ds_shape, weight.ds_process_group
@@ -132,8 +132,8 @@ def few_rows_under_zero(
 def _rows(
     part: torch.Tensor, first: int, tokens: Sequence[int], width: int, device: torch.device, group: Any
 ) -> torch.Tensor:
-    """Return rows of a matrix, [tokens, width], of which each rank of the group has consecutive elements, from
-    the `first` on."""
+    """Return rows of a matrix, [tokens, width]. Each rank of the group holds consecutive elements of the
+    matrix in `part`, from index `first` on."""
     rows = torch.zeros(len(tokens), width, dtype=part.dtype, device=device)
     for row, token in zip(rows, tokens, strict=True):
         begin, end = max(token * width, first), min((token + 1) * width, first + part.numel())
@@ -144,9 +144,9 @@ def _rows(
 
 
 def _matrix(shape: Sequence[int], tokens: Sequence[int], rows: torch.Tensor) -> nn.Parameter:
-    """Return a matrix of zeros but for these rows."""
+    """Return a matrix that is zero except for these rows."""
     if rows.device.type == "cpu":
-        # A page that is read before it was ever written costs no memory: the system has one of zeros for all.
+        # Pages that are only read cost no memory: the system maps all of them to one page of zeros.
         num_bytes = shape[0] * shape[1] * rows.element_size()
         whole = torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(rows.dtype).view(*shape)
     else:

@@ -1,4 +1,4 @@
-"""Activation checkpointing: which layers are recomputed, and what is kept of them."""
+"""Activation checkpointing: recomputation of layers, and the operators whose results are kept."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _KEPT_BY_SELECTIVE = {
     "torch_attn": ("_varlen_attn",),
     "launcher": ("packed_attention",),
 }
-"""Matrix products and attention, on every device; of other versions of PyTorch some are not there."""
+"""Matrix products and attention, on every device; some PyTorch versions lack some of them."""
 
 
 @functools.cache
 def kept_by_selective() -> frozenset[Any]:
     """Return the operators whose results selective recomputation keeps."""
-    varlen()  # it registers its operator where it is imported
+    varlen()  # registers its operator on import
     return frozenset(
         getattr(getattr(torch.ops, namespace), name).default
         for namespace, names in _KEPT_BY_SELECTIVE.items()

@@ -1,4 +1,4 @@
-"""Shard a model with FSDP2: each repeated layer is a unit, the rest is the root unit."""
+"""Sharding of a model with FSDP2: each repeated layer is a unit, the rest is the root unit."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ def shard_units(
 ) -> None:
     """Shard the layers and the rest of the model over the plan's ranks, to compute in the plan's precision.
 
-    reshard_root: lets go of the rest after each forward pass; of a model that trains its backward pass needs
-    it soon. Raises ConfigurationError where a layer does not become a unit of its own.
+    `reshard_root` frees the root unit after each forward pass; a trained model needs it soon for its backward
+    pass. Raises ConfigurationError if a layer does not become its own unit.
     """
     policy = MixedPrecisionPolicy(param_dtype=DTYPES[plan.precision], reduce_dtype=torch.float32)
     options: dict[str, Any] = {"mesh": _mesh(model, plan), "mp_policy": policy}
     if plan.offload == "parameters":
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=plan.mesh.device == "cuda")
     if plan.model.adapter is not None and plan.mesh.world_size == 1 and plan.offload != "parameters":
-        # They are in the computation's precision already, and there is nobody to share them with: gathering
-        # would only copy them.
+        # Frozen parameters are in the compute dtype already and a single rank holds all of them: gathering would
+        # only copy them.
         options["ignored_params"] = {
             parameter for parameter in model.parameters() if not parameter.requires_grad
         }
     for layer in layers:
         fully_shard(layer, reshard_after_forward=plan.mesh.reshard_after_forward or reshard_root, **options)
-    # The root is handed what it computes in, beside labels that FSDP would round.
+    # The root's inputs are already in the compute dtype, and FSDP would also round labels.
     options["mp_policy"] = dataclasses.replace(policy, cast_forward_inputs=False)
     fully_shard(model, reshard_after_forward=reshard_root, **options)
     loose = [type(layer).__name__ for layer in layers if not isinstance(layer, FSDPModule)]
@@ -46,7 +46,7 @@ def shard_units(
 
 
 def _mesh(model: PreTrainedModel, plan: Plan) -> DeviceMesh:
-    """Return the mesh that loading uses, dp_replicate x dp_shard; one rank has none yet."""
+    """Return the mesh that loading used, dp_replicate x dp_shard; with one rank, a new one."""
     manager = getattr(model, "_mesh_manager", None)
     if manager is None:
         return init_device_mesh(plan.mesh.device, (1,), mesh_dim_names=("fsdp",))

@@ -1,4 +1,4 @@
-"""Load a model in even shards, and make its parameters whole again one by one."""
+"""Even shards for loading a model, and the gathering of its parameters one by one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from launcher.errors import ConfigurationError, Problem
 
 
 def cut_rows(model: PreTrainedModel, mesh: DeviceMesh) -> None:
-    """Make each parameter of an empty model a DTensor, cut along its first dimension; tied ones stay one."""
+    """Make each parameter of an empty model a DTensor sharded on its first dimension; tied ones stay tied."""
     model.tie_weights()
     replaced: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
@@ -42,7 +42,7 @@ def _cut(parameter: nn.Parameter, mesh: DeviceMesh) -> DTensor:
 
 
 def gathered(parameter: torch.Tensor) -> torch.Tensor:
-    """Return all of a parameter, on every rank. Called by all ranks together."""
+    """Return the full parameter on every rank. Called by all ranks together."""
     if isinstance(parameter, DTensor):
         with torch.no_grad():
             return parameter.full_tensor()
@@ -50,8 +50,8 @@ def gathered(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def replaced_one_by_one(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
-    """Name, old and new of each parameter, the new one whole and in the model's places of the old one; at
-    most one is gathered ahead."""
+    """Yield the name, old and new version of each parameter. The new one is full and replaces the old one in the
+    model; at most one is gathered ahead."""
     places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     names: dict[nn.Parameter, str] = {}
     for path, module in model.named_modules():

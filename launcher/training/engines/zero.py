@@ -1,8 +1,8 @@
-"""Where ZeRO keeps a rank's part of the state, and how its step goes, stage by stage.
+"""Access to a rank's part of ZeRO's state, and to its step, for each stage.
 
-DeepSpeed has no public way to write its state into anything but its own files, nor to take a step whose
-clipping is decided elsewhere. What is used here beside its public functions was tried with 0.19.8, at stages
-1, 2 and 3, with and without offloading.
+DeepSpeed has no public way to save its state except to its own files, nor to take a step whose clipping is
+decided elsewhere. The internals used here were tested with 0.19.8, at stages 1, 2 and 3, with and without
+offloading.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class Piece:
 
 
 class Stage(Protocol):
-    """Name what the engine needs of a ZeRO optimizer."""
+    """The engine's view of a ZeRO optimizer."""
 
     stage: int
-    """Of `model.unfreeze`, as the engine says it."""
+    """The stage of `model.unfreeze`, set by the engine."""
 
     def piece(self, parameter: nn.Parameter) -> Piece: ...
     def steps(self) -> dict[int, list[torch.Tensor]]: ...
@@ -41,7 +41,8 @@ class Stage(Protocol):
 
 
 def _norms(zero: Any, stages: list[int], groups: list[list[nn.Parameter]], stage: int) -> torch.Tensor:
-    """Return what DeepSpeed noted of gradients on their way off the device, of the groups that train by now."""
+    """Return the squared norm of the gradients of groups that train at this stage, from the norms that DeepSpeed
+    recorded when it offloaded them."""
     waiting = {
         zero.get_param_id(parameter)
         for own, group in zip(stages, groups, strict=True)
@@ -57,7 +58,7 @@ def _norms(zero: Any, stages: list[int], groups: list[list[nn.Parameter]], stage
 
 
 def _leave_waiting_groups(zero: Any, stages: list[int], keeper: Stage) -> None:
-    """Have DeepSpeed's step pass over groups that train only from a later stage on, by their numbers."""
+    """Make DeepSpeed's step skip groups that train only from a later stage on."""
     step = zero._optimizer_step
 
     def step_if_it_trains(group: int) -> None:
@@ -68,7 +69,7 @@ def _leave_waiting_groups(zero: Any, stages: list[int], keeper: Stage) -> None:
 
 
 def _steps(zero: Any, stages: list[int], partitions: list[Any]) -> dict[int, list[torch.Tensor]]:
-    """Return the counts of steps of all groups, by the stage from which on they train."""
+    """Return the step counts of all groups by the stage from which they train."""
     counts: dict[int, list[torch.Tensor]] = {}
     for stage, partition in zip(stages, partitions, strict=True):
         if "step" in (state := zero.optimizer.state[partition]):
@@ -77,8 +78,8 @@ def _steps(zero: Any, stages: list[int], partitions: list[Any]) -> dict[int, lis
 
 
 class StageOneOrTwo:
-    """Flat fp32 partitions of each group of parameters; a parameter may lie in one of them, in several, or
-    across a border."""
+    """State of stages 1 and 2: a flat fp32 partition of each group on each rank. A parameter may lie in one
+    partition or across several."""
 
     def __init__(self, zero: Any, training: Training) -> None:
         self._zero, self.stage = zero, 0
@@ -93,7 +94,7 @@ class StageOneOrTwo:
         zero.scaled_global_norm = lambda norm_type=2: torch.zeros(())
 
     def piece(self, parameter: nn.Parameter) -> Piece:
-        """Return what this rank holds of it, which may be nothing."""
+        """Return this rank's part of the parameter, which may be empty."""
         mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]
         if mapping is None:
             return Piece(0, 0, lambda key: torch.empty(0))
@@ -141,8 +142,8 @@ class StageOneOrTwo:
 
 
 class StageThree:
-    """Every parameter in equal flat parts, the last one padded; the parts of many stand together in
-    sub-groups, on NVMe one by one."""
+    """State of stage 3: every parameter in equal flat parts, the last one padded. The parts of many parameters
+    form sub-groups, which are swapped in one by one if they are on NVMe."""
 
     def __init__(self, zero: Any, training: Training) -> None:
         self._zero, self.stage = zero, 0
@@ -162,15 +163,15 @@ class StageThree:
             if zero._swappable_optimizer_subgroup(index):
                 zero._optimizer_states_and_gradient_swap_out(index)
         zero.clip_grad = 0.0
-        # Its own sum of squares is in fp32: of a million elements it was off by one part in 80,000.
+        # DeepSpeed's own sum of squares is in fp32, off by one part in 80,000 for a million elements.
         zero._constant_buffered_norm2 = lambda gradient, buffer_size=0: torch.linalg.vector_norm(
             gradient, dtype=torch.float64
         )
         zero._get_norm_groups = lambda: [torch.zeros(())]
 
     def _let_go_of_a_copy(self, master: torch.Tensor, computing: torch.Tensor | None) -> None:
-        """In fp32 masters may be the parameters themselves, as DeepSpeed means it too; on the CPU it misses
-        that both are there."""
+        """Make fp32 master weights share memory with the parameters. DeepSpeed intends this too, but on the CPU
+        it does not notice that both are there."""
         if (
             computing is not None
             and not self._zero.offload_optimizer
@@ -179,7 +180,7 @@ class StageThree:
             master.data = computing.data
 
     def piece(self, parameter: nn.Parameter) -> Piece:
-        """Return what this rank holds of it: of the last ranks less, or nothing, where they do not divide."""
+        """Return this rank's part of the parameter. The last ranks' may be shorter or empty."""
         zero: Any = self._zero
         group, offset, length = zero.grad_position[zero.get_param_id(parameter)]
         part: Any = parameter
@@ -195,8 +196,8 @@ class StageThree:
         return Piece(start, count, values)
 
     def _swap_in(self, group: int) -> None:
-        """Have the sub-group in memory, one at a time: what was there goes back, with what a load has written
-        into it."""
+        """Swap a sub-group into memory. Only one is there at a time: the previous one is swapped out, including
+        values that a load has written into it."""
         if self._open == group or not self._zero._swappable_optimizer_subgroup(group):
             return
         self.close()
@@ -204,7 +205,7 @@ class StageThree:
         self._open = group
 
     def close(self) -> None:
-        """Send back what reading or writing the state has swapped in."""
+        """Swap out the sub-group that reading or writing the state has swapped in."""
         if self._open is not None:
             self._zero._optimizer_states_and_gradient_swap_out(self._open)
             self._open = None

@@ -18,7 +18,7 @@ _WRAPPERS = re.compile(r"^(?:module\.)+|(?:_orig_mod|_checkpoint_wrapped_module|
 
 
 class _Inert:
-    """Stands in for a class that a foreign file names: holds what was stored, and runs nothing."""
+    """A replacement for a class named in a foreign file: it holds the stored values and runs no code."""
 
 
 _STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
@@ -31,55 +31,54 @@ _STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 
 @dataclass(frozen=True)
 class ForeignTensor:
-    """One tensor of a foreign checkpoint; its elements are read when they are asked for."""
+    """One tensor of a foreign checkpoint; its elements are read on request."""
 
     shape: torch.Size
     dtype: torch.dtype
     flat: Callable[[], torch.Tensor]
-    """All elements in row-major order, flat; a view of the file where they lie together there."""
+    """A function that returns all elements in row-major order, flat; a view of the file if contiguous there."""
 
     def as_dtype(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return all elements, flat, in that dtype."""
+        """Return all elements, flat, in this dtype."""
         return self.flat().to(dtype)
 
 
 def whole_tensor(value: torch.Tensor) -> ForeignTensor:
-    """Return a tensor that lies in one piece."""
+    """Return the foreign tensor for a tensor stored in one piece."""
     return ForeignTensor(value.shape, value.dtype, lambda: value.detach().reshape(-1))
 
 
 @dataclass
 class Foreign:
-    """Hold what a foreign checkpoint has. Names are Hugging Face names, without the prefixes of wrappers."""
+    """The content of a foreign checkpoint. Names are Hugging Face names, without the prefixes of wrappers."""
 
     origin: str
-    """Who wrote it, as people say it: DeepSpeed 0.19.8, ZeRO-3, 2 ranks."""
+    """The tool that wrote it, in readable form: DeepSpeed 0.19.8, ZeRO-3, 2 ranks."""
     parameters: dict[str, ForeignTensor] = field(default_factory=dict)
     buffers: dict[str, ForeignTensor] = field(default_factory=dict)
     states: dict[str, dict[str, ForeignTensor]] = field(default_factory=dict)
-    """The optimizer's tensors that have their parameter's shape: by parameter, then by key (`exp_avg`, ...).
-    """
+    """The optimizer's tensors of their parameter's shape: by parameter, then by key (`exp_avg`, ...)."""
     optimizer_steps: set[float] = field(default_factory=set)
-    """How many steps the optimizer took, as each of its states says."""
+    """The step counts found in the optimizer's states."""
     step: int | None = None
-    """How many steps the training took, where the checkpoint says so."""
+    """The number of training steps, if the checkpoint contains it."""
     samples: int | None = None
     settings: list[dict[str, Any]] = field(default_factory=list)
     """The optimizer's groups: learning rate, weight decay and so on."""
     loss_scale: float | None = None
-    """Of fp16, where it was dynamic."""
+    """The loss scale of fp16, if it was dynamic."""
 
 
 def plain_name(name: str) -> str:
-    """Return a parameter's name without what compiling, checkpointing and wrapping put into it."""
+    """Return a parameter's name without the prefixes of compilation, activation checkpointing and wrappers."""
     return _WRAPPERS.sub("", name)
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """Return what `torch.save` wrote, its tensors as views of the file. Nothing in it is executed.
+    """Return the content of a file of `torch.save`, with tensors as views of the file. Nothing is executed.
 
-    Raises CheckpointError, in one line, where it is missing, cut off, no dictionary, or names a class that no
-    checkpoint needs.
+    Raises CheckpointError, in one line, if the file is missing or truncated, is no dictionary, or names a class
+    that no checkpoint needs.
     """
     try:
         with torch.serialization.safe_globals(_STAND_INS):
@@ -102,8 +101,8 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def trainer_step(directory: Path) -> int | None:
-    """Return the step in the trainer_state.json that Hugging Face's Trainer writes beside a checkpoint; None
-    without one."""
+    """Return the step from the trainer_state.json that Hugging Face's Trainer adds to a checkpoint; None without
+    one."""
     try:
         step = read_json(directory / "trainer_state.json")["global_step"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -112,7 +111,7 @@ def trainer_step(directory: Path) -> int | None:
 
 
 def add_states(foreign: Foreign, name: str, states: Iterable[tuple[str, ForeignTensor]]) -> None:
-    """File the optimizer's tensors of one parameter: those of its shape by key, `step` as a number."""
+    """Store the optimizer's tensors of one parameter: those of its size by key, and `step` as a number."""
     for key, value in states:
         if key == "step":
             foreign.optimizer_steps.add(float(value.flat()[0]))

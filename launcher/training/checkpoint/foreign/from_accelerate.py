@@ -1,4 +1,4 @@
-"""Read checkpoints of Accelerate's `save_state` under FSDP 1 or 2, sharded or full.
+"""Reading of checkpoints from Accelerate's `save_state` under FSDP 1 or 2, sharded or full.
 
 Accelerate itself is not needed.
 """
@@ -30,12 +30,12 @@ _STATE = "optimizer.state."
 
 
 def found(source: Path) -> bool:
-    """Return whether this looks like one of them."""
+    """Return whether the directory looks like such a checkpoint."""
     return (source / f"{_MODEL}_0").is_dir() or (source / f"{_MODEL}.bin").is_file()
 
 
 def read(source: Path) -> Foreign:
-    """Return where everything is. Raises CheckpointError where a file is missing or cut off."""
+    """Return the checkpoint, its tensors unread. Raises CheckpointError if a file is missing or truncated."""
     sharded = (source / f"{_MODEL}_0").is_dir()
     foreign = Foreign(f"Accelerate's FSDP, {'sharded' if sharded else 'one file'}", step=trainer_step(source))
     if sharded:
@@ -58,7 +58,7 @@ def _read_sharded(source: Path, foreign: Foreign) -> None:
 
 
 def _tensors(directory: Path) -> Iterator[tuple[str, ForeignTensor]]:
-    """The tensors of a DCP directory, every file of which is there and long enough."""
+    """Yield the tensors of a DCP directory, after a check that every file exists and is long enough."""
     reader = CheckpointReader(directory)
     ends: dict[str, int] = {}
     for info in reader.metadata.storage_data.values():

@@ -1,6 +1,6 @@
-"""Read checkpoints of DeepSpeed's `save_checkpoint`, ZeRO stages 1 to 3.
+"""Reading of checkpoints from DeepSpeed's `save_checkpoint`, ZeRO stages 1 to 3.
 
-Written from what deepspeed 0.19.8 stores, and from its own `zero_to_fp32.py`. DeepSpeed itself is not needed.
+Written for the files of deepspeed 0.19.8, after its own `zero_to_fp32.py`. DeepSpeed itself is not needed.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _MASTER = "param"
 
 
 def found(source: Path) -> bool:
-    """Return whether this looks like one of them: the directory that was saved to, or the one of a tag in
-    it."""
+    """Return whether the directory looks like such a checkpoint: the directory given to `save_checkpoint`, or
+    one of a tag in it."""
     return (source / "latest").is_file() or any(_OPTIMIZER_FILE.match(path.name) for path in source.iterdir())
 
 
 def read(source: Path) -> Foreign:
-    """Return where everything is. Raises CheckpointError where a file is missing, cut off, or of another save
-    than the rest."""
+    """Return the checkpoint, with tensors not read yet. Raises CheckpointError if a file is missing,
+    truncated, or from another save than the rest."""
     directory = _tag(source)
     optimizer_files, model_files = _files(directory)
     try:
@@ -69,7 +69,7 @@ def _tag(source: Path) -> Path:
 
 
 def _files(directory: Path) -> tuple[list[Path], list[Path]]:
-    """The optimizer's files by rank, and the model's."""
+    """Return the optimizer's files in rank order, and the model's."""
     names = sorted(path.name for path in directory.iterdir())
     experts = [name for name in names if "expert" in name or "expp_rank" in name]
     if experts or any(name.startswith("layer_") for name in names):
@@ -104,9 +104,9 @@ class _Rank:
     stage: int
     world_size: int
     masters: list[torch.Tensor]
-    """Flat, one for each group (stages 1 and 2) or sub-group (stage 3)."""
+    """The fp32 master weights, flat, for each group (stages 1 and 2) or sub-group (stage 3)."""
     states: list[dict[str, Any]]
-    """The optimizer's state of each of them."""
+    """The optimizer's state of each group or sub-group."""
     content: dict[str, Any]
 
     @classmethod
@@ -125,7 +125,7 @@ class _Rank:
         return cls(path, stage, max(count) if isinstance(count, list) else int(count), masters, states, zero)
 
     def flat(self, index: int, key: str) -> torch.Tensor:
-        """One group's masters or moments, without the padding at their end."""
+        """Return one group's master weights or moments, without padding at the end."""
         master = self.masters[index]
         values: torch.Tensor = master if key == _MASTER else self.states[index][key]
         if values.numel() < master.numel():
@@ -137,7 +137,7 @@ class _Rank:
 
     @property
     def keys(self) -> list[str]:
-        """The optimizer's tensors that every group has."""
+        """Return the keys of the optimizer's tensors that every group has."""
         key_sets = [
             {key for key, value in state.items() if isinstance(value, torch.Tensor) and value.dim()}
             for state in self.states
@@ -156,7 +156,7 @@ class _Rank:
 
 
 def _check_ranks(directory: Path, ranks: list[_Rank]) -> None:
-    """All of one save."""
+    """Raise CheckpointError unless all ranks' files come from one save."""
     first = ranks[0]
     for rank in ranks:
         if rank.world_size != len(ranks):
@@ -225,7 +225,7 @@ Placed = Iterator[tuple[str, torch.Size, Any]]
 
 
 def _below_stage_three(ranks: list[_Rank], groups: list[dict[str, torch.Size]]) -> Placed:
-    """Stages 1 and 2: all parameters of a group one after another, the whole cut into one partition a rank."""
+    """Yield the parameters of stages 1 and 2: a group's are concatenated, then split evenly over ranks."""
     paddings = ranks[0].content.get("param_alignment_paddings")
     if len(groups) != len(ranks[0].masters):
         raise ValueError(f"{len(ranks[0].masters)} partitions for {len(groups)} groups of parameters")
@@ -244,8 +244,8 @@ def _across_ranks(ranks: list[_Rank], index: int, start: int, count: int, key: s
 
 
 def _stage_three(ranks: list[_Rank], groups: list[dict[str, torch.Size]]) -> Placed:
-    """Stage 3: each parameter in equal parts, padded at the end; a rank's parts stand one after another over
-    its sub-groups."""
+    """Yield the parameters of stage 3. Each is split into equal parts, padded at the end; a rank's parts are
+    concatenated across its sub-groups."""
     position, length = 0, sum(master.numel() for master in ranks[0].masters)
     for name, shape in ((name, shape) for shapes in groups for name, shape in shapes.items()):
         part = -(-shape.numel() // len(ranks))
@@ -264,7 +264,7 @@ def _parts(ranks: list[_Rank], start: int, part: int, count: int, key: str) -> t
 
 
 def _stretch(pieces: list[torch.Tensor], start: int, count: int) -> torch.Tensor:
-    """Elements [start, start + count) of the pieces put end to end."""
+    """Return elements [start, start + count) of the concatenated pieces."""
     taken = []
     for piece in pieces:
         begin, end = max(0, start), min(piece.numel(), start + count)
@@ -280,8 +280,8 @@ def _within(name: str, end: int, length: int) -> None:
 
 
 def _frozen(stage: int, models: list[dict[str, Any]]) -> Iterator[tuple[str, ForeignTensor]]:
-    """Parameters that no optimizer has, in the precision that computed; stage 1 keeps them among the rest of
-    the model only."""
+    """Yield the parameters without optimizer state, in the compute dtype. Below stage 3 they are only among the
+    model's other tensors."""
     if stage < 3:
         known = {*models[0]["buffer_names"], *(models[0].get("shared_params") or {})}
         known.update(*models[0]["param_shapes"])

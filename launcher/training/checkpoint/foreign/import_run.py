@@ -1,4 +1,4 @@
-"""Write a foreign checkpoint as one of a run, one tensor in memory at a time."""
+"""Import of a foreign checkpoint into a run, with one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -44,18 +44,18 @@ class Prepared:
 
     origin: str
     step: int
-    """Where the run goes on."""
+    """The step at which the run continues."""
     optimizer_step: float | None
-    """How many steps the optimizer took; None where it does not count."""
+    """The optimizer's number of steps; None if it keeps no count."""
     tensors: dict[str, torch.Tensor]
     progress: Progress
     notes: tuple[str, ...]
-    """What was assumed, and what is not as it was."""
+    """Assumptions, and differences from the original training."""
 
 
 @dataclass(frozen=True)
 class Imported:
-    """A checkpoint that was written."""
+    """The checkpoint written by an import."""
 
     directory: Path
     step: int
@@ -64,13 +64,13 @@ class Imported:
 
 
 def prepare(source: Path, plan: Plan, samples: int | None = None) -> Prepared:
-    """Check that a checkpoint is whole and is of the plan's model and optimizer. Reads no more than its
-    tables and tied weights.
+    """Check that a checkpoint is complete and matches the plan's model and optimizer. Only its tables and tied
+    weights are read.
 
-    `samples`: how many samples (packs) of the run's data count as consumed; without it, step x global batch.
+    `samples` of the run's data (packs, if packed) count as consumed; the default is step x global batch.
 
-    Raises CheckpointError for a checkpoint that cannot be taken, ConfigurationError for `samples` that are no
-    whole steps.
+    Raises CheckpointError for a checkpoint that cannot be imported, ConfigurationError for `samples` that are no
+    whole number of steps.
     """
     if plan.script:
         raise ConfigurationError(
@@ -92,8 +92,8 @@ def prepare(source: Path, plan: Plan, samples: int | None = None) -> Prepared:
 
 
 def refuse_used(run: RunDirectory) -> None:
-    """Raise ConfigurationError where a run has a checkpoint of its own, which would be newer or older than
-    the one that comes."""
+    """Raise ConfigurationError if the run has checkpoints already: they could be newer or older than the
+    imported one."""
     there = list_checkpoints(run)
     if there:
         reason = f"has checkpoints already ({there[-1].name}); take it into a new run directory"
@@ -103,10 +103,10 @@ def refuse_used(run: RunDirectory) -> None:
 def write(
     run: RunDirectory, plan: Plan, prepared: Prepared, report: Report = lambda done, total: None
 ) -> Imported:
-    """Write it as a checkpoint of the run: whole and verified as any, or not at all. The caller holds the
-    run's lock.
+    """Write the prepared checkpoint as one of the run: complete, with hashes as any other, or not at all. The
+    caller must hold the run's lock.
 
-    Raises CheckpointError where the source breaks off, StorageError where the disk does not take it.
+    Raises CheckpointError if the source is truncated, and StorageError if the disk fails.
     """
     refuse_used(run)
     set_umask(plan.share_with_group)
@@ -137,7 +137,7 @@ def write(
 
 
 def _lazy(tensor: ForeignTensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return a tensor whose elements come when they are written, and go afterwards."""
+    """Return a tensor whose elements are read only when they are written, and freed afterwards."""
     return FlatShard(tensor.shape, 0, tensor.shape.numel(), functools.partial(tensor.as_dtype, dtype), dtype)
 
 
@@ -176,7 +176,7 @@ def _manifest(run: RunDirectory, plan: Plan, prepared: Prepared, files: dict[str
 
 
 def _step(foreign: Foreign, plan: Plan, samples: int | None, notes: list[str]) -> int:
-    """The step at which the run goes on: its place in the data is step x global batch, always."""
+    """Return the step at which the run continues. Its position in the data is always step x global batch."""
     size = plan.batch.global_batch_size
     if samples is not None:
         if samples % size:
@@ -205,7 +205,7 @@ def _step(foreign: Foreign, plan: Plan, samples: int | None, notes: list[str]) -
 
 
 def _optimizer_step(foreign: Foreign) -> float:
-    """Return how many steps Adam's averages are corrected for."""
+    """Return the step count for the bias correction of Adam's averages."""
     if len(foreign.optimizer_steps) > 1:
         low, high = min(foreign.optimizer_steps), max(foreign.optimizer_steps)
         raise CheckpointError(
@@ -221,7 +221,7 @@ def _optimizer_step(foreign: Foreign) -> float:
 
 
 def _differences(foreign: Foreign, plan: Plan) -> list[str]:
-    """Return what the plan's optimizer does otherwise than the one that was saved."""
+    """Return the differences between the plan's optimizer and the saved one, and the parts not imported."""
     training = plan.training
     ours: dict[str, Any] = {
         "eps": training.epsilon,
@@ -262,8 +262,8 @@ def _differences(foreign: Foreign, plan: Plan) -> list[str]:
 
 
 def _extra(foreign: Foreign, plan: Plan, source: Path) -> dict[str, Any]:
-    """Return what the trainer needs beside the step. The run begins with an evaluation, as none was made of
-    this model."""
+    """Return the trainer's state other than the step. The run begins with an evaluation, as this model was not
+    evaluated yet."""
     scale = LossScale(plan.precision == "fp16")
     if scale.used and foreign.loss_scale:
         scale.value = float(foreign.loss_scale)

@@ -1,4 +1,4 @@
-"""The names that a plan's model holds, and a foreign checkpoint checked against them."""
+"""The tensor names of a plan's model, and the check of a foreign checkpoint against them."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class Expected:
 
 
 def expected(plan: Plan, foreign: Foreign) -> Expected:
-    """Return what is made from the model's config alone, no weight of it in memory. A new head is as wide as
-    the checkpoint's.
+    """Return the tensors of the plan's model, from its config alone, without weights in memory. A new head
+    gets the width of the checkpoint's.
 
-    Raises ConfigurationError where there is no such model, and where the run trains adapters beside it,
-    keeps an average of its weights, or has Adafactor step them.
+    Raises ConfigurationError if there is no such model, and if the run trains adapters, keeps an average of its
+    weights, or uses Adafactor.
     """
     if plan.model.adapter is not None:
         reason = (
@@ -80,7 +80,7 @@ def _empty(plan: Plan, auto_class: Any, config: Any) -> Any:
 
 
 def _take_num_labels(plan: Plan, auto_class: Any, config: Any, foreign: Foreign) -> None:
-    """The parameter that grows with the number of classes says how many the checkpoint has."""
+    """Set `config.num_labels` from the checkpoint's shape of the parameter that depends on it."""
     shapes = []
     for number in (2, 3):
         config.num_labels = number
@@ -93,10 +93,9 @@ def _take_num_labels(plan: Plan, auto_class: Any, config: Any, foreign: Foreign)
 
 
 def matched(foreign: Foreign, wanted: Expected, plan: Plan) -> dict[str, tuple[ForeignTensor, torch.dtype]]:
-    """Return each tensor of our checkpoint and the foreign tensor that it is.
+    """Return the foreign tensor and the dtype for each tensor of our checkpoint.
 
-    Raises CheckpointError where names, shapes, tied values or the optimizer's state are not those of the
-    plan's model.
+    Raises CheckpointError if names, shapes, tied values or the optimizer's state do not match the plan's model.
     """
     here = foreign.parameters | foreign.buffers
     chosen: dict[str, tuple[ForeignTensor, torch.dtype]] = {}
@@ -139,7 +138,7 @@ def matched(foreign: Foreign, wanted: Expected, plan: Plan) -> dict[str, tuple[F
 
 
 def _one_of(names: list[str], foreign: Foreign) -> ForeignTensor:
-    """A parameter that the model holds once: the copy that trained, and no other that differs from it."""
+    """Return a tied parameter's trained copy. Raises CheckpointError if another copy differs from it."""
     here = foreign.parameters | foreign.buffers
     first = next((name for name in names if name in foreign.states), names[0])
     for other in (name for name in names if name != first):
@@ -152,7 +151,7 @@ def _one_of(names: list[str], foreign: Foreign) -> ForeignTensor:
 
 
 def _states(foreign: Foreign, wanted: Expected, plan: Plan) -> dict[str, tuple[ForeignTensor, torch.dtype]]:
-    """The optimizer's tensors that the plan's optimizer needs."""
+    """Return the state tensors that the plan's optimizer needs. Raises CheckpointError if some are missing."""
     keys, dtype = moments(plan.training), moment_dtype(plan.training)
     states: dict[str, tuple[ForeignTensor, torch.dtype]] = {}
     without = []
@@ -191,7 +190,7 @@ def _why_no_state(foreign: Foreign, plan: Plan, without: list[tuple[str, list[st
 
 
 def _listed(names: Iterable[str], near: Iterable[str]) -> str:
-    """The first few, with the nearest name of the others."""
+    """Return the first few names, each with the most similar name in `near`."""
     names, near = list(names), list(near)
     shown = []
     for name in names[:_SHOWN]:

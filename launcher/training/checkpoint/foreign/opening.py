@@ -1,4 +1,4 @@
-"""Tell who wrote a foreign checkpoint, and open it."""
+"""Recognition of the tool that wrote a foreign checkpoint, and its opening."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from launcher.training.checkpoint.foreign.common import Foreign
 
 
 def open_foreign(source: Path) -> Foreign:
-    """Look at a checkpoint that DeepSpeed or Accelerate wrote. Its tensors are not read yet.
+    """Open a checkpoint that DeepSpeed or Accelerate wrote, without reading its tensors yet.
 
-    Raises CheckpointError where it is neither, or not whole.
+    Raises CheckpointError if it is neither, or incomplete.
     """
     if not source.is_dir():
         raise CheckpointError(
