@@ -174,7 +174,7 @@ class Draft:
             rows = sample_of(job.data.train.parts[0], job.data, job.model.task).rows
         except DataError:
             return [], False
-        tokens, exact = lengths(rows, tasks.of_job(job), job.model.name)
+        tokens, exact = lengths(rows, tasks.of_job(job), locate(job.model.name))
         return sorted(tokens), exact
 
     def _with_length(self, length: int) -> tuple[Job | None, list[Problem]]:

@@ -149,9 +149,7 @@ CACHED = Profiles()
 
 def _only_parameters(plan: Plan) -> Profile | None:
     """Return a profile of nothing but the number of parameters in the model's files; None without any."""
-    if plan.model.weights == "random" or plan.model.config is not None or plan.model.adapter is not None:
-        return None
-    number = stored_parameters(Path(locate(plan.model.name, plan.model.revision)))
+    number = 0 if plan.model.adapter is not None else stored_parameters(plan.model)
     return Profile(plan.data.max_length, Unit((Weight("all", (number,)),)), ()) if number else None
 
 
