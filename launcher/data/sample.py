@@ -12,7 +12,7 @@ from pathlib import Path
 from launcher.data.aligned import look_at_pairs
 from launcher.data.files import find_files
 from launcher.data.folder import folder_of, with_places
-from launcher.data.formats import format_of, num_lines
+from launcher.data.formats import Format, format_of, num_lines
 from launcher.data.parts import Part, Seen
 from launcher.data.rows import Read, Values
 from launcher.data.section import Source
@@ -69,39 +69,28 @@ def look(source: Source, columns: Sequence[str], most: int = 1024) -> Sample:
 
 def _in_order(paths: Sequence[Path], columns: Sequence[str]) -> Iterator[Values]:
     for path in paths:
-        yield from (with_places(values, columns, folder_of(path)) for _, values in _read(path, columns))
+        rows = _read(path, format_of(path), columns)
+        yield from (with_places(values, columns, folder_of(path)) for _, values in rows)
 
 
-def _read(path: Path, columns: Sequence[str]) -> Read:
-    if (reason := too_large(path)) is not None:
+def _read(path: Path, kind: Format, columns: Sequence[str]) -> Read:
+    if (reason := kind.too_large(path)) is not None:
         raise DataError(reason)
-    return format_of(path).read(path, columns)
-
-
-def too_large(path: Path) -> str | None:
-    """Return why a file is not looked at, as its format would have it read as a whole; None where it is."""
-    most, size = format_of(path).most_bytes, path.stat().st_size
-    if most is None or size <= most:
-        return None
-    return (
-        f"{path} would have to be read as a whole, {size:,} bytes; as .jsonl it would be looked at in places"
-    )
+    return kind.read(path, columns)
 
 
 def _parts(paths: Sequence[Path]) -> list[Part]:
-    """The files, with what is counted of them."""
-    sizes = [path.stat().st_size for path in paths]
-    lines = sum(size for path, size in zip(paths, sizes, strict=True) if format_of(path).by_lines)
-    few = len(paths) <= _COUNTED_FILES
-    return [
-        Part(path, size, _counted(path, lines <= _COUNTED_BYTES) if few else None)
-        for path, size in zip(paths, sizes, strict=True)
-    ]
-
-
-def _counted(path: Path, lines_too: bool) -> int | None:
-    one = format_of(path)
-    return num_lines(path) if one.by_lines and lines_too else one.num_rows(path)
+    """Return the files, with what is counted of them."""
+    files = [(path, format_of(path), path.stat().st_size) for path in paths]
+    lines = sum(size for _, kind, size in files if kind.by_lines)
+    parts = []
+    for path, kind, size in files:
+        counted = None
+        if len(paths) <= _COUNTED_FILES:
+            by_lines = kind.by_lines and lines <= _COUNTED_BYTES
+            counted = num_lines(path) if by_lines else kind.num_rows(path)
+        parts.append(Part(path, kind, size, counted))
+    return parts
 
 
 def _look(parts: Sequence[Part], columns: Sequence[str], most: int) -> tuple[list[float], tuple[Values, ...]]:
@@ -112,7 +101,7 @@ def _look(parts: Sequence[Part], columns: Sequence[str], most: int) -> tuple[lis
     seen: dict[Path, Seen] = {}
     for number, part in enumerate(some):
         wanted = max(_FEWEST, ceil(most * part.measure / max(1, measured)))
-        whole = size <= format_of(part.path).whole_bytes
+        whole = size <= part.kind.whole_bytes
         seen[part.path] = _of_part(part, columns, wanted, whole, (0.5 + number * _GOLDEN) % 1)
     each = sum(look.num_rows for look in seen.values()) / measured if measured else 0.0
     numbers = [seen[part.path].num_rows if part.path in seen else each * part.measure for part in parts]
@@ -120,12 +109,11 @@ def _look(parts: Sequence[Part], columns: Sequence[str], most: int) -> tuple[lis
 
 
 def _of_part(part: Part, columns: Sequence[str], wanted: int, whole: bool, phase: float) -> Seen:
-    one, folder = format_of(part.path), folder_of(part.path)
-    if not (whole and one.by_lines) and (seen := one.look(part, columns, wanted, phase)):
+    kind, folder = part.kind, folder_of(part.path)
+    if not (whole and kind.by_lines) and (seen := kind.look(part, columns, wanted, phase)):
         return Seen(seen.num_rows, [with_places(values, columns, folder) for values in seen.rows])
-    rows = [
-        with_places(values, columns, folder) for _, values in islice(_read(part.path, columns), part.first)
-    ]
+    read = islice(_read(part.path, kind, columns), part.first)
+    rows = [with_places(values, columns, folder) for _, values in read]
     return Seen(len(rows), rows)
 
 
@@ -133,11 +121,9 @@ def _some(parts: Sequence[Part]) -> list[Part]:
     """Files from all over a source; of those that have to be read as a whole only so many as may be."""
     step = -(-len(parts) // _MOST_FILES)
     some = list(parts[step // 2 :: step])
-    most = {part.path: format_of(part.path).most_bytes for part in some}
+    limits = {part.kind.most_bytes for part in some}
     while len(some) > 1 and any(
-        sum(part.size for part in some if most[part.path] == limit) > limit
-        for limit in most.values()
-        if limit
+        sum(part.size for part in some if part.kind.most_bytes == limit) > limit for limit in limits if limit
     ):
         some = some[::2]
     return some

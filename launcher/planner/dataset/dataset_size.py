@@ -139,7 +139,7 @@ def _looked(source: Source, data: Data, model: str, task: str, changed: int) -> 
     lets what was seen of an older file be forgotten."""
     learned = tasks.find(task)(data)
     try:
-        seen = sample_of(source, data, task)
+        seen = sample_of(source, learned.columns)
     except DataError as error:
         return str(error)
     if not seen.rows:

@@ -97,12 +97,13 @@ class Profiles:
 
     def _taught(self, plan: Plan) -> Program | Unknown:
         student = self.find(plan.model_copy(update={"distillation": None}))
-        teacher = self.find(plan.of_teacher())
+        beside = plan.of_teacher()
+        teacher = self.find(beside)
         if isinstance(student, Unknown):
             return student
         if isinstance(teacher, Unknown):
             return Unknown(f"of its teacher: {teacher.reason}")
-        return Taught(student, teacher, projection(plan))
+        return Taught(student, teacher, projection(plan, beside))
 
     def program(self, plan: Plan) -> Program | None:
         """Return the program of a plan's model; None where no pass can be forecast."""

@@ -95,20 +95,15 @@ class Teacher:
         return changed
 
 
-def projection(plan: Plan) -> Weight | None:
+def projection(plan: Plan, teacher: Plan) -> Weight | None:
     """Return the matrix between the hidden states of a plan's model and its teacher's; None where there is none,
     or a config is not here."""
     if plan.distillation is None or plan.distillation.hidden_states is None:
         return None
-    own, other = _shapes(plan)
+    own, other = ModelShape.read(plan.model), ModelShape.read(teacher.model)
     if own is None or other is None or own.hidden_size == other.hidden_size:
         return None
     return Weight(f"{PROJECTION}.weight", (other.hidden_size, own.hidden_size))
-
-
-def _shapes(plan: Plan) -> tuple[ModelShape | None, ModelShape | None]:
-    """Return how large a plan's model is, and its teacher; None of a config that is not here."""
-    return ModelShape.read(plan.model), ModelShape.read(plan.of_teacher().model)
 
 
 @dataclass(frozen=True)
@@ -129,7 +124,7 @@ class _Hidden:
         """Return none where nothing is compared, or a config is not here. takes: positions that are learned, as
         a causal LM does."""
         hidden = None if plan.distillation is None else plan.distillation.hidden_states
-        own, other = _shapes(plan)
+        own, other = ModelShape.read(plan.model), ModelShape.read(plan.of_teacher().model)
         if hidden is None or own is None or other is None:
             return cls()
         num_tokens, itemsize = setting.batch.num_tokens, setting.itemsize
