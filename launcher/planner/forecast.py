@@ -188,8 +188,3 @@ def forecast_here(
 ) -> Forecast | None:
     """Return the forecast of a plan on this machine, with what was measured of it."""
     return forecast(plan, target_here(plan, hardware, network), profiles, program)
-
-
-def least_bytes(plan: Plan, program: Program) -> int:
-    """Return the bytes that a rank needs whatever a pass takes."""
-    return Estimator(plan, program).least()
