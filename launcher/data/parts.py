@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from launcher.data.rows import Values
-
-if TYPE_CHECKING:
-    from launcher.data.formats import Format
 
 LINE_BYTES = 1024
 """Of a line, where lines are not counted: how much is read at first rests on it, and no more."""
@@ -23,7 +19,6 @@ class Part:
     """A file, or as much of its beginning as a limit reaches."""
 
     path: Path
-    kind: Format
     size: int
     counted: int | None
     """Its lines, or the rows of Parquet and Arrow; None where they are not counted."""

@@ -41,6 +41,13 @@ class Sample:
     """Any of them, no more than there are: of each file its share."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Part(Part):
+    """A part with its format."""
+
+    kind: Format
+
+
 def look(source: Source, columns: Sequence[str], most: int = 1024) -> Sample:
     """Return the number of rows of local files, and at most so many of them. Raises DataError where they are
     not here, or cannot be read.
@@ -79,7 +86,7 @@ def _read(path: Path, kind: Format, columns: Sequence[str]) -> Read:
     return kind.read(path, columns)
 
 
-def _parts(paths: Sequence[Path]) -> list[Part]:
+def _parts(paths: Sequence[Path]) -> list[_Part]:
     """Return the files, with what is counted of them."""
     files = [(path, format_of(path), path.stat().st_size) for path in paths]
     lines = sum(size for _, kind, size in files if kind.by_lines)
@@ -89,11 +96,13 @@ def _parts(paths: Sequence[Path]) -> list[Part]:
         if len(paths) <= _COUNTED_FILES:
             by_lines = kind.by_lines and lines <= _COUNTED_BYTES
             counted = num_lines(path) if by_lines else kind.num_rows(path)
-        parts.append(Part(path, kind, size, counted))
+        parts.append(_Part(path=path, size=size, counted=counted, kind=kind))
     return parts
 
 
-def _look(parts: Sequence[Part], columns: Sequence[str], most: int) -> tuple[list[float], tuple[Values, ...]]:
+def _look(
+    parts: Sequence[_Part], columns: Sequence[str], most: int
+) -> tuple[list[float], tuple[Values, ...]]:
     """Return how many rows each file has, and some of them."""
     some = _some(parts)
     size = sum(part.share * part.size for part in parts)
@@ -108,7 +117,7 @@ def _look(parts: Sequence[Part], columns: Sequence[str], most: int) -> tuple[lis
     return numbers, _fairly(list(seen.values()), most)
 
 
-def _of_part(part: Part, columns: Sequence[str], wanted: int, whole: bool, phase: float) -> Seen:
+def _of_part(part: _Part, columns: Sequence[str], wanted: int, whole: bool, phase: float) -> Seen:
     kind, folder = part.kind, folder_of(part.path)
     if not (whole and kind.by_lines) and (seen := kind.look(part, columns, wanted, phase)):
         return Seen(seen.num_rows, [with_places(values, columns, folder) for values in seen.rows])
@@ -117,7 +126,7 @@ def _of_part(part: Part, columns: Sequence[str], wanted: int, whole: bool, phase
     return Seen(len(rows), rows)
 
 
-def _some(parts: Sequence[Part]) -> list[Part]:
+def _some(parts: Sequence[_Part]) -> list[_Part]:
     """Files from all over a source; of those that have to be read as a whole only so many as may be."""
     step = -(-len(parts) // _MOST_FILES)
     some = list(parts[step // 2 :: step])
@@ -129,9 +138,9 @@ def _some(parts: Sequence[Part]) -> list[Part]:
     return some
 
 
-def _reached(parts: Sequence[Part], numbers: Sequence[float], limit: int) -> list[Part]:
+def _reached(parts: Sequence[_Part], numbers: Sequence[float], limit: int) -> list[_Part]:
     """The files that a limit reaches, the last of them in part."""
-    reached: list[Part] = []
+    reached: list[_Part] = []
     left = float(limit)
     for part, number in zip(parts, numbers, strict=True):
         if number >= left:
