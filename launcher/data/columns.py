@@ -15,7 +15,7 @@ from launcher.data.files import find_files
 from launcher.data.folder import IMAGES, SOUNDS, FileColumnIfThere, listing, metadata_of
 from launcher.data.formats import format_of
 from launcher.data.rows import RowProblem, is_missing
-from launcher.data.sample import look, too_large
+from launcher.data.sample import look
 from launcher.data.saved import saved_splits
 from launcher.data.section import Source
 from launcher.data.written import list_in
@@ -95,7 +95,7 @@ def overview(path: str) -> Overview:
     """
     media = _media_in(path)
     files = find_files(path, columns=media)
-    if reason := next(filter(None, map(too_large, files)), None):
+    if reason := next(filter(None, (format_of(file).too_large(file) for file in files)), None):
         raise DataError(reason)
     first = files[0]
     names = [*media, "label"] if first.is_dir() else format_of(first).names(first)

@@ -52,6 +52,14 @@ class Format(ABC):
         it cannot be read."""
         return None
 
+    def too_large(self, path: Path) -> str | None:
+        """Return why a file is not looked at, as all of it would have to be read; None where it is."""
+        size = path.stat().st_size
+        if self.most_bytes is None or size <= self.most_bytes:
+            return None
+        instead = "as .jsonl it would be looked at in places"
+        return f"{path} would have to be read as a whole, {size:,} bytes; {instead}"
+
     def look(self, part: Part, columns: Sequence[str], wanted: int, phase: float) -> Seen | None:
         """Return how many rows a part has and about so many of them; None where all of it may as well be
         read.

@@ -12,7 +12,7 @@ from pathlib import Path
 from launcher.data.aligned import look_at_pairs
 from launcher.data.files import find_files
 from launcher.data.folder import folder_of, with_places
-from launcher.data.formats import format_of, num_lines
+from launcher.data.formats import Format, format_of, num_lines
 from launcher.data.parts import Part, Seen
 from launcher.data.rows import Read, Values
 from launcher.data.section import Source
@@ -39,6 +39,13 @@ class Sample:
     of their files."""
     rows: tuple[Values, ...]
     """Any of them, no more than there are: of each file its share."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part(Part):
+    """A part with its format."""
+
+    kind: Format
 
 
 def look(source: Source, columns: Sequence[str], most: int = 1024) -> Sample:
@@ -69,42 +76,33 @@ def look(source: Source, columns: Sequence[str], most: int = 1024) -> Sample:
 
 def _in_order(paths: Sequence[Path], columns: Sequence[str]) -> Iterator[Values]:
     for path in paths:
-        yield from (with_places(values, columns, folder_of(path)) for _, values in _read(path, columns))
+        rows = _read(path, format_of(path), columns)
+        yield from (with_places(values, columns, folder_of(path)) for _, values in rows)
 
 
-def _read(path: Path, columns: Sequence[str]) -> Read:
-    if (reason := too_large(path)) is not None:
+def _read(path: Path, kind: Format, columns: Sequence[str]) -> Read:
+    if (reason := kind.too_large(path)) is not None:
         raise DataError(reason)
-    return format_of(path).read(path, columns)
+    return kind.read(path, columns)
 
 
-def too_large(path: Path) -> str | None:
-    """Return why a file is not looked at, as its format would have it read as a whole; None where it is."""
-    most, size = format_of(path).most_bytes, path.stat().st_size
-    if most is None or size <= most:
-        return None
-    return (
-        f"{path} would have to be read as a whole, {size:,} bytes; as .jsonl it would be looked at in places"
-    )
+def _parts(paths: Sequence[Path]) -> list[_Part]:
+    """Return the files, with what is counted of them."""
+    files = [(path, format_of(path), path.stat().st_size) for path in paths]
+    lines = sum(size for _, kind, size in files if kind.by_lines)
+    parts = []
+    for path, kind, size in files:
+        counted = None
+        if len(paths) <= _COUNTED_FILES:
+            by_lines = kind.by_lines and lines <= _COUNTED_BYTES
+            counted = num_lines(path) if by_lines else kind.num_rows(path)
+        parts.append(_Part(path=path, size=size, counted=counted, kind=kind))
+    return parts
 
 
-def _parts(paths: Sequence[Path]) -> list[Part]:
-    """The files, with what is counted of them."""
-    sizes = [path.stat().st_size for path in paths]
-    lines = sum(size for path, size in zip(paths, sizes, strict=True) if format_of(path).by_lines)
-    few = len(paths) <= _COUNTED_FILES
-    return [
-        Part(path, size, _counted(path, lines <= _COUNTED_BYTES) if few else None)
-        for path, size in zip(paths, sizes, strict=True)
-    ]
-
-
-def _counted(path: Path, lines_too: bool) -> int | None:
-    one = format_of(path)
-    return num_lines(path) if one.by_lines and lines_too else one.num_rows(path)
-
-
-def _look(parts: Sequence[Part], columns: Sequence[str], most: int) -> tuple[list[float], tuple[Values, ...]]:
+def _look(
+    parts: Sequence[_Part], columns: Sequence[str], most: int
+) -> tuple[list[float], tuple[Values, ...]]:
     """Return how many rows each file has, and some of them."""
     some = _some(parts)
     size = sum(part.share * part.size for part in parts)
@@ -112,40 +110,37 @@ def _look(parts: Sequence[Part], columns: Sequence[str], most: int) -> tuple[lis
     seen: dict[Path, Seen] = {}
     for number, part in enumerate(some):
         wanted = max(_FEWEST, ceil(most * part.measure / max(1, measured)))
-        whole = size <= format_of(part.path).whole_bytes
+        whole = size <= part.kind.whole_bytes
         seen[part.path] = _of_part(part, columns, wanted, whole, (0.5 + number * _GOLDEN) % 1)
     each = sum(look.num_rows for look in seen.values()) / measured if measured else 0.0
     numbers = [seen[part.path].num_rows if part.path in seen else each * part.measure for part in parts]
     return numbers, _fairly(list(seen.values()), most)
 
 
-def _of_part(part: Part, columns: Sequence[str], wanted: int, whole: bool, phase: float) -> Seen:
-    one, folder = format_of(part.path), folder_of(part.path)
-    if not (whole and one.by_lines) and (seen := one.look(part, columns, wanted, phase)):
+def _of_part(part: _Part, columns: Sequence[str], wanted: int, whole: bool, phase: float) -> Seen:
+    kind, folder = part.kind, folder_of(part.path)
+    if not (whole and kind.by_lines) and (seen := kind.look(part, columns, wanted, phase)):
         return Seen(seen.num_rows, [with_places(values, columns, folder) for values in seen.rows])
-    rows = [
-        with_places(values, columns, folder) for _, values in islice(_read(part.path, columns), part.first)
-    ]
+    read = islice(_read(part.path, kind, columns), part.first)
+    rows = [with_places(values, columns, folder) for _, values in read]
     return Seen(len(rows), rows)
 
 
-def _some(parts: Sequence[Part]) -> list[Part]:
+def _some(parts: Sequence[_Part]) -> list[_Part]:
     """Files from all over a source; of those that have to be read as a whole only so many as may be."""
     step = -(-len(parts) // _MOST_FILES)
     some = list(parts[step // 2 :: step])
-    most = {part.path: format_of(part.path).most_bytes for part in some}
+    limits = {part.kind.most_bytes for part in some}
     while len(some) > 1 and any(
-        sum(part.size for part in some if most[part.path] == limit) > limit
-        for limit in most.values()
-        if limit
+        sum(part.size for part in some if part.kind.most_bytes == limit) > limit for limit in limits if limit
     ):
         some = some[::2]
     return some
 
 
-def _reached(parts: Sequence[Part], numbers: Sequence[float], limit: int) -> list[Part]:
+def _reached(parts: Sequence[_Part], numbers: Sequence[float], limit: int) -> list[_Part]:
     """The files that a limit reaches, the last of them in part."""
-    reached: list[Part] = []
+    reached: list[_Part] = []
     left = float(limit)
     for part, number in zip(parts, numbers, strict=True):
         if number >= left:

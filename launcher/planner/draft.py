@@ -170,11 +170,12 @@ class Draft:
         job, _ = self._with_length(most)
         if job is None:
             return [], False
+        task = tasks.of_job(job)
         try:
-            rows = sample_of(job.data.train.parts[0], job.data, job.model.task).rows
+            rows = sample_of(job.data.train.parts[0], task.columns).rows
         except DataError:
             return [], False
-        tokens, exact = lengths(rows, tasks.of_job(job), job.model.name)
+        tokens, exact = lengths(rows, task, locate(job.model.name))
         return sorted(tokens), exact
 
     def _with_length(self, length: int) -> tuple[Job | None, list[Problem]]:

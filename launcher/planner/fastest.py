@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from launcher.job.schema import ActivationCheckpointing, Job
 from launcher.planner import candidates
 from launcher.planner.candidates import ENGINE_NAMES, Cut, EngineOption, cut_words
-from launcher.planner.forecast import Forecast, forecast, least_bytes
+from launcher.planner.forecast import Forecast, forecast
+from launcher.planner.memory.estimate import Estimator
 from launcher.planner.memory.limits import recomputations, samples_per_pass
 from launcher.planner.memory.program import Program
 from launcher.planner.plan import Decision, Plan, Refused, Why
@@ -105,7 +106,7 @@ class Search:
 
         Without rates the least recomputation that fits is taken for the fastest.
         """
-        usable, least = self.target.usable_bytes(plan.mesh.device), least_bytes(plan, self.program)
+        usable, least = self.target.usable_bytes(plan.mesh.device), Estimator(plan, self.program).least()
         if least > usable:
             self.refuse(
                 cut_words(plan),

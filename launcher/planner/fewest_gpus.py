@@ -8,7 +8,7 @@ from launcher.errors import ConfigurationError, Problem
 from launcher.job.cluster import node_range
 from launcher.job.schema import Job
 from launcher.planner.comparison import PlanRow, gpu_types, gpus_per_node, impossible, plan_on, with_network
-from launcher.planner.dataset.dataset_size import why_no_epoch
+from launcher.planner.dataset.dataset_size import one_pass
 from launcher.planner.forecast import Forecast
 from launcher.planner.hardware.gpu_table import GpuType
 from launcher.planner.memory.profiles import CACHED, Profiles
@@ -58,8 +58,8 @@ def _seconds(job: Job, deadline: str) -> float:
     if not isinstance(seconds, float):
         raise ConfigurationError(Problem("--deadline", deadline, "is no time; write 90min, 24h or 2d"))
     model = locate(job.model.name, job.model.revision)
-    unknown = job.training.max_steps is None and why_no_epoch(job.data.train, job.data, model, job.model.task)
-    if unknown:
+    train, epoch = job.data.train, job.training.max_steps is None
+    if epoch and isinstance(unknown := one_pass(train, job.data, model, job.model.task), str):
         reason = f"needs training.max_steps, as how many steps an epoch has is not known: {unknown}"
         raise ConfigurationError(Problem("--deadline", deadline, reason))
     return seconds

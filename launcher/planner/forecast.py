@@ -8,7 +8,7 @@ from typing import Any
 from launcher.job.cluster import NetworkName
 from launcher.planner.dataset.dataset_size import Items, evaluation_items, training_items
 from launcher.planner.hardware.detect import Hardware
-from launcher.planner.memory.estimate import Estimator
+from launcher.planner.memory.estimate import Estimator, batch_of
 from launcher.planner.memory.footprint import Footprint
 from launcher.planner.memory.formulas import Formulas
 from launcher.planner.memory.profiles import CACHED, Profiles
@@ -157,35 +157,25 @@ def forecast(
     program = program or profiles.program(plan)
     if program is None:
         return None
-    estimator = Estimator(plan, program)
-    footprint, gpu = estimator.footprint(), target.gpu
-    foreseen = Forecast(plan, footprint, target, estimator.checkpoint_bytes, program)
+    estimator, gpu = Estimator(plan, program), target.gpu
+    foreseen = Forecast(plan, estimator.footprint(), target, estimator.checkpoint_bytes, program)
     if gpu is None:
         return foreseen
-    items, padded = training_items(plan), None
-    if items is None or items.packed:
-        rate = speed(plan, estimator.units, estimator.segments(), gpu)
-    else:
+    items, held_out = training_items(plan), evaluation_items(plan)
+    typical, share, padded = plan, 1.0, None
+    if items is not None and not items.packed:
         # Samples that were looked at: the speed is that of samples as long as they are, with their padding.
         padded = items.mean if plan.layout == "packed" else items.padded(plan.batch)
         length = max(1, round(padded))
-        shorter = plan.model_copy(update={"data": plan.data.model_copy(update={"max_length": length})})
-        typical = Estimator(shorter, program)
-        rate = speed(shorter, typical.units, typical.segments(), gpu)
+        typical = plan.model_copy(update={"data": plan.data.model_copy(update={"max_length": length})})
         share = items.mean / length
-        rate = replace(rate, tokens=round(rate.tokens * share), model_flops=rate.model_flops * share)
-        estimator = typical
+    setting = replace(estimator.setting, batch=batch_of(typical))
+    rate = speed(typical, estimator.units, program.blocks(setting), gpu)
+    rate = replace(rate, tokens=round(rate.tokens * share), model_flops=rate.model_flops * share)
     if (teacher := estimator.teacher) is not None:
-        beside = speed(
-            teacher.plan.model_copy(update={"data": estimator.plan.data}),
-            teacher.units,
-            teacher.segments,
-            gpu,
-        )
+        beside = speed(typical.of_teacher(), teacher.units, teacher.blocks(setting.batch), gpu)
         rate = replace(rate, compute=rate.compute + beside.evaluation)
-    lasts = duration(
-        plan, rate, foreseen.checkpoint_bytes, gpu, target.disk_rate, items, evaluation_items(plan)
-    )
+    lasts = duration(plan, rate, foreseen.checkpoint_bytes, gpu, target.disk_rate, items, held_out)
     return replace(foreseen, speed=rate, duration=lasts, items=items, padded=padded)
 
 
@@ -198,8 +188,3 @@ def forecast_here(
 ) -> Forecast | None:
     """Return the forecast of a plan on this machine, with what was measured of it."""
     return forecast(plan, target_here(plan, hardware, network), profiles, program)
-
-
-def least_bytes(plan: Plan, program: Program) -> int:
-    """Return the bytes that a rank needs whatever a pass takes."""
-    return Estimator(plan, program).least()

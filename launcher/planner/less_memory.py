@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from launcher.planner.forecast import Forecast, forecast_here, least_bytes
+from launcher.planner.forecast import Forecast, forecast_here
 from launcher.planner.hardware.detect import Hardware
 from launcher.planner.memory.estimate import STAGED, Estimator
 from launcher.planner.memory.profiles import CACHED, Profiles, Unknown
@@ -91,7 +91,7 @@ def _least_needed(plan: Plan, program: Program | Unknown) -> int:
 
 def _states(plan: Plan, program: Program | Unknown) -> int:
     known = program.profile if isinstance(program, Unknown) else program
-    return 0 if known is None else least_bytes(plan, known)
+    return 0 if known is None else Estimator(plan, known).least()
 
 
 def _another_cut(plan: Plan, program: Program | Unknown, hardware: Hardware, memory: int) -> Advice:

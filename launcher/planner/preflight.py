@@ -7,8 +7,9 @@ from pathlib import Path
 
 from launcher.errors import ConfigurationError, OutOfMemoryError, Problem, StorageError
 from launcher.job.schema import Job
-from launcher.planner.forecast import Forecast, forecast, least_bytes
+from launcher.planner.forecast import Forecast, forecast
 from launcher.planner.hardware.detect import Hardware
+from launcher.planner.memory.estimate import Estimator
 from launcher.planner.memory.profiles import CACHED, Profiles, Unknown
 from launcher.planner.plan import Plan
 from launcher.planner.resolve.slurm_request import node_memory
@@ -57,7 +58,7 @@ def _check_state(plan: Plan, target: Target, unknown: Unknown) -> None:
     forecast."""
     if unknown.profile is None or not target.memory_bytes:
         return
-    needed, usable = least_bytes(plan, unknown.profile), target.usable_bytes(plan.mesh.device)
+    needed, usable = Estimator(plan, unknown.profile).least(), target.usable_bytes(plan.mesh.device)
     if needed > usable:
         raise OutOfMemoryError(
             f"the parameters and their training state alone take {gib(needed)} of a rank, and {gib(usable)} of "

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from launcher.planner.candidates import with_cut
-from launcher.planner.forecast import Forecast, forecast, least_bytes
+from launcher.planner.forecast import Forecast, forecast
+from launcher.planner.memory.estimate import Estimator
 from launcher.planner.plan import Plan
 from launcher.planner.resolve.batch import largest_divisor, with_batch
 from launcher.planner.target import GPUS_PER_NODE
@@ -101,7 +102,7 @@ def _may_fit(wanted: Forecast, plan: Plan) -> bool:
     """Return whether a plan is worth a forecast: what it needs whatever a pass takes is quickly known."""
     target = wanted.target
     usable = target.usable_bytes(plan.mesh.device)
-    return not target.memory_bytes or least_bytes(plan, wanted.program) <= usable
+    return not target.memory_bytes or Estimator(plan, wanted.program).least() <= usable
 
 
 def _with_smaller_pass(wanted: Forecast, plan: Plan) -> Forecast | None:

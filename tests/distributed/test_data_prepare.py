@@ -19,7 +19,7 @@ import pytest
 from launcher import tasks
 from launcher.data.section import Data
 from launcher.errors import ConfigurationError, DataError, OutOfMemoryError, StorageError
-from launcher.planner.dataset.dataset_size import one_pass
+from launcher.planner.dataset.dataset_size import Items, one_pass
 from launcher.runs.processes import alive
 from launcher.tasks.causal_lm import CausalColumns, CausalLM
 from launcher.tasks.sequence_classification import LabelledColumns
@@ -462,7 +462,7 @@ def test_the_planner_foresees_what_is_prepared(task: str, settings: dict[str, An
     )
     seen = one_pass(data.train, data, str(tmp_path / "model"), task)
     dataset = made(data, tokenizer=tokenizer, task=task)
-    assert seen is not None and seen.by_tokenizer and seen.num_rows == 3000
+    assert isinstance(seen, Items) and seen.by_tokenizer and seen.num_rows == 3000
     assert seen.num_items == pytest.approx(dataset.num_items, rel=0.05)
     assert seen.mean == pytest.approx(dataset.num_tokens / dataset.num_samples, rel=0.05)
 

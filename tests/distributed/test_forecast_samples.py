@@ -12,7 +12,7 @@ import pytest
 from launcher import tasks
 from launcher.data.rows import RowProblem
 from launcher.data.section import Source
-from launcher.planner.dataset.dataset_size import one_pass
+from launcher.planner.dataset.dataset_size import Items, one_pass
 from tests.distributed.data_world import plan_of
 from tests.distributed.test_tasks_token_classification import piece_tokenizer
 
@@ -81,7 +81,7 @@ def test_as_many_as_the_trainer_makes(
             assert isinstance(found, tuple)
             lengths += [part.length for part in found]
     forecast = one_pass(source, data, str(tmp_path), task)
-    assert forecast is not None and forecast.by_tokenizer
+    assert isinstance(forecast, Items) and forecast.by_tokenizer
     assert forecast.num_items == pytest.approx(len(lengths), rel=within, abs=0)
     if not within:
         assert sorted(forecast.lengths) == sorted(lengths)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.planner.memory.estimate import Estimator, estimate
+from launcher.planner.memory.estimate import Estimator
+from launcher.planner.memory.formulas import formulas_of
 from launcher.planner.model.model_config import read_config
 from launcher.training.tracing.make_profile import make_profile
 from tests.benchmarks.bench_memory import settled
@@ -46,8 +47,9 @@ def _compare(world: World, case: AdapterCase, directory: Path) -> tuple[int, int
     """Bytes predicted and measured: of the peak, and of what is there between steps."""
     plan = case.plan(case.write(directory))
     config = read_config(str(directory))
-    made = estimate(plan, config or {}, case.batch)
-    if made is None:  # by a trace, of samples that are all as long as they may be
+    if formulas := formulas_of(plan, config or {}):
+        made = Estimator(plan, formulas, case.batch).footprint()
+    else:  # by a trace, of samples that are all as long as they may be
         made = Estimator(plan, make_profile(plan)).footprint()
     results = settled(world, measure, Request(plan, case.lengths))
     peak, left = (

@@ -17,7 +17,7 @@ from launcher.data.section import MixedSource, Mixing, Sources
 from launcher.errors import ConfigurationError
 from launcher.job.load import load
 from launcher.job.schema import Job
-from launcher.planner.dataset.dataset_size import one_pass
+from launcher.planner.dataset.dataset_size import Items, one_pass
 from launcher.planner.dataset.usable_rows import look_at_rows
 from launcher.planner.search import plan_job
 from launcher.tasks.mixed import data_of, measured
@@ -181,7 +181,7 @@ def test_the_forecast_counts_by_source(weights: tuple[float | None, ...], total:
     train = [one | ({"weight": w} if w else {}) for one, w in zip((A, B), weights, strict=True)]
     job = job_of(tmp_path, train)
     items = one_pass(job.data.train, job.data, "model", "causal-lm")
-    assert items is not None and items.num_items == total
+    assert isinstance(items, Items) and items.num_items == total
     assert [(alias, rows) for alias, _, rows in items.by_source] == [("a", 8), ("b", 16)]
     assert sum(number for _, number, _ in items.by_source) == total
     assert "from 2 sources: a " in items.words()

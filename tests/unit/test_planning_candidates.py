@@ -15,9 +15,10 @@ from launcher.errors import ConfigurationError
 from launcher.job.schema import Job
 from launcher.planner.candidates import engine_options
 from launcher.planner.fastest import WORTH
-from launcher.planner.forecast import Forecast, forecast, least_bytes
+from launcher.planner.forecast import Forecast, forecast
 from launcher.planner.hardware.detect import Gpu, Hardware
 from launcher.planner.hardware.gpu_table import gpu_type
+from launcher.planner.memory.estimate import Estimator
 from launcher.planner.memory.limits import RECOMPUTATIONS
 from launcher.planner.plan import Plan
 from launcher.planner.preview import preview_job
@@ -271,7 +272,7 @@ def test_what_is_offloaded_is_not_on_the_device(tmp_path: Path) -> None:
         sizes[offload] = (
             made.footprint.phase("saving").peak,
             made.footprint.phase("steady step").host,
-            least_bytes(plan, made.program),
+            Estimator(plan, made.program).least(),
         )
     num_parameters = 2 * 32000 * 2048 + 12 * (2048 * (2 * 2048 + 2 * 1024) + 3 * 2048 * 5632)
     share = num_parameters / NUM_GPUS

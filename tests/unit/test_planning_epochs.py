@@ -30,7 +30,6 @@ from launcher.planner.dataset.dataset_size import (
     fewest_packs,
     one_pass,
     training_items,
-    why_no_epoch,
 )
 from launcher.planner.dataset.token_lengths import CHARACTERS, lengths
 from launcher.planner.plan import BatchPlan
@@ -339,16 +338,15 @@ def test_why_nothing_is_known_of_an_epoch_names_the_file_and_the_reason(name: st
     make, reason = ODD[name]
     make(tmp_path / name)
     data = data_of(tmp_path / name, too_long="drop")
-    assert one_pass(data.train, data, str(tmp_path), "causal-lm") is None
-    said = why_no_epoch(data.train, data, str(tmp_path), "causal-lm")
-    assert said is not None and str(tmp_path / name) in said and reason in said
+    said = one_pass(data.train, data, str(tmp_path), "causal-lm")
+    assert isinstance(said, str) and str(tmp_path / name) in said and reason in said
 
 
 def test_of_what_is_known_there_is_no_reason_and_of_the_hub_one(tmp_path: Path) -> None:
     data = data_of(jsonl(tmp_path / "a.jsonl", TEXTS))
-    assert why_no_epoch(data.train, data, str(tmp_path), "causal-lm") is None
+    assert isinstance(one_pass(data.train, data, str(tmp_path), "causal-lm"), Items)
     assert (
-        why_no_epoch(Source(name="org/data"), data, str(tmp_path), "causal-lm")
+        one_pass(Source(name="org/data"), data, str(tmp_path), "causal-lm")
         == "data on the hub are not looked at"
     )
 
@@ -360,7 +358,7 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("launcher.data.sample.num_lines", refuse)
     data = data_of(jsonl(tmp_path / "refused.jsonl", TEXTS))
     assert (
-        why_no_epoch(data.train, data, str(tmp_path), "causal-lm")
+        one_pass(data.train, data, str(tmp_path), "causal-lm")
         == f"{data.train.path} cannot be read: Permission denied"
     )
 
@@ -386,7 +384,7 @@ def test_what_is_not_here_or_cannot_be_read_says_nothing(
     monkeypatch.chdir(tmp_path)
     Path("broken.parquet").write_bytes(b"PAR1 and no more")
     assert sample(Source(**source), ("text",)) is None  # type: ignore[arg-type]
-    assert one_pass(Source(**source), data_of(tmp_path), "model", "causal-lm") is None  # type: ignore[arg-type]
+    assert isinstance(one_pass(Source(**source), data_of(tmp_path), "model", "causal-lm"), str)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -552,7 +550,7 @@ def test_the_bound_by_hand(found: list[int], packs: float) -> None:
 def test_an_epoch_in_samples_and_in_packs(tmp_path: Path) -> None:
     data = data_of(jsonl(tmp_path / "a.jsonl", TEXTS))
     made = one_pass(data.train, data, str(tmp_path), "causal-lm")
-    assert made is not None and (made.num_items, made.num_rows, made.by_tokenizer, made.packed) == (
+    assert isinstance(made, Items) and (made.num_items, made.num_rows, made.by_tokenizer, made.packed) == (
         40,
         40,
         False,
@@ -560,19 +558,21 @@ def test_an_epoch_in_samples_and_in_packs(tmp_path: Path) -> None:
     )
     assert made.mean == pytest.approx(sum(range(1, 41)) / 40 + 1)
     packed = one_pass(data.train, data_of(tmp_path / "a.jsonl", packing=True), str(tmp_path), "causal-lm")
-    assert packed is not None and packed.packed and packed.num_items == -(-(sum(range(1, 41)) + 40) // 64)
+    assert (
+        isinstance(packed, Items) and packed.packed and packed.num_items == -(-(sum(range(1, 41)) + 40) // 64)
+    )
     assert packed.words() == "about 14 packs of 40 rows, at 4 characters a token (40 samples looked at)"
     classified = data_of(written(tmp_path, ".csv", TEXTS), "sequence-classification", label="label")
-    assert one_pass(classified.train, classified, str(tmp_path), "sequence-classification") is not None
+    assert isinstance(one_pass(classified.train, classified, str(tmp_path), "sequence-classification"), Items)
 
 
 def test_rows_that_cannot_be_used_are_no_items(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", ["x" * 7, " ", "x" * 7, ""])
     made = one_pass(Source(path=str(path)), data_of(path), str(tmp_path), "causal-lm")
-    assert made is not None and (made.num_items, made.num_rows) == (2, 4)
+    assert isinstance(made, Items) and (made.num_items, made.num_rows) == (2, 4)
     jsonl(path, [" "])
     os.utime(path, ns=(1, 1))
-    assert one_pass(Source(path=str(path)), data_of(path), str(tmp_path), "causal-lm") is None
+    assert isinstance(one_pass(Source(path=str(path)), data_of(path), str(tmp_path), "causal-lm"), str)
 
 
 def test_a_file_that_changed_is_looked_at_again(tmp_path: Path) -> None:
@@ -581,7 +581,7 @@ def test_a_file_that_changed_is_looked_at_again(tmp_path: Path) -> None:
     jsonl(path, TEXTS * 2)
     os.utime(path, ns=(1, 1))
     second = one_pass(Source(path=str(path)), data_of(path), str(tmp_path), "causal-lm")
-    assert first is not None and second is not None and second.num_items == 2 * first.num_items
+    assert isinstance(first, Items) and isinstance(second, Items) and second.num_items == 2 * first.num_items
 
 
 def test_a_first_row_is_told_from_a_header_by_all_columns(tmp_path: Path) -> None:
@@ -589,7 +589,7 @@ def test_a_first_row_is_told_from_a_header_by_all_columns(tmp_path: Path) -> Non
     path.write_text("a fine film\t1\n" + "a dull one\t0\n" * 9)
     data = data_of(path, "sequence-classification", text="0", label="1")
     made = one_pass(data.train, data, str(tmp_path), "sequence-classification")
-    assert made is not None and made.num_items == 10
+    assert isinstance(made, Items) and made.num_items == 10
 
 
 def test_padding_by_hand() -> None:

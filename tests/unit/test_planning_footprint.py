@@ -14,7 +14,7 @@ import pytest
 from launcher.errors import ConfigurationError
 from launcher.planner.forecast import forecast
 from launcher.planner.memory import operators as ops
-from launcher.planner.memory.estimate import estimate
+from launcher.planner.memory.estimate import Estimator
 from launcher.planner.memory.footprint import Footprint
 from launcher.planner.memory.formulas import formulas_of
 from launcher.planner.memory.profiles import CACHED
@@ -83,9 +83,9 @@ def footprint(
         world,
         **{"mesh__device": "cuda", "precision": "bf16", "mesh__ranks_per_node": 8} | changes,
     )
-    made = estimate(plan, config, Batch(lengths, padded=plan.attention != "packed"))
-    assert made is not None
-    return made
+    formulas = formulas_of(plan, config)
+    assert formulas is not None
+    return Estimator(plan, formulas, Batch(lengths, padded=plan.attention != "packed")).footprint()
 
 
 def test_states_are_sixteen_bytes_of_a_parameter_over_the_ranks() -> None:

@@ -70,49 +70,35 @@ class Items:
 
 
 def training_items(plan: Plan) -> Items | None:
-    """Return one pass over the training data; None as for `one_pass`, and where a script brings its own."""
-    return (
-        None
-        if plan.script
-        else one_pass(plan.data.train, plan.data, locate(plan.model.name, plan.model.revision), plan.task)
-    )
+    """Return one pass over the training data; None where it is not in files here, where they cannot be read,
+    and where a script brings its own."""
+    items = _of_plan(plan, plan.data.train)
+    return items if isinstance(items, Items) else None
 
 
 def evaluation_items(plan: Plan) -> Items | None:
     """Return one pass over the rows held out; None where there are none, or as for the training data."""
-    source = plan.data.evaluation
-    return (
-        None
-        if plan.script or source is None
-        else one_pass(source, plan.data, locate(plan.model.name, plan.model.revision), plan.task)
-    )
+    items = _of_plan(plan, plan.data.evaluation)
+    return items if isinstance(items, Items) else None
 
 
 def why_no_items(plan: Plan) -> str | None:
     """Return why nothing is known of a pass over the training data, in one clause; None where it is, and
     where a script brings its own."""
-    return (
-        None
-        if plan.script
-        else why_no_epoch(plan.data.train, plan.data, locate(plan.model.name, plan.model.revision), plan.task)
-    )
-
-
-def one_pass(source: Source, data: Data, model: str, task: str) -> Items | None:
-    """Return one pass over a source, or an epoch of several; None where one is not in files here, or where
-    they cannot be read."""
-    items = _all_looked(source, data, model, task)
-    return items if isinstance(items, Items) else None
-
-
-def why_no_epoch(source: Source, data: Data, model: str, task: str) -> str | None:
-    """Return why nothing is known of one pass over a source, in one clause; None where it is known."""
-    items = _all_looked(source, data, model, task)
+    items = _of_plan(plan, plan.data.train)
     return items if isinstance(items, str) else None
 
 
-def _all_looked(source: Source, data: Data, model: str, task: str) -> Items | str:
-    """Return what a source has, or what an epoch of several has; or why that is not known."""
+def _of_plan(plan: Plan, source: Source | None) -> Items | str | None:
+    """Return what one of a plan's sources has, or why that is not known; None where a script brings its own."""
+    if plan.script or source is None:
+        return None
+    return one_pass(source, plan.data, locate(plan.model.name, plan.model.revision), plan.task)
+
+
+def one_pass(source: Source, data: Data, model: str, task: str) -> Items | str:
+    """Return one pass over a source, or an epoch of several; or why it is not known, in one clause, where one is
+    not in files here, or where they cannot be read. model: its directory, as far as that is here."""
     if not isinstance(source, Sources) or not source.sources:
         return _looked(source, data, model, task, changed_at(source))
     every: list[Items] = []
@@ -153,7 +139,7 @@ def _looked(source: Source, data: Data, model: str, task: str, changed: int) -> 
     lets what was seen of an older file be forgotten."""
     learned = tasks.find(task)(data)
     try:
-        seen = sample_of(source, data, task)
+        seen = sample_of(source, learned.columns)
     except DataError as error:
         return str(error)
     if not seen.rows:

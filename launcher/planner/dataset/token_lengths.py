@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from launcher.data.rows import TOO_LONG, RowProblem
-from launcher.planner.model.model_config import locate
 from launcher.tasks.task import Task
 
 CHARACTERS = 4
@@ -19,7 +18,8 @@ Rows = Sequence[dict[str, Any] | RowProblem]
 
 
 def lengths(rows: Rows, task: Task, model: str) -> tuple[tuple[int, ...], bool]:
-    """Return the tokens of each sample that the rows become, and whether the model's tokenizer counted."""
+    """Return the tokens of each sample that the rows become, and whether the tokenizer in the directory `model`
+    counted."""
     texts_by_row = [texts for row in rows if not isinstance(texts := texts_or_problem(row, task), RowProblem)]
     tokenizer = _tokenizer(model)
     most = None if task.traits.windows else _LONGEST * task.data.max_length
@@ -55,7 +55,7 @@ def texts_or_problem(row: dict[str, Any] | RowProblem, task: Task) -> list[str] 
 
 def _tokenizer(model: str) -> Any:
     """The model's tokenizer, by the library that transformers has it from; None where its file is not here."""
-    path = Path(locate(model)) / "tokenizer.json"
+    path = Path(model) / "tokenizer.json"
     if not path.is_file():
         return None
     from tokenizers import Tokenizer

@@ -10,8 +10,8 @@ from launcher.data.files import find_files, is_there
 from launcher.data.folder import FileColumn
 from launcher.data.formats import format_of
 from launcher.data.rows import RowProblem, Values, required
-from launcher.data.sample import Sample, look, too_large
-from launcher.data.section import Data, Source, Sources
+from launcher.data.sample import Sample, look
+from launcher.data.section import Source, Sources
 from launcher.errors import DataError, Problem
 from launcher.job.schema import Job
 from launcher.planner.dataset.findings import Findings
@@ -24,18 +24,18 @@ _FILES = 256
 """Of a source, that are looked for: on a file system over a network each takes a message or two."""
 
 
-def sample_of(source: Source, data: Data, task: str) -> Sample:
-    """Return some rows of a source, or all of a small one, as a task reads them. Raises DataError as `look`.
+def sample_of(source: Source, columns: tuple[str, ...]) -> Sample:
+    """Return some rows of a source, or all of a small one, with these columns. Raises DataError as `look`.
 
     They are kept, as a search asks for the same again and again.
     """
-    return _sample(source, data, task, changed(source))
+    return _sample(source, columns, changed(source))
 
 
 @lru_cache(maxsize=64)
-def _sample(source: Source, data: Data, task: str, changed: int) -> Sample:
+def _sample(source: Source, columns: tuple[str, ...], changed: int) -> Sample:
     """Look at a source; `changed` lets what was seen of an older file be forgotten."""
-    return look(source, tasks.find(task)(data).columns)
+    return look(source, columns)
 
 
 def changed(source: Source) -> int:
@@ -75,9 +75,9 @@ def _of_source(key: str, source: Source, task: Task, told: set[str]) -> Findings
         return Findings()
     try:
         files = find_files(source.path, source.split, task.columns) if source.targets is None else []
-        if reason := next(filter(None, map(too_large, files)), None):
+        if reason := next(filter(None, (format_of(file).too_large(file) for file in files)), None):
             return Findings(remarks=(Problem(key, source.path, f"its rows were not looked at: {reason}"),))
-        seen = sample_of(source, task.data, task.name)
+        seen = sample_of(source, task.columns)
     except DataError as error:
         return Findings((Problem(key, source.path, str(error)),))
     if not seen.rows:

@@ -9,24 +9,15 @@ from typing import Any
 from launcher import tasks
 from launcher.planner.limits import DEFERRED_GRADIENT_BYTES, SHARED_MESSAGE_BYTES
 from launcher.planner.memory.footprint import PHASES, Footprint, Phase
-from launcher.planner.memory.formulas import formulas_of, grouped
+from launcher.planner.memory.formulas import grouped
 from launcher.planner.memory.fsdp import Cut, FsdpStep
 from launcher.planner.memory.program import Batch, Program, Segment, Setting
 from launcher.planner.memory.teacher import Taught, Teacher
-from launcher.planner.memory.timeline import (
-    CONTEXT,
-    OPTIMIZER,
-    PARAMETERS,
-    SLACK,
-    TEACHER,
-    TEMPORARIES,
-    Timeline,
-    go_through,
-)
+from launcher.planner.memory.timeline import CONTEXT, OPTIMIZER, PARAMETERS, SLACK, TEACHER, Timeline
 from launcher.planner.memory.writing import write
 from launcher.planner.memory.zero import ZeroStep
 from launcher.planner.memory.zero_states import ZeroCut
-from launcher.planner.plan import Plan
+from launcher.planner.plan import Plan, Zero
 
 STATE_COPIES = {"adamw": 2, "adam": 2, "sgd": 1, "muon": 2, "adafactor": 1}
 """fp32 numbers of each that trains. A matrix that Muon steps has one fewer; one that Adafactor steps has a
@@ -37,16 +28,6 @@ CUDA_CONTEXT = 1 << 30
 CUDA_SLACK = 0.05
 """Assumed, not measured here: what PyTorch's caching allocator keeps beyond what is live, as a share of what
 comes and goes in a step."""
-
-
-def estimate(plan: Plan, config: dict[str, Any], batch: Batch | None = None) -> Footprint | None:
-    """Return the footprint of a plan by the formulas; None where they do not know the model.
-
-    `batch` is one micro-batch of a rank; left out, every sample is as long as the plan lets it be.
-    Raises ConfigurationError where the config lacks a size.
-    """
-    program = formulas_of(plan, config)
-    return None if program is None else Estimator(plan, program, batch).footprint()
 
 
 def batch_of(plan: Plan) -> Batch:
@@ -63,6 +44,7 @@ class Estimator:
         self.plan, self.program = plan, program
         self.adapter = plan.model.adapter
         self.units = grouped(program.units(), plan)
+        self._all = (self.units[0], *self.units[1])
         self.itemsize = 4 if plan.precision == "fp32" else 2
         self.cuda = plan.mesh.device == "cuda"
         self.slack = CUDA_SLACK if self.cuda else 0.0
@@ -71,7 +53,12 @@ class Estimator:
             self.itemsize,
             plan.activation_checkpointing,
             self.cuda,
-            frozen=self._frozen(),
+            frozen=frozenset(
+                one.name
+                for unit in self._all
+                for one in unit.weights
+                if not one.trains and self.adapter is None
+            ),
             adapter=self.adapter,
         )
         self.copies = (
@@ -86,17 +73,16 @@ class Estimator:
         self.copies += near is not None and near.fisher is not None
         self.teacher: Teacher | None = None
         if isinstance(program, Taught):
-            self.teacher = Teacher(plan, program.teacher, self.setting, self._cut())
-
-    def _frozen(self) -> frozenset[str]:
-        root, layers = self.units
-        weights = [weight for unit in (root, *layers) for weight in unit.weights]
-        return frozenset(weight.name for weight in weights if not weight.trains and self.adapter is None)
+            self.teacher = Teacher(plan, program.teacher, self.setting, self._fsdp_cut())
 
     def footprint(self) -> Footprint:
         """Return the memory of all phases: a range test neither saves nor resumes."""
-        steady = self._step()
-        states, host = self._states()
+        engine, accumulates = self._engine(), self.plan.batch.accumulation_steps > 1
+        first, later = engine.gradient_modes()
+        steady = engine.step(self.segments(**first), self.segments(**later) if accumulates else [])
+        states, host = engine.states(), engine.host()
+        evaluating = self._engine().evaluate(self.segments(training=False, checkpointing="none"))
+        write(evaluating, self.plan, self.program, self.setting, self.units)
         resident, staged = sum(states.values()), self.checkpoint_bytes // self.plan.mesh.world_size
         for_a_while = self._loaded() + self._of_weights()
         loaded = states | {PARAMETERS: states.get(PARAMETERS, 0) + for_a_while}
@@ -106,7 +92,7 @@ class Estimator:
             where, parts = f"a copy of the state; {steady.where}", steady.at_peak | {STAGED: staged}
             saving = Timeline({}, steady.peak + staged, where, parts)
         copied = staged if self.cuda and self.plan.checkpoint.asynchronous else 0
-        times = (loading, steady, steady, self._evaluation(), saving, loading)
+        times = (loading, steady, steady, evaluating, saving, loading)
         return Footprint(
             tuple(
                 self._phase(name, time, host + copied * (name == "saving"))
@@ -115,30 +101,12 @@ class Estimator:
             )
         )
 
-    @property
-    def _offloads(self) -> bool:
-        """Return whether FSDP's state waits in the host's memory; what of ZeRO's does, its own step says."""
-        return self.cuda and self.plan.offload == "parameters" and self.plan.zero is None
-
-    def _states(self) -> tuple[dict[str, int], int]:
-        """Return the bytes between two steps: on the device by kind, and those moved to the host's memory."""
-        engine = self._engine()
-        if isinstance(engine, ZeroStep):
-            # Files take what they are named for in the place of the host's memory.
-            return engine.states(), engine.host() if self.plan.offload_to == "cpu" else 0
-        if not self._offloads:
-            return engine.states(), 0
-        trained = sum(unit.shard(self.plan.mesh.dp_shard, trained=True) for unit in engine.units)
-        return {}, sum(engine.states().values()) + 4 * trained
-
     def least(self) -> int:
         """Return the bytes of the device without which no pass is possible, however small: the state, and
         what stays whole after the forward pass."""
-        states, _ = self._states()
-        mesh = self.plan.mesh
+        mesh, states = self.plan.mesh, self._engine().states()
         whole = self.plan.zero is None and mesh.dp_shard > 1 and not mesh.reshard_after_forward
-        root, layers = self.units
-        gathered = self.itemsize * sum(unit.num_elements() for unit in (root, *layers)) if whole else 0
+        gathered = self.itemsize * sum(unit.num_elements() for unit in self._all) if whole else 0
         return sum(states.values()) + gathered + self._teacher_bytes()[0] + (CUDA_CONTEXT if self.cuda else 0)
 
     def _loaded(self) -> int:
@@ -147,20 +115,16 @@ class Estimator:
         zero = self.plan.zero
         if zero is None or not self.cuda or self.plan.offload != "optimizer":
             return 0
-        root, layers = self.units
-        weights = [weight for unit in (root, *layers) for weight in unit.weights]
-        return -(
-            -sum(weight.num_elements * (self.itemsize if weight.narrow else 4) for weight in weights)
-            // self.plan.mesh.world_size
-        )
+        weights = (weight for unit in self._all for weight in unit.weights)
+        num_bytes = sum(weight.num_elements * (self.itemsize if weight.narrow else 4) for weight in weights)
+        return -(-num_bytes // self.plan.mesh.world_size)
 
     def _of_weights(self) -> int:
         """Return the bytes that an adapter takes which is made of the weights beside it, one after another: of
         the largest, whole, fp64 with four squares of its shorter side, or fp32 three times."""
         if self.adapter is None or self.adapter.init == "lora":
             return 0
-        root, layers = self.units
-        weights = {weight.name: weight for unit in (root, *layers) for weight in unit.weights}
+        weights = {weight.name: weight for unit in self._all for weight in unit.weights}
         beside = [
             weights.get(name.replace(".lora_A.weight", ".weight")) for name in weights if ".lora_A." in name
         ]
@@ -201,10 +165,9 @@ class Estimator:
         adapter of what trains alone; 0 of a range test, which writes none."""
         if self.plan.training.is_range_test:
             return 0
-        root, layers = self.units
-        parameters = sum(unit.num_elements(trained=self.adapter is not None) for unit in (root, *layers))
-        trained = sum(unit.num_elements(trained=True) for unit in (root, *layers))
-        spared = sum(unit.spared_shard(1) for unit in (root, *layers))
+        parameters = sum(unit.num_elements(trained=self.adapter is not None) for unit in self._all)
+        trained = sum(unit.num_elements(trained=True) for unit in self._all)
+        spared = sum(unit.spared_shard(1) for unit in self._all)
         return 4 * (parameters + self.copies * trained - spared)
 
     def segments(self, **changes: Any) -> list[Segment]:
@@ -214,17 +177,13 @@ class Estimator:
         return blocks if self.teacher is None or not setting.training else self.teacher.beside(blocks)
 
     def _engine(self) -> FsdpStep | ZeroStep:
-        root, layers = self.units
-        return (
-            ZeroStep(root, layers, self._zero_cut())
-            if self.plan.zero is not None
-            else FsdpStep(root, layers, self._cut())
-        )
+        cut = self._fsdp_cut() if self.plan.zero is None else self._zero_cut(self.plan.zero)
+        return FsdpStep(*self.units, cut) if isinstance(cut, Cut) else ZeroStep(*self.units, cut)
 
-    def _cut(self) -> Cut:
-        plan, (root, layers) = self.plan, self.units
+    def _fsdp_cut(self) -> Cut:
+        plan = self.plan
         # What the engine compares: parameters as it sees them when it is made, whole by their shape.
-        gradient_bytes = 4 * sum(unit.num_elements(trained=True) for unit in (root, *layers))
+        gradient_bytes = 4 * sum(unit.num_elements(trained=True) for unit in self._all)
         return Cut(
             ranks=plan.mesh.dp_shard,
             itemsize=self.itemsize,
@@ -238,7 +197,7 @@ class Estimator:
             replicates=plan.mesh.dp_replicate > 1,
             recomputes=plan.activation_checkpointing != "none",
             plain=plan.mesh.world_size == 1 and plan.precision == "fp32" and plan.offload == "none",
-            offloads=self._offloads,
+            offloads=self.cuda and plan.offload == "parameters" and plan.zero is None,
             leaves_frozen=self.adapter is not None
             and plan.mesh.world_size == 1
             and plan.offload != "parameters",
@@ -250,9 +209,8 @@ class Estimator:
             return 0
         return SHARED_MESSAGE_BYTES if num_ranks <= self.plan.mesh.ranks_per_node else math.inf
 
-    def _zero_cut(self) -> ZeroCut:
-        plan, zero = self.plan, self.plan.zero
-        assert zero is not None
+    def _zero_cut(self, zero: Zero) -> ZeroCut:
+        plan = self.plan
         return ZeroCut(
             stage=zero.stage,
             ranks=plan.mesh.world_size,
@@ -271,29 +229,5 @@ class Estimator:
             speaks=tasks.find(plan.task).traits.head == "every-position",
             offloads_optimizer=self.cuda and plan.offload != "none",
             offloads_parameters=self.cuda and plan.offload == "parameters",
+            to_files=plan.offload_to != "cpu",
         )
-
-    def _step(self) -> Timeline:
-        engine = self._engine()
-        if isinstance(engine, ZeroStep):
-            more = self.segments(accumulates=True) if self.plan.batch.accumulation_steps > 1 else []
-            return engine.step(self.segments(**engine.gradient_mode()), more)
-        more = self.segments(accumulates=self.itemsize == 4) if self.plan.batch.accumulation_steps > 1 else []
-        return engine.step(self.segments(), more)
-
-    def _evaluation(self) -> Timeline:
-        segments, engine = self.segments(training=False, checkpointing="none"), self._engine()
-        if isinstance(engine, ZeroStep):
-            engine.time.parts = engine.states()
-            engine.forward(segments)
-        else:
-            engine.time.parts = {} if self._offloads else engine.states()
-            if engine.cut.plain:
-                for segment in segments:
-                    go_through(engine.time, segment, recomputes=False)
-            else:
-                engine.micro_step(segments, True)
-        engine.time.touch(TEMPORARIES, 0, "between steps")
-        engine.time.parts = {} if self._offloads else engine.states()
-        write(engine.time, self.plan, self.program, self.setting, self.units)
-        return engine.time

@@ -64,7 +64,18 @@ class FsdpStep:
         """Whether the units that stay gathered between the passes of a step are so already."""
 
     def states(self) -> dict[str, int]:
-        """Return the bytes of parameters and optimizer state of the largest rank."""
+        """Return the bytes that the device of the largest rank keeps between two steps, by kind."""
+        return {} if self.cut.offloads else self._shards()
+
+    def host(self) -> int:
+        """Return the bytes that wait in the host's memory between two steps: shards, and their gradients."""
+        if not self.cut.offloads:
+            return 0
+        trained = sum(unit.shard(self.cut.ranks, trained=True) for unit in self.units)
+        return sum(self._shards().values()) + 4 * trained
+
+    def _shards(self) -> dict[str, int]:
+        """Return the bytes of parameters and optimizer state, wherever they are."""
         parameters = sum(unit.shard(self.cut.ranks) for unit in self.units)
         narrow = sum(unit.narrow_shard(self.cut.ranks) for unit in self.units)
         trained = sum(unit.shard(self.cut.ranks, trained=True) for unit in self.units)
@@ -170,8 +181,12 @@ class FsdpStep:
             self.time.down(GRADIENTS, own)
 
     def micro_step(self, segments: list[Segment], last: bool) -> None:
-        """Go through one micro-batch, forward and backward."""
+        """Go through one micro-batch, forward and, of training, backward."""
         cut, time, layers = self.cut, self.time, self.layers
+        if cut.plain:
+            for segment in segments:
+                go_through(time, segment, cut.recomputes)
+            return
         self._gather_forward(self.root)
         for segment in (segment for segment in segments if not segment.backward):
             unit = layers[segment.layer] if segment.kind == "layer" else None
@@ -247,19 +262,27 @@ class FsdpStep:
             held = 12 * min(WIDENED_MOMENTS, largest)
         self.time.touch(TEMPORARIES, held, "optimizer")
 
+    def gradient_modes(self) -> tuple[dict[str, bool], dict[str, bool]]:
+        """Return how gradients are kept in the first micro-batch of a step and in those after it, as arguments
+        of `Setting`."""
+        return {}, {"accumulates": self.cut.itemsize == 4}
+
+    def evaluate(self, segments: list[Segment]) -> Timeline:
+        """Go through the forward pass of an evaluation."""
+        self.time.parts = self.states()
+        self.micro_step(segments, True)
+        self.time.touch(TEMPORARIES, 0, "between steps")
+        self.time.parts = self.states()
+        return self.time
+
     def step(self, first: list[Segment], more: list[Segment]) -> Timeline:
         """Go through a steady step; `more`: the blocks of a micro-batch that finds gradients there already."""
-        self.time.parts = {} if self.cut.offloads else self.states()
+        self.time.parts = self.states()
         self.time.peak = 0
         self.time.touch(TEMPORARIES, 0, "between steps")
         self.first_gradients, self.is_gathered = True, False
         for number in range(self.cut.accumulation):
-            segments = first if number == 0 else more
-            if self.cut.plain:
-                for segment in segments:
-                    go_through(self.time, segment, self.cut.recomputes)
-            else:
-                self.micro_step(segments, number == self.cut.accumulation - 1)
+            self.micro_step(first if number == 0 else more, number == self.cut.accumulation - 1)
         self._optimizer()
         if self.cut.cpu:
             # On a CPU the norm of a gradient in fp64 is taken of a copy in fp64.

@@ -101,12 +101,13 @@ class Profiles:
 
     def _taught(self, plan: Plan) -> Program | Unknown:
         student = self.find(plan.model_copy(update={"distillation": None}))
-        teacher = self.find(plan.of_teacher())
+        beside = plan.of_teacher()
+        teacher = self.find(beside)
         if isinstance(student, Unknown):
             return student
         if isinstance(teacher, Unknown):
             return Unknown(f"of its teacher: {teacher.reason}")
-        return Taught(student, teacher, projection(plan))
+        return Taught(student, teacher, projection(plan, beside))
 
     def program(self, plan: Plan) -> Program | None:
         """Return the program of a plan's model; None where no pass can be forecast."""
@@ -153,9 +154,7 @@ CACHED = Profiles()
 
 def _only_parameters(plan: Plan) -> Profile | None:
     """Return a profile of nothing but the number of parameters in the model's files; None without any."""
-    if plan.model.weights == "random" or plan.model.config is not None or plan.model.adapter is not None:
-        return None
-    number = stored_parameters(Path(locate(plan.model.name, plan.model.revision)))
+    number = 0 if plan.model.adapter is not None else stored_parameters(plan.model)
     return Profile(plan.data.max_length, Unit((Weight("all", (number,)),)), ()) if number else None
 
 

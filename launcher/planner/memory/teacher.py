@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from launcher import tasks
 from launcher.planner.limits import chunk_length
 from launcher.planner.memory.fsdp import Cut, FsdpStep
-from launcher.planner.memory.program import Program, Segment, Setting, Unit, Weight
-from launcher.planner.memory.timeline import Timeline, go_through
+from launcher.planner.memory.program import Batch, Program, Segment, Setting, Unit, Weight
 from launcher.planner.model.model_shape import ModelShape
 from launcher.planner.plan import Plan
 from launcher.tasks.distillation import PROJECTION
@@ -44,46 +43,43 @@ class Teacher:
 
     def __init__(self, plan: Plan, program: Program, setting: Setting, cut: Cut) -> None:
         """Take the student's plan, setting and cut, of which its frozen parts do not count."""
-        self.plan = plan.of_teacher()
         root, layers = program.units()
         self.units = _frozen(root), [_frozen(layer) for layer in layers]
         offloads = plan.offload == "parameters"
         plain = plan.mesh.world_size == 1 and not offloads
-        self._cut = replace(
+        shards = replace(
             cut, ranks=plan.mesh.dp_shard, reshard=True, plain=plain, leaves_frozen=False, accumulation=1
         )
+        self._program = program
         self._setting = replace(
             setting, checkpointing="none", training=False, frozen=frozenset(), adapter=None
         )
-        self.segments = [
-            replace(one, peak=max(0, one.added))
-            if one.kind == "tail"
-            else one  # its own loss is not computed
-            for one in program.blocks(self._setting)
-        ]
-        elements = 0
-        if tasks.find(plan.task).traits.head == "every-position":
+        alone = FsdpStep(*self.units, shards)
+        alone.micro_step(
+            [
+                replace(one, peak=max(0, one.added))
+                if one.kind == "tail"
+                else one  # its own loss is not computed
+                for one in self.blocks(setting.batch)
+            ],
+            True,
+        )
+        elements, at_positions = 0, tasks.find(plan.task).traits.head == "every-position"
+        if at_positions:
             vocabulary = root.weights[0].shape[0]
             elements = vocabulary * min(
                 setting.batch.num_tokens, chunk_length(vocabulary, plan.mesh.device == "cuda")
             )
-        self._hidden = _Hidden.of(plan, self.plan, setting)
+        self._hidden = _Hidden.of(plan, setting, at_positions)
         self.state_bytes = setting.itemsize * sum(unit.shard(plan.mesh.dp_shard) for unit in (root, *layers))
         whole = 0 if plain else setting.itemsize * self.units[0].num_elements()
         compared = whole + (setting.itemsize + COMPARED_BYTES) * elements
-        self.pass_bytes = self._hidden.states + max(self._highest(), compared)
+        self.pass_bytes = self._hidden.states + max(alone.time.peak, compared)
         self._differing = self._hidden.states + self._hidden.squares + whole
 
-    def _highest(self) -> int:
-        """Return the most bytes that its pass takes and gives back."""
-        step = FsdpStep(*self.units, self._cut)
-        step.time = Timeline()
-        if self._cut.plain:
-            for segment in self.segments:
-                go_through(step.time, segment, False)
-        else:
-            step.micro_step(self.segments, True)
-        return step.time.peak
+    def blocks(self, batch: Batch) -> list[Segment]:
+        """Return the blocks of its pass over a micro-batch."""
+        return self._program.blocks(replace(self._setting, batch=batch))
 
     def beside(self, segments: list[Segment]) -> list[Segment]:
         """Return the student's blocks with the teacher's pass within the last one forward: its loss. What the
@@ -99,12 +95,12 @@ class Teacher:
         return changed
 
 
-def projection(plan: Plan) -> Weight | None:
+def projection(plan: Plan, teacher: Plan) -> Weight | None:
     """Return the matrix between the hidden states of a plan's model and its teacher's; None where there is none,
     or a config is not here."""
     if plan.distillation is None or plan.distillation.hidden_states is None:
         return None
-    own, other = (ModelShape.read(model) for model in (plan.model, plan.of_teacher().model))
+    own, other = ModelShape.read(plan.model), ModelShape.read(teacher.model)
     if own is None or other is None or own.hidden_size == other.hidden_size:
         return None
     return Weight(f"{PROJECTION}.weight", (other.hidden_size, own.hidden_size))
@@ -124,20 +120,18 @@ class _Hidden:
     """While a difference is made."""
 
     @classmethod
-    def of(cls, plan: Plan, teacher: Plan, setting: Setting) -> _Hidden:
-        """Return none where nothing is compared, or a config is not here."""
+    def of(cls, plan: Plan, setting: Setting, takes: bool) -> _Hidden:
+        """Return none where nothing is compared, or a config is not here. takes: positions that are learned, as
+        a causal LM does."""
         hidden = None if plan.distillation is None else plan.distillation.hidden_states
-        own, other = ModelShape.read(plan.model), ModelShape.read(teacher.model)
+        own, other = ModelShape.read(plan.model), ModelShape.read(plan.of_teacher().model)
         if hidden is None or own is None or other is None:
             return cls()
         num_tokens, itemsize = setting.batch.num_tokens, setting.itemsize
         num_pairs, one = len(hidden.pairs(own.num_layers, other.num_layers)), num_tokens * other.hidden_size
         # The squared difference keeps both sides in fp32. The model's own is no copy in that precision, unless
         # a part of the positions is taken: of a causal LM those that are learned.
-        takes, turns = (
-            tasks.find(plan.task).traits.head == "every-position",
-            own.hidden_size != other.hidden_size,
-        )
+        turns = own.hidden_size != other.hidden_size
         copies = 2 if itemsize == 2 or takes or turns else 1
         kept = num_pairs * (4 * copies * one + (takes and turns) * itemsize * num_tokens * own.hidden_size)
         states = (other.num_layers + 1) * itemsize * one

@@ -43,11 +43,12 @@ class ZeroStep:
         """Return the bytes that are offloaded to the host's memory."""
         return self.kept.on_host()
 
-    def gradient_mode(self) -> dict[str, bool]:
-        """Return how a gradient is kept during the backward pass, as arguments of `Setting`."""
+    def gradient_modes(self) -> tuple[dict[str, bool], dict[str, bool]]:
+        """Return how gradients are kept in the first micro-batch of a step and in those after it, as arguments
+        of `Setting`."""
         if self.cut.stage == 1:
-            return {"widens": self.cut.itemsize != 4, "accumulates": False}
-        return {"widens": False, "accumulates": True}
+            return {"widens": self.cut.itemsize != 4}, {"accumulates": True}
+        return {"accumulates": True}, {"accumulates": True}
 
     def step(self, first: list[Segment], more: list[Segment]) -> Timeline:
         """Go through a steady step; `more`: the blocks of a micro-batch that finds gradients there already."""
@@ -82,12 +83,16 @@ class ZeroStep:
         time.touch(kind, segment.rest, where)
         leave(time, segment)
 
-    def forward(self, segments: list[Segment]) -> None:
+    def evaluate(self, segments: list[Segment]) -> Timeline:
         """Go through the forward pass of an evaluation."""
+        self.time.parts = self.states()
         gathered = self._gathered(segments) if self.cut.stage == 3 else {}
         for segment in segments:
             self.time.parts[GATHERED] = gathered.get((segment.kind, segment.layer, segment.backward), 0)
             self._go_through(segment)
+        self.time.touch(TEMPORARIES, 0, "between steps")
+        self.time.parts = self.states()
+        return self.time
 
     def _gathered(self, segments: list[Segment]) -> dict[tuple[str, int, bool], int]:
         """Return the bytes that stage 3 has gathered during each block, and at the end."""

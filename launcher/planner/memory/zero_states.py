@@ -34,6 +34,8 @@ class ZeroCut:
     """Masters, gradients and optimizer state of a rank's part are in the host's memory."""
     offloads_parameters: bool = False
     """The shards of stage 3 too."""
+    to_files: bool = False
+    """What is offloaded is on files, and takes nothing of the host's memory."""
     widens_moments: bool = False
     """Moments are in bf16, and in fp32 piece by piece as a step is taken."""
 
@@ -79,6 +81,8 @@ class ZeroStates:
         """Return the bytes of what is offloaded to the host's memory: masters, gradients, optimizer state, and
         the shards of stage 3."""
         cut, part = self._cut, self.part(self.trained)
+        if cut.to_files:
+            return 0
         optimizer = 4 * (2 + cut.state_copies) * part if cut.offloads_optimizer else 0
         return optimizer + cut.itemsize * (part + self.part(self._frozen)) * cut.offloads_parameters
 

@@ -51,9 +51,7 @@ class ModelShape:
         if not hidden or not layers:
             return None
         intermediate = _chosen_width(sizes) or values["intermediate_size"] or 4 * hidden
-        made_up = model.weights == "random" or model.config is not None
-        counted = 0 if made_up else stored_parameters(Path(locate(model.name, model.revision)))
-        layer = _layer(sizes, hidden, intermediate)
+        counted, layer = stored_parameters(model), _layer(sizes, hidden, intermediate)
         embeddings = values["vocab_size"] * hidden * (1 if sizes.get("tie_word_embeddings", True) else 2)
         # Positions that are computed take no parameters: what looks like more than all that is not layers is
         # no table.
@@ -94,11 +92,13 @@ def _chosen_width(config: dict[str, Any]) -> int:
     return width * config["num_experts_per_tok"] if _num_experts(config) and isinstance(width, int) else 0
 
 
-def stored_parameters(directory: Path) -> int:
-    """Return the number of parameters in a directory's safetensors files, counted from their headers; 0
-    where there are none that can be read."""
+def stored_parameters(model: Model) -> int:
+    """Return the number of parameters in a model's safetensors files, counted from their headers; 0 where
+    there are none that can be read, and where its weights are not read from files."""
+    if model.weights == "random" or model.config is not None:
+        return 0
     total = 0
-    for path in directory.glob("*.safetensors"):
+    for path in Path(locate(model.name, model.revision)).glob("*.safetensors"):
         try:
             with open(path, "rb", opener=plain) as file:
                 (length,) = struct.unpack("<Q", file.read(8))

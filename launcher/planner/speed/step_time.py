@@ -68,7 +68,7 @@ def speed(plan: Plan, units: Units, segments: list[Segment], gpu: GpuType) -> Sp
     )
     # A GPU computes while the next operators are called; a CPU does one after the other.
     pass_seconds = max(pass_seconds, called) if mesh.device == "cuda" else pass_seconds + called
-    compute = pass_seconds * batch.accumulation_steps
+    compute, optimizer = pass_seconds * batch.accumulation_steps, optimizer_seconds(plan, units, gpu)
     over_host = gpu.host_link * gpu.link_share
     sent = seconds_of(traffic(plan, units), plan, gpu) + moved(plan, units) / over_host
     forward = compute * done.forward / done.made if done.made else 0.0
@@ -77,7 +77,7 @@ def speed(plan: Plan, units: Units, segments: list[Segment], gpu: GpuType) -> Sp
         + moved(plan, units, training=False) / over_host
     )
     return Speed(
-        compute, sent, exposed(sent, compute, plan, units), optimizer_seconds(plan, units, gpu),
+        compute, sent, exposed(sent, compute, plan, units), optimizer,
         tokens * batch.accumulation_steps * mesh.world_size,
         done.needed * batch.accumulation_steps * mesh.world_size,
         rate * mesh.world_size, forward + exposed(for_evaluation, forward, plan, units),

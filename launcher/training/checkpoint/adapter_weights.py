@@ -16,7 +16,7 @@ from launcher.job.adapter import Adapter
 from launcher.planner.plan import Plan
 from launcher.training.checkpoint.weights import Entry, Stored, entry_of, slices
 from launcher.training.model import adapter_starts, adapters, pretrained
-from launcher.training.model import loading as models
+from launcher.training.model.buffers import persistent_buffers
 from launcher.training.model.reading import Changes
 from launcher.training.precision import DTYPES
 
@@ -40,9 +40,7 @@ class Merged:
         self.turned = {
             f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)
         }
-        self.base: dict[str, torch.Tensor] = dict(model.named_parameters()) | dict(
-            models.persistent_buffers(model)
-        )
+        self.base: dict[str, torch.Tensor] = dict(model.named_parameters()) | dict(persistent_buffers(model))
         self.trained = set(stored.names)
 
     def entries(self) -> list[Entry]:

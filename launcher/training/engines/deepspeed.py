@@ -38,6 +38,7 @@ from launcher.training.engines.unshard import cut_rows, gathered, replaced_one_b
 from launcher.training.engines.zero import Piece, StageOneOrTwo, StageThree
 from launcher.training.model import adapters, normalization
 from launcher.training.model import loading as models
+from launcher.training.model.buffers import persistent_buffers
 from launcher.training.model.forward import Batch, output_embeddings_of
 from launcher.training.precision import DTYPES, as_computed
 
@@ -211,7 +212,7 @@ class DeepSpeedEngine:
                 dtype = optimizers.moment_dtype(self._plan.training)
                 states[f"optimizer.{name}.{key}"] = _shard(parameter, piece, key, dtype)
         tensors |= {
-            f"model.{adapters.plain(name)}": buffer for name, buffer in models.persistent_buffers(self.model)
+            f"model.{adapters.plain(name)}": buffer for name, buffer in persistent_buffers(self.model)
         }
         states |= {optimizers.step_name(stage): counts[0] for stage, counts in self._stage.steps().items()}
         return tensors | states

@@ -27,6 +27,7 @@ from launcher.training.engines.recompute import checkpoint_activations
 from launcher.training.engines.units import shard_units
 from launcher.training.model import adapters
 from launcher.training.model import loading as models
+from launcher.training.model.buffers import persistent_buffers
 from launcher.training.model.forward import Batch
 from launcher.training.precision import DTYPES, as_computed
 
@@ -175,9 +176,7 @@ class FsdpEngine:
             for name, parameter in named
             if keeps_all or parameter.requires_grad
         }
-        buffers = {
-            f"model.{adapters.plain(name)}": buffer for name, buffer in models.persistent_buffers(self.model)
-        }
+        buffers = {f"model.{adapters.plain(name)}": buffer for name, buffer in persistent_buffers(self.model)}
         states = optimizers.state_tensors(self.model, self._optimizer) if self._optimizer else {}
         return parameters | buffers | states
 

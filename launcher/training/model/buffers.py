@@ -1,4 +1,4 @@
-"""Restore buffers that no weight file holds, from an instance without weights."""
+"""Restore buffers that no weight file holds, from an instance without weights; list those that one does."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -38,3 +39,9 @@ def restore_buffers(model: PreTrainedModel, kind: Any, config: Any, plan: Plan) 
         if name in fresh and not fresh[name].is_meta:
             buffer = model.get_buffer(name)
             buffer.copy_(fresh[name].to(buffer.dtype))
+
+
+def persistent_buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Return the buffers that a checkpoint holds, by name."""
+    kept = set(model.state_dict(keep_vars=True).keys())
+    return [(name, buffer) for name, buffer in model.named_buffers() if name in kept]

@@ -295,9 +295,3 @@ def whole_shape(parameter: torch.Tensor) -> torch.Size:
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """Return this rank's part of a DTensor; a plain tensor is its own part."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor.data
-
-
-def persistent_buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """Return the buffers that a checkpoint holds, by name."""
-    kept = set(model.state_dict(keep_vars=True).keys())
-    return [(name, buffer) for name, buffer in model.named_buffers() if name in kept]

@@ -15,6 +15,7 @@ from launcher.planner.plan import Plan
 from launcher.training.checkpoint.foreign.common import Foreign, ForeignTensor
 from launcher.training.model import loading as models
 from launcher.training.model import pretrained
+from launcher.training.model.buffers import persistent_buffers
 from launcher.training.optimizer import moment_dtype, moments
 
 _SHOWN = 4
@@ -66,7 +67,7 @@ def expected(plan: Plan, foreign: Foreign) -> Expected:
     aliases = {shapes[0]: tuple(shapes) for shapes in names.values()}
     parameters = {name: parameter.shape for name, parameter in model.named_parameters()}
     frozen = frozenset(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
-    buffers = {name: (buffer.shape, buffer.dtype) for name, buffer in models.persistent_buffers(model)}
+    buffers = {name: (buffer.shape, buffer.dtype) for name, buffer in persistent_buffers(model)}
     return Expected(type(model).__name__, parameters, aliases, buffers, frozen)
 
 
