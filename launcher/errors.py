@@ -11,7 +11,7 @@ LauncherError                     1   something in launcher itself is wrong
 ├── RankLostError                 9   a rank died without saying why
 ├── ScriptError                  10   the user's own script raised an error, or its exit code was not 0
 ├── SchedulerError               11   Slurm refused a request
-│   └── ControllerUnreachableError   12   Slurm's controller did not answer; the request may have been carried out
+│   └── ControllerUnreachableError   12   Slurm's controller did not answer; the request may have been granted
 ├── HungError                    13   no rank made progress within `cluster.hang_after`, and all were killed
 ├── GpuError                     14   a GPU is broken: an ECC error, fallen off the bus
 └── Stopped                      75   stopped on request with everything saved: run it again to resume

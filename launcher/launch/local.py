@@ -213,7 +213,7 @@ def _speak_for_script(run: RunDirectory, number: int, end: End) -> None:
 
 
 def _stopped(run: RunDirectory) -> str:
-    """Return the line about a stop, from the ranks' last event: saved, or why not and how many steps are lost."""
+    """Return the line about a stop, from the ranks' last event: saved, or why not and which steps are lost."""
     record = last_record(run.events_file, lambda record: record.get("event") == "stopped") or {}
     if line := record.get("line"):
         return str(line)

@@ -142,7 +142,7 @@ class Supervisor:
         return End(*ended, *told, is_disk_stuck=not looked, hung=self.hangs.failure, stopped=stopped)
 
     def also_read(self) -> None:
-        """Read whatever else is needed from the disk. Called with every read, in the thread that may hang with it."""
+        """Read whatever else is needed from the disk. Called with every read, in the thread that may hang."""
         self.screen.read()
 
     def _take_in(self, agent: subprocess.Popen[bytes]) -> None:
