@@ -28,7 +28,7 @@ _CANNOT = {
 
 
 def table(directory: str, beside: str) -> dict[str, dict[str, Any]]:
-    """Return the data sets of a directory, relative to a file or to the working directory; empty if it has none."""
+    """Return the data sets of a directory, relative to a file or the working directory; empty if none."""
     for folder in (PurePath(beside).parent / directory, PurePath(directory)):
         with contextlib.suppress(OSError, ValueError):
             content = read_json(Path(folder) / NAME)

@@ -23,7 +23,7 @@ class Defaults:
     values: dict[str, tuple[str, Any]]
 
     def but(self, tool: str, **changes: tuple[str, Any]) -> Defaults:
-        """Return the defaults of a tool that builds on this one; `changes` are keys with `__` in place of a dot."""
+        """Return the defaults of a tool that builds on this one; `changes` are keys with `__` for a dot."""
         return Defaults(tool, self.values | {key.replace("__", "."): value for key, value in changes.items()})
 
     def apply(self, reading: Reading) -> None:

@@ -86,7 +86,7 @@ def _whole(value: Any) -> Any:
 
 
 def _left_to_launcher(facts: dict[str, Any]) -> list[Remark]:
-    """Return remarks on settings that no file has: launcher's own defaults, which may differ from the script's."""
+    """Return remarks on settings that no file has: launcher's defaults, which may differ from the script's."""
     names = {key: Training.model_fields[key].default for key in ("learning_rate", "schedule", "warmup")}
     left = [f"{key} {value}" for key, value in names.items() if f"training.{key}" not in facts]
     left += [] if {"training.epochs", "training.max_steps"} & facts.keys() else ["epochs 1"]

@@ -58,7 +58,7 @@ class Merged:
 
 
 def merge(readings: list[Reading]) -> Merged:
-    """Choose one value for each key; if files differ, remark why one won. Batch and ranks are made consistent."""
+    """Choose one value per key; if files differ, remark why one won. Batch and ranks are made consistent."""
     merged = Merged()
     by_rank, ranks = list(WINNERS.values()), {reading.source: reading.rank for reading in readings}
     ordered = sorted(readings, key=lambda reading: reading.rank)
