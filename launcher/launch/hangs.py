@@ -79,7 +79,9 @@ class Hangs:
             self._over.set()
             thread.join(2 * _LOOK_SECONDS)
             with contextlib.suppress(Exception):
-                self._take_in(time.monotonic())  # memory outlives its process: a rank's last state can be read
+                self._take_in(
+                    time.monotonic()
+                )  # memory outlives its process: a rank's last state can be read
                 self._files.do(lambda: self._publish(self._own))
             self._files.close()
             self._files.wait(_SECONDS_TO_END)

@@ -89,9 +89,7 @@ class Screen:
     def _try(self, what: Callable[[Watcher], None]) -> None:
         try:
             what(self._watcher)
-        except (
-            OSError
-        ):  # the terminal or the pipe's reader is gone, or the disk of the output file is full
+        except OSError:  # the terminal or the pipe's reader is gone, or the disk of the output file is full
             self._watcher = _Silent()
         except BaseException as error:
             self._watcher = Watcher()
