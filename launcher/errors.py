@@ -1,23 +1,23 @@
-"""Every failure that launcher can name, with its exit code.
+"""The failures that launcher can name, each with its exit code.
 
 LauncherError                     1   something in launcher itself is wrong
 ├── ConfigurationError            2   the job file or the command line cannot be used as it is
 ├── DataError                     3   a data file is missing, unreadable, changed, or has rows the policy refuses
 ├── OutOfMemoryError              4   a rank needed more memory than it has
 ├── StorageError                  5   a disk is full, read-only or out of reach
-├── CheckpointError               6   no whole checkpoint can be read where one is needed
+├── CheckpointError               6   no complete checkpoint can be read where one is needed
 ├── RunInUseError                 7   another process works in this run directory
-├── DivergedError                 8   the loss or the gradient was not finite too many steps in a row, or jumped
+├── DivergedError                 8   the loss or gradient was not finite for too many steps in a row, or jumped
 ├── RankLostError                 9   a rank died without saying why
-├── ScriptError                  10   the user's own script raised an error, or left with another code than 0
+├── ScriptError                  10   the user's own script raised an error, or its exit code was not 0
 ├── SchedulerError               11   Slurm refused a request
-│   └── ControllerUnreachableError   12   Slurm's controller did not answer; it may have done what was asked
-├── HungError                    13   no rank went on within `cluster.hang_after`, and all were ended
+│   └── ControllerUnreachableError   12   Slurm's controller did not answer; the request may have been granted
+├── HungError                    13   no rank made progress within `cluster.hang_after`, and all were killed
 ├── GpuError                     14   a GPU is broken: an ECC error, fallen off the bus
-└── Stopped                      75   stopped on request with everything saved: run it again to go on
+└── Stopped                      75   stopped on request with everything saved: run it again to resume
 
-0 is success. 75 is EX_TEMPFAIL of sysexits.h: try again, and it goes on where it stopped.
-130 is a second Ctrl-C, or grace that ran out: nothing more was saved.
+0 is success. 75 is EX_TEMPFAIL of sysexits.h: run it again, and it resumes where it stopped.
+130 is a second Ctrl-C, or a grace period that ran out: nothing more was saved.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LONGEST = 400
 
 
 class LauncherError(Exception):
-    """The root of everything launcher raises on purpose; its text is for people."""
+    """The base class of every error that launcher raises on purpose; its text is for people."""
 
     exit_code = 1
     failure_class = "internal"
@@ -88,7 +88,7 @@ class StorageError(LauncherError):
 
 
 class CheckpointError(LauncherError):
-    """No whole checkpoint can be read where one is needed."""
+    """No complete checkpoint can be read where one is needed."""
 
     exit_code = 6
     failure_class = "checkpoint"
@@ -102,8 +102,8 @@ class RunInUseError(LauncherError):
 
 
 class DivergedError(LauncherError):
-    """The loss or the gradient was not finite too many steps in a row, or the loss jumped once more than it
-    may be taken back."""
+    """The loss or the gradient was not finite for too many steps in a row, or the loss jumped more often than
+    the run may return to an earlier checkpoint."""
 
     exit_code = 8
     failure_class = "diverged"
@@ -117,7 +117,7 @@ class RankLostError(LauncherError):
 
 
 class ScriptError(LauncherError):
-    """A script that was started with --script raised an error, or left with an exit code that is not 0."""
+    """A script that was started with --script raised an error, or ended with an exit code other than 0."""
 
     exit_code = 10
     failure_class = "script"
@@ -131,21 +131,21 @@ class SchedulerError(LauncherError):
 
 
 class ControllerUnreachableError(SchedulerError):
-    """Slurm's controller did not answer: what was asked may have been done all the same."""
+    """Slurm's controller did not answer: the request may have been carried out all the same."""
 
     exit_code = 12
     failure_class = "scheduler-unreachable"
 
 
 class HungError(LauncherError):
-    """No rank went on for longer than `cluster.hang_after` allows, and all were ended."""
+    """No rank made progress for longer than `cluster.hang_after` allows, and all were killed."""
 
     exit_code = 13
     failure_class = "hung"
 
 
 class GpuError(LauncherError):
-    """A GPU is broken, by what CUDA or the kernel's log says: an ECC error, fallen off the bus."""
+    """A GPU is broken, according to CUDA or the kernel's log: an ECC error, fallen off the bus."""
 
     exit_code = 14
     failure_class = "gpu"
@@ -159,7 +159,7 @@ class Stopped(LauncherError):
 
 
 def leaves(root: type[LauncherError] = LauncherError) -> list[type[LauncherError]]:
-    """Return the root and every class below it, in the order of their exit codes."""
+    """Return the root and all its subclasses, sorted by exit code."""
     classes = [root]
     for child in root.__subclasses__():
         classes += leaves(child)
@@ -167,14 +167,14 @@ def leaves(root: type[LauncherError] = LauncherError) -> list[type[LauncherError
 
 
 def by_failure_class(failure_class: str) -> type[LauncherError]:
-    """Return the exception class with this failure class; LauncherError where it is not known."""
+    """Return the exception class with this failure class; LauncherError if none has it."""
     return next((error for error in leaves() if error.failure_class == failure_class), LauncherError)
 
 
 def one_line(error: BaseException) -> str:
-    """Write an error as one line of at most 400 characters.
+    """Return an error as one line of at most 400 characters.
 
-    launcher's own text stands as it is, another's behind the name of its type.
+    The text of a LauncherError is unchanged; the text of any other error follows the name of its type.
     """
     text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
     if not isinstance(error, LauncherError):
@@ -183,6 +183,6 @@ def one_line(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Give the first line of an error's text, or its type's name where it has none: for a sentence of ours."""
+    """Return the first line of an error's text, or its type's name if it has none, to quote in a sentence."""
     lines = (line.strip() for line in str(error).splitlines())
     return next((line for line in lines if line), type(error).__name__)[:_LONGEST]

@@ -1,4 +1,4 @@
-"""Import packages at their first use, so that planning need not wait for those that only training uses."""
+"""Packages imported at their first use, so that planning does not wait for those that only training uses."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 
 class Lazy(ModuleType):
-    """Stands for a package by its name until an attribute of it is asked for.
+    """A placeholder for a package, which imports the package when one of its attributes is first read.
 
     Unlike importlib.util.LazyLoader it never enters sys.modules, where a package that imports itself (torch)
-    would meet it half made.
+    would find it half initialised.
     """
 
     def __getattr__(self, name: str) -> Any:

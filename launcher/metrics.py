@@ -1,4 +1,4 @@
-"""Say which of two values of a metric is the better one, and what a metric is of."""
+"""The better of two values of a metric, and the class that a metric is about."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 Better = Literal["lower", "higher"]
-"""Which of two values of a metric is the better one."""
+"""The direction in which a metric improves."""
 
 
 def cost(value: float, better: Better) -> float:
-    """Return the value as a number of which less is better."""
+    """Return the value as a number for which lower is better."""
     return value if better == "lower" else -value
 
 
 def near_commonest(details: Mapping[str, Any]) -> tuple[float, float] | None:
-    """Return the accuracy and the share of the commonest class, by an evaluation's details, where the first is
-    not above the second by more than two standard errors; None where it is, and where classes are not known."""
+    """Return the accuracy and the share of the commonest class, from an evaluation's details, if the accuracy
+    is at most two standard errors above that share; None if it is higher, or if there are no classes."""
     counts = details.get("confusion_matrix")
     if not counts or not (total := sum(map(sum, counts))):
         return None
@@ -37,8 +37,8 @@ def at_limit(details: Mapping[str, Any]) -> str | None:
 
 
 def told(name: str, details: Mapping[str, Any]) -> str:
-    """Return a metric's name with the class that it is of, by an evaluation's details: `f1 (of yes)`, of one of
-    several tasks `TASK/f1 (of yes)`; any other as it is."""
+    """Return a metric's name with the positive class, from an evaluation's details: `f1 (of yes)`, or
+    `TASK/f1 (of yes)` with several tasks. Any other metric's name is unchanged."""
     task, _, own = name.rpartition("/")
     of = details.get(task) if task else details
     positive = of.get("f1_of") if own == "f1" and isinstance(of, Mapping) else None

@@ -1,7 +1,7 @@
-"""Read files that anybody may have written: plain files only, of bounded size, no traceback.
+"""Safe reading of files that anybody may have written: plain files only, of bounded size, without a traceback.
 
-A pipe in the place of a file would hold its reader for ever, a device would never end, and a text of brackets
-alone would use up the interpreter's stack.
+A pipe in place of a file would block its reader for ever, a device would never end, and a text of nothing but
+brackets would exhaust the interpreter's stack.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 LARGEST_TEXT_BYTES = 64 << 20
-"""Texts that launcher, or a tool of others, writes as one are far smaller."""
+"""The size limit of a text file; files that launcher or other tools write are far smaller."""
 DEEPEST = 100
-"""Levels of sections and lists in each other; what copies and writes them takes up to six calls a level, of a
-thousand."""
+"""The most levels of nested sections and lists: copying and writing take up to six calls per level, of the
+thousand that Python allows."""
 _KINDS = {
     stat.S_IFIFO: "a pipe",
     stat.S_IFSOCK: "a socket",
@@ -27,8 +27,8 @@ _KINDS = {
 
 
 def plain(path: str, flags: int) -> int:
-    """Open a plain file, for `open(..., opener=plain)`; never wait for the other end of a pipe. Raises
-    OSError for all else."""
+    """Open a plain file, for `open(..., opener=plain)`, without waiting for the other end of a pipe. Raises
+    OSError for anything else."""
     try:
         descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, 0o666)
     except OSError as error:
@@ -44,7 +44,7 @@ def plain(path: str, flags: int) -> int:
 
 
 def check_plain(path: str | os.PathLike[str], mode: int) -> None:
-    """Raise OSError, with what it is, unless the mode is that of a plain file."""
+    """Raise OSError, which names the kind of file, unless the mode is that of a plain file."""
     kind = stat.S_IFMT(mode)
     if kind == stat.S_IFDIR:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
@@ -57,9 +57,9 @@ def check_plain(path: str | os.PathLike[str], mode: int) -> None:
 
 
 def read_bytes(path: str | os.PathLike[str], most: int = LARGEST_TEXT_BYTES) -> bytes:
-    """Return the content of a plain file. Raises OSError, also where it has more than `most` bytes."""
+    """Return the content of a plain file. Raises OSError, also if it has more than `most` bytes."""
     with open(path, "rb", opener=plain) as file:
-        # Room is taken for as much as is asked for, not for as much as there is.
+        # read() allocates the requested size, not the size of the file.
         content: bytes = file.read(min(os.fstat(file.fileno()).st_size, most) + 1)
     if len(content) > most:
         limit = f"{most >> 20} MiB" if most >> 20 else f"{most >> 10} KiB"
@@ -73,13 +73,13 @@ def read_text(path: str | os.PathLike[str], most: int = LARGEST_TEXT_BYTES) -> s
 
 
 def read_json(path: str | os.PathLike[str], most: int = LARGEST_TEXT_BYTES) -> Any:
-    """Return the values in a JSON file. Raises OSError, and ValueError for what is not JSON, or is nested
-    beyond any sense."""
+    """Return the values in a JSON file. Raises OSError, and ValueError if it is not JSON or is nested too
+    deeply."""
     return parse_json(read_text(path, most))
 
 
 def parse_json(text: str) -> Any:
-    """Return the values in a text. Raises ValueError for what is not JSON, or is nested beyond any sense."""
+    """Return the values in a JSON text. Raises ValueError if it is not JSON or is nested too deeply."""
     try:
         content = json.loads(text)
     except RecursionError:
@@ -90,7 +90,7 @@ def parse_json(text: str) -> Any:
 
 
 def too_deep(content: Any) -> bool:
-    """Return whether sections and lists stand in each other more than DEEPEST levels deep."""
+    """Return whether sections and lists are nested more than DEEPEST levels deep."""
     level, depth = [content], 0
     while level:
         depth += 1

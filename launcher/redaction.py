@@ -1,8 +1,8 @@
-"""Recognise secrets by pattern, by name and by value, and redact them.
+"""Recognition of secrets by pattern, by name and by value, and their redaction.
 
-Whatever is written or shown goes through `redact`: events, failures, command.json, JSON on stdout, error
-messages. What a user writes into a job file or a script's arguments is refused where it `holds_secret`, as it
-would be copied into run directories.
+Everything that is written or shown goes through `redact`: events, failures, command.json, JSON on stdout,
+error messages. A text in a job file or a script's arguments is refused if it `holds_secret`, because it would
+be copied into run directories.
 """
 
 from __future__ import annotations
@@ -29,27 +29,26 @@ _GIVEN = re.compile(
     r"(?P<between>\s*=\s*|(?<=\s-token)\s+|(?<=--token)\s+|(?<=[_-]token)\s+|(?<=--api[_-]key)\s+|(?<=--password)\s+)"
     r"(?P<value>[\"']?(?![$`/~<*\-])(?!(?:true|false|none|null|auto)\b)(?=[^\s\"',;]*[A-Za-z])[^\s\"',;]{6,})"
 )
-"""A name of a secret and what it is set to: `WANDB_API_KEY=...`, `--hub_token ...`; not `HF_TOKEN=$(cat
-file)`, a path, a number."""
+"""The name of a secret with its value: `WANDB_API_KEY=...`, `--hub_token ...`; not `HF_TOKEN=$(cat file)`, a
+path or a number."""
 _NAME = re.compile(r"TOKEN(?!IZER)|SECRET|PASSW|PASSPHRASE|CREDENTIAL|KEY|AUTH|COOKIE|JWT", re.IGNORECASE)
 _SHORTEST = 8
-"""Shorter values of this environment, in characters, would be found where they only look alike."""
+"""The shortest value, in characters, that is redacted by value: shorter ones would match unrelated text."""
 
 
 def holds_secret(text: str) -> bool:
-    """Return whether a text has something in it that looks like a secret, or a secret's name with its
-    value."""
+    """Return whether a text contains something that looks like a secret, or a secret's name with its value."""
     return bool(_LOOKS.search(text) or _GIVEN.search(text))
 
 
 @functools.cache
 def is_variable_of_secret(name: str) -> bool:
-    """Return whether a variable of the environment is likely to hold a secret, by its name."""
+    """Return whether an environment variable's name suggests that it holds a secret."""
     return bool(_NAME.search(name))
 
 
 def secret_arguments(words: Sequence[str]) -> list[str]:
-    """Find the secrets among a command's words, each by the option that it is given to."""
+    """Return the options of a command line whose values are secrets."""
     secret = []
     for before, word in zip(["", *words], words, strict=False):
         if _GIVEN.fullmatch(f"{before} {word}") or holds_secret(word):
@@ -60,13 +59,13 @@ def secret_arguments(words: Sequence[str]) -> list[str]:
 
 
 def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
-    """Return the text with `***` in the place of each secret: by its looks, by its name, or as the value of
-    a variable with such a name."""
+    """Return the text with `***` in place of each secret: recognised by its form, by its name, or as the value
+    of an environment variable with such a name."""
     return _redact(text, _values(environment))
 
 
 def redact_all(content: Any) -> Any:
-    """Return the same values, lists and mappings with each text, and each key, redacted."""
+    """Return the same values, lists and mappings with every text and every key redacted."""
     return _redact_all(content, _values(os.environ))
 
 
@@ -91,7 +90,7 @@ def _redact(text: str, values: list[str]) -> str:
 
 
 def _values(environment: Mapping[str, str]) -> list[str]:
-    """Collect the values that this environment keeps secret; a path leads to a secret, and is none."""
+    """Return this environment's secret values. A path is left out: it leads to a secret, but is none."""
     return [
         value
         for name, value in environment.items()

@@ -1,4 +1,4 @@
-"""Value types that many keys share (times, intervals, words), and the base of sections."""
+"""Value types that many keys share (times, intervals, words), and the base class of sections."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(s|min|h|d)\s*$")
 
 
 class Section(BaseModel):
-    """The common ground of all sections: frozen, and closed to unknown keys."""
+    """The base class of all sections: frozen, and closed to unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True, allow_inf_nan=False)
 
@@ -36,8 +36,8 @@ def parse_seconds(text: object) -> object:
 
 
 def parse_hang_after(value: object) -> object:
-    """Return a time as seconds; YAML reads a bare `off` as false. Raises ValueError for what is neither a
-    time nor one of the two words."""
+    """Return a time as seconds, or `auto` or `off` as it is; YAML reads a bare `off` as false. Raises
+    ValueError for anything else."""
     value = "off" if value is False else parse_seconds(value)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if value not in ("auto", "off") and not (number and float(value) >= 1):  # type: ignore[arg-type]
@@ -46,7 +46,7 @@ def parse_hang_after(value: object) -> object:
 
 
 def check_day(text: str) -> str:
-    """Return `2026-11-28` as it is. Raises ValueError for anything that is no day of the calendar."""
+    """Return a date written as `2026-11-28` unchanged. Raises ValueError for anything else."""
     try:
         if re.fullmatch(r"\d{4}-\d{2}-\d{2}", text):
             return datetime.date.fromisoformat(text).isoformat()

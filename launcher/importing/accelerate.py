@@ -1,4 +1,4 @@
-"""Read an Accelerate configuration, as `accelerate config` or `launcher render` writes it."""
+"""Accelerate's configuration, as `accelerate config` or `launcher render` writes it, read as facts of a plan."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from launcher.importing.defaults import ACCELERATE
 from launcher.importing.reading import Reading, brief
 
 _STRATEGIES = ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "HYBRID_SHARD_ZERO2")
-"""FSDP1's names; written as numbers they count from 1."""
+"""FSDP1's names of its strategies; as numbers they count from 1."""
 _SHARDING = {
     "FULL_SHARD": "full",
     "HYBRID_SHARD": "full",
@@ -43,8 +43,8 @@ _FSDP_ALWAYS = {
 
 
 def read(content: dict[str, Any], reading: Reading, has_own_precision: bool = False) -> None:
-    """Say what an Accelerate YAML says; `has_own_precision` where it stands in a file that says the precision
-    by keys of its own."""
+    """Record the facts of an Accelerate YAML. `has_own_precision`: it is part of a file whose own keys set the
+    precision."""
     kind = (reading.word(content, "distributed_type") or "NO").upper()
     if brief(content.get("compute_environment", "LOCAL_MACHINE")) != "LOCAL_MACHINE":
         value = content["compute_environment"]
@@ -57,7 +57,7 @@ def read(content: dict[str, Any], reading: Reading, has_own_precision: bool = Fa
 
 
 def places(content: dict[str, Any], reading: Reading, kind: str = "") -> None:
-    """Place everything but the engine: precision, ranks, compilation, and the keys that say nothing of the
+    """Record everything but the engine: precision, ranks, compilation, and the keys that do not affect the
     plan."""
     _precision(content, reading)
     _mesh(kind, content, reading)
@@ -94,7 +94,7 @@ def _engine(kind: str, content: dict[str, Any], reading: Reading) -> None:
 
 
 def _fsdp(fsdp: dict[str, Any], content: dict[str, Any], reading: Reading) -> None:
-    """FSDP1's words and FSDP2's; the prefix `fsdp_` may be left out."""
+    """Record the keys of FSDP1 and FSDP2; the prefix `fsdp_` may be left out."""
     fsdp = {key.removeprefix("fsdp_"): value for key, value in fsdp.items()}
     prefix = "fsdp_config.fsdp_"
     is_second = isinstance(fsdp.get("reshard_after_forward"), bool)  # only FSDP2 takes true or false there
@@ -177,7 +177,7 @@ _DEEPSPEED_INLINE = (
 
 
 def _deepspeed_inline(section: dict[str, Any], reading: Reading) -> None:
-    """Without a file Accelerate makes a DeepSpeed configuration of these few keys."""
+    """Record the few keys from which Accelerate makes a DeepSpeed configuration if there is no file."""
     from launcher.importing import deepspeed_config
 
     zero: dict[str, Any] = {"stage": section.get("zero_stage", 2)}
@@ -190,8 +190,8 @@ def _deepspeed_inline(section: dict[str, Any], reading: Reading) -> None:
                 **({} if path in (None, "none") else {"nvme_path": path}),
             }
     keys = ("gradient_accumulation_steps", "gradient_clipping")
-    # Accelerate's own file for DeepSpeed says `auto` of what is left out, and clips at 1, or where the
-    # Trainer does.
+    # Accelerate's own DeepSpeed configuration has `auto` for keys that are left out, and clips at 1, or at the
+    # Trainer's value.
     config = {
         "bf16": {"enabled": "auto"},
         "gradient_clipping": "auto",

@@ -1,4 +1,4 @@
-"""Read axolotl's YAML: the Trainer's arguments by other names, with keys of its own.
+"""axolotl's YAML: the Trainer's arguments by other names, with keys of its own.
 
 Read from version 0.18.0 (src/axolotl/utils/schemas).
 """
@@ -15,7 +15,7 @@ MARKS = {
     "micro_batch_size", "sequence_len", "adapter", "num_epochs", "datasets", "val_set_size",
     "lora_target_linear", "sample_packing",
 }  # fmt: skip
-"""Keys that stand beside `base_model`."""
+"""The keys by which a file with `base_model` is recognised as axolotl's."""
 ADAPTER = lora.Names(
     rank="lora_r",
     targets="lora_target_modules",
@@ -60,7 +60,7 @@ _NOTHING = {
     "liger_rms_norm", "liger_glu_activation", "liger_layer_norm", "liger_fused_linear_cross_entropy",
     "dataset_num_proc", "low_cpu_mem_usage",
 }  # fmt: skip
-"""Keys that change nothing of what is computed: paths, processes, reports."""
+"""Keys that do not affect the computation: paths, processes, reports."""
 _CHANGES: dict[str, str] = {
     "train_on_inputs": "launcher learns completions, or what the assistant says; a column of whole texts is "
     "learned whole",
@@ -85,11 +85,11 @@ _CHANGES: dict[str, str] = {
     "min_sample_len": "launcher leaves no row out for being short",
     "batch_size": "write gradient_accumulation_steps, or batch.global_batch_size",
 }
-"""Keys that change what is learned, and what is nearest."""
+"""Keys that change what is learned, with the nearest alternative."""
 
 
 def read(content: dict[str, Any], reading: Reading) -> None:
-    """Say what an axolotl file says."""
+    """Record the facts of an axolotl file."""
     reading.names |= {
         theirs: own for own, theirs in _RENAMED.items() if own in content or theirs not in content
     }
@@ -131,7 +131,7 @@ def read(content: dict[str, Any], reading: Reading) -> None:
 
 
 def _schedule(content: dict[str, Any], made: dict[str, Any]) -> None:
-    """`cosine_min_lr_ratio` as the Trainer's cosine_with_min_lr has it."""
+    """Translate `cosine_min_lr_ratio` to the Trainer's cosine_with_min_lr."""
     ratio = as_number(content.get("cosine_min_lr_ratio"))
     if ratio and str(content.get("lr_scheduler", "cosine")) == "cosine":
         made["lr_scheduler_type"], made["lr_scheduler_kwargs"] = "cosine_with_min_lr", {"min_lr_rate": ratio}
@@ -159,7 +159,7 @@ def _adapter(content: dict[str, Any], reading: Reading) -> None:
 
 
 def _tokens(content: dict[str, Any], reading: Reading) -> None:
-    """Length, packing and template."""
+    """Record length, packing and template."""
     reading.take(content, {"sample_packing": "data.packing"}, Reading.flag)
     strategy = reading.word(content, "excess_length_strategy")
     if strategy is not None:

@@ -1,4 +1,4 @@
-"""Read the data sets of an axolotl file: where the rows are, and which columns are what.
+"""The data sets of an axolotl file: the place of the rows, and the meaning of their columns.
 
 Read from version 0.18.0 (src/axolotl/utils/data, src/axolotl/utils/schemas/datasets.py): the data sets are
 concatenated, so that every row comes once in an epoch.
@@ -21,7 +21,7 @@ _KNOWN = {
     "path", "type", "name", "split", "data_files", "ds_type", "field_messages", "field", "trust_remote_code",
     "preprocess_shards", *_NEUTRAL,
 }  # fmt: skip
-"""Keys of an entry that are read, or that change nothing of what is learned."""
+"""Keys of an entry that are read, or do not affect what is learned."""
 _SHARD = (
     "a part of its rows, drawn at random once; launcher takes all, or by limit the first so many: write "
     "those rows to a file of their own"
@@ -34,7 +34,7 @@ _ELSE = (
 
 
 def read(content: dict[str, Any], reading: Reading) -> None:
-    """Say what `datasets` and `test_datasets` say."""
+    """Record the data sets of `datasets` and `test_datasets`."""
     mixture.say(
         _data_sets(content, "datasets", "data.train", reading),
         _data_sets(content, "test_datasets", "data.evaluation", reading),
@@ -51,7 +51,7 @@ def _data_sets(content: dict[str, Any], option: str, key: str, reading: Reading)
     for number, entry in enumerate(entries):
         prefix = option if len(entries) == 1 else f"{option}.{number}"
         values = {str(name): value for name, value in entry.items()}
-        # A data set on the hub without a split has the one that is asked for, train or test.
+        # A data set on the hub without a split gets the one for its role, train or test.
         split = values.get("split") or ("test" if option == "test_datasets" else None)
         path = reading.word(values, "path", f"{prefix}.")
         files, subset = values.get("data_files"), values.get("name")
@@ -64,7 +64,7 @@ def _data_sets(content: dict[str, Any], option: str, key: str, reading: Reading)
 
 
 def _columns(entry: dict[str, Any], said: str, reading: Reading) -> dict[str, str]:
-    """Return which columns of an entry are what; none where axolotl writes its rows in a way of its own."""
+    """Return the meaning of an entry's columns; empty if axolotl formats its rows in a way of its own."""
     columns: dict[str, str] = {}
     way = entry.get("type")
     if way == "chat_template":

@@ -1,6 +1,6 @@
-"""Take a training command apart (`accelerate launch`, `torchrun`, `deepspeed`, `python`).
+"""The parts of a training command (`accelerate launch`, `torchrun`, `deepspeed`, `python`).
 
-Nothing of it is executed.
+Nothing is executed.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _NO_WRAPPERS = {
     "set", "alias", "trap", "wait", "sleep", "cat", "tee", "hash", "command", "unset", "scontrol", "curl",
     "wget", "sed", "awk", "chmod", "pyenv", "brew",
 }  # fmt: skip
-"""Programs that start no other, whatever words follow."""
+"""Programs that never start another program."""
 _WITH_RUN = ("conda", "mamba", "micromamba", "uv", "poetry", "pixi", "pdm", "hatch", "docker", "podman")
-"""Programs that start another by `run` or `exec` alone."""
+"""Programs that start another one only by `run` or `exec`."""
 _BY_NAME = {"accelerate": ("launch",), "llamafactory-cli": ("train",), "axolotl": ("train",)}
-"""Programs whose first word says that they train. TRL's is the method."""
+"""Programs that train if their first argument is this word. TRL's first argument is the method."""
 _STARTING_MODULES = {
     "torch.distributed.run": "torchrun",
     "torch.distributed.launch": "torchrun",
@@ -49,18 +49,18 @@ class Training:
 
     starter: str
     words: list[str]
-    """Words behind the program: its flags, the script, the script's arguments."""
+    """The words after the program: its flags, the script, the script's arguments."""
     before: list[str]
-    """Words before the program, as `srun -N 2`."""
+    """The words before the program, as `srun -N 2`."""
     rank: int
-    """How sure that is: 2 a launcher, 1 Python with a Trainer's arguments, 0 Python."""
+    """The certainty that it trains: 2 a launcher, 1 Python with a Trainer's arguments, 0 Python."""
 
     def __str__(self) -> str:
         return " ".join([self.starter, *self.words])[:80]
 
 
 def read_script(text: str, reading: Reading) -> None:
-    """Say what a script says: its `#SBATCH` lines, and the one command in it that starts a training."""
+    """Record the facts of a script: its `#SBATCH` lines, and the one command that starts a training."""
     try:
         script = shell.parse(text)
     except ValueError as error:
@@ -77,7 +77,7 @@ def read_script(text: str, reading: Reading) -> None:
 
 
 def _counted_by_slurm(remark: Remark, reading: Reading) -> Remark:
-    """Numbers that the shell would fill in and `#SBATCH` lines say as well."""
+    """Adjust a remark on numbers that the shell would fill in, if `#SBATCH` lines give them too."""
     key = starting.COUNTS.get(remark.said.removeprefix("--"))
     if remark.kind != "fill in" or key is None or not reading.says(key):
         return remark
@@ -89,7 +89,7 @@ def _counted_by_slurm(remark: Remark, reading: Reading) -> Remark:
 
 
 def read(words: list[str], reading: Reading) -> None:
-    """Say what a command line says, written in words."""
+    """Record the facts of a command line, given as words."""
     script = shell.Script()
     shell.take(words, script)
     _read_commands(script, reading)
@@ -112,7 +112,7 @@ def _read_commands(script: shell.Script, reading: Reading) -> None:
 
 
 def _nothing(script: shell.Script) -> str:
-    """Say why no command of a script is taken."""
+    """Return the reason why no command of a script is used."""
     starters = f"one begins with {', '.join(STARTERS)}"
     for words in script.commands:
         variable = next((word for word in words if word.startswith("$")), None)
@@ -126,7 +126,7 @@ def _nothing(script: shell.Script) -> str:
 
 
 def _training(words: list[str]) -> Training | None:
-    """The training that a command starts, behind srun and its like; None where it starts none."""
+    """Return the training that a command starts, after srun and similar prefixes; None if it starts none."""
     program = PurePath(words[0]).name
     if program in _NO_WRAPPERS or (program in _WITH_RUN and not {"run", "exec"} & set(words[1:4])):
         return None
@@ -146,7 +146,7 @@ def _training(words: list[str]) -> Training | None:
 
 
 def _of_python(words: list[str], before: list[str]) -> Training | None:
-    """`python -m MODULE` and `python SCRIPT`, where they may be a training."""
+    """Return the training of `python -m MODULE` or `python SCRIPT`; None if it cannot be one."""
     index = 0
     while index < len(words) and words[index].startswith("-") and words[index] not in ("-m", "-c"):
         index += 2 if words[index] in ("-W", "-X") else 1
@@ -173,7 +173,7 @@ def _of_python(words: list[str], before: list[str]) -> Training | None:
 
 
 def _read(training: Training, reading: Reading) -> None:
-    """Say what the launcher's flags say, then the script's arguments and the files that they name."""
+    """Record the facts of the launcher's flags, then of the script's arguments and the files that they name."""
     starter, words = training.starter, training.words
     script, is_sft = "", starter == "trl"
     if starter in ("accelerate-launch", "torchrun", "deepspeed"):
@@ -183,7 +183,7 @@ def _read(training: Training, reading: Reading) -> None:
             "torchrun": starting.of_torchrun,
             "deepspeed": starting.of_deepspeed,
         }[starter](flags, reading)
-    if starter == "axolotl" and "--" in words:  # what the launcher under it gets
+    if starter == "axolotl" and "--" in words:  # arguments of the launcher that axolotl starts
         flags, _ = starting.flags_of(words[words.index("--") + 1 :])
         words = words[: words.index("--")]
         way = starting.of_torchrun if "torchrun" in words else starting.of_accelerate
@@ -207,7 +207,7 @@ def _read(training: Training, reading: Reading) -> None:
 
 
 def _arguments(words: list[str], is_sft: bool, starter: str, script: str, reading: Reading) -> None:
-    """Say what a script's arguments say; beside a file that they name they stand in place of its keys."""
+    """Record the facts of a script's arguments; they override the keys of a file that they name."""
     named, positional = _split(words)
     file = ""
     for word in [
@@ -244,13 +244,13 @@ def _arguments(words: list[str], is_sft: bool, starter: str, script: str, readin
 
 
 def read_arguments(content: dict[str, Any], is_sft: bool, starter: str, reading: Reading) -> None:
-    """Say what arguments by name say, as the tool reads them that they are for."""
+    """Record the facts of named arguments, as the tool that they are for reads them."""
     if starter == "llamafactory-cli" or {"finetuning_type", "cutoff_len", "template"} & content.keys():
         llama_factory.read(content, reading)
     elif starter == "axolotl" or "base_model" in content:
         axolotl.read(content, reading)
     else:
-        # transformers' own parser has `--no_NAME` for what is true by default.
+        # transformers' own parser has `--no_NAME` for flags that are true by default.
         off = {
             key.removeprefix("no_"): False
             for key in content
@@ -268,8 +268,8 @@ def _is_file(word: str) -> bool:
 
 
 def _split(words: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """`--name value`, `--name=value`, `--name` (true), `--name a b` (a list); and the words before the first
-    name."""
+    """Split words into named arguments, and the words before the first name. The forms are `--name value`,
+    `--name=value`, `--name` (true) and `--name a b` (a list)."""
     named: dict[str, Any] = {}
     positional: list[str] = []
     name = ""

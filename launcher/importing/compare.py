@@ -1,4 +1,4 @@
-"""Compare two plans, jobs or engine configurations key by key, in the plan's vocabulary."""
+"""The comparison of two plans, jobs or engine configurations, key by key in the plan's vocabulary."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from launcher.runs.layout import RunDirectory
 
 @dataclass(frozen=True)
 class Difference:
-    """One key; None where that side says nothing of it."""
+    """One differing key with both values; None if that side does not set it."""
 
     key: str
     a: Any
@@ -35,10 +35,10 @@ class Comparison:
 
 
 def compare(a: Path, b: Path) -> Comparison:
-    """Return how two files or run directories differ. Two plans are compared in full, anything else in what an
-    engine's file can say.
+    """Return the differences of two files or run directories. Two plans are compared in full, anything else only
+    in the keys that an engine's file can have.
 
-    Raises ConfigurationError for what cannot be read.
+    Raises ConfigurationError if one cannot be read.
     """
     sides = [_side(path) for path in (a, b)]
     one, other = sides
@@ -71,7 +71,7 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[Difference]:
 
 def _side(path: Path) -> Plan | list[Reading]:
     if not path.exists():
-        with contextlib.suppress(ConfigurationError):  # no run has that name either; the path is told of
+        with contextlib.suppress(ConfigurationError):  # no run has that name either; the error names the path
             path = RunDirectory.find(path).path
     path = path / "plan.json" if path.is_dir() else path
     content = foreign_files.content_of(path)
@@ -86,7 +86,7 @@ def _side(path: Path) -> Plan | list[Reading]:
 
 
 def _rendered(plan: Plan, kinds: set[int]) -> list[Reading]:
-    """A plan in the words of the files it is compared with: a DeepSpeed file alone, or Accelerate's with
+    """Return a plan in the form of the files it is compared with: a DeepSpeed file alone, or Accelerate's and
     DeepSpeed's."""
     readings = []
     if plan.engine == "deepspeed":

@@ -1,4 +1,4 @@
-"""Read LLaMA-Factory's dataset_info.json: where the rows of a data set are, and which columns are what.
+"""LLaMA-Factory's dataset_info.json: the place of a data set's rows, and the meaning of their columns.
 
 Read from version 0.9.6 (src/llamafactory/data/parser.py, converter.py, processor/pretrain.py).
 """
@@ -16,7 +16,7 @@ from launcher.plain_files import read_json
 
 NAME = "dataset_info.json"
 _TAGS = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
-"""With which chats are messages as launcher reads them."""
+"""The tags with which chats have the form that launcher reads."""
 _KNOWN = {
     "file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "subset", "split", "formatting", "columns", "tags",
     "ranking",
@@ -28,7 +28,7 @@ _CANNOT = {
 
 
 def table(directory: str, beside: str) -> dict[str, dict[str, Any]]:
-    """Return the data sets of a directory, looked for beside a file and from here; none where there is none."""
+    """Return the data sets of a directory, relative to a file or the working directory; empty if none."""
     for folder in (PurePath(beside).parent / directory, PurePath(directory)):
         with contextlib.suppress(OSError, ValueError):
             content = read_json(Path(folder) / NAME)
@@ -40,7 +40,7 @@ def table(directory: str, beside: str) -> dict[str, dict[str, Any]]:
 def data_set(
     name: str, entry: dict[str, Any], directory: str, stage: str, option: str, reading: Reading
 ) -> DataSet | None:
-    """Return what an entry says; None where its rows are neither on the hub nor in files."""
+    """Return the data set of an entry; None if its rows are neither on the hub nor in files."""
     prefix = f"{NAME}: {name}"
     if isinstance(entry.get("hf_hub_url"), str):
         more = {key: str(entry[key]) for key in ("subset", "split") if entry.get(key)}
@@ -58,13 +58,13 @@ def data_set(
 
 
 def _columns(entry: dict[str, Any], stage: str, said: str, reading: Reading) -> dict[str, str]:
-    """Return which columns are what: texts of `stage: pt`, or chats with roles and contents."""
+    """Return the meaning of the columns: texts with `stage: pt`, or chats with roles and contents."""
     kind = entry.get("formatting") or "alpaca"
     named, tags = (_words(entry.get(key)) for key in ("columns", "tags"))
     read: dict[str, str] = {}
     if stage == "pt" and kind == "alpaca" and named.keys() & {"prompt", "query"} == {"prompt"}:
         read = {"text": named.pop("prompt")}
-        named.pop("response", None)  # nothing of it is learned there
+        named.pop("response", None)  # LLaMA-Factory does not train on it in this stage
     elif kind in ("sharegpt", "openai") and stage == "sft" and tags.items() >= _TAGS.items():
         read = {"messages": named.pop("messages", "conversations")}
         read |= {"tools": named.pop("tools")} if "tools" in named else {}
@@ -82,6 +82,6 @@ def _columns(entry: dict[str, Any], stage: str, said: str, reading: Reading) -> 
 
 
 def _words(value: Any) -> dict[str, str]:
-    """Return the texts of a section of keys; none where it is no section."""
+    """Return the texts in a section; empty if it is not a section."""
     items = value.items() if isinstance(value, dict) else ()
     return {str(key): text for key, text in items if isinstance(text, str) and text}

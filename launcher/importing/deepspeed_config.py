@@ -1,4 +1,4 @@
-"""Read a DeepSpeed configuration: which keys the plan has, and what becomes of the others."""
+"""DeepSpeed's configuration: the keys that a plan has, and remarks on the others."""
 
 from __future__ import annotations
 
@@ -52,14 +52,13 @@ _ZERO_KNOWN = {
 
 
 def read(content: dict[str, Any], reading: Reading) -> None:
-    """Say what a DeepSpeed JSON says."""
+    """Record the facts of a DeepSpeed JSON."""
     reading.say("engine", "deepspeed", "(a DeepSpeed file)")
     reading.take(content, _BATCH, Reading.count)
     if (clip := reading.number(content, "gradient_clipping")) is not None:
         reading.say("training.clip_norm", clip, "gradient_clipping")
     elif "gradient_clipping" not in content:
-        # Neither Accelerate nor the Trainer clips by itself where DeepSpeed runs, so that no max_grad_norm
-        # changes this.
+        # With DeepSpeed neither Accelerate nor the Trainer clips gradients, so max_grad_norm has no effect.
         reading.default("training.clip_norm", DEEPSPEED_CLIPPING, "gradient_clipping")
         text = (
             "left out there: DeepSpeed 0.19.8 then clips at this norm; older versions clipped nothing, "
@@ -142,7 +141,7 @@ def _zero(zero: dict[str, Any], there: bool, reading: Reading) -> None:
 
 
 def _offload(zero: dict[str, Any], stage: int, reading: Reading) -> None:
-    """Both offload sections as one value and one place."""
+    """Record both offload sections as one value and one place."""
     devices: dict[str, str] = {}
     paths: dict[str, str] = {}
     for key, old in (("offload_optimizer", "cpu_offload"), ("offload_param", "cpu_offload_params")):
@@ -194,8 +193,7 @@ def _place(devices: dict[str, str], paths: dict[str, str], stage: int, reading: 
 
 
 def _rest(content: dict[str, Any], prefix: str, known: set[str], reading: Reading) -> None:
-    """The keys that say nothing of the plan: reports, what is so in any case, and what launcher has no word
-    for."""
+    """Remark on the keys that a plan lacks: reports, fixed behaviour, and features that launcher lacks."""
     rest = [key for key in content if key not in known]
     text = "a report, which changes nothing of what is computed"
     reading.ignore_all(content, (key for key in rest if key in _REPORTS), text, prefix)

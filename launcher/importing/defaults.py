@@ -1,6 +1,6 @@
-"""Defaults of other tools for keys that a file leaves out.
+"""The defaults of other tools for keys that a file leaves out.
 
-Small tables, which the tests hold to the installed packages.
+The tests compare these small tables with the installed packages.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from launcher.values import Section
 
 @dataclass(frozen=True)
 class Defaults:
-    """The defaults of one tool: a job's key -> the tool's own key and value."""
+    """The defaults of one tool: a job's key, with the tool's own key and value."""
 
     tool: str
     values: dict[str, tuple[str, Any]]
 
     def but(self, tool: str, **changes: tuple[str, Any]) -> Defaults:
-        """Return those of a tool that builds on this one; `changes` are keys with `__` where a point stands."""
+        """Return the defaults of a tool that builds on this one; `changes` are keys with `__` for a dot."""
         return Defaults(tool, self.values | {key.replace("__", "."): value for key, value in changes.items()})
 
     def apply(self, reading: Reading) -> None:
-        """Say each default whose key the file does not say. With a number of steps there are no epochs."""
+        """Record each default whose key the file does not set. With a number of steps there are no epochs."""
         reading.tool = self.tool
         if reading.is_partial:
             return
@@ -99,12 +99,12 @@ ACCELERATE = Defaults(
 
 @dataclass(frozen=True)
 class AdapterDefaults:
-    """The values of an adapter where the file leaves it out. None: the tool refuses that, or it follows from
-    other keys."""
+    """The values of an adapter that a file leaves out. None: the tool requires the key, or derives it from other
+    keys."""
 
     rank: int | None
     alpha: float | None
-    """As a number, or, where `is_twice`, as twice the rank."""
+    """The value as a number; if `is_twice`, it is twice the rank instead."""
     dropout: float
     targets: str | None
     is_twice: bool = False
@@ -118,7 +118,7 @@ AXOLOTL_ADAPTER = AdapterDefaults(None, None, 0.0, None)  # utils/schemas/peft.p
 
 
 def differs(fact: Fact) -> bool:
-    """Return whether launcher's own default for what a fact says is another value."""
+    """Return whether launcher's own default differs from a fact's value."""
     section, _, key = fact.key.partition(".")
     if section == "model" and key.startswith("adapter."):
         section, key = "adapter", key.removeprefix("adapter.")

@@ -1,4 +1,4 @@
-"""Find foreign files, parse them without executing anything, and tell their kinds apart."""
+"""Foreign files: found, parsed without executing anything, and recognised by their kinds."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ Kind = Literal[
 ]
 RANKS: dict[Kind, int] = {"command line": 0, "deepspeed": 1, "trainer": 2, "accelerate": 3}
 RANKS |= {"llama-factory": RANKS["trainer"], "axolotl": RANKS["trainer"]}
-"""Where a kind of file stands when two say different things; the lower wins."""
+"""The precedence of each kind of file if two set different values; the lower wins."""
 WINNERS = {
     "command line": "a command line overrides files",
     "deepspeed": "the engine runs by its own file",
     "trainer": "the Trainer's arguments are nearer to the script than Accelerate's file",
     "accelerate": "it is the first that says so",
 }
-"""Which of two files that say different things wins, in this order, and why."""
+"""The reason why a kind of file wins over another that sets a different value, in order of precedence."""
 _READERS: dict[Kind, Callable[[dict[str, Any], Reading], None]] = {
     "deepspeed": deepspeed_config.read,
     "accelerate": accelerate.read,
@@ -54,7 +54,7 @@ def _unreadable(path: Path | str, reason: str) -> ConfigurationError:
 
 
 def content_of(path: Path) -> Any:
-    """Return the values in a JSON or YAML file, or the text of another. Raises ConfigurationError."""
+    """Return the values of a JSON or YAML file, or the text of any other. Raises ConfigurationError."""
     try:
         text = read_bytes(path, _LARGEST_BYTES).decode("utf-8-sig")
     except FileNotFoundError:
@@ -94,7 +94,7 @@ def _json(text: str, path: Path) -> Any:
 
 
 def kind_of(content: Any) -> Kind | None:
-    """Return whose file this is, by the keys that only it has; None where nothing tells."""
+    """Return the kind of a file, from keys that only that kind has; None if it cannot be recognised."""
     if isinstance(content, str):
         return "command line"
     if not isinstance(content, dict):
@@ -120,13 +120,13 @@ def kind_of(content: Any) -> Kind | None:
 
 
 def read(path: Path) -> Reading:
-    """Return what the file at `path` says. Raises ConfigurationError where it cannot be read; problems of its
-    keys are in the reading."""
+    """Return the reading of the file at `path`, which includes problems of its keys. Raises ConfigurationError
+    if it cannot be read."""
     return read_content(content_of(path), str(path))
 
 
 def read_content(content: Any, source: str, is_sft: bool = False) -> Reading:
-    """Return what values or a text say. `source` names them; `is_sft`: TRL's SFTTrainer reads them."""
+    """Return the reading of values or a text. `source` is their name; `is_sft`: TRL's SFTTrainer reads them."""
     kind = kind_of(content)
     if kind is None:
         is_mapping = "of another kind" if isinstance(content, dict) else "no mapping of keys"
@@ -148,7 +148,7 @@ def read_content(content: Any, source: str, is_sft: bool = False) -> Reading:
 
 
 def follow(readings: list[Reading], folders: dict[str, Path]) -> None:
-    """Read the files that those already read name, where they are there; else say what is missing."""
+    """Read the files that the readings name, if they exist; else remark that they are missing."""
     known = {Path(reading.source).resolve() for reading in readings}
     queue = list(readings)
     for reading in queue:
@@ -178,7 +178,7 @@ def follow(readings: list[Reading], folders: dict[str, Path]) -> None:
 
 
 def _overridden(path: Path, overrides: dict[str, Any], is_sft: bool) -> Reading:
-    """Return what a file says with other values for some of its keys."""
+    """Return the reading of a file with some of its keys overridden."""
     content = content_of(path)
     if not overrides or not isinstance(content, dict):
         return read_content(content, str(path), is_sft)

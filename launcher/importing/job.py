@@ -1,4 +1,4 @@
-"""Turn foreign files into a job file, with remarks on every key."""
+"""The conversion of foreign files into a job file, with remarks on every key."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from launcher.job.schema import Training
 
 COMMAND = "command line"
 _COLUMNS = {"text", "prompt", "messages", "source"}
-"""One of which a job has once its columns are known."""
+"""The columns of which a job has at least one once they are known."""
 
 
 @dataclass(frozen=True)
 class Imported:
-    """The job file and what was said about each key on the way."""
+    """The job file, and the remarks on each key."""
 
     content: dict[str, Any]
     text: str
@@ -35,10 +35,9 @@ class Imported:
 
 
 def import_files(paths: list[Path], words: list[str] | None = None) -> Imported:
-    """Return the job that the files, and the words of a command line, say together.
+    """Return the job of the files and the words of a command line together.
 
-    Raises ConfigurationError with every problem: files that cannot be read, values that are none, numbers
-    that do not divide.
+    Raises ConfigurationError with every problem: unreadable files, invalid values, numbers that do not divide.
     """
     readings: list[Reading] = []
     problems: list[Problem] = []
@@ -81,7 +80,7 @@ def import_files(paths: list[Path], words: list[str] | None = None) -> Imported:
 
 
 def _whole(value: Any) -> Any:
-    """Return the same with 2.0 as 2, as people write it."""
+    """Return the same value with 2.0 as 2."""
     if isinstance(value, dict):
         return {key: _whole(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -90,7 +89,7 @@ def _whole(value: Any) -> Any:
 
 
 def _left_to_launcher(facts: dict[str, Any]) -> list[Remark]:
-    """Remark what no file says of a training: launcher's own defaults, which are hardly those of the script."""
+    """Return remarks on settings that no file has: launcher's defaults, which may differ from the script's."""
     names = {key: Training.model_fields[key].default for key in ("learning_rate", "schedule", "warmup")}
     left = [f"{key} {value}" for key, value in names.items() if f"training.{key}" not in facts]
     left += [] if {"training.epochs", "training.max_steps"} & facts.keys() else ["epochs 1"]
@@ -99,7 +98,7 @@ def _left_to_launcher(facts: dict[str, Any]) -> list[Remark]:
 
 
 def _unfit(content: dict[str, Any], facts: dict[str, Any]) -> list[Problem]:
-    """Return what the job file itself would refuse, by the key that said it."""
+    """Return the problems of the job file itself, each with the foreign key that caused it."""
     sources = {JOB_KEYS.get(key, key): f"{fact.source}: {fact.said}" for key, fact in facts.items()}
     kept = without(content, set())
     problems = refused(kept)

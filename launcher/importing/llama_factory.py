@@ -1,4 +1,4 @@
-"""Read LLaMA-Factory's YAML: the Trainer's arguments with keys of its own.
+"""LLaMA-Factory's YAML: the Trainer's arguments with keys of its own.
 
 Read from version 0.9.6 (src/llamafactory/hparams).
 """
@@ -32,7 +32,7 @@ _NOTHING = {
     "infer_dtype", "use_kv_cache", "offload_folder", "compute_accuracy", "ignore_pad_token_for_loss",
     "include_effective_tokens_per_second", "predict_with_generate", "use_swanlab",
 }  # fmt: skip
-"""Keys that change nothing of what is computed: paths, processes, reports."""
+"""Keys that do not affect the computation: paths, processes, reports."""
 _CHANGES: dict[str, str] = {
     "train_on_prompt": "launcher learns completions, or what the assistant says; a column of whole texts is "
     "learned whole",
@@ -50,12 +50,12 @@ _CHANGES: dict[str, str] = {
     "ones, and no row beyond",
     "val_size": HELD_OUT,
 }
-"""Keys that change what is learned, and what is nearest."""
+"""Keys that change what is learned, with the nearest alternative."""
 
 
 def read(content: dict[str, Any], reading: Reading) -> None:
-    """Say what a LLaMA-Factory file says. Raises nothing: a stage that launcher lacks is a problem of the
-    reading."""
+    """Record the facts of a LLaMA-Factory file. Never raises: a stage that launcher lacks becomes a problem of
+    the reading."""
     stage = reading.word(content, "stage") or "sft"
     if stage not in ("sft", "pt"):
         reason = "learns by another loss than cross entropy, which is all launcher has; the nearest is sft"
@@ -102,7 +102,7 @@ def _adapter(content: dict[str, Any], reading: Reading) -> None:
 
 
 def _data(content: dict[str, Any], stage: str, reading: Reading) -> None:
-    """Length, packing and template."""
+    """Record length, packing and template."""
     packs = reading.flag(content, "packing")
     apart = bool(reading.flag(content, "neat_packing"))
     packs = (packs if packs is not None else stage == "pt") or apart

@@ -1,4 +1,4 @@
-"""Read the data sets of a LLaMA-Factory file, and how several are mixed.
+"""The data sets of a LLaMA-Factory file, and how several are mixed.
 
 Read from version 0.9.6 (src/llamafactory/data). Data sets are concatenated, or drawn from by
 `interleave_datasets` of `datasets`: before they are packed, and the same rows in every epoch.
@@ -19,11 +19,11 @@ READ = {"dataset", "eval_dataset", "dataset_dir", "max_samples", "mix_strategy",
 _STRATEGIES = ("concat", "interleave_under", "interleave_over", "interleave_once")
 """The last three stop at `first_exhausted`, `all_exhausted` and `all_exhausted_without_replacement`."""
 _DRAWN = _STRATEGIES[1:3]
-"""By which rows are left out, or come twice."""
+"""The strategies that leave out or repeat rows."""
 
 
 def read(content: dict[str, Any], stage: str, reading: Reading) -> None:
-    """Say the data sets of both roles. Whether samples are packed is known by then."""
+    """Record the data sets of both roles. Must be called after it is known whether samples are packed."""
     limit = reading.count(content, "max_samples")
     given: dict[str, list[DataSet]] = {}
     for option in ("dataset", "eval_dataset"):
@@ -113,7 +113,7 @@ def _weights(content: dict[str, Any], names: list[str], reading: Reading) -> dic
 
 
 def _say_drawn(strategy: str, shown: str, packs: bool, reading: Reading) -> None:
-    """Say when an epoch ends, and what of drawing is another thing here."""
+    """Remark on when an epoch ends, and on how drawing differs in launcher."""
     if strategy == "interleave_over":
         reading.say("data.mixing.stopping_strategy", "all_exhausted", "mix_strategy")
         text = (
@@ -136,7 +136,7 @@ def _say_drawn(strategy: str, shown: str, packs: bool, reading: Reading) -> None
 
 
 def _measured_together(content: dict[str, Any], names: list[str], reading: Reading) -> None:
-    """Remark held-out rows that are drawn, so that some are left out, or measured twice."""
+    """Remark on held-out rows that are drawn, so that some are left out or evaluated twice."""
     strategy = content.get("mix_strategy")
     if strategy in _DRAWN and not reading.flag(content, "eval_on_each_dataset"):
         text = (

@@ -1,4 +1,4 @@
-"""LoRA settings by the names of TRL, LLaMA-Factory, axolotl and common scripts."""
+"""LoRA settings under the names of TRL, LLaMA-Factory, axolotl and common scripts."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Names:
     alpha: str = "lora_alpha"
     dropout: str = "lora_dropout"
     ratio: str = ""
-    """The key of how many times as fast B learns as A."""
+    """The key of the ratio between the learning rates of B and A."""
     variants: tuple[str, ...] = ()
-    """Keys of other kinds of adapters: true, or anything but None, makes one that launcher lacks."""
+    """The keys of other kinds of adapters: true, or anything but None, selects one that launcher lacks."""
     details: tuple[str, ...] = ()
-    """Keys that say something of an adapter only beside one of `variants`."""
+    """The keys that affect an adapter only together with one of `variants`."""
 
     def all(self) -> set[str]:
         """Return every key by its name."""
@@ -38,7 +38,7 @@ class Names:
 
 
 def read(content: dict[str, Any], names: Names, defaults: AdapterDefaults, reading: Reading) -> None:
-    """Say the adapter that these keys make, with the tool's defaults for those left out."""
+    """Record the adapter of these keys, with the tool's defaults for those left out."""
     rank, alpha = reading.count(content, names.rank), reading.number(content, names.alpha)
     if rank is None and defaults.rank is not None:
         rank = defaults.rank
@@ -80,7 +80,7 @@ def read(content: dict[str, Any], names: Names, defaults: AdapterDefaults, readi
 
 
 def _faster_b(content: dict[str, Any], names: Names, reading: Reading) -> None:
-    """Say LoRA+ (Hayou et al. 2024, arXiv 2402.12354): B learns so many times as fast as A."""
+    """Record LoRA+ (Hayou et al. 2024, arXiv 2402.12354): B has a multiple of A's learning rate."""
     ratio = reading.number(content, names.ratio) if names.ratio else None
     if ratio is None or ratio == 1:
         return None
@@ -114,13 +114,13 @@ def _targets(value: Any, names: Names, defaults: AdapterDefaults, reading: Readi
 
 
 def unused(content: dict[str, Any], names: Names, why: str, reading: Reading) -> None:
-    """Say of an adapter's keys that the tool reads none of them."""
+    """Remark that the tool reads none of an adapter's keys."""
     if unused_keys := sorted(key for key in names.all() if content.get(key) not in (None, False, "", [], {})):
         reading.ignore(", ".join(unused_keys), None, why)
 
 
 def quantised(content: dict[str, Any], keys: tuple[str, ...], reading: Reading) -> None:
-    """Say of each key that quantises the model that launcher does not."""
+    """Remark on each key that quantises the model, which launcher does not do."""
     for key in keys:
         if content.get(key) not in (None, False, "false", "False", 0):
             text = (

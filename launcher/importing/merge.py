@@ -1,4 +1,4 @@
-"""Merge several readings into one set of values, and that into a job."""
+"""The merging of several readings into one set of values, and its conversion into a job."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ JOB_KEYS = {
     "offload_to": "memory.offload_to",
     "evaluate_every": "training.evaluate_every",
 }
-"""Keys of the plan that stand elsewhere in a job; the others stand where they are, or nowhere (`zero.`,
+"""Keys of the plan that have another name in a job; the others have the same name, or none (`zero.`,
 `mesh.`)."""
 _PARTS = (
     "name", "model", "data", "evaluation", "batch", "training", "precision", "memory", "parallel",
@@ -37,7 +37,7 @@ _BATCH = ("batch.global_batch_size", "batch.micro_batch_size", "batch.accumulati
 
 @dataclass
 class Merged:
-    """The facts, remarks and problems of all files together."""
+    """The merged facts, remarks and problems of all files."""
 
     facts: dict[str, Fact] = field(default_factory=dict)
     remarks: list[Remark] = field(default_factory=list)
@@ -53,12 +53,12 @@ class Merged:
         return self.facts[key].value if key in self.facts else None
 
     def values(self) -> dict[str, Any]:
-        """Return plan key -> value, of what a file says itself."""
+        """Return the values that files set explicitly, by plan key."""
         return {key: fact.value for key, fact in self.facts.items() if not fact.is_default}
 
 
 def merge(readings: list[Reading]) -> Merged:
-    """Take one value for each key; where files differ, remark why one won. Batch and ranks are made to agree."""
+    """Choose one value per key; if files differ, remark why one won. Batch and ranks are made consistent."""
     merged = Merged()
     by_rank, ranks = list(WINNERS.values()), {reading.source: reading.rank for reading in readings}
     ordered = sorted(readings, key=lambda reading: reading.rank)
@@ -77,7 +77,7 @@ def merge(readings: list[Reading]) -> Merged:
                 reason = by_rank[winner] if winner != reading.rank else "it comes first"
                 text = f"{first.said} in {first.source} says {first.value}, which won: {reason}"
                 merged.remark("conflict", fact, text)
-    # DeepSpeed's schedule says when the rate has fallen, not when the run ends.
+    # DeepSpeed's schedule sets when the rate has fallen, not when the run ends.
     fall = merged.facts.get("training.max_steps")
     if fall is not None and fall.said.startswith("scheduler.") and "training.epochs" in merged.facts:
         del merged.facts["training.max_steps"]
@@ -93,10 +93,11 @@ def merge(readings: list[Reading]) -> Merged:
 
 
 def _take_defaults(defaults: list[tuple[Reading, Fact]], merged: Merged) -> None:
-    """Fill what no file says with what the tools take there: the Trainer's and its like before the engines'.
+    """Fill in keys that no file sets with the tools' defaults: those of the Trainer and similar tools before the
+    engines'.
 
-    Clipping is DeepSpeed's own wherever it runs: neither Accelerate nor the Trainer clips then (transformers
-    5.23, accelerate 1.15).
+    With DeepSpeed its own clipping counts: neither Accelerate nor the Trainer clips then (transformers 5.23,
+    accelerate 1.15).
     """
     keys = set(merged.facts)
     for _, fact in sorted(defaults, key=lambda pair: _ENGINES_LAST[pair[0].rank]):
@@ -128,14 +129,14 @@ _OTHERWISE = {
     "batch.accumulation_steps": "batch.global_batch_size",
     "training.epochs": "training.max_steps",
 }
-"""A default of the first is of no use where the second is said."""
+"""Keys whose default is ignored if the second key is set."""
 _ENGINES_LAST = {0: 0, 1: 2, 2: 1, 3: 3}
-"""A command line and the Trainer's arguments say how a script trains; DeepSpeed's file and Accelerate's
-follow."""
+"""The precedence of defaults: a command line and the Trainer's arguments before DeepSpeed's and Accelerate's
+files."""
 
 
 def _of_engine(reading: Reading, engine: str | None, merged: Merged) -> list[Fact]:
-    """Return the facts that still hold: how an engine that lost cuts and offloads is of no use."""
+    """Return the facts that still apply: sharding and offloading of an engine that was not chosen do not."""
     own = {fact.value for fact in reading.facts if fact.key == "engine"}
     if not own or engine in own:
         return reading.facts
@@ -157,12 +158,12 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _agree(merged: Merged, unknown: set[str]) -> None:
-    """Make global = micro x accumulation x ranks hold: what is missing is filled in, what does not fit is said.
+    """Make global = micro x accumulation x ranks hold: missing values are filled in, contradictions reported.
 
-    Nothing is made of numbers that the shell alone knows, which are `unknown`.
+    Numbers that only the shell knows are `unknown`, and nothing is derived from them.
     """
     _count_ranks(merged)
-    # Numbers without which nothing can be made of a micro-batch, where the shell alone knows them.
+    # If only the shell knows one of these numbers, the batch cannot be derived from a micro-batch.
     needed = ["gradient_accumulation_steps", "per_device_train_batch_size"]
     needed += [] if "mesh.nodes" in merged.facts else ["num_machines", "nnodes", "num_nodes"]
     of_shell = [name for name in needed if name in unknown]
@@ -210,7 +211,7 @@ def _agree(merged: Merged, unknown: set[str]) -> None:
 
 
 def _count_ranks(merged: Merged) -> None:
-    """Count the ranks of all nodes, where a file says those of one."""
+    """Record the number of ranks on all nodes, if a file gives those of one."""
     each = merged.facts.get("mesh.ranks_per_node")
     if each is None:
         return
@@ -239,7 +240,7 @@ def _fill(merged: Merged, key: str, value: int, how: str, kind: Any = "changes m
 
 
 def job_content(merged: Merged, sources: list[str]) -> dict[str, Any]:
-    """Return the job file's content; what no file says and every job needs is a placeholder."""
+    """Return the job file's content, with placeholders for required keys that no file sets."""
     content: dict[str, Any] = {part: {} for part in _PARTS}
     facts = dict(merged.facts)
     for key in ("batch.accumulation_steps", *(key for key in merged.facts if key in _MESH)):
@@ -275,7 +276,7 @@ _NOTHING = {
     "parallel.quantized_weights": False,
     "parallel.quantized_gradients": False,
 }
-"""Values that a job says by leaving the key out."""
+"""Values that a job expresses by leaving the key out."""
 
 
 def _cluster(merged: Merged) -> dict[str, Any]:

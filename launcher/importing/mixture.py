@@ -1,7 +1,6 @@
-"""Say the data sets that another tool names: one as the section data.train, several as its list of sources.
+"""The data sets of another tool: one as the section data.train, several as its list of sources.
 
-Rows that are put together there (`concatenate_datasets`) are a list without weights: every row comes once in an
-epoch.
+Concatenated data sets (`concatenate_datasets`) become a list without weights: every row comes once in an epoch.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from launcher.data.formats import FORMATS
 from launcher.importing.reading import Fact, Reading, Remark
 
 _BUILDERS = {"json", "csv", "parquet", "arrow", "text"}
-"""Names that stand for files in `datasets`, and for no data set."""
+"""The names of file formats in `datasets`, which are not data sets."""
 _FIRST_ROWS = re.compile(r"\s*(\w+)\s*\[\s*:\s*(\d+)\s*\]\s*")
 
 
@@ -25,16 +24,16 @@ class DataSet:
     """One data set that a file names."""
 
     place: dict[str, Any]
-    """Place of its rows, by the keys of a source."""
+    """The place of its rows, by the keys of a source."""
     said: str
     """The file's key for it."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Which columns are what, by the keys of `data`; empty where the file does not say it."""
+    """The meaning of its columns, by the keys of `data`; empty if the file does not give it."""
 
 
 def source(value: str) -> tuple[str, str]:
-    """Return `path` or `name`, for a file or directory here or a data set on the hub, and the value as
-    data.train has it."""
+    """Return the key (`path` for a local file or directory, `name` for a data set on the hub) and its value in
+    data.train."""
     is_local = PurePath(value).suffix.lower() in FORMATS or value.startswith(("/", "./", "../", "~"))
     return ("path", value) if is_local else ("name", value)
 
@@ -42,7 +41,7 @@ def source(value: str) -> tuple[str, str]:
 def places(
     name: str | None, files: Any, subset: Any, split: Any, said: str, reading: Reading
 ) -> list[dict[str, Any]]:
-    """Return where the rows of a data set are: a source for each of its files, or for each of its subsets."""
+    """Return the sources of a data set: one for each of its files, or for each of its subsets."""
     listed = files if isinstance(files, list) else [files]
     paths = [str(path) for path in listed if isinstance(path, str) and path]
     if files and not paths:
@@ -65,8 +64,8 @@ def places(
 
 
 def first_rows(split: Any, of_several: bool, said: str, reading: Reading) -> dict[str, Any]:
-    """Return what a split of a file says: `train[:500]` is a limit; another part of it, or one of several files
-    together, cannot be said."""
+    """Return the limit of a split such as `train[:500]`; any other slice, or a slice of several files together,
+    cannot be expressed."""
     if "[" not in str(split):
         return {}
     if (match := _FIRST_ROWS.fullmatch(str(split))) and not of_several and int(match[2]):
@@ -77,9 +76,9 @@ def first_rows(split: Any, of_several: bool, said: str, reading: Reading) -> dic
 
 
 def say(train: Sequence[DataSet], evaluation: Sequence[DataSet], reading: Reading) -> None:
-    """Say data sets: one as a section of keys, several as a list, with columns in its entries where they differ.
+    """Record data sets: one as a section, several as a list, with columns in its entries if they differ.
 
-    The columns of `data` are those of the first chats, as the job keeps one date for all of them, else those of
+    The columns of `data` are those of the first chats, as the job has one date for all of them, else those of
     the first data set.
     """
     known = [one for one in (*train, *evaluation) if one.columns]
@@ -103,9 +102,9 @@ def say(train: Sequence[DataSet], evaluation: Sequence[DataSet], reading: Readin
 
 
 def as_lists(data: dict[str, Any], facts: dict[str, Fact]) -> list[Remark]:
-    """Write several sources of a job's section `data` as the list that they are.
+    """Write several sources of a job's section `data` as a list.
 
-    The remarks are on what another file says of one source alone, which has no place then.
+    Returns remarks on keys of other files that apply to a single source, which have no place then.
     """
     remarks: list[Remark] = []
     for role in ("train", "evaluation"):

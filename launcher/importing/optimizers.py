@@ -1,4 +1,4 @@
-"""Optimizers and schedules by the names of DeepSpeed and the Trainer."""
+"""Optimizers and schedules under the names of DeepSpeed and the Trainer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SCHEDULES = {
     "inverse_sqrt": "inverse-sqrt",
     "warmup_stable_decay": "warmup-stable-decay",
 }
-"""What transformers computes by these names is what launcher computes by those, with the keyword arguments of
+"""The schedules that transformers and launcher compute in the same way, with the keyword arguments of
 `_NEUTRAL`."""
 _NEUTRAL: dict[str, dict[str, float]] = {
     "cosine": {"num_cycles": 0.5},
@@ -43,11 +43,11 @@ _ADAMW = (
     "adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_torch_xla", "adamw_torch_npu_fused",
     "adamw_apex_fused", "adamw", "paged_adamw_32bit", "paged_adamw",
 )  # fmt: skip
-"""AdamW with fp32 states, wherever they are computed or kept."""
+"""The names of AdamW with fp32 states, wherever these are computed or stored."""
 
 
 def trainer_schedule(name: str, options: dict[str, Any], said: str, reading: Reading) -> None:
-    """Say a schedule of the Trainer's with its keyword arguments, or the nearest there is."""
+    """Record a schedule of the Trainer with its keyword arguments, or the nearest that launcher has."""
     schedule = _SCHEDULES.get(name)
     if schedule is None:
         schedule = _NEAREST_SCHEDULE.get(name, "linear")
@@ -81,8 +81,7 @@ def trainer_schedule(name: str, options: dict[str, Any], said: str, reading: Rea
 
 
 def _shaped(name: str, schedule: str, options: dict[str, Any], reading: Reading) -> str:
-    """Say the keyword arguments that a schedule of launcher's has a key for, and take them out; return that
-    schedule."""
+    """Record and remove the keyword arguments for which launcher's schedule has a key; return that schedule."""
     cycles, power = as_number(options.get("num_cycles")), as_number(options.get("power"))
     if name == "cosine_with_restarts" and cycles is not None and cycles > 1 and cycles == int(cycles):
         del options["num_cycles"]
@@ -98,7 +97,7 @@ def _shaped(name: str, schedule: str, options: dict[str, Any], reading: Reading)
 
 
 def _stable(schedule: str, options: dict[str, Any], reading: Reading) -> str:
-    """Say the fall of a schedule that keeps its rate until then; transformers leaves its length to the user."""
+    """Record the decay of a schedule with a stable phase; transformers leaves its length to the user."""
     keyword = "lr_scheduler_kwargs"
     steps = as_number(options.pop("num_decay_steps", None))
     if steps is not None and steps >= 1:
@@ -125,7 +124,7 @@ def _stable(schedule: str, options: dict[str, Any], reading: Reading) -> str:
 
 
 def warmup(reading: Reading) -> None:
-    """Say how a warm-up differs, where there is one."""
+    """Remark on how a warm-up differs, if there is one."""
     fact = next((fact for fact in reading.facts if fact.key == "training.warmup"), None)
     if fact is not None and fact.value:
         text = (
@@ -136,7 +135,7 @@ def warmup(reading: Reading) -> None:
 
 
 def trainer_optimizer(name: str, said: str, reading: Reading) -> None:
-    """Say the Trainer's `optim`, or the nearest there is. Its SGD has no momentum."""
+    """Record the Trainer's `optim`, or the nearest that launcher has. The Trainer's SGD has no momentum."""
     if name == "sgd":
         reading.say("training.optimizer", "sgd", said)
         reading.say("training.momentum", 0.0, said)
@@ -152,7 +151,7 @@ def trainer_optimizer(name: str, said: str, reading: Reading) -> None:
 
 
 def deepspeed(content: dict[str, Any], reading: Reading) -> None:
-    """Say what the optimizer and scheduler sections of a DeepSpeed file say, and what they leave out."""
+    """Record the optimizer and scheduler sections of a DeepSpeed file, with defaults for missing keys."""
     optimizer, scheduler = reading.section(content, "optimizer"), reading.section(content, "scheduler")
     params = reading.section(optimizer, "params", "optimizer.")
     if optimizer:
@@ -215,7 +214,7 @@ def _deepspeed_optimizer(optimizer: dict[str, Any], params: dict[str, Any], read
 
 
 def betas(value: Any, said: str, reading: Reading) -> None:
-    """Say Adam's two betas."""
+    """Record Adam's two betas."""
     if value is None:
         return
     if value == "auto":
@@ -233,7 +232,7 @@ def betas(value: Any, said: str, reading: Reading) -> None:
 
 
 def _deepspeed_scheduler(scheduler: dict[str, Any], reading: Reading) -> None:
-    """DeepSpeed 0.19.8, runtime/lr_schedules.py, for what each means and has where it is left out."""
+    """Record a DeepSpeed scheduler; meanings and defaults as in DeepSpeed 0.19.8, runtime/lr_schedules.py."""
     kind, prefix = reading.word(scheduler, "type", "scheduler."), "scheduler.params."
     params = reading.section(scheduler, "params", "scheduler.")
     if kind is not None:

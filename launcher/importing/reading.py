@@ -22,20 +22,19 @@ _LARGEST = 10**12
 
 @dataclass(frozen=True)
 class Fact:
-    """One value in the plan's vocabulary, and where it was said."""
+    """One value in the plan's vocabulary, with the key and file that set it."""
 
     key: str
     value: Any
     source: str
     said: str
     is_default: bool = False
-    """Left out there: it is what the tool that reads the file then takes. Whatever any file says goes before
-    it."""
+    """Whether it is the tool's default for a key that is left out; any explicit value in a file overrides it."""
 
 
 @dataclass(frozen=True)
 class Remark:
-    """One thing to know about a key of a file."""
+    """One remark on a key of a file."""
 
     kind: Kind
     source: str
@@ -46,101 +45,101 @@ class Remark:
 
 @dataclass
 class Reading:
-    """Facts, remarks and problems of one file."""
+    """The facts, remarks and problems of one file."""
 
     source: str
     rank: int = 0
-    """Of two files that say different things, the one with the lower rank wins."""
+    """The precedence: if two files set different values, the one with the lower rank wins."""
     facts: list[Fact] = field(default_factory=list)
     remarks: list[Remark] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     open: list[str] = field(default_factory=list)
-    """Keys that are `auto`."""
+    """The keys that are `auto`."""
     follow: list[str] = field(default_factory=list)
-    """Other files that this one names."""
+    """The other files that this one names."""
     names: dict[str, str] = field(default_factory=dict)
-    """Keys that are read under another tool's name for them -> as the file spells them."""
+    """The file's own spelling of keys that are read under another tool's name."""
     tool: str = ""
-    """Whose defaults stand where it leaves a key out."""
+    """The tool whose defaults apply to missing keys."""
     left_open: set[str] = field(default_factory=set)
-    """Keys of the job that it leaves to others."""
+    """The job's keys that it leaves to other files."""
     is_partial: bool = False
-    """Another file, which is not here, says the rest: nothing that is not said is known to be left out."""
+    """Whether another file, which is missing, has the rest: a missing key need not mean the tool's default."""
     lacks_engine: bool = False
-    """A file of Accelerate's or DeepSpeed's that it names is not here: precision may stand there."""
+    """Whether an Accelerate or DeepSpeed file that it names is missing, which may set the precision."""
     unknown: set[str] = field(default_factory=set)
-    """Its own keys whose values the shell alone knows."""
+    """Its keys whose values only the shell knows."""
     commands: list[str] = field(default_factory=list)
-    """What people have to run before the job that is made of it."""
+    """The commands to run before the job that is made of it."""
     overrides: dict[str, tuple[dict[str, Any], bool]] = field(default_factory=dict)
-    """Of a file that it names: what is said in place of the file's keys, and whether TRL reads it."""
+    """For each file that it names: the keys that it overrides there, and whether TRL reads that file."""
 
     def say(self, key: str, value: Any, said: str) -> None:
         self.facts.append(Fact(key, value, self.source, self._spelled(said)))
 
     def default(self, key: str, value: Any, said: str) -> None:
-        """Say what the tool takes where the file leaves `said` out; nothing where the key has been said."""
+        """Record the tool's default for `said`, which the file leaves out; do nothing if the key is set."""
         if not self.says(key) and key not in self.left_open and self.unknown.isdisjoint(said.split(", ")):
             self.facts.append(Fact(key, value, self.source, self._spelled(said), is_default=True))
 
     def take(self, content: dict[str, Any], keys: dict[str, str], read: Read, prefix: str = "") -> None:
-        """Say what stands at each of the file's keys as the job's key, as `read`, one of ours, reads it."""
+        """Record the value of each of the file's keys under the job's key, read by the method `read`."""
         for option, key in keys.items():
             if (value := read(self, content, option, prefix)) is not None:
                 self.say(key, value, prefix + option)
 
     def say_once(self, key: str, value: Any, said: str) -> None:
-        """Say a value, unless another key of the file has said one before."""
+        """Record a value, unless another key of the file has set it before."""
         if not self.says(key):
             self.say(key, value, said)
 
     def says(self, key: str) -> bool:
-        """Return whether the file has said something of a key."""
+        """Return whether the file has set a key."""
         return any(fact.key == key for fact in self.facts)
 
     def was_taken(self, said: str) -> bool:
-        """Return whether something was taken from a key of the file."""
+        """Return whether a value was read from a key of the file."""
         return any(fact.said == self._spelled(said) and not fact.is_default for fact in self.facts)
 
     def said_value(self, key: str) -> Any:
-        """Return what it said first; None where it said nothing."""
+        """Return the first value that the file set for a key; None if it set none."""
         return next((fact.value for fact in self.facts if fact.key == key), None)
 
     def leave_open(self, key: str) -> None:
-        """Take no default for a key of the job: the file leaves it to others, by `auto`."""
+        """Use no default for a key of the job, because the file leaves it to other files by `auto`."""
         self.left_open.add(key)
 
     def remark(self, kind: Kind, said: str, value: Any, text: str) -> None:
-        """Write down what there is to know of a key; a value that may be a secret is not kept."""
+        """Add a remark on a key; a value that may be a secret is not kept."""
         spelled = self._spelled(said)
         shown = "(not shown)" if _SECRET.search(spelled) and value is not None else redact_all(value)
         self.remarks.append(Remark(kind, self.source, spelled, shown, redact(text)))
 
     def cannot_say(self, said: str, value: Any, text: str) -> None:
-        """Remark what a job has no word for."""
+        """Remark on a setting that a job cannot express."""
         self.remark("cannot be said", said, value, text)
 
     def change(self, said: str, value: Any, text: str) -> None:
-        """Remark what means something else in a job."""
+        """Remark on a setting whose meaning changes in a job."""
         self.remark("changes meaning", said, value, text)
 
     def ignore(self, said: str, value: Any, text: str) -> None:
-        """Remark what a job does not need."""
+        """Remark on a setting that a job does not need."""
         self.remark("ignored", said, value, text)
 
     def ignore_all(self, content: dict[str, Any], keys: Iterable[str], text: str, prefix: str = "") -> None:
-        """Remark in one line what a job needs none of; nothing where there are none."""
+        """Remark in one line on all settings that a job does not need, if there are any."""
         if keys := [*keys]:
             self.ignore(
                 ", ".join(prefix + key for key in keys), ", ".join(brief(content[key]) for key in keys), text
             )
 
     def choose(self, said: str, value: Any, text: str) -> None:
-        """Remark what launcher chooses."""
+        """Remark on a setting that launcher chooses."""
         self.remark("chosen", said, value, text)
 
     def fill_in(self, said: str, value: Any, text: str) -> None:
-        """Remark what people have to write themselves."""
+        """Remark on a setting that the user has to write."""
         self.remark("fill in", said, value, text)
 
     def refuse(self, said: str, value: Any, reason: str) -> None:
@@ -154,7 +153,7 @@ class Reading:
         return ", ".join(self.names.get(name, name) for name in said.split(", "))
 
     def section(self, content: dict[str, Any], key: str, prefix: str = "") -> dict[str, Any]:
-        """Return the mapping at a key; empty where there is none. Another type is a problem."""
+        """Return the mapping at a key; empty if there is none. Any other type is a problem."""
         value = content.get(key)
         if value is None:
             return {}
@@ -164,7 +163,7 @@ class Reading:
         return {str(name): entry for name, entry in value.items()}
 
     def number(self, content: dict[str, Any], key: str, prefix: str = "", least: float = 0.0) -> float | None:
-        """Return a finite number of at least `least`; None where it is absent, `auto`, or not one (which is a
+        """Return a finite number of at least `least`; None if it is absent, `auto`, or invalid (which is a
         problem)."""
         value = content.get(key)
         if value is None or self._is_auto(value, f"{prefix}{key}"):
@@ -228,7 +227,7 @@ class Reading:
 
 
 def as_number(value: Any) -> float | None:
-    """Return the number in a value, written as one or as text; None where there is none."""
+    """Return the number in a value, given as a number or as text; None if there is none."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:
@@ -238,7 +237,7 @@ def as_number(value: Any) -> float | None:
 
 
 def brief(value: Any) -> str:
-    """Return a value of any kind in few characters; what is nested is not shown."""
+    """Return a short text of any value; nested values are not shown."""
     return (
         "{...}"
         if isinstance(value, dict)

@@ -1,6 +1,6 @@
-"""Read Seq2SeqTrainingArguments, and those of transformers' scripts for translation and summaries.
+"""Seq2SeqTrainingArguments, and the arguments of transformers' scripts for translation and summarisation.
 
-What the Trainer's own arguments say is read elsewhere.
+The Trainer's own arguments are read elsewhere.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from launcher.plain_files import read_json
 from launcher.planner.model.model_config import locate
 
 MARKS = {"predict_with_generate", "generation_max_length", "generation_num_beams", "sortish_sampler"}
-"""Names that only Seq2SeqTrainingArguments have: with any of them a model reads one text and writes
-another."""
+"""Names that only Seq2SeqTrainingArguments have: any of them means a sequence-to-sequence model."""
 PLACEHOLDERS = {"data.source": "FILL-IN-source", "data.target": "FILL-IN-target"}
 HELD_OUT = "FILL-IN-held-out.jsonl"
 _LENGTHS = ("generation_max_length", "val_max_target_length", "max_target_length")
-"""By whichever is said first, as transformers' scripts take them (examples/pytorch/translation of 5.23)."""
+"""The keys of the length, of which the first that is set counts, as in transformers' scripts
+(examples/pytorch/translation of 5.23)."""
 _BEAMS = ("num_beams", "generation_num_beams")
 _COLUMNS = {"text_column": "data.source", "summary_column": "data.target"}
 _SORTED = "launcher draws batches by seed alone, whatever the lengths"
@@ -30,7 +30,7 @@ READ = {
 
 
 def read(content: dict[str, Any], reading: Reading) -> set[str]:
-    """Say what such arguments say, and what has to be filled in; the keys that are read."""
+    """Record the facts of such arguments, and what has to be filled in; return the keys that were read."""
     reading.say("model.task", "sequence-to-sequence", next(key for key in content if key in MARKS))
     _rows(content, reading)
     if (share := reading.number(content, "label_smoothing_factor")) is not None:
@@ -93,7 +93,7 @@ def _generation(content: dict[str, Any], reading: Reading) -> None:
 
 
 def _own_length(content: dict[str, Any], reading: Reading) -> None:
-    """Say how long answers are by the model's own generation_config.json, where that is here and says it."""
+    """Record the length of predictions from the model's generation_config.json, if that is here and has it."""
     own: Any = None
     with contextlib.suppress(OSError, ValueError):
         revision = content.get("model_revision")

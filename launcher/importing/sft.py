@@ -1,4 +1,4 @@
-"""Read SFT keys of TRL and alignment-handbook: data, adapter, what is learned."""
+"""The SFT keys of TRL and alignment-handbook: data, adapter, and the tokens that are learned."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _OTHER_LOSSES = (
     "precompute_ref_log_probs", "reward_model_path", "missing_eos_penalty", "simpo_gamma", "cpo_alpha",
     "stepwise_aggregation",
 )  # fmt: skip
-"""Keys of DPO, ORPO, KTO, GRPO and their like (TRL 1.16): SFT has none of them."""
+"""Keys of DPO, ORPO, KTO, GRPO and similar methods (TRL 1.16), which SFT lacks."""
 _TEMPLATE = (
     "launcher writes a chat by the tokenizer's own template; where this is another, put it into the "
     "model's tokenizer_config.json"
@@ -46,12 +46,12 @@ _LEARNED: dict[str, str] = {
     "write it there",
     "ignore_bias_buffers": "launcher has no such key",
 }
-"""Keys that change what is learned, and what is nearest."""
+"""Keys that change what is learned, with the nearest alternative."""
 
 
 def read(content: dict[str, Any], reading: Reading) -> set[str]:
-    """Say what TRL's own keys say; the keys that were read. Those of its other trainers are a problem of the
-    reading."""
+    """Record the facts of TRL's own keys; return the keys that were read. Keys of its other trainers become a
+    problem of the reading."""
     if (
         other := next((key for key in _OTHER_LOSSES if content.get(key) not in (None, "", [])), None)
     ) is not None:
@@ -88,8 +88,8 @@ def read(content: dict[str, Any], reading: Reading) -> set[str]:
 
 
 def adapter_of_a_script(content: dict[str, Any], reading: Reading) -> set[str]:
-    """Say the adapter of a script that is no tool's but asks for LoRA by the usual names; the keys that were
-    read."""
+    """Record the adapter of a user's own script that configures LoRA by the usual names; return the keys that
+    were read."""
     switch = next((key for key in ("use_lora", "lora", "lora_enable", "use_peft") if key in content), None)
     rank = next((key for key in ("lora_rank", "lora_dim") if key in content), "lora_r")
     names = lora.Names(
@@ -115,7 +115,7 @@ def _adapter(content: dict[str, Any], has_adapter: bool, reading: Reading) -> No
 
 
 def _loss(content: dict[str, Any], columns: list[str], reading: Reading) -> None:
-    """Say which tokens are learned."""
+    """Record which tokens are learned."""
     whole, answers = (
         reading.flag(content, "assistant_only_loss") is not True,
         reading.flag(content, "completion_only_loss"),

@@ -1,4 +1,4 @@
-"""Read `#SBATCH` lines and options of srun as keys of the cluster section."""
+"""`#SBATCH` lines and options of srun, read as keys of the cluster section."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def options(words: list[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def read(given: dict[str, str], reading: Reading) -> None:
-    """Say what sbatch's options say of the cluster."""
+    """Record the facts of sbatch's options about the cluster."""
     option = {name: f"#SBATCH --{name}" for name in given}
     for name in [name for name, value in given.items() if "$" in value or "`" in value]:
         text = "the shell fills this in; nothing is executed here, so write it yourself"
@@ -103,7 +103,7 @@ def read(given: dict[str, str], reading: Reading) -> None:
 
 
 def _tasks(given: dict[str, str], nodes: int | None) -> int:
-    """Tasks of each node."""
+    """Return the number of tasks on each node."""
     each = as_number(given.get("ntasks-per-node", given.get("tasks-per-node")))
     total = as_number(given.get("ntasks"))
     return max(1, int(each or (total or 1) // (nodes or 1)))
@@ -125,7 +125,7 @@ def _nodes(given: dict[str, str], reading: Reading) -> int | None:
 
 
 def gpus(given: dict[str, str], nodes: int | None, reading: Reading, prefix: str = "#SBATCH --") -> None:
-    """Say how many GPUs each node has, of which kind, and how they are asked for."""
+    """Record the number and kind of GPUs on each node, and the option that requests them."""
     for name in _GPUS[:4]:
         value = given.get(name)
         if value is None:

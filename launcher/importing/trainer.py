@@ -1,4 +1,4 @@
-"""Read the Hugging Face Trainer's arguments, from JSON, YAML or a command line."""
+"""The Hugging Face Trainer's arguments, from JSON, YAML or a command line."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ READ = {
 
 
 def read(content: dict[str, Any], reading: Reading, is_sft: bool = False) -> None:
-    """Say what TrainingArguments, and the usual arguments of a script beside them, say; TRL's and
-    Seq2SeqTrainer's too where they are theirs."""
+    """Record the facts of TrainingArguments and of a script's usual other arguments, including those of TRL and
+    Seq2SeqTrainer."""
     writes = not is_sft and bool(seq2seq.MARKS & content.keys())
     if is_sft or (
         not writes

@@ -1,4 +1,4 @@
-"""TrainingArguments without a key in a job: harmless ones, and ones that change numbers.
+"""TrainingArguments without a key in a job: those without effect, and those that change numbers.
 
 A test holds the tables against the installed transformers: each of its TrainingArguments is in one of them,
 or read by `trainer`.

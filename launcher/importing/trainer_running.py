@@ -1,4 +1,4 @@
-"""Read those of the Trainer's arguments that say how it runs: precision, saving, engine."""
+"""The Trainer's arguments for how it runs: precision, saving, engine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from launcher.importing.reading import Reading, brief
 
 
 def precision(content: dict[str, Any], reading: Reading) -> None:
-    """Read in which precision it computes, what is computed again, and on which device."""
+    """Record the precision, the activation checkpointing and the device."""
     bf16, fp16 = (
         None if content.get(key) == "auto" else reading.flag(content, key) for key in ("bf16", "fp16")
     )
@@ -37,8 +37,8 @@ def precision(content: dict[str, Any], reading: Reading) -> None:
 
 
 def _kept_in(content: dict[str, Any], reading: Reading) -> None:
-    """Say what the weights are kept in there: launcher keeps what trains in fp32, and what does not in the
-    plan's precision."""
+    """Remark on the dtype of the weights: launcher keeps trained ones in fp32, frozen ones in the plan's
+    precision."""
     for option in ("torch_dtype", "dtype"):
         kept = (reading.word(content, option) or "auto").rpartition(".")[2]
         if kept in ("auto", "float32"):
@@ -58,7 +58,7 @@ def _kept_in(content: dict[str, Any], reading: Reading) -> None:
 
 
 def saving(content: dict[str, Any], reading: Reading) -> None:
-    """Read when it saves and evaluates, and which checkpoint is the best."""
+    """Record when it saves and evaluates, and by what the best checkpoint is chosen."""
     evaluation = "eval_strategy" if "eval_strategy" in content else "evaluation_strategy"
     for strategy, steps, key in (
         ("save_strategy", "save_steps", "checkpoint.every"),
@@ -88,7 +88,7 @@ def saving(content: dict[str, Any], reading: Reading) -> None:
 
 
 def engine(content: dict[str, Any], reading: Reading) -> None:
-    """Read its sections for DeepSpeed and FSDP."""
+    """Record its sections for DeepSpeed and FSDP."""
     deepspeed = content.get("deepspeed") or content.get("deepspeed_config")
     if isinstance(deepspeed, str) and deepspeed:
         reading.follow.append(deepspeed)

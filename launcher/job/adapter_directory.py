@@ -83,7 +83,7 @@ def read(directory: Path, model: Model, key: str) -> tuple[Model, list[Problem]]
 
 
 def _trained_in_full(directory: Path) -> tuple[str, ...]:
-    """The model's own parameters that an adapter's file holds, by name, from its header."""
+    """Return the names of the model's own parameters in an adapter's file, from its header."""
     with open(directory / WEIGHTS, "rb", opener=plain) as file:
         (length,) = struct.unpack("<Q", file.read(8))
         names = [
@@ -95,7 +95,7 @@ def _trained_in_full(directory: Path) -> tuple[str, ...]:
 
 
 def _reasons(directory: Path, settings: dict[str, Any], model: Model) -> list[str]:
-    """Return why this adapter cannot be gone on with."""
+    """Return the reasons why this adapter cannot be trained further."""
     cure = (
         "; add it to its base with peft (merge_and_unload, save_pretrained), "
         "and name the model that comes out"

@@ -48,7 +48,7 @@ def _may_stream(name: str) -> bool:
 
 
 def _length(job: Job) -> Iterator[Finding]:
-    """Yield lengths that are said in epochs: rows that are streamed are not counted before."""
+    """Yield lengths given in epochs: streamed rows are not counted in advance."""
     training = job.training
     if training.max_steps is None:
         reason = (
@@ -69,7 +69,7 @@ def _length(job: Job) -> Iterator[Finding]:
 
 
 def _source(job: Job) -> Iterator[Finding]:
-    """Yield what cannot be read from any place on, or in shares."""
+    """Yield sources that cannot be read from an arbitrary position, or in shares."""
     train = job.data.train
     if train.sources is not None:
         reason = (

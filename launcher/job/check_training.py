@@ -82,7 +82,7 @@ def _unfreeze(job: Job) -> Iterator[Finding]:
 
 
 def _near_the_start(job: Job) -> Iterator[Finding]:
-    """Yield what goes against staying near the start: none that was learned, or a step beyond it."""
+    """Yield problems of `l2_sp`: no pretrained weights to stay near, or a step that goes beyond them."""
     training, key = job.training, "training.l2_sp.alpha"
     if (near := training.l2_sp) is None:
         return

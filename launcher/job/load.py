@@ -51,7 +51,7 @@ def override(content: dict[str, Any], overrides: list[str]) -> list[Problem]:
 
 
 def _put(content: dict[str, Any], steps: list[str], value: Any) -> str | None:
-    """Put a value where `steps` lead, through sections and lists; why it cannot stand there, else None."""
+    """Set the value at the path `steps` through sections and lists; return why that is impossible, else None."""
     section: Any = content
     for number, step in enumerate(steps):
         if _ENTRY.fullmatch(step) and isinstance(section, dict) and isinstance(section.get("sources"), list):
@@ -158,7 +158,7 @@ def _about(key: str, bad: set[str]) -> bool:
 
 
 def validate(content: dict[str, Any]) -> tuple[Job | None, list[Problem]]:
-    """Return the job, or what pydantic holds against it."""
+    """Return the job, or pydantic's problems with it."""
     try:
         return Job.model_validate(content), []
     except ValidationError as error:

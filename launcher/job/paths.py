@@ -60,7 +60,7 @@ def resolve(job: Job, folder: Path) -> tuple[Job, list[Problem]]:
 
 
 def _sources(given: Sources, role: str, folder: Path, problems: list[Problem], holds_files: bool) -> Sources:
-    """A source, or each of a list."""
+    """Resolve a source, or each one of a list."""
     parts: list[Source] = []
     for number, source in enumerate(given.parts):
         key = f"{given.key(role, number)}.path"
@@ -106,7 +106,7 @@ def _taught(distillation: Distillation, folder: Path, problems: list[Problem]) -
 def _source(
     source: Source, key: str, folder: Path, problems: list[Problem], holds_files: bool = False
 ) -> Source:
-    """holds_files: a folder may be a source, whose files are the rows."""
+    """Resolve one source. `holds_files`: a folder may be a source, whose files are the rows."""
     assert source.path is not None
     path = folder / Path(source.path).expanduser()
     if path.is_dir() and (splits := saved_splits(path)) is not None:
@@ -145,7 +145,7 @@ def _source(
 
 
 def _pair(source: Source, key: str, folder: Path, problems: list[Problem]) -> Source:
-    """A source of two text files, or two patterns of as many."""
+    """Resolve a source of two text files, or of two patterns with equal numbers of files."""
     absolute, numbers = {}, {}
     for name, value in (("path", source.path), ("targets", source.targets)):
         assert value is not None

@@ -95,7 +95,7 @@ def _without_sources(path: list[str], content: dict[str, Any]) -> list[str]:
 
 
 def _owners(path: list[str]) -> list[str]:
-    """The tasks whose column a key of `data` is."""
+    """Return the tasks that have a key of `data` as a column."""
     if len(path) != 2 or path[0] != "data":
         return []
     return [name for name, columns in columns_by_task().items() if path[1] in columns.model_fields]

@@ -1,4 +1,4 @@
-"""Parse YAML within bounds, so that a hostile file is refused in under a second."""
+"""YAML parsed within bounds, so that a hostile file is refused in under a second."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from launcher.errors import ConfigurationError
 from launcher.plain_files import DEEPEST
 
 MOST_BYTES = 128 << 10
-"""Length of a text that is read: PyYAML takes half a second for it."""
+"""The longest text that is read: PyYAML takes half a second for it."""
 _MOST_VALUES = 10_000
-"""Values that are written, or that an alias repeats: so many are read in half a second."""
+"""The most values, written or repeated by an alias: these are read in half a second."""
 _LARGEST_WHOLE_NUMBER = 2**63 - 1
 _LONGEST_NUMBER = 100
-"""In characters, longer than any number that is meant; one in base 60 would take minutes."""
+"""The longest number in characters, more than any real one has; a longer one in base 60 would take minutes."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -138,6 +138,6 @@ def parse(text: str, source: str) -> Any:
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise ConfigurationError(f"{where}{error.problem or error.context}", source) from None
     except Exception as error:
-        # PyYAML takes the words under a tag for granted: `!!bool x` is a KeyError, `!!timestamp x` an
+        # PyYAML does not check the text after a tag: `!!bool x` is a KeyError, `!!timestamp x` an
         # AttributeError, and so on.
         raise ConfigurationError(f"not YAML: {type(error).__name__}", source) from None

@@ -1,1 +1,1 @@
-"""Start and supervise processes: on this machine and under Slurm."""
+"""The start and supervision of processes, on this machine and under Slurm."""

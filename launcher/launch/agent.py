@@ -4,19 +4,18 @@
 
 It differs from `python -m torch.distributed.run` in seven things:
 
-1. It dies with the launcher (and each rank dies with it), so that nothing outlives a launcher that was killed
-  -9.
-2. A stop signal that reaches it is passed on to the launcher, which stops the ranks politely. torchrun would
-  end them.
-3. When a rank has failed, the others are killed at once with SIGKILL. torchrun sends SIGTERM and waits up to
-  30 s, which a rank in a collective cannot even see. So a SIGTERM that reaches a rank is always a polite one,
-  from outside.
+1. It dies with the launcher, and each rank dies with it, so that nothing outlives a launcher that was killed
+  with SIGKILL.
+2. It forwards a stop signal to the launcher, which stops the ranks politely. torchrun would end them.
+3. When a rank has failed, it kills the others at once with SIGKILL. torchrun sends SIGTERM and waits up to
+  30 s, but a rank in a collective cannot handle that. So a SIGTERM that reaches a rank always comes from
+  outside and is a polite request.
 4. On a CPU the ranks are forks of one process that has imported the trainer (see fork_server.py).
-5. How each rank ended is written to exits.json, a signal as a negative code, and whether the agent ended it
-  itself.
-6. Agents and ranks meet where others cannot reach them (see rendezvous.py).
-7. It makes no directory for logs, which torchrun leaves below TMPDIR: each rank has its own log in the
-  attempt's directory.
+5. It writes to exits.json how each rank ended (a signal as a negative code), and whether the agent itself
+  killed it.
+6. Agents and ranks meet where other users cannot reach them (see rendezvous.py).
+7. It creates no log directory, which torchrun leaves below TMPDIR: each rank has its own log in the attempt's
+  directory.
 """
 
 from __future__ import annotations
@@ -38,12 +37,13 @@ from launcher.runs.notices import tell
 from launcher.runs.processes import PARENT_VARIABLE, RUN_VARIABLE, STOP_SIGNALS, die_with_parent, kill_group
 
 NODE_VARIABLE = "LAUNCHER_NODE"
-"""Which of the attempt's nodes this is, from 0 on."""
+"""The number of this node in the attempt, from 0 on."""
 _SECONDS_TO_REAP = 5
 
 
 def main(arguments: list[str]) -> int:
-    """Run the agent to its end; 0 where every rank ended with 0, else 1."""
+    """Run the agent to its end. Returns 0 if every rank ended with 0, 1 if one failed, and the error's own exit
+    code if the rendezvous failed."""
     die_with_parent()
     launcher = os.getppid()
     os.environ[PARENT_VARIABLE] = str(os.getpid())
@@ -72,35 +72,35 @@ def main(arguments: list[str]) -> int:
         torchrun.run(options)
     except ChildFailedError as error:
         ends = [_end(rank, failure, killed) for rank, failure in error.failures.items()]
-        tell(exits=ends)  # first without the disk, which may be full, gone or hang
+        tell(exits=ends)  # first without the disk, which may be full, gone or stalled
         write_exits(Path(os.environ[ATTEMPT_VARIABLE]), ends, node)
         return 1
-    except LauncherError as error:  # of the meeting, before there was a rank that could have written it down
+    except LauncherError as error:  # of the rendezvous, before any rank existed that could record it
         record(Path(os.environ[ATTEMPT_VARIABLE]), node * int(options.nproc_per_node), error)
         return error.exit_code
     return 0
 
 
 def _pass_signals_on(launcher: int) -> None:
-    """Take stop signals in a thread of their own and send them to the launcher.
+    """Receive stop signals in a separate thread and forward them to the launcher.
 
-    They stay blocked in every other thread, so that torchrun's handlers never see them, and in the ranks
-    until those have handlers: in no moment does a signal kill what should have stopped politely.
+    They stay blocked in every other thread, so that torchrun's handlers never see them, and in the ranks until
+    those have handlers. So a signal never kills a process that should stop politely.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
     def forward() -> None:
         while True:
             number = signal.sigwait(STOP_SIGNALS)
-            # A Ctrl-C is counted by the launcher, and it saw this one itself if it came from a terminal.
+            # The launcher counts Ctrl-Cs, and it has seen this one itself if it came from a terminal.
             os.kill(launcher, signal.SIGTERM if number == signal.SIGINT else number)
 
     threading.Thread(target=forward, daemon=True).start()
 
 
 def _kill_instead_of_asking(context: type[Any]) -> set[int]:
-    """Have torchrun end ranks, and what they started, with SIGKILL; gives the ids of those that were still
-    alive."""
+    """Have torchrun kill the ranks and their children with SIGKILL. Returns a set that will hold the process
+    ids of the ranks that were still alive then."""
     killed: set[int] = set()
     close = context._close
 
@@ -130,4 +130,4 @@ if __name__ == "__main__":
     code = main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # torch's own end takes a second or more, and nothing is left to do
+    os._exit(code)  # torch's shutdown takes a second or more, and nothing is left to do

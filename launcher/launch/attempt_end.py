@@ -1,4 +1,4 @@
-"""How the processes of an attempt ended, as its supervisor saw it."""
+"""The end of an attempt's processes, as its supervisor saw it."""
 
 from __future__ import annotations
 
@@ -13,30 +13,29 @@ Force = Literal["", "second interrupt", "grace", "exit", "failure", "superseded"
 
 @dataclass
 class End:
-    """Say how an attempt's processes ended: the agent's exit code, and why they were ended by force if they
-    were."""
+    """The end of an attempt's processes: the agent's exit code, and why they were killed, if they were."""
 
     code: int
     forced: Force = ""
     signal_name: str = ""
     events: set[str] = field(default_factory=set)
     grace_seconds: float | None = None
-    """Seconds that the ranks were given from the signal on, if one came."""
+    """Seconds of grace that the ranks had from the stop signal on, if one came."""
     failures: list[Failure] = field(default_factory=list)
     exits: list[dict[str, Any]] = field(default_factory=list)
-    """How ranks failed and ended, as they and the agent told it without the disk."""
+    """The exits of ranks, as the agent reported them through the notices socket, not the disk."""
     lost: str = ""
-    """Why the run directory was not there in the end; empty where it was."""
+    """Why the run directory was missing at the end; empty if it was there."""
     place: Path | None = None
-    """The run directory's place now, if it was renamed."""
+    """The run directory's new path, if it was renamed."""
     is_disk_stuck: bool = False
-    """Whether the run's disk did not even answer to a last look."""
+    """Whether the run's disk did not answer the last read."""
     hung: Failure | None = None
-    """Why they were ended as hung, if they were."""
+    """The hang for which the processes were killed, if they were."""
     stopped: tuple[int, ...] = ()
-    """The ranks that a signal or a debugger held when they were ended by force."""
+    """The ranks that a signal or a debugger had stopped when they were killed."""
 
     @property
     def is_hurried(self) -> bool:
-        """Return whether somebody waits for the end, or the disk is not worth waiting for."""
+        """Return whether the end is urgent: a user waits for it, or the disk does not answer anyway."""
         return self.is_disk_stuck or self.forced in ("second interrupt", "grace")

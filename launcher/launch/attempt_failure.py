@@ -1,4 +1,4 @@
-"""Say why an attempt failed: as its ranks wrote, as its processes ended, or as it was ended by force."""
+"""The failure of an attempt: from its ranks' records, its processes' exits, or the reason they were killed."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from launcher.runs.processes import signal_name
 from launcher.runs.wording import shown
 
 FORCED_EXIT = 130
-"""Ended by force after a stop was asked for (a second Ctrl-C, or the grace ran out): nothing more was saved.
-"""
+"""The exit code of processes killed after a stop request (a second Ctrl-C, or the grace ran out): nothing more
+was saved."""
 
 
 OF_AGENT = -1
-"""In the place of a rank's number."""
+"""The rank number of a failure that belongs to the agent."""
 
 
 def write_failure(run: RunDirectory, number: int, failure: Failure) -> None:
-    """Write a failure to failure.json and the events, as far as the disk takes it: that it is full may be
-    what is to be written."""
+    """Write a failure to failure.json and the events. Disk errors are ignored: the failure may be that the disk
+    is full."""
     written = dataclasses.asdict(failure)
     with contextlib.suppress(OSError):
         write_atomically(run.attempt(number) / "failure.json", json.dumps(written, indent=2) + "\n")
@@ -45,7 +45,7 @@ def write_failure(run: RunDirectory, number: int, failure: Failure) -> None:
 
 
 def find_failure(run: RunDirectory, number: int, end: End, plan: Plan, out_of_memory_killer: bool) -> Failure:
-    """Return the failure that ended an attempt: of those that asked for its end, of a rank, or of the agent."""
+    """Return the failure that ended an attempt: the reason it was killed, a rank's failure, or the agent's."""
     directory = run.attempt(number)
     if forced := forced_failure(end, plan, directory, run.is_scratch):
         return forced
@@ -65,8 +65,8 @@ def find_failure(run: RunDirectory, number: int, end: End, plan: Plan, out_of_me
 
 
 def forced_failure(end: End, plan: Plan, directory: Path, is_scratch: bool = False) -> Failure | None:
-    """Return the failure of ranks that hung, or did not leave in time after a stop was asked for. Of a run that
-    `is_scratch` nothing is saved, and its directory is gone soon."""
+    """Return the failure of ranks that hung, or did not exit in time after a stop request; None for any other
+    end. A run that `is_scratch` saves nothing, and its directory is removed soon."""
     if end.forced == "hung":
         return end.hung
     if end.forced == "second interrupt":
@@ -93,6 +93,6 @@ def forced_failure(end: End, plan: Plan, directory: Path, is_scratch: bool = Fal
 
 
 def failure_of_agent(kind: type[LauncherError], cause: str, exit_code: int | None = None) -> Failure:
-    """Return a failure that no rank told of, with the class's own exit code unless another is given."""
+    """Return a failure that no rank recorded, with the class's exit code unless another is given."""
     code = kind.exit_code if exit_code is None else exit_code
     return Failure(time.time(), OF_AGENT, os.uname().nodename, os.getpid(), kind.failure_class, code, cause)

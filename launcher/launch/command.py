@@ -1,4 +1,4 @@
-"""The exact command and environment of an attempt."""
+"""The command and the environment of an attempt."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from launcher.runs.processes import PARENT_VARIABLE
 
 ENTRY = "launcher.training.entry"
 _TRAINER = "launcher.training.attempt"
-"""What every rank imports, which takes seconds."""
+"""The module that every rank imports, which takes seconds."""
 _PREFIXES = {
     "ACCELERATE",
     "CUDA",
@@ -61,7 +61,7 @@ _PASSWORD_IN_URL = re.compile(r"://[^/@\s]+@")
 
 @dataclass(frozen=True)
 class Meeting:
-    """Say where the agents of several nodes meet, and which of them this is."""
+    """The address where the agents of several nodes meet, and this agent's own node and address."""
 
     node: int
     address: str
@@ -78,8 +78,8 @@ def agent_command(
     entry: str | None = None,
     meeting: Meeting | None = None,
 ) -> list[str]:
-    """Return the agent over `entry` on every rank of this machine; without it over the trainer, or the
-    plan's script."""
+    """Return the command of an agent that runs `entry` on every rank of this machine; by default the trainer,
+    or the plan's script."""
     program = [entry or (scripts.ENTRY if plan.script else ENTRY), str(run.path), "--attempt", str(attempt)]
     command = agent_of(plan.mesh.nodes, plan.mesh.ranks_per_node, meeting, program)
     if plan.script:
@@ -88,10 +88,10 @@ def agent_command(
 
 
 def agent_of(num_nodes: int, num_ranks: int, meeting: Meeting | None, program: list[str]) -> list[str]:
-    """Give the agent over `program`, a module with its arguments, on each of this machine's ranks.
+    """Return the command of an agent that runs `program`, a module with its arguments, on every rank here.
 
-    Addresses by number need no name service. Each of several nodes knows its place, so that rank 0 is always
-    on the first.
+    Numeric addresses need no name service. Each of several nodes knows its number, so that rank 0 is always on
+    the first node.
     """
     endpoint = rendezvous.HERE if meeting is None else f"{meeting.address}:{meeting.port}"
     return [
@@ -110,7 +110,7 @@ def agent_of(num_nodes: int, num_ranks: int, meeting: Meeting | None, program: l
 def environment(
     run: RunDirectory, plan: Plan, attempt: int, meeting: Meeting | None = None
 ) -> dict[str, str]:
-    """Return what the agent and the ranks see."""
+    """Return the environment variables of the agent and the ranks."""
     interface = doors.loopback() if meeting is None else meeting.interface
     network = dict.fromkeys(doors.INTERFACE_VARIABLES, interface) if interface else {}
     if meeting is not None:
@@ -120,8 +120,8 @@ def environment(
     else:
         of_device = gpu_env.variables(run.attempt(attempt), os.environ)
     if plan.model.compile:
-        # Kept beside the rest of the cache, as what lies on a node's own disk is gone after a Slurm job. Code
-        # for one processor may be none for another node's.
+        # In the shared cache, because files on a node's own disk are gone after a Slurm job. One directory per
+        # set of CPU flags, because code for one node's processor may not run on another's.
         flags = hashlib.sha256(" ".join(sorted(cpu_flags())).encode()).hexdigest()[:16]
         of_device["TORCHINDUCTOR_CACHE_DIR"] = str(cache.root() / "compiled" / flags)
     return {
@@ -130,7 +130,7 @@ def environment(
         "OMP_NUM_THREADS": str(plan.mesh.threads_per_rank),
         "TOKENIZERS_PARALLELISM": os.environ.get("TOKENIZERS_PARALLELISM", "false"),
         "PYTHONUNBUFFERED": "1",
-        # transformers takes the first GPU that it sees, whatever the plan says.
+        # transformers uses the first visible GPU, whatever the plan says.
         **({"CUDA_VISIBLE_DEVICES": ""} if plan.mesh.device == "cpu" else {}),
         PARENT_VARIABLE: str(os.getpid()),
         ATTEMPT_VARIABLE: str(run.attempt(attempt)),
@@ -141,8 +141,7 @@ def environment(
 
 
 def public(variables: dict[str, str]) -> dict[str, str]:
-    """Return the part of an environment that matters to a run and holds no secret, in the order of its
-    names."""
+    """Return the variables that matter to a run and hold no secret, sorted by name."""
     matters = {
         name: value
         for name, value in variables.items()
@@ -156,6 +155,6 @@ def public(variables: dict[str, str]) -> dict[str, str]:
 
 
 def write_command(path: Path, command: list[str], variables: dict[str, str]) -> None:
-    """Write command.json: what was started, where, and with which environment."""
+    """Write command.json: the command, its working directory and its environment."""
     content = {"command": redact_all(command), "directory": str(Path.cwd()), "environment": public(variables)}
     write_atomically(path, json.dumps(content, indent=2) + "\n")

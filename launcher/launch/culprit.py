@@ -1,4 +1,4 @@
-"""Name the rank that a hang comes from, and why. Pure."""
+"""The rank that causes a hang, and the reason. Pure functions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from launcher.runs.wording import duration
 
 _SETTLED_SECONDS = 1.0
 _STOPPED_SECONDS = 5.0
-"""An agent that was stopped a moment ago is not what ranks have waited for."""
+"""The time after which a stopped agent may be what its ranks wait for; before that it is not."""
 _MOST_NAMED = 4
 _LOADER = "data"
 
@@ -25,9 +25,9 @@ def name(
 ) -> tuple[str, Seen]:
     """Return the line that people see, and the rank that the others wait for.
 
-    `unheard` are hosts whose supervisors say nothing more, `agents` those that are stopped. Where the hang
-    `is_of_agent` the ranks go on, or there are none, and the first agent stands for a rank of number -1. Needs
-    at least one of the two.
+    `unheard` are hosts whose supervisors have fallen silent, `agents` the stopped agents. If the hang
+    `is_of_agent`, the ranks make progress or do not exist yet, and the first agent is returned as rank -1. At
+    least one of `ranks` and `agents` must not be empty.
     """
     stopped = list(agents)
     cannot_start = any(agent.stopped_seconds >= _STOPPED_SECONDS for agent in stopped if not agent.has_ranks)
@@ -43,8 +43,8 @@ def name(
 
 
 def _of_agents(agents: list[SeenAgent], ranks: list[Seen]) -> tuple[str, Seen]:
-    """Return the line of agents that are stopped: an agent holds up nobody but the ranks that it has yet to
-    start."""
+    """Return the line and the culprit for stopped agents. An agent blocks only the ranks that it has not
+    started yet."""
     first, *others = sorted(agents, key=lambda agent: (agent.has_ranks, -agent.stopped_seconds))
     guilty = Seen(-1, first.host, first.pid, "starting", step=max((seen.step for seen in ranks), default=0))
     then = ["the ranks go on, and one that ends is not noticed there"]
@@ -59,7 +59,7 @@ def _agent(agent: SeenAgent) -> str:
 
 
 def stalled_save(seen: Seen) -> str:
-    """Return the line that names a save which has not moved for long."""
+    """Return the line that names a save which has made no progress for long."""
     kernel = f", blocked in the kernel{f' ({seen.wchan})' if seen.wchan else ''}" if seen.state == "D" else ""
     what = f"rank {seen.rank} on {seen.host} is {seen.save} {seen.save_detail}".rstrip()
     still = f"the save of step {seen.save_step} has not moved for {duration(seen.save_still_seconds)}"
@@ -86,8 +86,8 @@ def _head(culprit: Seen, ranks: list[Seen], seconds: float, step_seconds: float)
 
 
 def _culprits(ranks: list[Seen], unheard: set[str]) -> list[Seen]:
-    """Stopped ones; else those not heard of; else those blocked in the kernel; else those in no collective
-    while others are; else the one that came least far."""
+    """Return the stopped ranks; else those with a stopped child process; else those on silent hosts; else those
+    blocked in the kernel; else those outside a collective that others wait in; else the least advanced."""
     waiting = [seen for seen in ranks if _is_waiting(seen)]
     candidates = (
         [seen for seen in ranks if seen.state == "T" and not seen.traced],
@@ -115,7 +115,7 @@ def _progress(seen: Seen) -> tuple[int, int, int]:
 
 
 def _group(ranks: list[Seen], words: Callable[[Seen], str], hosts: bool) -> str:
-    """Ranks of whom the same is to be said, said once; with their `hosts`."""
+    """Return one phrase for each group of ranks in the same state, with their `hosts` if wanted."""
     by_state: dict[str, list[Seen]] = {}
     for seen in ranks:
         by_state.setdefault(words(seen), []).append(seen)
@@ -142,7 +142,7 @@ def _plural(text: str) -> str:
 
 
 def _what(seen: Seen, unheard: set[str], everyone: bool) -> str:
-    """Return what is wrong with a rank that the others wait for."""
+    """Return the description of a rank that the others wait for."""
     if seen.state == "T":
         return "is stopped (SIGSTOP)"
     if seen.child:
@@ -174,7 +174,7 @@ def _what(seen: Seen, unheard: set[str], everyone: bool) -> str:
 
 
 def _where(seen: Seen) -> str:
-    """Its place, with how far it is there. A script says nothing of that."""
+    """Return a rank's place and its progress there; a script reports neither."""
     if not seen.count:
         return "the script"
     unit = {

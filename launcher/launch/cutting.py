@@ -1,4 +1,4 @@
-"""Resume a run with smaller micro-batches after a rank ran out of memory late."""
+"""Automatic resumption with smaller micro-batches after a rank ran out of memory late in a run."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ from launcher.runs.status import last_step, newest_checkpoint
 
 
 def run_with_cuts(run: RunDirectory, plan: Plan, watcher: Watcher, stop_at: int | None = None) -> int:
-    """Run an attempt on this machine, and others with smaller passes for as long as memory is short; the exit
-    code of the last.
+    """Run an attempt on this machine, and further ones with smaller micro-batches while memory is short.
 
-    Raises what `local.run` raises.
+    Returns the exit code of the last attempt. Raises what `local.run` raises.
     """
     code = local.run(run, plan, watcher, stop_at)
     while code == OutOfMemoryError.exit_code and (smaller := cut(run)):
@@ -32,12 +31,11 @@ def run_with_cuts(run: RunDirectory, plan: Plan, watcher: Watcher, stop_at: int 
 
 
 def cut(run: RunDirectory, here: bool = True) -> tuple[Plan, str] | None:
-    """Return the plan with passes of half as many samples, written into the run, and a line that says so;
-    the global batch stays as it is.
+    """Halve the micro-batch, write the plan into the run, and return it with a line for people.
 
-    None where no rank of the last attempt ran out of memory (but its agent, say), where that costs steps
-    (nothing was saved at the last one, as after the host's killer), where it was at the first step of all,
-    or where a pass is a single sample: then the failure's own advice counts.
+    The global batch stays the same. Returns None if no rank of the last attempt ran out of memory (it may have
+    been the agent), if resuming would lose steps (the last one was not saved, as after the kernel's OOM killer),
+    if it was the very first step, or if a micro-batch is one sample. Then the failure's own advice applies.
     """
     attempt, plan = run.last_attempt(), Plan.read(run.plan_file)
     failure = _failure(run, attempt)

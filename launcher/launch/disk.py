@@ -1,7 +1,7 @@
-"""All disk access of a supervisor, in two threads, so that a stalled disk delays no signal.
+"""A supervisor's disk access, in two threads, so that a stalled disk delays no signal.
 
-One thread reads, ten times a second or as often as the disk lets it; what it found waits in memory. The other
-one writes, in the order in which it was asked to. Whoever asks waits for neither, or for a bounded time.
+One thread reads, ten times a second or as often as the disk allows, and keeps the results in memory. The other
+writes, in the order of the requests. Callers wait for neither, or for a bounded time.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from launcher.runs.status import HEARTBEAT
 from launcher.runs.tail import Tail
 
 STALL_SECONDS = 10.0
-"""A disk that has not answered for so long is said to hang."""
+"""The time after which a disk that does not answer is reported as hanging."""
 GONE_SECONDS = 10.0
-"""A run directory that is not there for so long was removed or renamed; a mount may come back before."""
+"""The time after which a missing run directory counts as removed or renamed; a mount may come back before."""
 UNREACHABLE_SECONDS = 60.0
-"""One that cannot be reached for so long, with an error that may pass."""
+"""The same for a directory that cannot be reached, with an error that may be temporary."""
 _GONE = {errno.ENOENT, errno.ENOTDIR, errno.ESTALE}
 _BEAT_SECONDS = 5.0
 
@@ -37,17 +37,17 @@ class Disk:
     """A run directory as the supervisor of one attempt sees it."""
 
     def __init__(self, run: RunDirectory, attempt: int, also_read: Callable[[], None], beats: bool) -> None:
-        """`also_read` is called by the reading thread with every look. `beats`: show others that this
-        launcher lives."""
+        """Take `also_read`, which the reading thread calls every time it reads, and `beats`: whether to write a
+        heartbeat that shows others that this launcher is alive."""
         self._run, self._directory = run, run.attempt(attempt)
         self._also_read, self._beats = also_read, beats
         self._reader, self._writer = Aside("disk-reader"), Aside("disk-writer", most=100)
         self._tail = Tail(run.events_file, from_end=True)
         self._events: collections.deque[dict[str, Any]] = collections.deque()
         self.ranks: dict[int, dict[str, Any]] = {}
-        """What each rank says of itself once it can take signals."""
+        """Each rank's own record (rank-R.json), which it writes once it can handle signals."""
         self.failed = False
-        """Whether a rank has written down that it failed."""
+        """Whether a rank has recorded a failure."""
         self._identity: tuple[int, int] | None = None
         self._place: int | None = None
         self._missing: tuple[float, str, bool] | None = None
@@ -57,7 +57,7 @@ class Disk:
             self._place = os.open(run.path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def look(self) -> None:
-        """Have everything read once more, unless the last look is still under way."""
+        """Start another read of everything, unless the previous one is still running."""
         if self._reader.idle:
             self._reader.do(self._read)
         if self._beats and time.monotonic() - self._beat_at > _BEAT_SECONDS and self._writer.idle:
@@ -65,37 +65,37 @@ class Disk:
             self.write(self._beat)
 
     def write(self, work: Callable[[], object]) -> None:
-        """Have something written; what the disk refuses is dropped."""
+        """Queue a write; one that the disk refuses is dropped."""
         self._writer.do(work)
 
     def written(self, seconds: float) -> bool:
-        """Wait so long for what was to be written; whether it is."""
+        """Wait up to `seconds` for the queued writes, and return whether they are done."""
         return self._writer.wait(seconds)
 
     def last_look(self, seconds: float, enough: Callable[[], bool]) -> bool:
-        """Read once more what is there now, within so many seconds; whether that could be done."""
+        """Read everything once more within `seconds`, or until `enough`; return whether that succeeded."""
         self._reader.do(self._read)
         return self._reader.wait(seconds, enough)
 
     def close(self) -> None:
-        """Let both threads end."""
+        """End both threads."""
         self._reader.close()
         self._writer.close()
         if self._place is not None:
             os.close(self._place)
 
     def events(self) -> list[dict[str, Any]]:
-        """Return the attempt's events that were read since the last call."""
+        """Return the attempt's events read since the last call."""
         return [self._events.popleft() for _ in range(len(self._events))]
 
     @property
     def stuck_seconds(self) -> float:
-        """Return for how long the disk has not answered to the reader or to the writer."""
+        """Return for how long the disk has not answered the reader or the writer."""
         return max(self._reader.stuck_seconds, self._writer.stuck_seconds)
 
     @property
     def lost(self) -> str:
-        """Return why the run directory counts as lost; empty while it is there."""
+        """Return why the run directory counts as lost; empty while it does not."""
         if self._missing is None:
             return ""
         since, why, is_gone = self._missing
@@ -103,13 +103,12 @@ class Disk:
 
     @property
     def missing(self) -> str:
-        """Return what is wrong with the run directory at this moment, however short it is; empty where it is
-        there."""
+        """Return why the run directory is missing right now, even if only for a moment; empty if it is there."""
         return self._missing[1] if self._missing else ""
 
     @property
     def trouble(self) -> str:
-        """Return what is wrong with the disk and may pass, for people; empty where nothing is."""
+        """Return a warning for people about a disk problem that may be temporary; empty if there is none."""
         if self.stuck_seconds > STALL_SECONDS:
             return f"has not answered for {STALL_SECONDS:.0f} s: its storage hangs"
         if self._missing is None or self._missing[2] or time.monotonic() - self._missing[0] < STALL_SECONDS:
@@ -120,8 +119,8 @@ class Disk:
         )
 
     def place_now(self) -> Path | None:
-        """Return where the run directory is now, where it was only renamed. The kernel knows: nothing is
-        asked of the disk."""
+        """Return the run directory's new path if it was only renamed, else None. The kernel knows it, so the
+        disk is not read."""
         if self._place is None:
             return None
         with contextlib.suppress(OSError):
@@ -144,8 +143,8 @@ class Disk:
         self._also_read()
 
     def _check_that_it_is_there(self) -> None:
-        """By device and inode of the directory, and by the plan in it: another one of the same name is
-        another run."""
+        """Note whether the run directory is there, by its device and inode and by the plan in it: another
+        directory of the same name is another run."""
         why, is_gone = "", True
         try:
             is_another = self._identity not in (None, _identity(self._run.path))
@@ -162,7 +161,7 @@ class Disk:
     def _beat(self) -> None:
         descriptor = os.open(self._directory / HEARTBEAT, os.O_WRONLY | os.O_CREAT, 0o666)
         try:
-            with contextlib.suppress(OSError):  # a full disk still takes the time below
+            with contextlib.suppress(OSError):  # even a full disk can set the time below
                 os.pwrite(descriptor, b"\n", 0)
             os.utime(descriptor)
         finally:

@@ -1,4 +1,4 @@
-"""Evaluate a run or a model on this machine, supervised like an attempt."""
+"""Evaluation of a run or a model on this machine, supervised like an attempt."""
 
 from __future__ import annotations
 
@@ -27,22 +27,21 @@ from launcher.runs.wording import finite
 
 @dataclass(frozen=True)
 class Request:
-    """Name what to measure: a run's checkpoint, or a model's directory, with the plan that says by what
-    data."""
+    """The model to evaluate (a run's checkpoint or a model directory), and the plan that names the data."""
 
     plan: Plan
     run: Path | None
     model: str | None
     step: int | None
     on: Path | None = None
-    """What took the place of the job's own held-out rows."""
+    """The file that replaces the job's own held-out rows."""
 
     @classmethod
     def of(
         cls, target: str, job: Path | None, step: int | None, num_ranks: int | None, overrides: list[str]
     ) -> Request:
-        """Return the request of a command line. Raises ConfigurationError where the target is neither a run
-        nor a model with a job."""
+        """Return the request of a command line. Raises ConfigurationError if the target is neither a run nor a
+        model with a job, or if the run trains by a script."""
         if job is None:
             run = RunDirectory.find(target)
             if Plan.read(run.plan_file).script:
@@ -59,9 +58,9 @@ class Request:
         return cls(_plan(_load(job, overrides), num_ranks), None, str(Path(target).resolve()), None)
 
     def measured_on(self, other: Path) -> Request:
-        """Return the same on another file with the same columns, or on the held-out rows of another job.
+        """Return the same request for another file with the same columns, or another job's held-out rows.
 
-        Raises ConfigurationError where there is no such file, that job has none, or another task.
+        Raises ConfigurationError if there is no such file, or if that job has no held-out rows or another task.
         """
         data = self.plan.data
         if not other.exists() and not glob.has_magic(str(other)):
@@ -82,8 +81,8 @@ class Request:
         return Request(self.plan.model_copy(update={"data": data}), self.run, self.model, self.step, other)
 
     def planned(self, *directories: str | None, predicts: bool = False) -> Plan:
-        """Return the plan by which models are measured or asked, and tell what they need; None stands for the
-        job's own. Raises OutOfMemoryError."""
+        """Return the plan for evaluating, or predicting with, the models in these directories (None: the job's
+        own), and print the memory that they need. Raises OutOfMemoryError."""
         plan, line = plan_evaluation(self.plan, directories, Profiles(starts=True), predicts)
         if line:
             Watcher().say(line)  # also where the ranks' display is a quiet one
@@ -91,12 +90,12 @@ class Request:
 
     @property
     def asked(self) -> dict[str, Any]:
-        """Return what the ranks are told."""
+        """Return the part of the request that the ranks read."""
         return {"run": None if self.run is None else str(self.run), "model": self.model, "step": self.step}
 
 
 def _load(job_file: Path, overrides: list[str]) -> Job:
-    """Return a job by which something is measured: no teacher is asked, which may be gone by now."""
+    """Return a job for evaluation: without its teacher, which evaluation does not use and may be gone."""
     return load(job_file, [*overrides, "distillation=null"])
 
 
@@ -105,17 +104,17 @@ def _plan(job: Job, num_ranks: int | None) -> Plan:
 
 
 def evaluate_locally(request: Request, watcher: Watcher, resamples: int = 0) -> dict[str, Any]:
-    """Return {"before": metrics, "after": metrics, ...}, also written below the run. Raises ConfigurationError
-    where there is nothing to measure on, OutOfMemoryError where no row fits, and the failure's own class where
-    the ranks failed.
+    """Return {"before": metrics, "after": metrics, ...}, also written below the run.
 
-    `resamples`: how often rows are drawn anew for intervals, by the seed of the job; 0 for none.
+    `resamples`: how often rows are resampled for confidence intervals, with the job's seed; 0 for none. Raises
+    ConfigurationError if there are no held-out rows, OutOfMemoryError if not even one row fits, and the
+    failure's own class if the ranks failed.
     """
     plan = request.plan
     if plan.data.evaluation is None:
         reason = "the job names no held-out rows; write --on FILE, or --set data.evaluation.path=FILE"
         raise ConfigurationError(Problem("data.evaluation", None, reason))
-    # The model that the job begins with is measured too.
+    # The model that the job starts from is evaluated too.
     plan = request.planned(None, *([request.model] if request.model else []))
     wanted = request.asked | {"resamples": resamples, "seed": plan.training.seed}
     result = ask(plan, "launcher.training.evaluate_entry", wanted, "evaluation.json", watcher)
@@ -127,11 +126,11 @@ def evaluate_locally(request: Request, watcher: Watcher, resamples: int = 0) -> 
 
 
 def estimate_fisher(request: Request, watcher: Watcher, num_rows: int) -> dict[str, Any]:
-    """Write a model's Fisher information, by so many samples, beside the run's evaluations or into
-    MODEL/fisher, and return {"file": path, "step", "rows", "parameters"}.
+    """Estimate a model's Fisher information from `num_rows` samples, and write it into RUN/evaluations or
+    MODEL/fisher. Returns {"file": path, "step", "rows", "parameters"}.
 
-    Raises ConfigurationError for a run that trains an adapter, OutOfMemoryError where it cannot fit, and the
-    failure's own class where the ranks failed.
+    Raises ConfigurationError for a run that trains an adapter or streams its rows, OutOfMemoryError if it
+    cannot fit, and the failure's own class if the ranks failed.
     """
     plan = request.plan
     if request.run is not None and plan.model.adapter is not None:
@@ -145,9 +144,9 @@ def estimate_fisher(request: Request, watcher: Watcher, num_rows: int) -> dict[s
         file = request.run / "evaluations" / f"fisher-step-STEP{suffix}.safetensors"
     else:
         assert request.model is not None
-        # Beside the weights others would take it for some of them.
+        # Not next to the weights, where other tools would take it for a part of them.
         file = Path(request.model) / "fisher" / f"{suffix[1:] or plan.name}.safetensors"
-    # It is planned by the model that is measured, which trains whole.
+    # Planned for the model that is measured, as if all its weights were trained.
     of = plan if request.model is None else plan.of_directory(request.model)
     taken = plan_fisher(of, Profiles(starts=True))
     plan = taken.model_copy(update={"model": plan.model})
@@ -160,7 +159,7 @@ def file_name_of(on: Path) -> str:
 
 
 def _keep(request: Request, run: Path, result: dict[str, Any]) -> Path:
-    """Write what was found into the run; one of the same step on the same rows is written over."""
+    """Write the result into the run, over an earlier one of the same step on the same rows."""
     name = f"evaluate-step-{result['step']:08d}"
     if request.on is not None:
         name += f"-{file_name_of(request.on)}"

@@ -1,10 +1,10 @@
-"""Start the ranks of a CPU run as forks of one process that has imported the trainer.
+"""The process from which the ranks of a CPU run are forked, with the trainer already imported.
 
-Each would take seconds of its own for that, and the agent two more for torch: so the agent imports for all.
+Each rank would take seconds to import it, and the agent two more for torch: so the agent imports once for all.
 
-The agent forks this process before it has a thread, and asks it for ranks. Each is forked twice, so that it
-becomes the agent's own child (prctl(2), PR_SET_CHILD_SUBREAPER): it is waited for, killed, and dies with the
-agent as if the agent had started it. GPU runs do not do this: CUDA libraries that were loaded before a fork
+The agent forks this process before it has a second thread, and requests ranks from it. Each rank is forked
+twice, so that it becomes the agent's own child (prctl(2), PR_SET_CHILD_SUBREAPER): the agent can wait for it
+and kill it, and it dies with the agent. GPU runs do not do this: CUDA libraries that were loaded before a fork
 may be unusable after it.
 """
 
@@ -29,8 +29,8 @@ from typing import Any, NoReturn
 from launcher.runs.processes import STOP_SIGNALS, die_with_parent, parent_of
 
 VARIABLE = "LAUNCHER_WARM"
-"""The module that ranks are forked with; 0 has each be a new process. The user's own value goes before the
-launcher's."""
+"""The module that is imported before ranks are forked; 0 starts each rank as a new process. The user's own
+value takes precedence over launcher's."""
 _PR_SET_CHILD_SUBREAPER = 36
 _SECONDS_TO_BECOME_A_CHILD = 10.0
 _SECONDS_BETWEEN_LOOKS = 0.02
@@ -38,14 +38,14 @@ _MOST_BYTES = 1 << 22
 
 
 class Forked:
-    """A rank that was forked: as much of `subprocess.Popen` as torchrun uses."""
+    """A forked rank, with the part of `subprocess.Popen`'s interface that torchrun uses."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
-        """Return its exit code, a signal as a negative one; None while it lives."""
+        """Return its exit code, a signal as a negative number; None while it runs."""
         if self.returncode is None:
             try:
                 pid, status = os.waitpid(self.pid, os.WNOHANG)
@@ -53,7 +53,7 @@ class Forked:
                 pid, status = (
                     self.pid,
                     1 << 8,
-                )  # somebody else has waited for it: nothing is known but that it is gone
+                )  # another caller has waited for it: all that is known is that it is gone
             if pid:
                 self.returncode = os.waitstatus_to_exitcode(status)
         return self.returncode
@@ -72,13 +72,13 @@ class WarmProcess:
     """The process that ranks are forked from, as the agent sees it."""
 
     def __init__(self, module: str) -> None:
-        """Import a module, here and so in every rank, and start the process. Only for a process with a single
-        thread, in the environment of the ranks to come."""
+        """Import a module, here and so in every rank, and start the process. Raises RuntimeError in a process
+        with several threads. The environment must be that of the ranks."""
         if threading.active_count() > 1:
             raise RuntimeError("a process with several threads cannot be forked safely")
-        # The agent has a thread for these once there is something to stop; ranks let them in themselves.
+        # The agent gets a thread for these once there is something to stop; ranks unblock them themselves.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        with contextlib.suppress(BaseException):  # a rank that needs the module says what is wrong with it
+        with contextlib.suppress(BaseException):  # a rank that needs the module reports the error
             importlib.import_module(module)
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -91,8 +91,8 @@ class WarmProcess:
         theirs.close()
 
     def rank(self, command: tuple[str, ...], environment: dict[str, str]) -> Forked | None:
-        """Start one rank with the command that would start it and its environment; None where this cannot
-        be done, and a new process must do."""
+        """Fork one rank, given the command that would start it and its environment; None if it cannot be
+        forked and must be started as a new process."""
         if command[1:3] != ("-u", "-m"):
             return None
         try:
@@ -107,7 +107,7 @@ class WarmProcess:
 
 
 def attach(handler: type[Any], warm: WarmProcess) -> None:
-    """Have torchrun's handler of a rank's process ask for a fork first."""
+    """Make torchrun's handler of a rank's process try a fork first."""
     start = handler._popen
 
     def _popen(self: Any, args: tuple[str, ...], env: dict[str, str]) -> Any:
@@ -129,7 +129,7 @@ def _serve(channel: socket.socket, agent: int) -> NoReturn:
 
 
 def _fork(channel: socket.socket, request: dict[str, Any], agent: int) -> int:
-    """A rank, as a grandchild of this process whose parent ends at once; its id."""
+    """Fork a rank as a grandchild whose parent exits at once, and return its process id."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -148,7 +148,7 @@ def _fork(channel: socket.socket, request: dict[str, Any], agent: int) -> int:
 
 
 def _become(request: dict[str, Any], agent: int) -> NoReturn:
-    """Be the rank that was asked for."""
+    """Run the requested rank in this process."""
     until = time.monotonic() + _SECONDS_TO_BECOME_A_CHILD
     while os.getppid() != agent and time.monotonic() < until:
         time.sleep(0.001)

@@ -1,4 +1,4 @@
-"""Choose what CUDA, its allocator and NCCL are told in the environment of ranks on GPUs."""
+"""Environment variables for CUDA, its allocator and NCCL, for ranks on GPUs."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ _FORMER = {
     "TORCH_FR_BUFFER_SIZE": "TORCH_NCCL_TRACE_BUFFER_SIZE",
     "TORCH_FR_DUMP_TEMP_FILE": "TORCH_NCCL_DEBUG_INFO_TEMP_FILE",
 }
-"""Names that PyTorch still reads, but after the new ones: what the user set by them must not be overruled."""
+"""Older names that PyTorch reads if the new ones are unset: a user's value under them must not be overruled."""
 _CALLS_KEPT = 2000
 
 
 def variables(attempt: Path, given: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables of ranks on GPUs of an attempt; what the user has `given` goes before them.
+    """Return the variables of an attempt's ranks on GPUs, without those that the user has `given`.
 
-    - Segments of the allocator that grow: samples of ever new lengths leave no holes that fit none of the next.
-    - The order of the GPUs is that of nvidia-smi and the doctor, not the fastest first.
-    - NCCL's flight recorder keeps a rank's last calls. A rank writes them into the attempt's directory where a
-      call timed out, or where the launcher asks for them as a rank hangs (hangs.py), by a pipe beside them.
+    - The allocator's segments can grow, so that samples of changing lengths leave no unusable gaps.
+    - GPUs are numbered as in nvidia-smi and the doctor, not with the fastest first.
+    - NCCL's flight recorder keeps a rank's last calls. A rank writes them into the attempt's directory when a
+      call times out, or when the launcher requests them from a hanging rank (hangs.py) through a pipe there.
 
-    torchtitan's run_train.sh and distributed/utils.py set the allocator's and the recorder's likewise.
+    torchtitan's run_train.sh and distributed/utils.py set the allocator and the recorder in the same way.
     """
     chosen = {
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
@@ -39,7 +39,7 @@ def variables(attempt: Path, given: Mapping[str, str]) -> dict[str, str]:
 
 
 def _takes_pipes(directory: Path) -> bool:
-    """Return whether a pipe can be made there: NCCL would end a rank that cannot make its own."""
+    """Return whether a pipe can be created there: NCCL would end a rank that cannot create its own."""
     probe = directory / f".pipe-{os.getpid()}"
     with contextlib.suppress(OSError):
         os.mkfifo(probe)

@@ -1,8 +1,8 @@
-"""Watch an attempt's ranks in a thread: judge whether they hang, and say why.
+"""A thread that watches an attempt's ranks, decides whether they hang, and says why.
 
-It reads memory and /proc alone (`NodeRanks`). What goes to the run's directory, and comes from the other
-nodes, goes through a thread of its own, as that directory may be the very thing that hangs. Of several nodes
-each watches its own ranks and publishes what it sees; the first one judges.
+It reads only memory and /proc (`NodeRanks`). A second thread exchanges files with the other nodes through the
+run's directory, because that directory may be the very thing that hangs. Each node watches its own ranks and
+publishes what it sees; the first node judges.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from launcher.runs.seen import Published, Seen, SeenAgent, publish, published
 _LOOK_SECONDS = 0.5
 _PUBLISH_SECONDS = 1.0
 _UNHEARD_SECONDS = 15.0
-"""Without a word from a node it counts as one that does not answer."""
+"""The silence after which a node counts as one that does not answer."""
 _SECONDS_FOR_STACKS = 15.0
-"""For all nodes to find out where their ranks are, before the line is said without them."""
+"""The time that all nodes have to collect their ranks' stacks before the line is printed without them."""
 _MOST_SUSPICIONS = 9
-"""Of one attempt with stacks of their own; more would fill a disk."""
+"""The number of suspicions per attempt for which stacks are kept; more would fill a disk."""
 _SECONDS_TO_END = 5.0
-"""For what was seen last to be written."""
+"""The time for the last state to be written."""
 _ORDER = "suspected.json"
 
 
 class Hangs:
-    """One node's watch. `ranks` is the supervisor's own table of pids by rank, which it fills as they come
-    up."""
+    """The watch over one node. `ranks` is the supervisor's table of pids by rank, which it fills as ranks
+    start."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Hangs:
         nodes: int = 1,
     ) -> None:
         self.failure: Failure | None = None
-        """Set once the run is to be ended as hung."""
+        """The failure, set once the run is to be killed because it hangs."""
         self._run, self._directory = run, run.attempt(attempt)
         self.here = NodeRanks(self._directory, ranks)
         self._node, self._nodes = node, nodes
@@ -79,13 +79,15 @@ class Hangs:
             self._over.set()
             thread.join(2 * _LOOK_SECONDS)
             with contextlib.suppress(Exception):
-                self._take_in(time.monotonic())  # memory outlives its process: what a rank said last is known
+                self._take_in(
+                    time.monotonic()
+                )  # memory outlives its process: a rank's last state can be read
                 self._files.do(lambda: self._publish(self._own))
             self._files.close()
             self._files.wait(_SECONDS_TO_END)
 
     def said(self) -> list[str]:
-        """Return the lines that people are to see since the last call."""
+        """Return the lines for people that are new since the last call."""
         return [self._lines.popleft() for _ in range(len(self._lines))]
 
     def _watch(self) -> None:
@@ -104,12 +106,12 @@ class Hangs:
         if self._node == 0:
             self._judge_all(now)
         elif (number := self._number) and (self._asked is None or self._asked[0] != number):
-            self._asked = (number, self._collect(number))  # as the first node has ordered
+            self._asked = (number, self._collect(number))  # the first node has requested it
 
     def _take_in(self, now: float) -> None:
         self._own = Published(self._own.number + 1, self.here.look(now), self.here.agent(now))
 
-    # What goes through the run's directory, in the other thread.
+    # Exchange through the run's directory, in the other thread.
 
     def _exchange(self, own: Published) -> None:
         self._publish(own)
@@ -126,7 +128,7 @@ class Hangs:
     def _publish(self, own: Published) -> None:
         publish(self._directory / f"ranks-{self._node}.json", own)
 
-    # The first node.
+    # On the first node only.
 
     def _judge_all(self, now: float) -> None:
         self._heed_a_pause(now)
@@ -153,21 +155,21 @@ class Hangs:
             self._say_save(seen)
 
     def _heed_a_pause(self, now: float) -> None:
-        """Let no time count as silence of the others in which this node itself stood still."""
+        """Do not count the time in which this node itself was suspended as silence of the others."""
         if self._judged_at and now - self._judged_at > GAP_SECONDS:
             for node, (content, _) in list(self._heard.items()):  # the other thread writes there too
                 self._heard[node] = content, now
         self._judged_at = now
 
     def _everyone(self, now: float) -> tuple[list[Seen], list[str]]:
-        """Every rank as it was seen last, and the hosts that say nothing more."""
+        """Return every rank as it was last seen, and the hosts that have fallen silent."""
         if self._nodes == 1:
             return self._own.ranks, []
         if len(self._heard) < self._nodes - 1:
-            return [], []  # not all are there yet
+            return [], []  # some nodes have not published yet
         if self._files.stuck_seconds > _UNHEARD_SECONDS:
-            # The run's directory does not answer: of the others nothing is known, and a pause of storage is
-            # no hang.
+            # The run's directory does not answer: nothing is known of the other nodes, and a storage pause is
+            # not a hang.
             return [dataclasses.replace(seen, phase="storage") for seen in self._own.ranks], []
         ranks, unheard = list(self._own.ranks), set()
         for theirs, heard_at in list(self._heard.values()):
@@ -182,9 +184,9 @@ class Hangs:
         return ranks, sorted(unheard)
 
     def _agents(self, now: float) -> list[SeenAgent]:
-        """Return the agents that are stopped, and for how long, as far as is known here."""
+        """Return the agents that are known to be stopped, with for how long."""
         agents = [self._own.agent] if self._own.agent else []
-        # Of the others nothing is known while the run's directory does not answer.
+        # Nothing is known of the other nodes while the run's directory does not answer.
         heard = [] if self._files.stuck_seconds > _UNHEARD_SECONDS else list(self._heard.values())
         for theirs, heard_at in heard:
             if (agent := theirs.agent) and agent.stopped_seconds:
@@ -198,7 +200,7 @@ class Hangs:
         return culprit.name(ranks, judge.seconds, judge.step_seconds, unheard, agents, judge.is_of_agent)
 
     def _ask(self, now: float) -> None:
-        """Have all nodes write down where their ranks are."""
+        """Request the ranks' stacks from all nodes."""
         self._number += 1
         number = self._number
         if self._nodes > 1:
@@ -217,7 +219,7 @@ class Hangs:
 
     def _say(self, ranks: list[Seen], unheard: list[str], agents: list[SeenAgent]) -> None:
         line, guilty = self._name(ranks, unheard, agents)
-        # Ranks that go on under a stopped agent are not disturbed.
+        # Ranks that still make progress under a stopped agent are not interrupted for stacks.
         has_stacks, self._asked = self._asked is not None and self._number <= _MOST_SUSPICIONS, None
         path = self._directory / f"stacks-{self._number}.txt" if has_stacks else ""
         self._lines.append(f"{line}. Stacks: {path}" if has_stacks else line)
@@ -241,7 +243,7 @@ class Hangs:
         self._files.do(lambda: event(self._run.events_file, "save_stalled", **about))
 
     def _collect(self, number: int) -> threading.Thread:
-        """Have this node find out where its ranks are, and write their stacks down."""
+        """Collect and write the stacks of this node's ranks, in the returned thread."""
         name = f"stacks-{number}-node-{self._node}.txt" if self._node else f"stacks-{number}.txt"
 
         def write(text: str) -> None:

@@ -1,4 +1,4 @@
-"""Check the limits on open files before an attempt starts."""
+"""The limit on open files, raised and checked before an attempt starts."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from launcher.errors import ConfigurationError, Problem
 from launcher.planner.plan import Plan
 
 _FILES = 96
-"""What the agent, and a rank with torch, tokenizer, data and a save under way, have open at once; measured,
-and as much again."""
+"""The open files of an agent, or of a rank with torch, tokenizer, data and a save in progress: twice the
+number measured."""
 _FILES_PER_RANK = 4
-"""An agent's pipes to each rank, a rank's connections to each other."""
+"""The agent's pipes to one rank, and a rank's connections to one other."""
 _ENOUGH_FILES = 4096
 
 
 def raise_open_files(plan: Plan) -> None:
-    """Raise how many files a process may have open to what the system allows; children inherit it.
+    """Raise the limit on open files as far as the system allows and a run needs; children inherit it.
 
-    Raises ConfigurationError where that is too few: what happens in libraries then is an abort, or a hang.
+    Raises ConfigurationError if it stays too low: libraries would abort or hang.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     allowed = _ENOUGH_FILES if hard == resource.RLIM_INFINITY else min(hard, _ENOUGH_FILES)

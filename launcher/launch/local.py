@@ -1,4 +1,4 @@
-"""Run one attempt on this machine, and turn its outcome into an exit code."""
+"""One attempt on this machine, and the exit code of its outcome."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from launcher.runs.tail import last_record
 from launcher.runs.wording import shown
 
 _OF_THE_JOB = {ConfigurationError.failure_class, DataError.failure_class}
-"""Failures that come again, whoever goes on, until the job or its data are mended."""
+"""The failures that recur on every resume until the job or its data are corrected."""
 _LONG_SECONDS = 60.0
-"""For a slow disk or terminal, at the end of an attempt."""
+"""The time for a slow disk or terminal at the end of an attempt."""
 _SHORT_SECONDS = 5.0
-"""The same where somebody waits for the end."""
+"""The same when the end is urgent."""
 
 
 def run(
@@ -47,10 +47,9 @@ def run(
 ) -> int:
     """Run one attempt of a run to its end, and return the exit code.
 
-    0: finished, or it was already. 75: stopped on request, saved. 130: stopped by force. Else the failure's
-    own. `entry` is the module that each rank runs, if not the trainer or the plan's script. Raises
-    RunInUseError where another process works in the run, ConfigurationError where the system allows it too
-    little.
+    0: finished, or finished before. 75: stopped on request, saved. 130: killed after a stop request. Else the
+    failure's own. `entry` is the module that each rank runs, if not the trainer or the plan's script. Raises
+    RunInUseError if another process uses the run, ConfigurationError if the limit on open files is too low.
     """
     screen, signals = Screen(watch or Watcher()), Signals()
     set_umask(plan.share_with_group)
@@ -88,8 +87,8 @@ def conclude(
     out_of_memory_killer: bool,
     signals: Signals,
 ) -> int:
-    """Return what `outcome` does, whatever the run's disk does: within a bounded time, and without an error
-    of its own."""
+    """Return the exit code of `outcome`, within a bounded time and without an error even if the run's disk
+    hangs or fails."""
     if end.forced == "gone" or (end.lost and not end.events & {"finished", "stopped"}):
         return _gone(run, number, end, screen)
     results: list[int | BaseException] = []
@@ -100,7 +99,7 @@ def conclude(
         except BaseException as error:
             results.append(error)
 
-    # Reading has as long as writing, which comes after it and has a bound of its own.
+    # Twice the bound: once for reading, and once for the write after it, which is bounded by itself.
     within(
         2 * (_SHORT_SECONDS if end.is_hurried else _LONG_SECONDS),
         ask,
@@ -121,8 +120,8 @@ def conclude(
 def outcome(
     run: RunDirectory, plan: Plan, number: int, end: End, screen: Screen | Watcher, out_of_memory_killer: bool
 ) -> int:
-    """Say how an attempt ended, write it down, and give the exit code. Raises OSError where the disk does not
-    even tell how it ended."""
+    """Print and record how an attempt ended, and return the exit code. Raises OSError if the disk cannot be
+    read to find out."""
     if plan.script and not end.forced:
         _speak_for_script(run, number, end)
     if "finished" in end.events or run.finished:
@@ -132,7 +131,7 @@ def outcome(
             )
         return 0
     if "stopped" not in end.events and end.code == 0 and end.signal_name and not end.forced:
-        # Stopped so early that no trainer was there to say so.
+        # Stopped so early that no trainer was running to record it.
         event(run.events_file, "stopped", step=last_step(run))
         end.events.add("stopped")
     if "stopped" in end.events:
@@ -155,7 +154,7 @@ def outcome(
 
 
 def _gone(run: RunDirectory, number: int, end: End, screen: Screen) -> int:
-    """The run directory was removed, renamed, or out of reach for long, and the ranks were ended."""
+    """Report that the run directory was removed, renamed or long unreachable, and return the exit code."""
     now, where = run, f"the run directory {shown(run.path)}"
     if end.place is not None:
         now = RunDirectory(end.place)
@@ -179,8 +178,8 @@ def _gone(run: RunDirectory, number: int, end: End, screen: Screen) -> int:
 def _without_the_disk(
     run: RunDirectory, plan: Plan, end: End, screen: Screen, trouble: OSError | StorageError
 ) -> int:
-    """Return how an attempt ended as far as it is known where the disk refuses to be read or written, or does
-    not answer."""
+    """Report how an attempt ended, as far as it is known without the disk, which fails or does not answer;
+    return the exit code."""
     if "finished" in end.events:
         return 0
     reason = trouble.strerror if isinstance(trouble, OSError) else str(trouble)
@@ -201,8 +200,8 @@ def _without_the_disk(
 
 
 def _speak_for_script(run: RunDirectory, number: int, end: End) -> None:
-    """Say that the run stopped or finished, which a script cannot: every rank ended well, with or without
-    being asked to stop."""
+    """Record that a script's run stopped or finished, which a script cannot record itself: all ranks exited
+    with 0, or ended without a failure of their own after a stop request."""
     if "stopping" in end.events:
         failure = failures.first(run.attempt(number))
         if failure is None or failure.consequence:
@@ -214,7 +213,7 @@ def _speak_for_script(run: RunDirectory, number: int, end: End) -> None:
 
 
 def _stopped(run: RunDirectory) -> str:
-    """Return what the ranks' last word about a stop comes to: saved, or why not and what that loses."""
+    """Return the line about a stop, from the ranks' last event: saved, or why not and which steps are lost."""
     record = last_record(run.events_file, lambda record: record.get("event") == "stopped") or {}
     if line := record.get("line"):
         return str(line)
@@ -231,8 +230,8 @@ def _stopped(run: RunDirectory) -> str:
 
 
 def going_on(run: RunDirectory, plan: Plan, failure: Failure) -> tuple[str, str]:
-    """Return what to type next, and why. After out of memory, with the first change that makes a rank need
-    less, where one is known."""
+    """Return the command to type next, and the reason. After out of memory it includes the first change, if one
+    is known, that makes a rank need less."""
     if run.is_scratch:
         return "", ""
     if failure.failure_class in _OF_THE_JOB and not has_learned(run) and not plan.script:
@@ -246,7 +245,7 @@ def going_on(run: RunDirectory, plan: Plan, failure: Failure) -> tuple[str, str]
 
 
 def attempt_directory(run: RunDirectory) -> tuple[int, Path]:
-    """Make the next attempt's directory and give its number."""
+    """Create the next attempt's directory and return its number and path."""
     number = run.last_attempt() + 1
     directory = run.attempt(number)
     make_directory(directory)

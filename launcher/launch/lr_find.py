@@ -1,4 +1,4 @@
-"""Open the run of a learning-rate range test: the job, with a rate that grows, and nothing that is kept."""
+"""The run of a learning-rate range test: the job with a growing learning rate, and nothing saved."""
 
 from __future__ import annotations
 
@@ -32,14 +32,15 @@ _PLAIN = (
     "checkpoint.keep_best=0",
     "trackers=[]",
 )
-"""What a test has no use for: it evaluates and saves nothing, and trains what trains first."""
+"""The overrides that make a job a plain test: no evaluation, nothing saved, and only the weights that train
+first."""
 _OF_SCHEDULES = ("decay", "decay_shape", "restarts", "power", "start_division")
 
 
 @dataclass(frozen=True)
 class Span:
-    """Say the rates of a range test: from the lowest to the highest in so many steps, or until the smoothed loss
-    is `stop_factor` times its lowest."""
+    """The learning rates of a range test: from the lowest to the highest in `num_steps` steps, or until the
+    smoothed loss is `stop_factor` times its lowest."""
 
     lowest: float = 1e-7
     highest: float = 1.0
@@ -47,7 +48,7 @@ class Span:
     stop_factor: float | None = 4.0
 
     def check(self) -> None:
-        """Raise ConfigurationError with all that is wrong with it."""
+        """Raise ConfigurationError with every invalid value."""
         problems = []
         for option, value in (("--from", self.lowest), ("--to", self.highest)):
             if not (math.isfinite(value) and value > 0):
@@ -67,8 +68,8 @@ class Span:
             raise ConfigurationError(problems)
 
     def overrides(self, job: Job) -> list[str]:
-        """Return what is set in a job to make a range test of it. Rates of groups keep their ratio to
-        `training.learning_rate`. Raises ConfigurationError where the job cannot have such rates."""
+        """Return the overrides that turn a job into its range test. Rates of groups keep their ratio to
+        `training.learning_rate`. Raises ConfigurationError if the job cannot have such rates."""
         training = job.training
         own = [one.learning_rate for one in training.groups if one.learning_rate is not None]
         largest = max(1.0, *(rate / training.learning_rate for rate in own), 0.0)
@@ -105,10 +106,10 @@ def open_test(
     span: Span,
     profiles: Profiles = CACHED,
 ) -> tuple[RunDirectory, Plan]:
-    """Return a new run that is the range test of a job, in `directory` or the first of runs/NAME-lr-find,
-    runs/NAME-lr-find-2, ... that is free.
+    """Create the run of a job's range test, in `directory` or the first free one of runs/NAME-lr-find,
+    runs/NAME-lr-find-2, ...
 
-    Raises what `open_run` raises, and ConfigurationError where the directory holds something.
+    Raises what `open_run` raises, and ConfigurationError if the directory is not empty.
     """
     span.check()
     job = load_job(job_file, overrides, None)
@@ -121,7 +122,7 @@ def open_test(
 
 
 def find_test(path: Path) -> tuple[RunDirectory, Plan]:
-    """Return the range test in a directory. Raises ConfigurationError where there is none."""
+    """Return the range test in a directory. Raises ConfigurationError if there is none."""
     run = RunDirectory.find(path)
     plan = read_plan(run)
     if not plan.training.is_range_test:

@@ -1,4 +1,4 @@
-"""Choose how much memory ranks on a CPU keep: of what was freed, and of the code of products."""
+"""Environment variables that set how much freed memory, and how many kernels of products, CPU ranks keep."""
 
 from __future__ import annotations
 
@@ -9,23 +9,22 @@ from launcher.planner.memory.limits import keeps_freed
 from launcher.runs.layout import RunDirectory
 
 _HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
-"""PyTorch asks the system for pages of 2 MiB under tensors that are as large: a page costs the system the
-same, whatever its size.
+"""PyTorch requests 2 MiB pages for tensors of at least that size: a page costs the system the same, whatever
+its size.
 
-What it saves: docs/benchmarks/allocator.md. Where the system gives such pages always, or never, it changes
-nothing."""
+docs/benchmarks/allocator.md has the savings. If the system always or never gives huge pages, nothing changes."""
 _FEW_SHAPES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
-"""oneDNN makes code for every shape of a product in bf16, and it and PyTorch each keep the code and what it
-needs of the last 1,024 by default: 700 MiB that no plan knows of, where samples have many lengths.
+"""oneDNN generates code for every shape of a bf16 product. By default it and PyTorch each keep the code and the
+buffers of the last 1,024: 700 MiB that no plan counts, if samples have many lengths.
 
-What it saves: docs/benchmarks/many_lengths.md. Models of seconds a step are no slower: tried with 8 and with 64
-samples a pass."""
+docs/benchmarks/many_lengths.md has the savings. Models that take seconds per step are no slower: tried with
+micro-batches of 8 and of 64 samples."""
 LEAN = {"MALLOC_MMAP_THRESHOLD_": str(2 << 20), **_HUGE_PAGES, **_FEW_SHAPES}
-"""Blocks from 2 MiB on go back to the system when they are freed: those that come in huge pages.
+"""Variables with which freed blocks of 2 MiB or more, those in huge pages, go back to the system.
 
-glibc raises its own threshold to 32 MiB as soon as large blocks come and go, and keeps what lies between: a
-rank of SmolLM2-135M peaked at 2.96 GB with that, at 1.75 GB with a fixed 1 MiB (2 ranks, fp32, 512 tokens a
-pass, full recomputation)."""
+glibc raises its own threshold to 32 MiB once large blocks are freed, and then keeps smaller ones: a rank of
+SmolLM2-135M peaked at 2.96 GB with that, at 1.75 GB with a fixed 1 MiB (2 ranks, fp32, 512 tokens per
+micro-batch, full activation checkpointing)."""
 ROOMY = {
     "MALLOC_MMAP_THRESHOLD_": str(4 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(2 << 30),
@@ -33,14 +32,15 @@ ROOMY = {
     **_HUGE_PAGES,
     **_FEW_SHAPES,
 }
-"""Blocks below 4 MiB stay, for all threads alike: the system has to zero each page that it gives.
+"""Variables with which freed blocks below 4 MiB are kept, in one arena for all threads: the system has to zero
+each page that it gives.
 
-docs/benchmarks/allocator.md has what both take and hold."""
+docs/benchmarks/allocator.md has the time and memory of both."""
 
 
 def variables(run: RunDirectory) -> dict[str, str]:
-    """Return the variables of the environment of ranks on a CPU: ROOMY where the forecast says that there is
-    room, LEAN where there is not, or nobody knows."""
+    """Return the environment variables of ranks on a CPU: ROOMY if the forecast leaves room, LEAN if it does not
+    or there is no forecast."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         forecast = read_json(run.forecast_file)
         highest = max(phase["live"] for phase in forecast["phases"].values())

@@ -1,4 +1,4 @@
-"""See the ranks of this node: their pages in memory, /proc, and their stacks where they stand still."""
+"""The state of this node's ranks, from their shared pages, /proc, and their stacks if they stand still."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from launcher.runs.seen import Seen, SeenAgent
 
 
 class NodeRanks:
-    """The ranks of an attempt on this node, and their agent, as they are seen from outside."""
+    """The ranks of an attempt on this node, and their agent, observed from outside."""
 
     def __init__(self, directory: Path, ranks: dict[int, int]) -> None:
-        """Take the attempt's directory, and a table of pids by rank, which its owner fills."""
+        """Take the attempt's directory, and a table of pids by rank, which the caller fills."""
         self.host = os.uname().nodename
         self.agent_pid = 0
-        """The process of this node's agent, once it is started."""
+        """The pid of this node's agent; 0 until it is started."""
         self._directory, self._ranks = directory, ranks
         self._stillness, self._stoppage = Stillness(), Stoppage()
         self._pages: dict[int, tuple[Page | None, str]] = {}
@@ -32,12 +32,12 @@ class NodeRanks:
         self._stacks: dict[int, tuple[tuple[str, int, int], stacks.Stack]] = {}
 
     def look(self, now: float) -> list[Seen]:
-        """See every rank that is up, with how long it has stood still."""
+        """Return the state of every running rank, with how long it has stood still."""
         looks = [one for rank, pid in list(self._ranks.items()) if (one := self._see(rank, pid))]
         return [self._with_stack(seen) for seen in self._stillness.look(now, looks)]
 
     def agent(self, now: float) -> SeenAgent | None:
-        """See this node's agent; None before it is started."""
+        """Return the state of this node's agent; None before it is started."""
         pid = self.agent_pid
         if not pid:
             return None
@@ -62,14 +62,14 @@ class NodeRanks:
         self._last[rank] = moved
         page.note_look(seen.state)
         if place.place == "waiting for the preparation" and (holder := sight.lock_holder(Path(place.detail))):
-            # Whoever prepares is who may hang; it may be of another run.
+            # The process that prepares the data may hang, and it may belong to another run.
             theirs = sight.look(holder)
             stopped = holder if theirs.state == "T" else 0
             seen = dataclasses.replace(theirs, state=seen.state, stopped_child=stopped, wchan=seen.wchan)
         return place, seen
 
     def _with_stack(self, seen: Seen) -> Seen:
-        """With what its stack ended in, for as long as it has not moved since."""
+        """Add the innermost frame of a rank's stack, if the rank has not moved since the stack was taken."""
         moved, stack = self._stacks.get(seen.rank, (None, None))
         stamp = {"time": round(time.time(), 3)}
         if stack is None or moved != (seen.place, seen.count, seen.step):
@@ -77,8 +77,7 @@ class NodeRanks:
         return dataclasses.replace(seen, waits_in=stack.waits_in, frame=stack.frame, **stamp)  # type: ignore[arg-type]
 
     def find_stacks(self, write: Callable[[str], None]) -> threading.Thread:
-        """Find out where the ranks are, and hand their stacks as a text to `write`; both in the thread that is
-        returned."""
+        """Collect the ranks' stacks and pass their text to `write`, both in the returned thread."""
         wanted = {
             rank: (pid, self._pages[rank][1])
             for rank, pid in list(self._ranks.items())

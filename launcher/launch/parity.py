@@ -1,4 +1,4 @@
-"""Run the same steps in one process and under every engine, side by side."""
+"""The same training steps in one process and under every engine, for comparison."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from launcher.runs.failure import read
 from launcher.runs.layout import RunDirectory, write_atomically
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 1e-2}
-"""Relative, of loss and gradient norm."""
+"""The allowed relative difference of loss and gradient norm, by precision."""
 CASES: dict[str, list[str]] = {
     "FSDP": ["parallel.engine=fsdp", "parallel.shard=full"],
     "ZeRO-1": ["parallel.engine=deepspeed", "parallel.shard=optimizer"],
@@ -52,7 +52,7 @@ _COMMON = [
 
 @dataclass(frozen=True)
 class Outcome:
-    """One case: its losses and gradient norms by step, or why there are none."""
+    """The losses and gradient norms of one case by step, or why there are none."""
 
     name: str
     losses: tuple[float, ...] = ()
@@ -75,11 +75,10 @@ def _largest(ours: tuple[float, ...], theirs: tuple[float, ...]) -> float:
 def outcomes(
     job: Path, num_ranks: int, num_steps: int, overrides: list[str], watcher: Watcher
 ) -> Iterator[Outcome]:
-    """Yield the reference first, on one rank, then each case on `num_ranks`; every one is a run of its own,
-    in a scratch directory.
+    """Yield the reference on one rank first, then each case on `num_ranks`, each a separate run in a scratch
+    directory.
 
-    Raises ConfigurationError where the job itself cannot be run; a case that cannot is an outcome that says
-    why.
+    Raises ConfigurationError if the job itself cannot run; a case that cannot is an outcome with the reason.
     """
     settings = [*overrides, *_COMMON, f"training.max_steps={num_steps}"]
     # Micro-batch and precision are decided once, so that every case computes the same.

@@ -1,7 +1,7 @@
-"""Write plan.json with a copy beside it, and notice when it was changed by hand.
+"""The file plan.json with a copy next to it, by which changes by hand are noticed.
 
-What runs must be what was decided and recorded: a number that is written over in plan.json would be in no
-event, and none of what `launcher resume --set` refuses would be refused.
+A run must follow the plan that was decided and recorded: an edit of plan.json would appear in no event, and
+would escape all that `launcher resume --set` refuses.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ COPY = ".plan.json"
 
 
 def write_plan(run: RunDirectory, plan: Plan) -> None:
-    """Write the plan, and before it the copy, which names the plan that it replaces: a crash between the two
-    leaves either."""
+    """Write the copy, then the plan. The copy also holds the plan before, so that after a crash between the two
+    either plan is accepted."""
     before = json.loads(Plan.read(run.plan_file).to_json()) if run.plan_file.exists() else None
     content = {"plan": json.loads(plan.to_json()), "before": before}
     write_atomically(run.path / COPY, json.dumps(content) + "\n")
@@ -27,10 +27,10 @@ def write_plan(run: RunDirectory, plan: Plan) -> None:
 
 
 def read_plan(run: RunDirectory) -> Plan:
-    """Return the plan of a run that is to go on.
+    """Return the plan of a run to be resumed.
 
-    Raises ConfigurationError with every key that was changed by hand, the value as it was written, and the
-    way on. A run of before there was a copy has none, and its plan is taken as it is.
+    Raises ConfigurationError with every key that was changed by hand, the value that launcher wrote, and how to
+    proceed. The plan of an older run without a copy is accepted as it is.
     """
     plan = Plan.read(run.plan_file)
     written = _written(run)
@@ -49,7 +49,7 @@ def read_plan(run: RunDirectory) -> Plan:
 
 
 def _written(run: RunDirectory) -> list[Plan]:
-    """The plan as launcher wrote it last, and the one before, as far as they are known."""
+    """Return the plan that launcher wrote last, and the one before it, as far as they are known."""
     try:
         content = read_json(run.path / COPY)
         return [Plan.model_validate(content[key]) for key in ("plan", "before") if content[key] is not None]

@@ -1,4 +1,4 @@
-"""Answer every row of a file by a run's model, or one in a directory, supervised like an attempt."""
+"""Prediction for every row of a file by a run's model or one in a directory, supervised like an attempt."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LOGITS = "--logits"
 
 
 def refuse_directory(output: Path) -> None:
-    """Raise ConfigurationError where a new directory of logits is there already, or has no folder to lie in."""
+    """Raise ConfigurationError if a new directory of logits exists already, or its parent folder does not."""
     if output.exists():
         reason = "is there already; name another directory, or remove it"
         raise ConfigurationError(Problem(_LOGITS, str(output), reason))
@@ -30,21 +30,21 @@ def refuse_directory(output: Path) -> None:
 
 
 def refuse_missing(rows: Path) -> None:
-    """Raise ConfigurationError where there is no file of rows, with the nearest."""
+    """Raise ConfigurationError, with the nearest name, if there is no file of rows."""
     if not rows.exists() and not glob.has_magic(str(rows)):
         raise ConfigurationError(Problem("--input", str(rows), f"no such file{nearest_file(rows)}"))
 
 
 @dataclass(frozen=True)
 class Logits:
-    """Say which model's logits of a job's training rows are written, and where."""
+    """The model whose logits of a job's training rows are written, and the directory for them."""
 
     request: Request
     output: Path
 
     def run(self, watcher: Watcher) -> dict[str, Any]:
-        """Write the logits; the summary. Raises Stopped where a stop was asked for, OutOfMemoryError where no
-        row fits, else the failure's own class."""
+        """Write the logits and return the summary. Raises Stopped after a stop request, OutOfMemoryError if not
+        even one row fits, else the failure's own class."""
         refuse_directory(self.output)
         task, data = self.request.plan.task, self.request.plan.data
         if task not in (able := [name for name in tasks.names() if _writes_logits(name)]):
@@ -64,7 +64,7 @@ def _writes_logits(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Say which model answers which rows, and where the answers go."""
+    """The model, the rows it predicts for, and the file for its predictions."""
 
     request: Request
     rows: Path
@@ -72,8 +72,8 @@ class Prediction:
     options: AnswerOptions
 
     def run(self, watcher: Watcher) -> dict[str, Any]:
-        """Write the answers; the summary. Raises Stopped where a stop was asked for, OutOfMemoryError where no
-        row fits, else the failure's own class."""
+        """Write the predictions and return the summary. Raises Stopped after a stop request, OutOfMemoryError if
+        not even one row fits, else the failure's own class."""
         refuse_existing(self.output)
         data = self.request.plan.data
         source = type(data.train)(path=str(self.rows.absolute()))

@@ -1,4 +1,4 @@
-"""Prepare and inspect a job's data in a process of the training half."""
+"""Preparation and inspection of a job's data in a process of the training half."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def look(
     source: str | None = None,
     sheet: tuple[Path, int] | None = None,
 ) -> dict[str, Any]:
-    """Return what `run` would train on: counts, lengths, labels and samples of one data set, of each of its
-    sources, or of the one that is named. Raises ConfigurationError where there is none.
+    """Return the counts, lengths, labels and samples that `run` would train or evaluate on: of one data set, of
+    each of its sources, or of the named one. Raises ConfigurationError if there is none.
 
-    sheet: a PNG to be written, and of how many of the samples that the model sees first.
+    sheet: the PNG to write, and how many of the samples that the model sees first it shows.
     """
     if role == "evaluation" and job.data.evaluation is None:
         raise ConfigurationError(
@@ -54,7 +54,7 @@ def look(
 
 
 def _check_sheet(job: Job, path: Path, number: int, row: int | None, source: str | None) -> None:
-    """Raise ConfigurationError where no such sheet can be drawn."""
+    """Raise ConfigurationError if the sheet cannot be drawn."""
     task = type(tasks.of_job(job))
     alone = "--row" if row is not None else "--source" if source is not None else None
     reason = None
@@ -74,9 +74,9 @@ def _check_sheet(job: Job, path: Path, number: int, row: int | None, source: str
 
 
 def fill_cache(job: Job, watcher: Watcher) -> list[dict[str, Any]]:
-    """Prepare all data of a job, for `run` to find; what became of each data set.
+    """Prepare all data of a job for a later `run`, and return the result for each data set.
 
-    Raises ConfigurationError where there is nothing to prepare, as rows are streamed.
+    Raises ConfigurationError if there is nothing to prepare because the rows are streamed.
     """
     if job.data.streaming and job.data.evaluation is None:
         reason = "streamed rows are tokenised as training goes, and there are no others to prepare"
@@ -88,8 +88,8 @@ def fill_cache(job: Job, watcher: Watcher) -> list[dict[str, Any]]:
 
 
 def _here(job: Job) -> Plan:
-    """The job's plan, for one process on this machine: its GPUs and nodes, which may be elsewhere, change
-    nothing about its data."""
+    """Return the job's plan for one CPU process on this machine: its GPUs and nodes, which may be elsewhere, do
+    not affect its data."""
     try:
         plan = plan_job(job)
     except ConfigurationError:

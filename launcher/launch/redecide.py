@@ -1,4 +1,4 @@
-"""Decide a plan again for a run that goes on: what the job leaves open stays as it was decided before."""
+"""A new plan for a resumed run, in which the values that the job leaves open stay as decided before."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from launcher.planner.search import plan_job
 
 
 def plan_for_most_nodes(job: Job, stored: Plan, counts: range, run: Path | None = None) -> Plan:
-    """Return the plan for the first of these numbers of nodes that works, or raise why the first does not."""
+    """Return the plan for the first of these node counts that works. Raises ConfigurationError with the reason
+    against the first if none does."""
     first: ConfigurationError | None = None
     for count in counts:
         cluster = job.cluster.model_copy(update={"nodes": count})
@@ -32,11 +33,11 @@ def plan_for_most_nodes(job: Job, stored: Plan, counts: range, run: Path | None 
 
 
 def decide_again(job: Job, nproc: int | None, stored: Plan, local: bool, run: Path | None = None) -> Plan:
-    """Return the job's plan, with what it leaves open as it was decided before: memory that is free today
-    must not change the numbers.
+    """Return the job's plan, with open values as decided before: today's free memory must not change the
+    numbers.
 
-    On another number of ranks the micro-batch is decided anew, as it must divide. A checkpoint that teaches may
-    be gone where `run` has it written out.
+    With another number of ranks the micro-batch is decided anew, as it must divide the batch. A teacher's
+    checkpoint may be gone if `run` holds an exported copy.
     """
     plan = _decided(job, nproc, stored, local, run)
     given = job.training.model_fields_set
@@ -50,8 +51,8 @@ def decide_again(job: Job, nproc: int | None, stored: Plan, local: bool, run: Pa
 
 
 def _writing_as_begun(plan: Plan, job: Job, stored: Plan) -> Plan:
-    """Return the plan whose answers are written as before, where the job leaves that open: what is measured
-    later is compared with what was measured."""
+    """Return the plan with the generation settings of before where the job leaves them open, because later
+    evaluations are compared with earlier ones."""
     before = stored.evaluation.generate if stored.evaluation is not None else None
     own = job.evaluation.generate
     if own is None or before is None or plan.evaluation is None:
@@ -90,15 +91,15 @@ def _decided(job: Job, nproc: int | None, stored: Plan, local: bool, run: Path |
         None,
         stored.mesh.ranks_per_node,
     ):
-        # Of a range another number of nodes may be taken this time, over which as many copies need not
-        # divide.
+        # With a range of nodes, this attempt may get another number of them, by which the number of copies
+        # need not be divisible.
         updates |= _as_placed(job.model_copy(update=updates), stored, copies=fewest == most)
     job, num_ranks = job.model_copy(update=updates), _ranks(job, nproc, stored)
     plan = plan_job(job, num_ranks, local=local)
     if job.batch.micro_batch_size != "auto" or plan.mesh.world_size != stored.mesh.world_size:
         return plan
     batch = job.batch.model_copy(update={"micro_batch_size": stored.batch.micro_batch_size})
-    # Another global batch is refused by `check`, with a better reason than that it does not divide.
+    # Another global batch is refused by `check`, with a better reason than that it is not divisible.
     return (
         plan
         if batch.global_batch_size != stored.batch.global_batch_size
@@ -107,8 +108,8 @@ def _decided(job: Job, nproc: int | None, stored: Plan, local: bool, run: Path |
 
 
 def _as_placed(job: Job, stored: Plan, copies: bool) -> dict[str, object]:
-    """Return engine, cut, offloading and, with `copies`, how many copies, as they were decided before, where
-    nothing is asked for now that contradicts them."""
+    """Return engine, sharding, offloading and, with `copies`, the number of copies as decided before, unless the
+    job now contradicts them."""
     parallel, memory = job.parallel, job.memory
     if parallel.engine not in ("auto", stored.engine) or (stored.engine == "fsdp" and only_deepspeed(job)):
         return {}
@@ -132,7 +133,8 @@ def _as_placed(job: Job, stored: Plan, copies: bool) -> dict[str, object]:
 
 
 def _ranks(job: Job, nproc: int | None, stored: Plan) -> int | None:
-    """Return the ranks asked for; without a wish as many as before, so that going on changes nothing."""
+    """Return the requested ranks per node; without a request as many as before, so that resuming changes
+    nothing; None if the job's own keys say."""
     if nproc is not None:
         return nproc
     cluster = job.cluster
@@ -141,7 +143,7 @@ def _ranks(job: Job, nproc: int | None, stored: Plan) -> int | None:
 
 
 def has_devices(plan: Plan, local: bool) -> bool:
-    """Return whether this machine has the GPUs that a plan is for; of other machines that is taken to be so."""
+    """Return whether this machine has the GPUs that a plan needs; other machines are assumed to have them."""
     if plan.mesh.device == "cpu" or not local:
         return True
     from launcher.planner.hardware.detect import find_gpus

@@ -1,10 +1,10 @@
-"""Where the agents and ranks of an attempt meet, unreachable for others.
+"""The rendezvous of an attempt's agents and ranks, which other users cannot reach.
 
-torchrun's own ways listen on every interface, and hold a pickle that the agent reads again and again: whoever
-reaches the port runs code. On one machine nothing listens here. The agent's store is memory of its own, the
-ranks' one is a file without a name that is opened through /proc, where other users are refused. On several
-nodes the first one listens at the address where the others look for it, to them alone once they have come,
-and the names in the store begin with the attempt's secret.
+torchrun's own backends listen on every interface, and store a pickle that the agent reads repeatedly: whoever
+reaches the port can run code. Here nothing listens on a single machine. The agent's store is its own memory,
+and the ranks' store is an unnamed file that is opened through /proc, which refuses other users. With several
+nodes, the first one listens at the address that the others know, and admits only them once all have come. The
+names in the store begin with the attempt's secret.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from launcher.runs import doors, secret
 
 ATTEMPT_VARIABLE = "LAUNCHER_ATTEMPT_DIRECTORY"
 BACKEND = "launcher"
-"""What torchrun calls this by (--rdzv-backend)."""
+"""The name of this backend for torchrun (--rdzv-backend)."""
 HERE = "this-machine"
-"""The endpoint where there is one node: torchrun warns of one that is empty."""
+"""The endpoint for a single node: torchrun warns about an empty one."""
 _SECONDS_TO_MEET = 600
 
 
 def register(node: int) -> None:
-    """Tell torchrun of it. `node` is this agent's number among the attempt's."""
+    """Register this backend with torchrun. `node` is this agent's number in the attempt."""
     from torch.distributed.elastic.rendezvous import rendezvous_handler_registry
 
     def make(parameters: Any) -> Any:
@@ -38,7 +38,7 @@ def register(node: int) -> None:
 
 
 class _Rendezvous:
-    """Answer torchrun as a RendezvousHandler, for nodes that are known before and never change."""
+    """A RendezvousHandler for torchrun, for nodes that are known in advance and never change."""
 
     def __init__(self, parameters: Any, node: int) -> None:
         self._num_nodes, self._node, self._id = parameters.max_nodes, node, parameters.run_id
@@ -49,12 +49,12 @@ class _Rendezvous:
 
     @property
     def use_agent_store(self) -> bool:
-        """Return whether ranks are told that an agent's store is there for them."""
+        """Return whether ranks use the agent's store."""
         return self._num_nodes > 1
 
     def next_rendezvous(self) -> Any:
-        """Meet. Raises RankLostError where a stranger came too, OSError, and torch's DistNetworkError and
-        DistStoreError."""
+        """Meet the other agents. Raises RankLostError if more machines came than the run has nodes, OSError, and
+        torch's DistNetworkError and DistStoreError."""
         from torch.distributed.elastic.rendezvous import RendezvousInfo, RendezvousStoreInfo
 
         store, address, port = self._on_one_machine() if self._num_nodes == 1 else self._on_several()
@@ -68,7 +68,7 @@ class _Rendezvous:
         os.environ[secret.STORE_VARIABLE] = f"/proc/{os.getpid()}/fd/{file}"
         os.environ.pop(secret.SECRET_VARIABLE, None)
         with socket.create_server(("127.0.0.1", 0)) as free:
-            # For a script that opens a store of its own; the launcher's ranks use neither address nor port.
+            # For a script that opens its own store; launcher's ranks use neither address nor port.
             return HashStore(), "127.0.0.1", free.getsockname()[1]
 
     def _on_several(self) -> tuple[Any, str, int]:
@@ -81,12 +81,12 @@ class _Rendezvous:
         if self._node > 0:
             store = TCPStore(address, port, self._num_nodes, False, timeout)
         else:
-            # A machine may know itself by a name that leads nowhere else; started by hand, no number is
-            # given.
+            # A machine's own name may resolve to loopback, and agents started by hand may be given a name, not
+            # a number.
             own = socket.gethostbyname(address)
             bound = "0.0.0.0" if own.startswith("127.") else own
             listening = socket.create_server((bound, port), backlog=4096).detach()
-            # It is there once every agent is: who has come by then may come again, and the ranks beside him.
+            # The store returns once every agent has joined: from then on only their hosts may connect.
             store = TCPStore(address, port, self._num_nodes, True, timeout, master_listen_fd=listening)
             callers = doors.callers((bound, port))
             if len(callers) > self._num_nodes:
@@ -98,8 +98,8 @@ class _Rendezvous:
         return PrefixStore(f"{word}/agents", store), address, port
 
     def _secret(self) -> Path:
-        """The attempt's secret; where the agents are started by hand, the first one makes it. Raises
-        TimeoutError."""
+        """Return the path of the attempt's secret; if the agents are started by hand, the first one creates it.
+        Raises TimeoutError."""
         path = Path(os.environ.get(secret.SECRET_VARIABLE) or Path(os.environ[ATTEMPT_VARIABLE], secret.NAME))
         os.environ[secret.SECRET_VARIABLE] = str(path)
         if self._node == 0 and not path.exists():

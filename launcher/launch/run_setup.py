@@ -1,4 +1,4 @@
-"""Create a run directory for a job, or resume an existing one."""
+"""Creation of a run directory for a job, or resumption of an existing one."""
 
 from __future__ import annotations
 
@@ -50,17 +50,17 @@ def open_run(
     profiles: Profiles = CACHED,
     again: bool = False,
 ) -> tuple[RunDirectory, Plan]:
-    """Return the run directory and the plan of `launcher run`. Where the directory holds a run already, that
-    one goes on.
+    """Return the run directory and the plan of `launcher run`. A run that the directory already holds is
+    resumed.
 
-    `script` is a script of the user's own with its arguments; then a job file may be missing. Not `local`: it
-    will run on other machines. `force`: begin it though it cannot fit. `profiles` is where a new
-    run's model is known from. `again`: where another launcher took the directory since it was looked for, the
-    next one is taken.
+    `script`: the user's own script with its arguments; then the job file is optional. Not `local`: it will run
+    on other machines. `force`: start it although it cannot fit. `profiles`: the source of a new run's model
+    profile. `again`: start a new run; if another launcher has taken the directory meanwhile, use the next free
+    one.
 
-    Raises ConfigurationError for a bad job, for a directory with other things in it, and for changes that
-    would make it another run; RunInUseError where the run is under way; OutOfMemoryError or StorageError
-    where a new run cannot fit.
+    Raises ConfigurationError for a bad job, a directory with other content, or changes that would make it
+    another run; RunInUseError if the run is in progress; OutOfMemoryError or StorageError if a new run cannot
+    fit.
     """
     job = load_job(job_file, overrides, script)
     run = RunDirectory((directory or runs_folder() / job.name).absolute())
@@ -83,9 +83,9 @@ def open_run(
 
 
 def _refuse_other_things(run: RunDirectory) -> None:
-    """Raise ConfigurationError for a directory that holds other things.
+    """Raise ConfigurationError for a directory with other content.
 
-    What another launcher writes just now, or wrote before it was killed, begins with the lock: that is none.
+    Files of a launcher that is just starting, or was killed while starting, are accepted: its lock comes first.
     """
     if not run.path.exists():
         return
@@ -99,13 +99,13 @@ def _refuse_other_things(run: RunDirectory) -> None:
 
 
 def free_directory(first: Path) -> Path:
-    """Return the first of DIRECTORY, DIRECTORY-2, DIRECTORY-3, ... that is not there."""
+    """Return the first of DIRECTORY, DIRECTORY-2, DIRECTORY-3, ... that does not exist."""
     others = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
     return next(path for path in itertools.chain([first], others) if not os.path.lexists(path))
 
 
 def _make_next(run: RunDirectory, job: Job) -> RunDirectory:
-    """Make the directory of another run of a job; return the first after it that nobody else has made."""
+    """Create the directory of another run of a job, or the next free one if another process was faster."""
     while True:
         try:
             run.path.mkdir(parents=True)
@@ -115,19 +115,19 @@ def _make_next(run: RunDirectory, job: Job) -> RunDirectory:
 
 
 def is_free(path: Path) -> bool:
-    """Return whether nothing is in the place of a directory."""
+    """Return whether a path does not exist or is an empty directory."""
     return not path.exists() or (path.is_dir() and not any(path.iterdir()))
 
 
 def directory_of_next(job_file: Path | None, overrides: list[str], script: tuple[str, ...] | None) -> Path:
-    """Return where another run of the same job is kept: runs/NAME, or the first of runs/NAME-2, ... that is
-    not there. Raises ConfigurationError for a bad job."""
+    """Return the directory for another run of the same job: the first of runs/NAME, runs/NAME-2, ... that does
+    not exist. Raises ConfigurationError for a bad job."""
     return free_directory(runs_folder() / load_job(job_file, overrides, script).name)
 
 
 def _write_forecast(run: RunDirectory, plan: Plan, forecast: Forecast | None) -> None:
-    """Write what the run is expected to need and to do, with the plan that it is of; of another plan it
-    would be wrong."""
+    """Write the forecast of a run with its plan's digest, as it holds for that plan only; without a forecast
+    remove the old one."""
     if forecast is None:
         run.forecast_file.unlink(missing_ok=True)
         return
@@ -138,7 +138,7 @@ def _write_forecast(run: RunDirectory, plan: Plan, forecast: Forecast | None) ->
 
 
 def expectation(run: RunDirectory) -> str:
-    """Return one line of what the run was expected to need and to do; empty where nothing is known."""
+    """Return the forecast of a run as one line; empty if there is none."""
     try:
         return str(read_json(run.forecast_file)["line"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -146,16 +146,14 @@ def expectation(run: RunDirectory) -> str:
 
 
 def reopen(run: RunDirectory, overrides: list[str], nproc: int | None, local: bool = True) -> Plan:
-    """Return the plan of `launcher resume`: the job as it is in the run directory, with `overrides`."""
+    """Return the plan of `launcher resume`: from the job in the run directory, with `overrides`."""
     return _go_on(run, load_job(run.job_file, overrides, read_plan(run).script), nproc, local)
 
 
 def fit_to_nodes(run: RunDirectory, num_nodes: int) -> Plan:
-    """Return the plan for as many nodes as there are: the stored one, or one made anew within the range that
-    the job allows.
+    """Return the plan for `num_nodes` available nodes: the stored one, or a new one within the job's range.
 
-    Called by whoever holds the run's lock. Raises ConfigurationError where no number of nodes up to that will
-    do.
+    The caller holds the run's lock. Raises ConfigurationError if no number of nodes up to `num_nodes` works.
     """
     stored = read_plan(run)
     low, high = node_range(stored.slurm.nodes or stored.mesh.nodes)
@@ -183,7 +181,7 @@ def fit_to_nodes(run: RunDirectory, num_nodes: int) -> Plan:
 def decide_for(
     job: Job, nproc: int | None, script: tuple[str, ...] | None, local: bool, profiles: Profiles = CACHED
 ) -> Plan:
-    """Return the plan of a job, or of a script of the user's own."""
+    """Return the plan of a job, or of the user's own script."""
     return (
         decide_script(job, script, nproc, local=local)
         if script
@@ -197,7 +195,7 @@ def load_job(
     script: tuple[str, ...] | None,
     also: Callable[[Job], Iterable[Problem]] = lambda job: (),
 ) -> Job:
-    """Return the job in a file, or of a script. Raises ConfigurationError with every problem, and with those
+    """Return the job from a file, or for a script. Raises ConfigurationError with every problem, including those
     that `also` yields."""
     if script:
         _refuse_secrets(script)
@@ -213,8 +211,8 @@ def load_job(
 
 
 def _refuse_secrets(script: tuple[str, ...]) -> None:
-    """A script's arguments stand in plan.json and on the command lines of its processes, which others can
-    see."""
+    """Raise ConfigurationError for secrets in a script's arguments, which others can see in plan.json and on the
+    command lines of its processes."""
     reason = (
         "looks like a secret, which others would read in the run directory and in `ps`; have the script "
         "read it from the environment"
@@ -232,8 +230,8 @@ def _refuse_another_script(stored: Plan, script: tuple[str, ...] | None) -> None
 
 
 def _go_on(run: RunDirectory, job: Job, nproc: int | None, local: bool) -> Plan:
-    """The stored plan where nothing was asked to change, so that a resumed run is bit-equal; else a new one,
-    compared with it."""
+    """Return the stored plan if nothing changes, so that a resumed run is bit-identical; else a new one that was
+    compared with it and stored."""
     with run.lock():
         stored = read_plan(run)
         set_umask(stored.share_with_group)
@@ -246,7 +244,7 @@ def _go_on(run: RunDirectory, job: Job, nproc: int | None, local: bool) -> Plan:
             return stored
         plan = decide_again(job, nproc, stored, local, run.path)
         _refuse_quiet_fallback(job, stored, plan)
-        # What has learned nothing yet is begun anew in place, whatever was wrong with it.
+        # A run that has not trained a step may change in any way: it starts anew in place.
         changed = check(stored, plan) if stored.script or has_learned(run) else changes(stored, plan)
         _refuse_fewer_steps(run, plan)
         if plan.share_with_group and not stored.share_with_group:
@@ -261,12 +259,12 @@ def _go_on(run: RunDirectory, job: Job, nproc: int | None, local: bool) -> Plan:
                 changes=[{"key": c.key, "before": c.before, "after": c.after} for c in changed],
             )
         if run.finished and any(change.key.startswith("length") for change in changed):
-            run.finished_file.unlink()  # it goes on from its last step
+            run.finished_file.unlink()  # it continues from its last step
     return plan
 
 
 def _refuse_fewer_steps(run: RunDirectory, plan: Plan) -> None:
-    """Raise ConfigurationError where a run would be at its end before where it is."""
+    """Raise ConfigurationError if a run's new length is below the steps it has done."""
     newest = newest_checkpoint(run)
     done = int(newest.name.removeprefix("step-")) if newest else 0
     if plan.length.unit == "steps" and plan.length.value < done:
@@ -275,8 +273,8 @@ def _refuse_fewer_steps(run: RunDirectory, plan: Plan) -> None:
 
 
 def _write(run: RunDirectory, job: Job, plan: Plan) -> None:
-    """job.yaml with absolute paths, so that it means the same from anywhere; plan.json last, as it makes the
-    directory a run."""
+    """Write a run's files: job.yaml with absolute paths, so that it is valid from any directory; plan.json last,
+    because it makes the directory a run."""
     rendered = files(plan, Place(str(run.path), str(run.rendered), sys.executable))
     del rendered["plan.json"]
     write(run.rendered, rendered, NAMES)

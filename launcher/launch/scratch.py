@@ -1,4 +1,4 @@
-"""Run one module of the training half in a scratch run directory, supervised."""
+"""One module of the training half, run supervised in a scratch run directory."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from launcher.runs.layout import RunDirectory, write_atomically
 
 
 def ask(plan: Plan, module: str, request: dict[str, Any], answer: str, watcher: Watcher) -> dict[str, Any]:
-    """Return the file `answer` that `module` writes once it has read request.json. Raises the failure's own
-    class where the ranks failed."""
+    """Return the content of the file `answer`, which `module` writes from request.json. Raises the failure's own
+    class if the ranks failed, and Stopped after a stop request."""
     with tempfile.TemporaryDirectory(prefix="launcher-") as directory:
         scratch = RunDirectory(Path(directory))
         write_atomically(scratch.plan_file, plan.to_json())

@@ -1,4 +1,4 @@
-"""Print and draw in a thread of its own, so that a stalled terminal holds nothing up."""
+"""Output in a separate thread, so that a stalled terminal blocks nothing."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _BEGIN_SECONDS = 2.0
 
 
 class Watcher:
-    """Show what happens. This one only prints what must be said."""
+    """The base class of displays; it prints only the lines that must be shown."""
 
     def begin(self, run: RunDirectory, attempt: int) -> None:
         """Take note that the attempt's processes are about to start."""
 
     def read(self) -> None:
-        """Read what is new in the run's files, for the next `tick`. Called as often, by a thread that may
-        hang with the disk."""
+        """Read new content of the run's files, for the next `tick`. Called as often as `tick`, in a thread that
+        may hang with the disk."""
 
     def tick(self) -> None:
-        """Show it. Called some ten times a second, by the thread that shows everything."""
+        """Show what was read. Called about ten times a second, in the thread that does all output."""
 
     def say(self, line: str) -> None:
         """Show one line to people."""
@@ -43,14 +43,14 @@ class _Silent(Watcher):
 
 
 class Screen:
-    """A watcher, as a supervisor uses it: nothing of it waits, and nothing of it raises."""
+    """A supervisor's wrapper of a watcher, whose methods never block for long and never raise."""
 
     def __init__(self, watcher: Watcher) -> None:
         self._watcher = watcher
         self._thread = Aside("screen")
 
     def begin(self, run: RunDirectory, attempt: int) -> None:
-        """Have the watcher begin. Comes back once it has, so that it misses nothing, or soon after where it
+        """Have the watcher begin. Returns once it has, so that it misses nothing, or after a short wait if it
         cannot."""
         self._do(lambda watcher: watcher.begin(run, attempt))
         self._thread.wait(_BEGIN_SECONDS)
@@ -61,7 +61,7 @@ class Screen:
             self._watcher.read()
 
     def tick(self) -> None:
-        """Have the watcher look; left out while it is still showing."""
+        """Have the watcher show what it read; skipped while it is still showing."""
         if self._thread.idle:
             self._do(lambda watcher: watcher.tick())
 
@@ -74,13 +74,13 @@ class Screen:
         self._do(lambda watcher: watcher.end())
 
     def close(self, code: int, seconds: float, enough: Callable[[], bool] = lambda: False) -> None:
-        """See the last line out, for so many seconds or until it is `enough`. The process is about to end
+        """Wait for the last line to be printed, for `seconds` or until `enough`. The process is about to end
         with this exit code."""
         if self._thread.wait(seconds, enough):
             self._thread.close()
             mute()
         else:
-            # Python would wait for the stream that the thread hangs in, and then abort.
+            # Python would wait for the stream on which the thread is blocked, and then abort.
             atexit.register(os._exit, code)
 
     def _do(self, what: Callable[[Watcher], None]) -> None:
@@ -89,9 +89,7 @@ class Screen:
     def _try(self, what: Callable[[Watcher], None]) -> None:
         try:
             what(self._watcher)
-        except (
-            OSError
-        ):  # the terminal is gone, or who read the pipe; also a full disk under the file that this goes to
+        except OSError:  # the terminal or the pipe's reader is gone, or the disk of the output file is full
             self._watcher = _Silent()
         except BaseException as error:
             self._watcher = Watcher()
@@ -100,8 +98,8 @@ class Screen:
 
 
 def mute() -> None:
-    """Have what is left for a standard stream that nobody reads any more go nowhere, so that the exit code
-    stays what it is."""
+    """Discard the remaining output of standard streams that nobody reads any more, so that the exit code is
+    kept."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -1,4 +1,4 @@
-"""Check a user's own script before it starts, and build the environment it reads."""
+"""A user's own script, checked before it starts, and the environment that it reads."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _READ_BY_SCRIPTS = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")
 
 
 def script_command(script: Path, arguments: Sequence[str]) -> tuple[str, ...]:
-    """Return the script's absolute path and its arguments. Raises ConfigurationError where it is not a
-    Python file."""
+    """Return the script's absolute path and its arguments. Raises ConfigurationError if it is not a Python
+    file."""
     try:
         source = script.read_bytes()
     except FileNotFoundError:
@@ -51,16 +51,16 @@ def _refused(script: Path, reason: str) -> ConfigurationError:
 
 
 def script_variables(run: RunDirectory, plan: Plan, attempt: int) -> dict[str, str]:
-    """Return what the launcher itself sets for a script; the agent adds Accelerate's variables."""
+    """Return the variables that launcher itself sets for a script; the agent adds Accelerate's."""
     variables = {RUN_VARIABLE: str(run.path), "LAUNCHER_ATTEMPT": str(attempt)}
     if plan.mesh.device == "cpu":
-        # No GPU that happens to be there is taken, and Accelerate shards all the same.
+        # An existing GPU is not used, and Accelerate shards all the same.
         variables |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
     return variables
 
 
 def write_configuration(run: RunDirectory, plan: Plan) -> None:
-    """Write what the ranks will read into RUN/rendered."""
+    """Write the configuration files that the ranks read into RUN/rendered."""
     directory = configuration(run).parent
     directory.mkdir(parents=True, exist_ok=True)
     for name, text in files(plan, str(directory)).items():
@@ -68,15 +68,15 @@ def write_configuration(run: RunDirectory, plan: Plan) -> None:
 
 
 def configuration(run: RunDirectory) -> Path:
-    """Return Accelerate's configuration for the run's script."""
+    """Return the path of Accelerate's configuration for the run's script."""
     return run.path / "rendered" / "accelerate.yaml"
 
 
 def accelerate_variables(config: Path, precision: str) -> dict[str, str]:
-    """Return what `accelerate launch --config_file` would put into the environment of a script, by its own
-    functions.
+    """Return the environment variables that `accelerate launch --config_file` would set, computed by
+    Accelerate's own functions.
 
-    For the agent, which has imported torch anyway. `precision` is said here because the file must not say it
+    For the agent, which has imported torch anyway. `precision` is an argument because the file must not hold it
     with DeepSpeed.
     """
     from accelerate.commands import launch
@@ -84,8 +84,7 @@ def accelerate_variables(config: Path, precision: str) -> dict[str, str]:
 
     arguments = launch.launch_command_parser().parse_args(["--config_file", str(config), "script"])
     arguments, defaults, _ = launch._validate_launch_command(arguments)
-    # Ranks and addresses are torchrun's; with one machine and any port that is free nothing of it is looked
-    # at here.
+    # torchrun sets ranks and addresses; with one machine and any free port Accelerate does not check them.
     arguments.num_machines, arguments.main_process_port = 1, 0
     if arguments.use_deepspeed:
         arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
@@ -99,8 +98,8 @@ def accelerate_variables(config: Path, precision: str) -> dict[str, str]:
 
 
 def apply_configuration(run: RunDirectory, attempt: Path) -> None:
-    """Put, in the agent, what the configuration says into the environment of the ranks, and write it down in
-    the attempt's directory."""
+    """Set, in the agent, the configuration's variables for the ranks, and record them in the attempt's
+    directory."""
     variables = accelerate_variables(configuration(run), Plan.read(run.plan_file).precision)
     write_atomically(attempt / "accelerate.json", json.dumps(variables, indent=2) + "\n")
     os.environ.update(variables)

@@ -1,4 +1,4 @@
-"""What /proc says of a rank from outside: state, debugger, disk reads, processor time."""
+"""The state of a rank's process from /proc: run state, debugger, disk reads, CPU time."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ _MOST_CHILDREN = 256
 
 @dataclass(frozen=True)
 class Sight:
-    """One process as it was seen at one moment. `read_bytes` and `cpu_seconds` only ever grow; 0 where it was
+    """The state of one process at one moment. `read_bytes` and `cpu_seconds` only grow; both are 0 if it was
     not looked at closely."""
 
     state: str
-    """R, S, D, T, t, Z; empty where it is gone."""
+    """R, S, D, T, t or Z, as in proc(5); empty if it is gone."""
     traced: bool = False
     wchan: str = ""
     read_bytes: int = 0
-    """Read by calls and by page faults."""
+    """Bytes read by system calls and by page faults."""
     cpu_seconds: float = 0.0
-    """Of it and of all that it has started."""
+    """CPU time of the process and all its descendants."""
     stopped_child: int = 0
-    """A process that it has started and that is stopped; 0 where there is none."""
+    """The pid of a descendant that is stopped; 0 if there is none."""
 
 
 def is_stopped(pid: int) -> bool:
-    """Return whether a signal or a debugger holds a process."""
+    """Return whether a signal or a debugger has stopped a process."""
     return look(pid, closely=False).state in ("T", "t")
 
 
 def look(pid: int, closely: bool = True) -> Sight:
-    """See a process; not `closely` its state alone, which is one read."""
+    """Return the state of a process; if not `closely`, only its run state, which takes one read."""
     fields = _stat(pid)
     if not fields:
         return Sight("")
@@ -43,7 +43,7 @@ def look(pid: int, closely: bool = True) -> Sight:
         return Sight(fields[0])
     children = _children(pid)
     stats = {child: status for child in children if (status := _stat(child))}
-    # What was written is not counted, as a save goes on while training hangs.
+    # Written bytes do not count, because a save may continue while training hangs.
     lines = (line.partition(": ") for line in _read(f"/proc/{pid}/io").splitlines())
     bytes_read = sum(int(value) for name, _, value in lines if name in ("rchar", "read_bytes"))
     ticks = sum(sum(map(int, one[11:15])) for one in (fields, *stats.values()))
@@ -58,10 +58,9 @@ def look(pid: int, closely: bool = True) -> Sight:
 
 
 def exit_code(pid: int) -> int | None:
-    """Return how a process ended that its parent has not waited for, a signal as a negative number; None
-    where it has not ended.
+    """Return the exit code of a zombie process, a signal as a negative number; None if it is not a zombie.
 
-    proc(5): field 52 of /proc/PID/stat is its status as waitpid(2) has it, for processes of the same user.
+    proc(5): field 52 of /proc/PID/stat is its status in the form of waitpid(2), for processes of the same user.
     """
     fields = _stat(pid)
     return os.waitstatus_to_exitcode(int(fields[49])) if len(fields) > 49 and fields[0] == "Z" else None
@@ -74,12 +73,12 @@ def _read(path: str) -> str:
 
 
 def _stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat from the state on."""
+    """Return the fields of /proc/PID/stat from the state on."""
     return _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
 
 
 def _children(pid: int) -> list[int]:
-    """All processes below this one, as far as the kernel lists them."""
+    """Return the descendants of a process, as far as the kernel lists them."""
     children: list[int] = []
     waiting = [pid]
     while waiting and len(children) < _MOST_CHILDREN:
@@ -93,8 +92,8 @@ def _children(pid: int) -> list[int]:
 
 
 def lock_holder(path: Path) -> int:
-    """Return the process that holds an flock(2) on a file, as /proc/locks tells; 0 where nobody does or it
-    is of another machine."""
+    """Return the pid that holds an flock(2) on a file, from /proc/locks; 0 if nobody does or it runs on
+    another machine."""
     try:
         inode = path.stat().st_ino
     except OSError:

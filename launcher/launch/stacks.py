@@ -1,8 +1,8 @@
-"""Ask stalled ranks for their stacks, and read what they end in.
+"""The stacks of stalled ranks, and their innermost frames.
 
-A rank has faulthandler write its stacks into its own memory on STACKS_SIGNAL (launcher/training/rank.py),
-behind the page in which it says where it is: no disk is between. A process that is stopped, or blocked in the
-kernel, writes none: then the kernel's own word stands there.
+On STACKS_SIGNAL, faulthandler writes a rank's stacks into its shared memory (launcher/training/rank.py), after
+the page in which the rank notes its place, so that no disk is involved. A process that is stopped, or blocked
+in the kernel, writes none: then only what the kernel reports is shown.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from launcher.runs.places import PAGE_BYTES
 from launcher.runs.processes import STACKS_SIGNAL
 
 _SECONDS_TO_WRITE = 5.0
-"""They need milliseconds, once a busy machine has them run."""
+"""The time to wait for stacks: writing takes milliseconds, but a busy machine may run the rank late."""
 _SECONDS_FOR_PY_SPY = 10.0
 _MOST_BYTES = 1 << 18
 _FRAME = re.compile(r'^  File "(?P<file>[^"]*)", line (?P<line>\d+|\?\?\?) in (?P<function>.+)$')
@@ -32,24 +32,23 @@ _COLLECTIVE = re.compile(
     r"^_?(all_gather|all_reduce|reduce_scatter|broadcast|barrier|all_to_all|gather|scatter|reduce|recv|send|monitored)"
 )
 _INNERMOST = 14
-"""Frames in which a collective is looked for."""
+"""The number of innermost frames that are searched for a collective."""
 _NOT_TELLING = re.compile(
     r"/lib/python3[^/]*/(?!site-packages)|site-packages/(torch|numpy)/|^<frozen|launcher/training/reporting/whereabouts\.py$"
 )
 _FEED = "launcher/training/data/feed.py"
 _Frame = tuple[str, str, str]
-"""File, line and function."""
+"""A stack frame: file, line and function."""
 
 
 @dataclass(frozen=True)
 class Stack:
-    """Show what one rank's process was doing."""
+    """The stack of one rank's process."""
 
     text: str
-    """For people: all threads, or why there are none."""
+    """The text for people: all threads, or why there are none."""
     waits_in: str | None = None
-    """The collective in which its main thread waits; empty where it is elsewhere, None where nothing is
-    known."""
+    """The collective in which its main thread waits; empty if it waits in none, None if that is unknown."""
     frame: str = ""
     """`function (file.py:line)` of the innermost frame that is not Python's or PyTorch's own."""
 
@@ -57,7 +56,7 @@ class Stack:
 def collect(ranks: dict[int, tuple[int, str]]) -> dict[int, Stack]:
     """Return the stacks of several ranks, given as pid and the path of their memory.
 
-    Takes a fifth of a second, and as long as a rank that runs has to wait for a core.
+    Takes a fifth of a second, or longer if a running rank has to wait for a core.
     """
     before = {rank: _size(path) for rank, (_, path) in ranks.items()}
     requested = {rank for rank, (pid, path) in ranks.items() if path and _ask(pid)}
@@ -65,14 +64,14 @@ def collect(ranks: dict[int, tuple[int, str]]) -> dict[int, Stack]:
     while time.monotonic() < until:
         sizes = {rank: _size(ranks[rank][1]) for rank in requested}
         if sizes == last and all(sizes[rank] != before[rank] for rank in requested):
-            break  # all have written, and nothing more has come
+            break  # all have written, and no file has grown since
         last = sizes
         time.sleep(0.1)
     return {rank: _stack(rank, pid, path, before[rank]) for rank, (pid, path) in ranks.items()}
 
 
 def _ask(pid: int) -> bool:
-    """Have a process write its stacks; false where it could not, or would die of being asked."""
+    """Request a process's stacks by a signal; false if it could not write them, or the signal would kill it."""
     sight = look(pid, closely=False)
     if sight.state in ("", "Z", "T", "t") or not catches(pid, STACKS_SIGNAL):
         return False
@@ -83,17 +82,17 @@ def _ask(pid: int) -> bool:
 
 
 def catches(pid: int, number: int) -> bool:
-    """Return whether a process has a handler for a signal, as the kernel tells."""
+    """Return whether a process has a handler for a signal, according to the kernel."""
     return _has_signal(pid, "SigCgt:", number)
 
 
 def is_pending(pid: int, number: int) -> bool:
-    """Return whether a process has yet to take a signal that was sent to it."""
+    """Return whether a signal that was sent to a process is still pending."""
     return _has_signal(pid, "ShdPnd:", number)
 
 
 def _has_signal(pid: int, field: str, number: int) -> bool:
-    """Return whether a signal is in one of the sets that proc(5) shows; false for a process that is gone."""
+    """Return whether a signal is in one of the sets in /proc/PID/status; false for a process that is gone."""
     with contextlib.suppress(OSError, ValueError):
         for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith(field):
@@ -130,7 +129,7 @@ def _written(path: str, start: int) -> str:
 
 
 def _kernel_stack(pid: int) -> str:
-    """Return where it is in the kernel; only root may read it."""
+    """Return a process's kernel stack; only root may read it."""
     with contextlib.suppress(OSError):
         text = Path(f"/proc/{pid}/stack").read_text(encoding="utf-8", errors="replace").strip()
         return f"in the kernel:\n{text}" if text else ""
@@ -138,8 +137,8 @@ def _kernel_stack(pid: int) -> str:
 
 
 def _flight_recorder(rank: int, pid: int) -> str:
-    """Have NCCL's flight recorder write down the collectives of a rank, where its environment has one that
-    listens to a pipe (gpu_env.py)."""
+    """Request a dump of a rank's collectives from NCCL's flight recorder, if the rank's environment names the
+    pipe at which it listens (gpu_env.py)."""
     variables = {}
     with contextlib.suppress(OSError):
         content = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
@@ -148,7 +147,7 @@ def _flight_recorder(rank: int, pid: int) -> str:
     if pipe is None:
         return ""
     try:
-        # Not to be waited for: nobody may be at its other end.
+        # Non-blocking: there may be nobody at the other end.
         descriptor = os.open(f"{pipe}{rank}.pipe", os.O_WRONLY | os.O_NONBLOCK)
     except OSError as error:
         return f"NCCL's flight recorder does not listen at {pipe}{rank}.pipe: {error.strerror}"
@@ -161,8 +160,8 @@ def _flight_recorder(rank: int, pid: int) -> str:
 
 
 def _py_spy(pid: int) -> str:
-    """Return what py-spy sees, native frames included, without stopping the process: a debugger's stop would
-    look like life."""
+    """Return py-spy's stacks without stopping the process: a stop by a debugger would look like a sign of
+    life."""
     program = shutil.which("py-spy")
     if program is None:
         return ""
@@ -181,8 +180,8 @@ def _py_spy(pid: int) -> str:
 
 
 def innermost(text: str) -> tuple[str, str]:
-    """Return the collective that the main thread waits in, empty where it is in none, and its innermost
-    telling frame, by faulthandler's text."""
+    """Return the collective in which the main thread waits (empty if none), and its innermost informative frame,
+    from faulthandler's text."""
     threads = _threads(text)
     frames = threads[-1] if threads else []
     waits_in = ""
@@ -190,9 +189,9 @@ def innermost(text: str) -> tuple[str, str]:
         if _COLLECTIVE_FILES.search(file):
             match = _COLLECTIVE.match(function)
             waits_in = match[1] if match and waits_in in ("", "a collective") else waits_in or "a collective"
-    # The whole name tells more than its stem: all_gather_into_tensor is an all_gather to people.
+    # Only the stem of the name is shown: to people, all_gather_into_tensor is an all_gather.
     telling = _telling(frames)
-    if telling and telling[0].endswith(_FEED):  # it waits for the thread that makes the next micro-batch
+    if telling and telling[0].endswith(_FEED):  # it waits for the thread that builds the next micro-batch
         makers = (one for one in threads[:-1] if any(frame[0].endswith(_FEED) for frame in one))
         telling = _telling(next(makers, frames))
     return waits_in, f"{telling[2]} ({Path(telling[0]).name}:{telling[1]})" if telling else ""
@@ -204,7 +203,7 @@ def _telling(frames: list[_Frame]) -> _Frame | None:
 
 
 def _threads(text: str) -> list[list[_Frame]]:
-    """Each thread's frames, innermost first; the main thread, which faulthandler writes last, at the end."""
+    """Return each thread's frames, innermost first; the main thread, which faulthandler writes last, is last."""
     blocks: list[list[_Frame]] = []
     for line in text.splitlines():
         if line.startswith(("Thread 0x", "Current thread 0x")):

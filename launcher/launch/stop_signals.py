@@ -1,4 +1,4 @@
-"""Catch the stop signals that reach a launcher."""
+"""The stop signals that reach a launcher."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SAME_KEY_PRESS_SECONDS = 0.5
 
 
 class Signals:
-    """The stop signals that reached this process, each with the time it came."""
+    """The stop signals that this process received, each with its time."""
 
     def __init__(self) -> None:
         self.received: list[tuple[signal.Signals, float]] = []
@@ -25,11 +25,11 @@ class Signals:
 
     @contextlib.contextmanager
     def caught(self) -> Iterator[Signals]:
-        """Catch them while the context lasts. Only a main thread can; elsewhere nothing is caught."""
+        """Catch them while the context lasts. Only the main thread can; in others nothing is caught."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        # One that whoever started us has us ignore, as nohup does, stays ignored.
+        # SIGHUP stays ignored if the parent set it so, as nohup does.
         ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
         before = {
             number: signal.signal(number, self._handle) for number in STOP_SIGNALS if number not in ignored
@@ -45,7 +45,7 @@ class Signals:
         return self.received[0] if self.received else None
 
     def insisted(self) -> bool:
-        """Return whether Ctrl-C was pressed after the stop had begun. A wrapper that passes the same key
-        press on does not count."""
+        """Return whether Ctrl-C was pressed after the stop had begun. The same key press, forwarded by a
+        wrapper, does not count."""
         interrupts = [at for number, at in self.received if number == signal.SIGINT]
         return any(at - self.received[0][1] > _SAME_KEY_PRESS_SECONDS for at in interrupts)

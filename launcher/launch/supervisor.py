@@ -1,12 +1,11 @@
-"""Watch one attempt: from the agent's start until every rank is gone.
+"""The supervision of one attempt, from the agent's start until every rank is gone.
 
-A signal to the launcher becomes SIGUSR1 to each rank, as soon as the rank has said that it can take it
-(rank-R.json). They then have the job's grace to agree, save and leave. After it, or at a second Ctrl-C,
-everything is killed. A dead rank is the agent's to notice; the supervisor holds the bounds that the agent
-does not have.
+A signal to the launcher becomes SIGUSR1 to each rank, as soon as the rank has declared that it can handle it
+(rank-R.json). The ranks then have the job's grace period to agree, save and exit. After it, or at a second
+Ctrl-C, everything is killed. The agent notices a dead rank; the supervisor enforces the time limits that the
+agent does not have.
 
-The loop waits for nothing but its own pace: what touches the run's disk is done by `Disk`, what touches a
-terminal by `Screen`.
+The loop never blocks: `Disk` does all access to the run's disk, `Screen` all access to a terminal.
 """
 
 from __future__ import annotations
@@ -36,25 +35,25 @@ from launcher.runs.notices import Notices
 from launcher.runs.processes import STOP_SIGNALS, alive, children, kill_group, parent_of
 
 EXIT_SECONDS = 30.0
-"""Between the last word of a run (finished, stopped) and the end of its processes."""
+"""The time from a run's last event (finished, stopped) until its processes are killed."""
 FAILURE_SECONDS = 10.0
-"""Between the first rank's failure and the end of all, before the agent counts as stuck."""
+"""The time from the first rank's failure until all are killed because the agent counts as stuck."""
 _POLL_SECONDS = 0.1
 _GRACE_FILE_SECONDS = 0.5
-"""For the disk to take how long the ranks have, before they are asked without it."""
+"""The time to write the grace period to disk before the ranks are signalled without it."""
 _SECONDS_TO_TAKE_A_SIGNAL = 5.0
-"""For ranks that a busy machine keeps waiting, before they are ended without a stack."""
+"""The time for ranks on a busy machine to write their stacks before they are killed."""
 _LAST_LOOK_SECONDS = 30.0
 _SHORT_LOOK_SECONDS = 2.0
-"""For what was written last, where everything was ended by force."""
+"""The time to read the last records if everything was killed."""
 
 
 class Supervisor:
-    """One attempt's processes."""
+    """The supervisor of one attempt's processes."""
 
     agent_log = "agent.log"
     leads = True
-    """Whether this machine's supervisor speaks for the attempt: in events, and by its heartbeat."""
+    """Whether this machine's supervisor writes the attempt's events and heartbeat."""
 
     def __init__(
         self,
@@ -85,7 +84,7 @@ class Supervisor:
         self.hangs = Hangs(run, attempt, self._ranks, hang_after, node, nodes)
 
     def supervise(self, command: list[str], variables: dict[str, str]) -> End:
-        """Start the agent and stay until all is over; whatever happens here, no process is left."""
+        """Start the agent and return when the attempt is over; no process is left, whatever happens."""
         with self.signals.caught(), self.hangs.watching():
             agent = self._start(command, variables)
             self.hangs.here.agent_pid = agent.pid
@@ -97,7 +96,7 @@ class Supervisor:
                 self.notices.close()
 
     def _start(self, command: list[str], variables: dict[str, str]) -> subprocess.Popen[bytes]:
-        # Blocked signals stay blocked in the agent until it can take them, so none kills it while it starts.
+        # Blocked signals stay blocked in the agent until it can handle them, so none kills it while it starts.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         variables = {**variables, NOTICES_VARIABLE: self.notices.address}
         try:
@@ -130,7 +129,7 @@ class Supervisor:
         if forced:
             stopped = tuple(rank for rank, pid in sorted(self._ranks.items()) if is_stopped(pid))
             self._dump_stacks(forced)
-            if is_stopped(agent.pid):  # one that runs tells itself how ranks ended, and which it ended
+            if is_stopped(agent.pid):  # a running agent reports itself how ranks ended, and which it killed
                 self._note_unreaped()
             self._kill(agent)
         seconds = _SHORT_LOOK_SECONDS if forced else _LAST_LOOK_SECONDS
@@ -143,15 +142,15 @@ class Supervisor:
         return End(*ended, *told, is_disk_stuck=not looked, hung=self.hangs.failure, stopped=stopped)
 
     def also_read(self) -> None:
-        """Read what else is wanted of the disk. Called with every look, by the thread that may hang with it."""
+        """Read whatever else is needed from the disk. Called with every read, in the thread that may hang."""
         self.screen.read()
 
     def _take_in(self, agent: subprocess.Popen[bytes]) -> None:
-        """Learn from memory which ranks there are, what was written and told, and whether one has failed."""
+        """Update ranks, events, notices and failures from what `Disk` and `Notices` have collected in memory."""
         for record in self.disk.events():
             self._note(record)
         for rank, who in list(self.disk.ranks.items()):
-            is_here = who["host"] == os.uname().nodename  # another machine's processes have its own numbers
+            is_here = who["host"] == os.uname().nodename  # another machine's pids mean nothing here
             if rank not in self._ranks and is_here and parent_of(who["pid"]) == agent.pid:
                 self._ranks[rank] = who["pid"]
         for record in self.notices.records():
@@ -160,11 +159,11 @@ class Supervisor:
             self._failed_at = time.monotonic()
 
     def _note(self, record: dict[str, Any]) -> None:
-        """Take in one event of this attempt."""
+        """Note the time of the first event of each kind."""
         self._events.setdefault(record.get("event", ""), time.monotonic())
 
     def _heed(self, record: dict[str, Any]) -> None:
-        """Take in what a rank or the agent told without the disk."""
+        """Process one notice, which a rank or the agent sent without the disk."""
         with contextlib.suppress(TypeError):
             if "say" in record:
                 self.screen.say(str(record["say"]))
@@ -173,7 +172,7 @@ class Supervisor:
             self._exits += [end for end in record.get("exits", []) if isinstance(end, dict)]
 
     def _stop_politely(self) -> None:
-        """Tell the ranks how long they have, then ask each once, now or when it comes up."""
+        """Announce the grace period to the ranks, then signal each once, now or when it starts."""
         if not self._said_stopping:
             self._said_stopping = True
             self._say_stopping()
@@ -196,20 +195,20 @@ class Supervisor:
         self.disk.written(_GRACE_FILE_SECONDS)
 
     def _say_trouble(self) -> None:
-        """Say once what is wrong with the disk, and once that it is over."""
+        """Print once that the disk has a problem, and once that it is over."""
         trouble = self.disk.trouble
         if trouble != self._trouble:
             self._trouble = trouble
             self.screen.say(f"warning: the run directory {trouble or 'is there again'}")
 
     def _seconds_of_grace(self) -> float:
-        """Return what the ranks have from the first signal on; decided when it comes."""
+        """Return the grace period from the first signal on; decided when that signal comes."""
         if self._grace is None:
             self._grace = self.grace()
         return self._grace
 
     def grace(self) -> float:
-        """Return the seconds between the first signal and the end by force."""
+        """Return the seconds between the first signal and the kill."""
         return self.grace_seconds
 
     def _reason_to_force(self) -> Force:
@@ -230,7 +229,7 @@ class Supervisor:
         return "grace" if first and now - first[1] > self._seconds_of_grace() else ""
 
     def _dump_stacks(self, forced: Force) -> None:
-        """Have ranks that would not leave write where they are into their logs."""
+        """Have ranks that did not exit in time write their stacks into their logs."""
         if forced not in ("grace", "exit"):
             return
         for pid in self._ranks.values():
@@ -244,7 +243,7 @@ class Supervisor:
         time.sleep(0.3)
 
     def _note_unreaped(self) -> None:
-        """Take in how ranks ended that an agent, which is stopped itself, has neither waited for nor told of."""
+        """Note the exits of ranks that a stopped agent has neither reaped nor reported."""
         told, host = {end.get("rank") for end in self._exits}, os.uname().nodename
         for rank, pid in self._ranks.items():
             if rank not in told and (code := exit_code(pid)) is not None:
@@ -252,15 +251,15 @@ class Supervisor:
                 self._exits.append({**end, "time": time.time()})
 
     def _kill(self, agent: subprocess.Popen[bytes]) -> None:
-        """End everything that is left of the attempt, what the ranks started included, and see it gone."""
-        # Ranks that have not said who they are yet are the agent's children all the same.
+        """Kill all remaining processes of the attempt, including the ranks' children, and wait for them."""
+        # Ranks that have not written their records yet are found as children of the agent.
         pids = {*self._ranks.values(), *(children(agent.pid) if agent.poll() is None else ())}
         for pid in pids:
             kill_group(pid)
         if agent.poll() is None:
             kill_group(agent.pid)
         deadline = time.monotonic() + 5
-        # One that hangs in the kernel, as with a dead disk, does not even die.
+        # A process that is blocked in the kernel, as by a dead disk, cannot even be killed.
         with contextlib.suppress(subprocess.TimeoutExpired):
             agent.wait(5)
         while any(alive(pid) for pid in pids) and time.monotonic() < deadline:

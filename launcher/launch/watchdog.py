@@ -1,11 +1,11 @@
-"""Judge whether a run hangs, from what its ranks and the kernel say of them.
+"""The decision whether a run hangs, from what its ranks and the kernel report.
 
-Pure: the time and what was seen are handed in, so that hours pass in a test within a second. `Stillness`
-belongs to a node, and counts by that node's clock how long each of its ranks has shown no life. `Judge`
-belongs to the run, and knows how long that may be.
+Pure: time and observations are arguments, so that a test covers hours within a second. `Stillness` belongs to a
+node, and measures by its clock how long each of its ranks has shown no sign of life. `Judge` belongs to the run,
+and knows how long that may be.
 
-A run hangs when none of its ranks shows any life: as long as one goes on, the others may be waiting for it.
-Alone a process that is stopped needs no second opinion.
+A run hangs if none of its ranks shows a sign of life: while one makes progress, the others may be waiting for
+it. Only a stopped process counts as hanging by itself.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from launcher.runs.places import Place
 from launcher.runs.seen import Seen, SeenAgent
 
 HangAfter = float | Literal["off"] | None
-"""Seconds for every phase; `off`; None: each phase has its own."""
+"""The limit in seconds for every phase; `off`; None: each phase has its own limit."""
 Verdict = Literal["", "suspected", "recovered", "hung"]
 PHASES = {
     **dict.fromkeys(("data", "forward", "backward", "exchange", "optimizer", "waiting for the save"), "step"),
@@ -31,32 +31,32 @@ PHASES = {
     **dict.fromkeys(("waiting for the preparation",), "wait"),
     **dict.fromkeys(("leaving",), "none"),
 }
-"""What a rank at a place is judged by; `start` where nothing stands here. A rank that leaves has bounds of
-its own."""
+"""The phase by which a rank at each place is judged; `start` for places not listed. The supervisor has its own
+limits for a rank that is exiting."""
 GAP_SECONDS = 5.0
-"""Between two looks of a watcher: after more, it was itself suspended or stopped, and all clocks begin anew.
-"""
+"""The longest time between two looks of a watcher: after more, it was itself suspended or stopped, and all
+clocks restart."""
 STOPPED_SECONDS, STOPPED_END_SECONDS = 10.0, 60.0
 BLOCKED_SECONDS = 30.0
-"""In state D with nothing read: the storage does not answer."""
+"""The time in state D without reading after which storage counts as not answering."""
 START_SECONDS, LONGEST_SECONDS = 120.0, 900.0
 STEP_SECONDS, STEP_END_SECONDS, STEP_FACTOR = 30.0, 60.0, 5.0
 SAVE_SECONDS, SAVE_FACTOR = 60.0, 5.0
 _WARM_STEPS = 5
-"""The first steps of an attempt build and compile: they are judged as its start is."""
+"""The first steps of an attempt, which build and compile: they have the limits of its start."""
 _REMEMBERED = 20
 _READ_BYTES = 1 << 20
 _CPU_SHARE, _CPU_WINDOW_SECONDS = 0.1, 2.0
 _BUSY_SECONDS = 1800.0
-"""So long computing alone is a sign of life: the process group gives up after as long, and a GPU's rank
-computes while it waits."""
+"""The time for which CPU use alone is a sign of life: the process group's timeout is the same, and a GPU rank
+uses the CPU while it waits."""
 _BEFORE_THE_RANKS_MEET = {"starting", "preparing", "waiting for the preparation", "building operators"}
-"""Where nobody waits for another rank in a collective: computing is work for however long."""
+"""The places where no rank waits for another in a collective: CPU use is progress, however long it takes."""
 
 
 @dataclass
 class _Known:
-    """Remember one rank, with the moments at which it changed, by the node's clock."""
+    """The last known state of one rank, with the times at which it changed, by the node's clock."""
 
     moved: tuple[str, int, int]
     since: float
@@ -73,13 +73,13 @@ class _Known:
 
 @dataclass
 class Stillness:
-    """Say how long the ranks of one node have shown no life."""
+    """The time for which each rank of one node has shown no sign of life."""
 
     _ranks: dict[int, _Known] = field(default_factory=dict)
     _looked_at: float | None = None
 
     def look(self, now: float, seen: Iterable[tuple[Place, Sight]]) -> list[Seen]:
-        """Take in a look at each rank at the moment `now`, seconds of a clock that never goes back."""
+        """Update from an observation of each rank at time `now`, in seconds of a monotonic clock."""
         if self._looked_at is not None and now - self._looked_at > GAP_SECONDS:
             for known in self._ranks.values():
                 known.since = known.state_since = known.save_since = known.moved_at = known.cpu_at = now
@@ -100,9 +100,7 @@ class Stillness:
         if save != known.save:
             known.save, known.save_since = save, now
             if place.save:
-                known.since = (
-                    now  # after a rank ran out of memory, threads save while all others stand in a pass
-                )
+                known.since = now  # after a rank ran out of memory, threads save while all ranks stand in a forward pass
         return Seen(
             **vars(place),
             phase=phase,
@@ -118,20 +116,20 @@ class Stillness:
     def _phase(self, known: _Known, place: Place) -> str:
         phase = (
             PHASES.get(place.place, "start") if place.count else "none"
-        )  # who says nothing is not judged by what it says
+        )  # a rank that reports no places is not judged by them
         if phase == "evaluation" and place.done == 0:
             return "start"  # the first batch builds and compiles
         if phase != "step" or place.place == "waiting for the save":
             return phase
         if known.first_step is None:
-            # Many fast steps may be over before a watcher looks.
+            # Many fast steps may be done before the watcher's first look.
             known.first_step = place.step if place.first_step is None else place.first_step
         return "step" if place.step - known.first_step >= _WARM_STEPS else "start"
 
     @staticmethod
     def _lives(now: float, known: _Known, phase: str, place: Place, sight: Sight) -> bool:
-        """Return whether it reads or computes. In steps only reading of the loader counts: a rank that waits
-        for others may compute for ever."""
+        """Return whether a rank reads or computes. In steps only reads of the data loader count: a rank that
+        waits for others may use the CPU for ever."""
         if not sight.cpu_seconds:  # not looked at closely
             return False
         if not known.cpu_seconds:
@@ -152,13 +150,13 @@ class Stillness:
 
 @dataclass
 class Stoppage:
-    """Say for how long one process of a node has been stopped."""
+    """The time for which one process of a node has been stopped."""
 
     _since: float | None = None
     _looked_at: float = -math.inf
 
     def look(self, now: float, sight: Sight) -> float:
-        """Take in a look at the moment `now`; the seconds, 0 where it runs or a debugger holds it."""
+        """Update from an observation at time `now`; return the seconds, 0 if it runs or a debugger holds it."""
         if sight.state != "T" or sight.traced:
             self._since = None
         elif self._since is None or now - self._looked_at > GAP_SECONDS:
@@ -169,14 +167,14 @@ class Stoppage:
 
 @dataclass
 class Judge:
-    """Judge whether all ranks together hang."""
+    """The judge of whether all ranks together hang."""
 
     hang_after: HangAfter = None
     suspected: bool = False
     seconds: float = 0.0
-    """For how long nothing has moved, at the last look."""
+    """The time for which nothing had moved at the last look."""
     is_of_agent: bool = False
-    """An agent alone is suspected: the ranks go on."""
+    """Whether only an agent is suspected, while the ranks make progress."""
     _steps: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
     _batches: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
     _last: tuple[float, str, int, int] = (0.0, "", 0, 0)
@@ -184,13 +182,13 @@ class Judge:
 
     @property
     def step_seconds(self) -> float:
-        """Return the median of the last steps; 0 before the first."""
+        """Return the median duration of the last steps; 0 before the first."""
         return statistics.median(self._steps) if self._steps else 0.0
 
     def look(self, now: float, ranks: list[Seen], agents: Sequence[SeenAgent] = ()) -> Verdict:
-        """Judge what was seen of every rank at the moment `now`, and of the nodes' agents.
+        """Judge the observations of all ranks and agents at time `now`.
 
-        Ranks go on under an agent that is stopped: it is named, and ends a run only where it has no rank yet.
+        Ranks make progress under a stopped agent: it is named, but ends a run only if it has no rank yet.
         """
         if not (ranks or agents) or self.hang_after == "off":
             return ""
@@ -212,8 +210,8 @@ class Judge:
         was_of_agent, self.is_of_agent = self.is_of_agent, agent >= stopped_suspect and not hangs
         self.seconds = agent if self.is_of_agent else max(stopped, still)
         if hangs or self.is_of_agent:
-            # Ranks that hang under an agent which was named alone are another matter, and so is the agent alone
-            # where they go on again.
+            # It is a new suspicion if ranks now hang under an agent that was named alone, or if only the agent
+            # is left because they make progress again.
             if not self.suspected or was_of_agent != self.is_of_agent:
                 self.suspected = True
                 return "suspected"
@@ -223,7 +221,7 @@ class Judge:
         return verdict
 
     def _remember(self, now: float, first: Seen) -> None:
-        """Remember how long a step and a batch of an evaluation take, by rank 0: all ranks do the same."""
+        """Record how long a step and an evaluation batch take on the lowest rank: all ranks do the same."""
         if now - self._looked_at > GAP_SECONDS:
             self._last = (now, *self._last[1:])
         self._looked_at = now
@@ -237,16 +235,16 @@ class Judge:
             self._batches.append((now - before) / (first.done - done))
 
     def _limits(self, ranks: list[Seen]) -> tuple[float, float]:
-        """After how long without life a hang is suspected, and after how long the run is ended: the longest
-        of all ranks' own."""
+        """Return the seconds without a sign of life after which a hang is suspected, and after which the run is
+        killed: the longest over all ranks."""
         if isinstance(self.hang_after, float):
             return self.hang_after, 2 * self.hang_after
         limits = [self._of(seen) for seen in ranks if seen.phase not in ("wait", "none")] or [
             (START_SECONDS, LONGEST_SECONDS)
         ]
         suspect, end = max(limit[0] for limit in limits), max(limit[1] for limit in limits)
-        # Storage that does not answer is named soon; it may come back, and until then nothing is gained by
-        # ending the run.
+        # Storage that does not answer is named early; it may come back, and until then killing the run gains
+        # nothing.
         blocked = [seen for seen in ranks if seen.state == "D" and seen.state_seconds >= BLOCKED_SECONDS]
         return (min(suspect, BLOCKED_SECONDS), LONGEST_SECONDS) if blocked else (suspect, end)
 
@@ -264,7 +262,8 @@ class Judge:
 
 
 def _least_still(ranks: list[Seen]) -> float:
-    """Since when no rank has shown life. One that waits for another to prepare counts only where all do."""
+    """Return for how long no rank has shown a sign of life. Ranks that wait for another's preparation count only
+    if all do."""
     if any(seen.traced for seen in ranks):
         return 0.0
     if all(seen.phase == "none" for seen in ranks):
@@ -276,8 +275,8 @@ def _least_still(ranks: list[Seen]) -> float:
 
 
 def stalled_saves(ranks: Iterable[Seen], hang_after: HangAfter = None) -> list[Seen]:
-    """Return the ranks whose save has not moved for longer than is usual: a warning, as training goes on
-    beside it."""
+    """Return the ranks whose save has made no progress for unusually long. That is only a warning, because
+    training continues meanwhile."""
     if hang_after == "off":
         return []
     stalled = []

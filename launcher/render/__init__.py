@@ -1,1 +1,1 @@
-"""A plan as the files that others read. Pure functions; nothing is started here."""
+"""The files in which other tools read a plan. Pure functions; nothing is started here."""

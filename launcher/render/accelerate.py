@@ -1,4 +1,4 @@
-"""Render accelerate.yaml, for FSDP2 or DeepSpeed."""
+"""The rendering of accelerate.yaml, for FSDP2 or DeepSpeed."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 from launcher.planner.plan import Plan
 
 PORT = 29500
-"""Of several machines, which must agree on it; on one machine a free port is taken."""
+"""The port on which several machines must agree; a single machine uses a free one."""
 
 
 def config(plan: Plan, deepspeed_file: str = "ds_config.json") -> dict[str, Any]:
-    """Return the content of accelerate.yaml; `deepspeed_file` is where the ranks find ds_config.json.
+    """Return the content of accelerate.yaml; `deepspeed_file` is the ranks' path of ds_config.json.
 
-    With DeepSpeed there is no `mixed_precision`: it stands in ds_config.json, and Accelerate refuses it at
-    both places.
+    With DeepSpeed there is no `mixed_precision`: ds_config.json has it, and Accelerate refuses it in both
+    files.
     """
     mesh = plan.mesh
     content: dict[str, Any] = {
@@ -56,8 +56,8 @@ def config(plan: Plan, deepspeed_file: str = "ds_config.json") -> dict[str, Any]
 
 
 def distributed_type(plan: Plan) -> str:
-    """Return Accelerate's word for what the ranks do. It has FSDP on devices alone: on CPUs its ranks hold
-    whole copies."""
+    """Return Accelerate's `distributed_type`. Accelerate has FSDP only on GPUs: on CPUs its ranks hold the full
+    model."""
     if plan.engine == "deepspeed":
         return "DEEPSPEED"
     if plan.mesh.world_size == 1 and plan.sharding == "none":

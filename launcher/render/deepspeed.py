@@ -1,7 +1,7 @@
-"""Render ds_config.json.
+"""The rendering of ds_config.json.
 
-There is no `optimizer` and no `scheduler` in it. Ours, or the user's script's, are handed to
-`deepspeed.initialize`, and Accelerate refuses a script's own optimizer where the file names one.
+It has no `optimizer` and no `scheduler`. Those of launcher, or of the user's script, are passed to
+`deepspeed.initialize`, and Accelerate refuses a script's own optimizer if the file names one.
 """
 
 from __future__ import annotations
@@ -11,20 +11,17 @@ from typing import Any
 from launcher.planner.plan import Plan, Zero
 
 NEVER = 1_000_000_000
-"""Steps between DeepSpeed's own progress lines: launcher has its own."""
+"""The steps between DeepSpeed's own progress lines, which launcher replaces by its own."""
 _ADAM_TENSORS = 4
-"""Parameter, gradient and both moments: what is in flight at once when the optimizer state comes from files.
-"""
+"""The buffers for Adam with optimizer state in files: parameter, gradient and both moments are in flight at
+once."""
 _PARAMETER_BUFFERS = 5
-"""DeepSpeed's own default: the parameters in use, and those on the way."""
+"""DeepSpeed's default number of buffers: for the parameters in use and those being fetched."""
 
 
 def config(plan: Plan) -> dict[str, Any]:
-    """Return the content of ds_config.json for a plan whose engine is DeepSpeed; complete, without `auto`
-    and without null.
-
-    Raises ValueError for a plan of another engine.
-    """
+    """Return the complete content of ds_config.json, without `auto` and null. Raises ValueError if the plan's
+    engine is not DeepSpeed."""
     if plan.zero is None:
         raise ValueError(
             f"a plan for {plan.engine} has no ZeRO stage; plan it with parallel.engine: deepspeed"
@@ -56,8 +53,8 @@ def config(plan: Plan) -> dict[str, Any]:
 
 
 def _fp16(plan: Plan) -> dict[str, Any]:
-    """The loss scale moves as in `launcher/training/precision.py`: halved at once, doubled after 2,000 good
-    steps."""
+    """Return the section `fp16`. The loss scale changes as in `launcher/training/precision.py`: halved at once,
+    doubled after 2,000 good steps."""
     if plan.precision != "fp16":
         return {"enabled": False}
     return {
@@ -74,7 +71,7 @@ def _zero(plan: Plan, zero: Zero) -> dict[str, Any]:
     content: dict[str, Any] = {
         "stage": zero.stage,
         "contiguous_gradients": True,
-        # On the CPU there are no streams: nothing would overlap, and the bucket would be there twice.
+        # There are no streams on the CPU: nothing would overlap, and the bucket would be allocated twice.
         "overlap_comm": plan.mesh.device == "cuda",
         "reduce_scatter": True,
         "reduce_bucket_size": zero.reduce_bucket_size,
@@ -84,8 +81,8 @@ def _zero(plan: Plan, zero: Zero) -> dict[str, Any]:
             "stage3_prefetch_bucket_size": zero.prefetch_bucket_size,
             "stage3_param_persistence_threshold": zero.persistence_threshold,
             "stage3_max_live_parameters": zero.max_live_parameters,
-            # Where nothing is fetched ahead (parameters on files), nothing is kept for later either: buffers
-            # are few.
+            # Without prefetch (parameters in files), no parameter is kept for reuse either, as there are few
+            # buffers.
             "stage3_max_reuse_distance": zero.max_live_parameters if zero.prefetch_bucket_size else 0,
             "sub_group_size": zero.sub_group_size,
             "stage3_gather_16bit_weights_on_model_save": True,
@@ -102,18 +99,18 @@ def _zero(plan: Plan, zero: Zero) -> dict[str, Any]:
 
 
 def _offload(plan: Plan, zero: Zero) -> dict[str, Any]:
-    """Return what leaves the device, and where it goes."""
+    """Return the sections for offloading: what leaves the device, and where it goes."""
     if plan.offload == "none":
         return {}
     to_files = plan.offload_to != "cpu"
     place: dict[str, Any] = (
         {"device": "nvme", "nvme_path": plan.offload_to} if to_files else {"device": "cpu"}
     )
-    # Pinned memory is for copies to and from a GPU; without one it cannot be had.
+    # Pinned memory is for copies to and from a GPU; without a GPU it cannot be allocated.
     place["pin_memory"] = plan.mesh.device == "cuda"
     content = {"offload_optimizer": {**place, **({"buffer_count": _ADAM_TENSORS} if to_files else {})}}
     if plan.offload == "parameters":
-        # A buffer holds one rank's piece of one parameter.
+        # A buffer holds one rank's shard of one parameter.
         size = -(-(zero.largest_parameter or zero.max_live_parameters) // plan.mesh.world_size)
         buffers = {"buffer_count": _PARAMETER_BUFFERS, "buffer_size": size, "max_in_cpu": 0}
         content["offload_param"] = {**place, **(buffers if to_files else {})}

@@ -1,4 +1,4 @@
-"""Map a job to the other engine: the nearest setting, and a note where the meaning changes."""
+"""The mapping of a job to the other engine: the nearest setting, and a note if the meaning changes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from launcher.render.notes import Note
 
 
 def for_engine(job: Job, plan: Plan, engine: EngineName) -> tuple[Job, list[Note]]:
-    """Return the job for `engine`, to be planned again, and a note for each key that means something else
-    there.
+    """Return the job for `engine`, to be planned again, and a note for each key whose meaning changes.
 
-    What `plan` decided about the computation (precision, recomputation, micro-batch) stays, so that only the
-    engine differs.
+    The decisions of `plan` about the computation (precision, activation checkpointing, micro-batch) are kept,
+    so that only the engine differs.
     """
     notes: list[Note] = []
     parallel: dict[str, Any] = {"engine": engine}

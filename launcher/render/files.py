@@ -1,4 +1,4 @@
-"""All rendered files of a plan, by name."""
+"""The rendered files of a plan, by name."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ NAMES = ("ds_config.json", "accelerate.yaml", "torchrun.txt", "submit.sbatch", "
 
 
 def files(plan: Plan, place: Place) -> dict[str, str]:
-    """Name -> text of everything that is written for a plan; ds_config.json only where the engine is
-    DeepSpeed."""
+    """Return the text of each file of a plan by name; ds_config.json only if the engine is DeepSpeed."""
     contents = {}
     if plan.engine == "deepspeed":
         contents["ds_config.json"] = json_text(deepspeed.config(plan))

@@ -1,4 +1,4 @@
-"""The paths and names that rendered scripts carry, checked and quoted."""
+"""The paths and names in rendered scripts, checked and quoted."""
 
 from __future__ import annotations
 
@@ -24,22 +24,21 @@ if [ ! -e "$run/plan.json" ]; then
   cp -- "$rendered/plan.json" "$run/plan.json"
 fi
 """  # noqa: E501
-"""Shell lines over $run and $rendered."""
+"""The shell lines that create the run directory, with the variables $run and $rendered."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Raises ConfigurationError for a path that no script could carry."""
+    """The paths of a rendered script. Raises ConfigurationError for a path that no script can contain."""
 
     run: str
-    """The run directory, as every node sees it; absolute."""
+    """The absolute path of the run directory on every node."""
     rendered: str
-    """The directory of the rendered files, as every node sees it; absolute."""
+    """The absolute path of the directory of rendered files on every node."""
     python: str = "python"
     """The interpreter on the nodes."""
     code: str = ""
-    """A directory that holds the launcher's own package as it was; empty for the one that the interpreter
-    has."""
+    """A directory with a copy of launcher's own package; empty for the package that the interpreter has."""
 
     def __post_init__(self) -> None:
         for key, value in (
@@ -65,12 +64,12 @@ class Place:
 
 
 def quoted(words: list[str]) -> str:
-    """Return the words as one line of a shell; each is quoted where it must be."""
+    """Return the words as one shell line, quoted if necessary."""
     return " ".join(shlex.quote(word) for word in words)
 
 
 def variables(plan: Plan) -> dict[str, str]:
-    """Return what the ranks of any start see in their environment."""
+    """Return the environment variables of the ranks, however they are started."""
     return {
         "OMP_NUM_THREADS": str(plan.mesh.threads_per_rank),
         "TOKENIZERS_PARALLELISM": "false",

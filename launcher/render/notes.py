@@ -1,4 +1,4 @@
-"""Notes on what the rendered files leave out, and why ZeRO's sizes are what they are."""
+"""Notes on settings that the rendered files leave out, and on the reasons for ZeRO's sizes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from launcher.render import accelerate
 
 @dataclass(frozen=True)
 class Note:
-    """One thing to know about one key of the plan."""
+    """One note on one key of the plan."""
 
     key: str
     value: object
@@ -22,15 +22,15 @@ class Note:
 
 
 def notes(plan: Plan) -> list[Note]:
-    """Return everything that the files of this plan leave out or say otherwise, then the reason of each
-    size."""
+    """Return a note for each setting that the plan's files leave out or express differently, then the reason
+    for each of ZeRO's sizes."""
     remarks = [*_everywhere(plan), *(_deepspeed(plan) if plan.engine == "deepspeed" else _fsdp(plan))]
     sizes = {f"zero.{name}" for name in _used(plan)}
     return [*remarks, *(Note(d.key, d.value, d.reason) for d in plan.decisions if d.key in sizes)]
 
 
 def _used(plan: Plan) -> list[str]:
-    """The sizes that this stage has."""
+    """Return the names of the sizes that this ZeRO stage uses."""
     if plan.zero is None:
         return []
     if plan.zero.stage < 3:

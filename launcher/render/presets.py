@@ -1,7 +1,7 @@
-"""Write ds_configs/: the rendered files of one example job.
+"""The presets in ds_configs/: the rendered files of one example job.
 
-`python -m launcher.render.presets DIRECTORY` writes them; a test holds the ones in ds_configs/ equal to what
-is made here.
+`python -m launcher.render.presets DIRECTORY` writes them; a test checks that those in ds_configs/ are up to
+date.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ EXAMPLE = ModelShape(
     layer_parameters=202_375_168,
     table_parameters=32_000 * 4096,
 )
-"""A 7B model of Llama's shape."""
+"""A 7B model with Llama's architecture."""
 NVME = "/mnt/nvme"
 
 _HYBRID = {"cluster.nodes": 2, "parallel.replicate": 2}
@@ -54,7 +54,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "fsdp2-hybrid.yaml": {"parallel.engine": "fsdp", **_HYBRID},
     "fsdp2-offload.yaml": {"parallel.engine": "fsdp", "memory.offload": "parameters"},
 }
-"""What each preset asks for beyond the example: 8 GPUs on each node, bf16, 64 samples a step, 2 in a pass."""
+"""The keys of each preset beyond the example: 8 GPUs per node, bf16, 64 samples per step, micro-batches of 2."""
 
 
 def plan(keys: dict[str, Any]) -> Plan:
@@ -83,7 +83,7 @@ def plan(keys: dict[str, Any]) -> Plan:
 
 
 def presets() -> dict[str, str]:
-    """Name -> text of every preset."""
+    """Return the text of every preset by name."""
     contents = {}
     for name, keys in JOBS.items():
         if name.endswith(".json"):

@@ -1,4 +1,4 @@
-"""Render submit.sbatch, whole or in the parts that submitit takes."""
+"""The rendering of submit.sbatch, in full or in the parts that submitit takes."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from launcher.planner.plan import Container, Plan
 from launcher.render.launch_paths import AFTER, NODE, PREPARE, Place, quoted, variables
 
 SIGNAL_SECONDS = 30
-"""How long before the time limit Slurm sends its signal; it may come up to a minute early. The ranks' own
-clock stops them sooner where a save takes longer."""
+"""The seconds before the time limit at which Slurm sends its signal, which may come up to a minute early. If a
+save takes longer, the ranks stop sooner by their own clock."""
 PATIENT = ["sh", "-c", "trap '' USR2; exec \"$@\"", "sh"]
-"""Before a command that is to heed that signal: until it can, it must not die of it. Signals that a process
-ignores it hands on."""
+"""The prefix of a command that handles that signal: until it can, the signal must not kill it. Ignored signals
+are inherited by exec."""
 
 _OF_AN_ALLOCATION = {
     "SLURM_MEM_PER_CPU": "mem-per-cpu",
@@ -29,15 +29,15 @@ _OF_AN_ALLOCATION = {
     "SLURM_NTASKS_PER_SOCKET": "ntasks-per-socket",
     "SLURM_TRES_PER_TASK": "tres-per-task",
 }
-"""What srun takes for its options, by the option of sbatch that has Slurm set it. Of another job, where this
-one sets no such option."""
+"""The variables that srun reads as its options, with the sbatch option for which Slurm sets each. If this job
+does not set that option, the variable is left over from another job."""
 _OF_A_STEP = ("SLURM_CPU_BIND", "SLURM_MEM_BIND", "SBATCH_CPU_BIND", "SBATCH_MEM_BIND", "PMI")
-"""The beginnings of what only a step of another job can have left: cores that this one may not have, and the
-way to that step."""
+"""The prefixes of variables that only a step of another job can have left: cores that this job may not have,
+and the connection to that step."""
 
 
 def script(plan: Plan, place: Place) -> str:
-    """Return the text of submit.sbatch. Every value from the plan or of a path is quoted."""
+    """Return the text of submit.sbatch, with every value of the plan and every path quoted."""
     requested = options(plan) | {"signal": f"USR2@{SIGNAL_SECONDS}"}
     if not any(sign in place.rendered for sign in "\\%"):  # sbatch would read these as patterns
         requested |= {"output": f"{place.rendered}/slurm-%j.out"}
@@ -59,12 +59,12 @@ def script(plan: Plan, place: Place) -> str:
 
 
 def options(plan: Plan) -> dict[str, str]:
-    """Return sbatch's long options by name; empty text for one that takes no value."""
+    """Return sbatch's long options by name; an empty text for one without a value."""
     mesh, slurm = plan.mesh, plan.slurm
     cores = slurm.cpus_per_node or mesh.ranks_per_node * mesh.threads_per_rank
     requested = {"job-name": plan.name, "nodes": slurm.nodes or str(mesh.nodes), "cpus-per-task": str(cores)}
     if slurm.nodes is None:
-        requested["ntasks-per-node"] = "1"  # of a range it would have Slurm give the fewest (seen with 22.05)
+        requested["ntasks-per-node"] = "1"  # with a range Slurm would then give the fewest (seen with 22.05)
     if mesh.device == "cuda":
         kind = f"{slurm.gpu_type}:" if slurm.gpu_type else ""
         requested |= (
@@ -76,24 +76,24 @@ def options(plan: Plan) -> dict[str, str]:
         requested["time"] = str(slurm.time_limit_minutes)
     more = dict(slurm.options)
     if "gres" in requested and "gres" in more:
-        more["gres"] = f"{requested['gres']},{more['gres']}"  # as a GPU beside a local disk
+        more["gres"] = f"{requested['gres']},{more['gres']}"  # for example a GPU and a local disk
     return requested | {"open-mode": "append", "requeue" if slurm.requeue else "no-requeue": "", **more}
 
 
 def before(plan: Plan, place: Place) -> list[str]:
-    """Return the lines before the ranks start: what is decided after them, come what may, then the site's
-    set-up, of which no line may fail."""
+    """Return the lines before the ranks start: a trap that runs the after-job decision in any case, then the
+    site's set-up, of which no line may fail."""
     slurm = plan.slurm
     exported = {**variables(plan), **slurm.environment}
     if place.code:
-        # Python would look into the working directory first, where the code may have been edited since.
+        # Otherwise Python would search the working directory first, where the code may have changed since.
         theirs = slurm.environment.get("PYTHONPATH")
         exported |= {"PYTHONPATH": f"{place.code}:{theirs}" if theirs else place.code, "PYTHONSAFEPATH": "1"}
     after = f'{quoted([place.python, "-m", AFTER, place.run])} "$1"'
     return [
         "# The shell outlives the signals that the ranks get, and hands over what came of them.",
         "trap : HUP INT TERM USR1 USR2",
-        # A request to go on has Slurm end this shell: whoever makes it must not die of that.
+        # A requeue makes Slurm end this shell: the process that requests it must not die of that.
         f"after() {{ trap '' TERM; exec {after}; }}",
         "trap 'after $?' EXIT",
         "# Of a job that this one was submitted from, what srun would go by. What memory and GPUs this "
@@ -126,11 +126,11 @@ def _exports(exported: dict[str, str]) -> list[str]:
 
 
 def srun_options(plan: Plan, place: Place) -> list[str]:
-    """Return the options for one task on each node, none of which ends the others: the first node does that,
-    and knows why.
+    """Return srun's options for one task on each node. No task ends the others: the first node does that, and
+    knows the reason.
 
-    It gets what the script has exported, even where the script itself began with an empty environment (sbatch
-    --export=NONE).
+    A task gets the variables that the script exports, even if the script itself started with an empty
+    environment (sbatch --export=NONE).
     """
     cores = plan.slurm.cpus_per_node or plan.mesh.ranks_per_node * plan.mesh.threads_per_rank
     given = [
@@ -152,8 +152,7 @@ def srun_options(plan: Plan, place: Place) -> list[str]:
 
 
 def python_command(plan: Plan, place: Place) -> str:
-    """Return what starts the interpreter on the nodes as shell words, inside its container where there is
-    one."""
+    """Return the shell words that start the interpreter on the nodes, inside the container if there is one."""
     container = plan.slurm.container
     if container is None:
         return quoted([*PATIENT, place.python])
@@ -167,7 +166,7 @@ def python_command(plan: Plan, place: Place) -> str:
 
 
 def _mounts(container: Container, place: Place) -> list[str]:
-    """The run directory at its own place, and what the job names."""
+    """Return the mounts: the run directory at its own path, and those of the job."""
     return [
         f"{place.run}:{place.run}",
         *(mount if ":" in mount else f"{mount}:{mount}" for mount in container.mounts),
@@ -175,8 +174,8 @@ def _mounts(container: Container, place: Place) -> list[str]:
 
 
 def _sbatch_quoted(value: str) -> str:
-    """A value as sbatch reads it in an #SBATCH line: bare where it is plain, else in double quotes with
-    backslashes before `"` and `\\`."""
+    """Return a value for an #SBATCH line: bare if it is plain, else in double quotes with backslashes before
+    `"` and `\\`."""
     if all((sign.isalnum() and sign.isascii()) or sign in "-_.:,/=@%+[]" for sign in value):
         return value
     return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'

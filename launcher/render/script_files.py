@@ -1,4 +1,4 @@
-"""Render Accelerate's and DeepSpeed's files for a user's own script, with `auto` left in."""
+"""The rendering of Accelerate's and DeepSpeed's files for a user's own script, with `auto` left in."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FILLED_IN = (
 
 
 def files(plan: Plan, directory: str) -> dict[str, str]:
-    """Return the text of each file by its name; `directory` is where they will lie, absolute."""
+    """Return the text of each file by name; `directory` is the absolute path where they will be written."""
     contents = {
         "accelerate.yaml": yaml.safe_dump(
             accelerate_config(plan, f"{directory}/ds_config.json"), sort_keys=False
@@ -31,8 +31,8 @@ def files(plan: Plan, directory: str) -> dict[str, str]:
 
 
 def accelerate_config(plan: Plan, deepspeed_file: str) -> dict[str, Any]:
-    """Return accelerate.yaml. On a CPU it says FSDP where the plan does: a rank of ours has Accelerate shard
-    there too."""
+    """Return the content of accelerate.yaml. It names FSDP on a CPU too, if the plan does: launcher's ranks make
+    Accelerate shard there."""
     mesh = plan.mesh
     if plan.engine == "fsdp" and plan.sharding != "none" and mesh.device == "cpu":
         plan = plan.model_copy(update={"mesh": mesh.model_copy(update={"device": "cuda"})})
@@ -40,11 +40,11 @@ def accelerate_config(plan: Plan, deepspeed_file: str) -> dict[str, Any]:
 
 
 def deepspeed_config(plan: Plan) -> dict[str, Any]:
-    """Return ds_config.json with `auto` for batch, clipping and precision: Accelerate fills them from the
-    script, the Trainer from its arguments.
+    """Return the content of ds_config.json with `auto` for batch, clipping and precision: Accelerate fills them
+    in from the script, the Trainer from its arguments.
 
-    A number there would have to be the script's own: the Trainer refuses another, and Accelerate takes it
-    over the script's.
+    Any number would have to match the script's: the Trainer refuses another, and Accelerate uses it in place of
+    the script's.
     """
     scaled = deepspeed.config(plan.model_copy(update={"precision": "fp16"}))["fp16"]
     return {

@@ -1,4 +1,4 @@
-"""Render torchrun.txt: the commands that start the plan by hand."""
+"""The rendering of torchrun.txt: the commands that start a plan by hand."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ _PORT = 29500
 
 
 def command(plan: Plan, place: Place, attempt: int = 1) -> str:
-    """Return the shell lines to start the plan: on one machine as they stand, on several once on each, with
-    HEAD set.
+    """Return the shell lines that start the plan: on one machine as they are, on several once on each, with HEAD
+    and NODE set.
 
-    The agent is torchrun's own with better manners; it and the ranks meet out of others' reach
-    (launcher/launch/rendezvous.py).
+    The agent is an adapted torchrun (launcher/launch/agent.py); agents and ranks meet where other users cannot
+    reach them (launcher/launch/rendezvous.py).
     """
     mesh = plan.mesh
     several = mesh.nodes > 1

@@ -1,4 +1,4 @@
-"""Write rendered files into a directory, each atomically, and remove stale ones."""
+"""Atomic writing of rendered files into a directory, and removal of stale ones."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from launcher.runs.layout import write_atomically
 
 
 def write(directory: Path, files: dict[str, str], names: Iterable[str] = ()) -> list[Path]:
-    """Write each text under its name; of `names`, those that are not among them are removed, as they would
-    contradict the rest.
+    """Write each text under its name, and remove the files in `names` that are not written, because they would
+    contradict the others.
 
-    Raises ConfigurationError where the directory cannot be one.
+    Raises ConfigurationError if the directory cannot be created, or a file's name is taken by a directory.
     """
     if directory.exists() and not directory.is_dir():
         raise ConfigurationError(Problem("--out", str(directory), "is a file; name a directory"))

@@ -1,1 +1,1 @@
-"""One page of HTML that tells of runs to those who were not there, made of their directories alone."""
+"""An HTML page that reports on runs to people who did not watch them, made from their directories alone."""

@@ -1,4 +1,4 @@
-"""Several runs beside each other: the settings in which they differ, and what they came to."""
+"""The comparison of several runs: the settings in which they differ, and their results."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class SweepContent:
 
     @property
     def keys(self) -> list[str]:
-        """Return the keys that its points try values of."""
+        """Return the keys whose values differ between its points by design."""
         return list(dict.fromkeys(key for point in self.points for key in point.values))
 
 
 def differing_settings(runs: Sequence[RunContent]) -> list[tuple[str, list[Any]]]:
-    """Return the keys of the plans whose values are not all equal, each with every run's value; None where a
-    plan has none."""
+    """Return the keys whose values differ between the plans, each with every run's value; None if a plan lacks
+    the key."""
     settings = [run.settings for run in runs]
     keys = dict.fromkeys(key for one in settings for key in one)
     rows = [(key, [one.get(key) for one in settings]) for key in keys if key not in _NAMES_ITSELF]
@@ -40,8 +40,7 @@ def differing_settings(runs: Sequence[RunContent]) -> list[tuple[str, list[Any]]
 
 
 def final_metrics(runs: Sequence[RunContent]) -> list[tuple[str, list[tuple[int, float] | None]]]:
-    """Return each metric with every run's last (step, value) of it; the loss of the last training step
-    first."""
+    """Return each metric with every run's last (step, value); first the loss of the last training step."""
     losses: list[tuple[int, float] | None] = [
         (run.series.steps[-1], run.series.columns["loss"][-1]) if run.series.steps else None for run in runs
     ]
@@ -53,13 +52,13 @@ def final_metrics(runs: Sequence[RunContent]) -> list[tuple[str, list[tuple[int,
 
 @dataclass(frozen=True)
 class Summary:
-    """Hold what a line comes to: its first and last value, and its lowest and highest with their steps."""
+    """The summary of a curve: its first and last value, and its lowest and highest with their steps."""
 
     first: float
     last: float
     lowest: tuple[int, float] | None
     highest: tuple[int, float] | None
-    """Of the finite ones; None where there is none."""
+    """The highest finite value; None, like `lowest`, if there is none."""
 
     @classmethod
     def of(cls, steps: Sequence[int], values: Sequence[float]) -> Summary:

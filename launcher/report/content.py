@@ -1,4 +1,4 @@
-"""Everything that a report says of one run, looked up through the rooms that know its files."""
+"""The content of a report about one run, read through the modules that know its files."""
 
 from __future__ import annotations
 
@@ -21,41 +21,41 @@ from launcher.runs.status import Status, read_status
 from launcher.runs.totals import Totals
 
 MOST_SAMPLE_STEPS = 10
-"""Of the evaluations whose samples are shown: the first, the last, and those between evenly."""
+"""The number of evaluations whose samples are shown: the first, the last, and evenly spaced ones between."""
 MOST_SAMPLE_ROWS = 12
 MOST_TEXT = 600
-"""Characters of a sample's text or answer."""
+"""The most characters of a sample's text or prediction."""
 _MOST_JOB_TEXT = 20_000
 _NO_SETTINGS = ("decisions", "refused", "format")
 
 
 @dataclass(frozen=True)
 class RunContent:
-    """One run. Texts are as its files have them, without secrets; the page escapes them."""
+    """The content for one run. Texts are as in its files, with secrets redacted; the page escapes them."""
 
     status: Status
     plan: dict[str, Any]
-    """plan.json; empty where it cannot be read."""
+    """The content of plan.json; empty if it cannot be read."""
     job: str
     series: Series
     last: dict[str, dict[str, Any]]
     """The newest event of each name."""
     attempts: list[Attempt]
     data: list[dict[str, Any]]
-    """What became of the rows of each role, with files and examples."""
+    """The event `prepared` of each role: row counts, with files and examples."""
     samples: list[dict[str, Any]]
-    """Of each shown row its `input`, and `answers`: (step, text)."""
+    """The `input` of each shown row, and its `answers`: (step, text)."""
     measured: list[dict[str, Any]]
-    """Results of each `launcher evaluate`: `on`, `step`, and `metrics` as (name, before, after, change)."""
+    """The results of each `launcher evaluate`: `on`, `step`, and `metrics` as (name, before, after, change)."""
     checkpoints: list[Stored]
     commands: dict[str, Any]
-    """Of the last attempt: command, directory and variables of the environment."""
+    """The command, directory and environment variables of the last attempt."""
     identity: dict[str, str]
-    """What tells this run from another: names with digests."""
+    """The names and digests that identify the run."""
 
     @property
     def name(self) -> str:
-        """Return what the run's directory is called."""
+        """Return the name of the run's directory."""
         return self.status.name
 
     @property
@@ -65,7 +65,7 @@ class RunContent:
 
     @property
     def unit(self) -> str:
-        """Return what its rate counts: token, image and so on."""
+        """Return the unit of its rate: token, image and so on."""
         return str(self.last.get("training", {}).get("unit", "token"))
 
     @property
@@ -75,14 +75,14 @@ class RunContent:
 
 
 def read_run(run: RunDirectory, series: Series | None = None) -> RunContent:
-    """Return what a run's directory holds. What is missing or damaged is empty. Raises OSError where its
-    events or metrics cannot be read.
+    """Return the content of a run's directory; missing or damaged parts are empty. Raises OSError if its events
+    or metrics cannot be read.
 
-    Who looks again and again hands in the series that it had: only what is new is read.
+    A repeated reader passes the `series` that it has, so that only new lines of the metrics are read.
     """
     totals = Totals(run)
     status = read_status(run, totals)
-    # Events and failures were redacted as they were written; a job, a sample or a command of elsewhere was not.
+    # Events and failures were redacted when written; a job, a sample or a command from elsewhere was not.
     records = list(events.read(run.events_file))
     series = Series.read(run) if series is None else series.refresh()
     prepared = {str(record.get("role")): record for record in records if record.get("event") == "prepared"}
@@ -97,7 +97,7 @@ def read_run(run: RunDirectory, series: Series | None = None) -> RunContent:
         data=list(prepared.values()),
         samples=redact_all(_samples(run)),
         measured=redact_all(_measured(run)),
-        # A run without an identity would be given one by this; whoever only looks writes nothing.
+        # Listing checkpoints would create the identity of a run that has none, and a report writes nothing.
         checkpoints=list_checkpoints(run) if run.run_id_file.exists() else [],
         commands=redact_all(_command(run)),
         identity=_identity(run, totals, prepared),
@@ -112,14 +112,14 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _plan(run: RunDirectory) -> dict[str, Any]:
-    """Return plan.json without what is of another kind than its writer's."""
+    """Return plan.json without values of the wrong type."""
     kinds: dict[str, type] = {"decisions": list, "refused": list, "model": dict, "batch": dict}
     content = _json(run.plan_file)
     return {key: value for key, value in content.items() if isinstance(value, kinds.get(key, object))}
 
 
 def _command(run: RunDirectory) -> dict[str, Any]:
-    """Return command.json of the last attempt, its parts as texts."""
+    """Return command.json of the last attempt, with its parts as texts."""
     content = _json(run.attempt(run.last_attempt()) / "command.json")
     command, variables = content.get("command"), content.get("environment")
     return {
@@ -140,7 +140,7 @@ def _text(run: RunDirectory) -> str:
 
 
 def _measured(run: RunDirectory) -> list[dict[str, Any]]:
-    """Return what the model was measured at before and after training, by the rows that it was measured on."""
+    """Return the model's metrics before and after training, for each set of rows it was evaluated on."""
     measured = []
     for file in sorted((run.path / "evaluations").glob("evaluate-step-*.json")):
         content = _json(file)
@@ -162,7 +162,7 @@ def _measured(run: RunDirectory) -> list[dict[str, Any]]:
 
 
 def _samples(run: RunDirectory) -> list[dict[str, Any]]:
-    """Return the rows that were shown, each with what the model said of it as training went on."""
+    """Return the sampled rows, each with the model's predictions in the course of training."""
     steps = samples.steps(run)
     if len(steps) > MOST_SAMPLE_STEPS:
         last = len(steps) - 1
@@ -178,7 +178,7 @@ def _samples(run: RunDirectory) -> list[dict[str, Any]]:
 
 
 def _identity(run: RunDirectory, totals: Totals, prepared: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """Return the run's own identity, and the digests of what it ran: plan, data, and code kept beside it."""
+    """Return the run's identity, the digests of its plan and data, and the code kept with it."""
     named = {"plan": str(totals.last.get("planned", {}).get("digest", ""))}
     with contextlib.suppress(OSError):
         named["run"] = read_text(run.run_id_file).strip()
@@ -193,7 +193,7 @@ def _identity(run: RunDirectory, totals: Totals, prepared: dict[str, dict[str, A
 
 
 def _flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield each value below a mapping with its dotted key; lists are values."""
+    """Yield each value in nested mappings with its dotted key; lists count as values."""
     if isinstance(value, dict) and value:
         for key, inner in value.items():
             yield from _flat(f"{prefix}.{key}" if prefix else str(key), inner)

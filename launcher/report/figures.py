@@ -1,7 +1,7 @@
-"""Draw the curves of runs, and the points of a sweep, by Bokeh.
+"""The figures of a report, drawn with Bokeh: the curves of runs, and the points of a sweep.
 
-No text that comes from a run goes into a figure: names and metrics stand in the page around it, where they
-are escaped, and lines are told apart by number. (Bokeh would look into its titles for formulas, too.)
+No text from a run goes into a figure: names and metrics are in the page around it, where they are escaped, and
+lines are identified by number. (Bokeh would also search titles for formulas.)
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from bokeh.plotting import figure
 
 MOST_LINES = 16
-"""Runs that are drawn over each other; of more nothing could be told apart."""
+"""The most runs drawn in one figure; with more, lines could not be distinguished."""
 _MOST_POINTS = 3000
-"""Of all lines of a figure."""
+"""The most points of all lines of a figure together."""
 _SMOOTHED_SHARE = 50
-"""A mean is over the steps' number divided by this."""
+"""The number of steps divided by the window of the moving mean."""
 COLORS = ("#2f7de1", "#e07b00", "#159957", "#c2388e", "#7a5af5", "#a98600", "#0b9fb3", "#d1495b")
-"""By turns; each is seen on a white and on a black ground."""
+"""The colors of lines, in turn; each is visible on white and on black."""
 _DASHES = ("solid", "dashed")
 _COLUMNS = {
     "loss": ("training loss", ""),
@@ -41,39 +41,39 @@ _SMOOTHED = ("loss", "grad_norm", "tokens_per_second")
 
 @dataclass(frozen=True)
 class Line:
-    """A curve of one run. `smooth`: the mean of the last so many steps at each; None where there is none."""
+    """A curve of one run. `smooth`: its moving mean at each step; None if there is none."""
 
     run: int
     steps: Sequence[int]
     values: Sequence[float]
     smooth: Sequence[float] | None = None
     planned: float | None = None
-    """A level that was foreseen."""
+    """The forecast value, drawn as a level."""
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One figure of the page, with what it is called and what its lines come to."""
+    """One figure of the page, with its title, unit and lines."""
 
     title: str
     unit: str
     lines: list[Line]
     window: int = 0
-    """Steps of the mean that is drawn; 0 where none is."""
+    """The window of the moving mean in steps; 0 if none is drawn."""
 
     @property
     def planned(self) -> bool:
-        """Return whether a level is drawn that was foreseen."""
+        """Return whether a forecast level is drawn."""
         return any(line.planned is not None for line in self.lines)
 
     @property
     def summaries(self) -> list[tuple[int, Summary, float | None]]:
-        """Return each run's number with what its line comes to, and what had been foreseen."""
+        """Return each run's number with the summary of its line and its forecast."""
         return [(line.run, Summary.of(line.steps, line.values), line.planned) for line in self.lines]
 
 
 def panels(runs: Sequence[RunContent]) -> list[Panel]:
-    """Return the panels of the first MOST_LINES runs: the loss, each metric of the evaluations, the rest."""
+    """Return the panels of the first MOST_LINES runs: the loss, each evaluation metric, the rest."""
     drawn = runs[:MOST_LINES]
     evaluated = [run.series.metrics for run in drawn]
     names = dict.fromkeys(name for one in evaluated for name in one)
@@ -109,7 +109,7 @@ def _of_column(name: str, runs: Sequence[RunContent]) -> Panel:
 
 
 def _planned_memory(run: RunContent) -> float | None:
-    """Return the memory in GiB that was foreseen, of a GPU. A CPU's process holds far more than its tensors,
+    """Return the forecast memory of a GPU in GiB; None on CPUs, where a process holds far more than its tensors
     and is compared phase by phase instead."""
     expected = run.last.get("compared", {}).get("expected", {}).get("memory_bytes")
     on_cpu = str(run.last.get("training", {}).get("device", "cpu")).startswith("cpu")
@@ -117,7 +117,7 @@ def _planned_memory(run: RunContent) -> float | None:
 
 
 def _mean(values: Sequence[float], size: int) -> array[float]:
-    """Return at each place the mean of the last `size` values that are finite; NaN where none is."""
+    """Return at each point the mean of the finite values among the last `size`; NaN if there is none."""
     sums = list(accumulate((value if math.isfinite(value) else 0.0 for value in values), initial=0.0))
     counts = list(accumulate(map(math.isfinite, values), initial=0))
     means = array("d")
@@ -129,8 +129,8 @@ def _mean(values: Sequence[float], size: int) -> array[float]:
 
 
 def draw(drawn: Sequence[Panel], sweep: SweepContent | None) -> tuple[str, list[str]]:
-    """Return the figures as JSON that Bokeh's script embeds, harmless within a page, and the ids of the
-    elements that they go into: of the panels first, then of the sweep's keys."""
+    """Return the figures as JSON that Bokeh's script embeds, escaped for HTML, and the ids of their elements:
+    of the panels first, then of the sweep's keys."""
     from bokeh.core.json_encoder import serialize_json
     from bokeh.document import Document
     from bokeh.embed.util import standalone_docs_json_and_render_items
@@ -147,7 +147,7 @@ def draw(drawn: Sequence[Panel], sweep: SweepContent | None) -> tuple[str, list[
     for one in figures:
         document.add_root(one)
     documents, items = standalone_docs_json_and_render_items(figures)
-    # Bokeh would call the elements by chance; so a page that is drawn again has the same ones.
+    # Bokeh's own ids are random; with these a page that is drawn again has the same ones.
     elements = [f"plot-{place}" for place in range(len(figures))]
     item: Any = items[0].to_json()
     item["roots"] = dict(zip([one.id for one in figures], elements, strict=True))
@@ -185,8 +185,8 @@ def _panel(panel: Panel, steps: Any) -> figure:
 
 
 def _tried(sweep: SweepContent, key: str) -> figure:
-    """The metric of each measured point over the values of one key: on a scale where all are numbers, else
-    side by side."""
+    """Draw the metric of each evaluated point over the values of one key: on a numeric axis if all are numbers,
+    else side by side."""
     from bokeh.models import DataRange1d, FixedTicker
 
     points = [
@@ -206,8 +206,8 @@ def _tried(sweep: SweepContent, key: str) -> figure:
 
 
 def places_of(sweep: SweepContent, key: str) -> list[str]:
-    """Return the values that were tried of a key, each at its place on the axis; empty where all are finite
-    numbers, and stand on a scale."""
+    """Return the tried values of a key in the order of their places on the axis; empty if all are finite
+    numbers, on a numeric axis."""
     values = sorted({point.values[key] for point in sweep.points if key in point.values})
     try:
         return [] if all(math.isfinite(float(value)) for value in values) else values

@@ -1,4 +1,4 @@
-"""Put a report together: one file of HTML with all that it needs in it."""
+"""The assembly of a report: one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -21,38 +21,38 @@ from launcher.runs.cost import in_words
 from launcher.runs.wording import duration, gib, size
 
 MOST_TOLD = 6
-"""Runs that have a chapter of their own; the others are in the comparison only."""
+"""The most runs with a chapter of their own; the others are in the comparison only."""
 _HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
 class Report:
-    """Hold what the page tells of. `notice` puts an event into words, None where it is worth none."""
+    """The content of the page. `notice` puts an event into words, or returns None to leave it out."""
 
     title: str
     runs: Sequence[RunContent]
     notice: Callable[[dict[str, Any]], str | None]
     sweep: SweepContent | None = None
     prices: Mapping[str, float] = field(default_factory=dict)
-    """Of one device and hour, by its name."""
+    """The price per device-hour, by device name."""
 
 
 @dataclass(frozen=True)
 class Live:
-    """Say how a page that a server hands out follows what goes on."""
+    """The settings with which a page from a server keeps itself up to date."""
 
     every: float
-    """Seconds between two looks of the browser."""
+    """Seconds between two requests of the browser."""
     home: str = ""
     """The address of the page of all runs, relative to this one; empty on that page itself."""
     tag: str = ""
-    """What changes where the page does."""
+    """A tag that changes whenever the page does."""
     again: bool = False
-    """Whether this is for a page that is open already: its content without its scripts."""
+    """Whether this updates a page that is already open: its content without its scripts."""
 
 
 def check_installed(command: str = "launcher report") -> None:
-    """Raise ConfigurationError, with the way to install them, where the libraries that draw are missing."""
+    """Raise ConfigurationError, with how to install them, if the libraries for drawing are missing."""
     missing = [name for name in ("bokeh", "jinja2") if find_spec(name) is None]
     if missing:
         reason = f"needs {' and '.join(missing)}: pip install 'finetune-launcher[report]'"
@@ -60,8 +60,7 @@ def check_installed(command: str = "launcher report") -> None:
 
 
 def render(report: Report, live: Live | None = None) -> str:
-    """Return the page: a file for itself, or for a server that keeps it up to date. Call check_installed()
-    before it."""
+    """Return the page, as a file or for a server that keeps it up to date. Call check_installed() first."""
     panels = figures.panels(report.runs)
     drawing, ids = figures.draw(panels, report.sweep)
     return fill(
@@ -83,11 +82,11 @@ def render(report: Report, live: Live | None = None) -> str:
 
 
 def fill(template: str, scripts: Sequence[str], live: Live | None, **content: Any) -> str:
-    """Return a template of this folder filled in.
+    """Return a template of this folder, filled in.
 
-    Every text of a run is escaped where it is put in. Were one not, it would still not run: the policy in the
-    page's head names the scripts that may, and lets nothing be fetched from anywhere, but for a live page from
-    the server that it came from.
+    Every text of a run is escaped. Even an unescaped one could not run: the content security policy in the
+    page's head lists the allowed scripts, and forbids all fetches, except those of a live page from its own
+    server.
     """
     from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 
@@ -118,20 +117,20 @@ def fill(template: str, scripts: Sequence[str], live: Live | None, **content: An
 
 @functools.cache
 def _library() -> str:
-    """Return the script of Bokeh that draws."""
+    """Return Bokeh's script."""
     from bokeh.resources import Resources
 
     return "\n".join(Resources(mode="inline", components=["bokeh"]).js_raw)
 
 
 def script(name: str) -> str:
-    """Return the text of a file of this folder."""
+    """Return the text of a file in this folder."""
     return (_HERE / name).read_text(encoding="utf-8")
 
 
 def _tried(sweep: SweepContent | None, ids: Sequence[str]) -> list[tuple[str, str, list[str]]]:
-    """Return each key of a sweep with its figure's element, and the values that its places stand for; none
-    where they are numbers on a scale."""
+    """Return each key of a sweep with its figure's element and the values at its places; no values if they are
+    numbers on a numeric axis."""
     if sweep is None:
         return []
     return [(key, id, figures.places_of(sweep, key)) for key, id in zip(sweep.keys, ids, strict=True)]
@@ -143,7 +142,7 @@ def _digest(text: str) -> str:
 
 
 def number(value: Any) -> str:
-    """Return a value as people read it: four digits that matter, thousands apart; texts as they are."""
+    """Return a value for people: four significant digits, with thousands separators; texts as they are."""
     if value is None:
         return "–"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -156,10 +155,10 @@ def number(value: Any) -> str:
 
 
 def moment(seconds: float) -> str:
-    """Return the seconds since 1970 as date and time of this machine's zone."""
+    """Return seconds since 1970 as date and time in this machine's time zone."""
     return time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(seconds))
 
 
 def _known(write: Callable[[float], str]) -> Callable[[Any], str]:
-    """Return a filter that writes numbers, and a dash where there is none."""
+    """Return a filter that formats numbers, and shows a dash for anything else."""
     return lambda value: write(value) if isinstance(value, (int, float)) else "–"

@@ -1,1 +1,1 @@
-"""The run directory: every file in it, read and written without torch."""
+"""The run directory: all its files, read and written without torch."""

@@ -1,6 +1,6 @@
-"""Run work that may hang (a disk, a terminal) in a thread of its own.
+"""A separate thread for work that may hang (on a disk or a terminal).
 
-Whoever hands it work waits only as long as it wants to.
+Callers wait for it only as long as they want to.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ _SLICE_SECONDS = 0.005
 
 
 class Aside:
-    """One such thread. What it does is done in the order in which it was handed over; what that raises is
-    dropped.
+    """A thread that does work in the order in which it was queued; errors are dropped.
 
-    It is a daemon: a process ends though it hangs.
+    It is a daemon thread: a process can end while it hangs.
     """
 
     def __init__(self, name: str, most: int = 1000) -> None:
-        """At most `most` pieces of work may wait."""
+        """Start the thread, with a queue of at most `most` pieces of work."""
         self._work: queue.Queue[Callable[[], object] | None] = queue.Queue(most)
         self._since: float | None = None
         threading.Thread(target=self._run, name=name, daemon=True).start()
@@ -37,14 +36,14 @@ class Aside:
         self._work.task_done()
 
     def do(self, work: Callable[[], object]) -> bool:
-        """Have `work` done after all that waits; False where too much waits already, and this is left out."""
+        """Queue `work`; False if the queue is full and the work is dropped."""
         with contextlib.suppress(queue.Full):
             self._work.put_nowait(work)
             return True
         return False
 
     def close(self) -> None:
-        """Let the thread end, once it has done what waits."""
+        """End the thread once it has done the queued work."""
         with contextlib.suppress(queue.Full):
             self._work.put_nowait(None)
 
@@ -55,12 +54,12 @@ class Aside:
 
     @property
     def stuck_seconds(self) -> float:
-        """Return for how long the present piece of work has been under way; 0 where there is none."""
+        """Return for how long the current piece of work has been running; 0 if there is none."""
         since = self._since
         return 0.0 if since is None else time.monotonic() - since
 
     def wait(self, seconds: float, enough: Callable[[], bool] = lambda: False) -> bool:
-        """Wait until everything is done, for so many seconds, or until there has been `enough` of it. Whether
+        """Wait until everything is done, for at most `seconds`, or until `enough` says so. Returns whether
         everything is done."""
         until = time.monotonic() + seconds
         while not self.idle and time.monotonic() < until and not enough():
@@ -69,8 +68,8 @@ class Aside:
 
 
 def within(seconds: float, work: Callable[[], object], enough: Callable[[], bool] = lambda: False) -> bool:
-    """Do `work` in a thread of its own; False where it is not done in so many seconds, and goes on. What it
-    raises is dropped."""
+    """Do `work` in a separate thread; False if it is not done within `seconds`, while it continues. Its errors
+    are dropped."""
     aside = Aside("within")
     aside.do(work)
     aside.close()

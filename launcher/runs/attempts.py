@@ -1,4 +1,4 @@
-"""The attempts of a run one after another, from its events: when each began, how it ended and why."""
+"""The attempts of a run in order, from its events: when each began, how it ended and why."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ MARKS = (
     *("skipped", "rewound", "symptom", "cut", "early_stopping", "halved"),
     *("save_failed", "save_stalled", "made_room", "suspected", "recovered", "straggler"),
 )
-"""Events that are worth a line in a run's history; evaluations and saves are shown elsewhere."""
+"""The events that get a line in a run's history; evaluations and saves are shown elsewhere."""
 BETWEEN = ("planned", "plan_changed", "imported", "cut", "submitted", "requeued", "gave_up", "cancelled")
-"""What launchers write while no attempt runs."""
+"""The events that launchers write while no attempt runs."""
 MOST_MARKS = 60
-"""Kept of an attempt: half of them its first, half its last."""
+"""The number of marks kept per attempt: half of them its first, half its last."""
 
 
 @dataclass
 class Attempt:
-    """One attempt. Times are seconds since 1970, steps those of the run; what is not known is None."""
+    """One attempt. Times are seconds since 1970, steps those of the run; unknown values are None."""
 
     number: int
     began: float | None
@@ -29,19 +29,19 @@ class Attempt:
     job: str | None = None
     device: str | None = None
     first_step: int | None = None
-    """The steps that were done when it began to train."""
+    """The number of steps done when it began to train."""
     last_step: int | None = None
     ended: float | None = None
     """The time of its last event."""
     outcome: str = "cut short"
-    """One of finished, stopped, failed, cut short (it ended without a word, or still runs)."""
+    """One of finished, stopped, failed, cut short (it ended without an event, or still runs)."""
     cause: str = ""
-    """Why it ended, where that is known."""
+    """Why it ended, if that is known."""
     num_saves: int = 0
     num_evaluations: int = 0
     num_marks: int = 0
     marks: list[dict[str, Any]] = field(default_factory=list)
-    """Events named in MARKS, MOST_MARKS at most."""
+    """The events named in MARKS, MOST_MARKS at most."""
 
     @property
     def seconds(self) -> float | None:
@@ -50,9 +50,9 @@ class Attempt:
 
 
 def attempts(events: Iterable[dict[str, Any]], last_step_at: float | None = None) -> list[Attempt]:
-    """Return the attempts that the records of events.jsonl tell of, in order. A list goes in as well as a
-    file's records. One that is cut short, or still runs, lasted at least until the last step, where the
-    time of that is given."""
+    """Return the attempts in the records of events.jsonl, in order.
+
+    An attempt that was cut short, or still runs, lasted at least until `last_step_at`, if that is given."""
     told: list[Attempt] = []
     for record in events:
         if record.get("event") == "started":
@@ -75,7 +75,7 @@ def attempts(events: Iterable[dict[str, Any]], last_step_at: float | None = None
 
 
 def _take(attempt: Attempt, record: dict[str, Any]) -> None:
-    """Take in an event that came while, or after, an attempt ran."""
+    """Update an attempt by an event that came while it ran or afterwards."""
     name, step = str(record.get("event")), record.get("step")
     if attempt.outcome == "cut short" and name not in BETWEEN:
         attempt.ended = record.get("time", attempt.ended)

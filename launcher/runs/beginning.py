@@ -1,4 +1,4 @@
-"""Say in words what an attempt's ranks are at before its first step: for the minute in which no step moves."""
+"""The activity of an attempt's ranks before its first step, in words, to be shown until a step is done."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _WORDS = {
     "compiling": ("compiling", ""),
     "restoring": ("reading the checkpoint", ""),
 }
-"""By place: what people would call it, and what is counted there."""
+"""The words for each place, and the unit that is counted there."""
 _IN_A_STEP = ("data", "forward", "backward", "exchange", "optimizer", "recording")
 
 
 def doing(ranks: Sequence[Place], world_size: int | None) -> tuple[str, str] | None:
-    """Return what the rank that is least far is at, and how much of it is done (empty where nothing is counted).
+    """Return the activity of the least advanced rank, and how much of it is done (empty if nothing is counted).
 
-    None once a step is done, while ranks are at something that shows its own progress, as an evaluation, and
-    where they do not tell, as those of a script.
+    None once a step is done, while ranks do something that shows its own progress, such as an evaluation, and
+    if they do not report it, as in a script.
     """
     if not ranks:
-        return "starting: importing PyTorch", ""  # the process that starts them, or that they are forked from
+        return "starting: importing PyTorch", ""  # in the process that starts the ranks or forks them
     if world_size is not None and len(ranks) < world_size:
         return "starting ranks", f"{len(ranks)} of {world_size}"
     last = min(ranks, key=lambda one: (PLACES.index(one.place), one.done))

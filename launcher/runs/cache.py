@@ -1,8 +1,8 @@
-"""What launcher keeps under XDG_CACHE_HOME: size, last use, locks, pruning.
+"""launcher's cache under XDG_CACHE_HOME: size, last use, locks, pruning.
 
-Whoever uses an entry holds a shared lock on the file NAME.used beside it for as long as its process lives, so
-that no other process of any machine takes it away; the time of that file is when it was used last. Only what
-nobody holds is ever removed. On a file system without locks an entry counts as in use for a week.
+A process that uses an entry holds a shared lock on the file NAME.used next to it until the process ends, so
+that no process on any machine removes the entry. The modification time of that file is the time of last use.
+Only entries that nobody holds are removed. On a file system without locks an entry counts as in use for a week.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from launcher.errors import ConfigurationError, Problem
 from launcher.plain_files import read_json
 
 SIZE_VARIABLE = "LAUNCHER_CACHE_SIZE"
-"""How large prepared data may become, as `200GB`, or `unlimited`."""
+"""The variable that limits the size of prepared data, as `200GB`, or `unlimited`."""
 _SHARE, _MOST = 0.1, 100 * 10**9
-"""Without it: a tenth of the file system, at most 100 GB."""
+"""The limit without that variable: a tenth of the file system, at most 100 GB."""
 _KINDS = ("data", "models", "extensions", "profiles", "compiled")
 _WHOLE = ("extensions", "profiles", "compiled")
-"""Kinds whose files have names of others, or are small: they go all at once."""
+"""The kinds whose files are named by other tools, or are small: each is removed as one entry."""
 _WITHOUT_LOCKS_SECONDS = 7 * 86_400.0
 _TRIES = 10
-"""As often may an entry be removed while one begins to hold it; on some file systems a file never is the one
-at its path."""
+"""The number of tries to hold an entry that others remove meanwhile; on some file systems an open file never
+compares equal to the one at its path."""
 _USED, _LOCK = ".used", ".lock"
 _UNFINISHED = re.compile(r"^\.(?P<name>[0-9a-f]{32})-\w+$")
-"""What a process that was killed left of an entry that it was making, or removing."""
+"""The name of an entry that a killed process left while it was creating or removing it."""
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)B?\s*$")
 
 
 def root() -> Path:
-    """Return XDG_CACHE_HOME/launcher; where that is not set, ~/.cache/launcher."""
+    """Return XDG_CACHE_HOME/launcher, or ~/.cache/launcher if that is not set."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "launcher"
 
 
@@ -58,7 +58,7 @@ _held: list[Hold] = []
 
 @dataclass(frozen=True)
 class Entry:
-    """One thing in the cache. `kind` is data (prepared rows), models (unpacked), extensions (DeepSpeed's
+    """One entry of the cache. `kind` is data (prepared rows), models (unpacked), extensions (DeepSpeed's
     operators), profiles, compiled (layers), or unfinished."""
 
     kind: str
@@ -82,16 +82,16 @@ class Hold:
         self._file = file
 
     def release(self) -> None:
-        """Let others remove it."""
+        """Allow others to remove the entry."""
         if self._file is not None:
             self._file.close()
 
 
 def hold(path: Path) -> Hold:
-    """Use the entry at `path`, which need not be there yet. A cache that cannot be written, or has no locks,
-    is used without.
+    """Hold the entry at `path`, which need not exist yet. A cache that cannot be written, or has no locks, is
+    used without a lock.
 
-    Waits while another process is removing it.
+    Waits while another process is removing the entry.
     """
     used = _used(path)
     for _ in range(_TRIES):
@@ -110,14 +110,13 @@ def hold(path: Path) -> Hold:
 
 
 def forget(path: Path) -> None:
-    """Remove the file by which an entry was held that is gone."""
+    """Remove the lock file of an entry that is gone."""
     with contextlib.suppress(OSError):
         _used(path).unlink()
 
 
 def hold_until_the_end(path: Path) -> None:
-    """Use the entry in which a path lies for as long as this process lives; a path outside the cache needs
-    nothing."""
+    """Hold the entry that contains a path until this process ends; do nothing for a path outside the cache."""
     base = root()
     parts = path.relative_to(base).parts if path.is_relative_to(base) else ()
     if parts and parts[0] in _KINDS:
@@ -125,7 +124,7 @@ def hold_until_the_end(path: Path) -> None:
 
 
 def entries(kinds: tuple[str, ...] = _KINDS) -> list[Entry]:
-    """Return all there is, what was used last first."""
+    """Return all entries of these kinds, the most recently used first."""
     entries_there = [
         entry for kind in kinds for path in _paths(kind) if (entry := _look(kind, path)) is not None
     ]
@@ -133,10 +132,10 @@ def entries(kinds: tuple[str, ...] = _KINDS) -> list[Entry]:
 
 
 def to_prune(entries: list[Entry], older_than: float | None, max_size: int | None) -> list[Entry]:
-    """Return what would go: what was not used for `older_than` seconds, then what was used least recently
+    """Return the entries to remove: those not used for `older_than` seconds, then the least recently used
     until `max_size` bytes are left.
 
-    What a killed process left unfinished goes in any case; what is in use never.
+    Unfinished entries of killed processes are always included, entries in use never.
     """
     now, left = time.time(), sum(entry.bytes for entry in entries)
     going = []
@@ -151,16 +150,16 @@ def to_prune(entries: list[Entry], older_than: float | None, max_size: int | Non
 
 
 def remove(going: list[Entry]) -> list[Entry]:
-    """Remove them; gives those that are gone. One that has come into use meanwhile stays. Raises OSError
-    where nothing may be removed."""
+    """Remove these entries, except those that are in use by now, and return the removed ones. Raises OSError
+    if an entry may not be removed."""
     return [entry for entry in going if _remove(Path(entry.path), entry.last_used)]
 
 
 def keep_bounded() -> list[Entry]:
-    """Remove what killed processes left, and prepared data that was used least recently, until no more is
-    there than LAUNCHER_CACHE_SIZE says; gives what went.
+    """Remove unfinished entries of killed processes and the least recently used prepared data, until the size
+    is within LAUNCHER_CACHE_SIZE. Returns the removed entries.
 
-    Raises ConfigurationError where that is no size.
+    Raises ConfigurationError if that variable is not a size.
     """
     most = bound()
     with contextlib.suppress(OSError):
@@ -173,8 +172,8 @@ def keep_bounded() -> list[Entry]:
 
 
 def bound() -> int | None:
-    """Return the bytes of prepared data that are kept; None for any number. Raises ConfigurationError for a
-    variable that is no size."""
+    """Return the size limit of prepared data in bytes; None for no limit. Raises ConfigurationError if the
+    variable is not a size."""
     text = os.environ.get(SIZE_VARIABLE, "").strip()
     if text == "unlimited":
         return None
@@ -193,7 +192,7 @@ def _paths(kind: str) -> Iterator[Path]:
 
 
 def _look(kind: str, path: Path) -> Entry | None:
-    """One entry; None where it is being removed, or is nothing of ours."""
+    """Return one entry; None if it is being removed, or was not made by launcher."""
     unfinished = _UNFINISHED.match(path.name)
     if path.name.startswith(".") and not unfinished:
         return None
@@ -209,7 +208,7 @@ def _look(kind: str, path: Path) -> Entry | None:
 
 
 def _what(kind: str, path: Path) -> str:
-    """For people: of which rows prepared data is."""
+    """Return a description for people: of prepared data, its rows and files."""
     if kind != "data":
         return {
             "models": "an unpacked model",
@@ -226,12 +225,12 @@ def _what(kind: str, path: Path) -> str:
 
 @contextlib.contextmanager
 def _exclusive(path: Path, last_used: float) -> Iterator[bool]:
-    """Tell whether nobody uses an entry; nobody begins to while the context lasts."""
+    """Yield whether nobody uses an entry; nobody can start to use it while the context lasts."""
     used = _used(path)
     try:
         file = open(used, "r+b")  # noqa: SIM115
     except FileNotFoundError:
-        # Made before entries were held, or by hand: a user of it would have made the file.
+        # No process has ever held this entry: a process that uses one creates the file.
         yield True
         return
     except OSError:
@@ -249,7 +248,7 @@ def _exclusive(path: Path, last_used: float) -> Iterator[bool]:
 
 
 def _remove(path: Path, last_used: float) -> bool:
-    """Take one entry away: out of the way at once, so that nobody finds half of it."""
+    """Remove one entry, renamed first so that nobody finds half of it."""
     unfinished = _UNFINISHED.match(path.name)
     held = path.with_name(unfinished["name"]) if unfinished else path
     with _exclusive(held, last_used) as free:
@@ -271,7 +270,7 @@ def _used(path: Path) -> Path:
 
 
 def _is_still(file: IO[bytes], path: Path) -> bool:
-    """Return whether an open file is the one at that path: whoever removes an entry removes its file too."""
+    """Return whether an open file is still the one at a path: removing an entry removes its lock file too."""
     try:
         there, opened = path.stat(), os.fstat(file.fileno())
     except OSError:

@@ -1,7 +1,8 @@
-"""Checkpoints as files, without torch: manifests, hashes, which one to trust.
+"""Checkpoints as files, without torch: manifests, hashes, and the choice of the one to trust.
 
-A checkpoint is whole when its manifest is intact, belongs to this run and to the step in the directory's
-name, and every file beside it is named there with the right size and hash. Nothing else is ever chosen.
+A checkpoint is complete if its manifest is intact and belongs to this run and to the step in the directory's
+name, and if it lists exactly the files of the directory, with the right sizes and hashes. No other checkpoint
+is ever chosen.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ class _Frozen(BaseModel):
 
 
 class FileRecord(_Frozen):
-    """Hold what the writer knows of one file."""
+    """The size and hash of one file, from its writer."""
 
     bytes: Annotated[int, Field(ge=0, lt=2**63)]
     xxh3_128: str
 
 
 class Progress(_Frozen):
-    """Say how far training was."""
+    """The progress of training at a checkpoint."""
 
     step: Count
     """Optimizer steps done."""
@@ -46,11 +47,11 @@ class Progress(_Frozen):
     tokens: Count
     """Non-padding tokens consumed."""
     extra: dict[str, Any] = {}
-    """What else the trainer needs to go on; anything JSON can hold."""
+    """Other state that the trainer needs to resume; anything JSON can hold."""
 
 
 class Manifest(_Frozen):
-    """manifest.json: written last, so that a checkpoint with one had everything written before it."""
+    """The content of manifest.json, which is written last: where it exists, all other files were written."""
 
     format: Literal[1] = 1
     run_id: str
@@ -70,7 +71,7 @@ class Manifest(_Frozen):
         return sum(record.bytes for record in self.files.values())
 
     def to_json(self) -> str:
-        """Return the one text of this manifest, with a hash of itself in it."""
+        """Return the canonical text of this manifest, which includes a hash of its own content."""
         content = self.model_dump(mode="python")
         return _canonical({**content, "manifest_xxh3_128": _text_hash(content)})
 
@@ -102,7 +103,7 @@ def _text_hash(content: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Stored:
-    """A directory that looks like a checkpoint: with its manifest, or with what is wrong with it."""
+    """A directory that is named as a checkpoint: with its manifest, if that can be read, and its problems."""
 
     step: int
     directory: Path
@@ -116,14 +117,14 @@ class Stored:
 
 @dataclass(frozen=True)
 class Choice:
-    """The newest whole checkpoint, and what was looked at and not trusted before it."""
+    """The newest complete checkpoint, and the newer ones that were rejected."""
 
     chosen: Stored | None
     rejected: tuple[Stored, ...] = field(default=())
 
 
 def hash_file(path: Path) -> str:
-    """Return xxh3_128 of a file's content, streamed. Raises OSError."""
+    """Return the xxh3_128 hash of a file's content, read in blocks. Raises OSError."""
     digest = xxhash.xxh3_128()
     block = memoryview(bytearray(_BLOCK_BYTES))
     with open(path, "rb", buffering=0, opener=plain) as file:
@@ -134,8 +135,7 @@ def hash_file(path: Path) -> str:
 
 
 def look(directory: Path, run_id: str | None) -> Stored:
-    """Return everything about a checkpoint that can be checked without reading its data: manifest, names,
-    sizes.
+    """Check a checkpoint without reading its data: manifest, file names and sizes.
 
     `run_id` None accepts any run's.
     """
@@ -178,7 +178,7 @@ def _listing_problems(directory: Path, manifest: Manifest) -> list[str]:
 
 
 def file_problem(directory: Path, name: str, record: FileRecord) -> str | None:
-    """Return what is wrong with the content of one file of a checkpoint; None where nothing is."""
+    """Return the problem with the content of one file of a checkpoint; None if there is none."""
     try:
         digest = hash_file(directory / name)
     except OSError as error:
@@ -193,8 +193,7 @@ def file_problem(directory: Path, name: str, record: FileRecord) -> str | None:
 def content_problems(
     directory: Path, files: dict[str, FileRecord], num_threads: int | None = None
 ) -> list[str]:
-    """Return what is wrong with the content of these files. Hashing leaves the interpreter free, so threads
-    help."""
+    """Return the problems with the content of these files. Hashing releases the GIL, so threads help."""
     workers = min(len(files), num_threads or len(os.sched_getaffinity(0)))
     if workers <= 1:
         problems = [file_problem(directory, name, record) for name, record in files.items()]
@@ -205,8 +204,7 @@ def content_problems(
 
 
 def verify(directory: Path, run_id: str | None = None, num_threads: int | None = None) -> list[str]:
-    """Return everything that is wrong with a checkpoint, its data read and hashed; an empty list for a whole
-    one."""
+    """Return all problems with a checkpoint, with its data read and hashed; an empty list if it is complete."""
     stored = look(directory, run_id)
     if stored.problems or stored.manifest is None:
         return list(stored.problems)
@@ -214,7 +212,7 @@ def verify(directory: Path, run_id: str | None = None, num_threads: int | None =
 
 
 def list_checkpoints(run: RunDirectory) -> list[Stored]:
-    """Return all directories named as checkpoints, oldest first, each looked at without reading its data."""
+    """Return all directories named as checkpoints, oldest first, each checked without reading its data."""
     if not run.checkpoints.is_dir():
         return []
     run_id = run.run_id()
@@ -225,7 +223,7 @@ def list_checkpoints(run: RunDirectory) -> list[Stored]:
 
 
 def newest_valid(run: RunDirectory, num_threads: int | None = None) -> Choice:
-    """Return the newest checkpoint that verifies, and those newer ones that do not, with their problems."""
+    """Return the newest checkpoint that verifies, and the newer ones that do not, with their problems."""
     rejected: list[Stored] = []
     for stored in reversed(list_checkpoints(run)):
         problems = stored.problems

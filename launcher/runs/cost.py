@@ -1,4 +1,4 @@
-"""What a run took of its devices, in hours and in money."""
+"""A run's use of devices, in hours and in money."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 
 def in_words(device_hours: Mapping[str, float], prices: Mapping[str, float]) -> str:
-    """Return the hours of all devices of each kind, of CPUs those of the ranks, and what they cost where that is
-    known: `3.2 GPU-hours, cost 8.00`. Where some have a price, those without are named."""
+    """Return the GPU-hours, the rank-hours on CPUs, and their cost if it is known: `3.2 GPU-hours, cost 8.00`.
+    If only some devices have a price, those without one are named."""
     kinds: dict[str, float] = {}
     for device, hours in device_hours.items():
         kind = "rank-hours" if device in ("", "cpu") else "GPU-hours"
@@ -25,7 +25,7 @@ def _short(hours: float) -> str:
 
 
 def cost(device_hours: Mapping[str, float], prices: Mapping[str, float]) -> float | None:
-    """Return what these hours cost, by the price of one device and hour; None where one is not known."""
+    """Return the cost of these hours, from the prices per device-hour; None if a price is missing."""
     if not device_hours or device_hours.keys() - prices.keys():
         return None
     return round(sum(hours * prices[device] for device, hours in device_hours.items()), 4)

@@ -11,19 +11,18 @@ from launcher.runs.tail import parse
 
 MOST_POINTS = 2000
 _FEW = 8
-"""The stride from which on it pays to look for the steps that are kept in a block of lines."""
+"""The stride from which on searching a block of lines for the kept steps is faster."""
 _NEAR = 4096
-"""Bytes around the place where a step stands if all lines are of one length."""
+"""The bytes to search around the place where a step would be if all lines had one length."""
 _STEP = re.compile(rb'\{"kind": "train", "step": (\d{1,18}), .*\}$')
-"""A step as the trainer writes it, whole: most lines of a long file are looked at no closer."""
+"""A complete line of a step as the trainer writes it: most lines of a long file are not parsed further."""
 
 
 class Curve(Fold):
-    """The thinned loss of metrics.jsonl. Costs what was appended since it was kept.
+    """The thinned loss of metrics.jsonl. A refresh reads only what was appended since.
 
-    Of the steps, those are there that a power of two divides: of all powers the smallest that leaves at most
-    MOST_POINTS, at any time. A step that is run again takes the place of what was recorded of it and of all
-    later steps.
+    It holds the steps that are multiples of the stride: the smallest power of two that leaves at most
+    MOST_POINTS. A step that is run again replaces its earlier record and those of all later steps.
     """
 
     kept_as = "curve.json"
@@ -36,8 +35,8 @@ class Curve(Fold):
         return {"points": [], "stride": 1, "first": None, "last_step": -1, "last_line": ""}
 
     def take_block(self, block: bytes) -> None:
-        """Take many lines in, of which only those are looked at that are kept, where the block is of consecutive
-        steps: of as many lines, evaluations left out, as from its first step to its last."""
+        """Take a block of lines. If its steps are consecutive, only the kept ones are parsed. They count as
+        consecutive if the block has one line, evaluations aside, for each step from its first to its last."""
         first, last = (
             _STEP.match(line) for line in (block[: block.find(b"\n")], block[block.rfind(b"\n") + 1 :])
         )
@@ -54,7 +53,7 @@ class Curve(Fold):
             guess = len(block) * (step - begin) // (end - begin)
             near = block.find(text, max(place, guess - _NEAR), guess + _NEAR)
             if (place := block.find(text, place) if near < 0 else near) < 0:
-                # A line is missing, and another one twice. What is taken again changes nothing.
+                # A line is missing, and another is there twice. Taking lines again changes nothing.
                 return super().take_block(block)
             self.take(block[place + 1 : block.find(b"\n", place + 1)])
             step += 1
@@ -105,7 +104,7 @@ class Curve(Fold):
 
     @property
     def points(self) -> list[tuple[int, float]]:
-        """Return the steps with their losses, in order; the first and the last step always among them."""
+        """Return (step, loss) in order, always with the first and the last step."""
         pairs = [(step, loss) for step, loss in self.state["points"]]
         if self.first and (not pairs or pairs[0][0] > self.first[0]):
             pairs.insert(0, self.first)
@@ -116,5 +115,5 @@ class Curve(Fold):
 
 
 def is_step(record: dict[str, Any]) -> bool:
-    """Return whether a record of metrics.jsonl is of a training step."""
+    """Return whether a record of metrics.jsonl is a training step."""
     return record.get("kind", "train") == "train" and isinstance(record.get("step"), int) and "loss" in record

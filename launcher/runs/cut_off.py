@@ -1,4 +1,4 @@
-"""Find memory-mapped files that became shorter, after a SIGBUS."""
+"""Memory-mapped files that became shorter, to explain a SIGBUS."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from launcher.runs.layout import RunDirectory
 from launcher.runs.totals import Totals
 
 MADE_ANEW = "made anew by the next attempt"
-"""Said of a file of the cache: going on mends it."""
+"""The remark on a file of the cache: resuming repairs it."""
 
 
 def cut_off_file(run: RunDirectory) -> str:
-    """Return which file of a run is shorter than it was, with both lengths in bytes; empty where none is, or
-    none can be found."""
+    """Return the mapped file of a run that is shorter than it was, with both lengths in bytes; empty if none is
+    found."""
     for what, path, expected in _mapped(run):
         with contextlib.suppress(OSError):
             if (size := path.stat().st_size) < expected:
@@ -28,8 +28,7 @@ def cut_off_file(run: RunDirectory) -> str:
 
 
 def is_shared_memory_full() -> bool:
-    """Return whether nothing more can be put into /dev/shm: pages of it that do not exist are a SIGBUS
-    too."""
+    """Return whether /dev/shm is full: touching a page that it cannot allocate raises SIGBUS too."""
     try:
         return os.statvfs("/dev/shm").f_bavail == 0
     except OSError:
@@ -37,7 +36,7 @@ def is_shared_memory_full() -> bool:
 
 
 def _mapped(run: RunDirectory) -> Iterator[tuple[str, Path, int]]:
-    """Yield what a run maps: what it is for people, where it lies, and the bytes it should have."""
+    """Yield the files that a run maps: a description for people, the path, and the expected bytes."""
     for record in Totals(run).refresh().prepared.values():
         directory = Path(str(record.get("cache", "")))
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -54,8 +53,7 @@ def _mapped(run: RunDirectory) -> Iterator[tuple[str, Path, int]]:
 
 
 def _safetensors_bytes(path: Path) -> int:
-    """The length that a file's own header gives it; of one whose header is cut off, the least that it can
-    have."""
+    """Return a file's length according to its own header; if the header is cut off, a lower bound."""
     with open(path, "rb") as file:
         start = file.read(8)
         if len(start) < 8:

@@ -1,8 +1,8 @@
-"""Listening ports of a run's processes: find them, and close them to strangers.
+"""The listening ports of a run's processes, found and closed to strangers.
 
-The libraries that open them ask nobody for a name and cannot be told to stop listening. So the kernel is
-asked: a filter on the socket (socket(7), SO_ATTACH_FILTER; linux/filter.h) drops what comes from elsewhere,
-and disturbs no connection that is there already.
+The libraries that open them authenticate nobody and cannot be told to stop listening. So a kernel filter on the
+socket (socket(7), SO_ATTACH_FILTER; linux/filter.h) drops packets from elsewhere, and does not disturb
+established connections.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from pathlib import Path
 from typing import NamedTuple
 
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-"""By which the libraries are told on which interface to listen."""
+"""The variables that tell the libraries on which interface to listen."""
 _LOOPBACK, _IS_UP = "lo", 1
-"""The latter is IFF_UP of netdevice(7)."""
+"""The loopback interface, and IFF_UP of netdevice(7)."""
 _SO_ATTACH_FILTER = 26
 _LOAD_WORD, _JUMP_IF_EQUAL, _RETURN = 0x20, 0x15, 0x06
 _SOURCE_ADDRESS = 0xFFF00000 + 12
-"""In the header of IPv4, counted from SKF_NET_OFF."""
+"""The offset of the source address in the IPv4 header, counted from SKF_NET_OFF."""
 _WHOLE = 0xFFFFFFFF
 _ESTABLISHED = "01"
 
 
 class Listening(NamedTuple):
-    """A TCP socket of this process that waits for connections."""
+    """A listening TCP socket of this process."""
 
     descriptor: int
     place: tuple[str, int]
-    """Address by number, and port."""
+    """The numeric address and the port."""
 
 
 class Connection(NamedTuple):
-    """One end of a TCP connection, of those ends that are on this machine; addresses are (number, port)."""
+    """One end, on this machine, of a TCP connection; addresses are (numeric address, port)."""
 
     near: tuple[str, int]
     far: tuple[str, int]
@@ -46,7 +46,7 @@ class Connection(NamedTuple):
 
 
 def listening() -> list[Listening]:
-    """Find every TCP socket on which this process waits for connections."""
+    """Return every listening TCP socket of this process."""
     sockets = []
     for path in Path("/proc/self/fd").iterdir():
         with _socket(int(path.name)) as one:
@@ -62,7 +62,7 @@ def listening() -> list[Listening]:
 
 @contextlib.contextmanager
 def _socket(descriptor: int) -> Iterator[socket.socket | None]:
-    """The socket behind a descriptor, which stays open; None for what is none."""
+    """Yield the socket behind a descriptor, which stays open; None if it is not a socket."""
     try:
         copy = os.dup(descriptor)
     except OSError:
@@ -77,9 +77,9 @@ def _socket(descriptor: int) -> Iterator[socket.socket | None]:
 
 
 def admit(descriptor: int, addresses: Collection[str] = ()) -> bool:
-    """Have a listening socket take new connections from some IPv4 addresses alone, or from none.
+    """Restrict a listening socket to new connections from these IPv4 addresses, or from none.
 
-    False where the kernel has no such filters, as in some sandboxes: then the port stays as open as it was.
+    Returns False if the kernel has no socket filters, as in some sandboxes: then the port stays open.
     """
     program = [struct.pack("HBBI", _LOAD_WORD, 0, 0, _SOURCE_ADDRESS)] if addresses else []
     for address in addresses:
@@ -104,7 +104,7 @@ def admit(descriptor: int, addresses: Collection[str] = ()) -> bool:
 
 
 def connections() -> list[Connection]:
-    """Find all established TCP connections with an end on this machine, whoever's they are."""
+    """Return all established TCP connections with an end on this machine, of any user."""
     pairs = []
     for name in ("tcp", "tcp6"):
         with contextlib.suppress(OSError):
@@ -116,7 +116,7 @@ def connections() -> list[Connection]:
 
 
 def _place(text: str) -> tuple[str, int]:
-    """Return an address as proc(5) writes it: words of 32 bits in the machine's own order, and the port."""
+    """Parse an address in the form of proc(5): 32-bit words in the machine's byte order, and the port."""
     words, _, port = text.partition(":")
     content = b"".join(
         struct.pack("=I", int(words[begin : begin + 8], 16)) for begin in range(0, len(words), 8)
@@ -128,23 +128,21 @@ def _place(text: str) -> tuple[str, int]:
 
 
 def strangers(places: Collection[tuple[str, int]]) -> set[int]:
-    """Name the users, other than this process's, at the far ends of connections to some places, of those ends
-    that are on this machine."""
+    """Return the other users on this machine who are connected to these addresses."""
     there = connections()
     far_ends = {(one.far, one.near) for one in there if one.near in places}
     return {one.user for one in there if (one.near, one.far) in far_ends} - {os.getuid()}
 
 
 def callers(place: tuple[str, int]) -> set[str]:
-    """Name the IPv4 addresses at the far ends of connections to a place; the address 0.0.0.0 means all of
-    this machine's."""
+    """Return the IPv4 addresses that are connected to an address; 0.0.0.0 stands for all of this machine's."""
     address, port = place
     there = [one for one in connections() if one.near[1] == port and address in (one.near[0], "0.0.0.0")]
     return {one.far[0] for one in there if "." in one.far[0]}
 
 
 def loopback() -> str:
-    """Name the interface that leads to this machine alone; empty where it is down. Untold, gloo goes by the
+    """Return the name of the loopback interface; empty if it is down. Without it gloo would resolve the
     machine's name."""
     try:
         is_up = int(Path("/sys/class/net", _LOOPBACK, "flags").read_text(encoding="ascii"), 16) & _IS_UP

@@ -1,4 +1,4 @@
-"""Tell the class of an error by its type, errno or text, without importing torch."""
+"""The class of an error by its type, errno or text, without importing torch."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ GPU_BROKEN = re.compile(
     r"error: system not yet initialized",
     re.IGNORECASE,
 )
-"""What CUDA says of a GPU that has to be reset or replaced (the texts of cudaGetErrorString). Illegal
-addresses and failed launches are mostly the program's own; of those the kernel's log tells more."""
+"""CUDA's messages for a GPU that has to be reset or replaced (the texts of cudaGetErrorString). Illegal
+addresses and failed launches are mostly the program's own errors; the kernel's log says more about those."""
 _TEXTS = ((GPU_BROKEN, GpuError), (NO_MEMORY, OutOfMemoryError), (_DISK_FULL, StorageError))
 
 
 def classify(error: BaseException) -> tuple[type[LauncherError], bool]:
     """Return the class of an error, and whether it is only the consequence of another rank's end.
 
-    launcher's own errors keep their class; others are known by type, errno or text, wherever in the chain of
-    causes they stand. torch is not imported for it.
+    launcher's own errors keep their class; others are recognised by type, errno or text, anywhere in the chain
+    of causes.
     """
     link: BaseException | None = error
     while link is not None:
@@ -83,12 +83,12 @@ def _classify_one(error: BaseException) -> tuple[type[LauncherError], bool]:
 
 
 def classify_text(text: str) -> type[LauncherError]:
-    """Return the class that the text of an error tells, as of a process of which nothing else is left."""
+    """Return the class of an error from its text alone, which may be all that is left of a process."""
     return next((known for pattern, known in _TEXTS if pattern.search(text)), LauncherError)
 
 
 def named(error: OSError) -> LauncherError | None:
-    """Return an error of the system that no code foresaw, in words; None where its cause is not known."""
+    """Return an unexpected system error as one of launcher's errors; None if its cause is not known."""
     if error.errno in (errno.EMFILE, errno.ENFILE):
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         return ConfigurationError(Problem("ulimit -n", limit, f"{error.strerror}; write: ulimit -n 4096"))

@@ -1,4 +1,4 @@
-"""Append to and read events.jsonl and metrics.jsonl, one JSON object a line."""
+"""The files events.jsonl and metrics.jsonl, with one JSON object per line: appending and reading."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from launcher.runs.records import parse
 
 
 def append(path: Path, record: dict[str, Any]) -> None:
-    """Append one record. One write call, so that lines of several processes never mix. Raises OSError, as for
-    a full disk.
+    """Append one record, in one write call, so that lines of several processes never mix. Raises OSError, also
+    for a full disk.
 
-    After a line that a full disk or a crash cut short, a new one is begun.
+    After a line that a full disk or a crash cut short, it starts a new line.
     """
     line = (json.dumps(record, allow_nan=True, separators=(", ", ": ")) + "\n").encode()
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o666)
@@ -35,13 +35,12 @@ def append(path: Path, record: dict[str, Any]) -> None:
 
 
 def event(path: Path, name: str, **fields: Any) -> None:
-    """Append an event with the time it happened, in seconds since 1970. What looks like a secret is not
-    written."""
+    """Append an event with the current time, in seconds since 1970. Secrets are redacted."""
     append(path, {"time": round(time.time(), 3), "event": name, **redact_all(fields)})
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield every whole record; a last line that a crash cut short is left out."""
+    """Yield every complete record; a last line that a crash cut short is skipped."""
     if not path.exists():
         return
     with open(path, encoding="utf-8", errors="replace", opener=plain) as file:
@@ -51,8 +50,7 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def steps(path: Path) -> dict[int, dict[str, Any]]:
-    """Return the training record of each step. A step that was run again after a crash counts once, as it
-    was last."""
+    """Return the training record of each step; for a step that was run again after a crash, the last one."""
     return {
         record["step"]: record
         for record in read(path)

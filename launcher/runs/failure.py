@@ -1,8 +1,8 @@
-"""Find out why an attempt failed: what each rank recorded, and which failure came first.
+"""The cause of a failed attempt: each rank's recorded failure, and the one that came first.
 
 A rank that raises writes attempts/NNNN/failure-rank-R.json and exits hard. A rank that is killed writes
-nothing; the agent writes how it ended to attempts/NNNN/exits.json. `first` takes the one cause out of both,
-and `attempts/NNNN/failure.json` holds it.
+nothing; the agent writes how it ended to attempts/NNNN/exits.json. `first` finds the one cause from both, and
+`attempts/NNNN/failure.json` holds it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from launcher.runs.records import made_of
 
 EXITS = "exits*.json"
 SIGNS_OF_FAILURE = ("failure-rank-*.json", EXITS)
-"""What appears in an attempt's directory as soon as a rank has failed, on whichever node."""
+"""The files that appear in an attempt's directory once a rank has failed, on any node."""
 _TAIL_BYTES = 1 << 16
 _OF_A_GPU = re.compile(r"\b(CUDA|NCCL|cuBLAS|cuDNN)", re.IGNORECASE)
 _LONGEST_CAUSE = 400
@@ -49,8 +49,8 @@ _LONGEST_CAUSE = 400
 
 @dataclass(frozen=True)
 class Failure:
-    """Say how one rank failed. `step` is the last step that was done; `command` goes on from there, changed
-    as `advice` says."""
+    """The failure of one rank. `step` is the last step done; `command` resumes from there, with the change that
+    `advice` explains."""
 
     time: float
     rank: int
@@ -66,7 +66,7 @@ class Failure:
     advice: str = ""
 
     def __post_init__(self) -> None:
-        # An error's text may hold whatever it was given, as an address with a password.
+        # An error's text may contain anything, such as a URL with a password.
         for name in ("cause", "traceback"):
             object.__setattr__(self, name, redact(getattr(self, name)))
 
@@ -79,7 +79,7 @@ class Failure:
 
 
 def of(rank: int, error: BaseException, step: int = 0) -> Failure:
-    """Return how this process, as that rank, failed by an error."""
+    """Return the failure of this process, as that rank, by an error."""
     known, consequence = classify(error)
     cause = one_line(error)
     if known in (GpuError, LauncherError, RankLostError) and _OF_A_GPU.search(cause):
@@ -101,7 +101,7 @@ def of(rank: int, error: BaseException, step: int = 0) -> Failure:
 
 
 def record(directory: Path, rank: int, error: BaseException, step: int = 0) -> Failure:
-    """Write failure-rank-R.json into an attempt's directory, whole or not at all, and give back what it says."""
+    """Write failure-rank-R.json into an attempt's directory, atomically, and return the failure."""
     failure = of(rank, error, step)
     write_atomically(
         directory / f"failure-rank-{rank}.json", json.dumps(dataclasses.asdict(failure), indent=2) + "\n"
@@ -110,7 +110,7 @@ def record(directory: Path, rank: int, error: BaseException, step: int = 0) -> F
 
 
 def read(path: Path) -> Failure | None:
-    """Return the failure written at `path`; None where there is none that can be read."""
+    """Return the failure written at `path`; None if it cannot be read."""
     try:
         return made_of(Failure, read_json(path))
     except (OSError, ValueError, TypeError):
@@ -118,8 +118,8 @@ def read(path: Path) -> Failure | None:
 
 
 def write_exits(directory: Path, exits: list[dict[str, Any]], node: int = 0) -> None:
-    """Write how the ranks of a node ended: for each {rank, pid, code, time, by_agent, host}; code is negative
-    for a signal."""
+    """Write how a node's ranks ended: {rank, pid, code, time, by_agent, host} for each; code is negative for a
+    signal."""
     write_atomically(
         directory / (f"exits-{node}.json" if node else "exits.json"), json.dumps(exits, indent=2) + "\n"
     )
@@ -131,10 +131,9 @@ def lost(
     told: Iterable[dict[str, Any]] = (),
     spoken: Collection[int] = (),
 ) -> list[Failure]:
-    """Return the ranks that ended without a word: killed from outside, or crashed in native code.
+    """Return the failures of ranks that recorded none: killed from outside, or crashed in native code.
 
-    `told`: ends of ranks that the agent told without the disk; `spoken`: ranks that said themselves how they
-    failed.
+    `told`: exits that the agent reported without the disk; `spoken`: ranks that recorded their own failure.
     """
     exits = {int(end["rank"]): end for end in told}
     for path in sorted(directory.glob(EXITS)):
@@ -194,13 +193,14 @@ def _lost(end: dict[str, Any], directory: Path, out_of_memory_killer: bool) -> F
 
 
 def _age(directory: Path) -> float:
-    """Seconds since an attempt began, by its directory's first file."""
+    """Return the seconds since an attempt began, from its directory's oldest file, plus a minute."""
     times = [path.stat().st_mtime for path in directory.glob("*.json")]
     return time.time() - min(times, default=time.time()) + 60.0
 
 
 def _says(what: re.Pattern[str], log: Path) -> str:
-    """The line in which a native library said so before it aborted; empty where none did."""
+    """Return the last line of a log that matches, in which a native library named its error; empty if none
+    does."""
     try:
         with open(log, "rb", opener=plain) as file:
             file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
@@ -216,12 +216,11 @@ def first(
     failures: Iterable[Failure] = (),
     exits: Iterable[dict[str, Any]] = (),
 ) -> Failure | None:
-    """Return the failure that all others follow from; None where nobody failed.
+    """Return the failure that caused all others; None if no rank failed.
 
-    An error that names its class, or a rank that was killed, comes before an error of unknown class (which
-    may be how a lost peer looks to a library), and that before one that is known to be a consequence. Among
-    equals the earliest. `failures` and `exits` were told without the disk, and count for ranks of which
-    nothing is written there.
+    An error of known class, or a killed rank, takes precedence over an error of unknown class (which may be how
+    a library reports a lost peer), and that over a known consequence. Among equals the earliest is returned.
+    `failures` and `exits` were reported without the disk, and count for ranks that have written nothing there.
     """
     spoken = {failure.rank: failure for failure in failures}
     spoken.update(

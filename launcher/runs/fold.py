@@ -1,9 +1,8 @@
-"""Summarise a growing JSON lines file without reading it again.
+"""Incremental summaries of growing JSON lines files, which read each line once.
 
-A fold takes each line in once. What it then knows can be kept in a small file beside the long one, with the
-place up to which it holds: the next reader, of another process, goes on there. Rank 0 keeps them as it
-trains. Where such a file is missing, damaged, or of another file than the one beside it (a run that was made
-before there were any, half a copy), all is read once more, in blocks.
+A fold's state can be saved in a small file next to the long one, with the offset up to which it holds. The next
+reader, in another process, continues there. Rank 0 saves them as it trains. If such a file is missing, damaged,
+or belongs to another file (an older run, half a copy), everything is read again, in blocks.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from launcher.runs.tail import Tail, checksum_before
 
 
 class Fold(ABC):
-    """One file's fold. Making one reads only what was kept; `refresh` takes in what is new."""
+    """The fold of one file. The constructor reads only the saved state; `refresh` reads the new lines."""
 
     kept_as: ClassVar[str]
     form: ClassVar[int]
-    """Of the state; one that was kept in another form is not used."""
+    """The version of the state's format; a saved state of another version is not used."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._kept = path, path.with_name(self.kept_as)
@@ -36,28 +35,28 @@ class Fold(ABC):
 
     @abstractmethod
     def empty(self) -> dict[str, Any]:
-        """Return the state before the first line, of plain JSON values."""
+        """Return the state before the first line, as plain JSON values."""
 
     @abstractmethod
     def take(self, line: bytes) -> None:
-        """Take one line into the state."""
+        """Update the state by one line."""
 
     def refresh(self) -> Self:
-        """Take in what was appended since the last time."""
+        """Update the state by the lines appended since the last time."""
         for block in self._tail.blocks():
             self.take_block(block)
         return self
 
     def take_block(self, block: bytes) -> None:
-        """Take many whole lines into the state."""
+        """Update the state by many complete lines."""
         for line in block.split(b"\n"):
             try:
                 self.take(line)
             except (KeyError, TypeError, ValueError, AttributeError):
-                continue  # a line that is none of ours says nothing, and keeps nobody from the others
+                continue  # a foreign line is skipped, and the others are read all the same
 
     def keep(self) -> None:
-        """Write down what is known, for the next reader. Raises OSError."""
+        """Save the state for the next reader. Raises OSError."""
         state = json.dumps(self.state)
         content = {
             "form": self.form,
@@ -66,14 +65,14 @@ class Fold(ABC):
             "checksum": zlib.crc32(state.encode()),
             "state": self.state,
         }
-        # Not synced, as that can take as long as many steps: what a crash leaves of it is found out by the
-        # checksum.
+        # Not synced, as that can take as long as many steps: the checksum detects a file that a crash left
+        # incomplete.
         new = self._kept.with_name(f".{self._kept.name}.new")
         new.write_text(json.dumps(content) + "\n", encoding="utf-8")
         new.replace(self._kept)
 
     def _recall(self) -> tuple[int, dict[str, Any]]:
-        """The place and the state that were kept. Raises ValueError where they are not of this file."""
+        """Return the saved offset and state. Raises ValueError if they do not belong to this file."""
         content = read_json(self._kept)
         offset, state = content["offset"], content["state"]
         if content["form"] != self.form or content["checksum"] != zlib.crc32(json.dumps(state).encode()):

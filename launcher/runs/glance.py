@@ -1,4 +1,4 @@
-"""What a list of runs shows of one beside its status: its main metric, and the disk that it takes."""
+"""The columns of a list of runs in addition to a run's status: its main metric and its disk usage."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from launcher.runs.status import Status
 
 
 def glance(run: RunDirectory, status: Status) -> dict[str, Any]:
-    """Return `metric`: the name and the last value of the one by which the plan ranks checkpoints, None before
-    it was measured; and `disk_bytes`: of all files in the run's directory."""
+    """Return `metric`: the name and last value of the metric by which the plan ranks checkpoints, None before
+    its first evaluation; and `disk_bytes`: the size of all files in the run's directory."""
     name = None
     with contextlib.suppress(OSError):
         there = run.plan_file.stat()
@@ -27,8 +27,8 @@ def glance(run: RunDirectory, status: Status) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=1024)
 def _metric_of(plan: Path, *version: int) -> str | None:
-    """Return the metric of a plan's checkpoints; None where it cannot be read. A plan is long, and who looks
-    again and again reads it once for each `version` of its file."""
+    """Return the metric by which a plan ranks checkpoints; None if it cannot be read. A plan is long, so each
+    `version` of the file is read only once."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         name = read_json(plan)["checkpoint"]["metric"]
         return name if isinstance(name, str) else None
@@ -36,8 +36,8 @@ def _metric_of(plan: Path, *version: int) -> str | None:
 
 
 def disk_bytes(path: Path) -> int:
-    """Return the sizes of the files below a directory, together; links are not followed, and what goes away
-    meanwhile is nothing."""
+    """Return the total size of the files below a directory. Links are not followed, and files that disappear
+    meanwhile do not count."""
     total, directories = 0, [str(path)]
     while directories:
         with contextlib.suppress(OSError), os.scandir(directories.pop()) as entries:

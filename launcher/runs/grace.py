@@ -1,4 +1,4 @@
-"""How long the ranks have to save and leave, once a stop was asked for."""
+"""The grace period in which the ranks save and exit after a stop request."""
 
 from __future__ import annotations
 
@@ -15,36 +15,35 @@ from launcher.runs.layout import write_atomically
 
 @dataclass(frozen=True)
 class Grace:
-    """Say how long the ranks of one machine have to save and leave, and by which signal their launcher was
-    asked."""
+    """The deadline for the ranks of one machine to save and exit, and the signal that requested the stop."""
 
     until: float
-    """By this machine's clock since it booted, which all its processes share and nobody sets."""
+    """The deadline, on this machine's clock since boot, which all its processes share and nobody can set."""
     signal_name: str
 
     @classmethod
     def of(cls, seconds: float, signal_name: str) -> Grace:
-        """Return a grace that ends so many seconds from now."""
+        """Return a grace period that ends in `seconds` from now."""
         return cls(time.clock_gettime(time.CLOCK_BOOTTIME) + seconds, signal_name)
 
     @classmethod
     def read(cls, path: Path) -> Grace | None:
-        """Return what a launcher wrote at `path`; None where there is nothing that can be read."""
+        """Return the grace period that a launcher wrote at `path`; None if it cannot be read."""
         try:
             return cls(**read_json(path))
         except (OSError, ValueError, TypeError):
             return None
 
     def write(self, directory: Path) -> None:
-        """Tell the ranks of this machine. Raises OSError."""
+        """Write it for the ranks of this machine. Raises OSError."""
         write_atomically(grace_file(directory), json.dumps(dataclasses.asdict(self)) + "\n")
 
     @property
     def seconds_left(self) -> float:
-        """Return the seconds from now on; 0 where it is over."""
+        """Return the seconds that are left; 0 if it is over."""
         return max(0.0, self.until - time.clock_gettime(time.CLOCK_BOOTTIME))
 
 
 def grace_file(directory: Path) -> Path:
-    """Return where the ranks of this machine read how long they have."""
+    """Return the file from which the ranks of this machine read their grace period."""
     return directory / f"grace-{os.uname().nodename}.json"

@@ -1,4 +1,4 @@
-"""What the kernel's log says of killed processes and broken GPUs."""
+"""Killed processes and broken GPUs in the kernel's log."""
 
 from __future__ import annotations
 
@@ -28,13 +28,12 @@ _BROKEN = {
     140: "an ECC error that could not be corrected",
     143: "it could not be initialised",
 }
-"""Xids that mean a broken or hung GPU, by NVIDIA's list (docs.nvidia.com/deploy/xid-errors). The others (13,
-31, 43, 45 among them) are mostly the program's own faults, or follow from one of these."""
+"""The Xids that mean a broken or hung GPU, from NVIDIA's list (docs.nvidia.com/deploy/xid-errors). The others
+(13, 31, 43, 45 among them) are mostly errors of the program, or follow from one of these."""
 
 
 def kernel_log(seconds_back: float | None = None) -> str:
-    """Return the kernel's messages, all of them or those of the last seconds; empty where they may not be
-    read."""
+    """Return the kernel's messages, all of them or those of the last seconds; empty if they may not be read."""
     try:
         done = subprocess.run(["dmesg"], capture_output=True, text=True, timeout=_SECONDS, errors="replace")
     except (OSError, subprocess.TimeoutExpired):
@@ -49,8 +48,7 @@ def kernel_log(seconds_back: float | None = None) -> str:
 
 
 def newer(log: str, since: float) -> str:
-    """Return the lines of a log from so many seconds after the start of the machine on; those without a time
-    are left out."""
+    """Return the lines of a log from `since`, in seconds after boot, on; lines without a time are left out."""
     return "\n".join(text for at, text in _LINE.findall(log) if float(at) >= since)
 
 
@@ -64,12 +62,12 @@ def killed_for_memory(log: str, pid: int) -> str:
 
 
 def xids(log: str) -> list[tuple[int, str]]:
-    """Return the Xid errors in a log, each with the GPU's address, each once."""
+    """Return the distinct Xid errors in a log, each with the GPU's address."""
     return list(dict.fromkeys((int(number), where) for where, number in _XID.findall(log)))
 
 
 def broken_gpus(log: str) -> str:
-    """Return what the log says of GPUs that are broken; empty where that is nothing."""
+    """Return the log's errors of broken GPUs as a text; empty if there are none."""
     return "; ".join(
         f"Xid {number} on {where}: {_BROKEN[number]}" for number, where in xids(log) if number in _BROKEN
     )

@@ -1,4 +1,4 @@
-"""The run directory: every name in it, atomic writes, and its lock."""
+"""The layout of the run directory: every name in it, atomic writes, and its lock."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from launcher.runs.lease import NO_LOCKS, Lease
 from launcher.runs.processes import Identity
 
 STEP_DIRECTORY = re.compile(r"^step-(\d{8,})$")
-"""Eight digits, so that names sort; more where a run has a hundred million steps."""
+"""The name of a checkpoint: eight digits, so that names sort; more from a hundred million steps on."""
 LEFTOVER = re.compile(r"^\..+\.[0-9a-f]{8}$")
 """The name of a file that is being written, or that a crash left half written."""
 _RELEASE_SECONDS = 2.0
-"""For a disk to take the lock back; the kernel does it anyway when the process ends."""
+"""The time for a disk to release the lock; the kernel does it anyway when the process ends."""
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write `text` so that a reader, or a crash, sees the old file or the new one and never a part; durable
+    """Write `text` so that a reader, or a crash, sees the old file or the new one but never a part; durable
     when it returns.
 
-    Raises OSError, with the file's name, and then leaves nothing behind.
+    Raises OSError, with the file's name, and then leaves no temporary file.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
@@ -46,11 +46,11 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable, where the file system can. Raises OSError."""
+    """Make the names in a directory durable, if the file system supports it. Raises OSError."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     except PermissionError:
-        return  # one that may be written to and not be read
+        return  # a directory that may be written but not read
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -61,7 +61,7 @@ def sync_directory(path: Path) -> None:
 
 
 def make_directory(path: Path) -> None:
-    """Make a directory with all above it that are missing; each is durable. Raises OSError."""
+    """Create a directory and its missing parents, all durably. Raises OSError."""
     missing = [parent for parent in (path, *path.parents) if not parent.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for directory in missing:
@@ -69,8 +69,8 @@ def make_directory(path: Path) -> None:
 
 
 def runs_folder() -> Path:
-    """Return where runs are kept and looked for by name: LAUNCHER_RUNS, else runs/ below the working
-    directory. Raises ConfigurationError for a ~ that stands for nothing."""
+    """Return the folder in which runs are kept and looked up by name: LAUNCHER_RUNS, else runs/ below the
+    working directory. Raises ConfigurationError for a ~ without a home directory."""
     folder = os.environ.get("LAUNCHER_RUNS") or "runs"
     try:
         return Path(folder).expanduser()
@@ -81,14 +81,14 @@ def runs_folder() -> Path:
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """The names in one run directory. Making one touches nothing on disk."""
+    """The names in one run directory. The constructor does not touch the disk."""
 
     path: Path
 
     @classmethod
     def find(cls, run: str | Path, root: Path | None = None) -> RunDirectory:
-        """Return the run directory meant by a path or, below `root` (by default `runs_folder`), a name.
-        Raises ConfigurationError where there is none."""
+        """Return the run directory at a path or, by its name, below `root` (default: `runs_folder`). Raises
+        ConfigurationError if there is none."""
         root = root or runs_folder()
         for candidate in (Path(run), root / run):
             if (candidate / "plan.json").is_file():
@@ -105,8 +105,7 @@ class RunDirectory:
 
     @property
     def forecast_file(self) -> Path:
-        """Return what was expected of the run before it began; missing where nothing was known of its
-        model."""
+        """Return the file with the forecast made before the run began; missing if its model was not known."""
         return self.path / "forecast.json"
 
     @property
@@ -123,7 +122,8 @@ class RunDirectory:
 
     @property
     def rendered(self) -> Path:
-        """Return ds_config.json, accelerate.yaml, torchrun.txt, submit.sbatch: the plan as others read it."""
+        """Return the folder of ds_config.json, accelerate.yaml, torchrun.txt and submit.sbatch: the plan in the
+        form that other tools read."""
         return self.path / "rendered"
 
     @property
@@ -140,12 +140,12 @@ class RunDirectory:
 
     @property
     def request_file(self) -> Path:
-        """Return where a command as evaluate or predict says what is asked of the ranks."""
+        """Return the file with the request of a command such as evaluate or predict to the ranks."""
         return self.path / "request.json"
 
     @property
     def is_scratch(self) -> bool:
-        """Return whether it is the directory of such a command, that nobody can go on with later."""
+        """Return whether it is the temporary directory of such a command, which cannot be resumed."""
         return self.request_file.is_file()
 
     @property
@@ -157,16 +157,16 @@ class RunDirectory:
         return self.finished_file.exists()
 
     def checkpoint(self, step: int) -> Path:
-        """Return where the committed checkpoint of `step` is, or would be."""
+        """Return the directory of the committed checkpoint of `step`, which need not exist."""
         return self.checkpoints / f"step-{step:08d}"
 
     def evaluation(self, step: int) -> Path:
-        """Return the file of what no number shows of the evaluation at `step`: step, metrics, details; missing
-        where there is nothing of it."""
+        """Return the file with the step, metrics and details (more than numbers) of the evaluation at `step`;
+        missing if it has no details."""
         return self.path / "evaluations" / f"step-{step:08d}.json"
 
     def newest_evaluation(self, step: int) -> Path | None:
-        """Return the newest of these files up to a step; None where there is none."""
+        """Return the newest evaluation file up to a step; None if there is none."""
         steps = [path.stem.removeprefix("step-") for path in (self.path / "evaluations").glob("step-*.json")]
         newest = max((int(one) for one in steps if one.isdecimal() and int(one) <= step), default=None)
         return None if newest is None else self.evaluation(newest)
@@ -185,17 +185,17 @@ class RunDirectory:
         return max(numbers, default=0)
 
     def clear_leftovers(self) -> None:
-        """Remove the files that a crash left half written in the run directory itself. For whoever holds the
-        lock, while no rank lives."""
+        """Remove files that a crash left half written in the run directory itself. The caller holds the lock,
+        and no rank is running."""
         for path in self.path.glob(".*.*"):
             if LEFTOVER.match(path.name) and path.is_file() and not path.is_symlink():
                 path.unlink(missing_ok=True)
 
     def run_id(self) -> str:
-        """Return the run's identity, made up once. Checkpoints carry it, so that another run's shard is
-        known as such."""
+        """Return the run's random identity, created once. Checkpoints carry it, so that another run's shard is
+        recognised."""
         if not self.run_id_file.exists():
-            # Linked into place whole: a crash leaves no empty identity, and of two makers one wins.
+            # Linked into place when complete: a crash leaves no empty identity, and one of two writers wins.
             new = self.run_id_file.with_name(f".run_id.{secrets.token_hex(4)}")
             new.write_text(secrets.token_hex(8), encoding="utf-8")
             with contextlib.suppress(FileExistsError):
@@ -205,17 +205,17 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run for this process: by flock, or by a lease where the file system knows no locks.
+        """Lock the run for this process: by flock, or by a lease if the file system has no locks.
 
-        Raises RunInUseError, naming the holder, where another one has it, and StorageError where the file
-        cannot be opened.
+        Raises RunInUseError, which names the holder, if another process has the lock, and StorageError if the
+        file cannot be opened or locked.
         """
         try:
             descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise StorageError(f"{self.path / '.lock'}: {error.strerror}") from None
         lease = self._hold(descriptor)
-        with contextlib.suppress(OSError):  # on a full disk too, where there may be something to remove
+        with contextlib.suppress(OSError):  # a full disk must not prevent it: the command may free space
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, str(Identity.of_this_process()).encode(), 0)
         try:

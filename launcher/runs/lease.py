@@ -1,8 +1,8 @@
-"""Hold a run where the file system has no locks (some NFS, Lustre and FUSE mounts).
+"""A lease on a run, for file systems without locks (some NFS, Lustre and FUSE mounts).
 
-The holder makes a file that only one can make, says in it who it is, and rewrites it every few seconds.
-Whoever finds one takes it over once its holder is dead: on the same machine the kernel tells, on another one
-it must have been silent for long.
+The holder creates a file that only one process can create, with its identity in it, and rewrites it every few
+seconds. Another process takes it over once the holder is dead: on the same machine the kernel knows, on another
+one the holder must have been silent for long.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from pathlib import Path
 from launcher.runs.processes import Identity
 
 NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
-"""What flock() says where there are no locks, and not that somebody else has it."""
+"""The errors of flock() if the file system has no locks, not if another process holds the lock."""
 _BEAT_SECONDS = 5.0
 SILENT_SECONDS = 90.0
-"""A holder on another machine that has not written for so long is gone; by the clock of whoever waits."""
+"""The silence after which a holder on another machine counts as dead, by the clock of the waiting process."""
 
 
 class Lease:
-    """One such file. Raises BlockingIOError where another process holds it; else it is held until `release`."""
+    """One lease file, held until `release`. Raises BlockingIOError if another process holds it."""
 
     def __init__(self, path: Path, silent_seconds: float = SILENT_SECONDS) -> None:
         self._path, self._silent_seconds = path, silent_seconds
@@ -41,14 +41,14 @@ class Lease:
         threading.Thread(target=self._beat, name="lease", daemon=True).start()
 
     def release(self) -> None:
-        """Give it back. Raises OSError."""
+        """Release the lease. Raises OSError."""
         self._over.set()
         if _holder(_read(self._path) or "") == self._holder:
             self._path.unlink(missing_ok=True)
 
     def _made(self) -> bool:
-        # A link to a whole file: nobody ever sees one without a holder, and of two makers one wins, over NFS
-        # too.
+        # A link to a complete file: nobody ever sees one without a holder, and one of two processes wins, over
+        # NFS too.
         new = self._path.with_name(f".{self._path.name}.{secrets.token_hex(4)}")
         try:
             new.write_text(f"{self._holder}\n0", encoding="utf-8")
@@ -60,10 +60,10 @@ class Lease:
         return True
 
     def _clear_away(self, content: str) -> None:
-        """Remove a dead holder's file, and never a living one's that was made in its place meanwhile.
+        """Remove a dead holder's file, and never the file of a new holder that has replaced it meanwhile.
 
-        Only who holds the right to remove just that content may do so: a lease of its own, named by it. While
-        it is held nobody else can put another file there. Raises BlockingIOError where somebody else has it.
+        Removal needs a second lease, named by the hash of the content to be removed. While that is held no other
+        process can replace the file. Raises BlockingIOError if another process holds it.
         """
         name = hashlib.sha256(content.encode()).hexdigest()[:16]
         right = Lease(self._path.with_name(f"{self._path.name}.{name}"), self._silent_seconds)
@@ -79,7 +79,7 @@ class Lease:
             beat += 1
             with contextlib.suppress(OSError), open(self._path, "r+", encoding="utf-8") as file:
                 if _holder(file.read()) != self._holder:
-                    return  # somebody took it for dead
+                    return  # another process took it over
                 file.seek(0)
                 file.write(f"{self._holder}\n{beat}")
 
@@ -96,8 +96,8 @@ def _holder(content: str) -> str:
 
 
 def _is_dead(path: Path, content: str, silent_seconds: float) -> bool:
-    """Return whether the holder is gone: at once for one on this machine, after a while of silence for one
-    elsewhere."""
+    """Return whether the holder is dead: at once if it is on this machine, else after `silent_seconds` without
+    a write."""
     who = Identity.parse(_holder(content))
     if who is not None and who.is_here:
         return not who.lives

@@ -1,4 +1,4 @@
-"""What a running run is doing, and whether it may hang, from its events alone."""
+"""The current activity of a running run, and whether it may hang, from its events alone."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import time
 from typing import Any
 
 Events = dict[str, dict[str, Any]]
-"""The newest event of each name, of the newest attempt."""
+"""The newest event of each name, in the newest attempt."""
 OF_AN_ATTEMPT = ("suspected", "recovered", "straggler")
-"""Events that say nothing of the next attempt."""
+"""The events that do not apply to the next attempt."""
 _BY_THE_STEP = ("training", "evaluated", "saved", "save_failed", "compared")
-"""What is only ever said by a run that trains."""
+"""The events that only a training run writes."""
 
 
 def phase(last: Events, step: dict[str, Any] | None) -> str | None:
-    """Return what the run is at: `training` once a step, or what comes with steps, is newer than another
-    phase, or that is over."""
+    """Return the run's current phase: `training` if a step, or an event that comes with steps, is newer than
+    the newest phase, else that phase."""
     newest = last.get("phase", {})
     trains = [last[name].get("time", 0.0) for name in _BY_THE_STEP if name in last]
     if step is not None and "training" in last:
@@ -26,7 +26,7 @@ def phase(last: Events, step: dict[str, Any] | None) -> str | None:
 
 
 def step_age(last: Events, step: dict[str, Any] | None) -> float | None:
-    """Return the seconds since the last step of this attempt; None before it."""
+    """Return the seconds since the last step of this attempt; None before its first."""
     began = last.get("training", {}).get("time")
     if step is None or began is None or step.get("time", 0.0) < began:
         return None
@@ -34,7 +34,7 @@ def step_age(last: Events, step: dict[str, Any] | None) -> float | None:
 
 
 def suspicion(last: Events) -> str | None:
-    """Return the line that names a hang which is suspected now."""
+    """Return the line that names a currently suspected hang; None if there is none."""
     suspected = last.get("suspected")
     if suspected is None or last.get("recovered", {}).get("time", 0.0) >= suspected.get("time", 0.0):
         return None
@@ -42,5 +42,5 @@ def suspicion(last: Events) -> str | None:
 
 
 def straggler(last: Events) -> str | None:
-    """Return the line that names a slow rank of this attempt."""
+    """Return the line that names a slow rank of this attempt; None if there is none."""
     return str(last["straggler"].get("line", "")) if "straggler" in last else None

@@ -1,4 +1,4 @@
-"""Measurements of this machine."""
+"""The measured speeds of this machine."""
 
 from __future__ import annotations
 
@@ -17,48 +17,47 @@ REFERENCE = {
     "num_key_value_heads": 2,
     "intermediate_size": 64, "vocab_size": 64, "max_position_embeddings": 64, "tie_word_embeddings": False,
 }  # fmt: skip
-"""A model so small that a step of it is nothing but the calling of operators."""
+"""The configuration of a model so small that its step time is only the overhead of calling operators."""
 REFERENCE_LENGTH = 16
 
 
 @dataclass(frozen=True)
 class Rates:
-    """One machine's own figures. Rates are operations and bytes a second, of all cores of a CPU or of one
+    """The measured rates of one device, in operations and bytes per second, for all cores of a CPU or for one
     GPU."""
 
     device: str
     """cpu, or the name of the GPU."""
     when: str
     matrix: dict[str, float]
-    """Large products, by precision."""
+    """The rate of large matrix products, by precision."""
     bandwidth: float
-    """Of its memory, read and written."""
+    """The memory bandwidth, read and written."""
     link: float | None = None
-    """What a rank of several on this machine receives in a large all-gather; None where one rank was all
-    there is."""
+    """The rate at which a rank receives in a large all-gather on this machine; None if it had only one rank."""
     reference: dict[str, float] = field(default_factory=dict)
-    """Seconds of a forward and backward pass of REFERENCE over one sample, by what is recomputed."""
+    """Seconds of a forward and backward pass of REFERENCE on one sample, by activation checkpointing."""
     message: float | None = None
-    """Seconds that FSDP takes for each message beside its bytes, among the ranks of this machine."""
+    """Seconds that FSDP takes per message in addition to its bytes, among the ranks of this machine."""
     to_device: float | None = None
     to_host: float | None = None
     disk_write: float | None = None
     disk_read: float | None = None
     num_ranks: int = 1
-    """Among which messages were measured."""
+    """The number of ranks among which messages were measured."""
     quick: bool = False
-    """Whether it was measured for a short time, and not all of it."""
+    """Whether the measurement was short and incomplete."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """All that is known of one machine."""
+    """The rates of all devices of one machine."""
 
     rates: tuple[Rates, ...] = ()
 
     @classmethod
     def read(cls) -> Machine:
-        """Return this machine's; empty where nothing was measured, or the file cannot be read."""
+        """Return this machine's rates; empty if none were measured or the file cannot be read."""
         try:
             known = {one.name for one in fields(Rates)}  # earlier versions kept more
             return cls(
@@ -71,7 +70,7 @@ class Machine:
             return cls()
 
     def write(self) -> None:
-        """Keep it. A home that cannot be written loses a measurement and nothing else."""
+        """Save the rates. If the home directory cannot be written, only the measurement is lost."""
         try:
             path().parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path(), json.dumps(asdict(self), indent=2) + "\n")
@@ -83,17 +82,17 @@ class Machine:
         return next((rates for rates in self.rates if rates.device == device), None)
 
     def disk_rate(self) -> float | None:
-        """Return the bytes a second read or written, whichever is slower."""
+        """Return the bytes per second of disk reads or writes, whichever is slower; None if unknown."""
         known = [rate for rates in self.rates for rate in (rates.disk_write, rates.disk_read) if rate]
         return min(known, default=None)
 
     def with_rates(self, rates: Rates) -> Machine:
-        """Return it with newer figures of a device in the place of older ones."""
+        """Return a copy with a device's rates replaced."""
         others = (other for other in self.rates if other.device != rates.device)
         return replace(self, rates=(*others, rates))
 
 
 def path(environment: Mapping[str, str] = os.environ) -> Path:
-    """Return XDG_STATE_HOME/launcher/machines/HOST.json: a home may be shared by many machines."""
+    """Return XDG_STATE_HOME/launcher/machines/HOST.json: many machines may share a home directory."""
     state = environment.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     return Path(state) / "launcher" / "machines" / f"{platform.node() or 'machine'}.json"

@@ -1,8 +1,8 @@
-"""A pipe through which ranks tell their launcher of failures, without the disk.
+"""A pipe through which ranks report failures to their launcher, without the disk.
 
-The pipe has no name in any file system. Who writes to it opens `/proc/LAUNCHER/fd/N`, which the kernel grants
-to processes of the same user alone. One JSON object a line: {"say": line for people}, {"failure": a Failure}
-or {"exits": how ranks ended}.
+The pipe has no name in any file system. Writers open `/proc/LAUNCHER/fd/N`, which the kernel allows only to
+processes of the same user. It carries one JSON object per line: {"say": line for people}, {"failure": a
+Failure} or {"exits": how ranks ended}.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 VARIABLE = "LAUNCHER_NOTICES"
 _MOST_BYTES = 4096
-"""PIPE_BUF of Linux: so much is written whole or not at all, whoever else writes."""
+"""PIPE_BUF of Linux: a write of at most this size is atomic, even with several writers."""
 
 
 class Notices:
@@ -27,11 +27,11 @@ class Notices:
 
     @property
     def address(self) -> str:
-        """Return what to write to, for the environment of the agent and of the ranks."""
+        """Return the path to write to, for the environment of the agent and the ranks."""
         return f"/proc/{os.getpid()}/fd/{self._writing}"
 
     def records(self) -> list[dict[str, Any]]:
-        """Return what was told since the last call. Never waits."""
+        """Return the notices since the last call. Never waits."""
         with contextlib.suppress(BlockingIOError):
             while new := os.read(self._reading, 1 << 16):
                 self._rest += new
@@ -45,14 +45,14 @@ class Notices:
         return notices
 
     def close(self) -> None:
-        """Give the pipe up."""
+        """Close the pipe."""
         os.close(self._reading)
         os.close(self._writing)
 
 
 def tell(**record: Any) -> bool:
-    """Tell the launcher; whether it could be told. Never waits and never raises; texts are cut so that it is
-    a single write."""
+    """Send a notice to the launcher, and return whether that worked. Never waits and never raises; texts are
+    shortened to fit into a single write."""
     address = os.environ.get(VARIABLE)
     if not address:
         return False

@@ -1,4 +1,4 @@
-"""An output of many rows that grows beside its final name, and goes on where it was stopped."""
+"""An output of many rows that is written to a partial file, and continues where it was stopped."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from launcher.runs.layout import sync_directory, write_atomically
 from launcher.runs.wording import finite
 
 KEY = "--output"
-# TSV as it is read: without quoting.
+# TSV as launcher reads it: without quoting.
 _TABS = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "quotechar": None, "lineterminator": "\n"}
 _FORMATS: dict[str, dict[str, Any]] = {".csv": {}, ".tsv": _TABS}
 SUFFIXES = (".jsonl", *_FORMATS)
-"""What an output's name may end in."""
+"""The suffixes that an output's name may have."""
 
 
 class Partial:
-    """OUTPUT.partial, with OUTPUT.partial.json: what it is made of, and how many rows and bytes of it are
-    whole."""
+    """The file OUTPUT.partial, with OUTPUT.partial.json: its inputs, and how many of its rows and bytes are
+    complete."""
 
     def __init__(self, output: Path) -> None:
         self.output = output
@@ -32,23 +32,23 @@ class Partial:
         self.state_file = output.with_name(f"{output.name}.partial.json")
         self.num_rows = 0
         self.problems: dict[str, int] = {}
-        """Rows with a `problem` in them, by that."""
+        """The number of rows with each `problem`."""
         self._num_bytes = 0
         self._of: dict[str, Any] = {}
 
     @property
     def is_whole(self) -> bool:
-        """Return whether the output has its name, and a crash came before the files beside it were removed."""
+        """Return whether the output has its final name, but a crash left the partial files behind."""
         try:
             return self.output.exists() and bool(read_json(self.state_file)["is_finished"])
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
     def begin(self, of: dict[str, Any]) -> int:
-        """Return how many rows are there already of an output that was begun of the same.
+        """Begin or continue an output, and return how many of its rows exist already.
 
-        `of`: JSON values by names for people. Raises ConfigurationError where another output was begun
-        there, or the output is finished; StorageError where the place takes no files.
+        `of`: the inputs, JSON values by names for people. Raises ConfigurationError if the partial file was
+        begun with other inputs, or the output is finished; StorageError if files cannot be written there.
         """
         self._of = json.loads(json.dumps(of))
         try:
@@ -64,7 +64,7 @@ class Partial:
                 self._go_on()
             if not self.is_whole:
                 with open(self.path, "ab") as file:
-                    file.truncate(self._num_bytes)  # a crash may have left more than was counted
+                    file.truncate(self._num_bytes)  # a crash may have left more bytes than were counted
         except OSError as error:
             raise self._refused(error) from None
         return self.num_rows
@@ -90,8 +90,8 @@ class Partial:
             raise ConfigurationError(Problem(KEY, str(self.output), f"{reason} and {self.state_file.name}"))
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Write rows behind the others, durably. Raises StorageError where the disk does not take them."""
-        # A lone surrogate of a text is written as JSON's own escape.
+        """Append rows, durably. Raises StorageError if the disk refuses them."""
+        # A lone surrogate in a text is written as a JSON escape.
         content = "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows).encode(
             "utf-8", "backslashreplace"
         )
@@ -108,8 +108,8 @@ class Partial:
             raise self._refused(error) from None
 
     def finish(self) -> None:
-        """Give the output its name, as a table where that says so. Raises StorageError, and ConfigurationError
-        where another file has that name by now."""
+        """Rename the output to its final name, as a table if the suffix says so. Raises StorageError, and
+        ConfigurationError if another file has that name by now."""
         try:
             refuse_existing(self.output)
             if not self.output.exists():
@@ -135,10 +135,10 @@ class Partial:
 
 
 def _write_table(lines: Path, table: Path, suffix: str) -> None:
-    """Write JSON lines as a table of all columns that any of them has, which is read twice for that."""
+    """Write JSON lines as a table with the columns of all rows. The lines are read twice."""
     columns = list(dict.fromkeys(name for row in _flat_rows(lines) for name in row))
     written: Callable[[Any], Any] = _unquoted if suffix == ".tsv" else lambda cell: cell
-    # A lone surrogate of a text is written as in JSON.
+    # A lone surrogate in a text is written as in JSON.
     with open(table, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
         writer = csv.writer(file, **_FORMATS[suffix])
         writer.writerow(map(written, columns))
@@ -148,15 +148,15 @@ def _write_table(lines: Path, table: Path, suffix: str) -> None:
 
 
 def _unquoted(cell: Any) -> Any:
-    """Return a cell for a table without quoting: as a JSON text where it could not be told apart otherwise."""
+    """Return a cell for a table without quoting: as a JSON string if it would be ambiguous otherwise."""
     if isinstance(cell, str) and (cell.startswith('"') or not {"\t", "\n", "\r"}.isdisjoint(cell)):
         return json.dumps(cell, ensure_ascii=False)
     return cell
 
 
 def _flat_rows(lines: Path) -> Iterator[dict[str, Any]]:
-    """Yield rows as cells: of a mapping, as of probabilities by class, a column each, unless a column has that
-    name; other lists and mappings as JSON."""
+    """Yield rows as cells. A mapping, such as probabilities by class, becomes a column per key, unless a column
+    has that name already; other lists and mappings become JSON."""
     with open(lines, encoding="utf-8") as file:
         for line in file:
             values: dict[str, Any] = json.loads(line)
@@ -174,8 +174,8 @@ def _flat_rows(lines: Path) -> Iterator[dict[str, Any]]:
 
 
 def refuse_existing(output: Path) -> None:
-    """Raise ConfigurationError where an output is there already, has no folder to lie in, or a name that says
-    a format which is not written. One that `Partial` has yet to tidy up after is no hindrance."""
+    """Raise ConfigurationError if an output exists already, its folder does not exist, or its suffix is not
+    supported. A finished output whose partial files are still to be removed is accepted."""
     if output.suffix.lower() not in SUFFIXES:
         *first, last = SUFFIXES
         reason = f"answers are written as {', '.join(first)} or {last}; the nearest is {output.stem}.csv"

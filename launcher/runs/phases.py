@@ -1,4 +1,4 @@
-"""Progress within a phase of an attempt: one small file, overwritten in place."""
+"""The progress within a phase of an attempt: one small file, overwritten in place."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _FILE = "phase.json"
 
 
 class PhaseReport:
-    """Says how far one phase is. Its beginning is an event; what comes after that is written over, at most
+    """The progress report of one phase. Its beginning is an event; later progress overwrites one file, at most
     four times a second.
 
-    A disk that is full or gone stops nothing: progress is not worth more.
+    Errors of the disk are ignored: progress is not worth failing for.
     """
 
     def __init__(self, run: RunDirectory, phase: str, unit: str) -> None:
@@ -30,8 +30,7 @@ class PhaseReport:
         self._written = 0.0
 
     def __call__(self, done: int, total: int) -> None:
-        """Note that so many units of so many are done; 0 of 0 where another process does the work, and says
-        how far it is."""
+        """Report `done` of `total` units; 0 of 0 if another process does the work and reports its progress."""
         if not self._began:
             self._began = True
             with contextlib.suppress(OSError):
@@ -55,8 +54,8 @@ class PhaseReport:
 
 
 def current_phase(run: RunDirectory) -> dict[str, Any] | None:
-    """Return what was said last, in the form of an event `phase`; None before the first, and where it cannot
-    be read."""
+    """Return the latest progress in the form of an event `phase`; None before the first, or if it cannot be
+    read."""
     with contextlib.suppress(OSError, ValueError):
         content = read_json(run.path / _FILE)
         return content if isinstance(content, dict) and "time" in content else None

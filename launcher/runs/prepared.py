@@ -1,11 +1,11 @@
-"""Say what became of the rows of a data set: used, dropped, cut."""
+"""The counts of a data set's rows, in words: used, dropped, cut."""
 
 from __future__ import annotations
 
 from typing import Any
 
 WARNED_SHARE = 0.01
-"""Of the rows that were read: more dropped than this is a warning."""
+"""The share of dropped rows above which there is a warning."""
 _KEPT = (
     "rows_read",
     "rows_used",
@@ -20,7 +20,7 @@ _KEPT = (
 
 
 def line(record: dict[str, Any]) -> str:
-    """Return how many rows of how many are used, dropped (by reason) and cut: one line."""
+    """Return one line with the numbers of rows read, used, dropped (by reason) and cut."""
     so_far = " so far, streamed" if record.get("streaming") else ""
     parts = [f"{record['rows_used']:,} of {record['rows_read']:,} rows used{so_far}"]
     if dropped := record.get("dropped"):
@@ -32,7 +32,7 @@ def line(record: dict[str, Any]) -> str:
         parts.append(f"{record['num_cut']:,} cut")
     if record.get("fill") is None and record.get("num_items", 0) > record["rows_used"]:
         parts.append(f"{record['num_items']:,} windows")
-    if record.get("unit", "token") == "token":  # of all else a sample is one
+    if record.get("unit", "token") == "token":  # with any other unit a sample is one unit
         parts.append(f"{record['num_tokens']:,} tokens")
     if record.get("fill") is not None:
         parts.append(f"{packs(record)} {record['fill']:.1%} full")
@@ -40,14 +40,13 @@ def line(record: dict[str, Any]) -> str:
 
 
 def packs(record: dict[str, Any]) -> str:
-    """Return how many packs there are."""
+    """Return the number of packs in words."""
     number = record.get("num_items", 0)
     return f"{number:,} pack" + "s" * (number != 1)
 
 
 def warning(record: dict[str, Any]) -> str | None:
-    """Return what is to be said where more than 1% of the rows are dropped, with the first of them; None
-    where not."""
+    """Return a warning with the first dropped row if more than 1% of the rows are dropped; else None."""
     number, rows = num_dropped(record), record["rows_read"]
     if number <= WARNED_SHARE * rows:
         return None
@@ -58,13 +57,13 @@ def warning(record: dict[str, Any]) -> str | None:
 
 
 def first_dropped(record: dict[str, Any]) -> str:
-    """Return the first row that is left out, and why."""
+    """Return the first dropped row, and why it was dropped."""
     example = next((example for example in record.get("examples", ()) if not example.get("cut")), None)
     return f"the first is {place(example)}: {why(example)}" if example else "no example was kept"
 
 
 def place(example: dict[str, Any]) -> str:
-    """Return where a row stands: the line of its file, or the row's number where the format has no lines."""
+    """Return a row's file and line, or its number if the format has no lines."""
     return f"{example['file']}, line {example['line']}"
 
 
@@ -74,12 +73,12 @@ def why(example: dict[str, Any]) -> str:
 
 
 def num_dropped(record: dict[str, Any]) -> int:
-    """Return how many rows were left out, whatever the reason."""
+    """Return the number of dropped rows, for any reason."""
     return sum(record.get("dropped", {}).values())
 
 
 def lines(record: dict[str, Any]) -> list[str]:
-    """Return all that such an event says to people; nothing of any other event."""
+    """Return the lines for people of an event `prepared`; an empty list for any other event."""
     if record.get("event") != "prepared":
         return []
     each = [f"  {by_source(one)}" for one in record.get("by_source", ())]
@@ -87,7 +86,7 @@ def lines(record: dict[str, Any]) -> list[str]:
 
 
 def by_source(record: dict[str, Any]) -> str:
-    """Return what became of the rows of one of several sources: one line."""
+    """Return one line with the row counts of one of several sources."""
     text = line({**record, "role": record["source"]})
     if record["in_an_epoch"] != record["num_items"]:
         text += f"; {record['in_an_epoch']:,} of {record['num_items']:,} in an epoch"
@@ -95,6 +94,6 @@ def by_source(record: dict[str, Any]) -> str:
 
 
 def numbers(record: dict[str, Any]) -> dict[str, Any]:
-    """Return the part of an event that a status carries."""
+    """Return the fields of an event `prepared` that a status includes."""
     whole = {"num_dropped": num_dropped(record)} | record
     return {name: whole[name] for name in _KEPT if name in whole}

@@ -1,4 +1,4 @@
-"""Linux processes without any library: which live, their children, dying with the parent."""
+"""Linux processes without any library: liveness, children, death with the parent."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from types import FrameType
 
 PARENT_VARIABLE = "LAUNCHER_PARENT"
 RUN_VARIABLE = "LAUNCHER_RUN_DIRECTORY"
-"""Set where the ranks run a script of the user's own, which may want to know it."""
+"""The run directory's variable, set for the user's own script, which may need it."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-"""Each of them asks for a polite stop, whether the launcher, the agent or a rank gets it."""
+"""The signals that request a polite stop, from the launcher, the agent or a rank."""
 IGNORED_VARIABLE = "LAUNCHER_IGNORED_SIGNAL"
-"""A stop signal that ranks leave to their launcher, by its name: one that Slurm sends to all of them, and
-sooner than it need be heeded."""
+"""The variable with the name of a stop signal that ranks leave to their launcher: Slurm sends it to all of them,
+and earlier than necessary."""
 STACKS_SIGNAL = signal.SIGRTMIN + 5
-"""Has a rank write its stacks into its own memory; SIGQUIT has it write them to its log."""
+"""The signal for a rank to write its stacks into its shared memory; SIGQUIT makes it write them to its log."""
 _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Have the kernel kill this process when its parent dies, however that dies.
+    """Have the kernel kill this process when its parent dies, however that happens.
 
-    A parent that was gone before this call cannot be noticed by the kernel any more, so its id is
-    compared with `parent`, or with the one it left in the environment.
+    The kernel does not notice a parent that died before this call. So the parent's id is compared with `parent`,
+    or with the one in the environment.
     """
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     expected = os.environ.get(PARENT_VARIABLE) if parent is None else parent
@@ -39,9 +39,9 @@ def die_with_parent(parent: int | None = None) -> None:
 
 
 def begin_worker(parent: int, *, terminates: bool) -> None:
-    """Begin a forked worker: it leaves stop signals to the rank, which may go on for a while, and ends with it.
+    """Set up a forked worker: it ignores stop signals, as its rank may continue for a while, and ends with it.
 
-    `terminates`: whether SIGTERM ends it, by which pools end theirs.
+    `terminates`: whether SIGTERM ends it, as pools end their workers by it.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     for number in STOP_SIGNALS:
@@ -52,14 +52,14 @@ def begin_worker(parent: int, *, terminates: bool) -> None:
 
 
 def heed(handler: Callable[[int, FrameType | None], None]) -> None:
-    """Handle the stop signals in this process, but for the one that the launcher heeds for it."""
+    """Handle the stop signals in this process, except the one that only the launcher handles."""
     ignored = os.environ.get(IGNORED_VARIABLE)
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN if number.name == ignored else handler)
 
 
 def _stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat from the state on; empty where there is no such process."""
+    """Return the fields of /proc/PID/stat from the state on; empty if there is no such process."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -74,14 +74,14 @@ def alive(pid: int) -> bool:
 
 
 def parent_of(pid: int) -> int:
-    """Return the parent's id; 0 where there is no such process."""
+    """Return the parent's id; 0 if there is no such process."""
     fields = _stat(pid)
     return int(fields[1]) if fields else 0
 
 
 def started_at(pid: int) -> float:
-    """Return when the process began, in seconds since 1970, to about a second; infinity where there is no
-    such process."""
+    """Return the process's start in seconds since 1970, to about a second; infinity if there is no such
+    process."""
     fields = _stat(pid)
     if not fields:
         return float("inf")
@@ -90,8 +90,8 @@ def started_at(pid: int) -> float:
 
 
 def started_ticks(pid: int) -> int:
-    """Return when the process began, in ticks since the machine booted, which no change of the clock moves; 0
-    where there is no such process."""
+    """Return the process's start in ticks since boot, which no change of the clock affects; 0 if there is no
+    such process."""
     fields = _stat(pid)
     return int(fields[19]) if fields else 0
 
@@ -103,23 +103,23 @@ def children(pid: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Identity:
-    """One process, never to be taken for a later one of the same number."""
+    """The identity of one process, which a later process with the same pid does not match."""
 
     pid: int
     host: str
     ticks: int | None = None
-    """`started_ticks`; None where it is not known."""
+    """The result of `started_ticks`; None if it is not known."""
     boot: str = ""
-    """Which boot of the machine those count from."""
+    """The id of the boot from which the ticks count."""
 
     @classmethod
     def of_this_process(cls) -> Identity:
-        """Return who we are."""
+        """Return the identity of this process."""
         return cls(os.getpid(), os.uname().nodename, started_ticks(os.getpid()), _boot())
 
     @classmethod
     def parse(cls, text: str) -> Identity | None:
-        """Read it from what `str` gives, or from its beginning alone; None for anything else."""
+        """Parse the text of `str`, or its beginning; None for anything else."""
         match = re.match(r"process (\d+) on ([^\s,]+)(?:, begun at tick (\d+) of boot (\S*))?", text)
         return (
             cls(int(match[1]), match[2], int(match[3]) if match[3] else None, match[4] or "")
@@ -142,8 +142,8 @@ class Identity:
 
     @property
     def lives(self) -> bool:
-        """Return whether that very process lives. Only for one that `is_here`; where its beginning is not
-        known, by its number alone."""
+        """Return whether that very process is alive. Valid only if it `is_here`; if its start is not known, only
+        the pid is compared."""
         if not alive(self.pid):
             return False
         return self.ticks is None or (self.ticks == started_ticks(self.pid) and self.boot == _boot())
@@ -157,13 +157,13 @@ def _boot() -> str:
 
 
 def kill_group(pid: int) -> None:
-    """Send SIGKILL to the process group that `pid` leads; nothing where it is gone."""
+    """Send SIGKILL to the process group that `pid` leads; do nothing if it is gone."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
 
 
 def signal_name(number: int) -> str:
-    """Return `SIGKILL` for 9; the number itself where it has no name."""
+    """Return `SIGKILL` for 9; `signal N` for a number without a name."""
     try:
         return signal.Signals(number).name
     except ValueError:
@@ -171,9 +171,9 @@ def signal_name(number: int) -> str:
 
 
 def oom_kills() -> int:
-    """Return how often the out-of-memory killer has struck: in this control group and on this host, added up.
+    """Return the number of kills by the out-of-memory killer, summed over this control group and this host.
 
-    Only a difference between two calls says something.
+    Only the difference between two calls is meaningful.
     """
     try:
         own = Path("/proc/self/cgroup").read_text(encoding="utf-8")
@@ -183,8 +183,8 @@ def oom_kills() -> int:
 
 
 def _oom_files(own_groups: str) -> list[Path]:
-    """The host's counters, and those of this control group: by its own path, and at the top, where a
-    container has it."""
+    """Return the files with the host's counters and this control group's: at its own path, and at the top,
+    where a container has it."""
     groups = Path("/sys/fs/cgroup")
     files = [Path("/proc/vmstat"), groups / "memory" / "memory.oom_control", groups / "memory.events"]
     for line in own_groups.splitlines():

@@ -1,9 +1,9 @@
-"""A learning-rate range test: its curve as the run's files have it, and the rate that the curve suggests.
+"""A learning-rate range test: its curve from the run's files, and the rate that the curve suggests.
 
-After Smith (Cyclical Learning Rates for Training Neural Networks, 2017, arXiv 1506.01186), as fastai's
-`lr_find` and Lightning's `LearningRateFinder` do it: the rate grows exponentially, the loss is smoothed by a
-moving average with bias correction, and the test ends once that is some times its lowest. A step's loss is
-that of the weights before the update with its rate.
+After Smith (Cyclical Learning Rates for Training Neural Networks, 2017, arXiv 1506.01186), as in fastai's
+`lr_find` and Lightning's `LearningRateFinder`: the rate grows exponentially, the loss is smoothed by a moving
+average with bias correction, and the test ends once the average exceeds a multiple of its lowest value. A
+step's loss is that of the weights before the update with its rate.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from launcher.runs.layout import RunDirectory
 from launcher.runs.series import Series
 
 BETA = 0.95
-"""What a loss weighs against the one after it: the mean is over some 20 steps."""
+"""The decay of the moving average: the mean is over about 20 steps."""
 _FEWEST = 10
-"""Points behind the first tenth that a suggestion needs."""
+"""The number of points after the first tenth that a suggestion needs."""
 _STANDARD_ERRORS = 3.0
-"""Of a difference of two smoothed losses: what a fall has to be above."""
+"""The number of standard errors of a difference of two smoothed losses that a fall has to exceed."""
 _SMALLEST_FALL = 0.001
-"""Of the loss at the start; less is no fall even where no noise is seen."""
+"""The smallest fall, as a share of the loss at the start, that counts even without visible noise."""
 _NORMAL = 1.4826
-"""Times the median of absolute deviations is the standard deviation of what is normal."""
+"""The ratio of standard deviation to median absolute deviation in a normal distribution."""
 
 
 class SmoothedLoss:
-    """Keep the moving average of a run's losses: bias-corrected, as Adam's moments are."""
+    """The moving average of a run's losses, bias-corrected like Adam's moments."""
 
     def __init__(self) -> None:
         self._sum, self._weight = 0.0, 0.0
         self.value, self.lowest = math.nan, math.inf
 
     def add(self, loss: float) -> float:
-        """Take in the next loss; return the average. From a loss that is not finite on it is not either."""
+        """Add the next loss and return the average, which stays non-finite after a loss that is not finite."""
         self._sum = BETA * self._sum + (1 - BETA) * loss
         self._weight = BETA * self._weight + (1 - BETA)
         self.value = self._sum / self._weight
@@ -50,7 +50,7 @@ class SmoothedLoss:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """Name the learning rate that a range test suggests, or None, with the reason in one line."""
+    """The learning rate that a range test suggests, or None, with the reason in one line."""
 
     rate: float | None
     reason: str
@@ -62,14 +62,14 @@ class Suggestion:
 
 @dataclass(frozen=True)
 class RangeCurve:
-    """Hold what each step of a range test had: its rate, its loss, and the smoothed loss."""
+    """The learning rate, the loss and the smoothed loss of each step of a range test."""
 
     rates: tuple[float, ...]
     losses: tuple[float, ...]
 
     @classmethod
     def read(cls, run: RunDirectory) -> RangeCurve:
-        """Return the steps of a run that are written down. Raises OSError."""
+        """Return the recorded steps of a run. Raises OSError."""
         columns = Series.read(run).columns
         return cls(tuple(columns["learning_rate"]), tuple(columns["loss"]))
 
@@ -80,11 +80,11 @@ class RangeCurve:
         return tuple(average.add(loss) for loss in self.losses)
 
     def suggest(self, num_steps: int) -> Suggestion:
-        """Return a tenth of the rate at which the smoothed loss is lowest (fastai's `minimum`), where the loss
-        fell by more than its noise.
+        """Return a tenth of the rate at which the smoothed loss is lowest (fastai's `minimum`), if the loss fell
+        by more than its noise.
 
-        num_steps: of the whole test. Its first tenth is left out, as fastai leaves it out: the average is of
-        too few losses there.
+        num_steps: of the whole test. Its first tenth is left out, as in fastai, because the average there is of
+        too few losses.
         """
         smoothed = self.smoothed
         last = next((at for at, one in enumerate(smoothed) if not math.isfinite(one)), len(smoothed))
@@ -116,8 +116,8 @@ class RangeCurve:
         return Suggestion(rate, reason, at, steepest)
 
     def _noise(self, first: int, lowest: int) -> float:
-        """Return what two smoothed losses may differ by for the noise of single losses alone: from step to
-        step a loss differs by the root of 2 times its deviation."""
+        """Return the largest difference of two smoothed losses that noise alone explains. The deviation of
+        single losses is that of the differences of successive losses, divided by the root of 2."""
         differences = [
             abs(self.losses[at + 1] - self.losses[at]) for at in range(max(lowest, first + _FEWEST) - 1)
         ]
@@ -126,13 +126,13 @@ class RangeCurve:
 
 
 def _variance(number: int) -> float:
-    """Return the variance of the moving average of so many values of variance 1."""
+    """Return the variance of the moving average of `number` values of variance 1."""
     weights = (1 - BETA) / (1 - BETA**number)
     return weights**2 * (1 - BETA ** (2 * number)) / (1 - BETA**2)
 
 
 def _steepest(smoothed: Sequence[float], first: int, lowest: int) -> int:
-    """Return where the smoothed loss falls fastest over the logarithm of the rate, whose steps are equal, on
-    the way to its lowest; by central differences, as NumPy's `gradient`."""
+    """Return the index at which the smoothed loss falls fastest over the logarithm of the rate (in equal steps),
+    before its lowest point; by central differences, as in NumPy's `gradient`."""
     inner = range(max(first, 1), lowest)
     return min(inner, key=lambda at: smoothed[at + 1] - smoothed[at - 1], default=lowest)

@@ -1,8 +1,7 @@
-"""Validate records of a run's files: a damaged or foreign line is skipped.
+"""The validation of records in a run's files: a damaged or foreign line is skipped.
 
-Files lie about for years, are edited by hand and cut by full disks. What reads them counts and formats their
-fields without asking again, so a field of another kind than its writer's makes a line as worthless as half a
-line.
+Files are kept for years, edited by hand and cut by full disks. Readers use their fields without further checks,
+so a line with a field of the wrong type is skipped like an incomplete one.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 _LARGEST = 1 << 62
-"""Beyond it a count is no count, and a time no date."""
+"""The bound of counts; a larger number is damaged."""
 _Made = TypeVar("_Made")
 
 
@@ -89,7 +88,7 @@ def _texts_by_name(value: Any) -> bool:
 
 
 def _reports(value: Any) -> bool:
-    """Return whether it is a list of sources, each with its name and its counts."""
+    """Return whether a value is a list of sources, each with its name and counts."""
     counts = ("in_an_epoch", "rows_read", "rows_used", "num_cut", "num_items", "num_tokens")
     return isinstance(value, list) and all(
         isinstance(one, dict)
@@ -129,7 +128,7 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "expected": _measures,
     "failure": _failure,
 }
-"""The fields that are read by name."""
+"""The check of each field that is read by name."""
 _OR_NULL = dict.fromkeys(
     (
         "longest",
@@ -151,12 +150,12 @@ _NEEDED = {
     "failed": ("failure",),
     **dict.fromkeys(("requeued", "gave_up", "cancelled"), ("time",)),
 }
-"""By event, the fields without which nothing can be said of it."""
+"""The required fields of each event."""
 
 
 def parse(line: str | bytes) -> dict[str, Any] | None:
-    """Return the record in a line; None where the line is cut short, is no JSON object, or has a field of
-    another kind than its writer's."""
+    """Return the record in a line; None if the line is incomplete, is not a JSON object, or has a field of the
+    wrong type or lacks a required one."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -177,8 +176,8 @@ _KINDS = {"str": _text, "float": _number, "int": _count, "bool": _flag}
 
 
 def made_of(kind: type[_Made], content: Any) -> _Made:
-    """Return a dataclass of texts and numbers from what a JSON file holds. Raises TypeError where that has
-    other fields, or other kinds."""
+    """Return a dataclass of texts and numbers from the content of a JSON file. Raises TypeError if the fields or
+    their types differ."""
     if not isinstance(content, dict):
         raise TypeError(f"{type(content).__name__} in the place of a {kind.__name__}")
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]

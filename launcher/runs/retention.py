@@ -1,6 +1,6 @@
-"""Which checkpoints are committed, kept and removed.
+"""The commit, retention and removal of checkpoints.
 
-Whoever calls a function that changes something here holds the run's lock.
+Callers of functions that change something hold the run's lock.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ REMOVED_PREFIX = ".removed-"
 
 
 def best(whole: list[Stored], count: int, metric: str, better: Better) -> list[Stored]:
-    """Return so many of the checkpoints, the best first, of those that measured the metric as a number."""
+    """Return the `count` best checkpoints, the best first, among those with a finite value of the metric."""
     scored = [
         (cost(stored.manifest.metrics[metric], better), -stored.step, stored)
         for stored in whole
@@ -39,10 +39,10 @@ def to_prune(
     better: Better = "lower",
     known_good: Collection[int] = (),
 ) -> list[Stored]:
-    """Return the checkpoints that retention gives up: never the newest good one, nor anything newer than it.
+    """Return the checkpoints to remove: never the newest good one, nor any newer than it.
 
-    `better`: which value of `metric` is the best. `known_good`: steps that need no reading to be trusted, as
-    their bytes were hashed while they were written.
+    `better`: the direction in which `metric` improves. `known_good`: steps that are trusted without reading,
+    because their bytes were hashed while they were written.
     """
     listed = list_checkpoints(run)
     good = _newest_good(listed, known_good)
@@ -70,7 +70,7 @@ def prune(
     better: Better = "lower",
     known_good: Collection[int] = (),
 ) -> list[Stored]:
-    """Delete what `to_prune` names and return it. The caller holds the run's lock. Raises OSError."""
+    """Delete the checkpoints of `to_prune` and return them. The caller holds the run's lock. Raises OSError."""
     removed = to_prune(run, keep_last, keep_best, metric, better, known_good)
     for stored in removed:
         remove(stored.directory)
@@ -80,11 +80,10 @@ def prune(
 def make_room(
     run: RunDirectory, keep_best: int, metric: str, better: Better = "lower", known_good: Collection[int] = ()
 ) -> list[Stored]:
-    """Delete as many of the oldest checkpoints as one more needs that is as large as the newest, and return
-    them. Raises OSError.
+    """Delete the oldest checkpoints until one more of the newest one's size fits, and return them. Raises
+    OSError.
 
-    None where all that may go would not be enough: the newest good one stays, and those that are kept as the
-    best.
+    None is deleted if that would not be enough. The newest good one, and those kept as the best, always stay.
     """
     may_go = to_prune(run, 1, keep_best, metric, better, known_good)
     newest = next(
@@ -98,8 +97,7 @@ def make_room(
     if newest is None or not may_go:
         return []
     disk = os.statvfs(run.checkpoints)
-    # A quota is not seen here: where there seems to be room all the same, the oldest one is what can be given
-    # up.
+    # A quota is not visible here: if there seems to be room all the same, at least the oldest one is deleted.
     missing = max(1, newest.total_bytes - disk.f_bavail * disk.f_frsize)
     removed: list[Stored] = []
     for stored in may_go:
@@ -114,7 +112,7 @@ def make_room(
 
 
 def remove(directory: Path) -> None:
-    """Delete a checkpoint; renamed first, so that a half-deleted one is never seen under its name. Raises
+    """Delete a checkpoint, renamed first so that a half-deleted one never appears under its name. Raises
     OSError."""
     doomed = directory.with_name(f"{REMOVED_PREFIX}{directory.name.lstrip('.')}-{secrets.token_hex(4)}")
     directory.rename(doomed)
@@ -122,11 +120,11 @@ def remove(directory: Path) -> None:
 
 
 def remove_leftovers(run: RunDirectory) -> list[str]:
-    """Clear away what dead attempts left, and return the names. The caller holds the run's lock: no writer is
-    alive.
+    """Remove the leftovers of dead attempts, and return their names. The caller holds the run's lock, so no
+    writer is alive.
 
-    A checkpoint that was set aside for a newer one of its step, which then did not arrive, gets its name
-    back.
+    A checkpoint that was renamed for a replacement of the same step gets its name back if the replacement is
+    missing.
     """
     cleared: list[str] = []
     for path in sorted(run.checkpoints.glob(".*")) if run.checkpoints.is_dir() else []:
@@ -142,11 +140,10 @@ def remove_leftovers(run: RunDirectory) -> list[str]:
 
 
 def commit(run: RunDirectory, attempt: Path, manifest: Manifest) -> Path:
-    """Make a written attempt a checkpoint: manifest, sync, one rename. Raises OSError, and then nothing has
-    changed.
+    """Turn the directory of a finished save into a checkpoint: manifest, sync, one rename. Raises OSError, and
+    then nothing has changed.
 
-    An older checkpoint of the same step (rejected, or saved before a restart) is set aside first and deleted
-    last.
+    An older checkpoint of the same step (rejected, or saved before a restart) is renamed first and deleted last.
     """
     _write_synced(attempt / MANIFEST_NAME, manifest.to_json().encode())
     sync_directory(attempt)

@@ -1,4 +1,4 @@
-"""Samples of what a model says at its evaluations: RUN/samples/step-00000120.jsonl, a row a line."""
+"""Sample predictions of a model at its evaluations: RUN/samples/step-00000120.jsonl, one row per line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def write(run: RunDirectory, step: int, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def steps(run: RunDirectory) -> list[int]:
-    """Return the steps after which samples were taken, in order; none where they cannot be listed."""
+    """Return the steps after which samples were taken, in order; an empty list if they cannot be listed."""
     try:
         names = [path.name for path in (run.path / "samples").iterdir()]
     except OSError:
@@ -33,7 +33,7 @@ def steps(run: RunDirectory) -> list[int]:
 
 
 def read(run: RunDirectory, step: int) -> list[dict[str, Any]]:
-    """Return the samples of a step; none where they cannot be read."""
+    """Return the samples of a step; an empty list if they cannot be read."""
     try:
         content = read_bytes(_file(run, step))
     except OSError:
@@ -42,8 +42,7 @@ def read(run: RunDirectory, step: int) -> list[dict[str, Any]]:
 
 
 def newest(run: RunDirectory) -> tuple[int, list[dict[str, Any]]] | None:
-    """Return the step of the newest samples, and the samples; None where there are none, or they cannot be
-    read."""
+    """Return the step of the newest samples, and the samples; None if there are none or they cannot be read."""
     taken = steps(run)
     rows = read(run, taken[-1]) if taken else []
     return (taken[-1], rows) if rows else None
@@ -60,9 +59,9 @@ def heading(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def lines(rows: Sequence[dict[str, Any]], width: int = 600) -> list[str]:
-    """Return each sample as a line for people of at most `width` characters: the row's texts, the truth where
-    the row names its columns, and what the model says. The texts are cut first, and never to less than half of
-    the line."""
+    """Return each sample as a line for people of at most `width` characters: the row's texts, the label if the
+    row names its columns, and the model's prediction. The texts are cut first, but never below half of the
+    line."""
     results = []
     for row in rows:
         texts, truth, answer = row.get("input"), "", _told(row.get("answer"))
@@ -81,12 +80,12 @@ def lines(rows: Sequence[dict[str, Any]], width: int = 600) -> list[str]:
 
 
 def told(value: Any, width: int) -> str:
-    """Return a row's texts, or an answer, on one line of at most `width` characters."""
+    """Return a row's texts, or a prediction, on one line of at most `width` characters."""
     return _short(_told(value), width)
 
 
 def _told(value: Any) -> str:
-    """A value on one line, without JSON's marks where it is a single text, a chat, or an object with one key."""
+    """Return a value on one line, without JSON syntax if it is a single text, a chat, or a mapping."""
     if isinstance(value, dict) and len(value) == 1:
         [value] = value.values()
     if isinstance(value, list) and value and all(isinstance(turn, dict) and "role" in turn for turn in value):

@@ -1,4 +1,4 @@
-"""Secrets that the processes of an attempt share, for meeting each other."""
+"""The secret that the processes of an attempt share for their rendezvous."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import secrets
 from pathlib import Path
 
 STORE_VARIABLE = "LAUNCHER_STORE"
-"""Set for the ranks of one machine: the file through which they meet."""
+"""The variable, for the ranks of one machine, with the file through which they meet."""
 SECRET_VARIABLE = "LAUNCHER_SECRET_FILE"
-"""Set for the agents and ranks of several nodes: the file with the attempt's secret."""
+"""The variable, for the agents and ranks of several nodes, with the file of the attempt's secret."""
 NAME = "secret"
 _NUM_BYTES = 32
 
 
 def make(directory: Path, secret: str = "") -> Path:
-    """Write a secret, or a new one, into an attempt's directory, and give its file.
+    """Write a secret (by default a new one) into an attempt's directory, and return its file.
 
-    It is written whole, for its owner alone whatever the umask says. Raises OSError.
+    The file appears complete, and readable only by its owner whatever the umask. Raises OSError.
     """
     new = directory / f".{NAME}-{secrets.token_hex(4)}"
     descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -28,7 +28,7 @@ def make(directory: Path, secret: str = "") -> Path:
 
 
 def read(path: Path) -> str:
-    """Give the secret in a file. Raises OSError, and ValueError where it is none."""
+    """Return the secret in a file. Raises OSError, and ValueError if the file does not hold one."""
     secret = path.read_text(encoding="ascii").strip()
     if len(secret) != 2 * _NUM_BYTES:
         raise ValueError(f"{path} is no secret of an attempt")

@@ -1,4 +1,4 @@
-"""Each rank as its supervisor saw it, published for people and for the first node."""
+"""The state of each rank as its supervisor saw it, published for people and for the first node."""
 
 from __future__ import annotations
 
@@ -17,49 +17,48 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Seen(Place):
-    """One rank as its supervisor saw it: what it says, and what the kernel says of it."""
+    """The state of one rank as its supervisor saw it: its own report, and the kernel's."""
 
     time: float = 0.0
     """When it was seen, in seconds since 1970."""
     still_seconds: float = 0.0
-    """Since it last showed that it lives, by its supervisor's clock."""
+    """Seconds since its last sign of life, by its supervisor's clock."""
     phase: str = "start"
-    """What it is judged by: one of start, step, evaluation, storage, wait, none."""
+    """The phase by which it is judged: one of start, step, evaluation, storage, wait, none."""
     state: str = "R"
-    """Of /proc/PID/stat: R, S, D (blocked in the kernel), T (stopped), t (by a debugger), Z or empty (gone).
-    """
+    """The run state of /proc/PID/stat: R, S, D (blocked in the kernel), T (stopped), t (by a debugger), Z, or
+    empty (gone)."""
     state_seconds: float = 0.0
-    """How long it has been in that state, where that is D or T."""
+    """How long it has been in that state, if that is D or T."""
     traced: bool = False
-    """Whether a debugger is at it."""
+    """Whether a debugger is attached."""
     wchan: str = ""
-    """Where in the kernel it waits, as far as the kernel tells."""
+    """The kernel function in which it waits, if the kernel tells."""
     child: str = ""
-    """A process that it has started and waits for, where that is stopped."""
+    """A stopped descendant that it waits for."""
     save_still_seconds: float = 0.0
-    """Since its save last moved; 0 where there is none."""
+    """Seconds since its save last made progress; 0 if there is no save."""
     waits_in: str | None = None
-    """The collective that its stack ends in, empty where it ends elsewhere; None where there is no stack."""
+    """The collective in which its stack ends, empty if it ends elsewhere; None if there is no stack."""
     frame: str = ""
-    """Where its own code is: function and file of the innermost frame that tells something."""
+    """The innermost informative frame of its stack: function and file."""
 
 
 @dataclass(frozen=True)
 class SeenAgent:
-    """A node's agent as its supervisor saw it."""
+    """The state of a node's agent as its supervisor saw it."""
 
     host: str
     pid: int
     stopped_seconds: float = 0.0
-    """For how long a signal has held it; 0 where none does."""
+    """How long it has been stopped by a signal; 0 if it is not."""
     has_ranks: bool = False
-    """Whether a rank of it has come up."""
+    """Whether one of its ranks has started."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """Hold what a node's supervisor has published: a number that grows, its ranks, and its agent if that was
-    started."""
+    """The publication of a node's supervisor: a growing number, its ranks, and its agent if that was started."""
 
     number: int
     ranks: list[Seen]
@@ -67,7 +66,7 @@ class Published:
 
 
 def publish(path: Path, seen: Published) -> None:
-    """Write what a node's ranks and its agent do. In place, as clients of NFS see a new content sooner than a
+    """Write the state of a node's ranks and agent. In place, because NFS clients see new content sooner than a
     new file."""
     content = json.dumps(asdict(seen))
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
@@ -80,7 +79,7 @@ def publish(path: Path, seen: Published) -> None:
 
 
 def published(path: Path) -> Published | None:
-    """Return what `publish` wrote; None where it cannot be read, as in the middle of a write."""
+    """Return what `publish` wrote; None if it cannot be read, as in the middle of a write."""
     try:
         content = read_json(path)
         agent = content.get("agent")
@@ -91,12 +90,12 @@ def published(path: Path) -> Published | None:
 
 
 def _of_known_fields(kind: type[T], content: dict[str, Any]) -> T:
-    """Return a record of the fields that are known here: another version may have written more."""
+    """Return a dataclass from the fields that it knows: another version may have written more."""
     return made_of(kind, {field.name: content[field.name] for field in fields(kind) if field.name in content})  # type: ignore[arg-type]
 
 
 def ranks_of(directory: Path) -> list[Seen]:
-    """Return each rank of an attempt as it was seen last, on all nodes, in the order of the ranks."""
+    """Return the last seen state of each rank of an attempt, on all nodes, sorted by rank."""
     ranks = [
         one
         for path in directory.glob("ranks-*.json")

@@ -1,4 +1,4 @@
-"""Every number of every step of a run, exactly, in columns: what a report draws."""
+"""The exact numbers of every step of a run, in columns, for the charts of a report."""
 
 from __future__ import annotations
 
@@ -19,36 +19,35 @@ _STEP = re.compile(
     rb'\{"kind": "train", "step": (\d+), "loss": %b, "grad_norm": %b, "learning_rate": %b, '
     rb'[^{}\[\]]*"tokens_per_second": %b, "peak_memory_bytes": %b, [^{}\[\]]*"time": %b\}' % ((_N,) * 6)
 )
-"""A step as the trainer writes it, whole: read four times as fast as JSON whose fields are checked."""
+"""A complete line of a step as the trainer writes it: four times as fast to read as JSON with checked fields."""
 _WRITTEN = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "peak_memory_bytes", "time")
 COLUMNS = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_bytes", "time")
-"""Of a step's record; what one of them lacks is NaN there. 56 bytes a step in all."""
+"""The columns of a step's record; a missing value is NaN. A step takes 56 bytes in all."""
 
 
 @dataclass
 class Series:
-    """The steps of a run that count, in order, and its evaluations.
+    """The valid steps of a run, in order, and its evaluations.
 
-    A step that is run again takes the place of what was recorded of it and of all later steps, evaluations
-    too.
+    A step that is run again replaces its earlier record and those of all later steps, including evaluations.
     """
 
     steps: array[int] = field(default_factory=lambda: array("q"))
     columns: dict[str, array[float]] = field(default_factory=lambda: {name: array("d") for name in COLUMNS})
     evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
-    """(step, metrics), in the order of the steps."""
+    """Pairs (step, metrics), in the order of the steps."""
     _tail: Tail | None = field(default=None, repr=False, compare=False)
     _before: int = field(default=0, repr=False, compare=False)
-    """A checksum of the end of what was read."""
+    """A checksum of the last bytes that were read."""
 
     @classmethod
     def read(cls, run: RunDirectory) -> Series:
-        """Return what metrics.jsonl holds; empty where there is none yet. Raises OSError."""
+        """Return the content of metrics.jsonl; empty if it does not exist yet. Raises OSError."""
         return cls(_tail=Tail(run.metrics_file)).refresh()
 
     def refresh(self) -> Self:
-        """Take in what was appended to the file since it was read; all of it, where it is another one now.
-        Raises OSError."""
+        """Read the lines appended to the file since the last read; all of them if the file was replaced. Raises
+        OSError."""
         self._forget_another_file()
         for line in self._tail.lines() if self._tail else ():
             if match := _STEP.fullmatch(line):
@@ -61,7 +60,7 @@ class Series:
         return self
 
     def _forget_another_file(self) -> None:
-        """Begin anew where the file is not the one that was read."""
+        """Start anew if the file is not the one that was read."""
         if self._tail is None or not self._tail.offset:
             return
         with contextlib.suppress(FileNotFoundError):
@@ -73,7 +72,7 @@ class Series:
         self._tail = Tail(self._tail.path)
 
     def take(self, record: dict[str, Any]) -> None:
-        """Take in one record of metrics.jsonl."""
+        """Add one record of metrics.jsonl."""
         step = record.get("step")
         if is_step(record):
             assert isinstance(step, int)
@@ -101,12 +100,12 @@ class Series:
         del self.steps[place:]
         for values in self.columns.values():
             del values[place:]
-        # One at the step before is of the weights that this step begins with.
+        # An evaluation at the step before stays: it is of the weights with which this step begins.
         self.evaluations = [one for one in self.evaluations if one[0] < step]
 
     @property
     def metrics(self) -> dict[str, list[tuple[int, float]]]:
-        """Return each metric's evaluations, in the metrics' own order."""
+        """Return the evaluations of each metric as (step, value), in the order of the metrics."""
         by_name: dict[str, list[tuple[int, float]]] = {}
         for step, metrics in self.evaluations:
             for name, value in metrics.items():
@@ -115,8 +114,8 @@ class Series:
 
 
 def thin(steps: array[int], values: array[float], most: int) -> tuple[list[int], list[float]]:
-    """Return at most `most` (4 or more) of the points, the first and the last among them, and of each stretch
-    its lowest and its highest: no peak is lost. A stretch without a finite value is one NaN."""
+    """Return at most `most` (4 or more) of the points: the first, the last, and the lowest and highest of each
+    stretch between, so that no peak is lost. A stretch without a finite value becomes one NaN."""
     number = len(steps)
     if number <= most:
         return list(steps), list(values)

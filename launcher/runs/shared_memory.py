@@ -1,4 +1,4 @@
-"""Allocate memory that other processes reach by a descriptor, without a name in a file system."""
+"""Memory that other processes reach through a descriptor, without a name in a file system."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import tempfile
 
 
 def shared_memory(num_bytes: int) -> int:
-    """Return the descriptor of a file in memory, without a name. Raises OSError.
+    """Return the descriptor of an unnamed file in memory. Raises OSError.
 
-    Where the kernel has no memfd, a file without a name in /dev/shm or the directory for temporary files; its
-    pages are taken at once, as a file system that is full would end whoever writes into it later.
+    If the kernel has no memfd, it is an unnamed file in /dev/shm or the directory for temporary files. Its pages
+    are allocated at once, because a full file system would kill a process that writes to it later.
     """
     with contextlib.suppress(OSError, AttributeError):
         descriptor = os.memfd_create("launcher")

@@ -1,4 +1,4 @@
-"""Who may read the files of a run: the umask's choice, or the group too."""
+"""Read access to the files of a run: as the umask says, or for the group too."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _GROUP_READS = stat.S_IRGRP | stat.S_IXGRP
 
 
 def set_umask(share_with_group: bool) -> None:
-    """Let the group read, with `share_with_group`, what this process, and all that it starts, make from now
+    """With `share_with_group`, let the group read the files that this process and its children create from now
     on; else change nothing."""
     if share_with_group:
         os.umask(os.umask(0o077) & ~_GROUP_READS)
 
 
 def share(path: Path) -> None:
-    """Let the group read what is there already, as far as it is this user's; links are left alone."""
+    """Let the group read this user's existing files below a path; links are left alone."""
     for directory, _, names in os.walk(path):
         for entry in (Path(directory), *(Path(directory) / name for name in names)):
             with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""How a run is doing, read from its directory alone."""
+"""The status of a run, read from its directory alone."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from launcher.runs.tail import last_record, last_records
 from launcher.runs.totals import Totals
 
 HEARTBEAT = "heartbeat"
-"""A file in an attempt's directory that a launcher on another machine touches for so long as it lives."""
+"""The file in an attempt's directory that a launcher touches while it is alive, for other machines."""
 _SECONDS_BETWEEN_BEATS = 60.0
-"""After so long without one it counts as gone; it beats every 5 s."""
+"""The time without a heartbeat after which a launcher counts as gone; it writes one every 5 s."""
 
 
 @dataclass(frozen=True)
 class Status:
-    """One look at a run. What is not known yet is None.
+    """The status of a run at one moment. Unknown values are None.
 
-    `state` is one of planned, running, finished, stopped, failed, interrupted (its processes are gone without
-    a word), and in lists unreadable (its files cannot be read).
+    `state` is one of planned, running, finished, stopped, failed, interrupted (its processes ended without an
+    event), and in lists unreadable (its files cannot be read).
     """
 
     run: str
@@ -45,49 +45,48 @@ class Status:
     checkpoint_step: int | None = None
     phase: str | None = None
     doing: str | None = None
-    """What its ranks are at before the first step of this attempt, in words."""
+    """The activity of its ranks before the first step of this attempt, in words."""
     process: str | None = None
     signal: str | None = None
     failure: dict[str, Any] | None = None
     command: str | None = None
     tokens_per_second: float | None = None
     data_share: float | None = None
-    """The part of its last step in which rank 0 waited for data."""
+    """The share of its last step in which rank 0 waited for data."""
     checkpoint_age_seconds: float | None = None
     step_age_seconds: float | None = None
-    """Since the last step of this attempt, while it runs."""
+    """Seconds since the last step of this attempt, while it runs."""
     step_seconds: float | None = None
-    """What a step takes, by the time of its last ones; while it trains."""
+    """The time of a step, by the last ones; while it trains."""
     began: float | None = None
     """When its first attempt began, in seconds since 1970."""
     seconds: float = 0.0
-    """Wall time of its attempts; of one that was cut short or goes on, until the last that is known of it."""
+    """Wall time of its attempts; one that was cut short or still runs counts until its last event or step."""
     device_hours: dict[str, float] = field(default_factory=dict)
-    """Of all attempts, by the name of the device: their wall time times their ranks, each of which holds one."""
+    """The device-hours of all attempts, by device name: wall time times ranks, as each holds one device."""
     seconds_left: float | None = None
-    """Until its last step, by the time of its last ones; evaluations and saves apart. While it trains."""
+    """Seconds until its last step while it trains, from its recent steps, without evaluations and saves."""
     hang: str | None = None
     """The line that names a hang, while one is suspected."""
     straggler: str | None = None
     """The line that names a slow rank."""
     last_word: str | None = None
-    """Why it was requeued or given up, where that was decided for it."""
+    """The decision to requeue or give up the run, with its reason, if there was one."""
     job: str | None = None
     """Its Slurm job."""
     nodes: tuple[str, ...] = ()
-    """Those of the newest attempt, under Slurm."""
+    """The nodes of the newest attempt, under Slurm."""
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Of each data set by its role: rows read, used, dropped (by reason) and cut, tokens; empty before it is
-    prepared."""
+    """The counts of each data set by its role: rows read, used, dropped (by reason) and cut, tokens; empty
+    before it is prepared."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it for --json."""
+        """Return the status for --json."""
         return dataclasses.asdict(self)
 
 
 def read_status(run: RunDirectory, totals: Totals | None = None) -> Status:
-    """Return what happened in a run, and whether it is running now. Who looks again and again hands in the
-    totals that it has."""
+    """Return the status of a run. A repeated reader passes the `totals` that it has, which are refreshed."""
     totals = (totals or Totals(run)).refresh()
     last = totals.last
     state = _state(run, last)
@@ -133,13 +132,13 @@ def read_status(run: RunDirectory, totals: Totals | None = None) -> Status:
 
 
 def _doing(run: RunDirectory, last: dict[str, dict[str, Any]]) -> str | None:
-    """Return what the ranks of an attempt without a step are at, with how far they are."""
+    """Return the activity and progress of the ranks of an attempt that has no step yet."""
     known = doing(ranks_of(run.attempt(run.last_attempt())), last.get("started", {}).get("world_size"))
     return known and ": ".join(filter(None, known))
 
 
 def _data_share(record: dict[str, Any] | None) -> float | None:
-    """Return the share of a step in which it waited for data, by its record; None where that does not say."""
+    """Return the share of a step spent waiting for data, from its record; None if the record lacks it."""
     if not record or not {"data_seconds", "tokens_per_second", "num_tokens"} <= record.keys():
         return None
     return round(record["data_seconds"] * record["tokens_per_second"] / max(1, record["num_tokens"]), 4)
@@ -155,7 +154,7 @@ def _age(checkpoint: Path | None) -> float | None:
 
 
 def _last_word(last: dict[str, dict[str, Any]], state: str) -> str | None:
-    """Return what decided that the run goes on, or does not."""
+    """Return the last decision to requeue, give up or cancel the run, with its reason; None if there is none."""
     if state == "finished":
         return None
     words = [(last[name]["time"], name) for name in ("requeued", "gave_up", "cancelled") if name in last]
@@ -176,10 +175,9 @@ def _state(run: RunDirectory, last: dict[str, dict[str, Any]]) -> str:
 
 
 def holder(run: RunDirectory) -> str | None:
-    """Return who holds the run's lock, as `process PID on HOST`; None where nobody does.
+    """Return the holder of the run's lock, as `process PID on HOST`; None if nobody holds it.
 
-    A launcher that was killed leaves its name in the file: on the same host it counts only while that process
-    lives.
+    A killed launcher leaves its name in the file: on the same host it counts only while that process is alive.
     """
     lock = run.path / ".lock"
     try:
@@ -192,14 +190,14 @@ def holder(run: RunDirectory) -> str | None:
         return None
     if not who.is_here:
         return who.name if _beats(run) else None
-    # Without its beginning, as older versions wrote it: one that began after the file was written only has
-    # the same number.
+    # Older versions did not write the process's start: a process that began after the file was written only has
+    # the same pid.
     known = who.ticks is not None or started_at(who.pid) <= written + 2
     return who.name if who.lives and known else None
 
 
 def _beats(run: RunDirectory) -> bool:
-    """Return whether a launcher on another machine has shown that it lives; true where it never says."""
+    """Return whether a launcher on another machine has a recent heartbeat; true if it never wrote one."""
     try:
         return (
             time.time() - (run.attempt(run.last_attempt()) / HEARTBEAT).stat().st_mtime
@@ -210,7 +208,7 @@ def _beats(run: RunDirectory) -> bool:
 
 
 def newest_checkpoint(run: RunDirectory) -> Path | None:
-    """Return the newest committed checkpoint by its name; whether it is whole is checked when it is loaded."""
+    """Return the newest committed checkpoint by name; whether it is complete is checked when it is loaded."""
     if not run.checkpoints.is_dir():
         return None
     named = (path for path in run.checkpoints.iterdir() if STEP_DIRECTORY.match(path.name))
@@ -219,11 +217,11 @@ def newest_checkpoint(run: RunDirectory) -> Path | None:
 
 
 def last_step(run: RunDirectory) -> int:
-    """Return the last step that is written in metrics.jsonl; 0 before the first."""
+    """Return the last step in metrics.jsonl; 0 before the first."""
     record = last_record(run.metrics_file, is_step)
     return int(record["step"]) if record else 0
 
 
 def has_learned(run: RunDirectory) -> bool:
-    """Return whether a step of the run is written down, or saved."""
+    """Return whether the run has recorded or saved a step."""
     return last_step(run) > 0 or newest_checkpoint(run) is not None

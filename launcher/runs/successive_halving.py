@@ -1,9 +1,9 @@
-"""Successive halving: decide whether a sweep's point goes on, by what all points measured.
+"""Successive halving: the decision whether a sweep's point continues, from all points' evaluations.
 
-Asynchronous, as Li et al. describe it (A System for Massively Parallel Hyperparameter Tuning, 2020): nobody
-waits for the others. A point that comes to a rung goes on if it is among the best 1/factor of those that have
-been there; rungs are at first, first x factor, first x factor^2, ... steps. Every point's own events say what
-it measured and when; so nothing else is written, and nothing is locked.
+Asynchronous, as Li et al. describe it (A System for Massively Parallel Hyperparameter Tuning, 2020): no point
+waits for the others. A point that reaches a rung continues if it is among the best 1/factor of those that have
+reached it; rungs are at first, first x factor, first x factor^2, ... steps. Each point's own events hold its
+evaluations with their times, so nothing else is written and nothing is locked.
 """
 
 from __future__ import annotations
@@ -33,21 +33,20 @@ class Measured:
 
 
 class _Point:
-    """The evaluations of one point that can decide anything; its events are read once, and then what is new
-    of them."""
+    """The evaluations of one point that can affect a decision; only new events are read each time."""
 
     def __init__(self, path: Path, rule: Halving) -> None:
         self._name, self._rule = path.name, rule
         self._tail = Tail(RunDirectory(path).events_file)
         self._seen: set[int] = set()
         self._rung = 0
-        """No more than the rungs that it has been judged at."""
+        """A lower bound of the number of rungs at which it has been judged."""
         self._highest: Measured | None = None
         self.decisive: list[Measured] = []
         self.newest: Measured | None = None
 
     def refresh(self) -> None:
-        """Take in each new evaluation once: an attempt that goes on may measure a step again."""
+        """Read each new evaluation once: a resumed attempt may evaluate a step again."""
         for line in self._tail.lines():
             record = parse(line) if b'"evaluated"' in line else None
             if record is None or record.get("event") != "evaluated":
@@ -59,24 +58,23 @@ class _Point:
             self.newest = Measured(record["time"], self._name, step, value)
             if self._highest is None or step > self._highest.step:
                 self._highest = self.newest
-            # A point is judged by its highest step: before the next rung nothing is decided, and what is no
-            # number is at no rung.
+            # A point is judged by its highest step: before the next rung nothing is decided, and a NaN does not
+            # reach a rung.
             if self._highest.step >= self._rule.first * self._rule.factor**self._rung:
                 self.decisive.append(self.newest)
                 self._rung += not math.isnan(self._highest.value)
 
 
 def better_of(content: dict[str, Any]) -> Better:
-    """Return which value of a sweep's metric is the better one; sweeps of before 2026-12 do not say, and had
-    losses and errors."""
+    """Return the direction in which a sweep's metric improves; sweeps from before 2026-12 do not record it."""
     old: Better = "lower" if str(content.get("metric")) in ("loss", "perplexity", "mse") else "higher"
     return "higher" if content.get("better", old) == "higher" else "lower"
 
 
 @dataclass(frozen=True)
 class Halving:
-    """The rule of one sweep. `first`: steps before the first rung; `factor`: one point in so many goes on
-    from each."""
+    """The rule of one sweep. `first`: steps before the first rung; `factor`: one in `factor` points continues
+    from each rung."""
 
     sweep: Path
     metric: str
@@ -87,7 +85,7 @@ class Halving:
 
     @classmethod
     def of(cls, run: RunDirectory) -> Halving | None:
-        """Return the rule under which a run is a point; None for every other run."""
+        """Return the rule of the sweep in which a run is a point; None for any other run."""
         sweep = run.path.parent.parent
         try:
             content = read_json(sweep / SWEEP_FILE)
@@ -103,8 +101,8 @@ class Halving:
             return None
 
     def gives_up(self, run: RunDirectory) -> bool:
-        """Return whether the run's last evaluation leaves it behind. Replays what decided anything in the
-        sweep, in the order of its times."""
+        """Return whether the run's last evaluation rules it out. Replays the decisive evaluations of the sweep,
+        in the order of their times."""
         own = self._point(run.path)
         own.refresh()
         if not own.decisive or own.decisive[-1] is not own.newest:

@@ -1,4 +1,4 @@
-"""Follow a JSON lines file while others append to it; read the end of one."""
+"""Following a JSON lines file while others append to it, and reading the end of one."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from launcher.runs.records import parse
 
 _BLOCK = 1 << 18
 _BEFORE = 4096
-"""Bytes before a place, by which a file is known again."""
+"""The number of bytes before an offset by which a file is recognised again."""
 _LAST_BLOCK = 1 << 14
-"""What is read at a time from the end: some 60 steps."""
+"""The bytes read at a time from the end: about 60 steps."""
 
 
 class Tail:
-    """Gives each record of a file once. It may start at the file's present end, or at an offset; the file
-    need not exist yet. `overwritten`: of a line that is not whole yet, what a \\r goes back over is not kept."""
+    """A reader that returns each record of a file once, from its current end or an offset on. The file need not
+    exist yet. `overwritten`: drop the part of an incomplete line that a \\r overwrites."""
 
     def __init__(
         self, path: Path, from_end: bool = False, offset: int = 0, overwritten: bool = False
@@ -32,25 +32,25 @@ class Tail:
 
     @property
     def offset(self) -> int:
-        """Return how many bytes of the file are whole lines that were given."""
+        """Return the number of bytes of the file that were returned as complete lines."""
         return self._offset - len(self._rest)
 
     @property
     def unfinished(self) -> bytes:
-        """Return what was read of a line that is not whole yet."""
+        """Return the part of an incomplete line that was read."""
         return self._rest
 
     def lines(self) -> Iterator[bytes]:
-        """Yield what was appended since the last call, without ever holding more than a block of it; to be
-        read to its end.
+        """Yield the lines appended since the last call, with never more than a block in memory. The iterator
+        must be consumed to its end.
 
-        A line that is not whole yet comes with a later call.
+        A line that is not complete yet is returned by a later call.
         """
         for block in self.blocks():
             yield from block.split(b"\n")
 
     def blocks(self) -> Iterator[bytes]:
-        """Yield the same lines, many at a time: whole ones, without the end of the last."""
+        """Yield the same lines in blocks of complete lines, without the last newline."""
         try:
             file = open(self.path, "rb", opener=plain)  # noqa: SIM115
         except FileNotFoundError:
@@ -72,7 +72,7 @@ class Tail:
 
 
 def checksum_before(path: Path, offset: int) -> int:
-    """Return a checksum of what stands in a file before a place, by which the file is known again. Raises
+    """Return a checksum of the bytes before an offset of a file, by which the file is recognised again. Raises
     OSError."""
     if offset == 0:
         return 0
@@ -82,12 +82,12 @@ def checksum_before(path: Path, offset: int) -> int:
 
 
 def last_record(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
-    """Return the last record of a JSON lines file that is wanted, read from its end."""
+    """Return the last wanted record of a JSON lines file, read from its end; None if there is none."""
     return next(iter(last_records(path, wanted, 1)), None)
 
 
 def last_records(path: Path, wanted: Callable[[dict[str, Any]], bool], count: int) -> list[dict[str, Any]]:
-    """Return the last so many records that are wanted, the last one first."""
+    """Return the last `count` wanted records, the last one first."""
     newest: list[dict[str, Any]] = []
     for line in lines_backwards(path):
         record = parse(line)
@@ -99,9 +99,9 @@ def last_records(path: Path, wanted: Callable[[dict[str, Any]], bool], count: in
 
 
 def end_of(path: Path) -> tuple[int, Iterator[bytes]]:
-    """Return the place behind a file's last whole line, and its whole lines up to there, the last one first.
+    """Return the offset after a file's last complete line, and its complete lines, the last one first.
 
-    A `Tail` from that place misses nothing, and gives nothing twice.
+    A `Tail` from that offset misses no line, and returns none twice.
     """
     if not path.exists():
         return 0, iter(())
@@ -111,8 +111,7 @@ def end_of(path: Path) -> tuple[int, Iterator[bytes]]:
 
 
 def lines_backwards(path: Path, end: int | None = None) -> Iterator[bytes]:
-    """Yield a file's lines up to `end`, the last one first, without their ends; nothing of a file that is
-    not there."""
+    """Yield a file's lines up to `end`, the last one first, without newlines; none if there is no file."""
     try:
         file = open(path, "rb", opener=plain)  # noqa: SIM115
     except FileNotFoundError:
@@ -126,7 +125,7 @@ def lines_backwards(path: Path, end: int | None = None) -> Iterator[bytes]:
             file.seek(position)
             first, *lines = file.read(length).split(b"\n")
             if lines:
-                # A line longer than a block is put together once, however many blocks it has.
+                # A line longer than a block is joined once, however many blocks it spans.
                 yield b"".join([lines.pop(), *reversed(parts)])
                 yield from reversed(lines)
                 parts = []

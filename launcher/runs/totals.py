@@ -1,4 +1,4 @@
-"""Summarise the events of a run: the newest of each kind, evaluations, time."""
+"""The summary of a run's events: the newest of each name, evaluations, time."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _OF_ONE_ATTEMPT = ("phase", "stopping", "stopped", "failed", "training", *livene
 _ENDS = ("stopped", "failed", "finished")
 _ENDS_A_PHASE = ("training", "evaluated", "stopped", "failed", "finished")
 _LEFT_OUT = ("files", "examples", "lengths", "balance")
-"""Of the event `prepared`: long, and shown by a report alone."""
+"""The fields of the event `prepared` that are left out: they are long, and only a report shows them."""
 _NUM_SAVES = 3
 _REPEATED = re.compile(rb'\{"time": [\d.]+, "event": "(saved|phase)", [^{}]*\}')
 _LAST = {b"saved": _NUM_SAVES, b"phase": 1}
-"""Of such events in a row the last ones tell everything, within an attempt."""
+"""The number of repeated events that need to be read: the last ones of an attempt are enough."""
 
 
 class Totals(Fold):
-    """The totals of events.jsonl. Costs what was appended since they were kept."""
+    """The totals of events.jsonl. A refresh reads only what was appended since."""
 
     kept_as = "totals.json"
     form = 4
@@ -50,9 +50,9 @@ class Totals(Fold):
         }
 
     def take_block(self, block: bytes) -> None:
-        """Take many lines in, without those of which later ones say the same."""
+        """Update the state by many lines, without repeated events that later ones supersede."""
         if b'"event": "started"' in block:
-            return super().take_block(block)  # what an attempt took hangs on when its last event was
+            return super().take_block(block)  # an attempt's duration depends on the time of its last event
         lines, places = block.split(b"\n"), defaultdict[bytes, list[int]](list)
         for place, line in enumerate(lines):
             if match := _REPEATED.fullmatch(line):
@@ -84,7 +84,8 @@ class Totals(Fold):
                 key: value for key, value in record.items() if key not in _LEFT_OUT
             }
             return
-        # The launcher, which alone knows the grace, says which signal came; ranks say which one it sent them.
+        # The launcher's event, which alone has the grace, names the signal that came; a rank's event names the
+        # one that the launcher sent to it.
         if name != "stopping" or name not in last or "grace_seconds" in record:
             last[name] = record
         if name == "saved" and "seconds" in record:
@@ -95,7 +96,7 @@ class Totals(Fold):
     def _evaluated(self, record: dict[str, Any]) -> None:
         self.state["first_evaluated"] = self.state["first_evaluated"] or record
         step = record.get("step", 0)
-        # The first evaluation comes before any training, and says nothing of it.
+        # The evaluation at step 0 comes before any training, and does not count.
         for name, value in record.get("metrics", {}).items() if step > 0 else ():
             known = self.state["measured"].setdefault(name, {"last": None, "lowest": None, "highest": None})
             known["last"] = value
@@ -108,44 +109,44 @@ class Totals(Fold):
 
     @property
     def last(self) -> dict[str, dict[str, Any]]:
-        """Return the newest event of each name; of what belongs to one attempt, only of the newest attempt.
-        A phase that is over is not there."""
+        """Return the newest event of each name; events that belong to one attempt only if it is the newest.
+        A phase that is over is left out."""
         events: dict[str, dict[str, Any]] = self.state["last"]
         return events
 
     @property
     def prepared(self) -> dict[str, dict[str, Any]]:
-        """Return what became of the rows of each role, without the lists of files and examples."""
+        """Return the event `prepared` of each role, without the lists of files and examples."""
         reports: dict[str, dict[str, Any]] = self.state["prepared"]
         return reports
 
     @property
     def evaluations(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """Return the first and the last one; None before there is one."""
+        """Return the first and the last evaluation; None before there is one."""
         first = self.state["first_evaluated"]
         return (first, self.last["evaluated"]) if first else None
 
     @property
     def save_seconds(self) -> list[float]:
-        """Return what the last three saves took."""
+        """Return the durations of the last three saves."""
         return list(self.state["saves"])
 
     @property
     def seconds_in_attempts(self) -> float:
-        """Return the wall time of all attempts; of one that was cut short, until its last event."""
+        """Return the wall time of all attempts; one that was cut short counts until its last event."""
         began = self.state["began"]
         return float(self.state["seconds"] + (self.state["time"] - began if began is not None else 0.0))
 
     def seconds_with(self, step: dict[str, Any] | None) -> float:
-        """Return the same, with what came between the last event and the last step of an attempt that is not
-        over. `step`: its record in metrics.jsonl."""
+        """Return the same, plus the time from the last event to the last step of an attempt that is not over.
+        `step`: the record of that step in metrics.jsonl."""
         since = (step or {}).get("time", 0.0) - self.state["time"]
         under_way = self.state["began"] is not None and not self.state["over"]
         return self.seconds_in_attempts + (max(0.0, since) if under_way else 0.0)
 
     def device_hours_with(self, step: dict[str, Any] | None) -> dict[str, float]:
-        """Return for how long all attempts held their devices, by their names: the hours of one times their
-        number; an empty name is not known."""
+        """Return the device-hours of all attempts by device name: hours times the number of ranks. An empty name
+        means unknown."""
         num_ranks, device = self.state["ranks"]
         hours = dict(self.state["device_hours"])
         if num_ranks:
@@ -155,12 +156,12 @@ class Totals(Fold):
 
     @property
     def began(self) -> float | None:
-        """Return when the first attempt began, in seconds since 1970; None before."""
+        """Return the start of the first attempt, in seconds since 1970; None before it."""
         return self.state["first_began"]
 
     def measured(self, metric: str, lower: bool) -> tuple[float | None, float | None, int | None]:
-        """Return a metric as it was measured last after step 0, its best finite value (the lowest, or the
-        highest), and the step of that."""
+        """Return a metric's last value after step 0, its best finite value (the lowest if `lower`, else the
+        highest), and the step of the best."""
         known = self.state["measured"].get(metric)
         if known is None:
             return None, None, None

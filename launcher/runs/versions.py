@@ -1,4 +1,4 @@
-"""Versions of installed packages, without importing them."""
+"""The versions of installed packages, without importing them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from collections.abc import Iterable
 import launcher
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "deepspeed")
-"""What a run's numbers may hang on."""
+"""The packages on which a run's numbers may depend."""
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Return the versions of Python, launcher and these packages by name; empty for what is not installed."""
+    """Return the versions of Python, launcher and these packages by name; empty if not installed."""
     by_name = {"python": platform.python_version(), "launcher": launcher.__version__}
     for name in packages:
         by_name[name] = ""

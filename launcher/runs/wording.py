@@ -1,4 +1,4 @@
-"""Write durations, paths and numbers as people do."""
+"""Durations, paths and numbers in the form that people read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def duration(seconds: float) -> str:
-    """Return `4 s`, `3 min 20 s`, `2 h 5 min`."""
+    """Return a duration as `4 s`, `3 min 20 s` or `2 h 5 min`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -19,12 +19,12 @@ def duration(seconds: float) -> str:
 
 
 def several(number: int, name: str) -> str:
-    """Return `1 node`, `2 nodes`."""
+    """Return a number with its noun: `1 node`, `2 nodes`."""
     return f"{number:,} {name}{'s' * (number != 1)}"
 
 
 def size(num_bytes: float) -> str:
-    """Return the bytes on a disk, for people: `274 MB`."""
+    """Return a size on disk for people: `274 MB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if num_bytes < 1000:
             return f"{num_bytes:.3g} {unit}"
@@ -40,12 +40,12 @@ def rounded(count: int) -> str:
 
 
 def gib(num_bytes: float) -> str:
-    """Return the bytes of memory for people: `1.5 GiB`, `12 MiB`."""
+    """Return a size in memory for people: `1.5 GiB`, `12 MiB`."""
     return f"{num_bytes / 2**30:.1f} GiB" if abs(num_bytes) >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
 
 
 def finite(value: Any) -> Any:
-    """Return the same with infinities and NaN, of which JSON has none, as words."""
+    """Return the same value with infinities and NaN, which JSON lacks, as words."""
     if isinstance(value, float) and value - value != 0:
         return str(value)
     if isinstance(value, dict):
@@ -54,8 +54,8 @@ def finite(value: Any) -> Any:
 
 
 def shown(path: Path) -> str:
-    """Return a path as people would type it: relative where it lies below the working directory, quoted where
-    it must be."""
+    """Return a path as people would type it: relative if it lies below the working directory, quoted if it must
+    be."""
     try:
         absolute, here = path.absolute(), Path.cwd()
     except FileNotFoundError:  # the working directory is gone
