@@ -118,7 +118,7 @@ class GenerationOptions:
 def options_of(settings: Generate, tokenizer: Any, end_tokens: Sequence[int] = ()) -> GenerationOptions:
     """Return the settings as keyword arguments of `generate`, which override the model's generation config.
 
-    `end_tokens` replace the end tokens of the model's generation config.
+    `end_tokens` end an answer in addition to those of the model's generation config.
     """
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     arguments: dict[str, Any] = {
