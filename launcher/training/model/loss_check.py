@@ -48,7 +48,7 @@ def check_loss(engine: Engine, task: Task, dataset: Dataset, plan: Plan, event: 
     Raises ConfigurationError, with both numbers, if no way is correct; DataError if a sample's targets are
     not its next tokens.
     """
-    _all(True, torch.device(plan.mesh.device))  # the time of the check excludes waiting for ranks that still load
+    _all(True, torch.device(plan.mesh.device))  # ranks that still load do not count as time of the check
     began = time.monotonic()
     ends = getattr(engine.model.config.get_text_config(), "eos_token_id", None)
     heads = _heads(task, dataset, [ends] if isinstance(ends, int) else ends or [])

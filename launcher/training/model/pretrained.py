@@ -19,8 +19,8 @@ from launcher.training.model.model_files import lacks_processor, own_code
 
 
 def read_config(plan: Plan) -> Any:
-    """Return the model's config, with the plan's attention, and with the vocabulary size that the plan
-    resizes to."""
+    """Return the model's config, from its files or the job; with `resize_embeddings` it has a row for each
+    token."""
     config = _made_up(plan) if plan.model.config is not None else _in_files(plan)
     if plan.model.resize_embeddings:
         text = config.get_text_config()
