@@ -237,9 +237,7 @@ class Injected:
 
         names = targets(model, adapter, layers)
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # Conv1D's weight is transposed, which peft handles
+            warnings.simplefilter("ignore")  # Conv1D's weight is transposed, which peft handles
             inject_adapter_in_model(settings(adapter, names), model, NAME, low_cpu_mem_usage=True)
         self._places: list[tuple[nn.Module, str, Any]] = []
         for name in names:

@@ -77,9 +77,7 @@ def _made_up(plan: Plan) -> Any:
         return AutoConfig.for_model(
             str(kind), attn_implementation=attention.register(plan.attention), **sizes
         )
-    except (
-        Exception
-    ) as error:  # transformers' classes check sizes, each with its own kind of error
+    except Exception as error:  # transformers' classes check sizes, each with its own kind of error
         raise ConfigurationError(Problem("model.config", kind, first_line(error))) from None
 
 

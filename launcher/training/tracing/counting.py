@@ -150,9 +150,7 @@ def hidden_bytes(function: Any, args: Any, result: Any, cuda: bool) -> int:
         return int(args[0].numel() * args[0].itemsize)  # exp(logits - max)
     if function in (_aten.mm.default, _aten.addmm.default) and not cuda and result.itemsize == 2:
         first = args[-2]
-        turned = (
-            first.stride(0) == 1 and first.shape[1] > 1
-        )  # for a weight's gradient, which sums over rows
+        turned = first.stride(0) == 1 and first.shape[1] > 1  # for a weight's gradient, which sums over rows
         return packed_bytes(first.shape[1], first.shape[0]) if turned else 0
     if torch.Tag.pointwise in function.tags and not cuda and isinstance(result, torch.Tensor):
         # A CPU converts inputs to copies in one precision.
