@@ -1,5 +1,4 @@
-"""The common part of tasks whose model generates text: settings of generation, and scores against
-references."""
+"""The common part of tasks whose model generates text: settings, and scores against references."""
 
 from __future__ import annotations
 

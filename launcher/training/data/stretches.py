@@ -1,5 +1,4 @@
-"""Rows in consecutive stretches; each is encoded by the ranks in shares, and grouped by length into
-passes."""
+"""Consecutive stretches of rows, encoded by the ranks in shares, with passes grouped by length."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Tensors that are changed while reading: a new head, an embedding with more rows, positions cut to the
-clips.
+"""Tensors changed while reading: a new head, added embedding rows, positions cut to the clips.
 
 transformers compares shapes itself, but for a sharded model it compares one rank's shard, which may agree on
 one rank and not on another. So the names are found beforehand, and the files' tensors are changed while they

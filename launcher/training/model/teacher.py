@@ -1,5 +1,4 @@
-"""Comparison of a teacher with its student, by processor and classes, and export of a teacher that is a
-run."""
+"""Comparison of a teacher with its student by processor and classes; export of a teacher's run."""
 
 from __future__ import annotations
 
