@@ -1,4 +1,4 @@
-"""Find a task by its name: what a model learns to do. A module is imported when its task is asked for."""
+"""Tasks by name: what a model learns to do. A task's module is imported at its first use."""
 
 from __future__ import annotations
 
@@ -29,8 +29,7 @@ TASKS = {
     "token-classification": "launcher.tasks.token_classification:TokenClassification",
 }
 GROUP = "launcher.tasks"
-"""The entry points by which an installed package brings a task of its own: `name = "package.module:Class"`.
-"""
+"""The entry point group of installed packages' own tasks: `name = "package.module:Class"`."""
 
 
 class Planned(Protocol):
@@ -65,8 +64,8 @@ class Asked(Protocol):
 
 @functools.cache
 def find(name: str) -> type[Task]:
-    """Return the class of a task by its name. Raises ConfigurationError where there is none, with the nearest
-    name."""
+    """Return the class of a task by its name. Raises ConfigurationError with the nearest name for an unknown
+    one."""
     if name in TASKS:
         module, _, attribute = TASKS[name].partition(":")
         built_in: type[Task] = getattr(importlib.import_module(module), attribute)
@@ -92,8 +91,7 @@ def names() -> list[str]:
 
 
 def names_of(name: str, data: Any) -> list[str]:
-    """Return the names of the tasks that a model is to do: the one of `model.task`, or each of several at
-    once."""
+    """Return the names of the tasks that a model learns: `model.task` alone, or those of a multi-task job."""
     parts = find(name)(data).parts
     return list(dict.fromkeys(part.name for part in parts.values())) or [name]
 
@@ -106,8 +104,8 @@ def of_job(job: Asked) -> Task:
 
 
 def build(plan: Planned, processor: Any, labels: list[str] | None = None) -> Task:
-    """Return the plan's task, prepared with the model's processor. `labels` are the classes of a model that
-    has them already.
+    """Return the plan's task, prepared with the model's processor. `labels` are the classes that the model
+    already has, if any.
 
     Raises ConfigurationError for an unknown task, or a processor that cannot serve it.
     """
@@ -117,8 +115,8 @@ def build(plan: Planned, processor: Any, labels: list[str] | None = None) -> Tas
 
 
 def unprepared(plan: Planned, labels: list[str] | None = None) -> Task:
-    """Return the plan's task without a processor: its model and its loss, no data. Raises ConfigurationError
-    for an unknown one."""
+    """Return the plan's task without a processor: for its model and loss, not for data. Raises
+    ConfigurationError for an unknown one."""
     task = find(plan.task)(plan.data, labels)
     task.layout, task.head = plan.layout, plan.head
     task.evaluation, task.distillation = plan.evaluation or task.evaluation, plan.distillation

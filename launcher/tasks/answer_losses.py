@@ -1,4 +1,4 @@
-"""The loss of where an answer begins and ends."""
+"""The loss on the first and last token of an answer."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ else:
 
 
 def span_loss(model: torch.nn.Module, batch: dict[str, Any]) -> Output:
-    """Return the sum over windows of the mean cross entropy of where the answer begins and ends, and the
-    logits [B, L, 2] in fp32.
+    """Return the sum over windows of the mean cross entropy of an answer's start and end, and the logits [B,
+    L, 2] in fp32.
 
-    As transformers has it for each window by itself: positions beyond the sequence count for nothing.
+    Equal to transformers' loss of each window alone: positions beyond the sequence are ignored.
     """
     from torch.nn import functional
 
@@ -26,8 +26,8 @@ def span_loss(model: torch.nn.Module, batch: dict[str, Any]) -> Output:
     names = ("input_ids", "attention_mask", "token_type_ids")
     outputs = own_forward(model, {name: batch[name] for name in names if name in batch})
     logits = torch.stack((outputs.start_logits, outputs.end_logits), dim=-1).float()
-    # Padding is no place to answer; counted in, it would have a window's loss hang on the others of its
-    # pass.
+    # No answer lies in padding. Counting it would make a window's loss depend on the others in its
+    # micro-batch.
     logits = logits.masked_fill(batch["attention_mask"].unsqueeze(-1) == 0, -torch.inf)
     beyond = logits.shape[1]
     positions = batch["positions"].clamp(0, beyond)

@@ -1,4 +1,4 @@
-"""Measure answers to questions: the best span over the windows of a row, and what SQuAD's scripts say of it."""
+"""Scores of answers to questions: the best span over the windows of a row, scored as SQuAD's scripts do."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ else:
     np = Lazy("numpy")
 
 NUM_COMPARED = 20
-"""Spans among which probabilities are shared out, as in transformers' examples."""
+"""Spans whose probabilities add up to 1, as in transformers' examples."""
 
 
 class Pointed(NamedTuple):
@@ -32,7 +32,7 @@ class Pointed(NamedTuple):
 
 
 def pointed(sample: Sample, logits: np.ndarray, number: int, longest: int) -> tuple[list[Pointed], float]:
-    """Return the best spans of a window by its logits [positions, 2], and the score of there being no answer."""
+    """Return the best spans of a window by its logits [positions, 2], and the score of no answer."""
     first, begin, none = sample["place"].tolist()
     spans, text = sample["spans"], sample["text"].tobytes().decode()
     best = []
@@ -43,13 +43,13 @@ def pointed(sample: Sample, logits: np.ndarray, number: int, longest: int) -> tu
 
 
 def no_answer(none: float, best: float) -> float:
-    """Return the probability of no answer against that of the best one."""
+    """Return the probability of no answer, relative to the best answer."""
     return 1 / (1 + math.exp(min(best - none, 700))) if best > -math.inf else 1.0
 
 
 def answer_of(parts: Sequence[dict[str, Any]], threshold: float | None) -> dict[str, Any]:
-    """Return a row's answer from what was pointed at in its windows; `threshold` is None where every question
-    has an answer."""
+    """Return a row's answer from the best spans of its windows; `threshold` is None if every question has an
+    answer."""
     options = parts[0]["options"]
     candidates: dict[tuple[int, int], Pointed] = {}
     for span in (Pointed(**span) for part in parts for span in part["spans"]):
@@ -62,7 +62,7 @@ def answer_of(parts: Sequence[dict[str, Any]], threshold: float | None) -> dict[
     none = min(part["none"] for part in parts)
     doubt = no_answer(none, best[0].score if best else -math.inf)
     given = best[0] if best and (threshold is None or doubt <= threshold) else Pointed("", 0, 0, none)
-    # Beside no answer, where that is among them, as transformers' examples have it.
+    # No answer counts as one more candidate where it is possible, as in transformers' examples.
     scores = [span.score for span in best] + ([none] if threshold is not None else [])
     shares = probabilities(scores) if scores else []
     answer: dict[str, Any] = {"answer": given.answer, "start": given.start, "end": given.end}
@@ -81,8 +81,8 @@ def answer_of(parts: Sequence[dict[str, Any]], threshold: float | None) -> dict[
 
 
 class AnswerScores(Evaluator):
-    """`loss` of the windows; exact match and F1 of the questions, and with unanswerable ones those of either
-    kind."""
+    """`loss` of the windows; exact match and F1 of the questions, also of answerable and unanswerable ones
+    apart."""
 
     def __init__(self, unanswerable: bool, threshold: float | None, longest: int) -> None:
         self._unanswerable, self._threshold, self._longest = unanswerable, threshold, longest
@@ -107,8 +107,8 @@ class AnswerScores(Evaluator):
                 self._texts += [best.answer.encode(), sample["references"].tobytes()]
 
     def state(self) -> list[np.ndarray]:
-        """Return the sums; of each window its row, its number, the scores of its answer and of none, and where
-        in the row's text it ends; and the texts as bytes."""
+        """Return the sums; for each window its row, its number, the scores of its answer and of no answer,
+        and its end in the row's text; and the texts as bytes."""
         lengths = np.array([len(text) for text in self._texts], dtype=np.int64)
         numbers = np.array(self._numbers, dtype=np.float64).reshape(-1, 5)
         return [self._sums, numbers, lengths, np.frombuffer(b"".join(self._texts), dtype=np.uint8)]
@@ -129,8 +129,8 @@ class AnswerScores(Evaluator):
         return loss | metrics
 
     def details(self) -> dict[str, Any]:
-        """Return the thresholds and numbers of questions, and the F1 by characters of the text and by kind of
-        question."""
+        """Return the thresholds, the numbers of questions, and the scores by length of the text and by kind
+        of question."""
         if not self._asked:
             return self._details
         kinds: dict[str, list[int]] = {"with an answer": [], "without one": []}
@@ -141,7 +141,7 @@ class AnswerScores(Evaluator):
         return {**self._details, "groups": groups}
 
     def _of(self, places: Sequence[int]) -> dict[str, float]:
-        """Return F1 and exact match of some questions, by the threshold that all of them are measured by."""
+        """Return F1 and exact match of some questions, with the threshold that is used for all."""
         questions = [self._asked[place] for place in places]
         if self._unanswerable:
             metrics, _ = squad.with_unanswerable(questions, self._details["no_answer_threshold"])
@@ -155,7 +155,7 @@ class AnswerScores(Evaluator):
 
 
 class _Window(NamedTuple):
-    """The best answer in one window, and how likely there is none."""
+    """The best answer in one window, and the score of no answer."""
 
     row: int
     number: int
@@ -177,7 +177,7 @@ def _windows(state: Sequence[np.ndarray]) -> Iterable[_Window]:
 
 
 def _asked(windows: Sequence[_Window]) -> squad.Asked:
-    """Return the best answer of a row's windows; of equally good ones that of the earlier window."""
+    """Return the best answer of a row's windows; of equally good ones the earlier."""
     best = max(windows, key=lambda window: window.score)
     references = json.loads(windows[0].references)
     return squad.Asked(

@@ -1,4 +1,4 @@
-"""Answers as spans of a text: those that a row gives, and those that a model's logits point at."""
+"""Answers as spans of a text: those in a row, and those that a model's logits predict."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ else:
     np = Lazy("numpy")
 
 IMPOSSIBLE = "is_impossible"
-"""The column by which SQuAD 2.0 says that a question has no answer; its list of answers is then empty too."""
+"""SQuAD 2.0's column for questions without an answer; their list of answers is empty too."""
 _SHOWN = 60
-"""Characters of a text that a message shows."""
+"""The most characters of a text in a message."""
 
 
 class Answer(NamedTuple):
@@ -29,7 +29,7 @@ class Answer(NamedTuple):
 
 
 class Span(NamedTuple):
-    """A candidate: its first and last token of those that were given, and the sum of the two logits."""
+    """A candidate: its first and last token, and the sum of their two logits."""
 
     first: int
     last: int
@@ -37,11 +37,11 @@ class Span(NamedTuple):
 
 
 def answers_of(row: dict[str, Any], column: str, start_column: str | None, context: str) -> list[Answer]:
-    """Return the answers that a row gives, none for a question that has none.
+    """Return the answers in a row; none for an unanswerable question.
 
-    Read are `{"text": [...], "answer_start": [...]}`, a list of `{"text": ..., "answer_start": ...}`, either
-    of them written as JSON, and text beside a column with where it starts. Raises RowProblem for what is none
-    of these, and where the context does not have the text at that place.
+    Accepted are `{"text": [...], "answer_start": [...]}`, a list of `{"text": ..., "answer_start": ...}`,
+    either of them as JSON text, and plain text with a second column for its start. Raises RowProblem for
+    anything else, and if the context does not have the text at that place.
     """
     value, impossible = row.get(column), row.get(IMPOSSIBLE) in (True, 1, "true", "True")
     if is_missing(value):
@@ -65,8 +65,8 @@ def _beside(row: dict[str, Any], value: Any, column: str, start_column: str) -> 
 
 
 def _listed(value: Any) -> list[Any]:
-    """Return a list as it is, or as it is written in a text, and nothing for an empty text; any other value
-    as a list of itself."""
+    """Return a value as a list: a list, also one written as text, unchanged; an empty text as an empty list;
+    anything else as a list of one."""
     if isinstance(value, str):
         entries = list_in(value)
         return entries if entries is not None else [value] if value.strip() else []
@@ -151,9 +151,10 @@ def _short(text: str) -> str:
 
 
 def best_spans(logits: np.ndarray, longest: int, number: int) -> list[Span]:
-    """Return up to `number` spans of at most `longest` tokens, the best first; of equal ones the earlier.
+    """Return up to `number` spans of at most `longest` tokens, the best first, ties by position.
 
-    `logits`, float [tokens, 2], are those of beginning and ending at each token that may be answered.
+    `logits`, float [tokens, 2], are the scores of starting and of ending at each token that may be in an
+    answer.
     """
     starts, ends = logits[:, 0].astype(np.float64), logits[:, 1].astype(np.float64)
     num_tokens, longest = len(starts), min(longest, len(starts))
@@ -174,11 +175,11 @@ def best_spans(logits: np.ndarray, longest: int, number: int) -> list[Span]:
 
 
 def place_of(answer: Answer, spans: np.ndarray) -> tuple[int, int] | None:
-    """Return the first and the last token of an answer among tokens with these `spans` of characters, int
+    """Return the first and the last token of an answer among tokens with these character `spans`, int
     [tokens, 2].
 
-    None where they do not hold all of it. The space around it need not be there: many tokenizers have no
-    token for that.
+    None if they do not cover all of it. White space around it need not be covered: many tokenizers have no
+    token for it.
     """
     end = answer.start + len(answer.text.rstrip())
     start = answer.start + len(answer.text) - len(answer.text.lstrip())
@@ -189,6 +190,6 @@ def place_of(answer: Answer, spans: np.ndarray) -> tuple[int, int] | None:
 
 
 def probabilities(scores: Sequence[float]) -> list[float]:
-    """Return the share of each of some scores, exponentiated, of their sum; they add up to 1."""
+    """Return the softmax of the scores."""
     powers = np.exp(np.array(scores, dtype=np.float64) - max(scores))
     return [float(value) for value in powers / powers.sum()]

@@ -1,4 +1,4 @@
-"""A question and its text as tokens, in as many overlapping windows as the text needs."""
+"""A question and its text as tokens, in overlapping windows where the text is long."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ else:
     np = Lazy("numpy")
 
 SEPARATORS = 3
-"""In a sequence for Longformer, which gives global attention to what stands before the first of exactly so
-many."""
+"""The separators in a sequence for Longformer. It needs exactly this many, and gives global attention to all
+before the first."""
 _NOWHERE = 2**31 - 1
-"""The position of an answer that no window holds: beyond every sequence, which transformers' loss leaves out.
-"""
+"""The position of an answer that no window contains: beyond every sequence, so transformers' loss ignores
+it."""
 
 
 class Asked(NamedTuple):
-    """A row as it was read."""
+    """The texts and answers of a row."""
 
     question: str
     context: str
@@ -37,9 +37,9 @@ class Asked(NamedTuple):
 def windows_of(
     rows: Sequence[Asked], tokenizer: Any, data: QuestionColumns, separator: int | None
 ) -> list[tuple[Encoded, ...] | RowProblem]:
-    """Return the windows of each row, as `QuestionAnswering.encode` describes them, or why there are none.
+    """Return the windows of each row, as `QuestionAnswering.encode` describes them, or why it has none.
 
-    `separator` is the token by which the model finds the question, if it does.
+    `separator` is the token by which the model finds the end of the question, or None.
     """
     special = [one for one in (tokenizer.cls_token_id, tokenizer.bos_token_id) if one is not None]
     has_types = "token_type_ids" in tokenizer.model_input_names
@@ -68,7 +68,7 @@ def windows_of(
 
 
 def _tokenised(rows: Sequence[Asked], tokenizer: Any, data: QuestionColumns) -> list[list[Any] | RowProblem]:
-    """Return the tokenizer's encodings of each row's windows, or why there are none."""
+    """Return the tokenizer's encodings of each row's windows, or why it has none."""
     if not rows:
         return []
     questions = tokenizer([one.question for one in rows], add_special_tokens=False, verbose=False)[
@@ -76,7 +76,7 @@ def _tokenised(rows: Sequence[Asked], tokenizer: Any, data: QuestionColumns) -> 
     ]
     around = tokenizer.num_special_tokens_to_add(True)
     rooms = [data.max_length - len(ids) - around for ids in questions]
-    # Where windows could not move on, the library ends the process rather than raise an error.
+    # Where windows could not advance, the library ends the process instead of raising an error.
     cut = iter(
         _encodings(
             [one for one, room in zip(rows, rooms, strict=True) if room > data.doc_stride], tokenizer, data
@@ -94,7 +94,7 @@ def _tokenised(rows: Sequence[Asked], tokenizer: Any, data: QuestionColumns) -> 
 
 
 def _encodings(rows: Sequence[Asked], tokenizer: Any, data: QuestionColumns | None) -> list[list[Any]]:
-    """Return the encodings of each row: of the whole, or of windows of max_length."""
+    """Return the encodings of each row: one of the full row, or several of windows of max_length."""
     if not rows:
         return []
     options: dict[str, Any] = {"truncation": False}

@@ -24,14 +24,14 @@ class AudioClassification(FileClassification):
     column_roles = roles.OF_SOUNDS
     head_name = "AudioClassification"
     file_key = "audio"
-    # AutoProcessor would want a tokenizer beside it.
+    # AutoProcessor would also need a tokenizer.
     processor_class = "AutoFeatureExtractor"
     data: AudioColumns
     _hearing: Hearing | None = None
 
     @property
     def hearing(self) -> Hearing:
-        """Return what the model hears, once the task is prepared."""
+        """Return the clips and features of the prepared task."""
         assert self._hearing is not None
         return self._hearing
 
@@ -61,15 +61,15 @@ class AudioClassification(FileClassification):
         self._hearing = Hearing(processor, self.data, self.data.cut_at).following(self._hearing)
 
     def adopt(self, config: Any, as_it_stands: bool = False) -> None:
-        """Take the classes of a model. Raises ConfigurationError for one that hears no clip as long as the
+        """Take the classes of a model. Raises ConfigurationError for one whose clips are shorter than the
         job's."""
         if self._hearing is not None:
             self._hearing.adopt(config)
         super().adopt(config, as_it_stands)
 
     def configure(self, config: Any) -> None:
-        """Write the classes and the length of clips into the model's config, and that chance leaves out no
-        layer and hides nothing of a clip."""
+        """Write the classes and the length of clips into the model's config, without layer drop and
+        SpecAugment."""
         super().configure(config)
         if self._hearing is not None:
             self._hearing.configure(config)
@@ -78,14 +78,14 @@ class AudioClassification(FileClassification):
         return self.hearing.decoded(content)[1]
 
     def example(self, length: int) -> Sample:
-        """Return the longest clip, of zeros."""
+        """Return a clip of zeros, of the greatest length."""
         return Sample({**self.hearing.example(), "label": self._example_label()}, 0, 1)
 
     def collate(self, items: Sequence[Sequence[Sample]], draws: Draws | None = None) -> dict[str, Any]:
-        """Return what the model hears (`Hearing.batch`); `labels` int64 [B], float32 [B, num_labels] or float32
-        [B]; `weights` float32 [B], 0 for filler.
+        """Return the audio inputs (`Hearing.batch`); `labels` int64 [B], float32 [B, num_labels] or float32
+        [B]; `weights` float32 [B], 0 for padding samples.
 
-        Raises DataError where a file is no longer what it was.
+        Raises DataError if a file has changed.
         """
         samples = [sample for item in items for sample in item]
         heard = self.hearing.batch(samples, self.layout, draws)

@@ -17,7 +17,7 @@ _PACKAGES = ("soundfile", "soxr")
 
 
 class SoundColumns(Data):
-    """Rows of a sound, whatever is learned of it."""
+    """Rows of a sound, for any task."""
 
     audio: str | None = None
     """The column of the sound: a path relative to the file that it stands in, or the bytes of a file. Left
@@ -57,7 +57,7 @@ class AudioColumns(SoundColumns, FileColumns):
 
 
 def without_packages(task: str, *others: str) -> Iterator[Finding]:
-    """Yield a finding where packages that decode sounds, or `others`, are not installed."""
+    """Yield a finding if packages that decode sounds, or `others`, are not installed."""
     lacking = [name for name in (*_PACKAGES, *others) if importlib.util.find_spec(name) is None]
     if lacking:
         packages = f"package{'s' * (len(lacking) > 1)} {' and '.join(lacking)}"

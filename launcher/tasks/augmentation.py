@@ -1,4 +1,4 @@
-"""Alter images by chance, through kornia: each by draws of its own, so that no other image changes it."""
+"""Random augmentation of images by kornia, with each image's own draws: no other image affects it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ else:
     np, torch = Lazy("numpy"), Lazy("torch")
 
 BY_KORNIA = ("color_jitter", "rand_augment", "random_erasing")
-"""The alterations that need the package."""
+"""The augmentations that need the package."""
 _GREY = 0.5
 
 
 def without_package(how: Augmentation) -> Iterator[Finding]:
-    """Yield a finding for each alteration whose package is not installed."""
+    """Yield a finding for each augmentation whose package is not installed."""
     if importlib.util.find_spec("kornia") is not None:
         return
     for name in BY_KORNIA:
@@ -32,9 +32,9 @@ def without_package(how: Augmentation) -> Iterator[Finding]:
 
 
 def alter(image: torch.Tensor, how: Augmentation, draws: np.random.Generator) -> torch.Tensor:
-    """Return an image, fp32 [3, height, width] of 0 to 1, mirrored, recoloured and partly erased by chance.
+    """Return an image, fp32 [3, height, width] in 0 to 1, randomly mirrored, recoloured and partly erased.
 
-    kornia draws from torch's own generator: it is seeded from `draws`, and left as it was.
+    kornia draws from torch's global generator. That is seeded from `draws`, and restored afterwards.
     """
     if how.horizontal_flip is not None and draws.random() < how.horizontal_flip:
         image = image.flip(-1)
@@ -52,7 +52,7 @@ def alter(image: torch.Tensor, how: Augmentation, draws: np.random.Generator) ->
 
 
 def _steps(how: Augmentation) -> Iterator[Any]:
-    """Yield kornia's modules in the order in which they are used."""
+    """Yield kornia's modules in the order of use."""
     if not any(getattr(how, name) for name in BY_KORNIA):
         return
     from kornia import augmentation

@@ -1,21 +1,20 @@
-"""Tell of captioning models without a decoder of their own: their text stands beside the image."""
+"""Captioning models without a separate decoder: their text layers read the image directly."""
 
 from __future__ import annotations
 
 from typing import Any
 
 BESIDE = ("blip", "git")
-"""The types whose text reads the image: by cross-attention in its layers, or behind it in one sequence."""
+"""The model types whose text attends to the image: by cross-attention, or after it in one sequence."""
 
 
 def text_config(config: Any) -> Any:
-    """Return what a config says of the part that writes."""
+    """Return the config of the part that generates text."""
     return config.text_config if config.model_type == "blip" else config
 
 
 def first_token(config: Any) -> Any:
-    """Return the token that a text begins with, as the class's own `generate` has it; None where the config
-    does not say."""
+    """Return the token that a text begins with in the class's own `generate`; None if the config has none."""
     return text_config(config).bos_token_id
 
 

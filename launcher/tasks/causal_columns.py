@@ -1,4 +1,4 @@
-"""The section `data` of a job that trains a causal language model, and what in it contradicts itself."""
+"""The section `data` of a job that trains a causal language model, and its contradictions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class CausalColumns(Data):
 
 
 def contradictions(data: CausalColumns) -> Iterator[Finding]:
-    """Yield what is missing, or makes no sense beside the rest."""
+    """Yield keys that are missing, or that contradict each other."""
     kinds = ("data.text", "data.prompt", "data.completion", "data.messages")
     if (data.prompt is None) != (data.completion is None):
         there, absent = ("prompt", "completion") if data.completion is None else ("completion", "prompt")

@@ -45,16 +45,16 @@ else:
     np = Lazy("numpy")
 
 MARKS = 5
-"""Tokens that a chat's template puts around a message: in ChatML `<|im_start|>`, the role, two ends of lines,
+"""Tokens that a chat template puts around a message: in ChatML `<|im_start|>`, the role, two line ends,
 `<|im_end|>`."""
 
 
 class CausalLM(WritingTask):
-    """Predict the next token; which tokens are learned depends on the columns that the job names.
+    """Prediction of the next token; the job's columns decide which tokens are supervised.
 
-    Text: all of them, and the end of the text. Prompt and completion: the completion and its end; the two are
-    tokenised apart, so that no token spans the border, and nothing is put between them. Chat: what the
-    assistant says, and the end of its turn.
+    Text: all tokens, and the end of the text. Prompt and completion: the completion and its end; the two are
+    tokenised separately, so that no token spans the border, and nothing is put between them. Chat: the
+    assistant's messages, and the end of each turn.
     """
 
     name = "causal-lm"
@@ -123,8 +123,8 @@ class CausalLM(WritingTask):
         return math.log(config.get_text_config().vocab_size)
 
     def prepare(self, processor: Any) -> None:
-        """Find the tokens that begin and end a text. Raises ConfigurationError without an end token, or a
-        template for chat."""
+        """Find the tokens that begin and end a text. Raises ConfigurationError without an end token, or
+        without a chat template for chats."""
         self.tokenizer, self._borders, self._chat = processor, None, None
         if self.data.messages is not None:
             from launcher.tasks.chat.template import ChatTemplate
@@ -140,7 +140,7 @@ class CausalLM(WritingTask):
 
     @property
     def _answers(self) -> bool:
-        """Return whether rows are only questions."""
+        """Return whether rows are prompts without an answer."""
         return self.for_prediction and self.generates
 
     def encode(self, rows: Sequence[dict[str, Any]], processor: Any) -> list[Encoded | RowProblem]:
@@ -156,7 +156,7 @@ class CausalLM(WritingTask):
         return encode_usable(rows, self._written, samples)
 
     def _written(self, row: dict[str, Any]) -> Written:
-        """Return the row's text and which spans of it are learned."""
+        """Return the row's text and its supervised spans."""
         if self._chat is not None:
             ask = self._chat.question if self._answers else self._chat.written
             written = ask(row, self.columns[0])
@@ -174,15 +174,14 @@ class CausalLM(WritingTask):
         return encoded(tokens, self.data, self._answers, self.tokenizer if self.generates else None)
 
     def prompts(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """Return each sample up to the last part that is learned: to the completion, or to the assistant's
-        last turn."""
+        """Return each sample up to its last supervised part: the completion, or the assistant's last turn."""
         padding = self.generation.arguments["pad_token_id"]
         prompts = [sample["input_ids"][: num_asked(sample)] for sample in samples]
         return padded_prompts(prompts, samples, padding, on_the_left=True)
 
     @property
     def end_tokens(self) -> Sequence[int]:
-        # A chat's turn ends otherwise than a text may.
+        # A chat's turn may end with another token than a text.
         return self._chat.end_ids if self._chat is not None else super().end_tokens
 
     def example(self, length: int) -> Sample:
@@ -190,7 +189,7 @@ class CausalLM(WritingTask):
         return Sample({"input_ids": ids, "targets": ids, "references": as_bytes([""])}, 0, length)
 
     def collate(self, items: Sequence[Sequence[Sample]], draws: Draws | None = None) -> dict[str, Any]:
-        """Return the samples end to end, or a row for each, as `token_batches` has them."""
+        """Return the samples concatenated, or padded to a row each (`token_batches`)."""
         samples = [sample for item in items for sample in item]
         aside = {"aside": self.aside(samples)} if self.generates else {}
         return (joined(samples) if self.layout == "packed" else padded(samples)) | aside
@@ -217,7 +216,7 @@ class CausalLM(WritingTask):
         self, model: torch.nn.Module, batch: dict[str, Any], others: Mapping[str, Any] | None = None
     ) -> Output:
         """Return the summed loss of the supervised tokens; in training mixed with the divergence from a
-        teacher, where there is one."""
+        teacher, if any."""
         from launcher.training.heads import causal_lm
 
         if others and self.distillation is not None and model.training:
@@ -229,8 +228,8 @@ class CausalLM(WritingTask):
     def answers(
         self, output: Output, batch: dict[str, Any], samples: Sequence[Sample], options: AnswerOptions
     ) -> list[Any]:
-        """Return the answer to each sample where the model writes; else the log-probability of what is
-        learned of it, the number of its tokens, and its perplexity."""
+        """Return the generated answer to each sample; without generation, the log-probability, the number and
+        the perplexity of its supervised tokens."""
         if output.generated is not None:
             return self.texts_of(output)
         assert output.losses is not None

@@ -1,4 +1,4 @@
-"""Tokens of a text as a sample of a causal language model, and what of it a model that writes is asked."""
+"""Samples of a causal language model from the tokens of a text, and their prompts for generation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ else:
 
 
 def encoded(tokens: Tokens, data: Data, is_question: bool, tokenizer: Any | None) -> Encoded | RowProblem:
-    """Return the sample of a row by a job's section `data`: as `question_of` or `sample_of`."""
+    """Return the sample of a row by a job's section `data`, from `question_of` or `sample_of`."""
     if is_question:
         return question_of(tokens, data.max_length)
     return sample_of(tokens, data.max_length, data.too_long == "cut", tokenizer)
@@ -28,10 +28,10 @@ def encoded(tokens: Tokens, data: Data, is_question: bool, tokenizer: Any | None
 def sample_of(
     tokens: Tokens, max_length: int, may_cut: bool, tokenizer: Any | None = None
 ) -> Encoded | RowProblem:
-    """Return a text's `input_ids` and `targets`, the next tokens that are learned; or why there is no sample.
+    """Return a text's `input_ids` and `targets` (the next token where it is supervised), or why it has no
+    sample.
 
-    With a tokenizer also `references`: the last piece that is learned, as text, though the sample may be cut
-    before its end.
+    With a tokenizer also `references`: the last supervised piece as text, in full even if the sample is cut.
     """
     length = len(tokens.ids)
     if length > max_length and not may_cut:
@@ -52,7 +52,7 @@ def sample_of(
 
 
 def question_of(tokens: Tokens, max_length: int) -> Encoded | RowProblem:
-    """Return a sample of which nothing is learned; or why there is none: a question is never cut."""
+    """Return a sample without supervised tokens, or why there is none: a question is never cut."""
     length = len(tokens.ids)
     if length > max_length:
         return too_long(length, max_length)
@@ -70,7 +70,7 @@ def _last_learned(tokens: Tokens, begin: int, tokenizer: Any) -> str:
 
 
 def num_asked(sample: Mapping[str, np.ndarray]) -> int:
-    """Return the number of tokens before the last piece that is learned; all of them where none is."""
+    """Return the number of tokens before the last supervised piece; all of them if there is none."""
     learned = np.flatnonzero(sample["targets"] != IGNORE) + 1
     if not len(learned):
         return len(sample["input_ids"])

@@ -1,4 +1,4 @@
-"""The processor of a model that chats about images: what it makes of a chat's text and of images."""
+"""The processor of a model that chats about images: it turns a chat's text and images into inputs."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ else:
     np = Lazy("numpy")
 
 TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
-"""What a processor may say of each token: whether it is of an image."""
+"""Names of a processor's outputs that mark which tokens belong to an image."""
 _OF_TEXT = ("input_ids", "attention_mask", *TOKEN_TYPES)
 
 
 class ReadChat(NamedTuple):
-    """A chat as its model reads it."""
+    """A chat as its model's inputs."""
 
     tokens: Tokens
     token_types: dict[str, np.ndarray]
     """By name, int32 [n] each."""
     image_ends: np.ndarray
-    """Behind which of its tokens each image is over, int32 [images]."""
+    """The end of each image in the tokens, exclusive, int32 [images]."""
 
 
 class ChatProcessor:
-    """Read chats by the model's own processor, without its part for videos, which needs torchvision."""
+    """The model's own processor for chats, without its part for videos, which needs torchvision."""
 
     def __init__(self, processor: Any) -> None:
         self._processor = processor
@@ -42,8 +42,8 @@ class ChatProcessor:
 
     @classmethod
     def read(cls, name: str, options: Mapping[str, Any]) -> ChatProcessor:
-        """Return the processor in a model's files. Raises OSError, ValueError or ImportError where they have
-        none that can be used."""
+        """Return the processor in a model's files. Raises OSError, ValueError or ImportError if they have no
+        usable one."""
         from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
         from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
@@ -52,7 +52,8 @@ class ChatProcessor:
             raise ValueError(f"a {config.model_type} model has no processor that transformers knows")
         settings, _ = kind.get_processor_dict(name, **options)
         parts = {
-            # The same pixels everywhere: transformers takes another backend where torchvision is installed.
+            # One backend, for equal pixels everywhere: transformers prefers another if torchvision is
+            # installed.
             "image_processor": AutoImageProcessor.from_pretrained(name, backend="pil", **options),
             "tokenizer": AutoTokenizer.from_pretrained(name, **options),
             "video_processor": None,
@@ -69,7 +70,7 @@ class ChatProcessor:
         return str(self._processor.image_token)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all that decides what becomes of images and of their places in a text, as JSON values."""
+        """Return all settings that affect images and their tokens in a text, as JSON values."""
         kept = {
             name: value for name, value in vars(self._processor).items() if not hasattr(value, "get_vocab")
         }
@@ -77,14 +78,14 @@ class ChatProcessor:
         return {**kept, "image_processor": images}
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write the tokenizer. All else is as in the model's files, which an export takes along."""
+        """Write the tokenizer. All else is unchanged in the model's files, which an export copies."""
         self.tokenizer.save_pretrained(directory)
 
     def chat(self, written: Written, images: Sequence[Any]) -> ReadChat:
-        """Return the tokens of a chat, its images (Pillow's) in the places that its text has for them.
+        """Return the tokens of a chat, with its Pillow images at their places in the text.
 
-        Of what is learned none is an image's. Raises RowProblem where there are more or fewer places than
-        images, and where the processor refuses the chat.
+        No token of an image is supervised. Raises RowProblem if there are more or fewer places than images,
+        or if the processor refuses the chat.
         """
         num_places = written.text.count(self.image_token)
         if num_places != len(images):
@@ -92,7 +93,7 @@ class ChatProcessor:
             raise RowProblem(
                 BAD_VALUE, f"the chat as its template writes it has {places}, and the row {len(images)}"
             )
-        # As the processor's own `apply_chat_template` has it.
+        # As in the processor's own `apply_chat_template`.
         begin = self.tokenizer.bos_token
         begun = {"add_special_tokens": False} if begin and written.text.startswith(begin) else {}
         options = {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
@@ -114,13 +115,14 @@ class ChatProcessor:
         return ReadChat(Tokens(np.array(ids, dtype=np.int32), learned), types, np.array(ends, dtype=np.int32))
 
     def seen(self, images: Sequence[Any]) -> dict[str, np.ndarray]:
-        """Return what the model sees of images of Pillow's: `pixel_values`, and what goes with them, by name."""
+        """Return the model's inputs for Pillow images, by name: `pixel_values`, and others that go with
+        them."""
         output = self._processor(images=[list(images)], return_tensors="np")
         return {name: np.asarray(value) for name, value in output.items() if name not in _OF_TEXT}
 
 
 class _WithoutVideos:
-    """A processor that has none for videos."""
+    """A mixin for a processor without a part for videos."""
 
     def check_argument_for_proper_class(self, name: str, argument: Any) -> Any:
         """Return the class of a part of a processor, None for videos. Raises TypeError for a wrong one."""
@@ -128,14 +130,15 @@ class _WithoutVideos:
 
 
 def _moved(place: int, expanded: Sequence[Mapping[str, Any]]) -> int:
-    """Return where a character of a text stands once each image's token is replaced by all of its tokens."""
+    """Return a character's position in the text after each image's token was replaced by all of its
+    tokens."""
     longer = [len(one["replacement"]) - len(one["text"]) for one in expanded if one["span"][1] <= place]
     return place + sum(longer)
 
 
 def together(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """Return arrays end to end, of which one is as large in each further dimension as the largest, filled with
-    zeros."""
+    """Return arrays concatenated along the first dimension, padded with zeros to the largest in the
+    others."""
     most = np.max([array.shape[1:] for array in arrays], axis=0).astype(int)
     filled = [
         np.pad(array, [(0, 0), *((0, size - own) for size, own in zip(most, array.shape[1:], strict=True))])

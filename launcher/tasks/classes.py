@@ -1,4 +1,4 @@
-"""The classes of a model that has a classification head already, and which of them a row's label names."""
+"""The classes of a model with a classification head, and the lookup of a row's label among them."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from launcher.data.labels import WHOLE as _WHOLE
 from launcher.errors import ConfigurationError, Problem
 
 _GENERIC = re.compile(r"label[ _-]?(\d+)", re.IGNORECASE)
-"""transformers' own name of a class that nobody named: LABEL_0, LABEL_1 ..."""
+"""transformers' default names of classes: LABEL_0, LABEL_1 ..."""
 _BETWEEN = re.compile(r"[\s_-]+")
 
 
 _OTHER_HEADS = {"AudioClassification": ("SequenceClassification",)}
-"""Of heads whose classes have names of another kind too: those of wav2vec2 and its kin."""
+"""Further name endings of classes with a head: wav2vec2 and its kin have these for audio."""
 
 
 def of_model(config: Any, head: str = "SequenceClassification") -> list[str] | None:
-    """Return the names of the classes of a checkpoint with such a head, in the order of their ids; None
-    without one.
+    """Return the class names of a checkpoint with this head, in the order of their ids; None without the
+    head.
 
-    Every config of transformers has an id2label: that there is a head, the class says that it was saved from,
-    or names of its own.
+    Every transformers config has an id2label. That there is a head is known from the class that the model was
+    saved from, else from non-default names.
     """
     names = {int(number): str(name) for number, name in (config.id2label or {}).items()}
     if not names or sorted(names) != list(range(len(names))):
@@ -42,28 +42,28 @@ def of_model(config: Any, head: str = "SequenceClassification") -> list[str] | N
 
 
 def is_number(name: str) -> bool:
-    """Return whether a class's name is a whole number, as `3`, `-1`, but not `03`."""
+    """Return whether a class's name is a whole number: `3` or `-1`, but not `03`."""
     return name.removeprefix("-").isdecimal() and str(int(name)) == name
 
 
 def spelling(name: str) -> str:
-    """Return what the usual spellings of a class's name have in common: case, spaces, `_` and `-` aside;
-    `LABEL_3` is `3`."""
+    """Return a class's name in a normal form: without case, and with `_` and `-` as spaces; `LABEL_3` is
+    `3`."""
     plain = name.strip()
     generic = _GENERIC.fullmatch(plain) or _WHOLE.fullmatch(plain)
     return str(int(generic[1])) if generic else _BETWEEN.sub(" ", plain).strip().casefold()
 
 
 def same(first: Sequence[str], second: Sequence[str]) -> bool:
-    """Return whether two heads have the same classes in the same order, however they are spelt."""
+    """Return whether two heads have the same classes in the same order, whatever their spelling."""
     return [spelling(name) for name in first] == [spelling(name) for name in second]
 
 
 class Classes:
-    """Class ids by name: by the name itself, else by its spelling, else by the number that it is.
+    """Class ids by exact name, else by `spelling`, else by number.
 
-    A spelling that two classes share names neither. A number names the class with that id where `by_number`
-    is set and no class has a number for a name: so rows are labelled whose labels are the model's class ids.
+    A spelling that two classes share means neither. A number means the class with that id if `by_number` is
+    set and no class's name is a number: for rows whose labels are the model's class ids.
     """
 
     def __init__(self, names: Sequence[str], by_number: bool = False) -> None:
@@ -76,7 +76,7 @@ class Classes:
         self._by_number = by_number and not any(is_number(text) for text in spelt)
 
     def id_of(self, name: str) -> int | None:
-        """Return the id of the class that `name` means; None where it means none of them."""
+        """Return the id of the class that `name` means, or None."""
         number = self._exact.get(name, self._spelt.get(spelling(name)))
         if (
             number is None
@@ -89,11 +89,11 @@ class Classes:
         return number
 
     def unknown(self, names: Iterable[str]) -> list[str]:
-        """Return those of `names` that mean none of the classes, sorted."""
+        """Return the `names` that mean none of the classes, sorted."""
         return sorted(name for name in names if self.id_of(name) is None)
 
     def numbered(self, names: Iterable[str]) -> bool:
-        """Return whether any of `names` is taken for a class by its number alone."""
+        """Return whether any of `names` is matched by its number alone."""
         return any(
             name not in self._exact and spelling(name) not in self._spelt and self.id_of(name) is not None
             for name in names
@@ -101,13 +101,13 @@ class Classes:
 
 
 def taken_by_number(own: Classes) -> str:
-    """Return what people are told where labels are taken for the ids of a model's classes."""
+    """Return the remark that labels are read as the ids of the model's classes."""
     shown = ", ".join(f"{number} is {name!r}" for number, name in enumerate(own.names[:8]))
     return f"the labels are numbers, and are taken for the ids of the model's classes: {shown}"
 
 
 def new_head(own: list[str], names: set[str], unknown: list[str]) -> str:
-    """Return what people are told where a model's own classes are not those of the rows."""
+    """Return the remark that a new head is trained, as the model's classes are not those of the rows."""
     theirs, ours = ", ".join(map(repr, own[:8])), ", ".join(map(repr, unknown[:8]))
     return (
         f"the model's {len(own)} classes ({theirs}) are not those of the rows: of {len(names)} it does "
@@ -117,7 +117,7 @@ def new_head(own: list[str], names: set[str], unknown: list[str]) -> str:
 
 
 def by_class(key: str, given: float | Mapping[str, float], names: Sequence[str], other: float) -> list[float]:
-    """Return a number for each class, where one is given for all, or some by name; `other` for those that are
+    """Return a number for each class from one number for all, or from numbers by name; `other` for classes
     not named.
 
     Raises ConfigurationError for a name that means none of the classes.
@@ -137,8 +137,8 @@ def by_class(key: str, given: float | Mapping[str, float], names: Sequence[str],
 
 
 def one_of_two(key: str, given: str, ids: Classes) -> int:
-    """Return the id of the one of two classes that is given by name. Raises ConfigurationError where it is
-    neither, or where there are more."""
+    """Return the id of the named one of two classes. Raises ConfigurationError if it is neither, or if there
+    are not two."""
     names = ids.names
     if len(names) != 2:
         reason = f"there are {len(names)} classes, and f1 is the mean over them; leave it out"
@@ -157,14 +157,14 @@ def write_to(config: Any, names: Sequence[str]) -> None:
 
 
 def without_head(config: Any, has: str) -> ConfigurationError:
-    """Return the error for a model that is to be measured as it stands, and lacks the head for that."""
+    """Return the error for a model that is to be evaluated without training and lacks the head for it."""
     reason = f"{has}; train it first, and measure the run"
     return ConfigurationError(Problem("MODEL", getattr(config, "name_or_path", None) or None, reason))
 
 
 def check_known(ids: Classes, names: Iterable[str], kind: str, key: str, column: str | None) -> None:
-    """Raise ConfigurationError where rows have classes that the model does not know: what it says of those rows
-    would count for nothing. `kind` is what the classes are called."""
+    """Raise ConfigurationError if rows have classes that the model does not know: its predictions for them
+    would mean nothing. `kind` is the word for classes in the message."""
     if unknown := ids.unknown(names):
         shown, own = ", ".join(map(repr, unknown[:5])), ", ".join(map(repr, ids.names[:8]))
         reason = (

@@ -1,7 +1,6 @@
-"""Classification of whatever a sample holds: one class, several at once, or a number.
+"""Classification of any kind of sample: one class, several at once, or a number.
 
-What tasks with a label share: their classes, their loss, their metrics and their answers. What of a row is
-classified is a subclass's.
+The common part of tasks with a label: classes, loss, metrics and answers. A subclass encodes the rows.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ class Classification(Task):
     """A sample to a class, several classes, or a number."""
 
     head_name: ClassVar[str]
-    """How the names of transformers' classes with such a head end, behind `For`."""
+    """The part after `For` in the names of transformers' classes with this head."""
     keeps_losses = True
     data: LabelColumns
 
@@ -47,9 +46,9 @@ class Classification(Task):
         super().__init__(data, labels)
         self._weights: list[float] | None = None
         self._fitted: list[float] | None = None
-        """The thresholds of the classes as logits, where an evaluation fitted them."""
+        """The classes' thresholds as logits, if an evaluation fitted them."""
         self._bias: list[float] | None = None
-        """Of a new head's outputs, from the training rows' labels."""
+        """The initial bias of a new head's outputs, from the training labels."""
 
     @classmethod
     def settings_for(cls, columns: Mapping[str, Column], seen: Overview) -> dict[str, Any]:
@@ -68,10 +67,10 @@ class Classification(Task):
             yield from f1_notes(rows, self._label_column, self.data.positive_label)
 
     def adopt(self, config: Any, as_it_stands: bool = False) -> None:
-        """Take the classes of a model that has a classification head already. Raises ConfigurationError where
-        it stands without one."""
+        """Take the classes of a model's classification head. Raises ConfigurationError if it has none, or an
+        unsuitable one, and is not trained."""
         self.own_labels = classes.of_model(config, self.head_name)
-        mean = getattr(config, "label_mean", None)  # as runs of before 2026-11-29 had it
+        mean = getattr(config, "label_mean", None)  # the key of runs before 2026-11-29
         self._bias = getattr(config, "head_bias", None if mean is None else [mean])
         if not as_it_stands:
             return
@@ -87,7 +86,7 @@ class Classification(Task):
             self.labels, self.labels_given = self.own_labels, True
 
     def configure(self, config: Any) -> None:
-        """Write the classes, the kind of problem and where a new head begins into the model's config."""
+        """Write the classes, the kind of problem and a new head's initial bias into the model's config."""
         names = self.labels
         if names is None:
             names = (
@@ -123,11 +122,11 @@ class Classification(Task):
         return self.data.problem != "regression"
 
     def fit(self, rows: Iterable[Row]) -> None:
-        """Take the classes from the rows: the model's own in its own order, where each of the rows' classes
-        is one of them.
+        """Take the classes from the rows: the model's own, in its order, if they include every class of the
+        rows.
 
-        Else in the order of their numbers where all are numbers, else by name. Raises DataError where there
-        are fewer than two.
+        Otherwise the rows' classes, in numeric order if all are numbers, else by name. Raises DataError for
+        fewer than two.
         """
         names = names_in(rows, self._label_column, self.data.problem)
         if names and self.own_labels is not None:
@@ -148,15 +147,16 @@ class Classification(Task):
         self.labels = sorted(names, key=int) if all(is_number(name) for name in names) else sorted(names)
 
     def refuse_unknown(self, rows: Iterable[Row]) -> None:
-        """Raise ConfigurationError where rows have classes that the model does not."""
+        """Raise ConfigurationError if rows have classes that the model does not have."""
         if self.needs_labels and self.labels is not None:
             ids = Classes(self.labels, by_number=True)
             names = names_in(rows, self._label_column, self.data.problem)
             classes.check_known(ids, names, "classes", "data.label", self._label_column)
 
     def learn_from(self, column: Callable[[str], np.ndarray | None]) -> None:
-        """Take what each class weighs, and where a new head begins. Raises ConfigurationError for weights and
-        thresholds of what is no class, a `top_k` of all, and a `positive_label` that is not one of two."""
+        """Take the weight of each class, and a new head's initial bias. Raises ConfigurationError for weights
+        or thresholds of unknown classes, a `top_k` of all classes, and a `positive_label` that is not one of
+        two."""
         names, labels = list(self.labels or ()), column("label")
         if self.data.top_k is not None and self.data.top_k >= len(names):
             reason = f"there are {len(names)} classes, and the right one is always among so many"
@@ -173,12 +173,12 @@ class Classification(Task):
 
     @property
     def _positive(self) -> int:
-        """Return the id of the class that `f1` is of, where there are two."""
+        """Return the id of the positive class, for `f1` of two classes."""
         given = self.data.positive_label
         return 1 if given is None else one_of_two("data.positive_label", given, self._ids)
 
     def _numbers(self, key: str, other: float) -> list[float] | None:
-        """Return what a key gives for each class; None where it gives no numbers."""
+        """Return a key's number for each class; None if its value has no numbers."""
         given = getattr(self.data, key)
         return (
             None
@@ -196,8 +196,8 @@ class Classification(Task):
     def loss(
         self, model: torch.nn.Module, batch: dict[str, Any], others: Mapping[str, Any] | None = None
     ) -> Output:
-        """Return the summed loss of the samples; in training mixed with the divergence from a teacher, where
-        there is one."""
+        """Return the summed loss of the samples; in training mixed with the divergence from a teacher, if
+        any."""
         data = self.data
         return label_loss(
             model,
@@ -219,7 +219,7 @@ class Classification(Task):
         )
 
     def adopt_evaluation(self, details: Mapping[str, Any]) -> None:
-        """Take the thresholds that an evaluation of the model fitted, where the job leaves them to that."""
+        """Take the thresholds that an evaluation of the model fitted, if the job has `thresholds: fit`."""
         if self.data.thresholds == "fit" and "thresholds" in details:
             cuts = {name: logit_of(float(value)) for name, value in details["thresholds"].items()}
             cuts |= {name: float(value) for name, value in details.get("threshold_logits", {}).items()}
@@ -228,8 +228,8 @@ class Classification(Task):
     def answers(
         self, output: Output, batch: dict[str, Any], samples: Sequence[Sample], options: AnswerOptions
     ) -> list[Any]:
-        """Return of each sample its `label`, its `labels`, or its `value`; probabilities and the most
-        probable classes on request."""
+        """Return the `label`, `labels` or `value` of each sample; on request also probabilities and the top
+        classes."""
         assert output.predictions is not None
         logits = output.predictions.float().cpu().numpy()
         given = self._numbers("thresholds", 0.5)
@@ -247,8 +247,8 @@ class Classification(Task):
         return np.zeros(num_outputs, dtype=np.int64 if self.data.problem == "single-label" else np.float32)
 
     def _label_text(self, label: np.ndarray) -> str:
-        """Return the label of a sample of a batch in words: its classes, with the shares of those that have not
-        all of it, or a number."""
+        """Return the label of one sample of a batch in words: its classes, with their shares where it is
+        mixed, or a number."""
         if self.labels is None:
             return f"{float(label):g}"
         if not label.ndim:

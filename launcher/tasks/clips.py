@@ -1,4 +1,4 @@
-"""Sounds as the tensors that a model hears: cut to a length in seconds, by its own feature extractor."""
+"""Sounds as input tensors: cut to a length in seconds, then converted by the model's feature extractor."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ else:
     np = Lazy("numpy")
 
 _USUAL_SECONDS = 10.0
-"""Of a feature extractor that takes any length."""
+"""The default for a feature extractor that takes any length."""
 _FRAMES_A_SECOND = 100
-"""Of spectra: every feature extractor of transformers whose length is fixed makes one each 10 ms."""
+"""Spectra a second: every feature extractor of transformers with a fixed length makes one each 10 ms."""
 _WINDOW = 0.025
-"""Seconds of one spectrum, of which a clip must have one at least."""
+"""The seconds that one spectrum covers; a clip must have at least one."""
 
 
 @dataclass(frozen=True)
 class Clips:
-    """The part of a sound that a model hears, with its feature extractor."""
+    """The length and rate of a model's clips, with its feature extractor."""
 
     processor: Any
     rate: int
@@ -40,9 +40,10 @@ class Clips:
 
     @classmethod
     def of(cls, processor: Any, data: SoundColumns) -> Clips:
-        """Return what the feature extractor makes of every sound, set to the job's seconds where it takes them.
+        """Return the clips of a feature extractor, which is set to the job's seconds if it can be.
 
-        Raises ConfigurationError for one that makes nothing of a sound, or hears no clip that long.
+        Raises ConfigurationError for one that cannot process a sound, or whose clips are shorter than the
+        job's.
         """
         rate = getattr(processor, "sampling_rate", None)
         if not isinstance(rate, int):
@@ -69,7 +70,7 @@ class Clips:
         return round(self.seconds * self.rate)
 
     def clip(self, samples: np.ndarray, cut_at: str, draws: np.random.Generator | None = None) -> np.ndarray:
-        """Return the part of a sound that is heard, float32 [n]: any with `draws`, else by `cut_at`."""
+        """Return the clip of a sound, float32 [n]: a random part with `draws`, else the part by `cut_at`."""
         most = self.most_samples
         beyond = len(samples) - most
         if beyond > 0:
@@ -80,8 +81,8 @@ class Clips:
         return np.pad(samples, (0, -beyond)) if self.is_padded else samples
 
     def features(self, clip: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return what the feature extractor makes of a clip alone: float32 [n, ...], and its mask, int64 [n],
-        where it gives one."""
+        """Return the features of a single clip, float32 [n, ...], and its mask, int64 [n], if the extractor
+        returns one."""
         given = self.processor(clip, sampling_rate=self.rate, return_tensors="np")
         features: np.ndarray = np.ascontiguousarray(given[self.input_name][0], dtype=np.float32)
         mask = given.get("attention_mask")
@@ -89,14 +90,14 @@ class Clips:
 
     @property
     def input_name(self) -> str:
-        """Return the name by which the model takes the features."""
+        """Return the name of the model's argument for the features."""
         name: str = self.processor.model_input_names[0]
         return name
 
 
 def joined(features: Sequence[tuple[np.ndarray, np.ndarray | None]]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the features of clips as one array, float32 [B, longest, ...], and their mask, int64 [B, longest]:
-    zeros behind the shorter ones."""
+    """Return the features of clips as one array, float32 [B, longest, ...], and their mask, int64 [B,
+    longest], padded with zeros."""
     longest = max(len(one) for one, _ in features)
     whole = np.zeros((len(features), longest, *features[0][0].shape[1:]), dtype=np.float32)
     masks = np.zeros((len(features), longest), dtype=np.int64)
@@ -107,9 +108,10 @@ def joined(features: Sequence[tuple[np.ndarray, np.ndarray | None]]) -> tuple[np
 
 
 def fewest_samples(config: Any, rate: int) -> int:
-    """Return the samples of the shortest clip of which a model makes anything: one step behind its convolutions.
+    """Return the samples of the shortest clip that a model can process: one output position of its
+    convolutions.
 
-    Of one that sees spectra, one of those.
+    For a model that reads spectra, one spectrum.
     """
     kernels, strides = getattr(config, "conv_kernel", None), getattr(config, "conv_stride", None)
     if not kernels or not strides:
@@ -121,7 +123,7 @@ def fewest_samples(config: Any, rate: int) -> int:
 
 
 def _whole_seconds(processor: Any, seconds: float | None) -> float:
-    """Have a feature extractor of Whisper's kind pad to so many seconds, rounded up; return them."""
+    """Set a Whisper feature extractor to pad to `seconds`, rounded up; return the length of clips."""
     chunk = processor.chunk_length if seconds is None else math.ceil(seconds)
     processor.chunk_length = chunk
     processor.n_samples = chunk * processor.sampling_rate

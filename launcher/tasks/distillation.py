@@ -1,4 +1,4 @@
-"""The section `distillation` of a job file: learn from what a trained model says of the same samples."""
+"""The section `distillation` of a job file: learning from a trained model's outputs for the same samples."""
 
 from __future__ import annotations
 
@@ -22,10 +22,9 @@ else:
 TEACHER = "teacher"
 """The name of the companion that teaches."""
 SOURCE = "launcher-teacher.json"
-"""The file in RUN/teacher that says which checkpoint was written there."""
+"""The file in RUN/teacher that names the checkpoint written there."""
 PROJECTION = "hidden_projection"
-"""The part of a model that turns its hidden states into such as a teacher of another width has; no export has
-it."""
+"""The part of a model that maps its hidden states to the width of the teacher's; exports leave it out."""
 
 
 class HiddenStates(Section):
@@ -42,7 +41,8 @@ class HiddenStates(Section):
     every layer, from the teacher's in even distances, the last from the last."""
 
     def pairs(self, num_layers: int, num_others: int) -> dict[int, int]:
-        """Return the teacher's layer by the model's. Raises ConfigurationError for one that is not there."""
+        """Return the teacher's layer for each of the model's. Raises ConfigurationError for a layer that does
+        not exist."""
         if self.layers is None:
             return {
                 layer: max(1, (2 * layer * num_others + num_layers) // (2 * num_layers))
@@ -68,8 +68,9 @@ class HiddenStates(Section):
         others: Sequence[torch.Tensor],
         part: Callable[[torch.Tensor], torch.Tensor] = lambda states: states,
     ) -> torch.Tensor:
-        """Return the weighted difference at each position, fp32 [...], by the hidden states of the model and
-        of its teacher: of each layer [..., width], the embeddings first. Only this part of them is compared."""
+        """Return the weighted difference at each position, fp32 [...], between the hidden states of the model
+        and of its teacher: [..., width] for each layer, the embeddings first. Only the result of `part` is
+        compared."""
         from torch.nn import functional
 
         pairs = self.pairs(len(own) - 1, len(others) - 1)
@@ -84,8 +85,8 @@ class HiddenStates(Section):
     def by_sample(
         self, model: torch.nn.Module, outputs: Any, wanted: Any, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """Return the weighted difference of each sample, fp32 [n], the mean over its tokens, by what both
-        models returned of it; `mask`, [n, longest], is 0 where there is no token."""
+        """Return the weighted difference for each sample, fp32 [n], as the mean over its tokens, from both
+        models' outputs; `mask`, [n, longest], is 0 in padding."""
         differences = self.by_position(model, hidden_of(outputs, model), hidden_of(wanted, model))
         if mask is None:
             return differences.mean(-1)
@@ -111,23 +112,24 @@ class Distillation(Section):
     """The share of the task's own loss; the rest is the divergence from the teacher, times the square of the
     temperature."""
     hidden_states: HiddenStates | None = None
-    """Compare hidden states as well; `{}` is every layer, with weight 1. Where the teacher has another width, a
-    matrix that trains along turns one into the other."""
+    """Compare hidden states as well; `{}` is every layer, with weight 1. Where the teacher has another width,
+    a matrix that trains along turns one into the other."""
 
     @property
     def companions(self) -> Mapping[str, Companion]:
-        """Return the teacher as the engines load it; none where its logits were written ahead."""
+        """Return the teacher for the engines to load; none if its logits were written ahead."""
         if self.teacher is None:
             return {}
         return {TEACHER: Companion(self.teacher, "distillation.teacher", revision=self.revision)}
 
     @property
     def source(self) -> dict[str, str | int | None]:
-        """Return what names the checkpoint that teaches, as SOURCE has it."""
+        """Return the content of SOURCE: the teacher and its checkpoint."""
         return {"teacher": self.teacher, "checkpoint": self.checkpoint}
 
     def written_out(self, run: Path) -> bool:
-        """Return whether RUN/teacher is whole and of the checkpoint that teaches, which may be gone by then."""
+        """Return whether RUN/teacher is complete and of the teacher's checkpoint, which may be deleted by
+        then."""
         try:
             stored: object = read_json(run / "teacher" / SOURCE)
         except (OSError, ValueError):
@@ -135,12 +137,12 @@ class Distillation(Section):
         return stored == self.source
 
     def mixed(self, own: torch.Tensor, divergence: torch.Tensor) -> torch.Tensor:
-        """Return the loss of each sample, fp32 [n], by the task's own and the divergence, [n] each."""
+        """Return the loss of each sample, fp32 [n], from the task's own and the divergence, [n] each."""
         return self.own_loss * own + (1 - self.own_loss) * self.temperature**2 * divergence
 
 
 def hidden_of(outputs: Any, model: torch.nn.Module) -> Sequence[torch.Tensor]:
-    """Return the hidden states that a model was asked for. Raises ConfigurationError where it returned none."""
+    """Return the hidden states in a model's outputs. Raises ConfigurationError if there are none."""
     states: Sequence[torch.Tensor] | None = getattr(outputs, "hidden_states", None)
     if states is None:
         reason = f"a {type(model).__name__} or its teacher returns no hidden states; leave it out"
@@ -151,10 +153,10 @@ def hidden_of(outputs: Any, model: torch.nn.Module) -> Sequence[torch.Tensor]:
 def label_divergence(
     problem: str, logits: torch.Tensor, wanted: torch.Tensor, temperature: float
 ) -> torch.Tensor:
-    """Return how far the student's logits are from the teacher's, fp32 [n], by fp32 logits [n, outputs].
+    """Return the divergence of the student's logits from the teacher's, fp32 [n]; both are fp32 [n, outputs].
 
-    Of classes the Kullback-Leibler divergence of the student's probabilities from the teacher's; of several
-    classes at once the mean over them, each a class or none; of a number the squared difference.
+    One class: the Kullback-Leibler divergence of the student's probabilities from the teacher's. Several at
+    once: its mean over the classes, each as yes or no. A number: the squared difference.
     """
     from torch.nn import functional
 

@@ -1,4 +1,4 @@
-"""What tasks have in common in which a decoder writes a text about what an encoder has read, or seen."""
+"""The common part of tasks in which a decoder generates text from an encoder's text or image."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ else:
 
 
 class EncoderDecoderTask(WritingTask):
-    """A task whose samples have `labels`, the tokens of a text, int32 [n], all of which are learned."""
+    """A task whose samples have `labels`, the tokens of a text, int32 [n], all supervised."""
 
     keeps_losses = True
 
@@ -36,7 +36,7 @@ class EncoderDecoderTask(WritingTask):
 
     @property
     def end_tokens(self) -> Sequence[int]:
-        # A decoder made of a BERT writes its separator last; of others it may stand between parts of a text.
+        # A decoder made from a BERT ends with its separator. In others, that may separate parts of a text.
         end, separator = self.tokenizer.eos_token_id, self.tokenizer.sep_token_id
         if separator in (None, end):
             return super().end_tokens
@@ -46,8 +46,8 @@ class EncoderDecoderTask(WritingTask):
     def answers(
         self, output: Output, batch: dict[str, Any], samples: Sequence[Sample], options: AnswerOptions
     ) -> list[Any]:
-        """Return what the model writes to each sample; where it does not write, the log-probability of the
-        target, the number of its tokens and its perplexity."""
+        """Return the text generated for each sample; without generation, the log-probability of the target,
+        the number of its tokens and its perplexity."""
         if output.generated is not None:
             return self.texts_of(output)
         assert output.losses is not None
@@ -56,9 +56,10 @@ class EncoderDecoderTask(WritingTask):
 
 
 def written_texts(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
-    """Return `labels` int64 [B, longest text], -100 behind each; and `targets`: the labels, and -100 in filler.
+    """Return `labels` int64 [B, longest text], padded with -100; and `targets`: the same with -100 in all of
+    a padding sample.
 
-    Of filler the decoder still reads something.
+    The decoder still needs inputs for a padding sample.
     """
     lengths = np.array([len(sample["labels"]) for sample in samples])
     real = np.arange(lengths.max()) < lengths[:, None]

@@ -1,4 +1,4 @@
-"""Turn texts into tokens, and mark those that are learned."""
+"""Tokenisation of texts, with marks of the supervised tokens."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ else:
     np = Lazy("numpy")
 
 _APART = ("\n", ".", "a")
-"""Texts behind which another is tokenised as in the middle of a text, where none of the two's tokens lies
-across the border."""
+"""Texts after which another is tokenised as in the middle of a text, if no token spans the border."""
 
 
 Read = TypeVar("Read")
@@ -29,9 +28,10 @@ def encode_usable(
     read: Callable[[dict[str, Any]], Read],
     encode: Callable[[list[Read]], Iterable[Made]],
 ) -> list[Made | RowProblem]:
-    """Return for each row what `encode` returns for it once `read`, or why it cannot be read.
+    """Return for each row the result of `encode` on what `read` returned for it, or why it cannot be read.
 
-    `encode` gets all that could be read at once, none but once, and gives one result for each.
+    `encode` is called once with all readable rows (not at all if there are none), and gives one result for
+    each.
     """
     readings: list[Read | RowProblem] = []
     for row in rows:
@@ -45,43 +45,44 @@ def encode_usable(
 
 
 def too_long(length: int, limit: int) -> RowProblem:
-    """Return why a sample of more than `limit` tokens is left out."""
+    """Return the problem of a sample of more than `limit` tokens."""
     return RowProblem(TOO_LONG, f"{length:,} tokens, and max_length is {limit:,}")
 
 
 def unfit(processor: Any, reason: str) -> ConfigurationError:
-    """Return the error for a model whose tokenizer cannot serve the task."""
+    """Return the error for a model whose tokenizer the task cannot use."""
     return ConfigurationError(Problem("model.name", processor.name_or_path or None, reason))
 
 
 def special_tokens(tokenizer: Any | None, is_pair: bool = False) -> int:
-    """Return how many tokens are put around a text, or a pair of them; without a tokenizer as BERT's has it."""
+    """Return how many special tokens surround a text or a pair of texts; without a tokenizer, BERT's
+    number."""
     return 2 + is_pair if tokenizer is None else int(tokenizer.num_special_tokens_to_add(is_pair))
 
 
 class Written(NamedTuple):
-    """A text, and from where to where it is learned, in characters."""
+    """A text and its supervised spans, in characters."""
 
     text: str
     learned: list[tuple[int, int]]
 
 
 class Tokens(NamedTuple):
-    """The tokens of a sample, int32 [n], and whether each is learned, bool [n]."""
+    """The tokens of a sample, int32 [n], and whether each is supervised, bool [n]."""
 
     ids: np.ndarray
     learned: np.ndarray
 
 
 def tokenise(tokenizer: Any, texts: Sequence[str], **options: Any) -> Any:
-    """Return the tokens of each text as `apply_chat_template` gets them: with none added before or after."""
+    """Return the tokens of each text as in `apply_chat_template`: without special tokens around it."""
     return tokenizer(
         list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False, **options
     )
 
 
 def encode_written(tokenizer: Any, written: Sequence[Written]) -> list[Tokens | RowProblem]:
-    """Return the tokens of whole texts. A token is learned where any of its characters is."""
+    """Return the tokens of texts, uncut. A token is supervised if any of its characters is."""
     if not written:
         return []
     if not tokenizer.is_fast:
@@ -95,11 +96,12 @@ def encode_written(tokenizer: Any, written: Sequence[Written]) -> list[Tokens | 
 
 
 def learned_of(spans: Sequence[tuple[int, int]], offsets: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Return which tokens lie in any of the spans, bool [n]; both from where to where, in characters."""
+    """Return which tokens lie in any of the spans, bool [n]; `spans` and `offsets` are (start, end) in
+    characters."""
     starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
     learned = np.zeros(len(starts), dtype=bool)
     for start, end in spans:
-        # Tokenizers that cut white space off a token's place leave a token of white space alone an empty one,
+        # Some tokenizers trim white space from offsets. A token of white space alone then has an empty span,
         # at its end.
         learned |= np.where(
             starts < ends, (starts < end) & (ends > start), (starts > start) & (starts <= end)
@@ -108,7 +110,7 @@ def learned_of(spans: Sequence[tuple[int, int]], offsets: Sequence[tuple[int, in
 
 
 def _by_beginnings(tokenizer: Any, written: Written, ids: list[int]) -> Tokens | RowProblem:
-    """Return the tokens for a tokenizer without offsets: they are counted in the text up to each border."""
+    """Return the tokens with a tokenizer without offsets: those up to each border are counted."""
     learned = np.zeros(len(ids), dtype=bool)
     for start, end in written.learned:
         first, last = tokenise(tokenizer, [written.text[:start], written.text[:end]])["input_ids"]
@@ -123,7 +125,7 @@ def _by_beginnings(tokenizer: Any, written: Written, ids: list[int]) -> Tokens |
 
 
 def puts_space_before(tokenizer: Any) -> bool:
-    """Return whether a text that is tokenised alone gets a space before it, as with Llama 2's tokenizer."""
+    """Return whether the tokenizer adds a space before a text, as Llama 2's does."""
     [alone] = tokenise(tokenizer, ["a"])["input_ids"]
     return any(
         tokens is not None and tokens != alone
@@ -132,16 +134,16 @@ def puts_space_before(tokenizer: Any) -> bool:
 
 
 def _behind(tokenizer: Any, before: str, text: str) -> list[int] | None:
-    """Return the tokens of a text that follows another; None where a token lies across the border."""
+    """Return the tokens of a text that follows another; None if a token spans the border."""
     first, both = tokenise(tokenizer, [before, before + text])["input_ids"]
     return list(both[len(first) :]) if both[: len(first)] == first else None
 
 
 def continue_texts(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
-    """Return the tokens of the second text of each pair, without a space before it that is not its own.
+    """Return the tokens of the second text of each pair, without an added space before it.
 
-    They are those that follow the first text's tokens in the joined text. Where a token would lie across the
-    border, they are those that follow another text.
+    They are the tokens after the first text's in the joined text. If a token would span the border, they are
+    the tokens after one of the texts in `_APART`.
     """
     flat = (
         tokenise(tokenizer, [text for first, second in pairs for text in (first, first + second)])[
@@ -162,19 +164,19 @@ def continue_texts(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[lis
 
 @dataclass(frozen=True)
 class Borders:
-    """The rule by which a text whose last part alone is learned becomes tokens: each part by itself, so that
-    no token spans the border."""
+    """Tokenisation of a text of which only the last part is supervised: each part separately, so that no
+    token spans the border."""
 
     first: tuple[int, ...]
     """Tokens that begin a text."""
     end: int
-    """The token that ends it, and is learned."""
+    """The token that ends it, which is supervised."""
     spaced: bool
-    """Whether the tokenizer puts a space before what is tokenised alone."""
+    """Whether the tokenizer adds a space before a text."""
 
     @classmethod
     def of(cls, tokenizer: Any, has_parts: bool) -> Borders:
-        """Return a tokenizer's. Raises ConfigurationError without an end token."""
+        """Return the borders for a tokenizer. Raises ConfigurationError without an end token."""
         if tokenizer.eos_token_id is None:
             reason = (
                 "its tokenizer has no end-of-text token (eos_token), so that the model could not learn "
@@ -187,13 +189,13 @@ class Borders:
         return cls((begin,) if begins else (), tokenizer.eos_token_id, spaced)
 
     def asked(self, tokenizer: Any, written: Sequence[Written]) -> list[Tokens]:
-        """Return the tokens of questions alone, of which none is learned."""
+        """Return the tokens of prompts alone; none is supervised."""
         flat = tokenise(tokenizer, [one.text for one in written])["input_ids"]
         questions = [np.array([*self.first, *ids], dtype=np.int32) for ids in flat]
         return [Tokens(ids, np.zeros(len(ids), dtype=bool)) for ids in questions]
 
     def learned(self, tokenizer: Any, written: Sequence[Written]) -> list[Tokens]:
-        """Return the tokens of texts that are learned from one place on, and of their ends."""
+        """Return the tokens of texts that are supervised from one place to their end token."""
         pairs = [(one.text[: one.learned[0][0]], one.text[one.learned[0][0] :]) for one in written]
         flat = tokenise(tokenizer, [text for pair in pairs for text in pair])["input_ids"]
         seconds = continue_texts(tokenizer, pairs) if self.spaced else flat[1::2]

@@ -1,4 +1,4 @@
-"""Hold the output of a task's loss, and compute metrics from an evaluation's outputs."""
+"""The output of a task's loss, and the interface of evaluators, which compute metrics from outputs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     import torch
 
 KEEPS_LOSSES = "keeps_losses"
-"""A key of a training batch of several sources: its `Output` is to have `losses`, by which each source's is
-counted."""
+"""A key of a training batch of several sources: its `Output` must have `losses`, to sum the loss of each
+source."""
 
 
 class Output(NamedTuple):
@@ -23,17 +23,16 @@ class Output(NamedTuple):
     num_correct: torch.Tensor
     """Scalar."""
     predictions: torch.Tensor | None = None
-    """Numbers that the task's evaluator needs beside the sums."""
+    """What the task's evaluator needs in addition to the sums."""
     router_loss_sum: torch.Tensor | None = None
-    """Scalar, of `loss_sum`: what a mixture of experts adds for the balance of its routers."""
+    """Scalar, a part of `loss_sum`: the router balance loss of a mixture of experts."""
     losses: torch.Tensor | None = None
-    """fp32, flat over the positions, or one for each sample: the loss of each, 0 where nothing is learned. Of an
-    evaluation of a language model, and of a training batch that has the key `keeps_losses`."""
+    """The loss of each position (flat) or of each sample, fp32, 0 where unsupervised. Set in an evaluation of
+    a language model, and for a training batch with the key `keeps_losses`."""
     generated: torch.Tensor | None = None
-    """What the model wrote to each sample of the batch, int64 [samples, n], where the task has it write; set
-    beside `loss`."""
+    """The generated tokens for each sample of the batch, int64 [samples, n], if the task generates."""
     parts: dict[str, Output] | None = None
-    """Of several tasks at once each one's own output, by its name."""
+    """The output of each of several tasks, by name."""
 
 
 class Evaluator(ABC):
@@ -41,26 +40,26 @@ class Evaluator(ABC):
 
     @abstractmethod
     def update(self, output: Output, batch: dict[str, Any]) -> None:
-        """Take in one micro-batch: the model's output, and the batch of `collate` on the host. Filler must not
-        count."""
+        """Add one micro-batch: the model's output, and the batch of `collate` on the host. Padding samples
+        must not count."""
 
     @abstractmethod
     def state(self) -> list[np.ndarray]:
-        """Return what this rank has seen as arrays of numbers, of any shape."""
+        """Return this rank's results as arrays of numbers, of any shape."""
 
     @abstractmethod
     def compute(self, states: Sequence[Sequence[np.ndarray]]) -> dict[str, float]:
         """Return the metrics of all ranks' states; `loss` is always among them. Called on one rank."""
 
     def details(self) -> dict[str, Any]:
-        """Return what no single number shows of the metrics just computed, as JSON values, such as a confusion
-        matrix or a fitted threshold."""
+        """Return details of the metrics just computed, as JSON values: for example a confusion matrix or a
+        fitted threshold."""
         return {}
 
     def told_apart(self, state: Sequence[np.ndarray], copy: int) -> Sequence[np.ndarray]:
-        """Return the state of one row's sample as that of its `copy`, from 0: drawn anew, a row may come
+        """Return the state of one row's sample as the state of its `copy`, from 0: resampling may draw a row
         twice.
 
-        For an evaluator that merges what it saw by the ids of rows; others count an equal state twice anyway.
+        Needed by evaluators that merge results by row ids; others count an equal state twice anyway.
         """
         return state

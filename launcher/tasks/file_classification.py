@@ -1,4 +1,4 @@
-"""Classification of files that rows name or hold: an image or a sound each."""
+"""Classification of files that rows name or contain: an image or a sound each."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class FileClassification(Classification):
 
     data: FileColumns
     file_key: ClassVar[str]
-    """The key of `data` that names the column, and of an answer that has the file's path."""
+    """The key of `data` that names the column; also the key for the file's path in an answer."""
 
     def checks(self) -> Iterator[Finding]:
         yield from super().checks()
@@ -41,7 +41,7 @@ class FileClassification(Classification):
         return columns if self.for_prediction else (*columns, self._label_column)
 
     def texts(self, row: dict[str, Any]) -> list[str]:
-        """Return none: a file becomes no tokens."""
+        """Return no texts: a file has no tokens."""
         media.named(row, self.data.file_columns)
         if not self.for_prediction:
             label_of(row, self._label_column, self.data.problem)
@@ -51,8 +51,8 @@ class FileClassification(Classification):
         return [1]
 
     def encode(self, rows: Sequence[dict[str, Any]], processor: Any) -> list[Encoded | RowProblem]:
-        """Return where each file lies, or its bytes (`launcher.tasks.media`), and `label`: int64 [1], float32
-        [num_labels] or float32 [1]. Each is decoded once, so that what cannot be is known before training."""
+        """Return each file's path or bytes (`launcher.tasks.media`), and `label`: int64 [1], float32
+        [num_labels] or float32 [1]. Each file is decoded once, to find unreadable ones before training."""
         return [self._encoded(row) for row in rows]
 
     def _encoded(self, row: dict[str, Any]) -> Encoded | RowProblem:
@@ -67,14 +67,14 @@ class FileClassification(Classification):
 
     @abstractmethod
     def _decoded(self, content: media.Content) -> str | bool:
-        """Return how a file is cut, False where it is whole. Raises RowProblem for one that cannot be used."""
+        """Return how a file is cut, False if it is not. Raises RowProblem for an unusable one."""
 
     def shortened(self, sample: Sample, length: int, ends: Sequence[int]) -> Sample:
-        """Return the sample: a file has no end that could be cut off."""
+        """Return the sample unchanged: a file cannot be shortened."""
         return sample
 
     def answer(self, row: dict[str, Any], parts: Sequence[Any]) -> dict[str, Any]:
-        """Return the answer for a row, and the file's path where it has one."""
+        """Return the answer for a row, with the file's path if it has one."""
         value = media.named(row, self.data.file_columns)
         path = {self.file_key: value} if isinstance(value, str) else {}
         return path | super().answer(row, parts)

@@ -1,4 +1,4 @@
-"""Record what a task says of its own keys of a job: problems, and values that the plan settles."""
+"""A task's findings on its own keys of a job: problems, and values that the plan decides."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from launcher.errors import Problem
 
 @dataclass(frozen=True)
 class Finding:
-    """A problem, and every key it rests on: where one of those is already refused, this one says nothing
-    new."""
+    """A problem, and every key that it depends on: if one of those is already refused, this one is
+    dropped."""
 
     problem: Problem
     keys: tuple[str, ...]
 
 
 def finding(key: str, value: object, reason: str, *others: str) -> Finding:
-    """Return the problem with a key's value as a finding that rests on that key and on `others`."""
+    """Return the problem with a key's value as a finding that depends on that key and on `others`."""
     return Finding(Problem(key, value, reason), (key, *others))
 
 
 class Left(NamedTuple):
-    """A key of `data` that a job left open and the plan settles."""
+    """A key of `data` that a job left open and the plan decides."""
 
     key: str
     value: str

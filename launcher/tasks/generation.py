@@ -1,4 +1,4 @@
-"""Define the section `evaluation` of a job file: what a model writes while it is measured, and how."""
+"""The section `evaluation` of a job file: text generation during an evaluation, and its settings."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ else:
 class Generate(Section):
     """Settings of how answers are written, by the names of transformers' GenerationConfig.
 
-    What is left out is as the model's own `generation_config.json` has it, else as transformers does. Two keys
-    have values of their own all the same: an evaluation ends, by `max_new_tokens`, and says the same twice, as
-    long as `do_sample` is not asked for.
+    What is left out is as the model's own `generation_config.json` has it, else as transformers does. Two
+    keys have values of their own all the same: an evaluation ends, by `max_new_tokens`, and says the same
+    twice, as long as `do_sample` is not asked for.
     """
 
     max_new_tokens: int = Field(default=128, ge=1, le=1_000_000)
@@ -42,10 +42,11 @@ class Generate(Section):
     temperature: float | None = Field(default=None, gt=0)
     """When drawing: logits are divided by it. Left out: as the model has it, else 1."""
     top_k: int | None = Field(default=None, ge=0)
-    """When drawing: only from the likeliest so many tokens; 0 is all. Left out: as the model has it, else 50."""
+    """When drawing: only from the likeliest so many tokens; 0 is all. Left out: as the model has it, else
+    50."""
     top_p: float | None = Field(default=None, gt=0, le=1)
-    """When drawing: only from the likeliest tokens that have this share of the probability together. Left out:
-    as the model has it, else 1."""
+    """When drawing: only from the likeliest tokens that have this share of the probability together. Left
+    out: as the model has it, else 1."""
     seed: int = Field(default=17, ge=0)
     """Of what is drawn; the same row draws the same on any number of ranks."""
     stop_strings: tuple[Annotated[str, Field(min_length=1)], ...] = ()
@@ -53,7 +54,7 @@ class Generate(Section):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Return what is said of the arguments of `generate`, which override the model's own."""
+        """Return the arguments of `generate` that are set, which override the model's own."""
         names = ("max_new_tokens", "num_beams", "length_penalty", "no_repeat_ngram_size", "do_sample")
         drawing = ("temperature", "top_k", "top_p") if self.do_sample else ()
         values = {name: getattr(self, name) for name in (*names, *drawing)}
@@ -65,7 +66,7 @@ class Generate(Section):
 
 
 def as_section(value: object) -> object:
-    """Read `true` as an empty section and `false` as none."""
+    """Return an empty section for `true` and None for `false`; other values unchanged."""
     return {True: {}, False: None}[value] if isinstance(value, bool) else value
 
 
@@ -91,12 +92,12 @@ class Evaluation(Section):
 
 @dataclass(frozen=True)
 class AnswerOptions:
-    """Options for what a prediction tells beside the answer itself."""
+    """Options for what a prediction contains besides the answer itself."""
 
     probabilities: bool = False
-    """The probability of every class, where the task has classes."""
+    """Whether to give the probability of every class, if the task has classes."""
     top_k: int | None = None
-    """How many of the likeliest candidates; None for the likeliest alone."""
+    """The number of most likely candidates; None for the most likely alone."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +105,10 @@ class GenerationOptions:
     """The arguments of transformers' `generate` that come with every batch of prompts."""
 
     arguments: Mapping[str, Any]
-    """Its keyword arguments that do not depend on the batch; `tokenizer` is among them, for stop strings."""
+    """The keyword arguments that do not depend on the batch; `tokenizer` is one of them, for stop strings."""
     drawn: Generate | None = None
-    """How tokens are drawn, where they are. A draw depends on the seed, the row and the position alone."""
+    """The sampling settings; None without sampling. A draw depends only on the seed, the row and the
+    position."""
 
     def also(self, **arguments: Any) -> GenerationOptions:
         """Return the options with more arguments."""
@@ -116,17 +118,18 @@ class GenerationOptions:
 def options_of(settings: Generate, tokenizer: Any, end_tokens: Sequence[int] = ()) -> GenerationOptions:
     """Return the settings as keyword arguments of `generate`, which override the model's generation config.
 
-    `end_tokens` end an answer beside those that the model's generation config names.
+    `end_tokens` end an answer in addition to those of the model's generation config.
     """
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     arguments: dict[str, Any] = {
         **settings.arguments,
         "pad_token_id": padding,
         "tokenizer": tokenizer,
-        # One answer a row, as a tensor, whatever the model's own say.
+        # One answer a row, as a tensor, whatever the model's own settings are.
         "num_return_sequences": 1,
         "return_dict_in_generate": False,
-        # launcher draws with processors of its own, so that a draw does not depend on what shares the batch.
+        # launcher samples with its own logits processors, so that a draw does not depend on the rest of the
+        # batch.
         "do_sample": False,
         "temperature": 1.0,
         "top_p": 1.0,
@@ -140,8 +143,8 @@ def options_of(settings: Generate, tokenizer: Any, end_tokens: Sequence[int] = (
 def padded_prompts(
     prompts: Sequence[np.ndarray], samples: Sequence[Sample], padding: int, on_the_left: bool
 ) -> dict[str, Any]:
-    """Return prompts, int [n] each, as a batch: `input_ids` and `attention_mask` int64 [B, L], and which
-    rows they are of."""
+    """Return prompts, int [n] each, as a batch: `input_ids` and `attention_mask` int64 [B, L], and the ids
+    and windows of their rows."""
     import torch
 
     lengths = np.array([len(prompt) for prompt in prompts])

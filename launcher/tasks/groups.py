@@ -1,4 +1,4 @@
-"""Measure the rows of an evaluation in groups: by length, or by a kind that the task knows."""
+"""Metrics of an evaluation's rows in groups: by length, or by a kind that the task knows."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ NUM_ROWS = "num_rows"
 
 
 def by_length(lengths: Sequence[int]) -> dict[str, list[int]]:
-    """Return the places of the rows of each length that occurs, shortest first: lengths up to twice as long
-    go together (`17 to 32`)."""
+    """Return the indices of the rows in each group of lengths, shortest first; a group spans a power of two
+    (`17 to 32`)."""
     groups: dict[int, list[int]] = {}
     for place, length in enumerate(lengths):
         groups.setdefault((max(int(length), 1) - 1).bit_length(), []).append(place)
@@ -23,5 +23,5 @@ def _name(longest: int) -> str:
 def measured(
     groups: Mapping[str, Sequence[int]], measure: Callable[[Sequence[int]], Mapping[str, float]]
 ) -> dict[str, dict[str, float]]:
-    """Return what `measure` says of the places of each group, its own first, and `num_rows`."""
+    """Return the metrics of `measure` for the indices of each group, followed by `num_rows`."""
     return {name: {**measure(places), NUM_ROWS: len(places)} for name, places in groups.items() if places}

@@ -1,4 +1,4 @@
-"""What tasks have in common that hear sounds: the clips of their model, and its feature extractor."""
+"""The common part of audio tasks: the clips of their model, and its feature extractor."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ else:
 
 TOO_SHORT = "too short"
 _BY_CHANCE = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
-"""Layers that a config has left out in training: each rank would leave out others, and the rest wait for it."""
+"""Config keys for layer drop in training: each rank would drop other layers, and the others would wait for
+it."""
 
 
 def usual_extractor(config: Any) -> Any:
-    """Return the feature extractor of the model's kind, for clips as long as the config says.
+    """Return the feature extractor of the model's type, for clips of the config's length.
 
-    Raises ValueError for a kind that has none.
+    Raises ValueError for a type that has none.
     """
     from transformers import SeamlessM4TFeatureExtractor
     from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING
 
     kind = config.model_type
-    if kind == "wav2vec2-bert":  # transformers names one that makes no spectra
+    if kind == "wav2vec2-bert":  # transformers maps it to one that makes no spectra
         return SeamlessM4TFeatureExtractor()
     if type(config) not in FEATURE_EXTRACTOR_MAPPING:
         raise ValueError(f"no preprocessor_config.json, and a {kind} model has none of its own")
@@ -47,29 +48,30 @@ def usual_extractor(config: Any) -> Any:
 
 
 class Hearing:
-    """The clips that a model hears: what a feature extractor and a config say of them, and their features."""
+    """A model's clips, by its feature extractor and config, and their features."""
 
     def __init__(self, extractor: Any, data: SoundColumns, cut_at: str = "beginning") -> None:
-        """Take the rate and the length of clips from the feature extractor, or give it the job's seconds.
+        """Take the rate and the length of clips from the feature extractor, or set it to the job's seconds.
 
-        Raises ConfigurationError where it cannot serve. `cut_at`: which part of a longer sound is heard.
+        Raises ConfigurationError if it cannot be used. `cut_at`: which part of a longer sound to take.
         """
         self.data, self.clips, self._cut_at = data, Clips.of(extractor, data), cut_at
         self.fewest = 1
         """Samples of the shortest clip."""
 
     def following(self, before: Hearing | None) -> Hearing:
-        """Return it with what an earlier one took from a config: a task is prepared more than once."""
+        """Return self, with the values that an earlier one took from a config: a task is prepared more than
+        once."""
         self.fewest = 1 if before is None else before.fewest
         return self
 
     @property
     def key(self) -> Any:
-        """Return what decides whether a sound can be used."""
+        """Return the settings that decide whether a sound can be used."""
         return "sounds", sounds.MOST_SAMPLES, self.clips.rate, self.clips.seconds, self.fewest
 
     def adopt(self, config: Any) -> None:
-        """Take the shortest clip of a model. Raises ConfigurationError for one that hears no clip as long as
+        """Take the shortest clip of a model. Raises ConfigurationError for one whose clips are shorter than
         the job's."""
         self.fewest = fewest_samples(config, self.clips.rate)
         wanted, most = self._num_positions(), getattr(config, "max_source_positions", None)
@@ -78,8 +80,7 @@ class Hearing:
             raise ConfigurationError(Problem("data.seconds", self.data.seconds, reason))
 
     def configure(self, config: Any) -> None:
-        """Write the length of clips into the model's config, and that chance leaves out no layer and hides
-        nothing of a clip."""
+        """Write the length of clips into the model's config; turn off layer drop and SpecAugment."""
         for name in _BY_CHANCE:
             if getattr(config, name, 0):
                 setattr(config, name, 0.0)
@@ -89,13 +90,14 @@ class Hearing:
             config.max_source_positions = positions
 
     def _num_positions(self) -> int | None:
-        """Return the positions of Whisper's encoder for a clip, one for two spectra; None of other kinds."""
+        """Return the positions of Whisper's encoder for a clip, one for two spectra; None for other
+        models."""
         frames = getattr(self.clips.processor, "nb_max_frames", None)
         return None if frames is None else frames // 2
 
     def decoded(self, content: media.Content) -> tuple[int, str | bool]:
-        """Return how many samples of a file the model hears, at its own rate, and how it is cut, False where
-        it is whole. Raises RowProblem for one that cannot be used."""
+        """Return how many samples of a file the model gets, at its own rate, and how it is cut, False if it
+        is not. Raises RowProblem for an unusable file."""
         samples, rate = sounds.heard(content)
         seconds, most = len(samples) / rate, self.clips.seconds
         if not self.data.pad_to_seconds and len(samples) * self.clips.rate < self.fewest * rate:
@@ -108,15 +110,15 @@ class Hearing:
         return self.clips.most_samples if self.data.pad_to_seconds else heard, cut
 
     def example(self) -> dict[str, np.ndarray]:
-        """Return the arrays of the longest clip, of zeros."""
+        """Return the arrays of a clip of zeros, of the greatest length."""
         features, mask = self.clips.features(np.zeros(self.clips.most_samples, dtype=np.float32))
         return {"features": features} | ({} if mask is None else {"mask": mask})
 
     def batch(self, samples: Sequence[Sample], layout: SampleLayout, draws: Draws | None) -> dict[str, Any]:
-        """Return what the model hears, as `input_values` or `input_features` by its kind, float32 [B, longest,
-        ...]; `attention_mask` int64 [B, longest] where it tells clips from what stands behind them.
+        """Return `input_values` or `input_features`, by the model's type, float32 [B, longest, ...]; and
+        `attention_mask` int64 [B, longest] where clips have padding or the extractor returns a mask.
 
-        Raises DataError where a file is no longer what it was.
+        Raises DataError if a file has changed.
         """
         features, masks = joined(seen := [self.features(sample, draws) for sample in samples])
         batch: dict[str, Any] = {self.clips.input_name: torch.from_numpy(features)}
@@ -126,8 +128,8 @@ class Hearing:
         return batch
 
     def features(self, sample: Sample, draws: Draws | None) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return what the feature extractor makes of a sample's clip, float32 [n, ...], and its mask, int64
-        [n], where it gives one."""
+        """Return the features of a sample's clip, float32 [n, ...], and its mask, int64 [n], if the extractor
+        returns one."""
         if "features" in sample:
             return sample["features"], sample.get("mask")
         return self.clips.features(self._clip(sample, draws))
@@ -138,8 +140,8 @@ class Hearing:
         return self.clips.clip(samples, self._cut_at, chance)
 
     def drawn(self, sample: Sample, draws: Draws | None, text: str) -> Drawn:
-        """Return the spectrogram of a sample's clip, with a text and its seconds: what the model's own feature
-        extractor makes of it, and of one that leaves samples as they are the power in mel bands."""
+        """Return the spectrogram of a sample's clip, with a text and its seconds: the features of the model's
+        extractor, or the power in mel bands if that keeps samples as they are."""
         clip = self._clip(sample, draws)
         features, _ = self.clips.features(clip)
         levels = (
@@ -150,7 +152,7 @@ class Hearing:
         return Drawn(spectrograms.coloured(levels), f"{text} ({len(clip) / self.clips.rate:.2f} s)")
 
     def alone(self, sample: Sample) -> dict[str, torch.Tensor]:
-        """Return one clip as a batch of one, as transformers' documentation has it."""
+        """Return one clip as a batch of one, as in transformers' documentation."""
         features, mask = self.features(sample, None)
         masks = {} if mask is None else {"attention_mask": torch.from_numpy(mask)[None]}
         return {self.clips.input_name: torch.from_numpy(features)[None], **masks}

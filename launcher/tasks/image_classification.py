@@ -65,7 +65,8 @@ class ImageClassification(FileClassification):
         self.seeing.prepare(processor)
 
     def adopt(self, config: Any, as_it_stands: bool = False) -> None:
-        """Take the classes and the size of a model. Raises ConfigurationError for one that sees no colours."""
+        """Take the classes and the image size of a model. Raises ConfigurationError for one without 3
+        channels."""
         self.seeing.adopt(config)
         super().adopt(config, as_it_stands)
 
@@ -73,8 +74,7 @@ class ImageClassification(FileClassification):
         return self.seeing.decoded(content)
 
     def example(self, length: int) -> Sample:
-        """Return an image of zeros, of the size that the model will see, with shares of classes where it
-        mixes."""
+        """Return an image of zeros in the model's size, with shares of classes if images are mixed."""
         label = self._example_label()
         if self.mixes:
             label = self._shares(label)
@@ -85,10 +85,10 @@ class ImageClassification(FileClassification):
         return mixes(self.data)
 
     def collate(self, items: Sequence[Sequence[Sample]], draws: Draws | None = None) -> dict[str, Any]:
-        """Return what the model sees (`Seeing.batch`); `labels` int64 [B], float32 [B, num_labels] or float32
-        [B], and of a pass whose images are mixed float32 [B, num_labels]; `weights` float32 [B], 0 for filler.
+        """Return the images (`Seeing.batch`); `labels` int64 [B], float32 [B, num_labels] or float32 [B], and
+        float32 [B, num_labels] if images are mixed; `weights` float32 [B], 0 for padding samples.
 
-        Raises DataError where a file is no longer what it was.
+        Raises DataError if a file has changed.
         """
         samples = [sample for item in items for sample in item]
         seen = self.seeing.batch(samples, draws)
@@ -102,7 +102,7 @@ class ImageClassification(FileClassification):
         self, samples: Sequence[Sample], pixels: np.ndarray, draws: Draws
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the pixels and labels of a batch, float32 [B, 3, height, width] and [B, num_labels], each
-        sample mixed with its partner as that one is altered in this step."""
+        sample mixed with its partner, as augmented in this step."""
         how = self.data.augmentation
         assert how is not None
         results, labels = pixels.copy(), np.stack([self._shares(sample["label"]) for sample in samples])
@@ -116,14 +116,14 @@ class ImageClassification(FileClassification):
                 if there is not None
                 else self.seeing.batch([partner], draws)["pixel_values"][0].numpy()
             )
-            # Of draws of their own, so that mixing changes no other alteration.
+            # From separate draws, so that mixing does not change the other augmentations.
             [own] = draws.of(sample).spawn(1)
             results[place], share = mix(pixels[place], other, how, own)
             labels[place] = share * labels[place] + (1 - share) * self._shares(partner["label"])
         return torch.from_numpy(results), torch.from_numpy(labels)
 
     def _shares(self, label: np.ndarray) -> np.ndarray:
-        """Return how much of each class a label has, float32 [num_labels]."""
+        """Return the share of each class in a label, float32 [num_labels]."""
         if self.data.problem == "multi-label":
             return label
         shares = np.zeros(len(self.labels or "?"), dtype=np.float32)
@@ -131,7 +131,7 @@ class ImageClassification(FileClassification):
         return shares
 
     def drawn(self, sample: Sample, draws: Draws | None = None) -> Drawn:
-        """Return the image as the model sees it, and its classes; of a mixed one, the share of each."""
+        """Return the image as the model's input, and its classes, with the share of each if it is mixed."""
         batch = self.collate([[sample]], draws)
         [label], [pixels] = batch["labels"].numpy(), batch["pixel_values"].numpy()
         assert self.seeing.pixels is not None

@@ -22,8 +22,8 @@ class Augmentation(Section):
     """Alterations of images in training, drawn anew at every pass; what is left out is not done."""
 
     random_crop: Probability | None = None
-    """A part of at least this share of the image, of a width 3/4 to 4/3 of its height, is enlarged to the whole
-    (Szegedy et al. 2015, arXiv 1409.4842; 0.08 there)."""
+    """A part of at least this share of the image, of a width 3/4 to 4/3 of its height, is enlarged to the
+    whole (Szegedy et al. 2015, arXiv 1409.4842; 0.08 there)."""
     horizontal_flip: Probability | None = None
     """How likely an image is mirrored."""
     color_jitter: Fraction | None = None
@@ -41,8 +41,8 @@ class ImageAugmentation(Augmentation):
     """Add to an image another one of its step, and to its label that one's (Zhang et al. 2018, arXiv
     1710.09412): by a share that is drawn from Beta(alpha, alpha); 0.2 to 1 are usual."""
     cutmix_alpha: Alpha | None = None
-    """Put a part of another image of the step in the place of the image's own, and mix their labels by the area
-    (Yun et al. 2019, arXiv 1905.04899): drawn alike, 1 there. Beside `mixup_alpha` each is as likely."""
+    """Put a part of another image of the step in the place of the image's own, and mix their labels by the
+    area (Yun et al. 2019, arXiv 1905.04899): drawn alike, 1 there. Beside `mixup_alpha` each is as likely."""
     mix_probability: Probability | None = None
     """How likely an image is mixed. Left out, every one is."""
 
@@ -51,8 +51,8 @@ class PictureColumns(Data):
     """Rows of an image, whatever is learned of it."""
 
     image: str | None = None
-    """The column of the image: a path relative to the file that it stands in, or the bytes of a file. Left out,
-    `file_name` or `image`, whichever there is."""
+    """The column of the image: a path relative to the file that it stands in, or the bytes of a file. Left
+    out, `file_name` or `image`, whichever there is."""
     image_size: Annotated[int, Field(ge=8, le=4096)] | None = None
     """Width and height in pixels of what the model sees. Left out, what its image processor says."""
     augmentation: Augmentation | None = None
@@ -81,7 +81,7 @@ class ImageColumns(PictureColumns, FileColumns):
 
 
 def image_contradictions(data: PictureColumns) -> Iterator[Finding]:
-    """Yield what makes no sense beside the rest."""
+    """Yield contradictions between the keys."""
     if data.augmentation is not None and not data.augmentation.model_fields_set:
         there = ", ".join(type(data.augmentation).model_fields)
         reason = f"names no alteration; there are {there}, or leave it out"

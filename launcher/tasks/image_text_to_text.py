@@ -1,4 +1,4 @@
-"""Image and text to text: chats with images in any turn, by models that see and write."""
+"""Image and text to text: chats with images in any turn, for models that read both and generate text."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ else:
     np, torch = Lazy("numpy"), Lazy("torch")
 
 _SEEN = "seen:"
-"""What the names of a made-up sample's pixels begin with; a row's are made when they are wanted."""
+"""The prefix of the names of a made-up sample's pixels; a row's pixels are made when needed."""
 _PHOTOGRAPH = (1024, 768)
-"""Pixels of the image that memory is forecast for, before the model's processor sizes it."""
+"""The size in pixels of the image in memory forecasts, before the model's processor resizes it."""
 _FILLER = (64, 64)
 
 
 class ImageTextToText(WritingTask):
-    """Write what the assistant says in a chat with images; that is learned, and the end of its turns.
+    """The assistant's turns in a chat with images; they and their ends are supervised.
 
-    Text and images become what the model's own processor makes of them.
+    The model's own processor turns text and images into inputs.
     """
 
     name = "image-text-to-text"
@@ -104,8 +104,8 @@ class ImageTextToText(WritingTask):
         return ChatProcessor.read(name, options)
 
     def prepare(self, processor: Any) -> None:
-        """Take the processor with its chat template. Raises ConfigurationError without one, and for a tokenizer
-        that does not say where its tokens stand."""
+        """Take the processor with its chat template. Raises ConfigurationError without a template, and for a
+        tokenizer without offsets."""
         self.tokenizer = processor.tokenizer
         if not self.tokenizer.is_fast:
             raise unfit(self.tokenizer, "its tokenizer does not say where its tokens stand; take a fast one")
@@ -120,7 +120,7 @@ class ImageTextToText(WritingTask):
 
     @property
     def _answers(self) -> bool:
-        """Return whether rows are only questions."""
+        """Return whether rows are prompts without an answer."""
         return self.for_prediction and self.generates
 
     @property
@@ -129,9 +129,9 @@ class ImageTextToText(WritingTask):
         return self._processor
 
     def encode(self, rows: Sequence[dict[str, Any]], processor: Any) -> list[Encoded | RowProblem]:
-        """Return `input_ids` and `targets`, int32 [n]; what the processor says of each token, int32 [n];
-        `image_ends`, int32 [images]; and where each image lies, or its bytes (`launcher.tasks.media`). Each is
-        decoded once, so that what cannot be is known before training."""
+        """Return `input_ids` and `targets`, int32 [n]; the processor's token types, int32 [n]; `image_ends`,
+        int32 [images]; and each image's path or bytes (`launcher.tasks.media`). Each image is decoded once,
+        to find unreadable ones before training."""
         return [self._encoded(row) for row in rows]
 
     def _encoded(self, row: dict[str, Any]) -> Encoded | RowProblem:
@@ -157,9 +157,9 @@ class ImageTextToText(WritingTask):
         )
 
     def example(self, length: int) -> Sample:
-        """Return a sample of so many tokens: an image of the size of a photograph, and text behind it.
+        """Return a sample of `length` tokens: an image of a photograph's size, and text after it.
 
-        A longer one, where the image alone has more.
+        It is longer if the image alone has more tokens.
         """
         return self._made_up(_PHOTOGRAPH, length)
 
@@ -175,8 +175,8 @@ class ImageTextToText(WritingTask):
         return Sample({**arrays, "references": as_bytes([""])}, 0, len(arrays["input_ids"]))
 
     def shortened(self, sample: Sample, length: int, ends: Sequence[int]) -> Sample:
-        """Return the sample up to its first image's end, and at most `length` tokens up to the last that is
-        learned; further images are left out."""
+        """Return the sample up to the end of its first image, and at most `length` tokens before its last
+        supervised one; other images are left out."""
         is_learned = np.append(False, sample["targets"][:-1] != IGNORE)
         end = int(np.flatnonzero(is_learned)[-1]) + 1
         before = sample["image_ends"][sample["image_ends"] < end]
@@ -190,7 +190,7 @@ class ImageTextToText(WritingTask):
         )
 
     def _at(self, sample: Sample, places: np.ndarray, num_images: int) -> Sample:
-        """Return the sample with these tokens alone, int [n], and its first images."""
+        """Return the sample with only these tokens, int [n], and its first images."""
         arrays = {
             name: sample[name][places] for name in ("input_ids", "targets", *TOKEN_TYPES) if name in sample
         }
@@ -202,11 +202,11 @@ class ImageTextToText(WritingTask):
     # Batches.
 
     def collate(self, items: Sequence[Sequence[Sample]], draws: Draws | None = None) -> dict[str, Any]:
-        """Return a row for each sample (`token_batches.padded`), and what the model sees of all their images:
-        `pixel_values` and what goes with them, as its processor has them, end to end.
+        """Return a row for each sample (`token_batches.padded`), and the processor's outputs for all their
+        images, concatenated: `pixel_values` and others.
 
-        Where no sample has an image a row of filler with one comes last, so that all ranks of a step go through
-        the same layers. Raises DataError where a file is no longer what it was.
+        If no sample has an image, a padding sample with one comes last, so that all ranks of a step compute
+        the same layers. Raises DataError if a file has changed.
         """
         samples = [sample for item in items for sample in item]
         rows = self._with_an_image(samples)
@@ -250,8 +250,8 @@ class ImageTextToText(WritingTask):
         return self._chat.end_ids
 
     def prompts(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """Return each sample up to the assistant's last turn, with the images before it; a prompt of filler
-        comes last where none has one."""
+        """Return each sample up to the assistant's last turn, with the images before it; a padding sample
+        comes last if none has an image."""
         cut = []
         for sample in samples:
             length = num_asked(sample)
@@ -264,8 +264,8 @@ class ImageTextToText(WritingTask):
     def answers(
         self, output: Output, batch: dict[str, Any], samples: Sequence[Sample], options: AnswerOptions
     ) -> list[Any]:
-        """Return the answer to each sample where the model writes; else the log-probability of what is learned
-        of it, the number of its tokens, and its perplexity."""
+        """Return the generated answer to each sample; without generation, the log-probability, number and
+        perplexity of its supervised tokens."""
         if output.generated is not None:
             return self.texts_of(output)
         assert output.losses is not None
@@ -283,7 +283,7 @@ def _named(value: Any) -> str | bytes:
 
 
 def _token_types(samples: Sequence[Sample], on_the_left: bool = False) -> dict[str, torch.Tensor]:
-    """Return what the processor says of each token, by name, int64 [samples, longest], 0 of padding."""
+    """Return the processor's token types, by name, int64 [samples, longest], 0 in padding."""
     longest = max(len(sample["input_ids"]) for sample in samples)
     batch = {}
     for name in (name for name in TOKEN_TYPES if name in samples[0]):

@@ -1,4 +1,4 @@
-"""Image to text: an encoder sees an image and a decoder writes about it (captions, the text in it)."""
+"""Image to text: captions, or the text in an image, by an image encoder and a text decoder."""
 
 from __future__ import annotations
 
@@ -34,30 +34,30 @@ _TOLD = {
     "decoder_start_token_id": ("the token that its decoder starts from", ("cls_token", "bos_token")),
     "pad_token_id": ("the token that stands behind a shorter text", ("pad_token", "eos_token")),
 }
-"""What a config says of a decoder: in words, and which of a tokenizer's tokens it most likely is."""
+"""Config keys of a decoder: their meaning, and the tokens of the tokenizer that they most likely are."""
 
 
 class CaptionProcessor:
-    """Read the rows: by an image processor, and a tokenizer for the texts."""
+    """An image processor, with a tokenizer for the texts."""
 
     def __init__(self, images: Any) -> None:
         self.images = images
         self.tokenizer: Any = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all that decides what becomes of an image, as JSON values."""
+        """Return all settings that affect images, as JSON values."""
         settings: dict[str, Any] = self.images.to_dict()
         return settings
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write both parts, each as transformers' own classes read it."""
+        """Write both parts in the files that transformers' own classes read."""
         self.images.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
 
 
 class ImageToText(EncoderDecoderTask):
-    """See an image and write its text, by an encoder of images with a decoder; every token of the text and its
-    end are learned."""
+    """Generation of an image's text by an image encoder with a decoder; every token of the text and its end
+    are supervised."""
 
     name = "image-to-text"
     traits = Traits("padded", causal=False, head="every-position", unit="image", reads_files=True)
@@ -73,7 +73,7 @@ class ImageToText(EncoderDecoderTask):
         super().__init__(data, labels)
         self.seeing = Seeing(data)
         self._config: Any = None
-        """The model's, once adopted."""
+        """The model's config, once adopted."""
 
     def checks(self) -> Iterator[Finding]:
         yield from super().checks()
@@ -113,8 +113,8 @@ class ImageToText(EncoderDecoderTask):
         return CaptionProcessor(images)
 
     def prepare(self, processor: Any) -> None:
-        """Take the size of images, and the tokenizer. Raises ConfigurationError for a tokenizer without an end
-        of text, as what is written would have none."""
+        """Take the size of images, and the tokenizer. Raises ConfigurationError for a tokenizer without an
+        end token, as no generated text would end."""
         self.seeing.prepare(processor.images)
         self.tokenizer = processor.tokenizer
         if not self.end_tokens:
@@ -122,8 +122,8 @@ class ImageToText(EncoderDecoderTask):
             raise unfit(self.tokenizer, reason)
 
     def adopt(self, config: Any, as_it_stands: bool = False) -> None:
-        """Take what a config says of images and of its decoder's first token. Raises ConfigurationError where it
-        does not say, and for a model that is not made of an encoder and a decoder that reads its output."""
+        """Take the image size and the decoder's first token from a config. Raises ConfigurationError if they
+        are missing, and for a model whose decoder does not read an encoder's output."""
         self._config = config
         if self._beside:
             self.seeing.adopt(config.vision_config)
@@ -134,7 +134,7 @@ class ImageToText(EncoderDecoderTask):
                 reason = f"a git model looks for its text behind an image of {own[0]} pixels; leave it out"
                 raise ConfigurationError(Problem("data.image_size", self.data.image_size, reason))
             return
-        if not hasattr(config, "encoder"):  # one with code of its own, which no table knows
+        if not hasattr(config, "encoder"):  # a model with its own code, unknown to transformers
             reason = f"a {config.model_type} model is no vision-encoder-decoder"
             raise self._unfit(f"{reason}, as TrOCR, Donut, and ViT with GPT-2 are, nor a BLIP or GIT")
         self.seeing.adopt(config.encoder)
@@ -155,7 +155,7 @@ class ImageToText(EncoderDecoderTask):
 
     @property
     def _beside(self) -> bool:
-        """Return whether the model has no decoder of its own: its texts stand beside the image."""
+        """Return whether the model has no separate decoder (BLIP, GIT)."""
         return self._config is not None and self._config.model_type in captioners.BESIDE
 
     def _unfit(self, reason: str) -> ConfigurationError:
@@ -174,7 +174,7 @@ class ImageToText(EncoderDecoderTask):
 
     @property
     def _most_tokens(self) -> int:
-        """Return the tokens of the longest text, as the job says and the decoder has positions for."""
+        """Return the tokens of the longest text: the job's limit, or the decoder's positions if fewer."""
         most = self.data.max_target_length
         decoder = captioners.text_config(self._config) if self._beside else self._config.decoder
         if (positions := getattr(decoder, "max_position_embeddings", None)) is None:
@@ -188,9 +188,8 @@ class ImageToText(EncoderDecoderTask):
         return *self.seeing.key, most, self.for_prediction, "references" if self.generates else None
 
     def encode(self, rows: Sequence[dict[str, Any]], processor: Any) -> list[Encoded | RowProblem]:
-        """Return where each file lies, or its bytes (`launcher.tasks.media`), and `labels`, int32 [n]; with
-        generation `references` too, as bytes. Each file is decoded once, so that what cannot be is known before
-        training."""
+        """Return each file's path or bytes (`launcher.tasks.media`), and `labels`, int32 [n]; with generation
+        also `references`, as bytes. Each file is decoded once, to find unreadable ones before training."""
         return [self._encoded(row) for row in rows]
 
     def _encoded(self, row: dict[str, Any]) -> Encoded | RowProblem:
@@ -204,8 +203,8 @@ class ImageToText(EncoderDecoderTask):
         ids = list(self.tokenizer(text, verbose=False)["input_ids"])
         begins = (self.tokenizer.cls_token_id, self.tokenizer.bos_token_id)
         if self._beside and ids[:1] and ids[0] in begins:
-            ids = ids[1:]  # it is told, and not learned
-        # GPT-2's tokenizer writes no end, and a text without one would be learned to go on.
+            ids = ids[1:]  # it is an input, not supervised
+        # GPT-2's tokenizer adds no end token, and a model that learns texts without one never stops.
         ids = ids if ids[-1:] and ids[-1] in self.end_tokens else [*ids, self.end_tokens[0]]
         if (most := self._most_tokens) < len(ids):
             reason = f"{len(ids):,} tokens, above {most:,}"
@@ -218,7 +217,7 @@ class ImageToText(EncoderDecoderTask):
         return Encoded(arrays, len(ids), 1, cut)
 
     def example(self, length: int) -> Sample:
-        """Return an image of zeros, of the size that the model will see, with the longest text."""
+        """Return an image of zeros in the model's size, with the longest text."""
         labels = np.ones(self._most_tokens, dtype=np.int32)
         return Sample({**self.seeing.example(), "labels": labels, "references": as_bytes([""])}, 0, 1)
 
@@ -228,17 +227,17 @@ class ImageToText(EncoderDecoderTask):
         return Sample({**sample, "labels": labels}, sample.id, 1, sample.weight)
 
     def collate(self, items: Sequence[Sequence[Sample]], draws: Draws | None = None) -> dict[str, Any]:
-        """Return what the model sees (`Seeing.batch`), with `labels` and `targets` int64 [B, longest text]
+        """Return the images (`Seeing.batch`), with `labels` and `targets` int64 [B, longest text]
         (`written_texts`).
 
-        Raises DataError where a file is no longer what it was.
+        Raises DataError if a file has changed.
         """
         samples = [sample for item in items for sample in item]
         batch = self.seeing.batch(samples, draws) | written_texts(samples)
         return batch | ({"aside": self.aside(samples)} if self.generates else {})
 
     def drawn(self, sample: Sample, draws: Draws | None = None) -> Drawn:
-        """Return the image as the model sees it, and its text."""
+        """Return the image as the model's input, and its text."""
         [pixels] = self.seeing.batch([sample], draws)["pixel_values"].numpy()
         assert self.seeing.pixels is not None
         text = self.tokenizer.decode(sample["labels"], skip_special_tokens=True)
@@ -255,8 +254,8 @@ class ImageToText(EncoderDecoderTask):
         return self.seeing.batch([sample]) | text | {"labels": torch.cat([first * 0 + IGNORE, labels], dim=1)}
 
     def loss(self, model: torch.nn.Module, batch: dict[str, Any]) -> Output:
-        """Return the summed loss of the texts' tokens; of BLIP smoothed as its own class does, in evaluations
-        too."""
+        """Return the summed loss of the texts' tokens; for BLIP with its own class's smoothing, in
+        evaluations too."""
         from launcher.training.heads import encoder_decoder
 
         if not self._beside:
@@ -269,13 +268,13 @@ class ImageToText(EncoderDecoderTask):
         options = super().generation
         room = min(options.arguments["max_new_tokens"], self._most_tokens)
         if self._beside:
-            # BLIP's class gives no keys and values back; GIT's would know the image by them alone.
+            # BLIP's class returns no key-value cache; GIT's reads the image only from it.
             return options.also(max_new_tokens=room, use_cache=self._config.model_type != "blip")
         return options.also(max_new_tokens=room, decoder_start_token_id=self._config.decoder_start_token_id)
 
     def prompts(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """Return what the model sees (`Seeing.batch`), the token that texts begin with where it has no decoder,
-        and which rows it is of."""
+        """Return the images (`Seeing.batch`), the first token of texts if the model has no separate decoder,
+        and the ids and windows of the rows."""
         of: dict[str, Any] = {
             "ids": [sample.id for sample in samples],
             "windows": [sample.window for sample in samples],
@@ -285,14 +284,14 @@ class ImageToText(EncoderDecoderTask):
         return self.seeing.batch(samples) | of
 
     def answer(self, row: dict[str, Any], parts: Sequence[Any]) -> dict[str, Any]:
-        """Return the answer for a row, and the file's path where it has one."""
+        """Return the answer for a row, with the file's path if it has one."""
         value = media.named(row, self.data.file_columns)
         path = {"image": value} if isinstance(value, str) else {}
         return path | super().answer(row, parts)
 
 
 def _inputs(mapping: str, config: Any) -> Sequence[str]:
-    """Return the names that the forward of a config's class takes, by one of transformers' mappings."""
+    """Return the argument names of the forward of a config's class in one of transformers' mappings."""
     from transformers.models.auto import modeling_auto
 
     forward = getattr(getattr(modeling_auto, mapping).get(type(config), None), "forward", None)

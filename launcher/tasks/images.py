@@ -1,4 +1,4 @@
-"""Decode images with Pillow: upright, in colour, 8 bits a channel, and no larger than memory should hold."""
+"""Decoding of images with Pillow: upright, in RGB, 8 bits a channel, with a limit on pixels."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ else:
 
 TOO_LARGE = "too many pixels"
 MOST_PIXELS = 1 << 27
-"""Of an image: 134 million, 384 MiB in colour. A few kilobytes of a file may claim any number (Pillow warns from
-89 million on, and refuses from 179 million on)."""
+"""The most pixels of an image: 134 million, 384 MiB in RGB. A file of a few kilobytes may claim any number
+(Pillow warns above 89 million, and refuses above 179 million)."""
 _WIDE = ("I;16", "I;16L", "I;16B", "I;16N")
 """Pillow's modes of grey images with 16 bits a pixel."""
 _DAMAGED = (OSError, ValueError, SyntaxError, struct.error, EOFError, IndexError, KeyError, TypeError)
-"""What Pillow's decoders raise at a damaged file."""
+"""The errors that Pillow's decoders raise for a damaged file."""
 
 
 def opened(content: Content) -> tuple[Any, int]:
-    """Return an image of Pillow in RGB, as it is meant to be looked at, and how many frames the file has.
+    """Return a Pillow image in RGB, upright, and the number of frames in the file.
 
-    Of several frames the first is taken. Raises RowProblem, with the file's name, for one that cannot be used.
+    The first frame is taken. Raises RowProblem, with the file's name, for an unusable file.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -55,7 +55,7 @@ def opened(content: Content) -> tuple[Any, int]:
 
 
 def upright(image: Any, begins: str = "") -> Any:
-    """Return the image turned as its EXIF data say. Raises RowProblem where those cannot be read."""
+    """Return the image rotated by its EXIF data. Raises RowProblem if those cannot be read."""
     from PIL import ImageOps
 
     try:
@@ -65,10 +65,10 @@ def upright(image: Any, begins: str = "") -> Any:
 
 
 def in_colour(image: Any, begins: str = "") -> Any:
-    """Return an image of whatever mode in RGB, 8 bits a channel: grey three times, transparency left out.
+    """Return an image of any mode in RGB, 8 bits a channel: grey is repeated, transparency dropped.
 
-    Of grey with 16 bits the upper 8 are taken: Pillow itself would cut all above 255 off. Raises RowProblem for
-    numbers that have no known range.
+    Of 16-bit grey the upper 8 bits are taken: Pillow itself would clip values above 255. Raises RowProblem
+    for pixels whose range is unknown.
     """
     from PIL import Image
 
@@ -85,7 +85,7 @@ def in_colour(image: Any, begins: str = "") -> Any:
 
 @contextlib.contextmanager
 def _checked() -> Iterator[None]:
-    """Silence Pillow's warnings, while inside: sizes are checked here, and odd data are tried."""
+    """Silence Pillow's warnings inside: sizes are checked here, and odd data are tried anyway."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,4 +1,4 @@
-"""What a classifier says of a sample, as JSON values."""
+"""A classifier's answers to samples, as JSON values."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def label_answers(
     thresholds: Sequence[float] | None,
     options: AnswerOptions,
 ) -> list[dict[str, Any]]:
-    """Return of each sample its `label`, its `labels`, or its `value`, by logits [samples, outputs]; thresholds
-    are logits too."""
+    """Return the `label`, `labels` or `value` of each sample from logits [samples, outputs]; thresholds are
+    logits too."""
     if problem == "regression":
         return [{"value": float(row[0])} for row in logits]
     if problem == "single-label":
@@ -34,7 +34,7 @@ def label_answers(
 
 
 def one_label_answer(logits: np.ndarray, names: Sequence[str], options: AnswerOptions) -> dict[str, Any]:
-    """Return the most probable `label` by logits [classes], its `probability` on request, and the `top_k`
+    """Return the most probable `label` from logits [classes]; on request its `probability`, and the `top_k`
     best as `labels`."""
     powers = np.exp(logits.astype(np.float64) - logits.max())
     shares = powers / powers.sum()
@@ -50,10 +50,10 @@ def one_label_answer(logits: np.ndarray, names: Sequence[str], options: AnswerOp
 def several_labels_answer(
     logits: np.ndarray, given: np.ndarray, names: Sequence[str], options: AnswerOptions
 ) -> dict[str, Any]:
-    """Return the names of the classes that are given, bool [classes], as `labels`; each class's probability
-    on request.
+    """Return the names of the predicted classes, `given` bool [classes], as `labels`; on request each class's
+    probability.
 
-    With `top_k` the most probable classes, given or not, as `most_probable`.
+    With `top_k` also the most probable classes, predicted or not, as `most_probable`.
     """
     shares = 1 / (1 + np.exp(-np.clip(logits.astype(np.float64), -700, 700)))
     answer: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""The section `data` of a job that classifies, and what in it contradicts itself."""
+"""The section `data` of a job that classifies, and its contradictions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _METRICS: dict[str, dict[str, Better]] = {
 
 
 def _as_label(value: object) -> object:
-    """Return a class as YAML may have it, `1` or `true`, as the rows' classes are named."""
+    """Return the name of a class that YAML reads as a number or a boolean (`1`, `true`), as in the rows."""
     return class_name(value) if isinstance(value, (bool, int)) else value
 
 
@@ -75,13 +75,13 @@ class LabelledColumns(LabelColumns):
 
 
 def measured(data: LabelColumns) -> dict[str, Better]:
-    """Return what an evaluation measures, and which way is better."""
+    """Return the metrics of an evaluation, each with its better direction."""
     top_k: dict[str, Better] = {} if data.top_k is None else {f"top_{data.top_k}_accuracy": "higher"}
     return _METRICS[data.problem] | top_k
 
 
 def text_contradictions(data: LabelledColumns) -> Iterator[Finding]:
-    """Yield what is wrong with the columns of the text."""
+    """Yield problems with the columns of the text."""
     text = data.text
     if text is None:
         reason = "is missing: sequence-classification reads a column of text, or two for a pair"
@@ -93,7 +93,7 @@ def text_contradictions(data: LabelledColumns) -> Iterator[Finding]:
 
 
 def contradictions(data: LabelColumns, task: str) -> Iterator[Finding]:
-    """Yield what is missing, or makes no sense beside the rest."""
+    """Yield keys that are missing, or that contradict each other."""
     if data.label is None:
         yield finding("data.label", None, f"is missing: {task} learns a label", "model.task")
     for_classes = {

@@ -1,4 +1,4 @@
-"""Doubt that a column of labels holds classes, and say of which of two F1 is."""
+"""Doubts whether a column of labels holds classes, and a note on which of two classes F1 is for."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from launcher.errors import Problem
 from launcher.tasks.classes import Classes, is_number, spelling
 
 _LONG = 60
-"""Characters of a class's name, in the mean, above which it is taken for a text."""
+"""The mean length of class names, in characters, above which they are probably texts."""
 
 
 _PLAIN = {
     ("0", "1"), ("-1", "1"), ("no", "yes"), ("n", "y"), ("false", "true"), ("negative", "positive"),
     ("neg", "pos"), ("bad", "good"),
 }  # fmt: skip
-"""Classes of which nobody would take the first for the positive one."""
+"""Pairs of classes of which the second is clearly the positive one."""
 
 
 def f1_notes(rows: Sequence[dict[str, Any]], column: str, positive: str | None) -> Iterator[Problem]:
-    """Yield which of two classes `f1` is of, where their names do not say; or that `positive` is neither."""
+    """Yield a note on which of two classes `f1` is for, unless their names make it clear; or that `positive`
+    is neither."""
     key = "data.positive_label"
     names = sorted({class_name(row[column]) for row in rows})
     if len(names) != 2:
@@ -42,7 +43,7 @@ def f1_notes(rows: Sequence[dict[str, Any]], column: str, positive: str | None) 
 
 
 def label_doubts(rows: Sequence[dict[str, Any]], column: str) -> Iterator[str]:
-    """Yield why the one class of each row may not be in `column`, with the columns where it may be."""
+    """Yield why `column` may not hold the class of each row, with columns that may."""
     names = [class_name(row[column]) for row in rows]
     classes = set(names)
     numbers = [number for row in rows if (number := number_in(row[column])) is not None]
@@ -63,7 +64,7 @@ def label_doubts(rows: Sequence[dict[str, Any]], column: str) -> Iterator[str]:
 
 
 def _others(rows: Sequence[dict[str, Any]], column: str) -> str:
-    """Return which other columns hold a few values that come again and again; nothing where none does."""
+    """Return the other columns that hold a few repeated values, in words; empty if there are none."""
     few = [
         f"{one.name!r} has {len(one.values)} different values"
         for one in describe(rows)

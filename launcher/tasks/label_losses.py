@@ -19,29 +19,29 @@ else:
     np, torch = Lazy("numpy"), Lazy("torch")
 
 _NOT_READ = ("labels", "weights", KEEPS_LOSSES, TEACHER_LOGITS)
-"""What of a batch the model gets nothing of."""
+"""Keys of a batch that are not inputs of the model."""
 
 
 @dataclass(frozen=True)
 class LabelLoss:
-    """The loss of each sample by its logits: what `problem` says, with the options of the job."""
+    """The loss of each sample from its logits, for a kind of problem, with the job's options."""
 
     problem: str
     weights: Sequence[float] | None = None
-    """Of a sample by its class; of several classes at once, of a class that the sample has against one that
-    it has not."""
+    """The weight of a sample by its class; for several classes at once, of a class that the sample has
+    relative to one that it has not."""
     smoothing: float = 0.0
     gamma: float | None = None
-    """Of focal loss (Lin et al. 2017, arXiv 1708.02002, eq. 5)."""
+    """The gamma of focal loss (Lin et al. 2017, arXiv 1708.02002, eq. 5)."""
 
     def plain(self) -> LabelLoss:
-        """Return the loss without options, which an evaluation measures: so jobs that differ in them can be
+        """Return the loss without options, for evaluations: so jobs with different options can be
         compared."""
         return LabelLoss(self.problem)
 
     def of(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return the loss of each sample, fp32 [n], by its logits, fp32 [n, outputs], and labels as `collate`
-        has them."""
+        """Return the loss of each sample, fp32 [n], from its logits, fp32 [n, outputs], and labels from
+        `collate`."""
         if self.problem == "regression":
             return torch.nn.functional.mse_loss(logits.view(-1), labels.float().view(-1), reduction="none")
         weights = (
@@ -54,8 +54,8 @@ class LabelLoss:
         return self._one(logits, labels if _soft(labels) else labels.view(-1), weights)
 
     def _one(self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-        """Return torch's own cross entropy, of class ids [n] or shares [n, outputs]; with gamma times
-        (1 - p)^gamma, where p is the probability of the right class."""
+        """Return torch's cross entropy, for class ids [n] or shares [n, outputs]; with gamma, times (1 -
+        p)^gamma, where p is the probability of the right class."""
         from torch.nn import functional
 
         smoothing = self.smoothing
@@ -71,8 +71,8 @@ class LabelLoss:
     def _several(
         self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None
     ) -> torch.Tensor:
-        """Return torch's binary cross entropy of each class, labels drawn towards 1/2 by the smoothing; with
-        gamma as above."""
+        """Return torch's binary cross entropy of each class, with labels smoothed towards 1/2; with gamma as
+        above."""
         from torch.nn import functional
 
         targets = labels * (1 - self.smoothing) + 0.5 * self.smoothing
@@ -87,17 +87,18 @@ class LabelLoss:
 
 
 def _soft(labels: torch.Tensor) -> bool:
-    """Return whether labels of one class each are shares of all classes, as those of mixed samples."""
+    """Return whether labels are shares of all classes, as for mixed samples, not class ids."""
     return labels.is_floating_point()
 
 
 def beginning(labels: np.ndarray, problem: str, weights: Sequence[float] | None) -> list[float] | None:
-    """Return the bias of least loss for a head that knows nothing of a sample: the mean of numbers, float [n],
-    or the log-odds of each class's share, of 0 and 1, float [n, num_labels], half a sample added on either side.
-    None where one class is to be told from others.
+    """Return the bias with the least loss for a head that ignores its input. For numbers, float [n], their
+    mean; for several classes, 0 or 1, float [n, num_labels], the log-odds of each class's share, with half a
+    sample added on either side. None for single-label problems.
 
-    From 0, AdamW moves a bias by no more than the learning rate a step. So for many steps the layers below learn
-    what all samples have in common, and forget (for rare classes: Lin et al. 2017, arXiv 1708.02002, 3.3).
+    From 0, AdamW moves a bias by at most the learning rate a step. For many steps the layers below would
+    learn what all samples share instead, and forget (for rare classes: Lin et al. 2017, arXiv 1708.02002,
+    3.3).
     """
     if problem == "regression":
         return [float(labels.mean(dtype=np.float64))]
@@ -109,11 +110,10 @@ def beginning(labels: np.ndarray, problem: str, weights: Sequence[float] | None)
 
 
 def balanced(labels: np.ndarray, num_labels: int) -> list[float]:
-    """Return weights by which every class counts as much as any other; a class that never occurs has weight
-    1.
+    """Return weights that make every class count the same; a class that never occurs has weight 1.
 
-    `labels` are class ids, int [n]: n / (classes that occur x number of the class), as scikit-learn's
-    `compute_class_weight`. Or 0 and 1, float [n, num_labels]: those without the class for each that has it.
+    For class ids, int [n]: n / (classes that occur x samples of the class), as scikit-learn's
+    `compute_class_weight`. For 0 and 1, float [n, num_labels]: samples without the class / samples with it.
     """
     if np.issubdtype(labels.dtype, np.floating):
         counts = labels.sum(axis=0, dtype=np.float64)
@@ -132,11 +132,10 @@ def label_loss(
     distillation: Distillation | None = None,
     teacher: torch.nn.Module | None = None,
 ) -> Output:
-    """Return the summed loss of the samples, each by its weight, with fp32 logits [samples, outputs] as
-    predictions.
+    """Return the weighted sum of the samples' losses, with fp32 logits [samples, outputs] as predictions.
 
-    A batch may have the teacher's logits, as written ahead, in the place of a teacher. `loss` may be the name
-    of a problem alone. An evaluation measures the loss without options, and asks no teacher.
+    A batch may have the teacher's logits, written ahead, instead of a teacher. `loss` may be just the name of
+    a problem. An evaluation computes the loss without options and teacher.
     """
     from launcher.training.heads import own_forward
 
@@ -170,7 +169,8 @@ def label_loss(
 
 
 def _of_teacher(teacher: Any, inputs: Mapping[str, Any]) -> Any:
-    """Return the outputs of a teacher for a batch, without gradients, by those of its inputs that it knows."""
+    """Return the outputs of a teacher for a batch, without gradients, from those inputs that its forward
+    accepts."""
     from launcher.training.heads import accepted, model_class_of
 
     kind = model_class_of(teacher)

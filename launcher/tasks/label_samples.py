@@ -1,4 +1,4 @@
-"""Texts, or pairs of texts, with a label as samples of one sequence each."""
+"""Samples from texts, or pairs of texts, with a label: one sequence each."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ class TextSamples:
     tokenizer: Any
     data: LabelledColumns
     ends: tuple[int, int] | None
-    """Where the model finds the end of a text by a token: which, and how many of them a sequence has."""
+    """The token by which the model finds the end of a text, and its number in a sequence; None for other
+    models."""
 
     def encoded(self, rows: Sequence[tuple[tuple[str, ...], np.ndarray]]) -> Iterator[Encoded | RowProblem]:
-        """Yield a sample of each row's texts and label, or why there is none."""
+        """Yield a sample from each row's texts and label, or why it has none."""
         whole = tokenise_columns(self.tokenizer, [texts for texts, _ in rows], None)
         for (texts, label), arrays in zip(rows, whole, strict=True):
             yield self._sample(texts, label, arrays)
@@ -57,7 +58,7 @@ class TextSamples:
 def tokenise_columns(
     tokenizer: Any, texts: Sequence[tuple[str, ...]], max_length: int | None
 ) -> list[dict[str, list[int]]]:
-    """Return what the tokenizer gives for each text or pair, the longer text of a pair cut first."""
+    """Return the tokenizer's outputs for each text or pair; the longer text of a pair is cut first."""
     columns = [list(column) for column in zip(*texts, strict=True)]
     encoded = tokenizer(
         *columns, truncation="longest_first" if max_length else False, max_length=max_length, verbose=False

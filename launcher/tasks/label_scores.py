@@ -1,4 +1,4 @@
-"""Measure classes and numbers: the evaluator of classification, thresholds, and what no single number shows."""
+"""Scores of classes and numbers: the evaluator of classification, with thresholds and details."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ else:
     np = Lazy("numpy")
 
 Thresholds = Sequence[float] | Literal["fit"] | None
-"""The probability from which each class is given, of several at once: given, fitted on the evaluation, or
+"""The probability above which each of several classes is predicted: given, fitted on the evaluation, or
 1/2."""
 
 
 class LabelScores(Evaluator):
-    """`loss`, and by the kind of problem accuracy, F1 and Matthews; subset accuracy and F1s; or Pearson,
-    Spearman and MSE."""
+    """`loss`, and by problem: accuracy, F1 and Matthews; subset accuracy and F1s; or Pearson, Spearman and
+    MSE."""
 
     def __init__(
         self,
@@ -35,8 +35,8 @@ class LabelScores(Evaluator):
         fitted: Sequence[float] | None = None,
         positive: int = 1,
     ) -> None:
-        """Take as `fitted` the thresholds of another evaluation, as logits; as `positive` the id of the class
-        that `f1` is of, where there are two."""
+        """Start empty. `fitted`: the thresholds of another evaluation, as logits; `positive`: the id of the
+        class for `f1` of two classes."""
         self._problem, self._labels, self._thresholds, self._top_k = problem, labels, thresholds, top_k
         self._fitted, self._positive = fitted, positive
         self._loss_sum = 0.0
@@ -48,7 +48,7 @@ class LabelScores(Evaluator):
         self._loss_sum += float(output.loss_sum)
         assert output.predictions is not None
         real = batch["weights"].numpy() > 0
-        mask = batch.get("attention_mask")  # of what is no text there is none
+        mask = batch.get("attention_mask")  # only texts have one
         lengths = np.zeros(len(real), dtype=np.int64) if mask is None else mask.sum(dim=1).cpu().numpy()
         self._seen.append(
             (output.predictions.cpu().numpy()[real], batch["labels"].numpy()[real], lengths[real])
@@ -74,7 +74,7 @@ class LabelScores(Evaluator):
     def _measured(
         self, predictions: np.ndarray, labels: np.ndarray, thresholds: Sequence[float] | None
     ) -> dict[str, float]:
-        """Return the measures of the problem; `thresholds` are those of several labels at once, as logits."""
+        """Return the problem's metrics; `thresholds` are for several classes at once, as logits."""
         if self._problem == "regression":
             return measure.regression(predictions, labels)
         if self._problem == "multi-label":
@@ -95,8 +95,8 @@ class LabelScores(Evaluator):
         return None if self._thresholds is None else [logit_of(one) for one in self._thresholds]
 
     def details(self) -> dict[str, Any]:
-        """Return the confusion matrix and the measures of each class, of several at once the thresholds too;
-        and the main measure by tokens of the text."""
+        """Return the confusion matrix and the metrics of each class, for several at once also the thresholds;
+        and the main metric by tokens of the text."""
         if self._last is None:
             return {}
         predictions, labels = self._last
@@ -125,34 +125,35 @@ class LabelScores(Evaluator):
 
 
 _MAIN = {"regression": "mse", "multi-label": "f1_micro", "single-label": "accuracy"}
-"""What a few rows can be measured by: correlations and means over classes of them say little."""
+"""The main metric, for groups of few rows: their correlations and means over classes mean little."""
 
 
 def chosen_classes(logits: np.ndarray, thresholds: Sequence[float] | None) -> np.ndarray:
-    """Return whether each class is given, bool [n, classes], where its logit is above its threshold, a logit
-    too; 0 by default, a probability of 1/2."""
+    """Return whether each class is predicted, bool [n, classes]: its logit is above its threshold, also a
+    logit (default 0, a probability of 1/2)."""
     return np.greater(logits, 0.0 if thresholds is None else thresholds)
 
 
 def logit_of(probability: float) -> float:
-    """Return the logit of a probability; infinite of 0 and 1."""
+    """Return the logit of a probability; infinite for 0 and 1."""
     if probability in (0.0, 1.0):
         return math.copysign(math.inf, probability - 0.5)
     return math.log(probability) - math.log1p(-probability)
 
 
 def probability_of(logit: float) -> float:
-    """Return the probability of a logit, 1 from 37 on and 0 below -745: thresholds are compared as logits."""
+    """Return the probability of a logit, rounded to 1 from 37 on and to 0 below -745: so thresholds are
+    compared as logits."""
     share = math.exp(-abs(logit))
     return (1.0 if logit >= 0 else share) / (1 + share)
 
 
 def fitted_thresholds(logits: np.ndarray, labels: np.ndarray) -> list[float]:
-    """Return for each class the threshold with the best F1, as a logit: half-way between the logits that it
-    tells apart.
+    """Return for each class the threshold with the best F1, as a logit: half-way between the two logits next
+    to it.
 
-    Logits and labels (0 or 1) are [n, classes]. A class that no sample has keeps 0, a probability of 1/2. Of
-    equally good thresholds the highest is taken.
+    Logits and labels (0 or 1) are [n, classes]. A class without samples keeps 0, a probability of 1/2. The
+    highest of equally good thresholds is taken.
     """
     return [
         _fitted(logits[:, one].astype(np.float64), labels[:, one] > 0.5) for one in range(logits.shape[1])
@@ -166,14 +167,14 @@ def _fitted(logits: np.ndarray, wanted: np.ndarray) -> float:
     logits, num_right = logits[order], np.cumsum(wanted[order])
     scores = 2 * num_right / (np.arange(1, len(logits) + 1) + wanted.sum())
     following = np.append(logits[1:], logits[-1] - 1.0)
-    scores[following == logits] = -1.0  # no threshold parts equal logits
+    scores[following == logits] = -1.0  # no threshold separates equal logits
     best = int(np.argmax(scores))
     return float(logits[best] + following[best]) / 2
 
 
 def one_label_details(predictions: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
-    """Return the confusion matrix, a row for each true class and a column for each predicted one, and
-    measures of each class.
+    """Return the confusion matrix, a row for each true class and a column for each predicted one, and metrics
+    of each class.
 
     Predictions are scores [n, classes] or class ids [n].
     """
@@ -192,8 +193,8 @@ def one_label_details(predictions: np.ndarray, labels: np.ndarray, names: Sequen
 def several_labels_details(
     chosen: np.ndarray, labels: np.ndarray, names: Sequence[str], thresholds: Sequence[float]
 ) -> dict[str, Any]:
-    """Return of each class its threshold, its confusion matrix [[without, wrongly given], [missed, rightly
-    given]] and its measures."""
+    """Return each class's threshold, confusion matrix [[true negatives, false positives], [false negatives,
+    true positives]] and metrics."""
     from sklearn.metrics import multilabel_confusion_matrix
 
     wanted = (labels > 0.5).astype(np.int64)

@@ -9,8 +9,8 @@ from launcher.errors import ConfigurationError, Problem
 
 
 def set_language(tokenizer: Any, key: str, attribute: str, code: str) -> None:
-    """Set one of a multilingual tokenizer's languages. Raises ConfigurationError where it has no languages,
-    or not this one."""
+    """Set one of a multilingual tokenizer's languages. Raises ConfigurationError if it has no languages, or
+    not this one."""
     if not hasattr(tokenizer, attribute):
         name = type(tokenizer).__name__
         reason = f"a {name} has no language codes; leave it out, or say the language in data.prefix"

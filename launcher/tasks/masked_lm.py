@@ -1,4 +1,4 @@
-"""Masked language modelling: some tokens of a text are hidden, and learned from all others."""
+"""Masked language modelling: some tokens of a text are hidden, and predicted from all others."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ else:
     np, torch = Lazy("numpy"), Lazy("torch")
 
 MOST_TOLD = 100
-"""The likeliest tokens for a mask that are told at most."""
+"""The most candidates for a mask in an answer."""
 _FIXED = Draws(0, 0)
-"""Where nothing may be random."""
+"""The draws where nothing may be random."""
 
 
 class MaskedLM(Task):
-    """Predict hidden tokens from those around them: 80 % of them are masked, 10 % another token, 10 % left as
-    they are."""
+    """Prediction of hidden tokens from their context: 80 % are masked, 10 % replaced by another token, 10 %
+    unchanged."""
 
     name = "masked-lm"
     traits = Traits("packed", causal=False, head="every-position", windows=True)
@@ -64,7 +64,7 @@ class MaskedLM(Task):
         self._mask = self._first_position = self._num_tokens = 0
         self._tokenizer: Any = None
         self._others: np.ndarray = np.zeros(0, dtype=np.int64)
-        """The tokens that may stand in another's place, int64."""
+        """The tokens that may replace a hidden one, int64."""
 
     def checks(self) -> Iterator[Finding]:
         yield from super().checks()
@@ -99,8 +99,8 @@ class MaskedLM(Task):
         return math.log(config.get_text_config().vocab_size)
 
     def prepare(self, processor: Any) -> None:
-        """Take the mask and what is put around a text. Raises ConfigurationError for a tokenizer without a
-        mask, or one that does not say where its pieces stand where whole words are hidden."""
+        """Take the mask token and the special tokens around a text. Raises ConfigurationError for a tokenizer
+        without a mask token, or without offsets if whole words are masked."""
         if processor.mask_token_id is None:
             reason = (
                 "its tokenizer has no mask token to hide others by; take a model such as BERT, or causal-lm"
@@ -116,8 +116,8 @@ class MaskedLM(Task):
         )
 
     def adopt(self, config: Any, as_it_stands: bool = False) -> None:
-        """Raise ConfigurationError for a model that reads one sequence and writes another, or that has no row
-        for the mask."""
+        """Raise ConfigurationError for an encoder-decoder, or a model without an embedding for the mask
+        token."""
         if config.is_encoder_decoder:
             kind = f"a {config.model_type} model reads one sequence and writes another"
             reason = f"{kind}; masked-lm is for encoders such as BERT"
@@ -131,14 +131,14 @@ class MaskedLM(Task):
             )
 
     def configure(self, config: Any) -> None:
-        """Take how many tokens the model knows, and from where it counts positions."""
+        """Take the model's vocabulary size and its first position."""
         self._first_position = first_position(config)
         self._num_tokens = config.get_text_config().vocab_size
         self._others = self._others[self._others < self._num_tokens]
 
     def encode(self, rows: Sequence[dict[str, Any]], processor: Any) -> list[Any]:
-        """Return for each row its pieces: `input_ids` and `units`, int32 [n], the latter counting what is
-        hidden together from 0, and -1 where nothing is ever hidden."""
+        """Return for each row its pieces: `input_ids` and `units`, int32 [n]. Tokens of one unit are hidden
+        together; units count from 0, and -1 is never hidden."""
         options = {"return_offsets_mapping": True} if self.data.mask_whole_words else {}
 
         def pieces(texts: list[str]) -> Iterator[tuple[Encoded, ...] | RowProblem]:
@@ -174,8 +174,8 @@ class MaskedLM(Task):
         return Encoded(arrays, count, len(spread), cut)
 
     def hidden(self, sample: Sample, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
-        """Return a sample's tokens as the model sees them, and its targets, int64 [n] each: a hidden token,
-        or -100."""
+        """Return a sample's input tokens and targets, int64 [n] each; a target is the hidden token, or
+        -100."""
         ids, nothing = sample["input_ids"].astype(np.int64), np.full(sample.length, IGNORE, dtype=np.int64)
         if not sample.weight:
             return ids, nothing
@@ -195,7 +195,7 @@ class MaskedLM(Task):
     def shortened(self, sample: Sample, length: int, ends: Sequence[int]) -> Sample:
         """Return the shortened sample with every second token masked.
 
-        All but the first are learned: as many as in a text whose next tokens are learned.
+        All but the first are supervised: as many as with causal targets.
         """
         short = super().shortened(sample, length, ends)
         short["targets"] = np.where(np.arange(short.length) > 0, short["input_ids"], IGNORE)
@@ -203,9 +203,9 @@ class MaskedLM(Task):
         return short
 
     def collate(self, items: Sequence[Sequence[Sample]], draws: Draws | None = None) -> dict[str, Any]:
-        """Return the batch of `token_batches` with tokens hidden: `targets` are these, and -100 elsewhere.
+        """Return the batch of `token_batches` with tokens hidden; `targets` are the hidden ones, else -100.
 
-        `told`: how many candidates are kept for each hidden token; 0 in training.
+        `told`: the number of candidates to keep for each hidden token; 0 in training.
         """
         samples = []
         for sample in itertools.chain.from_iterable(items):
@@ -221,13 +221,13 @@ class MaskedLM(Task):
         return alone(sample, labels="targets")
 
     def loss(self, model: torch.nn.Module, batch: dict[str, Any]) -> Output:
-        """Return the summed loss of the hidden tokens; in an evaluation also the likeliest tokens."""
+        """Return the summed loss of the hidden tokens; in an evaluation also the most likely tokens."""
         from launcher.training.heads import causal_lm, likeliest
 
         if batch["told"]:
             return likeliest(model, batch, min(batch["told"], self._num_tokens))
-        # The layers between an encoder and its output matrix differ from class to class: so the model's own
-        # head is used, at hidden tokens alone.
+        # The layers between encoder and output matrix differ by class. So the model's own head is used, on
+        # hidden tokens only.
         return causal_lm(model, batch, "forward" if self.head == "forward" else "model")
 
     def evaluator(self) -> Evaluator:
@@ -236,8 +236,8 @@ class MaskedLM(Task):
     def answers(
         self, output: Output, batch: dict[str, Any], samples: Sequence[Sample], options: AnswerOptions
     ) -> list[Any]:
-        """Return for each sample its `hidden` tokens, and for each the likeliest: `token` and `probability`,
-        `top_k` of them, else one. Raises ConfigurationError for more than are told."""
+        """Return for each sample its `hidden` tokens, and for each the `top_k` most likely (one by default):
+        `token` and `probability`. Raises ConfigurationError for a `top_k` above MOST_TOLD."""
         if (number := options.top_k or 1) > MOST_TOLD:
             raise ConfigurationError(
                 Problem("--top-k", number, f"masked-lm tells {MOST_TOLD} tokens at most")
@@ -259,8 +259,8 @@ class MaskedLM(Task):
         return str(self._tokenizer.decode([int(token)])).strip()
 
     def answer(self, row: dict[str, Any], parts: Sequence[Any]) -> dict[str, Any]:
-        """Return the likeliest tokens for each mask of a row in `masks`, and in `text` the row with the first
-        of them in their places; of a row that was learned, the `hidden` tokens and those `told` for them."""
+        """Return `masks`, the most likely tokens for each mask of a row, and `text`, the row with the best
+        ones filled in. For an evaluation row: the `hidden` tokens and the predictions (`told`)."""
         told = [mask for part in parts for mask in part["told"]]
         if not self.for_prediction:
             hidden = [token for part in parts for token in part["hidden"]]

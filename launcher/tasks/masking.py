@@ -1,4 +1,4 @@
-"""Which tokens of a sample are hidden from a masked LM, and what stands in their place."""
+"""The choice of the tokens that a masked LM must predict, and their replacement."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ else:
     np = Lazy("numpy")
 
 _MASKED, _RANDOM = 0.8, 0.1
-"""Of the hidden tokens, those replaced by the mask and by any other token (Devlin et al. 2019, arXiv
+"""The shares of hidden tokens that are replaced by the mask and by a random token (Devlin et al. 2019, arXiv
 1810.04805, section 3.1)."""
 
 
 def units_of(
     ids: Sequence[int], special: Sequence[int], text: str, offsets: Sequence[tuple[int, int]] | None
 ) -> np.ndarray:
-    """Return which tokens are hidden together, int64 [tokens]: numbers in order, and -1 for special tokens.
+    """Return the unit of each token, int64 [tokens], counted from 0, and -1 for special tokens.
 
-    With the places of the tokens in the text, in characters, those of a word are; without, each is alone.
+    With `offsets`, in characters, a unit is a word; without, each token is one.
     """
     begins = np.ones(len(ids), dtype=bool)
     if offsets is not None:
@@ -34,7 +34,8 @@ def units_of(
 
 
 def num_hidden(units: np.ndarray, probability: float) -> int:
-    """Return how many tokens of a sample are learned: known before the draw, as the loss is divided by it."""
+    """Return how many tokens of a sample are supervised: fixed before the draw, because the loss is divided
+    by it."""
     hideable = int((units >= 0).sum())
     return min(hideable, max(1, round(probability * hideable)))
 
@@ -47,10 +48,10 @@ def hide(
     mask: int,
     others: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the tokens as the model sees them and the targets, int64 [tokens] each: a hidden token, or -100.
+    """Return the input tokens and the targets, int64 [tokens] each; a target is the hidden token, or -100.
 
-    Units are hidden as a whole, in the order that was drawn, until `number` tokens are. What the last unit
-    has beyond that is hidden too, and not learned. `others` are the tokens that may stand in another's place.
+    Whole units are hidden in random order until `number` tokens are. Further tokens of the last unit are
+    hidden too, but not supervised. `others` are the tokens that may replace a hidden one.
     """
     seen, targets = ids.astype(np.int64), np.full(len(ids), IGNORE, dtype=np.int64)
     values, which = np.unique(units, return_inverse=True)

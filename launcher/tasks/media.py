@@ -1,6 +1,6 @@
-"""Files as parts of samples: a sample keeps where its file lies, or its bytes as they are, and a hash of them.
+"""Files as parts of samples: a sample keeps its file's path, or its original bytes, and a hash of them.
 
-What is decoded of a file is never stored. It is made anew for each batch, and what was hashed is compared.
+Decoded data is never stored. It is decoded again for each batch, and the hash is compared.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ else:
     np, xxhash = Lazy("numpy"), Lazy("xxhash")
 
 MOST_BYTES = 1 << 30
-"""Of a file that is read as a whole."""
+"""The most bytes of a file, which is read in one piece."""
 _PATH, _BYTES = 0, 1
-"""What the first byte of a stored file says that the others are."""
+"""Meanings of a stored file's first byte: whether a path or the file's bytes follow."""
 
 
 class Content(NamedTuple):
-    """A file's bytes, as they lie on the disk or in a row."""
+    """A file's bytes, from disk or from a row."""
 
     name: str
     """For people: the end of its path; empty for bytes in a row."""
@@ -37,14 +37,14 @@ class Content(NamedTuple):
 
     @property
     def begins(self) -> str:
-        """Return how a sentence about it begins."""
+        """Return the beginning of a message about the file."""
         return f"{self.name}: " if self.name else ""
 
 
 def named(row: Mapping[str, Any], columns: Sequence[str]) -> str | bytes:
-    """Return the path or the bytes that a row holds in the first of the columns that it has.
+    """Return the path or the bytes in the first of the columns that a row has.
 
-    Raises RowProblem where there is none.
+    Raises RowProblem if it has none.
     """
     column = next((column for column in columns if not is_missing(row.get(column))), None)
     if column is None:
@@ -59,8 +59,7 @@ def named(row: Mapping[str, Any], columns: Sequence[str]) -> str | bytes:
 
 
 def why_absent(value: str | bytes) -> RowProblem | None:
-    """Return why there are no bytes where a row names a file, by a look at the folder; None where there are
-    some."""
+    """Return why a row's file has no bytes, from its status alone; None if it has some."""
     if isinstance(value, bytes):
         return None if value else RowProblem(EMPTY, "no bytes in it")
     try:
@@ -75,7 +74,7 @@ def why_absent(value: str | bytes) -> RowProblem | None:
 
 
 def content(value: str | bytes) -> Content:
-    """Return the bytes that a row names or holds. Raises RowProblem where there are none."""
+    """Return the bytes of the file that a row names or contains. Raises RowProblem if there are none."""
     if isinstance(value, bytes):
         return _filled(Content("", value))
     name = "/".join(Path(value).parts[-2:])
@@ -99,9 +98,9 @@ def _filled(one: Content) -> Content:
 
 
 def stored(value: str | bytes, one: Content) -> dict[str, np.ndarray]:
-    """Return the arrays that a sample keeps of a file.
+    """Return the arrays that a sample keeps for a file.
 
-    `media`, uint8 [n]: its path, or its bytes where a row holds them; `media_hash`, uint64 [1]: xxh3 of the
+    `media`, uint8 [n]: its path, or its bytes if the row contains them; `media_hash`, uint64 [1]: xxh3 of the
     bytes.
     """
     kind, data = (
@@ -114,9 +113,10 @@ def stored(value: str | bytes, one: Content) -> dict[str, np.ndarray]:
 
 
 def stored_in_order(files: Sequence[tuple[str | bytes, Content]]) -> dict[str, np.ndarray]:
-    """Return the arrays that a sample keeps of several files, or of none.
+    """Return the arrays that a sample keeps for any number of files.
 
-    `media` and `media_hash` as of one, end to end; `media_ends`, int64 [files]: where each ends in `media`.
+    `media` and `media_hash` as for one, concatenated; `media_ends`, int64 [files]: where each ends in
+    `media`.
     """
     each = [stored(value, one) for value, one in files]
     empty = {"media": np.empty(0, np.uint8), "media_hash": np.empty(0, np.uint64)}
@@ -125,7 +125,7 @@ def stored_in_order(files: Sequence[tuple[str | bytes, Content]]) -> dict[str, n
 
 
 def first_files(sample: Mapping[str, np.ndarray], number: int) -> dict[str, np.ndarray]:
-    """Return the arrays of the first so many of a sample's files."""
+    """Return the arrays of the first `number` files of a sample."""
     ends = sample["media_ends"][:number]
     size = int(ends[-1]) if number else 0
     return {"media": sample["media"][:size], "media_hash": sample["media_hash"][:number], "media_ends": ends}
@@ -139,7 +139,7 @@ def contents_in_order(sample: Mapping[str, np.ndarray]) -> list[Content]:
 
 
 def stored_content(sample: Mapping[str, np.ndarray]) -> Content:
-    """Return the bytes of a sample's file. Raises DataError where they are not those that it was made of."""
+    """Return the bytes of a sample's file. Raises DataError if they have changed or cannot be read."""
     whole = sample["media"].tobytes()
     value: str | bytes = whole[1:]
     if whole[0] == _PATH:

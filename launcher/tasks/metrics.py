@@ -16,8 +16,8 @@ else:
 def single_label(
     predictions: np.ndarray, labels: np.ndarray, num_labels: int, positive: int = 1
 ) -> dict[str, float]:
-    """Return `accuracy`, `matthews` and `f1`: of the class `positive` where there are two, else the mean over
-    the classes that occur.
+    """Return `accuracy`, `matthews` and `f1`: for two classes that of `positive`, else the mean over the
+    classes that occur.
 
     Predictions are scores [n, num_labels] or class ids [n]; labels class ids [n].
     """
@@ -34,8 +34,8 @@ def single_label(
 
 
 def top_k_accuracy(scores: np.ndarray, labels: np.ndarray, number: int) -> float:
-    """Return the share of samples whose class has one of the `number` highest scores [n, classes]; of equal
-    ones the first count."""
+    """Return the share of samples whose class has one of the `number` highest scores [n, classes]; ties go to
+    the first."""
     best = np.argsort(-scores, axis=1, kind="stable")[:, :number]
     return float((best == labels.reshape(-1, 1)).any(axis=1).mean())
 
@@ -57,7 +57,8 @@ def multi_label(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]
 
 
 def regression(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Return `pearson`, `spearman` and `mse` of numbers [n] or [n, 1]; a correlation with a constant is NaN."""
+    """Return `pearson`, `spearman` and `mse` of numbers [n] or [n, 1]; a correlation with a constant is
+    NaN."""
     from scipy.stats import pearsonr, spearmanr
 
     given, wanted = predictions.astype(np.float64).reshape(-1), labels.astype(np.float64).reshape(-1)

@@ -1,4 +1,4 @@
-"""Read one of several sources by the job's section `data`, with its own columns in it; name its metrics."""
+"""One of several data sources as its own section `data`, with its own columns; the names of its metrics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from launcher.tasks.multi_task_columns import MultiTaskColumns, entry_of
 from launcher.tasks.task import Task
 
 _OF_CHATS = ("tools", "date")
-"""Keys that stand beside `messages` and nothing else."""
+"""Keys that only `messages` may have next to it."""
 
 
 def own_columns(task: type[Task]) -> tuple[str, ...]:
@@ -26,7 +26,7 @@ def own_columns(task: type[Task]) -> tuple[str, ...]:
 def of_one_task(task: str, data: Data, source: Source) -> tuple[str, Data]:
     """Return the task that a source's rows are for, and the section `data` of a job with that task alone.
 
-    Of several tasks at once that is the one that the source names. Raises KeyError where it names none.
+    In a multi-task job that is the task that the source names. Raises KeyError if it names none.
     """
     if not isinstance(data, MultiTaskColumns):
         return task, data
@@ -35,10 +35,10 @@ def of_one_task(task: str, data: Data, source: Source) -> tuple[str, Data]:
 
 
 def data_of(task: str, data: Data, source: Source) -> Data:
-    """Return the section `data` of a job that had this source alone, with the source's own task of several.
+    """Return the section `data` of a job with this source alone, for the source's own task of several.
 
-    A source that names the columns of one way to write rows, such as `text`, leaves out those of the others,
-    such as `prompt` and `completion`. Raises pydantic's ValidationError for columns that are none.
+    If a source names the columns of one way to write rows (`text`), those of the other ways (`prompt` and
+    `completion`) are left out. Raises pydantic's ValidationError for unknown columns.
     """
     task, data = of_one_task(task, data, source)
     place = {name: getattr(source, name) for name in Source.model_fields if name in source.model_fields_set}
@@ -56,7 +56,7 @@ def data_of(task: str, data: Data, source: Source) -> Data:
 
 
 def as_main(task: str, data: Data, source: Source, rows: Iterable[Row]) -> Iterator[Row]:
-    """Yield a source's rows with its own columns under the names that `data` has for them."""
+    """Yield a source's rows with its own columns renamed to those of `data`."""
     own = data_of(task, data, source)
     task, data = of_one_task(task, data, source)
     names = {
@@ -72,8 +72,8 @@ def as_main(task: str, data: Data, source: Source, rows: Iterable[Row]) -> Itera
 
 
 def measured(task: Task) -> dict[str, Better]:
-    """Return what an evaluation of a job measures, and which way each is better: the task's metrics of all rows,
-    and as `ALIAS/metric` those of each of several sources."""
+    """Return the metrics of a job's evaluation, each with its better direction: the task's over all rows, and
+    `ALIAS/metric` for each of several sources."""
     metrics, held_out = dict(task.metrics), task.data.evaluation
     named = zip(held_out.aliases, held_out.parts, strict=False) if held_out is not None else ()
     for alias, source in named:
@@ -83,7 +83,8 @@ def measured(task: Task) -> dict[str, Better]:
 
 
 def not_measured(task: Task, metric: str) -> str | None:
-    """Return why no evaluation of a job has a metric, with the nearest that it has; None where it has it."""
+    """Return why a job's evaluation does not have a metric, with the nearest that it has; None if it has
+    it."""
     known = measured(task)
     if metric in known:
         return None

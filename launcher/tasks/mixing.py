@@ -1,4 +1,4 @@
-"""Mix an image with another one of its step, and their labels alike: mix-up and cut-mix."""
+"""Mix-up and cut-mix: an image is mixed with another one of its step, and their labels likewise."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def mixes(data: ImageColumns) -> bool:
 
 
 def mixing_contradictions(data: ImageColumns) -> Iterator[Finding]:
-    """Yield what does not go with mixed images, or says how without any."""
+    """Yield keys that contradict mixing, or that set its options without mixing."""
     how = data.augmentation
     if how is not None and how.mix_probability is not None and not mixes(data):
         reason = "says how likely an image is mixed, and no way is named; add mixup_alpha or cutmix_alpha"
@@ -43,12 +43,12 @@ def mixing_contradictions(data: ImageColumns) -> Iterator[Finding]:
 def mix(
     pixels: np.ndarray, partner: np.ndarray, how: ImageAugmentation, draws: np.random.Generator
 ) -> tuple[np.ndarray, float]:
-    """Return an image mixed by chance with its partner, float32 [3, height, width] as they are, and the share of
-    its own label.
+    """Return an image randomly mixed with its partner, float32 [3, height, width] each, and the share of its
+    own label.
 
-    Mix-up (Zhang et al. 2018, arXiv 1710.09412) adds the two by that share, which is drawn from
-    Beta(alpha, alpha). Cut-mix (Yun et al. 2019, arXiv 1905.04899) puts a part of the partner in the place of
-    the image's own; the share is what is left. Where a job names both, each is as likely.
+    Mix-up (Zhang et al. 2018, arXiv 1710.09412) adds the two with that share, drawn from Beta(alpha, alpha).
+    Cut-mix (Yun et al. 2019, arXiv 1905.04899) replaces a part of the image by the partner's; the share is
+    the remaining area. If a job names both, they are equally likely.
     """
     stays, by_mixup = draws.random(2)
     if stays >= (1.0 if how.mix_probability is None else how.mix_probability):
@@ -68,9 +68,9 @@ def mix(
 
 
 def _box(height: int, width: int, share: float, draws: np.random.Generator) -> tuple[int, int, int, int]:
-    """Return the upper, lower, left and right edge of a part of an image, in pixels, whose middle is anywhere.
+    """Return the upper, lower, left and right edge, in pixels, of a part of an image with a random middle.
 
-    What is not cut off of it at the image's edges covers all but `share` of the image.
+    It covers all but `share` of the image, less what the image's edges cut off.
     """
     half = 0.5 * math.sqrt(1 - share)
     edges = []

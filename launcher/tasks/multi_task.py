@@ -1,8 +1,8 @@
 """Several tasks at once over one encoder: a head for each, and one pass for samples of all of them.
 
-A micro-batch goes through the body once, and what comes out of it through every head, by the code of
-transformers' own class with that head. For each head, samples of other tasks are filler, of which nothing is
-supervised. So every rank does the same in every pass, whichever tasks its samples are of.
+A micro-batch goes through the body once, and the output through every head, by the code of transformers' own
+class with that head. For each head, samples of other tasks are padding samples without supervision. So every
+rank computes the same in every pass, whatever the tasks of its samples.
 """
 
 from __future__ import annotations
@@ -43,14 +43,15 @@ else:
 
 _OF_A_HEAD = ("problem_type", "id2label", "label2id", "head_bias")
 SCALES = "scales"
-"""A key of a training batch: by what each task's summed loss is multiplied, so that the step's loss divided
-by all that its global batch supervises is the sum over the tasks of weight x mean."""
+"""A key of a training batch: the factor of each task's summed loss. With it, the step's loss divided by the
+global batch's supervised count is the sum over the tasks of weight x mean."""
 _READ = ("input_ids", "attention_mask", "token_type_ids")
-"""What all tasks read: in a batch under these names, and the rest of each task's batch under `TASK/name`."""
+"""The inputs that all tasks share, in a batch under these names; the rest of each task's batch is under
+`TASK/name`."""
 
 
 class MultiTask(Task):
-    """Learn several tasks over one encoder: classes, numbers and tags at once."""
+    """Several tasks over one encoder: classes, numbers and tags at once."""
 
     name = "multi-task"
     traits = Traits("padded", causal=False, head="few-per-position", windows=True)
@@ -73,7 +74,7 @@ class MultiTask(Task):
         self.keeps_losses = all(part.keeps_losses for part in self._parts.values())  # type: ignore[misc]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set what is said of all the tasks for each of them too."""
+        """Set an attribute; those for prediction and evaluation are set on each task too."""
         super().__setattr__(name, value)
         if name in ("for_prediction", "keeps_fitted"):
             for part in self._parts.values():
@@ -85,7 +86,7 @@ class MultiTask(Task):
 
     @property
     def streams(self) -> bool:
-        """Return False: each task has a source of its own, and several are not streamed."""
+        """Return False: each task has its own source, and several sources cannot be streamed."""
         return False
 
     def checks(self) -> Iterator[Finding]:
@@ -116,9 +117,9 @@ class MultiTask(Task):
         return AutoModelWithHeads
 
     def adopt(self, config: Any, as_it_stands: bool = False) -> None:
-        """Take the classes of a run's model. The heads of any other model are not taken.
+        """Take the classes of a run's model. The heads of any other model are not used.
 
-        Raises ConfigurationError where a model stands without heads of these tasks.
+        Raises ConfigurationError if a model without heads for these tasks is not trained.
         """
         heads = getattr(config, HEADS, None) or {}
         if (
@@ -135,7 +136,7 @@ class MultiTask(Task):
             part.adopt(own, as_it_stands)
 
     def configure(self, config: Any) -> None:
-        """Write of each task the Auto class of its head, and what its head's config has of its own."""
+        """Write each task's Auto class and the head's own settings into the config."""
         heads = {}
         for name, part in self.parts.items():
             own = copy.deepcopy(config)
@@ -167,8 +168,8 @@ class MultiTask(Task):
     def encode(
         self, rows: Sequence[dict[str, Any]], processor: Any
     ) -> list[tuple[Encoded, ...] | RowProblem]:
-        """Return the samples of each row for every task that can read it, as a prediction asks for; training
-        rows are encoded by their own task."""
+        """Return the samples of each row for every task that can read it, for prediction; training rows are
+        encoded by their own task."""
         by_task = [part.encode(rows, processor) for part in self.parts.values()]
         results: list[tuple[Encoded, ...] | RowProblem] = []
         for every in zip(*by_task, strict=True):
@@ -198,9 +199,9 @@ class MultiTask(Task):
         return self.marked(self.parts[name].shortened(sample, length, ends), name)
 
     def collate(self, items: Sequence[Sequence[Sample]], draws: Draws | None = None) -> dict[str, Any]:
-        """Return what all tasks read, int64 [B, L] each; `weights` float32 [B], 0 for filler; and for each
-        task under `TASK/name` what its own `collate` returns beside that, where samples of other tasks are
-        filler."""
+        """Return the shared inputs, int64 [B, L] each; `weights` float32 [B], 0 for padding samples; and
+        under `TASK/name` the other results of each task's own `collate`, with samples of other tasks as
+        padding samples."""
         samples = [sample for item in items for sample in item]
         if any("token_type_ids" in sample for sample in samples):
             samples = [_typed(sample) for sample in samples]
@@ -215,7 +216,8 @@ class MultiTask(Task):
         return batch
 
     def _for(self, name: str, samples: Sequence[Sample]) -> list[Sample]:
-        """Return the samples as one of the tasks sees them: those of others as filler of its own kind."""
+        """Return the samples for one of the tasks: those of other tasks become padding samples of its own
+        kind."""
         return [sample if self.part_of(sample) == name else self._filler(name, sample) for sample in samples]
 
     def _filler(self, name: str, sample: Sample) -> Sample:
@@ -224,7 +226,7 @@ class MultiTask(Task):
         return Sample(example | read, sample.id, sample.length, weight=0, window=sample.window)
 
     def _batch_of(self, batch: dict[str, Any], name: str) -> dict[str, Any]:
-        """Return of a batch what a batch of one of the tasks has."""
+        """Return the part of a batch for one of the tasks, as its own batch."""
         read = {key: batch[key] for key in (*_READ, KEEPS_LOSSES) if key in batch}
         begins = f"{name}/"
         return read | {
@@ -232,13 +234,14 @@ class MultiTask(Task):
         }
 
     def _measured_batch(self, batch: dict[str, Any], name: str) -> dict[str, Any] | None:
-        """Return the same on the host for an evaluator; None where the batch has no sample of the task."""
+        """Return the same with `aside`, for an evaluator; None if the batch has no sample of the task."""
         if name not in batch["aside"]:
             return None
         return self._batch_of(batch, name) | {"aside": batch["aside"][name]}
 
     def in_a_step(self, num_supervised: Sequence[int]) -> dict[str, Any]:
-        """Return the factor of each task's loss. A task without a sample in the global batch learns nothing."""
+        """Return the factor of each task's loss, `SCALES`. A task without a sample in the global batch has no
+        loss."""
         of_task = dict.fromkeys(self.parts, 0)
         for source, number in zip(
             cast(Sequence[MixedSource], self.data.train.parts), num_supervised, strict=True
@@ -249,8 +252,8 @@ class MultiTask(Task):
         return {SCALES: scales}
 
     def loss(self, model: torch.nn.Module, batch: dict[str, Any]) -> Output:
-        """Return the sum over the tasks of weight x summed loss, or as the batch's `SCALES` say; and each
-        task's own output."""
+        """Return the sum over the tasks of weight x summed loss (in training, `SCALES` are the weights), and
+        each task's own output."""
         from launcher.training.heads import body_computed, head_of
 
         scales = batch.get(SCALES, self.loss_weights)
@@ -282,8 +285,7 @@ class MultiTask(Task):
         return MultiTaskScores(evaluators, self.loss_weights, self._measured_batch)
 
     def evaluator_of(self, source: Any, alias: str) -> Evaluator | None:
-        """Return the evaluator of one of several sources of a task; None where a task's metrics are those of
-        its only source."""
+        """Return the evaluator of one of several sources of a task; None for a task's only source."""
         name = str(source.task)
         if alias == name:
             return None
@@ -296,7 +298,7 @@ class MultiTask(Task):
     def answers(
         self, output: Output, batch: dict[str, Any], samples: Sequence[Sample], options: AnswerOptions
     ) -> list[Any]:
-        """Return of each sample the name of its task, and the answer of that."""
+        """Return the name of each sample's task, and that task's answer."""
         assert output.parts is not None
         names, results = [self.part_of(sample) for sample in samples], {}
         for name in set(names):
@@ -316,12 +318,12 @@ class MultiTask(Task):
 
 
 def _mark(number: int) -> dict[str, np.ndarray]:
-    """Return the array that says of which task a sample is, by its number: int64 [1]."""
+    """Return the array with the number of a sample's task: int64 [1]."""
     return {"task": np.array([number])}
 
 
 def _typed(sample: Sample) -> Sample:
-    """Return a sample with token types: those of a single text, where its task gives none."""
+    """Return a sample with token types: those of a single text if its task gives none."""
     if "token_type_ids" in sample:
         return sample
     arrays = sample | {"token_type_ids": np.zeros_like(sample["input_ids"])}

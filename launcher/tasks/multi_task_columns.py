@@ -1,4 +1,4 @@
-"""The section `data` of a job with several tasks at once, and what in it contradicts itself."""
+"""The section `data` of a job with several tasks at once, and its contradictions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from launcher.errors import ConfigurationError
 from launcher.tasks.task import Finding, Task, finding
 
 _OWN = ("task", "loss_weight")
-"""Keys of an entry of `data.tasks` beside the columns of its task."""
+"""Keys of an entry of `data.tasks` besides the columns of its task."""
 _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-"
 
 
@@ -35,7 +35,7 @@ class MultiTaskColumns(Data):
 
 @dataclass(frozen=True)
 class TaskEntry:
-    """Hold one of several tasks, as the job file has it."""
+    """One of several tasks in the job file."""
 
     kind: type[Task]
     data: Data
@@ -44,8 +44,8 @@ class TaskEntry:
 
 
 def entry_of(data: MultiTaskColumns, name: str) -> TaskEntry:
-    """Return one of the tasks. Raises KeyError where there is none by that name, ValueError where its keys
-    are none, ConfigurationError where there is no such task."""
+    """Return one of the tasks. Raises KeyError for an unknown name, ValueError for wrong keys,
+    ConfigurationError for an unknown kind of task."""
     content = data.tasks[name]
     kind = tasks.find(str(content.get("task")))
     shared = {key: getattr(data, key) for key in data.model_fields_set & Data.model_fields.keys()}
@@ -65,13 +65,13 @@ def _is_weight(value: Any) -> bool:
 
 
 def rows_for(given: Sources, name: str) -> Sources | None:
-    """Return those of the sources that have rows for a task; None where there are none."""
+    """Return the sources that have rows for a task; None if there are none."""
     own = tuple(source for source in given.sources or () if source.task == name)
     return Sources(sources=own) if own else None
 
 
 def contradictions(data: MultiTaskColumns) -> Iterator[Finding]:
-    """Yield what is wrong with the tasks, and with whose rows are whose."""
+    """Yield problems with the tasks, and with the assignment of rows to tasks."""
     if not data.tasks:
         yield finding("data.tasks", None, "is empty: name the tasks, each with its own section", "model.task")
     for name, content in data.tasks.items():
@@ -142,7 +142,7 @@ def _unknown_keys(key: str, kind: type[Task], content: Mapping[str, Any]) -> Ite
 
 
 def _rows(role: str, given: Sources, names: Mapping[str, Any]) -> Iterator[Finding]:
-    """Yield sources that name no task, or one that is not there, and tasks without rows."""
+    """Yield problems with sources that name no task or an unknown one, and with tasks without rows."""
     if given.sources is None:
         reason = "several tasks have several sources; write a list, each entry with its task"
         yield finding(f"data.{role}", None, reason, "data.tasks")
@@ -168,7 +168,7 @@ def _rows(role: str, given: Sources, names: Mapping[str, Any]) -> Iterator[Findi
 
 
 def why_alone(kind: type[Task]) -> str | None:
-    """Return why a task cannot share a pass with others over one encoder; None where it can."""
+    """Return why a task cannot share an encoder and a pass with others; None if it can."""
     traits = kind.traits
     if kind.Columns is MultiTaskColumns:
         return "is several tasks itself"

@@ -1,4 +1,4 @@
-"""Measure several tasks at once, each by its own evaluator."""
+"""Scores of several tasks at once, each from its own evaluator."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ else:
     np = Lazy("numpy")
 
 BatchOf = Callable[[dict[str, Any], str], dict[str, Any] | None]
-"""What gives of a batch that of one task, by its name; None where the batch has no sample of it."""
+"""A function that returns one task's part of a batch, by name; None if the batch has no sample of it."""
 
 
 class MultiTaskScores(Evaluator):
-    """Give the metrics of each task as `TASK/metric`, and `loss`: the sum over the tasks of weight x loss."""
+    """The metrics of each task as `TASK/metric`, and `loss`: the sum over the tasks of weight x loss."""
 
     def __init__(
         self, evaluators: Mapping[str, Evaluator], weights: Mapping[str, float], batch_of: BatchOf
@@ -32,7 +32,7 @@ class MultiTaskScores(Evaluator):
                 one.update(output.parts[name], own)
 
     def state(self) -> list[np.ndarray]:
-        """Return the arrays of each task, and before them how many each has, int64 [tasks]."""
+        """Return the number of arrays of each task, int64 [tasks], followed by the arrays."""
         states = [one.state() for one in self._evaluators.values()]
         return [np.array(list(map(len, states)), dtype=np.int64), *(array for own in states for array in own)]
 
@@ -60,7 +60,7 @@ class MultiTaskScores(Evaluator):
 
 
 class OneTaskScores(Evaluator):
-    """Give the metrics of one of several tasks, by some of its rows."""
+    """The metrics of one of several tasks, over some of its rows."""
 
     def __init__(self, name: str, evaluator: Evaluator, batch_of: BatchOf) -> None:
         self._name, self._evaluator, self._batch_of = name, evaluator, batch_of

@@ -1,4 +1,4 @@
-"""Samples of unlike lengths as one batch."""
+"""Batches of samples with different lengths."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ else:
 
 
 def padded(samples: Sequence[Sample], fills: Mapping[str, int]) -> dict[str, torch.Tensor]:
-    """Return the named arrays, filled up on the right to the longest sample, and `attention_mask`: int64
+    """Return the named arrays, padded on the right to the longest sample, and `attention_mask`: int64
     [samples, longest] each.
 
-    Names that samples do not have are left out. On the right whatever the tokenizer does for generation:
+    Names that samples do not have are left out. Padding is on the right even if the tokenizer's is not:
     learned positions begin at the first column.
     """
     lengths = np.array([sample.length for sample in samples])
@@ -37,7 +37,7 @@ def padded(samples: Sequence[Sample], fills: Mapping[str, int]) -> dict[str, tor
 def alone(sample: Sample, **names: str) -> dict[str, torch.Tensor]:
     """Return a sample's arrays as a batch of one, int64 [1, n], by their own names or by others.
 
-    `labels="tags"` has an array under another name. Those that the sample does not have are left out.
+    `labels="tags"` returns the array `tags` as `labels`. Arrays that the sample does not have are left out.
     """
     names = {"input_ids": "input_ids", "token_type_ids": "token_type_ids"} | names
     return {
@@ -48,13 +48,13 @@ def alone(sample: Sample, **names: str) -> dict[str, torch.Tensor]:
 
 
 def weights(samples: Sequence[Sample]) -> torch.Tensor:
-    """Return the weights of samples, float32 [samples]: 0 for filler."""
+    """Return the weights of samples, float32 [samples]: 0 for padding samples."""
     return torch.tensor([float(sample.weight) for sample in samples])
 
 
 def counts_positions_from_padding(config: Any) -> bool:
-    """Return whether the model's first position is the one behind its padding token's id, as in RoBERTa and
-    what was made after it."""
+    """Return whether the model's positions start after its padding token's id, as in RoBERTa and its
+    successors."""
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
     if getattr(config, "pad_token_id", None) is None or type(config) not in MODEL_MAPPING:

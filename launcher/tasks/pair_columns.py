@@ -1,4 +1,4 @@
-"""The section `data` of a job that writes one text from another, and what of a row is compared with answers."""
+"""The section `data` of a job that generates one text from another, and a row's references."""
 
 from __future__ import annotations
 
@@ -36,15 +36,14 @@ class PairColumns(Data):
 
 
 def contradictions(data: PairColumns) -> Iterator[Finding]:
-    """Yield what makes no sense beside the rest."""
+    """Yield contradictions between the keys."""
     if data.source == data.target:
         reason = "is the source as well; name the column of what is to be written"
         yield finding("data.target", data.target, reason)
 
 
 def references_of(row: dict[str, Any], column: str | None) -> list[str]:
-    """Return the references that a row has of its own, or none. Raises RowProblem for what is no list of
-    texts."""
+    """Return a row's own references, or none. Raises RowProblem for anything but a list of texts."""
     if column is None or is_missing(texts := row.get(column)):
         return []
     texts = [texts] if isinstance(texts, str) else texts

@@ -1,4 +1,4 @@
-"""Images as the tensor that a model sees: by its own image processor, altered in training."""
+"""Images as input tensors: converted by the model's image processor, augmented in training."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ else:
     np, torch = Lazy("numpy"), Lazy("torch")
 
 _NEAREST_TRIES = 10
-"""Parts of an image that are drawn before all of it is taken, as in torchvision's RandomResizedCrop."""
-_BEHIND_THE_SIZE = ("do_rescale", "do_normalize", "do_flip_channel_order", "include_top")
-"""What a processor does to the numbers of an image once it has its size: another order of channels (MobileViT),
-a second division by the deviation (EfficientNet)."""
+"""Random crops that are tried before the full image is taken, as in torchvision's RandomResizedCrop."""
+_AFTER_RESIZING = ("do_rescale", "do_normalize", "do_flip_channel_order", "include_top")
+"""A processor's steps after resizing and cropping: among them another order of channels (MobileViT), and a second
+division by the deviation (EfficientNet)."""
 
 
 def resized(processor: Any, size: int) -> None:
-    """Have an image processor give images of `size` x `size` pixels, and cut off the same share at the edges."""
+    """Set an image processor to `size` x `size` pixels, keeping the share that it crops at the edges."""
     square = {"height": size, "width": size}
     if getattr(processor, "do_center_crop", None):
         before = next(int(edge) for edge in dict(processor.crop_size).values() if edge)
@@ -34,7 +34,7 @@ def resized(processor: Any, size: int) -> None:
             type(processor.crop_size)(**square),
         )
     elif getattr(processor, "crop_pct", None) is not None:
-        # ConvNeXT's, which cuts off what its share says, of an image with that shortest edge.
+        # ConvNeXT's processor crops by this share from an image with that shortest edge.
         processor.size = type(processor.size)(shortest_edge=size)
     else:
         processor.size = type(processor.size)(**square)
@@ -43,7 +43,7 @@ def resized(processor: Any, size: int) -> None:
 
 @dataclass(frozen=True)
 class Pixels:
-    """The images that a model sees: its processor, and their size in pixels."""
+    """A model's image processor, and the size of its images in pixels."""
 
     processor: Any
     height: int
@@ -51,9 +51,9 @@ class Pixels:
 
     @classmethod
     def of(cls, processor: Any, size: int | None) -> Pixels:
-        """Return the processor with the size of its images, set to `size` pixels where that is given.
+        """Return the processor with the size of its images, set to `size` pixels if given.
 
-        Raises ConfigurationError for a processor whose images have no one size, or that makes something else.
+        Raises ConfigurationError for a processor whose images differ in size, or are not 3 x height x width.
         """
         if size is not None:
             resized(processor, size)
@@ -74,14 +74,15 @@ class Pixels:
         return cls(processor, *shape[2:])
 
     def of_image(self, image: Any) -> np.ndarray:
-        """Return an RGB image as the processor has it: float32 [3, height, width]."""
+        """Return the processor's output for an RGB image: float32 [3, height, width]."""
         pixels: np.ndarray = self.processor(image, return_tensors="np")["pixel_values"][0]
         return np.ascontiguousarray(pixels, dtype=np.float32)
 
     def shown(self, pixels: np.ndarray) -> np.ndarray:
-        """Return for people, uint8 [height, width, 3], what a model sees, float32 [3, height, width].
+        """Return a model's input, float32 [3, height, width], as an image for people, uint8 [height, width,
+        3].
 
-        By what the processor makes of black and of white, whatever it normalises by.
+        The scale comes from the processor's output for black and for white, so any normalisation is undone.
         """
         from PIL import Image
 
@@ -95,8 +96,8 @@ class Pixels:
         return np.round(unit.clip(0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)
 
     def check_altered(self) -> None:
-        """Raise ConfigurationError where an image that nothing is altered of is not the processor's own, as of a
-        processor that does more than is known here."""
+        """Raise ConfigurationError if an image without any alteration differs from the processor's own output: the
+        processor has steps that are unknown here."""
         from PIL import Image
 
         draws = np.random.default_rng(0)
@@ -109,7 +110,7 @@ class Pixels:
             raise ConfigurationError(Problem("data.augmentation", None, f"{name} {reason}"))
 
     def altered(self, image: Any, how: Augmentation, draws: np.random.Generator) -> np.ndarray:
-        """Return an RGB image cut and altered by chance, then normalised: float32 [3, height, width]."""
+        """Return an RGB image randomly cropped and augmented, then normalised: float32 [3, height, width]."""
         from launcher.tasks.augmentation import alter
 
         if how.random_crop is not None:
@@ -117,7 +118,7 @@ class Pixels:
             image = image.resize((self.width, self.height), self.processor.resample, box=box)
             shown = np.asarray(image).transpose(2, 0, 1)
         else:
-            later = {name: False for name in _BEHIND_THE_SIZE if hasattr(self.processor, name)}
+            later = {name: False for name in _AFTER_RESIZING if hasattr(self.processor, name)}
             shown = self.processor(image, return_tensors="np", **later)["pixel_values"][0]
         unit = torch.from_numpy(np.array(shown, dtype=np.float32)) / 255
         pixels = (alter(unit.clamp_(0, 1), how, draws) * 255).numpy()
@@ -128,9 +129,9 @@ class Pixels:
 
 
 def crop_box(size: tuple[int, int], least: float, draws: np.random.Generator) -> tuple[int, int, int, int]:
-    """Return a part of an image of (width, height) by chance: left, upper, right and lower edge in pixels.
+    """Return a random crop of an image of (width, height): left, upper, right and lower edge in pixels.
 
-    Its area is `least` to all of the image's, evenly, its width 3/4 to 4/3 of its height, evenly by logarithm.
+    Its area is uniform from `least` to all of the image's, its aspect ratio log-uniform from 3/4 to 4/3.
     """
     width, height = size
     for _ in range(_NEAREST_TRIES):

@@ -47,7 +47,7 @@ _UNANSWERABLE: dict[str, Better] = dict.fromkeys(
 
 
 class QuestionAnswering(Task):
-    """A question and a text to the part of the text that answers it, or to none."""
+    """Questions about a text, answered by a part of it, or by none."""
 
     name = "question-answering"
     traits = Traits("padded", causal=False, head="every-position", peft_type="QUESTION_ANS", windows=True)
@@ -61,9 +61,9 @@ class QuestionAnswering(Task):
         super().__init__(data, labels)
         self._pad = 0
         self._finds_question = False
-        """Whether the model itself finds the question, by separators."""
+        """Whether the model finds the question by separators."""
         self._separator: int | None = None
-        """Where it does, the token of which every sequence has three."""
+        """If so, the separator; every sequence has three."""
         self._threshold = 0.5 if data.no_answer_threshold == "fit" else data.no_answer_threshold
         self._was_fitted = False
 
@@ -130,8 +130,8 @@ class QuestionAnswering(Task):
         return [limit] * num_more + [whole - num_more * step]
 
     def prepare(self, processor: Any) -> None:
-        """Take the padding token and the one that stands for no answer. Raises ConfigurationError for a
-        tokenizer without offsets."""
+        """Take the padding token and the separator. Raises ConfigurationError for a tokenizer without
+        offsets, or with other separators than the model needs."""
         if not processor.is_fast:
             reason = (
                 f"its tokenizer ({type(processor).__name__}) does not say where in the text its tokens "
@@ -151,7 +151,7 @@ class QuestionAnswering(Task):
                 raise unfit(processor, reason)
 
     def adopt(self, config: Any, as_it_stands: bool = False) -> None:
-        """Raise ConfigurationError where a model that stands has no head for answers."""
+        """Raise ConfigurationError for a model without a head for answers that is not trained."""
         self._finds_question = config.model_type == "longformer"
         kinds = getattr(config, "architectures", None) or ()
         if as_it_stands and not any("ForQuestionAnswering" in kind for kind in kinds):
@@ -160,7 +160,7 @@ class QuestionAnswering(Task):
             )
 
     def configure(self, config: Any) -> None:
-        """Set two numbers for each token, and the padding token where the model has none."""
+        """Set two outputs for each token, and the padding token if the model has none."""
         config.num_labels = 2
         for one in (config, config.get_text_config()):
             if getattr(one, "pad_token_id", None) is None:
@@ -170,13 +170,13 @@ class QuestionAnswering(Task):
     def encode(
         self, rows: Sequence[dict[str, Any]], processor: Any
     ) -> list[tuple[Encoded, ...] | RowProblem]:
-        """Return the windows of each row, as many as its text needs.
+        """Return each row's windows over its text.
 
-        `input_ids` and, where the tokenizer gives them, `token_type_ids`, int32 [n]; `positions`, of the
+        `input_ids` and, if the tokenizer returns them, `token_type_ids`, int32 [n]; `positions` of the
         answer's first and last token, int32 [2]; `spans`, the characters of each token of the text, int32
         [tokens, 2]; `place`, int32 [3]: where these tokens begin in the sequence and in the row's text, and
-        the position of no answer; `text`, those characters, and in the first window `references`, a JSON
-        list: both UTF-8 as uint8.
+        the position for no answer; `text`, those characters; and in the first window `references`, a JSON
+        list. Both texts are UTF-8 as uint8.
         """
         return encode_usable(
             rows, self._read, lambda asked: windows_of(asked, processor, self.data, self._separator)
@@ -198,9 +198,9 @@ class QuestionAnswering(Task):
         return Sample(arrays | {"text": nothing, "references": nothing}, 0, length)
 
     def collate(self, items: Sequence[Sequence[Sample]], draws: Draws | None = None) -> dict[str, Any]:
-        """Return `input_ids`, `attention_mask` and, where there are any, `token_type_ids`, int64 [B, L]
-        padded to the longest; `positions` int64 [B, 2]; `weights` float32 [B], 0 for filler; and the samples
-        `aside`."""
+        """Return `input_ids`, `attention_mask` and, if there are any, `token_type_ids`, int64 [B, L] padded
+        to the longest; `positions` int64 [B, 2]; `weights` float32 [B], 0 for padding samples; and the
+        samples `aside`."""
         samples = [sample for item in items for sample in item]
         batch = padded(samples, {"input_ids": self._pad, "token_type_ids": 0})
         batch["positions"] = torch.from_numpy(
@@ -210,7 +210,7 @@ class QuestionAnswering(Task):
         return batch | {"aside": {"samples": samples}}
 
     def shortened(self, sample: Sample, length: int, ends: Sequence[int]) -> Sample:
-        """Keep every separator by which the model finds the question."""
+        """Return the shortened sample with every separator that the model finds the question by."""
         kept = ends_of(sample.length, length)
         if self._finds_question:
             kept = np.union1d(kept, np.flatnonzero(sample["input_ids"] == self._separator))
@@ -230,15 +230,15 @@ class QuestionAnswering(Task):
         return AnswerScores(self.data.unanswerable, threshold, self.data.max_answer_length)
 
     def adopt_evaluation(self, details: Mapping[str, Any]) -> None:
-        """Take the threshold that an evaluation of the model fitted, where the job leaves it to that."""
+        """Take the threshold that an evaluation of the model fitted, if the job has `no_answer_threshold:
+        fit`."""
         if self.data.no_answer_threshold == "fit" and "no_answer_threshold" in details:
             self._threshold, self._was_fitted = float(details["no_answer_threshold"]), True
 
     def answers(
         self, output: Output, batch: dict[str, Any], samples: Sequence[Sample], options: AnswerOptions
     ) -> list[Any]:
-        """Return of each window its best spans with the characters where they stand, and the score of no
-        answer."""
+        """Return each window's best spans, with their characters, and the score of no answer."""
         assert output.predictions is not None
         logits = output.predictions.float().cpu().numpy()
         number = max(options.top_k or 1, NUM_COMPARED)
@@ -251,10 +251,9 @@ class QuestionAnswering(Task):
         return parts
 
     def answer(self, row: dict[str, Any], parts: Sequence[Any]) -> dict[str, Any]:
-        """Return `answer`, its `start` and `end` in characters of the text; an empty answer where there is
-        none.
+        """Return `answer`, with its `start` and `end` in characters of the text; empty for no answer.
 
-        With probabilities `probability` and `no_answer`, with top_k `answers`: the best ones with their
-        probabilities, of the 20 best.
+        With probabilities also `probability` and `no_answer`; with top_k also `answers`, the best ones, with
+        probabilities among the 20 best (or top_k, if more).
         """
         return answer_of(parts, self._threshold if self.data.unanswerable else None)

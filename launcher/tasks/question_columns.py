@@ -1,4 +1,4 @@
-"""The section `data` of a job that answers questions about a text, and what in it contradicts itself."""
+"""The section `data` of a job that answers questions about a text, and its contradictions."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class QuestionColumns(Data):
 
 
 def contradictions(data: QuestionColumns) -> Iterator[Finding]:
-    """Yield what makes no sense beside the rest."""
+    """Yield contradictions between the keys."""
     if data.doc_stride >= data.max_length:
         reason = (
             f"windows of max_length = {data.max_length} tokens would share all of their text; write at "

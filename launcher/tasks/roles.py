@@ -1,4 +1,4 @@
-"""Which columns of a file may be what for a task: their kinds, and the names that they usually have."""
+"""Columns of a file that suit each key of a task: their kinds, and their usual names."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from launcher.data.columns import Kind
 
 
 class Role(NamedTuple):
-    """Describe the columns that `launcher init` offers for a key of `data`."""
+    """The columns that `launcher init` offers for a key of `data`."""
 
     kinds: tuple[Kind, ...] = (Kind.TEXT,)
     """Kinds of values that fit, whatever the column is called."""
     names: tuple[str | tuple[str, ...], ...] = ()
-    """Usual names beside the key's own, the commonest first; two for a pair."""
+    """Usual names besides the key's own, the most common first; two for a pair."""
     by_name: tuple[Kind, ...] = ()
     """Kinds that fit only a column with one of these names."""
 

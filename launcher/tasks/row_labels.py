@@ -1,4 +1,4 @@
-"""The label of a row: names of classes or a number, and the array that a model learns it from."""
+"""The label of a row: names of classes or a number, and its array for training."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ else:
 
 
 def label_of(row: dict[str, Any], column: str, problem: str) -> list[str] | float:
-    """Return the names of a row's classes, or its number. Raises RowProblem where the label is missing or of
+    """Return the names of a row's classes, or its number. Raises RowProblem if the label is missing or of
     another kind."""
     return number_of(row, column) if problem == "regression" else class_names(row, column, problem)
 
 
 def names_in(rows: Iterable[Row], column: str, problem: str) -> set[str]:
-    """Return the names of the classes that occur in rows; those that cannot be used are passed over."""
+    """Return the names of the classes that occur in rows; unusable rows are skipped."""
     names: set[str] = set()
     for row in rows:
         if not isinstance(row.values, RowProblem):
@@ -35,10 +35,10 @@ def names_in(rows: Iterable[Row], column: str, problem: str) -> set[str]:
 
 
 def label_array(label: list[str] | float, ids: Classes, problem: str, whose: str) -> np.ndarray:
-    """Return float32 [1] of a number, int64 [1] of one class, float32 [classes] of several. Raises RowProblem
-    for an unknown class.
+    """Return float32 [1] for a number, int64 [1] for one class, float32 [classes] for several. Raises
+    RowProblem for an unknown class.
 
-    `whose` says in the message where the classes come from.
+    `whose` tells in the message where the classes come from.
     """
     if isinstance(label, float):
         return np.array([label], dtype=np.float32)

@@ -1,4 +1,4 @@
-"""A sample of a task: what a row becomes, and what of it is drawn anew in each step."""
+"""A sample of a task: a row after encoding, and the random numbers that a step draws for it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ else:
     np = Lazy("numpy")
 
 IGNORE = -100
-"""The target of a position that is not learned."""
+"""The target of a position without loss."""
 
 
 class Encoded(NamedTuple):
@@ -23,29 +23,29 @@ class Encoded(NamedTuple):
 
     arrays: dict[str, np.ndarray]
     num_supervised: int
-    """Supervised tokens, or 1 where the sample as a whole is."""
+    """The supervised tokens, or 1 where the sample as a whole has one target."""
     length: int
-    """The positions that it costs in a pass; of text, its tokens."""
+    """The positions that it takes up in a pass; for text, its tokens."""
     cut: bool | str = False
-    """Whether it was longer than max_length, or in words what of the row was left out."""
+    """Whether it was cut to max_length, or a description of what was left out of the row."""
 
 
 class Drawn(NamedTuple):
-    """Show people what a model sees or hears of a sample."""
+    """A model's input for a sample as a picture for people, with its target."""
 
     picture: np.ndarray
     """uint8 [height, width, 3]."""
     text: str
-    """What is learned of it."""
+    """The target in words."""
 
 
 class Sample(dict[str, "np.ndarray"]):
     """One sample's arrays by name.
 
     `id` is its row number in the source, `window` its number among the samples of that row, `length` the
-    positions that it costs. A `weight` of 0 marks filler, which only keeps shapes equal among ranks:
-    `collate` must leave nothing of it supervised. `partner` is another sample of its step, for a task that mixes
-    them.
+    positions that it takes up. A `weight` of 0 marks a padding sample, which only keeps shapes equal among
+    ranks: `collate` must not supervise any of it. `partner` is another sample of its step, for a task that
+    mixes them.
     """
 
     __slots__ = ("id", "length", "partner", "weight", "window")
@@ -66,8 +66,8 @@ class Sample(dict[str, "np.ndarray"]):
 
 
 def sample_at(sample: Sample, positions: np.ndarray) -> Sample:
-    """Return the sample with these positions alone, int [n]; arrays that are not as long as it stay as they
-    are."""
+    """Return the sample with only these positions, int [n]. Arrays of another length than the sample's stay
+    unchanged."""
     arrays = {
         name: array[positions] if len(array) == sample.length else array for name, array in sample.items()
     }
@@ -75,20 +75,20 @@ def sample_at(sample: Sample, positions: np.ndarray) -> Sample:
 
 
 def ends_of(num_positions: int, length: int) -> np.ndarray:
-    """Return the first positions and the last of so many, `length` in all where there are as many, int [n]."""
+    """Return the first positions and the last one, int [n]: `length` of them, or all if there are fewer."""
     return np.r_[: min(length, num_positions) - 1, num_positions - 1]
 
 
 @dataclass(frozen=True)
 class Draws:
-    """Random numbers for a sample by the run's seed, the step and the sample alone: equal on any number of
-    ranks, and after a resume."""
+    """Random numbers for a sample that depend only on the run's seed, the step and the sample: equal on any
+    number of ranks, and after a resume."""
 
     seed: int
     step: int
     training: bool = False
-    """Whether the samples are learned from, rather than measured on."""
+    """Whether the samples are for training, not for evaluation."""
 
     def of(self, sample: Sample) -> np.random.Generator:
-        """Return a generator of this sample's own."""
+        """Return this sample's own generator."""
         return np.random.default_rng((self.seed, self.step, sample.id, sample.window))

@@ -17,7 +17,7 @@ OUTSIDE = "O"
 
 
 class Entity(NamedTuple):
-    """Some words, from `start` up to `end`, and what they are."""
+    """A span of words, from `start` up to but not including `end`, and its type."""
 
     kind: str
     start: int
@@ -25,7 +25,7 @@ class Entity(NamedTuple):
 
 
 def tag(prefix: str, kind: str) -> str:
-    """Return the tag of a word: `B-person`; without a kind, as where there is one alone, `B`."""
+    """Return the tag of a word: `B-person`; without a kind (if there is only one), `B`."""
     return f"{prefix}-{kind}" if kind else prefix
 
 
@@ -35,7 +35,7 @@ def all_tags(kinds: Iterable[str], scheme: Scheme) -> list[str]:
 
 
 def split(name: str) -> tuple[str, str] | None:
-    """Return a tag's prefix and kind, `L` and `U` of BILOU as `E` and `S`; None for what is no tag of any
+    """Return a tag's prefix and kind, with BILOU's `L` and `U` as `E` and `S`; None if it is no tag of any
     scheme."""
     prefix, dash, kind = name.partition("-")
     prefix = prefix.translate(_BILOU)
@@ -50,14 +50,14 @@ def split(name: str) -> tuple[str, str] | None:
 
 
 def inside(name: str) -> str:
-    """Return the tag of what follows within the same word or entity: of `B-person`, `I-person`; any other
-    goes on as it is."""
+    """Return the tag for the next piece of the same word or entity: `I-person` after `B-person`; any other
+    unchanged."""
     return f"I{name[1:]}" if name[:1] == "B" and split(name) else name
 
 
 def entities(tags: Sequence[str], scheme: Scheme) -> list[Entity]:
-    """Return the entities that tags mark. Raises RowProblem for tags that the scheme does not have, or not in
-    this order."""
+    """Return the entities that tags mark. Raises RowProblem for tags that are not in the scheme, or out of
+    order."""
     closed: list[Entity] = []
     open_: Entity | None = None
     for number, name in enumerate([*tags, OUTSIDE]):
@@ -103,7 +103,7 @@ def _out_of_order(tags: Sequence[str], number: int, why: str) -> RowProblem:
 
 
 def write(marked: Iterable[Entity], num_words: int, scheme: Scheme) -> list[str]:
-    """Return a tag for each word. In IO, neighbours of one kind become one entity."""
+    """Return a tag for each word. In IO, adjacent entities of one kind merge."""
     tags = [OUTSIDE] * num_words
     for kind, start, end in marked:
         last = end - start - 1

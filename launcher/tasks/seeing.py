@@ -1,4 +1,4 @@
-"""What tasks have in common that see images: the image processor of their model, and its pixels."""
+"""The common part of image tasks: their model's image processor, and its pixels."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ else:
     np, torch = Lazy("numpy"), Lazy("torch")
 
 _USUAL_SIZE = 224
-"""Pixels, of a model whose config says none."""
+"""The image size in pixels for a model whose config has none."""
 
 
 def read_image_processor(name: str, options: dict[str, Any]) -> Any:
-    """Return the image processor in a model's files. Raises OSError or ValueError where they have none."""
+    """Return the image processor in a model's files. Raises OSError or ValueError if they have none."""
     from transformers import AutoImageProcessor
 
-    # The same pixels everywhere: transformers takes another backend where torchvision is installed.
+    # One backend, for equal pixels everywhere: transformers prefers another with torchvision.
     return AutoImageProcessor.from_pretrained(name, backend="pil", **options)
 
 
 def usual_image_processor(config: Any) -> Any:
-    """Return the image processor of the model's kind, for images as large as the config says.
+    """Return the image processor of the model's type, for the image size of the config.
 
-    Raises ValueError for a kind that has none.
+    Raises ValueError for a type that has none.
     """
     from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
@@ -48,37 +48,39 @@ def usual_image_processor(config: Any) -> Any:
 
 
 class Seeing:
-    """The images that a model sees: what an image processor and a config say of them, and their pixels."""
+    """A model's images, by its image processor and config, and their pixels."""
 
     def __init__(self, data: PictureColumns) -> None:
         self.data = data
         self.pixels: Pixels | None = None
-        """By the model's image processor, once the task is prepared."""
+        """The model's image processor and size, once the task is prepared."""
         self.own_size: tuple[int, int] | None = None
-        """Height and width in pixels that the model was made for, where its config says."""
+        """The height and width in pixels that the model was made for, if its config has them."""
         self.stretches = True
         """Whether the model's class can interpolate its positions."""
 
     def checks(self) -> Iterator[Finding]:
-        """Yield what makes no sense of a job's images, or needs a package that is not installed."""
+        """Yield contradictions about a job's images, and augmentations whose package is not installed."""
         yield from image_contradictions(self.data)
         if self.data.augmentation is not None:
             yield from without_package(self.data.augmentation)
 
     @property
     def key(self) -> Any:
-        """Return what decides whether an image can be used."""
+        """Return the settings that decide whether an image can be used."""
         return "images", images.MOST_PIXELS
 
     def prepare(self, processor: Any) -> None:
-        """Take the size of the images from the processor, or give it the job's. Raises ConfigurationError where
-        it gives images of different sizes, or what it does cannot be done around an alteration."""
+        """Take the size of the images from the processor, or set it to the job's.
+
+        Raises ConfigurationError if its images differ in size, or if augmentation cannot reproduce its steps.
+        """
         self.pixels = Pixels.of(processor, self.data.image_size)
         if self.data.augmentation is not None:
             self.pixels.check_altered()
 
     def adopt(self, config: Any) -> None:
-        """Take the size of a model. Raises ConfigurationError for one that sees no colours."""
+        """Take the image size of a model. Raises ConfigurationError for one without 3 channels."""
         channels = getattr(config, "num_channels", 3)
         if channels != 3:
             reason = f"the model sees {channels} channels, and images have 3 (grey ones too, all alike)"
@@ -88,19 +90,19 @@ class Seeing:
         self.own_size = (edges[0], edges[1]) if len(edges) == 2 else None
 
     def decoded(self, content: media.Content) -> str | bool:
-        """Return how a file is cut, False where it is whole. Raises RowProblem for one that cannot be used."""
+        """Return how a file is cut, False if it is not. Raises RowProblem for an unusable one."""
         _, frames = images.opened(content)
         if frames > 1 and self.data.too_long != "cut":
             raise RowProblem(TOO_LONG, f"{content.begins}{frames:,} frames")
         return f"{content.begins}the first of {frames:,} frames" if frames > 1 else False
 
     def example(self) -> dict[str, np.ndarray]:
-        """Return the arrays of an image of zeros, of the size that the model will see."""
+        """Return the arrays of an image of zeros in the model's size."""
         return {"pixels": np.zeros((3, *self.size), dtype=np.float32)}
 
     @property
     def size(self) -> tuple[int, int]:
-        """Return the height and width of the images that the model sees, in pixels."""
+        """Return the height and width of the model's images in pixels."""
         if self.pixels is not None:
             return self.pixels.height, self.pixels.width
         if self.data.image_size is not None:
@@ -108,10 +110,10 @@ class Seeing:
         return self.own_size or (_USUAL_SIZE, _USUAL_SIZE)
 
     def batch(self, samples: Sequence[Sample], draws: Draws | None = None) -> dict[str, Any]:
-        """Return `pixel_values` float32 [B, 3, height, width], altered in training; and whether the model
-        interpolates its positions to a size not its own.
+        """Return `pixel_values` float32 [B, 3, height, width], augmented in training; and
+        `interpolate_pos_encoding` if the size is not the model's own.
 
-        Raises DataError where a file is no longer what it was.
+        Raises DataError if a file has changed.
         """
         pixels = torch.from_numpy(np.stack([self._seen(sample, draws) for sample in samples]))
         same = self.own_size is None or self.size == self.own_size or not self.stretches

@@ -22,8 +22,8 @@ else:
     np = Lazy("numpy")
 
 _READS_LAST_END = {"bart", "bigbird_pegasus", "mbart", "mt5", "mvp", "plbart", "t5", "umt5"}
-"""The model types whose classifiers look at the last end token of a text, and refuse a pass in which texts
-have unlike numbers of them."""
+"""The model types whose classifiers read the last end token of a text, and refuse a batch in which texts have
+different numbers of them."""
 
 
 class SequenceClassification(Classification):
@@ -43,7 +43,7 @@ class SequenceClassification(Classification):
         self._pad: int | None = None
         self._reads_last_end = False
         self._ends: tuple[int, int] | None = None
-        """Where that counts: the end token, and how many of them a text without any in its own words has."""
+        """For those models: the end token, and how many of them the tokenizer adds to a text."""
 
     def checks(self) -> Iterator[Finding]:
         yield from super().checks()
@@ -78,8 +78,7 @@ class SequenceClassification(Classification):
         return (self.data.text,) if isinstance(self.data.text, str) else tuple(self.data.text or ())
 
     def prepare(self, processor: Any) -> None:
-        """Take the padding token, or the end token in its place. Raises ConfigurationError where there is
-        neither."""
+        """Take the padding token, or else the end token. Raises ConfigurationError if there is neither."""
         self._pad = processor.pad_token_id if processor.pad_token_id is not None else processor.eos_token_id
         if self._pad is None:
             reason = (
@@ -92,13 +91,13 @@ class SequenceClassification(Classification):
             self._ends = end, empty["input_ids"].count(end)
 
     def adopt(self, config: Any, as_it_stands: bool = False) -> None:
-        """Take the classes of a model that has a classification head already, and how it reads a text. Raises
-        ConfigurationError where it stands without a head."""
+        """Take the classes of a model's classification head, and how it reads a text. Raises
+        ConfigurationError for a model without a head that is not trained."""
         self._reads_last_end = config.model_type in _READS_LAST_END
         super().adopt(config, as_it_stands)
 
     def encode(self, rows: Sequence[dict[str, Any]], processor: Any) -> list[Encoded | RowProblem]:
-        """Return what the tokenizer makes of the texts, int32 [n] each, and `label`: int64 [1], float32
+        """Return the tokenizer's outputs for the texts, int32 [n] each, and `label`: int64 [1], float32
         [num_labels] or float32 [1]."""
         ids = self._ids
         samples = TextSamples(processor, self.data, self._ends)
@@ -111,9 +110,9 @@ class SequenceClassification(Classification):
         return Sample({"input_ids": np.zeros(length, dtype=np.int32), "label": label}, 0, length)
 
     def collate(self, items: Sequence[Sequence[Sample]], draws: Draws | None = None) -> dict[str, Any]:
-        """Return `input_ids`, `attention_mask` and, where the tokenizer gives them, `token_type_ids`, int64
+        """Return `input_ids`, `attention_mask` and, if the tokenizer returns them, `token_type_ids`, int64
         [B, L] padded to the longest; `labels` int64 [B], float32 [B, num_labels] or float32 [B]; `weights`
-        float32 [B], 0 for filler."""
+        float32 [B], 0 for padding samples."""
         samples = [sample for item in items for sample in item]
         batch: dict[str, Any] = padded(samples, {"input_ids": self._pad or 0, "token_type_ids": 0})
         batch["labels"] = self._label_tensor(samples)
@@ -121,20 +120,21 @@ class SequenceClassification(Classification):
         return batch
 
     def configure(self, config: Any) -> None:
-        """Write the classes, the kind of problem, the padding token and the mean of the numbers into the
+        """Write the classes, the kind of problem, a new head's initial bias and the padding token into the
         model's config."""
         super().configure(config)
         if self._pad is None:
-            return  # no tokenizer: the model is looked at, and no batch is made
+            return  # no tokenizer: the model is only inspected, and no batch is made
         if counts_positions_from_padding(config):
-            # Another padding token would move every position of the model; filler is masked, so that it may
-            # as well be the model's.
+            # Another padding token would shift every position of the model. Padding is masked, so the model's
+            # own token will do.
             self._pad = config.pad_token_id
         for one in (config, config.get_text_config()):
             one.pad_token_id = self._pad
 
     def shortened(self, sample: Sample, length: int, ends: Sequence[int]) -> Sample:
-        """Keep every end token: BART's and T5's kin read the last, and want as many in all rows of a pass."""
+        """Return the shortened sample with every end token: BART, T5 and their kin need equal numbers in all
+        rows of a batch."""
         kept = np.union1d(ends_of(sample.length, length), np.flatnonzero(np.isin(sample["input_ids"], ends)))
         # A sample may have as many labels as tokens.
         return Sample(

@@ -1,4 +1,4 @@
-"""Sequence to sequence: an encoder reads a text and a decoder writes one (translation, summarisation)."""
+"""Sequence to sequence: an encoder reads a text and a decoder generates one (translation, summarisation)."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ else:
 
 
 class SequenceToSequence(EncoderDecoderTask):
-    """Read a source and write its target, by an encoder-decoder model; every token of the target and its end
-    are learned."""
+    """Generation of a target from a source by an encoder-decoder; every token of the target and its end are
+    supervised."""
 
     name = "sequence-to-sequence"
     traits = Traits(
@@ -45,11 +45,11 @@ class SequenceToSequence(EncoderDecoderTask):
         super().__init__(data, labels)
         self._pad = 0
         self._first: int | None = None
-        """The language code that what is written begins with."""
+        """The language code that a generated text begins with."""
         self._start: int | None = None
-        """The token that the decoder starts from, where the model's config does not say."""
+        """The token that the decoder starts from, if the model's config has none."""
         self._lacks_start = False
-        """Whether the config does not say. Then the generation config does not either."""
+        """Whether the config has none. Then the generation config has none either."""
 
     def checks(self) -> Iterator[Finding]:
         yield from super().checks()
@@ -74,7 +74,7 @@ class SequenceToSequence(EncoderDecoderTask):
         return AutoModelForSeq2SeqLM
 
     def prepare(self, processor: Any) -> None:
-        """Set the languages. Raises ConfigurationError where the tokenizer has no such code, or no padding
+        """Set the languages. Raises ConfigurationError if the tokenizer lacks their codes, or a padding
         token."""
         self.tokenizer = processor
         for key, attribute in (("source_language", "src_lang"), ("target_language", "tgt_lang")):
@@ -94,7 +94,7 @@ class SequenceToSequence(EncoderDecoderTask):
             self._start = processor.bos_token_id if processor.cls_token_id is None else processor.cls_token_id
 
     def configure(self, config: Any) -> None:
-        """Write the padding token and the decoder's first token where the config has none, as one of two
+        """Write the padding token and the decoder's first token if the config has none, as one made of two
         encoders."""
         if self.tokenizer is None:
             return
@@ -127,7 +127,7 @@ class SequenceToSequence(EncoderDecoderTask):
         return map(self._encoded, texts, sources, targets)
 
     def _tokens(self, processor: Any, texts: list[str], limit: int, role: str) -> list[tuple[list[int], int]]:
-        """Return each text's tokens, cut to `limit` with the end kept, and how many there were."""
+        """Return each text's tokens, cut to `limit` with the end kept, and their number before the cut."""
         whole = processor(**{role: texts}, truncation=False, verbose=False)["input_ids"]
         cut = processor(**{role: texts}, truncation=True, max_length=limit, verbose=False)["input_ids"]
         return [(short, len(long)) for short, long in zip(cut, whole, strict=True)]
@@ -145,7 +145,7 @@ class SequenceToSequence(EncoderDecoderTask):
             return RowProblem(TOO_LONG, "; ".join(long))
         if not source[0] or not (target[0] or self.for_prediction):
             return RowProblem(EMPTY, "no tokens")
-        # A row to be answered has no target, and a batch needs one: this one counts for nothing.
+        # In prediction a row has no target, but a batch needs one: this one is not used.
         read, written = source[0], target[0] or [self._pad]
         arrays = {"input_ids": np.array(read, dtype=np.int32), "labels": np.array(written, dtype=np.int32)}
         if self.generates:
@@ -153,8 +153,8 @@ class SequenceToSequence(EncoderDecoderTask):
         return Encoded(arrays, len(written), len(read) + len(written), cut=bool(long))
 
     def example(self, length: int) -> Sample:
-        """Return a source of so many tokens, and a target as much shorter as max_target_length is than
-        max_length."""
+        """Return a source of `length` tokens, and a target that is shorter in the ratio of max_target_length
+        to max_length."""
         targets = max(1, math.ceil(length * self.data.max_target_length / self.data.max_length))
         arrays = {"input_ids": np.zeros(length, dtype=np.int32), "labels": np.zeros(targets, dtype=np.int32)}
         return Sample(arrays | {"references": as_bytes([""])}, 0, length + targets)
@@ -179,7 +179,7 @@ class SequenceToSequence(EncoderDecoderTask):
         return alone(sample, labels="labels")
 
     def loss(self, model: torch.nn.Module, batch: dict[str, Any]) -> Output:
-        """Return the summed loss of the targets' tokens. Labels are smoothed in training alone, so that
+        """Return the summed loss of the targets' tokens. Labels are smoothed only in training, so that
         perplexity stays comparable."""
         from launcher.training.heads import encoder_decoder
 
@@ -191,11 +191,11 @@ class SequenceToSequence(EncoderDecoderTask):
 
     @property
     def _beginning(self) -> dict[str, int]:
-        """Return the arguments of `generate` by which an answer begins in the target language, or at all; none
-        for the model's own."""
+        """Return the arguments of `generate` that set how an answer begins: its language, or a missing first
+        token; none if the model's own settings do."""
         if self._first is not None:
             return {"forced_bos_token_id": self._first}
-        # A generation config that lies with a model may name another language than its config.
+        # A model's generation config may name another language than its config.
         tells = self.data.target_language is not None or self._lacks_start
         return {"decoder_start_token_id": self._start} if tells and self._start is not None else {}
 

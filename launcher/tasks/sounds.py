@@ -1,4 +1,4 @@
-"""Decode sounds with soundfile: one channel, the rate that a model hears, no larger than memory should hold."""
+"""Decoding of sounds with soundfile: one channel, resampled to the model's rate, with a limit on samples."""
 
 from __future__ import annotations
 
@@ -19,22 +19,24 @@ TOO_LARGE = "too many samples"
 SILENT = "silent"
 TRUNCATED = "truncated"
 MOST_SAMPLES = 1 << 28
-"""Of all channels of a sound: 268 million, 1 GiB in fp32. A few kilobytes of a file may claim any number."""
+"""The most samples of a sound, over all channels: 268 million, 1 GiB in fp32. A tiny file may claim any
+number."""
 _RATES = range(1_000, 1_000_000)
-"""Samples a second that a sound may have."""
+"""The sampling rates that a sound may have, in samples a second."""
 _ROUNDED = 2 * 1_152
 """Samples by which a whole MP3 may be shorter than its header says: two of its frames."""
 _UNKNOWN_SIZE = 0x7FFF_0000
-"""From here on the size in a WAV header says that who wrote it did not know: what goes to a pipe has that."""
+"""From this value on, the size in a WAV header means that the writer did not know it, for example in a
+pipe."""
 _LAST_PAGE = 4
-"""The flag of an Ogg page that nothing comes behind."""
+"""The flag of the last Ogg page."""
 
 
 def heard(content: Content) -> tuple[np.ndarray, int]:
-    """Return a sound's samples, the mean of its channels, float32 [n], and how many there are a second.
+    """Return a sound's samples, the mean of its channels, float32 [n], and its sampling rate.
 
-    Raises RowProblem, with the file's name, for one that cannot be used: damaged, cut off, too large, without
-    samples, silent (all of them alike), or with samples that are no numbers.
+    Raises RowProblem, with the file's name, for an unusable file: damaged, truncated, too large, empty,
+    silent (all samples equal), or with samples that are not finite.
     """
     import soundfile
 
@@ -58,7 +60,7 @@ def heard(content: Content) -> tuple[np.ndarray, int]:
 
 
 def resampled(samples: np.ndarray, rate: int, wanted: int) -> np.ndarray:
-    """Return a sound of `rate` samples a second as one of `wanted`, float32 [n * wanted / rate]."""
+    """Return a sound resampled from `rate` to `wanted` samples a second, float32 [n * wanted / rate]."""
     if rate == wanted:
         return samples
     import soxr
@@ -68,7 +70,7 @@ def resampled(samples: np.ndarray, rate: int, wanted: int) -> np.ndarray:
 
 
 def _checked(file: Any, begins: str) -> tuple[int, int]:
-    """Return a file's rate and the number of samples of each channel that it says it has."""
+    """Return a file's rate, and the number of samples per channel that its header claims."""
     rate, wanted, channels = int(file.samplerate), int(file.frames), int(file.channels)
     if rate not in _RATES:
         raise RowProblem(UNREADABLE, f"{begins}{rate:,} samples a second")
@@ -79,8 +81,8 @@ def _checked(file: Any, begins: str) -> tuple[int, int]:
 
 
 def _cut_off(data: bytes, num_read: int, wanted: int) -> str | None:
-    """Return why a file is taken to be cut off; None where it is whole. libsndfile reads what there is of it,
-    and says nothing."""
+    """Return why a file seems truncated, or None. libsndfile reads the part that is there without an
+    error."""
     if wanted - num_read > _ROUNDED:
         return f"{num_read:,} of {wanted:,} samples are there"
     if data[:4] == b"RIFF" and len(data) >= 8:
@@ -95,7 +97,7 @@ def _cut_off(data: bytes, num_read: int, wanted: int) -> str | None:
 
 
 def _line(error: BaseException) -> str:
-    """Return what libsndfile says of a file, without the name of the Python object that holds it."""
+    """Return libsndfile's error message, without the name of the Python object."""
     lines = str(error).strip().splitlines()
     line = lines[0] if lines else type(error).__name__
     return line.partition("_io.BytesIO")[2].partition(">: ")[2] or line

@@ -1,4 +1,4 @@
-"""Draw spectrograms of sounds: bands of the mel scale, low ones below, by the logarithm of their power."""
+"""Pictures of spectrograms: the log power in mel bands, low bands at the bottom."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ else:
 
 _BANDS = 80
 _WINDOW, _HOP = 0.025, 0.010
-"""Seconds of a spectrum, and from one to the next."""
+"""Seconds that a spectrum covers, and between two of them."""
 _COLOURS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 """Evenly spaced colours of viridis, from the least power to the most."""
 _EXTREMES = (1.0, 99.8)
-"""Percentiles of the levels that are shown as the darkest and the lightest: of the rest a few would be seen."""
+"""Percentiles of the levels shown as the darkest and the lightest colour: without them a few extremes would
+set the scale."""
 
 
 def of_samples(samples: np.ndarray, rate: int) -> np.ndarray:
@@ -41,8 +42,8 @@ def of_samples(samples: np.ndarray, rate: int) -> np.ndarray:
 
 
 def of_features(features: np.ndarray, extractor: Any) -> np.ndarray:
-    """Return what a feature extractor makes of a sound as [bands, frames]: Whisper's stand so already, others
-    have frames first, and several of them in one where they are joined (Wav2Vec2-BERT)."""
+    """Return a feature extractor's features as [bands, frames]. Whisper's already are; others have frames
+    first, and Wav2Vec2-BERT joins several frames into one."""
     if hasattr(extractor, "nb_max_frames"):
         return features
     bands = getattr(extractor, "num_mel_bins", None) or features.shape[1]

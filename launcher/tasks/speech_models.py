@@ -1,4 +1,4 @@
-"""What launcher knows of models for speech: Auto class, keys, frames, and what a decoder is told."""
+"""Facts about speech models: Auto class, keys of a job, frames, and the decoder's prefix."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ else:
     np, torch = Lazy("numpy"), Lazy("torch")
 
 _MULTILINGUAL = 51_865
-"""Tokens of a Whisper of many languages, at least: so OpenAI's own code tells it."""
+"""The smallest vocabulary of a multilingual Whisper, as in OpenAI's own code."""
 
 
 @functools.cache
 def auto_class() -> Any:
-    """Return one Auto class of both ways: transformers has one for each."""
+    """Return one Auto class for encoder-decoder and CTC models: transformers has one for each."""
     from transformers.models.auto import modeling_auto
     from transformers.models.auto.auto_factory import _BaseAutoModelClass, _LazyAutoMapping
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -37,8 +37,8 @@ def auto_class() -> Any:
 
 
 def refuse_keys(config: Any, data: SpeechColumns, generate: Any) -> None:
-    """Raise ConfigurationError for keys of the other kind of model (one that writes, or CTC's), and for a
-    language that is not told. `generate`: the job's `evaluation.generate`."""
+    """Raise ConfigurationError for keys of the other kind of model (encoder-decoder or CTC), and for a
+    missing language. `generate`: the job's `evaluation.generate`."""
     decodes = getattr(config, "is_encoder_decoder", False)
     if decodes:
         values: dict[str, Any] = {"data.vocabulary": None if data.vocabulary == "model" else data.vocabulary}
@@ -56,7 +56,7 @@ def refuse_keys(config: Any, data: SpeechColumns, generate: Any) -> None:
 
 
 def num_frames(config: Any, clips: Clips, num_samples: int) -> int:
-    """Return the frames that CTC has for a clip of so many samples, by the rule of the model's own class."""
+    """Return the number of CTC frames for a clip of `num_samples`, by the rule of the model's own class."""
     rule = getattr(auto_class()._model_mapping[type(config)], "_get_feat_extract_output_lengths", None)
     if rule is None:
         return num_samples
@@ -67,8 +67,8 @@ def num_frames(config: Any, clips: Clips, num_samples: int) -> int:
 
 
 def tell(generation: Any, tokenizer: Any, told: Sequence[int], has_language: bool) -> None:
-    """Write into a GenerationConfig what the decoder of a Whisper is told behind its first token, so that its
-    own `generate` tells it the same. The last of `told` says that no times are written."""
+    """Write the tokens after Whisper's first decoder token into a GenerationConfig, so that its own
+    `generate` uses the same. The last of `told` is the token for no timestamps."""
     generation.return_timestamps, generation.no_timestamps_token_id = False, told[-1]
     if not has_language:
         return

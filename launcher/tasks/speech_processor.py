@@ -1,4 +1,4 @@
-"""What reads the rows of speech: a feature extractor for sounds, and a tokenizer for texts."""
+"""The processor of speech rows: a feature extractor for sounds, and a tokenizer for texts."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from pathlib import Path
 from typing import Any
 
 PAD, UNKNOWN, BETWEEN = "<pad>", "<unk>", "|"
-"""CTC's blank, a character that is not in the vocabulary, and what stands between words."""
+"""CTC's blank, the token for an unknown character, and the separator of words."""
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
-"""Files of which a model with a tokenizer has one at least."""
+"""Files of a tokenizer; a model with a tokenizer has at least one."""
 
 
 class SpeechProcessor:
-    """A feature extractor with a tokenizer, where a model has one."""
+    """A feature extractor, with a tokenizer if the model has one."""
 
     def __init__(self, feature_extractor: Any, tokenizer: Any | None = None) -> None:
         self.feature_extractor, self.tokenizer = feature_extractor, tokenizer
         self.from_text: Any | None = None
-        """The tokenizer of the characters in the training texts, where those are written."""
+        """The tokenizer of the training texts' characters, if the model uses those."""
 
     @classmethod
     def read(cls, name: str, options: dict[str, Any], with_tokenizer: bool) -> SpeechProcessor:
-        """Return that in a model's files. Raises OSError or ValueError where they have none that can be used."""
+        """Return the processor in a model's files. Raises OSError or ValueError if they have no usable
+        one."""
         from transformers import AutoFeatureExtractor, AutoTokenizer
         from transformers.utils import cached_file
 
@@ -36,22 +37,22 @@ class SpeechProcessor:
         return cls(extractor, AutoTokenizer.from_pretrained(name, **options) if has else None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all that decides what becomes of a row, as JSON values."""
+        """Return all settings that affect the encoding of a row, as JSON values."""
         tokenizer = self.tokenizer
         texts = tokenizer and [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
         prefix = getattr(tokenizer, "prefix_tokens", None)
         return {"sounds": self.feature_extractor.to_dict(), "texts": texts, "prefix": prefix}
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write both parts, each as transformers' own classes read it."""
+        """Write both parts in the files that transformers' own classes read."""
         self.feature_extractor.save_pretrained(directory)
         if (tokenizer := self.from_text or self.tokenizer) is not None:
             tokenizer.save_pretrained(directory)
 
 
 def characters_of(texts: Iterable[str]) -> list[str]:
-    """Return the vocabulary of some texts in the order of ids: the blank, the unknown character, what stands
-    between words, and every character in order."""
+    """Return the vocabulary of some texts in the order of ids: the blank, the unknown character, the
+    separator of words, and every character, sorted."""
     characters = set().union(*map(set, texts)) - {" ", BETWEEN}
     return [PAD, UNKNOWN, BETWEEN, *sorted(characters)]
 
@@ -64,13 +65,13 @@ def tokenizer_of(characters: tuple[str, ...]) -> Any:
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "vocab.json"
         file.write_text(json.dumps({token: number for number, token in enumerate(characters)}))
-        # Sentences have neither beginning nor end: CTC writes what it hears.
+        # CTC has no tokens for the beginning and the end of a sentence.
         names = {"pad_token": PAD, "unk_token": UNKNOWN, "word_delimiter_token": BETWEEN}
         return Wav2Vec2CTCTokenizer(str(file), bos_token=None, eos_token=None, **names)
 
 
 def characters_in(config: Any) -> list[str] | None:
-    """Return the vocabulary that a model's config holds since it was trained here; None without one."""
+    """Return the vocabulary in the config of a model that launcher trained; None without one."""
     names = {int(number): str(name) for number, name in (config.id2label or {}).items()}
     tokens = [names.get(number) for number in range(len(names))]
     has = tokens[:3] == [PAD, UNKNOWN, BETWEEN] and len(tokens) == getattr(config, "vocab_size", 0)
@@ -78,7 +79,7 @@ def characters_in(config: Any) -> list[str] | None:
 
 
 def frames_needed(labels: Sequence[int]) -> int:
-    """Return the frames that CTC needs to write a text: one for each character, and a blank between two that
-    are alike (Graves et al. 2006)."""
+    """Return the frames that CTC needs for a text: one for each character, and a blank between two equal ones
+    (Graves et al. 2006)."""
     repeated = sum(first == second for first, second in itertools.pairwise(labels))
     return len(labels) + repeated

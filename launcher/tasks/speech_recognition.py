@@ -1,4 +1,4 @@
-"""Speech recognition: a sound to what is said in it, frame by frame (CTC) or written by a decoder."""
+"""Speech recognition: a sound to its transcript, frame by frame (CTC) or from a decoder."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ else:
 
 
 class SpeechRecognition(WritingTask):
-    """A sound to what is said in it: by a model that writes a character or nothing at every frame (CTC), or
-    by one whose decoder writes."""
+    """A sound to its transcript: by a model with a character or blank at every frame (CTC), or by an
+    encoder-decoder."""
 
     name = "speech-recognition"
     traits = Traits("padded", causal=False, head="few-per-position", unit="clip", reads_files=True)
@@ -49,17 +49,17 @@ class SpeechRecognition(WritingTask):
         self._hearing: Hearing | None = None
         self._processor: SpeechProcessor | None = None
         self._config: Any = None
-        """The model's, once adopted."""
+        """The model's config, once adopted."""
 
     @property
     def hearing(self) -> Hearing:
-        """Return what the model hears, once the task is prepared."""
+        """Return the clips and features of the prepared task."""
         assert self._hearing is not None
         return self._hearing
 
     @property
     def decodes(self) -> bool:
-        """Return whether the model has a decoder that writes; else it is CTC's."""
+        """Return whether the model is an encoder-decoder; else it uses CTC."""
         return bool(getattr(self._config, "is_encoder_decoder", False))
 
     def checks(self) -> Iterator[Finding]:
@@ -79,7 +79,7 @@ class SpeechRecognition(WritingTask):
         return columns if self.for_prediction else (*columns, self.data.text)
 
     def texts(self, row: dict[str, Any]) -> list[str]:
-        """Return none: a file becomes no tokens."""
+        """Return no texts: a file has no tokens."""
         media.named(row, self.data.file_columns)
         if not self.for_prediction:
             spoken(row, self.data)
@@ -101,8 +101,8 @@ class SpeechRecognition(WritingTask):
         return SpeechProcessor(usual_extractor(config))
 
     def prepare(self, processor: Any) -> None:
-        """Take how sounds are heard, and the language. Raises ConfigurationError where the tokenizer has no such
-        language."""
+        """Take the feature extractor, and set the language. Raises ConfigurationError if the tokenizer lacks
+        it."""
         self._processor = processor
         self._hearing = Hearing(processor.feature_extractor, self.data).following(self._hearing)
         tokenizer, told = processor.tokenizer, self.data.language is not None or self.data.translate
@@ -117,8 +117,8 @@ class SpeechRecognition(WritingTask):
             ) from None
 
     def adopt(self, config: Any, as_it_stands: bool = False) -> None:
-        """Take which way the model writes, and its characters. Raises ConfigurationError where it cannot write
-        as it stands, or cannot be told what to."""
+        """Take the kind of model and its characters. Raises ConfigurationError for keys that do not suit it,
+        and for a model without characters that is not trained."""
         self._config = config
         if self._hearing is not None:
             self._hearing.adopt(config)
@@ -150,8 +150,7 @@ class SpeechRecognition(WritingTask):
             config.pad_token_id = tokenizer.pad_token_id
 
     def configure_generation(self, generation: Any) -> None:
-        """Write how a text ends, and what the decoder is told, so that Whisper's own `generate` tells it the
-        same."""
+        """Write the end tokens and the decoder's prefix, so that Whisper's own `generate` uses the same."""
         if not self.decodes:
             return
         super().configure_generation(generation)
@@ -162,7 +161,7 @@ class SpeechRecognition(WritingTask):
         return math.log(config.vocab_size) if self.decodes else None
 
     def other_head(self, stored: Any, config: Any) -> str | None:
-        """Return `vocab_size` where CTC writes other characters than the model's files do."""
+        """Return `vocab_size` if the characters of CTC differ from those of the model's files."""
         if config.is_encoder_decoder:
             return None
         same = stored.vocab_size == config.vocab_size and characters_in(stored) == characters_in(config)
@@ -172,7 +171,7 @@ class SpeechRecognition(WritingTask):
 
     @property
     def tokenizer(self) -> Any:
-        """Return the model's tokenizer, or that of the characters in the training texts."""
+        """Return the model's tokenizer, or one for the training texts' characters."""
         own = None if self._processor is None else self._processor.tokenizer
         return own if own is not None or self.labels is None else tokenizer_of(tuple(self.labels))
 
@@ -181,8 +180,8 @@ class SpeechRecognition(WritingTask):
         return self._processor is not None and self._processor.tokenizer is None
 
     def fit(self, rows: Iterable[Row]) -> None:
-        """Take the characters of the training texts. Raises ConfigurationError for a model that writes tokens
-        and has no tokenizer, DataError where there is no text."""
+        """Take the characters of the training texts. Raises ConfigurationError for an encoder-decoder without
+        a tokenizer, DataError if there is no text."""
         if self.decodes:
             name = getattr(self._config, "name_or_path", None) or None
             raise ConfigurationError(Problem("model.name", name, "no tokenizer: its decoder writes tokens"))
@@ -204,8 +203,8 @@ class SpeechRecognition(WritingTask):
         return self.hearing.key, longest, self.for_prediction
 
     def encode(self, rows: Sequence[dict[str, Any]], processor: Any) -> list[Encoded | RowProblem]:
-        """Return where each file lies, or its bytes (`launcher.tasks.media`), `labels`, int32 [n], and the text
-        as `references`, bytes. Each file is decoded once, so that what cannot be is known before training."""
+        """Return each file's path or bytes (`launcher.tasks.media`), `labels`, int32 [n], and the text as
+        `references`, bytes. Each file is decoded once, to find unreadable ones before training."""
         return [self._encoded(row) for row in rows]
 
     def _encoded(self, row: dict[str, Any]) -> Encoded | RowProblem:
@@ -231,7 +230,7 @@ class SpeechRecognition(WritingTask):
         return num_frames(self._config, self.hearing.clips, num_samples)
 
     def example(self, length: int) -> Sample:
-        """Return the longest clip, of zeros, with as long a text as it may have."""
+        """Return a clip of zeros, of the greatest length, with the longest text that it may have."""
         most = self.data.max_target_length
         if self.decodes:
             most = min(most, self._config.max_target_positions)
@@ -241,15 +240,15 @@ class SpeechRecognition(WritingTask):
         return Sample({**self.hearing.example(), **arrays}, 0, 1)
 
     def shortened(self, sample: Sample, length: int, ends: Sequence[int]) -> Sample:
-        """Return the sample: a sound has no end that could be cut off without its words."""
+        """Return the sample unchanged: a sound cannot be shortened without its words."""
         return sample
 
     def collate(self, items: Sequence[Sequence[Sample]], draws: Draws | None = None) -> dict[str, Any]:
-        """Return what the model hears (`Hearing.batch`); `labels` int64 [B, longest text], -100 behind each;
-        `weights` float32 [B], 0 for filler; of a model that writes `targets` too, which are the labels, and
-        -100 in filler.
+        """Return the audio inputs (`Hearing.batch`); `labels` int64 [B, longest text], padded with -100;
+        `weights` float32 [B], 0 for padding samples; for an encoder-decoder also `targets`, the labels with
+        -100 in padding samples.
 
-        Raises DataError where a file is no longer what it was.
+        Raises DataError if a file has changed.
         """
         samples = [sample for item in items for sample in item]
         batch = self.hearing.batch(samples, self.layout, None)
@@ -262,7 +261,7 @@ class SpeechRecognition(WritingTask):
         return batch | ({"targets": texts["targets"]} if self.decodes else {})
 
     def drawn(self, sample: Sample, draws: Draws | None = None) -> Drawn:
-        """Return the sound's spectrogram, and what is said."""
+        """Return the sound's spectrogram, and its transcript."""
         return self.hearing.drawn(sample, None, str(from_bytes(sample["references"])[0]))
 
     # Loss and metrics.
@@ -290,12 +289,12 @@ class SpeechRecognition(WritingTask):
 
     @property
     def _prefix(self) -> list[int]:
-        """Return the tokens that are told to the decoder, from the one that it starts from."""
+        """Return the decoder's prefix tokens, beginning with its start token."""
         start, told = self._config.decoder_start_token_id, list(getattr(self.tokenizer, "prefix_tokens", ()))
         return told if told[:1] == [start] else [start, *told]
 
     def prompts(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """Return what the model hears, and what its decoder is told: `decoder_input_ids` int64 [B, n]."""
+        """Return the audio inputs, and the decoder's prefix: `decoder_input_ids` int64 [B, n]."""
         told = torch.tensor([self._prefix]).repeat(len(samples), 1)
         of = {"ids": [sample.id for sample in samples], "windows": [sample.window for sample in samples]}
         return self.hearing.batch(samples, self.layout, None) | {"decoder_input_ids": told} | of
@@ -304,17 +303,17 @@ class SpeechRecognition(WritingTask):
         return super().at_limit(written) if self.decodes else [False] * len(written)
 
     def decode(self, ids: np.ndarray) -> str:
-        """Return the text of what was written, int [n]; of CTC's frames each character once."""
+        """Return the text of generated tokens, int [n]; CTC's frames are collapsed to characters."""
         return super().decode(ids) if self.decodes else str(self.tokenizer.decode(ids)).strip()
 
     def answers(
         self, output: Output, batch: dict[str, Any], samples: Sequence[Sample], options: AnswerOptions
     ) -> list[Any]:
-        """Return what the model hears in each sample, as `{"text": ...}`."""
+        """Return the transcript of each sample, as `{"text": ...}`."""
         return self.texts_of(output)
 
     def answer(self, row: dict[str, Any], parts: Sequence[Any]) -> dict[str, Any]:
-        """Return the answer for a row, and the file's path where it has one."""
+        """Return the answer for a row, with the file's path if it has one."""
         value = media.named(row, self.data.file_columns)
         path = {"audio": value} if isinstance(value, str) else {}
         return path | super().answer(row, parts)

@@ -1,4 +1,4 @@
-"""How much of what is written down is wrong: word and character error rates, by jiwer."""
+"""Scores of transcripts: word and character error rates, by jiwer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NUM_WORST = 10
 
 
 def normalized(text: str, how: str, tokenizer: Any) -> str:
-    """Return a text as it is compared: by Whisper's own normalizers, or as it stands."""
+    """Return a text normalised for comparison by Whisper's own normalizers, or unchanged."""
     if how == "none":
         return text
     from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
@@ -35,9 +35,9 @@ def normalized(text: str, how: str, tokenizer: Any) -> str:
 
 
 def error_rates(answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Return `wer` and `cer`: words, and characters, that are wrong, missing or too many, of all that the
-    references have. Above 1 where more is written than is there; where the references are empty, the number of
-    what is written, as jiwer has it."""
+    """Return `wer` and `cer`: the words, and characters, that are substituted, deleted or inserted, as a
+    share of the references'. It can exceed 1; for empty references it is the number of insertions, as in
+    jiwer."""
     import jiwer
 
     return {
@@ -47,7 +47,7 @@ def error_rates(answers: Sequence[str], references: Sequence[str]) -> dict[str, 
 
 
 class SpeechScores(Evaluator):
-    """`loss` by clip, or by token of a model that writes, and the error rates of what is written."""
+    """`loss` per clip (CTC) or per token (encoder-decoder), and the error rates of transcripts."""
 
     def __init__(self, task: WritingTask) -> None:
         self._task = task

@@ -1,4 +1,4 @@
-"""The texts of speech: what of a row is written, as the ids that a model learns."""
+"""The texts of speech rows, as the ids that a model learns."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ UNKNOWN_CHARACTERS = "characters that the model does not know"
 
 
 def spoken(row: dict[str, Any], data: SpeechColumns) -> str:
-    """Return what is said in a row, in one line and the job's case. Raises RowProblem where that is none."""
+    """Return a row's transcript, in one line and in the job's case. Raises RowProblem if it has none."""
     text = " ".join(text_of(row, data.text).split())
     return {"keep": text, "lower": text.lower(), "upper": text.upper()}[data.case]
 
 
 def spoken_in(rows: Iterable[Row], data: SpeechColumns) -> Iterator[str]:
-    """Yield what is said in those rows that have a text."""
+    """Yield the transcripts of the rows that have one."""
     for row in rows:
         if not isinstance(row.values, RowProblem):
             try:
@@ -30,8 +30,8 @@ def spoken_in(rows: Iterable[Row], data: SpeechColumns) -> Iterator[str]:
 
 
 def token_ids(text: str, tokenizer: Any, config: Any, longest: int, begins: str) -> list[int]:
-    """Return the ids that a decoder learns to write, with what it is told before them but for the one that it
-    starts from. Raises RowProblem for more than `longest`, or than the model has positions for."""
+    """Return a decoder's target ids, with its prefix but without its start token. Raises RowProblem for more
+    than `longest`, or than the model's positions."""
     ids = list(tokenizer(text)["input_ids"])
     ids = ids[1:] if ids[:1] == [config.decoder_start_token_id] else ids
     limit = min(longest, config.max_target_positions)
@@ -41,8 +41,8 @@ def token_ids(text: str, tokenizer: Any, config: Any, longest: int, begins: str)
 
 
 def character_ids(text: str, tokenizer: Any, num_frames: int, begins: str) -> list[int]:
-    """Return the ids that CTC learns to write. Raises RowProblem where the model knows few of the characters, or
-    hears fewer frames than they need."""
+    """Return CTC's target ids. Raises RowProblem if the model does not know most of the characters, or if
+    they need more frames than the sound has."""
     ids = list(tokenizer(text)["input_ids"])
     unknown = sum(one == tokenizer.unk_token_id for one in ids)
     if 2 * unknown > len(ids):

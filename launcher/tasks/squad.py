@@ -20,18 +20,18 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 class Asked(NamedTuple):
-    """A question of an evaluation, and what was answered to it."""
+    """A question of an evaluation, with the model's answer."""
 
     references: tuple[str, ...]
-    """The answers that count as right; none where the question has no answer."""
+    """The correct answers; none for an unanswerable question."""
     answer: str
-    """The best span of the text, whether or not it is then given."""
+    """The best span of the text, whether or not it becomes the answer."""
     no_answer: float = 0.0
     """The probability that there is no answer, by the model."""
 
 
 class Best(NamedTuple):
-    """The highest score that any threshold gives, and the lowest threshold that gives it."""
+    """The highest score over all thresholds, and the lowest threshold that reaches it."""
 
     score: float
     threshold: float
@@ -43,16 +43,15 @@ def normalize(text: str) -> str:
 
 
 def exact_match(answer: str, references: Sequence[str]) -> float:
-    """Return 1 where the answer is one of the references once both are normalised, else 0. There must be a
-    reference."""
+    """Return 1 if the normalised answer equals a normalised reference, else 0. There must be a reference."""
     return float(any(normalize(answer) == normalize(reference) for reference in references))
 
 
 def f1(answer: str, references: Sequence[str], empty_is_a_word: bool = False) -> float:
     """Return the highest F1 of the answer's bag of words with that of a reference, 0 to 1.
 
-    Where no word is left on either side, version 1.1 of the script says 0. With `empty_is_a_word`, as version
-    2.0, nothing equals nothing: 1 where both are empty.
+    If one of them has no words, version 1.1 of the script returns 0. With `empty_is_a_word`, as in version
+    2.0, two empty texts are equal: 1.
     """
     return max(
         _f1(normalize(answer).split(), normalize(reference).split(), empty_is_a_word)
@@ -71,8 +70,8 @@ def _f1(answer: list[str], reference: list[str], empty_is_a_word: bool) -> float
 
 
 def answered(asked: Sequence[Asked]) -> dict[str, float]:
-    """Return `exact_match` and `f1`, 0 to 1, where every question has an answer: evaluate-v1.1.py, which
-    counts in percent."""
+    """Return `exact_match` and `f1`, 0 to 1, if every question has an answer: as evaluate-v1.1.py, which uses
+    percent."""
     return {
         "exact_match": float(np.mean([exact_match(one.answer, one.references) for one in asked])),
         "f1": float(np.mean([f1(one.answer, one.references) for one in asked])),
@@ -82,11 +81,10 @@ def answered(asked: Sequence[Asked]) -> dict[str, float]:
 def with_unanswerable(
     asked: Sequence[Asked], threshold: float | None
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the metrics of evaluate-v2.0.py, 0 to 1, and beside them its thresholds and numbers of
-    questions.
+    """Return the metrics of evaluate-v2.0.py, 0 to 1, and separately its thresholds and numbers of questions.
 
-    A question gets no answer where `no_answer` is above the threshold; None takes one with the best F1.
-    What there is no question of is NaN.
+    A question gets no answer if `no_answer` is above the threshold; None takes one with the best F1. A mean
+    over no questions is NaN.
     """
     wanted = [tuple(text for text in one.references if normalize(text)) or ("",) for one in asked]
     exact = np.array([exact_match(one.answer, texts) for one, texts in zip(asked, wanted, strict=True)])
@@ -124,11 +122,11 @@ def with_unanswerable(
 def best_threshold(
     scores: np.ndarray, no_answer: np.ndarray, answerable: np.ndarray, empty: np.ndarray
 ) -> Best:
-    """Return the best mean score over all thresholds of `no_answer`, as `find_best_thresh` of
-    evaluate-v2.0.py goes through them.
+    """Return the best mean score over all thresholds of `no_answer`, in the order of `find_best_thresh` of
+    evaluate-v2.0.py.
 
-    All are [questions]: the score of the answer, the probability of none, whether the question has an answer,
-    whether none was found. At threshold 0 no question is answered.
+    All are [questions]: the answer's score, the probability of no answer, whether the question is answerable,
+    whether the best span is empty. At threshold 0 no question is answered.
     """
     order = np.argsort(no_answer, kind="stable")
     gains = np.where(answerable, scores, np.where(empty, 0.0, -1.0))[order]
@@ -138,7 +136,7 @@ def best_threshold(
 
 
 def _above(threshold: float, doubt: np.ndarray) -> float:
-    """Return what parts the questions as the threshold does, half-way to the next one: no rounding moves a
+    """Return an equivalent threshold half-way to the next question's probability, so that rounding moves no
     question across."""
     rest = doubt[doubt > threshold]
     return float((threshold + rest.min()) / 2) if len(rest) else 1.0

@@ -1,4 +1,4 @@
-"""Suggest the task of some columns, and which of them is what, by their kinds and usual names."""
+"""Suggestions of a task and its columns for a file, by kinds and usual names of columns."""
 
 from __future__ import annotations
 
@@ -16,41 +16,42 @@ _TELLING = {
     ),
     **dict.fromkeys((Kind.CLASS, Kind.WORDS), 1),
 }
-"""How much the kind of a column tells of a task: images more than a few values, and text nothing."""
+"""The score of a column's kind as a sign of a task: high for images, low for classes, none for text."""
 _BY_NAME = 3
-"""How much a usual name tells."""
+"""The score of a usual name."""
 _ABOUT_ROWS = {
     *("id", "idx", "index", "uid", "guid", "uuid", "url", "key"),
     *("source", "split", "language", "lang", "speaker", "author", "domain"),
 }
-"""Names of columns that say where a row is from, and are neither read nor learned."""
+"""Names of columns that tell where a row is from, and are neither input nor target."""
 
 
 class Suggestion(NamedTuple):
-    """Name a task that a file may be for, and its columns."""
+    """A task that a file may be for, and its columns."""
 
     task: str
     columns: Mapping[str, str | list[str]]
     """The column of each role, or the two of a pair."""
     score: int
-    """How well the columns fit, against other suggestions for the same file."""
+    """How well the columns fit, relative to other suggestions for the same file."""
 
 
 def ranked(seen: Overview) -> list[Suggestion]:
-    """Return the best way for every task that the columns of a file have room for, the likeliest task first."""
+    """Return the best suggestion for each task that a file has the columns for, the most likely task
+    first."""
     best = [one for name in tasks.names() if (one := for_task(seen, tasks.find(name))) is not None]
     return sorted(best, key=lambda one: -one.score)
 
 
 def for_task(seen: Overview, task: type[Task]) -> Suggestion | None:
-    """Return the best of a task's ways to name columns; None where the file has not the columns for any."""
+    """Return the best of a task's ways to name columns; None if the file lacks the columns for all."""
     fits = [_fits(seen, task, way) for way in task.column_ways]
     each = [one for one, way in zip(fits, task.column_ways, strict=True) if len(one.columns) == len(way)]
     return max(each, key=lambda one: one.score, default=None)
 
 
 def for_way(seen: Overview, task: type[Task], way: tuple[str, ...]) -> Mapping[str, str | list[str]]:
-    """Return the columns of a file that are likeliest for the roles of one way; roles that none fits are
+    """Return the most likely columns of a file for the roles of one way; roles without a fitting column are
     left out."""
     return _fits(seen, task, way).columns
 
@@ -68,7 +69,7 @@ def _fits(seen: Overview, task: type[Task], way: tuple[str, ...]) -> Suggestion:
 def _fit(
     role: str, wanted: Role, seen: Overview, taken: Mapping[str, str | list[str]]
 ) -> tuple[str | list[str], int] | None:
-    """Return the column that fits a role best and how well; None where none does."""
+    """Return the best column for a role and its score; None if none fits."""
     used = {name for one in taken.values() for name in ([one] if isinstance(one, str) else one)}
     free = {one.name: one for one in seen.columns if one.name not in used and one.kind is not Kind.EMPTY}
     for kinds, telling in ((wanted.kinds, True), (wanted.by_name, False)):
@@ -82,6 +83,6 @@ def _fit(
     ]
     if not alike:
         return None
-    # Of several columns of tags, as CoNLL-2003 has them, the last are the entities.
+    # If there are several columns of tags, as in CoNLL-2003, the last has the entities.
     one = alike[-1] if alike[0].kind is Kind.TAGS else alike[0]
     return one.name, _TELLING.get(one.kind, 0)

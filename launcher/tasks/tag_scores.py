@@ -1,4 +1,4 @@
-"""Score tagged words: entities as seqeval counts them, in all and by type, and the share of right words."""
+"""Scores of tagged words: seqeval's entity scores, in total and by type, and the accuracy over words."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ else:
     np = Lazy("numpy")
 
 CONTINUES, NOT_SEEN = -1, -2
-"""In the place of a prediction: a word without a piece of its own, and one behind the end of what was
+"""Instead of a prediction: a word without a piece of its own, and a word after the end of the text that was
 read."""
 
 
@@ -25,8 +25,8 @@ def entity_scores(
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """Return `precision`, `recall` and `f1` of all entities; and by type the same with `num_entities`.
 
-    By seqeval's default, which is conlleval's: a tag that cannot follow begins an entity. A share of nothing
-    is 0.
+    By seqeval's default, which is conlleval's: a tag that is out of order begins an entity. A share of
+    nothing is 0.
     """
     from seqeval.metrics.sequence_labeling import get_entities, precision_recall_fscore_support
 
@@ -39,7 +39,7 @@ def entity_scores(
 
 
 def loose_entities(tags: Sequence[str]) -> list[Entity]:
-    """Return the entities in a model's tags as they are scored, in any order of tags and any scheme."""
+    """Return the entities in a model's tags, as they are scored, for any order of tags and any scheme."""
     from seqeval.metrics.sequence_labeling import get_entities
 
     return [
@@ -50,7 +50,7 @@ def loose_entities(tags: Sequence[str]) -> list[Entity]:
 def completed(tags: Sequence[int], names: Sequence[str]) -> list[str]:
     """Return the names of predicted tags of a scheme.
 
-    A word without a piece goes on with the entity before it; one that was not read has none.
+    A word without a piece continues the entity before it; a word that was not read is outside.
     """
     completed: list[str] = []
     for number in tags:
@@ -61,8 +61,8 @@ def completed(tags: Sequence[int], names: Sequence[str]) -> list[str]:
 
 
 def classes_of(tags: Sequence[int], names: Sequence[str]) -> list[str | None]:
-    """Return the names of predicted classes where there is no scheme; None of a word without a piece, and of one
-    that was not read."""
+    """Return the names of predicted classes, without a scheme; None for a word without a piece, or not
+    read."""
     return [names[number] if number >= 0 else None for number in tags]
 
 
@@ -76,7 +76,7 @@ class TagScores(Evaluator):
         self._words: list[np.ndarray] = []
         self._types: dict[str, dict[str, float]] = {}
         self._tags: tuple[list[list[str]], list[list[str]]] = [], []
-        """Of each row the right tags, and those of the model."""
+        """The correct tags of each row, and the model's."""
 
     def update(self, output: Output, batch: dict[str, Any]) -> None:
         words = batch["aside"]["words"].copy()  # row, number in the row, tag, place: see `collate`
@@ -99,7 +99,7 @@ class TagScores(Evaluator):
         predicted: list[list[str]] = []
         for _, tags, guesses in _rows(np.concatenate([words for _, words in states])):
             if self._scheme == "none":
-                # As in transformers' run_ner: of a word without a piece there is nothing to be right about.
+                # As in transformers' run_ner: a word without a piece does not count.
                 seen = [place for place, guess in enumerate(guesses) if guess != CONTINUES]
                 tags, guesses = [tags[place] for place in seen], [guesses[place] for place in seen]
                 predicted.append([name or "" for name in classes_of(guesses, self._names)])
@@ -114,7 +114,7 @@ class TagScores(Evaluator):
         metrics["accuracy"] = float(np.mean(np.array(flat[0]) == np.array(flat[1])))
         if self._scheme != "none":
             scores, self._types = entity_scores(gold, predicted)
-            # seqeval's name for entities without a type, of which there is then one alone.
+            # "_" is seqeval's name for entities without a type; then there is only that one.
             named = {kind: values["f1"] for kind, values in self._types.items() if kind != "_"}
             return metrics | scores | {f"f1_{kind}": value for kind, value in named.items()}
         from sklearn.metrics import f1_score
@@ -125,13 +125,14 @@ class TagScores(Evaluator):
         }
 
     def details(self) -> dict[str, Any]:
-        """Return the scores of each type of entity, and F1 (without a scheme accuracy) by words of the row."""
+        """Return the scores of each type of entity, and F1 (without a scheme accuracy) by words of the
+        row."""
         groups = by_length(list(map(len, self._tags[0])))
         told: dict[str, Any] = {"types": self._types} if self._types else {}
         return told | ({"groups": {"words of the row": measured(groups, self._of)}} if groups else {})
 
     def _of(self, places: Sequence[int]) -> dict[str, float]:
-        """Return the F1 of the entities of some rows, or the share of their words that are right."""
+        """Return the F1 of the entities of some rows, or the accuracy over their words."""
         gold, predicted = ([side[place] for place in places] for side in self._tags)
         if self._scheme != "none":
             return {"f1": entity_scores(gold, predicted)[0]["f1"]}
@@ -140,7 +141,7 @@ class TagScores(Evaluator):
 
 
 def _rows(words: np.ndarray) -> Iterator[tuple[int, list[int], list[int]]]:
-    """Yield each row with its words' tags and predictions in order, from whichever windows and ranks."""
+    """Yield each row with its words' tags and predictions in order, from all windows and ranks."""
     ordered = words[np.lexsort((words[:, 1], words[:, 0]))]
     ends = np.flatnonzero(np.diff(ordered[:, 0])) + 1
     for part in np.split(ordered, ends) if len(ordered) else ():

@@ -1,4 +1,4 @@
-"""What a model says of the words of a text: tags, and the entities that they mark."""
+"""A model's answers for the words of a text: tags, and the entities that they mark."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ def of_samples(
     shares: np.ndarray, samples: Sequence[Sample], names: Sequence[str], options: AnswerOptions
 ) -> list[dict[str, Any]]:
     """Return for each sample its words' numbers in the row, tags by number, and probabilities; on request the
-    likeliest tags.
+    most likely tags.
 
-    `shares`: of each tag, float [words with a piece, tags], of one sample after another, filler left out.
+    `shares`: the probabilities of tags, float [words with a piece, tags], sample after sample, without
+    padding samples.
     """
     parts, begin = [], 0
     for sample in samples:
@@ -53,11 +54,11 @@ def of_row(
     marked: Marked, parts: Sequence[dict[str, Any]], names: Sequence[str], scheme: Scheme
 ) -> dict[str, Any]:
     """Return the `tags` of a row's words, and with a scheme its `entities`; on request `probabilities` and
-    the `likeliest` tags. Without a scheme a word that the model said nothing of has None.
+    the `likeliest` tags. Without a scheme, a word without a prediction has None.
 
     An entity has its type, text, `start` and `end` in characters, `words` (the first, and the one after the
-    last), and a probability, the mean of its words'. Characters count in the words joined by spaces, where the
-    row is a list of words.
+    last), and a probability, the mean of its words'. If the row is a list of words, characters count in the
+    words joined by spaces.
     """
     order = np.argsort(np.concatenate([part["words"] for part in parts]), kind="stable").tolist()
 

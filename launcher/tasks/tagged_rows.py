@@ -54,7 +54,7 @@ class TaggedColumns(Data):
 
 
 def checks(data: TaggedColumns) -> Iterator[Finding]:
-    """Yield what in these keys contradicts itself."""
+    """Yield contradictions between these keys."""
     kinds = ("data.words", "data.tags", "data.text", "data.spans")
     named = [key for key in ("words", "tags", "text", "spans") if getattr(data, key) is not None]
     if named not in (["words", "tags"], ["text", "spans"]):
@@ -79,7 +79,7 @@ def checks(data: TaggedColumns) -> Iterator[Finding]:
 
 
 class Marked(NamedTuple):
-    """A row's text, where its words stand in it, and their tags in the model's scheme; without tags, None."""
+    """A row's text, the spans of its words, and their tags in the model's scheme; None without tags."""
 
     text: str
     words: list[tuple[int, int]]
@@ -87,7 +87,7 @@ class Marked(NamedTuple):
 
 
 def read(row: dict[str, Any], data: TaggedColumns, with_tags: bool) -> Marked:
-    """Return a row's words and tags. Raises RowProblem where they cannot be used, with what is wrong."""
+    """Return a row's words and tags. Raises RowProblem, with the reason, if they cannot be used."""
     if data.text is not None:
         text = text_of(row, data.text)
         places = words_of(text)
@@ -116,7 +116,7 @@ def _tags(row: dict[str, Any], data: TaggedColumns, num_words: int) -> list[str]
     written = data.rows_scheme or data.scheme
     if written == "none" or data.scheme == "none":
         return tags
-    # Read even where nothing is converted: what does not follow the scheme would be learned as it stands.
+    # Parsed even if nothing is converted, to find tags that break the scheme before they are learned.
     return schemes.write(schemes.entities(tags, written), num_words, data.scheme)
 
 
@@ -162,7 +162,7 @@ def _spans(row: dict[str, Any], column: str, text: str) -> list[Entity]:
 
 
 def _span(value: Any, number: int, text: str) -> tuple[int, Entity, int]:
-    """Return a span between its beginning and its number, by which spans are sorted."""
+    """Return a span's start, the span and its number: spans are sorted in this order."""
     keys = ("start", "end", "label")
     if isinstance(value, dict):
         value = [value.get(key) for key in keys]
@@ -190,7 +190,7 @@ def _span(value: Any, number: int, text: str) -> tuple[int, Entity, int]:
 
 
 def _covered(spans: Sequence[Entity], words: Sequence[tuple[int, int]], text: str) -> list[Entity]:
-    """Return the spans in words. Raises RowProblem where one begins or ends within a word, or holds none."""
+    """Return the spans in words. Raises RowProblem if one begins or ends within a word, or has no word."""
     covered = []
     for kind, start, end in spans:
         inside = [number for number, (first, last) in enumerate(words) if first < end and last > start]

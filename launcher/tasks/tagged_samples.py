@@ -1,4 +1,4 @@
-"""Samples of a tagged text: its windows, and which words each of them answers for."""
+"""Samples of a tagged text: its windows, each with the words that it predicts."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ else:
 
 
 class Pieces:
-    """The pieces of a text and of which words they are."""
+    """The pieces of a text and their words."""
 
     def __init__(
         self, ids: Sequence[int], offsets: Sequence[tuple[int, int]], words: Sequence[tuple[int, int]]
     ) -> None:
-        """Take `offsets` and `words` as places in the text, in characters."""
+        """Assign pieces to words. `offsets` and `words` are spans in the text, in characters."""
         self.ids = ids
         self.words = word_of_each(offsets, words)
-        """The word of each piece, int32 [pieces]; -1 for a piece of none."""
+        """The word of each piece, int32 [pieces]; -1 for a piece outside words."""
         numbers, places = np.unique(self.words, return_index=True)
         self.firsts = places[numbers >= 0]
         """The first piece of each word that has one, in order."""
@@ -36,11 +36,11 @@ class Pieces:
         """The first piece of each word."""
         self.places[numbers[numbers >= 0]] = self.firsts
         self.anchors = np.maximum.accumulate(np.maximum(self.places, 0))
-        """The same; of a word without a piece, that of the word before it."""
+        """The same, but a word without a piece has the value of the word before it."""
 
     def sample(self, part: Window, tags: np.ndarray, later: np.ndarray | None, around: Around) -> Encoded:
-        """Return one window as a sample. `tags`, int32 [words]; `later`: what other pieces of a word with
-        each tag learn, if anything."""
+        """Return one window as a sample. `tags`, int32 [words]; `later`: the labels of further pieces of a
+        word, by its tag, if they have any."""
         shift = len(around.before) - part.begin
         owned = np.flatnonzero((self.anchors >= part.first) & (self.anchors < part.last))
         there = self.places[owned]
@@ -60,7 +60,8 @@ class Pieces:
 
 
 def split(firsts: np.ndarray, num_pieces: int, data: TaggedColumns, room: int) -> list[Window]:
-    """Return the windows of at most `room` pieces that a text is read in; `firsts`, int [words], begin words."""
+    """Return a text's windows of at most `room` pieces; `firsts`, int [words], are the first pieces of
+    words."""
     if num_pieces <= room or data.long_texts == "first":
         return [Window(0, min(room, num_pieces), 0, num_pieces)]
     overlap = data.max_length // 4 if data.window_overlap is None else data.window_overlap
@@ -70,8 +71,8 @@ def split(firsts: np.ndarray, num_pieces: int, data: TaggedColumns, room: int) -
 def samples(
     pieces: Pieces, tags: np.ndarray, later: np.ndarray | None, data: TaggedColumns, around: Around
 ) -> tuple[Encoded, ...] | RowProblem:
-    """Return the windows of a text as samples, of which each word is learned and answered for in one; or why
-    there are none."""
+    """Return the windows of a text as samples, or why there are none; each word is supervised and predicted
+    in one."""
     if not len(pieces.ids):
         return RowProblem(EMPTY, "no tokens")
     length, room = len(pieces.ids) + len(around), data.max_length - len(around)
@@ -88,9 +89,7 @@ def samples(
 def collate(samples: Sequence[Sample], pad: int) -> dict[str, Any]:
     """Return `input_ids`, `attention_mask` and `labels`, int64 [B, L] padded to the longest; `positions`
     int64 [words], of first pieces in all B x L; and aside, for the evaluator alone, `words` int64 [words, 4]:
-    row, number in it, tag, and column or why there is none. Of filler nothing is learned, and no word is
-    there.
-    """
+    row, number in it, tag, and column or the reason for none. Padding samples have no labels and no words."""
     lengths = np.array([sample.length for sample in samples])
     mask = np.arange(lengths.max()) < lengths[:, None]
     input_ids, labels = (np.full(mask.shape, fill, dtype=np.int64) for fill in (pad, IGNORE))

@@ -1,8 +1,8 @@
-"""Define the contract of a task: all that job file, planner, data and trainer ask of it.
+"""The interface of a task, as the job file, the planner, the data code and the trainer use it.
 
-A task is one module with a subclass of `Task` and one line in `launcher.tasks`; a package of the user's own
-names its task as an entry point of the group `launcher.tasks`. Importing it imports neither torch nor numpy
-(`launcher.lazy`): the planner asks it too.
+A task is one module with a subclass of `Task` and one line in `launcher.tasks`. A user's own package
+registers its task as an entry point of the group `launcher.tasks`. Importing the module imports neither torch
+nor numpy (`launcher.lazy`), because the planner uses it too.
 """
 
 from __future__ import annotations
@@ -43,65 +43,66 @@ __all__ = [
     "Head",
 ]
 __all__ += ["Left", "Output", "Sample", "SampleLayout", "Task", "Traits", "ends_of", "finding", "sample_at"]
-"""All that the module of a task needs of the contract, from one place."""
+"""Every name that a task's module needs from this interface, in one place."""
 
 
 FEW_ROWS = 16
-"""Of fewer rows, what they have in common says nothing."""
+"""The fewest rows from which `doubts` concludes anything."""
 
 
 class Task(ABC):
     """One kind of learning, from the columns of a row to the metrics of an evaluation."""
 
     name: ClassVar[str]
-    """As `model.task` has it."""
+    """The value of `model.task`."""
     traits: ClassVar[Traits]
     Columns: ClassVar[type[Data]]
     """The section `data` of a job with this task: a subclass of `launcher.data.section.Data` with the task's
     own columns."""
     column_ways: ClassVar[tuple[tuple[str, ...], ...]]
-    """The columns that a job may name, one way or another: what `launcher init` asks for."""
+    """The alternative sets of columns that a job may name: `launcher init` asks for one of them."""
     column_roles: ClassVar[Mapping[str, Role]] = {}
-    """Which columns of a file `launcher init` offers for them; of one left out, any column of text."""
+    """Which columns of a file `launcher init` offers for each; any text column for one without an entry."""
     layout: SampleLayout
-    """How samples share a pass in `collate`: as the plan says, else as most models of the task can."""
+    """How `collate` arranges samples in a pass: the plan's layout, else one that most models support."""
     head: Head = "chunked"
-    """Where the loss of a causal LM comes from."""
+    """How the loss of a causal LM is computed from its head."""
     labels: list[str] | None = None
-    """The names of the classes in the order of their ids, where the task has classes and they are known."""
+    """The class names in the order of their ids; None if there are no classes or they are not yet known."""
     writes: ClassVar[bool] = False
-    """Whether the model can write an answer to a row, so that a job may set `evaluation.generate`."""
+    """Whether the model can generate an answer to a row, so that a job may set `evaluation.generate`."""
     distils: ClassVar[bool] = False
-    """Whether its loss asks a teacher where a job names one."""
+    """Whether the loss uses a teacher where a job names one."""
     keeps_losses: ClassVar[bool] = False
-    """Whether `loss` gives the loss of each position or sample where a batch asks for it (`KEEPS_LOSSES`): by it
-    the loss of each of several sources is known."""
+    """Whether `loss` returns the loss of each position or sample if a batch asks for it (`KEEPS_LOSSES`), so
+    that the loss of each data source can be reported."""
     for_prediction: bool = False
-    """Whether rows are answered: labels may be absent, and `columns`, `texts` and `encode` ask for none."""
+    """Whether rows are for prediction: labels may be absent; `columns`, `texts` and `encode` need none."""
     keeps_fitted: bool = False
-    """Whether an evaluation uses what `adopt_evaluation` took and fits nothing anew, as for a finished model."""
+    """Whether an evaluation uses the values from `adopt_evaluation`, as for a finished model, and fits
+    none."""
     evaluation: Evaluation = Evaluation()
-    """The section `evaluation` of the job: what is done with held-out rows beside computing their loss."""
+    """The section `evaluation` of the job: what is done with held-out rows in addition to their loss."""
     distillation: Distillation | None = None
-    """The teacher that is learned from beside the rows, where the job names one."""
+    """The teacher to learn from in addition to the rows, if the job names one."""
 
     def __init__(self, data: Any, labels: list[str] | None = None) -> None:
         self.data = data
         self.layout = self.traits.layout
         self.labels = labels
         self.own_labels: list[str] | None = None
-        """The classes of the model that training begins with, where it has any, in the order of their ids."""
+        """The classes of the model that training starts from, if it has any, in the order of their ids."""
         self.remarks: list[str] = []
-        """Remarks for people on how the rows suit the model, a sentence each; written by `fit`."""
+        """Remarks for people on how the rows suit the model, one sentence each; written by `fit`."""
         self.labels_given = labels is not None
-        """Whether the classes were given, as for a model that has them, rather than taken from training rows."""
+        """Whether the classes came from the model or the caller, not from training rows."""
 
     @classmethod
     def settings_for(cls, columns: Mapping[str, Column], seen: Overview) -> dict[str, Any]:
-        """Return further keys of `data` that the rows of a new job ask for. `columns`: that of each role."""
+        """Return further keys of `data` for a new job, by its rows. `columns`: the column of each role."""
         return {}
 
-    # Asked by the job file and the planner, with no tokenizer and no model at hand.
+    # Used by the job file and the planner, which have neither tokenizer nor model.
 
     def checks(self) -> Iterator[Finding]:
         """Yield the contradictions among the task's own keys."""
@@ -112,11 +113,11 @@ class Task(ABC):
     @property
     @abstractmethod
     def metrics(self) -> Mapping[str, Better]:
-        """Return the metrics of an evaluation, and which way each is better; `loss` is always among them."""
+        """Return the metrics of an evaluation, each with its better direction; always includes `loss`."""
 
     @property
     def kind(self) -> str:
-        """Return the name to which metrics belong: the task's, or that of a kind with other metrics."""
+        """Return the name that decides the metrics: the task's, or that of a variant with other metrics."""
         return self.name
 
     @property
@@ -129,8 +130,7 @@ class Task(ABC):
         """Return the texts of a row that become tokens. Raises RowProblem where the row cannot be used."""
 
     def doubts(self, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-        """Yield what makes one doubt, of some usable rows, that their columns are what the job takes them
-        for."""
+        """Yield the reasons to doubt, seen in some usable rows, that the job names the right columns."""
         texts = [self.texts(row) for row in rows]
         if len(rows) < FEW_ROWS or not all(texts):
             return
@@ -142,21 +142,21 @@ class Task(ABC):
             yield f"each of {len(rows)} rows has the same text twice, in {names}; name another column for one"
 
     def notes(self, rows: Sequence[dict[str, Any]]) -> Iterator[Problem]:
-        """Yield what of some usable rows is worth knowing, by the key of the job that would change it."""
+        """Yield notes on some usable rows, each under the job key that would change the matter."""
         yield from ()
 
     def added_tokens(self, num_texts: int, tokenizer: Any | None) -> int:
-        """Return how many tokens a sample has beside its texts. `tokenizer`: of tokenizers, or None."""
+        """Return how many tokens a sample has besides its texts. `tokenizer`: of `tokenizers`, or None."""
         return 0
 
     def sample_lengths(self, tokens: Sequence[int], added: int) -> list[int]:
-        """Return the length in tokens of each sample of a row. `tokens`: those of each of its texts; `added`:
-        those beside them."""
+        """Return the length in tokens of each sample of a row. `tokens`: the tokens of each of its texts;
+        `added`: the tokens besides them."""
         length, limit = sum(tokens) + added, self.data.max_length
         return [min(length, limit)] if self.data.too_long == "cut" or length <= limit else []
 
     def left_open(self) -> Iterator[Left]:
-        """Yield the keys of `data` that the plan settles for the job; a resumed run keeps its first plan's."""
+        """Yield the keys of `data` that the plan decides; a resumed run keeps its first plan's values."""
         yield from ()
 
     @property
@@ -171,7 +171,7 @@ class Task(ABC):
 
     @property
     def parts(self) -> Mapping[str, Task]:
-        """Return the tasks that one model learns at once, by name; nothing of one task alone."""
+        """Return the tasks that one model learns at once, by name; empty for a single task."""
         return {}
 
     # The model.
@@ -182,54 +182,54 @@ class Task(ABC):
         """Return the transformers Auto class of the model."""
 
     processor_class: ClassVar[str] = "AutoTokenizer"
-    """The transformers Auto class with which an export's users read rows."""
+    """The transformers Auto class of the processor that an export's users load."""
 
     keeps_processor: ClassVar[bool] = False
-    """Whether the processor stays as it is in the model's files, and an export takes those along."""
+    """Whether an export copies the processor's files from the model unchanged."""
     joins_tokenizer: ClassVar[bool] = False
     """Whether the processor of `read_processor` gets the model's tokenizer, as its attribute `tokenizer`."""
 
     @property
     def has_processor(self) -> bool:
-        """Return whether rows are read by the processor of `read_processor`, and not by a tokenizer."""
+        """Return whether rows are encoded by the processor of `read_processor` instead of a tokenizer."""
         return type(self).read_processor is not Task.read_processor
 
     def read_processor(self, name: str, options: dict[str, Any]) -> Any:
-        """Return a processor that reads rows, in the place of a tokenizer, from a model's files.
+        """Return the processor in a model's files, which encodes rows instead of a tokenizer.
 
-        `options` are those of `from_pretrained`: `revision`, `trust_remote_code`. Raises OSError or ValueError
-        where the files have none that can be used.
+        `options` are those of `from_pretrained`: `revision`, `trust_remote_code`. Raises OSError or
+        ValueError if the files have no usable processor.
         """
         raise NotImplementedError(f"a {self.name} task reads rows by a tokenizer")
 
     def usual_processor(self, config: Any) -> Any:
-        """Return the usual processor of such models, for a model whose files have none. Raises ValueError where
-        there is none."""
+        """Return the usual processor of this kind of model, for files without one. Raises ValueError if there
+        is no usual one."""
         raise ValueError("its files have none")
 
     def adopt(self, config: Any, as_it_stands: bool = False) -> None:  # noqa: B027
-        """Take from a model's own config what the task keeps. Called before `configure`, and before any row is
-        encoded.
+        """Take the settings that the task keeps from a model's own config. Called before `configure`, and
+        before any row is encoded.
 
-        `as_it_stands`: the model is measured and not trained, so that nothing of it may be new; raises
-        ConfigurationError where that cannot be.
+        `as_it_stands`: the model is evaluated and not trained, so no part of it may be new; raises
+        ConfigurationError where some part would be.
         """
 
     def configure(self, config: Any) -> None:  # noqa: B027
-        """Write what the model must know of the task into its config: classes, kind of problem, padding."""
+        """Write the task's settings into the model's config: classes, kind of problem, padding."""
 
     def configure_generation(self, generation: Any) -> None:  # noqa: B027
         """Write how answers begin and end into an export's transformers GenerationConfig."""
 
     def chance_loss(self, config: Any) -> float | None:
-        """Return the loss of guessing, where a model stays that learns nothing; None where it is not known."""
+        """Return the loss of guessing, at which a model that learns nothing stays; None if unknown."""
         return None
 
     def other_head(self, stored: Any, config: Any) -> str | None:
-        """Return by which size of the config the head is found that a model's files have and training does not
-        take: it is for other classes, or the same in another order. None where it is taken.
+        """Return the config key that gives the size of the files' head, if training cannot use that head: it
+        is for other classes, or the same in another order. None if training uses it.
 
-        `stored`: the config of the files; `config`: that of the model that trains.
+        `stored`: the config in the files; `config`: the config of the model that trains.
         """
         own = classes.of_model(stored, self.auto_class.__name__.removeprefix("AutoModelFor"))
         names = [config.id2label[number] for number in range(config.num_labels)]
@@ -237,11 +237,12 @@ class Task(ABC):
 
     @property
     def companions(self) -> Mapping[str, Companion]:
-        """Return the frozen models that compute beside the one that trains, by name: the job's teacher.
+        """Return the frozen models that the loss uses next to the one that trains, by name: the job's
+        teacher.
 
-        A task that has some gets them in `loss` by a further argument, `others`: modules by these names. Such a
-        task's `plain_batch` returns None, as the model's own class knows nothing of them, unless they are
-        asked in training alone.
+        A task with companions gets them in `loss` as a further argument, `others`: modules by these names.
+        Its `plain_batch` returns None, because the model's own class knows nothing of them, unless only
+        training uses them.
         """
         return {} if self.distillation is None else self.distillation.companions
 
@@ -254,16 +255,16 @@ class Task(ABC):
 
     @property
     def streams(self) -> bool:
-        """Return whether rows can be learned from before all of them were read: nothing is counted or fitted
-        over them, and none names a file."""
+        """Return whether training can start before all rows were read: nothing is counted or fitted over
+        them, and no row names a file."""
         counts = type(self).learn_from is not Task.learn_from
         return not (self.needs_labels or counts or self.traits.reads_files)
 
     @property
     def key(self) -> Any:
-        """Return what else decides a row's sample, beside the row, the job's settings and the processor.
+        """Return what else decides a row's sample, besides the row, the job's settings and the processor.
 
-        None where nothing does. Asked once the task is prepared.
+        None where nothing does. Called once the task is prepared.
         """
         return None
 
@@ -274,25 +275,26 @@ class Task(ABC):
         """Learn the classes from the training rows."""
 
     def learn_from(self, column: Callable[[str], np.ndarray | None]) -> None:  # noqa: B027
-        """Take from the prepared training samples what the loss needs, such as how common each class is.
+        """Take statistics that the loss needs from the prepared training samples, for example class
+        frequencies.
 
-        `column` returns an array of all samples, end to end. Raises ConfigurationError for settings that do not
-        suit these samples.
+        `column` returns one array of all samples, concatenated. Raises ConfigurationError for settings that
+        do not suit these samples.
         """
 
     def prepare(self, processor: Any) -> None:  # noqa: B027
-        """Take what the task needs from the model's processor: a tokenizer, or that of `read_processor`.
+        """Take what the task needs from the model's processor: a tokenizer, or the one from `read_processor`.
 
         Called before any row is encoded or batch collated.
 
-        Raises ConfigurationError where this processor cannot serve the task.
+        Raises ConfigurationError if the task cannot use this processor.
         """
 
     @abstractmethod
     def encode(
         self, rows: Sequence[dict[str, Any]], processor: Any
     ) -> Sequence[Encoded | tuple[Encoded, ...] | RowProblem]:
-        """Return for each row a sample, several (overlapping windows of a long row), or why it has none.
+        """Return for each row one sample, several (overlapping windows of a long row), or why it has none.
 
         Deterministic; called in worker processes.
         """
@@ -306,78 +308,79 @@ class Task(ABC):
         """Return the tensors of a micro-batch of items. `draws` is None where nothing may be random.
 
         Arrays and texts for the evaluator alone go under the key `aside`, which never reaches a device or the
-        model. Numbers reach the model in what it computes in, but for those of `labels` and `weights`.
+        model. Floating-point tensors are cast to the compute dtype, except `labels` and `weights`.
         """
 
     @property
     def mixes(self) -> bool:
-        """Return whether training samples have partners (`Sample.partner`), with which `collate` mixes them."""
+        """Return whether `collate` mixes each training sample with a partner (`Sample.partner`)."""
         return False
 
     def drawn(self, sample: Sample, draws: Draws | None = None) -> Drawn | None:
-        """Return what the model sees or hears of a sample, as `collate` alters it by these draws, and what is
-        learned of it; None for a task of texts.
+        """Return a picture of the model's input for a sample, as `collate` augments it by these draws, and
+        its target as text; None for a text task.
 
-        Raises DataError where its file is no longer what it was.
+        Raises DataError if the sample's file has changed.
         """
         return None
 
     # Loss and metrics.
 
     def in_a_step(self, num_supervised: Sequence[int]) -> dict[str, Any]:
-        """Return what a training batch has beside what `collate` makes, by how much of each source the whole
-        global batch supervises."""
+        """Return the further entries of a training batch that depend on the global batch: on how much of each
+        source it supervises."""
         return {}
 
     def shortened(self, sample: Sample, length: int, ends: Sequence[int]) -> Sample:
-        """Return the sample cut to about `length` positions, its last one kept, for the check after loading.
+        """Return the sample shortened to about `length` positions, its last one kept, for the check after
+        loading.
 
-        `ends`: the ids of the model's end tokens. Raises DataError where the sample is not one of `encode`.
+        `ends`: the ids of the model's end tokens. Raises DataError if `encode` did not make the sample.
         """
         return sample_at(sample, ends_of(sample.length, length))
 
     def plain_batch(self, sample: Sample) -> dict[str, Any] | None:
-        """Return one sample as transformers' documentation has it, for the model's own class, with `labels`
-        where that computes a loss.
+        """Return one sample as a call of the model's own class in transformers' documentation, with `labels`
+        if that class computes a loss.
 
-        None where there is no such call: the sample is then compared with itself beside another one.
+        None if there is no such call: the sample alone is then compared with itself in a batch of two.
         """
         return None
 
     @abstractmethod
     def loss(self, model: torch.nn.Module, batch: dict[str, Any]) -> Output:
-        """Return the summed loss of a collated micro-batch. Runs as the model's own forward, inside its
-        sharding hooks."""
+        """Return the summed loss of a collated micro-batch. Runs as the model's forward, inside its sharding
+        hooks."""
 
     @property
     def generates(self) -> bool:
-        """Return whether the model writes an answer to each sample of an evaluation."""
+        """Return whether the model generates an answer to each sample of an evaluation."""
         return False
 
     @property
     def generation(self) -> GenerationOptions:
-        """Return how it writes. Raises NotImplementedError for a task whose model does not write."""
+        """Return the options of generation. Raises NotImplementedError for a task that does not generate."""
         raise NotImplementedError(f"the model of a {self.name} task writes nothing")
 
     def prompts(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Return the prompts of a batch's samples, in the order of `collate`.
 
-        `input_ids` and `attention_mask` int64 [samples, longest]; `ids` and `windows` of the samples, by which
-        draws are told apart. Raises NotImplementedError for a task whose model does not write.
+        `input_ids` and `attention_mask` int64 [samples, longest]; `ids` and `windows` of the samples, which
+        seed their draws. Raises NotImplementedError for a task that does not generate.
         """
         raise NotImplementedError(f"the model of a {self.name} task writes nothing")
 
     @abstractmethod
     def evaluator(self) -> Evaluator:
-        """Return an empty evaluator, to collect one evaluation."""
+        """Return an empty evaluator for one evaluation."""
 
     def marked(self, sample: Sample, name: str | None) -> Sample:
-        """Return the sample, with a mark of which of several tasks it is; `name` is None for one task alone."""
+        """Return the sample, marked as one of the task `name` of several (None for a single task)."""
         return sample
 
     def evaluator_of(self, source: Any, alias: str) -> Evaluator | None:
-        """Return an empty evaluator for one of several sources, by its section and its name; None where its
-        metrics are measured anyway."""
+        """Return an empty evaluator for one of several sources, by its section and its name; None if its
+        metrics are computed anyway."""
         return self.evaluator()
 
     # Answers of the model.
@@ -387,16 +390,17 @@ class Task(ABC):
     ) -> list[Any]:
         """Return the model's answer to each sample, as JSON values: classes, tags, spans, text.
 
-        `output` is that of `batch`, which `collate` returned for the samples, one an item. The answer to filler
-        does not matter. A task that leaves this out can be trained and measured, but does not predict.
+        `output` is the output for `batch`, which `collate` returned for the samples, one per item. Answers to
+        padding samples do not matter. A task without this method can be trained and evaluated, but not
+        predict.
         """
         raise NotImplementedError(f"{type(self).__name__} does not tell what its model says")
 
     def answer(self, row: dict[str, Any], parts: Sequence[Any]) -> dict[str, Any]:
-        """Return the answer for a row from those of its samples, in window order."""
+        """Return the answer for a row from the answers for its samples, in window order."""
         [only] = parts
         return dict(only)
 
     def adopt_evaluation(self, details: Mapping[str, Any]) -> None:  # noqa: B027
-        """Take what an evaluation fitted, such as a threshold, from `Evaluator.details`. Called before any
-        prediction."""
+        """Take the values that an evaluation fitted, for example a threshold, from `Evaluator.details`.
+        Called before any prediction."""

@@ -1,7 +1,6 @@
-"""Scores of written texts against references: BLEU, chrF, ROUGE, exact match, a function of one's own.
+"""Scores of generated texts against references: BLEU, chrF, ROUGE, exact match, a user's own function.
 
-All are of the whole evaluation at once and in per cent, as papers print them; sacrebleu and rouge-score
-compute them.
+All are over the full evaluation and in per cent, as in papers; sacrebleu and rouge-score compute them.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ References = Sequence[Sequence[str]]
 def scores(
     answers: Sequence[str], references: References, evaluation: Evaluation, names: Sequence[str]
 ) -> dict[str, float]:
-    """Return the named scores of answers against one or several references each, and what the job's own
-    scorer says.
+    """Return the named scores of answers against one or several references each, and the score of the job's
+    own scorer.
 
-    Raises ConfigurationError where that scorer cannot be called or gives no number.
+    Raises ConfigurationError if that scorer cannot be called or returns no number.
     """
     results: dict[str, float] = {}
     if {"bleu", "chrf"} & set(names):
@@ -63,7 +62,7 @@ def overlap(answers: Sequence[str], references: References, tokenizer: str = "13
 def rouge(answers: Sequence[str], references: References) -> dict[str, float]:
     """Return the mean F1 of ROUGE-1, -2 and -L (W04-1013), 0 to 100, by stems; the best reference counts.
 
-    Its words are of ASCII letters and digits: for other scripts BLEU and chrF say more.
+    Its words are of ASCII letters and digits: for other scripts use BLEU and chrF.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -76,7 +75,7 @@ def rouge(answers: Sequence[str], references: References) -> dict[str, float]:
 
 
 def own_scorer(name: str) -> Callable[..., Any]:
-    """Return the function that `evaluation.scorer` names. Raises ConfigurationError where it cannot be
+    """Return the function that `evaluation.scorer` names. Raises ConfigurationError if it cannot be
     imported."""
     module, _, function = name.partition(":")
     try:

@@ -17,11 +17,11 @@ else:
 
 
 def joined(samples: Sequence[Sample], first_position: int = 0) -> dict[str, Any]:
-    """Return samples end to end, each with `input_ids` and `targets` [n], of which filler's do not count.
+    """Return samples concatenated; each has `input_ids` and `targets` [n]; padding samples get no targets.
 
     `input_ids` and `position_ids` int64 [1, T], the latter from `first_position` in every sample; `targets`
-    int64 [T]; `cu_seq_lens` int32 [num_samples + 1], where samples begin and end; `max_length`, the longest
-    sample, and `lengths` of all.
+    int64 [T]; `cu_seq_lens` int32 [num_samples + 1], the borders of samples; `max_length`, the longest
+    sample, and the `lengths` of all.
     """
     lengths = np.array([sample.length for sample in samples], dtype=np.int64)
     ends = np.cumsum(lengths)
@@ -44,12 +44,12 @@ def padded(samples: Sequence[Sample]) -> dict[str, Any]:
     samples differ in length `attention_mask` int64 [B, L]."""
     lengths = np.array([sample.length for sample in samples], dtype=np.int64)
     real = np.arange(lengths.max()) < lengths[:, None]
-    # Of padding nothing is seen or learned, so that any token will do: the first is in every vocabulary.
+    # Padding is neither attended to nor supervised, so any token will do: 0 is in every vocabulary.
     input_ids = np.zeros(real.shape, dtype=np.int64)
     targets = np.full(real.shape, IGNORE, dtype=np.int64)
     input_ids[real] = np.concatenate([sample["input_ids"] for sample in samples])
     targets[real] = np.concatenate([_targets(sample) for sample in samples])
-    # Without padding there is nothing to mask, and fused attention has a faster way.
+    # Without padding there is nothing to mask, and fused attention has a faster path.
     mask = {} if real.all() else {"attention_mask": torch.from_numpy(real.astype(np.int64))}
     flat = {
         "input_ids": torch.from_numpy(input_ids),
@@ -64,6 +64,6 @@ def _targets(sample: Sample) -> np.ndarray:
 
 
 def first_position(config: Any) -> int:
-    """Return the number of a model's first position: 0, or behind its padding token's id in RoBERTa and what
-    was made after it."""
+    """Return the number of a model's first position: 0, or its padding token's id + 1 in RoBERTa and its
+    successors."""
     return config.pad_token_id + 1 if counts_positions_from_padding(config) else 0

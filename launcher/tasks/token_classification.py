@@ -1,4 +1,4 @@
-"""Classification of the words of a text: entities in tags, or a class for each word."""
+"""Classification of the words of a text: entities as tags, or a class for each word."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _WORDS: dict[str, Better] = {"loss": "lower", "accuracy": "higher", "f1_macro": 
 
 
 class TokenClassification(Task):
-    """A tag for each word of a text, at the first of its pieces."""
+    """A tag for each word of a text, predicted at its first piece."""
 
     name = "token-classification"
     traits = Traits("padded", causal=False, head="few-per-position", peft_type="TOKEN_CLS", windows=True)
@@ -109,7 +109,8 @@ class TokenClassification(Task):
         return special_tokens(tokenizer)
 
     def sample_lengths(self, tokens: Sequence[int], added: int) -> list[int]:
-        """Count windows as if each piece were a word; where words have several, there may be some more."""
+        """Return the lengths of windows as if each piece were a word; if words have several, there may be a
+        few more."""
         num_pieces, room = sum(tokens), self.data.max_length - added
         if num_pieces <= room or self.data.too_long != "cut" or room <= 0:
             return super().sample_lengths(tokens, added) if num_pieces else []
@@ -126,8 +127,8 @@ class TokenClassification(Task):
         return math.log(max(2, config.num_labels))
 
     def prepare(self, processor: Any) -> None:
-        """Take what the tokenizer puts around a text. Raises ConfigurationError for one that does not say
-        where its pieces stand."""
+        """Take the special tokens around a text. Raises ConfigurationError for a tokenizer without
+        offsets."""
         if not processor.is_fast:
             reason = "its tokenizer does not say where its pieces stand in a text; tags need a fast tokenizer"
             raise unfit(processor, reason)
@@ -139,8 +140,8 @@ class TokenClassification(Task):
             raise ConfigurationError(Problem("data.max_length", self.data.max_length, reason))
 
     def adopt(self, config: Any, as_it_stands: bool = False) -> None:
-        """Take the tags of a model that has a head for them already. Raises ConfigurationError where it
-        stands without one."""
+        """Take the tags of a model's head. Raises ConfigurationError for a model without one that is not
+        trained."""
         self.own_labels = classes.of_model(config, "TokenClassification")
         if not as_it_stands:
             return
@@ -153,11 +154,9 @@ class TokenClassification(Task):
         classes.write_to(config, self.labels or ["?"])
 
     def fit(self, rows: Iterable[Row]) -> None:
-        """Take the tags from the rows: the model's own in its own order, where each of the rows' tags is one
-        of them.
+        """Take the tags from the rows: the model's own, in its order, if they include every tag of the rows.
 
-        Else all that the scheme has for the types that occur. Raises DataError where there are fewer than
-        two.
+        Otherwise all tags of the scheme for the types that occur. Raises DataError for fewer than two.
         """
         names = self._tags_in(rows)
         if names and self.own_labels is not None:
@@ -188,11 +187,11 @@ class TokenClassification(Task):
 
     @property
     def _goes_on(self) -> bool:
-        """Return whether later pieces of a word learn that they are inside an entity."""
+        """Return whether later pieces of a word are labelled as inside an entity."""
         return self.data.label_pieces == "all" and self.data.scheme != "none"
 
     def refuse_unknown(self, rows: Iterable[Row]) -> None:
-        """Raise ConfigurationError where rows have tags that the model does not."""
+        """Raise ConfigurationError if rows have tags that the model does not have."""
         if self.labels is not None:
             key = f"data.{self._label_key}"
             classes.check_known(Classes(self.labels), self._tags_in(rows), "tags", key, self._label_column)
@@ -201,10 +200,11 @@ class TokenClassification(Task):
         return tagged_rows.read(row, self.data, with_tags=not self.for_prediction)
 
     def encode(self, rows: Sequence[dict[str, Any]], processor: Any) -> list[Any]:
-        """Return for each row its windows: `input_ids` and `labels`, int32 [n], and three arrays int32 [words].
+        """Return for each row its windows: `input_ids` and `labels`, int32 [n], and three arrays int32
+        [words].
 
-        Those are of the words that a window answers for: `words`, their numbers in the row; `places` of their
-        first pieces, or why there is none; `tags`.
+        Those are for the words that a window predicts: `words`, their numbers in the row; `places` of their
+        first pieces, or the reason for none; `tags`.
         """
         ids = Classes(self.labels or ())
 
@@ -233,7 +233,7 @@ class TokenClassification(Task):
         )
 
     def _later(self, ids: Classes) -> np.ndarray:
-        """Return the tag that later pieces of a word learn, by the tag of the word, int32 [tags]."""
+        """Return the label of a word's later pieces, by the tag of the word, int32 [tags]."""
         after = [ids.id_of(schemes.inside(name)) if self._goes_on else None for name in ids.names]
         learned = [number if inside is None else inside for number, inside in enumerate(after)]
         return np.array(learned, dtype=np.int32)
@@ -246,7 +246,7 @@ class TokenClassification(Task):
         )
 
     def shortened(self, sample: Sample, length: int, ends: Sequence[int]) -> Sample:
-        """Keep the tokens; each of them counts as a word."""
+        """Return the shortened tokens, each as a word."""
         kept = ends_of(sample.length, length)
         short = Sample(self.example(len(kept)), sample.id, len(kept), sample.weight)
         short["input_ids"] = sample["input_ids"][kept]
@@ -257,8 +257,8 @@ class TokenClassification(Task):
         return tagged_samples.collate([sample for item in items for sample in item], self._pad)
 
     def loss(self, model: torch.nn.Module, batch: dict[str, Any]) -> Output:
-        """Return the summed loss of the pieces that learn a tag, with fp32 logits [words, tags] of first
-        pieces as predictions."""
+        """Return the summed loss of the labelled pieces, with fp32 logits [words, tags] of first pieces as
+        predictions."""
         from torch.nn import functional
 
         from launcher.training.heads import own_forward
@@ -283,7 +283,7 @@ class TokenClassification(Task):
     def answers(
         self, output: Output, batch: dict[str, Any], samples: Sequence[Sample], options: AnswerOptions
     ) -> list[Any]:
-        """Return for each sample the tags of its words, as `tagged_answers` has them."""
+        """Return for each sample the tags of its words, in the form of `tagged_answers`."""
         assert output.predictions is not None
         shares = output.predictions.float().softmax(dim=-1).cpu().numpy()
         return tagged_answers.of_samples(shares, samples, self.labels or (), options)

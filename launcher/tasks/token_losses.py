@@ -1,4 +1,4 @@
-"""What an evaluation says of predicted tokens: their loss, perplexity and how many are right."""
+"""Scores of predicted tokens: loss, perplexity and accuracy."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ else:
 
 
 class TokenLosses(Evaluator):
-    """`loss` and `perplexity` per supervised token, and `accuracy`, the share of them predicted.
+    """`loss` and `perplexity` per supervised token, and `accuracy`, the share predicted correctly.
 
-    The routers' loss of a mixture of experts is part of `loss`, as it is of transformers' own, and not of
-    `perplexity`.
+    The router loss of a mixture of experts is part of `loss`, as in transformers, but not of `perplexity`.
     """
 
     def __init__(self) -> None:
@@ -46,7 +45,7 @@ class TokenLosses(Evaluator):
 def likelihood(losses: Any, targets: Any) -> dict[str, Any]:
     """Return the `log_probability` of a sample's targets, the number of its `tokens`, and its `perplexity`.
 
-    `losses` float and `targets` int, of one shape: arrays or tensors; a loss is 0 where nothing is learned.
+    `losses` float and `targets` int, of one shape: arrays or tensors; a loss is 0 at unsupervised positions.
     """
     total, tokens = float(losses.sum()), int((targets != IGNORE).sum())
     perplexity = math.exp(min(total / max(tokens, 1), 700.0))

@@ -1,4 +1,4 @@
-"""Describe a kind of task to the planner, the loader and PEFT, in place of its name."""
+"""Properties of a kind of task that the planner, the loader and PEFT use instead of its name."""
 
 from __future__ import annotations
 
@@ -8,32 +8,33 @@ from typing import Literal
 SampleLayout = Literal["packed", "padded", "single"]
 """How samples share a pass: joined end to end, padded on the right, or not at all."""
 Head = Literal["chunked", "model", "forward"]
-"""Where a causal LM's loss comes from: the output matrix in chunks, the model's own head in chunks, or its
-whole forward."""
+"""How a causal LM's loss is computed: by the output matrix in chunks, the model's own head in chunks, or its
+full forward."""
 
 HEADS = "task_heads"
-"""The attribute of a config that says which heads a model of several tasks has: by task, the name of an Auto
-class under `auto_class`, and what is special to that head's config."""
+"""The config attribute that lists the heads of a multi-task model: by task, an Auto class's name under
+`auto_class`, and the settings of that head's own config."""
 
 
 @dataclass(frozen=True)
 class Traits:
-    """A kind of task as the planner, the loader and PEFT see it, in place of its name."""
+    """The properties of a kind of task."""
 
     layout: SampleLayout
     """How its samples share a pass in most models."""
     causal: bool
-    """Whether a token sees only those before it."""
+    """Whether a token attends only to those before it."""
     head: Literal["every-position", "one-per-sample", "few-per-position"]
-    """Where the model's head computes: logits of the vocabulary at every position, one vector for each
-    sample, or a few numbers at every position, as tags have."""
+    """The size of the head's output: logits of the vocabulary at every position, one vector for each sample,
+    or a few numbers at every position, as for tags."""
     encoder_decoder: bool = False
-    """Whether the model reads one sequence and writes another."""
+    """Whether the model is an encoder-decoder."""
     peft_type: str | None = None
     """PEFT's name for it (`peft.TaskType`); None where PEFT has none."""
     windows: bool = False
     """Whether a row that is too long for one sample becomes several."""
     unit: str = "token"
-    """What a sample's length counts."""
+    """The unit of a sample's length."""
     reads_files: bool = False
-    """Whether `encode` and `collate` read and decode files, so that processes do it ahead of the step."""
+    """Whether `encode` and `collate` read and decode files, so that worker processes do it ahead of the
+    step."""

@@ -1,4 +1,4 @@
-"""Words of a text, the pieces that a tokenizer makes of them, and windows of pieces that fit a model."""
+"""Words of a text, their tokenizer pieces, and windows of pieces that fit a model."""
 
 from __future__ import annotations
 
@@ -33,20 +33,19 @@ def _word() -> re.Pattern[str]:
 
 
 def words_of(text: str) -> list[tuple[int, int]]:
-    """Return from where to where each word of a text stands, in characters; every other sign that is no space
-    is a word too."""
+    """Return the span of each word of a text, in characters; any other non-space character is a word too."""
     return [match.span() for match in _word().finditer(text)]
 
 
 def word_of_each(offsets: Sequence[tuple[int, int]], words: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Return the number of the first word that each piece has a character of, int32 [pieces]; -1 where it has
+    """Return the number of the first word that each piece shares a character with, int32 [pieces]; -1 for
     none.
 
-    Both are places in the same text, in characters; words do not overlap, and stand in order.
+    Both are spans in the same text, in characters; words are in order and do not overlap.
     """
     begins, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
     firsts, lasts = np.array(words, dtype=np.int64).reshape(-1, 2).T
-    # Words without a character have no piece, wherever they stand.
+    # Empty words have no piece.
     filled = np.flatnonzero(firsts < lasts)
     if not len(filled):
         return np.full(len(begins), -1, dtype=np.int32)
@@ -58,7 +57,7 @@ def word_of_each(offsets: Sequence[tuple[int, int]], words: Sequence[tuple[int, 
 
 @dataclass(frozen=True)
 class Around:
-    """The tokens that a tokenizer puts before and behind a text."""
+    """The special tokens that a tokenizer puts before and after a text."""
 
     before: tuple[int, ...]
     behind: tuple[int, ...]
@@ -72,7 +71,7 @@ class Around:
 
 
 def around(tokenizer: Any) -> Around:
-    """Return what a tokenizer puts around a single text."""
+    """Return the special tokens that a tokenizer puts around a single text."""
     whole = list(tokenizer("a")["input_ids"])
     bare = list(tokenise(tokenizer, ["a"])["input_ids"][0])
     for begin in range(len(whole) - len(bare) + 1):
@@ -82,23 +81,23 @@ def around(tokenizer: Any) -> Around:
 
 
 class Window(NamedTuple):
-    """A stretch of a text's pieces, and which of them it answers for."""
+    """A range of a text's pieces, and the part that it predicts."""
 
     begin: int
     end: int
     first: int
-    """The first of its own; those before it are there to be read."""
+    """The first piece that it predicts; those before it are context."""
     last: int
-    """Behind its last own one."""
+    """The end of the pieces that it predicts, exclusive."""
 
 
 def windows(starts: np.ndarray, num_pieces: int, room: int, overlap: int) -> list[Window]:
-    """Return windows of at most `room` pieces, of which two neighbours share at most `overlap`, with each
-    piece answered for by one.
+    """Return windows of at most `room` pieces; neighbours share at most `overlap`, and each piece is
+    predicted by one.
 
-    `starts`: where words begin, sorted, int [n]. A window begins and ends there, so that a word is cut only
-    where it is longer than the room. In what two windows share, the border is in the middle: each piece is
-    answered for where more is seen around it.
+    `starts`: where words begin, sorted, int [n]. Windows begin and end there, so a word is split only if it
+    is longer than `room`. The border is in the middle of an overlap: each piece is predicted where it has
+    more context.
     """
     bounds, begin = [], 0
     while True:
@@ -106,7 +105,7 @@ def windows(starts: np.ndarray, num_pieces: int, room: int, overlap: int) -> lis
         bounds.append((begin, end))
         if end == num_pieces:
             break
-        # The next window has to hold a word more, or it would end where this one does.
+        # The next window must have one more word, or it would end where this one does.
         behind = min(_following(starts, end, num_pieces), end + room)
         begin = _following(starts, max(end - overlap, begin + 1, behind - room) - 1, end)
     borders = [0]

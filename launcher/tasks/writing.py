@@ -1,4 +1,4 @@
-"""What tasks have in common whose model writes texts: how it does, and what the texts are held to."""
+"""The common part of tasks whose model generates text: settings, and scores against references."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ else:
 
 
 class WritingTask(Task):
-    """A task whose model can write an answer to a row; `prompts` says what it reads for that."""
+    """A task whose model can generate an answer to a row, from `prompts`."""
 
     writes = True
     tokenizer: Any = None
-    """The model's, once prepared."""
+    """The model's tokenizer, once prepared."""
     compared_by: Mapping[str, Better] = {}
-    """What answers are held to references by."""
+    """The metrics that compare answers with references."""
 
     @property
     def generates(self) -> bool:
@@ -34,12 +34,12 @@ class WritingTask(Task):
 
     @property
     def settings(self) -> Generate:
-        """Return how answers are written: as the job says, else as the model's own generation config does."""
+        """Return the settings of generation: the job's, else the model's own generation config."""
         return self.evaluation.generate or Generate()
 
     @property
     def written_metrics(self) -> Mapping[str, Better]:
-        """Return the metrics beside the losses, where the model writes."""
+        """Return the further metrics of an evaluation with generation."""
         if self.evaluation.generate is None:
             return {}
         own = self.evaluation.scorer_name
@@ -85,7 +85,7 @@ class WritingTask(Task):
 
     @property
     def end_tokens(self) -> Sequence[int]:
-        """Return the ids at which an answer ends, beside those of the model's generation config."""
+        """Return the ids at which an answer ends, in addition to those of the model's generation config."""
         return [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
 
     def configure_generation(self, generation: Any) -> None:
@@ -98,19 +98,19 @@ class WritingTask(Task):
         own = [] if own is None else own if isinstance(own, list) else [own]
         if not set(self.end_tokens) <= set(own):
             generation.eos_token_id = list(dict.fromkeys([*self.end_tokens, *own]))
-        # Else whoever loads it makes it anew of the model's config, which has no such keys.
+        # Otherwise loading derives it again from the model's config, which has no such keys.
         generation._from_model_config = False
 
     def decode(self, ids: np.ndarray) -> str:
-        """Return the text of what was written, int [n], up to the first stop string and without special
+        """Return the text of generated tokens, int [n], up to the first stop string and without special
         tokens."""
         text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
         ends = [place for stop in self.settings.stop_strings if (place := text.find(stop)) >= 0]
         return (text[: min(ends)] if ends else text).strip()
 
     def at_limit(self, written: np.ndarray) -> list[bool]:
-        """Return of each text, int [texts, n], whether it came to the most tokens that it may have, so that its
-        end may be missing."""
+        """Return for each text, int [texts, n], whether it has the maximum number of tokens, so that its end may be
+        missing."""
         arguments = self.generation.arguments
         padding, most = arguments["pad_token_id"], arguments["max_new_tokens"]
         if written.shape[1] < most:
@@ -122,14 +122,14 @@ class WritingTask(Task):
         return [not one for one in (ended | np.array(stopped, dtype=bool)).tolist()]
 
     def limit_details(self, num_at_limit: int) -> dict[str, Any]:
-        """Return what an evaluation's details say of answers that came to their limit: their number, and the
-        limit where there are any."""
+        """Return an evaluation's details about answers that reached their limit: their number, and the limit if
+        there are any."""
         limit = {"max_new_tokens": self.generation.arguments["max_new_tokens"]} if num_at_limit else {}
         return {"num_at_limit": num_at_limit, **limit}
 
     def texts_of(self, output: Output) -> list[Any]:
-        """Return what was written to each sample, as `{"text": ...}`; in a prediction with `at_limit`, where it
-        came to its limit."""
+        """Return the text generated for each sample, as `{"text": ...}`; in a prediction with `at_limit` if it
+        reached its limit."""
         assert output.generated is not None
         written = output.generated.cpu().numpy()
         limits = self.at_limit(written) if self.for_prediction else [False] * len(written)
@@ -139,7 +139,7 @@ class WritingTask(Task):
         ]
 
     def aside(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """Return what the evaluator needs of a batch's samples: which rows they are, their weights and their
+        """Return the evaluator's data for a batch's samples: their row ids, windows, weights and
         references."""
         return {
             "ids": [sample.id for sample in samples],
@@ -150,18 +150,18 @@ class WritingTask(Task):
 
 
 LOSSES: dict[str, Better] = {"loss": "lower", "perplexity": "lower", "accuracy": "higher"}
-"""What is measured of the tokens of a reference."""
+"""The metrics of a reference's tokens."""
 
 
 class TextEvaluator(TokenLosses):
-    """The losses of the references' tokens, and the scores of what was written against the references."""
+    """The losses of the references' tokens, and the scores of generated texts against the references."""
 
     def __init__(self, task: WritingTask) -> None:
         super().__init__()
         self._task = task
         self._rows: list[tuple[int, int, str, list[str], bool]] = []
         self._texts: tuple[list[str], list[list[str]]] = [], []
-        """Of each row the answer and its references."""
+        """The answer and the references of each row."""
         self._num_at_limit = 0
 
     def update(self, output: Output, batch: dict[str, Any]) -> None:
@@ -175,7 +175,7 @@ class TextEvaluator(TokenLosses):
 
     def compute(self, states: Sequence[Sequence[np.ndarray]]) -> dict[str, float]:
         losses = super().compute(states)
-        # Whatever rank wrote them, the rows stand in their own order, so that sums over them are rounded alike.
+        # Rows are sorted, whatever rank they come from, so that sums over them are rounded alike.
         rows = sorted((row for _, written in states for row in from_bytes(written)), key=lambda row: row[:2])
         answers, references = self._texts = [row[2] for row in rows], [row[3] for row in rows]
         self._num_at_limit = sum(row[4] for row in rows)
@@ -204,8 +204,8 @@ class TextEvaluator(TokenLosses):
 def answered(
     task: WritingTask, output: Output, batch: dict[str, Any]
 ) -> Iterator[tuple[int, int, str, list[str], bool]]:
-    """Yield of each row of a batch its id, its window, the answer, the references, and whether the answer came
-    to its limit."""
+    """Yield for each row of a batch its id, its window, the answer, the references, and whether the answer reached
+    its limit."""
     assert output.generated is not None
     written, aside = output.generated.cpu().numpy(), batch["aside"]
     named = zip(aside["ids"], aside["windows"], aside["weights"], aside["references"], strict=True)
@@ -217,10 +217,10 @@ def answered(
 
 
 def as_bytes(value: Any) -> np.ndarray:
-    """Return what JSON can hold as the bytes of its text, uint8 [n]."""
+    """Return a JSON value as the bytes of its text, uint8 [n]."""
     return np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
 
 
 def from_bytes(content: np.ndarray) -> Any:
-    """Return the texts that `as_bytes` turned into bytes."""
+    """Return the value that `as_bytes` turned into bytes."""
     return json.loads(content.tobytes())

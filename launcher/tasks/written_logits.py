@@ -1,4 +1,4 @@
-"""Logits of a teacher that `launcher predict --logits` wrote ahead: what their directory says of itself."""
+"""The manifest of a teacher's logits that `launcher predict --logits` wrote ahead."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from launcher.values import Section
 KEY = "distillation.logits"
 MANIFEST = "manifest.json"
 TEACHER_LOGITS = "teacher_logits"
-"""Under this name a batch has what was written of it."""
+"""The key of a batch for the logits that were written for its samples."""
 FORMAT = 1
 Count = Annotated[int, Field(ge=0)]
 
 
 class Manifest(Section):
-    """Hold what the logits are of, and the files that they are in: `keys.npy`, `logits.npy`, `checks.npy`."""
+    """The origin of the logits, and their files: `keys.npy`, `logits.npy`, `checks.npy`."""
 
     format: Annotated[int, Field(ge=FORMAT, le=FORMAT)]
     task: str
     problem: str | None
-    """Of a classification."""
+    """The kind of problem of a classification."""
     classes: tuple[str, ...] | None
-    """Their names, in order; None of a number."""
+    """The class names, in order; None for a regression."""
     num_outputs: Annotated[int, Field(ge=1)]
     """Logits of a row."""
     num_samples: Annotated[int, Field(ge=1)]
@@ -43,10 +43,9 @@ class Manifest(Section):
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
-        """Return what a directory says of itself.
+        """Return the manifest in a directory.
 
-        Raises ConfigurationError where there is none, it is damaged, or a file has not the size that it was
-        written with.
+        Raises ConfigurationError if it is missing or damaged, or if a file's size has changed.
         """
         try:
             manifest = cls.model_validate_json(read_text(directory / MANIFEST))
@@ -68,7 +67,7 @@ class Manifest(Section):
         return manifest
 
     def unlike(self, task: str, data: Any) -> str:
-        """Return in what the logits do not suit a job, as far as its keys say; empty where they do."""
+        """Return how the logits contradict a job's keys; empty if they do not."""
         if self.task != task:
             return f"logits of {self.task}, and the model does {task}"
         if self.problem != getattr(data, "problem", None):
@@ -76,7 +75,7 @@ class Manifest(Section):
         return ""
 
     def other_classes(self, names: tuple[str, ...] | None) -> str:
-        """Return in what the classes differ from the model's; empty where they are the same, in order."""
+        """Return how the classes differ from the model's; empty if they are the same, in order."""
         if self.problem is None or self.problem == "regression" or names is None:
             return ""
         by_number = names == tuple(str(number) for number in range(len(names)))

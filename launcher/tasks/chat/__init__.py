@@ -1,1 +1,1 @@
-"""Chats: their rows, the template that writes them out, and which tokens of that are learned."""
+"""Chats: their rows, the template that renders them, and which of its tokens are supervised."""

@@ -1,4 +1,4 @@
-"""Find the form of messages that a template accepts: contents as parts or text, arguments as JSON or objects."""
+"""The form of messages that a template accepts: contents as parts or text, arguments as JSON or objects."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class AcceptedForms:
         self._wants_parts = functools.cache(self._find_wants_parts)
 
     def wants_parts(self, template: str) -> bool:
-        """Return whether a template writes parts and drops a content that is text, as for models that see."""
+        """Return whether a template renders parts and drops plain text, as for vision models."""
         return self._wants_parts(template)
 
     def of(self, messages: list[Message], tools: Tools) -> list[Message]:
-        """Return the messages as they are given, or the same in another form, where the template needs one."""
+        """Return the messages unchanged, or in another form if the template needs one."""
         messages = [with_whole_parts(message) for message in messages]
         has_parts = any(is_parts(message.get("content")) for message in messages)
         if self.wants_parts(self._writer.template(tools)):
@@ -42,9 +42,9 @@ class AcceptedForms:
         if not has_calls(messages):
             return messages
         text = self._try(messages, tools)
-        # DeepSeek's template joins arguments to other text, and so needs them as text; and it looks at a
-        # content whether there is one or not. Most other templates write arguments as JSON: those that are
-        # text already, as JSON in quotation marks.
+        # DeepSeek's template joins arguments to other text, so it needs them as text, and it reads a content
+        # even if there is none. Most other templates write arguments as JSON, and would quote those that are
+        # text already.
         as_texts = [with_arguments(message, as_text) for message in messages]
         others = [as_texts, with_contents(messages), with_contents(as_texts)]
         if text is not None:
@@ -57,14 +57,14 @@ class AcceptedForms:
         return messages
 
     def _try(self, messages: list[Message], tools: Tools) -> str | None:
-        """Return what the template writes; None where it refuses."""
+        """Return the template's text; None if it refuses the messages."""
         try:
             return self._writer.write(messages, tools)
-        except Exception:  # it raises the same again where the text itself is needed
+        except Exception:  # raised again where the text itself is needed
             return None
 
     def _takes_parts(self, messages: list[Message], tools: Tools) -> bool:
-        """Return whether the template writes a part of text as it writes the text."""
+        """Return whether the template renders a text part like plain text."""
         as_texts = [joined(message) for message in messages]
         as_parts = [
             in_parts(new) if is_parts(old.get("content")) else new

@@ -1,4 +1,4 @@
-"""Write messages in other forms: contents as text or parts, arguments of calls as objects or JSON."""
+"""Conversions of messages: contents as text or parts, arguments of calls as objects or JSON."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from launcher.tasks.chat.shadows import Message
 
 
 def with_whole_parts(message: Message) -> Message:
-    """Return the message with each text among its parts as a part of its own; an empty list becomes no text."""
+    """Return the message with each text among its parts as a text part; an empty list becomes an empty
+    text."""
     content = message.get("content")
     if content == [] and message["role"] == "assistant":
         return {**message, "content": ""}
@@ -32,7 +33,7 @@ def joined(message: Message) -> Message:
 
 
 def in_parts(message: Message) -> Message:
-    """Return the message with its text as its one part."""
+    """Return the message with its text as its only part."""
     content = message.get("content")
     return (
         {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
@@ -59,7 +60,7 @@ def _arguments(messages: Sequence[Message]) -> list[Any]:
 
 
 def with_contents(messages: Sequence[Message]) -> list[Message]:
-    """Return the messages, each with a content: an empty text where it had none."""
+    """Return the messages with an empty text as content where they have none."""
     return [
         message if message.get("content") is not None else {**message, "content": ""} for message in messages
     ]
@@ -88,7 +89,7 @@ def with_arguments(message: Message, changed: Callable[[Any], Any]) -> Message:
 
 
 def as_object(arguments: Any) -> Any:
-    """Return arguments given as the JSON text of an object as that object; any other as they are."""
+    """Return arguments that are an object's JSON text as that object; others unchanged."""
     try:
         parsed = json.loads(arguments) if isinstance(arguments, str) else None
     except (ValueError, RecursionError):
@@ -97,5 +98,5 @@ def as_object(arguments: Any) -> Any:
 
 
 def as_text(arguments: Any) -> Any:
-    """Return arguments given as an object as JSON text; any other as they are."""
+    """Return arguments that are an object as JSON text; others unchanged."""
     return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict) else arguments

@@ -1,7 +1,7 @@
-"""Chats with images: their rows, and a template that writes them.
+"""Chats with images: their rows, and a template that renders them.
 
-An image stands in a chat as a part of text that is a mark of our own, until a template is given the messages. So
-all that is known of chats of text holds of them too: their checks, and where in its text each turn stands.
+Until the template gets the messages, an image is a text part with a mark of launcher's own. So the code for
+text chats applies: the checks, and the search for turns in the text.
 """
 
 from __future__ import annotations
@@ -18,27 +18,25 @@ from launcher.tasks.chat.template import ChatTemplate
 from launcher.tasks.chat.writer import Tools, Writer
 
 PLACE = "<\ufdd0>"
-"""What stands for an image: a tag, which shadows leave as it is, around what Unicode says is no character."""
+"""The mark for an image: a tag, which shadows leave unchanged, around a Unicode noncharacter."""
 MARK = "<image>"
-"""What stands for an image in a text, where a row has a list of images."""
+"""The placeholder for an image in a text, in rows with a list of images."""
 _IMAGE = {"type": "image"}
 
 
 def with_places(
     row: dict[str, Any], column: str, images: str, is_question: bool = False
 ) -> tuple[dict[str, Any], list[Any]]:
-    """Return the row with a place for each image of its messages, and the images: paths or bytes, in order.
+    """Return the row with a mark for each image of its messages, and the images: paths or bytes, in order.
 
-    `is_question`: those of what the assistant says last are left out, as its words are.
-
-    Raises RowProblem where images and places for them are not equally many, and for what is neither text nor
-    image.
+    `is_question`: images in the assistant's last turn are left out, as its words are. Raises RowProblem if
+    the numbers of images and marks differ, and for parts that are neither text nor image.
     """
     messages, beside = listed(row.get(column)), listed(row.get(images))
     if not isinstance(messages, list) or not all(
         isinstance(message, dict) and isinstance(message.get("role"), str) for message in messages
     ):
-        return row, []  # who reads the messages says what is wrong with them
+        return row, []  # reported where the messages are read
     has_list = not is_missing(beside)
     beside = beside if isinstance(beside, list) else [beside] * has_list
     rest, placed, files = iter(beside), list[Message](), list[list[Any]]()
@@ -63,7 +61,7 @@ def with_places(
 
 
 def _split(content: Any, has_marks: bool) -> Iterator[Any]:
-    """Yield the parts of a content, a text cut at its marks of images."""
+    """Yield the parts of a content, with text split at its placeholders."""
     for part in content if isinstance(content, list) else [content]:
         text = part.get("text") if isinstance(part, dict) else part
         if not has_marks or not isinstance(text, str) or MARK not in text:
@@ -75,7 +73,7 @@ def _split(content: Any, has_marks: bool) -> Iterator[Any]:
 
 
 def _check(parts: Sequence[Any], number: int) -> None:
-    """Raise RowProblem for a part that is neither text nor image, and for a text that holds our own mark."""
+    """Raise RowProblem for a part that is neither text nor image, and for a text that contains PLACE."""
     for part in parts if is_parts(parts) else ():
         kind = part.get("type", "text") if isinstance(part, dict) else "text"
         if not is_image(part) and kind not in TEXT_PARTS:
@@ -87,7 +85,7 @@ def _check(parts: Sequence[Any], number: int) -> None:
 
 
 class ImageWriter(Writer):
-    """A chat template that is given images where messages have places for them."""
+    """A chat template that gets images in place of the marks."""
 
     def write(self, messages: Sequence[Message], tools: Tools, prompt: bool = False) -> str:
         return super().write(_with_images(messages), tools, prompt)
@@ -100,7 +98,7 @@ class ImageWriter(Writer):
 
 
 def _with_images(messages: Sequence[Message]) -> list[Message]:
-    """Return the messages with an image in each place for one."""
+    """Return the messages with an image in place of each mark."""
     return [
         {**message, "content": [_IMAGE if part.get("text") == PLACE else part for part in message["content"]]}
         if is_parts(message.get("content"))
@@ -110,12 +108,12 @@ def _with_images(messages: Sequence[Message]) -> list[Message]:
 
 
 class PartsAlone:
-    """The form that templates of models that see take: every content as parts."""
+    """The form for templates of vision models: every content as parts."""
 
     def __init__(self, writer: Writer) -> None: ...
 
     def wants_parts(self, template: str) -> bool:
-        """Return whether a template is given parts in the place of a text."""
+        """Return whether a template gets parts instead of text."""
         return True
 
     def of(self, messages: list[Message], tools: Tools) -> list[Message]:
@@ -124,7 +122,7 @@ class PartsAlone:
 
 
 class ImageChatTemplate(ChatTemplate):
-    """The chat template of a model that sees, for rows of `with_places`."""
+    """The chat template of a vision model, for rows of `with_places`."""
 
     writer_class = ImageWriter
     forms_class = PartsAlone

@@ -1,4 +1,4 @@
-"""A chat in a row: its messages, its tools, and which turns are learned."""
+"""A chat in a row: its messages, its tools, and which turns are supervised."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from launcher.data.written import list_in
 from launcher.values import Tools
 
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-"""The keys of a message that chat templates take its thoughts from."""
+"""The keys of a message from which chat templates read its reasoning."""
 TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 def chat_columns(messages: str, tools: Tools | None) -> tuple[str, ...]:
-    """Return the columns of a chat's row: its messages, and its tools where the source has them."""
+    """Return the columns of a chat's row: its messages, and its tools if the source has them."""
     return messages, tools if isinstance(tools, str) else IfThere("tools")
 
 
 def messages_of(values: dict[str, Any], column: str, is_answered: bool = True) -> list[dict[str, Any]]:
     """Return the messages of the chat in `column`.
 
-    Raises RowProblem where there are none, or where a chat with answers has none that can be learned.
+    Raises RowProblem if there are none, or if a chat with answers has no supervised turn.
     """
     messages = values.get(column)
     if is_missing(messages):
@@ -99,7 +99,7 @@ def _check_content(message: dict[str, Any], number: int) -> None:
 
 
 def is_parts(content: Any) -> TypeGuard[list[Any]]:
-    """Return whether a content is a list of parts as OpenAI writes them, not some list that a tool returned."""
+    """Return whether a content is a list of parts in OpenAI's format, not a list that a tool returned."""
     if not isinstance(content, list) or not content:
         return False
     return all(
@@ -116,7 +116,7 @@ def _text_of_part(part: Any) -> str | None:
 
 
 def text_of_content(content: Any) -> str:
-    """Return the text of a message: as it is, or that of its parts. Another result of a tool becomes JSON."""
+    """Return the text of a message, or of its parts. Any other tool result becomes JSON."""
     if is_parts(content):
         return "".join(_text_of_part(part) or "" for part in content)
     if isinstance(content, (dict, list)):
@@ -125,7 +125,7 @@ def text_of_content(content: Any) -> str:
 
 
 def is_learned(message: dict[str, Any], number: int) -> bool:
-    """Return whether this is an assistant's turn that is learned: without `weight: 0` and `train: false`.
+    """Return whether this is a supervised assistant's turn: without `weight: 0` and `train: false`.
 
     Raises RowProblem for other values of the two.
     """
@@ -144,9 +144,9 @@ def is_learned(message: dict[str, Any], number: int) -> bool:
 
 
 def tools_of(values: dict[str, Any], named: Tools | None) -> list[dict[str, Any]] | None:
-    """Return the tools of a row, or else those of the job (`data.tools`); None where there are none.
+    """Return the tools of a row, or else those of the job (`data.tools`); None if there are none.
 
-    Raises RowProblem where they are no list of objects.
+    Raises RowProblem if they are not a list of objects.
     """
     column = named if isinstance(named, str) else "tools"
     if isinstance(named, str) and column not in values:
@@ -168,8 +168,8 @@ def tools_of(values: dict[str, Any], named: Tools | None) -> list[dict[str, Any]
 
 
 def texts_of(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> Iterator[str]:
-    """Yield what a chat template is given to write: a text for the tools, if any, and one for each message
-    with its thoughts and calls."""
+    """Yield the texts of a chat: one for the tools, if any, and one for each message with its reasoning and
+    calls."""
     if tools:
         yield _as_json(tools)
     for message in messages:
@@ -179,5 +179,5 @@ def texts_of(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None)
 
 
 def _as_json(value: Any) -> str:
-    # A table may hold what JSON does not, as dates; here it counts as its text.
+    # A table may hold values that JSON lacks, such as dates; they become text.
     return json.dumps(value, ensure_ascii=False, default=str)

@@ -1,4 +1,4 @@
-"""Replace the characters of a message by others, their shadows, and find those in a template's text."""
+"""Shadows: characters that replace those of a message, so that it can be found in a template's text."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ else:
 Message = dict[str, Any]
 
 _SHADOWS = 0xF0000
-"""Unicode's planes for private use begin here: 1,022 messages have 128 characters each, without the last of
+"""The start of Unicode's private use planes: room for 1,022 messages of 128 characters, without the last of
 each plane."""
 _EACH = 128
 MOST = 1022
-"""Messages of a chat that can be told from each other."""
+"""The most messages of a chat that can have distinct shadows."""
 KEPT = re.compile(r"<[^<>\s]{1,64}>|\[/?[A-Z_]{2,}\]|(?<!\S)/\w+(?!\S)|[\s\"'\\\x00-\x1f]+")
-"""Parts of a text that get no shadow, as templates look for them: tags, commands such as `/no_think`, white
-space, and what JSON escapes."""
+"""Parts of a text without shadows, because templates look for them: tags, commands such as `/no_think`, white
+space, and characters that JSON escapes."""
 WORDS = re.compile(r"<[^<>\s]{1,64}>|\[/?[A-Z_]{2,}\]|(?<!\S)/\w+(?!\S)|[\W_]+")
-"""The same, and every character that is neither letter nor digit: for templates that look at more."""
+"""The same, and every character that is neither letter nor digit: for templates that look for more."""
 _SPEAKS = ("content", *THOUGHTS, "thought", "tool_plan")
 
 
 def with_shadows(message: Message, number: int, kept: re.Pattern[str]) -> Message:
-    """Return the message with shadows for its text, its thoughts and the arguments of its calls.
+    """Return the message with shadows for its text, its reasoning and the arguments of its calls.
 
-    Names and roles stay, as templates write them elsewhere too.
+    Names and roles stay, because templates write them elsewhere too.
     """
     shadowed = {
         key: _shadow(value, number, kept) if key in _SPEAKS else value for key, value in message.items()
@@ -56,7 +56,7 @@ def _call_with_shadows(call: Any, number: int, kept: re.Pattern[str]) -> Any:
 
 
 def _shadow(value: Any, number: int, kept: re.Pattern[str], keys: bool = False) -> Any:
-    """Return the value with shadows for its texts: in parts only for `text`, in arguments for the keys too."""
+    """Return the value with shadows for its texts: in parts only for `text`, in arguments also for keys."""
     if isinstance(value, str):
         return _shadow_of_text(value, number, kept)
     if isinstance(value, list):
@@ -75,7 +75,7 @@ class _Shadows(dict[int, int]):
 
     def __init__(self, number: int) -> None:
         super().__init__()
-        # The last characters of each plane are none.
+        # The last code points of each plane are noncharacters.
         self._base = _SHADOWS + _EACH * (number if number < MOST // 2 else number + 1)
 
     def __missing__(self, code: int) -> int:
@@ -109,7 +109,7 @@ def is_shadow_of(shadowed: str, text: str) -> bool:
 
 
 def places_of(shadowed: str) -> dict[int, tuple[int, int]]:
-    """Return where the words of each message begin and end in the text, by the message's number."""
+    """Return the span of each message's words in the text, by the message's number."""
     numbers = _numbers(shadowed)
     positions = np.flatnonzero(numbers >= _SHADOWS)
     slots = (numbers[positions] - _SHADOWS) // _EACH
@@ -140,7 +140,7 @@ def names_of_calls(message: Message) -> list[str]:
 
 
 def has_words(value: Any) -> bool:
-    """Return whether there is a shadow anywhere in a value's texts."""
+    """Return whether a value's texts contain a shadow."""
     if isinstance(value, str):
         return any(chr(_SHADOWS) <= character for character in value)
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()

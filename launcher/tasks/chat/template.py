@@ -1,4 +1,4 @@
-"""Write a chat by the tokenizer's own template, and mark what is learned: the assistant's turns."""
+"""Rendering of a chat by the tokenizer's own template, with the assistant's turns marked as supervised."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class Settings(Protocol):
-    """The keys of a job that decide how chats are written."""
+    """The keys of a job that decide how chats are rendered."""
 
     @property
     def tools(self) -> Any: ...
@@ -29,7 +29,7 @@ class Settings(Protocol):
 
 
 class Forms(Protocol):
-    """Find the form of messages that a writer's templates take."""
+    """The search for the form of messages that a writer's templates accept."""
 
     def __init__(self, writer: Writer) -> None: ...
     def wants_parts(self, template: str) -> bool: ...
@@ -37,8 +37,8 @@ class Forms(Protocol):
 
 
 class ChatTemplate:
-    """A tokenizer's chat template, bound to the settings of a job. Raises ConfigurationError where it cannot
-    serve them."""
+    """A tokenizer's chat template, bound to the settings of a job. Raises ConfigurationError if it cannot be
+    used."""
 
     writer_class: ClassVar[type[Writer]] = Writer
     forms_class: ClassVar[type[Forms]] = AcceptedForms
@@ -52,7 +52,7 @@ class ChatTemplate:
                 Problem("data.tools", value, "the model's chat template writes no tools; leave it out")
             )
         self._forms = self.forms_class(self._writer)
-        # White space that is a token, as Gemma has it, ends no turn.
+        # Tokens of white space, as in Gemma, end no turn.
         added = sorted(
             (str(token) for token in tokenizer.added_tokens_decoder.values() if str(token).strip()),
             key=len,
@@ -64,9 +64,9 @@ class ChatTemplate:
 
     @property
     def key(self) -> Any:
-        """Return what else decides a chat's tokens, beside its row, the tokenizer and the job.
+        """Return what else decides a chat's tokens, besides its row, the tokenizer and the job.
 
-        The date, where one is written, and the tokens that end turns.
+        That is the date, if the template writes one, and the tokens that end turns.
         """
         return [self._writer.day, self._ends]
 
@@ -79,14 +79,15 @@ class ChatTemplate:
         return sorted(self._tokenizer.convert_tokens_to_ids(token) for token in tokens)
 
     def written(self, row: dict[str, Any], column: str) -> Written:
-        """Return the text of a row's chat and what of it is learned. Raises RowProblem where nothing is."""
+        """Return the text of a row's chat and its supervised spans. Raises RowProblem if there are none."""
         messages, tools = messages_of(row, column), tools_of(row, self._data.tools)
         return self._by_template(column, lambda: self._marked(self._forms.of(messages, tools), tools))
 
     def question(self, row: dict[str, Any], column: str) -> Written:
-        """Return the text of a row's chat up to where the assistant is to speak; its own last turn is left out.
+        """Return the text of a row's chat up to the next assistant's turn; the assistant's own last turn is
+        left out.
 
-        Raises RowProblem where there is nothing to answer.
+        Raises RowProblem if there is nothing to answer.
         """
         messages, tools = messages_of(row, column, is_answered=False), tools_of(row, self._data.tools)
         while messages and messages[-1]["role"] == "assistant":
@@ -99,20 +100,20 @@ class ChatTemplate:
         )
 
     def _by_template(self, column: str, write: Callable[[], Written]) -> Written:
-        """Return what `write` returns, on the job's date. Raises RowProblem where the template refuses."""
+        """Return the result of `write`, on the job's date. Raises RowProblem if the template refuses."""
         with self._writer.dated():
             try:
                 return write()
             except RowProblem:
                 raise
-            # A template is a program of the model's author: it may raise anything at messages that it does
-            # not like.
+            # A template is a program by the model's author: it may raise anything for messages that it does
+            # not accept.
             except Exception as error:
                 raise RowProblem(BAD_VALUE, f"the chat template cannot write {column!r}: {error}") from None
 
     def _marked(self, messages: list[Message], tools: Tools) -> Written:
-        """Return the chat and its learned turns: those that the template marks itself, else as they are found
-        in its text."""
+        """Return the chat and its supervised turns: those that the template marks itself, else those found in
+        its text."""
 
         def write(messages: Sequence[Message], prompt: bool = False) -> str:
             return self._writer.write(messages, tools, prompt)
@@ -136,7 +137,7 @@ class ChatTemplate:
         return Written(text, spans)
 
     def _find_marks(self, template: str) -> Marks:
-        """Return what a template puts around turns."""
+        """Return the text that a template puts around turns."""
         content = [{"type": "text", "text": "word"}] if self._forms.wants_parts(template) else "word"
         return marks_of(
             functools.partial(self._writer.write_with, template), content, self._added, self._ends

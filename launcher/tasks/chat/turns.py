@@ -1,12 +1,12 @@
-"""Find the turns of a chat in the text that a template writes, whatever it puts around them.
+"""The search for a chat's turns in the text that a template writes, whatever it puts around them.
 
-The chat is written twice: as it is, and with each character of a message replaced by one that stands for it
-and for the message (its shadow). Where the two texts differ, a message speaks; what they share is the template's
-own. So the place of each message is known, even where the template strips, moves or drops something, or puts
-one message into another's turn.
+The chat is rendered twice: unchanged, and with each character of a message replaced by its shadow, which
+encodes the character and the message. The texts differ where a message speaks; the rest is the template's
+own. So the place of each message is known, even if the template strips, moves or drops something, or puts one
+message into another's turn.
 
-A turn begins where the template's generation prompt ends. What a model is given is not learned; all that it
-would have to write is, with `<think>` and the marks of a call. A turn ends with the token that ends such turns.
+A turn begins where the template's generation prompt ends. The model's input is not supervised; all that it
+would have to generate is, including `<think>` and the marks of a call. A turn ends with its end token.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ Write = Callable[[Sequence[Message], bool], str]
 """The text of some messages, with a generation prompt or without."""
 
 _PIECES = re.compile(r"<[^<>\s]*>|\[[^\[\]\s]*\]|\w+|[\W_]")
-"""What is compared as a whole between two texts of a template."""
+"""The units of comparison between two texts of a template."""
 _NEAR = 400
-"""Pieces before a turn among which its header is looked for."""
+"""The number of pieces before a turn in which its header is searched."""
 
 
 class Turn(NamedTuple):
-    """An assistant's turn in the text: from the first character that it must write to the last of what ends
-    it."""
+    """An assistant's turn in the text: from the first character that it must generate to the last of its end
+    token."""
 
     message: int
     """Its number among the messages, from 0."""
@@ -61,8 +61,8 @@ class Marks(NamedTuple):
 
 
 def marks_of(write: Write, content: Any, added: re.Pattern[str], known: Sequence[str]) -> Marks:
-    """Learn what a template puts around turns, by having it write a chat of three messages that all say
-    `content`; `known` are tokens that end a turn anyway."""
+    """Return what a template puts around turns, from a rendered chat of three messages that all say
+    `content`; `known` are tokens that end a turn in any case."""
     chat = [
         with_shadows({"role": role, "content": content}, n, KEPT)
         for n, role in enumerate(("user", "assistant", "user"))
@@ -73,14 +73,14 @@ def marks_of(write: Write, content: Any, added: re.Pattern[str], known: Sequence
         prompt = header.removeprefix(behind_words(write(chat[:1], False)))
         last = behind_words(write(chat[:2], False))
         whole = write(chat, False)
-    except Exception:  # A template may refuse these messages; then each row's own text must show it.
+    except Exception:  # A template may refuse these messages; then it must be found in each row's own text.
         return Marks(header, prompt, tuple(ends))
     places = places_of(whole)
     if places.keys() != {0, 1, 2}:
         return Marks(header, prompt, tuple(ends))
     ahead, between = whole[places[0][1] : places[1][0]], whole[places[1][1] : places[2][0]]
     if not prompt and ahead.startswith(header) and (named := ahead[len(header) :].rstrip(" ")).strip():
-        # A template that knows no generation prompt: what always stands before an answer is its header.
+        # A template without a generation prompt: the text that always precedes an answer is its header.
         header, prompt = header + named, named
     shared = _shared(between, last)
     if end := _last_end(shared, added):
@@ -96,9 +96,9 @@ def _last_end(text: str, added: re.Pattern[str]) -> str:
 
 
 def _ends_apart(between: str, last: str, header: str, added: re.Pattern[str]) -> list[str]:
-    """Return the two ends of a template that ends its last turn in another way, as gpt-oss does.
+    """Return the two ends of a template that ends its last turn differently, as gpt-oss does.
 
-    A token that begins somebody else's turn is not an end.
+    A token that begins another speaker's turn is not an end.
     """
     inner, outer = added.match(between.lstrip()), added.match(last.lstrip())
     if outer is None:
@@ -112,8 +112,7 @@ def turns(
 ) -> list[Turn]:
     """Return every assistant's turn in `text`, which `write` wrote from the messages; in order.
 
-    Raises RowProblem where it cannot be told which message says what, or where a message that says something
-    is left out.
+    Raises RowProblem if text cannot be assigned to messages, or if a message with text is left out.
     """
     if len(messages) > MOST:
         raise RowProblem(BAD_VALUE, f"{len(messages):,} messages; a chat may have {MOST:,}")
@@ -121,10 +120,10 @@ def turns(
 
 
 def check_said(messages: Sequence[Message], text: str, write: Write) -> None:
-    """Raise RowProblem where a template that marks turns itself leaves out what the assistant says in one."""
+    """Raise RowProblem if a template that marks turns itself leaves out the assistant's text in one."""
     try:
         search = _Search(messages, text, write, Marks("", "", ()), re.compile("(?!)"))
-    except RowProblem:  # It cannot be told, and need not be.
+    except RowProblem:  # It cannot be checked, and need not be.
         return
     search.check_said()
 
@@ -141,10 +140,10 @@ class _Search:
         self._places = places_of(self._shadowed)
 
     def _find_shadows(self, messages: Sequence[Message]) -> tuple[list[Message], str]:
-        """Return the messages with shadows, and their text. As many characters have one as the template treats
-        like the original ones."""
+        """Return the messages with shadows, and their text. As many characters as possible get one without
+        changing how the template treats the messages."""
         everyone = {message["role"] for message in messages}
-        # A message may hold the text that ends a turn: there it gets a shadow, and ends nothing.
+        # A message may contain the text that ends a turn: there it gets a shadow, and ends nothing.
         ends = "|".join(map(re.escape, self._marks.ends)) or "(?!)"
         first = re.compile(f"(?!{ends})(?:{KEPT.pattern})")
         for kept, roles in (
@@ -156,7 +155,7 @@ class _Search:
             shadows = [with_shadows(m, n, kept) if m["role"] in roles else m for n, m in enumerate(messages)]
             try:
                 shadowed = self._write(shadows, False)
-            except Exception:  # The template looks at something that has a shadow now.
+            except Exception:  # The template looks for something that has a shadow now.
                 continue
             if is_shadow_of(shadowed, self._text):
                 return shadows, shadowed
@@ -180,7 +179,7 @@ class _Search:
         header = self._prompt(number)
         length = _header_length(gap, self._marks.header if header is None else header)
         if gap.startswith(self._marks.prompt, length):
-            # As with Gemma 4, which gives no prompt after a tool's answer, and writes one there later.
+            # As in Gemma 4, which has no generation prompt after a tool's answer, but writes one there later.
             length += len(self._marks.prompt)
         start = max(before + length, after)
         speaks = self._places[number] if visible else (start, start)
@@ -199,9 +198,9 @@ class _Search:
                 self._check_said(number, self._text)
 
     def _check_said(self, number: int, text: str) -> None:
-        """Raise RowProblem where a text lacks a tool that the message calls, or all of its words.
+        """Raise RowProblem if a text lacks a tool that the message calls, or all of its words.
 
-        A message with calls may lose its thoughts.
+        A message with calls may lose its reasoning.
         """
         shadows, names = self._shadows[number], names_of_calls(self._shadows[number])
         words = [value for key, value in shadows.items() if not names or key in ("content", "tool_calls")]
@@ -231,11 +230,11 @@ class _Search:
         )
 
     def _prompt(self, number: int) -> str | None:
-        """Return the part of its turn that a model is given: the end of the chat so far with a generation
-        prompt. None where the template refuses such a chat."""
+        """Return the part of a turn that is the model's input: the end of the chat so far, with a generation
+        prompt. None if the template refuses that chat."""
         try:
             return behind_words(self._write(self._shadows[:number], True)) if number else None
-        except Exception:  # As where a chat begins with the assistant, or two messages share a turn.
+        except Exception:  # For example if a chat begins with the assistant, or two messages share a turn.
             return None
 
     def _closing(self, number: int, position: int, visible: bool, header: int) -> int:
@@ -256,8 +255,7 @@ class _Search:
             alone = alone if visible else alone[header:]
             shared = _shared(behind, alone)
             rest = alone[len(shared) :]
-        # A template may write a turn otherwise where it is the last one; of one without words the first end
-        # is its own.
+        # A template may write the last turn differently. For a turn without words, the first end is its own.
         within = shared if visible or shared.strip() else behind
         last_name = max((within.rfind(name) + len(name) for name in names if name in shared), default=0)
         ends = [
@@ -265,7 +263,7 @@ class _Search:
         ]
         if ends:
             return min(ends)
-        # In the middle of a chat the turn may end otherwise than at its end.
+        # In the middle of a chat a turn may have another end than at the end.
         other = next((end for end in self._marks.ends if behind.startswith(end, len(shared))), "")
         return (
             len(shared) + len(other) if other and rest.startswith(self._marks.ends) else len(shared.rstrip())
@@ -283,11 +281,11 @@ def _shared(one: str, other: str) -> str:
 
 
 def _header_length(gap: str, prompt: str) -> int:
-    """Return how many characters of `gap`, the text before an answer's first word, the model is given.
+    """Return how many characters of `gap`, the text before an answer's first word, are the model's input.
 
-    All of `prompt`, where the gap begins with it. A template may give more than it writes later (`<think>`), or
-    end somebody else's turn in another way in the middle of a chat. Then it is all up to the end of the longest
-    run that both have, white space aside.
+    If the gap begins with `prompt`, that is all of `prompt`. But a prompt may have more text than is written
+    later (`<think>`), or another speaker's turn may end differently in the middle of a chat. Then it is all
+    up to the end of the longest run that both share, ignoring white space.
     """
     if gap.startswith(prompt):
         return len(prompt)

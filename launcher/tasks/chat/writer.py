@@ -1,4 +1,4 @@
-"""Write messages by the template of a tokenizer, on the date of the job."""
+"""Rendering of messages by a tokenizer's template, on the date of the job."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Tools = list[dict[str, Any]] | None
 class Writer:
     """A tokenizer's chat template as a function from messages to text. Raises ConfigurationError without one.
 
-    `date`: the day in ISO format that the template writes, where it writes one; None for today.
+    `date`: the day in ISO format for templates that write one; None for today.
     """
 
     def __init__(self, tokenizer: Any, date: str | None) -> None:
@@ -42,14 +42,14 @@ class Writer:
         """Whether the template writes tools."""
         day = date or datetime.date.today().isoformat()
         self.day = day if any("strftime_now" in template for template in named.values()) else None
-        """The date that the template writes; None where it writes none."""
+        """The date that the template writes; None if it writes none."""
 
     def template(self, tools: Tools) -> str:
-        """Return the template that writes a chat with these tools."""
+        """Return the template for a chat with these tools."""
         return str(self._tokenizer.get_chat_template(None, tools))
 
     def write(self, messages: Sequence[Message], tools: Tools, prompt: bool = False) -> str:
-        """Return the text of messages, with a generation prompt at its end on request."""
+        """Return the text of messages; on request with a generation prompt at its end."""
         written = self._tokenizer.apply_chat_template(
             list(messages), tools=tools, tokenize=False, add_generation_prompt=prompt
         )
@@ -65,7 +65,7 @@ class Writer:
     def generated(self, messages: Sequence[Message], tools: Tools, text: str) -> list[tuple[int, int]]:
         """Return the spans of `text`, in characters, that the template itself marks as the assistant's.
 
-        Raises RowProblem where the template alone writes another text than the tokenizer.
+        Raises RowProblem if the template alone writes another text than the tokenizer.
         """
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -87,9 +87,9 @@ class Writer:
 
     @contextlib.contextmanager
     def dated(self) -> Iterator[None]:
-        """Have templates write the job's date, while inside.
+        """Make templates write the job's date inside.
 
-        A template asks `strftime_now` of transformers, which asks its module's `datetime`.
+        Templates call `strftime_now` of transformers, which uses its module's `datetime`.
         """
         if self.day is None:
             yield

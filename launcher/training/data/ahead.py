@@ -1,7 +1,7 @@
-"""Make micro-batches ahead of the step, in processes of their own, where making one takes files to be decoded.
+"""Micro-batches made ahead of the step, in separate processes, for tasks that decode files.
 
-What a micro-batch holds hangs on the seed, the step and its samples alone. So it is the same from a process,
-from this one, after a resume, and on any number of ranks.
+A micro-batch depends only on the seed, the step and its samples. So it is the same from a process, from this
+one, after a resume, and on any number of ranks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from launcher.training.data.batches import Batches
 from launcher.training.data.stream_batches import StreamBatches
 
 _EACH = 2
-"""Micro-batches that each process makes ahead: what bounds the memory."""
+"""The micro-batches that each process makes ahead, which bounds the memory."""
 Items = Sequence[Sequence[Sample]]
 
 
@@ -38,12 +38,12 @@ class Ahead(Dataset[Any]):
     """The random numbers of a step."""
 
     def __getitem__(self, place: tuple[int, int]) -> dict[str, Any] | LauncherError:
-        """Return a collated micro-batch, its tensors as arrays; a fault of the data as what it is."""
+        """Return a collated micro-batch with its tensors as arrays, or the error that the data raised."""
         step, index = place
         try:
             batch = self.task.collate(self.batches.step(step).micro_batches[index], self.draws(step))
         except LauncherError as error:
-            return error  # a worker's own traceback would stand in the message
+            return error  # raised here, it would have the worker's traceback in its message
         return {
             key: value.numpy() if isinstance(value, torch.Tensor) else value for key, value in batch.items()
         }
@@ -66,9 +66,9 @@ class Loader:
         self._next = (-1, -1)
 
     def batch(self, step: int, index: int, items: Items) -> dict[str, Any]:
-        """Return a collated micro-batch, the one of `items`; those that come after it are begun.
+        """Return the collated micro-batch of `items`, and start on the next ones.
 
-        Raises DataError for a file that changed, OutOfMemoryError where a process was killed.
+        Raises DataError for a file that changed, OutOfMemoryError if a process was killed.
         """
         if not self._num_workers:
             return self._source.task.collate(items, self._source.draws(step))
@@ -101,7 +101,7 @@ class Loader:
 
 @dataclass(frozen=True)
 class _From:
-    """The places from one on to the end, in order."""
+    """The places from one to the end, in order."""
 
     step: int
     index: int
@@ -115,8 +115,8 @@ class _From:
 
 @contextlib.contextmanager
 def worker_ended() -> Iterator[None]:
-    """Raise OutOfMemoryError where PyTorch's loader says that one of its processes has ended: as its batch is
-    taken, or by a signal to the main thread wherever that waits."""
+    """Raise OutOfMemoryError if PyTorch's loader reports that one of its processes has ended: when its batch
+    is fetched, or by a signal to the main thread at any wait."""
     try:
         yield
     except RuntimeError as error:
@@ -127,7 +127,7 @@ def worker_ended() -> Iterator[None]:
 
 
 def workers_of(plan: Plan) -> int:
-    """Return the processes that each rank of a node has for decoding, at least one."""
+    """Return the number of decoding processes per rank of a node, at least one."""
     return max(1, plan.num_data_workers // plan.mesh.ranks_per_node)
 
 

@@ -18,32 +18,32 @@ from launcher.training.data.order import Order
 
 @dataclass(frozen=True)
 class StepBatch:
-    """Hold what one rank computes in one step, and the counts of the whole global batch."""
+    """One rank's samples of one step, and the counts of the full global batch."""
 
     micro_batches: list[list[list[Sample]]]
     """[accumulation_steps][micro_batch_size] items of this rank, each a list of samples."""
     num_items: int
-    """Real items of the global batch."""
+    """The items of the global batch, without padding."""
     num_samples: int
-    """Real samples of the global batch."""
+    """The samples of the global batch, without padding."""
     num_tokens: int
     """Their tokens."""
     num_supervised: int
-    """Their supervised tokens (of a classification task: samples): what the loss is divided by."""
+    """Their supervised tokens (classification: samples), by which the loss is divided."""
     supervised_by_source: tuple[int, ...]
-    """The same of each source."""
+    """The same for each source."""
     sample_ids: str
     """Hash of the global batch's sample ids in order; the same on any number of ranks."""
     items: np.ndarray
-    """The real items of the global batch in order, int64, by their numbers in the data; of streamed rows in
-    their windows."""
+    """The items of the global batch in order, without padding, int64: their numbers in the data, or in their
+    windows for streamed rows."""
 
 
 class Batches:
     """Global batch s is the positions [s*G, (s+1)*G) of the order, cut at `num_items_total`.
 
-    Which rank and which accumulation step gets an item goes by length, so that ranks wait little for each
-    other; the mean over the global batch does not change by it. Missing places of the last batch are filler.
+    Items are assigned to ranks and accumulation steps by length, so that ranks wait little for each other;
+    the mean over the global batch is unaffected. Missing places of the last batch are padding samples.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Batches:
         num_items_total: int,
         mixes: bool = False,
     ) -> None:
-        """`mixes`: whether samples have partners."""
+        """Cut global batches for one rank. `mixes`: whether samples have partners."""
         if not 0 <= rank < batch.data_parallel_size:
             raise ValueError(f"rank = {rank}: must be below data_parallel_size = {batch.data_parallel_size}")
         if order.num_items != dataset.num_items:
@@ -73,8 +73,8 @@ class Batches:
         return -(-self.num_items_total // self.batch.global_batch_size)
 
     def indices(self, step: int) -> np.ndarray:
-        """Return the real items, int64, of the global batch of `step` (from 0), in order. Raises IndexError
-        past the end."""
+        """Return the items, int64, of the global batch of `step` (from 0), in order, without padding. Raises
+        IndexError past the end."""
         size = self.batch.global_batch_size
         count = min(size, self.num_items_total - step * size)
         if step < 0 or count < 1:
@@ -86,28 +86,29 @@ class Batches:
         return cut([(self.dataset, self.indices(step))], self.batch, self.rank, self.mixes)
 
     def lengths(self, real: np.ndarray) -> np.ndarray:
-        """Return the tokens of each place of the global batch; a filler is as long as the shortest item."""
+        """Return the tokens of each place of the global batch; a padding sample is as long as the shortest
+        item."""
         return _filled(self.dataset.item_lengths[real], self.batch)
 
     @property
     def directory(self) -> Path:
-        """Return where the data lies."""
+        """Return the directory of the data."""
         return self.dataset.directory
 
     def go_to(self, step: int, position: dict[str, Any] | None, checkpoint: str) -> None:
-        """Go on at a step: any is found by its number, so that nothing is kept of one."""
+        """Resume at a step. Steps are found by their number, so there is no state."""
 
     def position(self, step: int) -> dict[str, Any] | None:
-        """Return what a checkpoint has to keep of where a step begins: nothing."""
+        """Return the position of a step for a checkpoint: None, as the step's number is enough."""
         return None
 
     def close(self, meet: Callable[[], None]) -> None:
-        """Wait for the other ranks, by `meet`: there is nothing to end."""
+        """Wait for the other ranks, by `meet`; there is nothing to close."""
         meet()
 
     @property
     def items_per_epoch(self) -> int | None:
-        """Return the items that make an epoch; None where that is not known."""
+        """Return the number of items in an epoch; None if it is not known."""
         return self.order.num_in_epoch
 
 
@@ -116,14 +117,14 @@ def cut(
 ) -> StepBatch:
     """Return a rank's share of a global batch: some items of one data set, int64, then some of another.
 
-    With `mixes` every sample of a data set has a partner: the item before it in the global batch, of the first
-    one the last, as in torchvision's MixUp. By the order alone, so that neither ranks nor micro-batches change
-    who is mixed with whom; most partners are in one micro-batch, where they are decoded anyway.
+    With `mixes` every sample's partner is the item before it in its data set's part of the global batch (the
+    last for the first), as in torchvision's MixUp. So ranks and micro-batches do not change the pairs. Most
+    partners share a micro-batch, where they are decoded anyway.
     """
     indices = np.concatenate([real for _, real in parts])
     owners = np.repeat(np.arange(len(parts)), [len(real) for _, real in parts])
     lengths = np.concatenate([dataset.item_lengths[real] for dataset, real in parts])
-    # A filler is the shortest item, with nothing supervised.
+    # A padding sample is the shortest item, without supervision.
     shortest = int(np.argmin(lengths))
     places = deal(_filled(lengths, batch), batch, parts[0][0].padding_free)[:, rank].reshape(-1)
     is_filler = places >= len(lengths)
@@ -156,7 +157,7 @@ def cut(
 
 
 def _filled(lengths: np.ndarray, batch: BatchPlan) -> np.ndarray:
-    """Return the lengths of a whole global batch: of its real items, then of its filler."""
+    """Return the lengths of a full global batch: of its items, then of its padding samples."""
     return np.concatenate([lengths, np.repeat(lengths.min(), batch.global_batch_size - len(lengths))])
 
 
@@ -183,8 +184,8 @@ def deal(lengths: np.ndarray, batch: BatchPlan, padding_free: bool) -> np.ndarra
 
 
 def total_items(plan: Plan, num_items: int) -> int:
-    """Return the items that a run consumes in all: whole steps for max_steps, exactly so many epochs
-    otherwise."""
+    """Return the number of items that a run consumes: full steps for max_steps, else exactly the given
+    epochs."""
     if plan.length.unit == "steps":
         return int(plan.length.value) * plan.batch.global_batch_size
     return max(1, round(plan.length.value * num_items))

@@ -1,4 +1,4 @@
-"""Name prepared data by all that decides its contents."""
+"""The cache key of prepared data: a hash of everything that decides its contents."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from launcher.tasks.task import Task
 from launcher.training.data.sources import Rows
 
 FORMAT = 7
-"""Of the files, and of how samples and packs are made: a change of either makes everything anew."""
+"""The version of the files, and of how samples and packs are made; a new one invalidates the cache."""
 _IN_THE_BATCH = ("augmentation", "cut_at", "image_size")
-"""Keys of `data` that decide nothing before a batch is made."""
+"""Keys of `data` that only affect batches."""
 _IN_THE_ORDER = ("mixing", "streaming", "shuffle_window")
-"""Keys of `data` that decide which samples come when."""
+"""Keys of `data` that only affect the order of samples."""
 Role = Literal["train", "evaluation"]
 
 
@@ -28,15 +28,15 @@ def cache_root() -> Path:
 
 
 def cache_key(rows: Rows, role: Role, plan: Plan, task: Task, tokenizer: Any) -> str:
-    """Return a hash of all that decides what the prepared data is: contents, what is read of them, settings,
-    task, classes, tokenizer."""
+    """Return a hash of everything that decides the prepared data: contents, columns, settings, task, classes,
+    tokenizer."""
     settings = plan.data.model_dump(
         mode="json", exclude={"train", "evaluation", "num_workers", "date", *_IN_THE_ORDER, *_IN_THE_BATCH}
     )
-    # The two give the same samples, and differ in what is then reported of them.
+    # The two give the same samples, and differ only in the report.
     settings["unusable"] = settings["unusable"].replace("drop-few", "drop")
     classes: Any = task.labels if role == "evaluation" or task.labels_given else None
-    if task.own_labels is not None:  # which label is which class depends on them
+    if task.own_labels is not None:  # they decide the class of a label
         classes = {"rows": classes, "model": task.own_labels}
     parts: list[Any] = [
         FORMAT,
@@ -45,16 +45,16 @@ def cache_key(rows: Rows, role: Role, plan: Plan, task: Task, tokenizer: Any) ->
         [Path(file.path).suffix.lower() for file in rows.files],
         rows.source.limit,
     ]
-    # Where the files that rows name lie, and when they were written: other ones are read anew.
+    # The paths and times of files that rows name: changed ones are read again.
     parts += [stamp] if (stamp := rows.stamp) else []
     parts += [settings, task.name, task.key, task.layout, classes, tokenizer_digest(tokenizer)]
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """Return a hash of what a tokenizer does: its algorithm and vocabulary, special tokens and chat template.
+    """Return a hash of a tokenizer's behaviour: algorithm and vocabulary, special tokens and chat template.
 
-    For a processor of files, of its settings, and of its tokenizer where it has one.
+    For a processor of files, a hash of its settings, and of its tokenizer if it has one.
     """
     hasher = xxhash.xxh3_128()
     if not hasattr(tokenizer, "get_vocab"):
@@ -65,7 +65,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
         return str(hasher.hexdigest())
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        # Every encoding call sets these two anew; left from the last one, they would change the hash.
+        # Every encoding call sets these two; left over from the last call, they would change the hash.
         backend.no_truncation()
         backend.no_padding()
         hasher.update(backend.to_str().encode())

@@ -30,15 +30,15 @@ HASHES = "sample_hashes"
 
 @dataclass
 class DataReport:
-    """Say what became of the rows of one source."""
+    """The counts from preparing one source: rows used, cut and dropped, and why."""
 
     role: str
     source_hash: str
-    """Of the contents of the files, in their order; nothing else."""
+    """A hash of the files' contents, in order, and nothing else."""
     samples_hash: str = ""
-    """Of all that was made of them: tokens, targets, ids, packs."""
+    """A hash of the prepared samples: tokens, targets, ids, packs."""
     files: list[dict[str, Any]] = field(default_factory=list)
-    """Of each file: path, bytes, and the hash of every MiB."""
+    """For each file: path, bytes, and the hash of every MiB."""
     rows_read: int = 0
     rows_used: int = 0
     num_cut: int = 0
@@ -57,21 +57,21 @@ class DataReport:
     """Share of the packs' room that holds tokens; None without packing."""
     labels: list[str] | None = None
     remarks: list[str] = field(default_factory=list)
-    """What the task has to say of how the rows and the model go together."""
+    """The task's remarks on how the rows suit the model."""
     unit: str = "token"
-    """What lengths count: `Traits.unit`."""
+    """The unit of lengths: `Traits.unit`."""
     seconds: float = 0.0
-    """What preparing took, when it was done."""
+    """The duration of the preparation."""
     cached: bool = False
     cache: str = ""
-    """The directory it lies in."""
+    """The directory of the prepared data."""
 
     @property
     def num_dropped(self) -> int:
         return sum(self.dropped.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values, without the per-MiB hashes: for an event."""
+        """Return plain JSON values for an event, without the per-MiB hashes."""
         return {**asdict(self), "files": [{"path": f["path"], "bytes": f["bytes"]} for f in self.files]}
 
     def summary(self) -> str:
@@ -80,7 +80,7 @@ class DataReport:
 
 
 class CacheProblem(Exception):
-    """A prepared directory is not there, not whole, or of another format."""
+    """A prepared directory that is missing, incomplete, or of another format."""
 
 
 def gather(offsets: np.ndarray, indices: np.ndarray) -> np.ndarray:
@@ -98,7 +98,7 @@ class Dataset:
         self.directory = directory
         self.report = report
         self.held: Hold | None = None
-        """What keeps others from removing it."""
+        """The hold that keeps others from removing it."""
         self.padding_free: bool = meta["padding_free"]
         """Whether micro-batches are joined end to end (their cost is the sum of lengths) rather than padded
         to the longest."""
@@ -145,12 +145,12 @@ class Dataset:
 
     @property
     def reports(self) -> tuple[DataReport, ...]:
-        """Return what became of the rows of each source."""
+        """Return the report on each source."""
         return (self.report,)
 
     @property
     def stretches(self) -> list[tuple[int, int]]:
-        """Return from which item to which each source's are."""
+        """Return the range of items of each source."""
         return [(0, self.num_items)]
 
     @property
@@ -172,23 +172,23 @@ class Dataset:
         return self._sample_lengths
 
     def column(self, name: str) -> np.ndarray | None:
-        """Return one column of all samples, end to end; None where samples have no such column."""
+        """Return one column of all samples, concatenated; None if samples have no such column."""
         return next((flat for own, flat, _ in self._columns if own == name), None)
 
     def first_ids(self, count: int) -> list[int]:
-        """Return the numbers of the first rows that are used."""
+        """Return the row numbers of the first rows that are used."""
         ids: list[int] = self._sample_ids[self._sample_windows == 0][:count].tolist()
         return ids
 
     def samples_of(self, id: int) -> list[Sample]:
-        """Return the samples of a row in window order; none where the row is not used."""
+        """Return the samples of a row in window order; none if the row is not used."""
         places = np.flatnonzero(np.isin(self._item_samples, np.flatnonzero(self._sample_ids == id)))
         items = np.unique(np.searchsorted(self._item_offsets, places, side="right") - 1)
         results = [sample for item in self.items(items) for sample in item if sample.id == id]
         return sorted(results, key=lambda sample: sample.window)
 
     def find(self, id: int) -> tuple[int, Sample] | None:
-        """Return the first sample of a row, and how many others are in its item; None where it is not used."""
+        """Return the first sample of a row, and the number of others in its item; None if it is not used."""
         [places] = np.flatnonzero(self._sample_ids == id)[:1].tolist() or [None]
         if places is None:
             return None
@@ -202,10 +202,10 @@ class Dataset:
         return self.items(np.array([index]))[0]
 
     def items(self, indices: np.ndarray) -> list[list[Sample]]:
-        """Return the samples of several items; one call costs far less than one for each.
+        """Return the samples of several items; one call is far cheaper than one call per item.
 
-        Raises DataError, with file and place, where one is not what was written: the files are mapped, and
-        may change under a run.
+        Raises DataError, with file and place, if one differs from what was written: the files are mapped, and
+        may change during a run.
         """
         samples = self._item_samples[gather(self._item_offsets, indices)]
         columns = [
@@ -239,10 +239,9 @@ class Dataset:
         return DataError(f"{text} ({'; '.join(places)})")
 
     def highest_token(self) -> int:
-        """Return the highest token id of any sample, which reads all of them; -1 where samples have no
-        tokens."""
+        """Return the highest token id of all samples (reads all of them); -1 if samples have no tokens."""
         tokens = self.column("input_ids")
-        tokens = self.column("labels") if tokens is None else tokens  # of a text that is written alone
+        tokens = self.column("labels") if tokens is None else tokens  # for tasks that only generate text
         return -1 if tokens is None else int(tokens.max())
 
     def length(self, index: int) -> int:
@@ -250,11 +249,11 @@ class Dataset:
         return int(self._item_lengths[index])
 
     def num_supervised_by_source(self, indices: np.ndarray) -> np.ndarray:
-        """Return the same of each source, int64 [sources]."""
+        """Return the same for each source, int64 [sources]."""
         return np.array([self.num_supervised(indices)])
 
     def num_supervised(self, indices: Sequence[int] | np.ndarray) -> int:
-        """Return the number of supervised tokens (of a classification task: samples) of these items."""
+        """Return the number of supervised tokens (classification: samples) of these items."""
         return int(self._item_supervised[np.asarray(indices, dtype=np.int64)].sum())
 
     def num_tokens_of(self, indices: Sequence[int] | np.ndarray) -> int:
@@ -273,8 +272,8 @@ class Dataset:
 
 
 def sample_hash(id: int, window: int, arrays: Sequence[np.ndarray]) -> int:
-    """Return xxh3 of one sample's columns in their order, begun with its row number and its number among the
-    samples of that row."""
+    """Return xxh3 of one sample's row number, its number among the samples of that row, and its columns in
+    order."""
     digest = id ^ (window << 40)
     for array in arrays:
         digest = xxhash.xxh3_64_intdigest(array.data, seed=digest)
@@ -282,5 +281,5 @@ def sample_hash(id: int, window: int, arrays: Sequence[np.ndarray]) -> int:
 
 
 def file_digest(path: Path) -> str:
-    """Return the number of a file's bytes, and their xxh3."""
+    """Return a file's size in bytes and its xxh3."""
     return f"{path.stat().st_size}:{hash_file(path)}"

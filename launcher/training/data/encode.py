@@ -1,4 +1,4 @@
-"""Encode rows by the task, in worker processes where it pays, into flat files."""
+"""Encoding of rows by the task, in worker processes for many rows, into flat files."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from launcher.training.data.sources import Rows
 
 CHUNK_ROWS = 256
 FEWEST_ROWS_FOR_WORKERS = 4096
-"""Below, one process with the tokenizer's own threads is done before others have started."""
+"""With fewer rows, one process with the tokenizer's own threads finishes before others have started."""
 
 
 @dataclass
 class Chunk:
-    """The samples of some rows, each column as one array, sample after sample, with the number of entries of
-    each."""
+    """The samples of some rows: each column as one array, sample after sample, with each sample's number of
+    entries."""
 
     num_rows: int
     ids: np.ndarray
     windows: np.ndarray
-    """Of the samples, int64, as all here: each one's number among those of its row."""
+    """The number of each sample among those of its row; int64, as all arrays here."""
     lengths: np.ndarray
     supervised: np.ndarray
     columns: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
@@ -46,7 +46,7 @@ class Chunk:
 
 
 def encode_chunk(rows: list[Row], task: Task, tokenizer: Any) -> Chunk:
-    """Encode some rows; those that cannot be used become problems."""
+    """Encode some rows; unusable ones become problems."""
     values = [row.values for row in rows if not isinstance(row.values, RowProblem)]
     encoded = iter(task.encode(values, tokenizer))
     samples: list[Encoded] = []
@@ -121,7 +121,7 @@ def encode_rows(rows: Rows, task: Task, tokenizer: Any, num_workers: int) -> Ite
 
 def _submit(pool: ProcessPoolExecutor, rows: list[Row]) -> Future[Chunk]:
     with warnings.catch_warnings():
-        # Python warns of a fork beside threads; the workers take no lock that these could hold.
+        # Python warns about forking with threads; the workers take no lock that these could hold.
         warnings.simplefilter("ignore", DeprecationWarning)
         return pool.submit(_work, rows)
 
@@ -132,7 +132,7 @@ _worker: tuple[Task, Any]
 def _begin_worker(task: Task, tokenizer: Any, parent: int) -> None:
     global _worker
     _worker = (task, tokenizer)
-    # A parent killed with -9 cannot end its workers, and they would wait for it for ever.
+    # A parent killed with -9 cannot end its workers, which would wait for ever.
     begin_worker(parent, terminates=True)
 
 
@@ -146,7 +146,7 @@ class Writer:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.num_rows = 0
-        """Of which there are samples."""
+        """The number of rows with samples."""
         self.num_samples = 0
         self.num_supervised = 0
         self._columns: dict[str, _GrowingFile] = {}
@@ -158,7 +158,7 @@ class Writer:
         self._supervised: list[np.ndarray] = []
 
     def append(self, chunk: Chunk) -> None:
-        """Write the samples of a chunk behind the others."""
+        """Append the samples of a chunk."""
         parts: list[list[np.ndarray]] = []
         for name, (flat, counts) in chunk.columns.items():
             if name not in self._columns:
@@ -181,7 +181,8 @@ class Writer:
         return np.concatenate(self._lengths)
 
     def finish(self, packs: Packs) -> dict[str, str]:
-        """Close the columns and write the index. Returns each column's file of offsets; equal ones share one."""
+        """Close the columns and write the index. Return each column's file of offsets; columns with equal
+        offsets share one."""
         named: dict[bytes, str] = {}
         columns = {}
         for name, file in self._columns.items():
@@ -207,10 +208,10 @@ class Writer:
 
 
 class _GrowingFile:
-    """A .npy file whose first dimension is known at the end: its header leaves room for it to grow."""
+    """A .npy file whose first dimension is known only at the end: its header leaves room for the number."""
 
     def __init__(self, path: Path, first: np.ndarray) -> None:
-        """`first` has the type and the trailing shape of all that will be written."""
+        """Create the file. `first` has the type and the trailing shape of all arrays to come."""
         self._dtype, self._trailing = first.dtype, first.shape[1:]
         self._length = 0
         self._file: BinaryIO = path.open("w+b")
@@ -226,7 +227,7 @@ class _GrowingFile:
         return self._file.tell()
 
     def append(self, flat: np.ndarray) -> np.ndarray:
-        """Write it behind the rest; what was written."""
+        """Append an array; return it as written."""
         written = np.ascontiguousarray(flat, dtype=self._dtype)
         self._file.write(written.data)
         self._length += len(flat)

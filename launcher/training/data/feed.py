@@ -1,8 +1,8 @@
-"""Have the next micro-batch read, collated and on its way to the device while this one computes.
+"""Prefetch of the next micro-batch: it is read, collated and copied to the device while this one computes.
 
-On a GPU a thread does it, as the processor has little else to do then; in page-locked memory, from which a copy
-holds up neither the processor nor the pass. On a CPU a thread would take from the pass what it gains. What a
-micro-batch holds hangs on the seed, the step and its samples alone, so that it is the same either way.
+With a GPU a thread does it, because the CPU is mostly idle then. It uses page-locked memory, from which a
+copy blocks neither the CPU nor the pass. On a CPU a thread would slow the pass by as much as it gains. A
+micro-batch depends only on the seed, the step and its samples, so it is the same either way.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from launcher.training.data.written_logits import WrittenLogits
 from launcher.training.devices import to_device
 
 _MOST_BYTES = 32 << 20
-"""Of a micro-batch that is copied to a GPU before its turn: the plan has no room for a second one of large
-images, which waits in the host's memory."""
+"""The largest micro-batch that is copied to a GPU ahead. The plan has no room for a second one of large
+images, which waits in host memory."""
 _READING = -1
-"""In the place of a micro-batch: the samples of the step."""
+"""The index, instead of a micro-batch's, for reading the samples of the step."""
 
 
 class _Made(NamedTuple):
-    """A micro-batch, and the event that its copies are over; None where no stream of their own has them."""
+    """A micro-batch, and the event for the end of its copies; None without a separate stream."""
 
     batch: dict[str, Any]
     copied: Any = None
@@ -47,7 +47,8 @@ class Feed:
         device: torch.device,
         logits: WrittenLogits | None = None,
     ) -> None:
-        """`draws` gives the random numbers of a step, `logits` what a teacher wrote of its samples."""
+        """Start empty. `draws` returns the random numbers of a step, `logits` are a teacher's, written
+        ahead."""
         self._loader = Loader(task, batches, plan, draws)
         self._batches, self._device, self._logits = batches, device, logits
         self._thread = ThreadPoolExecutor(1, "feed", self._begin_thread) if goes_ahead(device) else None
@@ -61,7 +62,7 @@ class Feed:
         return result
 
     def batch(self, step: int, index: int, step_batch: StepBatch) -> dict[str, Any]:
-        """Return a micro-batch on the device, and begin the one behind it. Raises as `Loader.batch`."""
+        """Return a micro-batch on the device, and start on the next one. Raises as `Loader.batch`."""
         ready: _Made = self._taken(
             step, index, lambda: self._make(step, index, step_batch.micro_batches[index])
         )
@@ -70,16 +71,16 @@ class Feed:
         if index + 1 < len(step_batch.micro_batches):
             items = step_batch.micro_batches[index + 1]
             self._begin(step, index + 1, lambda: self._make(step, index + 1, items))
-        # A stream's next step lets windows go that other ranks may still read.
+        # A stream's next step would release windows that other ranks may still read.
         elif step + 1 < self._batches.num_steps and isinstance(self._batches, Batches):
             reading = self._begin(step + 1, _READING, lambda: self._batches.step(step + 1))
             self._begin(step + 1, 0, lambda: self._make(step + 1, 0, reading.result().micro_batches[0]))
         return self._arrived(ready)
 
     def rest(self) -> None:
-        """Wait until nothing is being made: a task's tokenizer or processor serves one thread at a time. What
-        fails then fails in its turn."""
-        with worker_ended():  # the main thread is told of that at once, by a signal
+        """Wait until nothing is in progress: a task's tokenizer or processor supports one thread at a time.
+        Errors are raised later, in their turn."""
+        with worker_ended():  # reported to the main thread at once, by a signal
             for one in self._begun.values():
                 one.exception()
 
@@ -119,7 +120,8 @@ class Feed:
             return _Made(to_device(batch, self._device), self._stream.record_event())
 
     def _arrived(self, ready: _Made) -> dict[str, Any]:
-        """Return a batch that the pass may use: kernels wait for the copies, and the memory for the kernels."""
+        """Return a batch that is safe to use: kernels wait for the copies, and its memory is not reused
+        before the kernels end."""
         if ready.copied is None:
             return to_device(ready.batch, self._device)
         current = self._cuda.current_stream()
@@ -131,5 +133,5 @@ class Feed:
 
 
 def goes_ahead(device: torch.device) -> bool:
-    """Return whether micro-batches for a device are made ahead, in a thread."""
+    """Return whether micro-batches for a device are prefetched, in a thread."""
     return device.type == "cuda"

@@ -1,4 +1,4 @@
-"""Hold a run to the files that it streams, without reading all that is in them."""
+"""The check that a run's streamed files have not changed, without reading them in full."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from launcher.training.data.sources import BLOCK
 
 
 def refuse_change(record: Path, stamps: Sequence[Stamp], what: str, *, writes: bool) -> str:
-    """Hold a run to the files it began with, by their sizes and their first and last MiB: compare with `record`,
-    or write what they are to it where there is none and this rank `writes`.
+    """Compare a run's files with `record`, by their sizes and their first and last MiB. If there is no record
+    and this rank `writes`, write it.
 
-    Return a hash of sizes and ends. Raises DataError naming the first file that came, went or changed, and
-    where.
+    Return a hash of sizes and ends. Raises DataError naming the first file that was added, removed or
+    changed, and where.
     """
     files = [{"path": one.path, "bytes": one.bytes, "ends": _ends(one.path)} for one in stamps]
     digest = xxhash.xxh3_128_hexdigest(json.dumps([[f["bytes"], f["ends"]] for f in files]).encode())
     if record.exists():
         began = read_json(record)
-        if began["source_hash"] != digest:  # equal ones may lie elsewhere by now
+        if began["source_hash"] != digest:  # equal files may have moved
             reason = _difference(began["files"], files, what)
             raise DataError(f"{reason} (on {os.uname().nodename}); put the files back, or begin a new run")
     elif writes:
@@ -38,7 +38,7 @@ def refuse_change(record: Path, stamps: Sequence[Stamp], what: str, *, writes: b
 
 
 def _difference(then: list[dict[str, Any]], now: list[dict[str, Any]], what: str) -> str:
-    """Return in words which file is not what it was, and where."""
+    """Return in words which file has changed, and where."""
     before, there = ({one["path"]: one for one in files} for files in (then, now))
     if before.keys() & there.keys():  # not all of them moved
         names = f"{what} names {len(now):,} files, and named {len(then):,} when the run began"

@@ -1,4 +1,4 @@
-"""Read rows of data sets on the hub, or in its local cache."""
+"""Rows of data sets on the hub, or in its local cache."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def load_hub(source: Source) -> Any:
 
 
 def hub_rows(source: Source, columns: Sequence[str]) -> Read:
-    """Yield the rows of a hub data set, its class numbers as class names."""
+    """Yield the rows of a hub data set, with class names instead of class numbers."""
     loaded = load_hub(source)
     for column in required(columns):
         if column not in loaded.column_names:
@@ -40,7 +40,7 @@ def hub_rows(source: Source, columns: Sequence[str]) -> Read:
 
 
 def _undecoded(loaded: Any, column: str) -> Any:
-    """Return the data set with the bytes of a column's files: launcher decodes them itself, and later."""
+    """Return the data set with a column's files as bytes: launcher decodes them itself, later."""
     feature = loaded.features[column]
     inner: Any = getattr(feature, "feature", None)
     if hasattr(inner, "decode"):  # a list of files

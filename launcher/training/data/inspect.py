@@ -1,4 +1,4 @@
-"""Describe a job's prepared data: what `launcher data` runs."""
+"""Description of a job's prepared data, for `launcher data`."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ from launcher.training.signals import StopRequest
 def inspect(
     scratch: RunDirectory, plan: Plan, attempt: int, stop: StopRequest, *, stop_at: int | None = None
 ) -> None:
-    """Prepare what request.json names, and write data.json: {"datasets": [what became of each, with samples
-    where they are asked for]}."""
+    """Prepare the data sets that request.json names, and write data.json: {"datasets": [the report on each,
+    with samples on request]}."""
     request = read_json(scratch.path / "request.json")
     if "evaluation" not in request["roles"]:
         plan = plan.model_copy(update={"data": plan.data.model_copy(update={"evaluation": None})})
@@ -65,8 +65,8 @@ def inspect(
 
 
 def _shown(dataset: Dataset, material: TrainingInputs, plan: Plan, request: dict[str, Any]) -> dict[str, Any]:
-    """Describe a data set, or each of its sources. Raises ConfigurationError for a source that is not there, and
-    for the row of none."""
+    """Describe a data set, or each of its sources. Raises ConfigurationError for an unknown source, and for a
+    row without naming one."""
     given = plan.data.train if dataset.report.role == "train" else plan.data.evaluation
     assert given is not None
     name = request.get("source")
@@ -115,7 +115,7 @@ def _described(
 
 
 def _refused(dataset: Dataset, material: TrainingInputs, plan: Plan) -> str | None:
-    """Return why a run would not begin; None where it would."""
+    """Return why a run would not start; None if it would."""
     try:
         if material.stream is not None and dataset is material.train:
             material.stream.judge(material.stream.first())
@@ -129,7 +129,7 @@ def _refused(dataset: Dataset, material: TrainingInputs, plan: Plan) -> str | No
 def _samples(
     source: Source, dataset: Dataset, material: TrainingInputs, request: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
-    """The first samples, or one row's, or why it has none. Raises ConfigurationError where there is no such
+    """Yield the first samples, or one row's, or why it has none. Raises ConfigurationError for an unknown
     row."""
     streamed = material.stream if dataset is material.train else None
     if streamed is not None and request["row"] is not None:
@@ -152,7 +152,7 @@ def _samples(
 
 
 def _place(row: Row, task: Task) -> dict[str, str]:
-    """Return where the file of a row lies, where rows name files."""
+    """Return the path of a row's file, if rows name files."""
     values = {} if isinstance(row.values, RowProblem) else row.values
     names = [column for column in task.columns if isinstance(column, PlacedColumn)]
     paths = [path for name in names for path in name.paths(values.get(name))]
@@ -160,7 +160,7 @@ def _place(row: Row, task: Task) -> dict[str, str]:
 
 
 def _sample(row: Row, dataset: Dataset, material: TrainingInputs, with_tokens: bool) -> dict[str, Any]:
-    """Return what became of a row: tokens and the label as they lie in the prepared data."""
+    """Return a row's sample: tokens and the label in the prepared data."""
     index = dataset.find(row.id)
     encoded = (
         row.values
@@ -173,7 +173,7 @@ def _sample(row: Row, dataset: Dataset, material: TrainingInputs, with_tokens: b
         problem = encoded if isinstance(encoded, RowProblem) else RowProblem("not used")
         return {"reason": problem.reason, "detail": problem.detail}
     beside, sample = index
-    # A processor of images or sounds has a tokenizer within it where texts are written.
+    # A processor of images or sounds contains a tokenizer if the task generates text.
     tokenizer = getattr(material.tokenizer, "tokenizer", material.tokenizer)
     ids, learned = _tokens(sample, material.task.traits.encoder_decoder)
     if not ids or tokenizer is None:
@@ -199,8 +199,8 @@ def _sample(row: Row, dataset: Dataset, material: TrainingInputs, with_tokens: b
 
 
 def _tokens(sample: Sample, writes_another: bool) -> tuple[list[int], list[bool]]:
-    """Return the tokens of a sample, and which of them are learned; of one that is written beside what is read,
-    those that are read and then those that are written."""
+    """Return the tokens of a sample, and which of them are supervised; for an encoder-decoder the source's,
+    then the target's."""
     read = sample["input_ids"].tolist() if "input_ids" in sample else []
     if "labels" in sample and (writes_another or not read):
         written = sample["labels"].tolist()
@@ -209,8 +209,8 @@ def _tokens(sample: Sample, writes_another: bool) -> tuple[list[int], list[bool]
 
 
 def _learned(sample: Sample) -> list[bool]:
-    """Return, per token, whether it is a target, which stands at the place of the token before it, or has a
-    label of its own, or is in a span that is pointed at."""
+    """Return for each token whether it is a target (stored at the position before it), has its own label, or
+    is in the answer's span."""
     if "positions" in sample:  # of the first and the last token of a span
         first, last = sample["positions"].tolist()
         return [first <= place <= last for place in range(sample.length)]
@@ -222,7 +222,7 @@ def _learned(sample: Sample) -> list[bool]:
 
 
 def _label(sample: Sample, dataset: Dataset) -> Any:
-    """The names of the classes, or the number; None where the tokens are what is learned."""
+    """Return the names of the classes, or the number; None if tokens are the targets."""
     if "label" not in sample:
         return None
     label, names = sample["label"], dataset.report.labels
@@ -234,8 +234,8 @@ def _label(sample: Sample, dataset: Dataset) -> Any:
 
 
 def _pieces(ids: list[int], learned: list[bool], tokenizer: Any) -> Iterator[dict[str, Any]]:
-    """Runs of tokens that are learned or not, special or not, with their text; all of them together are the
-    text of the whole."""
+    """Yield runs of tokens, supervised or not, special or not, with their text; together they are the full
+    text."""
     special = set(tokenizer.all_special_ids) | {
         number for number, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special
     }
@@ -244,8 +244,8 @@ def _pieces(ids: list[int], learned: list[bool], tokenizer: Any) -> Iterator[dic
     for (is_learned, is_special), run in itertools.groupby(marks):
         start, end = end, end + len(list(run))
         until = _text(ids[:end], tokenizer)
-        # A run by itself would lose the space that some tokenizers write before a word, unless a character is
-        # cut in two.
+        # Decoded alone, a run would lose the space that some tokenizers put before a word; but a run may end
+        # inside a character.
         text = until[len(before) :] if until.startswith(before) else _text(ids[start:end], tokenizer)
         before = until
         yield {"text": text, "learned": is_learned, "special": is_special}

@@ -34,10 +34,10 @@ def prepare_sources(
     tokenizer: Any,
     report: ReportRows = lambda done, total: None,
 ) -> Dataset:
-    """Return what `prepare` makes of a source, or of each of several, joined.
+    """Return the prepared data of a source, or of several, joined.
 
-    Each is prepared by itself, and lies in the cache as that of a job that has it alone, where no classes of
-    several sources go together. Raises as `prepare`.
+    Each is prepared separately, and cached as in a job with that source alone, unless several sources share
+    classes. Raises as `prepare`.
     """
     if not given.sources:
         return prepare(given, role, plan, task, tokenizer, report)
@@ -48,7 +48,7 @@ def prepare_sources(
     parts = []
     for source in given.sources:
         own = of_source(task, plan, source)
-        # The classes are those of all sources, and what is to be said of them is said once.
+        # The classes are those of all sources, so remarks on them are made once.
         own.labels_given, own.remarks = own.needs_labels, []
         alone = plan.model_copy(update={"data": own.data, "task": own.name})
         parts.append(prepare(source, role, alone, own, tokenizer, report))
@@ -60,7 +60,7 @@ def prepare_sources(
 
 
 def _with_rows(task: Task, given: Sources) -> list[tuple[Task, Sources]]:
-    """Return the task with all sources; several tasks at once each with its own."""
+    """Return the task with all sources, or each task of several with its own."""
     if not task.parts:
         return [(task, given)]
     own = [(part, rows_for(given, name)) for name, part in task.parts.items()]
@@ -68,14 +68,14 @@ def _with_rows(task: Task, given: Sources) -> list[tuple[Task, Sources]]:
 
 
 def refuse_unknown(task: Task, given: Sources, plan: Plan) -> None:
-    """Raise ConfigurationError where rows have classes that the model, whose classes are known, does not."""
+    """Raise ConfigurationError if rows have classes that a model with known classes does not have."""
     for one, rows in _with_rows(task, given):
         if one.labels_given:
             one.refuse_unknown(rows_of(rows, plan, task))
 
 
 def learn_from(task: Task, train: Dataset) -> None:
-    """Give a task what it learns from all prepared training samples: several tasks each from their own."""
+    """Let a task take statistics from all prepared training samples; each of several tasks from its own."""
     for name, part in task.parts.items():
         assert isinstance(train, MixedDataset)
         part.learn_from(functools.partial(train.column, task=name))
@@ -85,10 +85,10 @@ def learn_from(task: Task, train: Dataset) -> None:
 
 @dataclass
 class MixedReport(DataReport):
-    """Say what became of the rows of several sources: their sums, and each."""
+    """The reports on several sources, and their sums."""
 
     by_source: list[dict[str, Any]] = field(default_factory=list)
-    """Of each source: its alias, its counts, and how many of its samples an epoch has."""
+    """For each source: its alias, its counts, and the number of its samples in an epoch."""
 
     @classmethod
     def of(
@@ -121,23 +121,23 @@ class MixedReport(DataReport):
 
 
 class MixedDataset(Dataset):
-    """The items of several sources, one source's after another's.
+    """The items of several sources, one source after another.
 
-    The rows of a source are numbered behind those of the sources before it, so that every sample's draws, and
-    its number in an evaluation, are its own.
+    Row numbers continue from source to source, so that every sample has its own draws, and its own number in
+    an evaluation.
     """
 
     def __init__(
         self, parts: Sequence[Dataset], given: Sources, counts: Sequence[int], remarks: list[str], task: Task
     ) -> None:
-        """`counts`: how many items of each an epoch has."""
+        """Join the parts. `counts`: the number of each part's items in an epoch."""
         self.parts, self.aliases, self.counts = tuple(parts), given.aliases, tuple(counts)
         self.report: MixedReport = MixedReport.of(
             [one.report for one in parts], self.aliases, counts, remarks
         )
         self._task = task
         self.tasks = tuple(getattr(source, "task", None) for source in given.parts)
-        """Of each source the one of several tasks whose rows it has."""
+        """The task of each source, in a multi-task job."""
         self.directory = parts[0].directory
         self.held = None
         self.padding_free = parts[0].padding_free
@@ -172,16 +172,16 @@ class MixedDataset(Dataset):
         return np.searchsorted(self._first_rows, ids, side="right") - 1
 
     def num_supervised_by_source(self, indices: np.ndarray) -> np.ndarray:
-        """Return the supervised tokens (of a classification task: samples) of each source among these items,
-        int64 [sources]."""
+        """Return the supervised tokens (classification: samples) of each source among these items, int64
+        [sources]."""
         owners = np.searchsorted(self._begins, indices, side="right") - 1
         counts = np.zeros(len(self.parts), dtype=np.int64)
         np.add.at(counts, owners, self._item_supervised[indices])
         return counts
 
     def column(self, name: str, task: str | None = None) -> np.ndarray | None:
-        """Return one column of all samples, end to end, or of those of one of several tasks; None where
-        samples have no such column."""
+        """Return one column of all samples, concatenated, or of one task's samples; None if samples have no
+        such column."""
         chosen = [one for one, own in zip(self.parts, self.tasks, strict=True) if task in (None, own)]
         columns = [one.column(name) for one in chosen]
         there = [one for one in columns if one is not None]
@@ -205,7 +205,7 @@ class MixedDataset(Dataset):
 
 
 def order_of(dataset: Dataset, seed: int) -> Order:
-    """Return the order in which a training set is gone through."""
+    """Return the training order of a data set."""
     if isinstance(dataset, MixedDataset) and (len(dataset.parts) > 1 or dataset.counts != dataset.sizes):
         return MixedOrder(seed, dataset.sizes, dataset.counts)
     return Order(seed, dataset.num_items, shuffle=True)

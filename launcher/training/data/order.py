@@ -1,8 +1,8 @@
 """The order of the data: a function of seed and epoch, O(1) per look-up.
 
 Each epoch is a keyed permutation of the items: a Feistel network over the next power of two, walked until it
-falls below the number of items. The mixer is plain 64-bit integer arithmetic, so that no library's version
-changes an order.
+falls below the number of items. The mixer is plain 64-bit integer arithmetic, so that the order does not
+depend on a library's version.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def mix(values: np.ndarray) -> np.ndarray:
 
 
 def permute(values: np.ndarray, keys: np.ndarray, num_items: int) -> np.ndarray:
-    """Return a permutation of 0..num_items-1 for each key, applied to `values`; uint64 arrays of one shape."""
+    """Return a permutation of 0..num_items-1 for each key, applied to `values`; uint64 arrays of one
+    shape."""
     bits = max(4, (num_items - 1).bit_length())
     low_bits = np.uint64(bits // 2)
     low_mask = np.uint64((1 << (bits // 2)) - 1)
@@ -46,7 +47,7 @@ def permute(values: np.ndarray, keys: np.ndarray, num_items: int) -> np.ndarray:
 
 
 class Order:
-    """Say which item stands at each position of an endless sequence of epochs.
+    """The item at each position of an endless sequence of epochs.
 
     A position counts items over all epochs and all ranks; nothing depends on the number of ranks.
     """
@@ -81,14 +82,14 @@ class Order:
 
 
 class MixedOrder(Order):
-    """The order of items of several sources, one source's after another's, in shares.
+    """The order of items of several sources, mixed in shares; items are numbered source after source.
 
-    An epoch has so many items of each source, in an order of its own over all of them. Each source goes through
-    its items in an endless order of its own: every one comes before any comes again, over epochs too.
+    An epoch has a fixed number of items from each source, shuffled together. Each source has its own endless
+    order, in which every item comes once before any repeats, also across epochs.
     """
 
     def __init__(self, seed: int, sizes: Sequence[int], counts: Sequence[int]) -> None:
-        """`sizes`: the items of each source; `counts`: those of an epoch."""
+        """Mix sources. `sizes`: the number of items of each; `counts`: of those, the number in an epoch."""
         super().__init__(seed, sum(sizes))
         self.counts = np.array(counts, dtype=np.int64)
         self._epoch = Order(seed, int(self.counts.sum()))
@@ -117,7 +118,7 @@ class Stretch(Order):
     """A part of the items, in their order: those of one source."""
 
     def __init__(self, num_items: int, begin: int) -> None:
-        """`num_items` are all that there are; `begin` is the part's first."""
+        """Take the items from `begin` on; `num_items` is the number of all items."""
         super().__init__(0, num_items, shuffle=False)
         self.begin = begin
 
@@ -127,6 +128,5 @@ class Stretch(Order):
 
 
 def seed_of(seed: int, number: int) -> int:
-    """Return the seed of the own order of one source, or window, of several: equal sizes are not to have equal
-    orders."""
+    """Return the seed of one source's or window's own order, so that equal sizes do not have equal orders."""
     return int(mix(np.array([seed % 2**64], dtype=np.uint64) + np.uint64(number + 1))[0])

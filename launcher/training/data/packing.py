@@ -1,8 +1,8 @@
-"""Pack several samples into one row of fixed capacity, longest first.
+"""Packing of several samples into one row of fixed capacity, longest first.
 
-Samples of equal length are interchangeable, so a pack is a list of lengths, and is repeated as often as the
-lengths last: the work grows with the number of different lengths, not of samples. The result follows from the
-lengths alone.
+Samples of equal length are interchangeable. So a pack is a list of lengths, repeated while such lengths
+remain: the work grows with the number of different lengths, not of samples. The result depends only on the
+lengths.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 CLOSING_ROOM = 4096
-"""Tokens of room from which a search for two samples that fill it exactly begins; earlier it costs time and
-gains nothing."""
+"""The remaining tokens below which two samples that fill a pack exactly are searched; earlier it costs time
+and gains nothing."""
 
 
 class Packs(NamedTuple):
@@ -51,7 +51,7 @@ def pack(lengths: np.ndarray, capacity: int) -> Packs:
 
 
 def _assign(lengths: np.ndarray, capacity: int, close_with_two: bool) -> tuple[np.ndarray, int]:
-    """The pack of each sample, int64 [num_samples], and the number of packs."""
+    """Return the pack of each sample, int64 [num_samples], and the number of packs."""
     left = np.bincount(lengths, minlength=capacity + 1)
     by_length = np.argsort(lengths, kind="stable")
     taken = np.cumsum(left) - left
@@ -73,8 +73,8 @@ def _assign(lengths: np.ndarray, capacity: int, close_with_two: bool) -> tuple[n
 
 
 def _one_pack(left: np.ndarray, capacity: int, close_with_two: bool) -> Counter[int]:
-    """Lengths of one pack: the longest left; then what closes it exactly, where asked; else the longest that
-    fits, and so on."""
+    """Return the lengths of one pack: the longest left, then one or two that close it exactly (if
+    `close_with_two`), else the longest that fits, and so on."""
     left = left.copy()
     present = np.flatnonzero(left)
     chosen: Counter[int] = Counter()
@@ -96,8 +96,7 @@ def _one_pack(left: np.ndarray, capacity: int, close_with_two: bool) -> Counter[
 
 
 def _exact(left: np.ndarray, room: int) -> tuple[int, ...]:
-    """The length, or two, that fill `room` to the last token; the most unequal two. Empty where there are
-    none."""
+    """Return the one length, or the most unequal two, that fill `room` exactly; empty if there are none."""
     if left[room]:
         return (room,)
     shorter = np.flatnonzero(left[: room // 2 + 1])
@@ -118,7 +117,7 @@ def _in_order(packs: np.ndarray, num_packs: int) -> Packs:
 
 
 def one_each(num_samples: int) -> Packs:
-    """Return no packing: every sample is an item of its own."""
+    """Return packs of one sample each."""
     return Packs(np.arange(num_samples + 1, dtype=np.int64), np.arange(num_samples, dtype=np.int64))
 
 

@@ -1,4 +1,4 @@
-"""Prepare a data set once, cached by content, in one process of a machine."""
+"""Preparation of a data set: once per machine, in one process, cached by content."""
 
 from __future__ import annotations
 
@@ -39,12 +39,13 @@ def prepare(
     tokenizer: Any,
     report: ReportRows = lambda done, total: None,
 ) -> Dataset:
-    """Read, tokenise and pack a source, or map what an earlier call with equal contents and settings made.
+    """Read, tokenise and pack a source, or map the result of an earlier call with equal contents and
+    settings.
 
-    `report(done, total)` is called with rows now and then, and with (0, 0) while another process does the
-    work; what it raises ends the preparation and leaves nothing behind. Sets `task.labels`. Raises DataError
-    for data that cannot be used, ConfigurationError for a tokenizer that cannot serve the task, StorageError
-    where the cache cannot be written. What is given is held in the cache for as long as it lives.
+    `report(done, total)` is called from time to time with rows, and with (0, 0) while another process does
+    the work; an exception from it ends the preparation and leaves nothing behind. Sets `task.labels`. Raises
+    DataError for unusable data, ConfigurationError for a tokenizer that the task cannot use, StorageError if
+    the cache cannot be written. The result is held in the cache while the data set exists.
     """
     task.prepare(tokenizer)
     rows = open_source(source, task.columns)
@@ -55,7 +56,7 @@ def prepare(
     held = cache.hold(directory)
     dataset = _open(directory)
     if dataset is None:
-        cache.bound()  # a variable that is no size is said before the work, not after it
+        cache.bound()  # an environment variable that is no size fails before the work, not after it
         with _locked(root, directory.name, report):
             dataset = _open(directory)
             if dataset is None:
@@ -66,7 +67,7 @@ def prepare(
     dataset.held = held
     if dataset.report.labels is not None:
         task.labels = dataset.report.labels
-    # The same contents may lie elsewhere by now: say where they were found this time.
+    # Equal contents may have moved: report where they are now.
     moved = {old["path"]: new.path for old, new in zip(dataset.report.files, rows.files, strict=False)}
     dataset.report.examples = [
         {**one, "file": moved.get(one["file"], one["file"])} for one in dataset.report.examples
@@ -77,7 +78,7 @@ def prepare(
 
 
 def refuse_mostly_dropped(report: DataReport, plan: Plan) -> None:
-    """Raise DataError where more than half of the rows are dropped and the job does not say that they may be."""
+    """Raise DataError if more than half of the rows are dropped and the job does not allow it."""
     if plan.data.unusable == "drop" or 2 * report.num_dropped <= report.rows_read:
         return
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in report.dropped.items())
@@ -105,8 +106,7 @@ def _open(directory: Path) -> Dataset | None:
 
 @contextlib.contextmanager
 def _locked(root: Path, name: str, report: ReportRows) -> Iterator[None]:
-    """Hold the one right of this machine to prepare `name`, saying now and then that this process still waits
-    for it."""
+    """Hold this machine's lock for preparing `name`; report from time to time while waiting for it."""
     import filelock
 
     try:
@@ -140,7 +140,7 @@ def _storage_error(root: Path, error: OSError) -> StorageError:
 
 
 def _build(directory: Path, rows: Rows, role: Role, plan: Plan, using: tuple[Task, Any, ReportRows]) -> None:
-    """Make the directory whole under another name, and rename it."""
+    """Write the complete directory under another name, and rename it."""
     root = directory.parent
     temporary: Path | None = None
     try:
@@ -188,11 +188,11 @@ def write_samples(
     moved: Callable[[int], None] = lambda rows_read: None,
     check: Callable[[], None] = lambda: None,
 ) -> bool:
-    """Write the samples of some rows, packed where the task packs, and complete the report on them. Return
-    whether there is any.
+    """Write the samples of some rows, packed if the task packs, and complete the report. Return whether there
+    are any.
 
-    `moved` is called with the rows that were read so far, `check` once all were. Raises DataError for a row that
-    the job refuses.
+    `moved` is called with the number of rows read so far, `check` once all are read. Raises DataError for a
+    row that the job refuses.
     """
     began = time.monotonic()
     writer = Writer(directory)
@@ -212,9 +212,8 @@ def write_samples(
     report.fill = report.num_tokens / (report.num_items * plan.data.max_length) if task.packs else None
     report.seconds = round(time.monotonic() - began, 3)
     files = {path.name: file_digest(path) for path in sorted(directory.iterdir())}
-    # Without what later formats added to the same samples, so that those of an older format are known as the
-    # same; without the texts that answers are compared with, which may be asked for in a later attempt; and
-    # without the places of files, of whose contents there is a hash.
+    # The hash leaves out what later formats added, so that equal samples in an older format have the same
+    # hash; references, which a later attempt may add; and paths of files, whose contents are hashed.
     added = (f"{HASHES}.npy", "sample_lengths.npy", "sample_windows.npy")
     digests = {
         name: digest
@@ -269,8 +268,8 @@ def _where(source: Source) -> str:
 
 
 def _shown(report: DataReport) -> str:
-    """Return how many rows were left out for each reason, and the first of each: in one line, as a failure is
-    kept and shown."""
+    """Return how many rows were left out for each reason, and the first of each, in one line for the
+    failure's message."""
     firsts = {example["reason"]: example for example in reversed(report.examples)}
     parts = [
         f"{count:,} {reason}, the first at {prepared.place(firsts[reason])}"

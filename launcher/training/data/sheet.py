@@ -1,4 +1,4 @@
-"""Draw what a model will see or hear, sample by sample, on one sheet: images, and sounds as spectrograms."""
+"""A sheet with a model's inputs, sample by sample: images, and sounds as spectrograms."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from launcher.training.data.mixed import order_of
 from launcher.training.inputs import TrainingInputs
 
 _EDGE, _GAP, _SIZE = 192, 12, 13
-"""Pixels: the longer edge of a picture, what is between two, the height of letters."""
+"""Sizes in pixels: the longer edge of a picture, the gap between two, the height of letters."""
 _MOST_LINES = 3
-"""Of the text under a picture."""
+"""The most lines of text under a picture."""
 
 
 def write_sheet(path: Path, dataset: Dataset, material: TrainingInputs, plan: Plan, number: int) -> int:
-    """Write a PNG of a data set's first samples, and return how many there are on it: of training rows those of
-    the first steps, altered as they will be there; of held-out rows as they stand.
+    """Write a PNG of a data set's first samples, and return their number. Training samples are those of the
+    first steps, with their augmentations; held-out ones are unchanged.
 
-    Raises ConfigurationError where Pillow is not installed, StorageError where the file cannot be written.
+    Raises ConfigurationError if Pillow is not installed, StorageError if the file cannot be written.
     """
     try:
         import PIL  # noqa: F401
@@ -75,10 +75,10 @@ def _as_they_stand(dataset: Dataset) -> Iterator[tuple[Sample, Draws | None]]:
 
 
 def sheet_of(pictures: Sequence[Drawn], heading: str, keeps_shape: bool) -> Any:
-    """Return an image of Pillow with pictures in rows, a text under each.
+    """Return a Pillow image with pictures in rows, a text under each.
 
-    Pictures are enlarged alike, so that their sizes can be compared; without `keeps_shape` height and width
-    each by a factor of its own, as those of spectrograms.
+    All pictures are scaled by the same factor, so that sizes can be compared. Without `keeps_shape`
+    (spectrograms) height and width have separate factors.
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -103,7 +103,7 @@ def sheet_of(pictures: Sequence[Drawn], heading: str, keeps_shape: bool) -> Any:
     for number, (one, text) in enumerate(zip(pictures, texts, strict=True)):
         left, upper = _GAP + number % columns * (_EDGE + _GAP), top + number // columns * height
         size = max(1, round(one.picture.shape[1] * across)), max(1, round(one.picture.shape[0] * down))
-        # Pixels are shown as such: nothing of a small image is smoothed over.
+        # Pixels stay visible: a small image is not smoothed.
         resample = Image.Resampling.NEAREST if min(down, across) >= 1 else Image.Resampling.BILINEAR
         sheet.paste(Image.fromarray(one.picture).resize(size, resample), (left, upper))
         below = upper + round(tallest * down) + 2
@@ -113,7 +113,7 @@ def sheet_of(pictures: Sequence[Drawn], heading: str, keeps_shape: bool) -> Any:
 
 
 def _lines(text: str, font: Any) -> list[str]:
-    """Return a text in lines that fit under a picture, cut off behind the last that there is room for."""
+    """Return a text in lines that fit under a picture, cut after the last line with room."""
     lines: list[str] = []
     rest = " ".join(text.split())
     while rest and len(lines) < _MOST_LINES:

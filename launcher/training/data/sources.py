@@ -1,4 +1,4 @@
-"""Where rows come from: local files or a data set on the hub, with hashes of their contents."""
+"""Sources of rows: local files or a data set on the hub, with hashes of their contents."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BLOCK = 1 << 20
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file as it was when it was hashed."""
+    """A file at the time of hashing."""
 
     path: str
     bytes: int
@@ -51,15 +51,15 @@ class Rows:
 
     source: Source
     columns: tuple[str, ...]
-    """The columns the task asks for."""
+    """The columns that the task needs."""
     files: tuple[SourceFile, ...]
-    """Where the source has `targets`, each is followed by its partner."""
+    """If the source has `targets`, each is followed by its partner."""
     digest: str
-    """Of the contents of the files, in their order."""
+    """A hash of the files' contents, in order."""
     num_rows_expected: int
-    """For a progress bar; exact for most formats, and an estimate where a row may span lines."""
+    """For a progress bar: exact for most formats, an estimate if a row may span lines."""
     otherwise: str | None = None
-    """The ending whose format files have that end in none."""
+    """The format, as a file ending, of files whose names end in none."""
 
     def __iter__(self) -> Iterator[Row]:
         for number, (line, file, values) in enumerate(islice(self._read(), self.source.limit)):
@@ -67,10 +67,10 @@ class Rows:
 
     @functools.cached_property
     def stamp(self) -> str:
-        """Return a hash of where the files lie that rows name, how large they are, and when they were written;
-        empty where rows name none.
+        """Return a hash of the paths, sizes and times of files that rows name; empty if rows name none.
 
-        Not of what is in them: each sample keeps a hash of its file, and who reads it compares.
+        It does not cover their contents: each sample keeps a hash of its file, which is compared when it is
+        read.
         """
         names = [column for column in self.columns if isinstance(column, PlacedColumn)]
         if not names:
@@ -102,9 +102,9 @@ class Rows:
 
 
 def open_source(source: Source, columns: Sequence[str], otherwise: str | None = None) -> Rows:
-    """Find and hash a source. Files whose names end in no format are read as those that end in `otherwise`.
+    """Find and hash a source. Files whose names end in no known format are read in the format of `otherwise`.
 
-    Raises DataError where there is no such file, no reader for it, or a line without a partner.
+    Raises DataError for a missing file, a file without a reader, or a line without a partner.
     """
     if source.path is None:
         return _open_hub(source, tuple(columns))
@@ -118,15 +118,14 @@ def open_source(source: Source, columns: Sequence[str], otherwise: str | None = 
 
 
 def of_source(task: Task, plan: Plan, source: Source) -> Task:
-    """Return the task as it reads one of several sources, not yet prepared; of several tasks at once the
-    source's own."""
+    """Return the unprepared task for one of several sources; in a multi-task job, the source's own task."""
     own = copy.copy(task.parts.get(str(getattr(source, "task", None)), task))
     own.data = data_of(plan.task, plan.data, source)
     return own
 
 
 def rows_of(given: Sources, plan: Plan, task: Task) -> Iterator[Row]:
-    """Yield the rows of one source after another, with the columns of `task`, numbered through. Raises as
+    """Yield the rows of all sources in turn, with the columns of `task`, numbered consecutively. Raises as
     `open_source`."""
     if not given.sources:
         yield from open_source(given, task.columns)
@@ -157,9 +156,9 @@ def _num_rows(path: Path, file: SourceFile, otherwise: str | None) -> int:
 
 
 def hash_file(path: Path) -> SourceFile:
-    """Hash every MiB of a file and count its lines; of a folder the names and sizes of its files.
+    """Hash every MiB of a file and count its lines; for a folder, hash the names and sizes of its files.
 
-    Raises DataError where it cannot be read.
+    Raises DataError if it cannot be read.
     """
     if path.is_dir():
         return _hash_folder(path)
@@ -202,10 +201,10 @@ def _open_hub(source: Source, columns: tuple[str, ...]) -> Rows:
 
 
 def refuse_change(record: Path, report: DataReport) -> None:
-    """Hold a run to the data it began with: write what it is to `record`, or compare with what stands there.
+    """Compare a run's data with `record`, or write the record if there is none.
 
-    Raises DataError naming the file that changed since and the first byte range that differs; or saying that
-    equal files now give other samples, as another version of the tokenizer or of launcher may.
+    Raises DataError naming the changed file and the first byte range that differs, or reporting that equal
+    files now give other samples, for example with another version of the tokenizer or of launcher.
     """
     now = {"source_hash": report.source_hash, "samples_hash": report.samples_hash, "files": report.files}
     if not record.exists():
@@ -233,7 +232,7 @@ def _change(before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> 
 
 
 def difference(old: dict[str, Any], new: dict[str, Any], when: str) -> str:
-    """Return in words how a file, as `SourceFile.to_dict` has it, differs from what it was, and where first."""
+    """Return in words how a file (from `SourceFile.to_dict`) has changed, and where first."""
     pairs = zip(old["blocks"], new["blocks"], strict=False)
     block = next(
         (number for number, (a, b) in enumerate(pairs) if a != b), min(len(old["blocks"]), len(new["blocks"]))

@@ -1,4 +1,4 @@
-"""How the samples of prepared data are spread: their lengths, their classes."""
+"""The distribution of prepared samples: their lengths, their classes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from launcher.training.data.dataset import Dataset
 
 _BINS = 12
 _ROUND = (1, 2, 5)
-"""Times a power of ten: how wide a bin may be."""
+"""The allowed widths of a bin, times a power of ten."""
 _MOST_LENGTHS = 1_000_000
-"""Of more samples every so many-th is looked at: their shares stay the same."""
+"""The most samples to look at: of more, every n-th is taken, which keeps the shares."""
 _MOST_CLASSES = 100
-"""The most frequent ones, in an event."""
+"""The most classes in an event, the most frequent first."""
 
 
 def shape(dataset: Dataset) -> dict[str, Any]:
@@ -30,11 +30,11 @@ def shape(dataset: Dataset) -> dict[str, Any]:
 
 
 def spread(values: np.ndarray) -> dict[str, Any]:
-    """Return the least, median, mean and greatest of numbers, and how many are in each of at most 12 bins of
-    equal, round width.
+    """Return the minimum, median, mean and maximum of numbers, and a histogram of at most 12 bins of equal,
+    round width.
 
-    A bin is [low, high, count], and holds what is from `low` up to but not `high`; where all are whole
-    numbers, so are its ends.
+    A bin is [low, high, count], from `low` up to but not including `high`; if all numbers are whole, so are
+    its ends.
     """
     low, high = float(values.min()), float(values.max())
     whole = np.issubdtype(values.dtype, np.integer)
@@ -56,8 +56,8 @@ def spread(values: np.ndarray) -> dict[str, Any]:
 
 
 def balance(dataset: Dataset) -> dict[str, Any] | None:
-    """Return how many samples have each class, in the order of the classes; of a regression how the numbers
-    are spread."""
+    """Return the number of samples of each class, in the order of the classes; for a regression the spread of
+    the numbers."""
     flat = dataset.column("label")
     if flat is None:
         return None

@@ -1,8 +1,8 @@
 """Streamed rows as an endless list of items, window after window.
 
-The list is the items of one window after another, each window in an order of its own. So it is a function of
-seed and files, and a position in it is a window and a number in it. A checkpoint has where the window begins: no
-more than that one is made again by who goes on from there, on any number of ranks.
+The list is the items of one window after another, each window in its own order. So it depends only on seed
+and files, and a position in it is a window and a number in that window. A checkpoint stores where the window
+begins: a resume makes only that window again, on any number of ranks.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ from launcher.training.data.windows import Maker, Start, Window, Worker
 
 _LOOKS_SECONDS = 0.005
 _MOST_FILES = 100
-"""That an event names."""
+"""The most files that an event names."""
 _FEWEST_JUDGED = 1000
-"""Rows: of fewer, some bad ones at a file's beginning would be more than half."""
+"""The fewest rows to judge by: of fewer, a few bad ones at a file's beginning could be more than half."""
 _COUNTED = ("rows_read", "rows_used", "num_cut", "num_items", "num_tokens", "num_supervised")
 
 
 class Position(NamedTuple):
-    """Say how far a run is: so many items of a window are taken."""
+    """A run's position: the number of items already taken from a window."""
 
     window: int = 0
     item: int = 0
@@ -58,33 +58,33 @@ class Position(NamedTuple):
 
 @dataclass
 class Stream:
-    """Hold the windows of a run's rows. `open()` begins to make them."""
+    """The windows of a run's rows. `open()` starts making them."""
 
     maker: Maker
     worker: Worker
     leads: bool
-    """Whether this rank removes what all ranks of the node have behind them."""
+    """Whether this rank removes windows that all ranks of the node have finished."""
     entry: Path
-    """The entry of the cache that stands for the windows."""
+    """The cache entry of the windows."""
     held: cache.Hold
-    """What keeps others from removing them."""
+    """The hold that keeps others from removing them."""
     start: Start = field(default_factory=Start)
-    """Where windows began to be made."""
+    """The first window that was made."""
     check: Callable[[Dataset], None] = lambda dataset: None
-    """Raises where samples do not go with the model."""
+    """A check that raises if samples do not suit the model."""
     files_hash: str = ""
-    """Of the sizes and the ends of the files, where this rank leads."""
+    """A hash of the files' sizes and ends, if this rank leads."""
     refuses: bool = False
-    """Whether rows of which most are dropped are refused, as `judge` does."""
+    """Whether `judge` refuses rows of which most are dropped."""
     wanted_hash: str = ""
-    """Of the samples of the first window, as a checkpoint has it."""
+    """The hash of the first window's samples in the checkpoint."""
     _windows: dict[int, Window] = field(default_factory=dict)
     _before: dict[int, DataReport] = field(default_factory=dict)
-    """What became of all rows before a window."""
+    """The report on all rows before a window, by its number."""
 
     @classmethod
     def open(cls, run: RunDirectory, plan: Plan, task: Task, tokenizer: Any) -> Stream:
-        """Find the files, and begin where the newest checkpoint stands. Raises DataError without files."""
+        """Find the files, and start at the newest checkpoint's position. Raises DataError without files."""
         source = plan.data.train
         assert source.path is not None
         task.prepare(tokenizer)
@@ -96,24 +96,24 @@ class Stream:
         name = xxhash.xxh3_128_hexdigest(json.dumps(_who(run)).encode())
         leads = os.environ.get("LOCAL_RANK", "0") == "0"
         if leads:
-            cache.keep_bounded()  # what a killed attempt left
+            cache.keep_bounded()  # files of a killed attempt
         entry = cache_root() / name
-        # What is found out of the model later, such as another layout, changes no window.
+        # Later findings about the model, such as another layout, do not change windows.
         maker = Maker(files, plan, copy.copy(task), tokenizer, cache_root() / f".{name}-windows")
         num_ranks = min(plan.mesh.ranks_per_node, int(os.environ.get("WORLD_SIZE", "1")))
         worker = Worker(maker, int(os.environ.get("LOCAL_RANK", "0")), num_ranks)
         stream = cls(maker, worker, leads, entry, cache.hold(entry))
-        if leads:  # one rank of a node, as files may be many, and each node may have copies of its own
+        if leads:  # one rank per node: there may be many files, and each node may have its own copies
             record, writes = run.path / "data-train.json", os.environ.get("RANK", "0") == "0"
             stream.files_hash = refuse_change(record, files.stamps, source.path, writes=writes)
         try:
             stream.begin(_newest(run))
-        except (KeyError, TypeError, ValueError):  # whoever goes on from that checkpoint says so
+        except (KeyError, TypeError, ValueError):  # reported when the checkpoint is resumed
             stream.begin(None)
         return stream
 
     def begin(self, position: dict[str, Any] | None) -> Position:
-        """Go to what `position` returned, or to the beginning; return where that is.
+        """Go to a position from `position`, or to the beginning; return it.
 
         Raises KeyError, TypeError or ValueError for anything else.
         """
@@ -135,10 +135,10 @@ class Stream:
         return DataReport("train", "", unit=task.traits.unit, files=named, cache=str(self.maker.root))
 
     def window(self, number: int) -> Window:
-        """Return a window, once it is made; they are asked for one after another.
+        """Return a window once it is made; windows are requested in order.
 
-        Raises DataError for rows or files that cannot be used, or that are not what they were; and what went
-        wrong in the process that makes this rank's share. Raises StorageError for a window that is damaged.
+        Raises DataError for unusable or changed rows or files, StorageError for a damaged window, and any
+        error of the process that makes this rank's share.
         """
         if number not in self._windows:
             path = self.maker.path(number)
@@ -152,8 +152,8 @@ class Stream:
         return self._windows[number]
 
     def _wait_for(self, path: Path) -> None:
-        """Wait for a window, and say how far this rank's process is."""
-        # No stop is heeded here: other ranks may have gone on into the step, and would wait for this one.
+        """Wait for a window, and report the progress of this rank's process."""
+        # Stop requests are ignored here: other ranks may already be in the step, and would wait for this one.
         num_rows, seen = self.maker.plan.data.shuffle_window, self.worker.progress
         with here.during("preparing", total=num_rows, detail=str(path)):
             while not path.exists():
@@ -166,7 +166,7 @@ class Stream:
     def compare_ranks(self) -> None:
         """Compare the files of each node, and the samples of the first window, with those of the first rank.
 
-        Called by all ranks together. Raises DataError where a node has others.
+        Called by all ranks together. Raises DataError if a node's differ.
         """
         first = self.first()
         own = (os.uname().nodename, self.files_hash, first.start, first.report.samples_hash)
@@ -183,14 +183,13 @@ class Stream:
                 raise DataError(f"{reason}; give all nodes the same, as by a file system that they share")
 
     def judge(self, window: Window) -> None:
-        """Raise DataError where most of the rows that were read up to the end of this window are dropped: of
-        1,000 at least, unless an epoch ends there."""
+        """Raise DataError if most rows up to the end of this window were dropped; judged from 1,000 rows on,
+        or at the end of an epoch."""
         if window.end.epoch > window.start.cursor.epoch or self.report.rows_read >= _FEWEST_JUDGED:
             refuse_mostly_dropped(self.report, self.maker.plan)
 
     def _take(self, window: Window) -> None:
-        """Count the rows of a window. Raises DataError where it is not what it was, or where too few rows can be
-        used."""
+        """Count the rows of a window. Raises DataError if it has changed, or if too few rows are usable."""
         number, report = window.start.number, window.report
         if number == self.start.number and self.wanted_hash not in ("", report.samples_hash):
             raise DataError(
@@ -234,15 +233,15 @@ class Stream:
 
     @property
     def report(self) -> DataReport:
-        """Return what became of the rows that were read so far, in this attempt and those before it."""
+        """Return the report on all rows read so far, in this attempt and earlier ones."""
         return self._before[max(self._before)]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return `report` as an event has it."""
+        """Return `report` for an event."""
         return self.report.to_dict() | {"streaming": True}
 
     def position(self, at: Position) -> dict[str, Any]:
-        """Return a position as a checkpoint has it."""
+        """Return a position for a checkpoint."""
         window = self._windows.get(at.window)
         if window is not None and at.item == window.num_items:
             at, cursor, window = Position(at.window + 1), window.end, self._windows.get(at.window + 1)
@@ -261,15 +260,15 @@ class Stream:
         }
 
     def release(self, before: int) -> None:
-        """Forget the windows before one, which all ranks have behind them; remove them where this rank leads."""
+        """Forget the windows before one, which all ranks have finished; remove them if this rank leads."""
         for number in [number for number in self._windows if number < before]:
             del self._windows[number], self._before[number]
             if self.leads:
                 shutil.rmtree(self.maker.path(number), ignore_errors=True)
 
     def close(self, meet: Callable[[], None] = lambda: None) -> None:
-        """End the process, and remove all windows where this rank leads: after `meet`, in which the ranks wait
-        until all have ended theirs."""
+        """End the process, then `meet` the other ranks, so that all have ended theirs. Then remove all
+        windows if this rank leads."""
         self.worker.end()
         meet()
         self.held.release()
@@ -279,15 +278,15 @@ class Stream:
 
 
 def _who(run: RunDirectory) -> list[Any]:
-    """Return what the ranks of one attempt on one node have in common, and no others."""
+    """Return an identity that the ranks of one attempt on one node share with no others."""
     agent = os.getppid()
     node = (os.uname().nodename, os.environ.get("GROUP_RANK", "0"))
     return [str(run.path), *node, agent, started_ticks(agent)]
 
 
 def _newest(run: RunDirectory) -> dict[str, Any] | None:
-    """Return the position that the newest checkpoint has, where it can be read. Most likely the run goes on from
-    there; whether the checkpoint is whole shows later."""
+    """Return the newest checkpoint's position, if it can be read. The run most likely resumes there; whether
+    the checkpoint is complete is checked later."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         if (newest := newest_checkpoint(run)) is not None:
             position: dict[str, Any] = read_json(newest / MANIFEST_NAME)["progress"]["extra"]["stream"]

@@ -1,4 +1,4 @@
-"""The global batches of a stream, one after another; and which batches a run has, stored or streamed."""
+"""The global batches of a stream, in order, and the choice between stored and streamed batches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from launcher.training.data.stream import Position, Stream
 
 
 class StreamBatches:
-    """Give the global batches of a stream, one after another, and the position of each."""
+    """The global batches of a stream, in order, and the position of each."""
 
     items_per_epoch = None
 
@@ -27,12 +27,12 @@ class StreamBatches:
         self.num_steps = int(plan.length.value)
         self._seed = plan.training.seed
         self._positions: dict[int, Position] = {}
-        """Of the last step that was taken, and of the one behind it."""
+        """The positions of the last step and of the next one."""
 
     def go_to(self, step: int, position: dict[str, Any] | None, checkpoint: str) -> None:
-        """Go on at a step, from the position that a checkpoint has of it; from the beginning where it has none.
+        """Resume at a step, from a checkpoint's position, or from the beginning without one.
 
-        Raises CheckpointError where it is no position.
+        Raises CheckpointError if it is no position.
         """
         try:
             self._positions = {step: self.stream.begin(position)}
@@ -43,27 +43,27 @@ class StreamBatches:
             ) from None
 
     def position(self, step: int) -> dict[str, Any]:
-        """Return where a step begins that was taken last, or the one behind it."""
+        """Return the position of the last step or of the next one."""
         return self.stream.position(self._positions[step])
 
     @property
     def directory(self) -> Path:
-        """Return where the window lies that is in use, or comes next."""
+        """Return the directory of the window that is in use, or next."""
         return self.stream.maker.path(self._positions[max(self._positions)].window)
 
     def close(self, meet: Callable[[], None]) -> None:
-        """End what reads ahead, and leave nothing of it; `meet` has all ranks wait for each other."""
+        """End the reading ahead, and remove its windows; all ranks wait for each other in `meet`."""
         self.stream.close(meet)
 
     def step(self, step: int) -> StepBatch:
-        """Return everything that this rank needs at a step: the one that was taken last, or the one behind it.
+        """Return everything that this rank needs at a step, which is the last one again or the next one.
 
         Raises IndexError for any other, and as `Stream.window`.
         """
         if step not in self._positions:
             raise IndexError(f"step {step}: a stream is at {sorted(self._positions)}")
         number, item = self._positions[step]
-        # The exchange of the step before is over: all ranks have taken its samples.
+        # The collectives of the last step are over, so all ranks have its samples.
         self.stream.release(number)
         parts: list[tuple[Dataset, np.ndarray]] = []
         left = self.batch.global_batch_size
@@ -84,7 +84,7 @@ class StreamBatches:
 def batches_of(
     train: Dataset, stream: Stream | None, plan: Plan, data_rank: int, mixes: bool = False
 ) -> Batches | StreamBatches:
-    """Return the global batches of a run, of which this rank takes its share; `mixes`: with partners."""
+    """Return the global batches of a run, for this rank's share; `mixes`: with partners."""
     if stream is not None:
         return StreamBatches(stream, plan, data_rank)
     order = order_of(train, plan.training.seed)

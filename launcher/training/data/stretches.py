@@ -1,4 +1,4 @@
-"""Rows as they come in: a stretch at a time, encoded by the ranks in shares, in passes of like lengths."""
+"""Consecutive stretches of rows, encoded by the ranks in shares, with passes grouped by length."""
 
 from __future__ import annotations
 
@@ -13,23 +13,22 @@ from launcher.training.data.sources import Rows
 
 
 def stretches(rows: Rows, skip: int, size: int) -> Iterator[list[Row]]:
-    """Yield the rows behind the first `skip`, in order, so many at a time."""
+    """Yield the rows after the first `skip`, in order, `size` at a time."""
     source = islice(rows, skip, None)
     return iter(lambda: list(islice(source, size)), [])
 
 
 class Share:
-    """One rank's rows of a stretch: every one whose place there is `rank` plus a multiple of the number of
-    ranks."""
+    """One rank's rows of a stretch: those whose index is `rank` plus a multiple of the number of ranks."""
 
     def __init__(self, rows: Sequence[Row], task: Task, tokenizer: Any) -> None:
         self.rows = rows
         self.problems: dict[int, RowProblem] = {}
         """Why a row cannot be used, by its id."""
         self.cut: set[int] = set()
-        """The ids of the rows of which something was left out, as by max_length."""
+        """The ids of rows that were cut, for example to max_length."""
         self.samples: list[Sample] = []
-        """The samples of all rows, the longest first: one that is too large for memory is met at once."""
+        """The samples of all rows, the longest first, so that one too large for memory fails at once."""
         values = [row.values for row in rows if not isinstance(row.values, RowProblem)]
         encoded = iter(task.encode(values, tokenizer))
         for row in rows:
@@ -49,8 +48,8 @@ class Share:
             self.samples.append(Sample(window.arrays, id, window.length, window=number))
 
     def passes(self, micro_batch_size: int) -> list[list[Sample]]:
-        """Return the samples in passes; as many on every rank, with filler at the end. Called by all ranks
-        together."""
+        """Return the samples in passes, equally many on every rank, with padding samples at the end. Called
+        by all ranks together."""
         own = [
             self.samples[begin : begin + micro_batch_size]
             for begin in range(0, len(self.samples), micro_batch_size)
@@ -63,7 +62,7 @@ class Share:
 
 
 def _of_rank(rank: int, own: Sample | None) -> Sample:
-    """Return that rank's sample on every rank: one without a sample has nothing to fill its passes with."""
+    """Return that rank's sample on every rank: a rank without samples has none to pad its passes with."""
     length, names = exchange.all_gather((own.length, list(own)) if own else (0, []))[rank]
     arrays = exchange.all_gather_arrays(list(own.values()) if own else [])[rank]
     return Sample(dict(zip(names, arrays, strict=True)), -1, length)

@@ -1,8 +1,8 @@
-"""Tokenise and pack the windows of a stream, one after another, in a process beside each rank.
+"""Windows of a stream, tokenised and packed one after another by one extra process per rank.
 
-A window is `data.shuffle_window` rows in a row, or fewer at the end of an epoch. It is written as prepared
-data is, to a folder that all ranks of a node read. Each rank of the node makes every so many-th window, and
-reads past the others. A window follows from the seed, the files and its number alone, whoever makes it.
+A window is `data.shuffle_window` consecutive rows, or fewer at the end of an epoch. It is written like
+prepared data, to a folder that all ranks of a node read. Of n ranks on a node, each makes every n-th window,
+and skips the others. A window depends only on the seed, the files and its number, not on its maker.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _ABOUT = "window.json"
 
 
 class Start(NamedTuple):
-    """Say where a window begins: its number over all epochs, and before which row."""
+    """The start of a window: its number over all epochs, and its first row."""
 
     number: int = 0
     cursor: Cursor = Cursor()
@@ -47,14 +47,14 @@ class Start(NamedTuple):
 
 @dataclass
 class Window:
-    """Hold the samples of some rows in a row."""
+    """The samples of some consecutive rows."""
 
     start: Start
     end: Cursor
-    """Where the next one begins."""
+    """The start of the next window."""
     report: DataReport
     dataset: Dataset | None
-    """None where no row of it can be used."""
+    """None if no row of it is usable."""
 
     @property
     def num_items(self) -> int:
@@ -62,7 +62,7 @@ class Window:
 
     @classmethod
     def open(cls, directory: Path) -> Window:
-        """Map a window that is whole. Raises StorageError where it is not what was written."""
+        """Map a complete window. Raises StorageError if it is damaged."""
         try:
             about = read_json(directory / _ABOUT)
             start = Start(about["number"], Cursor.of(about["begin"]))
@@ -78,23 +78,23 @@ class Window:
 
 @dataclass
 class Maker:
-    """Make the windows of a stream."""
+    """The maker of a stream's windows."""
 
     files: Files
     plan: Plan
     task: Task
     tokenizer: Any
     root: Path
-    """Where windows lie."""
+    """The folder of the windows."""
 
     def path(self, number: int) -> Path:
-        """Return where a window lies once it is whole."""
+        """Return the path of a window once it is complete."""
         return self.root / str(number)
 
     def make(self, start: Start, moved: Callable[[int], None] = lambda rows_read: None) -> Cursor:
-        """Make a window, and return where the next one begins; `moved` is called with the rows read so far.
+        """Make a window, and return the start of the next one; `moved` is called with the rows read so far.
 
-        Raises DataError for rows or files that cannot be used, StorageError where it cannot be written.
+        Raises DataError for unusable rows or files, StorageError if it cannot be written.
         """
         if (done := self.path(start.number)).exists():  # by an earlier process of this attempt
             return Window.open(done).end
@@ -128,8 +128,8 @@ class Maker:
         num_local_ranks: int,
         moved: Callable[[int], None] = lambda rows_read: None,
     ) -> Iterator[int]:
-        """Make every so many-th window from one on, those whose number is `local_rank` beside a multiple of
-        `num_local_ranks`; yield the number of each before it is made. `moved` as in `make`."""
+        """Make the windows from `start` on whose number is `local_rank` plus a multiple of `num_local_ranks`;
+        yield each number before its window is made. `moved` as in `make`."""
         while True:
             if start.number % num_local_ranks == local_rank:
                 yield start.number
@@ -141,7 +141,7 @@ class Maker:
 
 @dataclass
 class Worker:
-    """Have a process make a rank's share of the windows, and one of them ahead of the steps."""
+    """The process that makes a rank's share of the windows, one of them ahead of the steps."""
 
     maker: Maker
     local_rank: int
@@ -149,10 +149,11 @@ class Worker:
     _process: Any = None
     _pipe: Connection | None = field(default=None, repr=False)
     _moved: memoryview = field(default_factory=lambda: memoryview(mmap.mmap(-1, 16)).cast("q"), repr=False)
-    """Written by the process, int64: how often it went on, and the rows read of the window that it makes."""
+    """Written by the process, int64: its number of progress notes, and the rows read of the current
+    window."""
 
     def begin(self, start: Start) -> None:
-        """Make windows from one on."""
+        """Start making windows, from `start` on."""
         self.end()
         # Forked, so that the tokenizer is shared and nothing is imported again; it runs no torch.
         context = multiprocessing.get_context("fork")
@@ -160,17 +161,17 @@ class Worker:
         arguments = (start, theirs, os.getpid())
         self._process = context.Process(target=self.work, args=arguments, daemon=True)
         with warnings.catch_warnings():
-            # Python warns of a fork beside threads; the process takes no lock that these could hold.
+            # Python warns about forking with threads; the process takes no lock that these could hold.
             warnings.simplefilter("ignore", DeprecationWarning)
             self._process.start()
-        # Python ends its children by SIGTERM at its exit, which this one ignores, and waits for them.
+        # At exit Python sends SIGTERM to its children, which this one ignores, and waits for them.
         Finalize(self, self._process.kill, exitpriority=1)
         theirs.close()
 
     def need(self, number: int) -> None:
-        """Say that a window is needed: then so many behind it are made too as there are ranks.
+        """Request a window; as many further ones as there are ranks are made too.
 
-        Raises what went wrong in the process.
+        Raises any error of the process.
         """
         assert self._pipe is not None
         with contextlib.suppress(BrokenPipeError):
@@ -178,7 +179,7 @@ class Worker:
         self.check()
 
     def check(self) -> None:
-        """Raise what went wrong in the process: OutOfMemoryError where it was killed."""
+        """Raise any error of the process: OutOfMemoryError if it was killed."""
         assert self._pipe is not None
         with contextlib.suppress(EOFError, ConnectionResetError):
             if self._pipe.poll():
@@ -191,11 +192,11 @@ class Worker:
 
     @property
     def progress(self) -> tuple[int, int]:
-        """Return how often the process went on, and the rows read of the window that it makes."""
+        """Return the process's number of progress notes, and the rows read of the current window."""
         return self._moved[0], self._moved[1]
 
     def work(self, start: Start, pipe: Connection, parent: int) -> None:
-        """Make windows as `need` allows: what the process does."""
+        """Make windows as `need` allows; runs in the process."""
         begin_worker(parent, terminates=False)
         allowed = start.number
         try:
@@ -209,7 +210,7 @@ class Worker:
                 traceback.print_exc()
                 error = RuntimeError(f"{type(error).__name__} in the process that tokenises: {error}")
             pipe.send(error)
-            pipe.recv()  # stays until it was heard
+            pipe.recv()  # wait until the message was received
 
     def _note(self, rows_read: int) -> None:
         self._moved[0], self._moved[1] = self._moved[0] + 1, rows_read

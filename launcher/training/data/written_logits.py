@@ -1,4 +1,4 @@
-"""Logits of a teacher, written ahead: found by what a sample holds, and written beside their final name."""
+"""Logits of a teacher, written ahead: looked up by a sample's content, and written under a temporary name."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from launcher.tasks.written_logits import KEY, MANIFEST, TEACHER_LOGITS, Manifes
 from launcher.training.data.dataset import Dataset
 
 _READ = ("input_ids", "media_hash")
-"""The arrays of a sample by which its logits are found: what its model reads. The label is not among them, nor
-where a file lies."""
+"""The arrays of a sample that identify its logits: the model's inputs, without the label and a file's
+path."""
 _ITEMS = 1024
 
 
 def key_of(sample: Mapping[str, np.ndarray]) -> int:
-    """Return a hash of what a teacher's logits of a sample hang on, 64 bits."""
+    """Return a 64-bit hash of a sample's inputs, on which a teacher's logits depend."""
     digest = 0
     for name in _READ:
         if name in sample:
@@ -45,12 +45,12 @@ def samples_of(dataset: Dataset) -> Iterator[Sample]:
 
 @dataclass(frozen=True)
 class WrittenLogits:
-    """The logits in a directory, mapped into memory: what is read is what a batch needs."""
+    """The logits in a directory, memory-mapped: only what a batch needs is read."""
 
     directory: Path
     manifest: Manifest
     keys: np.ndarray
-    """Of all samples, in order, uint64 [samples]."""
+    """The keys of all samples, sorted, uint64 [samples]."""
     logits: np.ndarray
     """fp32 [samples, outputs]."""
     checks: np.ndarray
@@ -58,8 +58,8 @@ class WrittenLogits:
 
     @classmethod
     def open(cls, directory: Path) -> WrittenLogits:
-        """Map the files of a directory. Raises ConfigurationError where it is not whole, DataError where a file
-        has not the numbers that were written."""
+        """Map the files of a directory. Raises ConfigurationError if it is incomplete, DataError if a file
+        has changed."""
         manifest, arrays = Manifest.read(directory), {}
         for name, (dtype, shape) in _shapes(manifest).items():
             file = directory / f"{name}.npy"
@@ -74,13 +74,13 @@ class WrittenLogits:
         return cls(directory, manifest, **arrays)
 
     def suit(self, task: Task) -> None:
-        """Raise ConfigurationError where they are of another task, or of other classes."""
+        """Raise ConfigurationError if they are for another task or for other classes."""
         names = None if task.labels is None else tuple(task.labels)
         if reason := self.manifest.unlike(task.name, task.data) or self.manifest.other_classes(names):
             raise ConfigurationError(Problem(KEY, str(self.directory), reason))
 
     def check(self, dataset: Dataset) -> None:
-        """Raise DataError where there are no logits of some samples."""
+        """Raise DataError if some samples have no logits."""
         missing, first = 0, None
         for sample in samples_of(dataset):
             if self._place(sample) is None:
@@ -94,8 +94,8 @@ class WrittenLogits:
             )
 
     def hold(self, record: Path) -> None:
-        """Hold a run to the logits that it began with: write which they are to `record`, or compare. Raises
-        DataError."""
+        """Compare the logits with a run's `record`, or write the record if there is none. Raises DataError if
+        they differ."""
         now: dict[str, Any] = {"digest": self.manifest.digest, "teacher": self.manifest.teacher}
         if not record.exists():
             write_atomically(record, json.dumps(now) + "\n")
@@ -105,9 +105,9 @@ class WrittenLogits:
             raise DataError(f"{KEY} = {str(self.directory)!r}: {reason}")
 
     def of(self, items: Sequence[Sequence[Sample]]) -> dict[str, torch.Tensor]:
-        """Return what a batch of these items has of its teacher: `teacher_logits`, fp32 [samples, outputs].
+        """Return the teacher's logits for a batch of these items: `teacher_logits`, fp32 [samples, outputs].
 
-        Raises DataError for logits that are not there, or not what was written.
+        Raises DataError for logits that are missing or changed.
         """
         rows = [self._row(sample) for item in items for sample in item]
         return {TEACHER_LOGITS: torch.from_numpy(np.stack(rows))}
@@ -129,10 +129,10 @@ class WrittenLogits:
 
 
 class Writer:
-    """DIR.partial, which becomes DIR once all logits are in it; stopped, it goes on where it was."""
+    """DIR.partial, which becomes DIR once it has all logits; if stopped, it can be resumed."""
 
     def __init__(self, directory: Path, manifest: Mapping[str, Any], keys: Sequence[int]) -> None:
-        """Take the final name, what its manifest will say but for the files, and the keys of all samples in
+        """Take the final name, the content of its manifest without the files, and the keys of all samples in
         order."""
         self.directory = directory
         self.path = directory.with_name(f"{directory.name}.partial")
@@ -144,8 +144,8 @@ class Writer:
         self._arrays: dict[str, np.memmap[Any, Any]] = {}
 
     def begin(self) -> int:
-        """Return how many samples are there already of logits that were begun of the same; what was begun of
-        others is removed. Raises StorageError where the disk does not take them."""
+        """Return the number of samples already written by an interrupted call with the same content; other
+        partial files are removed. Raises StorageError if the disk has no room."""
         try:
             state: Any = read_json(self._state_file)
         except (OSError, ValueError):
@@ -154,12 +154,12 @@ class Writer:
         try:
             if not goes_on:
                 if self._state_file.is_file():
-                    shutil.rmtree(self.path)  # what lies there without it is somebody else's
+                    shutil.rmtree(self.path)  # a directory without it belongs to somebody else
                 self.path.mkdir()
             for name, (dtype, shape) in _shapes(self._manifest).items():
                 file, mode = self.path / f"{name}.npy", "r+" if goes_on else "w+"
                 self._arrays[name] = np.lib.format.open_memmap(file, mode, dtype, shape)
-                with open(file, "r+b") as whole:  # a disk that fills up later would kill the process
+                with open(file, "r+b") as whole:  # if the disk fills up later, the process would be killed
                     os.posix_fallocate(whole.fileno(), 0, file.stat().st_size)
             self._arrays["keys"][:] = self._keys
             if not goes_on:
@@ -175,7 +175,7 @@ class Writer:
         self._arrays["checks"][place] = _check(key, self._arrays["logits"][place])
 
     def keep(self, done: int) -> None:
-        """Note, durably, that so many samples are there. Raises StorageError."""
+        """Record durably that `done` samples are written. Raises StorageError."""
         try:
             for array in self._arrays.values():
                 array.flush()
@@ -184,7 +184,7 @@ class Writer:
             raise self._refused(error) from None
 
     def finish(self) -> Manifest:
-        """Give the directory its name. Raises StorageError."""
+        """Rename the directory to its final name. Raises StorageError."""
         try:
             digest = xxhash.xxh3_128(self._keys.tobytes())
             digest.update(np.ascontiguousarray(self._arrays["checks"]).data)

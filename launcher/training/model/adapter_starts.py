@@ -1,4 +1,4 @@
-"""Where an adapter begins that is made of the weight beside it: PiSSA and OLoRA, as peft has them."""
+"""Initial values of adapters that are computed from their weight: PiSSA and OLoRA, as in peft."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from launcher.job.adapter import Adapter
 def matrices(weight: torch.Tensor, adapter: Adapter, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Return A [rank, inputs] and B [outputs, rank] of a weight [outputs, inputs], fp32.
 
-    They are computed in fp64: whoever computes them again, in an export or another attempt, has the same product
-    B A. Raises ConfigurationError, which names the layer, where the weight has fewer directions than `rank`.
+    They are computed in fp64, so that an export or another attempt gets the same product B A. Raises
+    ConfigurationError, which names the layer, if the weight has fewer directions than `rank`.
     """
     rank, scale = adapter.rank, adapter.scale
     if rank > min(weight.shape):
@@ -23,7 +23,7 @@ def matrices(weight: torch.Tensor, adapter: Adapter, name: str) -> tuple[torch.T
     if adapter.init == "olora":
         q, r = torch.linalg.qr(whole)
         return r[:rank].float().contiguous(), q[:, :rank].float().contiguous()
-    # The largest singular values by the eigenvectors of the smaller square: many times faster.
+    # The largest singular values from the eigenvectors of the smaller Gram matrix: many times faster.
     wide = whole.shape[0] <= whole.shape[1]
     squares, vectors = torch.linalg.eigh(whole @ whole.T if wide else whole.T @ whole)
     values, vectors = squares[-rank:].flip(0).clamp(min=0).sqrt(), vectors[:, -rank:].flip(1)
@@ -37,12 +37,13 @@ def matrices(weight: torch.Tensor, adapter: Adapter, name: str) -> tuple[torch.T
 
 
 def rest(weight: torch.Tensor, first: torch.Tensor, second: torch.Tensor, adapter: Adapter) -> torch.Tensor:
-    """Return what stays of a weight [outputs, inputs] beside A and B, fp32; with them it is the whole again."""
+    """Return the rest of a weight [outputs, inputs] without the adapter's A and B, fp32; together they are
+    the weight."""
     return weight.float() - adapter.scale * (second @ first)
 
 
 def together(weight: torch.Tensor, adapter: Adapter, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `matrices` as the first rank has them, on all ranks, which call this together."""
+    """Return the first rank's `matrices` on all ranks, which call this together."""
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
         return matrices(weight, adapter, name)
     if distributed.get_rank() == 0 or adapter.rank > min(weight.shape):

@@ -1,8 +1,8 @@
-"""Adapters made by peft, LoRA and IA3: where they go, what trains, which names they are kept by.
+"""Adapters by peft (LoRA and IA3): their layers, what trains, and the names of their parameters.
 
-peft puts each adapted layer into a module of its own, which changes the names below it. transformers must not
-see those while it reads a model's files, nor does anybody who reads a checkpoint: `plain` gives every
-parameter the name that it has without adapters.
+peft wraps each adapted layer in a module, which changes the names below it. Neither transformers, when it
+reads a model's files, nor readers of a checkpoint must see those: `plain` returns every parameter's name
+without adapters.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from launcher.training.model import adapter_starts
 from launcher.training.model.forward import output_embeddings_of
 
 WEIGHTS = "adapter_model.safetensors"
-"""The file of an adapter's directory that holds its values."""
+"""The file with the values in an adapter's directory."""
 _PEFT_PREFIX = "base_model.model."
 
 NAME = "default"
-"""peft's name of the one adapter that a model has here."""
+"""peft's name for the only adapter of a model."""
 _LAYER = re.compile(r"\.base_layer(?=\.)")
 _MATRIX = re.compile(rf"\.(lora_[AB])\.{NAME}(?=\.)")
 _MAGNITUDE = ".lora_magnitude_vector"
@@ -43,8 +43,8 @@ Layers = Callable[[PreTrainedModel], list[nn.Module]]
 
 
 def plain(name: str) -> str:
-    """Return a parameter's name without what peft puts around it; of an adapter's matrix
-    `...q_proj.lora_A.weight`, as in peft's own files."""
+    """Return a parameter's name without peft's wrappers; for an adapter's matrix `...q_proj.lora_A.weight`,
+    as in peft's own files."""
     return _VECTOR.sub(r"\1", _MATRIX.sub(r".\1", _LAYER.sub("", name)))
 
 
@@ -61,7 +61,7 @@ def is_own(name: str) -> bool:
 def targets(model: PreTrainedModel, adapter: Adapter, layers: Layers) -> list[str]:
     """Return the names of the linear layers that get an adapter. Raises ConfigurationError for a pattern
     that matches none."""
-    # The loss multiplies with the head's weight itself: what stood beside it would never be asked.
+    # The loss multiplies by the head's weight directly: an adapter on it would never be used.
     head = output_embeddings_of(model)
     linear = {
         name: module
@@ -89,7 +89,7 @@ def targets(model: PreTrainedModel, adapter: Adapter, layers: Layers) -> list[st
 
 
 def _refuse_tied(model: nn.Module, adapter: Adapter, layers: Mapping[str, nn.Module]) -> None:
-    """Raise ConfigurationError for a layer that shares its weight: the other would lack what the adapter has."""
+    """Raise ConfigurationError for a layer that shares its weight: the other layer would lack the adapter."""
     uses = Counter(id(one) for _, one in model.named_parameters(remove_duplicate=False))
     for name, layer in layers.items():
         if uses[id(layer.weight)] > 1:
@@ -102,22 +102,22 @@ def _refuse_tied(model: nn.Module, adapter: Adapter, layers: Mapping[str, nn.Mod
 
 
 def trained(model: nn.Module, adapter: Adapter, new: tuple[str, ...]) -> None:
-    """Let the adapters, new parameters and those of `train_also` train, and nothing else."""
+    """Make the adapters, new parameters and those of `train_also` trainable, and nothing else."""
     for name, parameter in named_parameters(model):
         parameter.requires_grad_(adapter.trains(name) or name in new)
 
 
 def narrow(model: nn.Module, adapter: Adapter, dtype: torch.dtype) -> None:
-    """Give what will not train, in a model without numbers, the dtype of the computation, in which its files
-    are then read."""
+    """Set the frozen parameters of a model without values to the compute dtype; its files are then read in
+    it."""
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not adapter.trains_also(name):
             parameter.data = parameter.data.to(dtype)
 
 
 def first_values(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
-    """Return the first values, fp32, by seed and plain name alone: A as `nn.Linear` has it at first (uniform
-    within 1 / sqrt(inputs)), B zero; IA3's factors one."""
+    """Return the initial values, fp32, from seed and plain name alone: A as in `nn.Linear` (uniform within 1
+    / sqrt(inputs)), B zero; IA3's factors one."""
     whole = torch.ones(shape) if name.endswith(".ia3_l") else torch.zeros(shape)
     if name.endswith(".lora_A.weight"):
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
@@ -127,8 +127,8 @@ def first_values(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
 
 
 def _lengths(model: nn.Module, name: str) -> torch.Tensor:
-    """Return the lengths of a weight's rows, fp32 [outputs], by the name of DoRA's parameter beside it: with B
-    zero the layer computes what it did. Called by all ranks together."""
+    """Return the norms of a weight's rows, fp32 [outputs], for the DoRA parameter `name`: with B zero the
+    layer's output is unchanged. Called by all ranks together."""
     adapted: Any = model.get_submodule(name.partition(".lora_magnitude_vector.")[0])
     layer = adapted.get_base_layer()
     weight = layer.weight.detach()
@@ -137,7 +137,7 @@ def _lengths(model: nn.Module, name: str) -> torch.Tensor:
 
 
 def _of_weights(model: nn.Module, adapter: Adapter) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield A and B as they are made of a weight, and the weight without them. Called by all ranks together."""
+    """Yield A and B computed from a weight, and the weight without them. Called by all ranks together."""
     for name in [name for name, module in model.named_modules() if NAME in getattr(module, "lora_A", {})]:
         layer: Any = model.get_submodule(f"{name}.base_layer")
         weight = layer.weight.detach()
@@ -152,11 +152,11 @@ def _of_weights(model: nn.Module, adapter: Adapter) -> Iterator[tuple[str, torch
 
 
 def beginning(model: nn.Module, adapter: Adapter, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the values that training begins with, fp32 and whole, by the name that the parameter has in the
-    model with adapters.
+    """Yield the values that training starts from, fp32 and unsharded, by parameter name in the model with
+    adapters.
 
-    Of a new adapter its first ones; of one that is gone on with those in its file, of what is trained beside
-    it too. Raises ConfigurationError where the file is not of these layers and sizes.
+    For a new adapter these are its initial values. For a continued one they come from its file, also for
+    parameters trained with it. Raises ConfigurationError if the file is for other layers or sizes.
     """
     if adapter.init != "lora":
         yield from _of_weights(model, adapter)
@@ -204,7 +204,7 @@ def beginning(model: nn.Module, adapter: Adapter, seed: int) -> Iterator[tuple[s
 
 
 def settings(adapter: Adapter, names: list[str], **more: Any) -> Any:
-    """Return peft's own words for it."""
+    """Return the adapter as a peft config."""
     from peft import IA3Config, LoraConfig
 
     if adapter.method == "ia3":
@@ -229,18 +229,15 @@ def _hollow(parameter: torch.Tensor) -> nn.Parameter:
 
 
 class Injected:
-    """The adapters of one model, which can be taken out for as long as somebody needs the tree that the model
-    has without them."""
+    """The adapters of one model, which can be removed temporarily to get the module tree without them."""
 
     def __init__(self, model: PreTrainedModel, adapter: Adapter, layers: Layers) -> None:
-        """Put them in: fp32 and without memory of their own yet."""
+        """Insert them, in fp32 and without memory yet."""
         from peft import inject_adapter_in_model
 
         names = targets(model, adapter, layers)
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # that Conv1D holds its weight the other way round, which peft sees to
+            warnings.simplefilter("ignore")  # Conv1D's weight is transposed, which peft handles
             inject_adapter_in_model(settings(adapter, names), model, NAME, low_cpu_mem_usage=True)
         self._places: list[tuple[nn.Module, str, Any]] = []
         for name in names:
@@ -255,11 +252,11 @@ class Injected:
                 part.weight = _hollow(part.weight)
 
     def take_out(self) -> None:
-        """Leave the tree as it is without them."""
+        """Restore the module tree without adapters."""
         for parent, key, wrapper in self._places:
             setattr(parent, key, wrapper.get_base_layer())
 
     def put_back(self) -> None:
-        """Leave the tree as it is with them."""
+        """Restore the module tree with adapters."""
         for parent, key, wrapper in self._places:
             setattr(parent, key, wrapper)

@@ -1,10 +1,9 @@
-"""Attention over several samples in one row that never see each other.
+"""Attention over several samples packed in one row, which never attend to each other.
 
-The row holds the samples one after another; `cu_seq_lens_q` says where each begins, by the name that
-transformers' FlashAttentionKwargs use. No mask of the row is ever built, and the work is the sum of the
-samples' squares instead of the square of the row. On a GPU PyTorch's own operator for sequences of unlike
-lengths takes them all at once, on a CPU the one in packed_kernel.py. Dropout, fp32 on a GPU, soft-capped scores
-and sinks, which these do not have, are computed sample by sample.
+`cu_seq_lens_q` (the name in transformers' FlashAttentionKwargs) has the start of each sample. No mask of the
+row is built, and the work is the sum of the samples' squared lengths instead of the row's. On a GPU,
+PyTorch's own variable-length operator computes all samples at once; on a CPU, the one in packed_kernel.py
+does. Dropout, fp32 on a GPU, soft-capped scores and sinks, which these lack, are computed sample by sample.
 """
 
 from __future__ import annotations
@@ -22,33 +21,33 @@ from launcher.training.model.packed_kernel import lengths_of, mask_of, packed
 
 PACKED = "launcher_packed"
 VARLEN_DEVICES = {"cuda"}
-"""Where `varlen_attn` has a kernel of PyTorch's."""
+"""Devices for which PyTorch's `varlen_attn` has a kernel."""
 VARLEN_DTYPES = {torch.bfloat16, torch.float16}
 _VARLEN_HEAD = 256
-"""Numbers of the widest head that it takes."""
+"""The largest head size that it supports."""
 _VARLEN_CAPABILITY = (8, 0)
-"""The oldest GPUs that it runs on (FlashAttention-2: Ampere)."""
+"""The oldest compute capability that it supports (FlashAttention-2: Ampere)."""
 _VARLEN_NAMES = {"scale", "window_size"}
-"""Of its parameters those beside the tensors that are used here; torch 2.10 had another."""
+"""Its parameters, besides tensors, that are used here; torch 2.10 had another."""
 
 
 def register(name: str) -> str:
-    """Return the name by which transformers knows the plan's attention; `packed` is made known to it first.
+    """Return transformers' name for the plan's attention; `packed` is registered first.
 
-    No mask goes with it: for a name that has none transformers makes none, and never looks at a batch's numbers,
-    which would wait for the device once a pass.
+    It is registered without a mask function. So transformers makes no mask and never reads a batch's values,
+    which would synchronise with the device in every pass.
     """
     if name != "packed":
         return name
-    varlen()  # what this PyTorch has of it is looked up once, at the start
+    varlen()  # looked up once, at the start
     AttentionInterface.register(PACKED, packed_attention)
     return PACKED
 
 
 @functools.cache
 def varlen() -> Callable[..., Any] | None:
-    """Return PyTorch's attention over sequences of unlike lengths; None where it is not there with the
-    parameters that are used here. Keys and values may have fewer heads."""
+    """Return PyTorch's variable-length attention; None if this version lacks it, or the parameters used here.
+    Keys and values may have fewer heads."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -90,12 +89,12 @@ def packed_attention(
     is_causal: bool | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Compute attention within each sample of one row, causal unless the call or the module says that it is
-    not, as in an encoder.
+    """Compute attention within each sample of one row, causal unless the call or the module says otherwise,
+    as in an encoder.
 
     `query` is [1, heads, tokens, head_dim]; `key` and `value` may have fewer heads. Returns [1, tokens,
-    heads, head_dim]. Raises ValueError where the model's class keeps to itself where samples begin, and for
-    scores of an encoder that no kernel has.
+    heads, head_dim]. Raises ValueError if the model's class does not pass on the samples' bounds, and for an
+    encoder's scores that no kernel supports.
     """
     if cu_seq_lens_q is None:
         raise ValueError("the model's class does not hand on to its attention where samples begin")
@@ -112,7 +111,7 @@ def packed_attention(
         if query.device.type == "cpu":
             return packed(query, key, value, cu_seq_lens_q, scale, causal, sliding_window)[0], None
     lengths = lengths_of(cu_seq_lens_q)
-    # Slices would each have a gradient as long as the row, to be added up.
+    # Slices would each have a gradient as long as the row, which must be added up.
     samples = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     parts = [
         _written_out(q, k, v, scale, dropout, sliding_window, softcap, s_aux)
@@ -125,7 +124,7 @@ def packed_attention(
 
 
 def _has_varlen(query: torch.Tensor) -> bool:
-    """Return whether the operator takes a query like this one."""
+    """Return whether the operator supports this query."""
     return (
         varlen() is not None
         and query.dtype in VARLEN_DTYPES
@@ -149,10 +148,10 @@ def _at_once(
     causal: bool,
     window: int | None,
 ) -> torch.Tensor:
-    """All samples by PyTorch's operator, [1, tokens, heads, head_dim].
+    """Return the attention of all samples by PyTorch's operator, [1, tokens, heads, head_dim].
 
-    A window of w positions, itself among them, reaches w - 1 to the left. It has to be a tuple: only (-1, 0) by
-    that type is known as causal.
+    A window of w positions includes the query's own, so it reaches w - 1 to the left. It must be a tuple: the
+    operator recognises only the tuple (-1, 0) as causal.
     """
     attend = varlen()
     assert attend is not None
@@ -172,13 +171,13 @@ def _fused(
     window: int | None,
     causal: bool,
 ) -> torch.Tensor:
-    """One sample by PyTorch's fused attention, [1, heads, tokens, head_dim]."""
+    """Return one sample's attention by PyTorch's fused operator, [1, heads, tokens, head_dim]."""
     mask = mask_of(query.shape[2], window, query.device, causal)
     times = query.shape[1] // key.shape[1]
     half = query.dtype in VARLEN_DTYPES
     if times > 1 and query.device.type != "cpu" and (mask is not None or not half):
-        # Grouped heads with a mask, or in fp32, a GPU has by writing all scores out; with as many heads of keys
-        # as of queries its memory-efficient kernel takes them.
+        # With grouped heads and a mask, or in fp32, a GPU materialises all scores. With equal numbers of
+        # heads it uses the memory-efficient kernel.
         key, value = (tensor.repeat_interleave(times, dim=1) for tensor in (key, value))
     return functional.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal and mask is None, scale=scale,
@@ -196,11 +195,11 @@ def _written_out(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """One sample's causal attention with its scores in full, [1, heads, tokens, head_dim].
+    """Return one sample's causal attention with materialised scores, [1, heads, tokens, head_dim].
 
-    `softcap` c makes scores c tanh(score / c) (Gemma 2, arXiv 2408.00118, section 2); `sinks` [heads] are one
-    more logit of each row that no value answers to (gpt-oss, arXiv 2508.10925, section 2.2). Both as
-    transformers' eager attention has them.
+    `softcap` c makes scores c tanh(score / c) (Gemma 2, arXiv 2408.00118, section 2); `sinks` [heads] are an
+    additional logit of each row without a value (gpt-oss, arXiv 2508.10925, section 2.2). Both are as in
+    transformers' eager attention.
     """
     num_heads, num_tokens = query.shape[1], query.shape[2]
     key, value = (tensor.repeat_interleave(num_heads // tensor.shape[1], dim=1) for tensor in (key, value))

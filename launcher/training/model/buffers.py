@@ -1,4 +1,4 @@
-"""Restore buffers that no weight file holds, from an instance without weights; list those that one does."""
+"""Buffers of a model: those that are in no weight file are restored, those that are in one are listed."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from launcher.planner.plan import Plan
 
 @torch.no_grad()
 def restore_buffers(model: PreTrainedModel, kind: Any, config: Any, plan: Plan) -> None:
-    """Give buffers that are not saved the values that the class computes, from an instance of it without
+    """Set non-persistent buffers to the values that the class computes, from an instance of it without
     weights.
 
-    transformers makes the model on the meta device and leaves it to `_init_weights` to compute such buffers
-    again. Cut by FSDP a model is not always asked: of Falcon-H1 the multipliers of each layer were whatever
-    the memory held (transformers 5.23).
+    transformers makes the model on the meta device and relies on `_init_weights` to compute such buffers
+    again. For a model sharded by FSDP that is not always called: the multipliers of Falcon-H1's layers were
+    uninitialised memory (transformers 5.23).
     """
-    # Rotary frequencies are computed again in any case, and most models have no other.
+    # Rotary frequencies are recomputed in any case, and most models have no other such buffers.
     names = [name for name, _ in model.named_non_persistent_buffers() if not name.endswith("inv_freq")]
     if not names:
         return
     with init_empty_weights(include_buffers=False), no_init_weights():
-        # An Auto class where the code came with the model, else the model's own.
+        # An Auto class if the code came with the model, else the model's own class.
         auto = hasattr(kind, "from_config")
         whole_model = (
             kind.from_config(config, trust_remote_code=plan.model.trust_remote_code)

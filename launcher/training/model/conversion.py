@@ -1,8 +1,8 @@
-"""Convert weights whole where transformers joins or splits them, and shard them afterwards.
+"""Conversion of full weights where transformers joins or splits them; sharding comes afterwards.
 
-transformers cuts each tensor of a file as it reads it, and converts what is left (5.23). Where the conversion
-goes along the axis of the cut, a rank then has other rows than its own, in the right number: of q, k and v in
-one matrix, its part of each instead of its part of all. Nothing would tell but the loss.
+transformers shards each tensor of a file as it reads it, and converts the shard (5.23). If the conversion is
+along the sharded axis, a rank gets the wrong rows in the right number: for q, k and v in one matrix, its
+shard of each instead of its shard of all. Only the loss would show it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 
 @contextlib.contextmanager
 def converted_whole() -> Iterator[None]:
-    """Have from_pretrained give, while inside, each rank of a cut model its own rows of what it converts."""
+    """Make from_pretrained give each rank of a sharded model its own rows of converted weights, inside."""
     original = modeling_utils.convert_and_load_state_dict_in_model
 
     def convert(
@@ -47,9 +47,9 @@ def converted_whole() -> Iterator[None]:
 
 @contextlib.contextmanager
 def copied_in_parts() -> Iterator[None]:
-    """Cut alike, while inside, what a model's class computes whole and copies into a cut parameter.
+    """Shard values that a model's class computes in full and copies into a sharded parameter, inside.
 
-    So do Marian and Pegasus with their positions, which no file of theirs holds.
+    Marian and Pegasus do so with their positions, which are in no file.
     """
     original = initialization.copy_
 
@@ -69,8 +69,8 @@ def copied_in_parts() -> Iterator[None]:
 
 
 def _crosses(converter: WeightConverter) -> bool:
-    """Return whether numbers move along the first axis, by which parameters are cut. Experts that come one by
-    one are the first axis."""
+    """Return whether values move along the first axis, on which parameters are sharded. Experts in separate
+    tensors form the first axis."""
     return not any("*" in pattern for pattern in converter.source_patterns) and not all(
         map(_keeps_first_axis, converter.operations)
     )
@@ -78,13 +78,13 @@ def _crosses(converter: WeightConverter) -> bool:
 
 def _keeps_first_axis(operation: ConversionOps) -> bool:
     axes = [getattr(operation, name) for name in ("dim", "dim0", "dim1") if hasattr(operation, name)]
-    # One that compares shapes to see whether there is anything to do must see them whole.
+    # An operation that compares shapes to see whether it has work must see full tensors.
     return bool(axes) and 0 not in axes and not getattr(operation, "check_dims", False)
 
 
 @contextlib.contextmanager
 def _read_whole(converters: list[WeightConverter], state_dict: dict[str, Any]) -> Iterator[None]:
-    """While inside, these converters get whole tensors, one parameter's at a time, and their results are cut."""
+    """Give these converters full tensors, one parameter's at a time, and shard their results, inside."""
     before = [converter.operations for converter in converters]
     for converter in converters:
         converter.operations = [*converter.operations, _Cut()]
@@ -108,14 +108,14 @@ def _read_whole(converters: list[WeightConverter], state_dict: dict[str, Any]) -
 
 
 def _whole(source: Any, piece: Any) -> torch.Tensor:
-    """All of a file's tensor, with the device and dtype that transformers gave the piece it read of it."""
+    """Return a file's full tensor, with the device and dtype of the piece that transformers read."""
     read: torch.Tensor = piece.result() if hasattr(piece, "result") else piece()
     whole: torch.Tensor = source[...].to(read)
     return whole
 
 
 class _Cut(ConversionOps):
-    """The last operation of a conversion: what of each result is this rank's."""
+    """The last operation of a conversion: this rank's shard of each result."""
 
     def convert(
         self, input_dict: dict[str, Any], full_layer_name: str, model: PreTrainedModel, **_: Any
@@ -135,7 +135,7 @@ class _Cut(ConversionOps):
 
 
 def cut_like(tensor: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-    """Return the piece of `whole` that this rank holds of `tensor`, without communication."""
+    """Return this rank's shard of `whole`, sharded like `tensor`, without communication."""
     if not isinstance(tensor, DTensor):
         return whole
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)

@@ -1,4 +1,4 @@
-"""Leave out, for a while, the layers of a model that are like others in it."""
+"""Temporary omission of a model's layers that are like others in it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from transformers import PreTrainedModel
 from launcher.training.model.places import is_unsplit, lists_of_layers
 
 _NUMBERS = {"layer_idx", "layer_id", "layer_index", "layer_number", "block_idx", "ds_id"}
-"""By which a layer, or what is in it, is told apart from all others: by transformers, and by DeepSpeed."""
+"""Attributes that only number a layer or its parts, in transformers and DeepSpeed."""
 
 
 @contextlib.contextmanager
 def shortened(model: PreTrainedModel) -> Iterator[None]:
-    """End each list of layers, while inside, where every kind of layer has been seen: what all kinds do
-    right, all layers do.
+    """End each list of layers, inside, after every kind of layer has occurred: if one of each kind is right,
+    all layers are.
 
-    Lists that hold parts of layers are left alone: a model counts those by itself.
+    Lists of parts of layers are left alone, because models rely on their length.
     """
     removed = []
     for layers in (layer_list for layer_list in lists_of_layers(model) if is_unsplit(model, layer_list[0])):
@@ -35,8 +35,8 @@ def shortened(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _kinds(model: PreTrainedModel, layers: nn.ModuleList) -> list[tuple[object, ...]]:
-    """Each layer by the classes in it, their settings and its type in the config. A setting unlike all others
-    makes a kind of its own."""
+    """Return a key for each layer: the classes in it, their settings and its type in the config. A unique
+    setting makes a separate kind."""
     types = getattr(model.config.get_text_config(), "layer_types", None) or ()
     named = types if len(types) == len(layers) else [""] * len(layers)
     plain = (bool, int, float, str, type(None))

@@ -1,4 +1,4 @@
-"""Call a model's own class, or its decoder alone, with the inputs that it accepts."""
+"""Calls of a model's own class, or of its decoder alone, with the inputs that it accepts."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from launcher.training.model.packed_kernel import note_lengths
 
 Batch = dict[str, Any]
 SEES = (*("pixel_values", "pixel_attention_mask", "image_grid_thw"), *("token_type_ids", "mm_token_type_ids"))
-"""What a decoder that sees is called with beside its tokens: images, and which tokens are theirs."""
+"""The further inputs of a vision model's decoder: images, and the marks of their tokens."""
 
 
 def own_forward(model: PreTrainedModel, inputs: Batch) -> Any:
     """Return the outputs of the model's own class; inputs that it does not know are left out."""
     kind = model_class_of(model)
     if "use_cache" in inspect.signature(kind.forward).parameters:
-        # A layer that is computed again would add its keys to the cache a second time.
+        # A recomputed layer would add its keys to the cache a second time.
         inputs = {"use_cache": False, **inputs}
     return kind.forward(model, **accepted(kind, inputs))
 
 
 def model_class_of(model: PreTrainedModel) -> type[PreTrainedModel]:
-    """Return the model's class as it was before sharding put one of its own in front."""
+    """Return the model's class without the subclass that sharding adds."""
     return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
 
 
 def output_embeddings_of(model: PreTrainedModel) -> Any:
-    """Return the matrix that makes a model's logits, as a module; None where it has none.
+    """Return the module that computes a model's logits; None if it has none.
 
-    BLIP's class names none of its own: it is that of the part which writes.
+    BLIP's class names none: it is in the text decoder.
     """
     writes = getattr(model, "text_decoder", None)
     own = model.get_output_embeddings()
@@ -44,12 +44,12 @@ def output_embeddings_of(model: PreTrainedModel) -> Any:
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
-    """Return the part of a causal LM whose `last_hidden_state` goes into its head: what its own forward calls
+    """Return the part of a causal LM whose `last_hidden_state` goes into its head: its forward calls it
     first.
 
-    Raises NotImplementedError where a class, as one that came with a model, does not say which part that is.
+    Raises NotImplementedError if a class (from a model's own code, for example) does not name that part.
     """
-    # Llama 4 names neither by the name that its class has for it.
+    # In Llama 4 neither name leads to it.
     inside = (part for part in model.children() if isinstance(part, PreTrainedModel))
     for part in (model.base_model, model.get_decoder(), *inside):
         if part is not model:
@@ -58,8 +58,7 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
 
 
 def decoder_inputs(batch: Batch) -> Batch:
-    """Return what a decoder is called with: names of lengths as transformers' FlashAttentionKwargs have
-    them."""
+    """Return the inputs of a decoder, with lengths under the names of transformers' FlashAttentionKwargs."""
     names = ("input_ids", "attention_mask", "position_ids", *SEES)
     inputs = {key: batch[key] for key in names if key in batch} | {"use_cache": False}
     if "cu_seq_lens" in batch:
@@ -71,14 +70,14 @@ def decoder_inputs(batch: Batch) -> Batch:
 
 
 def accepted(kind: type[nn.Module], inputs: Batch) -> Batch:
-    """Return those of the inputs that the forward of a class takes."""
+    """Return the inputs that the forward of a class accepts."""
     names = _parameters(kind.forward)
     return inputs if names is None else {key: value for key, value in inputs.items() if key in names}
 
 
 @lru_cache(maxsize=32)
 def _parameters(forward: Callable[..., Any]) -> frozenset[str] | None:
-    """Return the names that a forward takes; None where it takes any."""
+    """Return the argument names of a forward; None if it accepts any."""
     parameters = inspect.signature(forward).parameters
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     return None if takes_any else frozenset(parameters)
@@ -86,7 +85,7 @@ def _parameters(forward: Callable[..., Any]) -> frozenset[str] | None:
 
 @contextlib.contextmanager
 def outputs_of(module: nn.Module) -> Iterator[list[Any]]:
-    """Collect what the module returns in a list, while inside."""
+    """Collect the module's outputs in a list, inside."""
     seen: list[Any] = []
     hook = module.register_forward_hook(lambda module, arguments, output: seen.append(output))
     try:
@@ -97,7 +96,7 @@ def outputs_of(module: nn.Module) -> Iterator[list[Any]]:
 
 @contextlib.contextmanager
 def answering(decoder: nn.Module, outputs: Any, **changes: Any) -> Iterator[None]:
-    """Have the decoder return `outputs` with these changes, while inside, without computing anything."""
+    """Make the decoder return `outputs` with these changes, inside, without computing anything."""
     answer = type(outputs)(**{**outputs, **changes})
     before = decoder.__dict__.get("forward")
     decoder.forward = lambda *args, **kwargs: answer

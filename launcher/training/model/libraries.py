@@ -1,6 +1,6 @@
 """Patches that let Accelerate and DeepSpeed shard on CPUs, applied when a script imports them.
 
-Tried with accelerate 1.15 and deepspeed 0.19.8.
+Tested with accelerate 1.15 and deepspeed 0.19.8.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ Change = Callable[[ModuleType], None]
 
 
 def prepare(device: str, *more: Mapping[str, Change]) -> None:
-    """Have each module changed as it is imported, by the changes made here and by `more`.
+    """Change each module when it is imported, by the patches of this module and by `more`.
 
-    Nothing is imported here: a script may set variables before it does.
+    Nothing is imported here: a script may set environment variables first.
     """
     ours: dict[str, Change] = {"accelerate.utils.fsdp_utils": _leave_embeddings_to_accelerate}
     if device == "cpu":
@@ -31,7 +31,7 @@ def prepare(device: str, *more: Mapping[str, Change]) -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds some modules as everybody else does, and changes each after it was executed."""
+    """A finder that loads some modules in the usual way, and changes each after its execution."""
 
     def __init__(self, changes: dict[str, list[Change]]) -> None:
         self._changes = changes
@@ -66,10 +66,10 @@ class _Loader(importlib.abc.Loader):
 
 
 def _leave_embeddings_to_accelerate(fsdp: ModuleType) -> None:
-    """Make no FSDP unit of a layer that holds the input embeddings, as BertEmbeddings does.
+    """Make no FSDP unit of a layer that contains the input embeddings, such as BertEmbeddings.
 
-    Accelerate makes a unit of the embeddings themselves afterwards, and a parameter cannot be cut twice: BERT
-    and its like failed with "Invariant encountered: value was None when it should not be".
+    Accelerate makes a unit of the embeddings themselves afterwards, and a parameter cannot be sharded twice:
+    BERT and similar models failed with "Invariant encountered: value was None when it should not be".
     """
     prepare_policy = fsdp.fsdp2_prepare_auto_wrap_policy
 
@@ -87,11 +87,10 @@ def _leave_embeddings_to_accelerate(fsdp: ModuleType) -> None:
 
 
 def _choose_gloo(state: ModuleType) -> None:
-    """Give ranks without a GPU the gloo backend, and let FSDP and DeepSpeed in.
+    """Give ranks without a GPU the gloo backend, and allow FSDP and DeepSpeed.
 
-    Without it Accelerate takes plain data parallelism on CPUs and leaves FSDP out in silence, and gives
-    DeepSpeed no backend. It takes FSDP for what it calls several GPUs; the device is a CPU by
-    ACCELERATE_TORCH_DEVICE.
+    Otherwise Accelerate uses plain data parallelism on CPUs, silently without FSDP, and gives DeepSpeed no
+    backend. It uses FSDP only for the type "several GPUs"; ACCELERATE_TORCH_DEVICE makes the device a CPU.
     """
     choose = state.PartialState._prepare_backend
 
@@ -110,6 +109,6 @@ def _choose_gloo(state: ModuleType) -> None:
 
 
 def _build_nothing(operators: ModuleType) -> None:
-    """Have DeepSpeed compile no operator for collectives in shared memory: minutes of compiling, for what
-    gloo does."""
+    """Stop DeepSpeed from compiling its shared-memory collectives: that takes minutes, and gloo does the
+    same."""
     operators.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,9 +1,9 @@
-"""Load a Hugging Face model in shards, and find its repeated layers.
+"""Loading of a Hugging Face model in shards.
 
-transformers reads each rank's slices straight from the safetensors files once the parameters are DTensors.
-What is ours is the cut: every repeated layer becomes a unit of its own, for any architecture, and the run
-stops where that is not possible (transformers' own plans leave BERT, GPT-2, T5 and others as one unit, which
-gathers the whole model on every rank).
+Once the parameters are DTensors, transformers reads each rank's slices directly from the safetensors files.
+launcher decides the sharding: every repeated layer is a separate unit, for any architecture, and the run
+stops if that is not possible. (transformers' own plans leave BERT, GPT-2, T5 and others as one unit, which
+gathers the full model on every rank.)
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ Shard = Callable[[PreTrainedModel], None]
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model on its device, sharded where the mesh has more than one rank."""
+    """A model on its device, sharded if the mesh has more than one rank."""
 
     model: PreTrainedModel
     new_parameters: tuple[str, ...]
-    """Names that the files did not hold, as a classification head's."""
+    """Names of parameters that are not in the files, for example a classification head's."""
 
 
 def load(plan: Plan, auto_class: Any, config: Any, shard: Shard) -> LoadedModel:
-    """Return the model of the plan, its weights in fp32, cut by `shard` before a single weight is read.
+    """Return the model of the plan, with fp32 weights, sharded by `shard` before any weight is read.
 
-    Beside an adapter, what does not train has the precision of the computation: no fp32 master is needed of
-    what never changes.
+    With an adapter, frozen parameters have the compute dtype: they never change, so they need no fp32 master
+    copy.
     """
     kind = projected(pretrained.model_class(auto_class, config, plan), config, plan)
     seam = _Seam(plan, shard)
@@ -58,7 +58,7 @@ def load(plan: Plan, auto_class: Any, config: Any, shard: Shard) -> LoadedModel:
     device = torch.device("cpu") if plan.offload == "parameters" else _device(plan.mesh)
     if plan.mesh.world_size == 1 or device != _device(plan.mesh):
         model.to(device)
-        for buffer in model.buffers():  # who offloads parameters computes on the GPU all the same
+        for buffer in model.buffers():  # with offloaded parameters, computation is still on the GPU
             buffer.data = buffer.data.to(_device(plan.mesh))
     _copy_out_of_files(model)
     restore_buffers(model, kind, config, plan)
@@ -68,12 +68,12 @@ def load(plan: Plan, auto_class: Any, config: Any, shard: Shard) -> LoadedModel:
     initialise(model, new, plan.training.seed)
     for head, bias in _starts_of_bias(plan, kind, config):
         _begin(model, set(new) & head, bias)
-    for name in seam.constants:  # who reads a file makes a parameter anew that trains
+    for name in seam.constants:  # reading a file creates new parameters, which train
         model.get_parameter(name).requires_grad_(False)
     freeze(model, plan.model)
     if plan.model.freeze_normalization:
         normalization.freeze(model, plan.model.name)
-    # Beside an adapter nothing of the model changes, and what an adapter's files hold are its matrices alone.
+    # With an adapter nothing else of the model changes, and the adapter's files contain only its matrices.
     normalization.share_statistics(
         model, frozen=plan.model.freeze_normalization or plan.model.adapter is not None
     )
@@ -86,8 +86,8 @@ def load(plan: Plan, auto_class: Any, config: Any, shard: Shard) -> LoadedModel:
 def _read(
     plan: Plan, kind: type[PreTrainedModel], config: Any, seam: _Seam
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Return the model as from_pretrained reads it, and what that says of its keys. Raises ConfigurationError
-    for files that cannot be read, or are of another model."""
+    """Return the model from from_pretrained, and its report on keys. Raises ConfigurationError for files that
+    cannot be read, or are for another model."""
     random, changes = plan.model.weights == "random", Changes.of(plan, kind, config)
     source: dict[str, Any] = {"state_dict": {}} if random else {}
     with seam.in_place(), converted_whole(), copied_in_parts(), changes.in_place(), tensors_counted():
@@ -116,8 +116,8 @@ def _read(
 def _starts_of_bias(
     plan: Plan, kind: type[PreTrainedModel], config: Any
 ) -> Iterator[tuple[frozenset[str], torch.Tensor]]:
-    """Yield which parameters a head has by its number of outputs, and where its bias begins, where that is
-    said."""
+    """Yield the parameters whose size is a head's number of outputs, and the initial bias, if the config has
+    one."""
     if hasattr(config, HEADS):
         yield from starts_of_bias(config, following)
     elif (
@@ -134,7 +134,8 @@ def _add_adapter(
     new: tuple[str, ...],
     device: torch.device,
 ) -> None:
-    """The plan's adapter, with its first values; put in already where the model was cut before it was read."""
+    """Add the plan's adapter, with its initial values; it is already inserted if the model was sharded before
+    reading."""
     if plan.model.adapter is None:
         return
     if injected is None:
@@ -151,10 +152,10 @@ def _add_adapter(
 
 @torch.no_grad()
 def _copy_out_of_files(model: PreTrainedModel) -> None:
-    """Give memory of its own to each parameter and buffer on the CPU, one by one, and so let go of the files.
+    """Copy each parameter and buffer on the CPU, one by one, and so release the files.
 
-    Where nothing had to be converted, a parameter is a slice of the mapped file (a tensor does not say so):
-    the whole file would count as this rank's memory, and who writes to the file would write to the weights.
+    Without a conversion, a parameter is a slice of the mapped file (which the tensor does not show). The full
+    file would count as this rank's memory, and a write to the file would change the weights.
     """
     for parameter in model.parameters():
         part = local_part(parameter)
@@ -164,14 +165,14 @@ def _copy_out_of_files(model: PreTrainedModel) -> None:
             parameter._local_tensor = part.clone()
         else:
             parameter.data = part.clone()
-    for buffer in model.buffers():  # BART's bias of logits held the whole file
+    for buffer in model.buffers():  # BART's logits bias kept the full file mapped
         if buffer.device.type == "cpu":
             buffer.data = buffer.data.clone()
 
 
 def _materialise(model: PreTrainedModel, device: torch.device) -> list[str]:
-    """Give memory to parameters that transformers left without, a tied pair of which the files hold neither;
-    their names."""
+    """Allocate parameters that transformers left on the meta device (a tied pair that is not in the files).
+    Return their names."""
     left = [(name, parameter) for name, parameter in model.named_parameters() if parameter.is_meta]
     for name, parameter in left:
         _replace(model, name, parameter, torch.empty_like(local_part(parameter), device=device))
@@ -181,7 +182,7 @@ def _materialise(model: PreTrainedModel, device: torch.device) -> list[str]:
 
 
 def _widen(model: PreTrainedModel, names: tuple[str, ...]) -> None:
-    """New parameters train, so that they are fp32, whatever the rest was read in."""
+    """Convert new parameters to fp32, because they train, whatever the dtype of the rest."""
     narrow = [(name, model.get_parameter(name)) for name in names]
     for name, parameter in narrow:
         if parameter.dtype != torch.float32:
@@ -189,7 +190,7 @@ def _widen(model: PreTrainedModel, names: tuple[str, ...]) -> None:
 
 
 def _replace(model: PreTrainedModel, name: str, parameter: nn.Parameter, part: torch.Tensor) -> None:
-    """Put another parameter of the same shape in a parameter's place, of which `part` is this rank's."""
+    """Replace a parameter by another of the same shape; `part` is this rank's shard."""
     path, _, key = name.rpartition(".")
     if isinstance(parameter, DTensor):
         mesh, placements = parameter.device_mesh, parameter.placements
@@ -202,17 +203,17 @@ def _device(mesh: Mesh) -> torch.device:
 
 
 class _Seam:
-    """The one method that stands in from_pretrained between building the empty model and reading its weights."""
+    """The hook into from_pretrained between building the empty model and reading its weights."""
 
     def __init__(self, plan: Plan, shard: Shard) -> None:
         self._plan, self._shard = plan, shard
         self.injected: adapters.Injected | None = None
         self.constants: tuple[str, ...] = ()
-        """Parameters that the model's class itself does not train, as Whisper's positions."""
+        """Parameters that the model's class itself freezes, such as Whisper's positions."""
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """While inside, from_pretrained cuts the model with `shard` where it would follow its own plan."""
+        """Make from_pretrained shard the model with `shard` instead of its own plan, inside."""
         original = PreTrainedModel.__dict__.get("maybe_distribute_model")
 
         def distribute(
@@ -233,11 +234,11 @@ class _Seam:
                 PreTrainedModel.maybe_distribute_model = original
 
     def _prepare(self, model: PreTrainedModel, mesh_manager: Any) -> None:
-        """The cut takes adapters in with the layers that they stand beside; while files are read the tree is
-        as it was without them."""
+        """Shard adapters together with their layers; remove them from the module tree while files are
+        read."""
         adapter = self._plan.model.adapter
         if adapter is not None:
-            model.tie_weights()  # what is tied is one parameter, with one name, on any number of ranks
+            model.tie_weights()  # tied weights are one parameter, with one name, on any number of ranks
             adapters.narrow(model, adapter, DTYPES[self._plan.precision])
         if mesh_manager is None:
             return
@@ -252,9 +253,9 @@ class _Seam:
 
 
 def initialise(model: PreTrainedModel, names: tuple[str, ...], seed: int) -> None:
-    """Give new parameters values that depend on the seed and their name alone, never on the number of ranks.
+    """Give new parameters values that depend only on the seed and their name, not on the number of ranks.
 
-    Each is made whole once, by the model's own rule for its module, and cut; one module at a time.
+    Each is made in full, by the model's own rule for its module, and then sharded; one module at a time.
     """
     wanted = set(names)
     for path, module in model.named_modules():
@@ -280,18 +281,18 @@ def initialise(model: PreTrainedModel, names: tuple[str, ...], seed: int) -> Non
 
 @torch.no_grad()
 def _begin(model: PreTrainedModel, head: set[str], bias: torch.Tensor) -> None:
-    """Begin the bias of a new head at these values, fp32 [outputs]."""
+    """Set the bias of a new head to these values, fp32 [outputs]."""
     for parameter in map(model.get_parameter, head):
         if whole_shape(parameter) == bias.shape:
             local_part(parameter).copy_(cut_like(parameter, bias))
 
 
 def whole_shape(parameter: torch.Tensor) -> torch.Size:
-    """Return the shape of a parameter before any engine cut it: ZeRO-3 leaves an empty tensor in its place."""
+    """Return the unsharded shape of a parameter: ZeRO-3 leaves an empty tensor in its place."""
     shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
     return shape
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """Return this rank's part of a DTensor; a plain tensor is its own part."""
+    """Return this rank's shard of a DTensor; a plain tensor is returned unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor.data

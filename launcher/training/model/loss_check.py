@@ -1,8 +1,7 @@
-"""Check the engine's loss on two short rows against the model's own class, after loading.
+"""Check of the engine's loss on two short rows against the model's own class, after loading.
 
-The planner's table says what every architecture can do with several samples in a pass; this finds what no
-table has: code that came with a model, a config with a value that no tiny model had, a newer transformers, a
-fault of our own.
+The planner's table says how each architecture can process several samples in a pass. This check finds what no
+table has: a model's own code, a config value that no test model had, a newer transformers, a bug in launcher.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ from launcher.training.model.few_layers import shortened
 from launcher.training.model.own_class import by_own_class
 
 LENGTHS = (11, 7)
-"""Tokens of the two rows: the longer one first, so that what it leaves behind would show in the other."""
+"""Tokens of the two rows: the longer one first, so that its traces would show in the other."""
 _LOOKED_AT = 16
-"""Items among which one with a file is looked for."""
+"""The number of items that are searched for one with a file."""
 TOLERANCE = {"fp32": 1e-4, "fp16": 3e-3, "bf16": 1.5e-2}
-"""The largest difference that rounding explains, relative to what is compared."""
+"""The largest relative difference that rounding explains."""
 _FALLBACKS = (
     Way("padded", "sdpa", "chunked"), Way("padded", "eager", "chunked"),
     Way("padded", "sdpa", "model"), Way("padded", "eager", "model"), Way("padded", "eager", "forward"),
@@ -43,35 +42,35 @@ Event = Callable[..., None]
 
 
 def check_loss(engine: Engine, task: Task, dataset: Dataset, plan: Plan, event: Event) -> None:
-    """Hold the plan's way of computing the loss to the model's own; where they differ, go over to a way that
-    is right, on all ranks.
+    """Compare the plan's way of computing the loss with the model's own class; if they differ, switch all
+    ranks to a correct way.
 
-    Raises ConfigurationError where no way is, with both numbers; DataError where samples do not have the next
-    token as their target.
+    Raises ConfigurationError, with both numbers, if no way is correct; DataError if a sample's targets are
+    not its next tokens.
     """
-    _all(True, torch.device(plan.mesh.device))  # a peer that still loads is no part of the check's time
+    _all(True, torch.device(plan.mesh.device))  # ranks that still load do not count as time of the check
     began = time.monotonic()
     ends = getattr(engine.model.config.get_text_config(), "eos_token_id", None)
     heads = _heads(task, dataset, [ends] if isinstance(ends, int) else ends or [])
     rows = [row for head in heads for row in head.rows]
-    # What both passes need is gathered once.
+    # The parameters of both passes are gathered once.
     with shortened(engine.model), engine.whole_where_it_fits(_tokens(engine.model, rows)):
         _check_loss(engine, task, heads, plan, event, began)
 
 
 @dataclass(frozen=True)
 class _Head:
-    """One of several heads that is compared with its own class, or the only one."""
+    """A head that is compared with its own class: one of several, or the only one."""
 
     task: Task
     """The task of that head."""
     rows: Sequence[Sample]
-    """Two samples of it, of which the second counts."""
+    """Two samples; the second is compared."""
     name: str | None = None
-    """Of several heads the name of this one's task."""
+    """The name of this head's task; None for an only head."""
 
     def output(self, output: Output) -> Output:
-        """Return its own part of an engine's output."""
+        """Return this head's part of an engine's output."""
         return output if self.name is None or output.parts is None else output.parts[self.name]
 
 
@@ -104,7 +103,7 @@ def _check_loss(
 
 
 def _heads(task: Task, dataset: Dataset, ends: Sequence[int]) -> list[_Head]:
-    """Return what is compared: of several tasks at once the head of each."""
+    """Return the heads to compare: one for each of several tasks."""
     if not task.parts:
         return [_Head(task, _rows(task, dataset, ends))]
     assert isinstance(dataset, MixedDataset)
@@ -116,10 +115,10 @@ def _heads(task: Task, dataset: Dataset, ends: Sequence[int]) -> list[_Head]:
 def _rows(
     task: Task, dataset: Dataset, ends: Sequence[int], begin: int = 0, end: int | None = None
 ) -> list[Sample]:
-    """Return two samples of the items from `begin` to `end`, cut short, of which the second counts: one with a
-    file, where rows name files and one of the first has any.
+    """Return two shortened samples of the items from `begin` to `end`. The second one is compared: it has a
+    file if one of the first items has.
 
-    Raises DataError for one that is not what the task makes.
+    Raises DataError for a sample that the task did not make.
     """
     most = _LOOKED_AT if task.traits.reads_files else 2
     stop = min(begin + most, dataset.num_items if end is None else end)
@@ -135,8 +134,8 @@ def _rows(
 
 
 def _tokens(model: PreTrainedModel, rows: Sequence[Sample]) -> list[int]:
-    """Return the tokens that the rows, or what a model puts around them, may have. A token that is none of
-    them has the same row of zeros in both passes."""
+    """Return the tokens of the rows, and those that a model may add. All other tokens have the same row of
+    zeros in both passes."""
     config = model.config.get_text_config()
     num_tokens = getattr(config, "vocab_size", None) or 0
     special = [value for key, value in config.to_dict().items() if key.endswith("_token_id")]
@@ -147,8 +146,8 @@ def _tokens(model: PreTrainedModel, rows: Sequence[Sample]) -> list[int]:
 
 
 def _ours(engine: Engine, task: Task, heads: Sequence[_Head], plan: Plan, way: Way) -> torch.Tensor | None:
-    """Return what the engine makes of the second row of each head behind the first (alone, where the run has one
-    sample a pass); None where the model's code cannot do it that way, which is so on all ranks."""
+    """Return the engine's values for each head's second row, in a pass with the first (alone if the run has
+    one sample a pass); None if the model's code cannot compute it that way, then on all ranks."""
     task.layout, task.head = way.layout, way.head
     _attend(engine.model, way.attention)
     values = []
@@ -163,10 +162,10 @@ def _ours(engine: Engine, task: Task, heads: Sequence[_Head], plan: Plan, way: W
 
 
 def _own(engine: Engine, task: Task, head: _Head, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what the model's own class makes of the second row alone, and the size against which rounding is
-    seen.
+    """Return the values of the model's own class for the second row alone, and their scale for judging
+    rounding.
 
-    Raises ConfigurationError where the class refuses the row, or makes no numbers of it.
+    Raises ConfigurationError if the class refuses the row, or returns no finite numbers.
     """
     name = engine.model.config._attn_implementation
     _attend(engine.model, "eager")
@@ -192,15 +191,15 @@ def _own(engine: Engine, task: Task, head: _Head, plan: Plan) -> tuple[torch.Ten
 
 
 def _joined(values: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return what is compared of all heads, one after another, [n]."""
+    """Return the values of all heads, concatenated, [n]."""
     return torch.cat([one.flatten() for one in values])
 
 
 def _values(task: Task, output: Output, row: Sample) -> torch.Tensor:
-    """Return what is compared: the loss of a token, or a classifier's outputs, those of padding left out."""
+    """Return the values to compare: the loss of a token, or a classifier's outputs, without padding."""
     if output.predictions is None:
         targets = row.get("targets")
-        # Of an image's tokens none is learned.
+        # Tokens of images are not supervised.
         num_learned = row.length - 1 if targets is None else int((targets != IGNORE).sum())
         return output.loss_sum.reshape(1) / max(1, num_learned)
     predictions = output.predictions[-1]
@@ -208,7 +207,7 @@ def _values(task: Task, output: Output, row: Sample) -> torch.Tensor:
 
 
 def _attend(model: PreTrainedModel, name: str) -> None:
-    """Switch the model's attention. A class with attention of its own stays as it is."""
+    """Switch the model's attention. A class with its own attention is unchanged."""
     wanted = attention.register(name)
     if model.config._attn_implementation != wanted:
         with contextlib.suppress(ValueError):
@@ -216,7 +215,7 @@ def _attend(model: PreTrainedModel, name: str) -> None:
 
 
 def _differ(ours: torch.Tensor, own: torch.Tensor, size: torch.Tensor) -> float:
-    """The largest difference, relative to the size of what is compared, on any rank."""
+    """Return the largest difference on any rank, relative to the scale."""
     relative = ((ours.float() - own.float()).abs() / size.clamp_min(1e-6)).max()
     relative = torch.nan_to_num(relative, nan=torch.inf)
     if distributed.get_world_size() > 1:
@@ -225,7 +224,7 @@ def _differ(ours: torch.Tensor, own: torch.Tensor, size: torch.Tensor) -> float:
 
 
 def _all(here: bool, device: torch.device) -> bool:
-    """Return whether it holds on all ranks."""
+    """Return whether `here` is true on all ranks."""
     holds = torch.tensor(float(here), device=device)
     if distributed.get_world_size() > 1:
         distributed.all_reduce(holds, distributed.ReduceOp.MIN)
@@ -233,5 +232,5 @@ def _all(here: bool, device: torch.device) -> bool:
 
 
 def _number(values: torch.Tensor | None) -> str:
-    """The number that people compare: a loss, or the first of a classifier's logits."""
+    """Return the number for people: a loss, or the first of a classifier's logits."""
     return "none" if values is None else " ".join(f"{value:.4f}" for value in values.flatten()[:4].tolist())

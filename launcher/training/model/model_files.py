@@ -1,4 +1,4 @@
-"""Files beside a model's weights that an export takes along: code, templates, processors."""
+"""Files next to a model's weights that an export copies: code, templates, processors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _WEIGHTS = (
     ".index.json",
 )
 EVALUATION = "launcher_evaluation.json"
-"""In an export: the newest evaluation of its run, with the thresholds that were fitted on the held-out rows."""
+"""A file in an export: the newest evaluation of its run, with thresholds fitted on the held-out rows."""
 _OF_ITSELF = (
     EVALUATION,
     "README.md",
@@ -41,7 +41,7 @@ _OF_ITSELF = (
     "adapter_config.json",
     "all_results.json",
 )
-"""What says something of that model, or of its own training, and would be wrong of another."""
+"""Files about that model, or its own training, which would be wrong for another."""
 _OF_A_MODEL = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".bpe", ".codes", ".vocab", ".spm")
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
@@ -49,32 +49,32 @@ _TEMPLATES = "additional_chat_templates"
 
 
 def directory_of(plan: Plan) -> Path | None:
-    """Return the directory that holds the plan's model: as it is named, or the hub's cache; None where it is
-    in neither."""
+    """Return the directory of the plan's model: the named one, or the hub's cache; None if it is in
+    neither."""
     path = Path(plan.model.name)
     if path.is_dir():
         return path
     try:
         cached = try_to_load_from_cache(plan.model.name, "config.json", revision=plan.model.revision)
-    except ValueError:  # no name that the hub could have
+    except ValueError:  # not a valid name on the hub
         return None
     return Path(cached).parent if isinstance(cached, str) else None
 
 
 def lacks_processor(plan: Plan) -> bool:
-    """Return whether the model's files are here, and say nothing of images or sounds."""
+    """Return whether the model's files are local, and without a processor for images or sounds."""
     directory = directory_of(plan)
     return directory is not None and not any((directory / name).is_file() for name in _PROCESSORS)
 
 
 def is_weights(path: Path) -> bool:
-    """Return whether a file holds weights, or says in which file they are."""
+    """Return whether a file has weights, or is their index."""
     return path.name.endswith(_WEIGHTS)
 
 
 def kept(directory: Path) -> Iterator[Path]:
-    """Yield, relative to a model's directory, what an export has of it: all at its top but weights, named
-    chat templates, and code."""
+    """Yield the files of a model's directory that an export copies, by relative path: all at its top but
+    weights, named chat templates, and code."""
     for path in sorted(directory.iterdir()):
         if path.is_file() and not is_weights(path) and path.name not in _OF_ITSELF:
             yield path.relative_to(directory)
@@ -87,11 +87,10 @@ def kept(directory: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def own_code(plan: Plan) -> Iterator[None]:
-    """Let this process alone of its machine, while inside, copy a model's code to where transformers imports
-    it from, and import it.
+    """Hold the machine's lock for copying a model's code to transformers' import folder, and importing it.
 
-    The ranks of a machine share that folder, and transformers does not keep one from importing what another
-    has half written.
+    The ranks of a machine share that folder, and transformers does not prevent one from importing a
+    half-written file of another.
     """
     if not plan.model.trust_remote_code:
         yield
@@ -101,25 +100,25 @@ def own_code(plan: Plan) -> Iterator[None]:
     folder = Path(HF_MODULES_CACHE)
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / ".launcher.lock"):
-        # What another rank has written since this one looked.
+        # Another rank may have written files since this one looked.
         importlib.invalidate_caches()
         yield
 
 
 def copy(directory: Path, target: Path) -> None:
-    """Copy what goes along with a model into a directory, which is made; whatever else somebody keeps beside
-    the model does not."""
+    """Copy a model's further files (`kept`) into a directory, which is created; other files there are not
+    copied."""
     for inside in kept(directory):
         if inside.suffix not in _OF_A_MODEL and not inside.name.startswith(_LICENCES):
             continue
         (target / inside).parent.mkdir(parents=True, exist_ok=True)
-        # Of the hub's cache files are links, and what is copied is what they lead to.
+        # The hub's cache has links; their targets are copied.
         shutil.copyfile(directory / inside, target / inside)
 
 
 def name_own_code(target: Path, plan: Plan) -> None:
-    """Let the config and the tokenizer in a directory name the code that lies beside them, and no longer the
-    repository that it is from."""
+    """Make the config and the tokenizer in a directory refer to the code next to them, not to its
+    repository."""
     for name in ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):
         path = target / name
         if not path.is_file():
@@ -139,8 +138,8 @@ def name_own_code(target: Path, plan: Plan) -> None:
 
 
 def _without_repository(reference: Any, repository: str, target: Path) -> Any:
-    """A reference, or a pair of them, to code: `repository--module.Class` as `module.Class` where that module
-    is in `target`."""
+    """Return a reference to code, or a pair of them: `repository--module.Class` as `module.Class` if that
+    module is in `target`."""
     if isinstance(reference, (list, tuple)):
         return [_without_repository(one, repository, target) for one in reference]
     if not isinstance(reference, str) or not reference.startswith(repository):

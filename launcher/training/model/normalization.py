@@ -1,10 +1,11 @@
-"""Normalization layers: frozen where the job says so, and batch norm over all ranks of a pass.
+"""Normalization layers: frozen if the job says so, and batch norm over all ranks of a pass.
 
-torch's batch norm takes its statistics from the samples of one rank. Here they are of all samples that the ranks
-go through at the same time, without filler. So a run on several ranks computes what one rank does with a
-micro-batch as large as all of theirs, and the running statistics are the same on every rank.
-torch.nn.SyncBatchNorm does so on GPUs alone. It knows no filler, and counts the samples of a layer twice that is
-computed again.
+torch's batch norm takes its statistics from one rank's samples. Here they cover the samples of all ranks in a
+pass, without padding samples. So several ranks compute what one rank would with all their micro-batches
+joined, and the running statistics are equal on every rank.
+
+torch.nn.SyncBatchNorm does this only on GPUs. It does not exclude padding samples, and counts the samples of
+a recomputed layer twice.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ _KINDS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _BatchNorm)
 
 @dataclass
 class Pass:
-    """The micro-batch that a model is going through."""
+    """The micro-batch of the current pass."""
 
     weights: torch.Tensor | None = None
-    """Of its samples, fp32 [samples]: 0 for filler. None where all count."""
+    """The weights of its samples, fp32 [samples]: 0 for padding samples. None if all count."""
 
 
 def normalizations(model: nn.Module) -> list[nn.Module]:
-    """Return the layers that normalise: torch's, and those of a class with such a name and nothing inside."""
+    """Return the normalization layers: torch's, and childless ones of a class with such a name."""
     return [
         module
         for module in model.modules()
@@ -44,7 +45,7 @@ def normalizations(model: nn.Module) -> list[nn.Module]:
 
 
 def freeze(model: nn.Module, name: str) -> None:
-    """Stop the training of all layers that normalise, the running statistics of batch norm too.
+    """Freeze all normalization layers, including batch norm's running statistics.
 
     Raises ConfigurationError for a model, called `name`, without any.
     """
@@ -58,7 +59,7 @@ def freeze(model: nn.Module, name: str) -> None:
 
 
 def share_statistics(model: nn.Module, frozen: bool) -> None:
-    """Have every batch norm of a model go by the samples of all ranks; frozen: by its running statistics in
+    """Make every batch norm of a model use the samples of all ranks; if frozen, its running statistics in
     training too."""
     of = Pass()
     for module in model.modules():
@@ -70,7 +71,7 @@ def share_statistics(model: nn.Module, frozen: bool) -> None:
 def noting_samples(
     model: nn.Module, forward: Callable[[dict[str, Any]], Any]
 ) -> Callable[[dict[str, Any]], Any]:
-    """Return the forward pass of a model, by a batch, that tells its batch norms which samples count."""
+    """Return a model's forward pass that tells its batch norms which samples of the batch count."""
     of: Pass | None = model.__dict__.get("_launcher_pass")
     if of is None:
         return forward
@@ -84,7 +85,7 @@ def noting_samples(
 
 @contextlib.contextmanager
 def kept_exact(model: nn.Module) -> Iterator[None]:
-    """Let another narrow the model's buffers while inside; the running statistics are fp32 again behind it."""
+    """Restore the running statistics in fp32 after the buffers were converted to a narrower dtype inside."""
     modules = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     before = [
         {name: buffer.clone() for name, buffer in module.named_buffers(recurse=False)} for module in modules
@@ -100,13 +101,13 @@ def _forward(module: _BatchNorm, of: Pass, frozen: bool, hidden: torch.Tensor) -
     mean, variance = module.running_mean, module.running_var
     assert mean is not None and variance is not None
     weight, bias = (None if one is None else one.float() for one in (module.weight, module.bias))
-    # Statistics are fp32 whatever the model computes in.
+    # Statistics are fp32, whatever the compute dtype.
     if frozen or not module.training:
         normal = functional.batch_norm(hidden.float(), mean, variance, weight, bias, False, 0.0, module.eps)
         return normal.to(hidden.dtype)
     own = _weights_of(of.weights, hidden)
-    # Layers that are computed again see their samples twice: they then weigh nothing, and all else is as before,
-    # as torch compares what both passes keep.
+    # Recomputed layers see their samples twice. The second time their weight is 0, and all else is unchanged,
+    # because torch compares what both passes save.
     again = torch._C._current_graph_task_id() != -1
     share = 0.0 if again else _next_share(module)
     if own is None and (not distributed.is_initialized() or distributed.get_world_size() == 1):
@@ -123,16 +124,17 @@ def _forward(module: _BatchNorm, of: Pass, frozen: bool, hidden: torch.Tensor) -
 
 
 def _next_share(module: _BatchNorm) -> float:
-    """Count a pass; return what its statistics weigh in the running ones."""
+    """Count a pass; return the weight of its statistics in the running ones."""
     assert module.num_batches_tracked is not None
     module.num_batches_tracked.add_(1)
     return 1.0 / float(module.num_batches_tracked) if module.momentum is None else module.momentum
 
 
 def _weights_of(weights: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor | None:
-    """Return the weights of what goes in, fp32 [entries]; None where all count, or where entries are no samples.
+    """Return the weights of the input's entries, fp32 [entries]; None if all count, or if entries are not
+    samples.
 
-    A layer that has each sample's positions in a row of their own has several entries a sample.
+    A layer with each position as a separate row has several entries per sample.
     """
     if weights is None or len(hidden) % len(weights) or _all_count(weights):
         return None
@@ -140,15 +142,16 @@ def _weights_of(weights: torch.Tensor | None, hidden: torch.Tensor) -> torch.Ten
 
 
 def _all_count(weights: torch.Tensor) -> bool:
-    """Return whether there is no filler. On a GPU that is not asked, as it would have to be waited for."""
+    """Return whether there are no padding samples. On a GPU that is not checked, as it would synchronise."""
     return weights.device.type == "cpu" and bool((weights > 0).all())
 
 
 class _Normal(torch.autograd.Function):
     """Batch norm over the samples of all ranks, in fp32.
 
-    Forward: `hidden` [n, channels, ...], `weights` [n], `weight` and `bias` [channels] or None. Returns what is
-    normal, and of all ranks the mean, the variance (biased) and the number of values of a channel.
+    Forward: `hidden` [n, channels, ...], `weights` [n], `weight` and `bias` [channels] or None. Returns the
+    normalised values, and over all ranks the mean, the (biased) variance and the number of values per
+    channel.
     """
 
     @staticmethod
@@ -168,7 +171,7 @@ class _Normal(torch.autograd.Function):
         number = sums[-1].clamp_min(1.0)
         mean = sums[:-1] / number
         centred = hidden - mean.view(shape)
-        # Twice over the values: the mean of squares less the square of the mean would lose digits.
+        # Two passes over the values: the mean of squares minus the squared mean would lose digits.
         squares = (centred.square() * counts).sum(dims)
         _add_up(squares)
         variance = squares / number
@@ -188,7 +191,7 @@ class _Normal(torch.autograd.Function):
         sums = own.clone()
         _add_up(sums)
         mean, slope = (one.view(shape) for one in (sums / number).unbind())
-        # What does not count moved neither mean nor variance.
+        # Entries that do not count affected neither mean nor variance.
         of_hidden = (gradient - counts * (mean + normal * slope)) * scale.view(shape)
         if weight is None:
             return of_hidden, None, None, None, None

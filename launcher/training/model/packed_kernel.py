@@ -1,7 +1,7 @@
 """Attention over packed samples as one operator of PyTorch's, with a kernel for CPUs.
 
-One operator rather than a loop in the model: a compiler sees no loop whose length changes with the batch, a
-trace sees what is kept, and where samples begin is read within it alone. Its work is done by PyTorch's fused CPU
+It is an operator instead of a loop in the model: a compiler sees no loop whose length changes with the batch,
+a trace sees what is kept, and only the operator reads the samples' bounds. It calls PyTorch's fused CPU
 kernel, a sample at a time, on views of the row.
 """
 
@@ -19,13 +19,13 @@ _aten = torch.ops.aten
 
 
 def note_lengths(ends: torch.Tensor, lengths: Sequence[int]) -> None:
-    """Attach the samples' lengths, which the collator knows, to their bounds on the device: so they reach every
-    layer, and its recomputation, without the device being asked."""
+    """Attach the samples' lengths, known from the collator, to their bounds on the device: so every layer,
+    and its recomputation, gets them without synchronising."""
     ends.sample_lengths = lengths  # type: ignore[attr-defined]
 
 
 def lengths_of(ends: torch.Tensor) -> list[int]:
-    """Return what was noted of bounds; where nothing was, the device is asked."""
+    """Return the lengths attached to bounds; without any, they are read from the device."""
     noted = getattr(ends, "sample_lengths", None)
     return list(noted) if noted is not None else ends.diff().tolist()
 
@@ -40,12 +40,12 @@ def packed(
     causal: bool,
     window: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend within each sample of a row: return [1, tokens, heads, head_dim] like `query`, and the logarithms
-    of the softmax's sums, fp32 [1, tokens, heads].
+    """Attend within each sample of a row: return [1, tokens, heads, head_dim] like `query`, and the
+    log-sum-exp of the scores, fp32 [1, tokens, heads].
 
     `query` is [1, heads, tokens, head_dim]; `key` and `value` may have fewer heads, a divisor of them. `ends`
-    are the bounds of the samples, int32 [samples + 1] from 0. With `window` a position sees as many to its
-    left, itself included; without `causal` to its right as well.
+    are the bounds of the samples, int32 [samples + 1] from 0. With `window` a position attends to that many
+    on its left, itself included; without `causal` also on its right.
     """
     result, sums = _empty(query)
     for sample, length in _samples(ends):
@@ -56,7 +56,7 @@ def packed(
         )  # fmt: skip
         result[:, sample] = part.transpose(1, 2)
         sums[:, sample] = part_sums.transpose(1, 2)
-        del part, part_sums  # else they are there beside the next sample's
+        del part, part_sums  # else they stay in memory next to the next sample's
     return result, sums
 
 
@@ -84,7 +84,8 @@ def packed_backward(
     causal: bool,
     window: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the gradients of query, key and value from that of `result` and what the forward pass kept."""
+    """Return the gradients of query, key and value, from that of `result` and the saved tensors of the
+    forward pass."""
     gradients = _gradients(query), _gradients(key), _gradients(value)
     for sample, length in _samples(ends):
         mask = mask_of(length, window, query.device, causal)
@@ -108,7 +109,8 @@ def _(_: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *__: 
 
 
 def _gradients(tensor: torch.Tensor) -> torch.Tensor:
-    """[1, heads, tokens, width] as it comes of a linear layer, the tokens outermost."""
+    """Return an empty [1, heads, tokens, width] in the memory layout of a linear layer's output, tokens
+    outermost."""
     _, heads, tokens, width = tensor.shape
     return tensor.new_empty(1, tokens, heads, width).transpose(1, 2)
 
@@ -120,10 +122,10 @@ def _samples(ends: torch.Tensor) -> Iterator[tuple[slice, int]]:
 
 
 def mask_of(length: int, window: int | None, device: torch.device, causal: bool) -> torch.Tensor | None:
-    """Return which positions see which, bool [length, length], in a sliding window that the sample is longer
-    than; None where plain attention is the same.
+    """Return the attention mask, bool [length, length], of a sliding window that is shorter than the sample;
+    None if plain attention is the same.
 
-    Of an encoder it reaches as far to both sides, as transformers' own masks of windows do.
+    In an encoder it reaches equally far to both sides, as transformers' own window masks do.
     """
     if window is None or length <= window:
         return None
@@ -133,7 +135,7 @@ def mask_of(length: int, window: int | None, device: torch.device, causal: bool)
 
 
 def _added(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """Return the mask as the kernel takes it: numbers to add to the scores."""
+    """Return the mask in the kernel's form: numbers to add to the scores."""
     return None if mask is None else torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))
 
 

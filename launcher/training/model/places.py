@@ -1,4 +1,4 @@
-"""Where each parameter of a model stands: before, in or behind its repeated layers, and in its head."""
+"""The place of each parameter in a model: before, in or after its repeated layers, or in its head."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from launcher.training.model import adapters
 def places(model: PreTrainedModel) -> list[Place]:
     """Return the place of every parameter, in the model's order, by the names that checkpoints use.
 
-    Embeddings come before the layers wherever a class defines them. What stands between two stacks of layers,
-    as an encoder's last norm, belongs to the layer before it.
+    Embeddings come before the layers wherever a class defines them. Modules between two stacks of layers,
+    such as an encoder's last norm, belong to the layer before them.
 
     Raises ConfigurationError for a model without repeated layers.
     """
@@ -38,16 +38,16 @@ def places(model: PreTrainedModel) -> list[Place]:
 
 
 def stages_of(model: nn.Module, own: Model) -> dict[str, int]:
-    """Return from which stage of `model.unfreeze` on each parameter trains, by name; 0 is the start.
+    """Return the stage of `model.unfreeze` from which each parameter trains, by name; 0 is the start.
 
-    Raises ConfigurationError, with every problem, where `model.freeze` or `model.unfreeze` is not of this model.
+    Raises ConfigurationError, with every problem, if `model.freeze` or `model.unfreeze` does not suit this
+    model.
     """
     return stages(own.freeze, own.unfreeze, places(model))
 
 
 def freeze(model: PreTrainedModel, own: Model) -> None:
-    """Stop the training of parameters that are frozen for good. Raises ConfigurationError as `stages_of`
-    does."""
+    """Freeze the parameters that never train. Raises ConfigurationError as `stages_of` does."""
     if not own.freeze:
         return
     trains = stages_of(model, own)
@@ -60,8 +60,8 @@ def repeated_layers(model: PreTrainedModel) -> list[nn.Module]:
     """Return the layers that repeat, in the order of the model: the units of sharding and of activation
     checkpointing.
 
-    They are the elements of the outermost ModuleLists whose class the model names as not to be split,
-    else of all outermost ModuleLists of two or more. Raises ConfigurationError where there are none.
+    They are the elements of the outermost ModuleLists whose class is in the model's `_no_split_modules`, else
+    of all outermost ModuleLists of two or more. Raises ConfigurationError if there are none.
     """
     outermost = lists_of_layers(model)
     named = [layer for module in outermost for layer in module if is_unsplit(model, layer)]
@@ -73,15 +73,15 @@ def repeated_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def is_unsplit(model: PreTrainedModel, layer: nn.Module) -> bool:
-    """Return whether the model names the layer's class as not to be split. FSDP makes a class of its own of
-    it, which has that one as its base."""
-    # BLIP's class names the layers of its images alone.
+    """Return whether the layer's class is in the model's `_no_split_modules`. FSDP replaces it by a
+    subclass."""
+    # BLIP's class names only its image layers.
     unsplit = {*(model._no_split_modules or ()), "BlipTextLayer"}
     return any(kind.__name__ in unsplit for kind in type(layer).__mro__)
 
 
 def lists_of_layers(model: nn.Module) -> list[nn.ModuleList]:
-    """Return the outermost ModuleLists, without empty ones."""
+    """Return the outermost non-empty ModuleLists."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) >= 1]
     inner = {id(child) for outer in lists for child in outer.modules() if child is not outer}
     return [module for module in lists if id(module) not in inner]

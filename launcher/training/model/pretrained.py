@@ -19,8 +19,8 @@ from launcher.training.model.model_files import lacks_processor, own_code
 
 
 def read_config(plan: Plan) -> Any:
-    """Return the model's config, with the names that decide which attention it runs, and a row for each
-    token where the plan adds them."""
+    """Return the model's config, from its files or the job; with `resize_embeddings` it has a row for each
+    token."""
     config = _made_up(plan) if plan.model.config is not None else _in_files(plan)
     if plan.model.resize_embeddings:
         text = config.get_text_config()
@@ -45,10 +45,10 @@ def _in_files(plan: Plan) -> Any:
 
 
 def settled(plan: Plan) -> Plan:
-    """Return the plan with attention, layout and head as the model's architecture needs them, where the
-    planner had no config to go by.
+    """Return the plan with the attention, layout and head that the model's architecture needs, if the planner
+    had no config.
 
-    Raises ConfigurationError for a model that cannot be trained truly, and where there is none by that name.
+    Raises ConfigurationError for a model that cannot be trained correctly, and for an unknown name.
     """
     config = read_config(plan.model_copy(update={"attention": "eager"}))
     data, trusted = plan.data, plan.model.trust_remote_code
@@ -61,7 +61,7 @@ def settled(plan: Plan) -> Plan:
         or plan.attention == "flash_attention_2"
     ):
         return plan
-    # A plan holds no `auto`: what it says of a model that was not there is what most models can.
+    # A plan has no `auto`: for a missing model it has the values that most models support.
     requested = "auto" if plan.model.attention == "sdpa" else plan.model.attention
     way = model_support.choose(
         known, plan.model.name, config.model_type, requested, plan.data.packing, plan.batch.micro_batch_size
@@ -70,21 +70,19 @@ def settled(plan: Plan) -> Plan:
 
 
 def _made_up(plan: Plan) -> Any:
-    """The config that the job file writes out."""
+    """Return the config that is written in the job file."""
     sizes = dict(plan.model.config or {})
     kind = sizes.pop("model_type", None)
     try:
         return AutoConfig.for_model(
             str(kind), attn_implementation=attention.register(plan.attention), **sizes
         )
-    except (
-        Exception
-    ) as error:  # transformers checks sizes in classes of its own, each with its own kind of error
+    except Exception as error:  # transformers' classes check sizes, each with its own kind of error
         raise ConfigurationError(Problem("model.config", kind, first_line(error))) from None
 
 
 def read_tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
-    """Return the model's tokenizer; one without a padding token pads with its end of text."""
+    """Return the model's tokenizer; without a padding token it pads with its end token."""
     try:
         with own_code(plan):
             tokenizer = AutoTokenizer.from_pretrained(
@@ -100,7 +98,7 @@ def read_tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
 
 
 def read_processor(plan: Plan) -> Any:
-    """Return what reads the rows of the plan's task: its own processor, or the model's tokenizer."""
+    """Return the processor of the plan's task, or the model's tokenizer."""
     task, model = tasks.unprepared(plan), plan.model
     if not task.has_processor:
         return read_tokenizer(plan)
@@ -126,8 +124,8 @@ def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def model_class(loader: Any, config: Any, plan: Plan) -> type[PreTrainedModel]:
-    """Return what the Auto class `loader` would make of a config. Raises ConfigurationError for a model that
-    cannot do the plan's task."""
+    """Return the class that the Auto class `loader` selects for a config. Raises ConfigurationError for a
+    model that cannot do the plan's task."""
     reference = (getattr(config, "auto_map", None) or {}).get(loader.__name__)
     try:
         if plan.model.trust_remote_code and reference:
@@ -147,10 +145,10 @@ def model_class(loader: Any, config: Any, plan: Plan) -> type[PreTrainedModel]:
 
 
 def why_not_read(error: Exception) -> str | None:
-    """Return why a model's weights could not be read, in our words; None where that is no fault of its
-    files."""
+    """Return why a model's weights could not be read, in launcher's words; None if its files are not the
+    cause."""
     if isinstance(error, pickle.UnpicklingError):
-        # torch goes on to say how to run what stands there; nobody should.
+        # torch's message explains how to run the pickled code; nobody should.
         return (
             "its weights are a pickle (pytorch_model.bin) that is damaged, or holds more than tensors, "
             "as code; nothing of it was run. "

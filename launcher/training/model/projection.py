@@ -1,6 +1,6 @@
-"""A matrix that turns a student's hidden states into such as its teacher has, where their widths differ.
+"""A matrix that maps a student's hidden states to its teacher's width, if the widths differ.
 
-It trains with the student, is sharded, saved and resumed with it, and is in no export.
+It is trained, sharded, saved and resumed with the student, but not exported.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from launcher.training.model import pretrained
 
 
 class _Projected:
-    """Add the projection to a model; mixed in before its class."""
+    """A mixin, before a model's class, that adds the projection."""
 
     width_of_teacher: int
 
@@ -27,9 +27,9 @@ class _Projected:
 
 
 def projected(kind: type[PreTrainedModel], config: Any, plan: Plan) -> type[PreTrainedModel]:
-    """Return a model's class with a projection, where its plan asks for hidden states of another width.
+    """Return a model's class, with a projection if its plan compares hidden states of another width.
 
-    Raises ConfigurationError where the teacher's config cannot be read.
+    Raises ConfigurationError if the teacher's config cannot be read.
     """
     if plan.distillation is None or plan.distillation.hidden_states is None:
         return kind
@@ -38,6 +38,6 @@ def projected(kind: type[PreTrainedModel], config: Any, plan: Plan) -> type[PreT
 
 
 def _class_with_projection(kind: type[PreTrainedModel], width: int) -> type[PreTrainedModel]:
-    # By its name transformers knows a class's loss, and a config's `architectures`.
+    # transformers finds a class's loss, and a config's `architectures`, by this name.
     own = {"__module__": kind.__module__, "width_of_teacher": width}
     return cast(type[PreTrainedModel], type(kind.__name__, (_Projected, kind), own))

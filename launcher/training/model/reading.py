@@ -1,8 +1,8 @@
-"""Tensors that are not read as they stand: a new head, rows added to an embedding, positions cut to the clips.
+"""Tensors changed while reading: a new head, added embedding rows, positions cut to the clips.
 
-transformers would compare the shapes itself, but of a model that is cut it compares one rank's part of them:
-the part may agree on one rank and not on another. So the names are found beforehand, and the files' tensors
-are changed on their way to the model.
+transformers compares shapes itself, but for a sharded model it compares one rank's shard, which may agree on
+one rank and not on another. So the names are found beforehand, and the files' tensors are changed while they
+are read.
 """
 
 from __future__ import annotations
@@ -20,27 +20,25 @@ from launcher import tasks
 from launcher.planner.plan import Plan
 
 _POSITIONS = "max_source_positions"
-"""Whisper's key for the positions of its encoder."""
+"""Whisper's config key for the positions of its encoder."""
 _BLOCK_ROWS = 4096
-"""Rows of a table that are added up at once."""
+"""The rows of a table that are summed at once."""
 
 
 @dataclass(frozen=True)
 class Changes:
-    """Names of a model's parameters whose values in its files are not taken as they are."""
+    """Names of a model's parameters whose values in the files are changed or skipped."""
 
     left_out: frozenset[str] = frozenset()
-    """Not read: the head of another classification than the model will do. They count as missing, and are
-    made anew."""
+    """Not read: a head for other classes. These parameters count as missing, and are initialised."""
     grown: frozenset[str] = frozenset()
-    """With a row for each token: those that the files lack are the mean of those that they have."""
+    """With a row for each token: rows missing in the files are the mean of the existing ones."""
     shortened: frozenset[str] = frozenset()
-    """Of which the first rows alone are read: positions for longer clips than those that the model will hear."""
+    """Only the first rows are read: the files have positions for longer clips than the job's."""
 
     @classmethod
     def of(cls, plan: Plan, kind: type[PreTrainedModel], config: Any) -> Changes:
-        """Return the changes on the way from a plan's model in its files to the model that `config`
-        describes."""
+        """Return the changes from a plan's model in its files to the model that `config` describes."""
         if plan.model.weights == "random" or plan.model.config is not None:
             return cls()
         grown = following(kind, config, "vocab_size") if plan.model.resize_embeddings else frozenset()
@@ -57,7 +55,7 @@ class Changes:
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """Have from_pretrained read files with these changes while inside."""
+        """Make from_pretrained read files with these changes, inside."""
         if not self.left_out and not self.grown and not self.shortened:
             yield
             return
@@ -88,7 +86,7 @@ class Changes:
 
 
 def following(kind: type[PreTrainedModel], config: Any, size: str) -> frozenset[str]:
-    """Return the parameters and buffers whose number of rows is the config's `size`, found by making the
+    """Return the parameters and buffers whose number of rows is the config's `size`, found by building the
     model twice without memory."""
     shapes = []
     for more in (0, 1):
@@ -103,8 +101,8 @@ def following(kind: type[PreTrainedModel], config: Any, size: str) -> frozenset[
 
 
 def _named(key: str, names: frozenset[str]) -> str | None:
-    """Return which of `names` a file's key stands for: files have names with or without the name of the model
-    inside."""
+    """Return which of `names` a file's key means: files have names with or without the base model's
+    prefix."""
     return next(
         (name for name in names if key == name or key.endswith(f".{name}") or name.endswith(f".{key}")), None
     )
@@ -116,14 +114,14 @@ def _with_rows(value: Any, num_rows: int) -> Any:
 
 
 class _OtherRows:
-    """A tensor of a file with another number of rows, read in slices as safetensors' own."""
+    """A file's tensor with another number of rows, read in slices like a safetensors slice."""
 
     def __init__(self, source: Any, num_rows: int) -> None:
         shape = list(source.shape) if isinstance(source, torch.Tensor) else source.get_shape()
         self._source, self._num_old, self._shape = source, shape[0], [num_rows, *shape[1:]]
 
     def get_shape(self) -> list[int]:
-        """Return the shape with so many rows."""
+        """Return the shape with the new number of rows."""
         return self._shape
 
     def get_dtype(self) -> Any:
@@ -131,7 +129,7 @@ class _OtherRows:
         return self._source.dtype if isinstance(self._source, torch.Tensor) else self._source.get_dtype()
 
     def _taken(self, index: Any) -> tuple[int, int, list[Any]]:
-        """Return the first row of an index, the row after its last, and what it says of other dimensions."""
+        """Return the first row of an index, the row after its last, and its entries for other dimensions."""
         rows, *rest = index if isinstance(index, tuple) else (index,)
         start, stop, _ = (slice(None) if rows is Ellipsis else rows).indices(self._shape[0])
         return start, stop, rest
@@ -159,7 +157,7 @@ class _Grown(_OtherRows):
         return torch.cat([old.float(), mean.float().expand(num_new, *mean.shape)])
 
     def _mean(self) -> torch.Tensor:
-        """Return the mean row, fp64: the same bits on every rank, however the table is cut."""
+        """Return the mean row, fp64: the same bits on every rank, however the table is sharded."""
         total = torch.zeros(self._shape[1:], dtype=torch.float64)
         for start in range(0, self._num_old, _BLOCK_ROWS):
             total += self._source[start : min(start + _BLOCK_ROWS, self._num_old)].double().sum(dim=0)

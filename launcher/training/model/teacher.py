@@ -1,4 +1,4 @@
-"""Compare a teacher with what it teaches, by processor and classes; write its weights out, where it is a run."""
+"""Comparison of a teacher with its student by processor and classes; export of a teacher's run."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from launcher.training.model import pretrained
 
 KEY = "distillation.teacher"
 _TEXTS = ("The teacher's tokens, one by one.", " 12,345 Zeichen\n\tund «Umlaute»: äöü — 漢字 🙂", "a")
-"""In which tokenizers with the same words may differ: cases, spaces, accents, digits."""
+"""Texts on which tokenizers with equal vocabularies may differ: case, spaces, accents, digits."""
 
 
 def check_teacher(plan: Plan, task: Task, processor: Any, rows: Dataset) -> None:
     """Compare a plan's teacher with its model, by their processors and configs, before any weight is read.
 
-    Raises ConfigurationError where they do not go together.
+    Raises ConfigurationError if they do not match.
     """
     if plan.distillation is None or plan.distillation.teacher is None:
         return
@@ -68,12 +68,12 @@ def check_teacher(plan: Plan, task: Task, processor: Any, rows: Dataset) -> None
 
 
 def written_out(run: RunDirectory, plan: Plan) -> Distillation | None:
-    """Return a plan's section `distillation`, with a directory of weights in the place of a run as the teacher.
+    """Return a plan's section `distillation`, with a directory of weights if the teacher is a run.
 
-    That is RUN/teacher, which rank 0 writes in the first attempt, and anew where another checkpoint is to teach:
-    of a run that measures the averages of its weights (`training.ema.evaluate`) those. For all ranks
-    together. Raises CheckpointError where the teacher's checkpoint is not whole, StorageError where the disk
-    does not take it.
+    That is RUN/teacher. Rank 0 writes it in the first attempt, and again if another checkpoint becomes the
+    teacher. It has the averaged weights of a run that evaluates those (`training.ema.evaluate`). Called by
+    all ranks together. Raises CheckpointError if the teacher's checkpoint is incomplete, StorageError if it
+    cannot be written.
     """
     settings = plan.distillation
     if settings is None or settings.checkpoint is None or settings.teacher is None:
@@ -87,7 +87,7 @@ def written_out(run: RunDirectory, plan: Plan) -> Distillation | None:
         write_atomically(new / SOURCE, json.dumps(settings.source) + "\n")
         shutil.rmtree(
             target, ignore_errors=True
-        )  # no sooner: a teacher that cannot be read takes nothing away
+        )  # only now: a teacher that cannot be read must not remove the old one
         new.rename(target)
     distributed.barrier()
     return settings.model_copy(update={"teacher": str(target)})
@@ -103,7 +103,7 @@ def _problem(plan: Plan, reason: str) -> ConfigurationError:
 
 
 def _sees_otherwise(own: Task, other: Task, sample: Sample) -> str:
-    """Return in what two tasks give their models a sample; empty where the teacher sees what the model sees."""
+    """Return how two tasks' inputs for a sample differ; empty if the teacher gets the same as the model."""
     ours, theirs = own.plain_batch(sample) or {}, other.plain_batch(sample) or {}
     for name, value in theirs.items():
         if name not in ours:
@@ -117,7 +117,7 @@ def _sees_otherwise(own: Task, other: Task, sample: Sample) -> str:
 
 
 def _unlike(own: Any, other: Any) -> str:
-    """Return in what two tokenizers differ; empty where they read alike."""
+    """Return how two tokenizers differ; empty if they agree."""
     ours, theirs = own.get_vocab(), other.get_vocab()
     for token in sorted(ours.keys() | theirs.keys(), key=lambda one: (ours.get(one, 1 << 60), one)):
         if ours.get(token) != theirs.get(token):

@@ -1,8 +1,8 @@
 """One model with a head for each of several tasks: transformers' own classes over one body.
 
-For each task there is the model's own class with that head, as `BertForSequenceClassification`, without a
-body of its own: where its forward calls the body, it gets what the one body gave. So each head computes what
-its class computes, by the class's own code.
+Each task has the model's own class with its head (`BertForSequenceClassification`), but no separate body:
+when its forward calls the body, it gets the shared body's outputs. So each head computes what its class
+computes, by the class's own code.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from launcher.training.model.forward import accepted, model_class_of
 
 
 class _Body:
-    """Show a head the one body, or what it gave."""
+    """A proxy that gives a head the shared body, or its outputs."""
 
     def __init__(self, body: nn.Module) -> None:
         self.body = body
         self.outputs: Any = None
-        """What the body gave for the batch of this pass; None: a head asks the body itself."""
+        """The body's outputs for the batch of this pass; None: a head calls the body itself."""
 
     def __call__(self, *args: Any, **named: Any) -> Any:
         return self.body(*args, **named) if self.outputs is None else self.outputs
@@ -41,7 +41,7 @@ class _Body:
 
 
 class WithHeads:
-    """Put several heads on a model; mixed in before the base class of its family."""
+    """A mixin, before the base class of a model's family, that adds several heads."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
@@ -54,9 +54,10 @@ class WithHeads:
             named = ", ".join(sorted(type(head).__name__ for head in heads.values()))
             reason = f"the {config.model_type} classes of these tasks ({named}) do not share one body"
             raise ConfigurationError(Problem("model.name", config.name_or_path or None, reason))
-        # Some heads need a pooler in the body and others none: the largest body has what each of them needs.
+        # Some heads need a pooler in the body: the largest body has what each head needs.
         largest = max(bodies, key=lambda name: sum(one.numel() for one in bodies[name].parameters()))
-        # Made anew, as its parts are to hold this model's config: by that their attention is switched.
+        # Built again, because its parts must hold this model's config, through which their attention is
+        # switched.
         setattr(self, prefix, getattr(head_class(config, largest)(config), prefix))
         for name, head in heads.items():
             del head._modules[prefix]
@@ -66,21 +67,21 @@ class WithHeads:
 
 
 class _ClassByConfig:
-    """Find classes with heads by the class of a config, as transformers' own mappings."""
+    """A mapping from a config's class to a class with heads, like transformers' own mappings."""
 
     def __getitem__(self, kind: type) -> type[PreTrainedModel]:
-        """Return the class. Raises KeyError for a type of model that has no body of its own."""
+        """Return the class. Raises KeyError for a type of model without a base model."""
         return _class_with_heads(kind)
 
 
 class AutoModelWithHeads:
-    """Make models with several heads, by as much of an Auto class as launcher asks for."""
+    """A minimal Auto class for models with several heads: only what launcher uses."""
 
     _model_mapping = _ClassByConfig()
 
     @classmethod
     def from_config(cls, config: Any, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
-        """Return a model with weights made up from its config."""
+        """Return a model from its config, with initialised weights."""
         model: PreTrainedModel = cls._model_mapping[type(config)]._from_config(config, **options)
         return model
 
@@ -95,14 +96,14 @@ def _class_with_heads(config: type) -> type[PreTrainedModel]:
 
 
 def head_name(task: str) -> str:
-    """Return the name of a task's head in the model: what its parameters' names begin with."""
+    """Return the name of a task's head in the model: the prefix of its parameters' names."""
     return f"head_{task}"
 
 
 def head_class(config: Any, task: str) -> type[PreTrainedModel]:
     """Return transformers' own class with the head of a task.
 
-    Raises ConfigurationError where this type of model has none.
+    Raises ConfigurationError if this type of model has none.
     """
     auto_class = getattr(transformers, getattr(config, HEADS)[task]["auto_class"])
     try:
@@ -115,7 +116,7 @@ def head_class(config: Any, task: str) -> type[PreTrainedModel]:
 
 
 def head_config(config: Any, task: str) -> Any:
-    """Return the config of a task's own class, as an export of that head has it."""
+    """Return the config of a task's own class, as in an export of that head."""
     settings = dict(getattr(config, HEADS)[task])
     del settings["auto_class"]
     own = copy.deepcopy(config)
@@ -129,13 +130,13 @@ def head_config(config: Any, task: str) -> Any:
 
 
 def head_of(model: nn.Module, task: str) -> PreTrainedModel:
-    """Return the head of a task, which is called as its own class."""
+    """Return the head of a task, which is called like its own class."""
     return cast(PreTrainedModel, getattr(model, head_name(task)))
 
 
 @contextlib.contextmanager
 def body_computed(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Iterator[None]:
-    """Go through the body once; while inside, each head takes what the body gave, whatever its arguments."""
+    """Compute the body once; inside, each head gets its outputs, whatever the head's arguments."""
     body = cast(nn.Module, model.base_model)
     kind = model_class_of(cast(PreTrainedModel, body))
     more = {"use_cache": False} if "use_cache" in inspect.signature(kind.forward).parameters else {}
@@ -154,8 +155,8 @@ def body_computed(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Iterator
 def starts_of_bias(
     config: Any, following: Callable[[type[PreTrainedModel], Any, str], frozenset[str]]
 ) -> Iterator[tuple[frozenset[str], torch.Tensor]]:
-    """Yield which parameters the head of each task has by its number of outputs, and where a bias among them
-    begins.
+    """Yield the parameters whose size is a task head's number of outputs, and the initial value of a bias
+    among them.
 
     `following` finds the parameters of a model's own class.
     """

@@ -1,1 +1,1 @@
-"""What a run tells people as it goes: numbers, events, symptoms, slow ranks."""
+"""Reports of a running job: numbers, events, symptoms, slow ranks."""

@@ -1,6 +1,6 @@
-"""Judge a step's loss and gradient norm: apply, skip, rewind or stop.
+"""Judgement of a step's loss and gradient norm: apply, skip, rewind or stop.
 
-Every rank comes to the same end.
+Every rank comes to the same result.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Verdict = Literal["apply", "skip", "rewind"]
 
 
 class Divergence:
-    """One run's watch over its loss and gradient norm. `event` writes an event once for all ranks."""
+    """The watch over a run's loss and gradient norm. `event` writes an event once for all ranks."""
 
     def __init__(self, training: Training, event: Callable[..., None]) -> None:
         self._training, self._event = training, event
@@ -30,24 +30,23 @@ class Divergence:
 
     @property
     def rewinds(self) -> bool:
-        """Return whether the job wants to go back, so that there must be something to go back to."""
+        """Return whether the job rewinds, so that it must keep checkpoints to rewind to."""
         return self._training.on_spike.action == "rewind"
 
     @property
     def suspicious(self) -> bool:
-        """Return whether the last losses stand out, and may prove to be a spike: no state to keep as one to
-        go back to."""
+        """Return whether the last losses stand out and may become a spike: then the state is not kept for a
+        rewind."""
         return self.rewinds and bool(self._watch.above or self._num_skipped_in_a_row)
 
     @property
     def skipping(self) -> bool:
-        """Return whether the last step was left out for a number that is not finite, other than an overflow
-        of fp16."""
+        """Return whether the last step was skipped for a non-finite number that was no fp16 overflow."""
         return self._num_skipped_in_a_row > 0
 
     def judge(self, step: int, loss: float, gradient_norm: float, scale: LossScale) -> Verdict:
-        """Return what is to be made of the numbers of `step`, counted from 1. Raises DivergedError where it
-        cannot go on like this."""
+        """Return the verdict on the numbers of `step`, counted from 1. Raises DivergedError if the run cannot
+        continue."""
         if math.isfinite(loss) and math.isfinite(gradient_norm):
             self._num_skipped_in_a_row = 0
             scale.good()
@@ -78,7 +77,8 @@ class Divergence:
         return self._bad(step, self._num_skipped_in_a_row, reason)
 
     def _bad(self, step: int, count: int, reason: str) -> Verdict:
-        """A spike, or too many steps without a finite number, from `count` steps ago until `step`."""
+        """Return the verdict on a spike, or on too many non-finite steps: the last `count` steps until
+        `step`."""
         policy, self._reason, self._first_bad_step = self._training.on_spike, reason, step - count + 1
         if self.rewinds and self.ledger.num_rewinds < policy.times:
             return "rewind"
@@ -99,11 +99,11 @@ class Divergence:
         raise DivergedError(f"{reason}{tried}; {rate}")
 
     def checkpoints_before(self) -> Iterator[int]:
-        """Yield the newest steps of which a checkpoint may be to go back to, the better one first.
+        """Yield the newest steps whose checkpoint may serve for a rewind, the better one first.
 
-        A loss is that of the weights before its step, so the update of the step before the first bad one may
-        be what spoiled them. Where nothing was good since the last rewind, what that one went back to was not
-        good enough either.
+        A loss belongs to the weights before its step, so the update of the step before the first bad one may
+        have caused it. If no step was good since the last rewind, the checkpoint of that rewind was not good
+        enough either.
         """
         last = self.ledger.last_rewind
         again = last is not None and last["last"] == self._first_bad_step - 1
@@ -111,7 +111,8 @@ class Divergence:
         yield self._first_bad_step - 1
 
     def rewound(self, checkpoint: int, step: int) -> None:
-        """Note that the weights are those of `checkpoint` again, and the steps up to `step` are left out."""
+        """Record that the weights are those of `checkpoint` again, and the steps up to `step` are left
+        out."""
         self.ledger.rewind(checkpoint, step, self._reason)
         self._event(
             "rewound",
@@ -124,11 +125,11 @@ class Divergence:
         self._num_skipped_in_a_row = 0
 
     def nowhere_to_go(self) -> DivergedError:
-        """Return the error for a run that has no whole checkpoint of before."""
+        """Return the error for a run without a complete earlier checkpoint."""
         return DivergedError(f"{self._reason}; there is no whole checkpoint of a step before to go back to")
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps of it."""
+        """Return the state for a checkpoint."""
         watched = {"losses": list(self._watch.losses), "above": list(self._watch.above)}
         return {
             "num_skipped_in_a_row": self._num_skipped_in_a_row,
@@ -137,7 +138,7 @@ class Divergence:
         }
 
     def restore(self, extra: dict[str, Any]) -> None:
-        """Go on from a checkpoint's."""
+        """Resume from a checkpoint's state."""
         self._num_skipped_in_a_row = extra.get("num_skipped_in_a_row", 0)
         self.ledger.entries = list(extra.get("ledger", []))
         watched = extra.get("watched", {})

@@ -1,4 +1,4 @@
-"""Compare the first steps of an attempt with the forecast."""
+"""Comparison of an attempt's first steps with the forecast."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from launcher.runs.layout import RunDirectory, write_atomically
 from launcher.training.devices import lap_memory
 
 NUM_STEPS = 3
-"""After so many steps of an attempt; the first, in which much happens once, does not count for the speed."""
+"""The number of compared steps; the first, with one-time work, does not count for the speed."""
 BETWEEN = "between steps"
 STEADY = "steady step"
 
 
 class ForecastCheck:
-    """One rank's comparison with the run's forecast. Made before the model is loaded, so that what the bare
-    process has is known."""
+    """One rank's comparison with the run's forecast. It is created before the model is loaded, to know the
+    memory of the bare process."""
 
     def __init__(self, run: RunDirectory, device: torch.device) -> None:
         self._run, self._device = run, device
@@ -32,7 +32,7 @@ class ForecastCheck:
         self._phases: dict[str, int] = {}
 
     def ended(self, phase: str) -> None:
-        """Note, where a phase before or between the first steps is over, its highest moment."""
+        """Record the peak memory of a phase before or between the first steps, at its end."""
         if len(self._rates) >= NUM_STEPS:
             return
         lap = lap_memory(self._device)
@@ -40,8 +40,7 @@ class ForecastCheck:
         self._phases[BETWEEN] = max(0, lap.now - self._bare)
 
     def note(self, num_tokens: int, seconds: float) -> dict[str, Any] | None:
-        """Take note of a step of all ranks; what came of the comparison after the last one that counts, else
-        None."""
+        """Record a step of all ranks. Return the comparison after the last compared step, else None."""
         self.ended(STEADY if self._rates else "first step")
         self._rates.append(num_tokens / seconds)
         if len(self._rates) != NUM_STEPS:
@@ -59,7 +58,7 @@ class ForecastCheck:
         return {**content, "device": self._device.type}
 
     def _expected(self) -> dict[str, Any]:
-        """By the forecast, of the same kind as what is measured; empty where there was none of this plan."""
+        """Return the forecast of the measured values; empty if this plan had none."""
         try:
             forecast = read_json(self._run.forecast_file)
             if forecast.get("digest") != Plan.read(self._run.plan_file).digest():

@@ -1,4 +1,4 @@
-"""Append to a run's events and metrics; a full disk does not stop training."""
+"""Appending to a run's events and metrics; a full disk does not stop training."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ logger = logging.getLogger(__name__)
 
 
 class Journal:
-    """Appends to the run's files. What a full disk refuses waits, in its order, for the next record that it
-    takes.
+    """A writer that appends to the run's files. Records that a full disk refuses are kept, in order, until
+    one can be written again.
 
-    For several threads of one process.
+    It is safe for several threads of one process.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class Journal:
         self._waiting: collections.deque[tuple[Path, dict[str, Any]]] = collections.deque(maxlen=100_000)
 
     def append(self, path: Path, record: dict[str, Any]) -> None:
-        """Append a record, after those that wait."""
+        """Append a record, after waiting ones."""
         with self._lock:
             was_empty = not self._waiting
             self._waiting.append((path, record))

@@ -1,8 +1,7 @@
-"""Measure each rank's own work without waiting, and find the slow one.
+"""The time of each rank's own work, without waiting, to find slow ranks.
 
-The time of a rank's own work rides in the exchange that each step has anyway, one number a rank, every tenth
-step or so. All ranks thus know all of them; the slow one finds out why it is slow, as what can be seen of it
-is seen on its node.
+About every tenth step these times are part of the step's usual collective, one number per rank. So all ranks
+know all times. The slow rank finds the reason itself, because it can only be seen on its node.
 """
 
 from __future__ import annotations
@@ -31,12 +30,11 @@ SLOW_SECONDS = 30.0
 SLOW_MARGIN_SECONDS = 0.02
 """Below this difference a step's own work is noise, whatever the factor."""
 STOPPED_SHARE = 0.3
-"""Of a supervisor's looks: a rank that is stopped so often is slow, also where it is so mostly while it
-waits."""
+"""The share of the supervisor's samples from which a stopped rank counts as slow, even if it mostly was
+waiting."""
 _FEWEST_RIDES, _FEWEST_LOOKS = 3, 20
 _LONG_STEP_SECONDS = 1.0
-"""Where a step takes longer than this, the numbers ride in every one, so that a slow rank is known within a
-minute."""
+"""Above this duration every step has the numbers, so that a slow rank is found within a minute."""
 _SECONDS_BETWEEN_EVIDENCE, _SECONDS_BETWEEN_JUDGEMENTS = 5.0, 1.0
 
 
@@ -52,9 +50,9 @@ class _Ride:
 class Own:
     """The seconds of a rank's own work in a step.
 
-    On a CPU: those from the beginning of the step to the exchange, without those in which it waited. On a
-    GPU, where waiting is invisible from Python: what the loader takes, and what the repeated layers take
-    forward by CUDA's events, which begin after their parameters came.
+    On a CPU: from the beginning of the step to the collective, without waiting. On a GPU, where Python cannot
+    see waiting: the loader's time, and the forward time of the repeated layers by CUDA events, which begin
+    after the gather of their parameters.
     """
 
     def __init__(self, layers: list[nn.Module], device: torch.device) -> None:
@@ -67,20 +65,20 @@ class Own:
             layer.register_forward_hook(self._after)
 
     def begin(self, measures: bool) -> None:
-        """Begin a step; on a GPU only some are measured."""
+        """Begin a step; on a GPU only some steps are measured."""
         self._began, self._waited, self._measures = time.perf_counter(), waited.seconds, measures
         if measures:
             self._loader = 0.0
             self._events.clear()
 
     def loaded(self, seconds: float) -> None:
-        """Note how long the loader took."""
+        """Record the time of the loader."""
         if self._measures:
             self._loader += seconds
 
     def end(self) -> float | None:
-        """Return what the step's own work took. On a GPU of the last measured one whose events are over; None
-        where there is none."""
+        """Return the duration of the step's own work. On a GPU it is the last measured step with completed
+        events; None without one."""
         if not self._on_gpu:
             return time.perf_counter() - self._began - (waited.seconds - self._waited)
         if not self._events or not self._events[-1][1].query():
@@ -105,7 +103,7 @@ class Own:
 
 
 class Pace:
-    """Find out who is slow. Every rank has one, and all come to the same."""
+    """The search for slow ranks. Every rank has one, and all come to the same result."""
 
     def __init__(
         self,
@@ -114,8 +112,8 @@ class Pace:
         say: Callable[..., None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`say(**fields)` is called once, on a rank that is slow, in a thread of its own: with rank, factor,
-        seconds, median and reason."""
+        """Start empty. `say(**fields)` is called once, on a slow rank, in a separate thread: with rank,
+        factor, seconds, median and reason."""
         self._rank, self._world_size, self._say, self._clock = rank, world_size, say, clock
         self._own: list[float] = []
         self._last_own = 0.0
@@ -127,29 +125,29 @@ class Pace:
         self._is_said = False
 
     def worked(self, seconds: float | None) -> None:
-        """Note the seconds of this rank's own work in the step."""
+        """Record the seconds of this rank's own work in the step."""
         self._steps += 1
         if seconds is not None:
-            if self._world_size > 1:  # else nobody asks for them
+            if self._world_size > 1:  # else they are not needed
                 self._own.append(seconds)
             here.own_work(seconds)
 
     @property
     def measures(self) -> bool:
-        """Return whether the numbers go along with the step that begins now."""
+        """Return whether the step that begins now has the numbers."""
         return self._world_size > 1 and (self._steps + 1) % self._every == 0
 
     @property
     def rides(self) -> bool:
-        """Return whether the numbers go along with this step's exchange; the same on all ranks."""
+        """Return whether this step's collective has the numbers; the same on all ranks."""
         return self._world_size > 1 and self._steps % self._every == 0
 
     def share(self) -> list[float]:
-        """Return what this rank adds to the exchange: a number for each rank, of which its own is not 0 in a
-        step in which they ride.
+        """Return this rank's contribution to the collective: a number for each rank, all 0 but its own, which
+        is set in some steps.
 
-        As many in every step: how a sum is rounded may hang on the length of what is summed, and a resumed
-        run counts its steps anew.
+        The length is the same in every step: rounding of a sum may depend on its length, and a resumed run
+        has other steps with numbers.
         """
         if self._world_size == 1:
             return []
@@ -184,7 +182,7 @@ class Pace:
             ).start()
 
     def _note(self, now: float, own: list[float]) -> None:
-        """Keep what the last half minute says, and a little more."""
+        """Keep the numbers of the last half minute, and a little more."""
         self._rides.append(
             _Ride(now, own[self._rank], statistics.median(own[: self._rank] + own[self._rank + 1 :]))
         )
@@ -196,10 +194,10 @@ class Pace:
             self._evidence.popleft()
 
     def _slowness(self) -> tuple[float, float, float]:
-        """Return how many times slower than the others this rank was since then, 0 where it is not slow; its
+        """Return how many times slower than the others this rank was since then (0 if it is not slow), its
         own seconds, and theirs.
 
-        It counts as slow where it was in most of the comparisons: one long pause makes no slow rank.
+        It is slow if it was slow in most comparisons: one long pause makes no slow rank.
         """
         seconds, usual = (
             statistics.fmean(getattr(ride, name) for ride in self._rides) for name in ("mine", "others")
@@ -218,19 +216,19 @@ class Pace:
         return 0.0, seconds, usual
 
     def _explain(self, began: Evidence, lasted: float, factor: float, seconds: float, others: float) -> None:
-        """Find out why, which may take a second, and say it."""
+        """Find the reason, which may take a second, and report it."""
         why = reason(began, Evidence.now())
         own = {"own_seconds": round(seconds, 4), "median_seconds": round(others, 4)}
         self._say(rank=self._rank, factor=round(factor, 2), seconds=round(lasted, 1), reason=why, **own)
 
 
 def straggler(journal: Journal, events_file: Path, **fields: Any) -> None:
-    """Write the event of a slow rank with a line for people. The rank itself does, which alone sees why it is
-    slow."""
+    """Write the event of a slow rank with a line for people. The rank itself does it, because only it sees
+    the reason."""
     host = os.uname().nodename
     slow = f"rank {fields['rank']} on {host} is {fields['factor']:.1f} times slower than the others"
     own, others = fields["own_seconds"], fields["median_seconds"]
-    # One that is stopped again and again may be so while it waits; then its own work tells nothing.
+    # A rank that is stopped repeatedly may be stopped while it waits; then its own work does not show it.
     numbers = f" ({own:.2f} s a step of its own, median {others:.2f} s)" if own > SLOW_FACTOR * others else ""
     line = f"{slow} for {fields['seconds']:.0f} s{numbers}: {fields['reason']}"
     journal.event(events_file, "straggler", host=host, line=line, **fields)

@@ -1,4 +1,4 @@
-"""What rank 0 records of each step and each evaluation."""
+"""Rank 0's records of each step and each evaluation."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from launcher.training.reporting.trackers import Trackers
 from launcher.training.state import State
 
 _SECONDS_BETWEEN_KEEPING = 30.0
-"""Readers take in what came after that line by line: some thousands at most, in milliseconds."""
+"""Readers parse later lines one by one: some thousands at most, in milliseconds."""
 _SECONDS_BETWEEN_LINES = 10.0
-"""Of a rank's log."""
+"""For a rank's log."""
 
 _TOLD = {
     "loss": "loss",
@@ -37,19 +37,20 @@ _TOLD = {
     "tokens_so_far": "num_input_tokens_seen",
     "tokens_per_second": "tokens_per_second",
 }
-"""Of a step's record, and by which name trackers have it: that of the Trainer, where it has one."""
+"""The fields of a step's record and their names in trackers: the Trainer's, where it has one."""
 
 
 class StepSeconds(NamedTuple):
-    """Hold how long a step took on rank 0."""
+    """The duration of a step on rank 0."""
 
     whole: float
     data: float
-    """In which it waited for data."""
+    """The part of it spent waiting for data."""
 
 
 class Recorder:
-    """The files and trackers of one run. Begun before the model is loaded, so that the bare process is known."""
+    """The files and trackers of one run. It is created before the model is loaded, to know the bare
+    process."""
 
     def __init__(self, run: RunDirectory, plan: Plan, device: torch.device, journal: Journal) -> None:
         self._run, self._plan, self._device, self._journal = run, plan, device, journal
@@ -60,8 +61,8 @@ class Recorder:
 
     @property
     def data_share(self) -> float | None:
-        """Return the share of this attempt's steps that was waiting for data, but the first step, in which
-        workers start; None before the second."""
+        """Return the share of this attempt's step time that was waiting for data, without the first step, in
+        which workers start; None before the second."""
         return (
             round(self._seconds.data / self._seconds.whole, 4)
             if self._seconds and self._seconds.whole
@@ -69,11 +70,10 @@ class Recorder:
         )
 
     def loaded(self, step: int, num_items_of_epoch: int | None) -> None:
-        """Begin, or go on, with trackers: the model and its state after `step` steps are there.
+        """Start or resume trackers, once the model and its state after `step` steps are loaded.
 
-        Whatever the files of earlier attempts hold is read now, not between two steps.
-
-        `num_items_of_epoch`: the items that make an epoch, where that is known.
+        The files of earlier attempts are read now, not between two steps. `num_items_of_epoch`: the items in
+        an epoch, if known.
         """
         self._foreseen.ended("loading")
         self._num_items_of_epoch = num_items_of_epoch
@@ -130,7 +130,7 @@ class Recorder:
             self._keep()
 
     def _print_step(self, record: dict[str, Any]) -> None:
-        """Print a step into the rank's log: the first, and later one every few seconds."""
+        """Print a step into the rank's log: the first one, later one every few seconds."""
         if (now := time.monotonic()) - self._printed_at < _SECONDS_BETWEEN_LINES:
             return
         self._printed_at = now
@@ -140,12 +140,11 @@ class Recorder:
     def evaluation(
         self, step: int, metrics: dict[str, float], details: dict[str, Any], answers: list[dict[str, Any]]
     ) -> None:
-        """Record one evaluation; what no single number shows of it, and what the model says of some rows,
-        get files of their own."""
+        """Record one evaluation; its details, and the model's answers to some rows, get separate files."""
         self._foreseen.ended("evaluating")
         if details:
             file = self._run.evaluation(step)
-            with contextlib.suppress(OSError):  # a full disk stops no training
+            with contextlib.suppress(OSError):  # a full disk must not stop training
                 file.parent.mkdir(exist_ok=True)
                 write_atomically(
                     file, json.dumps({"step": step, "metrics": metrics, "details": details}) + "\n"
@@ -161,13 +160,13 @@ class Recorder:
             self._trackers.log({"samples": "\n\n".join(samples.lines(answers))}, step)
 
     def finish(self) -> None:
-        """Let every tracker write what it holds, and readers find the whole."""
+        """Flush every tracker and the files."""
         self._trackers.finish()
         self._keep()
 
     def _keep(self) -> None:
-        """Write down what the files come to, so that nobody has to read them from their beginning. A full
-        disk loses nothing by it."""
+        """Write a summary of the files, so that readers need not start from their beginning. A full disk
+        loses nothing."""
         for fold in self._folds:
             with contextlib.suppress(OSError):
                 fold.refresh().keep()
@@ -181,8 +180,8 @@ def _print(line: str) -> None:
 
 
 def description(engine: Engine, config: Any, length: int, unit: str) -> dict[str, Any]:
-    """Return what the event `training` says of a model: its size, what of it trains and is new, and what a
-    token costs in samples of that length. `unit`: what a length counts."""
+    """Return the fields of the event `training` about a model: its size, its trained and new parameters, and
+    the cost of a token in samples of that length. `unit`: the unit of a length."""
     sizes = [
         (models.whole_shape(parameter).numel(), parameter.requires_grad)
         for parameter in engine.model.parameters()
@@ -191,7 +190,7 @@ def description(engine: Engine, config: Any, length: int, unit: str) -> dict[str
         "num_parameters": sum(size for size, _ in sizes),
         "num_trainable": sum(size for size, trains in sizes if trains),
     }
-    # By how often its parameters are used: once for a token, and more often for a pixel.
+    # It counts how often parameters are used: once per token, but more often for pixels.
     cost = {"flops_per_token": operations.flops_per_token(engine.model, config, length)}
     about |= cost if unit == "token" else {}
     about["new_parameters"] = list(engine.new_parameters)

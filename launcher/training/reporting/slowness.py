@@ -1,4 +1,4 @@
-"""Find out why this process is slow: stopped, no core, throttled, paging, GPU clock."""
+"""Reasons why this process is slow: stopped, no core, throttled, paging, GPU clock."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ _SECONDS_FOR_SMI = 10.0
 
 @dataclass(frozen=True)
 class Evidence:
-    """Counters of one moment; only the difference between two of them tells something."""
+    """Counters at one moment; only the difference between two is meaningful."""
 
     time: float
     run_delay_seconds: float
-    """Ready to run, and waiting for a core."""
+    """The time ready to run, but waiting for a core."""
     looks: tuple[int, int, int]
-    """Of the supervisor: all, those in which this process was stopped, and blocked in the kernel."""
+    """The supervisor's samples: all, those with this process stopped, and those with it blocked in the
+    kernel."""
     major_faults: int
     throttled_seconds: float
 
     @classmethod
     def now(cls) -> Evidence:
-        """Return what the kernel and the supervisor say at this moment."""
+        """Return the kernel's and the supervisor's counters at this moment."""
         delay = _read("/proc/self/schedstat").split()
         faults = _read("/proc/self/stat").rpartition(")")[2].split()
         return cls(
@@ -45,7 +46,7 @@ class Evidence:
 
 
 def reason(before: Evidence, after: Evidence) -> str:
-    """Return what is seen between two moments, the largest first; that nothing is seen where that is so."""
+    """Return the reasons seen between two moments, the largest first, or a text that there are none."""
     seconds = max(1e-3, after.time - before.time)
     looks = max(1, after.looks[0] - before.looks[0])
     shares = {
@@ -79,7 +80,7 @@ def _read(path: str) -> str:
 
 
 def _throttled_seconds() -> float:
-    """Return how long the process's control group was kept from running, added up over its cores."""
+    """Return how long the process's control group was throttled, summed over its cores."""
     for line in _read("/proc/self/cgroup").splitlines():
         number, controllers, path = line.split(":", 2)
         if number == "0":
@@ -95,7 +96,7 @@ def _throttled_seconds() -> float:
 
 
 def _slow_clock() -> str:
-    """Return what nvidia-smi says of this rank's GPU, where it runs far below its highest clock."""
+    """Return nvidia-smi's reason if this rank's GPU runs far below its highest clock."""
     import torch
 
     if not torch.cuda.is_available():

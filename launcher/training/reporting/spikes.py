@@ -1,4 +1,4 @@
-"""Detect losses that jump and stay up, and keep the ledger of skipped steps."""
+"""Detection of losses that jump and stay up, and the ledger of skipped steps."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from typing import Any
 from launcher.job.training import OnSpike
 
 _NORMAL = 1.4826
-"""Times the median absolute deviation is the standard deviation, where a normal distribution is what
-deviates."""
+"""The ratio of the standard deviation to the median absolute deviation, for a normal distribution."""
 _LEAST_DEVIATION = 0.05
-"""Of the median: what a loss may differ by in any case. Losses of a small window can lie closer together by
+"""The smallest deviation, as a share of the median: losses of a small window can be closer together by
 chance."""
 
 
 @dataclass
 class SpikeWatch:
-    """The last losses of one run, and those in a row that stand out from them."""
+    """The last losses of a run, and the consecutive ones that stand out from them."""
 
     policy: OnSpike
     losses: collections.deque[float] = field(init=False)
@@ -31,7 +30,7 @@ class SpikeWatch:
 
     @property
     def limit(self) -> float:
-        """Return the loss above which one stands out; infinite while too few are known."""
+        """Return the loss above which a step stands out; infinite while too few losses are known."""
         if self.policy.action == "ignore" or 2 * len(self.losses) < self.policy.window:
             return math.inf
         median = self.median
@@ -44,28 +43,28 @@ class SpikeWatch:
         return statistics.median(self.losses)
 
     def lasts(self, loss: float) -> bool:
-        """Take in a step's finite loss; whether so many in a row stand out now that it is a lasting spike."""
+        """Add a step's finite loss; return whether enough consecutive ones now stand out for a lasting
+        spike."""
         if loss > self.limit:
             self.above.append(loss)
             return len(self.above) >= self.policy.steps
-        # It came back by itself: a few hard batches, which belong to what is normal here.
+        # It recovered by itself: a few hard batches, which are normal here.
         self.losses.extend([*self.above, loss])
         self.above.clear()
         return False
 
     def begin_anew(self) -> None:
-        """Take what comes now for normal."""
+        """Treat the next losses as normal."""
         self.losses.clear()
         self.above.clear()
 
 
 @dataclass
 class Ledger:
-    """List which steps of a run left no trace in its weights, and why: ranges of steps, in the order in which
-    it was decided.
+    """The steps of a run that left no trace in its weights, and why: ranges of steps, in the order of the
+    decisions.
 
-    The samples of these steps are not trained on again: a step has the same samples whatever happened before
-    it.
+    Their samples are not trained on again: a step has the same samples whatever happened before.
     """
 
     entries: list[dict[str, Any]] = field(default_factory=list)
@@ -79,7 +78,7 @@ class Ledger:
         return next((entry for entry in reversed(self.entries) if "checkpoint" in entry), None)
 
     def skip(self, step: int, reason: str) -> None:
-        """Note a step whose update was left out."""
+        """Record a step whose update was skipped."""
         last = self.entries[-1] if self.entries else {}
         if last.get("last") == step - 1 and last.get("reason") == reason and "checkpoint" not in last:
             last["last"] = step
@@ -87,7 +86,7 @@ class Ledger:
             self.entries.append({"first": step, "last": step, "reason": reason})
 
     def rewind(self, checkpoint: int, step: int, reason: str) -> None:
-        """Note that the steps after `checkpoint`, up to `step`, were taken back."""
+        """Record that the steps after `checkpoint`, up to `step`, were undone."""
         self.entries.append(
             {"first": checkpoint + 1, "last": step, "checkpoint": checkpoint, "reason": reason}
         )

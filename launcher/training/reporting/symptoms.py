@@ -1,4 +1,4 @@
-"""Recognise a job that learns nothing, or soon will not, and say so once."""
+"""Warnings, once each, about a job that learns nothing, or soon will not."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from launcher.training.model.loading import local_part
 from launcher.training.schedule import Schedule
 
 _STEPS = 30
-"""Whose mean loss is looked at, and after so many updates whether the parameters moved."""
+"""The steps of the mean loss, and the updates after which parameters must have moved."""
 _OF_CHANCE = 0.98
-"""Times the loss of guessing: from there on the model knows nothing of the answers. A language model knows
-more after a few steps."""
+"""The share of the loss of guessing above which the model knows nothing of the answers. A language model
+knows more after a few steps."""
 _FALL = 0.005
-"""Of the earlier half's mean loss: what the later half is lower by where something is learned."""
+"""The share of the earlier half's mean loss by which the later half is lower if anything is learned."""
 _TIMES_MEDIAN = 10.0
-"""The gradient norm's running median: beyond is an explosion, if it lasts."""
+"""The multiple of the gradient norm's running median above which it explodes, if that lasts."""
 _IN_A_ROW = 5
 _WINDOW = 64
 _SMALLEST_MOVE = torch.finfo(torch.float32).eps
-"""Mean change over mean size: below it fp32 rounds most of an update away."""
+"""The mean relative change below which fp32 rounds most of an update away."""
 _NUM_SAMPLED = 256
-"""Elements of each tensor whose movement is looked at."""
+"""The number of elements of each tensor that are watched."""
 
 
 class Symptoms:
-    """One rank's look at a run's numbers; `event` writes an event once for all ranks."""
+    """One rank's watch over a run's numbers; `event` writes an event once for all ranks."""
 
     def __init__(
         self,
@@ -46,8 +46,8 @@ class Symptoms:
         first_step: int = 0,
         said: list[str] | None = None,
     ) -> None:
-        """`chance`: the loss of guessing, if there is one. `first_step`: steps done before this attempt, with
-        what was `said` in them."""
+        """Start the watch. `chance`: the loss of guessing, if known. `first_step`: the steps before this
+        attempt; `said`: the warnings in them."""
         self._training, self._schedule, self._chance, self._event = training, schedule, chance, event
         self._sampled = sampled
         self._losses: collections.deque[float] = collections.deque(maxlen=_STEPS)
@@ -56,12 +56,12 @@ class Symptoms:
         self._judges_from = max(first_step, schedule.num_warmup_steps)
         self._looked = False
         self.said = [] if said is None else said
-        """The kinds of what was said in this run."""
+        """The kinds of warnings given in this run."""
 
     def note(self, step: int, loss: float, gradient_norm: float) -> None:
-        """Take in the numbers of `step`, counted from 1, whose update was made."""
+        """Add the numbers of `step`, counted from 1, whose update was applied."""
         if self._training.is_range_test:
-            return  # which is to find where it goes wrong
+            return  # it is meant to find where training fails
         self._guesses(step, loss)
         self._explodes(step, gradient_norm)
         self._vanishes(step, gradient_norm)
@@ -84,7 +84,7 @@ class Symptoms:
         if len(losses) == _STEPS and mean >= _OF_CHANCE * self._chance:
             earlier, later = statistics.fmean(losses[: _STEPS // 2]), statistics.fmean(losses[_STEPS // 2 :])
             if later < (1 - _FALL) * earlier:
-                return  # a model that begins with nothing learns, if late
+                return  # a model trained from scratch learns, but later
             place = "is above" if mean > (2 - _OF_CHANCE) * self._chance else "stays at"
             text = (
                 f"the loss {place} what guessing gives: {mean:.4g} over {_STEPS} steps, and guessing "
@@ -131,10 +131,10 @@ class Symptoms:
 
 
 class Sample:
-    """Some elements of all that is trained on this rank, as they were and as they are."""
+    """Some elements of all trained tensors of this rank, at the start and now."""
 
     def __init__(self, engine: Engine, tensors: dict[str, torch.Tensor]) -> None:
-        """`tensors`: the engine's, whose storage stays the same all through training."""
+        """Copy some elements. `tensors`: the engine's, whose storage stays the same during training."""
         trained = (
             name for name, parameter in adapters.named_parameters(engine.model) if parameter.requires_grad
         )
@@ -142,8 +142,8 @@ class Sample:
         self._before = self._now()
 
     def move(self) -> float | None:
-        """Return the mean distance from where they were, over their mean size; None where this rank has
-        none, or all are 0."""
+        """Return the elements' mean change relative to their mean size; None if this rank has none, or all
+        are 0."""
         size = float(self._before.abs().mean()) if len(self._before) else 0.0
         return float((self._now() - self._before).abs().mean()) / size if size else None
 

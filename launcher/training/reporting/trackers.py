@@ -1,7 +1,7 @@
-"""Hand a run's numbers to trackers, under the names that people know; none of them can stop training.
+"""Logging of a run's numbers to trackers, under the usual names; no tracker can stop training.
 
-The trackers are Accelerate's. Here is what each is told when it starts, so that the attempts of a run, also
-those that Slurm requeues, are one run there.
+The trackers are Accelerate's. This module sets how each starts, so that all attempts of a run, also requeued
+ones, are one run there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from launcher.redaction import redact_all
 from launcher.runs.layout import RunDirectory
 
 STEP = "train/global_step"
-"""What W&B draws all else over. Its own steps never go back, as a run does that goes on from a checkpoint."""
+"""The x axis of all charts in W&B. Its own steps never go back, but a run resumed from a checkpoint does."""
 _PROJECT_VARIABLES = {
     "wandb": "WANDB_PROJECT",
     "mlflow": "MLFLOW_EXPERIMENT_NAME",
@@ -35,24 +35,24 @@ logger = logging.getLogger(__name__)
 
 
 class Trackers:
-    """The plan's trackers, on rank 0. One that fails is left out with a warning."""
+    """The plan's trackers, on rank 0. A tracker that fails is dropped with a warning."""
 
     def __init__(self, run: RunDirectory, plan: Plan, step: int) -> None:
-        """Start them, or go on with what they have of this run, after `step` steps."""
+        """Start the trackers, or resume this run in them, after `step` steps."""
         self._trackers: list[GeneralTracker] = []
         if plan.trackers:
-            PartialState()  # without it Accelerate's trackers fail at the first line that they log
+            PartialState()  # without it Accelerate's trackers fail at their first log line
         for name in plan.trackers:
             self._safely(name, functools.partial(self._start, name, run, plan, step))
 
     def log(self, values: dict[str, float | int | str], step: int) -> None:
-        """Hand numbers, or texts, of a step to every tracker."""
+        """Log numbers, or texts, of a step to every tracker."""
         for tracker in list(self._trackers):
             if not self._safely(tracker.name, functools.partial(_log, tracker, values, step)):
                 self._trackers.remove(tracker)
 
     def finish(self) -> None:
-        """Let every tracker write what it holds."""
+        """Flush every tracker."""
         for tracker in self._trackers:
             self._safely(tracker.name, tracker.finish)
 
@@ -71,7 +71,7 @@ class Trackers:
 
 
 def settings(run: RunDirectory, plan: Plan) -> dict[str, Any]:
-    """Return the hyper-parameters, by key: what is planned, without secrets, and where the run is."""
+    """Return the hyper-parameters, by key: the plan without secrets, and the run's path."""
     flat = plan.flat(_NO_SETTINGS) | {"run_id": run.run_id(), "run_directory": str(run.path)}
     return {
         key: value if isinstance(value, (bool, int, float, str)) else str(value)
@@ -83,7 +83,7 @@ def _log(tracker: GeneralTracker, values: dict[str, float | int | str], step: in
     if tracker.name == "wandb":
         tracker.log({**values, STEP: step})
         return
-    if tracker.name == "mlflow":  # which keeps numbers only
+    if tracker.name == "mlflow":  # it accepts numbers only
         values = {key: value for key, value in values.items() if not isinstance(value, str)}
     if values:
         tracker.log(values, step=step)
@@ -98,11 +98,11 @@ def _project(plan: Plan, name: str) -> str:
 def _tensorboard(kind: Any, run: RunDirectory, plan: Plan, step: int) -> GeneralTracker:
     from torch.utils.tensorboard.summary import hparams
 
-    # What an attempt wrote after its last checkpoint is done again, and is not to be seen twice.
+    # Steps after an attempt's last checkpoint are repeated, and must not appear twice.
     purge = step + 1 if step else 0
     tracker: GeneralTracker = kind(plan.name, logging_dir=str(run.path / "trackers"), purge_step=purge)
     tracker.start()
-    # As `store_init_configuration` does, but within this run and not in a folder of its own for each attempt.
+    # Like `store_init_configuration`, but in this run and not in a separate folder per attempt.
     for summary in hparams(settings(run, plan), {"train/loss": 0, "eval/loss": 0}):
         tracker.writer.file_writer.add_summary(summary)
     return tracker
@@ -159,7 +159,7 @@ def _mlflow(kind: Any, run: RunDirectory, plan: Plan, step: int) -> GeneralTrack
         tags={key: value for key, value in tags.items() if value},
     )
     tracker.start()
-    if not earlier:  # a parameter of MLflow's never changes
+    if not earlier:  # MLflow's parameters cannot change
         tracker.store_init_configuration(settings(run, plan))
     return tracker
 

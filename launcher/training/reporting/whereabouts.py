@@ -1,4 +1,4 @@
-"""Report where a rank is, as PyTorch and transformers tell: waiting, compiling, loading."""
+"""Reports on what a rank is doing, from hooks in PyTorch and transformers: waiting, compiling, loading."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ from launcher.runs.places import here
 
 
 class Waited:
-    """The time that this process's main thread has waited for other ranks, in seconds, since it was first
-    watched.
+    """The seconds that this process's main thread has waited for other ranks, since `watch` was first called.
 
-    It is that of `Work.wait`, in which every collective of FSDP and of DeepSpeed ends on a CPU. On a GPU a
-    wait is only put in the queue.
+    It is the time in `Work.wait`, in which every collective of FSDP and DeepSpeed ends on a CPU. On a GPU a
+    wait is only queued.
     """
 
     def __init__(self) -> None:
@@ -28,7 +27,7 @@ class Waited:
         self._wait: Any = None
 
     def watch(self) -> None:
-        """Count from now on; a second call changes nothing."""
+        """Start counting; a second call changes nothing."""
         if self._wait is not None:
             return
         original = self._wait = Work.wait
@@ -50,11 +49,11 @@ class Waited:
 
 
 waited = Waited()
-"""Of this process."""
+"""The waiting time of this process."""
 
 
 def say_compiling() -> None:
-    """Have PyTorch's compiler say when it is at work: it may be so at any step, and takes minutes."""
+    """Make PyTorch's compiler report when it works: it may compile at any step, for minutes."""
     from torch._dynamo.callback import callback_handler
 
     compiling = contextlib.ExitStack()
@@ -71,7 +70,7 @@ def say_compiling() -> None:
 
 @contextlib.contextmanager
 def tensors_counted() -> Iterator[None]:
-    """Have from_pretrained say, while inside, each parameter that it has read."""
+    """Make from_pretrained report each parameter that it has read, inside."""
     original = core_model_loading.set_param_for_module
 
     def set_param(model: Any, name: str, *rest: Any, **named: Any) -> Any:

@@ -1,1 +1,1 @@
-"""Trace a model's own class to measure what a step of it keeps in memory."""
+"""Tracing of a model's own class, to measure the memory of a step."""

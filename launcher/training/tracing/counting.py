@@ -21,16 +21,16 @@ from launcher.training.tracing.numbers import Numbers
 _aten = torch.ops.aten
 _PACKED = tuple(kernel._opoverload for kernel in (packed, packed_backward))
 _HELD_BY_THE_CALL = 4
-"""References to an operator's first argument from the call itself and from the one who owns it (torch 2.13; a
-test holds it)."""
+"""References to an operator's first argument from the call itself and from its owner (torch 2.13; a test
+checks it)."""
 
 
 class Counting(TorchDispatchMode):
-    """Counts storages on a meter, and answers for numbers that are not there. To be entered inside of a
+    """A mode that counts storages on a meter, and supplies values that fake tensors lack. Enter it inside a
     FakeTensorMode."""
 
     def __init__(self, meter: Meter, held: Iterable[torch.Tensor], cuda: bool) -> None:
-        """`held` was there before, and is not counted."""
+        """Start counting. `held` existed before, and is not counted."""
         super().__init__()
         self._meter, self._cuda = meter, cuda
         self.numbers = Numbers()
@@ -55,19 +55,21 @@ class Counting(TorchDispatchMode):
         return result
 
     def _of_numbers(self, function: Any, args: Any, kwargs: Any) -> Any:
-        """Return what the model's code decides by, where the numbers say it; None for any other operator."""
+        """Return the result of an operator on which the model's code branches, if the values are known; None
+        for any other."""
         real = self.numbers.answer(function, args, kwargs)
         if real is not None:
             return pytree.tree_map_only(torch.Tensor, self._fake, real)
         if function is _aten._local_scalar_dense.default and args[0].dtype == torch.bool:
-            return False  # whether activations are finite, or all alike
+            return False  # whether activations are finite, or all equal
         if function is _aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
-            # Its shapes are known in bf16 only; a CPU multiplies in any precision.
+            # Its shape function supports bf16 only; a CPU multiplies in any precision.
             return self._new(args[0], _grouped_shape(*args[:3]), args[0].dtype)
         return None
 
     def _fake(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a counted fake tensor for a real one, whose numbers are known; a fake one as it is."""
+        """Return a counted fake tensor for a real one, whose values are known; a fake one is returned
+        unchanged."""
         if isinstance(tensor, FakeTensor):
             return tensor
         created = torch.empty(tensor.shape, dtype=tensor.dtype)
@@ -81,7 +83,7 @@ class Counting(TorchDispatchMode):
         return tensor
 
     def count(self, storage: torch.UntypedStorage) -> None:
-        """Count from now on until it is gone."""
+        """Count a storage until it is freed."""
         key, num_bytes = storage._cdata, storage.nbytes()
         if key in self._live:
             return
@@ -98,15 +100,15 @@ class Counting(TorchDispatchMode):
         self._live[key], self._num_bytes[key] = weakref.ref(storage, gone), num_bytes
 
     def _hand_on(self, first: torch.UntypedStorage, result: torch.UntypedStorage) -> None:
-        """The result takes the place of the first."""
+        """Count the result's storage instead of the first one's."""
         if first._cdata in self._num_bytes and result._cdata not in self._live:
             self._watch(result, self._num_bytes[first._cdata])
             self._num_bytes[first._cdata] = 0
 
 
 def _sums_gradients(function: Any, args: Any) -> bool:
-    """Return whether autograd adds up two gradients where they meet: into the first one, if no one else holds
-    it, but for fake tensors."""
+    """Return whether autograd sums two gradients here. It adds into the first one if nobody else holds it,
+    but not for fake tensors."""
     if function is not _aten.add.Tensor or torch._C._current_graph_task_id() == -1:
         return False
     if (
@@ -123,16 +125,16 @@ def _sums_gradients(function: Any, args: Any) -> bool:
 
 
 def _grouped_shape(first: torch.Tensor, second: torch.Tensor, ends: torch.Tensor) -> tuple[int, ...]:
-    """Return the result's shape of `torch._grouped_mm`: groups of rows, of columns, or of what is summed
-    over."""
+    """Return the shape of the result of `torch._grouped_mm`: groups of rows, of columns, or of the summed
+    dimension."""
     if first.dim() == 2 and second.dim() == 2:
         return ends.numel(), first.shape[0], second.shape[1]
     return first.shape[-2], second.shape[-1]
 
 
 def hidden_bytes(function: Any, args: Any, result: Any, cuda: bool) -> int:
-    """Return what a kernel takes and gives back within one operator, which no dispatch mode sees (torch
-    2.13): bytes beyond its results. A CPU's kernel is asked, where it can be."""
+    """Return the bytes that a kernel allocates and frees within one operator, beyond its results, which no
+    dispatch mode sees (torch 2.13). A CPU's kernel is run to measure it, if possible."""
     if not cuda and (taken := taken_within(function, args)) is not None:
         return taken
     if function in _PACKED:
@@ -148,12 +150,10 @@ def hidden_bytes(function: Any, args: Any, result: Any, cuda: bool) -> int:
         return int(args[0].numel() * args[0].itemsize)  # exp(logits - max)
     if function in (_aten.mm.default, _aten.addmm.default) and not cuda and result.itemsize == 2:
         first = args[-2]
-        turned = (
-            first.stride(0) == 1 and first.shape[1] > 1
-        )  # of a weight's gradient, over whose rows is summed
+        turned = first.stride(0) == 1 and first.shape[1] > 1  # for a weight's gradient, which sums over rows
         return packed_bytes(first.shape[1], first.shape[0]) if turned else 0
     if torch.Tag.pointwise in function.tags and not cuda and isinstance(result, torch.Tensor):
-        # A CPU works on copies in one precision of what comes in another.
+        # A CPU converts inputs to copies in one precision.
         leaves = pytree.tree_leaves(args)
         tensors = [
             leaf

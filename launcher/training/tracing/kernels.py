@@ -1,8 +1,8 @@
-"""Ask a CPU's kernels what they take and give back within themselves, by running each shape once.
+"""Temporary memory within a CPU's kernels, measured by running each shape once.
 
-What oneDNN copies to multiply or to convolve, and what attention keeps of a block of scores, hangs on the
-processor, the precision and the shape, and stands in no tensor that a trace sees. The libraries allocate it
-through PyTorch, whose profiler does.
+oneDNN's copies for products and convolutions, and attention's blocks of scores, depend on the processor, the
+precision and the shape. A trace does not see them, but they are allocated through PyTorch, so its profiler
+does.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from launcher.training.model.packed_kernel import lengths_of, note_lengths, pack
 _aten = torch.ops.aten
 _PRODUCTS = (_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default)
 _INTO = {_aten.mm.out: _aten.mm.default, _aten.addmm.out: _aten.addmm.default}
-"""Those that write into a tensor that is there, by those that make one."""
+"""Operators that write into an existing tensor, with their equivalents that create one."""
 _CONVOLUTIONS = (_aten.convolution.default, _aten.convolution_backward.default)
 _PACKED = tuple(kernel._opoverload for kernel in (packed, packed_backward))
 _ATTENTION = (
@@ -32,17 +32,19 @@ _ATTENTION = (
 )
 _ASKED = frozenset((*_PRODUCTS, *_CONVOLUTIONS, *_ATTENTION))
 _FEW = 2
-"""Samples of a convolution that is too large to be run as it is."""
+"""The samples to run of a convolution that is too large in full."""
 _OF_FORWARD = 9
-"""Arguments of a convolution, of which the first is an activation; of its backward the first two are."""
+"""The number of arguments of a convolution, of which the first is an activation; of its backward the first
+two are."""
 _MOST_BYTES = 1 << 26
 _MOST_OPERATIONS = 4e9
-"""Of a kernel that is run: a tenth of a second or less. What a larger one takes is little beside its tensors."""
+"""The most operations of a kernel that is run: at most a tenth of a second. A larger one's temporary memory
+is small relative to its tensors."""
 
 
 def taken_within(function: Any, args: Any) -> int | None:
-    """Return the bytes that a kernel takes beyond its results, and gives back, in one thread; None for one that
-    is not asked: one that takes none, or one that is too large to be run."""
+    """Return the bytes that a kernel allocates temporarily, beyond its results, in one thread; None for a
+    kernel that is not measured, because it needs none or is too large to run."""
     function = _INTO.get(function, function)
     if function not in _ASKED or (function in _PRODUCTS and args[-1].itemsize != 2):
         return None
@@ -51,13 +53,13 @@ def taken_within(function: Any, args: Any) -> int | None:
         return _ask(function, args)
     if function not in _CONVOLUTIONS or args[0].shape[0] <= _FEW or not _is_small(function, _of(args, _FEW)):
         return None
-    # A convolution's copies are of whole samples.
+    # A convolution's copies are per sample.
     one, few = (_ask(function, _of(args, number)) for number in (1, _FEW))
     return one + (few - one) * (args[0].shape[0] - 1) // (_FEW - 1)
 
 
 def _of(args: Any, num_samples: int) -> Any:
-    """Return a convolution's arguments with so many samples of its activations."""
+    """Return a convolution's arguments with `num_samples` samples of its activations."""
     num_activations = 1 if len(args) == _OF_FORWARD else 2
     return (*(one[:num_samples] for one in args[:num_activations]), *args[num_activations:])
 
@@ -74,7 +76,7 @@ def _is_small(function: Any, args: Any) -> bool:
 
 
 def _operations(function: Any, args: Any) -> float:
-    """Return about how many operations a kernel takes."""
+    """Return the approximate number of operations of a kernel."""
     if function is _aten.convolution.default:
         x, weight, _, stride = args[:4]
         places = x.shape[0] * prod(x.shape[2:]) / prod(stride)
@@ -90,16 +92,16 @@ def _operations(function: Any, args: Any) -> float:
 
 @dataclass(frozen=True)
 class _Described:
-    """Describe what of a tensor a kernel's memory hangs on."""
+    """The properties of a tensor on which a kernel's memory depends."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
     lengths: tuple[int, ...] = ()
-    """Of packed samples, whose bounds it is."""
+    """The lengths of packed samples, if the tensor has their bounds."""
 
     def real(self) -> torch.Tensor:
-        """Return such a tensor, of zeros or of the bounds."""
+        """Return a tensor with these properties, of zeros or of the bounds."""
         if self.lengths:
             ends = torch.tensor([0, *self.lengths]).cumsum(0).to(self.dtype)
             note_lengths(ends, self.lengths)
@@ -139,7 +141,7 @@ def _measured(function: Any, described: tuple[Any, ...], spec: Any) -> int:
 
 
 def _highest(profiler: Any) -> int:
-    """Return the most bytes that were allocated at once while a profiler looked."""
+    """Return the peak of allocated bytes during a profile."""
     changes: list[tuple[int, int]] = []
     nodes = list(profiler.profiler.kineto_results.experimental_event_tree())
     while nodes:

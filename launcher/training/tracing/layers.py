@@ -1,4 +1,4 @@
-"""Which layers of a model are traced, and which others they stand for."""
+"""The choice of a model's layers to trace, each representing similar ones."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from transformers import PreTrainedModel
 from launcher.planner.memory.profile import Block
 
 _FIRST = 3
-"""So many layers at the beginning of a stack are traced in any case: what is before the layers may still be
-let go of in them."""
+"""The first layers of a stack that are always traced: memory from before the layers may still be freed in
+them."""
 _NUMBERS = ("idx", "index", "layer_id", "layer_number", "layer_num")
-"""In the names of what a layer knows of its own place, which makes it no other layer."""
+"""Parts of the names of attributes that only number a layer."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer, and where it stands."""
+    """A layer and its position."""
 
     module: nn.Module
     index: int
-    """Of all layers of the model."""
+    """The position among all layers of the model."""
     stands_in: int
-    """The layer whose blocks are its own: itself where it is traced."""
+    """The traced layer that represents it: itself if it is traced."""
     begins: str | None = None
-    """What comes before it, where it is the first of a stack."""
+    """The block before it, if it is the first of a stack."""
     ends: str | None = None
-    """What comes after it, where it is the last of one."""
+    """The block after it, if it is the last of one."""
 
     @property
     def traced(self) -> bool:
-        """Return whether it is gone through itself."""
+        """Return whether it is traced itself."""
         return self.stands_in == self.index
 
 
 def places(model: PreTrainedModel, layers: Sequence[nn.Module], every: bool = False) -> list[Layer]:
-    """Return the layers with what each is traced by: the first and the last of a stack, and one of each kind
-    between them."""
+    """Return the layers, each with its representative: traced are the first ones and the last of a stack, and
+    one of each kind between them."""
     number = {id(layer): index for index, layer in enumerate(layers)}
     stacks = [
         list(module)
@@ -67,8 +67,8 @@ def places(model: PreTrainedModel, layers: Sequence[nn.Module], every: bool = Fa
 
 
 def _kinds(model: PreTrainedModel, layers: Sequence[nn.Module]) -> list[Any]:
-    """Return what tells each layer from others: its modules with their settings, its shapes, what trains in
-    and before it."""
+    """Return each layer's kind: its modules with their settings, its shapes, and what trains in and before
+    it."""
     own = {id(parameter) for layer in layers for parameter in layer.parameters()}
     first = next(name for name, parameter in model.named_parameters() if id(parameter) in own)
     before = False
@@ -86,7 +86,7 @@ def _kinds(model: PreTrainedModel, layers: Sequence[nn.Module]) -> list[Any]:
 
 
 def _settings(module: nn.Module) -> tuple[Any, ...]:
-    """Return the plain values of a module. Of a fraction only whether there is one: drop paths grow from
+    """Return the plain values of a module. A float counts only as present or not: drop-path rates grow from
     layer to layer."""
     plain = {
         name: value for name, value in vars(module).items() if isinstance(value, (bool, int, str, float))
@@ -99,13 +99,13 @@ def _settings(module: nn.Module) -> tuple[Any, ...]:
 
 @dataclass
 class Skipped:
-    """Stand for the layers of a stack that are not traced: hand on what comes in, as a layer gives it back."""
+    """The replacement of layers that are not traced: it returns its input in the form of a layer's output."""
 
     output: Any = field(default=None)
-    """What the last layer that was gone through gave back."""
+    """The output of the last traced layer."""
 
     def forward(self) -> Callable[..., Any]:
-        """Return the forward pass of a layer that is left out."""
+        """Return the forward of a skipped layer."""
 
         def skip(*arguments: Any, **options: Any) -> Any:
             hidden = first_tensor((arguments, options))
@@ -116,12 +116,12 @@ class Skipped:
         return skip
 
     def see(self, output: Any) -> None:
-        """Keep the form of a layer's output, of which the first tensor is what goes on."""
+        """Keep the form of a layer's output, whose first tensor is the hidden state."""
         self.output = (None, *output[1:]) if isinstance(output, tuple) else None
 
 
 def first_tensor(tree: Any) -> torch.Tensor | None:
-    """Return the first tensor of fractions in a tree; None where there is none."""
+    """Return the first floating-point tensor in a tree; None without one."""
     leaves = pytree.tree_leaves(tree)
     return next(
         (leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()), None
@@ -129,10 +129,9 @@ def first_tensor(tree: Any) -> torch.Tensor | None:
 
 
 def spread(blocks: Sequence[Block], layers: Sequence[Layer]) -> list[Block]:
-    """Return the blocks of a pass with those of the layers that were left out, each as the layer's that
-    stands in for it.
+    """Return the blocks of a pass, with those of skipped layers copied from their representatives.
 
-    Raises ValueError where layers were left out and the others did not run one after another.
+    Raises ValueError if layers were skipped and the others did not run one after another.
     """
     if all(layer.traced for layer in layers):
         return list(blocks)

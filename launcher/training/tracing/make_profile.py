@@ -1,4 +1,4 @@
-"""Make the block profile of a plan's model, in a process of its own.
+"""The block profile of a plan's model, made in a separate process.
 
 `python -m launcher.training.tracing.make_profile OUT` reads the plan on stdin.
 """
@@ -29,18 +29,19 @@ from launcher.training.tracing.recorder import Passed, joined, same
 from launcher.training.tracing.traced_model import TracedModel, Untraceable
 
 _MOST_SAMPLES = 64
-"""Of a pass in which a loss in chunks is traced; beyond, it is taken to grow on, which is never too little."""
+"""The most samples of a pass in which a chunked loss is traced; beyond, its memory is extrapolated, which is
+never too low."""
 _CHUNKS = (1, 2, 3)
-"""So many chunks of a loss need more memory than fewer; further ones need no more."""
+"""The numbers of chunks of a loss that differ in memory; more chunks need no more."""
 
 
 class ProfileMaker:
-    """A plan's model and task, to be gone through."""
+    """A plan's model and task, for tracing."""
 
     def __init__(self, plan: Plan) -> None:
-        """Build the model without numbers. Raises ConfigurationError where its class cannot be built, or
-        cannot do the task."""
-        # The kernel of flash-attn runs on a GPU alone; PyTorch's own keeps the same.
+        """Build the model without values. Raises ConfigurationError if its class cannot be built, or cannot
+        do the task."""
+        # flash-attn's kernel runs only on a GPU; PyTorch's own saves the same tensors.
         self.plan = (
             plan.model_copy(update={"attention": "sdpa"}) if plan.attention == "flash_attention_2" else plan
         )
@@ -48,7 +49,7 @@ class ProfileMaker:
         self.task = prepared_task(self.plan, config)
         kind = pretrained.model_class(self.task.auto_class, config, plan)
         self._classes_of_files = tuple(config.architectures or ())
-        # Of a type with two classes transformers looks for the one that a config names.
+        # For a type with two classes transformers selects the one that a config names.
         config.architectures = config.architectures or [kind.__name__]
         options = {"trust_remote_code": plan.model.trust_remote_code}
         self.traced = TracedModel(
@@ -56,7 +57,8 @@ class ProfileMaker:
         )
 
     def profile(self) -> Profile:
-        """Return the profile; one without passes, and why, where the model's code does not run without numbers.
+        """Return the profile; without passes, but with the reason, if the model's code does not run without
+        values.
 
         Raises ConfigurationError for patterns that match nothing, and for a model without repeated layers.
         """
@@ -77,8 +79,8 @@ class ProfileMaker:
             return Profile(length, root, tuple(layers), untraceable=str(error))
 
     def _new_parameters(self, model: Any) -> tuple[str, ...]:
-        """Return the names that the model's files do not hold: of its head, where they are of another class
-        or say so."""
+        """Return the parameters that are not in the model's files: its head's, if the files are of another
+        class or say so."""
         if self.plan.model.weights == "random":
             return ()
         inside = (
@@ -90,11 +92,11 @@ class ProfileMaker:
             return ()
         head = [name for name, parameter in model.named_parameters() if id(parameter) not in inside]
         if not self._classes_of_files and output_embeddings_of(model) is not None:
-            return ()  # a config that does not say whose files these are; a language model has its head
+            return ()  # the config names no class; a language model's files have its head
         return tuple(head) if type(model).__name__ not in self._classes_of_files else ()
 
     def _with_passes(self, profile: Profile) -> Profile:
-        """Return the profile with its passes. Where leaving layers out does not go well each is gone through."""
+        """Return the profile with its passes. If skipping layers fails, all are traced."""
         layers = self.traced.layers()
         try:
             return self._gone_through(profile, layers)
@@ -113,7 +115,7 @@ class ProfileMaker:
         return replace(profile, passes=passes, tails=tails, quadratic=quadratic)
 
     def _passes(self, layers: Sequence[Layer], recompute: str, training: bool) -> tuple[Pass, Pass]:
-        """Return a pass of one sample, and one of several as lines."""
+        """Return a pass of one sample, and one of several samples as lines."""
 
         def go(samples: int) -> list[Passed]:
             return self._go(layers, samples, self.plan.data.max_length, recompute, training)
@@ -143,15 +145,15 @@ class ProfileMaker:
         )
 
     def lengths(self, samples: int, length: int) -> list[int]:
-        """Return the samples' lengths: where they are padded one is shorter, so that there is a mask as in
-        nearly every step."""
+        """Return the samples' lengths: with padding one is shorter, so that there is a mask as in nearly
+        every step."""
         shorter = self.plan.layout == "padded" and samples > 1 and length > 1
         return [length] * (samples - shorter) + [length - 1] * shorter
 
     def batch(self, lengths: Sequence[int]) -> dict[str, Any]:
-        """Return the micro-batch of samples of such lengths, as the task collates them.
+        """Return the task's micro-batch of samples with these lengths.
 
-        Raises Untraceable where the task cannot make one.
+        Raises Untraceable if the task cannot make one.
         """
         try:
             return example_batch(self.task, self.config, lengths)
@@ -160,8 +162,8 @@ class ProfileMaker:
             raise Untraceable(reason) from error
 
     def _tails(self, layers: Sequence[Layer]) -> dict[str, tuple[tuple[int, Block], ...]]:
-        """Return what is behind the layers for each of several numbers of samples, where a loss in chunks
-        makes it no line."""
+        """Return the block after the layers for several numbers of samples, if a chunked loss makes it
+        nonlinear."""
         vocabulary = getattr(self.config.get_text_config(), "vocab_size", None)
         if not vocabulary or self.task.traits.head != "every-position" or self.plan.layout == "single":
             return {}
@@ -195,7 +197,7 @@ class ProfileMaker:
         return tails
 
     def _quadratic(self, layers: Sequence[Layer], several: Pass) -> float:
-        """Return the share of what a sample writes that grows with the square of its length."""
+        """Return the share of a sample's written bytes that grows with the square of its length."""
         length = self.plan.data.max_length
         if self.plan.layout == "single" or length < 32:
             return 0.0
@@ -214,7 +216,8 @@ class ProfileMaker:
 
 
 def prepared_task(plan: Plan, config: Any) -> Task:
-    """Return the plan's task for a model that has no data yet: with the model's own classes, else with two."""
+    """Return the plan's task for a model that has no data yet: with the model's own classes, else with
+    two."""
     task = tasks.unprepared(plan)
     if task.has_processor:
         task.prepare(pretrained.read_processor(plan))
@@ -224,19 +227,19 @@ def prepared_task(plan: Plan, config: Any) -> Task:
     task.configure(config)
     for one in (config, config.get_text_config()):
         if getattr(one, "pad_token_id", None) is None:
-            one.pad_token_id = 0  # of a batch of texts the tokenizer's is; any will do where nothing is read
+            one.pad_token_id = 0  # normally the tokenizer's; without data any will do
     return task
 
 
 def example_batch(task: Task, config: Any, lengths: Sequence[int]) -> dict[str, Any]:
-    """Return a micro-batch of examples of such lengths, as the task collates them."""
+    """Return the task's micro-batch of examples with these lengths."""
     samples = [_natural(task.example(length), number, config) for number, length in enumerate(lengths)]
     return to_device(task.collate([[sample] for sample in samples], Draws(0, 0)), "cpu")
 
 
 def _natural(sample: Sample, number: int, config: Any) -> Sample:
-    """Return the sample as a text is: without padding within, with an end, and of a causal one the last
-    position predicts nothing."""
+    """Return the sample in the form of a text: without padding inside, with an end; in a causal one the last
+    position has no target."""
     text, arrays = config.get_text_config(), dict(sample)
     special = {
         value for name, value in vars(text).items() if name.endswith("_token_id") and isinstance(value, int)
@@ -244,7 +247,7 @@ def _natural(sample: Sample, number: int, config: Any) -> Sample:
     word = next(number for number in range(len(special) + 1) if number not in special)
     end = getattr(text, "eos_token_id", None)
     end = end[0] if isinstance(end, list) and end else end
-    if "input_ids" in arrays and not arrays["input_ids"].any():  # else some of them are an image's
+    if "input_ids" in arrays and not arrays["input_ids"].any():  # else some tokens are an image's
         most = (getattr(text, "vocab_size", None) or word + 1) - 1
         arrays["input_ids"] = arrays["input_ids"] * 0 + min(word, most)
         if isinstance(end, int) and end <= most:
@@ -256,20 +259,19 @@ def _natural(sample: Sample, number: int, config: Any) -> Sample:
 
 
 def make_profile(plan: Plan) -> Profile:
-    """Return the profile of a plan's model: what it has, and what each block of a pass needs.
+    """Return the profile of a plan's model: its units, and the memory of each block of a pass.
 
-    Raises ConfigurationError where the model cannot be built here, or cannot do what the plan asks.
+    Raises ConfigurationError if the model cannot be built here, or cannot do the plan's task.
     """
     return ProfileMaker(plan).profile()
 
 
 def main() -> None:
-    """Read a plan on stdin; write its profile, or the problems that it has, to the file that the first
-    argument names."""
+    """Read a plan on stdin; write its profile or its problems to the file that the first argument names."""
     gc.disable()  # a fifth of the time, for a process that ends soon
     plan = Plan.model_validate_json(sys.stdin.read())
     if plan.mesh.device == "cpu":
-        cpu_half_matmul.widen(DTYPES[plan.precision])  # as ranks do: kernels are asked for their memory
+        cpu_half_matmul.widen(DTYPES[plan.precision])  # as on ranks: kernels are run to measure their memory
     try:
         answer: dict[str, Any] = {"profile": make_profile(plan).to_json()}
     except ConfigurationError as error:

@@ -1,4 +1,4 @@
-"""The numbers of tensors in a trace that hang on the batch alone: positions, masks, labels."""
+"""The values of tensors in a trace that depend only on the batch: positions, masks, labels."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 _aten = torch.ops.aten
 _MOST = 1 << 21
-"""Elements of a tensor whose numbers are kept: masks of pairs of positions may be very large, and decide
-nothing."""
+"""The most elements of a tensor whose values are kept: masks of pairs of positions may be very large, and
+decide nothing."""
 _BY_MASK = {_aten.index.Tensor: 1, _aten.index_put.default: 1, _aten.index_put_.default: 1}
-"""Operators that take masks among their indices, and the place of these."""
+"""Operators that accept masks as indices, and the position of that argument."""
 
 
 class Numbers:
-    """Computes with real numbers beside fake tensors: positions, masks and labels, never activations."""
+    """Real values computed along with fake tensors: for positions, masks and labels, never activations."""
 
     def __init__(self) -> None:
         self._real = WeakTensorKeyDictionary()
 
     def know(self, fake: torch.Tensor, real: torch.Tensor) -> None:
-        """Keep the numbers of a tensor; in-place operators change them too."""
+        """Keep the values of a tensor; in-place operators change them too."""
         if real.numel() <= _MOST:
             self._real[fake] = real
 
     def of(self, tensor: Any) -> torch.Tensor | None:
-        """Return the numbers of a tensor; None where they are not known."""
+        """Return the values of a tensor; None if they are not known."""
         return self._real.get(tensor) if isinstance(tensor, torch.Tensor) else None
 
     def answer(self, function: Any, args: Any, kwargs: Any) -> Any:
-        """Return the real result of an operator whose shape or value hangs on numbers; None where that cannot
-        be known."""
+        """Return the real result of an operator whose shape or value depends on values; None if it cannot be
+        known."""
         if not {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output} & set(function.tags):
             return None
         known = self._known(args, kwargs)
@@ -61,7 +61,7 @@ class Numbers:
         return (*args[:place], indices, *args[place + 1 :]), created
 
     def follow(self, function: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """Compute the numbers of an operator's result where all that it takes is known."""
+        """Compute the values of an operator's result if all its inputs are known."""
         first = args[0] if args else None
         if isinstance(first, torch.Tensor) and first not in self._real:
             return
@@ -89,7 +89,7 @@ class Numbers:
         )
 
     def _known(self, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        """Return the arguments with numbers in place of fake tensors; None where one is not known."""
+        """Return the arguments with real values instead of fake tensors; None if one is not known."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
         real = []
         for leaf in leaves:

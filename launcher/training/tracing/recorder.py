@@ -1,4 +1,4 @@
-"""What a trace notes: each block of a pass, and the levels of memory within it."""
+"""The records of a trace: each block of a pass, and the memory levels within it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Levels(Meter):
 
 @dataclass
 class Passed:
-    """One block as it was gone through. Levels are bytes above where it began."""
+    """One traced block. Levels are bytes above its beginning."""
 
     kind: str
     layer: int
@@ -36,13 +36,13 @@ class Passed:
     gaps: list[list[int]] = field(default_factory=list)
     """The levels that memory rose to before each gradient, and after the last one."""
     gradients: list[tuple[int, int, int]] = field(default_factory=list)
-    """Of each: the level when it was made, its elements, and the bytes of each."""
+    """For each gradient: the level at its creation, its number of elements, and the bytes of each."""
     traffic: int = 0
     num_made: int = 0
 
 
 class Recorder:
-    """Cuts a pass into blocks."""
+    """The recorder that divides a pass into blocks."""
 
     def __init__(self) -> None:
         self.meter = Levels()
@@ -55,7 +55,7 @@ class Recorder:
         self.blocks.append(Passed(kind, layer, backward))
 
     def note(self, num_elements: int, itemsize: int) -> None:
-        """Note a gradient that was made, and stays as it is."""
+        """Record a gradient that was created, and stays."""
         block = self.blocks[-1]
         self._close_gap(block)
         block.gradients.append((self.meter.live - self._level, num_elements, itemsize))
@@ -77,14 +77,14 @@ class Recorder:
 
 
 def same(one: Passed) -> Block:
-    """Return a block that is as it was gone through, whatever the number of samples."""
+    """Return a block that does not depend on the number of samples."""
     return joined(one, one)
 
 
 def joined(few: Passed, many: Passed) -> Block:
-    """Return a block as lines through what it is with few and with many samples.
+    """Return a block as lines through its values with few and with many samples.
 
-    Raises ValueError where the two do not make the same gradients in the same order.
+    Raises ValueError if the two do not have the same gradients in the same order.
     """
     if [gradient[1:] for gradient in few.gradients] != [gradient[1:] for gradient in many.gradients]:
         raise ValueError(f"{few.kind}: its gradients come in another order with more samples")
@@ -100,5 +100,5 @@ def joined(few: Passed, many: Passed) -> Block:
 def _lines(few: list[int], many: list[int]) -> tuple[Line, ...]:
     if len(few) == len(many):
         return envelope(zip(few, many, strict=True))
-    # Not step by step the same, as a loss in chunks is not: its highest alone.
+    # The numbers of levels differ, as for a chunked loss: only the peak is kept.
     return ((max(few), max(many)),) if few and many else ()

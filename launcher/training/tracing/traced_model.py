@@ -1,9 +1,8 @@
-"""A model's real class, gone through with fake tensors: the memory of its blocks.
+"""A model's real class, traced with fake tensors for the memory of its blocks.
 
 `torch`'s FakeTensorMode computes shapes, autograd keeps and frees what it always does, and a dispatch mode
-sees each
-tensor come and go. No process group is needed: what an engine gathers, sends and keeps between the blocks is the
-planner's, so that one trace serves FSDP and ZeRO, and any number of ranks.
+sees each tensor come and go. No process group is needed: the planner adds what an engine gathers, sends and
+keeps between blocks. So one trace serves FSDP and ZeRO, and any number of ranks.
 """
 
 from __future__ import annotations
@@ -39,27 +38,27 @@ from launcher.training.tracing.recorder import Passed, Recorder
 
 Forward = Callable[[PreTrainedModel, dict[str, Any]], Any]
 _READ = ("cu_seq_lens",)
-"""Of a batch: what the model's code reads as Python numbers, and which therefore keeps them."""
+"""Keys of a batch that the model's code reads as Python numbers, so they keep their values."""
 
 
 class Untraceable(Exception):
-    """A model's code cannot be gone through without numbers; the text says why, in one line."""
+    """A model whose code cannot be traced without values; the message is the reason, in one line."""
 
 
 class TracedModel:
-    """A model without numbers, whose passes can be gone through."""
+    """A model without values, whose passes can be traced."""
 
     def __init__(
         self, config: Any, auto_class: Any, forward: Forward, dtype: torch.dtype, **options: Any
     ) -> None:
-        """`dtype` is what it computes in, `options` go to `from_config`."""
+        """Build the model. `dtype` is the compute dtype, `options` go to `from_config`."""
         self._forward, self._dtype = forward, dtype
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         try:
             with self._mode, no_init_weights():
                 self.model: PreTrainedModel = auto_class.from_config(config, dtype=dtype, **options)
         except DataDependentOutputException:
-            # Its constructor reads numbers of a tensor, as Swin's and ConvNeXt's do of their drop paths.
+            # Its constructor reads a tensor's values, as Swin's and ConvNeXt's do for drop paths.
             with torch.device("meta"), no_init_weights():
                 self.model = auto_class.from_config(config, dtype=dtype, **options)
             self._materialise()
@@ -67,7 +66,7 @@ class TracedModel:
             self.model.tie_weights()
 
     def _materialise(self) -> None:
-        """Put fake tensors in the places of those without a device."""
+        """Replace tensors on the meta device by fake tensors."""
         created: dict[int, torch.Tensor] = {}
 
         def of(tensor: torch.Tensor) -> torch.Tensor:
@@ -85,9 +84,9 @@ class TracedModel:
                         own[name] = of(tensor)
 
     def add_adapter(self, adapter: Adapter, new: Callable[[PreTrainedModel], tuple[str, ...]]) -> None:
-        """Put an adapter in; it trains, and what `new` names. Raises ConfigurationError for a pattern that
-        matches nothing."""
-        # Outside of the mode: inside, peft would move what it makes, which fake tensors do not allow.
+        """Add an adapter; it and the parameters that `new` names train. Raises ConfigurationError for a
+        pattern without a match."""
+        # Outside the mode: inside, peft would move its tensors, which fake tensors do not allow.
         adapters.Injected(self.model, adapter, models.repeated_layers)
         with self._mode:
             for module in self.model.modules():
@@ -97,15 +96,15 @@ class TracedModel:
             adapters.trained(self.model, adapter, new(self.model))
 
     def units(self, narrow: bool = False) -> tuple[Unit, list[Unit]]:
-        """Return what is outside of the layers, and each layer. narrow: what does not train is kept in the
-        computation's precision.
+        """Return the unit outside the layers, and a unit for each layer. narrow: frozen parameters are in the
+        compute dtype.
 
         Raises ConfigurationError for a model without repeated layers.
         """
         return _units(self.model, models.repeated_layers(self.model), narrow)
 
     def layers(self, every: bool = False) -> list[Layer]:
-        """Return the repeated layers, and which of them are gone through; with `every` all."""
+        """Return the repeated layers, and which of them are traced; with `every` all."""
         return places(self.model, models.repeated_layers(self.model), every)
 
     def go(
@@ -117,18 +116,17 @@ class TracedModel:
         cuda: bool,
         backward: bool = True,
     ) -> list[Passed]:
-        """Go through a micro-batch, forward and, where it trains, backward; its blocks in their order.
+        """Trace a micro-batch, forward and (in training) backward; return its blocks in order.
 
-        backward: without it nothing comes after the loss.
-
-        Raises Untraceable where the model's code does not run without numbers.
+        backward: if False, the trace ends at the loss. Raises Untraceable if the model's code does not run
+        without values.
         """
         recorder = Recorder()
         recorder.meter.packs = not cuda and self._dtype.itemsize == 2
         for parameter in self.model.parameters():
             parameter.grad = None
         with self._mode:
-            # What is there before the step an engine answers for.
+            # The engine's model accounts for tensors that exist before the step.
             held = chain(self.model.buffers(), self.model.parameters())
             counting = Counting(recorder.meter, held, cuda)
             with (
@@ -173,8 +171,8 @@ class TracedModel:
 
     @contextlib.contextmanager
     def _prepared(self, recorder: Recorder, layers: Sequence[Layer], checkpointing: str) -> Iterator[None]:
-        """With the layers computed again or not, or left out, and with what begins a block and notes a
-        gradient."""
+        """Set up recomputation, skipped layers, and the hooks that begin blocks and record gradients,
+        inside."""
         hooks = [
             parameter.register_post_accumulate_grad_hook(
                 lambda parameter: recorder.note(parameter.numel(), parameter.grad.itemsize)
@@ -213,8 +211,8 @@ class TracedModel:
 
 @contextlib.contextmanager
 def _decided_by_numbers() -> Iterator[None]:
-    """Masks are made or left out as in a real step. Raises Untraceable for a model whose code asks for other
-    numbers."""
+    """Make masks or leave them out as in a real step, inside. Raises Untraceable for a model whose code needs
+    other values."""
     masking_utils.is_tracing, before = lambda *_: False, masking_utils.is_tracing
     try:
         yield
@@ -230,8 +228,8 @@ def _decided_by_numbers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _few_chunks(meter: Meter) -> Iterator[None]:
-    """While inside, a loss in many chunks goes through the first three and the last, which may be shorter: those
-    between are as the third, and count as it does."""
+    """Compute only the first three chunks of a loss and the last, which may be shorter, inside: the others
+    are like the third, and count like it."""
 
     def few(num_positions: int, chunk: int) -> Iterator[int]:
         begins = range(0, num_positions, chunk)
@@ -268,7 +266,7 @@ def _after(recorder: Recorder, layer: Layer, skipped: Skipped, stands_in: bool) 
     def end(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
         hidden, given = first_tensor(output), first_tensor((arguments, options))
         if stands_in and hidden is not None and given is not None and hidden.shape != given.shape:
-            # Convolutions that shorten a sound: what comes behind those left out would be too long.
+            # Convolutions that shorten a sound: the input after skipped ones would be too long.
             raise ValueError("a layer that stands in for others changes the shape")
         if hidden is not None and hidden.requires_grad:
             hidden.register_hook(lambda _: recorder.begin("layer", layer.index, backward=True))
