@@ -100,7 +100,8 @@ class Stillness:
         if save != known.save:
             known.save, known.save_since = save, now
             if place.save:
-                known.since = now  # after a rank ran out of memory, threads save while all ranks stand in a forward pass
+                # After a rank ran out of memory, threads save while all ranks stand in a forward pass.
+                known.since = now
         return Seen(
             **vars(place),
             phase=phase,

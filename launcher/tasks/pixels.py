@@ -19,8 +19,8 @@ else:
 _NEAREST_TRIES = 10
 """Random crops that are tried before the full image is taken, as in torchvision's RandomResizedCrop."""
 _AFTER_RESIZING = ("do_rescale", "do_normalize", "do_flip_channel_order", "include_top")
-"""A processor's steps after resizing and cropping: among them another order of channels (MobileViT), and a second
-division by the deviation (EfficientNet)."""
+"""A processor's steps after resizing and cropping: among them another order of channels (MobileViT), and a
+second division by the deviation (EfficientNet)."""
 
 
 def resized(processor: Any, size: int) -> None:
@@ -96,8 +96,8 @@ class Pixels:
         return np.round(unit.clip(0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)
 
     def check_altered(self) -> None:
-        """Raise ConfigurationError if an image without any alteration differs from the processor's own output: the
-        processor has steps that are unknown here."""
+        """Raise ConfigurationError if an image without any alteration differs from the processor's own output:
+        the processor has steps that are unknown here."""
         from PIL import Image
 
         draws = np.random.default_rng(0)

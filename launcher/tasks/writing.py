@@ -109,8 +109,8 @@ class WritingTask(Task):
         return (text[: min(ends)] if ends else text).strip()
 
     def at_limit(self, written: np.ndarray) -> list[bool]:
-        """Return for each text, int [texts, n], whether it has the maximum number of tokens, so that its end may be
-        missing."""
+        """Return for each text, int [texts, n], whether it has the maximum number of tokens, so that its end
+        may be missing."""
         arguments = self.generation.arguments
         padding, most = arguments["pad_token_id"], arguments["max_new_tokens"]
         if written.shape[1] < most:
@@ -204,8 +204,8 @@ class TextEvaluator(TokenLosses):
 def answered(
     task: WritingTask, output: Output, batch: dict[str, Any]
 ) -> Iterator[tuple[int, int, str, list[str], bool]]:
-    """Yield for each row of a batch its id, its window, the answer, the references, and whether the answer reached
-    its limit."""
+    """Yield for each row of a batch its id, its window, the answer, the references, and whether the answer
+    reached its limit."""
     assert output.generated is not None
     written, aside = output.generated.cpu().numpy(), batch["aside"]
     named = zip(aside["ids"], aside["windows"], aside["weights"], aside["references"], strict=True)

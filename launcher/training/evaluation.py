@@ -125,8 +125,8 @@ def written(
     device: str,
     leaving: Callable[[], bool] = lambda: False,
 ) -> torch.Tensor:
-    """Return the tokens generated for a micro-batch's samples, int64 [samples, n], in the order of `collate`. Each
-    sample gets the answer that it gets alone.
+    """Return the tokens generated for a micro-batch's samples, int64 [samples, n], in the order of `collate`.
+    Each sample gets the answer that it gets alone.
 
     Called by all ranks together. `leaving` is called before every token, on each rank by itself; True cuts
     this rank's texts short.
