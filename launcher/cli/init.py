@@ -9,11 +9,21 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from launcher.cli import completion
+from launcher.errors import ConfigurationError, Problem
 
 if TYPE_CHECKING:
     from launcher.cli.dialog import Dialog
 
 Out = Annotated[Path, typer.Option("--out", help="The file to write.", autocompletion=completion.job_files)]
+TrainFile = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[FILE]",
+        help="The file to learn from; the same as --train.",
+        autocompletion=completion.data_files,
+        show_default=False,
+    ),
+]
 Train = Annotated[
     str | None,
     typer.Option(
@@ -73,6 +83,7 @@ Force = Annotated[bool, typer.Option("--force", help="Write over a file that is 
 
 
 def init(
+    file: TrainFile = None,
     out: Out = Path("job.yaml"),
     train: Train = None,
     evaluation: HeldOut = None,
@@ -97,10 +108,12 @@ def init(
     from launcher.cli.init_questions import Questions
     from launcher.job.init import kept, unfinished, write
 
+    if file and train and file != train:
+        raise ConfigurationError(Problem("--train", train, f"{file} is named as well; name one file"))
     dialog = Dialog(sys.stdin.isatty() and not yes)
     out, force = free_place(dialog, out, force)
     flags = {
-        "train": train, "evaluation": evaluation, "task": task, "model": model, "max_length": max_length,
+        "train": train or file, "evaluation": evaluation, "task": task, "model": model, "max_length": max_length,
         "epochs": epochs, "adapter": adapter, "learning_rate": learning_rate, "where": where, "nodes": nodes,
         "gpus_per_node": gpus_per_node, "gpu": gpu, "time_limit": time_limit, "name": name,
     }  # fmt: skip

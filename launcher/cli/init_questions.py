@@ -65,7 +65,7 @@ class Questions:
             "epochs", "training.epochs", "Passes over the rows (epochs)", self._draft.epochs(), parse_value
         )
         self._ask_adapter()
-        self._ask("learning_rate", "training.learning_rate", "Learning rate", self._draft.rate(), parse_value)
+        self._ask_rate()
         self._ask_where()
         self._ask("name", "name", "Name of the run", self._draft.name(), str)
         return self._draft.content
@@ -266,6 +266,12 @@ class Questions:
         if rests_on:
             self._dialog.say(f"  of the rows looked at: {rests_on}")
         self._ask("max_length", "data.max_length", "Longest sample in tokens", length, parse_value)
+
+    def _ask_rate(self) -> None:
+        rate, remark = self._draft.rate()
+        if remark:
+            self._dialog.say(f"  {remark}")
+        self._ask("learning_rate", "training.learning_rate", "Learning rate", rate, parse_value)
 
     def _ask_adapter(self) -> None:
         def read(text: str) -> Any:

@@ -55,7 +55,11 @@ def predict(
     as_json: AsJson = False,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
-    """Write what a model predicts for every row of a file."""
+    """Write what a model predicts for every row of a file.
+
+    A language model writes answers with --set evaluation.generate.max_new_tokens=128; without it, it gives the
+    probability of the answers that the rows have.
+    """
     from launcher.cli.display import Display
     from launcher.launch.evaluation import Request
     from launcher.launch.prediction import Logits, Prediction

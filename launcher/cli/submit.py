@@ -83,7 +83,7 @@ def submit(
         typer.echo(f"not copied with the script: {'; '.join(missing[:3])}{more}", err=True)
     typer.echo(f"job {job_id}: {shown(run.path)} on {_size(plan)}")
     if expected := expectation(run):
-        typer.echo(expected)
+        typer.echo(f"memory: {expected}")
     typer.echo(f"follow it with: launcher status {shown(run.path)}", err=True)
 
 

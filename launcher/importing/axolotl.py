@@ -199,7 +199,8 @@ def _remarks(content: dict[str, Any], reading: Reading) -> None:
         if (times := reading.count(content, option, least=0)) == 1:
             reading.say(key, "epoch", option)
         elif times:
-            reason = f"launcher takes steps, a time or whole epochs; left out: write {key}, as 50 steps"
+            section = key if "." in key else f"training.{key}"
+            reason = f"launcher takes steps, a time or whole epochs; left out: write {section}, as 50 steps"
             reading.change(option, times, reason)
     if reading.flag(content, "tf32"):
         reading.cannot_say("tf32", True, "launcher leaves the products of fp32 as PyTorch has them")

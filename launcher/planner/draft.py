@@ -43,7 +43,10 @@ _EXAMPLES = {
     "sequence-to-sequence": "google-t5/t5-small",
 }
 """Names on the hub of small models that a task can begin with."""
-_RATE, _RATE_OF_ADAPTER = 2e-5, 2e-4
+_RATE, _RATE_OF_ADAPTER, _RATE_OF_FEW_STEPS = 2e-5, 2e-4, 1e-4
+_FEW_STEPS = 200
+"""Steps below which a new head learns next to nothing at the usual rate: 51 steps of 600 reviews brought
+MiniLM-L6 from accuracy 0.50 to 0.52 at 2e-5, and to 0.88 at 1.5e-4."""
 
 
 @dataclass
@@ -196,9 +199,23 @@ class Draft:
         """Return how many passes over the rows are usual for the task."""
         return _EPOCHS.get(self.task.name, 3)
 
-    def rate(self) -> float:
-        """Return a usual learning rate, of all weights or of an adapter."""
-        return _RATE if self.get("model.adapter") is None else _RATE_OF_ADAPTER
+    def rate(self) -> tuple[float, str]:
+        """Return a usual learning rate, of all weights or of an adapter, and a remark where few steps call for a
+        larger one."""
+        if self.get("model.adapter") is not None:
+            return _RATE_OF_ADAPTER, ""
+        steps = self._steps()
+        if self.task.traits.head == "every-position" or steps is None or steps >= _FEW_STEPS:
+            return _RATE, ""
+        return _RATE_OF_FEW_STEPS, f"{steps:,} steps are few: at the usual {_RATE:g} they would learn little"
+
+    def _steps(self) -> int | None:
+        """Return about how many steps the run takes; None if its rows are not here."""
+        try:
+            rows = self.seen().num_rows
+        except DataError:
+            return None
+        return max(1, round(rows / self.get("batch.global_batch_size") * self.get("training.epochs")))
 
     def name(self) -> str:
         """Return a name for the run, of the model's and the file's."""

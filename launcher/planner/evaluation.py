@@ -45,7 +45,7 @@ def plan_evaluation(
         if highest is None or foreseen.footprint.highest.total > highest.footprint.highest.total:
             highest = foreseen
     rows = plan.batch.micro_batch_size
-    return plan, "" if highest is None else f"{highest.line()}, {rows} row{'s' * (rows > 1)} a pass"
+    return plan, "" if highest is None else f"memory: {highest.line()}, {rows} row{'s' * (rows > 1)} a pass"
 
 
 def with_rows(plan: Plan, rows: int) -> Plan:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from launcher.data.rows import Row, RowProblem
+from launcher.data.rows import NOTHING_TO_LEARN, Row, RowProblem
 from launcher.errors import ConfigurationError, Problem
 from launcher.plain_files import read_json
 from launcher.planner.plan import Plan
@@ -41,6 +41,7 @@ from launcher.training.subject import Subject, as_trained
 _PASSES = 16
 """Forward passes of each rank in a stretch. A stop or crash loses at most one stretch; rows are grouped by
 length within one."""
+_TO_GENERATE = "to have answers generated: --set evaluation.generate.max_new_tokens=128"
 _SHOWN = 5
 """Rows shown with their answers at the end, from the first."""
 
@@ -104,17 +105,14 @@ class Predicting:
         return [self._record(row, share, message.get(row.id, [])) for row in share.rows]
 
     def _record(self, row: Row, share: Share, parts: list[tuple[int, Any]]) -> dict[str, Any]:
+        task = self.subject.task
         if (problem := share.problems.get(row.id)) is not None:
-            return {
-                "row": row.id,
-                "problem": problem.reason,
-                "detail": problem.detail[:200],
-                "line": row.line,
-            }
+            detail = problem.detail[:200]
+            if problem.reason == NOTHING_TO_LEARN and task.traits.causal and not task.generates:
+                detail += f"; {_TO_GENERATE}"
+            return {"row": row.id, "problem": problem.reason, "detail": detail, "line": row.line}
         assert not isinstance(row.values, RowProblem)
-        answer = self.subject.task.answer(
-            row.values, [answer for _, answer in sorted(parts, key=lambda part: part[0])]
-        )
+        answer = task.answer(row.values, [answer for _, answer in sorted(parts, key=lambda part: part[0])])
         return {"row": row.id, **answer} | ({"cut": True} if row.id in share.cut else {})
 
     def _stops(self) -> bool:

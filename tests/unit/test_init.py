@@ -120,9 +120,10 @@ def test_the_file_is_shown_and_its_columns_are_offered(capsys: pytest.CaptureFix
         "model": {"task": "sequence-classification", "name": "bert"},
         "data": {"train": {"path": "train.jsonl"}, "text": "text", "label": "label", "max_length": 64},
         "batch": {"global_batch_size": 16},
-        "training": {"epochs": 3, "learning_rate": 2e-05},
+        "training": {"epochs": 3, "learning_rate": 1e-4},
     }
     shown = capsys.readouterr().out
+    assert "  4 steps are few: at the usual 2e-05 they would learn little\n" in shown
     assert (
         "train.jsonl: 20 rows\n  text   text          'a text of row 0'\n  label  a few values  'x'\n"
         in shown
@@ -411,6 +412,31 @@ def test_a_flag_that_cannot_be_used_is_refused(
     assert call("init", "--yes", "--model", "./bert", "--train", "train.jsonl", *flags) == 2
     assert reason in capsys.readouterr().err
     assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_the_file_may_be_named_without_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    columns = ["--column", "label=label", "--column", "text=text"]
+    assert call("init", "train.jsonl", "--yes", "--model", "./bert", *columns) == 0
+    assert str(load("job.yaml").data.train.path).endswith("train.jsonl")
+    assert call("init", "train.jsonl", "--train", "other.jsonl", "--yes", "--force") == 2
+    assert "--train = 'other.jsonl': train.jsonl is named as well" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rows", "task", "adapter", "rate"),
+    [
+        (600, "sequence-classification", "all", 1e-4),
+        (4000, "sequence-classification", "all", 2e-5),
+        (600, "causal-lm", "all", 2e-5),
+        (600, "sequence-classification", "8", 2e-4),
+    ],
+)
+def test_few_steps_of_a_new_head_have_a_larger_rate(rows: int, task: str, adapter: str, rate: float) -> None:
+    write([{"text": f"a text of row {number}", "label": "xy"[number % 2]} for number in range(rows)])
+    flags = ["--train", "train.jsonl", "--task", task, "--model", "./bert", "--adapter", adapter]
+    label = [] if task == "causal-lm" else ["--column", "label=label"]
+    assert call("init", "--yes", "--column", "text=text", *label, *flags) == 0
+    assert load("job.yaml").training.learning_rate == rate
 
 
 def test_every_answer_has_a_flag() -> None:

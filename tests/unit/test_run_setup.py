@@ -270,6 +270,10 @@ def test_a_run_is_not_told_to_end_before_where_it_is(job: Path, monkeypatch: pyt
     monkeypatch.setattr(submit_run, "find_sbatch", lambda: None)
     with pytest.raises(ConfigurationError, match=r"is finished at step.*--again"):
         submit_run.hand_over(job, ["cluster.gpus_per_node=0"], None, None)
+    with pytest.raises(ConfigurationError, match=r"is finished at step.*--again"):
+        submit_run.preview(job, ["cluster.gpus_per_node=0"], None, None)
+    script, longer = submit_run.preview(job, ["cluster.gpus_per_node=0", "training.max_steps=8"], None, None)
+    assert "#SBATCH" in script and longer.training.max_steps == 8
     with pytest.raises(ConfigurationError, match=r"is finished at step"):
         submit_run.resubmit(run, [])
 

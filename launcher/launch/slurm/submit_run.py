@@ -32,6 +32,8 @@ def preview(
     run = RunDirectory((directory or runs_folder() / job.name).absolute())
     _check_path(run)
     plan = run_setup.decide_for(job, None, script, local=False, profiles=profiles)
+    if run.finished and _length(Plan.read(run.plan_file)) == _length(plan):
+        _refuse_finished(run)
     return dry_run(run, plan, sys.executable, run.path / "code" / "launcher"), plan
 
 
@@ -72,13 +74,22 @@ def resubmit(run: RunDirectory, overrides: list[str]) -> tuple[Plan, str]:
     return plan, _submit(run, plan, ())
 
 
-def _submit(run: RunDirectory, plan: Plan, after: Sequence[str]) -> str:
+def _length(plan: Plan) -> tuple[object, object]:
+    return plan.training.max_steps, plan.training.epochs
+
+
+def _refuse_finished(run: RunDirectory) -> None:
+    """Raise ConfigurationError if a job would have nothing to do."""
     if run.finished:
         reason = (
             f"is finished at step {last_step(run)}, and a job would have nothing to do; go on with "
             "--set training.max_steps=N, or begin another run with --again"
         )
         raise ConfigurationError(Problem("RUN", str(run.path), reason))
+
+
+def _submit(run: RunDirectory, plan: Plan, after: Sequence[str]) -> str:
+    _refuse_finished(run)
     code = snapshot.of_launcher(run)
     snapshot.keep_script(run, plan)
     more = [("dependency", _dependency(plan, after))] if after else []
