@@ -3,6 +3,7 @@ class."""
 
 from __future__ import annotations
 
+import enum
 import io
 import json
 import os
@@ -14,7 +15,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from launcher.errors import CheckpointError, ConfigurationError
 from launcher.runs.checkpoints import MANIFEST_NAME, Progress, _canonical, _text_hash, hash_file
@@ -66,6 +75,40 @@ class _Calls:
 def test_a_pickle_calls_nothing_that_no_checkpoint_needs(payload: _Calls, tmp_path: Path) -> None:
     (tmp_path / ".metadata").write_bytes(pickle.dumps(payload))
     with pytest.raises(CheckpointError, match=r"refused unread|only ever filled in|garbled"):
+        read_metadata(tmp_path)
+
+
+class _OldPickler(pickle.Pickler):
+    """As Python before 3.11.4 writes members of enumerations."""
+
+    def reducer_override(self, value: Any) -> Any:
+        return (getattr, (type(value), value.name)) if isinstance(value, enum.Enum) else NotImplemented
+
+
+def test_metadata_of_an_older_python_is_read(tmp_path: Path) -> None:
+    properties = TensorProperties.create_from_tensor(torch.zeros(4))
+    chunk = ChunkStorageMetadata(torch.Size([0]), torch.Size([4]))
+    tensor = TensorStorageMetadata(properties, torch.Size([4]), [chunk])
+    with (tmp_path / ".metadata").open("wb") as file:
+        place = {MetadataIndex("weight", torch.Size([0])): _StorageInfo("__0_0.distcp", 0, 16)}
+        _OldPickler(file, protocol=4).dump(Metadata({"weight": tensor}, storage_data=place))
+    assert b"getattr" in (tmp_path / ".metadata").read_bytes()
+    assert read_metadata(tmp_path).state_dict_metadata == {"weight": tensor}
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        _Calls(getattr, _MEM_FORMAT_ENCODING, "__class__"),
+        _Calls(getattr, _MEM_FORMAT_ENCODING, "mro"),
+        _Calls(getattr, TensorProperties, "create_from_tensor"),
+        _Calls(getattr, TensorProperties, "TORCH_CHANNELS_LAST"),
+        _Calls(getattr, "", "TORCH_CHANNELS_LAST"),
+    ],
+)
+def test_a_pickle_gets_no_other_attribute(payload: _Calls, tmp_path: Path) -> None:
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(payload))
+    with pytest.raises(CheckpointError, match=r"names the attribute .* which no checkpoint needs"):
         read_metadata(tmp_path)
 
 

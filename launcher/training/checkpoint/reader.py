@@ -19,6 +19,7 @@ import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -58,18 +59,30 @@ class _MetadataUnpickler(pickle.Unpickler):
 
     def __init__(self, content: bytes) -> None:
         super().__init__(io.BytesIO(content))
-        self._makers: dict[tuple[str, str], type] = {}
+        # Python before 3.11.4 pickles a member of an enumeration as `getattr(enumeration, name)`.
+        self._makers = {
+            ("builtins", "getattr"): type("member", (), {"__new__": self._member, "__slots__": ()})
+        }
 
     def find_class(self, module: str, name: str) -> Any:
-        if name in _ALLOWED.get(module, ()):
-            if (module, name) not in self._makers:
-                self._makers[module, name] = _maker(super().find_class(module, name))
+        if name in _ALLOWED.get(module, ()) and (module, name) not in self._makers:
+            self._makers[module, name] = _maker(super().find_class(module, name))
+        if (module, name) in self._makers:
             return self._makers[module, name]
         if module == "torch" and isinstance(allowed := getattr(torch, name, None), torch.dtype):
             return allowed
         raise CheckpointError(
             f"{METADATA_NAME} names {module}.{name}, which no checkpoint needs; it is refused unread"
         )
+
+    def _member(self, _: type, kind: Any, name: Any) -> Any:
+        """Return a memory format by its name. Raises CheckpointError for an attribute of anything else."""
+        formats = self._makers.get((_MEM_FORMAT_ENCODING.__module__, _MEM_FORMAT_ENCODING.__name__))
+        if kind is not formats or name not in _MEM_FORMAT_ENCODING.__members__:
+            raise CheckpointError(
+                f"{METADATA_NAME} names the attribute {name!r}, which no checkpoint needs; it is refused unread"
+            )
+        return _MEM_FORMAT_ENCODING[name]
 
 
 def _maker(kind: Any) -> type:
