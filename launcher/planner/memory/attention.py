@@ -25,8 +25,8 @@ def fused(
     num_queries: int,
     hidden: int = 0,
 ) -> SymbolicTensor:
-    """Return `scaled_dot_product_attention` by a flash kernel: it keeps query, key, value, its output, and one
-    fp32 number of each head and query. `hidden` bytes are taken and given back within the backward pass."""
+    """Return `scaled_dot_product_attention` by a flash kernel, which saves query, key, value, output, and an
+    fp32 number per head and query. The backward pass takes and frees `hidden` more bytes within itself."""
     meter, size = query.meter, query.itemsize
     sizes = [tensor.num_elements * size for tensor in (query, key, value)]
 
@@ -55,8 +55,8 @@ def plain(
     probability: float,
     cuda: bool,
 ) -> SymbolicTensor:
-    """Return one sample's attention by `_scaled_dot_product_attention_math`: in fp32, the scores written out.
-    A CPU takes it to drop some of them."""
+    """Return one sample's attention by `_scaled_dot_product_attention_math`, which writes out the scores in
+    fp32. A CPU uses it for dropout on the scores."""
     size = query.itemsize
     wide = [cast(tensor, 4) for tensor in (query, key, value)]
     scaled = scale(wide[0])

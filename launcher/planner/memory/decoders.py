@@ -14,7 +14,7 @@ from launcher.planner.memory.symbolic import Parameter, SymbolicTensor, checkpoi
 from launcher.planner.memory.symbolic_program import Context, SymbolicProgram, of_stack
 
 LLAMAS = ("llama", "mistral", "qwen2", "qwen3")
-"""Built as Llama is."""
+"""Model types with Llama's architecture."""
 
 
 class Llama(SymbolicProgram):
@@ -35,7 +35,7 @@ class Llama(SymbolicProgram):
         self.embeddings = "model.embed_tokens.weight"
 
     def layer_weights(self) -> list[tuple[str, tuple[int, ...]]]:
-        """Return the names within a layer, and shapes [out, in]."""
+        """Return the names of a layer's parameters, and their shapes [out, in]."""
         queries, keys = self.heads * self.head, self.groups * self.head
         weights: list[tuple[str, tuple[int, ...]]] = []
         for name, width in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
@@ -55,7 +55,7 @@ class Llama(SymbolicProgram):
         ]
 
     def units(self) -> tuple[Unit, list[Unit]]:
-        """Return what is outside of the layers, and each layer."""
+        """Return the parameters outside of the layers as one unit, and a unit for each layer."""
         layers = [
             Unit(tuple(Weight(f"model.layers.{i}.{name}", shape) for name, shape in self.layer_weights()))
             for i in range(self.num_layers)
@@ -78,7 +78,8 @@ class Llama(SymbolicProgram):
             context.tensor(batch.num_tokens, 8), batch.num_tokens, self.hidden, size, table
         )
         cosine, sine = (context.tensor(batch.num_tokens * self.head) for _ in range(2))
-        # the model's own variable, until its layers are done: of frozen layers nothing else would keep it
+        # The model's own variable holds this until its layers are done; with frozen layers nothing else keeps
+        # it.
         embedded = hidden
         for index in of_stack(context, self.num_layers):
             context.begin("layer", index)
@@ -172,8 +173,8 @@ def adapted(
     weight: Parameter,
     bias: Parameter | None = None,
 ) -> SymbolicTensor:
-    """Apply a linear layer as `ops.linear` has it; beside an adapter its input is kept for A, and what A makes
-    for B."""
+    """Apply a linear layer like `ops.linear`. With an adapter, its input is saved for A, and A's output for
+    B."""
     result, adapter = ops.linear(x, num_in, num_out, weight, bias), context.setting.adapter
     if adapter is None or not adapter.takes(name):
         return result
@@ -197,8 +198,8 @@ def packed(
     heads: int,
     drop: float = 0.0,
 ) -> SymbolicTensor:
-    """Apply `packed_attention`: all samples at once; to drop some of the scores each sample by itself, then
-    one row again."""
+    """Apply `packed_attention` to all samples at once. With dropout on the scores, each sample is computed by
+    itself, and the results are joined to one row."""
     lengths, cuda = context.setting.batch.lengths, context.setting.cuda
     if not (drop and context.setting.training):
         width, key_width = (tensor.num_elements // sum(lengths) for tensor in (query, key))
@@ -221,6 +222,6 @@ def packed(
             parts.append(fused(q, k, v, heads, length))
     del q, k, v
     whole = parts[0] if len(parts) == 1 else ops.concatenate(*parts)
-    # One sample's result lies as [tokens, heads, head_dim] already; several have been joined along the tokens
-    # within each head.
+    # One sample's result already has the layout [tokens, heads, head_dim]; those of several samples were
+    # joined along the tokens within each head.
     return ops.copy(whole) if len(lengths) > 1 or not cuda else whole

@@ -20,18 +20,18 @@ from launcher.planner.memory.zero_states import ZeroCut
 from launcher.planner.plan import Plan, Zero
 
 STATE_COPIES = {"adamw": 2, "adam": 2, "sgd": 1, "muon": 2, "adafactor": 1}
-"""fp32 numbers of each that trains. A matrix that Muon steps has one fewer; one that Adafactor steps has a
-number for each row and each column instead."""
+"""fp32 numbers of optimizer state per trained element. A matrix updated by Muon has one fewer; one updated by
+Adafactor has a number for each row and each column instead."""
 STAGED = "staged checkpoint"
 CUDA_CONTEXT = 1 << 30
 """Assumed, not measured here: the CUDA context, its libraries and NCCL's own buffers."""
 CUDA_SLACK = 0.05
-"""Assumed, not measured here: what PyTorch's caching allocator keeps beyond what is live, as a share of what
-comes and goes in a step."""
+"""Assumed, not measured here: memory that PyTorch's caching allocator keeps beyond the live tensors, as a
+share of the bytes that are allocated and freed in a step."""
 
 
 def batch_of(plan: Plan) -> Batch:
-    """Return one micro-batch of a rank where every sample is as long as the plan lets it be."""
+    """Return one micro-batch of a rank in which every sample has the plan's maximum length."""
     return Batch((plan.data.max_length,) * plan.batch.micro_batch_size, padded=plan.layout != "packed")
 
 
@@ -39,8 +39,7 @@ class Estimator:
     """A plan, the program of its model, and one micro-batch."""
 
     def __init__(self, plan: Plan, program: Program, batch: Batch | None = None) -> None:
-        """Take a plan and its model's program. `batch`: where it is left out every sample is as long as it
-        may be."""
+        """Take a plan and its model's program. Without `batch`, every sample has the maximum length."""
         self.plan, self.program = plan, program
         self.adapter = plan.model.adapter
         self.units = grouped(program.units(), plan)
@@ -102,16 +101,16 @@ class Estimator:
         )
 
     def least(self) -> int:
-        """Return the bytes of the device without which no pass is possible, however small: the state, and
-        what stays whole after the forward pass."""
+        """Return the device's bytes that even the smallest micro-batch needs: the state, and the parameters
+        that stay gathered after the forward pass."""
         mesh, states = self.plan.mesh, self._engine().states()
         whole = self.plan.zero is None and mesh.dp_shard > 1 and not mesh.reshard_after_forward
         gathered = self.itemsize * sum(unit.num_elements() for unit in self._all) if whole else 0
         return sum(states.values()) + gathered + self._teacher_bytes()[0] + (CUDA_CONTEXT if self.cuda else 0)
 
     def _loaded(self) -> int:
-        """Return the bytes that are on the device as the model is loaded and no longer after: shards whose
-        masters are made in the host's memory."""
+        """Return the bytes that are on the device only while the model is loaded: shards whose fp32 masters
+        are then made in host memory."""
         zero = self.plan.zero
         if zero is None or not self.cuda or self.plan.offload != "optimizer":
             return 0
@@ -120,8 +119,8 @@ class Estimator:
         return -(-num_bytes // self.plan.mesh.world_size)
 
     def _of_weights(self) -> int:
-        """Return the bytes that an adapter takes which is made of the weights beside it, one after another: of
-        the largest, whole, fp64 with four squares of its shorter side, or fp32 three times."""
+        """Return the bytes for initialising an adapter from its base weights, one weight after another. The
+        largest counts, unsharded: in fp64 with four squares of its shorter side, or three times in fp32."""
         if self.adapter is None or self.adapter.init == "lora":
             return 0
         weights = {weight.name: weight for unit in self._all for weight in unit.weights}
@@ -153,7 +152,7 @@ class Estimator:
         return Phase(name, time.peak + beside, time.where, parts, host + of_host)
 
     def _teacher_bytes(self) -> tuple[int, int]:
-        """Return the bytes of a teacher's shards: on the device, and in the host's memory."""
+        """Return the bytes of a teacher's shards on the device, and in host memory."""
         if self.teacher is None:
             return 0, 0
         waits = self.cuda and self.plan.offload == "parameters"
@@ -161,8 +160,8 @@ class Estimator:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Return the bytes of a whole checkpoint: parameters and the optimizer's state in fp32; beside an
-        adapter of what trains alone; 0 of a range test, which writes none."""
+        """Return the bytes of all shards of a checkpoint: parameters and optimizer state in fp32. With an
+        adapter, only the trained parameters count. A range test writes no checkpoint: 0."""
         if self.plan.training.is_range_test:
             return 0
         parameters = sum(unit.num_elements(trained=self.adapter is not None) for unit in self._all)
@@ -171,7 +170,7 @@ class Estimator:
         return 4 * (parameters + self.copies * trained - spared)
 
     def segments(self, **changes: Any) -> list[Segment]:
-        """Return the blocks of one micro-batch, with a teacher's pass in training."""
+        """Return the blocks of one micro-batch; in training with the teacher's forward pass, if any."""
         setting = replace(self.setting, **changes)
         blocks = self.program.blocks(setting)
         return blocks if self.teacher is None or not setting.training else self.teacher.beside(blocks)
@@ -182,7 +181,7 @@ class Estimator:
 
     def _fsdp_cut(self) -> Cut:
         plan = self.plan
-        # What the engine compares: parameters as it sees them when it is made, whole by their shape.
+        # The engine compares this number: it sees unsharded shapes when it is constructed.
         gradient_bytes = 4 * sum(unit.num_elements(trained=True) for unit in self._all)
         return Cut(
             ranks=plan.mesh.dp_shard,
@@ -204,7 +203,7 @@ class Estimator:
         )
 
     def _copied_below(self, num_ranks: int) -> float:
-        """Return the bytes below which gloo copies the messages of that many neighbouring ranks."""
+        """Return the size in bytes below which gloo copies a message among that many neighbouring ranks."""
         if self.cuda:
             return 0
         return SHARED_MESSAGE_BYTES if num_ranks <= self.plan.mesh.ranks_per_node else math.inf

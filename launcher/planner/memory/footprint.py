@@ -1,4 +1,4 @@
-"""The memory that each phase of a plan needs, as an estimate gives it."""
+"""The estimated memory of each phase of a plan."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ PHASES = ("loading", "first step", "steady step", "evaluating", "saving", "resum
 
 @dataclass(frozen=True)
 class Phase:
-    """One phase of a run on the rank that needs most."""
+    """One phase of a run, on the rank that needs the most memory."""
 
     name: str
     peak: int
     """Bytes of live tensors at the highest moment."""
     where: str
     parts: dict[str, int]
-    """Bytes at that moment by what they are for; context and slack besides."""
+    """Bytes at that moment by purpose, plus context and slack."""
     host: int = 0
-    """Bytes in the host's memory, where that is another one."""
+    """Bytes in host memory, if the device has memory of its own."""
 
     @property
     def slack(self) -> int:
-        """Return the bytes that the allocator keeps beside what lives."""
+        """Return the bytes that the allocator keeps in addition to live tensors."""
         return self.parts.get(SLACK, 0)
 
     @property
     def total(self) -> int:
-        """Return the bytes that the device has to have."""
+        """Return the device memory that the phase needs, in bytes."""
         return self.peak + self.parts.get(CONTEXT, 0) + self.slack
 
 
@@ -41,7 +41,7 @@ class Footprint:
 
     @property
     def highest(self) -> Phase:
-        """Return the phase that needs most of the device."""
+        """Return the phase that needs the most device memory."""
         return max(self.phases, key=lambda phase: phase.total)
 
     def phase(self, name: str) -> Phase:

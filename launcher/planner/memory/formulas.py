@@ -1,4 +1,4 @@
-"""The one family that is written down as formulas: decoders, planned in half a second without torch."""
+"""Formulas for the memory of one family, decoders: planned in half a second, without torch."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from launcher.planner.plan import Plan
 
 KNOWN = (*LLAMAS, "gpt2")
 _NORMALIZATIONS = ("*norm*", "*ln_*")
-"""The names of the layers that normalise, in these models."""
+"""Patterns of the normalisation layers' names in these models."""
 
 
 @dataclass(frozen=True, eq=False)
 class Formulas:
-    """A decoder written down at the level of sizes, with what of it trains."""
+    """A decoder described by its tensors' sizes, and its trained parameters."""
 
     program: SymbolicProgram
     model: Model
 
     def units(self) -> tuple[Unit, list[Unit]]:
-        """Return what is outside of the layers, and each layer.
+        """Return the parameters outside of the layers as one unit, and a unit for each layer.
 
         Raises ConfigurationError for a pattern that matches nothing.
         """
@@ -46,12 +46,12 @@ class Formulas:
         return frozen(units, self.model) if adapter is None else adapted(units, adapter)
 
     def blocks(self, setting: Setting) -> list[Segment]:
-        """Return the blocks of one micro-batch, all layers of the model among them."""
+        """Return the blocks of one micro-batch, with every layer of the model."""
         return self.program.blocks(setting)
 
 
 def formulas_of(plan: Plan, config: dict[str, Any]) -> Formulas | None:
-    """Return the formulas of a plan's model; None where they do not know it, its task or its way of computing.
+    """Return the formulas of a plan's model; None if they do not cover its architecture, task or settings.
 
     Raises ConfigurationError for a config without a size that they need.
     """
@@ -62,8 +62,8 @@ def formulas_of(plan: Plan, config: dict[str, Any]) -> Formulas | None:
         and plan.attention in ("packed", "flash_attention_2")
         and plan.head == "chunked"
     )
-    # DoRA makes the whole change of a weight in every pass, to take the lengths of its rows; IA3 keeps what it
-    # multiplies.
+    # DoRA computes a weight's whole update in every forward pass, for the norms of its rows; IA3 saves the
+    # activations that it multiplies.
     adapter = plan.model.adapter
     otherwise = adapter is not None and (adapter.dora or adapter.method == "ia3")
     if kind not in KNOWN or not (generates and packed) or otherwise:
@@ -94,10 +94,10 @@ def program_of(config: dict[str, Any]) -> SymbolicProgram:
 
 
 def adapted(units: tuple[Unit, list[Unit]], adapter: Adapter) -> tuple[Unit, list[Unit]]:
-    """Return the units with an adapter's two matrices after each linear layer of a repeated layer that has
-    one, and the rest not trained.
+    """Return the units with an adapter's two matrices after each linear layer that it targets in the repeated
+    layers, and all else frozen.
 
-    Raises ConfigurationError for a pattern that matches none of them.
+    Raises ConfigurationError for a pattern that matches no linear layer.
     """
     root, layers = units
     linear = [
@@ -111,7 +111,7 @@ def adapted(units: tuple[Unit, list[Unit]], adapter: Adapter) -> tuple[Unit, lis
 
 
 def is_linear(weight: Weight) -> bool:
-    """Return whether a repeated layer's weight is the matrix of a linear layer."""
+    """Return whether a weight of a repeated layer is a linear layer's matrix."""
     return len(weight.shape) == 2 and weight.name.endswith(".weight")
 
 
@@ -133,9 +133,9 @@ def _beside(unit: Unit, adapter: Adapter, linear: Sequence[str]) -> Unit:
 
 
 def frozen(units: tuple[Unit, list[Unit]], model: Model) -> tuple[Unit, list[Unit]]:
-    """Return the units with the parameters not trained that are frozen for good.
+    """Return the units, with those parameters marked as not trained that stay frozen throughout the run.
 
-    Raises ConfigurationError where `model.freeze` or `model.unfreeze` is not of this model.
+    Raises ConfigurationError if `model.freeze` or `model.unfreeze` does not fit this model.
     """
     if not model.freeze and not model.freeze_normalization:
         return units
@@ -158,7 +158,7 @@ def _each(unit: Unit, changed: Callable[[Weight], Weight]) -> Unit:
 
 
 def places(units: tuple[Unit, list[Unit]]) -> list[Place]:
-    """Return where the parameters of these units stand; the matrix that makes logits is a head's."""
+    """Return each parameter's place among the layers; the matrix that computes logits belongs to the head."""
     root, layers = units
     placed = [*((weight, -1) for weight in root.weights[: root.num_first])]
     placed += [(weight, index) for index, unit in enumerate(layers) for weight in unit.weights]
@@ -170,9 +170,9 @@ def places(units: tuple[Unit, list[Unit]]) -> list[Place]:
 
 
 def grouped(units: tuple[Unit, list[Unit]], plan: Plan) -> tuple[Unit, list[Unit]]:
-    """Return the units with the optimizer's group of each weight, where there are more than two.
+    """Return the units with each weight's optimizer group, if there are more than two groups.
 
-    Raises ConfigurationError for a pattern of `training.groups` that matches nothing that trains.
+    Raises ConfigurationError for a pattern of `training.groups` that matches no trained parameter.
     """
     training, model = plan.training, plan.model
     plain = training.layer_decay == 1 and not training.groups and not model.unfreeze

@@ -20,62 +20,62 @@ from launcher.planner.memory.timeline import (
 
 @dataclass(frozen=True)
 class Cut:
-    """One way in which FSDP2 divides the training state among ranks."""
+    """The settings by which FSDP2 shards the training state among ranks."""
 
     ranks: int
     itemsize: int
     reshard: bool
     state_copies: int
-    """fp32 tensors of the optimizer for each parameter; two in bf16 are one."""
+    """The optimizer's fp32 tensors for each parameter; two in bf16 count as one."""
     cpu: bool
     copied_below: float
-    """Bytes; gloo copies messages that are smaller, and no others: none on GPUs, all between machines."""
+    """Bytes. gloo copies only messages smaller than this: none on GPUs, all between machines."""
     accumulation: int
     defers: bool
-    """Whether all gradients but the last micro-batch's are added up before anything is sent."""
+    """Whether gradients are accumulated unsharded until the last micro-batch, and reduced only then."""
     replicates: bool = False
-    """Whether other ranks have the same shard."""
+    """Whether other ranks hold a copy of the same shard."""
     recomputes: bool = False
     plain: bool = False
-    """True for one rank in fp32, which FSDP does not cut."""
+    """Whether FSDP does not wrap the model: one rank in fp32."""
     leaves_frozen: bool = False
-    """Whether FSDP leaves alone what does not train: on one rank, in the precision of the computation."""
+    """Whether FSDP does not wrap frozen parameters: on one rank, in the precision of the computation."""
     offloads: bool = False
-    """Whether parameters, gradients and optimizer state wait in the host's memory."""
+    """Whether parameters, gradients and optimizer state are offloaded to host memory."""
     widens_moments: bool = False
-    """Moments are in bf16, and in fp32 piece by piece as a step is taken."""
+    """Whether moments are stored in bf16, and converted to fp32 piece by piece in the optimizer's step."""
 
 
 class FsdpStep:
-    """A step of one rank: the blocks of one micro-batch after another."""
+    """A training step of one rank, as the blocks of its micro-batches."""
 
     def __init__(self, root: Unit, layers: list[Unit], cut: Cut) -> None:
         self.root, self.layers, self.cut = root, layers, cut
         self.units = [*layers, root]
         self.time = Timeline()
         self.late: list[Unit] = []
-        """Units whose input needs no gradient: FSDP frees them only after the whole backward pass."""
+        """Units whose input needs no gradient: FSDP frees them only at the end of the backward pass."""
         self.held = 0
-        """Bytes of the last all-gather's result, kept in the forward pass until the next one is in place."""
+        """Bytes of the last all-gather's result, kept in the forward pass until the next one is done."""
         self.sent = 0
         """Bytes of the last reduce-scatter's input."""
         self.first_gradients = True
         self.is_gathered = False
-        """Whether the units that stay gathered between the passes of a step are so already."""
+        """Whether the units that stay gathered between the micro-batches of a step are gathered already."""
 
     def states(self) -> dict[str, int]:
-        """Return the bytes that the device of the largest rank keeps between two steps, by kind."""
+        """Return the bytes on the device between two steps, by kind, for the rank with the largest shards."""
         return {} if self.cut.offloads else self._shards()
 
     def host(self) -> int:
-        """Return the bytes that wait in the host's memory between two steps: shards, and their gradients."""
+        """Return the bytes in host memory between two steps: offloaded shards, and their gradients."""
         if not self.cut.offloads:
             return 0
         trained = sum(unit.shard(self.cut.ranks, trained=True) for unit in self.units)
         return sum(self._shards().values()) + 4 * trained
 
     def _shards(self) -> dict[str, int]:
-        """Return the bytes of parameters and optimizer state, wherever they are."""
+        """Return the bytes of parameters and optimizer state, on the device or offloaded."""
         parameters = sum(unit.shard(self.cut.ranks) for unit in self.units)
         narrow = sum(unit.narrow_shard(self.cut.ranks) for unit in self.units)
         trained = sum(unit.shard(self.cut.ranks, trained=True) for unit in self.units)
@@ -86,11 +86,11 @@ class FsdpStep:
         }
 
     def _gathered(self, unit: Unit) -> int:
-        """Return the bytes of a gathered unit, with what evens out the shards."""
+        """Return the bytes of a gathered unit, with the padding that makes its shards equal."""
         return unit.shard(self.cut.ranks, trained=self.cut.leaves_frozen) * self.cut.ranks * self.cut.itemsize
 
     def _gather(self, unit: Unit) -> int:
-        """Cast, send and receive an all-gather. Return the bytes that remain of it."""
+        """Count the cast and the buffers of an all-gather, and return the bytes of its result."""
         cut = self.cut
         if cut.ranks == 1:
             return 0
@@ -103,21 +103,21 @@ class FsdpStep:
         return received
 
     def _copy_out(self, unit: Unit) -> None:
-        """Copy a unit out of its message."""
+        """Count the copy of a unit out of the all-gather's result."""
         if self.cut.ranks == 1:
             self.time.touch(GATHERED, self._gathered(unit) + self._cast_last(unit), "gathering")
         self.time.up(GATHERED, self._gathered(unit), "gathering")
 
     def _cast_last(self, unit: Unit) -> int:
-        """Return the bytes of the largest parameter's cast: on one rank each parameter is copied from one.
+        """Return the bytes of the largest parameter's cast, from which one rank copies each parameter.
 
-        What is kept in the precision of the computation needs none.
+        Parameters stored in the precision of the computation need none.
         """
         wide = max((weight.num_elements for weight in unit.weights if not weight.narrow), default=0)
         return wide * self.cut.itemsize * (self.cut.itemsize != 4)
 
     def _stays(self, unit: Unit) -> bool:
-        """Return whether a unit stays gathered from one pass to the next: it is needed at the end of each."""
+        """Return whether a unit stays gathered from one micro-batch to the next."""
         return unit is self.root or not self.cut.reshard
 
     def _gather_forward(self, unit: Unit) -> None:
@@ -130,11 +130,11 @@ class FsdpStep:
         self.held = received
 
     def reduce(self, unit: Unit, last: bool) -> None:
-        """Send a unit's gradients after its backward pass, or keep them for the next micro-batch."""
+        """Count the reduce-scatter of a unit's gradients, or keep them for the next micro-batch."""
         cut, time = self.cut, self.time
         trained = unit.num_elements(trained=True)
         if cut.cpu and cut.defers and cut.itemsize != 4 and not self.first_gradients:
-            # They are added up before the unit is freed, on a CPU from copies in fp32.
+            # Gradients are accumulated before the unit is freed, on a CPU from copies in fp32.
             time.touch(TEMPORARIES, 4 * unit.largest_trained, "adding up gradients")
         if not last and cut.defers and trained:
             self._wait(unit, trained)
@@ -157,7 +157,7 @@ class FsdpStep:
         if cut.ranks > 1 and self.sent < cut.copied_below:
             time.touch(MESSAGES, self.sent, "sending gradients")
         if cut.cpu and cut.replicates:
-            # Copies of a shard are added up by gloo, which takes a copy of it.
+            # gloo's all-reduce among the replicas of a shard allocates a copy of it.
             time.touch(MESSAGES, padded * 4, "sending gradients")
         time.down(GRADIENTS, left)
         if (not cut.defers and not self.first_gradients) or cut.offloads:
@@ -181,7 +181,7 @@ class FsdpStep:
             self.time.down(GRADIENTS, own)
 
     def micro_step(self, segments: list[Segment], last: bool) -> None:
-        """Go through one micro-batch, forward and, of training, backward."""
+        """Go through one micro-batch: forward, and in training backward."""
         cut, time, layers = self.cut, self.time, self.layers
         if cut.plain:
             for segment in segments:
@@ -230,10 +230,10 @@ class FsdpStep:
         self.is_gathered = not last
 
     def _muon(self) -> None:
-        """Count the exchange of a block of matrices, one on each rank, and the step of an unsharded one.
+        """Count the exchange of matrices, one for each rank, and the update of an unsharded one.
 
         Rows are sent and received, and the update is in fp32. The iteration of torch.optim.Muon holds four
-        matrices in bf16: the matrix, two products of its shorter side, the next one.
+        matrices in bf16: the current one, two products of its shorter side, and the next one.
         """
         largest = max(
             (one for unit in self.units for one in unit.weights if one.by_muon and one.trains),
@@ -248,10 +248,10 @@ class FsdpStep:
         self.time.touch(TEMPORARIES, num_bytes, "Muon")
 
     def _optimizer(self) -> None:
-        """Count what an optimizer holds beside its state.
+        """Count an optimizer's temporaries.
 
-        Of Adafactor it is the update of the largest part, with the copy in fp64 that its norm is taken of; of
-        moments in bf16 a piece in fp32, and what it is rounded by.
+        Adafactor has the update of the largest shard, and a copy in fp64 for its norm. Moments in bf16 have a
+        piece in fp32, and the random numbers that round it.
         """
         self._muon()
         weights = [one for unit in self.units for one in unit.weights if one.trains]
@@ -263,12 +263,12 @@ class FsdpStep:
         self.time.touch(TEMPORARIES, held, "optimizer")
 
     def gradient_modes(self) -> tuple[dict[str, bool], dict[str, bool]]:
-        """Return how gradients are kept in the first micro-batch of a step and in those after it, as arguments
-        of `Setting`."""
+        """Return how gradients are kept in a step's first micro-batch and in the later ones, as arguments of
+        `Setting`."""
         return {}, {"accumulates": self.cut.itemsize == 4}
 
     def evaluate(self, segments: list[Segment]) -> Timeline:
-        """Go through the forward pass of an evaluation."""
+        """Go through an evaluation's forward pass."""
         self.time.parts = self.states()
         self.micro_step(segments, True)
         self.time.touch(TEMPORARIES, 0, "between steps")
@@ -276,7 +276,7 @@ class FsdpStep:
         return self.time
 
     def step(self, first: list[Segment], more: list[Segment]) -> Timeline:
-        """Go through a steady step; `more`: the blocks of a micro-batch that finds gradients there already."""
+        """Go through a steady step. `more`: the blocks of a micro-batch that adds to existing gradients."""
         self.time.parts = self.states()
         self.time.peak = 0
         self.time.touch(TEMPORARIES, 0, "between steps")
@@ -285,7 +285,7 @@ class FsdpStep:
             self.micro_step(first if number == 0 else more, number == self.cut.accumulation - 1)
         self._optimizer()
         if self.cut.cpu:
-            # On a CPU the norm of a gradient in fp64 is taken of a copy in fp64.
+            # On a CPU a gradient's norm in fp64 is computed from a copy in fp64.
             self.time.touch(
                 TEMPORARIES,
                 8 * max(unit.largest_shard(self.cut.ranks) for unit in self.units),

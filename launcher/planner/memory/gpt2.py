@@ -25,7 +25,7 @@ def new_gelu(x: SymbolicTensor) -> SymbolicTensor:
 
 
 def split(x: SymbolicTensor, parts: int) -> list[SymbolicTensor]:
-    """Return views of one tensor; their gradients are put together in a new one."""
+    """Return views of one tensor; the backward pass concatenates their gradients in a new one."""
     meter, num_bytes = x.meter, x.num_elements * x.itemsize
 
     def gradients(gradient: Storage) -> list[Storage | None]:
@@ -51,7 +51,7 @@ class Gpt2(SymbolicProgram):
         self.embeddings = "transformer.wte.weight"
 
     def layer_weights(self) -> list[tuple[str, tuple[int, ...]]]:
-        """Return the names within a layer, and shapes [in, out]."""
+        """Return the names of a layer's parameters, and their shapes [in, out]."""
         shapes: dict[str, tuple[int, ...]] = {
             "ln_1": (self.hidden,),
             "attn.c_attn": (self.hidden, 3 * self.hidden),
@@ -67,7 +67,7 @@ class Gpt2(SymbolicProgram):
         ]
 
     def units(self) -> tuple[Unit, list[Unit]]:
-        """Return what is outside of the layers, and each layer."""
+        """Return the parameters outside of the layers as one unit, and a unit for each layer."""
         layers = [
             Unit(
                 tuple(

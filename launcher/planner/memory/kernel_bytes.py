@@ -1,4 +1,4 @@
-"""Bytes that a kernel takes and gives back within itself, which no tensor of the model's shows."""
+"""Workspace that a kernel allocates and frees within itself, which no tensor of the model shows."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from launcher.planner.limits import WIDENED_AT_MOST
 
 PACKED_AT_MOST = 3 << 19
-"""Bytes of the blocks in which oneDNN copies what it multiplies in half precision: up to 1.4 MB was seen
+"""Bytes of the blocks into which oneDNN copies its operands in half precision: up to 1.4 MB was seen
 (torch 2.13, avx512_bf16)."""
 
 
 def packed_bytes(rows: int, num_out: int) -> int:
-    """Return the bytes that the product [out, rows] x [rows, in] of a weight's gradient takes for itself on a
-    CPU in half precision.
+    """Return a CPU's workspace in bytes for a weight's gradient in half precision, the product [out, rows] x
+    [rows, in].
 
-    A block of each side, at most 256 of the outputs and 64 of the inputs, and their sum in fp32. Read off 34
-    products from 40 x 48 x 96 to 512 x 2,048 x 8,192: up to 600 rows within a tenth, above mostly over.
+    It holds a block of each operand, at most 256 outputs and 64 inputs, and their sum in fp32. Fitted to 34
+    products from 40 x 48 x 96 to 512 x 2,048 x 8,192: within a tenth up to 600 rows, mostly too high above.
     """
     block = num_out / -(-num_out // 256)
     return min(PACKED_AT_MOST, int(1.05 * (2 * rows * (block + 64) + 256 * block)))
@@ -25,14 +25,14 @@ def packed_bytes(rows: int, num_out: int) -> int:
 def attention_bytes(
     lengths: Sequence[int], width: int, key_width: int, heads: int, size: int, cuda: bool
 ) -> tuple[int, int]:
-    """Return what attention over packed samples takes and gives back within itself, forward and backward.
+    """Return the bytes of attention's workspace for packed samples, forward and backward.
 
-    `width` and `key_width` are the numbers of a token's queries and keys. A CPU has one sample's results beside
-    the row's, and to widen it its inputs (launcher/training/model/packed_kernel.py). A GPU's backward kernel
-    adds up the queries' gradient in fp32, and makes one of keys and values for each head of queries
-    (FlashAttention-2). A CPU's kernel has a block of scores in fp32 for each thread, one thread of which is
-    counted, with what it adds up of them; going back a second one of their gradients (FlashAttentionKernel.cpp,
-    torch 2.13).
+    `width` and `key_width` are the elements of a token's queries and keys. A CPU holds one sample's results
+    in addition to the row's, and its inputs if they are widened (launcher/training/model/packed_kernel.py). A
+    GPU's backward kernel accumulates the queries' gradient in fp32, and makes gradients of keys and values
+    for each query head (FlashAttention-2). A CPU's kernel has a block of scores in fp32 and its sums for each
+    thread, of which one is counted; the backward pass has a second block, of gradients
+    (FlashAttentionKernel.cpp, torch 2.13).
     """
     longest, tokens = max(lengths), sum(lengths)
     if cuda:

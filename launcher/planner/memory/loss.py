@@ -1,4 +1,4 @@
-"""Memory of the trainer's losses, in which logits exist a chunk at a time."""
+"""Memory of the trainer's losses, which compute logits chunk by chunk."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MOST_CHUNKS = 3
 def cross_entropy(
     context: Context, hidden: SymbolicTensor, width: int, vocabulary: int, supervised: int, weight: Parameter
 ) -> SymbolicTensor:
-    """Return chunked cross entropy, which makes the gradients of hidden states and weight in the forward pass
+    """Return chunked cross entropy. Its forward pass computes the gradients of hidden states and weight
     (`_ChunkedCrossEntropy`)."""
     meter, size = context.meter, hidden.itemsize
     num_tokens = hidden.num_elements // width
@@ -44,8 +44,7 @@ def cross_entropy(
 def _chunks(
     context: Context, rows: int, width: int, vocabulary: int, size: int, learns: bool, needs_weight: bool
 ) -> None:
-    """Go through the chunks; what one iteration leaves in its variables is there until the next one replaces
-    it."""
+    """Go through the chunks. An iteration's variables hold their tensors until the next one replaces them."""
     meter, cuda = context.meter, context.setting.cuda
     chunk = chunk_length(vocabulary, cuda)
     whole, rest = divmod(rows, chunk)
@@ -63,6 +62,6 @@ def _chunks(
         if size == 4:
             gradient = logits
         if needs_weight and size != 4 and not cuda:
-            # The product, and a copy in fp32 to add up; a GPU's product adds in fp32 itself.
+            # The product, and a copy in fp32 to accumulate; a GPU's product accumulates in fp32 itself.
             meter.transient(vocabulary * width * (size + 4))
     del raw, logits, kept, gradient

@@ -1,4 +1,4 @@
-"""Operators on symbolic tensors: what each returns and saves (torch 2.13, eager)."""
+"""Operators on symbolic tensors, with their results and saved tensors (torch 2.13, eager)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from launcher.planner.memory.symbolic import Parameter, Storage, SymbolicTensor,
 def linear(
     x: SymbolicTensor, num_in: int, num_out: int, weight: Parameter, bias: Parameter | None = None
 ) -> SymbolicTensor:
-    """Multiply with a weight, [rows, in] -> [rows, out]; it keeps `x` where the weight trains."""
+    """Multiply by a weight, [rows, in] -> [rows, out]; `x` is saved if the weight trains."""
     meter, rows, size = x.meter, x.num_elements // num_in, x.itemsize
     trained = weight.trains
 
@@ -32,7 +32,7 @@ def linear(
 
 
 def product(a: SymbolicTensor, b: SymbolicTensor, num_elements: int) -> SymbolicTensor:
-    """Multiply two activations as batches of matrices; it keeps both."""
+    """Multiply two activations as batches of matrices; both are saved."""
     meter, size = a.meter, a.itemsize
     bytes_a, bytes_b = a.num_elements * size, b.num_elements * size
     a_needs, b_needs = a.needs_gradient, b.needs_gradient
@@ -56,8 +56,8 @@ def pointwise(
     num_elements: int | None = None,
     temporaries: int = 0,
 ) -> SymbolicTensor:
-    """Apply a function of one tensor: it keeps its `input`, its `output` or `nothing`; `temporaries` come and
-    go in the backward pass."""
+    """Apply a function of one tensor, which saves its `input`, its `output` or `nothing`. The backward pass
+    allocates and frees `temporaries` tensors."""
     meter, before = x.meter, x.num_elements * x.itemsize
 
     def gradients(gradient: Storage) -> list[Storage | None]:
@@ -76,28 +76,28 @@ def pointwise(
 
 
 def cast(x: SymbolicTensor, itemsize: int) -> SymbolicTensor:
-    """Return the tensor in another precision; the same one where it has that already."""
+    """Return the tensor in another precision, or itself if it already has that."""
     return x if x.itemsize == itemsize else pointwise(x, "nothing", itemsize)
 
 
 def copy(x: SymbolicTensor) -> SymbolicTensor:
-    """Copy the values into memory of their own (contiguous, cat, repeat_interleave)."""
+    """Copy the values into new memory (contiguous, cat, repeat_interleave)."""
     return pointwise(x, "nothing")
 
 
 def scale(x: SymbolicTensor) -> SymbolicTensor:
-    """Multiply by, or add, something that is not trained and is no tensor of its size."""
+    """Multiply by, or add, a constant or a smaller tensor that needs no gradient."""
     return pointwise(x, "nothing")
 
 
 def add(a: SymbolicTensor, b: SymbolicTensor) -> SymbolicTensor:
-    """Add two of one size: nothing is kept, and the gradient is handed on as it is."""
+    """Add two tensors of one size: nothing is saved, and the gradient is passed on unchanged."""
     node = node_of(a.meter, (a, b), lambda gradient: [gradient, gradient])
     return new(a.meter, max(a.num_elements, b.num_elements), max(a.itemsize, b.itemsize), node)
 
 
 def multiply(a: SymbolicTensor, b: SymbolicTensor) -> SymbolicTensor:
-    """Multiply two of one size, or one broadcast over the other; each is kept for the other's gradient."""
+    """Multiply two tensors, the smaller one broadcast; each is saved for the other's gradient."""
     meter, most = a.meter, max(a.num_elements, b.num_elements)
     size = max(a.itemsize, b.itemsize)
     own = a.num_elements, a.itemsize, b.num_elements, b.itemsize
@@ -107,7 +107,7 @@ def multiply(a: SymbolicTensor, b: SymbolicTensor) -> SymbolicTensor:
         num_a, size_a, num_b, size_b = own
         of_a = Storage(meter, most * size) if a_needs else None
         of_b = Storage(meter, most * size) if b_needs else None
-        # Summed over what was broadcast while both are there.
+        # A gradient is summed over the broadcast dimensions while both gradients exist.
         if of_a is not None and num_a * size_a < of_a.num_bytes:
             of_a = Storage(meter, num_a * size_a)
         if of_b is not None and num_b * size_b < of_b.num_bytes:
@@ -124,7 +124,7 @@ def multiply(a: SymbolicTensor, b: SymbolicTensor) -> SymbolicTensor:
 
 
 def multiply_parameter(weight: Parameter, x: SymbolicTensor) -> SymbolicTensor:
-    """Multiply every row by a weight of one row."""
+    """Multiply every row by a weight of one row's size."""
     meter, size, num_bytes, x_needs = x.meter, x.itemsize, x.num_elements * x.itemsize, x.needs_gradient
 
     def gradients(gradient: Storage) -> list[Storage | None]:
@@ -144,7 +144,7 @@ def multiply_parameter(weight: Parameter, x: SymbolicTensor) -> SymbolicTensor:
 
 
 def layer_norm(x: SymbolicTensor, width: int, weight: Parameter, bias: Parameter | None) -> SymbolicTensor:
-    """Normalise each row: it keeps its input and two numbers of each row."""
+    """Normalise each row; the input and two numbers per row are saved."""
     meter, size, rows = x.meter, x.itemsize, x.num_elements // width
     num_bytes, x_needs = x.num_elements * size, x.needs_gradient
 
@@ -181,7 +181,7 @@ def rms_norm(x: SymbolicTensor, width: int, weight: Parameter) -> SymbolicTensor
 
 
 def dropout(x: SymbolicTensor, probability: float, cuda: bool) -> SymbolicTensor:
-    """Drop some values: it keeps its mask, on a CPU of the input's precision, on a GPU of one byte."""
+    """Drop some values. The mask is saved: on a CPU in the input's precision, on a GPU in bytes."""
     if not probability:
         return x
     meter, num_bytes = x.meter, x.num_elements * x.itemsize
@@ -195,14 +195,14 @@ def dropout(x: SymbolicTensor, probability: float, cuda: bool) -> SymbolicTensor
 def embedding(
     meter_of: SymbolicTensor, num_tokens: int, width: int, itemsize: int, weight: Parameter
 ) -> SymbolicTensor:
-    """Look rows of a table up: it keeps the indices, and its gradient is as large as the table."""
+    """Look up rows of a table. The indices are saved; the table's gradient is as large as the table."""
     meter = meter_of.meter
     node = node_of(meter, (weight,), lambda gradient: [Storage(meter, weight.num_elements * itemsize)])
     return new(meter, num_tokens * width, itemsize, node)
 
 
 def concatenate(*tensors: SymbolicTensor) -> SymbolicTensor:
-    """Join tensors one after another; nothing is kept, and the gradients are slices of one."""
+    """Concatenate tensors; nothing is saved, and their gradients are slices of one."""
     meter, size = tensors[0].meter, tensors[0].itemsize
     number = len(tensors)
     node = node_of(meter, tensors, lambda gradient: [gradient] * number)

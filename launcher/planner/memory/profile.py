@@ -1,10 +1,9 @@
-"""A model's block profile: what each block adds to memory, as lines in the number of samples.
+"""A model's block profile: the memory of each block, as lines in the number of samples.
 
-A trace of the model's own class makes it (`launcher/training/tracing`), at one, two and eight samples. From
-two samples
-on every tensor of a block is affine in their number, so that each level of memory is a line through what two
-and eight
-have; the peak of a block is the highest of its lines. Any plan afterwards is arithmetic.
+A trace of the model's own class records it (`launcher/training/tracing`), at one, two and eight samples. From
+two samples on, the size of every tensor of a block is affine in their number. So each level of memory is a
+line through its values at two and eight samples, and a block's peak is the highest of its lines. Plans then
+need only arithmetic.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from launcher.planner.memory.program import Segment, Setting, Unit, Weight
 
 RECOMPUTATIONS = ("none", "selective", "full")
 FEW, MANY = 2, 8
-"""The numbers of samples that a line goes through."""
+"""The two numbers of samples at which lines are recorded."""
 Stays = Literal["gradient", "nothing", "fp32"]
-"""What stays of a gradient once it is made: itself, nothing where one was there to add it to, or a copy in
+"""How a new gradient is kept: as it is, not at all because it was added to an existing one, or as a copy in
 fp32."""
 Line = tuple[int, int]
 """Bytes at `FEW` and at `MANY` samples."""
@@ -28,14 +27,14 @@ Line = tuple[int, int]
 
 @dataclass(frozen=True)
 class Scale:
-    """A place on the lines: a micro-batch's samples, and their length over that of the trace."""
+    """A point on the lines: a micro-batch's samples, and their length relative to the trace's."""
 
     samples: int
     length: float = 1.0
 
     def at(self, line: Line) -> int:
-        """Return the bytes of a line there; shorter samples are taken to need their share, which is never too
-        little."""
+        """Return the bytes of a line at this point. Shorter samples count in proportion to their length,
+        which is never too low."""
         few, many = line
         slope = (many - few) / (MANY - FEW)
         return round(few - FEW * slope + slope * self.samples * self.length)
@@ -43,37 +42,37 @@ class Scale:
 
 @dataclass(frozen=True)
 class Gradient:
-    """A gradient at the moment when it is made."""
+    """A gradient at the moment when it is computed."""
 
     level: Line
-    """Bytes above where the block began."""
+    """Bytes above the level at which the block began."""
     num_elements: int
     itemsize: int
 
 
 @dataclass(frozen=True)
 class Block:
-    """One block of a pass, forward or backward, where each gradient stays as it is made."""
+    """One block of a forward or backward pass, recorded with each gradient kept as it is."""
 
     kind: str
     layer: int
     backward: bool
     added: Line
     gaps: tuple[tuple[Line, ...], ...]
-    """The levels that may be the highest before each gradient, and after the last one, above where the block
-    began."""
+    """Candidates for the highest level before each gradient and after the last one, above the level at which
+    the block began."""
     gradients: tuple[Gradient, ...]
     traffic: Line
     num_made: int
 
     def segment(self, scale: Scale, stays: Stays, traffic_scale: Scale | None = None) -> Segment:
-        """Return the block's bytes for so many samples, with what stays of its gradients."""
+        """Return the block's bytes for a number of samples, with gradients kept as `stays` says."""
         own = kept = reached = 0
         gradients = []
         for lines, gradient in zip(self.gaps, self.gradients, strict=False):
             high = max(reached, self._top(lines, scale) - own + kept)
             num_bytes = gradient.num_elements * gradient.itemsize
-            # One that was added to another is gone before anybody is told of it.
+            # A gradient that was added to an existing one is freed before the hook on gradients is called.
             level = scale.at(gradient.level) - own + kept - num_bytes * (stays == "nothing")
             gradients.append((level, gradient.num_elements, max(high, level)))
             own, reached = own + num_bytes, level
@@ -101,7 +100,7 @@ class Block:
 
 
 def envelope(lines: Iterable[Line]) -> tuple[Line, ...]:
-    """Return those of many lines that are the highest for some number of samples from `FEW` on."""
+    """Return the lines that are the highest for some number of samples from `FEW` on."""
     steepest: dict[int, int] = {}
     for few, many in lines:
         steepest[many - few] = max(few, steepest.get(many - few, few))
@@ -116,17 +115,17 @@ def envelope(lines: Iterable[Line]) -> tuple[Line, ...]:
 
 
 def _meet(flat: tuple[int, int], steep: tuple[int, int]) -> float:
-    """Return the samples beyond `FEW` from which the steeper of two lines is above the flatter."""
+    """Return the number of samples beyond `FEW` from which the steeper line is above the flatter one."""
     return (flat[1] - steep[1]) / (steep[0] - flat[0])
 
 
 @dataclass(frozen=True)
 class Pass:
-    """The blocks of a pass in their order, those of equal layers once."""
+    """The blocks of a pass in order; equal layers share one block."""
 
     blocks: tuple[Block, ...]
     order: tuple[tuple[int, int], ...]
-    """Which of them comes next, and for which layer."""
+    """For each step of the pass: the index in `blocks`, and the layer."""
 
     @classmethod
     def of(cls, blocks: Iterable[Block]) -> Pass:
@@ -142,7 +141,7 @@ class Pass:
         return (self.blocks[number] for number, _ in self.order)
 
     def segments(self, scale: Scale, stays: Stays, traffic_scale: Scale) -> list[Segment]:
-        """Return the bytes of each block for so many samples."""
+        """Return the bytes of each block for a number of samples."""
         distinct = [block.segment(scale, stays, traffic_scale) for block in self.blocks]
         return [
             distinct[number] if layer < 0 else replace(distinct[number], layer=layer)
@@ -152,30 +151,30 @@ class Pass:
 
 @dataclass(eq=False)
 class Profile:
-    """A model's real class as a program of the planner: its parameters, and the passes of one sample and of
+    """A program traced from a model's own class: its parameters, and its passes with one sample and with
     several."""
 
     length: int
-    """Positions of a sample in the trace."""
+    """Positions of each sample in the trace."""
     root: Unit
     layers: tuple[Unit, ...]
     passes: Mapping[str, tuple[Pass, Pass]] = field(default_factory=dict)
-    """By what is recomputed, and `evaluation`: one sample, and the lines of several."""
+    """By activation checkpointing, and `evaluation`: the pass of one sample, and the lines for several."""
     tails: Mapping[str, tuple[tuple[int, Block], ...]] = field(default_factory=dict)
-    """What is behind the layers, in training and in evaluation, by samples, where its loss in chunks makes it
-    no line."""
+    """The block after the layers, in training and in evaluation, by number of samples, if its chunked loss is
+    not affine in them."""
     quadratic: float = 0.0
-    """The share of what a sample writes that grows with the square of its length."""
+    """The share of a sample's written bytes that grows with the square of its length."""
     untraceable: str | None = None
-    """Why there are no passes."""
+    """The reason why there are no passes."""
     _known: dict[Setting, list[Segment]] = field(init=False, default_factory=dict, repr=False)
 
     def units(self) -> tuple[Unit, list[Unit]]:
-        """Return what is outside of the layers, and each layer; what trains is marked in them."""
+        """Return the parameters outside of the layers as one unit, and a unit for each layer."""
         return self.root, list(self.layers)
 
     def blocks(self, setting: Setting) -> list[Segment]:
-        """Return the blocks of one micro-batch, all layers of the model among them."""
+        """Return the blocks of one micro-batch, with every layer of the model."""
         if setting not in self._known:
             self._known[setting] = self._blocks(setting)
         return self._known[setting]
@@ -194,7 +193,7 @@ class Profile:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the profile as JSON has it."""
+        """Return the profile as JSON values."""
         return {
             "length": self.length,
             "root": _unit_to_json(self.root),
@@ -213,7 +212,7 @@ class Profile:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Profile:
-        """Return the profile of its JSON. Raises KeyError, TypeError or ValueError where it is none."""
+        """Return a profile from JSON. Raises KeyError, TypeError or ValueError if it is none."""
         passes = {}
         for name, (one, several) in content["passes"].items():
             passes[name] = _pass_of_json(one), _pass_of_json(several)
@@ -227,8 +226,8 @@ class Profile:
 
 
 def _tail(tails: Sequence[tuple[int, Block]], samples: float) -> Segment:
-    """Return what is behind the layers, on the line through the two numbers of samples around it that were
-    gone through: those on both sides of a chunk's end are among them."""
+    """Return the block after the layers, interpolated between the two nearest traced numbers of samples.
+    Those on both sides of a chunk's end were traced."""
     numbers = [number for number, _ in tails]
     place = bisect_left(numbers, samples)
     at = [block.segment(Scale(FEW), "gradient") for _, block in tails]

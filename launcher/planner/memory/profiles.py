@@ -1,4 +1,4 @@
-"""Find the program of a plan's model: formulas, a profile in the cache, or one that a trace makes."""
+"""Sources of a plan's model program: formulas, a cached profile, or a new trace."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ from launcher.runs import cache
 from launcher.runs.wording import shown
 
 FORMAT = 3
-"""Of the files: another one is no profile."""
+"""Version of the files; a file of another version is not read."""
 SECONDS = 600.0
-"""The longest that a trace may take."""
+"""Time limit of a trace."""
 _PACKAGES = ("torch", "transformers", "launcher", "peft")
 
 
 @dataclass(frozen=True)
 class Unknown:
-    """A model of which no pass can be forecast."""
+    """A model whose memory cannot be forecast."""
 
     reason: str
-    """Why, in one clause."""
+    """The cause, in one clause."""
     profile: Profile | None = None
-    """Its parameters, where they are known all the same."""
+    """Its parameters, if they are known anyway."""
 
 
 @contextlib.contextmanager
 def tell(line: str) -> Iterator[None]:
-    """Write a line on the terminal, beside whatever a command prints."""
+    """Write a line to stderr, apart from a command's own output."""
     print(line, file=sys.stderr, flush=True)
     yield
 
@@ -61,18 +61,18 @@ class Profiles:
     """The planner's source of models: formulas, profiles in the cache, and traces."""
 
     starts: bool = False
-    """Start a trace, in a process of its own, where there is neither formula nor profile."""
+    """Whether to start a trace, in a separate process, if there is neither formula nor profile."""
     formulas: bool = True
-    """Go by the formulas where they know the model."""
+    """Whether to use the formulas if they cover the model."""
     waiting: Callable[[str], AbstractContextManager[None]] = tell
-    """Told in one line why the seconds of a trace pass, and left when they have passed."""
+    """A context manager around a trace, called with one line that explains the wait."""
     _known: dict[str, Program | Unknown | ConfigurationError] = field(default_factory=dict)
 
     def find(self, plan: Plan) -> Program | Unknown:
-        """Return the program of a plan's model, or why there is none.
+        """Return the program of a plan's model, or the reason why there is none.
 
-        Raises ConfigurationError for a config without a size that the formulas need, and for what a trace
-        shows that the trainer would refuse: a task that the model cannot do, patterns that match nothing.
+        Raises ConfigurationError for a config without a size that the formulas need. It also raises it if a
+        trace shows that the trainer would refuse: the model cannot do the task, or a pattern matches nothing.
         """
         config = config_of(plan.model)
         if config is None:
@@ -90,7 +90,7 @@ class Profiles:
             )
         if self.formulas and (formulas := formulas_of(plan, config)) is not None:
             return formulas
-        # What of the plan a profile does not hang on changes thousands of times in a search.
+        # A search changes a plan thousands of times in ways on which its profile does not depend.
         key = _key(plan, config)
         if key not in self._known:
             self._known[key] = self._profile(plan, key, str(config.get("model_type")))
@@ -110,12 +110,12 @@ class Profiles:
         return Taught(student, teacher, projection(plan, beside))
 
     def program(self, plan: Plan) -> Program | None:
-        """Return the program of a plan's model; None where no pass can be forecast."""
+        """Return the program of a plan's model; None if its memory cannot be forecast."""
         program = self.find(plan)
         return None if isinstance(program, Unknown) else program
 
     def why_not(self, plan: Plan) -> str:
-        """Return why no pass of a plan's model can be forecast, in one clause; empty where it can."""
+        """Return the reason why a model's memory cannot be forecast, in one clause; empty if it can."""
         program = self.find(plan)
         return program.reason if isinstance(program, Unknown) else ""
 
@@ -149,11 +149,11 @@ class Profiles:
 
 
 CACHED = Profiles()
-"""Those that are in the cache: nothing is started."""
+"""A source that starts no trace: formulas and cached profiles only."""
 
 
 def _only_parameters(plan: Plan) -> Profile | None:
-    """Return a profile of nothing but the number of parameters in the model's files; None without any."""
+    """Return a profile that has only the number of parameters in the model's files; None without files."""
     number = 0 if plan.model.adapter is not None else stored_parameters(plan.model)
     return Profile(plan.data.max_length, Unit((Weight("all", (number,)),)), ()) if number else None
 
@@ -163,7 +163,7 @@ def _key(plan: Plan, config: dict[str, Any]) -> str:
     data = plan.data.model_dump(mode="json", exclude={"train", "evaluation", "num_workers"})
     hangs_on = [
         FORMAT, config, model, data, plan.task, plan.attention, plan.layout, plan.head, plan.precision,
-        # A CPU's kernels were asked for their memory, which differs by what the processor can do.
+        # A CPU's kernels were traced for their own memory, which differs by the processor's instruction sets.
         plan.mesh.device, sorted(cpu_flags()) if plan.mesh.device == "cpu" else None,
         _own_code(plan.model.name, plan.model.revision) if "auto_map" in config else None, _versions(),
     ]  # fmt: skip
@@ -188,7 +188,7 @@ def _versions() -> list[str]:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Return what a trace answered before; None where there is nothing, or nothing whole."""
+    """Return the answer of an earlier trace; None if its file is missing or damaged."""
     try:
         answer = read_json(path)
         Profile.from_json(answer["profile"])
@@ -198,7 +198,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _keep(path: Path, answer: dict[str, Any]) -> None:
-    """Write an answer into the cache, whole or not at all; a cache that cannot be written is done without."""
+    """Write an answer into the cache atomically; a cache that cannot be written is ignored."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(
@@ -211,11 +211,11 @@ def _keep(path: Path, answer: dict[str, Any]) -> None:
 
 
 def _trace(plan: Plan) -> dict[str, Any]:
-    """Return what a trace of the plan's model says, made by a process of its own: this one imports no torch."""
+    """Trace the plan's model in a separate process, as this one imports no torch, and return its answer."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "profile.json"
         command = [sys.executable, "-m", "launcher.training.tracing.make_profile", str(out)]
-        # PyTorch's profiler, which is asked for the memory of kernels, else writes a line each time.
+        # Without this, PyTorch's profiler, which records the kernels' memory, writes a line each time.
         quiet = os.environ | {"KINETO_LOG_LEVEL": "99"}
         try:
             done = subprocess.run(

@@ -1,4 +1,4 @@
-"""A model as the planner sees it: its parameters by layer, and its pass as a sequence of blocks."""
+"""A model as the planner sees it: its parameters by layer, and its passes as a sequence of blocks."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ class Weight:
     shape: tuple[int, ...]
     trains: bool = True
     viewed: bool = False
-    """Multiplied with as a view of it, which autograd keeps, as experts and their router are; not by
-    `torch.nn.Linear`, which the engine of ZeRO's third stage has compute otherwise."""
+    """Multiplied through a view, which autograd saves, as experts and their router are. `torch.nn.Linear`
+    does not count: ZeRO-3 replaces its computation."""
     input_first: bool = False
-    """A linear layer's, [in, out], as GPT-2 has it."""
+    """A linear layer's matrix with shape [in, out], as in GPT-2."""
     used: float = 1.0
-    """The share of it that one token is multiplied with: of experts, those that are chosen."""
+    """The share of it that is multiplied with one token: the chosen ones among experts."""
     narrow: bool = False
-    """Kept in the precision of the computation, and not in fp32."""
+    """Stored in the precision of the computation, not in fp32."""
     group: Hashable = None
-    """Which of the optimizer's groups it is in, beside whether it is a matrix."""
+    """Its optimizer group, apart from the split into matrices and the rest."""
     by_muon: bool = False
     factored: bool = False
-    """Stepped by Adafactor: of a matrix the state is a number for each row and each column."""
+    """Updated by Adafactor: a matrix's state is a number for each row and each column."""
 
     @functools.cached_property
     def num_elements(self) -> int:
         return prod(self.shape)
 
     def shard(self, ranks: int) -> int:
-        """Return the elements of the largest part, cut along the first dimension, as FSDP and loading cut."""
+        """Return the elements of the largest shard along the first dimension, as FSDP and loading shard."""
         return -(-self.shape[0] // ranks) * prod(self.shape[1:]) if self.shape else 1
 
     def spared(self, ranks: int) -> int:
-        """Return how many numbers of state the largest part has fewer than `STATE_COPIES`: of Muon one for each
-        element, of Adafactor's matrices all but rows and columns."""
+        """Return how many numbers of state the largest shard has fewer than by `STATE_COPIES`: with Muon one
+        per element, for Adafactor's matrices all but one per row and column."""
         part = self.shard(ranks)
         if self.factored and len(self.shape) >= 2:
             columns = self.shape[-1] if len(self.shape) == 2 else part // self.shape[-2]
@@ -57,18 +57,18 @@ class Unit:
 
     weights: tuple[Weight, ...]
     num_first: int = 0
-    """Of what is outside of the layers: how many come before them in the model's order."""
+    """Number of weights before the layers, in the model's order; only for the unit outside of the layers."""
 
     @functools.cached_property
     def _known(self) -> dict[tuple[int, bool], int]:
-        """Keep each sum that was asked for: a plan asks for the same ones thousands of times."""
+        """Cache the sums: a plan needs the same ones thousands of times."""
         return {}
 
     def num_elements(self, trained: bool = False) -> int:
         return self.shard(1, trained)
 
     def shard(self, ranks: int, trained: bool = False) -> int:
-        """Return the elements of the largest rank's part."""
+        """Return the elements of the largest rank's shard."""
         if (ranks, trained) not in self._known:
             self._known[ranks, trained] = sum(
                 weight.shard(ranks) for weight in self.weights if weight.trains or not trained
@@ -76,25 +76,25 @@ class Unit:
         return self._known[ranks, trained]
 
     def spared_shard(self, ranks: int) -> int:
-        """Return how many numbers of state the largest rank's part has fewer than `STATE_COPIES`."""
+        """Return how many numbers of state the largest rank's shard has fewer than by `STATE_COPIES`."""
         return sum(weight.spared(ranks) for weight in self.weights if weight.trains)
 
     def narrow_shard(self, ranks: int) -> int:
-        """Return the elements of the largest rank's part that are kept in the precision of the computation."""
+        """Return the elements of the largest rank's shard that are not stored in fp32."""
         return sum(weight.shard(ranks) for weight in self.weights if weight.narrow)
 
     @property
     def last_trained(self) -> int:
-        """Return the elements of the last parameter that trains."""
+        """Return the elements of the last trained parameter."""
         return next((weight.num_elements for weight in reversed(self.weights) if weight.trains), 0)
 
     @property
     def largest_trained(self) -> int:
-        """Return the elements of the largest parameter that trains."""
+        """Return the elements of the largest trained parameter."""
         return max((weight.num_elements for weight in self.weights if weight.trains), default=0)
 
     def largest_shard(self, ranks: int) -> int:
-        """Return the elements of the largest part of a parameter that trains."""
+        """Return the elements of the largest shard of a trained parameter."""
         return max((weight.shard(ranks) for weight in self.weights if weight.trains), default=0)
 
     @property
@@ -104,7 +104,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of a rank: the tokens of each sample."""
+    """One micro-batch of a rank: the length of each sample in tokens."""
 
     lengths: tuple[int, ...]
     padded: bool = False
@@ -117,7 +117,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Setting:
-    """Everything in a plan that the layers' own memory depends on."""
+    """All settings of a plan on which the layers' own memory depends."""
 
     batch: Batch
     itemsize: int
@@ -126,48 +126,48 @@ class Setting:
     cuda: bool
     training: bool = True
     frozen: frozenset[str] = frozenset()
-    """The names of parameters that never train."""
+    """Names of the parameters that never train."""
     adapter: Adapter | None = None
     accumulates: bool = False
-    """Gradients of an earlier micro-batch are there already, and these are added to them; or they leave as
-    soon as they are made."""
+    """Gradients are not kept: they are added to those of an earlier micro-batch, or leave as soon as they are
+    computed."""
     widens: bool = False
-    """Each gradient is kept in fp32 as soon as it is made."""
+    """Each gradient is converted to fp32 as soon as it is computed."""
 
 
 @dataclass
 class Segment:
-    """One block, forward or backward: what it adds, and how high it goes above where it began."""
+    """One block, forward or backward: the bytes that it adds, and its peak above its start."""
 
     kind: str
-    """`stem`, `layer`, `tail`, or what stands between two stacks of layers."""
+    """`stem`, `layer`, `tail`, or `bridge` for the block between two stacks of layers."""
     layer: int
-    """Of all layers of the model, in the order of its units."""
+    """Index among all layers of the model, in the order of its units."""
     backward: bool
     added: int = 0
     peak: int = 0
     gradients: tuple[tuple[int, int, int], ...] = ()
-    """Of each gradient as it is made: bytes above where the block began, its elements, and the most there
-    were since the one before it."""
+    """For each gradient when it is computed: bytes above the block's start, its elements, and the highest
+    level since the gradient before."""
     rest: int = 0
-    """The most bytes above where the block began since its last gradient."""
+    """The highest level above the block's start since its last gradient, in bytes."""
     made: int = 0
-    """Bytes of gradients that stay."""
+    """Bytes of gradients that are kept."""
     traffic: int = 0
-    """Bytes of all tensors that were made."""
+    """Bytes of all tensors that were allocated."""
     num_made: int = 0
-    """Tensors that were made: about as many as operators ran."""
+    """Tensors that were allocated: about one per operator."""
 
 
 class Program(Protocol):
-    """A model at the level of sizes."""
+    """A model described by its tensors' sizes."""
 
     def units(self) -> tuple[Unit, list[Unit]]:
-        """Return what is outside of the layers, and each layer, with what of them trains."""
+        """Return the parameters outside of the layers as one unit, and a unit for each layer."""
         ...
 
     def blocks(self, setting: Setting) -> list[Segment]:
-        """Return the blocks of one micro-batch, all layers of the model among them."""
+        """Return the blocks of one micro-batch, with every layer of the model."""
         ...
 
     def __hash__(self) -> int: ...

@@ -1,9 +1,9 @@
 """Symbolic tensors: forward and backward pass at the level of sizes, in plain Python.
 
-A `SymbolicTensor` stands for a tensor; its `Storage` counts its bytes on a `Meter` for as long as anything
-refers to it, by Python's own reference counts. So a layer that is written as its PyTorch code is written
-keeps what that code keeps and frees what that frees. What an operator saves for its backward pass, and what
-that makes, is PyTorch's own `derivatives.yaml` (torch 2.13).
+A `SymbolicTensor` represents a tensor. Its `Storage` counts its bytes on a `Meter` as long as anything refers
+to it, by Python's own reference counts. So a layer that is written like its PyTorch code keeps and frees the
+same tensors. The tensors that an operator saves for its backward pass, and those that it allocates there,
+follow PyTorch's `derivatives.yaml` (torch 2.13).
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ Result = TypeVar("Result")
 
 
 class Meter:
-    """Bytes that are live now, and the most there have been since `mark`."""
+    """Live bytes now, and their peak since `mark`."""
 
     def __init__(self) -> None:
         self.live = 0
         self.peak = 0
         self.written = 0
-        """Bytes of all tensors that were made."""
+        """Bytes of all tensors that were allocated."""
         self.num_made = 0
         self.frame: Frame | None = None
-        """Where checkpointing is at work, what it has to keep."""
+        """The checkpointed call that is running, if any."""
         self.sequence = 0
         self.on_node: Callable[[Any], None] | None = None
         """Called with the tag of each node before its backward pass."""
         self.tag: Any = None
         self.on_gradient: Callable[[int, int], None] | None = None
-        """Called with the elements of each gradient as it is made, and the bytes that stay of it."""
+        """Called when a gradient is computed, with its elements and the bytes that are kept of it."""
         self.widens = False
-        """Gradients are kept in fp32, whatever they are computed in."""
+        """Whether gradients are kept in fp32, in whatever precision they are computed."""
         self.packs = False
-        """Products copy what they multiply, a block at a time, as a CPU's do in half precision."""
+        """Whether products copy their operands block by block, as a CPU's do in half precision."""
 
     def add(self, num_bytes: int) -> None:
         self.live += num_bytes
@@ -46,17 +46,17 @@ class Meter:
             self.peak = self.live
 
     def mark(self) -> int:
-        """Begin a new peak, and return the level now, in bytes."""
+        """Start a new peak, and return the live bytes."""
         self.peak = self.live
         return self.live
 
     def transient(self, num_bytes: float) -> None:
-        """Count bytes that are taken and given back within one operator."""
+        """Count bytes that are allocated and freed within one operator."""
         self.peak = max(self.peak, self.live + int(num_bytes))
 
 
 class Storage:
-    """Memory of one tensor; gone when nothing refers to it."""
+    """Memory of one tensor; freed when nothing refers to it."""
 
     __slots__ = ("meter", "num_bytes")
 
@@ -69,7 +69,7 @@ class Storage:
 
 
 class Parameter:
-    """A parameter whose own memory an engine answers for; its gradient is counted here."""
+    """A parameter. Its own memory is counted by an engine, its gradient here."""
 
     __slots__ = ("arrived", "expected", "gradient", "num_elements", "trains")
 
@@ -77,12 +77,12 @@ class Parameter:
         self.num_elements, self.trains = num_elements, trains
         self.gradient: Storage | None = None
         self.expected = 0
-        """Operators that it goes into; the gradients of all of them are added up before it gets one."""
+        """Number of operators that use it; it gets its gradient once theirs are all summed."""
         self.arrived: Storage | None = None
 
 
 class SymbolicTensor:
-    """A tensor: number of elements, bytes of each, its memory, and what made it."""
+    """A tensor: number of elements, bytes per element, storage, and the node that computed it."""
 
     __slots__ = ("itemsize", "node", "num_elements", "storage")
 
@@ -99,11 +99,11 @@ class SymbolicTensor:
 
 
 class StopRecomputing(Exception):
-    """Raised once everything that the backward pass needs is there again."""
+    """Raised once all tensors that the backward pass needs have been recomputed."""
 
 
 class Frame:
-    """One checkpointed call: how many tensors its operators save, and, once computed again, which."""
+    """One checkpointed call: the number of tensors that it saves, and after recomputation the tensors."""
 
     def __init__(self, selective: bool) -> None:
         self.selective = selective
@@ -115,7 +115,7 @@ class Frame:
         self.run: Callable[[], Any] = lambda: None
 
     def compute_again(self, meter: Meter) -> None:
-        """Run the forward pass once more, for what it saves."""
+        """Run the forward pass again, for the tensors that it saves."""
         self.again, self.recomputing, self.count = [], True, 0
         outer, meter.frame = meter.frame, self
         tag, sequence = meter.tag, meter.sequence
@@ -148,7 +148,7 @@ class Node:
         self.ordinal = 0
 
     def save(self, storage: Storage | None) -> None:
-        """Keep for the backward pass; None stands for a parameter, which an engine keeps."""
+        """Save a tensor for the backward pass; None stands for a parameter, which an engine counts."""
         frame = self.frame
         if frame is None:
             if storage is not None:
@@ -165,7 +165,7 @@ class Node:
         frame.num_saved += 1
 
     def kept(self) -> list[Storage]:
-        """Return what was saved; under checkpointing computed again where that has not been done."""
+        """Return the saved tensors; under checkpointing, recompute them first unless that was done."""
         if self.frame is None:
             saved, self.saved = self.saved, []
             return saved
@@ -184,7 +184,7 @@ def node_of(
     inputs: Sequence[SymbolicTensor | Parameter | None],
     backward: Callable[[Storage], list[Any]],
 ) -> Node | None:
-    """Return the backward half of an operator; None where nothing that it takes needs a gradient."""
+    """Return an operator's node in the backward pass; None if no input needs a gradient."""
     edges = [
         i.node if isinstance(i, SymbolicTensor) else i if isinstance(i, Parameter) and i.trains else None
         for i in inputs
@@ -211,7 +211,7 @@ def node_of(
 def new(
     meter: Meter, num_elements: int, itemsize: int, node: Node | None = None, kept_by_selective: bool = False
 ) -> SymbolicTensor:
-    """Return a new tensor; what selective checkpointing keeps is taken from there the second time."""
+    """Return a new tensor; recomputation reuses those that selective checkpointing keeps."""
     frame = meter.frame
     if kept_by_selective and frame is not None and frame.selective:
         if frame.recomputing:
@@ -223,8 +223,8 @@ def new(
 
 
 def checkpoint(meter: Meter, mode: str, function: Callable[..., Result], *inputs: Any) -> Result:
-    """Return `function(*inputs)`, keeping what the mode keeps: `none` all, `full` the inputs, `selective`
-    matrix products as well."""
+    """Return `function(*inputs)`, keeping tensors as the mode says: `none` keeps all, `full` only the inputs,
+    `selective` the inputs and matrix products."""
     if mode == "none":
         return function(*inputs)
     frame = Frame(mode == "selective")
@@ -237,8 +237,8 @@ def checkpoint(meter: Meter, mode: str, function: Callable[..., Result], *inputs
 
 
 def backward(output: SymbolicTensor) -> None:
-    """Go through the backward pass of a scalar: nodes in the reverse order of their making, gradients added
-    up where they meet."""
+    """Run the backward pass of a scalar: nodes in reverse order of creation, gradients summed where they
+    meet."""
     meter = output.meter
     assert output.node is not None
     waiting: list[tuple[int, Node]] = [(-output.node.sequence, output.node)]
@@ -269,14 +269,14 @@ def backward(output: SymbolicTensor) -> None:
 
 
 def _sum(meter: Meter, first: Storage) -> Storage:
-    """Return where two gradients that meet are added up: in the first, unless something else still holds it."""
+    """Return the storage of two gradients' sum: the first one's, unless something else still refers to it."""
     shared = sys.getrefcount(first) > 3
     return Storage(meter, first.num_bytes) if shared else first
 
 
 def _accumulate(meter: Meter, parameter: Parameter, gradient: Storage) -> None:
-    """Keep a parameter's gradient: as it is, or, where an engine adds them up in fp32, as that; a second one
-    is added to the first."""
+    """Keep a parameter's gradient as it is, or in fp32 if the engine accumulates in fp32; a second one is
+    added to the first."""
     parameter.expected -= 1
     if parameter.arrived is None:
         parameter.arrived = gradient

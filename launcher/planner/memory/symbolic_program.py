@@ -1,4 +1,4 @@
-"""A program that is written down as code over symbolic tensors, and the run of one."""
+"""Programs written as code over symbolic tensors, and their runs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from launcher.planner.memory.program import Segment, Setting, Unit
 from launcher.planner.memory.symbolic import Meter, Parameter, Storage, SymbolicTensor, backward, new
 
 MOST_LAYERS = 4
-"""Of a stack of equal layers, how many are gone through; those between the first and the last are alike."""
+"""Layers of a stack of equal ones that are run; those between the first and the last are all alike."""
 
 
 @dataclass
 class Context:
-    """A run of a model's program: its meter, the blocks so far, and its parameters."""
+    """The state of a program's run: its meter, the blocks so far, and its parameters."""
 
     setting: Setting
     meter: Meter = field(default_factory=Meter)
@@ -31,7 +31,7 @@ class Context:
         self.meter.packs = not self.setting.cuda and self.setting.itemsize == 2
 
     def begin(self, kind: str, layer: int = -1, is_backward: bool = False) -> None:
-        """Close the block so far and begin another."""
+        """Close the current block and begin another."""
         self.close()
         self.segments.append(Segment(kind, layer, is_backward))
         self.meter.tag = (kind, layer)
@@ -47,11 +47,11 @@ class Context:
         self._written, self._num_made = self.meter.written, self.meter.num_made
 
     def tensor(self, num_elements: int, itemsize: int | None = None) -> SymbolicTensor:
-        """Return a new tensor that nothing is learned through."""
+        """Return a new tensor that needs no gradient."""
         return new(self.meter, num_elements, itemsize or self.setting.itemsize)
 
     def parameter(self, name: str, num_elements: int) -> Parameter:
-        """Return the parameter of a name; tied ones share it."""
+        """Return the parameter with a name; tied ones share it."""
         if name not in self.parameters:
             setting, adapter = self.setting, self.setting.adapter
             trains = adapter.trains(name) if adapter is not None else name not in setting.frozen
@@ -61,7 +61,7 @@ class Context:
         return self.parameters[name]
 
     def note(self, num_elements: int, num_bytes: int) -> None:
-        """Note that a gradient was made, and that so many bytes of it stay."""
+        """Record a new gradient, and the bytes of it that are kept."""
         last = self.segments[-1]
         last.made += num_bytes
         levels = self.meter.live - self._level, num_elements, self.meter.peak - self._level
@@ -69,7 +69,7 @@ class Context:
         self.meter.mark()
 
     def follow(self, tag: Any) -> None:
-        """Begin another block where the backward pass goes on with a node of another one."""
+        """Begin another block if the backward pass continues with a node of another one."""
         last = self.segments[-1]
         if not last.backward or (last.kind, last.layer) != tag:
             kind, layer = tag
@@ -77,7 +77,7 @@ class Context:
 
 
 def run(setting: Setting, model: Callable[[Context], SymbolicTensor]) -> list[Segment]:
-    """Go through a model's forward pass and, where it trains, its backward pass; its blocks in their order."""
+    """Run a model's forward pass and, in training, its backward pass; return its blocks in order."""
     context = Context(setting)
     meter, meter.widens = context.meter, setting.widens
     meter.on_node, meter.on_gradient = context.follow, context.note
@@ -91,8 +91,8 @@ def run(setting: Setting, model: Callable[[Context], SymbolicTensor]) -> list[Se
 
 
 def of_stack(context: Context, num_layers: int) -> list[int]:
-    """Return the layers of a stack that are gone through: the first ones and the last; all, where they may
-    differ, as where an adapter's patterns name a number."""
+    """Return the layers of a stack that are run: the first ones and the last, or all if they may differ, for
+    example because an adapter's patterns contain a number."""
     adapter = context.setting.adapter
     patterns: tuple[str, ...] = ()
     if adapter is not None:
@@ -106,7 +106,7 @@ def of_stack(context: Context, num_layers: int) -> list[int]:
 
 
 def spread(segments: list[Segment]) -> list[Segment]:
-    """Return the blocks with those of the layers that were left out, which are as the one before the gap."""
+    """Return the blocks, with those of the skipped layers filled in by copies of a neighbour."""
     result: list[Segment] = []
     for segment in segments:
         before = result[-1] if result else segment
@@ -120,11 +120,11 @@ def spread(segments: list[Segment]) -> list[Segment]:
 
 
 class SymbolicProgram(ABC):
-    """A model written down as code over symbolic tensors."""
+    """A model written as code over symbolic tensors."""
 
     @abstractmethod
     def units(self) -> tuple[Unit, list[Unit]]:
-        """Return what is outside of the layers, and each layer."""
+        """Return the parameters outside of the layers as one unit, and a unit for each layer."""
 
     @abstractmethod
     def forward(self, context: Context) -> SymbolicTensor:
@@ -132,12 +132,12 @@ class SymbolicProgram(ABC):
 
     @functools.cached_property
     def _known(self) -> dict[Setting, list[Segment]]:
-        """Keep the blocks of each setting: a search asks for the same ones many times, as they depend on no
-        engine and no number of ranks."""
+        """Cache the blocks of each setting. They do not depend on engine or number of ranks, so that a search
+        needs the same ones many times."""
         return {}
 
     def blocks(self, setting: Setting) -> list[Segment]:
-        """Return the blocks of one micro-batch, all layers of the model among them."""
+        """Return the blocks of one micro-batch, with every layer of the model."""
         if setting not in self._known:
             self._known[setting] = spread(run(setting, self.forward))
         return self._known[setting]

@@ -1,4 +1,4 @@
-"""Memory of a teacher that computes beside the model that trains: its shards, and its pass in the loss."""
+"""Memory of a teacher in distillation: its shards, and its forward pass within the student's loss."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from launcher.planner.plan import Plan
 from launcher.tasks.distillation import PROJECTION
 
 COMPARED_BYTES = 8
-"""Bytes of a logit of a chunk beside the teacher's own and those of the student's loss: both models'
-probabilities in fp32."""
+"""Bytes per logit of a chunk for both models' probabilities in fp32, in addition to the teacher's logits and
+the student's loss."""
 
 
 @dataclass(frozen=True)
 class Taught:
-    """The program of a model that trains, and its teacher's beside it."""
+    """The programs of a student and its teacher."""
 
     student: Program
     teacher: Program
     projection: Weight | None = None
-    """The matrix between hidden states of two widths."""
+    """The matrix between hidden states of different widths."""
 
     def units(self) -> tuple[Unit, list[Unit]]:
-        """Return those of the student, and the projection."""
+        """Return the student's units, with the projection."""
         root, layers = self.student.units()
         if self.projection is not None:
             root = replace(root, weights=(*root.weights, self.projection))
         return root, layers
 
     def blocks(self, setting: Setting) -> list[Segment]:
-        """Return those of the student alone; `Teacher.beside` adds the teacher's pass."""
+        """Return the student's blocks alone; `Teacher.beside` adds the teacher's forward pass."""
         return self.student.blocks(setting)
 
 
 class Teacher:
-    """A teacher's memory on the rank that needs most."""
+    """A teacher's memory, on the rank that needs the most."""
 
     def __init__(self, plan: Plan, program: Program, setting: Setting, cut: Cut) -> None:
-        """Take the student's plan, setting and cut, of which its frozen parts do not count."""
+        """Take the student's plan, setting and sharding; its frozen parameters and adapter are ignored."""
         root, layers = program.units()
         self.units = _frozen(root), [_frozen(layer) for layer in layers]
         offloads = plan.offload == "parameters"
@@ -78,13 +78,13 @@ class Teacher:
         self._differing = self._hidden.states + self._hidden.squares + whole
 
     def blocks(self, batch: Batch) -> list[Segment]:
-        """Return the blocks of its pass over a micro-batch."""
+        """Return the blocks of its forward pass over a micro-batch."""
         return self._program.blocks(replace(self._setting, batch=batch))
 
     def beside(self, segments: list[Segment]) -> list[Segment]:
-        """Return the student's blocks with the teacher's pass within the last one forward: its loss. What the
-        difference of hidden states keeps goes in the first one backward, but for the gradients that wait for
-        their layers."""
+        """Return the student's blocks, with the teacher's forward pass within the last forward block, the
+        loss. Tensors saved for the difference of hidden states are freed in the first backward block, except
+        for gradients that wait for their layers."""
         last, hidden = max(index for index, one in enumerate(segments) if not one.backward), self._hidden
         loss, changed = segments[last], [*segments]
         added = loss.added + hidden.kept
@@ -96,8 +96,8 @@ class Teacher:
 
 
 def projection(plan: Plan, teacher: Plan) -> Weight | None:
-    """Return the matrix between the hidden states of a plan's model and its teacher's; None where there is none,
-    or a config is not here."""
+    """Return the matrix between the student's hidden states and the teacher's; None if there is none, or if a
+    config is missing."""
     if plan.distillation is None or plan.distillation.hidden_states is None:
         return None
     own, other = ModelShape.read(plan.model), ModelShape.read(teacher.model)
@@ -108,29 +108,29 @@ def projection(plan: Plan, teacher: Plan) -> Weight | None:
 
 @dataclass(frozen=True)
 class _Hidden:
-    """Bytes of a difference of hidden states."""
+    """Memory of the difference of hidden states, in bytes."""
 
     kept: int = 0
-    """From the loss until it has gone backward."""
+    """Kept from the loss until its backward pass."""
     waiting: int = 0
-    """Gradients of hidden states among them, until their layers are reached."""
+    """The part for gradients of hidden states, kept until the backward pass reaches their layers."""
     states: int = 0
-    """The teacher's, of every layer, while it is asked."""
+    """The teacher's hidden states of every layer, during its forward pass."""
     squares: int = 0
-    """While a difference is made."""
+    """Temporaries while a difference is computed."""
 
     @classmethod
     def of(cls, plan: Plan, setting: Setting, takes: bool) -> _Hidden:
-        """Return none where nothing is compared, or a config is not here. takes: positions that are learned, as
-        a causal LM does."""
+        """Return the sizes; all are 0 if nothing is compared, or if a config is missing. takes: only the
+        supervised positions are compared, as for a causal LM."""
         hidden = None if plan.distillation is None else plan.distillation.hidden_states
         own, other = ModelShape.read(plan.model), ModelShape.read(plan.of_teacher().model)
         if hidden is None or own is None or other is None:
             return cls()
         num_tokens, itemsize = setting.batch.num_tokens, setting.itemsize
         num_pairs, one = len(hidden.pairs(own.num_layers, other.num_layers)), num_tokens * other.hidden_size
-        # The squared difference keeps both sides in fp32. The model's own is no copy in that precision, unless
-        # a part of the positions is taken: of a causal LM those that are learned.
+        # The squared difference saves both sides in fp32. The student's own is copied in fp32 only if some of
+        # the positions are selected: a causal LM's supervised ones.
         turns = own.hidden_size != other.hidden_size
         copies = 2 if itemsize == 2 or takes or turns else 1
         kept = num_pairs * (4 * copies * one + (takes and turns) * itemsize * num_tokens * own.hidden_size)
@@ -140,6 +140,6 @@ class _Hidden:
 
 
 def _frozen(unit: Unit) -> Unit:
-    """Return the unit in the precision of the computation, with nothing that trains."""
+    """Return the unit with all parameters frozen, stored in the precision of the computation."""
     weights = (replace(weight, trains=False, narrow=True) for weight in unit.weights)
     return replace(unit, weights=tuple(weights))

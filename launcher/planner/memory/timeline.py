@@ -1,4 +1,4 @@
-"""Live bytes of one rank over the blocks of a step, and what the peak is made of."""
+"""Live bytes of one rank over the blocks of a step, and the parts of their peak."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ KINDS = (
 
 @dataclass
 class Timeline:
-    """Bytes that are live now, and the most so far."""
+    """Live bytes now, and their peak so far."""
 
     parts: dict[str, int] = field(default_factory=dict)
     peak: int = 0
@@ -49,7 +49,7 @@ class Timeline:
         self.parts[kind] = self.parts.get(kind, 0) - int(num_bytes)
 
     def touch(self, kind: str, num_bytes: float, where: str = "") -> None:
-        """Count bytes that are taken and given back."""
+        """Count bytes that are allocated and freed again."""
         reached = self.level + int(num_bytes)
         if reached > self.peak:
             self.peak, self.where, self.at_peak = reached, where, dict(self.parts)
@@ -57,7 +57,7 @@ class Timeline:
 
 
 def go_through(time: Timeline, segment: Segment, recomputes: bool) -> None:
-    """Go through one block of a model: up to its peak, and to where it ends."""
+    """Go through one block of a model: up to its peak, then to the level at its end."""
     where = f"{segment.kind}, {'backward' if segment.backward else 'forward'}"
     kind = (
         LOSS if segment.kind == "tail" else RECOMPUTATION if segment.backward and recomputes else TEMPORARIES
@@ -67,7 +67,7 @@ def go_through(time: Timeline, segment: Segment, recomputes: bool) -> None:
 
 
 def leave(time: Timeline, segment: Segment) -> None:
-    """Count what a block leaves behind; its peak was touched already."""
+    """Count the bytes that a block keeps at its end; its peak was counted already."""
     kept = LOSS if segment.kind == "tail" else ACTIVATIONS
     for kind, num_bytes in ((GRADIENTS, segment.made), (kept, segment.added - segment.made)):
         time.parts[kind] = time.parts.get(kind, 0) + num_bytes

@@ -1,7 +1,7 @@
-"""Memory of a model that writes: the pass over its prompts, the keys and values that it keeps, a token's logits.
+"""Memory of generation: the forward pass over the prompts, the cache of keys and values, a token's logits.
 
-As transformers' `generate` goes (5.23): each beam is a row, keys and values grow by one token a pass and are
-copied as they grow, and beam search holds the logits of a pass three times in fp32.
+Follows transformers' `generate` (5.23): each beam is a row; keys and values grow by one token per forward
+pass and are copied as they grow; beam search holds a pass's logits three times in fp32.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ _HIDDEN = ("hidden_size", "d_model", "n_embd", "dim")
 
 @dataclass(frozen=True)
 class Keys:
-    """The sizes of a decoder that decide what it keeps of each token."""
+    """The sizes of a decoder that determine its cache per token."""
 
     layers: int
     keys: int
-    """Numbers of keys and values of one token in one layer."""
+    """Elements of keys and values, for one token in one layer."""
     repeated: int
-    """The same, once each query has its own."""
+    """The same after keys and values were repeated for each query head."""
     hidden: int
     vocabulary: int
     across: bool = False
-    """Whether its layers keep keys and values of what an encoder read, too."""
+    """Whether its layers also cache keys and values of an encoder's output (cross-attention)."""
 
     @classmethod
     def of(cls, config: dict[str, Any]) -> Keys | None:
-        """Return the sizes by a config.json; None where it has no attention heads, as of a state space model."""
+        """Return the sizes from a config.json; None without attention heads, as for state space models."""
         across = bool(config.get("is_encoder_decoder")) or isinstance(config.get("decoder"), dict)
         for inner in ("decoder", "text_config"):
             if isinstance(config.get(inner), dict):
@@ -67,25 +67,25 @@ def _first(config: dict[str, Any], names: Sequence[str]) -> int:
 
 @dataclass(frozen=True)
 class Texts:
-    """Hold what is written in one pass of a rank."""
+    """Hold the sizes of the texts that one rank generates together."""
 
     rows: int
     beams: int
     prompt: int
-    """Tokens of the longest prompt, or positions of what the encoder read."""
+    """Tokens of the longest prompt, or positions of the encoder's input."""
     new: int
     itemsize: int
 
 
 def settings_of(plan: Plan) -> Generate | None:
-    """Return how a plan's model writes while it is measured; None where it does not."""
+    """Return the generation settings of a plan's evaluation; None if it generates nothing."""
     set_by_job = plan.evaluation.generate if plan.evaluation is not None else None
     return set_by_job or (Generate() if plan.task == "speech-recognition" else None)
 
 
 def beams_of(plan: Plan, how: Generate) -> int:
-    """Return by how many beams a plan's model writes: where the job leaves it open, as many as the model's own
-    generation_config.json says, or a config.json of old, where that is here; else 1."""
+    """Return the number of beams. If the job leaves it open, it is that of the model's
+    generation_config.json, or of an older model's config.json; 1 if neither is here."""
     if how.num_beams is not None or how.do_sample:
         return 1 if how.do_sample else how.num_beams or 1
     if plan.model.weights == "random" or plan.model.config is not None:
@@ -100,10 +100,10 @@ def beams_of(plan: Plan, how: Generate) -> int:
 
 
 def beside_parameters(plan: Plan, program: Program, setting: Setting) -> int:
-    """Return the most bytes beside parameters and state while a micro-batch's texts are written; 0 where none
-    are.
+    """Return the peak bytes, in addition to parameters and state, of generating a micro-batch's texts; 0 if
+    none are generated.
 
-    setting: of an evaluation's pass. Prompts are as long as samples may be, texts as long as they may be.
+    setting: the evaluation's. Prompts have the samples' maximum length, and texts theirs.
     """
     how, config = settings_of(plan), config_of(plan.model)
     keys = Keys.of(config) if how is not None and config is not None else None
@@ -119,7 +119,7 @@ def beside_parameters(plan: Plan, program: Program, setting: Setting) -> int:
     texts = Texts(rows, beams, length, how.max_new_tokens, setting.itemsize)
     batch = Batch((length,) * (rows * beams), setting.batch.padded)
     blocks = program.blocks(replace(setting, batch=batch, training=False, checkpointing="none"))
-    # The formulas know nothing of what a CPU takes for a product in half precision: its result in fp32.
+    # The formulas do not count a CPU's workspace for a product in half precision: its result in fp32.
     sums = not setting.cuda and setting.itemsize == 2 and isinstance(program, Formulas)
     wide = _first(config, _WIDE) if sums else 0
     over_prompts = _over_prompts(keys, texts, blocks) + sum(batch.lengths) * wide * setting.itemsize
@@ -129,18 +129,18 @@ def beside_parameters(plan: Plan, program: Program, setting: Setting) -> int:
 def write(
     time: Timeline, plan: Plan, program: Program, setting: Setting, units: tuple[Unit, list[Unit]]
 ) -> None:
-    """Count on a timeline, which has parameters and state, what a micro-batch's texts need as they are written.
+    """Add the generation of a micro-batch's texts to a timeline that has parameters and state.
 
-    Parameters are gathered whole where they take no more than half of what is free, and layer by layer elsewhere
-    (`launcher/training/generating.py`). So where writing needs no more than they do, room for a layer at a time
-    is enough for both.
+    All parameters are gathered at once if they take at most half of the free memory, else layer by layer
+    (`launcher/training/generating.py`). So if generation needs no more memory than all parameters, room for
+    one layer at a time is enough.
     """
     needed = beside_parameters(plan, program, setting)
     if not needed:
         return
     root, layers = units
     one, zero = plan.mesh.world_size == 1, plan.zero
-    # On one rank FSDP leaves alone what does not train beside an adapter.
+    # On one rank FSDP does not wrap an adapter's frozen base weights.
     trained = one and zero is None and plan.model.adapter is not None and plan.offload != "parameters"
     sizes = [setting.itemsize * unit.num_elements(trained) for unit in (root, *layers)]
     plain = one and plan.precision == "fp32" and plan.offload == "none"
@@ -151,7 +151,7 @@ def write(
 
 
 def _over_prompts(keys: Keys, texts: Texts, blocks: Sequence[Segment]) -> int:
-    """Return the highest level of the pass over the prompts, in which each layer leaves its keys and values."""
+    """Return the peak of the pass over the prompts, in which each layer caches its keys and values."""
     rows = texts.rows * texts.beams
     left = rows * texts.prompt * keys.keys * texts.itemsize
     level = rows * texts.prompt**2 if texts.rows > 1 else 0  # who reads what, where prompts are padded
@@ -166,17 +166,17 @@ def _over_prompts(keys: Keys, texts: Texts, blocks: Sequence[Segment]) -> int:
 
 
 def _last_token(keys: Keys, texts: Texts) -> int:
-    """Return the highest level of the pass that writes the last token, and of choosing it."""
+    """Return the peak of computing and choosing the last token."""
     rows, tokens = texts.rows * texts.beams, texts.prompt + texts.new
     layer = rows * tokens * keys.keys * texts.itemsize
-    # The keys of a layer before and after they grow; and a copy for each query of its group.
+    # A layer's keys before and after they grow, and a copy for each query head of a group.
     growing = layer // 2 + rows * tokens * keys.repeated * texts.itemsize * (keys.repeated > keys.keys)
     return keys.layers * layer + max(growing, _logits(keys, texts))
 
 
 def _beside_encoder(keys: Keys, texts: Texts) -> int:
-    """Return the highest level of a decoder that keeps keys and values of what an encoder read: with those of a
-    layer before they are put away, as the first token is written, or with all of its own, at the last."""
+    """Return the peak of a decoder with cross-attention. It occurs at the first token, when a layer's encoder
+    keys and values exist beside the cache, or at the last token, with the full cache of its own."""
     rows = texts.rows * texts.beams
     across, own = (rows * tokens * keys.keys * texts.itemsize for tokens in (texts.prompt, texts.new))
     read = rows * texts.prompt * keys.hidden * texts.itemsize
@@ -185,6 +185,6 @@ def _beside_encoder(keys: Keys, texts: Texts) -> int:
 
 
 def _logits(keys: Keys, texts: Texts) -> int:
-    """Return the bytes of the logits of one token as the next is chosen."""
+    """Return the bytes of one position's logits while the next token is chosen."""
     rows = texts.rows * texts.beams
     return rows * keys.vocabulary * (12 if texts.beams > 1 else 4 + texts.itemsize)

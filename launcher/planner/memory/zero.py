@@ -20,38 +20,38 @@ from launcher.planner.memory.zero_states import ZeroCut, ZeroStates
 
 
 class ZeroStep:
-    """A step of one rank: the blocks of one micro-batch after another."""
+    """A training step of one rank, as the blocks of its micro-batches."""
 
     def __init__(self, root: Unit, layers: list[Unit], cut: ZeroCut) -> None:
         self.cut, self.layers, self.root = cut, layers, root
         self.kept = ZeroStates(root, layers, cut)
         self.time = Timeline()
         self.filled = 0
-        """Elements in the bucket of gradients."""
+        """Elements in the gradient bucket."""
         self.several = False
-        """Whether it has more than one gradient."""
+        """Whether the bucket has more than one gradient."""
         self.unopened = 0
-        """Bytes of a rank's own part of the gradients, as long as that is not allocated."""
+        """Bytes of a rank's own partition of the gradients, until it is allocated."""
         self.sent = self.open_after = 0
-        """Elements sent so far, and after how many of them that part is allocated."""
+        """Elements sent so far, and the number after which that partition is allocated."""
 
     def states(self) -> dict[str, int]:
-        """Return the bytes that the device keeps between two steps, by kind."""
+        """Return the bytes on the device between two steps, by kind."""
         return self.kept.on_device()
 
     def host(self) -> int:
-        """Return the bytes that are offloaded to the host's memory."""
+        """Return the bytes that are offloaded to host memory."""
         return self.kept.on_host()
 
     def gradient_modes(self) -> tuple[dict[str, bool], dict[str, bool]]:
-        """Return how gradients are kept in the first micro-batch of a step and in those after it, as arguments
-        of `Setting`."""
+        """Return how gradients are kept in a step's first micro-batch and in the later ones, as arguments of
+        `Setting`."""
         if self.cut.stage == 1:
             return {"widens": self.cut.itemsize != 4}, {"accumulates": True}
         return {"accumulates": True}, {"accumulates": True}
 
     def step(self, first: list[Segment], more: list[Segment]) -> Timeline:
-        """Go through a steady step; `more`: the blocks of a micro-batch that finds gradients there already."""
+        """Go through a steady step. `more`: the blocks of a micro-batch that adds to existing gradients."""
         self.time.parts = self.states()
         self.time.touch(TEMPORARIES, 0, "between steps")
         if self.cut.stage == 3:
@@ -61,7 +61,7 @@ class ZeroStep:
         return self.time
 
     def _go_through(self, segment: Segment) -> None:
-        """Go through one block. A full bucket is sent before the gradient that does not fit is put in."""
+        """Go through one block. The bucket is sent before a gradient that does not fit is added."""
         time, where = self.time, f"{segment.kind}, {'backward' if segment.backward else 'forward'}"
         recomputes = segment.backward and self.cut.recomputes
         kind = LOSS if segment.kind == "tail" else RECOMPUTATION if recomputes else TEMPORARIES
@@ -72,8 +72,8 @@ class ZeroStep:
                 if self.sent > self.open_after:
                     time.parts[GRADIENTS] = time.parts.get(GRADIENTS, 0) + self.unopened
                     self.unopened = 0
-                # A gradient larger than the bucket waits where it was computed, and so does the one that it
-                # makes room for.
+                # A gradient larger than the bucket stays where it was computed, and so does the next one, for
+                # which the bucket is emptied.
                 waiting = self.cut.itemsize * self.filled if self.filled > self.cut.reduce_bucket else 0
                 waiting = waiting if self.cut.stage > 1 else 0
                 time.touch(MESSAGES, level + self._sending() + waiting, "sending gradients")
@@ -84,7 +84,7 @@ class ZeroStep:
         leave(time, segment)
 
     def evaluate(self, segments: list[Segment]) -> Timeline:
-        """Go through the forward pass of an evaluation."""
+        """Go through an evaluation's forward pass."""
         self.time.parts = self.states()
         gathered = self._gathered(segments) if self.cut.stage == 3 else {}
         for segment in segments:
@@ -95,7 +95,7 @@ class ZeroStep:
         return self.time
 
     def _gathered(self, segments: list[Segment]) -> dict[tuple[str, int, bool], int]:
-        """Return the bytes that stage 3 has gathered during each block, and at the end."""
+        """Return the bytes of parameters that stage 3 has gathered during each block, and at the end."""
         elements = gathered_elements(self.root, self.layers, self.cut, segments)
         return {block: self.cut.itemsize * number for block, number in elements.items()}
 
@@ -103,26 +103,26 @@ class ZeroStep:
         """Return the bytes that are allocated only while the bucket is sent."""
         cut = self.cut
         if cut.stage == 3:
-            # One fp32 gradient alone is sent as it lies, where it can be cut evenly; gloo may take a
-            # copy of what it sends.
+            # A single fp32 gradient is sent without a copy if it divides evenly; gloo may copy its messages.
             alone = self.filled > cut.reduce_bucket and cut.itemsize == 4 and self.filled % cut.ranks == 0
             return 4 * ((4 * self.filled < cut.copied_below) + (not alone)) * self.filled
         if cut.stage == 1:
             return 0
         wide = 4 * (cut.itemsize != 4)
         if self.filled > cut.reduce_bucket:
-            # One parameter that is larger than the bucket goes to one rank after another, in fp32 as it lies.
+            # A gradient larger than the bucket is sent rank by rank; in fp32 it is not copied.
             return (wide and wide + cut.itemsize) * min(
                 self.filled, max(cut.reduce_bucket, self.kept.part(self.kept.trained))
             )
-        # The gradients are joined to one message first; on one rank only where they are of both groups, those
-        # that decay and the others.
+        # Gradients are first concatenated to one message; on one rank only if they belong to both groups,
+        # with and without weight decay.
         return (wide + (cut.itemsize if cut.ranks > 1 or self.several else 0)) * self.filled
 
     def _stages_1_and_2(self, first: list[Segment], more: list[Segment]) -> None:
-        """Go through the step as the rank that needs most.
+        """Go through the step as the rank that needs the most memory.
 
-        It is one whose gradients come first, one whose come last, or one with a part of most parameters.
+        It is the rank whose gradients come first, the one whose come last, or the one with parts of the most
+        elements.
         """
         touched, begun, best = self.kept.touched(), dict(self.time.parts), self.time
         ranks = {0, self.cut.ranks - 1, max(range(self.cut.ranks), key=lambda rank: touched[rank][0])}
@@ -137,13 +137,13 @@ class ZeroStep:
     def _as_rank(self, first: list[Segment], more: list[Segment], touching: int, piece: int) -> None:
         """Go through the step as one rank.
 
-        `touching`: elements of all parameters of which it has a part; `piece`: of the largest part.
+        `touching`: elements of all parameters of which it has a part. `piece`: elements of its largest part.
         """
         cut, time = self.cut, self.time
         part, wide, base = 4 * self.kept.part(self.kept.trained), cut.itemsize != 4, dict(time.parts)
         copied = part if wide else 4 * touching
         if cut.offloads_optimizer:
-            # One parameter of a rank's own part at a time is on the device, on its way to the host's memory.
+            # One parameter of a rank's own partition at a time is on the device, on its way to host memory.
             part = copied = 4 * max(unit.largest_trained for unit in (self.root, *self.layers))
         buffer = cut.reduce_bucket * (4 if cut.stage == 1 else cut.itemsize)
         for number in range(cut.accumulation):
@@ -169,7 +169,7 @@ class ZeroStep:
         if cut.stage == 1:
             time.parts[GRADIENTS] = 4 * self.kept.trained + copied
             time.touch(MESSAGES, buffer + batch[ACTIVATIONS], "sending gradients")
-            # Copying frees all of the unsharded gradients but one; where none are copied, they are all freed.
+            # Copying frees all unsharded gradients but one; if none are copied, all are freed.
             time.parts[GRADIENTS] = copied + wide * 4 * max(
                 unit.largest_trained for unit in (self.root, *self.layers)
             )

@@ -1,4 +1,4 @@
-"""Count the elements that ZeRO's third stage has gathered during each block of a pass, kept for later plans."""
+"""Count the elements that ZeRO-3 has gathered during each block of a pass, cached for later plans."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from launcher.planner.memory.zero_states import ZeroCut
 
 _CACHE: dict[Hashable, dict[Key, int]] = {}
 _MOST_CACHED = 32
-"""Each takes about 110 KB for a model of 126 layers."""
+"""Entries; each takes about 110 KB for a model of 126 layers."""
 
 
 def gathered_elements(
     root: Unit, layers: list[Unit], cut: ZeroCut, segments: list[Segment]
 ) -> dict[Key, int]:
-    """Return the elements that are gathered during each block, and at the end of the pass (`END`).
+    """Return the elements gathered during each block, and at the end of the pass (`END`).
 
-    They depend on the order of the blocks and not on their sizes, and so are the same for all micro-batches of
+    They depend on the order of the blocks, not on their sizes. So they are the same for all micro-batches of
     one precision.
     """
-    # gloo copies by bytes, which depend on the precision of the computation.
+    # gloo's limit for copies is in bytes, and elements depend on the precision of the computation.
     copied_below = cut.copied_below / cut.itemsize
     limits = (cut.prefetch_bucket, cut.persistence, cut.max_live, copied_below)
     weights = tuple(
@@ -42,8 +42,8 @@ def gathered_elements(
 
 
 def output_embeddings(root: Unit) -> Weight | None:
-    """Return the last matrix that is as large as the first, the table of words; that one itself, where it is
-    tied."""
+    """Return the output embeddings: the last matrix with the shape of the first, the input embeddings; if
+    tied, the first itself."""
     words = root.weights[0]
     matrices = [weight for weight in root.weights if len(weight.shape) > 1]
     return next((weight for weight in reversed(matrices) if weight.shape == words.shape), None)

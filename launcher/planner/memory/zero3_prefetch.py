@@ -1,9 +1,9 @@
-"""Which parameters ZeRO-3 holds whole at a time, module by module.
+"""ZeRO-3's gathered parameters at each moment, module by module.
 
 Follows DeepSpeed's PartitionedParameterCoordinator (0.19.8).
 
-It fetches what a module needs, then what by the trace of the step before comes next, and lets go of what is
-not used again soon.
+It fetches a module's parameters, prefetches those that come next in the previous step's trace, and releases
+parameters that are not used again soon.
 """
 
 from __future__ import annotations
@@ -18,39 +18,39 @@ from launcher.planner.memory.program import Segment, Unit, Weight
 
 Key = tuple[str, int, bool]
 END: Key = ("end", -1, True)
-"""Where nothing is fetched any more: what the last gradients are sent beside."""
+"""The end of a micro-batch, when nothing is fetched any more and the last gradients are sent."""
 
 GLOO_THREADS = 2
-"""Threads of a gloo process group (`ProcessGroupGloo.Options`), each at one message at a time; a test holds
-it equal."""
+"""Threads of a gloo process group (`ProcessGroupGloo.Options`), each with one message at a time; a test
+compares it."""
 
 
 @dataclass
 class Module:
-    """A module at one place of the trace. Those without parameters of their own count too: each call of one
-    fetches ahead."""
+    """A module at one place of the trace. Modules without parameters of their own count too, since each call
+    prefetches."""
 
     weights: tuple[Weight, ...]
     key: Key
-    """The block that it is part of: kind, layer, backward."""
+    """Its block: kind, layer, backward."""
     leaves: bool = True
-    """Whether it lets go of its parameters here; an embedding has no input that a gradient goes to, and so no
-    such moment."""
+    """Whether it releases its parameters here. An embedding does not in the backward pass, since its input
+    has no gradient."""
     small: int = 0
-    """Elements of parameters that are always whole."""
+    """Elements of its parameters that are always gathered, as they are small."""
     keeps: bool = False
-    """Whether the graph keeps what a product with one of its matrices needs in the backward pass."""
+    """Whether the graph saves tensors for the backward pass of products with its matrices."""
 
 
 @dataclass
 class Message:
-    """Parameters on their way in one buffer."""
+    """Parameters that are being gathered in one buffer."""
 
     total: int
     """Elements."""
     awaited: set[str]
-    """Those whose module has not come yet: the buffer stays until the last one's has, though all are copied
-    out at the first."""
+    """Parameters whose module has not run yet. The buffer stays until the last one's has, though all are
+    copied out at the first one's."""
     arrived: bool = False
 
 
@@ -63,26 +63,26 @@ class Coordinator:
     max_live: int
     max_reuse: int
     copied_below: float
-    """Elements; gloo copies messages of fewer, and no others."""
+    """Elements; gloo copies only messages with fewer."""
     external: frozenset[str] = frozenset()
     whole: set[str] = field(default_factory=set)
-    """Names of what is there."""
+    """Names of the gathered parameters."""
     flying: dict[str, Message] = field(default_factory=dict)
-    """What brings a parameter whose module has not come yet."""
+    """The message of each parameter whose module has not run yet."""
     kept: set[str] = field(default_factory=set)
-    """What was let go of in the forward pass, and is still there: where a matrix is multiplied with as a view
-    of it, autograd saves that view, which DeepSpeed's emptying of the parameter does not reach."""
+    """Parameters that were released in the forward pass and are still in memory: autograd saves the view
+    through which a matrix was multiplied, and DeepSpeed empties only the parameter itself."""
     held: int = 0
-    """Elements of all three, kept as they come and go: summed at each of a large model's messages they took
-    most of a plan's time."""
+    """Elements of all three, updated incrementally: summing them at each message of a large model took most
+    of a plan's time."""
     num_available: int = 0
     most: dict[Key, int] = field(default_factory=dict)
 
     def go(self) -> dict[Key, int]:
-        """Return the most elements that are held during each block, in a micro-batch whose trace is known,
-        and those at its end.
+        """Return the peak elements during each block of a micro-batch with a known trace, and those at its
+        end.
 
-        It begins with nothing whole.
+        It begins with nothing gathered.
         """
         self._fetched = dict[str, int]()
         self._queue = deque(
@@ -98,9 +98,9 @@ class Coordinator:
     def _note(self, key: Key) -> None:
         held = self.held
         if self.copied_below and self.flying:
-            # A thread of gloo gathers into a buffer of its own. How long that takes is up to the other ranks,
-            # which may be behind: the largest messages that the threads can be at are counted twice. NCCL, and
-            # ranks of one machine, gather in place.
+            # A thread of gloo gathers into a buffer of its own, for as long as other ranks lag behind. So the
+            # largest messages, one per thread, are counted twice. NCCL, and ranks of one machine, gather in
+            # place.
             on_the_way = {
                 id(message): message.total
                 for message in self.flying.values()
@@ -137,7 +137,7 @@ class Coordinator:
         self._note(module.key)
 
     def _wait(self, weight: Weight, key: Key) -> None:
-        """Wait for a parameter. Several of one message are copied out of it; one alone is the message itself."""
+        """Wait for a parameter. Several in one message are copied out of it; a single one uses its buffer."""
         message = self.flying.get(weight.name)
         if message is None:
             return
@@ -181,7 +181,8 @@ class Coordinator:
                     self.held -= weight.num_elements
 
     def _used_soon(self, name: str, step: int) -> bool:
-        """Return whether it is used from this step on before so many elements of others have been."""
+        """Return whether a parameter is used again before `max_reuse` elements of others are, from this step
+        on."""
         uses = self._uses[name]
         index = bisect_left(uses, step)
         return index < len(uses) and self._passed[uses[index]] - self._passed[step] < self.max_reuse
@@ -194,21 +195,21 @@ class Coordinator:
                 self._uses.setdefault(weight.name, []).append(step)
         own = (module.small + sum(weight.num_elements for weight in module.weights) for module in self.trace)
         self._passed = [0, *accumulate(own)]
-        """Elements that are used before each step."""
+        """Elements used before each step."""
 
 
 class Tracer:
-    """The modules of a step in their order: forward, and backward in reverse, each behind those that it is
-    in."""
+    """The modules of a step in order: forward, then backward in reverse, each after the modules that contain
+    it."""
 
     def __init__(self, root: Unit, layers: list[Unit], persistence: int, head: Weight | None) -> None:
         self.root, self.layers, self.persistence, self.head = root, layers, persistence, head
         self._inside: tuple[str, ...] = ()
-        """The path of the module before."""
+        """The path of the previous module."""
 
     def trace(self, segments: list[Segment], recomputes: bool) -> list[Module]:
-        """Return all modules of a micro-batch. The head is multiplied with outside of its module, and
-        registered with the whole model."""
+        """Return all modules of a micro-batch. The head is multiplied outside of its module, and so
+        registered with the model."""
         trace: list[Module] = []
         kinds, turned = {segment.kind for segment in segments}, None
         self._learning = {(segment.kind, segment.layer) for segment in segments if segment.backward}
@@ -225,8 +226,8 @@ class Tracer:
         return trace
 
     def _weights(self, segment: Segment, bridged: bool) -> tuple[Weight, ...]:
-        """Return the weights of one block. What is outside of the layers and not before them stands between
-        two stacks, where there are two."""
+        """Return the weights of one block. If there are two stacks of layers, the weights after the stem are
+        those between the stacks."""
         if segment.kind == "layer":
             return self.layers[segment.layer].weights
         first, last = self.root.weights[: self.root.num_first], self.root.weights[self.root.num_first :]
@@ -238,7 +239,7 @@ class Tracer:
     def _modules(self, weights: Iterable[Weight], key: Key) -> list[Module]:
         modules: list[Module] = []
         for path, own in groupby(weights, lambda weight: tuple(weight.name.split(".")[:-1])):
-            # Those that are called on the way from the one before; a list of layers, whose parts have numbers,
+            # Modules entered on the way from the previous one. A list of layers, whose children have numbers,
             # is not called.
             before, self._inside = self._inside, path
             outer = [path[:depth] for depth in range(1, len(path)) if not path[depth].isdigit()]

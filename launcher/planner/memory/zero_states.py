@@ -12,7 +12,7 @@ from launcher.planner.memory.timeline import GRADIENTS, MESSAGES, OPTIMIZER, PAR
 
 @dataclass(frozen=True)
 class ZeroCut:
-    """One way in which ZeRO divides the training state among ranks. Sizes are numbers of elements."""
+    """The settings by which ZeRO partitions the training state among ranks. Sizes are in elements."""
 
     stage: int
     ranks: int
@@ -20,7 +20,7 @@ class ZeroCut:
     state_copies: int
     cpu: bool
     copied_below: float
-    """Bytes; gloo copies messages that are smaller, and no others: none on GPUs, all between machines."""
+    """Bytes. gloo copies only messages smaller than this: none on GPUs, all between machines."""
     accumulation: int
     reduce_bucket: int
     prefetch_bucket: int
@@ -29,19 +29,19 @@ class ZeroCut:
     sub_group: int
     recomputes: bool = False
     speaks: bool = True
-    """Whether the loss multiplies with the output embeddings, outside of their module."""
+    """Whether the loss multiplies by the output embeddings, outside of their module."""
     offloads_optimizer: bool = False
-    """Masters, gradients and optimizer state of a rank's part are in the host's memory."""
+    """Whether masters, gradients and optimizer state of a rank's partition are in host memory."""
     offloads_parameters: bool = False
-    """The shards of stage 3 too."""
+    """Whether the shards of stage 3 are there too."""
     to_files: bool = False
-    """What is offloaded is on files, and takes nothing of the host's memory."""
+    """Whether offloaded state is in files, and takes no host memory."""
     widens_moments: bool = False
-    """Moments are in bf16, and in fp32 piece by piece as a step is taken."""
+    """Whether moments are stored in bf16, and converted to fp32 piece by piece in the optimizer's step."""
 
 
 class ZeroStates:
-    """The parameters of a model in the order of its modules, and what of them a rank keeps."""
+    """The parameters of a model in the order of its modules, and a rank's share of their state."""
 
     def __init__(self, root: Unit, layers: list[Unit], cut: ZeroCut) -> None:
         self._cut = cut
@@ -49,17 +49,17 @@ class ZeroStates:
         first, last = root.weights[: root.num_first], root.weights[root.num_first :]
         self._weights: list[Weight] = [*first, *inner, *last]
         self.trained = sum(weight.num_elements for weight in self._weights if weight.trains)
-        """Elements of the parameters that train."""
+        """Elements of the trained parameters."""
         self._frozen = sum(weight.num_elements for weight in self._weights) - self.trained
 
     def part(self, num_elements: int) -> int:
-        """Return the elements of one rank's part of so many."""
+        """Return the number of elements in one rank's partition."""
         return -(-num_elements // self._cut.ranks)
 
     def on_device(self) -> dict[str, int]:
         """Return the bytes of parameters, optimizer state and permanent buffers, by kind."""
         cut, part, frozen = self._cut, self.part(self.trained), self.part(self._frozen)
-        # A frozen element is kept in fp32 for the checkpoint; beside an adapter the checkpoint has none of it.
+        # Frozen elements are kept in fp32 for the checkpoint, unless an adapter's checkpoint omits them.
         stored = 0 if any(weight.narrow for weight in self._weights) else 4
         if cut.stage < 3:
             computing = cut.itemsize * (self.trained + self._frozen) + stored * frozen
@@ -78,8 +78,8 @@ class ZeroStates:
         return {PARAMETERS: parameters, OPTIMIZER: 4 * cut.state_copies * part, GRADIENTS: 4 * part} | bucket
 
     def on_host(self) -> int:
-        """Return the bytes of what is offloaded to the host's memory: masters, gradients, optimizer state, and
-        the shards of stage 3."""
+        """Return the bytes that are offloaded to host memory: masters, gradients, optimizer state, and the
+        shards of stage 3."""
         cut, part = self._cut, self.part(self.trained)
         if cut.to_files:
             return 0
@@ -87,7 +87,7 @@ class ZeroStates:
         return optimizer + cut.itemsize * (part + self.part(self._frozen)) * cut.offloads_parameters
 
     def widened(self) -> int:
-        """Return the bytes on the device for a piece of the moments in fp32, and what it is rounded by."""
+        """Return the device's bytes for a piece of the moments in fp32, and the numbers that round it."""
         if not self._cut.widens_moments or self._cut.offloads_optimizer:
             return 0
         most = self.part(self.trained)
@@ -97,9 +97,9 @@ class ZeroStates:
         return 12 * min(WIDENED_MOMENTS, most)
 
     def touched(self) -> list[tuple[int, int]]:
-        """Return for each rank the elements of all parameters of which it has a part, and of its largest part.
+        """Return, per rank, the elements of all parameters of which it has a part, and of its largest part.
 
-        DeepSpeed copies fp32 gradients of the former whole.
+        DeepSpeed copies the full fp32 gradients of those parameters.
         """
         num_ranks = self._cut.ranks
         in_all, largest = [0] * num_ranks, [0] * num_ranks
