@@ -1,4 +1,4 @@
-"""Arrange the ranks along named axes: who shares samples, and which sums a rank counts in."""
+"""Arrange the ranks along named axes: which ranks share samples, and to which sums a rank contributes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pydantic import model_validator
 from launcher.values import Section
 
 AXES = ("dp_replicate", "dp_shard", "cp", "tp")
-"""The axes that the ranks are counted along, the last of them the fastest; torchtitan's names."""
+"""The axes along which ranks are numbered, the last one varying fastest; torchtitan's names."""
 DATA_AXES = ("dp_replicate", "dp_shard")
-"""Along which ranks take different samples."""
+"""The axes along which ranks take different samples."""
 LOSS_AXES = (*DATA_AXES, "cp")
-"""Along which ranks take different tokens, so that their sums of the loss add up."""
+"""The axes along which ranks take different tokens, so that their losses are summed."""
 
 
 class Mesh(Section):
@@ -24,16 +24,15 @@ class Mesh(Section):
     ranks_per_node: int
     world_size: int
     dp_replicate: int
-    """Whole copies of the model."""
+    """Number of copies of the model (replicas)."""
     dp_shard: int
-    """Ranks that hold one copy together, each with samples of its own."""
+    """Ranks that shard one copy, each with samples of its own."""
     cp: int = 1
     """Ranks that share the tokens of a sample (context parallelism)."""
     tp: int = 1
     """Ranks that share the samples and the matrices of a layer (tensor parallelism)."""
     ep: int = 1
-    """Ranks that share the experts of a layer (expert parallelism): they are counted by the other axes
-    already."""
+    """Ranks that share the experts of a layer (expert parallelism); the other axes already count them."""
     reshard_after_forward: bool
     device: Literal["cpu", "cuda"]
     threads_per_rank: int
@@ -41,7 +40,7 @@ class Mesh(Section):
     @model_validator(mode="before")
     @classmethod
     def _of_earlier_plans(cls, values: Any) -> Any:
-        """Take the axes by the names that they had before 2026-12."""
+        """Accept the axes' names from before 2026-12."""
         if not isinstance(values, dict):
             return values
         names = {"replicate": "dp_replicate", "shard": "dp_shard"}
@@ -66,7 +65,7 @@ class Mesh(Section):
 
     @property
     def data_parallel_size(self) -> int:
-        """Return how many ranks take different samples."""
+        """Return the number of ranks that take different samples."""
         return math.prod(self.axes[axis] for axis in DATA_AXES)
 
     def coordinates(self, rank: int) -> dict[str, int]:
@@ -77,13 +76,13 @@ class Mesh(Section):
         return {axis: places[axis] for axis in AXES}
 
     def data_rank(self, rank: int) -> int:
-        """Return which of the `data_parallel_size` shares of each batch is this rank's."""
+        """Return the index of a rank's share among the `data_parallel_size` shares of each batch."""
         return rank // (self.world_size // self.data_parallel_size)
 
     def counts(self, rank: int, axes: tuple[str, ...]) -> bool:
-        """Return whether a value of this rank belongs into a sum over all ranks that is meant over these axes
-        alone.
+        """Return whether a rank contributes to an all-reduce over all ranks that should sum over these axes
+        only.
 
-        Ranks that differ along other axes hold the same value, and the first of them stands for all.
+        Ranks that differ along other axes hold the same value, so only the first of them contributes.
         """
         return all(place == 0 for axis, place in self.coordinates(rank).items() if axis not in axes)

@@ -1,4 +1,4 @@
-"""List what a job leaves open of engine, offloading and cut, in the order in which they are tried."""
+"""List the candidates for engine, offloading and sharding that a job leaves open, in the order of trial."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ _OFFLOADS: dict[EngineName, tuple[Offload, ...]] = {
     "fsdp": ("parameters",),
     "deepspeed": ("optimizer", "parameters"),
 }
-"""What each engine can offload, what moves least first."""
+"""Each engine's modes of offloading, the one that moves least first."""
 
 
 @dataclass(frozen=True)
 class EngineOption:
-    """One engine with one thing offloaded."""
+    """One engine with one mode of offloading."""
 
     engine: EngineName
     offload: Offload
 
     @property
     def words(self) -> str:
-        """Return the option as people read it: `DeepSpeed, optimizer offloaded`."""
+        """Return the option in words: `DeepSpeed, optimizer offloaded`."""
         return ENGINE_NAMES[self.engine] + ("" if self.offload == "none" else f", {self.offload} offloaded")
 
     def pinned(self, job: Job) -> Job:
-        """Return the job as if it asked for that."""
+        """Return the job with this option set."""
         memory = {"offload": self.offload} | ({"offload_to": "cpu"} if self.offload == "none" else {})
         sections = {
             "parallel": job.parallel.model_copy(update={"engine": self.engine}),
@@ -40,13 +40,13 @@ class EngineOption:
 
 
 def engine_options(job: Job, first: Plan) -> list[list[EngineOption]]:
-    """Return what the job leaves open of engine and offloading, in groups.
+    """Return the options of engine and offloading that the job leaves open, in groups.
 
-    Of a group the fastest is taken; a later group only where nothing of the earlier ones fits. FSDP goes
-    before DeepSpeed, and nothing offloaded before anything. first: the plan that the job begins with.
+    The fastest option of a group is taken. A later group is tried only if nothing in the earlier ones fits.
+    FSDP precedes DeepSpeed, and no offloading precedes offloading. first: the plan that the job begins with.
     """
-    # DeepSpeed always cuts, so that it is no choice for a job that wants whole copies; Muon, Adafactor and
-    # DoRA need whole matrices.
+    # DeepSpeed always shards, so it is no option for a job that wants full replicas; Muon, Adafactor and DoRA
+    # need unsharded matrices.
     dora = job.model.adapter is not None and job.model.adapter.dora
     only_fsdp = job.parallel.shard == "none" or job.training.needs_whole_matrices or dora
     engine_open = job.parallel.engine == "auto" and not only_fsdp and first.engine == "fsdp"
@@ -60,22 +60,22 @@ def engine_options(job: Job, first: Plan) -> list[list[EngineOption]]:
 
 @dataclass(frozen=True)
 class Cut:
-    """Say how parameters are cut and in how many copies, where the job leaves that open."""
+    """Describe a sharding and its number of replicas, if the job leaves them open."""
 
     plan: Plan
     changed: dict[str, str | int]
-    """Keys of the job in which it is not the cut of least memory, and their values."""
+    """Job keys in which it differs from the sharding of least memory, with their values."""
     words: str
-    """The same in a clause."""
+    """The same as a clause."""
 
 
 def other_cuts(job: Job, plan: Plan) -> Iterator[Cut]:
-    """Yield the cuts that compute the same as a plan's, which has the least memory, and send less."""
+    """Yield shardings with the same results as the plan's, which needs the least memory, that send less."""
     return _zero_stages(job, plan) if plan.engine == "deepspeed" else _fsdp_cuts(job, plan)
 
 
 def _fsdp_cuts(job: Job, plan: Plan) -> Iterator[Cut]:
-    """Yield copies on each node, and parameters that stay whole."""
+    """Yield a replica on each node, and parameters that stay gathered."""
     mesh, parallel = plan.mesh, job.parallel
     if plan.sharding != "full" or mesh.dp_shard == 1 or plan.offload != "none":
         return
@@ -97,7 +97,8 @@ def _fsdp_cuts(job: Job, plan: Plan) -> Iterator[Cut]:
 
 
 def _zero_stages(job: Job, plan: Plan) -> Iterator[Cut]:
-    """Yield ZeRO's earlier stages, where nothing is asked for that only the third has, as files are."""
+    """Yield ZeRO's earlier stages, unless the job sets something that needs stage 3, such as offloading to
+    files."""
     zero_open = job.parallel.shard == "auto" and plan.offload_to == "cpu" and not zeropp(job)
     if plan.zero is None or plan.offload == "parameters" or not zero_open:
         return
@@ -112,7 +113,8 @@ def _zero_stages(job: Job, plan: Plan) -> Iterator[Cut]:
 
 
 def with_cut(plan: Plan, replicate: int, sharding: Sharding) -> Plan:
-    """Return the plan cut otherwise, in so many copies, with the same micro-batch and recomputation."""
+    """Return the plan with another sharding and number of replicas, its micro-batch and recomputation
+    unchanged."""
     sizes = {"dp_replicate": replicate, "dp_shard": plan.mesh.world_size // replicate}
     mesh = plan.mesh.model_copy(update=sizes | {"reshard_after_forward": sharding == "full"})
     zero = plan.zero and plan.zero.model_copy(update={"stage": STAGES[sharding]})
@@ -120,7 +122,7 @@ def with_cut(plan: Plan, replicate: int, sharding: Sharding) -> Plan:
 
 
 def cut_words(plan: Plan) -> str:
-    """Return engine and cut in a few words: `FSDP full, 4 x 8`, `ZeRO-3, optimizer offloaded`."""
+    """Return engine and sharding in a few words: `FSDP full, 4 x 8`, `ZeRO-3, optimizer offloaded`."""
     if plan.zero is not None:
         name = f"ZeRO-{plan.zero.stage}"
     else:

@@ -1,4 +1,4 @@
-"""What may change between two attempts of a run, and what would make it another run."""
+"""Changes that are allowed between two attempts of a run, and those that would make it another run."""
 
 from __future__ import annotations
 
@@ -48,13 +48,14 @@ ALLOWED = (
     "training.on_spike",
     "checkpoint",
 )
-"""How it runs, how long, and what is kept. What is not named here decides what is learned, and stays."""
+"""Keys for how and how long a run executes, and what it saves. All others decide what is learned, and
+stay."""
 _SAID_ELSEWHERE = {"format", "decisions", "refused", "task"}
 
 
 @dataclass(frozen=True)
 class Change:
-    """One value of the plan that is not what it was; None where it was, or is, absent."""
+    """One changed value of the plan; None if it was, or is, absent."""
 
     key: str
     before: Any
@@ -76,8 +77,8 @@ def changes(before: Plan, after: Plan) -> list[Change]:
 
 
 def check(before: Plan, after: Plan) -> list[Change]:
-    """Return the changes, all of which are allowed. Raises ConfigurationError with a problem for each that
-    is not."""
+    """Return the changes if all are allowed. Raises ConfigurationError with a problem for each that is
+    not."""
     changed = changes(before, after)
     refused = [change for change in changed if not change.allowed]
     if refused:

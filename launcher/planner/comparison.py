@@ -1,4 +1,4 @@
-"""Compare plans of one job: on several kinds of GPU, on more and more of them, by cost."""
+"""Compare plans of one job: on several kinds of GPU, on increasing numbers of them, by cost."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from launcher.planner.target import GPUS_PER_NODE, Target, node_of
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One of several plans beside each other."""
+    """One of several plans in a comparison."""
 
     gpu: str
     plan: Plan
     forecast: Forecast | None
     price: float | None = None
-    """Of one GPU and hour."""
+    """Price of one GPU per hour."""
     why_not: str | None = None
-    """Why it will not do, where one was sought that does."""
+    """Why it is no solution, if a plan with certain properties was searched for."""
     target: Target | None = None
-    """The device that it is for."""
+    """The plan's device."""
 
     @property
     def hours(self) -> float | None:
-        """Return the hours to the end of training; None where number or speed of the steps is not known."""
+        """Return the hours to the end of training; None if number or speed of the steps is unknown."""
         lasts = self.forecast and self.forecast.duration
         return lasts.total / 3600 if lasts else None
 
     @property
     def cost(self) -> float | None:
-        """Return what all GPUs cost to the end of training."""
+        """Return the cost of all GPUs to the end of training; None if hours or price are unknown."""
         return (
             None
             if self.hours is None or self.price is None
@@ -51,11 +51,11 @@ class PlanRow:
 
     @property
     def gpus(self) -> str:
-        """Return kind and number: `8 x h100-80gb`."""
+        """Return number and kind: `8 x h100-80gb`."""
         return f"{self.plan.mesh.world_size} x {self.gpu}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it for machines; sizes in bytes, times in seconds or hours as they are named."""
+        """Return the row for JSON; sizes in bytes, times in seconds or hours as their keys say."""
         shown = {
             "engine",
             "sharding",
@@ -72,9 +72,9 @@ class PlanRow:
 
 
 def with_network(job: Job, network: str | None) -> Job:
-    """Return the job with its nodes joined by `network`, where it is given.
+    """Return the job with its nodes connected by `network`, if it is given.
 
-    Raises ConfigurationError for a network that the table does not have.
+    Raises ConfigurationError for a network that is not in the table.
     """
     if network is None:
         return job
@@ -86,9 +86,9 @@ def with_network(job: Job, network: str | None) -> Job:
 
 
 def gpu_types(job: Job, names: str | None) -> list[GpuType]:
-    """Return the GPUs of these names with commas, else the one of the job, else those of this machine.
+    """Return the GPUs with these names, separated by commas, else the job's, else this machine's.
 
-    Raises ConfigurationError where there are none, or where the table does not have one.
+    Raises ConfigurationError if there are none, or if one is not in the table.
     """
     if names is not None:
         types = [gpu_type(name) for name in names.split(",")]
@@ -111,7 +111,8 @@ def plan_on(
     offloading: Offloading = "where needed",
     profiles: Profiles = CACHED,
 ) -> PlanRow:
-    """Return the job's plan on such GPUs: as many as it says, or `num_gpus`: part of a node or whole ones."""
+    """Return the job's plan on GPUs of one kind: its own number, or `num_gpus` (part of a node or full
+    nodes)."""
     cluster, ranks = job.cluster, gpus_per_node(job)
     nodes = cluster.nodes
     if num_gpus is not None:
@@ -126,7 +127,7 @@ def plan_on(
 
 
 def gpus_per_node(job: Job) -> int:
-    """Return the GPUs of a node: as the job says, or what nodes commonly have."""
+    """Return the GPUs per node: the job's number, or the usual one."""
     requested = job.cluster.gpus_per_node
     return GPUS_PER_NODE if requested in ("auto", 0) else int(requested)
 
@@ -134,7 +135,7 @@ def gpus_per_node(job: Job) -> int:
 def compare(
     job: Job, names: str | None, network: str | None = None, profiles: Profiles = CACHED
 ) -> list[PlanRow]:
-    """Return the job's plan on each of several kinds of GPU, by their names with commas (`gpu_types`)."""
+    """Return the job's plan on each of several kinds of GPU; for their names see `gpu_types`."""
     job = with_network(job, network)
     return [plan_on(job, gpu, profiles=profiles) for gpu in gpu_types(job, names)]
 
@@ -142,9 +143,9 @@ def compare(
 def scale(
     job: Job, span: str, name: str | None, network: str | None = None, profiles: Profiles = CACHED
 ) -> tuple[list[PlanRow], tuple[Refused, ...]]:
-    """Return the job's plans on the GPUs of a span (`8..1024`), doubled each time, and the numbers left out.
+    """Return the job's plans on numbers of GPUs in a span (`8..1024`), doubled each time, and those left out.
 
-    Raises ConfigurationError where no number is possible, with the nearest that are.
+    Raises ConfigurationError with the nearest possible numbers if none in the span is possible.
     """
     first, _, last = span.partition("..")
     if not (first.isdecimal() and last.isdecimal() and 0 < int(first) <= int(last)):
@@ -174,7 +175,7 @@ def scale(
 
 
 def impossible(job: Job, num_gpus: int) -> str | None:
-    """Return why the job cannot be on so many GPUs; None where nothing is known against it."""
+    """Return the reason why a job cannot run on a number of GPUs; None if there is none."""
     size, whole = job.batch.global_batch_size, gpus_per_node(job)
     if num_gpus > whole and num_gpus % whole:
         return f"no whole number of nodes of {whole} GPUs"
@@ -184,7 +185,8 @@ def impossible(job: Job, num_gpus: int) -> str | None:
 def _nothing_in_span(
     job: Job, gpu: GpuType, span: str, first: int, refused: Iterable[Refused]
 ) -> ConfigurationError:
-    """Return what is wrong with all numbers of a span, with the nearest that work or what is wrong there."""
+    """Return an error for a span without a possible number, with the nearest that work or the reason why none
+    does."""
     possible = [number for number in divisors(job.batch.global_batch_size) if impossible(job, number) is None]
     below = [number for number in reversed(possible) if number <= first]
     working: list[int] = []
@@ -207,9 +209,9 @@ def _nothing_in_span(
 
 
 def with_prices(rows: list[PlanRow], texts: Iterable[str]) -> list[PlanRow]:
-    """Return the rows with the prices of their GPUs, from texts as `h100-80gb=2.5` and from LAUNCHER_PRICE.
+    """Return the rows with their GPUs' prices, from texts like `h100-80gb=2.5` and from LAUNCHER_PRICE.
 
-    Raises ConfigurationError for a text that is no price, and for a GPU that none of the rows is of.
+    Raises ConfigurationError for a text that is no price, and for a GPU that is in none of the rows.
     """
     of_options = prices(texts, "--price")
     there = list(dict.fromkeys(row.gpu for row in rows))

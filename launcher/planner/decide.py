@@ -1,4 +1,4 @@
-"""Make a candidate plan of a job: each `auto` that takes no forecast becomes a value with its reason."""
+"""Make a candidate plan of a job: each `auto` that needs no forecast becomes a value with its reason."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from launcher.tasks.generation import Evaluation
 
 
 def candidate(job: Job, nproc: int | None, hardware: Hardware, local: bool) -> Plan:
-    """Return the plan that a job begins with: one engine and its cut of least memory.
+    """Return the plan with which a job begins: one engine, and its sharding of least memory.
 
-    What takes a forecast to choose is not decided: nothing is offloaded, and a pass is one sample, all of
-    it computed again, until `search` chooses. nproc: ranks of a node, where they are given. Not local: it is
-    for other machines, and what this one lacks is no reason to refuse.
+    Choices that need a forecast are left to `search`: until then nothing is offloaded, and a micro-batch is
+    one sample with full recomputation. nproc: ranks per node, if given. local: whether the plan is for this
+    machine; a plan for other machines is not refused because this one lacks something.
 
-    Raises ConfigurationError with every problem: GPUs that are not there, ranks and batches that do not
-    divide, packages that are missing.
+    Raises ConfigurationError with every problem: missing GPUs, ranks and batches that do not divide, missing
+    packages.
     """
     decider = Decider(job, hardware, nproc, local)
     decider.take(suitability.look(job))
@@ -85,8 +85,8 @@ def candidate(job: Job, nproc: int | None, hardware: Hardware, local: bool) -> P
 
 
 def _batch(decider: Decider, mesh: Mesh) -> BatchPlan:
-    """Return the batch, cut. Raises ConfigurationError with all problems so far; one of the batch is left out
-    where the number of ranks is in doubt."""
+    """Return the batch divided among the ranks. Raises ConfigurationError with all problems so far; the
+    batch's is omitted if the number of ranks is in doubt."""
     in_doubt = any(one.key.startswith(("--", "cluster.", "parallel.")) for one in decider.problems)
     try:
         batch = divide(decider.job.batch, mesh.data_parallel_size)
@@ -148,7 +148,8 @@ def _num_workers(decider: Decider) -> int:
 
 
 def _checkpoint(decider: Decider, placed: Layout) -> Checkpoint:
-    """Return how to save: not in the background, by a copy in memory, where the state is on files."""
+    """Return the checkpoint settings: no background save, which copies into memory, if the state is in
+    files."""
     requested = decider.job.checkpoint
     if placed.offload_to == "cpu" or not requested.asynchronous:
         return requested
@@ -157,7 +158,7 @@ def _checkpoint(decider: Decider, placed: Layout) -> Checkpoint:
 
 
 def _zero(decider: Decider, placed: Layout) -> Zero | None:
-    """DeepSpeed's stage and sizes, each written down with its reason."""
+    """Return DeepSpeed's stage and sizes, and record each with its reason."""
     if placed.engine != "deepspeed" or placed.sharding == "none":
         return None
     parallel = decider.job.parallel

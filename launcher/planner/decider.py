@@ -1,4 +1,4 @@
-"""The state of deciding: the job, the machine, decisions and refusals so far."""
+"""The state while a plan is decided: the job, the machine, decisions and problems so far."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ class Decider:
     hardware: Hardware
     nproc: int | None
     local: bool
-    """It will run on this machine; else on another, of which only the job is known."""
+    """Whether it will run on this machine, not on another one of which only the job is known."""
     decisions: list[Decision] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
     def decide(self, key: str, value: Value, reason: str) -> Value:
-        """Write a decision down and return its value."""
+        """Record a decision, and return its value."""
         self.decisions.append(Decision(key=key, value=value, reason=reason))
         return value
 
     def take(self, findings: Findings) -> None:
-        """Write down what speaks against the job, and what is worth knowing beside the decisions."""
+        """Record problems of the job, and remarks among the decisions."""
         self.problems += findings.problems
         for remark in findings.remarks:
             assert isinstance(remark.value, (str, int, float, bool))
             self.decide(remark.key, remark.value, remark.reason)
 
     def refuse(self, key: str, value: object, reason: str) -> None:
-        """Write a problem down; `plan` raises them all together."""
+        """Record a problem; all are raised together later."""
         self.problems.append(Problem(key, value, reason))

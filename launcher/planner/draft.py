@@ -1,4 +1,4 @@
-"""A job file in the making: what is wrong with an answer, and what to offer for the next."""
+"""A job file in the making: problems with an answer, and defaults for the next question."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from launcher.tasks.suggestion import for_task, for_way, ranked
 from launcher.tasks.task import Task
 
 _HELD_OUT = re.compile(r"(^|[^a-z])(eval|evaluation|valid|validation|val|dev|test)([^a-z]|$)", re.IGNORECASE)
-"""Names of files with rows that are held out."""
+"""File names that suggest held-out rows."""
 _ROUNDED = 64
-"""Tokens, to a multiple of which a length is rounded up."""
+"""Tokens; a length is rounded up to a multiple of this."""
 _COUNTED = 8192
-"""Tokens up to which samples are counted, of a model whose positions do not end before."""
+"""Tokens up to which samples are counted, unless the model has fewer positions."""
 _BATCH = 32
 _EPOCHS = {"causal-lm": 1, "masked-lm": 1}
-"""Passes over the rows; of tasks with a new head 3, as of BERT (Devlin et al. 2019, arXiv 1810.04805)."""
+"""Usual epochs; 3 for tasks with a new head, as for BERT (Devlin et al. 2019, arXiv 1810.04805)."""
 _ENCODER = "distilbert/distilbert-base-uncased"
 _EXAMPLES = {
     "causal-lm": "HuggingFaceTB/SmolLM2-135M",
@@ -42,7 +42,7 @@ _EXAMPLES = {
     ),
     "sequence-to-sequence": "google-t5/t5-small",
 }
-"""Names on the hub of small models that a task can begin with."""
+"""Small models on the hub for a first run of each task."""
 _RATE, _RATE_OF_ADAPTER, _RATE_OF_FEW_STEPS = 2e-5, 2e-4, 1e-4
 _FEW_STEPS = 200
 """Steps below which a new head learns next to nothing at the usual rate: 51 steps of 600 reviews brought
@@ -58,23 +58,23 @@ class Draft:
     _seen: dict[str, Overview] = field(default_factory=dict)
 
     def get(self, key: str) -> Any:
-        """Return the answer for a key of the job file; None before there is one."""
+        """Return the answer for a key of the job file; None if there is none yet."""
         return init.value_at(self.content, key)
 
     def put(self, key: str, value: Any) -> None:
-        """Set the answer for a key; None takes it back."""
+        """Set the answer for a key; None removes it."""
         init.put(self.content, key, value)
 
     @property
     def task(self) -> type[Task]:
-        """Return the class of the task, once that is answered."""
+        """Return the task's class, once the task is chosen."""
         return tasks.find(self.get("model.task"))
 
     def findings(self, *keys: str, without_length: bool = False) -> Findings:
-        """Return what speaks against the answers for some keys, or for keys in these sections, as `validate`
-        would; answers that are not there yet count as good ones.
+        """Return the problems of the answers for some keys or sections, as `validate` would; missing answers
+        count as valid.
 
-        without_length: leave out what speaks against the length of samples, which is asked for later.
+        without_length: omit problems with the length of samples, which is asked for later.
         """
         content = without(self.content, set())
         job, problems = examine(content, self.folder.resolve())
@@ -91,7 +91,7 @@ class Draft:
         return Findings(tuple(filter(about, every.problems)), tuple(filter(about, every.remarks)))
 
     def seen(self, key: str = "data.train.path") -> Overview:
-        """Return what the file at a key holds, as it was at the first look. Raises DataError as `overview`."""
+        """Return an overview of the file at a key, read only once. Raises DataError like `overview`."""
         path = str(self.folder / Path(self.get(key)).expanduser())
         if path not in self._seen:
             self._seen[path] = overview(path)
@@ -100,7 +100,7 @@ class Draft:
     # What to offer.
 
     def held_out(self) -> str | None:
-        """Return a file beside the training file whose name says that it is held out; None where there is
+        """Return a file next to the training file whose name suggests held-out rows; None if there is
         none."""
         given = self.get("data.train.path")
         path = self.folder / Path(given).expanduser()
@@ -108,18 +108,18 @@ class Draft:
             return None
         beside = sorted(other.name for other in path.parent.iterdir() if other.suffix == path.suffix)
         cut = {f"{path.stem}-{role}{path.suffix}" for role in ("train", "evaluation")}
-        # Rows that `launcher data split` took of this very file would be learned and measured on.
+        # Rows that `launcher data split` took from this file would be both trained and evaluated on.
         own = {path.name, *(cut if cut <= set(beside) else ())}
         named = [name for name in beside if name not in own and _HELD_OUT.search(Path(name).stem)]
         near = difflib.get_close_matches(path.name, named, n=1, cutoff=0.0)
         return str(Path(given).with_name(near[0])) if near else None
 
     def example_model(self) -> str | None:
-        """Return a small model on the hub for the task; None where none is known."""
+        """Return a small model on the hub for the task; None if none is known."""
         return _EXAMPLES.get(self.task.name)
 
     def likely_tasks(self) -> list[str]:
-        """Return all tasks: first those that the columns have room for, the likeliest first."""
+        """Return all tasks; those that fit the columns come first, the likeliest first."""
         try:
             likely = [one.task for one in ranked(self.seen())]
         except DataError:  # as a data set on the hub
@@ -127,7 +127,7 @@ class Draft:
         return [*likely, *(name for name in tasks.names() if name not in likely)]
 
     def columns(self, way: tuple[str, ...] | None = None) -> Mapping[str, Any]:
-        """Return the columns that are likeliest for the task, or for one of its ways to name them."""
+        """Return the likeliest columns for the task, or for one of its sets of column roles."""
         seen = self.seen()
         if way is not None:
             return for_way(seen, self.task, way)
@@ -135,21 +135,22 @@ class Draft:
         return {} if best is None else best.columns
 
     def settings(self, columns: Mapping[str, Any]) -> dict[str, Any]:
-        """Return further keys of `data` that the rows ask for, as `problem: multi-label` of lists of labels."""
+        """Return further keys of `data` that the rows need, such as `problem: multi-label` for lists of
+        labels."""
         seen = self.seen()
         each = {role: seen.column(name) for role, name in columns.items() if isinstance(name, str)}
         return self.task.settings_for({role: one for role, one in each.items() if one is not None}, seen)
 
     def most_positions(self) -> int | None:
-        """Return how many positions the model has, or was made for; None where that is not known here."""
+        """Return the number of positions that the model has, or was trained with; None if unknown here."""
         path = self.folder / Path(self.get("model.name")).expanduser()
         config = read_config(locate(str(path) if path.is_dir() else self.get("model.name"))) or {}
         table = positions.held(config) or positions.trained(config)
         return None if table is None else table[0]
 
     def length(self) -> tuple[int | None, str]:
-        """Return how many tokens a sample may have, and what that rests on; None where a sample is one position,
-        whatever it holds."""
+        """Return the maximum tokens of a sample, and the evidence for it; None if a sample is always one
+        position."""
         default = Data.model_fields["max_length"].default
         if self.task.Columns.model_fields["max_length"].default != default:
             return None, ""
@@ -168,8 +169,8 @@ class Draft:
         return length, rests_on
 
     def _lengths(self, most: int) -> tuple[list[int], bool]:
-        """Return the tokens of the samples that some rows become, sorted, and whether the model's tokenizer
-        counted them; nothing where no row can be used."""
+        """Return the sorted token counts of some rows' samples, and whether the model's tokenizer counted
+        them; empty if no row can be used."""
         job, _ = self._with_length(most)
         if job is None:
             return [], False
@@ -182,13 +183,13 @@ class Draft:
         return sorted(tokens), exact
 
     def _with_length(self, length: int) -> tuple[Job | None, list[Problem]]:
-        """Return the job of the answers with samples of so many tokens, and what is wrong with its data."""
+        """Return the answers' job with this maximum length, and the problems of its data."""
         content = without(self.content | {"data": self.content["data"] | {"max_length": length}}, set())
         job, problems = examine(content, self.folder.resolve())
         return job, [one for one in problems if one.key.startswith("data.")]
 
     def batch(self) -> int:
-        """Return how many samples a step takes: fewer where there are few rows."""
+        """Return the samples per step: fewer if there are few rows."""
         try:
             rows = self.seen().num_rows
         except DataError:
@@ -196,11 +197,11 @@ class Draft:
         return min(_BATCH, 1 << max(0, rows.bit_length() - 1))
 
     def epochs(self) -> int:
-        """Return how many passes over the rows are usual for the task."""
+        """Return the task's usual number of epochs."""
         return _EPOCHS.get(self.task.name, 3)
 
     def rate(self) -> tuple[float, str]:
-        """Return a usual learning rate, of all weights or of an adapter, and a remark where few steps call for a
+        """Return a usual learning rate, for all weights or for an adapter, and a remark if few steps need a
         larger one."""
         if self.get("model.adapter") is not None:
             return _RATE_OF_ADAPTER, ""
@@ -210,7 +211,7 @@ class Draft:
         return _RATE_OF_FEW_STEPS, f"{steps:,} steps are few: at the usual {_RATE:g} they would learn little"
 
     def _steps(self) -> int | None:
-        """Return about how many steps the run takes; None if its rows are not here."""
+        """Return the approximate number of steps; None if the rows are not here."""
         try:
             rows = self.seen().num_rows
         except DataError:
@@ -218,5 +219,5 @@ class Draft:
         return max(1, round(rows / self.get("batch.global_batch_size") * self.get("training.epochs")))
 
     def name(self) -> str:
-        """Return a name for the run, of the model's and the file's."""
+        """Return a name for the run, made from the model's and the file's."""
         return init.name_for(self.get("model.name"), self.get("data.train.path"))

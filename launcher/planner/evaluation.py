@@ -1,4 +1,4 @@
-"""Plan how a model is measured or asked where nothing trains: rows of a pass, and whether it fits."""
+"""Plan an evaluation or prediction without training: rows per micro-batch, and whether they fit."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _NOTHING_TRAINS = {"optimizer": "sgd", "momentum": 0.0, "moments": "fp32", "ema"
 def plan_evaluation(
     plan: Plan, directories: Iterable[str | None], profiles: Profiles, predicts: bool = False
 ) -> tuple[Plan, str]:
-    """Return the plan by which models are measured or asked here, and what they need in words; empty where that
-    is not known.
+    """Return the plan for evaluating or predicting here, and its memory in words; empty if the memory is
+    unknown.
 
-    directories: of each model one after another; None stands for the plan's own. So many rows share a pass as
-    fit, at most the plan's micro-batch, and all models have the same. predicts: who has a decoder writes an
-    answer to each row, whether or not the job measures that.
+    directories: the models, evaluated one after another; None stands for the plan's own. A micro-batch has as
+    many rows as fit, at most the plan's, and the same number for all models. predicts: an encoder-decoder
+    generates an answer to each row, whether or not the job's evaluation does.
 
-    Raises OutOfMemoryError with the nearest that fits, where one row does not fit.
+    Raises OutOfMemoryError with the nearest plan that fits, if not even one row fits.
     """
     highest: Forecast | None = None
     for directory in directories:
@@ -49,7 +49,7 @@ def plan_evaluation(
 
 
 def with_rows(plan: Plan, rows: int) -> Plan:
-    """Return the plan with so many rows in a pass of each rank, and no training in it."""
+    """Return the plan with a micro-batch of this many rows, and no gradient accumulation."""
     size = plan.batch.data_parallel_size
     batch = BatchPlan(
         global_batch_size=rows * size, micro_batch_size=rows, accumulation_steps=1, data_parallel_size=size
@@ -58,8 +58,8 @@ def with_rows(plan: Plan, rows: int) -> Plan:
 
 
 def measured(plan: Plan, program: Program) -> Footprint:
-    """Return what a rank needs where a model is loaded and measured, and nothing trains. FSDP has no optimizer
-    then; ZeRO's is there all the same, as the masters belong to it."""
+    """Return a rank's memory while a model is loaded and evaluated, without training. FSDP has no optimizer
+    then; ZeRO's exists anyway, as it owns the fp32 masters."""
     changes: dict[str, object] = {"distillation": None}
     kept = _NOTHING_TRAINS if plan.zero is None else {"ema": None, "l2_sp": None}
     changes["training"] = plan.training.model_copy(update=kept)
@@ -68,8 +68,8 @@ def measured(plan: Plan, program: Program) -> Footprint:
 
 
 def _fitting(plan: Plan, profiles: Profiles) -> Forecast | None:
-    """Return the plan's forecast with the most rows in a pass that fit; None of a model that no pass can be
-    forecast of. Raises OutOfMemoryError."""
+    """Return the forecast with the most rows per micro-batch that fit; None if the model's memory cannot be
+    forecast. Raises OutOfMemoryError."""
     program, hardware = profiles.program(plan), Hardware.detect()
     if program is None:
         return None
@@ -106,7 +106,7 @@ def _refuse(least: Forecast, global_batch_size: int, profiles: Profiles, hardwar
 
 
 def _ways(plan: Plan, global_batch_size: int, hardware: Hardware) -> Iterator[tuple[str, Plan]]:
-    """Yield other plans, what alters nothing of the result first, with what is written for each."""
+    """Yield other plans with the options that select them; those that do not change the result come first."""
     mesh, also = plan.mesh, ""
     if plan.zero is not None:
         plan = plan.model_copy(update={"engine": "fsdp", "zero": None, "offload": "none"})
@@ -116,7 +116,7 @@ def _ways(plan: Plan, global_batch_size: int, hardware: Hardware) -> Iterator[tu
         plan = fully_cut(plan, 1)
         also += "--set parallel.shard=full --set parallel.replicate=1 "
         yield also.strip(), plan
-    # More GPUs have less each, and fewer ranks in one memory have more of it.
+    # More GPUs need less memory each, and fewer CPU ranks get more of the host memory each.
     more, fewer = range(mesh.world_size + 1, len(hardware.gpus) + 1), range(mesh.world_size - 1, 0, -1)
     for number in more if mesh.device == "cuda" else fewer:
         if global_batch_size % number == 0:

@@ -1,4 +1,4 @@
-"""Find the fastest plan of a job that fits a device, and keep why each other one was not taken."""
+"""Find a job's fastest plan that fits a device, and record why each other one was not taken."""
 
 from __future__ import annotations
 
@@ -17,38 +17,38 @@ from launcher.planner.target import Target
 from launcher.runs.wording import gib
 
 WORTH = 0.95
-"""What another cut may take of the first one's step: the speed model is off by some percent."""
+"""Another sharding is taken only below this share of the first one's step: the speed model errs by some
+percent."""
 NEARLY = 0.98
-"""The most that a smaller micro-batch may take of a larger one's step. Kernels like large ones."""
+"""A smaller micro-batch is taken only below this share of a larger one's step. Kernels favour large ones."""
 
 
 @dataclass(frozen=True)
 class _Fit:
-    """The best plan of an engine option."""
+    """The best plan for an engine option."""
 
     option: EngineOption
     forecast: Forecast
     decisions: tuple[Decision, ...]
-    """Why another cut was taken than the one of least memory, where one was."""
+    """The reasons for another sharding than the one of least memory, if one was taken."""
 
 
 class Search:
-    """The plans of one job that are looked at on one device; of those not taken it is kept why."""
+    """A search over one job's plans on one device; it records why plans are not taken."""
 
     def __init__(self, job: Job, first: Plan, target: Target, program: Program) -> None:
-        """Begin with `first`, the plan of the job's default engine. program: what its model is at the level
-        of sizes."""
+        """Begin with `first`, the plan of the job's default engine. program: its model, for the forecasts."""
         self.job, self.first, self.target, self.program = job, first, target, program
         self.default = EngineOption(first.engine, first.offload)
         self.fits: list[_Fit] = []
         self.refused: list[Refused] = []
 
     def refuse(self, what: str, why: Why, reason: str) -> None:
-        """Keep why a plan is not taken."""
+        """Record why a plan is not taken."""
         self.refused.append(Refused(what=what, why=why, reason=reason))
 
     def nothing_is_open(self) -> bool:
-        """Return whether the job says all that is searched; its plan is then taken as it is, fit or not."""
+        """Return whether the job leaves nothing to search; its plan is then taken whether or not it fits."""
         job, first = self.job, self.first
         if "auto" in (job.memory.activation_checkpointing, job.batch.micro_batch_size):
             return False
@@ -56,7 +56,7 @@ class Search:
         return options == 1 and not list(candidates.other_cuts(job, first))
 
     def look_at(self, option: EngineOption, plan: Plan) -> None:
-        """Keep the best plan of an engine option that fits. `plan` is its cut of least memory."""
+        """Keep the best plan of an engine option that fits. `plan` has its sharding of least memory."""
         best = first = self._fastest_pass(plan)
         taken: Cut | None = None
         slower: list[Forecast] = []
@@ -84,10 +84,10 @@ class Search:
         self.fits.append(_Fit(option, best, decisions))
 
     def _cuts_worth_a_look(self, plan: Plan, first: Forecast | None) -> list[Cut]:
-        """Return the cuts that may be faster than the one of least memory, or fit where it does not.
+        """Return the shardings that may be faster than the one of least memory, or fit if it does not.
 
-        first: the forecast of that one, None where it does not fit. Others gain at most what it waits for,
-        and what it computes again where they need not, as ZeRO-3 can keep less.
+        first: that one's forecast, None if it does not fit. Others can save at most its exposed
+        communication, and recomputation that they do not need, as ZeRO-3 has fewer modes.
         """
         cuts = list(candidates.other_cuts(self.job, plan))
         if first is None:
@@ -102,9 +102,9 @@ class Search:
         return [cut for cut in cuts if set(self._recomputations(cut.plan)) - own]
 
     def _fastest_pass(self, plan: Plan) -> Forecast | None:
-        """Return the forecast of the fastest recomputation and micro-batch of a cut; None where none fits.
+        """Return a sharding's forecast with the fastest recomputation and micro-batch; None if none fits.
 
-        Without rates the least recomputation that fits is taken for the fastest.
+        Without the device's rates, the least recomputation that fits counts as the fastest.
         """
         usable, least = self.target.usable_bytes(plan.mesh.device), Estimator(plan, self.program).least()
         if least > usable:
@@ -141,11 +141,12 @@ class Search:
     def _fastest_micro_batch(
         self, plan: Plan, recompute: ActivationCheckpointing
     ) -> tuple[Forecast | None, Forecast | None]:
-        """Return the fastest micro-batch that fits, of near equals the largest, and the least seen not to.
+        """Return the fastest micro-batch that fits (the largest of near equals), and the smallest tried that
+        does not.
 
-        Memory grows with the micro-batch, so that halving finds the largest that fits. The largest of all is
-        looked at first: where it is all that a rank has, no gradients wait for another pass, and it may need
-        less than smaller ones.
+        Memory grows with the micro-batch, so bisection finds the largest that fits. The largest of all is
+        tried first: if it is a rank's whole share, no gradients are accumulated, and it may need less memory
+        than smaller ones.
         """
         sizes = self._micro_batches(plan)
         best: Forecast | None = None
@@ -167,12 +168,12 @@ class Search:
         return best, too_large
 
     def _recomputations(self, plan: Plan) -> tuple[ActivationCheckpointing, ...]:
-        """Return what the job leaves open and the plan's engine can do, the least recomputation first."""
+        """Return the modes of recomputation that job and engine allow, the least first."""
         requested = self.job.memory.activation_checkpointing
         return recomputations(plan) if requested == "auto" else (requested,)
 
     def _micro_batches(self, plan: Plan) -> list[int]:
-        """Return what the job leaves open, divisors of a rank's samples, the largest first."""
+        """Return the micro-batches that the job allows, divisors of a rank's samples, the largest first."""
         if self.job.batch.micro_batch_size != "auto":
             return [self.job.batch.micro_batch_size]
         most = samples_per_pass(plan)
@@ -185,14 +186,14 @@ class Search:
         return forecast(with_batch(plan, micro_batch_size, recompute), self.target, program=self.program)
 
     def fastest(self) -> Plan:
-        """Return the fastest of the plans that fit, with its decisions and with what was not taken."""
+        """Return the fastest plan that fits, with its decisions and with the plans not taken."""
         taken = min(self.fits, key=lambda fit: fit.forecast.step)
         engine, plan, step = self.first.engine, taken.forecast.plan, taken.forecast.step
         for fit in self.fits:
             if fit is not taken:
                 reason = f"{fit.forecast.step / step:.2f}x the step" if step else "moves more"
                 self.refuse(fit.option.words, "slower", reason)
-        # Of another engine, what the first had to decide about its own no longer holds.
+        # If another engine is taken, the decision for the first engine no longer holds.
         default = [
             each for each in self.first.decisions if each.key == "parallel.engine" and plan.engine == engine
         ]
@@ -203,7 +204,7 @@ class Search:
         )
 
     def _decisions(self, taken: _Fit) -> list[Decision]:
-        """Return what was decided here."""
+        """Return the decisions of this search."""
         job, first, plan = self.job, self.first, taken.forecast.plan
         decisions = []
         if plan.engine != first.engine:
@@ -235,7 +236,7 @@ class Search:
         return decisions
 
     def _why_no_larger(self, taken: Forecast) -> str:
-        """Return why the next larger micro-batch is not taken, in a clause."""
+        """Return a clause on why the next larger micro-batch is not taken."""
         plan, sizes = taken.plan, self._micro_batches(taken.plan)
         place = sizes.index(plan.batch.micro_batch_size)
         if place == 0:

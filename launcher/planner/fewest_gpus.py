@@ -1,4 +1,4 @@
-"""Find the fewest GPUs of each kind that fit a job and end it in time."""
+"""Find the fewest GPUs of each kind on which a job fits and ends in time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from launcher.runs.wording import duration
 from launcher.values import parse_seconds
 
 _NAMED = 3
-"""Plans that do not fit and are named in an error."""
+"""Number of plans that do not fit and are listed in an error."""
 
 
 def fewest_gpus(
@@ -32,11 +32,11 @@ def fewest_gpus(
     network: str | None = None,
     profiles: Profiles = CACHED,
 ) -> list[PlanRow]:
-    """Return of each kind of GPU the plan on the fewest that fit and, with a deadline, end within it.
+    """Return, for each kind of GPU, the plan on the fewest that fit and, given a deadline, end within it.
 
-    Looked at are at most `most`, within the range of nodes that the job may name. A kind of which no number
-    will do has the nearest plan, and why it will not. Raises ConfigurationError where no kind does, with the
-    nearest of each.
+    At most `most` GPUs are tried, within the job's range of nodes if it has one. If no number of a kind will
+    do, its row has the nearest plan, and why that fails. Raises ConfigurationError with the nearest of each
+    kind if none will do.
     """
     seconds = None if deadline is None else _seconds(job, deadline)
     job = with_network(job, network)
@@ -53,7 +53,7 @@ def fewest_gpus(
 
 
 def _seconds(job: Job, deadline: str) -> float:
-    """Return a deadline in seconds. Raises ConfigurationError also for an unknown number of steps."""
+    """Return a deadline in seconds. Raises ConfigurationError, also if the number of steps is unknown."""
     seconds = parse_seconds(deadline)
     if not isinstance(seconds, float):
         raise ConfigurationError(Problem("--deadline", deadline, "is no time; write 90min, 24h or 2d"))
@@ -66,9 +66,9 @@ def _seconds(job: Job, deadline: str) -> float:
 
 
 def _numbers_of_gpus(job: Job, most: int) -> list[int]:
-    """Return the numbers of GPUs that may be taken: parts of a node and whole nodes, of the job's range.
+    """Return the possible numbers of GPUs: parts of a node and full nodes, within the job's range.
 
-    Raises ConfigurationError where there is none.
+    Raises ConfigurationError if there is none.
     """
     whole, (low, high) = gpus_per_node(job), node_range(job.cluster.nodes)
     nodes = range(low, high + 1) if low < high else range(1, max(1, most // whole) + 1)
@@ -100,9 +100,9 @@ def _fewest_of_type(
     deadline: str | None,
     profiles: Profiles,
 ) -> PlanRow:
-    """Return the plan on the fewest GPUs of a kind that will do, or the nearest with why it will not.
+    """Return the plan on the fewest GPUs of a kind that will do, or the nearest plan and why it fails.
 
-    Raises ConfigurationError where the reason is neither memory nor time, and so the same for every number.
+    Raises ConfigurationError if the reason is neither memory nor time, and so holds for every number.
     """
     smallest = SmallestCluster(numbers, offload_modes(job), seconds)
     for number, offloading in smallest.candidates():
@@ -128,7 +128,7 @@ def _fewest_of_type(
 
 
 def _nearest_miss(job: Job, gpu: GpuType, smallest: SmallestCluster, most: int) -> PlanRow:
-    """Return the plan that fits and ends first, though late; where none fits, the one that lacks least."""
+    """Return the plan that fits and ends first, though late; if none fits, the one that lacks the least."""
     if smallest.late:
         late = [PlanRow(gpu.key, each.plan, each.forecast) for each in smallest.late]
         best = min(late, key=lambda row: float("inf") if row.hours is None else row.hours)
@@ -148,7 +148,7 @@ def _nearest_miss(job: Job, gpu: GpuType, smallest: SmallestCluster, most: int) 
 
 
 def _shortage(wanted: Forecast) -> float:
-    """Return what is needed as a share of what there is, of the device or the host, whichever is more."""
+    """Return the needed share of device memory or of host memory, whichever is larger."""
     target, host = wanted.target, 0.0
     device = wanted.footprint.highest.total / target.memory_bytes if target.memory_bytes else 0.0
     if target.host_memory_bytes and wanted.plan.offload != "none":

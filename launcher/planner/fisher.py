@@ -1,4 +1,4 @@
-"""Plan how a model's Fisher information is estimated: what it needs of a rank, and whether that fits."""
+"""Plan the estimation of a model's Fisher information: a rank's memory, and whether it fits."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _SHORTEST = 16
 
 
 def plan_fisher(plan: Plan, profiles: Profiles) -> Plan:
-    """Return the plan by which Fisher information is estimated here: by FSDP, whatever the plan's engine, with
-    nothing offloaded; fp16 is computed in fp32, as its gradients are not finite without a scale; all of a pass
-    is computed again where it does not fit otherwise.
+    """Return the plan for estimating Fisher information here. It uses FSDP, whatever the plan's engine,
+    without offloading. fp16 becomes fp32, as fp16 gradients are not finite without loss scaling. Activations
+    are fully recomputed if they do not fit otherwise.
 
-    Raises OutOfMemoryError with the nearest that fits, where it does not fit. A model that no pass can be
-    forecast of is not refused.
+    Raises OutOfMemoryError with the nearest plan that fits, if this one does not. A model whose memory cannot
+    be forecast is not refused.
     """
     precision = "fp32" if plan.precision == "fp16" else plan.precision
     changes = {"engine": "fsdp", "zero": None, "offload": "none", "precision": precision}
@@ -47,8 +47,8 @@ def plan_fisher(plan: Plan, profiles: Profiles) -> Plan:
 
 
 def memory(plan: Plan, program: Program) -> Phase:
-    """Return what a rank needs where a sample has been gone through: the weights, their gradients, and the sums
-    of squares of those. SGD with momentum keeps one number of each weight that trains too."""
+    """Return a rank's memory after a sample's backward pass: weights, gradients, and sums of squared
+    gradients. It is estimated as SGD with momentum, which also keeps one number per trained weight."""
     size = plan.batch.data_parallel_size
     training = {"optimizer": "sgd", "momentum": 0.9, "moments": "fp32", "ema": None, "l2_sp": None}
     changes = {
@@ -62,7 +62,7 @@ def memory(plan: Plan, program: Program) -> Phase:
 
 
 def _ways(plan: Plan) -> Iterator[tuple[str, Plan]]:
-    """Yield smaller plans, with what is written for each."""
+    """Yield plans with less memory, and the options that select them."""
     mesh = plan.mesh
     if mesh.dp_shard < mesh.world_size:
         cut = {"dp_shard": mesh.world_size, "dp_replicate": 1, "reshard_after_forward": True}

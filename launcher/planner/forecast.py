@@ -1,4 +1,4 @@
-"""Forecast what a plan needs and how fast it is: the verdict before anything is started."""
+"""Forecast a plan's memory and speed: the verdict before anything is started."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ class Forecast:
     plan: Plan
     footprint: Footprint
     target: Target
-    """The device that it counts with."""
+    """The device for which it is made."""
     checkpoint_bytes: int
-    """The bytes of one checkpoint on the disk; 0 where the plan writes none."""
+    """Bytes of one checkpoint on disk; 0 if the plan writes none."""
     program: Program
-    """What its model is to it: formulas, or a profile of the model's real class."""
+    """The source of the model's sizes: formulas, or a profile of the model's own class."""
     speed: Speed | None = None
-    """None where the device's rates are not known."""
+    """None if the device's rates are unknown."""
     duration: Duration | None = None
-    """Of the whole job; None where its number of steps or the speed is not known."""
+    """Duration of the whole job; None if its number of steps or the speed is unknown."""
     items: Items | None = None
-    """What was seen of the training data; None where that is not in files here."""
+    """Lengths of the training data; None if it is not in files here."""
     padded: float | None = None
-    """Tokens of a sample with its padding, that the speed is of; None: all are as long as they may be."""
+    """Tokens per sample with padding, for which the speed is forecast; None: the maximum length."""
 
     @property
     def traced(self) -> bool:
-        """Return whether it goes by a profile of the model's real class."""
+        """Return whether it uses a profile of the model's own class."""
         of = (
             (self.program.student, self.program.teacher)
             if isinstance(self.program, Taught)
@@ -55,22 +55,22 @@ class Forecast:
 
     @property
     def step(self) -> float:
-        """Return the seconds of a step; 0 where the speed is not known."""
+        """Return the seconds per step; 0 if the speed is unknown."""
         return self.speed.step if self.speed else 0.0
 
     @property
     def fits(self) -> bool:
-        """Return whether every phase fits the device and the host; True where their memory is not known."""
+        """Return whether every phase fits device and host memory; True if their size is unknown."""
         return self.fits_device and self.fits_host
 
     @property
     def fits_device(self) -> bool:
-        """Return whether the highest phase fits a rank's device; True where its memory is not known."""
+        """Return whether the highest phase fits a rank's device; True if its memory is unknown."""
         return not self.target.memory_bytes or self.footprint.highest.total <= self._usable_bytes
 
     @property
     def fits_host(self) -> bool:
-        """Return whether what is offloaded fits a node's own memory; True where that is not known."""
+        """Return whether offloaded state fits a node's host memory; True if that is unknown."""
         if not self.target.host_memory_bytes or self.plan.offload == "none":
             return True
         return self.host_bytes <= self.target.host_memory_bytes * USABLE["cpu"]
@@ -81,19 +81,19 @@ class Forecast:
 
     @property
     def host_bytes(self) -> int:
-        """Return what the ranks of a node need together of its own memory."""
+        """Return the host memory that all ranks of a node need together."""
         return max(phase.host for phase in self.footprint.phases) * self.plan.mesh.ranks_per_node
 
     @property
     def lack(self) -> str:
-        """Return what the plan needs of a memory that has less, in words."""
+        """Return the needed and usable memory in words, for a plan that does not fit."""
         if not self.fits_device:
             return f"{gib(self.footprint.highest.total)} of the {gib(self._usable_bytes)} of a rank"
         usable = int(self.target.host_memory_bytes * USABLE["cpu"])
         return f"{gib(self.host_bytes)} of the {gib(usable)} of the host's memory"
 
     def line(self) -> str:
-        """Return the summary that `run` and `submit` print, in one line."""
+        """Return the one-line summary that `run` and `submit` print."""
         highest, speed, there = self.footprint.highest, self.speed, self.target.memory_bytes
         memory = f"{gib(highest.total)} a rank"
         if there:
@@ -109,7 +109,7 @@ class Forecast:
         return f"{memory} at the highest ({highest.name}){rate}{end}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it for machines; sizes in bytes, times in seconds."""
+        """Return the forecast for JSON; sizes in bytes, times in seconds."""
         phases = {
             phase.name: {
                 "bytes": phase.total,
@@ -150,9 +150,9 @@ class Forecast:
 def forecast(
     plan: Plan, target: Target, profiles: Profiles = CACHED, program: Program | None = None
 ) -> Forecast | None:
-    """Return the forecast of a plan; None where no pass of its model can be forecast.
+    """Return the forecast of a plan; None if its model's memory cannot be forecast.
 
-    profiles: where the model's program comes from. program: the one that is known already.
+    profiles: the source of the model's program. program: the program, if it is known already.
     """
     program = program or profiles.program(plan)
     if program is None:
@@ -164,7 +164,7 @@ def forecast(
     items, held_out = training_items(plan), evaluation_items(plan)
     typical, share, padded = plan, 1.0, None
     if items is not None and not items.packed:
-        # Samples that were looked at: the speed is that of samples as long as they are, with their padding.
+        # The samples' lengths are known: the speed is forecast for their mean length, with padding.
         padded = items.mean if plan.layout == "packed" else items.padded(plan.batch)
         length = max(1, round(padded))
         typical = plan.model_copy(update={"data": plan.data.model_copy(update={"max_length": length})})
@@ -186,5 +186,5 @@ def forecast_here(
     profiles: Profiles = CACHED,
     program: Program | None = None,
 ) -> Forecast | None:
-    """Return the forecast of a plan on this machine, with what was measured of it."""
+    """Return the forecast of a plan on this machine, with this machine's measured rates."""
     return forecast(plan, target_here(plan, hardware, network), profiles, program)

@@ -21,16 +21,16 @@ class Advice:
     """The next thing to try."""
 
     options: str = ""
-    """What to add to `launcher resume RUN`; empty where nothing on this machine is known to help."""
+    """Options to add to `launcher resume RUN`; empty if nothing on this machine is known to help."""
     reason: str = ""
-    """One clause with the figures; empty where the options speak for themselves."""
+    """One clause with the figures; empty if the options need no explanation."""
 
 
 def less_memory(plan: Plan, hardware: Hardware, peak: int = 0, profiles: Profiles = CACHED) -> Advice:
-    """Return the cheapest change after which a plan would have fitted: a smaller pass, else another cut.
+    """Return the cheapest change with which a plan would have fitted: a smaller pass, else more sharding.
 
-    peak: bytes that a rank was seen to have, where that was measured. Of a model whose passes cannot be
-    forecast, what its state takes decides.
+    peak: a rank's measured peak in bytes, if known. For a model whose activations cannot be forecast, the
+    size of its training state decides.
     """
     memory = hardware.rank_memory(plan.mesh.device, plan.mesh.ranks_per_node)
     program = profiles.find(plan)
@@ -50,14 +50,14 @@ def less_memory(plan: Plan, hardware: Hardware, peak: int = 0, profiles: Profile
 
 
 def _smaller_pass(plan: Plan, hardware: Hardware, peak: int, program: Program) -> Advice | None:
-    """Return the fastest smaller pass that fits; None where none does.
+    """Return the fastest micro-batch and recomputation with less memory that fit; None if none do.
 
-    Fewer samples at a time cost least, then more recomputation, then both.
+    Fewer samples at a time cost the least, then more recomputation, then both.
     """
     wanted = forecast_here(plan, hardware, program=program)
     assert wanted is not None  # its program is known
     expected, memory = wanted.footprint.highest, wanted.target.memory_bytes
-    # What was seen and not foreseen counts for every other plan too.
+    # The measured excess over the forecast is assumed for every other plan too.
     usable = wanted.target.usable_bytes(plan.mesh.device) - max(0, peak - expected.total)
     micro = plan.batch.micro_batch_size
     sizes = [size for size in reversed(divisors(micro * plan.batch.accumulation_steps)) if size <= micro]
@@ -81,8 +81,8 @@ def _smaller_pass(plan: Plan, hardware: Hardware, peak: int, program: Program) -
 
 
 def _least_needed(plan: Plan, program: Program | Unknown) -> int:
-    """Return the bytes of a rank with one sample a pass, all of it computed again; of the state alone where no
-    pass can be forecast. A copy for saving in the background is not among them: a save can do without."""
+    """Return a rank's bytes with micro-batch 1 and full recomputation, or of the state alone if the rest
+    cannot be forecast. They exclude the copy for background saving, which can be switched off."""
     if isinstance(program, Unknown):
         return _states(plan, program)
     phases = Estimator(with_batch(plan, 1, "full"), program).footprint().phases
@@ -95,7 +95,8 @@ def _states(plan: Plan, program: Program | Unknown) -> int:
 
 
 def _another_cut(plan: Plan, program: Program | Unknown, hardware: Hardware, memory: int) -> Advice:
-    """Return the fewest ranks that hold the training state and a pass, or that none do."""
+    """Return advice for full sharding or for the fewest ranks that hold the training state, or that none
+    do."""
     usable, world_size = Target(memory).usable_bytes(plan.mesh.device), plan.mesh.world_size
     needed = f"the model and its training state take about {gib(_least_needed(plan, program))}"
     have = f"{needed} of a rank, which has {gib(memory)}"
@@ -118,7 +119,7 @@ def _another_cut(plan: Plan, program: Program | Unknown, hardware: Hardware, mem
 
 
 def _on_so_many(plan: Plan, cut: Plan, num_bytes: int, hardware: Hardware, have: str) -> Advice:
-    """Return how to have so many ranks, or why this machine cannot."""
+    """Return the options for the ranks of `cut`, or why this machine cannot run them."""
     ranks = cut.mesh.world_size
     then = f"{have}; cut over {ranks} ranks it is {gib(num_bytes)}"
     if plan.mesh.device == "cuda":
@@ -129,7 +130,7 @@ def _on_so_many(plan: Plan, cut: Plan, num_bytes: int, hardware: Hardware, have:
             "--set parallel.engine=deepspeed --set parallel.shard=full --set memory.offload=parameters"
         )
     else:
-        # Only where the system caps each process do more of them have more.
+        # More CPU ranks have more memory in total only if the system limits each process.
         here = bool(hardware.process_bytes) and ranks * num_bytes <= hardware.memory_bytes * USABLE["cpu"]
         instead = "take more nodes, or let ZeRO-3 offload to NVMe (memory.offload_to)"
         elsewhere = f"{then}, which this machine has not: {instead}"

@@ -44,7 +44,7 @@ Attention = Literal["sdpa", "eager", "flash_attention_2", "packed"]
 
 
 class Decision(Frozen):
-    """One thing the job left open."""
+    """One decided key that the job left open."""
 
     key: str
     value: str | int | float | bool
@@ -52,22 +52,22 @@ class Decision(Frozen):
 
 
 UNKNOWN_MEMORY = "the memory of the GPUs that it will run on is not known here; name them: cluster.gpu"
-"""Why what needs the least memory was taken, as a clause at the end of a reason."""
+"""Why the choice with the least memory was taken, as a clause at the end of a reason."""
 
 Why = Literal["does not fit", "slower", "too late", "not possible"]
 
 
 class Refused(Frozen):
-    """A plan that was looked at and not taken."""
+    """A plan that was considered and not taken."""
 
     what: str
-    """In what it differs: engine and cut, recomputation, nodes."""
+    """How it differs: engine and sharding, recomputation, nodes."""
     why: Why
     reason: str
 
 
 class Length(Frozen):
-    """Say how long training lasts."""
+    """Length of training."""
 
     value: float
     unit: Literal["steps", "epochs"]
@@ -83,7 +83,7 @@ class BatchPlan(Frozen):
 
 
 class Zero(Frozen):
-    """Hold what DeepSpeed's ZeRO asks for besides the stage; sizes are numbers of elements."""
+    """Settings of DeepSpeed's ZeRO; sizes are in elements."""
 
     stage: Literal[1, 2, 3]
     reduce_bucket_size: int
@@ -93,20 +93,20 @@ class Zero(Frozen):
     max_live_parameters: int
     sub_group_size: int
     largest_parameter: int = 0
-    """At most so large is any parameter; 0 where that is not known."""
+    """An upper bound of any parameter's size; 0 if unknown."""
     secondary_shard: int = 1
     quantized_weights: bool = False
     quantized_gradients: bool = False
 
 
 class Slurm(Frozen):
-    """Hold what a submission asks of Slurm besides what the mesh says."""
+    """Options of a Slurm submission in addition to the mesh."""
 
     nodes: str | None = None
-    """As `2-8`, where more than one number of nodes will do."""
+    """A range such as `2-8`, if several numbers of nodes will do."""
     time_limit_minutes: int | None = None
     options: dict[str, str] = {}
-    """sbatch's own long options by name; empty text for one that takes no value."""
+    """sbatch's own long options by name; empty text for an option without a value."""
     gpu_option: Literal["gres", "gpus-per-node"] = "gres"
     gpu_type: str | None = None
     cpus_per_node: int | None = None
@@ -130,12 +130,12 @@ class Plan(Frozen):
     task: str
     engine: EngineName
     sharding: Sharding
-    """What is cut among the ranks."""
+    """What is sharded among the ranks."""
     offload: Offload = "none"
     offload_to: str = "cpu"
     """`cpu`, or an absolute directory."""
     zero: Zero | None = None
-    """Where the engine is DeepSpeed."""
+    """Only if the engine is DeepSpeed."""
     slurm: Slurm = Slurm()
     precision: Precision
     activation_checkpointing: ActivationCheckpointing
@@ -145,12 +145,11 @@ class Plan(Frozen):
     num_data_workers: int
     trackers: tuple[str, ...]
     tracking: Tracking | None = None
-    """Where the job says more than which trackers."""
+    """Only if the job sets more than the trackers' names."""
     grace_seconds: float
     share_with_group: bool = False
     hang_after: float | Literal["off"] | None = None
-    """Seconds without a sign of life until a hang is suspected, in every phase; absent: each phase has its
-    own."""
+    """Seconds without progress until a hang is suspected, in every phase; absent: each phase has its own."""
     length: Length
     batch: BatchPlan
     mesh: Mesh
@@ -161,21 +160,21 @@ class Plan(Frozen):
     checkpoint: Checkpoint
     evaluate_every: Interval | None = None
     evaluation: Evaluation | None = None
-    """Where the job says what is done with held-out rows beside computing their loss."""
+    """Only if the job evaluates more on held-out rows than the loss."""
     distillation: Distillation | None = None
-    """The job's teacher, or its logits, by their absolute directory, and how it is learned from; None without
-    one."""
+    """The job's teacher, or its logits, by absolute directory, and how the student learns from it; None
+    without one."""
     script: tuple[str, ...] | None = None
-    """A training script of the user's own, by its absolute path, and its arguments. Model, data, batch and
-    training are then its own."""
+    """A user's own training script, by its absolute path, and its arguments. Model, data, batch and training
+    are then the script's."""
     decisions: tuple[Decision, ...] = ()
     refused: tuple[Refused, ...] = ()
 
     @model_validator(mode="before")
     @classmethod
     def _of_earlier_plans(cls, values: Any) -> Any:
-        """Take the task's columns; plans of before 2026-12 had one layout for each task, and one section
-        `data` for all tasks."""
+        """Read `data` as the task's columns. Plans from before 2026-12 had one layout per task, and one
+        section `data` for all tasks."""
         if not isinstance(values, dict) or not isinstance(values.get("task"), str):
             return values
         data = values.get("data")
@@ -192,8 +191,7 @@ class Plan(Frozen):
         return {"layout": task.traits.layout} | values | {"data": data}
 
     def blind(self) -> str | None:
-        """Return in a sentence what was decided without knowing the memory of the GPUs; None where nothing
-        was."""
+        """Return a sentence on decisions made without knowing the GPUs' memory; None if there are none."""
         blind = [each for each in self.decisions if each.reason.endswith(UNKNOWN_MEMORY)]
         taken = ", ".join(f"{each.key} = {each.value}" for each in blind)
         return (
@@ -201,8 +199,8 @@ class Plan(Frozen):
         )
 
     def of_directory(self, model: str) -> Plan:
-        """Return the plan for a model's directory as it stands: what the job does to the model that it trains
-        is done to that one alone."""
+        """Return the plan for the model in a directory, unchanged: the job's changes to its own model are not
+        applied to it."""
         own = self.model
         as_it_stands = Model(
             name=model, task=own.task, attention=own.attention, trust_remote_code=own.trust_remote_code
@@ -210,7 +208,7 @@ class Plan(Frozen):
         return self.model_copy(update={"model": as_it_stands})
 
     def of_teacher(self) -> Plan:
-        """Return the plan of the teacher alone, as FSDP shards it beside either engine."""
+        """Return the plan of the teacher alone, which FSDP shards with either engine."""
         assert self.distillation is not None and self.distillation.teacher is not None
         model = Model(
             name=self.distillation.teacher,
@@ -222,18 +220,19 @@ class Plan(Frozen):
         return self.model_copy(update=changes | {"activation_checkpointing": "none"})
 
     def flat(self, without: set[str]) -> dict[str, Any]:
-        """Return every value by its key, as `training.learning_rate`, but those below the fields `without`."""
+        """Return every value by its key, such as `training.learning_rate`, except those in the fields
+        `without`."""
         flat: dict[str, Any] = {}
         _flatten("", self.model_dump(mode="json", exclude_none=True, by_alias=True, exclude=without), flat)
         return flat
 
     def to_json(self) -> str:
-        """Return the text for plan.json; what does not apply is left out, so that nothing in it is null."""
+        """Return the text for plan.json; values that do not apply are omitted, so nothing in it is null."""
         return self.model_dump_json(indent=2, exclude_none=True, by_alias=True) + "\n"
 
     @classmethod
     def read(cls, path: Path) -> Plan:
-        """Return the plan written at `path`. Raises ConfigurationError where it is none, OSError where it
+        """Return the plan in the file `path`. Raises ConfigurationError if it is no plan, OSError if it
         cannot be read."""
         try:
             return cls.model_validate_json(read_text(path))
@@ -247,8 +246,8 @@ class Plan(Frozen):
             raise ConfigurationError(problems, f"{path} is no plan that launcher wrote") from None
 
     def digest(self) -> str:
-        """Return a hash of what decides the numbers of a run: equal digests on equal topology give equal
-        bits."""
+        """Return a hash of the settings that determine a run's numbers: equal digests on equal topology give
+        equal bits."""
         told_apart = {
             "decisions",
             "refused",

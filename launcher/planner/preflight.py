@@ -25,10 +25,10 @@ _FORCE = "--force starts it all the same"
 def preflight(
     job: Job, plan: Plan, directory: Path, local: bool, force: bool = False, profiles: Profiles = CACHED
 ) -> Forecast | None:
-    """Return the forecast of a plan about to start in `directory`; None where its model is not known.
+    """Return the forecast of a plan about to start in `directory`; None if its model is unknown.
 
-    profiles: where the model's program comes from.
-    Raises OutOfMemoryError, StorageError or ConfigurationError where it cannot run, unless `force`.
+    profiles: the source of the model's program.
+    Raises OutOfMemoryError, StorageError or ConfigurationError if it cannot run, unless `force`.
     """
     if plan.model.config is not None and plan.model.weights == "pretrained":  # its files say the sizes
         ways = "leave it out where its weights are loaded, or write model.weights: random"
@@ -54,8 +54,8 @@ def preflight(
 
 
 def _check_state(plan: Plan, target: Target, unknown: Unknown) -> None:
-    """Raise OutOfMemoryError where the training state alone is too much of a model whose passes cannot be
-    forecast."""
+    """Raise OutOfMemoryError if the training state alone does not fit, for a model whose activations cannot
+    be forecast."""
     if unknown.profile is None or not target.memory_bytes:
         return
     needed, usable = Estimator(plan, unknown.profile).least(), target.usable_bytes(plan.mesh.device)
@@ -67,7 +67,7 @@ def _check_state(plan: Plan, target: Target, unknown: Unknown) -> None:
 
 
 def _check_memory(foreseen: Forecast, per_node: int, assumed: bool) -> None:
-    """Raise OutOfMemoryError with the nearest plan that fits. assumed: the nodes' memory is."""
+    """Raise OutOfMemoryError with the nearest plan that fits. assumed: the nodes' memory is a guess."""
     if foreseen.fits:
         return
     suggestions = nearest_that_fit(foreseen, 1, per_node)
@@ -91,7 +91,8 @@ def _check_memory(foreseen: Forecast, per_node: int, assumed: bool) -> None:
 
 
 def _check_disk(foreseen: Forecast, directory: Path) -> None:
-    """Raise StorageError where no checkpoint has room: one has to be written before another can go."""
+    """Raise StorageError if there is no room for a checkpoint: a new one is written before an old one is
+    deleted."""
     there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     usage, needed = shutil.disk_usage(there), foreseen.checkpoint_bytes
     if usage.total and needed > usage.free:  # what is no disk at all is refused by whoever writes to it
@@ -102,7 +103,7 @@ def _check_disk(foreseen: Forecast, directory: Path) -> None:
 
 
 def _check_time(foreseen: Forecast) -> None:
-    """Raise ConfigurationError where even loading, one step and one save take longer than the limit."""
+    """Raise ConfigurationError if loading, one step and one save alone exceed the time limit."""
     limit = foreseen.plan.slurm.time_limit_minutes
     if limit is None:
         return

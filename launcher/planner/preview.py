@@ -1,4 +1,4 @@
-"""Preview a job before it runs: its plan, here or on GPUs that are not here, with all that is shown of it."""
+"""Preview a job before it runs: its plan and forecast, on this machine or on GPUs of the table."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from launcher.planner.target import GPUS_PER_NODE, target_here
 
 @dataclass(frozen=True)
 class Preview:
-    """A plan and what is to be expected of it."""
+    """A plan and its forecasts."""
 
     plan: Plan
     forecast: Forecast | None
-    """By what decided: the formulas, or a profile of the model's real class."""
+    """The forecast that decided, by the formulas or by a profile of the model's own class."""
     traced: Forecast | None
-    """By the model's real class, where that was asked for."""
+    """The forecast by the model's own class, if requested."""
     no_forecast: str | None
-    """Why there is none."""
+    """Why there is no forecast."""
     no_epoch: str | None
-    """Why nothing is known of an epoch."""
+    """Why an epoch's samples are unknown."""
     suggestions: tuple[Suggestion, ...]
-    """The nearest plans that fit, where this one does not."""
+    """The nearest plans that fit, if this one does not."""
 
     @property
     def shown(self) -> Forecast | None:
-        """Return the forecast that counts: the traced one where there is one."""
+        """Return the forecast to show: the traced one if there is one."""
         return self.traced or self.forecast
 
 
@@ -49,15 +49,15 @@ def preview_job(
 ) -> Preview:
     """Return the plan of a job on this machine, or on GPUs of the table, and its forecast.
 
-    profiles: where the model's program comes from. compared: another source, whose forecast stands beside.
+    profiles: the source of the model's program. compared: another source, for a second forecast.
 
-    Raises ConfigurationError for a GPU or a network that the table does not have, and for ranks of this
-    machine beside such a GPU.
+    Raises ConfigurationError for a GPU or network that is not in the table, and if both `nproc` and a GPU are
+    given.
     """
     job, per_node = with_network(job, network), GPUS_PER_NODE
     if gpu is None and job.cluster.gpu is None:
         hardware = Hardware.detect()
-        # Of GPUs that are neither here nor named, the plan is the one that `submit` would make.
+        # For GPUs that are neither here nor named, the plan is the one that `submit` would make.
         here = nproc is not None or bool(hardware.gpus) or job.cluster.gpus_per_node in ("auto", 0)
         plan = plan_job(job, nproc, hardware, local=here, profiles=profiles)
         per_node = len(hardware.gpus) or GPUS_PER_NODE

@@ -1,4 +1,4 @@
-"""Prices of devices by their names, as people give them."""
+"""Prices of devices by name, as users give them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ VARIABLE = "LAUNCHER_PRICE"
 
 
 def prices(texts: Iterable[str], where: str) -> dict[str, float]:
-    """Return the price of an hour of one GPU by its name, as `h100-80gb=2.5`, and of one rank on `cpu`; several
-    in one text stand with commas between.
+    """Return the price per hour of a GPU by name, as in `h100-80gb=2.5`, or of one rank on `cpu`; commas
+    separate several in one text.
 
     Raises ConfigurationError for a text at `where` that is no price, and for an unknown GPU.
     """
@@ -34,6 +34,6 @@ def prices(texts: Iterable[str], where: str) -> dict[str, float]:
 
 
 def known_prices() -> dict[str, float]:
-    """Return those that LAUNCHER_PRICE names. Raises ConfigurationError."""
+    """Return the prices in LAUNCHER_PRICE. Raises ConfigurationError."""
     text = os.environ.get(VARIABLE, "")
     return prices([text], VARIABLE) if text.strip() else {}

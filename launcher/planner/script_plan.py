@@ -21,9 +21,9 @@ def plan(
     hardware: Hardware | None = None,
     local: bool = True,
 ) -> Plan:
-    """Decide what `job` leaves open about how `script` is run.
+    """Return a plan for running `script`, with everything decided that `job` leaves open.
 
-    Batch, length and data in it are placeholders: one sample, one step. Raises ConfigurationError as for any
+    Its batch, length and data are placeholders: one sample, one step. Raises ConfigurationError as for any
     job.
     """
     hardware = hardware or Hardware.detect()
@@ -43,7 +43,7 @@ def plan(
             "precision": "fp32" if job.precision == "auto" else job.precision,
         }
     )
-    # What the script computes is not known, and its engine's messages are its own.
+    # The script's computation and its engine's messages are unknown.
     decided = plan_job(neutral, nproc, hardware, local)
     ours = tuple(decision for decision in decided.decisions if decision.key.startswith(_OURS))
     if job.precision == "auto":

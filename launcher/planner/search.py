@@ -1,4 +1,4 @@
-"""Choose what a job leaves open: forecast the candidates, take the fastest that fits, say why no other."""
+"""Choose what a job leaves open: forecast the candidates, take the fastest that fits, refuse the others."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from launcher.planner.target import hardware_of, target_here, target_of
 
 @dataclass(frozen=True)
 class _Request:
-    """A job to be planned, and where."""
+    """A job to plan, and the machine for it."""
 
     job: Job
     nproc: int | None
@@ -47,13 +47,13 @@ def plan_job(
     offloading: Offloading = "where needed",
     profiles: Profiles = CACHED,
 ) -> Plan:
-    """Return the plan of a job: everything that it leaves open is decided, each with its reason.
+    """Return the plan of a job, with everything decided that it leaves open, each with its reason.
 
-    nproc: ranks of a node, where they are given. local: it runs on this machine; a plan for other machines
-    is not refused for what this one lacks. profiles: where the model's program comes from.
+    nproc: ranks per node, if given. local: whether it runs on this machine; a plan for other machines is not
+    refused because this one lacks something. profiles: the source of the model's program.
 
-    Raises ConfigurationError with every problem: GPUs that are not there, ranks and batches that do not
-    divide, packages that are missing.
+    Raises ConfigurationError with every problem: missing GPUs, ranks and batches that do not divide, missing
+    packages.
     """
     job = one_a_pass(job)
     hardware = hardware or hardware_of(job, local)
@@ -65,8 +65,7 @@ def plan_job(
 def _plan_fewest_nodes(request: _Request) -> Plan:
     """Return the plan for the fewest nodes of a range that fit, else for the most that the batch allows.
 
-    Raises ConfigurationError where no number of nodes will do, and for what a site's profile refuses of the
-    most.
+    Raises ConfigurationError if no number of nodes will do, or if a site's profile refuses the largest.
     """
     job, cluster = request.job, request.job.cluster
     low, high = node_range(cluster.nodes)
@@ -102,7 +101,7 @@ def _plan_fewest_nodes(request: _Request) -> Plan:
 
 
 def _counts_that_divide(job: Job, low: int, high: int) -> list[int]:
-    """Return the numbers of nodes that the batch can be cut over; all where a node's ranks are open."""
+    """Return the numbers of nodes that divide the batch; all if the ranks per node are open."""
     cluster, batch = job.cluster, job.batch
     ranks = cluster.ranks_per_node if cluster.gpus_per_node in ("auto", 0) else cluster.gpus_per_node
     counts = list(range(low, high + 1))
@@ -113,7 +112,7 @@ def _counts_that_divide(job: Job, low: int, high: int) -> list[int]:
 
 
 def _with_node_range(job: Job, plan: Plan, smallest: SmallestCluster, reason: str) -> Plan:
-    """Return the plan with its nodes as a decision; Slurm is asked for so many up to the job's most."""
+    """Return the plan with its nodes as a decision; Slurm is asked for that many up to the job's maximum."""
     cluster, (low, high) = job.cluster, node_range(job.cluster.nodes)
     if cluster.profile is not None:
         num_gpus = plan.mesh.ranks_per_node if plan.mesh.device == "cuda" else 0
@@ -131,10 +130,10 @@ def _with_node_range(job: Job, plan: Plan, smallest: SmallestCluster, reason: st
 
 
 def _best_plan(request: _Request) -> Plan:
-    """Return the plan of a job on as many nodes as it says.
+    """Return the plan of a job on its number of nodes.
 
-    Where nothing is known of the model or of the device's memory, and where nothing fits, it is what the job
-    begins with, which needs the least.
+    If the model or the device's memory is unknown, or if nothing fits, it is the first candidate, which needs
+    the least memory.
     """
     job = request.job
     first = request.candidate(job)
@@ -171,8 +170,8 @@ def _best_plan(request: _Request) -> Plan:
 
 
 def _with_the_least(job: Job, plan: Plan, why: str) -> Plan:
-    """Return the plan with what is open as it needs the least memory, which is as a candidate begins. why: in
-    a clause."""
+    """Return the plan with open keys at their values of least memory, as the candidate has them. why: the
+    reason, as a clause."""
     values: dict[str, tuple[str | int, str]] = {}
     if job.memory.offload == "auto" and plan.mesh.device != "cpu":
         values["memory.offload"] = plan.offload, "nothing has to leave the GPUs, as far as is known"
@@ -186,8 +185,8 @@ def _with_the_least(job: Job, plan: Plan, why: str) -> Plan:
 
 
 def _with_unknown_memory(job: Job, plan: Plan) -> Plan:
-    """Return the plan for a device whose memory is not known: all computed again, and as many samples as are
-    any faster."""
+    """Return the plan for a device of unknown memory: full recomputation, and the largest micro-batch that is
+    still faster."""
     plan = _with_the_least(job, plan, UNKNOWN_MEMORY)
     if job.batch.micro_batch_size != "auto":
         return plan

@@ -1,4 +1,4 @@
-"""Find the fewest nodes or GPUs that will do: which number is tried next, and why the others will not do."""
+"""Find the fewest nodes or GPUs that will do: the next number to try, and why the others will not do."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from launcher.planner.plan import Plan, Refused, Why
 from launcher.runs import wording
 
 Offloading = Literal["never", "where needed", "only"]
-"""What may be offloaded where the job leaves it open; `where needed` is where nothing fits without."""
+"""Whether to offload if the job leaves it open; `where needed` means only if nothing fits without."""
 _NAMED = 8
-"""Numbers that are written out of those that are refused for one reason."""
+"""How many of the numbers refused for one reason are listed."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """The plan for so many nodes or GPUs, and its forecast, where there is one."""
+    """The plan for a number of nodes or GPUs, and its forecast, if there is one."""
 
     count: int
     plan: Plan
@@ -30,7 +30,7 @@ class Attempt:
 
 
 class SmallestCluster:
-    """The search for the smallest number that has a plan that fits and ends in time, driven by whoever plans.
+    """A search for the smallest number whose plan fits and ends in time, driven by its caller.
 
     Each number that `candidates` yields is either added with its plan or rejected with an error.
     """
@@ -38,22 +38,22 @@ class SmallestCluster:
     def __init__(
         self, counts: Iterable[int], modes: Iterable[Offloading], seconds: float | None = None
     ) -> None:
-        """Begin with the numbers to try, what may be offloaded in each round, and a deadline's seconds."""
+        """Begin with the numbers to try, the offloading of each round, and a deadline in seconds."""
         self.counts, self.modes, self.seconds = sorted(counts), tuple(modes), seconds
         self.taken: Attempt | None = None
         self.attempts: list[Attempt] = []
         self.late: list[Attempt] = []
-        """Those that fit and end too late."""
+        """Plans that fit and end too late."""
         self.unknown: Attempt | None = None
         """A plan without a forecast, at which the search ends."""
         self.error: ConfigurationError | None = None
-        """What is wrong with the first number that is not possible."""
+        """The error of the first number that is not possible."""
         self.reasons: dict[tuple[Why, str], list[int]] = {}
-        """Why the others will not do, and which."""
+        """The numbers that will not do, by reason."""
         self._mode: Offloading = "where needed"
 
     def candidates(self) -> Iterator[tuple[int, Offloading]]:
-        """Yield the next number with what may be offloaded, the smallest first, until one will do."""
+        """Yield the next number and its offloading, the smallest first, until one will do."""
         for mode in self.modes:
             self._mode = mode
             for count in self.counts:
@@ -66,7 +66,7 @@ class SmallestCluster:
                     return
 
     def add(self, attempt: Attempt) -> None:
-        """Take the plan for a number, or keep why it will not do."""
+        """Take the plan for a number, or record why it will not do."""
         self.attempts.append(attempt)
         forecast = attempt.forecast
         if forecast is None:
@@ -82,7 +82,7 @@ class SmallestCluster:
             self.taken = attempt
 
     def reject(self, count: int, error: ConfigurationError) -> None:
-        """Keep that no plan is possible for a number."""
+        """Record that no plan is possible for a number."""
         self.error = self.error or error
         problem = error.problems[0]
         reason = f"{problem.key}: {problem.reason}"
@@ -97,12 +97,12 @@ class SmallestCluster:
 
     @property
     def needs_offloading(self) -> bool:
-        """Return whether what was taken offloads something, and no number would do without."""
+        """Return whether the taken plan offloads something, and no number would do without."""
         return self._mode == "only" and self.taken is not None and self.taken.plan.offload != "none"
 
     @property
     def hopeless(self) -> ConfigurationError | None:
-        """Return what is wrong with all numbers, where it is not that they do not fit or end too late."""
+        """Return the error of all numbers, if they fail for another reason than memory or time."""
         if self.unknown is not None:
             return ConfigurationError(
                 Problem("model.name", self.unknown.plan.model.name, self.unknown.why_unknown)
@@ -119,7 +119,7 @@ class SmallestCluster:
 
 
 def refused_numbers(reasons: Mapping[tuple[Why, str], list[int]], unit: str) -> tuple[Refused, ...]:
-    """Return numbers that will not do, those with one reason together: `2, 3, 4 nodes`."""
+    """Return the numbers that will not do, grouped by reason: `2, 3, 4 nodes`."""
     refused = []
     for (why, reason), numbers in reasons.items():
         shown = [str(number) for number in numbers]
@@ -132,7 +132,7 @@ def refused_numbers(reasons: Mapping[tuple[Why, str], list[int]], unit: str) -> 
 
 
 def offload_modes(job: Job, offloading: Offloading = "where needed") -> tuple[Offloading, ...]:
-    """Return what may be offloaded in each round: nothing at first, as a larger cluster may do without."""
+    """Return the offloading of each round: none at first, as a larger cluster may do without."""
     return (
         ("never", "only") if job.memory.offload == "auto" and offloading == "where needed" else (offloading,)
     )

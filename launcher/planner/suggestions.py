@@ -1,4 +1,4 @@
-"""Suggest what would fit: the plans nearest to one that does not."""
+"""Suggest plans that fit, nearest to one that does not."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from launcher.planner.resolve.batch import largest_divisor, with_batch
 from launcher.planner.target import GPUS_PER_NODE
 
 _MORE_NODES = 64
-"""So many times the nodes are looked at, at most."""
+"""At most this multiple of the nodes is tried."""
 
 
 class Suggestion(NamedTuple):
     """A plan that fits in place of one that does not."""
 
     text: str
-    """What to write, and in brackets what it costs: `cluster.nodes: 2 (16 ranks)`."""
+    """Keys to change, and in brackets their cost: `cluster.nodes: 2 (16 ranks)`."""
     forecast: Forecast
 
 
 def nearest_that_fit(wanted: Forecast, most: int = 4, per_node: int = GPUS_PER_NODE) -> list[Suggestion]:
-    """Return the changes of a plan that does not fit after which it does, the smallest first.
+    """Return changes that make a plan fit, the smallest first.
 
-    Of each kind of change it is the least that will do: by itself, or with a smaller pass. per_node: the GPUs
-    that a node has.
+    Each kind of change is the least that will do, alone or with a smaller micro-batch or more recomputation.
+    per_node: GPUs per node.
     """
     suggestions: list[Suggestion] = []
     taken: list[dict[str, object]] = []
     for other in _that_fit(wanted, per_node):
         changed = changes(wanted.plan, other.plan)
-        # What holds a change that will do by itself is no other one.
+        # Changes that include a sufficient smaller one are no alternative.
         if any(smaller.items() <= changed.items() for smaller in taken):
             continue
         taken.append(changed)
@@ -49,12 +49,12 @@ def nearest_that_fit(wanted: Forecast, most: int = 4, per_node: int = GPUS_PER_N
 
 
 def least(wanted: Forecast) -> Forecast:
-    """Return the plan's forecast with the least that a pass can take: one sample, all computed again."""
+    """Return the forecast with the least memory for activations: micro-batch 1, full recomputation."""
     return _instead(wanted, with_batch(wanted.plan, 1, "full")) or wanted
 
 
 def changes(before: Plan, after: Plan) -> dict[str, object]:
-    """Return the keys of a job in which two plans differ, as the second has them."""
+    """Return the job keys in which two plans differ, with the second plan's values."""
     old, new = _keys(before), _keys(after)
     return {key: value for key, value in new.items() if value != old[key]}
 
@@ -75,7 +75,7 @@ def _keys(plan: Plan) -> dict[str, object]:
 
 
 def _that_fit(wanted: Forecast, per_node: int) -> Iterator[Forecast]:
-    """Yield plans that fit: another cut or pass alone, then other changes with the smaller pass they take."""
+    """Yield plans that fit: first other sharding, micro-batch or recomputation alone, then larger changes."""
     plan = wanted.plan
     passes = (
         with_batch(plan, 1),
@@ -99,14 +99,14 @@ def _instead(wanted: Forecast, plan: Plan) -> Forecast | None:
 
 
 def _may_fit(wanted: Forecast, plan: Plan) -> bool:
-    """Return whether a plan is worth a forecast: what it needs whatever a pass takes is quickly known."""
+    """Return whether a plan is worth a forecast, by its quickly computed minimum memory."""
     target = wanted.target
     usable = target.usable_bytes(plan.mesh.device)
     return not target.memory_bytes or Estimator(plan, wanted.program).least() <= usable
 
 
 def _with_smaller_pass(wanted: Forecast, plan: Plan) -> Forecast | None:
-    """Return a plan's forecast, with a smaller pass where it takes that; None where no pass fits."""
+    """Return a plan's forecast, with a smaller micro-batch or recomputation if needed; None if none fits."""
     judged = _instead(wanted, plan)
     if judged is None or judged.fits:
         return judged
@@ -118,7 +118,7 @@ def _with_smaller_pass(wanted: Forecast, plan: Plan) -> Forecast | None:
 
 
 def _larger_changes(plan: Plan, per_node: int) -> Iterator[Iterable[Plan]]:
-    """Yield kinds of changes besides the pass, the cheapest first; of each its plans, the nearest first."""
+    """Yield the larger kinds of changes, the cheapest first; each as its plans, the nearest first."""
     yield from ((cut,) for cut in _cut_more(plan))
     yield from ((moved,) for moved in _offloaded(plan))
     mesh = plan.mesh
@@ -143,7 +143,7 @@ def _larger_changes(plan: Plan, per_node: int) -> Iterator[Iterable[Plan]]:
 
 
 def _cut_more(plan: Plan) -> Iterator[Plan]:
-    """Yield the plan cut in full, in one copy, or both, where it is not."""
+    """Yield the plan fully sharded, with one replica, or both, where it is not."""
     mesh, full = plan.mesh, plan.sharding == "full"
     if mesh.world_size == 1:
         return
@@ -156,7 +156,7 @@ def _cut_more(plan: Plan) -> Iterator[Plan]:
 
 
 def fully_cut(plan: Plan, replicate: int) -> Plan:
-    """Return the plan with everything cut; ZeRO's third stage does not allow selective recomputation."""
+    """Return the fully sharded plan; ZeRO-3 does not allow selective recomputation."""
     cut = with_cut(plan, replicate, "full")
     if plan.zero is not None and plan.activation_checkpointing == "selective":
         return cut.model_copy(update={"activation_checkpointing": "full"})
@@ -164,7 +164,7 @@ def fully_cut(plan: Plan, replicate: int) -> Plan:
 
 
 def _offloaded(plan: Plan) -> Iterator[Plan]:
-    """Yield the plan with more offloaded; where the job leaves that open, it was looked at already."""
+    """Yield the plan with more offloaded, unless the job left that open, as it was tried then."""
     decided = {decision.key for decision in plan.decisions}
     if plan.training.needs_whole_matrices:
         return
@@ -179,7 +179,7 @@ def _offloaded(plan: Plan) -> Iterator[Plan]:
 
 
 def on_more_ranks(plan: Plan, nodes: int, ranks_per_node: int) -> Plan | None:
-    """Return the plan on more ranks, whole copies cut over them; None where batch or copies do not divide."""
+    """Return the plan on more ranks, unsharded replicas sharded; None if batch or replicas do not divide."""
     mesh, batch, world_size = plan.mesh, plan.batch, nodes * ranks_per_node
     copies = 1 if plan.sharding == "none" else mesh.dp_replicate
     if batch.global_batch_size % world_size or world_size % copies:

@@ -1,4 +1,4 @@
-"""Where a plan runs: the machine of a job, and the device that a forecast counts with."""
+"""Target of a plan: the machine of a job, and the device for a forecast."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from launcher.planner.resolve.slurm_request import node_memory
 from launcher.runs.machine import Machine
 
 USABLE = {"cuda": 0.95, "cpu": 0.9}
-"""What a plan may fill of a device's memory; the rest is what the formulas miss and what else lives there."""
+"""The share of a device's memory that a plan may fill; the rest is for estimation errors and other users."""
 CORES_OF_A_GPU = 8
-"""Cores of a node that is not here, for each of its GPUs. Assumed; Slurm is asked for them."""
+"""Cores per GPU of a node that is not here. Assumed; Slurm is asked for them."""
 NODE_MEMORY = 1 << 40
-"""Bytes of the memory of a node with GPUs that is not here. Assumed."""
+"""Host memory in bytes of a GPU node that is not here. Assumed."""
 GPUS_PER_NODE = 8
-"""GPUs of a node where nothing says how many it has."""
+"""GPUs per node if their number is unknown."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """The device that a plan is for: everything but the plan that its forecast counts with."""
+    """The device of a plan: everything that a forecast needs in addition to the plan."""
 
     memory_bytes: int = 0
-    """Of one rank's device; 0 where it is not known."""
+    """Memory of one rank's device; 0 if unknown."""
     gpu: GpuType | None = None
-    """The rates of that device; None where nothing is known of its speed."""
+    """The rates of that device; None if its speed is unknown."""
     host_memory_bytes: int = 0
-    """Of a node's own memory, for what is offloaded; 0 where it is not known."""
+    """Host memory of a node, for offloading; 0 if unknown."""
     disk_rate: float | None = None
-    """Bytes a second of a node's disk, where it was measured."""
+    """Bytes per second of a node's disk, if measured."""
 
     def usable_bytes(self, device: str) -> int:
         """Return the bytes of the device's memory that a plan may fill."""
@@ -42,7 +42,7 @@ class Target:
 
 
 def target_of(plan: Plan, hardware: Hardware, network: NetworkName | None = None) -> Target:
-    """Return the device of one rank of a plan on such hardware, with its nodes joined by `network`."""
+    """Return the device of one rank of a plan on this hardware, with nodes connected by `network`."""
     rates = rates_for(plan, hardware)
     memory_bytes = hardware.rank_memory(plan.mesh.device, plan.mesh.ranks_per_node)
     return Target(memory_bytes, rates and on_network(rates, network), hardware.memory_bytes)
@@ -56,7 +56,7 @@ def target_here(plan: Plan, hardware: Hardware, network: NetworkName | None = No
 def target_of_job(job: Job, plan: Plan) -> Target:
     """Return the device that a job's cluster section describes.
 
-    Nothing is known of the memory of GPUs without `cluster.gpu`, and of CPU nodes without `cluster.mem`.
+    The memory of GPUs is unknown without `cluster.gpu`, and that of CPU nodes without `cluster.mem`.
     """
     host = node_memory(job.cluster)
     if plan.mesh.device == "cpu":
@@ -68,9 +68,9 @@ def target_of_job(job: Job, plan: Plan) -> Target:
 
 
 def hardware_of(job: Job, local: bool) -> Hardware:
-    """Return the hardware of a job's nodes: this machine, or where it is not `local` what the job describes.
+    """Return the hardware of a job's nodes: this machine, or if not `local` the job's description.
 
-    Of GPUs that are not here the job has to say which and how many; otherwise this machine stands for a node.
+    The job has to give kind and number of GPUs that are not here; otherwise this machine stands for a node.
     """
     cluster = job.cluster
     gpu = gpu_type(cluster.gpu, "cluster.gpu") if cluster.gpu is not None else None
@@ -81,6 +81,6 @@ def hardware_of(job: Job, local: bool) -> Hardware:
 
 
 def node_of(cluster: Cluster, gpu: GpuType, num_gpus: int) -> Hardware:
-    """Return a node with such GPUs that is not here; what a login node has says nothing of it."""
+    """Return a node with these GPUs that is not here; the login node's hardware tells nothing about it."""
     cores = cluster.cpus_per_node or CORES_OF_A_GPU * num_gpus
     return as_hardware(gpu, num_gpus, cores, node_memory(cluster) or NODE_MEMORY)

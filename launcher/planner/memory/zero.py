@@ -121,8 +121,7 @@ class ZeroStep:
     def _stages_1_and_2(self, first: list[Segment], more: list[Segment]) -> None:
         """Go through the step as the rank that needs the most memory.
 
-        It is the rank whose gradients come first, the one whose come last, or the one with parts of the most
-        elements.
+        It is the first one, the last one, or the one with parts of the most elements.
         """
         touched, begun, best = self.kept.touched(), dict(self.time.parts), self.time
         ranks = {0, self.cut.ranks - 1, max(range(self.cut.ranks), key=lambda rank: touched[rank][0])}
