@@ -1,4 +1,4 @@
-"""Cut batches exactly, global = micro-batch x accumulation steps x data-parallel size, or refuse."""
+"""Divide batches exactly, global = micro-batch x accumulation steps x data-parallel size, or refuse."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def divisors(number: int) -> list[int]:
 
 
 def largest_divisor(number: int, limit: int) -> int:
-    """Return the largest divisor of a positive number that is at most `limit`; 1 where that is less."""
+    """Return the largest divisor of a positive number that is at most `limit`; 1 if `limit` is less."""
     return max(divisor for divisor in divisors(number) if divisor <= max(1, limit))
 
 
 def nearest(wanted: int, values: Iterable[int]) -> str:
-    """Return the value that is there, or the next below and above the one wanted, in words."""
+    """Return the wanted value if it is among the values, else the next ones below and above it, in words."""
     values = sorted(set(values))
     around = [*[v for v in values if v <= wanted][-1:], *[v for v in values if v > wanted][:1]]
     return " or ".join(str(value) for value in around if value != wanted or len(around) == 1)
@@ -34,7 +34,7 @@ def multiples_around(wanted: int, unit: int) -> str:
 
 
 def divide(batch: Batch, data_parallel_size: int) -> BatchPlan:
-    """Cut the global batch over the ranks and into passes, of one sample where micro_batch_size is auto.
+    """Divide the global batch among ranks and micro-batches, of one sample if micro_batch_size is auto.
 
     Raises ConfigurationError with the nearest global batch, micro-batch and number of ranks that work.
     """
@@ -52,7 +52,7 @@ def divide(batch: Batch, data_parallel_size: int) -> BatchPlan:
 def with_batch(plan: Plan, micro_batch_size: int, recompute: ActivationCheckpointing | None = None) -> Plan:
     """Return the plan with another micro-batch, a divisor of a rank's samples, and the same global batch.
 
-    recompute: what is computed again in the backward pass; as it was where it is not given.
+    recompute: the activation checkpointing; unchanged if not given.
     """
     per_rank = plan.batch.micro_batch_size * plan.batch.accumulation_steps
     sizes = {"micro_batch_size": micro_batch_size, "accumulation_steps": per_rank // micro_batch_size}

@@ -1,4 +1,4 @@
-"""Decide whether layers are compiled, where the job leaves it open."""
+"""Decide whether layers are compiled, if the job leaves it open."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FAMILIES = (
 
 
 def is_compiled(decider: Decider, engine: EngineName, way: Way, device: str) -> bool:
-    """Return whether layers are compiled: as the job says, else where they are known to be one graph each."""
+    """Return whether layers are compiled: as the job says, else if each is known to be one graph."""
     model = decider.job.model
     if model.compile != "auto":
         return model.compile

@@ -1,4 +1,4 @@
-"""Decide how many ranks run, on what, and how they are arranged."""
+"""Decide the number of ranks, their devices and their arrangement."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from launcher.planner.resolve.batch import divisors, nearest
 from launcher.planner.resolve.sharding import Layout, layout
 
 BY_NPROC = "asked for with --nproc"
-"""The reason of a number of ranks that nobody left open."""
+"""The reason for a number of ranks from the command line."""
 
 
 def mesh(decider: Decider) -> tuple[Mesh, Layout]:
-    """Return the ranks and devices, and what is cut over them."""
+    """Return the ranks and devices, and the sharding over them."""
     cluster, parallel = decider.job.cluster, decider.job.parallel
     num_gpus = _num_gpus(decider)
     ranks = _ranks(decider, num_gpus)

@@ -1,4 +1,4 @@
-"""Decide how samples share a pass: packed, padded, or the job is refused."""
+"""Decide how samples share a micro-batch: packed or padded; or refuse the job."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _FLASH = "write sdpa or auto, which have no padding either"
 
 
 def choose_way(decider: Decider, device: str) -> Way:
-    """Decide attention, layout and head together; what cannot give transformers' own loss is refused with
-    what to write instead."""
+    """Decide attention, layout and head together. Settings that cannot give transformers' own loss are
+    refused with those that can."""
     job, model = decider.job, decider.job.model
     if job.data.train.name == OWN:  # a script brings its own model and data
         return Way("packed", "eager")
@@ -54,10 +54,10 @@ def choose_way(decider: Decider, device: str) -> Way:
 
 
 def _with_teacher(known: Support, kind: str, job: Job, distillation: Distillation) -> Support:
-    """Return those ways of a model in which its teacher reads the same batches; of logits written ahead, in
-    which they can be compared.
+    """Return the student's ways in which the teacher can read the same batches, or with precomputed logits,
+    those in which logits can be compared.
 
-    Raises ConfigurationError where there is none.
+    Raises ConfigurationError if there is none.
     """
     model = job.model
     speaks = tasks.find(model.task).traits.head == "every-position"
@@ -86,12 +86,12 @@ def _with_teacher(known: Support, kind: str, job: Job, distillation: Distillatio
 
 
 def _words(ways: Iterable[Way]) -> str:
-    """The layouts and attentions of some ways, in words."""
+    """Return the layouts and attentions of some ways, in words."""
     return ", ".join(dict.fromkeys(f"{way.layout} samples with {way.attention} attention" for way in ways))
 
 
 def one_a_pass(job: Job) -> Job:
-    """Return the job with one sample a pass where its model can do no other, and the job leaves that open."""
+    """Return the job with micro-batch 1 if its model supports no other, and the job leaves that open."""
     if job.batch.micro_batch_size != "auto" or job.data.train.name == OWN:
         return job
     ways = fitting(_support(job), job.model.attention)

@@ -1,4 +1,4 @@
-"""Decide which engine shards what and where it lives, or name the nearest that it can do."""
+"""Decide engine, sharding and offloading, or name the nearest that works."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _HEADERS = ("/usr/include", "/usr/local/include")
 
 @dataclass(frozen=True)
 class Layout:
-    """Engine, what it cuts, and what it moves off the device."""
+    """Engine, sharding and offloading."""
 
     engine: EngineName
     sharding: Sharding
@@ -30,7 +30,7 @@ class Layout:
 
 
 def layout(decider: Decider, world_size: int, device: str) -> Layout:
-    """Decide engine and sharding together; what an engine cannot do is refused with the nearest that it can."""
+    """Decide engine and sharding together; unsupported settings are refused with the nearest that works."""
     _settle_offload(decider, device)
     memory = decider.job.memory  # where nothing is `auto` any more
     engine = _engine(decider)
@@ -51,7 +51,7 @@ def layout(decider: Decider, world_size: int, device: str) -> Layout:
 
 
 def _settle_offload(decider: Decider, device: str) -> None:
-    """Begin with nothing offloaded where the job leaves that open; on GPUs it takes a forecast to decide."""
+    """Begin without offloading if the job leaves that open; on GPUs the decision needs a forecast."""
     memory = decider.job.memory
     if memory.offload != "auto":
         return
@@ -75,7 +75,7 @@ def _engine(decider: Decider) -> EngineName:
 
 
 def only_deepspeed(job: Job) -> str | None:
-    """Return what the job asks for that FSDP does not have; None where there is nothing."""
+    """Return the job's setting that only DeepSpeed supports; None if there is none."""
     parallel, memory = job.parallel, job.memory
     requested = {
         "parallel.shard: optimizer": parallel.shard == "optimizer",
@@ -87,7 +87,7 @@ def only_deepspeed(job: Job) -> str | None:
 
 
 def zeropp(job: Job) -> bool:
-    """Return whether the job asks for a part of ZeRO++."""
+    """Return whether the job uses a part of ZeRO++."""
     parallel = job.parallel
     return parallel.secondary_shard > 1 or parallel.quantized_weights or parallel.quantized_gradients
 
@@ -154,7 +154,8 @@ def _refuse_for_fsdp(decider: Decider, device: str) -> None:
 
 
 def _refuse_for_deepspeed(decider: Decider, sharding: Sharding, world_size: int, device: str) -> Sharding:
-    """Refuse what ZeRO cannot do; return the sharding that it does instead where that computes the same."""
+    """Refuse settings that ZeRO does not support; return the sharding, replaced if an equivalent one is
+    needed."""
     job, parallel, memory = decider.job, decider.job.parallel, decider.job.memory
     if job.training.needs_whole_matrices:
         decider.refuse("training.optimizer", job.training.optimizer, CUT_FLAT)
@@ -195,7 +196,7 @@ def _refuse_for_deepspeed(decider: Decider, sharding: Sharding, world_size: int,
 
 
 def _refuse_by_stage(decider: Decider, sharding: Sharding, world_size: int, device: str) -> None:
-    """Refuse what one of ZeRO's stages cannot do, or another alone can."""
+    """Refuse settings that the chosen ZeRO stage does not support."""
     job, parallel, memory = decider.job, decider.job.parallel, decider.job.memory
     if job.model.adapter is not None and job.model.adapter.dora and sharding == "full":
         reason = (
@@ -226,7 +227,7 @@ def _refuse_by_stage(decider: Decider, sharding: Sharding, world_size: int, devi
 
 
 def _check_nvme(decider: Decider, directory: str) -> None:
-    """Offloading to files: the directory, and what DeepSpeed compiles its file operator from."""
+    """Check offloading to files: the directory, and the tools to compile DeepSpeed's file operator."""
     path = Path(directory)
     if not path.is_dir():
         reason = "no such directory on this machine; name one on a local NVMe disk, or write cpu"

@@ -1,4 +1,4 @@
-"""Decide what a submission asks of Slurm, and refuse what a site profile does not allow."""
+"""Decide a submission's request to Slurm, and refuse what a site profile does not allow."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 def node_memory(cluster: Cluster) -> int | None:
-    """Return the bytes of a node's memory by `cluster.mem`, in MiB where it names no unit; None where it does
-    not say, or says all of it (0)."""
+    """Return a node's memory in bytes from `cluster.mem`, which is in MiB without a unit; None if it is not
+    set, or is 0 (all of it)."""
     text = (cluster.mem or "").strip().upper().removesuffix("B")
     number, unit = (text[:-1], _UNITS[text[-1]]) if text[-1:] in _UNITS else (text, _UNITS["M"])
     return int(number) * unit or None if number.isdigit() else None
 
 
 def request(decider: Decider, num_gpus: int) -> Slurm:
-    """Return the part of a plan that only Slurm reads; `num_gpus` are those of a node."""
+    """Return the plan's settings for Slurm. num_gpus: GPUs per node."""
     cluster = decider.job.cluster
     if cluster.profile is not None:
         decider.problems += profile.problems(

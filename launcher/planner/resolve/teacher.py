@@ -1,4 +1,4 @@
-"""Decide which checkpoint of a run teaches, and whether logits written ahead suit a job."""
+"""Choose the checkpoint of a teacher's run, and check whether precomputed logits fit a job."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _KEY = "distillation.checkpoint"
 
 
 def settle(decider: Decider) -> Distillation | None:
-    """Return the job's section `distillation`; of a run as the teacher with the step that teaches. Problems go
-    to the decider."""
+    """Return the job's section `distillation`, with the checkpoint's step if the teacher is a run. Problems
+    go to the decider."""
     distillation = decider.job.distillation
     if distillation is None:
         return None
@@ -71,7 +71,7 @@ def settle(decider: Decider) -> Distillation | None:
 
 
 def _lacks_head(model: Model, distillation: Distillation) -> bool:
-    """Return whether a teacher of classes is of a class without them, as far as its config is here and says."""
+    """Return whether a classification teacher lacks a classification head, as far as its config tells."""
     head = getattr(tasks.find(model.task), "head_name", None)
     teacher = config_of(_named(distillation, model)) or {}
     known = () if teacher.get("auto_map") else teacher.get("architectures") or ()
@@ -84,7 +84,7 @@ def _named(distillation: Distillation, model: Model) -> Model:
 
 
 def _hidden_states(model: Model, distillation: Distillation) -> tuple[Problem, ...]:
-    """Return what speaks against comparing hidden states, as far as configs are here."""
+    """Return the problems of comparing hidden states, as far as the configs are here."""
     assert distillation.hidden_states is not None
     teacher = _named(distillation, model)
     if any((config_of(one) or {}).get("is_encoder_decoder") for one in (model, teacher)):
@@ -103,7 +103,7 @@ def _hidden_states(model: Model, distillation: Distillation) -> tuple[Problem, .
 
 
 def _chosen(plan: Plan, whole: list[Stored]) -> tuple[int, str]:
-    """Return a step of a run, and why it is taken."""
+    """Return the chosen step of a run, and the reason."""
     metric = plan.checkpoint.metric
     ranked = best(whole, 1, metric, measured(tasks.unprepared(plan)).get(metric, "lower"))
     if plan.checkpoint.keep_best and ranked:

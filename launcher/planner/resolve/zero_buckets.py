@@ -1,4 +1,4 @@
-"""Choose ZeRO's communication sizes from the model, in numbers of elements."""
+"""Choose ZeRO's communication sizes from the model, in elements."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from launcher.planner.model.model_shape import ModelShape
 
 _LEAST, _MOST = 1 << 20, 500_000_000
-"""Below the first a message costs more than what it carries; the second is DeepSpeed's own default for a
-bucket (0.19)."""
+"""Bounds. Below the first, a message's latency exceeds its transfer; the second is DeepSpeed's default bucket
+size (0.19)."""
 
 
 @dataclass(frozen=True)
 class Buckets:
-    """Each with why; for `Zero` in the plan."""
+    """Sizes for `Zero` in the plan."""
 
     reduce_bucket_size: int
     allgather_bucket_size: int
@@ -22,13 +22,13 @@ class Buckets:
     max_live_parameters: int
     sub_group_size: int
     largest_parameter: int = 0
-    """At most so large is any parameter: asked for where parameters are on files; 0 where it is not known."""
+    """Upper bound of any parameter's size, set only if parameters are in files; else 0."""
 
     @classmethod
     def of(
         cls, shape: ModelShape | None, offloads_to_files: bool, parameters_on_files: bool = False
     ) -> tuple[Buckets, dict[str, str]]:
-        """Return the sizes for a model, and the reason of each by its name."""
+        """Return the sizes for a model, and the reason for each by its name."""
         if shape is None:
             unknown = "DeepSpeed's own default, as the model's size is not known before it is fetched"
             sizes = cls(_MOST, _MOST, 50_000_000, 100_000, 1_000_000_000, 100_000_000)

@@ -1,4 +1,4 @@
-"""Communication of a step: messages, bytes and seconds, and traffic to the host's memory."""
+"""Communication of a step: messages, bytes and seconds, and traffic to host memory."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from launcher.planner.plan import Plan
 from launcher.planner.speed.flops import Units, passing_back
 
 LATENCY = 20e-6
-"""Seconds of one message between two ranks, for each doubling of their number. Assumed."""
+"""Latency of a message in seconds, for each doubling of the number of ranks. Assumed."""
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Count what a rank sends and receives in one step."""
+    """Messages and bytes of one rank in one step."""
 
     num_messages: int
     received: float
-    """Bytes among the ranks that share the parameters."""
+    """Bytes among the ranks that shard the parameters."""
     copied: float
-    """Bytes among copies of the same part."""
+    """Bytes among replicas of the same shard."""
 
 
 def traffic(plan: Plan, units: Units) -> Traffic:
-    """Return what a step sends.
+    """Return the traffic of a step.
 
-    FSDP gathers what it keeps cut for each pass, and the rest once; it sends gradients once a step, or with
-    every micro-batch where there are too many, and copies add theirs up once a step. ZeRO-1 and 2 gather what
-    was trained, once, and reduce gradients by all-reducing them, in fp32: DeepSpeed 0.19.8's
-    `use_multi_rank_bucket_allreduce`, which is on, receives twice what a reduce-scatter would.
+    FSDP gathers resharded parameters for each pass, and the rest once. It reduces gradients once a step, or
+    with every micro-batch if they are too large; replicas all-reduce theirs once a step. ZeRO-1 and 2 gather
+    the trained parameters once, and all-reduce gradients in fp32: DeepSpeed 0.19.8's
+    `use_multi_rank_bucket_allreduce`, which is on, receives twice as much as a reduce-scatter.
     """
     root, layers = units
     mesh, zero = plan.mesh, plan.zero
@@ -52,14 +52,14 @@ def traffic(plan: Plan, units: Units) -> Traffic:
         gathered -= 0.0 if zero is None else times.layer * _stays(plan, units)
     number += (times.gradients + (1 if mesh.dp_replicate > 1 else 0)) * (len(layers) + 1)
     reduced = (8 if zero is not None and zero.stage < 3 else 4) * times.gradients * trained
-    # Copies add up their gradients once a step, each rank its part of them.
+    # Replicas all-reduce their gradients once a step, each rank its shard.
     copied = 8 * trained / ranks * (mesh.dp_replicate - 1) / mesh.dp_replicate
     return Traffic(number, (_itemsize(plan) * gathered + reduced) * (ranks - 1) / ranks, copied)
 
 
 def _stays(plan: Plan, units: Units) -> int:
-    """Elements that ZeRO-3 does not gather again for a backward pass: the last ones, as they are used again
-    soon, and a table of words that the pass does not come to."""
+    """Return the elements that ZeRO-3 does not gather again for a backward pass: the last ones, as they are
+    used again soon, and input embeddings that the backward pass does not reach."""
     root, layers = units
     assert plan.zero is not None
     first, last = root.weights[: root.num_first], root.weights[root.num_first :]
@@ -75,7 +75,7 @@ def _stays(plan: Plan, units: Units) -> int:
 
 
 def evaluation_traffic(plan: Plan, units: Units) -> Traffic:
-    """Return the traffic of the forward passes of a global batch alone: what is gathered anew for each."""
+    """Return the traffic of a global batch's forward passes alone: parameters gathered again for each."""
     root, layers = units
     ranks, accumulation = ranks_of(plan), plan.batch.accumulation_steps
     if plan.sharding != "full":
@@ -87,19 +87,20 @@ def evaluation_traffic(plan: Plan, units: Units) -> Traffic:
 
 @dataclass(frozen=True)
 class _Times:
-    """Count how often something is sent in a step."""
+    """Number of times that each kind of message is sent in a step."""
 
     layer: int
-    """A layer's parameters, forward."""
+    """Gathers of a layer's parameters for forward passes."""
     layer_back: int
-    """The same again for the backward pass."""
+    """The same for backward passes."""
     root: int
-    """Those outside of the layers."""
+    """Gathers of the parameters outside of the layers."""
     gradients: int
 
     @classmethod
     def of(cls, plan: Plan, trained: int) -> _Times:
-        """FSDP leaves whole from pass to pass what is whole at the height of each."""
+        """Return the counts. FSDP keeps units gathered between passes if each pass ends with them
+        gathered."""
         passes = plan.batch.accumulation_steps
         if plan.zero is None:
             sent = 1 if 4 * trained <= DEFERRED_GRADIENT_BYTES else passes
@@ -110,7 +111,7 @@ class _Times:
 
 
 def ranks_of(plan: Plan) -> int:
-    """Return the number of ranks over which the parameters, or what is made of them, are cut."""
+    """Return the number of ranks over which parameters, gradients or optimizer state are sharded."""
     return plan.mesh.dp_shard if plan.zero is None else plan.mesh.world_size
 
 
@@ -121,8 +122,8 @@ def _itemsize(plan: Plan) -> int:
 def seconds(sent: Traffic, plan: Plan, gpu: GpuType) -> float:
     """Return the seconds of all messages, one after another, on links that are otherwise free.
 
-    Between nodes all GPUs of a node share what they receive alike. Copies are told apart by it: each rank's
-    is another part, so that of several parts in a node each has its own GPU's way out.
+    Between nodes, all GPUs of a node share the load of data that they all receive. Replicas exchange a
+    different shard per rank, so each shard in a node uses its own GPU's network link.
     """
     mesh = plan.mesh
     if mesh.world_size == 1:
@@ -138,25 +139,25 @@ def seconds(sent: Traffic, plan: Plan, gpu: GpuType) -> float:
 
 
 def exposed(taken: float, compute: float, plan: Plan, units: Units) -> float:
-    """Return what of the messages nothing runs beside."""
+    """Return the seconds of communication that no computation overlaps."""
     if plan.mesh.device == "cpu":
         return taken  # the same cores compute and send
-    # The first gathering and the last sending have nothing beside them: a layer's share of all.
+    # The first gather and the last reduction overlap with nothing: a layer's share of all.
     return max(taken * 2 / (len(units[1]) + 1), taken - compute)
 
 
 def offloads(plan: Plan) -> bool:
-    """Return whether something of the training state is moved to and from the device at every step."""
+    """Return whether training state is moved between device and host at every step."""
     return plan.offload != "none" and plan.mesh.device == "cuda"
 
 
 def moved(plan: Plan, units: Units, training: bool = True) -> float:
-    """Return the bytes of a step, or of its forward passes alone, between a rank and the host's memory, for its
-    part of all parameters.
+    """Return the bytes between a rank and host memory in a step, or in its forward passes alone, for the
+    rank's shard of all parameters.
 
-    FSDP copies fp32 shards to the device before it casts and gathers them, and fp32 gradients back. ZeRO adds
-    gradients up in the host's memory and copies parameters in the computation's precision (Ren et al. 2021,
-    arXiv 2101.06840, section 4.1).
+    FSDP copies fp32 shards to the device before it casts and gathers them, and fp32 gradients back. ZeRO
+    accumulates gradients in host memory, and copies parameters in the computation's precision (Ren et al.
+    2021, arXiv 2101.06840, section 4.1).
     """
     if not offloads(plan):
         return 0.0
@@ -164,8 +165,8 @@ def moved(plan: Plan, units: Units, training: bool = True) -> float:
     itemsize, ranks, passes = _itemsize(plan), ranks_of(plan), plan.batch.accumulation_steps
     trained = sum(unit.num_elements(trained=True) for unit in (root, *layers)) / ranks
     times = _Times.of(plan, int(trained * ranks))
-    # ZeRO's parameters are there in the computation's precision, FSDP's in fp32, but those that stay as they
-    # are beside an adapter.
+    # In host memory, ZeRO's parameters are in the computation's precision, FSDP's in fp32, except an
+    # adapter's frozen base weights.
     wide = 4 if plan.zero is None else itemsize
 
     def kept(unit: Unit) -> float:

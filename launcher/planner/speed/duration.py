@@ -13,13 +13,13 @@ from launcher.planner.speed.step_time import Speed
 from launcher.values import Interval
 
 DISK_RATE = 2e9
-"""Bytes a second that one node reads and writes, where nothing was measured: what a single NVMe drive does,
-and few shared disks exceed."""
+"""Disk rate of one node in bytes per second, if not measured: that of a single NVMe drive, which few shared
+disks exceed."""
 TOKEN_BYTES = 8
-"""Of a prepared token on the disk: what goes in and what is to come out."""
+"""Bytes of a prepared token on disk: input id and label."""
 TOKEN_SECONDS = 15e-9
-"""Of putting a token into its batch: 5 to 14 ns were measured, of samples of 1,024 to 50 tokens on one core
-of an EPYC."""
+"""Seconds to collate a token: 5 to 14 ns were measured, for samples of 1,024 to 50 tokens on one core of an
+EPYC."""
 
 
 @dataclass(frozen=True)
@@ -28,20 +28,20 @@ class Duration:
 
     num_steps: int
     step: float
-    """Of one step, without what follows."""
+    """Seconds of one step, without those below."""
     data: float
-    """That one step waits for its data, were none of them in memory yet."""
+    """Seconds that one step waits for its data, if none of it is in memory yet."""
     num_saves: int
     """0 for a range test, which writes no checkpoint."""
     save: float
-    """That training waits for one checkpoint on the way."""
+    """Seconds that training waits for one checkpoint before the last."""
     last_save: float
-    """The one at the end, which is waited for."""
+    """Seconds of the last checkpoint, for which training waits in full."""
     num_evaluations: int = 0
-    """With those before the first step and after the last; 0 as well where it is not known how many rows are
-    held out."""
+    """Includes those before the first step and after the last; 0 also if the number of held-out rows is
+    unknown."""
     evaluation: float = 0.0
-    """Of one of them."""
+    """Seconds of one evaluation."""
 
     @property
     def saving(self) -> float:
@@ -65,11 +65,11 @@ def duration(
     items: Items | None = None,
     held_out: Items | None = None,
 ) -> Duration | None:
-    """Return the times from the first evaluation to the last save; None for epochs where `items`, what one of
-    them takes, is not known.
+    """Return the times from the first evaluation to the last save; None if the length is in epochs and
+    `items`, an epoch's samples, are unknown.
 
-    disk_rate: bytes a second of one node's disk, where it was measured. Each node reads and writes its own
-    part. held_out: what an evaluation goes through.
+    disk_rate: bytes per second of one node's disk, if measured; each node reads and writes its own part.
+    held_out: the samples of an evaluation.
     """
     num_steps = steps_of(plan, items)
     if num_steps is None:
@@ -91,8 +91,7 @@ def duration(
     )
     waits = written
     if plan.checkpoint.asynchronous and saved:
-        # What goes on is stopped for the copy, and where a save is still being written when the next one
-        # comes.
+        # Training stops for the copy, and if a save is still being written when the next one is due.
         waits = _copy_seconds(plan, checkpoint_bytes, gpu) + max(0.0, written - num_steps / len(saved) * step)
     whole = Duration(num_steps, rate.step, data, len(saved), waits, written)
     if held_out is None:
@@ -102,7 +101,7 @@ def duration(
 
 
 def steps_of(plan: Plan, items: Items | None) -> int | None:
-    """Return the number of steps as the trainer has it: whole steps, the last of them with what is left."""
+    """Return the number of steps as the trainer counts them; the last step has the remaining samples."""
     if plan.length.unit == "steps":
         return int(plan.length.value)
     return (
@@ -115,8 +114,8 @@ def steps_of(plan: Plan, items: Items | None) -> int | None:
 def _due(
     every: Interval | None, plan: Plan, num_steps: int, step: float, items: Items | None
 ) -> Iterable[int]:
-    """The steps before the end after which something that happens every so often is due; of epochs whose
-    length is not known none."""
+    """Return the steps before the end after which a periodic action is due; none if it is in epochs of
+    unknown length."""
     if every is None or (every.unit == "epochs" and items is None):
         return ()
     if every.unit == "epochs" and items is not None:
@@ -127,7 +126,7 @@ def _due(
 
 
 def _evaluated(plan: Plan, num_steps: int, step: float, items: Items | None) -> set[int]:
-    """The steps after which held-out rows are gone through: none, all, and what is due between."""
+    """Return the steps after which an evaluation runs: 0, the last one, and those due between."""
     return (
         set()
         if plan.data.evaluation is None
@@ -136,7 +135,7 @@ def _evaluated(plan: Plan, num_steps: int, step: float, items: Items | None) -> 
 
 
 def _copy_seconds(plan: Plan, checkpoint_bytes: int, gpu: GpuType) -> float:
-    """A rank's share into the host's memory."""
+    """Return the seconds to copy a rank's share of a checkpoint into host memory."""
     share = checkpoint_bytes / plan.mesh.world_size
     if plan.mesh.device == "cuda":
         return share / (gpu.host_link * gpu.link_share)

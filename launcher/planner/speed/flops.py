@@ -1,4 +1,4 @@
-"""Floating-point operations of a micro-batch, by which parts of the model train."""
+"""Floating-point operations of a micro-batch, depending on the trained parameters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from launcher.planner.memory.program import Unit
 from launcher.planner.plan import Plan
 
 Units = tuple[Unit, list[Unit]]
-"""What stands outside of the layers, and the layers."""
+"""The unit outside of the layers, and the layers."""
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,11 @@ class Operations:
     forward: float
     backward: float
     again: float
-    """The forward passes that are computed a second time."""
+    """Operations of recomputed forward passes."""
 
     @property
     def needed(self) -> float:
-        """Return what the model needs, however it is computed."""
+        """Return the model's operations without recomputation."""
         return self.forward + self.backward
 
     @property
@@ -32,12 +32,12 @@ class Operations:
 
 
 def operations(plan: Plan, units: Units, tokens: int) -> Operations:
-    """Return the floating-point operations of a micro-batch of so many tokens.
+    """Return the floating-point operations of a micro-batch with a number of tokens.
 
-    Two for each element of a matrix and token, once forward, once for the gradient of what goes in where
-    something before it trains, and once for its own where it trains itself (Kaplan et al. 2020, arXiv
-    2001.08361, table 1). Attention takes 4 x width x length forward and twice that backward, half of it where
-    it is causal (Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
+    A matrix takes two per element and token: once forward, once for its input's gradient if something before
+    it trains, and once for its own gradient if it trains (Kaplan et al. 2020, arXiv 2001.08361, table 1).
+    Attention takes 4 x width x length per token forward and twice that backward; half of it if it is causal
+    (Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
     """
     root, layers = units
     length, traits = plan.data.max_length, tasks.find(plan.task).traits
@@ -49,9 +49,9 @@ def operations(plan: Plan, units: Units, tokens: int) -> Operations:
         if passes_back:
             backward += products + 2 * attention + 2 * tokens * matrix_elements(unit, trained=True)
             again += products + attention if plan.activation_checkpointing == "full" else 0.0
-    # A head that sees one token of each sample is next to nothing.
+    # The cost of a head on one token per sample is negligible.
     if traits.head == "every-position":
-        # The largest matrix behind the layers; the table of words where it is one with that.
+        # The largest matrix after the layers; with tied weights, the input embeddings.
         behind = [weight for weight in root.weights[root.num_first :] if len(weight.shape) >= 2]
         head = max(behind or root.weights, key=lambda weight: weight.num_elements)
         last = any(passing_back(units)[-1:])
@@ -71,8 +71,8 @@ def passing_back(units: Units) -> list[bool]:
 
 
 def matrix_elements(unit: Unit, trained: bool = False) -> float:
-    """Return the elements of the matrices that one token is multiplied with: of experts, those that are
-    chosen; with `trained` of those alone that train."""
+    """Return the elements of the matrices that are multiplied with one token; only the chosen ones among
+    experts count. With `trained`, only trained matrices count."""
     return sum(
         weight.num_elements * weight.used
         for weight in unit.weights
@@ -81,7 +81,7 @@ def matrix_elements(unit: Unit, trained: bool = False) -> float:
 
 
 def attention_width(unit: Unit) -> int:
-    """Return heads x head_dim of a layer: what goes into its output projection."""
+    """Return heads x head_dim of a layer: the input width of its output projection."""
     names = ("o_proj.weight", "out_proj.weight", "c_proj.weight", "output.dense.weight", ".o.weight")
     shapes = [
         weight.shape for weight in unit.weights if weight.name.endswith(names) and "mlp" not in weight.name

@@ -12,29 +12,29 @@ from launcher.planner.speed.collectives import seconds as seconds_of
 from launcher.planner.speed.flops import Units, operations
 
 READS = 1.5
-"""Bytes that an operator reads for each that it writes: one or two tensors."""
+"""Bytes that an operator reads per byte written: it reads one or two tensors."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """One optimizer step, in seconds; rates are of the whole job."""
+    """Times of one optimizer step, in seconds; rates are for the whole job."""
 
     compute: float
-    """Forward and backward of all micro-batches, without waiting."""
+    """Forward and backward passes of all micro-batches, without waiting."""
     communication: float
     """All messages of a rank, one after another."""
     exposed: float
-    """What of them nothing runs beside."""
+    """The part of communication that no computation overlaps."""
     optimizer: float
     tokens: int
-    """Of a global batch: of samples as long as they may be, or as those were that were looked at, without
-    their padding."""
+    """Tokens of a global batch without padding: for samples of maximum length, or of the sampled rows'
+    lengths."""
     model_flops: float
-    """Operations of a global batch that a model needs, without recomputation."""
+    """The model's operations for a global batch, without recomputation."""
     peak_rate: float
-    """Of all GPUs together."""
+    """Operations per second of all GPUs together."""
     evaluation: float = 0.0
-    """Of the forward passes alone over as many samples, with what is waited for."""
+    """Forward passes alone over a global batch, with exposed communication."""
 
     @property
     def step(self) -> float:
@@ -46,12 +46,12 @@ class Speed:
 
     @property
     def utilisation(self) -> float:
-        """Return MFU: the model's operations over what the GPUs could do."""
+        """Return MFU: the model's operations over the GPUs' peak."""
         return self.model_flops / self.step / self.peak_rate
 
 
 def speed(plan: Plan, units: Units, segments: list[Segment], gpu: GpuType) -> Speed:
-    """Return the speed of a plan on such GPUs.
+    """Return the speed of a plan on GPUs of one type.
 
     `segments` are the blocks of one micro-batch (bytes they write: `Segment.traffic`).
     """
@@ -85,12 +85,12 @@ def speed(plan: Plan, units: Units, segments: list[Segment], gpu: GpuType) -> Sp
 
 
 def optimizer_seconds(plan: Plan, units: Units, gpu: GpuType) -> float:
-    """Return the seconds of the optimizer on a rank's part: parameter, gradient and moments are read and
-    written; more often by operators that are not fused, as Adafactor's and those that widen and round
+    """Return the seconds of the optimizer on a rank's shard. Parameter, gradient and moments are read and
+    written, more often by operators that are not fused: Adafactor's, and those that convert and round bf16
     moments."""
     root, layers = units
     state = sum(unit.num_elements(trained=True) for unit in (root, *layers)) / ranks_of(plan)
-    # Offloaded, it is the processors that step, and the ranks of a node share their memory.
+    # With offloading the CPUs run the optimizer, and a node's ranks share its memory bandwidth.
     rate = gpu.host_bandwidth / plan.mesh.ranks_per_node if offloads(plan) else gpu.bandwidth
     num_bytes = 84 if plan.training.optimizer == "adafactor" else 28
     num_bytes += 72 * (plan.training.moments == "bf16")
@@ -100,8 +100,9 @@ def optimizer_seconds(plan: Plan, units: Units, gpu: GpuType) -> float:
 
 
 def _muon_operations(plan: Plan, units: Units) -> float:
-    """Return the operations of Muon's five iterations: of a matrix of m rows and n columns, m the fewer, 4 m^2 n
-    for the products with it and 2 m^3 for the square between them. In bf16; each matrix on one rank."""
+    """Return the operations of Muon's five iterations, in bf16, each matrix on one rank. For a matrix of m x
+    n, m the smaller side, one takes 4 m^2 n for the products with it and 2 m^3 for the square between
+    them."""
     if plan.training.optimizer != "muon":
         return 0.0
     weights = [
