@@ -1,4 +1,4 @@
-"""Estimate the number and length of an epoch's items from a sample of the data files."""
+"""Estimate the number and lengths of an epoch's samples from some rows of the data files."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ from launcher.planner.plan import BatchPlan, Plan
 from launcher.tasks.mixed import data_of, of_one_task
 
 _MOST_LENGTHS = 1024
-"""Lengths that stand for an epoch of several sources."""
+"""Number of lengths that represent an epoch of several sources."""
 
 
 @dataclass(frozen=True)
 class Items:
-    """Hold what one pass over the data takes, as far as a look at some rows tells."""
+    """The estimated samples or packs of one epoch."""
 
     num_items: int
     """Samples, or packs."""
     num_rows: int
     lengths: tuple[int, ...]
-    """Tokens of the samples that were looked at, as they would be trained."""
+    """Tokens of the sampled rows' samples, as they would be trained."""
     by_tokenizer: bool
     """Whether the model's own tokenizer counted them."""
     packed: bool
     of_text: bool = True
-    """Whether a sample's length is one of tokens."""
+    """Whether a sample's length is counted in tokens."""
     by_source: tuple[tuple[str, int, int], ...] = ()
-    """Of each of several sources: its alias, its samples or packs in an epoch, and its rows."""
+    """For each of several sources: its alias, its samples or packs in an epoch, and its rows."""
 
     @property
     def mean(self) -> float:
-        """Return the tokens of a sample."""
+        """Return the mean tokens per sample."""
         return sum(self.lengths) / len(self.lengths)
 
     def padded(self, batch: BatchPlan) -> float:
-        """Return the tokens of a sample with its padding, where a global batch is dealt by length into
+        """Return the mean tokens per sample with padding, if a global batch is dealt by length into
         micro-batches."""
         shuffled = random.Random(0).sample(self.lengths, len(self.lengths))
         size, micro = min(batch.global_batch_size, len(shuffled)), batch.micro_batch_size
@@ -58,7 +58,7 @@ class Items:
         return total / count
 
     def words(self) -> str:
-        """Return what there is, and what that rests on."""
+        """Return the numbers and how they were estimated, in words."""
         kind = "packs" if self.packed else "samples"
         how = ", by the model's tokenizer" if self.by_tokenizer else f", at {CHARACTERS} characters a token"
         how = how if self.of_text else ""
@@ -70,35 +70,35 @@ class Items:
 
 
 def training_items(plan: Plan) -> Items | None:
-    """Return one pass over the training data; None where it is not in files here, where they cannot be read,
-    and where a script brings its own."""
+    """Return an epoch of the training data; None if it is not in files here, if they cannot be read, or if a
+    script brings its own."""
     items = _of_plan(plan, plan.data.train)
     return items if isinstance(items, Items) else None
 
 
 def evaluation_items(plan: Plan) -> Items | None:
-    """Return one pass over the rows held out; None where there are none, or as for the training data."""
+    """Return one pass over the held-out rows; None if there are none, or as for the training data."""
     items = _of_plan(plan, plan.data.evaluation)
     return items if isinstance(items, Items) else None
 
 
 def why_no_items(plan: Plan) -> str | None:
-    """Return why nothing is known of a pass over the training data, in one clause; None where it is, and
-    where a script brings its own."""
+    """Return the reason why an epoch's samples are unknown, in one clause; None if they are known, or if a
+    script brings its own data."""
     items = _of_plan(plan, plan.data.train)
     return items if isinstance(items, str) else None
 
 
 def _of_plan(plan: Plan, source: Source | None) -> Items | str | None:
-    """Return what one of a plan's sources has, or why that is not known; None where a script brings its own."""
+    """Return the items of a plan's source, or why they are unknown; None if a script brings its own."""
     if plan.script or source is None:
         return None
     return one_pass(source, plan.data, locate(plan.model.name, plan.model.revision), plan.task)
 
 
 def one_pass(source: Source, data: Data, model: str, task: str) -> Items | str:
-    """Return one pass over a source, or an epoch of several; or why it is not known, in one clause, where one is
-    not in files here, or where they cannot be read. model: its directory, as far as that is here."""
+    """Return one pass over a source, or an epoch of several. If one is not in files here, or cannot be read,
+    return the reason in one clause. model: its directory, if that is here."""
     if not isinstance(source, Sources) or not source.sources:
         return _looked(source, data, model, task, changed_at(source))
     every: list[Items] = []
@@ -114,10 +114,10 @@ def one_pass(source: Source, data: Data, model: str, task: str) -> Items | str:
 
 
 def _mixed(every: Sequence[Items], counts: Sequence[int], aliases: Sequence[str]) -> Items:
-    """Return an epoch of several sources, of which each has so many samples or packs in it."""
+    """Return an epoch of several sources, with `counts` samples or packs of each."""
     lengths: list[int] = []
     for items, count in zip(every, counts, strict=True):
-        # As often as the source's samples come among those of the others.
+        # In proportion to the source's share of the samples.
         number = max(1, round(_MOST_LENGTHS * count / sum(counts)))
         lengths += [items.lengths[place * len(items.lengths) // number] for place in range(number)]
     return Items(
@@ -135,8 +135,8 @@ def _mixed(every: Sequence[Items], counts: Sequence[int], aliases: Sequence[str]
 
 @lru_cache(maxsize=64)
 def _looked(source: Source, data: Data, model: str, task: str, changed: int) -> Items | str:
-    """Return what there is, or why it is not known. A search asks for the same again and again; `changed`
-    lets what was seen of an older file be forgotten."""
+    """Return the items of one source, or why they are unknown. Cached, as a search needs them repeatedly;
+    `changed` invalidates the entries of older files."""
     learned = tasks.find(task)(data)
     try:
         seen = sample_of(source, learned.columns)
@@ -161,11 +161,11 @@ def _looked(source: Source, data: Data, model: str, task: str, changed: int) -> 
 
 
 def fewest_packs(token_lengths: Sequence[int], capacity: int) -> float:
-    """Return the number of packs of `capacity` that samples of these lengths need at the least, which the
-    packing comes close to.
+    """Return a lower bound of the packs of `capacity` that samples of these lengths need; the packing comes
+    close to it.
 
-    The bound L2 of Martello and Toth 1990 (Knapsack Problems, section 8.3), but not rounded up, as the
-    samples stand for many more.
+    It is the bound L2 of Martello and Toth 1990 (Knapsack Problems, section 8.3), but not rounded up, as the
+    samples represent many more.
     """
     best = 0.0
     for small in {0, *(length for length in token_lengths if length <= capacity // 2)}:

@@ -1,4 +1,4 @@
-"""Problems and remarks of a job that a look at its model and its data brings to light."""
+"""Problems and remarks from an inspection of a job's model and data."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from launcher.errors import Problem
 
 @dataclass(frozen=True)
 class Findings:
-    """List what is wrong, and what is worth knowing though it works."""
+    """The problems of a job, and remarks that do not stop it."""
 
     problems: tuple[Problem, ...] = ()
     remarks: tuple[Problem, ...] = ()
 
     @classmethod
     def joined(cls, findings: Iterable[Findings]) -> Findings:
-        """Return all of several looks, in their order."""
+        """Return the findings of several inspections, in order."""
         every = list(findings)
         return cls(
             tuple(one for each in every for one in each.problems),

@@ -23,8 +23,8 @@ NO_EVALUATION = (
 
 
 def look(job: Job) -> Findings:
-    """Return what a job's model, its tokenizer and its rows say against each other; nothing where they are not
-    here, and for a script's own data."""
+    """Return the conflicts among a job's model, tokenizer and rows; none if they are not here, or for a
+    script's own data."""
     if job.data.train.name == OWN or job.model.name == OWN:
         return Findings()
     of_model = (_lengths(job.model, job.data), _tokens(job.model), _adapter(job.model))
@@ -32,7 +32,7 @@ def look(job: Job) -> Findings:
 
 
 def check(job: Job) -> list[Problem]:
-    """Return what is worth knowing. Raises ConfigurationError with everything that is wrong."""
+    """Return the remarks on a job. Raises ConfigurationError with all problems."""
     findings = look(job)
     if findings.problems:
         raise ConfigurationError(list(findings.problems))
@@ -85,7 +85,7 @@ def _tokens(model: Model) -> Findings:
 
 
 def _teacher(job: Job) -> Findings:
-    """Return what speaks against the teacher: its positions and its tokenizer."""
+    """Return the problems of the teacher's positions and tokenizer."""
     if (distillation := job.distillation) is None or (name := distillation.teacher) is None:
         return Findings()
     key = "distillation.teacher"

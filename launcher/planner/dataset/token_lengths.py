@@ -1,4 +1,4 @@
-"""Count the tokens of sampled rows: by the model's tokenizer, else by their characters."""
+"""Count the tokens of sampled rows with the model's tokenizer, else estimate them from characters."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from launcher.data.rows import TOO_LONG, RowProblem
 from launcher.tasks.task import Task
 
 CHARACTERS = 4
-"""Of a token of English, where the model has no tokenizer.json here: a rule of thumb."""
+"""Characters per token of English, if the model has no tokenizer.json here: a rule of thumb."""
 _LONGEST = 16
-"""Characters for each token that may stay of a sample, beyond which a text is too long whatever its tokens
-are."""
+"""Characters per token of the maximum length, beyond which a text is too long whatever its tokens are."""
 Rows = Sequence[dict[str, Any] | RowProblem]
 
 
 def lengths(rows: Rows, task: Task, model: str) -> tuple[tuple[int, ...], bool]:
-    """Return the tokens of each sample that the rows become, and whether the tokenizer in the directory `model`
-    counted."""
+    """Return the tokens of each of the rows' samples, and whether the tokenizer in the directory `model`
+    counted them."""
     texts_by_row = [texts for row in rows if not isinstance(texts := texts_or_problem(row, task), RowProblem)]
     tokenizer = _tokenizer(model)
     most = None if task.traits.windows else _LONGEST * task.data.max_length
@@ -38,13 +37,13 @@ def lengths(rows: Rows, task: Task, model: str) -> tuple[tuple[int, ...], bool]:
 
 
 def why_unusable(rows: Rows, task: Task) -> RowProblem:
-    """Return why the first of some rows that become no sample is none."""
+    """Return why the first of some unusable rows gives no sample."""
     problems = (texts for row in rows if isinstance(texts := texts_or_problem(row, task), RowProblem))
     return next(problems, RowProblem(TOO_LONG, f"more tokens than max_length = {task.data.max_length:,}"))
 
 
 def texts_or_problem(row: dict[str, Any] | RowProblem, task: Task) -> list[str] | RowProblem:
-    """Return the texts of a row that become tokens, or why the task cannot use it."""
+    """Return a row's texts to tokenize, or why the task cannot use it."""
     if isinstance(row, RowProblem):
         return row
     try:
@@ -54,7 +53,8 @@ def texts_or_problem(row: dict[str, Any] | RowProblem, task: Task) -> list[str] 
 
 
 def _tokenizer(model: str) -> Any:
-    """The model's tokenizer, by the library that transformers has it from; None where its file is not here."""
+    """Return the model's tokenizer from the library `tokenizers`; None if its file is not here or not
+    valid."""
     path = Path(model) / "tokenizer.json"
     if not path.is_file():
         return None

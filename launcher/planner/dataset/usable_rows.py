@@ -1,4 +1,4 @@
-"""Look at some rows of a job's files: whether its task can use them, and whether the columns are right."""
+"""Inspect some rows of a job's files: whether its task can use them, and whether the columns are right."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from launcher.tasks.mixed import data_of, of_one_task
 from launcher.tasks.task import Task
 
 _FILES = 256
-"""Of a source, that are looked for: on a file system over a network each takes a message or two."""
+"""Media files per source whose existence is checked: each takes a message or two on a network file system."""
 
 
 def sample_of(source: Source, columns: tuple[str, ...]) -> Sample:
     """Return some rows of a source, or all of a small one, with these columns. Raises DataError as `look`.
 
-    They are kept, as a search asks for the same again and again.
+    They are cached, as a search needs them repeatedly.
     """
     return _sample(source, columns, changed(source))
 
 
 @lru_cache(maxsize=64)
 def _sample(source: Source, columns: tuple[str, ...], changed: int) -> Sample:
-    """Look at a source; `changed` lets what was seen of an older file be forgotten."""
+    """Sample a source; `changed` invalidates the cache entries of older files."""
     return look(source, columns)
 
 
 def changed(source: Source) -> int:
-    """Return a number that is another once a source's files were written anew, by their times and sizes."""
+    """Return a number that changes when a source's files do, from their times and sizes."""
     if isinstance(source, Sources) and source.sources:
         return sum(map(changed, source.sources))
     try:
@@ -50,9 +50,9 @@ def changed(source: Source) -> int:
 
 
 def look_at_rows(job: Job) -> Findings:
-    """Return what some rows of the job's files say against it, and what of them is worth knowing.
+    """Return problems and remarks on some rows of the job's files.
 
-    Nothing for data on the hub, and for files that are not there, which whoever reads a job file refuses.
+    None for data on the hub, or for missing files, which are refused when the job file is read.
     """
     task = tasks.of_job(job)
     looks, told = [], set[str]()
@@ -69,7 +69,7 @@ def look_at_rows(job: Job) -> Findings:
 
 
 def _of_source(key: str, source: Source, task: Task, told: set[str]) -> Findings:
-    """Return what there is to say of one source; `told` takes what its task said, which is not said twice."""
+    """Return the findings for one source; `told` collects its task's remarks, which are not repeated."""
     assert source.path is not None
     if not is_there(source.path):
         return Findings()
@@ -106,7 +106,7 @@ def _of_source(key: str, source: Source, task: Task, told: set[str]) -> Findings
 
 
 def _header_as_row(file: Path, task: Task) -> str | None:
-    """Return a doubt about a table whose columns are named by number and whose first line reads as a header."""
+    """Return a doubt about a table with columns named by number whose first line looks like a header."""
     if file.is_dir() or not all(map(str.isdecimal, required(task.columns))):
         return None
     known = format_of(file)
@@ -122,7 +122,7 @@ def _header_as_row(file: Path, task: Task) -> str | None:
 
 
 def _why_unusable(row: Values, task: Task) -> RowProblem | None:
-    """Return why a task cannot use a row, or the file that it names; None where it can."""
+    """Return why a task cannot use a row, or the file that it names; None if it can."""
     texts = texts_or_problem(row, task)
     if isinstance(row, RowProblem) or isinstance(texts, RowProblem):
         return texts if isinstance(texts, RowProblem) else None

@@ -1,4 +1,4 @@
-"""Choose the rates a plan is timed with: this machine's measurements, else the GPU table."""
+"""Choose the rates for a plan's time forecast: this machine's measurements, else the GPU table."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from launcher.planner.plan import Plan
 from launcher.runs.machine import REFERENCE, REFERENCE_LENGTH, Machine, Rates
 
 MEASURED = "measured"
-"""What rates are called that `launcher bench` found."""
+"""Key of the rates measured by `launcher bench`."""
 _MATRIX_SHARE, _MEMORY_SHARE = 0.85, 0.9
-"""Of what `launcher bench` measures of a GPU, what training reaches: the shares of the data sheet's rates
-(0.6 and 0.8) over what large products and copies reach of them, 70% and 90%. Assumed: no GPU was at hand."""
+"""Shares of a GPU's rates in `launcher bench` that training reaches: its shares of the data sheet's rates
+(0.6 and 0.8) over those of large products and copies, 70% and 90%. Assumed: no GPU was available."""
 _CPU_MATRIX_SHARE, _CPU_MEMORY_SHARE, _CALLING, _WAITING = 0.95, 0.35, 1.8, 1.5
-"""Of what `launcher bench` measures of a CPU: a layer's products reach nearly all of the rate, operators a
-third of a large copy's; they are called less fast where ranks do more between them, and ranks that send wait
-for each other. Fitted to 171 plans of six jobs on two ranks (seed 7 of tests/benchmarks/bench_auto.py);
+"""Factors on a CPU's rates in `launcher bench`: a layer's products reach nearly the full rate, operators a
+third of a large copy's. Calls are slower if ranks do more between them, and ranks that communicate wait for
+each other. Fitted to 171 plans of six jobs on two ranks (seed 7 of tests/benchmarks/bench_auto.py);
 docs/benchmarks/auto.md is of another seed."""
 
 
 def device_of(plan: Plan, hardware: Hardware) -> str:
-    """Return the name under which rates of the plan's device are kept."""
+    """Return the name under which the device's rates are stored."""
     return hardware.gpus[0].name if plan.mesh.device == "cuda" and hardware.gpus else "cpu"
 
 
 def rates_for(plan: Plan, hardware: Hardware, machine: Machine | None = None) -> GpuType | None:
-    """Return what one rank of a plan on this machine computes with: as measured, else by the table of GPUs;
-    None where neither knows."""
+    """Return the rates of one rank of a plan on this machine: measured, else from the table of GPUs; None if
+    neither has them."""
     known = (machine or Machine.read()).of(device_of(plan, hardware))
     table = seen(hardware) if plan.mesh.device == "cuda" else None
     if known is None or not known.matrix.get("fp32"):
         return table
-    # Ranks on a CPU share what it has.
+    # Ranks on a CPU share its rates.
     share = plan.mesh.ranks_per_node if plan.mesh.device == "cpu" else 1
     link = known.link or (table.link if table else known.bandwidth / share)
     full = known.matrix["fp32"] / share
@@ -60,7 +60,7 @@ def rates_for(plan: Plan, hardware: Hardware, machine: Machine | None = None) ->
 
 
 def _shares(plan: Plan, link_known: bool) -> dict[str, float]:
-    """Return what of measured rates a step reaches."""
+    """Return the shares of measured rates that a step reaches."""
     if plan.mesh.device == "cpu":
         return {
             "matrix_share": _CPU_MATRIX_SHARE,
@@ -75,8 +75,8 @@ def _shares(plan: Plan, link_known: bool) -> dict[str, float]:
 
 
 def operator_seconds(rates: Rates) -> dict[str, float]:
-    """Return the seconds of calling one operator: the reference model's step by the operators that the memory
-    model sees in it."""
+    """Return the seconds to call one operator: the reference model's step time, divided by the operators that
+    the memory model counts in it."""
     program = Llama(REFERENCE)
     by_way = {}
     for way, seconds in rates.reference.items():

@@ -24,26 +24,26 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Hardware:
-    """Hold what the planner may count on; memory is what is free for us, in bytes."""
+    """The hardware that the planner may use; memory is the free memory in bytes."""
 
     num_cores: int
     memory_bytes: int
     cpu_flags: frozenset[str] = frozenset()
     gpus: tuple[Gpu, ...] = ()
     gpu_note: str = ""
-    """Why no GPU is seen, where there is none."""
+    """Why no GPU is seen, if there is none."""
     process_bytes: int = 0
-    """What the system lets any one process have of the host's memory; 0 where it sets no such limit."""
+    """The system's limit on the host memory of one process; 0 without a limit."""
 
     @classmethod
     def detect(cls) -> Hardware:
-        """Return this machine, as far as this process may use it."""
+        """Return the part of this machine that this process may use."""
         gpus, note = find_gpus()
         return cls(count_cores(), available_memory(), cpu_flags(), gpus, note, process_limit())
 
     def rank_memory(self, device: str, ranks_per_node: int) -> int:
-        """Return the bytes of one rank, of the device that it computes on; 0 where that is not known, as of GPUs
-        that are not here."""
+        """Return the device memory of one rank in bytes; 0 if unknown, for example for GPUs that are not
+        here."""
         if device == "cuda":
             return min((gpu.memory_bytes for gpu in self.gpus), default=0)
         share = self.memory_bytes // ranks_per_node
@@ -57,7 +57,7 @@ def _cpu_blocks(text: str) -> Iterator[dict[str, str]]:
 
 
 def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
-    """Return the processor's feature flags, as amx_bf16; empty where the system does not say."""
+    """Return the processor's feature flags, such as amx_bf16; empty if the system does not tell."""
     try:
         text = cpuinfo.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -66,7 +66,7 @@ def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
 
 
 def count_cores(cpuinfo: Path = Path("/proc/cpuinfo"), root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return how many physical cores there are that this process may use: its affinity, two threads of a
+    """Return the number of physical cores that this process may use: those in its affinity, threads of one
     core counted once, within the cgroup's quota."""
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     try:
@@ -94,7 +94,7 @@ def _read(path: Path) -> str:
 
 
 def _cgroups(root: Path) -> Iterator[Path]:
-    """This process's control group and every one above it, in version 2's tree (a container sees its own as
+    """Yield this process's control group and its ancestors in version 2's tree (a container sees its own as
     the root)."""
     own = next(
         (line[3:] for line in _read(Path("/proc/self/cgroup")).splitlines() if line.startswith("0::")), "/"
@@ -107,8 +107,8 @@ def _cgroups(root: Path) -> Iterator[Path]:
 
 
 def available_memory(root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return the bytes that may still be taken: the machine's, within every limit of the control groups; files
-    in the page cache count as free."""
+    """Return the available memory in bytes: the machine's, within every control group's limit; the page cache
+    counts as free."""
     import psutil
 
     free: int = psutil.virtual_memory().available
@@ -125,14 +125,14 @@ def available_memory(root: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def process_limit() -> int:
-    """Return the bytes that a process may have by `ulimit -d` and `ulimit -v`, which the ranks inherit; 0 where
-    there is no limit."""
+    """Return the limit in bytes on one process from `ulimit -d` and `ulimit -v`, which the ranks inherit; 0
+    without a limit."""
     limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS)]
     return min((limit for limit in limits if limit != resource.RLIM_INFINITY), default=0)
 
 
 def find_gpus(timeout: float = 20.0) -> tuple[tuple[Gpu, ...], str]:
-    """Return the GPUs that nvidia-smi lists and CUDA_VISIBLE_DEVICES leaves, and where there is none, why."""
+    """Return nvidia-smi's GPUs within CUDA_VISIBLE_DEVICES, and if there are none, the reason."""
     command = ["nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
@@ -159,7 +159,7 @@ def find_gpus(timeout: float = 20.0) -> tuple[tuple[Gpu, ...], str]:
 
 
 def _visible(rows: list[list[str]], wanted: list[str]) -> list[list[str]]:
-    """CUDA's own rule: numbers or the beginnings of UUIDs, in their order, up to the first that is not there."""
+    """Apply CUDA's rule: indices or prefixes of UUIDs, in order, up to the first that does not exist."""
     kept = []
     for name in wanted:
         match = next(

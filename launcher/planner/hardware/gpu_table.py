@@ -12,50 +12,49 @@ from launcher.job.cluster import NetworkName
 from launcher.planner.hardware.detect import Gpu, Hardware
 
 PCIE_4, PCIE_5 = 32e9, 64e9
-"""Bytes a second one way of a slot with 16 lanes, as the makers round them."""
+"""Bytes per second, one way, of a slot with 16 lanes, as vendors round them."""
 MEMORY_SHARE = 0.8
-"""Of a memory's rate that operators reach that do little else than read and write. Assumed; with it and the
-shares of the matrix rates published runs come out (docs/benchmarks/published.md)."""
+"""Share of the memory rate that memory-bound operators reach. Assumed; with it and the shares of the matrix
+rates, forecasts agree with published runs (docs/benchmarks/published.md)."""
 LINK_SHARE = 0.75
-"""Of a link's rate that large collectives reach. Assumed."""
+"""Share of a link's rate that large collectives reach. Assumed."""
 HOST_BANDWIDTH = 200e9
-"""Bytes a second of a node's own memory. Assumed: eight channels of DDR4-3200 have 205e9."""
+"""Bytes per second of a node's host memory. Assumed: eight channels of DDR4-3200 have 205e9."""
 
 
 @dataclass(frozen=True)
 class GpuType:
-    """One kind of GPU. Rates are operations and bytes a second."""
+    """One kind of GPU. Rates are in operations and bytes per second."""
 
     key: str
     name: str
     memory_bytes: int
-    """Memory that a program can have, as the driver gives it where that is known; makers' sizes are not all in
-    GiB."""
+    """Memory available to programs, as the driver reports it if known; vendors' sizes are not all in GiB."""
     half_rate: float
-    """Matrix products in bf16 or fp16 with sums in fp32, dense."""
+    """Rate of dense matrix products in bf16 or fp16, accumulated in fp32."""
     full_rate: float
-    """fp32 outside of the matrix units."""
+    """Rate of fp32 outside of the matrix units."""
     bandwidth: float
-    """Of its memory."""
+    """Memory bandwidth."""
     link: float
-    """To its neighbours in a node, one way."""
+    """Rate to its neighbours in a node, one way."""
     network: float
-    """To other nodes, one way, of the network that such nodes commonly have for each GPU."""
+    """Rate to other nodes per GPU, one way, on the usual network of nodes with this GPU."""
     capability: float
     source: str
     matrix_share: float = 0.6
-    """Of the matrix rate that large products reach in training. The H100's is fitted to published runs, the
-    A100's too (see docs/benchmarks/published.md); of the others it is assumed."""
+    """Share of the matrix rate that large products reach in training. Those of the H100 and the A100 are
+    fitted to published runs (see docs/benchmarks/published.md); the others are assumed."""
     memory_share: float = MEMORY_SHARE
     link_share: float = LINK_SHARE
     operator_seconds: Mapping[str, float] = field(default_factory=dict)
-    """Of calling one operator, by what is recomputed, where it was measured."""
+    """Seconds to call one operator, by activation checkpointing, if measured."""
     message_seconds: float | None = None
-    """Of one message beside its bytes, where it was measured."""
+    """Latency of one message in seconds, if measured."""
     host_link: float = PCIE_4
-    """To the host's memory, one way."""
+    """Rate to host memory, one way."""
     host_bandwidth: float = HOST_BANDWIDTH
-    """Of the host's memory, which all GPUs of a node share."""
+    """Bandwidth of host memory, which all GPUs of a node share."""
 
 
 _NV = "https://www.nvidia.com/en-us/data-center"
@@ -66,7 +65,7 @@ NETWORKS: dict[NetworkName, float] = {
     "ethernet100": 12.5e9,
     "ethernet25": 3.1e9,
 }
-"""Of one GPU, bytes a second one way: the line rate divided by eight (InfiniBand NDR 400, HDR 200, EDR 100
+"""Bytes per second and GPU, one way: the line rate divided by eight (InfiniBand NDR 400, HDR 200, EDR 100
 Gb/s)."""
 # fmt: off
 TABLE = (
@@ -111,12 +110,12 @@ BY_KEY = {gpu.key: gpu for gpu in TABLE}
 
 
 def on_network(gpu: GpuType, name: NetworkName | None) -> GpuType:
-    """Return the GPU in nodes that are joined by that; by what such nodes commonly have where it is None."""
+    """Return the GPU in nodes connected by the network `name`; by their usual network if it is None."""
     return gpu if name is None else replace(gpu, network=NETWORKS[name])
 
 
 def gpu_type(key: str, where: str = "--gpu") -> GpuType:
-    """Return the GPU of that name, which stands at `where`. Raises ConfigurationError with the nearest
+    """Return the GPU with a name, which was given at `where`. Raises ConfigurationError with the nearest
     names."""
     match = BY_KEY.get(key.strip().lower())
     if match is None:
@@ -128,7 +127,7 @@ def gpu_type(key: str, where: str = "--gpu") -> GpuType:
 
 
 def seen(hardware: Hardware) -> GpuType | None:
-    """Return the table's entry for the GPUs of this machine, by their name; None where there is none."""
+    """Return the table's entry for this machine's GPUs, by their name; None if there is none."""
     if not hardware.gpus:
         return None
     name, memory = hardware.gpus[0].name.lower(), hardware.gpus[0].memory_bytes
@@ -142,7 +141,7 @@ def seen(hardware: Hardware) -> GpuType | None:
 
 
 def name_here(device: str) -> str:
-    """Return what the devices of this machine are called: `cpu`, a name of the table, or `gpu`."""
+    """Return the name of this machine's devices: `cpu`, a name of the table, or `gpu`."""
     if device == "cpu":
         return device
     known = seen(Hardware.detect())
@@ -150,13 +149,13 @@ def name_here(device: str) -> str:
 
 
 def _is_named(gpu: GpuType, name: str) -> bool:
-    """Return whether a maker's name says that GPU, as a word: a GB200 is no B200, and an L40 no L4."""
+    """Return whether a vendor's name contains the GPU's as a word: a GB200 is no B200, and an L40 no L4."""
     word = re.sub(r"(?<=[a-z])(?=\d)", r"\\s*", gpu.key.split("-")[0])
     return re.search(rf"(?<![a-z0-9]){word}(?![a-z0-9])", name) is not None
 
 
 def as_hardware(gpu: GpuType, per_node: int, cores: int = 64, memory_bytes: int | None = None) -> Hardware:
-    """Return a node of such GPUs that is not here. Cores and host memory are guesses where nothing is known:
-    1 TiB."""
+    """Return a node with these GPUs that is not here. Without arguments, cores and host memory (1 TiB) are
+    guesses."""
     one = Gpu(gpu.name, gpu.memory_bytes, gpu.capability)
     return Hardware(cores, memory_bytes or 1 << 40, frozenset(), (one,) * per_node)

@@ -15,10 +15,10 @@ from launcher.planner.model.vocabulary import read_vocabulary
 
 
 def locate(name: str, revision: str | None = None) -> str:
-    """Return the directory of a model: as it is named, or where the hub's cache holds it, in that revision
-    where one is named.
+    """Return the directory of a model: the name itself, or its place in the hub's cache, in a revision if one
+    is given.
 
-    Without one it is the main branch, else what was fetched last.
+    Without a revision it is the main branch, else the latest one fetched.
     """
     if (Path(name) / "config.json").exists():
         return name
@@ -32,16 +32,16 @@ def locate(name: str, revision: str | None = None) -> str:
 
 
 def fetch_config(name: str, revision: str | None = None) -> None:
-    """Fetch a hub model's config.json into the hub's cache, where it is not on this machine yet.
+    """Fetch a hub model's config.json into the hub's cache, unless it is on this machine already.
 
-    Raises ConfigurationError where the hub does not have it, or cannot be reached.
+    Raises ConfigurationError if the hub does not have it, or cannot be reached.
     """
     if (Path(locate(name, revision)) / "config.json").exists():
         return
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     try:
-        # Asked once: a download asks six times, over 24 s, and logs each.
+        # One request first: a download tries six times, over 24 s, and logs each.
         get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision))
         hf_hub_download(name, "config.json", revision=revision)
     except Exception as error:  # a connection's are of another library, from version to version
@@ -60,14 +60,14 @@ def cached_models() -> list[str]:
 
 
 def _hub_cache() -> Path:
-    """The folder that huggingface_hub keeps models in, by the same variables and in the same order."""
+    """Return huggingface_hub's folder of models, from the same variables in the same order."""
     home = os.environ.get("HF_HOME") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
     folder = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or f"{home}/hub"
     return Path(os.path.expandvars(folder)).expanduser()
 
 
 def read_config(directory: str) -> dict[str, Any] | None:
-    """Return a model's config.json; None where there is none that can be read."""
+    """Return a model's config.json; None if there is none, or if it cannot be read."""
     try:
         config = read_json(Path(directory) / "config.json")
     except (OSError, ValueError):
@@ -76,10 +76,10 @@ def read_config(directory: str) -> dict[str, Any] | None:
 
 
 def config_of(model: Model) -> dict[str, Any] | None:
-    """Return what the job file says the model is, else what its own file says; None where that is not here.
+    """Return the job file's `model.config`, else the model's own config.json; None if that is not here.
 
-    With `resize_embeddings` it has a row for each token of the tokenizer.
-    Raises ConfigurationError for sizes that cannot be, all of them at once.
+    With `resize_embeddings`, its vocabulary has a row for each token of the tokenizer.
+    Raises ConfigurationError with all impossible sizes at once.
     """
     directory = locate(model.name, model.revision) if model.config is None else ""
     config = read_config(directory) if model.config is None else model.config
@@ -99,8 +99,7 @@ def config_of(model: Model) -> dict[str, Any] | None:
 
 
 def num_embeddings(config: dict[str, Any]) -> int | None:
-    """Return how many tokens a model's embedding has rows for, by its config; None where that does not
-    say."""
+    """Return the number of rows of a model's embedding from its config; None if it has none."""
     number = _of_text(config).get("vocab_size", config.get("vocab_size"))
     return number if is_size(number) else None
 

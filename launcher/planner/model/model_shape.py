@@ -1,4 +1,4 @@
-"""Read how large a model is from its directory, without torch or a network."""
+"""Read a model's size from its directory, without torch or a network."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The few numbers that memory depends on."""
+    """The sizes of a model from which ZeRO's buckets and rough estimates follow."""
 
     num_parameters: int
     hidden_size: int
     num_layers: int
     intermediate_size: int
     layer_parameters: int
-    """Of one repeated layer, by the config."""
+    """Parameters of one repeated layer, by the config."""
     table_parameters: int = 0
-    """Of the largest table, of words or of positions."""
+    """Parameters of the largest embedding table, of tokens or of positions."""
 
     @classmethod
     def read(cls, model: Model) -> ModelShape | None:
-        """Return the shape of a model that is here, or whose sizes the job says; None where it cannot be
-        known before it is fetched."""
+        """Return the shape of a model that is here, or whose sizes the job gives; None if it is unknown
+        before it is fetched."""
         config = config_of(model)
         if config is None:
             return None
@@ -53,15 +53,14 @@ class ModelShape:
         intermediate = _chosen_width(sizes) or values["intermediate_size"] or 4 * hidden
         counted, layer = stored_parameters(model), _layer(sizes, hidden, intermediate)
         embeddings = values["vocab_size"] * hidden * (1 if sizes.get("tie_word_embeddings", True) else 2)
-        # Positions that are computed take no parameters: what looks like more than all that is not layers is
-        # no table.
+        # Computed positions have no parameters: a size beyond the embeddings' total is no table.
         table = values["vocab_size"] * hidden
         table = max(table, min(values["positions"] * hidden, embeddings))
         return cls(counted or layers * layer + embeddings, hidden, layers, intermediate, layer, table)
 
 
 def _layer(config: dict[str, Any], hidden: int, intermediate: int) -> int:
-    """Parameters of one layer of a transformer by its config, with a gate where the activation is SiLU."""
+    """Return the parameters of a transformer's layer by its config, with a gate if the activation is SiLU."""
     heads = _whole(config, "num_attention_heads") or 1
     share = (_whole(config, "num_key_value_heads") or heads) / heads
     attention = hidden * hidden * (2 + 2 * share)
@@ -75,7 +74,7 @@ def _layer(config: dict[str, Any], hidden: int, intermediate: int) -> int:
 
 
 def _whole(config: dict[str, Any], name: str) -> int:
-    """A size, or 0 where there is none: of an architecture that is not known it may be anything."""
+    """Return a size, or 0 if it is no number: in an unknown architecture's config it may be anything."""
     value = config.get(name)
     return value if isinstance(value, int) else 0
 
@@ -86,15 +85,14 @@ def _num_experts(config: dict[str, Any]) -> int:
 
 
 def _chosen_width(config: dict[str, Any]) -> int:
-    """Return how wide the experts are together that a token goes through; 0 for a model that is no
-    mixture."""
+    """Return the total width of the experts that process one token; 0 for a model without experts."""
     width = config.get("moe_intermediate_size") or config.get("intermediate_size")
     return width * config["num_experts_per_tok"] if _num_experts(config) and isinstance(width, int) else 0
 
 
 def stored_parameters(model: Model) -> int:
-    """Return the number of parameters in a model's safetensors files, counted from their headers; 0 where
-    there are none that can be read, and where its weights are not read from files."""
+    """Return the number of parameters in a model's safetensors files, from their headers; 0 if none can be
+    read, or if its weights are not read from files."""
     if model.weights == "random" or model.config is not None:
         return 0
     total = 0

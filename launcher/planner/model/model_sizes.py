@@ -15,17 +15,17 @@ from launcher.planner.resolve.batch import multiples_around
 
 @dataclass(frozen=True)
 class Sizes:
-    """Hold what the program of an architecture reads; of what is missing it says so itself."""
+    """The sizes that an architecture's program reads; the program itself reports missing ones."""
 
     needed: tuple[str, ...]
     optional: tuple[str, ...] = ()
-    """Those that may be null."""
+    """Names of sizes that may be null."""
     divided: tuple[tuple[str, str], ...] = (("hidden_size", "num_attention_heads"),)
-    """A width, and the heads that it is cut into."""
+    """Pairs of a width, and the heads that divide it."""
 
 
 _OF_ANY = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-"""What `ModelShape` reads of any model, beside the names that its own class has for them."""
+"""Names that `ModelShape` reads for any model, in addition to those of the model's own class."""
 _COMMON = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _LLAMA = Sizes((*_COMMON, "intermediate_size"), ("head_dim",))
 
@@ -37,20 +37,20 @@ _MOST = {
     ** 31
     - 1,
 }
-"""The most of a number by what its name ends in; far beyond any model that there is (126 layers, 2 million
-positions, 512 experts)."""
+"""Upper bounds by the end of a size's name, far beyond any existing model (126 layers, 2 million positions,
+512 experts)."""
 FAMILIES = {
     **dict.fromkeys(LLAMAS, _LLAMA),
     "gpt2": Sizes(
         ("n_embd", "n_layer", "n_head", "vocab_size", "n_positions"), ("n_inner",), (("n_embd", "n_head"),)
     ),
 }
-"""By `model_type`."""
+"""Sizes by `model_type`."""
 
 
 def wrong_sizes(config: dict[str, Any]) -> list[Problem]:
-    """Return a problem for each size that the program of its architecture cannot go by, by its name; of any
-    other, for those beyond any sense."""
+    """Return a problem for each size that the architecture's program cannot use; for other architectures,
+    only for absurd values."""
     if absurd := _beyond_any_sense(config):
         return absurd
     kind = config.get("model_type")
@@ -66,13 +66,12 @@ def wrong_sizes(config: dict[str, Any]) -> list[Problem]:
 
 
 def is_size(value: object) -> TypeGuard[int]:
-    """Return whether it is a positive whole number."""
+    """Return whether a value is a positive whole number."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _beyond_any_sense(config: dict[str, Any], prefix: str = "") -> list[Problem]:
-    """A problem for each number, whatever its name, that no model has: what counts by it would not come to an
-    end."""
+    """Return a problem for each number that no model has, whatever its name: loops over it would not end."""
     problems = []
     for name, value in config.items():
         if isinstance(value, dict):
@@ -98,7 +97,7 @@ def _wrong(config: dict[str, Any], names: Iterable[str], optional: bool) -> list
 
 
 def _nearest(value: object) -> str:
-    """`; the nearest is NUMBER` for what is a number, or a text of one; else the empty string."""
+    """Return `; the nearest is NUMBER` for a number or its text, else the empty string."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return ""
     try:
@@ -108,7 +107,7 @@ def _nearest(value: object) -> str:
 
 
 def _uneven(config: dict[str, Any], sizes: Sizes) -> list[Problem]:
-    """Widths that their heads do not divide, where the width of a head is not given."""
+    """Return a problem for each width that its heads do not divide, unless the head's width is given."""
     if "head_dim" in sizes.optional and config.get("head_dim") is not None:
         return []
     problems = []

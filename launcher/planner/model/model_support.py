@@ -1,9 +1,10 @@
-"""Which layouts and attentions each architecture supports, from model_support.json.
+"""Layouts and attentions that each architecture supports, from model_support.json.
 
 The table was made by comparing losses.
 
-`tests/families/sweep.py` makes the table: for every `model_type` of transformers a tiny model, whose loss
-over samples that share a pass is held against that of transformers' own class for each sample alone.
+`tests/families/sweep.py` makes the table. For every `model_type` of transformers it builds a tiny model, and
+compares its loss over samples that share a micro-batch with that of transformers' own class on each sample
+alone.
 docs/models.md shows it.
 """
 
@@ -23,8 +24,8 @@ from launcher.tasks.task import Head, SampleLayout
 
 TABLE = Path(__file__).with_name("model_support.json")
 WITHOUT_ADAPTER = dict.fromkeys(("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"), "out_proj")
-"""By model_type the linear layers that cannot have an adapter: their kernels take the matrix past the layer;
-peft (0.21) refuses."""
+"""Linear layers that cannot have an adapter, by model_type: their kernels use the matrix without calling the
+layer; peft (0.21) refuses them."""
 SEES_PADDING = frozenset(
     (
         *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus"),
@@ -33,11 +34,11 @@ SEES_PADDING = frozenset(
         *("deepseek_v4", "minimax_m3_vl_text"),  # put tokens together in blocks from the first column
     )
 )
-"""Causal LMs that continue a prompt otherwise where padding stands before it."""
+"""Causal LMs whose continuation of a prompt changes with padding before it."""
 
 
 class Way(NamedTuple):
-    """One way to have samples share a pass that gives transformers' own loss."""
+    """One way for samples to share a micro-batch that gives transformers' own loss."""
 
     layout: SampleLayout
     attention: Attention
@@ -46,12 +47,12 @@ class Way(NamedTuple):
 
 @dataclass(frozen=True)
 class Support:
-    """Hold what is known of one `model_type` and task."""
+    """The known ways of one `model_type` and task."""
 
     ways: tuple[Way, ...]
-    """The first is taken where the job asks for nothing else; none where the job is refused."""
+    """The first is taken if the job sets nothing else; empty if the job is refused."""
     refused: str = ""
-    """Why there is none, in one line."""
+    """Why there is no way, in one line."""
 
 
 _UNKNOWN: dict[SampleLayout, Support] = {
@@ -75,23 +76,23 @@ _UNTRIED: dict[SampleLayout, Support] = {
 
 
 def unknown(task: str) -> Support:
-    """Return what most models can, where the config is not here yet. The ranks look again when they have read
-    it."""
+    """Return the ways of most models, for a config that is not here yet. The ranks check again once they have
+    read it."""
     return _UNKNOWN[tasks.find(task).traits.layout]
 
 
 def untried(task: str) -> Support:
-    """Return what most classes can, of an architecture or a task that the table does not have.
+    """Return the ways of most classes, for an architecture or a task that is not in the table.
 
-    The ranks hold it to the class's own loss after loading.
+    The ranks compare its loss with the class's own after loading.
     """
     return _UNTRIED[tasks.find(task).traits.layout]
 
 
 @lru_cache(maxsize=1)
 def read_table() -> dict[str, Any]:
-    """Return the table: `versions`, `types` (every model_type of that transformers), and what is known by
-    task and model_type."""
+    """Return the table: `versions`, `types` (every model_type of that transformers), and entries by task and
+    model_type."""
     table: dict[str, Any] = json.loads(TABLE.read_text(encoding="utf-8"))
     return table
 
@@ -103,10 +104,10 @@ def support(
     max_length: int = 0,
     one_length: bool = False,
 ) -> Support:
-    """Return what is known of a model by its config.json, for samples of at most `max_length` tokens, or all of
+    """Return a model's support by its config.json, for samples of at most `max_length` tokens, or all of
     `one_length`.
 
-    `unknown` without a config, `untried` for what the table does not have.
+    It is `unknown` without a config, and `untried` for entries that are not in the table.
     """
     if config is None:
         return unknown(task)
@@ -127,7 +128,7 @@ def support(
     known = Support(tuple(Way(*way.split()) for way in ways), entry.get("refused", ""))
     if not known.ways:
         return known
-    # Of a composite it is the text part that trains.
+    # In a composite model the text part is trained.
     values = {**config, **(config.get("text_config") or {}), "model_type": kind}
     if tasks.find(task).traits.causal:
         known = _with_values(known, entry, values)
@@ -141,7 +142,7 @@ def support_of_tasks(
     max_length: int = 0,
     one_length: bool = False,
 ) -> Support:
-    """Return the ways that are right of each of several tasks at once, as `support` has those of one."""
+    """Return the ways that are valid for all of several tasks, like `support` for one."""
     known = [support(name, config, trust_remote_code, max_length, one_length) for name in names]
     refused = [one for one in known if not one.ways]
     pairs = zip(names, known, strict=True)
@@ -152,8 +153,8 @@ def support_of_tasks(
 
 
 def _both(ways: Any, entry: dict[str, Any], config: dict[str, Any]) -> Any:
-    """Return the ways that are right of both the encoder and the decoder of a model made of two. Where one was
-    not tried, eager attention comes first, which every class has."""
+    """Return the ways that are valid for both encoder and decoder of a composite model. If one was not tried,
+    eager attention comes first, which every class has."""
     parts: dict[str, list[str]] = entry.get("parts", {})
     given = [config[key] for key in ("encoder", "decoder") if isinstance(config.get(key), dict)]
     if not parts or not given:
@@ -165,7 +166,7 @@ def _both(ways: Any, entry: dict[str, Any], config: dict[str, Any]) -> Any:
 
 
 _WIDELY_USED = ("llama", "qwen3", "bert", "distilbert", "roberta", "deberta-v2", "t5", "bart", "marian")
-"""Types that a refusal names, where they can do the task."""
+"""Types that a refusal suggests, if they support the task."""
 
 
 def _cannot(table: dict[str, Any], kind: str, task: str) -> str:
@@ -180,8 +181,8 @@ def _cannot(table: dict[str, Any], kind: str, task: str) -> str:
 
 
 def _with_values(known: Support, entry: dict[str, Any], config: dict[str, Any]) -> Support:
-    """Return what values in a config change of what is known of its type as a causal LM. Each was tried by the
-    sweep, as `type+variant`."""
+    """Return a causal LM's support after changes due to values in its config. The sweep tried each, as
+    `type+variant`."""
     kind = config["model_type"]
     if "encoder" in entry and not config.get("is_decoder"):
         reason = (
@@ -205,7 +206,7 @@ def _with_values(known: Support, entry: dict[str, Any], config: dict[str, Any]) 
 
 
 def _with_positions(known: Support, config: dict[str, Any], max_length: int) -> Support:
-    """Return what is known of a type whose rotary frequencies follow the longest sample of a pass."""
+    """Return the support, changed if rotary frequencies depend on the longest sample of a micro-batch."""
     rope, begun = _growing_positions(config)
     if begun and max_length > begun and rope == "dynamic":
         reason = (
@@ -224,7 +225,7 @@ _NOT_CAUSAL: dict[str, tuple[Any, ...]] = {
     "use_bidirectional_attention": (True, "all"),
     "is_causal": (False,),
 }
-"""Of whatever type; Gemma's other value, `vision`, is of images."""
+"""Values for any type; Gemma's other value, `vision`, is for images."""
 _REFUSED_VALUES = {
     "bamba": {
         "z_loss_coefficient": "its class adds to the loss what launcher does not compute; write 0 there"
@@ -234,8 +235,8 @@ _REFUSED_VALUES = {
 
 
 def _growing_positions(config: dict[str, Any]) -> tuple[str, int]:
-    """The kind of rotary embedding whose frequencies change with the longest sample of a pass, and from which
-    length on; 0 for none."""
+    """Return the kind of rotary embedding whose frequencies depend on the longest sample of a micro-batch,
+    and the length from which on; 0 if there is none."""
     parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
     for rope in (parameters, *parameters.values()) if isinstance(parameters, dict) else ():
         kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, dict) else None
@@ -252,10 +253,10 @@ def _growing_positions(config: dict[str, Any]) -> tuple[str, int]:
 
 
 def continues_alone(config: dict[str, Any], longest: int) -> bool:
-    """Return whether a causal LM, by its config.json, continues a prompt otherwise where longer ones share its
-    pass, of whose answers the longest ends at `longest` tokens.
+    """Return whether a causal LM's continuation of a prompt changes with longer prompts in its micro-batch.
+    longest: tokens of the longest prompt and answer.
 
-    It sees the padding before a prompt, or its rotary frequencies follow the longest.
+    It does if the model sees the padding before a prompt, or if rotary frequencies follow the longest.
     """
     text = {**config, **(config.get("text_config") or {})}
     _, begun = _growing_positions(text)
@@ -269,8 +270,8 @@ def fitting(known: Support, attention: str) -> list[Way]:
     if attention == "auto":
         return list(known.ways)
     if attention == "flash_attention_2":
-        # Its kernel takes samples end to end by their lengths; it needs a class that asks transformers'
-        # registry of attentions.
+        # Its kernel takes concatenated samples and their lengths. The class has to use transformers' registry
+        # of attentions.
         return [
             Way(way.layout, "flash_attention_2", way.head)
             for way in known.ways
@@ -283,9 +284,9 @@ def fitting(known: Support, attention: str) -> list[Way]:
 def choose(
     known: Support, model: str, kind: str, attention: str, packing: bool, micro_batch_size: int | str
 ) -> Way:
-    """Return the first way that what is asked for allows, of a model by its name and `model_type`.
+    """Return a model's first way that the job's settings allow. kind: its `model_type`.
 
-    Raises ConfigurationError where there is none, with what to write instead.
+    Raises ConfigurationError with a setting that works if there is none.
     """
     if not known.ways:
         raise ConfigurationError(Problem("model.name", model, known.refused))

@@ -1,4 +1,4 @@
-"""How many positions a model has: a table that ends, or the length it was trained with."""
+"""Number of positions of a model: the size of its table, or the length it was trained with."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _OF_A_TABLE = {
     "max_target_positions": "whisper",
     "max_seq_len": "mpt",
 }
-"""Model types whose positions are rows of a table, learned or computed once, by the key that says how many.
+"""Model types whose positions are rows of a table, learned or computed once, by the config key of its size.
 Read in transformers 5.23."""
 _BEHIND_PADDING = frozenset(
     [
@@ -39,14 +39,14 @@ _BEHIND_PADDING = frozenset(
         "xmod",
     ]
 )
-"""Those that count from the row behind the padding token's: RoBERTa's 514 rows hold 512 positions."""
+"""Types that count from the row after the padding token's: RoBERTa's 514 rows hold 512 positions."""
 _KEYS = {kind: key for key, kinds in _OF_A_TABLE.items() for kind in kinds.split()}
 _OTHER_NAMES = {"max_position_embeddings": "n_positions", "n_positions": "max_position_embeddings"}
 
 
 def held(config: dict[str, Any]) -> tuple[int, str] | None:
-    """Return how many positions the model's table holds, and how its config says so; None for a model without
-    such a table."""
+    """Return the number of positions in the model's table, and its source in the config; None for a model
+    without a table."""
     kind = str(config.get("model_type"))
     if kind not in _KEYS and kind not in _BEHIND_PADDING:
         return None
@@ -69,8 +69,8 @@ def held(config: dict[str, Any]) -> tuple[int, str] | None:
 
 
 def trained(config: dict[str, Any]) -> tuple[int, str] | None:
-    """Return how many positions a rotary model was made for, scaling included, and how its config says so;
-    None where it does not."""
+    """Return the number of positions for which a rotary model was made, scaling included, and its source in
+    the config; None if that has none."""
     text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
     number = text.get("max_position_embeddings")
     if held(text) is not None or not is_size(number):
@@ -80,8 +80,7 @@ def trained(config: dict[str, Any]) -> tuple[int, str] | None:
     factor = scaling.get("factor")
     if not isinstance(factor, (int, float)) or isinstance(factor, bool) or factor <= 1:
         return number, f"max_position_embeddings {number}"
-    # A factor stretches what was there before; where that is not written down, it is what
-    # max_position_embeddings says.
+    # A factor stretches the original length. If that is not given, it is max_position_embeddings.
     before = (
         scaling.get("original_max_position_embeddings")
         or text.get("original_max_position_embeddings")

@@ -35,12 +35,12 @@ class Vocabulary:
     num_ids: int
     """One more than the highest id: the rows that an embedding needs."""
     names: dict[int, str] = field(default_factory=dict)
-    """The tokens that were added to the vocabulary, by id."""
+    """The added tokens, by id."""
     not_text: frozenset[int] = frozenset()
-    """Ids of the tokens that stand for an image or a sound, which no text has."""
+    """Ids of the tokens that stand for an image or a sound, which never occur in text."""
 
     def without_row(self, num_rows: int) -> list[tuple[int, str]]:
-        """Return id and name of each token of text for which an embedding of so many rows has none."""
+        """Return id and name of each text token without a row in an embedding of `num_rows` rows."""
         return [
             (number, self.names.get(number, ""))
             for number in range(num_rows, self.num_ids)
@@ -49,8 +49,8 @@ class Vocabulary:
 
 
 def read_vocabulary(directory: str) -> Vocabulary | None:
-    """Return the vocabulary of the tokenizer in a directory; None where its files do not tell, as of
-    sentencepiece's own alone."""
+    """Return the vocabulary of the tokenizer in a directory; None if its files do not tell, for example with
+    sentencepiece's own file alone."""
     folder = Path(directory)
     return _read(
         directory,
@@ -60,7 +60,7 @@ def read_vocabulary(directory: str) -> Vocabulary | None:
 
 @lru_cache(maxsize=8)
 def _read(directory: str, changed: tuple[int, ...]) -> Vocabulary | None:
-    """Read as `read_vocabulary` does; `changed` lets what was read of older files be forgotten."""
+    """Read like `read_vocabulary`; `changed` invalidates the cache entries of older files."""
     try:
         return _vocabulary(directory)
     except (
@@ -96,7 +96,7 @@ def _vocabulary(directory: str) -> Vocabulary | None:
     num_ids = max([*ids.values(), *added]) + 1
     if num_ids > _MOST_IDS or not all(isinstance(number, int) and number >= 0 for number in added):
         raise ValueError("an id that no token has")
-    # What the settings name and the vocabulary lacks is added when the tokenizer is made.
+    # Tokens that are in the settings but not in the vocabulary are added when the tokenizer is constructed.
     for name in dict.fromkeys(
         _text(settings.get(key)) or _text(contents["special_tokens_map.json"].get(key)) for key in _SPECIAL
     ):
@@ -107,7 +107,7 @@ def _vocabulary(directory: str) -> Vocabulary | None:
 
 
 def _ids(directory: str, contents: dict[str, dict[str, Any]]) -> dict[str, int]:
-    """The ids of the vocabulary itself, by token."""
+    """Return the ids of the vocabulary without added tokens, by token."""
     vocabulary = contents["tokenizer.json"].get("model", {}).get("vocab") or contents["vocab.json"]
     if isinstance(vocabulary, list):
         return {str(entry[0]): number for number, entry in enumerate(vocabulary)}
@@ -121,7 +121,7 @@ def _ids(directory: str, contents: dict[str, dict[str, Any]]) -> dict[str, int]:
 
 
 def _not_text(settings: dict[str, Any], ids: dict[str, int]) -> frozenset[int]:
-    """The ids of tokens that the settings name for images and sounds."""
+    """Return the ids of the tokens that the settings name for images and sounds."""
     named = [
         settings,
         *(settings.get(key) for key in ("extra_special_tokens", "model_specific_special_tokens")),
@@ -145,7 +145,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    """The token that a setting names, which may be a text or a token with its properties."""
+    """Return the token in a setting, which may be a text or a token with its properties."""
     content = value.get("content") if isinstance(value, dict) else value
     return content if isinstance(content, str) else ""
 
