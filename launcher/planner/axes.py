@@ -18,7 +18,7 @@ LOSS_AXES = (*DATA_AXES, "cp")
 
 
 class Mesh(Section):
-    """Arrange the ranks: world_size = dp_replicate x dp_shard x cp x tp."""
+    """The ranks' arrangement: world_size = dp_replicate x dp_shard x cp x tp."""
 
     nodes: int
     ranks_per_node: int

@@ -60,7 +60,7 @@ def engine_options(job: Job, first: Plan) -> list[list[EngineOption]]:
 
 @dataclass(frozen=True)
 class Cut:
-    """Describe a sharding and its number of replicas, if the job leaves them open."""
+    """A sharding and its number of replicas, if the job leaves them open."""
 
     plan: Plan
     changed: dict[str, str | int]
@@ -97,8 +97,7 @@ def _fsdp_cuts(job: Job, plan: Plan) -> Iterator[Cut]:
 
 
 def _zero_stages(job: Job, plan: Plan) -> Iterator[Cut]:
-    """Yield ZeRO's earlier stages, unless the job sets something that needs stage 3, such as offloading to
-    files."""
+    """Yield ZeRO's earlier stages, unless the job needs stage 3, for example to offload to files."""
     zero_open = job.parallel.shard == "auto" and plan.offload_to == "cpu" and not zeropp(job)
     if plan.zero is None or plan.offload == "parameters" or not zero_open:
         return
@@ -113,8 +112,7 @@ def _zero_stages(job: Job, plan: Plan) -> Iterator[Cut]:
 
 
 def with_cut(plan: Plan, replicate: int, sharding: Sharding) -> Plan:
-    """Return the plan with another sharding and number of replicas, its micro-batch and recomputation
-    unchanged."""
+    """Return the plan with another sharding and number of replicas, all else unchanged."""
     sizes = {"dp_replicate": replicate, "dp_shard": plan.mesh.world_size // replicate}
     mesh = plan.mesh.model_copy(update=sizes | {"reshard_after_forward": sharding == "full"})
     zero = plan.zero and plan.zero.model_copy(update={"stage": STAGES[sharding]})

@@ -51,7 +51,7 @@ MiniLM-L6 from accuracy 0.50 to 0.52 at 2e-5, and to 0.88 at 1.5e-4."""
 
 @dataclass
 class Draft:
-    """Hold the answers so far, as the content of a job file in `folder`."""
+    """The answers so far, as the content of a job file in `folder`."""
 
     folder: Path
     content: dict[str, Any] = field(default_factory=dict)
@@ -135,7 +135,7 @@ class Draft:
         return {} if best is None else best.columns
 
     def settings(self, columns: Mapping[str, Any]) -> dict[str, Any]:
-        """Return further keys of `data` that the rows need, such as `problem: multi-label` for lists of
+        """Return further keys of `data` that the rows need, e.g. `problem: multi-label` for lists of
         labels."""
         seen = self.seen()
         each = {role: seen.column(name) for role, name in columns.items() if isinstance(name, str)}

@@ -220,8 +220,7 @@ class Plan(Frozen):
         return self.model_copy(update=changes | {"activation_checkpointing": "none"})
 
     def flat(self, without: set[str]) -> dict[str, Any]:
-        """Return every value by its key, such as `training.learning_rate`, except those in the fields
-        `without`."""
+        """Return every value by its key (`training.learning_rate`), except those in the fields `without`."""
         flat: dict[str, Any] = {}
         _flatten("", self.model_dump(mode="json", exclude_none=True, by_alias=True, exclude=without), flat)
         return flat

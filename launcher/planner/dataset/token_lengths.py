@@ -53,8 +53,7 @@ def texts_or_problem(row: dict[str, Any] | RowProblem, task: Task) -> list[str] 
 
 
 def _tokenizer(model: str) -> Any:
-    """Return the model's tokenizer from the library `tokenizers`; None if its file is not here or not
-    valid."""
+    """Return the model's tokenizer, read by `tokenizers`; None if its file is missing or not valid."""
     path = Path(model) / "tokenizer.json"
     if not path.is_file():
         return None

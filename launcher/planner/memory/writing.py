@@ -67,7 +67,7 @@ def _first(config: dict[str, Any], names: Sequence[str]) -> int:
 
 @dataclass(frozen=True)
 class Texts:
-    """Hold the sizes of the texts that one rank generates together."""
+    """The sizes of the texts that one rank generates together."""
 
     rows: int
     beams: int

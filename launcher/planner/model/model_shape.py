@@ -24,7 +24,7 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a model from which ZeRO's buckets and rough estimates follow."""
+    """The few sizes of a model on which memory depends."""
 
     num_parameters: int
     hidden_size: int
