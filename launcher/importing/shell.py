@@ -58,8 +58,7 @@ def _read_directives(text: str, script: Script) -> None:
 
 
 def take(words: list[str], script: Script) -> None:
-    """Add one command to a script; if it starts a shell, add the commands that the shell would run
-    instead."""
+    """Add one command to a script; if it starts a shell, add the commands of that shell instead."""
     _command(words, script, "", 0)
 
 

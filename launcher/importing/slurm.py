@@ -36,8 +36,7 @@ _OWN = {
     "kill-on-bad-exit", "wait", "no-kill", "gpus-per-task", "ntasks-per-gpu", "tasks-per-node",
     "threads-per-core",
 }  # fmt: skip
-"""Options that launcher's script sets: one task per node, logs in the run directory, a signal before the
-end."""
+"""Options that launcher's script sets: one task per node, logs in the run directory, an early signal."""
 _GPUS = ("gres", "gpus-per-node", "gpus", "gpus-per-task", "ntasks-per-gpu")
 
 

@@ -23,8 +23,7 @@ _OTHER_NAMES = {"path": "id", "name": "config"}
 
 
 def data_set(content: dict[str, Any], reading: Reading, evaluates: bool = False) -> set[str]:
-    """Record the named data set with its splits; return the keys that were read. A mixture takes
-    precedence."""
+    """Record the named data set and its splits; return the keys that were read. A mixture has precedence."""
     name = reading.word(content, "dataset_name")
     if name is None or reading.says("data.train.name") or reading.says("data.train.sources"):
         return _DATA if name is None else _DATA - {"dataset_name"}

@@ -41,8 +41,7 @@ class Variables:
     """The default values used for variables that are not set, by their reference, as `${LR:-1e-5}`."""
 
     def expand(self, text: str, within: tuple[str, ...] = ()) -> str:
-        """Return the text with known variables filled in and comments removed; quotes are left for the
-        lexer."""
+        """Return the text with known variables filled in, without comments; quotes are left for the lexer."""
         pieces: list[str] = []
         quote, index = "", 0
         while index < len(text):
