@@ -52,8 +52,7 @@ def look(source: Source, columns: Sequence[str], most: int = 1024) -> Sample:
     """Return the number of rows of local files, and at most `most` of them. Raises DataError if a file is
     missing or unreadable.
 
-    With a limit up to `most`, rows are read from the beginning; with a larger one, rows within it are
-    sampled.
+    With a limit up to `most`, rows are read from the beginning; otherwise they are sampled.
     """
     if source.path is None:
         raise DataError("data on the hub are not looked at")

@@ -129,8 +129,7 @@ class Files:
         return Cursor(start.epoch + 1)
 
     def _shards(self, start: Cursor) -> Iterator[tuple[int, Shard, Cursor]]:
-        """Yield each file from a cursor to its epoch's end: number, reader, and the cursor where it
-        starts."""
+        """Yield each file from a cursor to its epoch's end: number, reader, and cursor of its start."""
         order, cursor = self.order(start.epoch), start
         while cursor.shard < len(order):
             number = int(order[cursor.shard])
