@@ -71,7 +71,7 @@ def read_json(path: Path, columns: Sequence[str]) -> Read:
     except (
         ValueError,
         RecursionError,
-    ) as error:  # an integer with too many digits, lists nested too deeply
+    ) as error:  # an integer with too many digits, or lists that are nested too deeply
         raise DataError(f"{path} is no JSON that can be read: {error}") from None
     rows = whole
     if isinstance(whole, dict):
