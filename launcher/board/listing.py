@@ -28,7 +28,7 @@ _GROWING_FIRST = ("run", "state")
 
 @dataclass(frozen=True)
 class Column:
-    """A column's header: `way` is its current sorting, in ARIA's terms; `link` sorts, or reverses, by it."""
+    """A column's header: `way` is its current sorting, in ARIA's terms; `link` sorts by it or reverses it."""
 
     name: str
     way: str
@@ -59,7 +59,7 @@ class Table:
     @classmethod
     def of(cls, seen: Sequence[dict[str, Any]], sort: str, state: str) -> Table:
         """Return the runs of a state (all if it is empty), sorted by a column; `-loss` means highest
-        first. An unknown column is ignored."""
+        first. An unknown column means the default one."""
         sort = sort if sort.removeprefix("-") in _BY else _FIRST_SORTED
         counted = Counter(one["state"] for one in seen)
         key = _BY[sort.removeprefix("-")]

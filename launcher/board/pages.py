@@ -125,7 +125,7 @@ class Pages:
         return page
 
     def _content(self, run: RunDirectory, tag: str) -> RunContent:
-        """Return the content of a run's directory, of which only new steps are read, if anything changed."""
+        """Return a run's content, which is read again only after a change, and then only its new steps."""
         known = self._contents.get(run.path)
         if known and known[0] == tag:
             return known[1]

@@ -30,7 +30,7 @@ class ScriptCommand(TyperCommand):
 
 
 def load(name: str) -> Any:
-    """Import a command and return it as typer's object."""
+    """Import a command's module, and return the command as an object of typer."""
     command = COMMANDS[name]
     loaded = getattr(importlib.import_module(f"launcher.cli.{command.module}"), command.attribute)
     if isinstance(loaded, typer.Typer):

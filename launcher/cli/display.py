@@ -57,8 +57,7 @@ class Display(Watcher):
         line_seconds: float = _LINE_SECONDS,
         quiet: bool = False,
     ) -> None:
-        """Prepare the display of a run by its `plan`. `quiet` prints no lasting lines: for work without a
-        run."""
+        """Show a run by its `plan`. `quiet` leaves no lines on the screen: for work without its own run."""
         self.console = console or _Console(
             file=sys.stderr, highlight=False, no_color="NO_COLOR" in os.environ or None
         )

@@ -81,7 +81,7 @@ def _text(words: str, answers: list[Entry]) -> str:
 
 
 def _show(text: str) -> None:
-    """Print a page's text as wide as the terminal, or through the pager if it is longer than the screen."""
+    """Print a text as wide as the terminal; on one, page it if it is longer than the screen."""
     from rich.console import Console
     from rich.markdown import Markdown
 
@@ -93,7 +93,7 @@ def _show(text: str) -> None:
     if sys.stdout.isatty() and len(lines) >= size.lines:
         import pydoc
 
-        os.environ.setdefault("LESS", "-FRX")  # as git does: keep colours, and do not clear the screen
+        os.environ.setdefault("LESS", "-FRX")  # as git does: with colours, without another screen
         pydoc.pager("\n".join(lines))
     else:
         typer.echo("\n".join(lines))

@@ -74,7 +74,7 @@ def _ping() -> Finding:
 
 
 def munge() -> list[Finding]:
-    """Check whether munge encrypts and decrypts, at sites that use it."""
+    """Check whether munge encodes and decodes a credential, at sites that use it."""
     try:
         configuration = settings(call(["scontrol", "show", "config"], seconds=_SECONDS))
     except SchedulerError as error:

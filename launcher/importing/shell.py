@@ -208,7 +208,7 @@ def _submitted(words: list[str], script: Script, body: str, level: int) -> None:
             [*words[: wraps[0]], *words[end:]],
         )
     _read_directives(wrapped, script)
-    script.directives.append(words[1:])  # before the script's own lines: as for Slurm, the command line wins
+    script.directives.append(words[1:])  # as for Slurm, before the lines of the script
     _run(wrapped, script, level + 1)
 
 
