@@ -81,7 +81,7 @@ def _text(words: str, answers: list[Entry]) -> str:
 
 
 def _show(text: str) -> None:
-    """Print a text as wide as the terminal; on one, page it if it is longer than the screen."""
+    """Print a text as wide as the terminal, and page it there if it is longer than the screen."""
     from rich.console import Console
     from rich.markdown import Markdown
 

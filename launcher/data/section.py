@@ -1,4 +1,4 @@
-"""The section `data` of a job file, as far as it is the same for every task."""
+"""The section `data` of a job file: the keys that all tasks share."""
 
 from __future__ import annotations
 
