@@ -27,7 +27,7 @@ def near_commonest(details: Mapping[str, Any]) -> tuple[float, float] | None:
 
 
 def at_limit(details: Mapping[str, Any]) -> str | None:
-    """Return a sentence on answers that came to their limit, by an evaluation's details; None where none did."""
+    """Return a sentence on answers that reached their limit, by an evaluation's details; None if none did."""
     number, most = details.get("num_at_limit"), details.get("max_new_tokens")
     if not number:
         return None

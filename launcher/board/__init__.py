@@ -1,1 +1,1 @@
-"""Pages of the runs in a folder, handed out on this machine alone while they go on."""
+"""Pages about the runs in a folder, served live on this machine only."""

@@ -1,4 +1,4 @@
-"""The table of a folder's runs: which of them, in which order, and what each cell says."""
+"""The table of a folder's runs: selection, order and content of its cells."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _BY: dict[str, Callable[[dict[str, Any]], Any]] = {
     "left": lambda seen: seen["seconds_left"],
     "disk": lambda seen: seen["disk_bytes"],
 }
-"""Values by which the columns are sorted; what is not known comes last, whichever way."""
+"""Values by which columns are sorted; unknown values come last in both directions."""
 _GROWING_FIRST = ("run", "state")
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column's head: `way` is how it is sorted now, as ARIA says it; `link` sorts by it, or turns it round."""
+    """A column's header: `way` is its current sorting, in ARIA's terms; `link` sorts by it or reverses it."""
 
     name: str
     way: str
@@ -37,7 +37,7 @@ class Column:
 
 @dataclass(frozen=True)
 class State:
-    """Hold how many runs are in a state; `link` shows them alone. Without a name: all runs."""
+    """The number of runs in a state; `link` shows only these. An empty name means all runs."""
 
     name: str
     number: int
@@ -47,19 +47,19 @@ class State:
 
 @dataclass(frozen=True)
 class Table:
-    """Hold what the page of all runs shows. `rows` are as `launcher list --json` has them, with their `reason`,
-    and without ages, which would be others at each look."""
+    """The content of the page of all runs. `rows` are those of `launcher list --json`, with their
+    `reason`, but without ages, which would change with every request."""
 
     columns: Sequence[Column]
     states: Sequence[State]
     rows: Sequence[dict[str, Any]]
     disk_bytes: int
-    """Disk that all runs take."""
+    """Disk space of all runs."""
 
     @classmethod
     def of(cls, seen: Sequence[dict[str, Any]], sort: str, state: str) -> Table:
-        """Return the runs of a state, or all where it is empty, sorted by a column; `-loss`: the highest
-        first. A column that is not there is as none."""
+        """Return the runs of a state (all if it is empty), sorted by a column; `-loss` means highest
+        first. An unknown column means the default one."""
         sort = sort if sort.removeprefix("-") in _BY else _FIRST_SORTED
         counted = Counter(one["state"] for one in seen)
         key = _BY[sort.removeprefix("-")]
@@ -85,7 +85,7 @@ def _row(seen: dict[str, Any]) -> dict[str, Any]:
 
 
 def _column(name: str, sort: str, state: str) -> Column:
-    """Return a column's head; who sorts by it again turns it round."""
+    """Return a column's header; its link reverses the order if the table is already sorted by it."""
     down = name not in _GROWING_FIRST if sort.removeprefix("-") != name else not sort.startswith("-")
     way = "none" if sort.removeprefix("-") != name else "descending" if sort.startswith("-") else "ascending"
     return Column(name, way, _link(f"{'-' * down}{name}", state))
@@ -96,5 +96,5 @@ def _link(sort: str, state: str) -> str:
 
 
 def _number(value: Any) -> float | None:
-    """Return a number; None for what is none, such as a loss that is not finite."""
+    """Return a number; None for anything else, such as a loss that is not finite."""
     return value if isinstance(value, (int, float)) else None

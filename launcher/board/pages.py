@@ -1,4 +1,4 @@
-"""Answer what a browser asks for: the page of all runs, and the report of some of them, as they are now."""
+"""Responses to a browser: the page of all runs, and reports of selected runs, in their current state."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from launcher.runs.wording import finite
 
 MOST_COMPARED = 50
 _MOST_PAGES = 8
-"""That are kept as they were sent; of runs' contents MOST_COMPARED. The oldest goes first."""
+"""The most cached pages; of runs' contents MOST_COMPARED are cached. The oldest is dropped first."""
 _EVERY_SECONDS = 5.0
 _SECONDS_BETWEEN_QUESTIONS = 10.0
-"""Slurm's controller serves many."""
+"""A minimum interval, because Slurm's controller serves many."""
 _SHARE = 20
-"""A page is not asked for again before so many times the processor time that it took, nor before as long as
-it took: an open page costs at most a twentieth of a core, and half of a slow disk."""
+"""A page is not requested again before this many times its processor time, nor before its elapsed time,
+has passed: an open page costs at most a twentieth of a core, and half of a slow disk."""
 
 
 class Pages:
-    """The pages of a folder's runs. `notice`, `prices`: see Report."""
+    """Pages about the runs of a folder. `notice`, `prices`: see Report."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class Pages:
     ) -> None:
         self._folder, self._notice, self._prices = folder, notice, prices or {}
         self._lock = threading.Lock()
-        """Held while a report is put together: Bokeh keeps state of its own."""
+        """Held while a report is rendered: Bokeh has global state."""
         self._listing, self._seen_until = threading.Lock(), 0.0
         self._seen: list[dict[str, Any]] = []
         self._contents: OrderedDict[Path, tuple[str, RunContent]] = OrderedDict()
@@ -52,12 +52,12 @@ class Pages:
         self._every: OrderedDict[tuple[str, ...], float] = OrderedDict()
 
     def runs(self) -> list[RunDirectory]:
-        """Return the runs in the folder, by name. A link that leads out of it is none of them."""
+        """Return the runs in the folder, by name. Links that lead out of the folder are ignored."""
         home = self._folder.resolve()
         return [run for run in runs_below(self._folder) if run.path.resolve().parent == home]
 
     def answer(self, question: Question) -> Answer:
-        """Return what is asked for. Raises OSError where a file of a run cannot be read."""
+        """Return the answer to a request. Raises OSError if a file of a run cannot be read."""
         again = "again" in question.query
         if question.page == "":
             return self._list(question, again)
@@ -68,8 +68,8 @@ class Pages:
         return not_there("There is no such page: a board has the list of its runs, runs.json and report.")
 
     def _views(self) -> list[dict[str, Any]]:
-        """Return what `launcher list --json` says of the runs; the same again for some seconds where Slurm was
-        asked, however many pages are open."""
+        """Return the runs as `launcher list --json` shows them; if Slurm was asked, the result is reused
+        for some seconds, however many pages are open."""
         with self._listing:
             if time.monotonic() >= self._seen_until:
                 self._seen = finite(redact_all(views(self.runs())))
@@ -112,7 +112,7 @@ class Pages:
             return Answer(self._page([there[name] for name in names], tags, tag, again), tag=tag)
 
     def _page(self, runs: list[RunDirectory], tags: dict[str, str], tag: str, again: bool) -> str:
-        """Return the report of runs, put together only where something changed since it was last."""
+        """Return the report of some runs, rendered anew only if something changed."""
         key = (*tags, "again" if again else "first")
         if (known := self._kept.get(key)) and known[0] == tag:
             return known[1]
@@ -125,7 +125,7 @@ class Pages:
         return page
 
     def _content(self, run: RunDirectory, tag: str) -> RunContent:
-        """Return what a run's directory holds: of its steps only new ones are read, of a run that rests none."""
+        """Return a run's content, which is read again only after a change, and then only its new steps."""
         known = self._contents.get(run.path)
         if known and known[0] == tag:
             return known[1]
@@ -135,7 +135,7 @@ class Pages:
 
 
 def _tag(run: RunDirectory) -> str:
-    """Return what changes when a run's report would: how it is, and the times and sizes of what is read."""
+    """Return a value that changes with a run's report, from its state and its files' times and sizes."""
     status = read_status(run)
     attempt = run.attempt(status.attempts)
     files = (
@@ -147,7 +147,7 @@ def _tag(run: RunDirectory) -> str:
 
 
 def _stopwatch() -> Callable[[], float]:
-    """Return a function that gives the seconds after which to look again, by what was done since."""
+    """Return a function that returns the seconds until the next look, from the work done since."""
     began, worked = time.monotonic(), time.thread_time()
     return lambda: round(
         max(_EVERY_SECONDS, _SHARE * (time.thread_time() - worked), time.monotonic() - began), 1
@@ -155,7 +155,7 @@ def _stopwatch() -> Callable[[], float]:
 
 
 def _look(path: Path) -> str:
-    """Return the identity, size and time of a file or a directory; empty where it is not there."""
+    """Return the identity, size and time of a file or a directory; empty if it does not exist."""
     try:
         status = path.stat()
     except OSError:
@@ -168,7 +168,7 @@ def _digest(parts: Iterable[str]) -> str:
 
 
 def _keep(kept: OrderedDict[Any, Any], key: Any, value: Any, most: int) -> None:
-    """Keep a value, and no more than so many in all: the one that was kept first goes."""
+    """Store a value, and drop the one that was stored first if there are more than `most`."""
     kept[key] = value
     kept.move_to_end(key)
     if len(kept) > most:

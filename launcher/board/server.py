@@ -1,4 +1,4 @@
-"""Hand out pages on this machine's own address, to those who know the token, and take nothing in."""
+"""A read-only server of pages on this machine's loopback address, for those who know the token."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from launcher.redaction import redact
 
 HOST = "127.0.0.1"
 _OWN_NAMES = (HOST, "localhost")
-"""Names by which a browser may call this machine. Under another one, which its owner can have lead here at any
-time (DNS rebinding), pages of elsewhere would count as ours."""
+"""Names by which a browser may address this machine. Under any other name, whose owner can redirect it
+here at any time (DNS rebinding), another site's pages would count as ours."""
 _MOST_REQUESTS = 32
-"""At a time. More connections wait in the kernel's queue, and are closed there."""
+"""The most requests at a time. Further connections wait in the kernel's queue, and are closed there."""
 _SECONDS_TO_ASK = 20.0
 _MOST_VALUES = 1000
 _HEADERS = {
@@ -37,13 +37,13 @@ _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
 }
-"""Headers of every answer. A page's own policy is narrower: it names its scripts."""
+"""Headers of every answer. A page's own policy is stricter: it names its scripts."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """Hold what is asked for, below the token: `page` without slashes around it, the query's values by name,
-    and the tag of what the browser has."""
+    """A request, below the token: `page` without slashes around it, the query's values by name, and the
+    tag of the browser's copy."""
 
     page: str
     query: dict[str, list[str]]
@@ -52,7 +52,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """Hold what is handed out. `to`: where to go instead; `tag`: what changes where the content does."""
+    """An answer. `to`: the address of a redirect; `tag`: changes whenever the content does."""
 
     content: str = ""
     kind: str = "text/html"
@@ -62,7 +62,7 @@ class Answer:
 
 
 class Server(ThreadingHTTPServer):
-    """Listen on a port of this machine; 0: a free one. Raises OSError where it cannot be had."""
+    """A server on a port of this machine; 0: any free port. Raises OSError if it cannot be opened."""
 
     daemon_threads = True
 
@@ -73,16 +73,16 @@ class Server(ThreadingHTTPServer):
 
     @property
     def address(self) -> str:
-        """Return where a browser finds it, with the token."""
+        """Return the address for a browser, with the token."""
         return f"http://{HOST}:{self.server_address[1]}/{self.token}/"
 
     def server_bind(self) -> None:
-        # HTTPServer's own asks the name service what this machine is called, which can take long.
+        # HTTPServer's own method asks the name service for this machine's name, which can take long.
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = HOST, self.server_address[1]
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Answer in a thread of its own, once there is room."""
+        """Answer in a new thread once the limit allows it; close the connection if that takes too long."""
         if self._room.acquire(timeout=_SECONDS_TO_ASK):
             super().process_request(request, client_address)
         else:
@@ -95,7 +95,7 @@ class Server(ThreadingHTTPServer):
             self._room.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing of a browser that went away, or of half a request."""
+        """Ignore browsers that disconnected, and incomplete requests."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -117,7 +117,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_TRACE = do_CONNECT = _refuse_method
 
     def _refused(self) -> Answer | None:
-        """Return the answer to one who asks under another name than this machine's own."""
+        """Return the answer to a request under a name that is not this machine's; None for a right name."""
         named = self.headers.get_all("Host") or []
         with contextlib.suppress(ValueError):
             if len(named) == 1 and urlsplit(f"//{named[0]}").hostname in _OWN_NAMES:
@@ -142,7 +142,7 @@ class _Handler(BaseHTTPRequestHandler):
             return _message(HTTPStatus.BAD_REQUEST, f"The address has more than {_MOST_VALUES} values.")
         try:
             return self.server.answer(Question(page, values, self.headers.get("If-None-Match", "")))
-        except Exception as error:  # of one page: the others are still handed out
+        except Exception as error:  # an error in one page: the others are still served
             return _message(
                 HTTPStatus.INTERNAL_SERVER_ERROR, redact(f"It cannot be shown: {one_line(error)}")
             )
@@ -164,11 +164,11 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(content)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Answer what is no request of HTTP with one line, and with the same headers."""
+        """Answer a malformed HTTP request with one line, and with the usual headers."""
         self._send(_message(HTTPStatus(code), message or HTTPStatus(code).phrase))
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Write nothing down: addresses hold the token."""
+        """Log nothing: addresses contain the token."""
 
 
 def _message(status: HTTPStatus, text: str) -> Answer:
@@ -176,5 +176,5 @@ def _message(status: HTTPStatus, text: str) -> Answer:
 
 
 def not_there(text: str) -> Answer:
-    """Return the answer to one who asks for what is not there."""
+    """Return the answer for a page that does not exist."""
     return _message(HTTPStatus.NOT_FOUND, text)

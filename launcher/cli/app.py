@@ -12,12 +12,12 @@ from launcher import __version__
 from launcher.cli.commands import COMMANDS, SUMMARY, available, help_text
 
 SCRIPT_ARGUMENTS = "script_arguments"
-"""Where a command finds, in its context, what stood behind `--`."""
+"""The key in a command's context under which the words after `--` are stored."""
 
 
 class ScriptCommand(TyperCommand):
-    """A command that may be told of a script: then what stands behind `--` is the script's, and the job may
-    be missing."""
+    """A command that accepts `--script`: then the words after `--` belong to the script, and the job is
+    optional."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ours = args[: args.index("--")] if "--" in args else args
@@ -30,7 +30,7 @@ class ScriptCommand(TyperCommand):
 
 
 def load(name: str) -> Any:
-    """Import one command and make typer's object of it."""
+    """Import a command's module, and return the command as an object of typer."""
     command = COMMANDS[name]
     loaded = getattr(importlib.import_module(f"launcher.cli.{command.module}"), command.attribute)
     if isinstance(loaded, typer.Typer):
@@ -44,7 +44,7 @@ def load(name: str) -> Any:
 
 
 class LazyGroup(TyperGroup):
-    """Lists and suggests commands from the table; imports the one that is called."""
+    """A group that lists and suggests commands from the table, and imports only the one that is called."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -86,5 +86,5 @@ def root(
 
 
 def command() -> Any:
-    """Return the root command, ready to be called."""
+    """Return the root command."""
     return typer.main.get_command(app)

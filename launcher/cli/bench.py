@@ -36,7 +36,7 @@ Quick = Annotated[
 _LEFT_OUT = "quick: fewer rounds of each figure, so that they scatter more; messages of two sizes alone"
 _NO_DISK = "; the disk left out (plans take what is usual; --disk DIR measures it)"
 _BUSY = 0.5
-"""Share of the cores that other work has, from which on figures are too low to plan by."""
+"""Share of the cores in use by other work above which measurements are too low to plan with."""
 
 
 def bench(
@@ -57,7 +57,7 @@ def bench(
         reason = "is no folder that is there; name one, as that of your runs"
         raise ConfigurationError(Problem("--disk", str(disk), reason))
     ranks = nproc or len(find_gpus()[0]) or 2
-    busy = psutil.cpu_percent(interval=1) / 100  # the load of a minute would count what ended just now
+    busy = psutil.cpu_percent(interval=1) / 100  # a load average would include work that has ended
     if busy >= _BUSY:
         reason = (
             f"other work has {busy:.0%} of the {os.cpu_count()} cores: figures would be too low to plan by"

@@ -67,22 +67,22 @@ def board(folder: Runs = None, port: Port = 0, open_it: Open = False, as_json: A
 
 
 def _private_folder() -> tempfile.TemporaryDirectory[str]:
-    """A folder that this user alone can read. A browser in a sandbox may have a /tmp of its own."""
+    """Create a private folder, if possible outside /tmp: a sandboxed browser may have its own /tmp."""
     session = os.environ.get("XDG_RUNTIME_DIR", "")
     parent = session if os.access(session, os.W_OK | os.X_OK) else None
     return tempfile.TemporaryDirectory(prefix="launcher-board-", dir=parent)
 
 
 def _door(private: Path, address: str) -> str:
-    """Return the address of a page in a folder of this user's own, which leads to the board: what a browser is
-    begun with stands in the table of processes, and the board's address has its token."""
+    """Return the address of a page in a private folder that redirects to the board: a browser's arguments
+    are visible in the process table, and the board's address contains its token."""
     page = private / "board.html"
     page.write_text(f'<meta http-equiv="refresh" content="0; url={address}">\n', encoding="utf-8")
     return page.as_uri()
 
 
 def _listening(port: int, pages: Pages) -> Server:
-    """A server on the port. Raises ConfigurationError where it cannot be had."""
+    """Open a server on the port. Raises ConfigurationError if the port is not available."""
     from launcher.board.server import Server
     from launcher.errors import ConfigurationError, Problem
 
@@ -94,7 +94,7 @@ def _listening(port: int, pages: Pages) -> Server:
 
 
 def _say(server: Server, folder: Path, num_runs: int, as_json: bool) -> None:
-    """Print where the board is, and how a browser on another machine reaches it."""
+    """Print the board's address, and how a browser on another machine reaches it."""
     import getpass
     import socket
 
@@ -103,7 +103,7 @@ def _say(server: Server, folder: Path, num_runs: int, as_json: bool) -> None:
     port = server.server_address[1]
     try:
         user = f"{getpass.getuser()}@"
-    except (KeyError, OSError):  # a user without a name
+    except (KeyError, OSError):  # the user has no name
         user = ""
     tunnel = f"ssh -N -L {port}:127.0.0.1:{port} {user}{socket.gethostname()}"
     if as_json:

@@ -91,7 +91,7 @@ def prune(
 
 
 def _seconds(text: str | None) -> float | None:
-    """`30d` as seconds. Raises ConfigurationError for anything else."""
+    """Return `30d` as seconds. Raises ConfigurationError for anything else."""
     from launcher.errors import ConfigurationError, Problem
     from launcher.values import parse_seconds
 

@@ -45,7 +45,7 @@ def _pick(run: RunDirectory, step: int | None) -> Stored:
 
 
 def _readable(stored: Stored) -> Path:
-    """The directory of a checkpoint whose manifest and files look right; its data is not read."""
+    """Return the directory of a checkpoint whose manifest and files look valid; its data is not read."""
     from launcher.errors import CheckpointError
 
     if stored.problems:

@@ -74,7 +74,7 @@ def import_(
 def _to_import_into(
     run: str | None, job: Path | None, run_dir: Path | None, nproc: int | None, overrides: list[str]
 ) -> tuple[RunDirectory, Plan]:
-    """Return the run that is there, or the one that a job would begin; nothing is written yet."""
+    """Return the existing run, or the one that a job would start; nothing is written yet."""
     from launcher.errors import ConfigurationError, Problem
     from launcher.job.load import load
     from launcher.planner.plan import Plan

@@ -1,4 +1,4 @@
-"""The table of commands, and what `launcher --help` shows of it.
+"""The table of commands, and the text of `launcher --help`.
 
 A command is a plain function with typer annotations in `launcher/cli/<module>.py`, imported only when it is
 called:
@@ -6,11 +6,11 @@ called:
     def validate(job: Annotated[Path, typer.Argument(help="The job file.")]) -> None:
         '''Check a job file and some of its rows, and say all that is wrong with them.'''
 
-It is listed in COMMANDS by the name that people type, its module, and its first docstring line. Where the
-attribute is a `typer.Typer` (`app = typer.Typer(...)` in `checkpoint.py`), its functions are subcommands.
-Modules keep heavy imports (pydantic, rich) inside their functions. A command raises a LauncherError for what
-went wrong, `typer.Exit(code)` to leave with another code, prints results on stdout and everything else on
-stderr. `launcher/cli/job.py` is an example.
+COMMANDS lists it by the name that people type, its module, and its first docstring line. If the attribute is
+a `typer.Typer` (`app = typer.Typer(...)` in `checkpoint.py`), its functions are subcommands. Modules keep
+heavy imports (pydantic, rich) inside their functions. A command raises a LauncherError if something went
+wrong, raises `typer.Exit(code)` to exit with another code, and prints results on stdout and everything else
+on stderr. `launcher/cli/job.py` is an example.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ SUMMARY = "One job file in, a sharded fine-tuned model out."
 
 @dataclass(frozen=True)
 class Command:
-    """Say where a command's function, or its Typer, is; and the line that `launcher --help` shows without
-    importing it."""
+    """The place of a command's function, or of its Typer, and its line in `launcher --help`, which needs
+    no import."""
 
     module: str
     attribute: str
@@ -86,7 +86,7 @@ COMMANDS = {
 
 
 def available() -> dict[str, Command]:
-    """Return the commands whose module is there."""
+    """Return the commands whose modules exist."""
     return {
         name: command
         for name, command in COMMANDS.items()
@@ -95,7 +95,7 @@ def available() -> dict[str, Command]:
 
 
 def help_text() -> str:
-    """Return what `launcher --help` shows. Made without typer, whose import takes longer than all the rest."""
+    """Return the text of `launcher --help`, built without typer, whose import would take most of the time."""
     options = {
         "--version": "Show the version and leave.",
         "--install-completion": "Install completion for the current shell.",

@@ -1,4 +1,4 @@
-"""launcher compare: show runs beside each other on the terminal."""
+"""launcher compare: show runs next to each other on the terminal."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Compared = Annotated[
     ),
 ]
 _NARROWEST = 36
-"""Columns of a curve; where fewer are left for each, curves stand below each other."""
+"""The fewest columns of a curve; in a narrower terminal, curves are placed below each other."""
 _GAP = "  "
 
 
@@ -67,14 +67,14 @@ def compare(runs: Compared, as_json: AsJson = False) -> None:
 
 
 def _at(value: tuple[int, float] | None, run: RunContent) -> str:
-    """A metric's last value, with its step where that is not the run's last."""
+    """Return a metric's last value, with its step if that is not the run's last."""
     if value is None:
         return "-"
     return f"{value[1]:.4f}" + ("" if value[0] == run.status.step else f" at {value[0]:,}")
 
 
 def _print_curves(contents: list[RunContent]) -> None:
-    """The training loss and the metrics of evaluations that two of the runs have, a column for each run."""
+    """Print the training loss, and the metrics that two or more runs have, with a column for each run."""
     from shutil import get_terminal_size
 
     from launcher.runs.series import thin
@@ -106,6 +106,6 @@ def _print_curves(contents: list[RunContent]) -> None:
 
 
 def _curve(points: list[tuple[float, float]], title: str, width: int) -> list[str]:
-    """The lines of a drawing; none for fewer than two finite points."""
+    """Return the lines of a drawing; empty for fewer than two finite points."""
     finite = [point for point in points if math.isfinite(point[1])]
     return line_plot(finite, width, ylabel=title[:width]).splitlines() if len(finite) > 1 else []

@@ -1,6 +1,6 @@
-"""Complete with the tab key: job files, data files, runs, directories with a model, tasks, GPUs, keys.
+"""Completion with the tab key: job files, data files, runs, directories with a model, tasks, GPUs, keys.
 
-Shells ask through typer, with one function for each kind; the questions of `launcher init` ask the same ones.
+Shells call these functions through typer, one for each kind; the questions of `launcher init` use them too.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ _JOB = (".yaml", ".yml")
 
 
 def job_files(incomplete: str) -> list[str]:
-    """Return the job files that a beginning may become, and the folders on the way."""
+    """Return the job files that begin with a text, and the folders that lead to more."""
     return _paths(incomplete, lambda path: path.endswith(_JOB))
 
 
 def data_files(incomplete: str) -> list[str]:
-    """Return the data files of a format that is read that a beginning may become, and the folders."""
+    """Return the data files of supported formats that begin with a text, and folders that lead to more."""
     from launcher.data.formats import FORMATS
 
     return _paths(incomplete, lambda path: path.lower().endswith(tuple(FORMATS)))
 
 
 def models(incomplete: str) -> list[str]:
-    """Return the directories with a model that a beginning may become, the folders on the way, and the models in
-    the hub's cache."""
+    """Return the directories with a model that begin with a text, the folders that lead to more, and the
+    models in the hub's cache."""
     from launcher.planner.model.model_config import cached_models
 
     here = _paths(incomplete, _holds_model, files=False)
@@ -34,14 +34,14 @@ def models(incomplete: str) -> list[str]:
 
 
 def models_to_train(incomplete: str) -> list[str]:
-    """Return what `models` does, and the names of models in Python packages, which `launcher init` knows."""
+    """Return the results of `models`, and names of models in Python packages, which `launcher init` knows."""
     from launcher.training.demo.models import installed
 
     return [*models(incomplete), *(name for name in installed() if name.startswith(incomplete))]
 
 
 def runs(incomplete: str) -> list[str]:
-    """Return the names of the runs below runs/ that a beginning may become, else the folders."""
+    """Return the names of runs below runs/ that begin with a text; otherwise the folders."""
     from launcher.runs.layout import runs_folder
 
     named = sorted(path.parent.name for path in runs_folder().glob("*/plan.json"))
@@ -49,20 +49,19 @@ def runs(incomplete: str) -> list[str]:
 
 
 def runs_and_models(incomplete: str) -> list[str]:
-    """Return the runs below runs/, and the directories with a model, that a beginning may become."""
+    """Return the runs below runs/, and the directories with a model, that begin with a text."""
     return list(dict.fromkeys([*runs(incomplete), *models(incomplete)]))
 
 
 def task_names(incomplete: str) -> list[str]:
-    """Return the tasks that a beginning may become."""
+    """Return the tasks that begin with a text."""
     from launcher.tasks import names
 
     return [name for name in names() if name.startswith(incomplete)]
 
 
 def gpu_names(incomplete: str) -> list[str]:
-    """Return the kinds of GPUs of the planner's table that a beginning may become; several stand with commas
-    between."""
+    """Return the GPUs in the planner's table that begin with a text; several are separated by commas."""
     from launcher.planner.hardware.gpu_table import BY_KEY
 
     before, comma, last = incomplete.rpartition(",")
@@ -70,7 +69,7 @@ def gpu_names(incomplete: str) -> list[str]:
 
 
 def keys(incomplete: str) -> list[str]:
-    """Return the keys of a job file that a beginning may become, with `=` behind them."""
+    """Return the keys of a job file that begin with a text, followed by `=`."""
     if "=" in incomplete:
         return []
     from launcher.job.describe import keys as every
@@ -85,9 +84,9 @@ def _holds_model(path: str) -> bool:
 
 
 def _paths(incomplete: str, wanted: Callable[[str], bool], files: bool = True) -> list[str]:
-    """Return what is wanted below the folder of a beginning, with the folders there, which end in `/`.
+    """Return the wanted entries that begin with a text, and folders, which end in `/`.
 
-    A folder that is the only way on is gone into: a shell puts a space behind the only completion.
+    A folder that is the only candidate is searched too: a shell adds a space after a single completion.
     """
     while True:
         some = _beside(incomplete, wanted, files)

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from launcher.launch.screen import Watcher
 
 _LISTED, _ON_A_SHEET = 3, 24
-"""Samples that are shown where nobody says how many."""
+"""Numbers of samples that are shown by default: in the text, and in a picture."""
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
 class Role(enum.StrEnum):
-    """Name one of a job's data sets."""
+    """One of a job's data sets."""
 
     train = "train"
     evaluation = "evaluation"
@@ -138,7 +138,7 @@ def split(
 
 
 def _watcher() -> Watcher:
-    """A bar while rows are tokenised, and nothing of the attempt that a run would have."""
+    """Return a display that shows a progress bar during tokenisation, and no lines about an attempt."""
     from launcher.cli.display import Display
 
     return Display(quiet=True)

@@ -1,4 +1,4 @@
-"""Show what `launcher data inspect` read: counts, bars, samples with learned tokens marked."""
+"""The output of `launcher data inspect`: counts, bars, samples with learned tokens marked."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from rich.text import Text
 from launcher.runs import prepared
 
 _BAR = 34
-"""Characters of the longest bar: with names and counts it fits 80 columns."""
+"""Characters of the longest bar: with names and counts it fits into 80 columns."""
 _CLASSES = 20
-"""That are shown, the most frequent and the rarest."""
+"""The most classes that are shown: the most frequent and the rarest."""
 _CHARACTERS = 4000
-"""Characters of a sample that are shown; a sample asked for by its row is shown whole."""
+"""The most characters of a sample that are shown; a sample selected by its row is shown in full."""
 _LEARNED, _SPECIAL, _LEARNED_SPECIAL = "green", "magenta", "bold green"
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
-"""A terminal would obey these; they are shown by their numbers."""
+"""Control characters, which a terminal would obey; their codes are shown instead."""
 
 
 def show(seen: dict[str, Any], console: Console, whole: bool) -> None:
-    """Print all that was seen of a data set, or of each of its sources; samples as a whole, or the beginning and
-    the end of long ones."""
+    """Print the summary of a data set, or of each of its sources; long samples in full if `whole`,
+    otherwise only their beginning and end."""
     if "sheet" in seen:
         sheet = seen["sheet"]
         console.print(Text(f"{sheet['num_samples']} samples are drawn in {sheet['path']}"), soft_wrap=True)
@@ -52,7 +52,7 @@ def show(seen: dict[str, Any], console: Console, whole: bool) -> None:
 
 
 def _show_left_out(seen: dict[str, Any], console: Console) -> None:
-    """Rows dropped and cut, by reason, with the first of each."""
+    """Print the numbers of rows dropped and cut, by reason, with the first row of each."""
     if not seen["num_dropped"] and not seen["num_cut"]:
         return
     cut = "cut to max_length" if seen.get("unit", "token") == "token" else "cut"
@@ -117,7 +117,7 @@ def _show_balance(balance: dict[str, Any] | None, console: Console) -> None:
 
 
 def _bars(rows: list[tuple[str, int]], most: int = 0) -> Table:
-    """A bar for each count, with its share of all."""
+    """Return a table with a bar for each count, and its share of the total."""
     most, total = most or max(count for _, count in rows), sum(count for _, count in rows)
     table = Table.grid(padding=(0, 1))
     table.add_column(max_width=26, justify="right", no_wrap=True, overflow="ellipsis")
@@ -183,7 +183,7 @@ def _heading(sample: dict[str, Any]) -> str:
 
 
 def _text(pieces: list[dict[str, Any]], coloured: bool, limit: int | None) -> Text:
-    """A sample's text: in colour, or with what is learned between marks that do not stand in the text itself."""
+    """Return a sample's text: coloured, or with the learned parts between marks that it does not contain."""
     longest = max(
         (len(run) for piece in pieces for run in re.findall(r"<{2,}|>{2,}", piece["text"])), default=1
     )
@@ -208,14 +208,14 @@ def _style(learned: bool, special: bool) -> str:
 
 
 def _tokens(tokens: list[dict[str, Any]], coloured: bool) -> Table:
-    """One token a line: its place, its number, its text, and whether it is learned."""
+    """Return a table with one token per line: position, id, text, and whether it is learned."""
     table = Table.grid(padding=(0, 2))
     for _ in range(3):
         table.add_column(justify="right", no_wrap=True)
     table.add_column()
     table.add_row("", "place", "id", "token", style="dim")
     for number, token in enumerate(tokens):
-        # Bytes that are no whole character have no text of their own.
+        # An incomplete UTF-8 character has no text of its own.
         text = token["token"] if "\ufffd" in token["text"] else repr(token["text"])
         row = ["<<" if token["learned"] and not coloured else "", str(number), str(token["id"]), text]
         table.add_row(*row, style=_LEARNED if token["learned"] and coloured else None)

@@ -59,7 +59,7 @@ def demo(out: Directory = Path("demo"), steps: Steps = NUM_STEPS) -> None:
 
 @dataclass(frozen=True)
 class Question:
-    """A held-out question, as the model sees it, and what Python's documentation says."""
+    """A held-out question as the model sees it, with the answer from Python's documentation."""
 
     text: str
     prompt: str
@@ -67,7 +67,7 @@ class Question:
 
 
 def play(directory: Path, num_steps: int) -> int:
-    """Play the whole demo; returns the exit code of the first part that did not end well, or 0."""
+    """Run the whole demo; return the exit code of the first part that failed, or 0."""
     started, title = time.monotonic(), _titles()
     _clear(directory)
     title("A model and some text, without a hub")
@@ -174,7 +174,7 @@ def _job(directory: Path, model: Path, num_steps: int) -> Path:
 
 
 def _plan(job_file: Path, path: Path) -> tuple[RunDirectory, Plan]:
-    """Return what `launcher run` does before it starts ranks."""
+    """Return the run and the plan, as `launcher run` creates them before it starts ranks."""
     from launcher.cli.plan_tables import table
     from launcher.launch.run_setup import open_run
 
@@ -192,7 +192,7 @@ def _ask(model: Path, question: Question) -> None:
 
 
 def _train(run: RunDirectory, plan: Plan, stop_at: int | None) -> int:
-    """One attempt; 0 where it did what it was to do: stop at `stop_at`, or finish."""
+    """Run one attempt; return 0 if it reached its goal: a stop at `stop_at`, or the end."""
     from launcher.cli.display import Display
     from launcher.errors import Stopped
     from launcher.launch import local

@@ -1,4 +1,4 @@
-"""Ask a question until its answer holds; without a terminal, take what was given or what is offered."""
+"""Questions that are repeated until the answer is valid; without a terminal, flags or defaults answer."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from launcher.errors import ConfigurationError, DataError, Problem
 
 Answer = TypeVar("Answer")
 Complete = Callable[[str], list[str]]
-"""The completions of what was typed so far."""
+"""The completions of the text typed so far."""
 
 
 class Dialog:
-    """Ask on a terminal, or answer by itself."""
+    """A dialog on a terminal, or without one from flags and defaults."""
 
     def __init__(self, asks: bool, read: Callable[[str], str] = input) -> None:
         self.asks = asks
@@ -26,7 +26,7 @@ class Dialog:
         self._read = read
 
     def say(self, line: str) -> None:
-        """Print a line, on stderr where nobody is asked: stdout has the result alone."""
+        """Print a line; on stderr if nobody is asked, as stdout is for the result alone."""
         typer.echo(folded(line, columns_of(sys.stdout if self.asks else sys.stderr)), err=not self.asks)
 
     def answer(
@@ -39,11 +39,11 @@ class Dialog:
         complete: Complete | Sequence[str] = (),
         about: str = "",
     ) -> Answer:
-        """Return the answer that a flag gives, or that is typed, once `check` takes it; an empty one is the
-        default. `about` is printed where somebody types a question mark.
+        """Return the answer from a flag or typed by the user, once `check` accepts it; an empty answer means
+        the default. `about` is printed if the user types a question mark.
 
-        Raises ConfigurationError or DataError for what a flag gives and `check` refuses, and where there is
-        neither an answer nor somebody to ask.
+        Raises ConfigurationError or DataError if `check` refuses the flag's answer, or if there is neither an
+        answer nor somebody to ask.
         """
         if given is not None:
             return check(given)
@@ -67,7 +67,7 @@ class Dialog:
                         self.say(f"  {one}")
 
     def agrees(self, question: str) -> bool:
-        """Return whether somebody says yes; without anybody to ask, that is so."""
+        """Return whether the user says yes; True if nobody is asked."""
         if not self.asks:
             return True
         return self.answer(f"{question} y or n", "", None, _yes_or_no, "n", ("y", "n"))
@@ -81,7 +81,7 @@ def _yes_or_no(text: str) -> bool:
 
 @contextlib.contextmanager
 def _completing(complete: Complete | Sequence[str]) -> Iterator[None]:
-    """Have the tab key complete one answer, where Python has readline."""
+    """Enable the tab key for one answer, if Python has readline."""
     try:
         import readline
     except ImportError:
@@ -96,7 +96,7 @@ def _completing(complete: Complete | Sequence[str]) -> Iterator[None]:
 
     before = readline.get_completer(), readline.get_completer_delims()
     readline.set_completer(next_one)
-    readline.set_completer_delims("")  # an answer is one word: paths and names have other signs in them
+    readline.set_completer_delims("")  # paths and names contain signs that would otherwise end a word
     readline.parse_and_bind(
         "bind ^I rl_complete" if "libedit" in (readline.__doc__ or "") else "tab: complete"
     )

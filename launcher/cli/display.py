@@ -1,4 +1,4 @@
-"""Show a run while it goes on, live or as plain lines, and its summary at the end."""
+"""The display of a run while it goes on, live or as plain lines, and its summary at the end."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _PHASES_SAID = ("preparing", "building operators", "loading", "saving", "exporti
 
 
 class _Console(Console):
-    """One that goes silent where the reader of its pipe has gone. rich's own would end the process, and the
+    """A console that turns silent if its pipe's reader has gone. rich's own would end the process, and the
     run with it."""
 
     def on_broken_pipe(self) -> None:
@@ -48,7 +48,7 @@ class _Console(Console):
 
 
 class Display(Watcher):
-    """Follows events.jsonl and metrics.jsonl of an attempt, and shows them on stderr."""
+    """A display on stderr that follows an attempt's events.jsonl and metrics.jsonl."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Display(Watcher):
         line_seconds: float = _LINE_SECONDS,
         quiet: bool = False,
     ) -> None:
-        """Show a run by its `plan`. `quiet` leaves no lines on the screen: for work without a run of its own."""
+        """Show a run by its `plan`. `quiet` leaves no lines on the screen: for work without its own run."""
         self.console = console or _Console(
             file=sys.stderr, highlight=False, no_color="NO_COLOR" in os.environ or None
         )
@@ -66,10 +66,10 @@ class Display(Watcher):
         self._line_seconds = line_seconds
         self._live: Live | None = None
         self._tails: tuple[Tail, Tail] | None = None
-        # What was read and not shown yet: one thread reads and another one shows.
+        # Records that were read but not shown yet: one thread reads, another one shows.
         self._events: deque[dict[str, Any]] = deque()
         self._metrics: deque[dict[str, Any]] = deque()
-        # Of a script of the user's own, what its rank 0 prints; only the script knows how far it is.
+        # Lines that rank 0 of a user's script printed; only the script knows its progress.
         self._is_script = plan is not None and bool(plan.script)
         self._log: Tail | None = None
         self._printed: deque[str] = deque()
@@ -84,7 +84,7 @@ class Display(Watcher):
         self._phase_said = ""
 
     def begin(self, run: RunDirectory, attempt: int) -> None:
-        """Start at the files' present end, so that only this attempt is shown."""
+        """Start at the current end of the files, so that only this attempt is shown."""
         self._tails = Tail(run.events_file, from_end=True), Tail(run.metrics_file, from_end=True)
         if self._is_script:
             self._log = Tail(run.attempt(attempt) / "rank-0.log", overwritten=True)
@@ -102,7 +102,7 @@ class Display(Watcher):
             self._live.start()
 
     def read(self) -> None:
-        """Read what is new in both files, and how far the ranks say that they are."""
+        """Read new records of both files, and the progress that the ranks report."""
         self._phase = current_phase(self._run) if self._run else None
         if self._tails:
             for tail, records in zip(self._tails, (self._events, self._metrics), strict=True):
@@ -113,7 +113,7 @@ class Display(Watcher):
             self._printed.extend(map(_overwritten, self._log.lines()))
 
     def tick(self) -> None:
-        """Take in what was read; show it when it is time."""
+        """Process the records that were read, and update the display when it is time."""
         now = time.monotonic()
         if now - self._shown_at < _REFRESH_SECONDS:
             return
@@ -123,13 +123,13 @@ class Display(Watcher):
             self._live.update(self.render(), refresh=True)
 
     def say(self, line: str) -> None:
-        """Print a line that stays, above the live display where there is one."""
+        """Print a lasting line, above the live display if there is one."""
         for part in [] if self._quiet else line.split("\n"):
-            # A terminal would break it inside a word. A command stays whole: a part that is pasted would run.
+            # A terminal would break it inside a word. A command is not broken: part of it, pasted, would run.
             self.console.print(Text(part), soft_wrap=not self.console.is_terminal or "launcher " in part)
 
     def end(self) -> None:
-        """Show the last of it, and leave the terminal as it was."""
+        """Show the remaining records, and restore the terminal."""
         if self._log and self._log.unfinished:
             self._printed.append(_overwritten(self._log.unfinished))
         self._take_in(time.monotonic())
@@ -148,7 +148,7 @@ class Display(Watcher):
             record = self._events.popleft()
             self.progress.event(record)
             self._event_at = record.get("time", self._event_at)
-            # On a terminal evaluations have a table of their own.
+            # On a terminal, evaluations have their own table.
             if (line := notice(record)) and not (self._live and record["event"] == "evaluated"):
                 self.say(line)
             self._say_phase()
@@ -174,7 +174,7 @@ class Display(Watcher):
         self._phase_said = phase
 
     def render(self) -> Group:
-        """Return the live display: what is going on with its bar, the last step, the last evaluations."""
+        """Return the live display: the current phase with its bar, the last step, the last evaluations."""
         progress = self.progress
         training = progress.phase == "training" and progress.total_steps
         done, total = (progress.step, progress.total_steps) if training else (progress.done, progress.total)
@@ -199,7 +199,7 @@ class Display(Watcher):
 
 
 def _overwritten(line: bytes) -> str:
-    """A progress bar writes over its line again and again: what it came to last is what counts."""
+    """Return the text after the last carriage return: a progress bar overwrites its line again and again."""
     return line.decode(errors="replace").rstrip("\r").rpartition("\r")[2]
 
 
@@ -208,7 +208,7 @@ def _count(progress: AttemptView) -> str:
 
 
 def _evaluations(evaluations: list[tuple[int, dict[str, float]]]) -> Table:
-    """The first and the last evaluations, one a row."""
+    """Return a table of the first and the last evaluations, one per row."""
     names = list(dict.fromkeys(name for _, metrics in evaluations for name in metrics))
     shown = evaluations if len(evaluations) <= _ROWS else [evaluations[0], *evaluations[1 - _ROWS :]]
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
@@ -223,8 +223,8 @@ def _evaluations(evaluations: list[tuple[int, dict[str, float]]]) -> Table:
 
 
 def peak_rate(plan: Plan) -> float | None:
-    """Return the rate of all devices together, in operations a second; None on CPU, in fp32, and for GPUs
-    that are not in the table."""
+    """Return the rate of all devices together, in operations per second; None on CPU, in fp32, and for
+    GPUs that are not in the table."""
     if plan.mesh.device != "cuda" or plan.precision == "fp32":
         return None
     from launcher.planner.hardware.detect import Hardware
@@ -235,11 +235,11 @@ def peak_rate(plan: Plan) -> float | None:
 
 
 def _notes(run: RunDirectory, step: int, path: str) -> list[str]:
-    """Return a line where the model is no better than whoever always says the commonest class, and one where
-    answers came to their limit."""
+    """Return a line if the model is no better than always predicting the commonest class, and a line if
+    answers reached their length limit."""
     try:
         details = read_json(run.evaluation(step))["details"]
-    except (OSError, ValueError, KeyError, TypeError):  # there is none, or it is damaged
+    except (OSError, ValueError, KeyError, TypeError):  # it does not exist or is damaged
         return []
     notes = [f"  note        {text}"] if (text := at_limit(details)) is not None else []
     if (near := near_commonest(details)) is None or near[1] == 1:
@@ -252,7 +252,7 @@ def _notes(run: RunDirectory, step: int, path: str) -> list[str]:
 
 
 def summary(run: RunDirectory, path: str) -> str:
-    """Return what a finished run came to, and what to do with it. `path` is how people would type the run."""
+    """Return the results of a finished run, and the next steps. `path` is how people would type the run."""
     totals, curve = Totals(run).refresh(), Curve(run).refresh()
     lines = [f"finished: {path}"]
     if curve.first and curve.last:

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 _COLOURS = {"ok": "green", "warning": "yellow", "failed": "bold red"}
 _SHOWN = ("interface", "directory", "all-reduce")
-"""Checks of which the table of nodes shows what was found."""
+"""Checks whose results are shown in the table of nodes."""
 _WIDTH = 160
-"""Of what is not written to a terminal."""
+"""Width of output that does not go to a terminal."""
 _ASKED = ("partition", "account", "qos", "reservation", "nodelist", "exclude")
 OnNodes = Annotated[
     bool,
@@ -114,7 +114,7 @@ def doctor(
 
 
 def _refuse(given: dict[str, object]) -> None:
-    """Options that would do nothing."""
+    """Raise ConfigurationError for options that would have no effect."""
     problems = [
         Problem(f"--{name}", value, "is for the nodes of a cluster: add --slurm")
         for name, value in given.items()
@@ -143,8 +143,8 @@ def _tell(reports: Sequence[Report], job: str, as_json: bool) -> None:
 
 
 def _show(reports: Sequence[Report]) -> None:
-    """This machine check by check; the nodes, where there are any, one in a line; then every problem with
-    what to do about it."""
+    """Print the checks of this machine line by line, then the nodes, if any, one per line, then every
+    problem with advice."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

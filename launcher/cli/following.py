@@ -1,4 +1,4 @@
-"""Tell whether a run that is followed is over, or another attempt may come."""
+"""Detection of the end of a followed run, after which no further attempt is expected."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from launcher.runs import attempts, events
 from launcher.runs.layout import RunDirectory
 
 WAIT_SECONDS = 60.0
-"""For another attempt where Slurm does not have the job: with smaller passes, or because somebody resumes it."""
+"""The wait for another attempt if Slurm has no job: with smaller micro-batches, or resumed by someone."""
 _ASK_SECONDS = 10.0
-"""Between two questions to Slurm's controller, which serves many."""
+"""Interval between requests to Slurm's controller, which serves many."""
 _ENDED = ("failed", "stopped", "interrupted")
 
 
 class Following:
-    """A run from the one attempt to the next."""
+    """A run that is followed from attempt to attempt."""
 
     def __init__(self, run: RunDirectory) -> None:
         self.run = run
@@ -26,17 +26,17 @@ class Following:
 
     @property
     def is_waiting(self) -> bool:
-        """Return whether an attempt ended and another may come."""
+        """Return whether an attempt ended and another may start."""
         return self._waiting_since is not None
 
     @property
     def waits(self) -> str:
-        """Return for what is waited, and how long."""
+        """Return what is waited for, and for how long."""
         return "waiting for Slurm" if self._live else f"waiting {WAIT_SECONDS:g} s for another attempt"
 
     def is_over(self, state: str) -> bool:
-        """Return whether nobody goes on with a run in this state: it finished, or it ended otherwise, Slurm
-        does not have its job any more, and no attempt began for WAIT_SECONDS."""
+        """Return whether a run in this state is over: it finished; or it ended otherwise, Slurm no longer
+        has its job, and no attempt started for WAIT_SECONDS."""
         if state not in _ENDED:
             self._waiting_since = None
             return state == "finished"
@@ -51,7 +51,7 @@ class Following:
         return self._live
 
     def why(self, number: int) -> str:
-        """Return in a clause how an attempt ended, and what was decided then; empty where that is not known."""
+        """Return in a clause how an attempt ended, and what was decided then; empty if that is not known."""
         told = [one for one in attempts.attempts(events.read(self.run.events_file)) if one.number == number]
         if not told:
             return ""

@@ -1,4 +1,4 @@
-"""Show a forecast: bars on a terminal, a table, a picture."""
+"""Forecasts as bars on a terminal, as tables and as pictures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from launcher.planner.suggestions import Suggestion
 
 _LENGTH, _SHORTEST = 48, 20
-"""Characters of a whole bar: where there is room, and with something behind it."""
+"""Characters of the longest bar: at most, and the fewest with text after it."""
 _SIGNS = "█▓▒░▞▚▙▟▛▜▄"
 _COLOURS = (
     "#4e79a7",
@@ -30,7 +30,7 @@ _COLOURS = (
 
 
 def bars(forecast: Forecast, width: int | None = None) -> str:
-    """Return stacked bars of memory by phase, with what the signs stand for; `width` is in characters."""
+    """Return stacked bars of memory by phase, with a legend; `width` is in characters."""
     phases, highest, memory = (
         forecast.footprint.phases,
         forecast.footprint.highest,
@@ -43,7 +43,7 @@ def bars(forecast: Forecast, width: int | None = None) -> str:
     hosts = [f", {gib(phase.host)} of the host's" if phase.host else "" for phase in phases]
     beside = 2 + max(12, *(len(phase.name) for phase in phases)) + 1 + 1 + 10  # with a comma
     room = _LENGTH if width is None else width - beside
-    if room - max(map(len, hosts)) >= _SHORTEST:  # else what stands behind a bar goes to the next line
+    if room - max(map(len, hosts)) >= _SHORTEST:  # otherwise the text after a bar goes to the next line
         room -= max(map(len, hosts)) if width is not None else 0
     length = max(1, min(_LENGTH, room))
     for phase, host in zip(phases, hosts, strict=True):
@@ -62,8 +62,7 @@ def bars(forecast: Forecast, width: int | None = None) -> str:
 
 
 def _longest(forecast: Forecast) -> float:
-    """Return the bytes that a whole bar stands for: the device's memory, unless all bars were slivers beside
-    it."""
+    """Return the bytes of a full bar: the device's memory, unless all bars would be tiny compared with it."""
     highest, memory = forecast.footprint.highest.total, forecast.target.memory_bytes
     return max(highest, memory) if highest > memory / 4 else highest
 
@@ -73,8 +72,8 @@ def _kinds(forecast: Forecast) -> list[str]:
 
 
 def beside_trace(traced: Forecast, formulas: Forecast | None) -> str:
-    """Return where a forecast is from that goes by a model's own class, with what the formulas say, in a
-    line."""
+    """Return a line on the source of a forecast that is traced from the model's own class, with the
+    formulas' figure."""
     if formulas is None or formulas.traced:
         return "  by a profile of the model's own class"
     ours, theirs = traced.footprint.phase("steady step").peak, formulas.footprint.phase("steady step").peak
@@ -83,7 +82,7 @@ def beside_trace(traced: Forecast, formulas: Forecast | None) -> str:
 
 
 def speed_lines(forecast: Forecast, no_epoch: str | None = None) -> str:
-    """Return step time and rates, where they are known. no_epoch: why nothing is known of an epoch."""
+    """Return the step time and rates, if they are known. no_epoch: why the time of an epoch is unknown."""
     speed, items = forecast.speed, forecast.items
     if speed is None:
         return ""
@@ -132,7 +131,7 @@ def _seconds(seconds: float) -> str:
 
 
 def nearest(suggestions: Sequence[Suggestion]) -> str:
-    """Return the nearest plans that fit in place of one that does not, with what each needs."""
+    """Return the nearest plans that fit, with the memory of each."""
     if not suggestions:
         ways = "take a smaller model, other GPUs, or DeepSpeed with memory.offload_to on NVMe"
         return f"\nNothing near it fits: {ways}."
@@ -141,7 +140,7 @@ def nearest(suggestions: Sequence[Suggestion]) -> str:
 
 
 def picture(forecast: Forecast) -> str:
-    """Return the bars as an SVG, with a background of its own."""
+    """Return the bars as an SVG with its own background."""
     from xml.sax.saxutils import escape
 
     phases, memory, kinds = forecast.footprint.phases, forecast.target.memory_bytes, _kinds(forecast)

@@ -25,7 +25,7 @@ a term (`micro-batch`), a command, the heading of a page's section, or words of 
 
 
 def complete(incomplete: str) -> list[str]:
-    """Return the topics that begin as what was typed."""
+    """Return the topics that begin with the typed text."""
     known = {*available(), *names()}
     return sorted(name for name in known if name.startswith(incomplete) and " " not in name)
 
@@ -70,7 +70,7 @@ def _list() -> str:
 
 
 def _text(words: str, answers: list[Entry]) -> str:
-    """Return answers one after another, and where else to look."""
+    """Return the answers one after another, and where else to look."""
     if answers[0].kind == "page":
         also = [f"launcher help {page} {words}" for page in {part.page: 0 for part in parts(words)}]
     else:
@@ -81,7 +81,7 @@ def _text(words: str, answers: list[Entry]) -> str:
 
 
 def _show(text: str) -> None:
-    """Print a page's text as wide as the terminal; on a terminal, by the pager where it is longer than that."""
+    """Print a text as wide as the terminal, and page it there if it is longer than the screen."""
     from rich.console import Console
     from rich.markdown import Markdown
 
@@ -93,14 +93,14 @@ def _show(text: str) -> None:
     if sys.stdout.isatty() and len(lines) >= size.lines:
         import pydoc
 
-        os.environ.setdefault("LESS", "-FRX")  # as git does: colours, and no screen of its own
+        os.environ.setdefault("LESS", "-FRX")  # as git does: with colours, without another screen
         pydoc.pager("\n".join(lines))
     else:
         typer.echo("\n".join(lines))
 
 
 def _linked(link: re.Match[str]) -> str:
-    """Return a link as a terminal shows it: its text, and where it leads if that is a topic."""
+    """Return a link as a terminal shows it: its text, and its target if that is a topic."""
     if link[0].startswith("!"):
         return ""
     name = next((name for name, page in pages().items() if page.file.endswith(link[2] or "#")), "")

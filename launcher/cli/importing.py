@@ -91,7 +91,7 @@ _PROGRAMS = (
 
 
 def _parted(files: list[str]) -> tuple[list[Path], list[str]]:
-    """Files, and the words of a command line, which begin at the program's name."""
+    """Return files, and the words of a command line, which begins at the program's name."""
     for index, word in enumerate(files):
         if Path(word).name in _PROGRAMS or Path(word).name.startswith("python"):
             return [Path(name) for name in files[:index]], files[index:]

@@ -141,8 +141,8 @@ def init(
 
 
 def free_place(dialog: Dialog, out: Path, force: bool) -> tuple[Path, bool]:
-    """Return the file to write, and whether one that is there may be written over, as somebody agrees or names
-    another. Raises ConfigurationError as `refuse_place` where nobody is asked."""
+    """Return the file to write, and whether it may be overwritten, after asking for agreement or another
+    name. Raises ConfigurationError as `refuse_place` if nobody is asked."""
     from launcher.job.init import refuse_place
 
     if not dialog.asks or force or not out.exists():

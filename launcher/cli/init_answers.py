@@ -1,4 +1,4 @@
-"""Read the answers of `launcher init`, and say what they are about: columns, keys, tasks."""
+"""The answers of `launcher init`, parsed, and what they are about: columns, keys, tasks."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from launcher.planner.hardware.gpu_table import gpu_type
 from launcher.tasks.task import Task
 
 NONE = ("", "none", "-", "no")
-"""Answers that leave a thing out."""
+"""Answers that leave an option out."""
 SHOWN = 40
-"""Columns of a file that are listed."""
+"""The most columns of a file that are listed."""
 
 
 def shown(path: str, seen: Overview) -> list[str]:
-    """Return lines that show the columns of a file with their kinds and a value of the first row."""
+    """Return lines that list the columns of a file, with their kinds and a value from the first row."""
     width = shutil.get_terminal_size().columns
     names = max(len(one.name) for one in seen.columns[:SHOWN])
     kinds = max(len(one.kind) for one in seen.columns[:SHOWN])
@@ -39,7 +39,7 @@ def shown(path: str, seen: Overview) -> list[str]:
 
 
 def given_columns(pairs: Sequence[str], task: type[Task]) -> dict[str, Any]:
-    """Return columns by role, of flags as `prompt=question`. Raises ConfigurationError for what is none."""
+    """Return columns by role from flags such as `prompt=question`. Raises ConfigurationError if invalid."""
     roles = list(dict.fromkeys(role for way in task.column_ways for role in way))
     columns: dict[str, Any] = {}
     for pair in pairs:
@@ -54,7 +54,7 @@ def given_columns(pairs: Sequence[str], task: type[Task]) -> dict[str, Any]:
 
 
 def columns_among(role: str, known: Sequence[str]) -> Callable[[str], Any]:
-    """Return a check that takes the name of a column, or several between commas."""
+    """Return a check that accepts the name of a column, or several names separated by commas."""
 
     def check(text: str) -> Any:
         names = [part.strip() for part in text.split(",")] if text not in known else [text]
@@ -69,13 +69,13 @@ def columns_among(role: str, known: Sequence[str]) -> Callable[[str], Any]:
 
 
 def help_of(key: str) -> str:
-    """Return what the reference says of a key of the job file; nothing for one that is not there."""
+    """Return the reference's text about a key of the job file; empty for an unknown key."""
     of_key = next((one for one in keys() if one.path == key), None)
     return "" if of_key is None else " ".join(docstring(of_key.section, of_key.name).split())
 
 
 def in_a_line(task: type[Task]) -> str:
-    """Return what a task learns: the first clause of what its class says."""
+    """Return the task that is learned: the first clause of its class's docstring."""
     text = " ".join((inspect.getdoc(task) or "").split())
     return re.split(r"[.;:](?:\s|$)", text, maxsplit=1)[0]
 
@@ -90,18 +90,18 @@ def share_of(text: str) -> float | None:
 
 
 def parse_value(text: str) -> Any:
-    """Return a value as a job file would have it: a number where it is written as one."""
+    """Return a value as YAML would read it: a number if it is written as one."""
     return parse(text, "answer")
 
 
 def or_none(text: str) -> str | None:
-    """Return an answer as it is; None for one that leaves the thing out."""
+    """Return an answer unchanged; None if it leaves the option out."""
     return None if text.lower() in NONE else text
 
 
 def model_in(folder: Path, say: Callable[[str], None], name: str) -> str:
-    """Return a model as a job file in `folder` names it: one that comes in a Python package by its directory.
-    Raises ConfigurationError, with what to install, where that package is not here."""
+    """Return a model's name as a job file in `folder` has it: for a model in a Python package, its
+    directory. Raises ConfigurationError, with the package to install, if the package is missing."""
     from launcher.training.demo.models import PACKAGES, model_directory
 
     if name not in PACKAGES or (folder / name).is_dir():
@@ -112,13 +112,13 @@ def model_in(folder: Path, say: Callable[[str], None], name: str) -> str:
 
 
 def gpu(text: str) -> str | None:
-    """Return a GPU by its name in the table; None for an answer that names none. Raises ConfigurationError for
-    one that the table does not have."""
+    """Return a GPU's name from the table; None for an answer that names none. Raises ConfigurationError
+    for a GPU that is not in the table."""
     return None if text.lower() in NONE else gpu_type(text, "cluster.gpu").key
 
 
 def one_of(key: str, choices: Mapping[str, Any]) -> Callable[[str], Any]:
-    """Return a check that takes one of some words, and gives what it stands for."""
+    """Return a check that accepts one of some words, and returns its value."""
 
     def check(text: str) -> Any:
         if text not in choices:

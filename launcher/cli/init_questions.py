@@ -1,4 +1,4 @@
-"""The questions of `launcher init`, in their order: each is checked at once, and every answer is kept."""
+"""The questions of `launcher init`, in order: each answer is checked at once and kept."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from launcher.tasks.task import Task
 
 
 class Questions:
-    """Ask what a job file needs, by flags and by a dialog."""
+    """Questions about the content of a job file, answered by flags or in a dialog."""
 
     def __init__(
         self, dialog: Dialog, out: Path, flags: Mapping[str, str], columns: Sequence[str] = ()
@@ -46,10 +46,10 @@ class Questions:
         self._draft = Draft(out.parent)
 
     def content(self, earlier: dict[str, Any]) -> dict[str, Any]:
-        """Return the content of the job file. `earlier`: answers that were kept, which are offered first.
+        """Return the content of the job file. `earlier`: kept answers, which become the defaults.
 
-        Raises ConfigurationError or DataError for a flag that cannot be used, or one that is missing where
-        nobody is asked; KeyboardInterrupt or EOFError where the answers end before the questions.
+        Raises ConfigurationError or DataError for an invalid flag, or for a missing one if nobody is asked;
+        KeyboardInterrupt or EOFError if the answers end before the questions.
         """
         self._draft.content = earlier
         if self._dialog.asks and self._out.parent != Path():
@@ -79,7 +79,7 @@ class Questions:
         read: Callable[[str], Any],
         complete: Complete | Sequence[str] = (),
     ) -> None:
-        """Ask for the value of a key until it holds, and keep it. What was answered earlier is the default."""
+        """Ask for a key's value until it is valid, and keep it. An earlier answer is the default."""
 
         def check(text: str) -> None:
             before = self._draft.get(key)
@@ -109,7 +109,7 @@ class Questions:
             self._dialog.say(line)
 
     def _ask_evaluation(self) -> None:
-        # A file that nobody named is offered, and not taken where nobody is asked.
+        # A file that nobody named is only offered as an answer, so it is not used if nobody is asked.
         near = self._draft.held_out() if self._dialog.asks else None
         offered = self._draft.get("data.evaluation.path") or near or ""
         self._ask_file("evaluation", "File to measure on, or 10% to hold out such a share, or none", offered)
@@ -117,7 +117,7 @@ class Questions:
             self._dialog.say(f"  {NO_EVALUATION}")
 
     def _ask_file(self, role: str, question: str, offered: str | None) -> None:
-        """Ask for a data file that can be read; that of `evaluation` may be left out."""
+        """Ask for a readable data file; the one of `evaluation` may be left out."""
         flag = f"--{role}"
 
         def check(text: str) -> None:
@@ -141,12 +141,12 @@ class Questions:
         self._keep()
 
     def _hold_out(self, share: float) -> None:
-        """Write two files of the training file's rows, or take those that are there, in its place."""
+        """Replace the training file by two files with its rows, or by existing ones from the same split."""
         given = Path(self._draft.get("data.train.path"))
         whole = given.with_name(f"{given.stem.removesuffix('-train')}{given.suffix}")
         half = str(given.with_name(f"{whole.stem}-evaluation{whole.suffix}"))
         if whole != given and self._draft.get("data.evaluation.path") == half:
-            given = whole  # it was held out before, and these are kept answers
+            given = whole  # an earlier dialog split it, and its answers were kept
         for role, (path, rows) in split(self._out.parent / given.expanduser(), share).items():
             name = str(given.with_name(path.name))
             self._draft.put(f"data.{role}", {"path": name})
@@ -184,9 +184,9 @@ class Questions:
         self._keep()
 
     def _columns_are_taken(self) -> bool:
-        """Say what the rows speak against the columns, and return whether those stay.
+        """Print the problems of the columns in these rows, and return whether the columns are accepted.
 
-        A file of held-out rows without these columns is left out, as no other columns would mend it.
+        A file of held-out rows that lacks these columns is left out, as other columns would not help.
         """
         findings = self._draft.findings("data", without_length=True)
         if findings.problems and (self._columns or not self._dialog.asks):
@@ -200,13 +200,13 @@ class Questions:
             self._dialog.say("  so that file is left out; another one can be named as data.evaluation")
         for one in findings.remarks:
             self._dialog.say(f"  note: {one}")
-        # What is said of the files makes one doubt; the rest is worth knowing.
+        # Remarks on the files put the columns in doubt; other remarks are only worth knowing.
         doubts = any(one.key.startswith(("data.train", "data.evaluation")) for one in findings.remarks)
         agreed = not doubts or bool(self._columns)
         return agreed or self._dialog.agrees("Take these columns all the same?")
 
     def _set_columns(self, columns: Mapping[str, Any]) -> None:
-        """Put columns in the place of any others, with the keys that their values ask for."""
+        """Replace the columns, and set the other keys that these columns' values need."""
         counts_tokens = self._draft.task.Columns.model_fields["max_length"].default != 1
         kept = ("train", "evaluation", *(["max_length"] if counts_tokens else []))
         place = {key: self._draft.get(f"data.{key}") for key in kept}
@@ -218,7 +218,7 @@ class Questions:
             self._dialog.say(f"  data.{key}: {str(value).lower()}, as these rows need it")
 
     def _chosen_columns(self, task: type[Task], earlier: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the columns that somebody names, or those that fit best."""
+        """Return the columns that the user names, or those that fit best."""
         offered = {role: name for role, name in earlier.items() if name} or dict(self._draft.columns())
         ways = task.column_ways
         way = max(ways, key=lambda one: len(set(one) & set(offered))) if offered else ways[0]

@@ -21,8 +21,8 @@ _RANK_LOG = re.compile(r"^rank-(\d+)\.log$")
 
 
 class Logs:
-    """Show what the ranks of an attempt printed; without a number of the newest, and of the next when that
-    begins."""
+    """The output of an attempt's ranks; without a number, of the newest attempt, then of the next one once
+    it starts."""
 
     def __init__(
         self, run: RunDirectory, rank: int | None, attempt: int | None, lines: int, as_json: bool = False
@@ -38,8 +38,8 @@ class Logs:
         self._totals = Totals(run)
 
     def show(self, follow: bool) -> None:
-        """Print the logs; with `follow` those of the next attempts too, until the run is over. Raises
-        ConfigurationError for a rank that is not there."""
+        """Print the logs; with `follow`, of later attempts too, until the run is over. Raises
+        ConfigurationError for a rank that does not exist."""
         self._check_rank(follow)
         if self._newest and not self.as_json and self.attempt > 1 and self.run.attempt(1).is_dir():
             heading = f"attempt {self.attempt} of {self.attempt}; --attempt 1 shows the first"
@@ -77,8 +77,8 @@ class Logs:
             )
 
     def _print(self, lines: int) -> None:
-        """Print what is new of each log, block by block; of one that was not looked at yet its last `lines`,
-        0 for all."""
+        """Print the new lines of each log, block by block; of a log that is read for the first time, the
+        last `lines` lines (0: all)."""
         directory = self.run.attempt(self.attempt)
         files = [directory / f"rank-{self.rank}.log"]
         if self.rank is None:
@@ -106,7 +106,7 @@ class Logs:
         return line if self.rank is not None else f"[{path.stem.replace('-', ' ')}] {line}"
 
     def _next_attempts(self, following: Following) -> None:
-        """Go on with the attempts that began since, one after another."""
+        """Print the attempts that started since, one after another."""
         while self._newest and self.run.last_attempt() > self.attempt:
             self._print(0)
             before = following.why(self.attempt)
@@ -116,5 +116,5 @@ class Logs:
 
 
 def _split(line: bytes) -> list[str]:
-    """A line of a log as people see it: a progress bar has written over it again and again."""
+    """Return the parts of a log's line that a progress bar wrote over each other, each as a line."""
     return line.decode(errors="replace").splitlines() or [""]

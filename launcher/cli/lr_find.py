@@ -89,8 +89,8 @@ def lr_find(
 
 
 def _show(run: RunDirectory, plan: Plan, as_json: bool) -> None:
-    """Print the curve with what it suggests, and write both into the test's directory; leaves with 1 where
-    it suggests nothing."""
+    """Print the curve and the suggested rate, and write both into the test's directory; exit with 1
+    without a suggestion."""
     import shutil
 
     from launcher.cli.plots import WIDTH, range_test, write_svg

@@ -1,6 +1,6 @@
-"""The manual page launcher(1), written from the commands' own parsers.
+"""The manual page launcher(1), generated from the commands' own parsers.
 
-`python -m launcher.cli.man_page FILE` writes it; a test holds docs/man/launcher.1 equal to what is made here.
+`python -m launcher.cli.man_page FILE` writes it; a test checks that docs/man/launcher.1 is up to date.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def page() -> str:
 
 
 def _command(path: tuple[str, ...], of: Any, parent: Any = None) -> list[str]:
-    """Return a command's usage, help and parameters; of a group those of each of its commands."""
+    """Return a command's usage, help and parameters; for a group, those of each subcommand."""
     context = of.context_class(of, parent=parent, info_name=path[-1])
     words = _text(" ".join(path))
     lines = [f".SS {words}", _text(_first_line(of.help))]
@@ -66,7 +66,7 @@ def _command(path: tuple[str, ...], of: Any, parent: Any = None) -> list[str]:
 
 
 def _parameters(of: Any, context: Any) -> list[str]:
-    """Return the arguments and options of a command; `--help`, which all have, at the root alone."""
+    """Return the arguments and options of a command; `--help`, which all commands have, only for the root."""
     records = filter(None, (parameter.get_help_record(context) for parameter in of.get_params(context)))
     return _definitions({name: text for name, text in records if name != "--help"})
 
@@ -81,7 +81,7 @@ def _first_line(text: str | None) -> str:
 
 
 def _text(text: str) -> str:
-    """Return a text as roff prints it: nothing in it is a command, and hyphens can be copied."""
+    """Return a text escaped for roff: no part of it is a roff command, and hyphens can be copied."""
     one = re.sub(r"\s+", " ", text).strip().replace("\\", "\\e").replace("-", "\\-")
     return f"\\&{one}" if one[:1] in (".", "'") else one
 

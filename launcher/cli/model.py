@@ -1,4 +1,4 @@
-"""launcher export, evaluate: write out or measure a run's model."""
+"""launcher export, evaluate: write a run's model, or evaluate it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ JobOfModel = Annotated[
 
 
 class ExportDtype(enum.StrEnum):
-    """Name what the exported parameters are stored as."""
+    """The dtype of exported parameters."""
 
     keep = "keep"
     float32 = "float32"
@@ -162,7 +162,7 @@ def evaluate(
 
 
 def _refuse_together(on: list[Path], fisher: bool, rows: int | None, bootstrap: bool, plots: bool) -> None:
-    """Raise ConfigurationError with all options that do not go together."""
+    """Raise ConfigurationError that names all options that cannot be combined."""
     from launcher.errors import ConfigurationError, Problem
     from launcher.launch.evaluation import file_name_of
 
@@ -182,7 +182,7 @@ def _refuse_together(on: list[Path], fisher: bool, rows: int | None, bootstrap: 
 
 
 def _sets(results: list[dict[str, Any]]) -> None:
-    """Print one line for each metric of each set of rows: what was learned there, or forgotten."""
+    """Print one line for each metric of each set of rows: what was learned or forgotten there."""
     from launcher.metrics import told
 
     lines = [
@@ -199,8 +199,8 @@ def _sets(results: list[dict[str, Any]]) -> None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return one line a metric: before, after, and what changed; with intervals, those of both and of the
-    change below it."""
+    """Return one line per metric: before, after, and the change; with intervals, also those of all three
+    below it."""
     before, after, intervals = result["before"], result["after"], result.get("confidence", {})
     from launcher.metrics import at_limit, told
 
@@ -226,7 +226,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _drawn(run: Path | None, result: dict[str, Any]) -> dict[str, str]:
-    """The drawings of an evaluation by name, each written beside its JSON as well."""
+    """Return the drawings of an evaluation by name; each is also written next to the evaluation's JSON."""
     from launcher.cli import plots
     from launcher.errors import StorageError
     from launcher.runs.curve import Curve

@@ -1,4 +1,4 @@
-"""Printing that several commands share: JSON objects, tables, sizes."""
+"""Output that several commands share: JSON objects, tables, sizes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from launcher.runs.wording import finite
 
 
 def print_json(content: dict[str, Any]) -> None:
-    """Print one JSON object, without secrets. JSON has no infinities and no NaN: they are written as words."""
+    """Print one JSON object, without secrets. Infinities and NaN, which JSON lacks, are written as words."""
     typer.echo(json.dumps(finite(redact_all(content)), indent=2))
 
 
@@ -27,8 +27,8 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
 
 
 def columns_of(stream: TextIO) -> int | None:
-    """Return the columns of the terminal that a stream is, or what COLUMNS says; None where it is no terminal,
-    and lines stay whole."""
+    """Return the width of the terminal that a stream is connected to, or COLUMNS; None if it is no
+    terminal, so that lines are not wrapped."""
     if not stream.isatty():
         return None
     columns = os.environ.get("COLUMNS", "")
@@ -41,10 +41,10 @@ def columns_of(stream: TextIO) -> int | None:
 
 
 def folded(text: str, width: int | None) -> str:
-    """Return a text whose lines are broken between words, so that none has more than `width` characters.
+    """Return a text wrapped between words to at most `width` characters per line.
 
-    What is broken off stands below its column, where lines have columns two spaces apart and there is room. A
-    line that is a command stays whole: a part of it that is pasted would run.
+    If a line has columns two spaces apart and there is room, its wrapped text is aligned with the last
+    column. A line that is a command is not wrapped: a part of it, if pasted, would run.
     """
     if width is None:
         return text
@@ -56,7 +56,7 @@ def _fold(line: str, width: int) -> str:
     begins = [match.end() for match in re.finditer(r"(?<=\S) {2,}", line)]
     column = begins[-1] if 0 < len(begins) < 4 and begins[-1] <= 0.65 * width else 0
     column = column or (4 if line.startswith(" ") else 2)
-    # A sign of a legend stays before its word.
+    # The sign in a legend stays with its word.
     held = re.sub(r"([\u2580-\u259f]) (?=\w)", "\\1\u00a0", line)
     filled = textwrap.fill(
         held, width, subsequent_indent=" " * column, break_long_words=False, break_on_hyphens=False
@@ -65,9 +65,9 @@ def _fold(line: str, width: int) -> str:
 
 
 def open_in_browser(address: str) -> bool:
-    """Open an address in a browser with a window of its own; return whether there is one.
+    """Open an address in a browser with its own window; return whether there is one.
 
-    A browser of the terminal (lynx, w3m) would take the terminal away, so none is begun where no display is.
+    A browser in the terminal (lynx, w3m) would take over the terminal, so none is started without a display.
     """
     import webbrowser
 
@@ -83,7 +83,7 @@ def line_plot(
     logarithmic: bool = False,
     ylabel: str = "",
 ) -> str:
-    """Return a line through points, drawn with characters; `logarithmic` in both directions."""
+    """Return a line plot drawn with characters; `logarithmic` applies to both axes."""
     import plotext
 
     plotext.clear_figure()
@@ -97,7 +97,7 @@ def line_plot(
         ticks = [low * (high / low) ** (part / 4) for part in range(5)] if 0 < low < high else []
         if ticks:
             plotext.yticks(ticks, [f"{tick:,.0f}" if tick >= 100 else f"{tick:.3g}" for tick in ticks])
-    elif all(x == int(x) for x, _ in points):  # steps: there is none of number 6.2
+    elif all(x == int(x) for x, _ in points):  # the axis is in steps, so its ticks are whole numbers
         first, last = points[0][0], points[-1][0]
         ticks = sorted({round(first + (last - first) * part / 4) for part in range(5)})
         plotext.xticks(ticks, [f"{tick:g}" for tick in ticks])

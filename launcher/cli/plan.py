@@ -25,7 +25,7 @@ NumRanks = Annotated[int | None, typer.Option("--nproc", min=1, help="Ranks on t
 
 
 _MOST = 1024
-"""GPUs that are looked at where the command does not say."""
+"""The most GPUs that are considered if the command does not say."""
 
 Deadline = Annotated[
     str | None, typer.Option("--deadline", metavar="TIME", help="The fewest GPUs that end in time, as 24h.")
@@ -133,9 +133,9 @@ def _rows(
     fewest: tuple[str | None, int] | None,
     profiles: Profiles,
 ) -> tuple[list[PlanRow], tuple[Refused, ...] | None]:
-    """Return plans beside each other, and a scale's numbers left out. fewest: deadline and most GPUs.
+    """Return plans to compare, and the GPU counts that a scale left out. fewest: deadline and most GPUs.
 
-    Raises ConfigurationError where it is asked for the fewest GPUs and for every number of them.
+    Raises ConfigurationError if both the fewest GPUs and every number of them are requested.
     """
     from launcher.errors import ConfigurationError, Problem
     from launcher.planner import comparison, fewest_gpus
@@ -195,7 +195,7 @@ def _print_as_json(preview: Preview, trace: bool) -> None:
 
 
 def _draw(file: Path, preview: Preview) -> None:
-    """Write the picture of a forecast. Raises ConfigurationError where there is none to draw."""
+    """Write the picture of a forecast. Raises ConfigurationError if there is no forecast."""
     from launcher.cli.forecast import picture
     from launcher.errors import ConfigurationError, Problem
 
@@ -218,7 +218,7 @@ def _explain(preview: Preview, job: Job, key: str, as_json: bool) -> None:
 
 
 def _refuse_of_one_plan(options: dict[str, int | str | None], trace: bool | None) -> None:
-    """Raise ConfigurationError for options that are of one plan, where several are asked for."""
+    """Raise ConfigurationError for options that apply to a single plan, if several are requested."""
     from launcher.errors import ConfigurationError, Problem
 
     reason = "is of one plan; leave out --scale, --deadline, --max-gpus, --price and all but one GPU"
@@ -230,10 +230,10 @@ def _refuse_of_one_plan(options: dict[str, int | str | None], trace: bool | None
 
 
 def profiles_for(starts: bool, formulas: bool = True) -> Profiles:
-    """Return where models come from, with a line where the seconds of a trace pass, counted on a terminal.
+    """Return the source of models' profiles, which prints a line, on a terminal with a timer, during a trace.
 
-    starts: a trace may be started where there is neither formula nor profile. formulas: where they know a
-    model, it goes by them.
+    starts: a trace may start if there is no formula and no profile. formulas: prefer them if they know a
+    model.
     """
     from launcher.cli.output import columns_of, folded
     from launcher.planner.memory.profiles import Profiles

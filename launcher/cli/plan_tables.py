@@ -1,4 +1,4 @@
-"""Show plans: one with its decisions and what was not taken, or several beside each other."""
+"""Plans as text: one with its decisions and the rejected alternatives, or several next to each other."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from launcher.values import Interval
 
 SEARCHED = ("parallel.", "memory.", "cluster.nodes")
-"""How keys begin whose values were chosen beside others."""
+"""Prefixes of keys whose values were chosen among alternatives."""
 _SHOWN = 5
-"""Plans of a kind that are shown of those that were not taken."""
+"""The most rejected plans that are shown for each reason."""
 _LAYOUTS = {
     "packed": "end to end without padding",
     "padded": "padded to the longest of a pass",
@@ -39,7 +39,7 @@ def model_shown(name: str) -> str:
 
 
 def _length(plan: Plan, items: Items | None) -> str:
-    """Return how long a plan trains, in steps where its rows are known, and how often it saves and measures."""
+    """Return the length of training (in steps, if rows are known), and how often it saves and evaluates."""
     from launcher.planner.speed.duration import steps_of
     from launcher.runs.wording import duration, several
 
@@ -68,7 +68,7 @@ def _plain_length(plan: Plan) -> str:
 
 
 def summary(plan: Plan, length: str | None = None) -> str:
-    """Return what a plan comes to, one fact a line. `length`: how long it trains, in more words."""
+    """Return a summary of a plan, one fact per line. `length`: the length of training in more words."""
     mesh, batch = plan.mesh, plan.batch
     cut = f"{mesh.dp_replicate} x {mesh.dp_shard} (copies x shards)"
     ranks = f"{mesh.world_size} rank{'s' * (mesh.world_size > 1)} on {mesh.device}, {cut}"
@@ -100,8 +100,8 @@ def summary(plan: Plan, length: str | None = None) -> str:
 
 
 def table(plan: Plan, items: Items | None = None, whole: bool = False) -> str:
-    """Return the plan for people: what it comes to, then each decision with its reason. `items`: what one pass
-    over its rows takes. `whole`: decisions that could not have come out otherwise, too."""
+    """Return the plan for people: a summary, then each decision with its reason. `items`: the items of an
+    epoch. `whole`: include decisions that had no alternative."""
     lines = [summary(plan, _length(plan, items))]
     listed = [each for each in plan.decisions if whole or _was_open(plan, each)]
     keys = max((len(decision.key) for decision in listed), default=0)
@@ -119,7 +119,7 @@ def _devices(plan: Plan) -> str:
 
 
 def _was_open(plan: Plan, decision: Decision) -> bool:
-    """Return whether a decision could have come out otherwise on the plan's devices."""
+    """Return whether a decision had an alternative on the plan's devices."""
     from launcher.planner.resolve.mesh import BY_NPROC
 
     on_cpu = plan.mesh.device == "cpu"
@@ -130,7 +130,7 @@ def _was_open(plan: Plan, decision: Decision) -> bool:
 
 
 def not_taken(plan: Plan) -> list[str]:
-    """Return what was looked at beside, by why it was not taken; of each kind the first few."""
+    """Return the rejected alternatives, grouped by the kind of reason; of each group the first few."""
     lines = ["", "Looked at and not taken:"] if plan.refused else []
     for why in dict.fromkeys(refused.why for refused in plan.refused):
         alike = [refused for refused in plan.refused if refused.why == why]
@@ -143,9 +143,9 @@ def not_taken(plan: Plan) -> list[str]:
 
 
 def explained(plan: Plan, key: str, job: Job | None = None) -> str:
-    """Return why a key of the plan, or of the job that it is of, has its value.
+    """Return why a key of the plan, or of its job, has its value.
 
-    Raises ConfigurationError with the nearest keys for one that neither has.
+    Raises ConfigurationError with the nearest keys if neither has the key.
     """
     decision = decision_of(plan, key, job)
     lines = [f"{decision.key} = {decision.value}: {decision.reason}"]
@@ -153,8 +153,8 @@ def explained(plan: Plan, key: str, job: Job | None = None) -> str:
 
 
 def decision_of(plan: Plan, key: str, job: Job | None = None) -> Decision:
-    """Return the decision about a key; of one that the plan left alone, the job's value or its default. Raises
-    ConfigurationError as `explained` does."""
+    """Return the decision about a key; if the plan did not decide it, the job's value or its default.
+    Raises ConfigurationError as `explained` does."""
     import difflib
 
     from launcher.errors import ConfigurationError, Problem
@@ -177,9 +177,9 @@ def decision_of(plan: Plan, key: str, job: Job | None = None) -> Decision:
 
 
 def print_rows(rows: Sequence[PlanRow], fewest: bool, left_out: Sequence[Refused] | None) -> None:
-    """Print plans beside each other.
+    """Print plans next to each other.
 
-    fewest: each is on the fewest GPUs, and says why. left_out: the numbers of a scale that are not possible.
+    fewest: each plan uses the fewest GPUs, and says why. left_out: the numbers of GPUs that are not possible.
     """
     print_table(_HEADER, [cells(row) for row in rows])
     if fewest:
@@ -192,7 +192,7 @@ def print_rows(rows: Sequence[PlanRow], fewest: bool, left_out: Sequence[Refused
 
 
 def cells(row: PlanRow) -> list[str]:
-    """Return a plan as a line of the table."""
+    """Return a plan as a row of the table."""
     from launcher.runs.wording import gib
 
     plan, forecast = row.plan, row.forecast
@@ -211,7 +211,7 @@ def cells(row: PlanRow) -> list[str]:
 
 
 def scaling_plots(rows: Sequence[PlanRow]) -> str:
-    """Return plots of speed and memory over the number of GPUs; empty where a line would have one point."""
+    """Return plots of speed and memory over the number of GPUs; empty if a line would have only one point."""
     known = [(float(row.plan.mesh.world_size), row.forecast) for row in rows if row.forecast is not None]
     speeds = [(ranks, forecast.speed.tokens_per_second) for ranks, forecast in known if forecast.speed]
     memory = [(ranks, forecast.footprint.highest.total / 2**30) for ranks, forecast in known]

@@ -1,4 +1,4 @@
-"""Draw what an evaluation found, with characters: on the terminal, and as SVG beside its JSON."""
+"""Drawings of an evaluation's results with characters: on the terminal, and as SVG next to its JSON."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from launcher.runs.range_test import RangeCurve, Suggestion
 
 WIDTH = 100
 _MOST_CLASSES = 20
-"""Of a confusion matrix: more fit on no terminal."""
+"""The most classes of a confusion matrix: more do not fit on a terminal."""
 _MOST_BARS = 40
-"""Types or classes that are drawn at most, each a line."""
+"""The most types or classes that are drawn, one per line."""
 
 
 def learning_curve(losses: list[tuple[int, float]], evaluations: list[tuple[int, dict[str, float]]]) -> str:
-    """Return the loss of the steps, and each metric of the evaluations over the steps; empty where nothing
-    has two points."""
+    """Return plots of the training loss, and of each metric of the evaluations, over the steps; empty if
+    none has two points."""
     series = {"training loss": [(float(step), loss) for step, loss in losses]}
     for step, metrics in evaluations:
         for name, value in metrics.items():
@@ -35,8 +35,8 @@ def learning_curve(losses: list[tuple[int, float]], evaluations: list[tuple[int,
 
 
 def confusion(table: dict[str, Any]) -> str:
-    """Return the `confusion_matrix` of an evaluation's details as text: a row for each true class, a column
-    for each that the model said."""
+    """Return the `confusion_matrix` of an evaluation's details as text: a row for each true class, a
+    column for each predicted class."""
     labels, counts = [str(label) for label in table["labels"]], table["confusion_matrix"]
     if len(labels) > _MOST_CLASSES:
         return "\n".join(
@@ -65,8 +65,8 @@ def confusion(table: dict[str, Any]) -> str:
 
 
 def f1_bars(details: dict[str, Any]) -> str:
-    """Return the F1 of each type of entity, or of each class, as bars with how many of them the rows have, the
-    most frequent first; empty for details without either."""
+    """Return the F1 of each type of entity, or of each class, as bars with the number of its occurrences,
+    the most frequent first; empty if the details have neither."""
     by_name = {
         str(name): (scores["f1"], int(scores.get("num_entities", scores.get("support", 0))))
         for name, scores in (details.get("types") or details.get("per_class") or {}).items()
@@ -83,10 +83,10 @@ def f1_bars(details: dict[str, Any]) -> str:
 
 
 def group_bars(details: dict[str, Any]) -> str:
-    """Return the main metric of each group of rows (by length, by kind of question) as bars with the number of
-    rows; empty for details without groups.
+    """Return the main metric of each group of rows (by length, by kind of question) as bars with the number
+    of rows; empty if the details have no groups.
 
-    A bar is full at 1, or at the highest where values are above 1.
+    A full bar is 1, or the highest value if values exceed 1.
     """
     parts = []
     for name, groups in (details.get("groups") or {}).items():
@@ -104,7 +104,7 @@ def group_bars(details: dict[str, Any]) -> str:
 
 
 def _mistaken(labels: list[str], counts: list[list[int]]) -> Iterator[str]:
-    """The most frequent mistakes, one a line."""
+    """Yield the most frequent mistakes, one per line."""
     pairs = [
         (count, labels[i], labels[j])
         for i, row in enumerate(counts)
@@ -116,8 +116,8 @@ def _mistaken(labels: list[str], counts: list[list[int]]) -> Iterator[str]:
 
 
 def range_test(curve: RangeCurve, suggestion: Suggestion, width: int, height: int = 18) -> str:
-    """Return the losses of a range test as dots, and their moving average as a line, over the logarithm of
-    the rate; a vertical line stands where the suggestion is. Empty without two finite points."""
+    """Return a plot of a range test: losses as dots and their moving average as a line, over the logarithm
+    of the rate, with a vertical line at the suggestion. Empty without two finite points."""
     import plotext
 
     smoothed = curve.smoothed
@@ -137,19 +137,19 @@ def range_test(curve: RangeCurve, suggestion: Suggestion, width: int, height: in
     plotext.plot(rates, drawn, marker="braille")
     if suggestion.rate is not None:
         plotext.vertical_line(math.log10(suggestion.rate))
-        # As high as the loss was before it fell: of the rise behind, no more than the beginning is of use.
+        # Limited to the highest loss before the minimum: only the beginning of the later rise is of use.
         before = losses[: max(1, drawn.index(min(drawn)))]
         plotext.ylim(min(losses), max(before) + 0.2 * (max(before) - min(losses)))
     return str(plotext.build())
 
 
 def write_svg(path: Path, text: str, title: str) -> None:
-    """Write a drawing of characters as a picture. Raises OSError."""
+    """Write a drawing as an SVG file. Raises OSError."""
     from rich.console import Console
     from rich.text import Text
 
     console = Console(record=True, width=WIDTH + 4, file=io.StringIO(), highlight=False)
     console.print(Text.from_ansi(text), soft_wrap=False)
-    # Without the fonts that a viewer would fetch from elsewhere: any font of equal widths will do.
+    # Without web fonts, which a viewer would download: any monospaced font will do.
     drawn = re.sub(r"@font-face \{.*?\}\s*", "", console.export_svg(title=title), flags=re.DOTALL)
     path.write_text(drawn, encoding="utf-8")

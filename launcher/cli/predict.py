@@ -88,7 +88,7 @@ def predict(
 
 
 def _refuse(rows: Path | None, output: Path | None, logits: Path | None, more: dict[str, object]) -> None:
-    """Raise ConfigurationError for what the command line alone shows, before anything is planned."""
+    """Raise ConfigurationError for problems of the command line itself, before anything is planned."""
     from launcher.errors import ConfigurationError, Problem
     from launcher.launch.prediction import refuse_directory, refuse_missing
     from launcher.runs.partial import refuse_existing
@@ -111,8 +111,8 @@ def _refuse(rows: Path | None, output: Path | None, logits: Path | None, more: d
 
 
 def described(summary: dict[str, Any], width: int | None = None) -> str:
-    """Return what was written, and what could not be answered, in a line or two; on a terminal of `width`
-    characters the first rows with their answers, too."""
+    """Return a line or two on what was written and which rows have no answer; on a terminal of `width`
+    characters, also the first rows with their answers."""
     from launcher.runs.samples import lines as shown
 
     lines = [

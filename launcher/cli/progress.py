@@ -1,6 +1,6 @@
-"""Keep what a run's files say of the current attempt, ready for showing.
+"""The state of the current attempt, read from the run's files, ready to be shown.
 
-Knows nothing of terminals.
+Independent of terminals.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from launcher.runs.wording import duration, gib, rounded
 
 _BEGIN = ("starting", "preparing", "building operators", "loading", "checking the loss", "training")
 _SECONDS_BETWEEN_LOOKS = 1.0
-"""Seconds between looks: supervisors publish as often what their ranks say."""
+"""Seconds between looks: supervisors publish their ranks' reports as often."""
 
 
 class Beginning:
-    """Tell what the ranks of an attempt are at before the first step, and for how long."""
+    """The current activity of an attempt's ranks before the first step, and its duration."""
 
     def __init__(self, directory: Path, world_size: int | None) -> None:
         self._directory, self._world_size = directory, world_size
@@ -32,7 +32,7 @@ class Beginning:
         self._since = time.monotonic()
 
     def read(self) -> None:
-        """Look at what the ranks say, where it is time to."""
+        """Read the ranks' reports, if it is time to."""
         if (now := time.monotonic()) - self._looked < _SECONDS_BETWEEN_LOOKS:
             return
         before, self._looked = self._now, now
@@ -41,7 +41,7 @@ class Beginning:
             self._since = now
 
     def shown(self) -> tuple[str, str] | None:
-        """Return what they are at, and how far and for how long; None where they do not tell."""
+        """Return the ranks' activity, with its progress and duration; None if they report none."""
         if self._now is None:
             return None
         words, far = self._now
@@ -50,8 +50,8 @@ class Beginning:
 
 @dataclass
 class AttemptView:
-    """The state of one attempt. `peak` is the rate of all its devices together, in operations a second, where
-    it is known."""
+    """The state of one attempt. `peak` is the rate of all its devices together, in operations per second,
+    if known."""
 
     peak: float | None = None
     phase: str = "starting"
@@ -70,7 +70,7 @@ class AttemptView:
     _times: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=time_left.REMEMBERED_STEPS))
 
     def event(self, record: dict[str, Any]) -> None:
-        """Take in one record of events.jsonl."""
+        """Update the state with a record of events.jsonl."""
         name = record.get("event")
         if name == "phase":
             self.phase = record.get("phase", self.phase)
@@ -100,7 +100,7 @@ class AttemptView:
             self.phase, self.total = str(name), None
 
     def metric(self, record: dict[str, Any]) -> bool:
-        """Take in one record of metrics.jsonl; whether it was a step."""
+        """Update the state with a record of metrics.jsonl; return whether it was a step."""
         if "loss" not in record or record.get("kind", "train") != "train":
             return False
         self.record, self.step = record, int(record["step"])
@@ -111,32 +111,32 @@ class AttemptView:
         return True
 
     def _enter_training(self) -> None:
-        # Time spent measuring or saving is not the time of a step.
+        # Time spent on evaluation or saving does not count as step time.
         if self.phase != "training":
             self._times.clear()
         self.phase, self.total, self.unit = "training", None, ""
 
     @property
     def begins(self) -> bool:
-        """Return whether it is before the first step, at nothing that shows how far it is by itself."""
+        """Return whether it is before the first step, in a phase that does not show its own progress."""
         return not self.record and self.phase in _BEGIN
 
     def seconds_per_step(self) -> float | None:
-        """Return the seconds of one of the last steps; None before there are two."""
+        """Return the seconds per step of the last steps; None before there are two."""
         return time_left.seconds_per_step(self._times)
 
     def seconds_left(self) -> float | None:
-        """Return the seconds until the last step, evaluations and saves apart."""
+        """Return the seconds until the last step, without evaluations and saves."""
         return time_left.seconds_left(self._times, self.step, self.total_steps)
 
     def share_of_peak(self) -> float | None:
-        """Return Model FLOPs utilisation of the last step; None where the hardware's rate is not known."""
+        """Return the model FLOPs utilisation of the last step; None if the hardware's rate is not known."""
         if not self.peak or not self.flops_per_token or "tokens_per_second" not in self.record:
             return None
         return float(self.flops_per_token * self.record["tokens_per_second"] / self.peak)
 
     def facts(self) -> list[str]:
-        """Return the last step in words, the most wanted first."""
+        """Return the facts about the last step in words, the most important first."""
         record, known = self.record, []
         if "loss" in record:
             known.append(f"loss {record['loss']:.4f}")
@@ -156,7 +156,7 @@ class AttemptView:
 
 
 def metrics_line(metrics: dict[str, float]) -> str:
-    """Return metrics in one line, in their own order."""
+    """Return metrics in one line, in their original order."""
     return ", ".join(
         f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}"
         for name, value in metrics.items()
@@ -164,7 +164,7 @@ def metrics_line(metrics: dict[str, float]) -> str:
 
 
 def _compared(measured: dict[str, Any], expected: dict[str, Any], on_cpu: bool) -> str | None:
-    """Measured beside foreseen, after the first steps."""
+    """Return a text that compares measurements with the forecast, after the first steps."""
     parts = []
     if rate := expected.get("tokens_per_second"):
         parts.append(f"{measured.get('tokens_per_second', 0):,.0f} tokens/s measured, {rate:,.0f} planned")
@@ -185,7 +185,7 @@ def _compared(measured: dict[str, Any], expected: dict[str, Any], on_cpu: bool) 
 
 
 def _trained(record: dict[str, Any]) -> str:
-    """Return how many parameters train, where that is not all: of how many, and beside which adapter."""
+    """Return the number of trained parameters; if not all are trained, also the total, and the adapter."""
     number = record.get("num_parameters") or 0
     trained = record.get("num_trainable") or number
     if trained == number:
@@ -195,7 +195,7 @@ def _trained(record: dict[str, Any]) -> str:
 
 
 def notice(record: dict[str, Any]) -> str | None:
-    """Return the line that an event is worth to people, whatever else is shown; None for most."""
+    """Return the line that is shown to people for an event, whatever else is shown; None for most events."""
     step = record.get("step")
     match record.get("event"):
         case "resumed":

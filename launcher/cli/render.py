@@ -1,4 +1,4 @@
-"""launcher render, diff: write files for engines and schedulers, and compare two."""
+"""launcher render, diff: write files for engines and schedulers; compare plans, jobs or configurations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""launcher report: write one page of HTML that tells of runs, or of a sweep."""
+"""launcher report: write one HTML page about runs, or about a sweep."""
 
 from __future__ import annotations
 
@@ -69,14 +69,14 @@ def report(runs: Runs, output: Output = None, open_it: Open = False, as_json: As
 
 
 def _sweep_directory(name: str) -> Path | None:
-    """The directory of a sweep by its path, or its name below sweeps/; None where there is none."""
+    """Return the directory of a sweep by its path, or by its name below sweeps/; None if there is none."""
     from launcher.runs.successive_halving import SWEEP_FILE
 
     return next((one for one in (Path(name), Path("sweeps") / name) if (one / SWEEP_FILE).is_file()), None)
 
 
 def _sweep(names: list[str]) -> tuple[SweepContent, list[RunDirectory]] | None:
-    """A sweep and the runs of its points that have begun, the best one first; None where runs are named."""
+    """Return a sweep and the started runs of its points, the best first; None if the names are of runs."""
     from launcher.report.comparison import SweepContent
 
     directory = _sweep_directory(names[0])

@@ -96,8 +96,8 @@ def run(
 def own_directory(
     again: bool, job: Path | None, overrides: list[str], run_dir: Path | None, script: tuple[str, ...] | None
 ) -> Path | None:
-    """Return the directory of a run that is begun `again`; else the one that was named. Raises
-    ConfigurationError for both at once."""
+    """Return a new run directory with `again`, otherwise the one that was named. Raises ConfigurationError
+    for both at once."""
     from launcher.errors import ConfigurationError, Problem
     from launcher.launch.run_setup import directory_of_next
 
@@ -134,7 +134,7 @@ def resume(
 def _resubmit(
     run: RunDirectory, nproc: int | None, stop_at: int | None, as_json: bool, overrides: list[str]
 ) -> None:
-    """A run that was submitted goes on under Slurm."""
+    """Submit a run again that was submitted before, so that it resumes under Slurm."""
     from launcher.cli.output import print_json
     from launcher.errors import ConfigurationError, Problem, SchedulerError
     from launcher.launch.slurm import submit_run
@@ -165,7 +165,7 @@ def _resubmit(
 
 
 def _attempt(run: RunDirectory, plan: Plan, stop_at: int | None, as_json: bool) -> None:
-    """One attempt with its display, then the summary; leaves with the attempt's exit code."""
+    """Run one attempt with its display, then print the summary; exit with the attempt's exit code."""
     from launcher.cli.display import Display, summary
     from launcher.errors import ConfigurationError, Problem
     from launcher.launch.cutting import run_with_cuts
@@ -181,9 +181,9 @@ def _attempt(run: RunDirectory, plan: Plan, stop_at: int | None, as_json: bool) 
     if stop_at is not None and stop_at <= (step := read_status(run).checkpoint_step or 0):
         reason = f"the run goes on from step {step}; name a later one"
         raise ConfigurationError(Problem("--stop-at", stop_at, reason))
-    known_prices()  # a bad one is refused now, and not where the summary says what was spent
+    known_prices()  # refuse an invalid price now, not when the summary reports the cost
     code = run_with_cuts(run, plan, Display(plan), stop_at)
-    # Whoever read this may have gone, and the disk with the run: the attempt's own code is what counts.
+    # The reader of the output may have gone, or the disk with the run: the attempt's exit code still counts.
     with contextlib.suppress(OSError):
         if as_json:
             print_json({**read_status(run).to_dict(), "exit_code": code})

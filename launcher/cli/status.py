@@ -56,7 +56,7 @@ def status(run: SomeRun = None, as_json: AsJson = False) -> None:
 
 
 def newest() -> Any:
-    """Return the run that something was last written of. Raises ConfigurationError where there is none."""
+    """Return the run that was written to last. Raises ConfigurationError if there is none."""
     from launcher.errors import ConfigurationError, Problem
     from launcher.launch.slurm.view import runs_below
     from launcher.runs.layout import runs_folder
@@ -90,7 +90,7 @@ def list_(folder: Folder = None, as_json: AsJson = False) -> None:
 
 
 def _row(seen: dict[str, Any]) -> list[str]:
-    """A run in the list: its cells, empty where nothing is known."""
+    """Return a run's cells in the list, empty for unknown values."""
     from launcher.launch.slurm.view import reason
     from launcher.planner.prices import known_prices
     from launcher.runs.cost import in_words
@@ -130,7 +130,7 @@ def logs(
 
 
 def describe(seen: dict[str, Any]) -> str:
-    """Return a status for people, one fact a line."""
+    """Return a status for people, one fact per line."""
     from launcher.planner.prices import known_prices
     from launcher.runs.cost import in_words
     from launcher.runs.prepared import line
@@ -151,7 +151,7 @@ def describe(seen: dict[str, Any]) -> str:
         "attempts": str(seen["attempts"]),
         "used": in_words(seen["device_hours"], known_prices()),
         **{role: line({"role": role, **rows}).partition(": ")[2] for role, rows in seen["data"].items()},
-        # A script of one's own tells of no steps.
+        # A user's own script reports no steps.
         "step": f"{seen['step']}{of}" if seen["step"] or of or seen["state"] == "planned" else None,
         "loss": None if seen["loss"] is None else f"{seen['loss']:.4f}",
         "speed": _speed(seen),
@@ -172,13 +172,13 @@ def describe(seen: dict[str, Any]) -> str:
 
 
 def at_now(seen: dict[str, Any]) -> str:
-    """Return what a run that goes on is at, in brackets; empty where that is not known."""
+    """Return the current activity of a run in brackets; empty if it is not known."""
     at = seen["doing"] or seen["phase"]
     return f" ({at})" if at else ""
 
 
 def _speed(seen: dict[str, Any]) -> str | None:
-    """Return how fast it is, and how much of the last step went into waiting for data."""
+    """Return the speed, and the share of the last step spent waiting for data."""
     if seen["tokens_per_second"] is None:
         return None
     waits = "" if seen["data_share"] is None else f", {seen['data_share']:.1%} of the time waiting for data"
@@ -186,7 +186,7 @@ def _speed(seen: dict[str, Any]) -> str | None:
 
 
 def _since_step(seen: dict[str, Any]) -> str:
-    """Return how long ago the last step was, of a run that trains, and how long one takes."""
+    """Return the time since the last step, and the usual time of a step, while the run trains."""
     from launcher.runs.wording import duration
 
     age, usual = seen["step_age_seconds"], seen["step_seconds"]
@@ -197,7 +197,7 @@ def _since_step(seen: dict[str, Any]) -> str:
 
 
 def _limit(slurm: dict[str, Any]) -> str | None:
-    """Return what Slurm leaves the job: it ends it then, whatever the run still has to do."""
+    """Return the time left until Slurm ends the job, finished or not."""
     left = slurm.get("time_left")
     if not left:
         return None
@@ -205,8 +205,8 @@ def _limit(slurm: dict[str, Any]) -> str | None:
 
 
 def _job(slurm: dict[str, Any]) -> str | None:
-    """The Slurm job in one line: its state, why it waits and when it may start; or that Slurm could not be
-    asked."""
+    """Return the Slurm job in one line: its state, why it waits, and when it may start; or that Slurm
+    could not be asked."""
     if not slurm:
         return None
     parts = [

@@ -1,4 +1,4 @@
-"""launcher submit, cancel: hand a run over to Slurm, and take it back."""
+"""launcher submit, cancel: submit a run to Slurm, and cancel it."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def submit(
 
 
 def _say(line: str) -> None:
-    """Tell who waits at a terminal; a script has one line for what goes wrong."""
+    """Print a line only for people at a terminal; scripts get a line only if something goes wrong."""
     if sys.stderr.isatty():
         typer.echo(line, err=True)
 
@@ -97,7 +97,7 @@ def _size(plan: Plan) -> str:
     """Return `1 node x 2 ranks`."""
     from launcher.runs.wording import several
 
-    nodes = plan.slurm.nodes or plan.mesh.nodes  # as `2-4`, too
+    nodes = plan.slurm.nodes or plan.mesh.nodes  # may be a range, as `2-4`
     shown = several(nodes, "node") if isinstance(nodes, int) else f"{nodes} nodes"
     return f"{shown} x {several(plan.mesh.ranks_per_node, 'rank')}"
 

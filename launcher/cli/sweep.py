@@ -43,7 +43,7 @@ Points = Annotated[
 
 
 class Sampler(enum.StrEnum):
-    """Name what proposes points by the results of those before."""
+    """The method that proposes points from the results of earlier points."""
 
     tpe = "tpe"
 
@@ -150,7 +150,7 @@ def _open(
     nproc: int | None,
     overrides: list[str],
 ) -> Sweep:
-    """A sweep that is there, or a new one. Raises ConfigurationError."""
+    """Return an existing sweep, or a new one. Raises ConfigurationError."""
     from launcher.errors import ConfigurationError, Problem
     from launcher.launch.run_setup import load_job
     from launcher.sweep.search import Search
@@ -194,7 +194,7 @@ def _open(
 
 
 def _seconds(budget: str | None, local: bool) -> float | None:
-    """Return a budget as seconds. Raises ConfigurationError."""
+    """Return a budget in seconds. Raises ConfigurationError."""
     from launcher.errors import ConfigurationError, Problem
     from launcher.values import parse_seconds
 
@@ -212,7 +212,7 @@ def _seconds(budget: str | None, local: bool) -> float | None:
 
 
 def _apply(sweep: Sweep, file: Path, as_json: bool) -> None:
-    """Write the job of the best point. Raises ConfigurationError where there is none, or something at `file`."""
+    """Write the job of the best point. Raises ConfigurationError if there is none, or if `file` exists."""
     from launcher.sweep.leaderboard import best_job
 
     line = best_job(sweep, file)
@@ -249,7 +249,7 @@ def _submit(sweep: Sweep, parallel: int | None, as_json: bool) -> int:
 
 
 def _leaderboard(sweep: Sweep, as_json: bool) -> None:
-    """Print the points, the best first; one that has measured nothing has no place."""
+    """Print the points, the best first; a point without an evaluation has no rank."""
     from dataclasses import asdict
 
     from launcher.sweep.leaderboard import leaderboard

@@ -1,7 +1,7 @@
 """The topics of `launcher help`: pages, their sections, keys, variables, exit codes, terms and symptoms.
 
-The pages are those of docs/, which `launcher/pages` leads to in a clone and a wheel carries as files. Their
-index says which of them are topics, and what each is about.
+The pages are those of docs/: `launcher/pages` links to it in a clone, and a wheel carries copies. Their index
+lists which of them are topics, and what each is about.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from launcher.errors import ConfigurationError, Problem
 PAGES = Path(__file__).parents[1] / "pages"
 _INDEX_END = "To change it:"
 _BELOW = re.compile(r"^- `([\w.]+)`: (.*)$", re.MULTILINE)
-"""A line below a table of the reference, with the rest of a key whose row is full."""
+"""A line below a table of the reference, with the rest of a key's text if its row is full."""
 _INDEX_LINE = re.compile(r"^- \[([^\]]+)\]\(((?:reference/)?[\w-]+\.md)\)(?:: (.*))?$", re.MULTILINE)
 _FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 _HEADING = re.compile(r"^(#{2,4}) (.*)$", re.MULTILINE)
@@ -29,14 +29,14 @@ _ROW = re.compile(r"^\|(.*)\|$", re.MULTILINE)
 _CELL_END = re.compile(r"(?<!\\)\|")
 _COLUMNS_OF = "Columns of "
 _CHOICES = re.compile(r"\bone of ((?:[\w-]+, )+[\w-]+)|^([\w-]+) or ([\w-]+)$")
-"""Words that the reference has for what a key may be."""
+"""The reference's phrases for the allowed values of a key."""
 _SHORTEST_PHRASE = 3
-"""Letters: shorter topics are codes, not words of a message."""
+"""The fewest letters of a phrase: shorter topics are codes, not words of a message."""
 
 
 @dataclass(frozen=True)
 class Page:
-    """One page, by the name that people type."""
+    """A page, by the name that people type."""
 
     name: str
     title: str
@@ -50,19 +50,19 @@ class Page:
 
 @dataclass(frozen=True)
 class Entry:
-    """A part of a page that answers a topic of its own: `names` are what people may type for it."""
+    """A part of a page that answers its own topic: `names` are what people may type for it."""
 
     kind: str
     names: tuple[str, ...]
     page: str
     text: str
     choices: tuple[str, ...] = ()
-    """Words that may be written for a key."""
+    """The allowed words as values of a key."""
 
 
 @functools.cache
 def pages() -> dict[str, Page]:
-    """Return the pages for those who use launcher, by their names, in the order of the index."""
+    """Return the users' pages by name, in the order of the index."""
     index = (PAGES / "README.md").read_text(encoding="utf-8").partition(_INDEX_END)[0]
     listed = [
         Page(Path(file).stem.removeprefix("guide-"), title, summary, file)
@@ -73,7 +73,7 @@ def pages() -> dict[str, Page]:
 
 @functools.cache
 def entries() -> tuple[Entry, ...]:
-    """Return every part of a page that is a topic, the short ones first."""
+    """Return every part of a page that is a topic, short parts first."""
     readers = {
         "job-file": _keys, "exit-codes": _exit_codes, "environment-variables": _variables,
         "glossary": _terms, "symptoms": _symptoms,
@@ -89,14 +89,14 @@ def entries() -> tuple[Entry, ...]:
 
 
 def plain(words: str) -> str:
-    """Return a topic as it is compared: small letters, one space for whatever stands between words."""
+    """Return a topic for comparison: in lower case, with one space for whatever separates words."""
     return " ".join(re.sub(r"[^\w.]+", " ", words.lower()).split())
 
 
 def find(topic: str) -> list[Entry]:
-    """Return what answers a topic: a whole page, or its parts by the name of a key, code, term or section.
+    """Return the answers to a topic: a page, or parts of pages by the name of a key, code, term or section.
 
-    `PAGE PART` looks in that page alone. Raises ConfigurationError, with the nearest topic, where nothing does.
+    `PAGE PART` searches that page only. Raises ConfigurationError, with the nearest topic, if none matches.
     """
     wanted = plain(topic)
     if page := {plain(name): page for name, page in pages().items()}.get(wanted):
@@ -111,8 +111,8 @@ def find(topic: str) -> list[Entry]:
 
 
 def names() -> list[str]:
-    """Return the names of pages, keys and their choices, variables, exit codes and terms: those that are worth
-    completing."""
+    """Return the names that are worth completing: of pages, keys and their choices, variables, exit codes
+    and terms."""
     kinds = ("key", "exit code", "variable", "term")
     short = [name for entry in entries() if entry.kind in kinds for name in (*entry.names, *entry.choices)]
     return [*dict.fromkeys(short), *pages()]
@@ -121,7 +121,7 @@ def names() -> list[str]:
 def parts(topic: str, page: str | None = None) -> list[Entry]:
     """Return the parts of pages, or of one page, that a topic names.
 
-    Symptoms, and where there is nothing else sections, are also named by words in them.
+    Words in a symptom also name it; words in a section only if nothing else matches.
     """
     wanted = plain(topic)
     within = [entry for entry in entries() if page in (None, entry.page)]
@@ -138,7 +138,7 @@ def parts(topic: str, page: str | None = None) -> list[Entry]:
 
 
 def rows(text: str) -> Iterator[list[str]]:
-    """Yield the cells of each row of the tables in a text, without their heads."""
+    """Yield the cells of each row of the tables in a text, without headers."""
     lines = [*_ROW.findall(text), ""]
     for line, after in itertools.pairwise(lines):
         if not _is_rule(line) and not _is_rule(after):
@@ -146,12 +146,12 @@ def rows(text: str) -> Iterator[list[str]]:
 
 
 def _is_rule(line: str) -> bool:
-    """Return whether a row is the line below the head of a table."""
+    """Return whether a row is the line below a table's header."""
     return bool(line) and set(line) <= set("|- :")
 
 
 def _sections(text: str) -> Iterator[tuple[str, str]]:
-    """Yield the headings of a page, without marks, each with its text as far as the next of its level."""
+    """Yield a page's headings, without markup, each with its text up to the next of the same level."""
     heads = list(_HEADING.finditer(_FENCE.sub(lambda block: "\0" * len(block[0]), text)))
     for number, head in enumerate(heads):
         after = (later.start() for later in heads[number + 1 :] if len(later[1]) <= len(head[1]))
@@ -183,7 +183,7 @@ def _keys(page: Page) -> Iterator[Entry]:
 
 
 def _whole(row: list[str], below: dict[str, str]) -> list[str]:
-    """Return a key's row with all that the page says of it, some of which may stand below its table."""
+    """Return a key's row with its full text, part of which may be below the table."""
     text = below.get(_bare(row[0]), row[3])
     if row[1] != "see below":
         return [*row[:3], text]

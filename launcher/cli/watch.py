@@ -26,14 +26,14 @@ Every = Annotated[
 ]
 Once = Annotated[bool, typer.Option("--once", help="Show it once and leave.")]
 _SECONDS_BETWEEN_QUESTIONS = 10.0
-"""Slurm's controller serves many; files are looked at more often."""
+"""A minimum interval, because Slurm's controller serves many; files are read more often."""
 _RANKS_WIDTH, _FEW_RANKS_WIDTH, _NODE_WIDTH = 50, 34, 8
 _NARROW, _LOW = 76, 30
-"""Columns and rows below which a terminal has no room for all that is known."""
+"""Columns and rows below which a terminal cannot show everything."""
 _VERY_NARROW = 56
-"""Columns below which the loss has no room beside the ranks, which are left out."""
+"""Columns below which the loss does not fit next to the ranks, which are then left out."""
 _IN_WORDS = ("compared", "straggler", "symptom", "rewound", "made_room", "layout", "other_engine")
-"""Events whose values only their sentence makes plain."""
+"""Events whose values are clear only from their sentence."""
 
 
 def watch(run: SomeRun = None, every: Every = 1.0, once: Once = False, as_json: AsJson = False) -> None:
@@ -59,7 +59,7 @@ def watch(run: SomeRun = None, every: Every = 1.0, once: Once = False, as_json: 
 
 
 def _follow(watched: Any, console: Any, every: float) -> None:
-    """Until the run is over or Ctrl-C comes; the last picture stays."""
+    """Redraw until the run is over or Ctrl-C comes; the last picture stays."""
     from rich.live import Live
 
     from launcher.cli.following import Following
@@ -87,8 +87,8 @@ def _follow(watched: Any, console: Any, every: float) -> None:
 
 @contextmanager
 def leaving_at_interrupt() -> Iterator[threading.Event]:
-    """Set by Ctrl-C, SIGTERM and SIGHUP, which break no half-drawn picture off this way and leave nothing
-    behind; a second Ctrl-C or SIGTERM does. A SIGHUP that is ignored (as by nohup) stays so."""
+    """Yield an event that Ctrl-C, SIGTERM and SIGHUP set, so that drawing is not cut off. A second Ctrl-C
+    or SIGTERM acts as usual, and an ignored SIGHUP (as with nohup) stays ignored."""
     leaving = threading.Event()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     if before[signal.SIGHUP] == signal.SIG_IGN:
@@ -101,7 +101,7 @@ def leaving_at_interrupt() -> Iterator[threading.Event]:
     def _leave(*_: object) -> None:
         leaving.set()
         _restore()
-        # A closed terminal sends it twice, by the shell and by the kernel.
+        # Closing a terminal sends it twice: from the shell and from the kernel.
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     try:
@@ -113,8 +113,8 @@ def leaving_at_interrupt() -> Iterator[threading.Event]:
 
 
 def screen(seen: dict[str, Any], width: int, height: int = 32) -> Layout:
-    """Return one picture of a run. On a small terminal it shows less of the ranks and of what the model
-    says."""
+    """Return one picture of a run. On a small terminal it shows less about the ranks and the model's
+    answers."""
     from rich.layout import Layout
     from rich.panel import Panel
 
@@ -148,7 +148,7 @@ def screen(seen: dict[str, Any], width: int, height: int = 32) -> Layout:
 
 
 def header(status: dict[str, Any]) -> Table:
-    """Return state, place, progress."""
+    """Return the header: state, place, progress."""
     from rich.progress_bar import ProgressBar
     from rich.table import Table
 
@@ -193,7 +193,7 @@ def header(status: dict[str, Any]) -> Table:
 
 
 class Loss:
-    """The loss over the steps, as large as the panel that it stands in."""
+    """A plot of the loss over the steps, as large as its panel."""
 
     def __init__(self, losses: list[tuple[int, float]]) -> None:
         self.losses = losses
@@ -211,8 +211,8 @@ class Loss:
 
 
 def ranks_table(ranks: list[dict[str, Any]], brief: bool = False) -> Table:
-    """Return what each rank says of itself: the one whose own work takes longest is the one the others wait
-    for. `brief`: without node and stillness."""
+    """Return a table of the ranks' reports; the rank whose own work takes longest, for which the others
+    wait, is bold. `brief`: without node and stillness."""
     from rich.table import Table
 
     from launcher.runs.wording import gib
@@ -241,7 +241,7 @@ def ranks_table(ranks: list[dict[str, Any]], brief: bool = False) -> Table:
 
 
 def samples(rows: list[dict[str, Any]], width: int) -> Text:
-    """Return each row with the model's answer, one a line of at most `width` characters."""
+    """Return each row with the model's answer, one per line of at most `width` characters."""
     from rich.text import Text
 
     from launcher.runs.samples import lines
@@ -250,7 +250,7 @@ def samples(rows: list[dict[str, Any]], width: int) -> Text:
 
 
 class Latest:
-    """The last lines of a text, as many as there is room for: what is new stands at the foot of a panel."""
+    """The last lines of a text, as many as there is room for: new lines appear at the bottom of a panel."""
 
     def __init__(self, lines: list[str]) -> None:
         self.lines = lines
@@ -263,7 +263,7 @@ class Latest:
 
 
 def events(records: list[dict[str, Any]]) -> Latest:
-    """Return the last events with their values, one a line."""
+    """Return the last events with their values, one per line."""
     from launcher.cli.progress import notice
 
     lines = []
@@ -277,7 +277,7 @@ def events(records: list[dict[str, Any]]) -> Latest:
 
 
 def _values(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield what people read of an event: its metrics one by one, sizes with their unit, no digests."""
+    """Yield the values of an event that people read: each metric, sizes with units, no digests."""
     from launcher.runs.wording import size
 
     for key, value in (record | (record.get("metrics") or {})).items():

@@ -1,4 +1,4 @@
-"""Look up what `launcher watch` shows, without a terminal."""
+"""The data that `launcher watch` shows, without a terminal."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _is_shown(record: dict[str, Any]) -> bool:
 
 
 class Watched:
-    """A run that is looked at again and again."""
+    """A run that is read again and again."""
 
     def __init__(self, run: RunDirectory) -> None:
         self.run = run
@@ -36,8 +36,8 @@ class Watched:
         self._slurm: dict[str, Any] = {}
 
     def look(self, ask: bool) -> dict[str, Any]:
-        """Return status, losses, ranks, events and samples as they are now; Slurm is asked only where `ask`
-        says so, else what it said last is shown."""
+        """Return the current status, losses, ranks, events and samples; Slurm is asked only if `ask`,
+        otherwise its last answer is used."""
         if ask:
             status = view(self.run, self._totals)
             self._slurm = status.get("slurm", {})
@@ -57,7 +57,7 @@ class Watched:
         }
 
     def _take_in_events(self) -> None:
-        """The last of them from the file's end; after that what is new."""
+        """Read the last events from the file's end; after that only new ones."""
         if self._events is None:
             offset, backwards = end_of(self.run.events_file)
             self._events = Tail(self.run.events_file, offset=offset)

@@ -1,4 +1,4 @@
-"""Two text files side by side: the lines of one have a row's first column, those of the other its second."""
+"""Pairs of text files: line N of one has a row's first column, line N of the other its second."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ from launcher.plain_files import plain
 
 NUM_COLUMNS = 2
 _MOST_LINES = 1 << 20
-"""From which rows are sampled: to read them takes half a second."""
+"""The number of first rows from which the sample is taken: reading them takes half a second."""
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 
 
 def unfit(name: str) -> str | None:
-    """Return why a file with this name is no text of a sentence a line; None where it may be one, whatever it
-    ends in."""
+    """Return why a file with this name cannot hold one text per line; None if it may, whatever its ending."""
     suffix = Path(name).suffix.lower()
     if suffix in _COMPRESSED:
         return f"is compressed ({suffix}); unpack it"
@@ -32,8 +31,8 @@ def unfit(name: str) -> str | None:
 
 
 def find_pairs(source: Source) -> list[tuple[Path, Path]]:
-    """Return the files of a source that has `targets`, two and two, in the order of their names. Raises
-    DataError where one is missing."""
+    """Return the pairs of files of a source that has `targets`, in the order of their names. Raises
+    DataError if the numbers of files differ."""
     assert source.path is not None and source.targets is not None
     firsts, seconds = matching(source.path), matching(source.targets)
     if len(firsts) != len(seconds):
@@ -44,7 +43,7 @@ def find_pairs(source: Source) -> list[tuple[Path, Path]]:
 
 
 def refuse_unpaired(first: Path, number: int, second: Path, other: int) -> None:
-    """Raise DataError where two files have not the same number of lines, `number` and `other`."""
+    """Raise DataError if the numbers of lines of two files, `number` and `other`, differ."""
     if number != other:
         longer = first if number > other else second
         raise DataError(
@@ -54,8 +53,8 @@ def refuse_unpaired(first: Path, number: int, second: Path, other: int) -> None:
 
 
 def read_pair(first: Path, second: Path, columns: Sequence[str]) -> Read:
-    """Yield a row for each line of both files, under the first two columns. Raises DataError where one file
-    ends before the other."""
+    """Yield a row for each pair of lines of two files, under the first two columns. Raises DataError if
+    one file ends before the other."""
     one, two = columns[:NUM_COLUMNS]
     with open(first, "rb", opener=plain) as left, open(second, "rb", opener=plain) as right:
         rights = text_rows(right, two)
@@ -79,8 +78,8 @@ def _together(values: Values, beside: Values, second: Path) -> Values:
 
 
 def look_at_pairs(source: Source, columns: Sequence[str], most: int) -> tuple[int, tuple[Values, ...]]:
-    """Return how many rows a source with `targets` has, up to its limit, and about so many from all over its
-    first million. Raises DataError as `find_pairs` and `refuse_unpaired`."""
+    """Return the number of rows of a source with `targets`, up to its limit, and about `most` rows spread
+    over its first million. Raises DataError as `find_pairs` and `refuse_unpaired`."""
     pairs = find_pairs(source)
     total = 0
     for first, second in pairs:

@@ -1,4 +1,4 @@
-"""Read rows of Parquet and Arrow files."""
+"""Reading of rows from Parquet and Arrow files."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from launcher.data.rows import BAD_VALUE, NOT_UTF8, Read, RowProblem, Values, re
 from launcher.errors import DataError
 
 PARQUET_BATCH = 1024
-"""Rows that are decoded at once."""
+"""Rows per decoded batch."""
 
 
 def no_column(path: object, column: str, have: Sequence[str], hint: str = "") -> DataError:
-    """Return the error for a column that a whole file lacks."""
+    """Return the error for a column that the file does not have."""
     near = difflib.get_close_matches(column, have, n=1)
     shown = ", ".join(repr(name[:40]) for name in have[:12])
     return DataError(
@@ -27,7 +27,7 @@ def no_column(path: object, column: str, have: Sequence[str], hint: str = "") ->
 
 
 def read_parquet(path: Path, columns: Sequence[str]) -> Read:
-    """Read Parquet, batch by batch, only the columns asked for."""
+    """Read Parquet, batch by batch, only the requested columns."""
     import pyarrow
 
     file = open_parquet(path, columns)
@@ -44,8 +44,8 @@ def read_parquet(path: Path, columns: Sequence[str]) -> Read:
 
 
 def arrow_row(batch: Any, index: int) -> Values:
-    """Return one row of a batch, without the nulls of objects; a value that Python cannot hold makes it one
-    that cannot be used."""
+    """Return one row of a batch, without nulls inside objects; a RowProblem if a value cannot be converted
+    to Python."""
     try:
         return {name: without_nulls(batch.column(name)[index].as_py()) for name in batch.schema.names}
     except UnicodeDecodeError as error:
@@ -55,22 +55,22 @@ def arrow_row(batch: Any, index: int) -> Values:
 
 
 def without_nulls(value: Any) -> Any:
-    """Return a value without the keys, at any depth, that hold null: a table gives each object the keys of
-    all objects of its column."""
+    """Return a value without the keys, at any depth, whose value is null: a table gives each object the
+    keys of all objects in its column."""
     if isinstance(value, dict):
         return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def there(columns: Iterable[str], names: Iterable[str]) -> list[str]:
-    """Return the columns to be read of a table with these: all that it must have, and of the others those
+    """Return the columns to read from a table that has `names`: all required ones, and the optional ones
     that it has."""
     have = set(names)
     return list(dict.fromkeys(column for column in columns if column in have))
 
 
 def open_parquet(path: Path, columns: Sequence[str]) -> Any:
-    """Return a Parquet file that has these columns, once each. Raises DataError for any other."""
+    """Return a Parquet file that has each of these columns exactly once. Raises DataError otherwise."""
     file = _parquet(path)
     with whole_parquet(path):
         check_columns(path, columns, file.schema_arrow.names)
@@ -78,7 +78,7 @@ def open_parquet(path: Path, columns: Sequence[str]) -> Any:
 
 
 def check_columns(path: Path, columns: Sequence[str], names: list[str]) -> None:
-    """Raise DataError unless each of these columns that is asked for is there, and none of them twice."""
+    """Raise DataError unless each required column exists, and no column exists twice."""
     for column in required(columns):
         if column not in names:
             raise no_column(path, column, names)
@@ -93,13 +93,13 @@ def _parquet(path: Path) -> Any:
     import pyarrow.parquet as parquet
 
     with whole_parquet(path):
-        # A group of rows is then read as far as it is asked for, and not at once.
+        # A row group is then read only as far as rows are requested, not all at once.
         return parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
 
 
 @contextmanager
 def whole_parquet(path: Path) -> Iterator[None]:
-    """Raise what pyarrow raises at a file that it cannot read as a DataError."""
+    """Raise DataError instead of the exceptions that pyarrow raises for a file that it cannot read."""
     import pyarrow
 
     try:
@@ -109,12 +109,12 @@ def whole_parquet(path: Path) -> Iterator[None]:
 
 
 def num_parquet_rows(path: Path) -> int:
-    """Return what the file's footer says. Raises DataError where there is none."""
+    """Return the number of rows in the file's footer. Raises DataError if it has none."""
     return int(_parquet(path).metadata.num_rows)
 
 
 def read_arrow(path: Path, columns: Sequence[str]) -> Read:
-    """Read Arrow, as `save_to_disk` writes it: only the columns asked for, the numbers of classes as their
+    """Read Arrow, as `save_to_disk` writes it: only the requested columns, with class numbers replaced by
     names."""
     table = open_arrow(path, columns)
     names = names_of_classes(features_of(table.schema))
@@ -127,8 +127,8 @@ def read_arrow(path: Path, columns: Sequence[str]) -> Read:
 
 
 def refuse_damaged(path: Path, rows: Any, before: int) -> None:
-    """Raise DataError where these rows, which stand behind so many others, would have memory read that is not
-    the file's."""
+    """Raise DataError if these rows, which follow `before` others, are invalid: reading them could access
+    memory outside the file."""
     import pyarrow
 
     try:
@@ -138,15 +138,15 @@ def refuse_damaged(path: Path, rows: Any, before: int) -> None:
 
 
 def open_arrow(path: Path, columns: Sequence[str]) -> Any:
-    """Return the columns of an Arrow file, a stream or one with a footer, mapped into memory. Raises
-    DataError where they cannot be had."""
+    """Return the columns of an Arrow file (a stream, or a file with a footer), mapped into memory. Raises
+    DataError if it cannot be read."""
     table = _arrow(path)
     check_columns(path, columns, table.schema.names)
     return table.select(there(columns, table.schema.names))
 
 
 def arrow_names(path: Path) -> list[str]:
-    """Return the names of an Arrow file's columns. Raises DataError where it cannot be read."""
+    """Return the names of an Arrow file's columns. Raises DataError if it cannot be read."""
     return list(_arrow(path).schema.names)
 
 
@@ -165,7 +165,7 @@ def _arrow(path: Path) -> Any:
 
 
 def features_of(schema: Any) -> dict[str, Any]:
-    """Return what `datasets` says of the columns of a file that it wrote; nothing for any other file."""
+    """Return the features that `datasets` stored in a file that it wrote; empty for any other file."""
     try:
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
     except (ValueError, KeyError, TypeError):
@@ -174,7 +174,7 @@ def features_of(schema: Any) -> dict[str, Any]:
 
 
 def names_of_classes(features: dict[str, Any]) -> dict[str, list[str]]:
-    """Return the names of the classes of each column that has numbers, or lists of numbers, for them."""
+    """Return the class names of each column that holds class numbers, or lists of them."""
     names = {}
     for column, feature in features.items():
         inner = feature.get("feature", feature) if isinstance(feature, dict) else {}
@@ -188,7 +188,7 @@ def names_of_classes(features: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def with_names(values: Values, names: dict[str, list[str]]) -> Values:
-    """Return a row with the names of its classes; -1, which stands for a row without a label, is no value."""
+    """Return a row with class names for numbers; -1, which marks a row without a label, becomes None."""
     if isinstance(values, RowProblem):
         return values
     return {
@@ -205,5 +205,5 @@ def _named(value: Any, names: list[str]) -> Any:
 
 
 def num_arrow_rows(path: Path) -> int:
-    """Return how many rows an Arrow file has. Raises DataError where it cannot be read."""
+    """Return the number of rows of an Arrow file. Raises DataError if it cannot be read."""
     return int(open_arrow(path, ()).num_rows)

@@ -1,4 +1,4 @@
-"""Columns of chats whose images are files: in parts of the messages, or in a list beside them."""
+"""Columns of chats with images: image files are named in parts of the messages, or in a separate list."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from launcher.data.rows import IfThere, is_missing
 from launcher.data.written import list_in
 
 _SOURCES = ("image", "path", "url", "bytes", "image_url")
-"""The keys of an image's part that transformers and OpenAI write its file under."""
+"""The keys under which transformers and OpenAI store the file of an image part."""
 
 
 def is_image(part: Any) -> bool:
@@ -20,29 +20,29 @@ def is_image(part: Any) -> bool:
 
 
 def image_of(part: dict[str, Any]) -> Any:
-    """Return what the part of an image names: a path, bytes, or a struct of both.
+    """Return the image that a part of a message names: a path, bytes, or a struct of both.
 
-    None where it names nothing, so that the next one of a list beside the messages is meant.
+    None if it names none: then the next image of the separate list is meant.
     """
     value = next((part[key] for key in _SOURCES if not is_missing(part.get(key))), None)
     return value.get("url") if isinstance(value, dict) and "url" in value else value
 
 
 def listed(value: Any) -> Any:
-    """Return a list as it is, or as a text writes it; any other value unchanged."""
+    """Return a list unchanged, or parse the list that a text contains; any other value unchanged."""
     return listed_in if isinstance(value, str) and (listed_in := list_in(value)) is not None else value
 
 
 class ListedFiles(PlacedColumn, IfThere):
-    """The name of a column with a list of files, or with one, read where a source has it."""
+    """The name of a column with one file or a list of files, read if a source has it."""
 
     def placed(self, value: Any, folder: Path) -> Any:
-        """Return the list with whole paths."""
+        """Return the list with full paths."""
         value = listed(value)
         return [placed(one, folder) for one in value] if isinstance(value, list) else placed(value, folder)
 
     def paths(self, value: Any) -> Iterator[str]:
-        """Yield the paths in a placed list."""
+        """Yield the paths in a list returned by `placed`."""
         yield from (one for one in (value if isinstance(value, list) else [value]) if isinstance(one, str))
 
 
@@ -50,14 +50,14 @@ class FilesInMessages(PlacedColumn):
     """The name of a column of messages, whose parts may name images."""
 
     def placed(self, value: Any, folder: Path) -> Any:
-        """Return the messages with whole paths, each as the key `image` of its part."""
+        """Return the messages with full paths, each under the key `image` of its part."""
         messages = listed(value)
         if not isinstance(messages, list):
             return value
         return [_message(one, folder) for one in messages]
 
     def paths(self, value: Any) -> Iterator[str]:
-        """Yield the paths in placed messages."""
+        """Yield the paths in messages returned by `placed`."""
         for message in value if isinstance(value, list) else []:
             content = message.get("content") if isinstance(message, dict) else None
             for part in content if isinstance(content, list) else []:

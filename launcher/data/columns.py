@@ -1,4 +1,4 @@
-"""Describe the columns of a data file by some of its rows: what kind of values stand in each."""
+"""Description of a data file's columns from some of its rows: the kind of values in each."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from launcher.data.written import list_in
 from launcher.errors import DataError
 
 _ROWS = 256
-"""That are looked at: what is in a column shows in fewer."""
+"""Rows that are examined; fewer would already show a column's kind."""
 _LONGEST_CLASS = 40
-"""Characters of a class's name: what is longer in most rows is text."""
+"""Characters of the longest class name: if most rows are longer, the column is text."""
 _FEWEST_ROWS = 4
-"""Rows, of fewer of which how often values come again says nothing."""
+"""The fewest rows whose repeated values make a column a class."""
 _MAGIC = {
     "image": (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*"),
     "sound": (b"RIFF", b"fLaC", b"OggS", b"ID3", b"\xff\xfb", b"FORM"),
 }
-"""How the bytes of files begin."""
+"""The first bytes of image and sound files."""
 
 
 class Kind(enum.StrEnum):
-    """Name what the values of a column are, in the words that people are shown."""
+    """The kinds of values of a column, in the words that users see."""
 
     TEXT = "text"
     CLASS = "a few values"
@@ -54,29 +54,29 @@ class Kind(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Column:
-    """Hold what some rows show of a column."""
+    """A column as some rows show it."""
 
     name: str
     kind: Kind
     example: Any
-    """The value of the first row, or the first one that is there; None of an empty column."""
+    """The value of the first row, or the first value present; None for an empty column."""
     values: frozenset[str] = frozenset()
-    """The different values that were seen, of lists those in them, as text."""
+    """The different values seen (for lists, their elements), as text."""
     num_empty: int = 0
-    """Rows without a value, or with an empty one, of those that were looked at."""
+    """Number of examined rows that have no value, or an empty one."""
 
 
 @dataclass(frozen=True)
 class Overview:
-    """Hold what a look at a data file shows."""
+    """A data file as some rows show it."""
 
     num_rows: int
-    """Counted, or estimated of a large file."""
+    """Counted; estimated for a large file."""
     num_seen: int
-    """Rows that were looked at."""
+    """Rows that were examined."""
     columns: tuple[Column, ...]
     has_header: bool = True
-    """Whether a table names its columns; else they are named by number."""
+    """Whether a table names its columns; otherwise their names are numbers."""
 
     @property
     def names(self) -> list[str]:
@@ -84,14 +84,14 @@ class Overview:
         return [column.name for column in self.columns]
 
     def column(self, name: str) -> Column | None:
-        """Return a column by its name; None where there is none."""
+        """Return the column of this name; None if there is none."""
         return next((column for column in self.columns if column.name == name), None)
 
 
 def overview(path: str) -> Overview:
-    """Return what a file, the files of a pattern, or a folder of images or sounds hold, by some rows.
+    """Describe a file, the files of a pattern, or a folder of images or sounds, from some rows.
 
-    Raises DataError where there is no such file, or none that can be read, or no row in it.
+    Raises DataError if there is no such file, if none can be read, or if there is no row.
     """
     media = _media_in(path)
     files = find_files(path, columns=media)
@@ -120,7 +120,7 @@ def describe(rows: Sequence[dict[str, Any]], names: Iterable[str] = ()) -> tuple
 
 
 def _with_examples(columns: tuple[Column, ...], rows: Sequence[Any]) -> tuple[Column, ...]:
-    """Return columns with what the first row has in them, where it can be read."""
+    """Return columns whose examples are the first row's values, as far as they can be read."""
     first = rows[0] if rows and isinstance(rows[0], dict) else {}
     return tuple(
         one if _is_empty(first.get(one.name)) else replace(one, example=first[one.name]) for one in columns
@@ -128,7 +128,7 @@ def _with_examples(columns: tuple[Column, ...], rows: Sequence[Any]) -> tuple[Co
 
 
 def _media_in(path: str) -> list[str]:
-    """Return the column of the files in a folder of images or sounds; none for any other path."""
+    """Return the column for the files in a folder of images or sounds; empty for any other path."""
     folder = Path(path)
     if not folder.is_dir() or saved_splits(folder) is not None:
         return []
@@ -158,14 +158,14 @@ def _is_empty(cell: Any) -> bool:
 
 
 def _listed(value: Any) -> list[Any] | None:
-    """Return a list as it is, or as it is written in a text; None for any other value."""
+    """Return a list unchanged, or parse the list that a text contains; None for any other value."""
     if isinstance(value, str):
         return list_in(value) if value.lstrip().startswith(("[", "(")) else None
     return list(value) if isinstance(value, (list, tuple)) else None
 
 
 def _kind_of_lists(flat: Sequence[Any], lists: Sequence[Any], texts: frozenset[str]) -> Kind:
-    """Return what lists hold: `flat` is what is in all of them."""
+    """Return the kind of values that are lists; `flat` holds the elements of all lists."""
     objects = [one for one in flat if isinstance(one, dict)]
     if objects and len(objects) == len(flat):
         keys = set.intersection(*(set(one) for one in objects))
@@ -186,7 +186,7 @@ def _kind_of_lists(flat: Sequence[Any], lists: Sequence[Any], texts: frozenset[s
 
 
 def _kind(values: Sequence[Any], texts: frozenset[str]) -> Kind:
-    """Return what values that are no lists are."""
+    """Return the kind of values that are not lists."""
     if medium := _medium(values):
         return medium
     if all(isinstance(value, dict) for value in values):
@@ -206,8 +206,8 @@ def _comes_again(values: Sequence[Any], texts: frozenset[str]) -> bool:
 
 
 def number_in(value: Any) -> float | None:
-    """Return the finite number that a value is or that a text writes; None for any other, and for true and
-    false."""
+    """Return a finite number, or the finite number that a text contains; None for any other value, and for
+    true and false."""
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
@@ -216,7 +216,7 @@ def number_in(value: Any) -> float | None:
 
 
 def _medium(values: Sequence[Any]) -> Kind | None:
-    """Return whether values are images or sounds: files by their names, or bytes by how they begin."""
+    """Return whether values are images or sounds, by file endings or first bytes; None if neither."""
     names: list[Any] = []
     contents: list[bytes] = []
     for value in values:

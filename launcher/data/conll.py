@@ -1,4 +1,4 @@
-"""Read files of columns as CoNLL's tasks have them: a word a line, an empty line behind each sentence."""
+"""Reading of files in CoNLL's columns: one word per line, an empty line after each sentence."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from launcher.errors import DataError
 from launcher.plain_files import plain
 
 _DOCUMENT = "-DOCSTART-"
-"""What CoNLL-2003 has in the place of a word where a document begins."""
+"""The word in CoNLL-2003 that marks the beginning of a document."""
 
 
 def read_conll(path: Path, columns: Sequence[str]) -> Read:
-    """Read sentences: each is a row, at its first line; a column is the list of what stands in it, by its
-    number from 0, or from -1 backward.
+    """Yield a row for each sentence, with the number of its first line. A column is a list of fields,
+    selected by its number: from 0, or from -1 backward.
 
-    Tabs stand between columns where the first word's line has one, else spaces. Lines that begin documents
-    are left out, and of files with tabs also comments: lines that begin with # and have no tab. Raises
-    DataError for columns that the file does not have.
+    Fields are separated by tabs if the first word's line has a tab, otherwise by spaces. Lines that begin
+    documents are left out. In files with tabs, so are comments: lines that begin with # and have no tab.
+    Raises DataError for columns that the file does not have.
     """
     tabs, width, first = _has_tabs(path), 0, 0
     lines: list[list[str]] = []
@@ -56,7 +56,7 @@ def _has_tabs(path: Path) -> bool:
 
 
 def _fields(raw: bytes, tabs: bool) -> list[str] | RowProblem | None:
-    """The columns of a line: none of an empty one, and None in the place of a line that is no word."""
+    """Return the fields of a line: empty for an empty line, None for a line that holds no word."""
     try:
         line = raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:

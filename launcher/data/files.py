@@ -1,4 +1,4 @@
-"""The files that a path or a pattern names."""
+"""Lookup of the files that a path or a pattern names."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from launcher.plain_files import read_json
 
 
 def find_files(pattern: str, split: str = "train", columns: Sequence[str] = ()) -> list[Path]:
-    """Return the files a path or a pattern means, sorted by name; of a directory that `save_to_disk` wrote
-    those of its data set, or of the split where it has several, in their order; of one with files that
-    `columns` ask for, its metadata file, else itself. Raises DataError where there are none that can be
-    read."""
+    """Return the files that a path or a pattern names, sorted by name. A directory that `save_to_disk`
+    wrote gives the files of its data set, or of the split if it has several, in their order. A directory
+    of files that `columns` name gives its metadata file, or else itself. Raises DataError if no readable
+    file is found."""
     known = ", ".join(sorted(FORMATS))
     exact = Path(pattern)
     if exact.is_dir() and file_column(columns) and saved_splits(exact) is None:
@@ -36,8 +36,8 @@ def find_files(pattern: str, split: str = "train", columns: Sequence[str] = ()) 
 
 
 def matching(pattern: str) -> list[Path]:
-    """Return the files of a path or a pattern, sorted by name, whatever they end in. Raises DataError where
-    there are none."""
+    """Return the files that a path or a pattern names, sorted by name, whatever their endings. Raises
+    DataError if there are none."""
     exact = Path(pattern)
     if exact.is_file():
         return [exact]
@@ -54,7 +54,7 @@ def matching(pattern: str) -> list[Path]:
 
 
 def is_there(pattern: str) -> bool:
-    """Return whether a path or a pattern names anything."""
+    """Return whether a path or a pattern names anything that exists."""
     return Path(pattern).exists() or any(glob.iglob(pattern, recursive=True))
 
 

@@ -1,4 +1,4 @@
-"""Files that are rows: columns that name them, and folders whose files and sub-folders are the rows."""
+"""Columns whose values name files, and folders whose files and sub-folders are the rows."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from launcher.data.rows import UNREADABLE, IfThere, Read, RowProblem, Values
 from launcher.errors import DataError
 
 IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-"""The endings of images, in formats that Pillow has in every build."""
+"""The file name endings of images, in formats that every build of Pillow reads."""
 SOUNDS = (".aif", ".aiff", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".wav")
-"""The endings of sounds, in formats that libsndfile has in every build."""
+"""The file name endings of sounds, in formats that every build of libsndfile reads."""
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-"""Names that `datasets` has for the file that says what the files of a folder are."""
+"""The names that `datasets` uses for the file with one row for each file of a folder."""
 ADDRESS = re.compile(r"(https?|data|file):", re.ASCII)
-"""How the address of a file begins that is no path."""
+"""The beginning of a file's address that is not a path."""
 _SPLITS = {"train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation"}
 
 
 class PlacedColumn(str):
-    """The name of a column whose values name files, relative to the file that they stand in."""
+    """The name of a column whose values name files, relative to the folder of the data file."""
 
     def placed(self, value: Any, folder: Path) -> Any:
-        """Return a value of it with whole paths in the place of those relative to `folder`."""
+        """Return a value with full paths in place of those relative to `folder`."""
         return placed(value, folder)
 
     def paths(self, value: Any) -> Iterator[str]:
-        """Yield the paths in a value with whole paths."""
+        """Yield the paths in a value with full paths."""
         yield from (value,) if isinstance(value, str) else ()
 
 
 class FileColumn(PlacedColumn):
-    """The name of a column with files: the path of each, relative to the file that names it, or its bytes."""
+    """The name of a column of files: each value is a path relative to the data file, or the file's bytes."""
 
     suffixes: tuple[str, ...]
-    """The endings of such files."""
+    """The endings of these files."""
 
     def __new__(cls, name: str, suffixes: tuple[str, ...]) -> FileColumn:
         column = super().__new__(cls, name)
@@ -47,11 +47,11 @@ class FileColumn(PlacedColumn):
 
 
 class FileColumnIfThere(FileColumn, IfThere):
-    """One that is read where a source has it, and not missed where it has not."""
+    """A column of files that is read if a source has it, and is not required."""
 
 
 class Listed(NamedTuple):
-    """A file of a folder."""
+    """A file in a folder."""
 
     path: str
     """Relative to the folder, with `/` between its parts."""
@@ -60,13 +60,12 @@ class Listed(NamedTuple):
 
 
 def file_column(columns: Sequence[str]) -> FileColumn | None:
-    """Return the first column with files; None without one."""
+    """Return the first column of files; None if there is none."""
     return next((column for column in columns if isinstance(column, FileColumn)), None)
 
 
 def metadata_of(folder: Path) -> Path | None:
-    """Return the file that says what the files of a folder are; None without one. Raises DataError where
-    there are two."""
+    """Return the metadata file of a folder; None if it has none. Raises DataError if it has two."""
     paths = [path for name in METADATA if (path := folder / name).is_file()]
     if len(paths) > 1:
         raise DataError(
@@ -76,7 +75,7 @@ def metadata_of(folder: Path) -> Path | None:
 
 
 def why_no_rows(folder: Path) -> str | None:
-    """Return why a folder is no source of rows, in one clause; None where it may be."""
+    """Return in one clause why a folder cannot be a source of rows; None if it can."""
     try:
         if metadata_of(folder) is not None:
             return None
@@ -89,8 +88,8 @@ def why_no_rows(folder: Path) -> str | None:
 
 
 def listing(folder: Path) -> list[Listed]:
-    """Return the files of a folder and of those in it, by path; hidden ones are passed over. Raises DataError
-    where it cannot be read."""
+    """Return the files of a folder and its sub-folders, by path, without hidden ones. Raises DataError if
+    the folder cannot be read."""
     try:
         return sorted(_files(folder, ""))
     except OSError as error:
@@ -108,9 +107,9 @@ def _files(folder: Path, before: str) -> Iterator[Listed]:
 
 
 def read_folder(folder: Path, columns: Sequence[str]) -> Read:
-    """Yield a row for each file of a folder: its path, and as the label the name of the sub-folder it is in.
+    """Yield a row for each file of a folder: its path, and the name of its sub-folder as the label.
 
-    A file at the top has no label. Raises DataError for a folder that is no such source.
+    A file at the top level has no label. Raises DataError for a folder that cannot be a source of rows.
     """
     column = file_column(columns)
     if column is None:
@@ -128,14 +127,14 @@ def read_folder(folder: Path, columns: Sequence[str]) -> Read:
 
 
 def folder_of(file: Path) -> Path:
-    """Return the folder to which the paths in a file are relative: its own; a folder's are to itself."""
+    """Return the folder to which paths in a data file are relative: the file's, or the folder itself."""
     return file if file.is_dir() else file.parent
 
 
 def with_places(values: Values, columns: Sequence[str], folder: Path) -> Values:
-    """Return a row whose files are named by whole paths: what it says is relative to `folder`.
+    """Return a row with full paths for its files; its own paths are relative to `folder`.
 
-    A struct of `bytes` and `path`, as `datasets` writes it, becomes its bytes where it has any.
+    A struct of `bytes` and `path`, as `datasets` writes it, becomes its bytes if it has any.
     """
     names = [column for column in columns if isinstance(column, PlacedColumn)]
     if isinstance(values, RowProblem) or not names:
@@ -144,7 +143,7 @@ def with_places(values: Values, columns: Sequence[str], folder: Path) -> Values:
 
 
 def placed(value: Any, folder: Path) -> Any:
-    """Return the path of a file with `folder` before it, or its bytes: those of a struct, where it has any."""
+    """Return a file's path with `folder` in front, or its bytes; a struct gives its bytes if it has any."""
     if isinstance(value, dict) and set(value) <= {"bytes", "path"} and value:
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
     if not isinstance(value, str) or not value.strip() or ADDRESS.match(value):

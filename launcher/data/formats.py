@@ -1,4 +1,4 @@
-"""The formats of data files, a class each: read rows, count them, sample some from all over a file."""
+"""Formats of data files, one class each: reading rows, counting them, sampling some from all over a file."""
 
 from __future__ import annotations
 
@@ -20,40 +20,40 @@ from launcher.plain_files import plain
 
 _BLOCK = 1 << 20
 _FIRST_ROWS = 32
-"""In which columns are looked for, where nothing else names them."""
+"""The number of rows searched for column names if nothing else gives them."""
 
 
 class Format(ABC):
-    """One format. A new one is a subclass and its place in `FORMATS`."""
+    """A format of data files. A new format is a subclass with an entry in `FORMATS`."""
 
     suffixes: ClassVar[tuple[str, ...]]
     by_lines: ClassVar[bool] = False
-    """Whether a row is a line, so that lines tell how many rows there are, at least about."""
+    """Whether each row is a line, so that the number of lines is at least about the number of rows."""
     whole_bytes: ClassVar[int] = 1 << 20
-    """Files up to this size, all together, are read as a whole; larger ones are looked at in some places."""
+    """Files up to this total size are read in full; larger ones are sampled in places."""
     most_bytes: ClassVar[int | None] = None
-    """The largest file that is looked at, where all of it has to be read for that."""
+    """The largest file that is sampled, for formats that must be read in full."""
     may_lack_header: ClassVar[bool] = False
-    """Whether the first line may name the columns or be a row, whose columns then have numbers from 0 on."""
+    """Whether the first line may be the header or a row; without a header, columns are numbered from 0."""
 
     @abstractmethod
     def read(self, path: Path, columns: Sequence[str]) -> Read:
-        """Yield every row with its line, one that cannot be read as a RowProblem. Raises DataError where the
+        """Yield each row with its line number; an unreadable row is a RowProblem. Raises DataError if the
         file cannot be read."""
 
     def names(self, path: Path) -> list[str]:
-        """Return the names of the columns, as the first rows have them, to be offered where a job names none
-        yet. Raises DataError where the file cannot be read."""
+        """Return the names of the columns in the first rows, to be offered while a job names none yet.
+        Raises DataError if the file cannot be read."""
         rows = (values for _, values in islice(self.read(path, ()), _FIRST_ROWS))
         return list(dict.fromkeys(str(name) for row in rows if isinstance(row, dict) for name in row))
 
     def num_rows(self, path: Path) -> int | None:
-        """Return how many rows the file says that it has; None where it does not say. Raises DataError where
-        it cannot be read."""
+        """Return the number of rows stored in the file; None if it stores none. Raises DataError if the
+        file cannot be read."""
         return None
 
     def too_large(self, path: Path) -> str | None:
-        """Return why a file is not looked at, as all of it would have to be read; None where it is."""
+        """Return why a file that must be read in full is too large to sample; None if it is not."""
         size = path.stat().st_size
         if self.most_bytes is None or size <= self.most_bytes:
             return None
@@ -61,10 +61,10 @@ class Format(ABC):
         return f"{path} would have to be read as a whole, {size:,} bytes; {instead}"
 
     def look(self, part: Part, columns: Sequence[str], wanted: int, phase: float) -> Seen | None:
-        """Return how many rows a part has and about so many of them; None where all of it may as well be
-        read.
+        """Return the number of rows of a part, and about `wanted` of them; None if the part should be read in
+        full.
 
-        `phase`, from 0 to 1, shifts the places that are looked at.
+        `phase`, from 0 to 1, shifts the sampled places.
         """
         return None
 
@@ -85,20 +85,20 @@ class Json(Format):
 
 
 class Lines(Format):
-    """A format in which a row is a line."""
+    """A format with one row per line."""
 
     by_lines = True
 
     @abstractmethod
     def layout(self, path: Path, columns: Sequence[str]) -> Layout:
-        """Return how rows stand in the file. Raises DataError where it has not the columns."""
+        """Return the layout of the file's rows. Raises DataError if it lacks one of the columns."""
 
     def look(self, part: Part, columns: Sequence[str], wanted: int, phase: float) -> Seen | None:
         return look_in_places(part, self.layout(part.path, columns), wanted, phase)
 
 
 class JsonLines(Lines):
-    """One JSON object a line."""
+    """One JSON object per line."""
 
     suffixes = (".jsonl", ".ndjson")
 
@@ -110,7 +110,7 @@ class JsonLines(Lines):
 
 
 class Text(Lines):
-    """One text a line."""
+    """One text per line."""
 
     suffixes = (".txt",)
 
@@ -126,12 +126,12 @@ class Text(Lines):
 
 
 class Csv(Lines):
-    """Comma-separated values; one row may be several lines, by line ends between quotation marks."""
+    """Comma-separated values; a quoted field may contain line ends, so that a row may span several lines."""
 
     suffixes = (".csv",)
     may_lack_header = True
     whole_bytes = 1 << 23
-    """As only reading counts rows there: 0.1 to 0.3 s at 26 to 90 MiB/s, by how long they are."""
+    """Larger, as rows can be counted only by reading: 0.1 to 0.3 s at 26 to 90 MiB/s, by their length."""
 
     def read(self, path: Path, columns: Sequence[str]) -> Read:
         return readers.read_csv(path, columns)
@@ -160,7 +160,7 @@ class Tsv(Lines):
 
 
 class Conll(Format):
-    """Columns of words and tags, a line each; a row is a sentence."""
+    """Words and tags in columns, one word per line; a row is a sentence."""
 
     suffixes = (".conll",)
     most_bytes = 1 << 28
@@ -206,7 +206,7 @@ class Arrow(Format):
 
 
 class Folder(Format):
-    """A folder whose files are the rows, and its sub-folders the labels."""
+    """A folder whose files are the rows, with the names of sub-folders as labels."""
 
     suffixes = ()
 
@@ -227,12 +227,12 @@ FORMATS: dict[str, Format] = {
     for one in (Json(), JsonLines(), Csv(), Tsv(), Parquet(), Arrow(), Text(), Conll())
     for suffix in one.suffixes
 }
-"""By the ending of a file's name, in the order in which people are told of them."""
+"""Formats by the ending of a file's name, in the order in which users see them."""
 
 
 def format_of(path: str | Path, otherwise: str | None = None) -> Format:
-    """Return the format of a file by its name, or that of a folder. Of an ending that is none that of the ending
-    `otherwise`, or KeyError is raised."""
+    """Return the format of a folder, or of a file by its ending. For an unknown ending, return the format
+    of the ending `otherwise`, or raise KeyError if that is None."""
     if Path(path).is_dir():
         return _FOLDER
     suffix = Path(path).suffix.lower()
@@ -240,7 +240,7 @@ def format_of(path: str | Path, otherwise: str | None = None) -> Format:
 
 
 def num_lines(path: Path) -> int:
-    """Return how many lines a file has, one without an end at the end among them."""
+    """Return the number of lines of a file; a last line without a line end counts."""
     number, last = 0, b"\n"
     with open(path, "rb", opener=plain) as file:
         while block := file.read(_BLOCK):

@@ -1,4 +1,4 @@
-"""Hold rows of a data file out: two files beside it, one to learn from and one to measure on."""
+"""Holding out of rows: a data file is split into a training file and an evaluation file next to it."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from launcher.plain_files import plain
 
 _DIALECTS: dict[str, type[csv.Dialect]] = {".csv": csv.excel, ".tsv": PlainTabs}
 SUFFIXES = (*_DIALECTS, ".jsonl", ".ndjson", ".txt")
-"""Files whose rows are lines of text, which are copied as they stand."""
+"""Endings of files whose rows are lines of text, which are copied unchanged."""
 _SEED = 0
 
 
 def parts_of(path: Path) -> dict[str, Path]:
-    """Return the files that a split of a file writes, by their role."""
+    """Return the files that a split of this file writes, by role."""
     return {role: path.with_name(f"{path.stem}-{role}{path.suffix}") for role in ("train", "evaluation")}
 
 
 def split(path: Path, share: float) -> dict[str, tuple[Path, int]]:
-    """Write NAME-train and NAME-evaluation beside a file; return each by its role, with its number of rows.
+    """Write NAME-train and NAME-evaluation next to a file; return each by its role, with its number of rows.
 
-    About `share` of the rows (above 0, below 1), drawn by chance and the same ones each time, go to the
-    evaluation. Rows that are equal stay together, however they are written: none is measured on that was
-    learned. What the same split wrote before is taken. Raises DataError where the file has not two different
-    rows or cannot be read, ConfigurationError where another file is there already, StorageError where none can
+    About `share` of the rows (above 0, below 1) go to the evaluation, drawn at random but the same each time.
+    Equal rows stay together, however they are written: no row is evaluated that was also trained on. Files
+    that the same split wrote before are reused. Raises DataError if the file cannot be read or does not have
+    two different rows, ConfigurationError if another file is there already, StorageError if the files cannot
     be written.
     """
     if not path.is_file():
@@ -67,7 +67,7 @@ def split(path: Path, share: float) -> dict[str, tuple[Path, int]]:
 def _deal(
     rows: Iterable[tuple[str, bytes]], held_out: set[bytes], header: str, new: dict[str, Path]
 ) -> dict[str, int]:
-    """Write each row behind the header of its part; return how many each has."""
+    """Write a header to each part, then each row to its part; return the number of rows of each."""
     written = dict.fromkeys(new, 0)
     with contextlib.ExitStack() as opened:
         files = {
@@ -84,7 +84,7 @@ def _deal(
 
 
 def _give_names(new: dict[str, Path], parts: dict[str, Path]) -> None:
-    """Name new files as their parts, unless these are there. Raises ConfigurationError where others are."""
+    """Rename new files to their parts, unless equal ones exist. Raises ConfigurationError if others exist."""
     there = {role: part for role, part in parts.items() if part.exists()}
     if not all(filecmp.cmp(new[role], part, shallow=False) for role, part in there.items()):
         reason = "is there already, of other rows or another share; name it as it is, or remove it"
@@ -93,18 +93,18 @@ def _give_names(new: dict[str, Path], parts: dict[str, Path]) -> None:
         )
     for role in parts.keys() - there.keys():
         try:
-            os.link(new[role], parts[role])  # unlike a renaming, never over what is there
+            os.link(new[role], parts[role])  # unlike a rename, this never overwrites a file
         except FileExistsError:
             raise
-        except OSError:  # a file system without links
+        except OSError:  # the file system has no links
             new[role].rename(parts[role])
 
 
 def _rows(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield each row that is not empty: its text with one line end, and a hash of what it holds.
+    """Yield each row that is not empty: its text with one line end, and a hash of its content.
 
-    Rows end where the readers end them: a quoted field may have line ends in it, and a lone carriage return ends
-    none but those of a table.
+    Rows end where the readers end them: a quoted field may contain line ends, and a lone carriage return ends
+    a row only in tables.
     """
     suffix = path.suffix.lower()
     dialect = _DIALECTS.get(suffix)
@@ -130,7 +130,7 @@ def _rows(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _drawn(counts: Counter[bytes], share: float, path: Path) -> set[bytes]:
-    """Return the rows of the evaluation, by their hashes. Raises DataError where all rows are equal."""
+    """Return the hashes of the evaluation's rows. Raises DataError if all rows are equal."""
     if len(counts) < 2:
         raise DataError(f"{path}: it has not two different rows; none can be held out")
     wanted = max(1, round(share * counts.total()))

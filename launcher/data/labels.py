@@ -1,4 +1,4 @@
-"""Normalise labels, the same way for the planner and for the trainer."""
+"""Normalisation of labels, shared by the planner and the trainer."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from launcher.data.rows import BAD_LABEL, MISSING, WRITTEN_MISSING, RowProblem, 
 from launcher.data.written import list_in
 
 WHOLE = re.compile(r"(-?[0-9]{1,18})\.0+")
-"""A whole number as a column of floats has it, which a column of integers becomes by one missing value."""
+"""A whole number from a column of floats: one missing value turns a column of integers into floats."""
 
 
 def class_name(value: Any) -> str:
-    """Return a class's name: text without the space around it; 3, 3.0 and '3.0' are '3', True and 'True' are
-    'true'.
+    """Return a class's name: text without surrounding spaces; 3, 3.0 and '3.0' become '3', True and 'True'
+    become 'true'.
 
-    Raises RowProblem for what is no name.
+    Raises RowProblem for a value that cannot be a name.
     """
     if is_missing(value):
         raise RowProblem(MISSING, "a label is missing in the list")
@@ -72,7 +72,7 @@ def class_names(values: dict[str, Any], column: str, problem: str) -> list[str]:
 
 
 def _parts(text: str) -> list[str]:
-    """Names with | between them, or with commas where there is no |."""
+    """Return the names in a text, separated by |, or by commas if it has no |."""
     if text.strip().startswith("[") and text.strip().endswith("]") and "|" not in text:
         raise RowProblem(BAD_LABEL, f"{text!r} is not a list as JSON, Python or numpy writes one")
     return [class_name(part) for part in text.split("|" if "|" in text else ",") if part.strip()]

@@ -1,4 +1,4 @@
-"""Count how many samples of each of several sources an epoch has: by weights, by temperature, or all of them."""
+"""The number of samples of each source in an epoch: by weights, by temperature, or all of them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from math import ceil, floor
 from launcher.data.section import Mixing, Sources
 
 _DIGITS = 12
-"""Digits that count of a power of a size: mathematical libraries differ in the last ones."""
+"""Significant digits kept of a size's power: mathematical libraries differ in the last ones."""
 
 
 def in_an_epoch(sizes: Sequence[int], given: Sources, mixing: Mixing | None) -> list[int]:
-    """Return how many samples of each source an epoch has, by how many each source has.
+    """Return the number of samples of each source in an epoch, given the number that each source has.
 
-    Without weights and temperature as many as there are. Else in the shares that are asked for, exactly but for
-    rounding (largest remainder), and so many in all as `stopping_strategy` says.
+    Without weights and temperature, all samples. Otherwise in the requested shares, exact but for rounding
+    (largest remainder); `stopping_strategy` determines their total.
     """
     mixing = mixing or Mixing()
     weights = [source.weight for source in given.sources or ()]

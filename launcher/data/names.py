@@ -1,4 +1,4 @@
-"""Tell the names of a file's columns from its first rows, where no job names any yet."""
+"""Detection of a file's column names from its first rows, while no job names any."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from launcher.data.readers import table_reader
 from launcher.plain_files import plain
 
 _HEADER_ROWS = 64
-"""Lines of a table by which it is told whether the first of them is a header."""
+"""Lines of a table that are compared to decide whether the first one is a header."""
 _LONGEST_NAME, _WORDS_OF_NAME = 60, 4
-"""Characters and words of a column's name."""
+"""The most characters and words of a column's name."""
 
 
 def nested_names(row: dict[str, Any]) -> list[str]:
-    """Return the names of the columns of an object of a JSON file, whose rows may stand inside it.
+    """Return the column names of an object in a JSON file, whose rows may be nested in it.
 
-    Lists of objects are rows where those objects hold such lists themselves, as SQuAD's paragraphs hold
-    questions, and these answers; a chat's messages are none.
+    A list of objects holds rows if those objects hold lists of objects themselves, as SQuAD's paragraphs hold
+    questions, which hold answers; a chat's messages are not rows.
     """
     for name, value in row.items():
         objects = _objects(value)
@@ -30,12 +30,12 @@ def nested_names(row: dict[str, Any]) -> list[str]:
 
 
 def _objects(value: Any) -> list[dict[str, Any]]:
-    """Return a list that holds objects alone; else an empty one."""
+    """Return a list that holds only objects; an empty list for any other value."""
     return value if isinstance(value, list) and all(isinstance(one, dict) for one in value) else []
 
 
 def names_of_table(path: Path, dialect: type[csv.Dialect]) -> list[str]:
-    """Return the names of a table's columns: those of its first line, or numbers where that looks like a row."""
+    """Return the names of a table's columns: its first line, or numbers if that line looks like a row."""
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="", opener=plain) as file:
         rows = list(islice(filter(None, table_reader(file, dialect, strict=False)), _HEADER_ROWS))
     first = rows[0] if rows else []
@@ -43,7 +43,7 @@ def names_of_table(path: Path, dialect: type[csv.Dialect]) -> list[str]:
 
 
 def _is_header(first: list[str], others: list[list[str]]) -> bool:
-    """Return whether a table's first line names its columns, by what stands there and in the lines below."""
+    """Return whether a table's first line is a header, by comparing it with the lines below."""
     if len(set(first)) < len(first):
         return False
     for number, name in enumerate(first):

@@ -1,4 +1,4 @@
-"""A part of a data source, and what was sampled there."""
+"""A part of a data source, and the sample taken from it."""
 
 from __future__ import annotations
 
@@ -8,40 +8,40 @@ from pathlib import Path
 from launcher.data.rows import Values
 
 LINE_BYTES = 1024
-"""Of a line, where lines are not counted: how much is read at first rests on it, and no more."""
+"""Assumed bytes per line if lines are not counted; it affects only how much is read at first."""
 _PLACES = 64
 _ROWS_OF_PLACE = 8
-"""Of one row each, long rows would be more likely where they stand together."""
+"""Rows per place: with one row each, long rows would be more likely to be in the sample."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A file, or as much of its beginning as a limit reaches."""
+    """A file, or its beginning up to a limit."""
 
     path: Path
     size: int
     counted: int | None
-    """Its lines, or the rows of Parquet and Arrow; None where they are not counted."""
+    """Number of lines, or of rows for Parquet and Arrow; None if they are not counted."""
     first: int | None = None
-    """So many of its rows, where a limit ends in it."""
+    """The number of its first rows to use, if a limit ends in it."""
     share: float = 1.0
-    """Of all its rows, as far as their number is known."""
+    """Share of the file's rows that is used, as far as their number is known."""
 
     @property
     def measure(self) -> float:
-        """Return what it has rows in proportion to, among files of its kind."""
+        """Return a size that is proportional to the number of rows, among files of one format."""
         return self.share * (self.size / LINE_BYTES if self.counted is None else self.counted)
 
 
 @dataclass
 class Seen:
-    """Hold what was seen of a part."""
+    """The sample of a part."""
 
     num_rows: float
-    """That it has."""
+    """Number of rows that the part has."""
     rows: list[Values]
 
 
 def places_for(wanted: int) -> int:
-    """Return in how many places so many rows are looked for."""
+    """Return the number of places from which `wanted` rows are sampled."""
     return max(1, min(_PLACES, wanted // _ROWS_OF_PLACE))

@@ -1,4 +1,4 @@
-"""Read files of text line by line: each row with its line, or a RowProblem where it cannot be read."""
+"""Readers of text files, line by line: each row with its line number, or a RowProblem if it is unreadable."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from launcher.plain_files import plain
 
 
 def read_json_lines(path: Path, columns: Sequence[str]) -> Read:
-    """Read one JSON object a line; lines of white space are not rows."""
+    """Read one JSON object per line; blank lines are not rows."""
     with open(path, "rb", opener=plain) as file:
         yield from json_rows(file)
 
@@ -53,8 +53,8 @@ def _json_object(line: bytes) -> Values:
 
 
 def read_json(path: Path, columns: Sequence[str]) -> Read:
-    """Read a list of objects, an object that holds one such list, or one object a line; rows may stand
-    inside the objects. The line given is the row's number."""
+    """Read a list of objects, an object that holds one such list, or one object per line; rows may be
+    nested in the objects. The line number is the row's number."""
     content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     try:
         whole = json.loads(content.decode("utf-8"))
@@ -71,7 +71,7 @@ def read_json(path: Path, columns: Sequence[str]) -> Read:
     except (
         ValueError,
         RecursionError,
-    ) as error:  # an integer of too many digits, lists too deep in each other
+    ) as error:  # an integer with too many digits, or lists that are nested too deeply
         raise DataError(f"{path} is no JSON that can be read: {error}") from None
     rows = whole
     if isinstance(whole, dict):
@@ -95,9 +95,9 @@ def read_json(path: Path, columns: Sequence[str]) -> Read:
 
 
 def _unnested(value: Any, asked: set[str]) -> Iterator[Any]:
-    """Yield the rows that stand inside an object, each with what stands around it; any other value as it is.
+    """Yield the rows nested in an object, each with the fields that surround it; any other value unchanged.
 
-    So SQuAD's questions are rows, which stand in paragraphs with a text, which stand in articles.
+    So rows of SQuAD are questions, nested in paragraphs with a text, nested in articles.
     """
     key = _key_of_rows(value, asked) if isinstance(value, dict) else None
     if key is None:
@@ -109,10 +109,9 @@ def _unnested(value: Any, asked: set[str]) -> Iterator[Any]:
 
 
 def _key_of_rows(value: dict[str, Any], asked: set[str]) -> str | None:
-    """Return the key of the list that holds the columns missing in an object; None where there is no such
-    list.
+    """Return the key of the list that holds the columns missing in an object; None if there is no such list.
 
-    The columns must stand at two levels at least: objects that alone have all of them may be anything.
+    The requested columns must be at two levels or more: objects that have all of them may be anything.
     """
     if asked <= value.keys():
         return None
@@ -130,13 +129,13 @@ def read_csv(path: Path, columns: Sequence[str]) -> Read:
 
 
 def read_tsv(path: Path, columns: Sequence[str]) -> Read:
-    """Read tab-separated values, as IANA registers them: no quoting, so that a stray quotation mark is only
-    a character."""
+    """Read tab-separated values, as IANA registers them: without quoting, so a quotation mark is an
+    ordinary character."""
     yield from _read_table(path, columns, PlainTabs)
 
 
 class PlainTabs(csv.excel_tab):
-    """Tabs between fields, and no quoting."""
+    """The dialect with tabs between fields and no quoting."""
 
     quoting = csv.QUOTE_NONE
     quotechar = None
@@ -154,8 +153,8 @@ def table_rows(
     dialect: type[csv.Dialect],
     header: list[str] | None = None,
 ) -> Read:
-    """Yield the rows of some lines of a table; the first has the names of the columns, or they are given as
-    `header`."""
+    """Yield the rows of some lines of a table; the first line has the column names, unless `header` gives
+    them."""
     reader = table_reader(lines, dialect, strict=True)
     while True:
         line = reader.line_num + 1
@@ -180,14 +179,14 @@ def table_rows(
 
 
 def table_reader(lines: Iterable[str], dialect: type[csv.Dialect], strict: bool) -> Any:
-    """Return Python's own, for fields of any length."""
+    """Return Python's own reader, with no limit on the length of a field."""
     csv.field_size_limit(sys.maxsize)
     return csv.reader(lines, dialect, strict=strict)
 
 
 def names_of_columns(path: Path, first: list[str], columns: Sequence[str]) -> list[str]:
-    """Return the names of the columns: the first line where it has all that are asked for; else numbers,
-    where numbers are asked for."""
+    """Return the names of the columns: the first line if it has all requested ones; otherwise numbers, if
+    numbers are requested."""
     wanted = required(columns)
     missing = [column for column in wanted if column not in first]
     if not missing:
@@ -212,14 +211,14 @@ def _table_row(header: list[str], fields: list[str]) -> Values:
 
 
 def read_text(path: Path, columns: Sequence[str]) -> Read:
-    """Read one sample a line, under the name of the one column asked for."""
+    """Read one sample per line, under the name of the single requested column."""
     column = only_column(path, columns)
     with open(path, "rb", opener=plain) as file:
         yield from text_rows(file, column)
 
 
 def only_column(path: Path, columns: Sequence[str]) -> str:
-    """Return the one column asked of a text file. Raises DataError where there are more."""
+    """Return the single column requested of a text file. Raises DataError if there are several."""
     wanted = required(columns)
     if len(wanted) != 1:
         raise DataError(

@@ -1,4 +1,4 @@
-"""One row of a data source, and why a row cannot be used."""
+"""A row of a data source, and the reasons why a row cannot be used."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 WRITTEN_MISSING = {"nan", "NaN", "<NA>", "NaT", "#N/A"}
-"""What pandas, numpy and spreadsheets write where there is no value: in a cell of a table, and as a label
-anywhere. As text in JSON and Parquet, which have a null of their own, it is text. Words that people write too
-(None, null, NA) are text everywhere."""
+"""Words that pandas, numpy and spreadsheets write for a missing value: they count as missing in a table's
+cell, and as a label anywhere. In JSON and Parquet, which have null, they are text. Words that people also
+write (None, null, NA) are text everywhere."""
 _EXACT = 2.0**53
-"""Up to here every integer is a float."""
+"""The limit up to which a float represents every integer exactly."""
 
 
 class RowProblem(Exception):
-    """Say why a row cannot be used. `reason` is what rows are counted by, `detail` is about this one row."""
+    """The reason why a row cannot be used. Rows are counted by `reason`; `detail` is about this row."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason, detail)
@@ -40,40 +40,39 @@ NOTHING_TO_LEARN = "nothing left to learn"
 
 
 class IfThere(str):
-    """The name of a column that is read where a source has it, and not missed where it has not."""
+    """The name of an optional column: it is read if a source has it."""
 
 
 def required(columns: Iterable[str]) -> list[str]:
-    """Return the columns that a source must have, once each."""
+    """Return the columns that a source must have, without duplicates."""
     return list(dict.fromkeys(column for column in columns if not isinstance(column, IfThere)))
 
 
 class Row(NamedTuple):
-    """A row as it was read, or why it could not be."""
+    """A row as it was read, or the reason why it is unreadable."""
 
     id: int
-    """Its number in the source, from 0; rows that cannot be used count too, so that ids do not depend on
-    policy."""
+    """The row's number in the source, from 0; unusable rows count too, so ids do not depend on the policy."""
     file: str
     line: int
-    """Line in the file, from 1; the row's number where the format has no lines."""
+    """The line in the file, from 1; the row's number if the format has no lines."""
     values: dict[str, Any] | RowProblem
 
 
 Values = dict[str, Any] | RowProblem
-"""A row by column, or why it could not be read."""
+"""A row's values by column, or the reason why it is unreadable."""
 Read = Iterator[tuple[int, Values]]
-"""The rows of a file, each with its line."""
+"""The rows of a file, each with its line number."""
 
 
 def is_missing(value: Any) -> bool:
-    """Return whether a value stands for none: null, or NaN, as pandas has it where a cell is empty."""
+    """Return whether a value is missing: null, or NaN, which pandas writes for an empty cell."""
     return value is None or (isinstance(value, (float, Decimal)) and math.isnan(value))
 
 
 def text_of(values: dict[str, Any], column: str) -> str:
-    """Return the text in `column`; a number is written out, 42.0 as 42. Raises RowProblem where there is
-    none."""
+    """Return the text in `column`; a number becomes text, 42.0 as 42. Raises RowProblem if there is no
+    text."""
     value = values.get(column)
     if is_missing(value):
         raise missing(values, column)
@@ -88,7 +87,7 @@ def text_of(values: dict[str, Any], column: str) -> str:
 
 
 def missing(values: dict[str, Any], column: str) -> RowProblem:
-    """Return why there is nothing in a column of a row."""
+    """Return the problem of a row that has no value in a column."""
     if column in values:
         return RowProblem(
             MISSING, f"{column!r} is {'null' if values[column] is None else 'NaN, a missing value'}"
@@ -99,14 +98,14 @@ def missing(values: dict[str, Any], column: str) -> RowProblem:
 
 @lru_cache(maxsize=256)
 def _nearest(column: str, names: tuple[str, ...]) -> str:
-    """Return a hint at the name that a missing column may have, or nothing; every row of a file asks alike."""
+    """Return a hint at the column name that was probably meant, or nothing; cached, as rows repeat it."""
     near = difflib.get_close_matches(column, [str(name) for name in names], n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _written(number: int | float | Decimal, column: str) -> str:
-    """A number as text: a whole float as an integer, which it was before another row's missing value made the
-    column one of floats."""
+    """Return a number as text: a whole float as an integer, because a missing value in another row turns a
+    column of integers into floats."""
     if isinstance(number, float) and not math.isfinite(number):
         raise RowProblem(BAD_VALUE, f"{column!r} is {number}, not text")
     return str(
@@ -115,7 +114,7 @@ def _written(number: int | float | Decimal, column: str) -> str:
 
 
 def check_encodable(text: str, column: str) -> None:
-    """Raise RowProblem where `text` has code points that UTF-8 cannot write (lone surrogates)."""
+    """Raise RowProblem if `text` has code points that UTF-8 cannot encode (lone surrogates)."""
     if text.isascii():
         return
     try:

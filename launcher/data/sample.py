@@ -1,4 +1,4 @@
-"""Count a source's rows and sample some from all over it, without reading a large one whole."""
+"""Counting of a source's rows, and sampling from all over it without reading a large source in full."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from launcher.data.section import Source
 from launcher.errors import DataError
 
 _COUNTED_BYTES = 1 << 28
-"""Files of lines up to this size, all together, have their lines counted; of larger ones the rows looked at
-say how long one is."""
+"""Text files up to this total size have their lines counted; for larger ones the number is estimated from
+the length of the sampled rows."""
 _COUNTED_FILES = 256
 _MOST_FILES = 64
-"""Of a source, that are looked at."""
+"""The most files of a source that are sampled."""
 _FEWEST = 8
-"""Rows that are looked for in each of them at the least."""
+"""The fewest rows that are sampled from each file."""
 _GOLDEN = (5**0.5 - 1) / 2
-"""Whose multiples lie spread between whole numbers: where in each of several files places are."""
+"""The golden ratio less 1; its multiples modulo 1 shift the sampled places evenly between files."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Hold what was seen of a source."""
+    """The sample of a source."""
 
     num_rows: int
-    """Of all files, up to the source's limit: counted where that is quick, else by what those looked at take
-    of their files."""
+    """Rows of all files, up to the source's limit: counted if that is quick, otherwise estimated from the
+    size of the sampled rows."""
     rows: tuple[Values, ...]
-    """Any of them, no more than there are: of each file its share."""
+    """A random sample of the rows, in which each file has its share."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +49,10 @@ class _Part(Part):
 
 
 def look(source: Source, columns: Sequence[str], most: int = 1024) -> Sample:
-    """Return the number of rows of local files, and at most so many of them. Raises DataError where they are
-    not here, or cannot be read.
+    """Return the number of rows of local files, and at most `most` of them. Raises DataError if a file is
+    missing or unreadable.
 
-    A limit up to `most` is read from the beginning; of a larger one the part that it reaches is looked at.
+    With a limit up to `most`, rows are read from the beginning; otherwise they are sampled.
     """
     if source.path is None:
         raise DataError("data on the hub are not looked at")
@@ -87,7 +87,7 @@ def _read(path: Path, kind: Format, columns: Sequence[str]) -> Read:
 
 
 def _parts(paths: Sequence[Path]) -> list[_Part]:
-    """Return the files, with what is counted of them."""
+    """Return the files as parts, with their numbers of lines or rows if these can be counted quickly."""
     files = [(path, format_of(path), path.stat().st_size) for path in paths]
     lines = sum(size for _, kind, size in files if kind.by_lines)
     parts = []
@@ -103,7 +103,7 @@ def _parts(paths: Sequence[Path]) -> list[_Part]:
 def _look(
     parts: Sequence[_Part], columns: Sequence[str], most: int
 ) -> tuple[list[float], tuple[Values, ...]]:
-    """Return how many rows each file has, and some of them."""
+    """Return the number of rows of each file, and a sample."""
     some = _some(parts)
     size = sum(part.share * part.size for part in parts)
     measured = sum(part.measure for part in some)
@@ -127,7 +127,7 @@ def _of_part(part: _Part, columns: Sequence[str], wanted: int, whole: bool, phas
 
 
 def _some(parts: Sequence[_Part]) -> list[_Part]:
-    """Files from all over a source; of those that have to be read as a whole only so many as may be."""
+    """Return files from all over a source; formats that must be read in full only up to their size limit."""
     step = -(-len(parts) // _MOST_FILES)
     some = list(parts[step // 2 :: step])
     limits = {part.kind.most_bytes for part in some}
@@ -139,7 +139,7 @@ def _some(parts: Sequence[_Part]) -> list[_Part]:
 
 
 def _reached(parts: Sequence[_Part], numbers: Sequence[float], limit: int) -> list[_Part]:
-    """The files that a limit reaches, the last of them in part."""
+    """Return the files within a limit; the last one may be used in part."""
     reached: list[_Part] = []
     left = float(limit)
     for part, number in zip(parts, numbers, strict=True):
@@ -151,8 +151,8 @@ def _reached(parts: Sequence[_Part], numbers: Sequence[float], limit: int) -> li
 
 
 def _fairly(seen: Sequence[Seen], most: int) -> tuple[Values, ...]:
-    """At most so many rows, and of each file as many as its share of all rows is."""
-    # Any of them, as every tenth may have something in common.
+    """Return at most `most` rows, from each file in proportion to its number of rows."""
+    # A random choice, as every tenth row may have something in common.
     drawn, total = random.Random(0), sum(look.num_rows for look in seen)
     chosen: list[Values] = []
     for look in seen:

@@ -1,4 +1,4 @@
-"""Sample rows from all over a file of lines."""
+"""Sampling of rows from all over a file of lines."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from launcher.errors import DataError
 from launcher.plain_files import plain
 
 _BYTES_OF_ROW = 1 << 15
-"""That are read at most for each row wanted: where rows are longer, fewer are looked at."""
+"""The most bytes that are read for each wanted row: with longer rows the sample is smaller."""
 _QUOTE_BYTES = 1 << 18
-"""How far a quotation mark is looked for that tells which line ends are rows'."""
+"""The distance within which quotation marks are searched, to tell which line ends end rows."""
 _LONGEST_LINE = 1 << 28
-"""What is longer comes in pieces, none of which is a row that can be used."""
+"""Longer lines are returned in pieces, none of which is a usable row."""
 _BETWEEN = b",\r\n"
-"""Fields."""
+"""Bytes that separate fields."""
 _MARKS = re.compile(rb'"+')
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Say how rows stand in a file."""
+    """The layout of rows in a file."""
 
     parse: Callable[[Iterable[bytes]], Read]
     quoted: bool = False
     begin: int = 0
-    """Bytes of the header."""
+    """The header's length in bytes."""
     num_lines: int = 0
-    """Of the header."""
+    """The header's number of lines."""
 
 
 class _Lines:
-    """The lines of a file from where it stands, which know how many were taken."""
+    """The lines of a file from its current position, with a count of those read."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -56,14 +56,14 @@ class _Lines:
 
 @dataclass
 class _Found:
-    """The rows that begin in some stretches of a file, and what they take of it."""
+    """The rows that begin in some stretches of a file, and the lines and bytes that they take."""
 
     rows: list[Values] = field(default_factory=list)
     num_lines: int = 0
     num_bytes: int = 0
 
     def add(self, file: BinaryIO, layout: Layout, start: int, end: int) -> None:
-        """Add the rows that begin between two bytes of a file."""
+        """Add the rows that begin between two positions of a file, in bytes."""
         if not _to_a_row(file, layout, start, end):
             return
         rows, lines, begin = [], _Lines(file), file.tell()
@@ -72,7 +72,7 @@ class _Found:
                 rows.append(values)
                 if begin + lines.num_bytes >= end:
                     break
-        except DataError:  # of a quotation mark that is never closed, as it did not open a field
+        except DataError:  # an ambiguous quotation mark was taken for an opening one
             return
         self.rows += rows
         self.num_lines += lines.num_lines
@@ -80,10 +80,10 @@ class _Found:
 
 
 def look_in_places(part: Part, layout: Layout, wanted: int, phase: float) -> Seen | None:
-    """Return how many rows there are, and about so many of them; None where the whole may as well be read.
+    """Return the number of rows, and about `wanted` of them; None if the file should be read in full.
 
-    Their number is exact where lines were counted and those looked at are a row each. Else it is an estimate,
-    by how many rows the lines that were looked at are, or the bytes.
+    The number is exact if lines were counted and each sampled row is one line. Otherwise it is estimated from
+    the lines, or the bytes, per sampled row.
     """
     size = int(part.share * (part.size - layout.begin))
     num_lines = part.share * max(1, part.counted - layout.num_lines) if part.counted is not None else None
@@ -103,8 +103,8 @@ def look_in_places(part: Part, layout: Layout, wanted: int, phase: float) -> See
 
 
 def _look(path: Path, layout: Layout, size: int, span: float, places: int, phase: float) -> _Found:
-    """Return so many bytes, as many in each of some places, that long rows are no more likely than short
-    ones; the first row where none begins there."""
+    """Return the rows that begin in `span` bytes, divided evenly over some places, so that long rows are
+    no more likely than short ones; the first row of the file if none begins there."""
     collected, stride, each = _Found(), size / places, max(1, int(span / places))
     with open(path, "rb", opener=plain) as file:
         for place in range(places):
@@ -116,7 +116,7 @@ def _look(path: Path, layout: Layout, size: int, span: float, places: int, phase
 
 
 def table_layout(path: Path, columns: Sequence[str], dialect: type[csv.Dialect], quoted: bool) -> Layout:
-    """Return how rows stand in a table, whose header is read. Raises DataError where it has not the columns."""
+    """Return a table's layout after reading its header. Raises DataError if a column is missing."""
     with open(path, "rb", opener=plain) as file:
         lines = _Lines(file)
         first: list[str] = next(filter(None, table_reader(_decoded(lines), dialect, strict=False)), [])
@@ -126,7 +126,7 @@ def table_layout(path: Path, columns: Sequence[str], dialect: type[csv.Dialect],
 
 
 def _decoded(lines: Iterable[bytes]) -> Iterator[str]:
-    """Return the text as a file that is opened as text gives it: a carriage return alone ends a line too."""
+    """Yield the lines as text, as a file opened in text mode does: a lone carriage return ends a line too."""
     for line in lines:
         yield from io.StringIO(
             line.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape"), newline=""
@@ -134,7 +134,7 @@ def _decoded(lines: Iterable[bytes]) -> Iterator[str]:
 
 
 def _to_a_row(file: BinaryIO, layout: Layout, start: int, end: int) -> bool:
-    """Go to the first row that begins at or after `start`, and say whether it does before `end`."""
+    """Move to the first row that begins at or after `start`; return whether it begins before `end`."""
     if start <= layout.begin:
         file.seek(layout.begin)
         return True
@@ -144,16 +144,16 @@ def _to_a_row(file: BinaryIO, layout: Layout, start: int, end: int) -> bool:
     outside = _outside(file.read(max(_QUOTE_BYTES, end - start)))
     file.seek(start - 1 + outside)
     with suppress(csv.Error):
-        next(table_reader(_decoded(_Lines(file)), csv.excel, strict=False), None)  # begun before
+        next(table_reader(_decoded(_Lines(file)), csv.excel, strict=False), None)  # began earlier
     return file.tell() < end
 
 
 def _outside(text: bytes) -> int:
-    """The first byte that is not between quotation marks, as far as they tell.
+    """Return the index of the first byte outside quotation marks, as far as the marks show it.
 
-    A mark after which a field ends closes it, one before which a field ended opens the next, and two together
-    are one within the text. The first that can only be one of these says what is before it; those that may be
-    both change that. Where none tells, the first byte is taken to be outside.
+    A mark before a field's end closes a field, a mark after a field's end opens one, and a doubled mark is a
+    quotation mark in the text. The first unambiguous mark determines the state before it; earlier marks that
+    may be both toggle it. If no mark is unambiguous, the first byte is assumed to be outside.
     """
     begin = len(text) - len(text.lstrip(b'"'))
     unsure: list[int] = []

@@ -1,4 +1,4 @@
-"""Sample rows from all over a Parquet or an Arrow file."""
+"""Sampling of rows from all over a Parquet or an Arrow file."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from launcher.data.parts import Part, Seen, places_for
 from launcher.data.rows import Values
 
 _BYTES_OF_ROW = 1 << 17
-"""Decoded at most for each row wanted: 0.3 s for 1,024 of them, at 400 MiB/s."""
+"""The most bytes decoded for each wanted row: 0.3 s for 1,024 rows, at 400 MiB/s."""
 
 
 def look_in_groups(part: Part, columns: Sequence[str], wanted: int, phase: float) -> Seen:
-    """Return how many rows there are, by the footer, and about so many of them, any of some groups from all
-    over the file: of groups that are large for that, any of the first rows. Raises DataError where the file
-    cannot be read."""
+    """Return the number of rows from the footer, and about `wanted` random rows from some row groups all
+    over the file; from a large group, only among its first rows. Raises DataError if the file cannot be
+    read."""
     file = open_parquet(part.path, columns)
     with whole_parquet(part.path):
         num_rows = min(file.metadata.num_rows, part.first or file.metadata.num_rows)
@@ -46,7 +46,7 @@ def look_in_groups(part: Part, columns: Sequence[str], wanted: int, phase: float
 
 
 def _rows_of_groups(metadata: Any, num_rows: int) -> dict[int, int]:
-    """Return how many of the first rows of a file are in each of its groups, of those that have any."""
+    """Return the number of rows in each group among the file's first `num_rows`, without empty groups."""
     sizes = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
     left = [num_rows - end + size for size, end in zip(sizes, accumulate(sizes), strict=True)]
     return {
@@ -57,7 +57,7 @@ def _rows_of_groups(metadata: Any, num_rows: int) -> dict[int, int]:
 
 
 def _some_of(file: Any, group: int, columns: Sequence[str], have: int, wanted: int) -> list[Values]:
-    """Any of the first `have` rows of a group, as far as they are decoded."""
+    """Return random rows among the first `have` of a group, as far as it is decoded."""
     batches, num_rows, num_bytes = [], 0, 0
     for batch in file.iter_batches(
         batch_size=PARQUET_BATCH, row_groups=[group], columns=there(columns, file.schema_arrow.names)
@@ -72,8 +72,8 @@ def _some_of(file: Any, group: int, columns: Sequence[str], have: int, wanted: i
 
 
 def look_in_table(part: Part, columns: Sequence[str], wanted: int) -> Seen:
-    """Return how many rows an Arrow file has, and so many of them, any. Raises DataError where it cannot be
-    read."""
+    """Return the number of rows of an Arrow file, and `wanted` random ones. Raises DataError if it cannot
+    be read."""
     table = open_arrow(part.path, columns)
     num_rows = min(table.num_rows, part.first or table.num_rows)
     names = names_of_classes(features_of(table.schema))

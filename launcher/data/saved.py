@@ -1,4 +1,4 @@
-"""Directories that `save_to_disk` of the package datasets wrote."""
+"""Directories written by `save_to_disk` of the package datasets."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from launcher.plain_files import read_json
 
 
 def saved_splits(directory: Path) -> list[str] | None:
-    """Return the splits in a directory that `save_to_disk` wrote; none of a single data set's; None where it
-    is no such directory."""
+    """Return the splits in a directory that `save_to_disk` wrote: empty for a single data set, None if the
+    directory is something else."""
     if (directory / "state.json").is_file():
         return []
     try:

@@ -1,4 +1,4 @@
-"""The section `data` of a job file, as far as it is the same for every task."""
+"""The section `data` of a job file: the keys that all tasks share."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Source(Section):
 
 
 def parse_columns(value: Any) -> Any:
-    """Return a section of columns as it is. Raises ValueError for anything else."""
+    """Return a section of columns unchanged. Raises ValueError for anything else."""
     if value is not None and not isinstance(value, dict):
         raise ValueError("write columns by the keys of data, as {text: body}")
     return value
@@ -53,7 +53,7 @@ class MixedSource(Source):
     """The task in `data.tasks` whose rows these are, where there are several (`model.task: multi-task`)."""
 
     def __hash__(self) -> int:
-        """Return the hash of its JSON: a mapping of columns has none."""
+        """Return the hash of its JSON, as a mapping of columns is not hashable."""
         return hash(self.model_dump_json())
 
 
@@ -66,31 +66,31 @@ class Sources(Source):
 
     @property
     def parts(self) -> tuple[Source, ...]:
-        """Return the sources: those of the list, or this one alone."""
+        """Return the sources: the entries of the list, or this source alone."""
         return self.sources or (self,)
 
     @property
     def aliases(self) -> tuple[str, ...]:
-        """Return what each source of the list is called, no two alike; nothing without a list."""
+        """Return a unique name for each source of the list; empty without a list."""
         given: list[str] = []
         asked_for = {source.alias for source in self.sources or ()}
         tasks = [source.task for source in self.sources or ()]
         for number, source in enumerate(self.sources or ()):
             name = _short_name(source)
-            if source.task is not None:  # the only rows of a task are called what it is
+            if source.task is not None:  # a task's only source is named after the task
                 name = source.task if tasks.count(source.task) == 1 else f"{source.task}-{name}"
             name = f"{name}-{number}" if name in asked_for or name in given else name
             given.append(source.alias or name)
         return tuple(given)
 
     def key(self, role: str, number: int) -> str:
-        """Return the key of a source in a job file: `data.train`, or with a list `data.train.0`."""
+        """Return the key of a source in a job file: `data.train`, or `data.train.0` in a list."""
         return f"data.{role}" if self.sources is None else f"data.{role}.{number}"
 
 
 def parse_sources(value: Any) -> Any:
-    """Return a list of sources as the section that it stands for; anything else unchanged. Raises ValueError for
-    a list that is empty, or has an entry that is no section."""
+    """Return a list of sources as the equivalent section; anything else unchanged. Raises ValueError if
+    the list is empty or an entry is not a section."""
     if isinstance(value, Source) and not isinstance(value, Sources):
         return value.model_dump(exclude_unset=True)
     if not isinstance(value, (list, tuple)):
@@ -142,7 +142,7 @@ class Data(Section):
 
     @property
     def one_length(self) -> bool:
-        """Return whether all samples are of one length, so that none is padded beside another."""
+        """Return whether all samples have the same length, so that none is padded."""
         return False
 
 

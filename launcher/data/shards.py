@@ -1,4 +1,4 @@
-"""Files of which rows can be read from any place on, a class for each format."""
+"""Files whose rows can be read from any offset, one class for each format."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class Offset(NamedTuple):
-    """Say what of a file comes before a row."""
+    """The position before a row in a file."""
 
     row: int = 0
     line: int = 0
-    """Lines; of Parquet rows."""
+    """Number of lines; of rows for Parquet."""
     byte: int = 0
-    """Bytes; 0 of Parquet, where rows are no stretch of bytes."""
+    """Number of bytes; 0 for Parquet, whose rows are not contiguous bytes."""
 
 
 class Shard(ABC):
-    """Read the rows of a file from any place in it on."""
+    """A reader of a file's rows from any offset."""
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
         self.path, self.columns = path, columns
 
     @abstractmethod
     def read(self, start: Offset) -> Iterator[tuple[int, Values, Offset]]:
-        """Yield the rows from an offset on: line, values, and the offset behind it.
+        """Yield the rows from an offset on: line number, values, and the offset after the row.
 
-        Raises DataError or OSError where the file cannot be read.
+        Raises DataError or OSError if the file cannot be read.
         """
 
     @abstractmethod
     def skip(self, start: Offset, count: int) -> Offset:
-        """Return the offset behind so many rows, or that behind the last row. Raises as `read`."""
+        """Return the offset after `count` rows, or after the last row. Raises as `read`."""
 
 
 class Lines(Shard):
-    """Read a file with a row on each line."""
+    """A file with one row per line."""
 
     def read(self, start: Offset) -> Iterator[tuple[int, Values, Offset]]:
         row = start.row
@@ -65,7 +65,7 @@ class Lines(Shard):
         return offset
 
     def _lines(self, start: Offset) -> Iterator[tuple[int, int, bytes]]:
-        """Yield each line with its number, from 1, and the bytes up to its end."""
+        """Yield each line with its number, from 1, and the offset of its end in bytes."""
         number, byte = start.line, start.byte
         with open(self.path, "rb", opener=plain) as file:
             file.seek(byte)
@@ -75,7 +75,7 @@ class Lines(Shard):
 
     @abstractmethod
     def _rows(self, content: bytes) -> Iterator[tuple[int, Values]]:
-        """Return the row of a line, if it is one."""
+        """Yield the row of a line, if it is one."""
 
     @abstractmethod
     def _is_row(self, content: bytes) -> bool:
@@ -83,7 +83,7 @@ class Lines(Shard):
 
 
 class JsonLines(Lines):
-    """Read one JSON object from each line; lines of white space are not rows."""
+    """One JSON object per line; blank lines are not rows."""
 
     def _rows(self, content: bytes) -> Iterator[tuple[int, Values]]:
         return json_rows([content])
@@ -93,7 +93,7 @@ class JsonLines(Lines):
 
 
 class Text(Lines):
-    """Read one text from each line."""
+    """One text per line."""
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
         super().__init__(path, columns)
@@ -107,16 +107,16 @@ class Text(Lines):
 
 
 class Parquet(Shard):
-    """Read a Parquet file, and keep what was decoded last: who reads on does not decode it again."""
+    """A Parquet file; the last decoded batch is kept, so that reading on does not decode it again."""
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
         super().__init__(path, columns)
         self._file: Any = None
         self._batches: Iterator[Any] = iter(())
         self._next = 0
-        """The row at which the next batch begins."""
+        """The first row of the next batch."""
         self._batch: Any = None
-        """The last batch, which ends there."""
+        """The last decoded batch, which ends before row `_next`."""
 
     def read(self, start: Offset) -> Iterator[tuple[int, Values, Offset]]:
         import pyarrow
@@ -143,7 +143,7 @@ class Parquet(Shard):
         return self._file
 
     def _seek(self, row: int) -> None:
-        """Have the batch with this row; none where the file has no such row."""
+        """Decode the batch that has this row; none if the file has no such row."""
         file = self._open()
         groups = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
         first = number = 0
@@ -171,4 +171,4 @@ SHARDS: dict[str, type[Shard]] = {
     ".txt": Text,
     ".parquet": Parquet,
 }
-"""By the ending of a file's name."""
+"""Readers by the ending of a file's name."""

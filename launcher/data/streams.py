@@ -1,4 +1,4 @@
-"""Read files row by row from any place in them, epoch after epoch, without knowing how many rows there are."""
+"""Streams of rows from any position in some files, epoch after epoch, without knowing the number of rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from launcher.data.shards import SHARDS, Offset, Shard
 from launcher.errors import DataError
 
 FILE_BITS = 40
-"""The id of a row is the number of its file, times 2 to this power, and its number in the file."""
+"""The id of a row is its file's number times 2 to this power, plus the row's number in the file."""
 
 
 def row_number(id: int) -> int:
@@ -22,20 +22,20 @@ def row_number(id: int) -> int:
 
 
 class Cursor(NamedTuple):
-    """Say before which row of which epoch a stream stands."""
+    """The position of a stream: the next row, and its epoch."""
 
     epoch: int = 0
     shard: int = 0
-    """The file's place among those of the epoch, which each epoch has in an order of its own."""
+    """The file's place in the epoch's order of files, which differs from epoch to epoch."""
     offset: Offset = Offset()
 
     def to_dict(self) -> dict[str, int]:
-        """Return it as JSON has it."""
+        """Return the cursor as values for JSON."""
         return {"epoch": self.epoch, "shard": self.shard, **self.offset._asdict()}
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> Cursor:
-        """Return what `to_dict` gave. Raises KeyError or ValueError for anything else."""
+        """Return the cursor from the values of `to_dict`. Raises KeyError or ValueError for anything else."""
         numbers = {name: int(given[name]) for name in ("epoch", "shard", *Offset._fields)}
         if min(numbers.values()) < 0:
             raise ValueError(f"{given} is no place in files")
@@ -43,22 +43,22 @@ class Cursor(NamedTuple):
 
 
 def can_stream(path: str) -> bool:
-    """Return whether files of this name can be read from any place in them."""
+    """Return whether files with this name can be read from any offset."""
     return PurePath(path).suffix.lower() in SHARDS
 
 
 @dataclass(frozen=True)
 class Stamp:
-    """A file as it was when a stream was opened."""
+    """The state of a file when a stream was opened."""
 
     path: str
     bytes: int
     modified: int
-    """When it was written last, in nanoseconds since 1970."""
+    """Time of the last modification, in nanoseconds since 1970."""
 
     @classmethod
     def of(cls, path: str) -> Stamp:
-        """Return a file's. Raises DataError where there is none."""
+        """Return the stamp of a file. Raises DataError if it does not exist."""
         try:
             stat = Path(path).stat()
         except OSError as error:
@@ -66,7 +66,7 @@ class Stamp:
         return cls(path, stat.st_size, stat.st_mtime_ns)
 
     def refuse_change(self, offset: Offset) -> None:
-        """Raise DataError where the file is not what it was; `offset` is from where it was being read."""
+        """Raise DataError if the file has changed; `offset` is where reading started."""
         now = Stamp.of(self.path)
         if now == self:
             return
@@ -82,25 +82,25 @@ class Stamp:
 
 
 class Files:
-    """Read the rows of some files, epoch after epoch, each epoch with the files in an order of its own."""
+    """Rows of some files, epoch after epoch; each epoch has its own order of files."""
 
     def __init__(
         self, paths: Sequence[Path], columns: Sequence[str], order: Callable[[int], Sequence[int]]
     ) -> None:
-        """`order` returns the numbers of the files in an epoch. Raises DataError for a file that is missing."""
+        """Raise DataError if a file is missing. `order` returns the numbers of an epoch's files in order."""
         self.stamps = tuple(Stamp.of(str(path)) for path in paths)
         self.order = order
         self._columns = tuple(columns)
         self._open: tuple[int, Shard] | None = None
 
     def number_of(self, cursor: Cursor) -> int:
-        """Return the number of the file in which a cursor stands."""
+        """Return the number of the file at a cursor."""
         return int(self.order(cursor.epoch)[min(cursor.shard, len(self.stamps) - 1)])
 
     def read(self, start: Cursor, count: int, ends: Callable[[Cursor], None]) -> Iterator[Row]:
-        """Yield so many rows, or those up to the end of the epoch; tell `ends` where the next ones begin.
+        """Yield `count` rows, or up to the epoch's end; then call `ends` with the cursor after them.
 
-        Raises DataError for a file that cannot be read, or that is not what it was.
+        Raises DataError for a file that cannot be read or has changed.
         """
         left = count
         for number, shard, cursor in self._shards(start):
@@ -118,7 +118,7 @@ class Files:
         ends(Cursor(start.epoch + 1))
 
     def skip(self, start: Cursor, count: int) -> Cursor:
-        """Return where `read` would end. Raises as it does."""
+        """Return the cursor at which `read` would end. Raises as `read`."""
         left = count
         for number, shard, cursor in self._shards(start):
             with self._unchanged(number, cursor.offset):
@@ -129,7 +129,7 @@ class Files:
         return Cursor(start.epoch + 1)
 
     def _shards(self, start: Cursor) -> Iterator[tuple[int, Shard, Cursor]]:
-        """Yield each file from a cursor to the end of its epoch: its number, itself, and where it is begun."""
+        """Yield each file from a cursor to its epoch's end: number, reader, and cursor of its start."""
         order, cursor = self.order(start.epoch), start
         while cursor.shard < len(order):
             number = int(order[cursor.shard])
@@ -141,8 +141,8 @@ class Files:
 
     @contextlib.contextmanager
     def _unchanged(self, number: int, offset: Offset) -> Iterator[None]:
-        """Raise DataError where a file cannot be read from an offset on, or is another one after it was read:
-        what is wrong with a file that changed is that."""
+        """Raise DataError if a file cannot be read from an offset on, or has changed since; the change is
+        then named as the cause."""
         try:
             yield
         except (DataError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Parse lists that stand in a text, as JSON, Python and numpy write them."""
+"""Parsing of lists in a text, as JSON, Python and numpy write them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 _BEGINS = ("[", "(", "{", "set(")
 _STRINGS_SIDE_BY_SIDE = re.compile(r"""['"]\s+[rbu]?['"]""")
-"""Which Python would read as one text, and numpy writes as two."""
+"""Two adjacent strings: numpy means two elements, Python would join them into one."""
 _ENDS = ("]", ")", "}")
 _LAYOUT = {
     tokenize.NL,
@@ -26,10 +26,10 @@ _LAYOUT = {
 
 
 def list_in(text: str) -> list[Any] | None:
-    """Return the list that a text is: as JSON, as Python's `repr`, or as numpy with spaces between what is
-    in it; None where it is none.
+    """Return the list that a text contains: as JSON, as Python's `repr`, or as numpy with spaces between
+    elements; None if it contains none.
 
-    A tuple and a set are lists too, the latter sorted by how its elements are written.
+    Tuples and sets become lists too; a set is sorted by its elements' `repr`.
     """
     text = text.strip()
     if not text.startswith(_BEGINS):
@@ -44,14 +44,14 @@ def list_in(text: str) -> list[Any] | None:
 
 
 def _as_python(text: str) -> Any:
-    """Return what Python reads there, where numpy left commas out with them; None where it reads nothing."""
+    """Return the text's value in Python, with commas added that numpy left out; None if it is not valid."""
     ways: list[Callable[[str], str]] = (
         [_with_commas] if _STRINGS_SIDE_BY_SIDE.search(text) else [str, _with_commas]
     )
     for way in ways:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of backslashes that mean nothing to Python
+                warnings.simplefilter("ignore")  # of invalid escape sequences in Python strings
                 return ast.literal_eval(way(text))
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, tokenize.TokenError):
             continue
@@ -59,8 +59,8 @@ def _as_python(text: str) -> Any:
 
 
 def _with_commas(text: str) -> str:
-    """Return the same text with a comma between two elements that have none. `nan` is None: nothing stands
-    there. Raises as `tokenize` does."""
+    """Return the text with a comma between any two elements that have none; `nan` becomes None, a missing
+    value. Raises as `tokenize` does."""
     words: list[str] = []
     before: tokenize.TokenInfo | None = None
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
@@ -74,14 +74,14 @@ def _with_commas(text: str) -> str:
 
 
 def _ends(token: tokenize.TokenInfo) -> bool:
-    """Return whether an element may end with it."""
+    """Return whether an element may end with this token."""
     named = token.type == tokenize.NAME and token.string != "set"
     return named or token.type in (tokenize.STRING, tokenize.NUMBER) or token.string in _ENDS
 
 
 def _begins(token: tokenize.TokenInfo, before: tokenize.TokenInfo, text: str) -> bool:
-    """Return whether an element begins with it; a sign does where a space stands before it and none
-    behind."""
+    """Return whether an element begins with this token; a sign does if a space precedes it and none
+    follows."""
     if token.string in ("-", "+"):
         line, column = token.end
         return token.start != before.end and not text.splitlines()[line - 1][column : column + 1].isspace()

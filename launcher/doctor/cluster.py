@@ -1,4 +1,4 @@
-"""Examine the nodes of a cluster together, in one allocation."""
+"""Examination of a cluster's nodes together, in one allocation."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ _SECONDS = {
     "read": 45.0,
     "reduce": collective_check.SECONDS + 15.0,
 }
-"""The orders, and what a node has at most for each; then it counts as silent."""
+"""The orders, and the time limit in seconds for each: a node that exceeds it counts as silent."""
 _SECONDS_FOR_HELLO = 90.0
 _TOLD = {"addresses", "port", "num_gpus", "address"}
-"""Values that all nodes are told of each other, of what they have said so far."""
+"""Names of values in each node's answers that are sent to all nodes."""
 _LOGIN = "this machine"
 _OPTIONS = ("--ntasks-per-node=1", "--label", "--no-kill", "--kill-on-bad-exit=0", "--wait=0", "--mpi=none")
-"""srun's: a node that fails takes no other along."""
+"""Options of srun: a node that fails does not end the others."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """The examination that is wanted, and how Slurm is asked for it."""
+    """The requested examination, and the options for Slurm."""
 
     num_nodes: int
     directory: Path
     options: tuple[str, ...] = ()
-    """srun's."""
+    """Further options of srun."""
     gpus_per_node: int = 0
     interface: str | None = None
     wait_seconds: float = 600.0
     minutes: int = 10
 
     def command(self, word: str, inside: bool) -> list[str]:
-        """Give the call of srun, one task on each node. Inside of a job it is a step beside what runs there."""
+        """Return the srun command, one task per node; inside a job it starts a step next to others."""
         counts = [f"--nodes={self.num_nodes}", f"--ntasks={self.num_nodes}", f"--time={self.minutes}"]
         if self.gpus_per_node:
             counts += [f"--gres=gpu:{self.gpus_per_node}", f"--cpus-per-task={2 * self.gpus_per_node}"]
@@ -62,7 +62,7 @@ class Request:
 
 @dataclass
 class Examination:
-    """One examination, from the first order to the last."""
+    """A single examination, from the first order to the last."""
 
     request: Request
     say: Callable[[str], None]
@@ -70,7 +70,7 @@ class Examination:
     job: str = ""
 
     def after(self, own: Report, environment: Mapping[str, str]) -> list[Report]:
-        """Give this machine's report, and one for each node; where the job gets none, the first says why."""
+        """Return the reports of this machine and each node; if the job gets no nodes, the first says why."""
         try:
             return [own, *self.run(environment)]
         except SchedulerError as error:
@@ -80,7 +80,7 @@ class Examination:
             return [Report(own.node, (*own.findings, failed("allocation", str(error), advice)))]
 
     def run(self, environment: Mapping[str, str]) -> list[Report]:
-        """Give a report for each node. Raises SchedulerError where the job gets no nodes."""
+        """Return a report for each node. Raises SchedulerError if the job gets no nodes."""
         word, inside = secrets.token_hex(8), "SLURM_JOB_ID" in environment
         place = nearest(self.request.directory)
         folder = probe.folder(place, word)
@@ -101,12 +101,12 @@ class Examination:
         return compare.reports(self.nodes, place)
 
     def _to_cancel(self, inside: bool) -> str:
-        """Name what to cancel: our own job; of somebody's job our step alone."""
+        """Return the id to cancel: our own job, or inside somebody's job only our step."""
         step = next((node.said("hello").get("step") for node in self.nodes if node.said("hello")), "")
         return (f"{self.job}.{step}" if self.job and step else "") if inside else self.job
 
     def _greet(self, step: Step) -> None:
-        """Wait for the nodes to come, and have those that do say what they are."""
+        """Wait until the nodes start, and collect their first answers."""
         hello = next(iter(step.first(self.request.wait_seconds).values()))
         names = hello.get("hosts") or [f"node {index}" for index in range(self.request.num_nodes)]
         self.job, self.nodes = hello.get("job", ""), [Node(name) for name in names]
@@ -114,7 +114,7 @@ class Examination:
         self._note("hello", range(len(names)), step, _SECONDS_FOR_HELLO)
 
     def _go_round(self, step: Step, wrote_here: list[str]) -> None:
-        """Give each order to all that still talk, with what they have said so far."""
+        """Send each order to all nodes that still answer, with the answers so far."""
         secret = secrets.token_hex(32)
         for order, seconds in _SECONDS.items():
             there = {

@@ -1,4 +1,4 @@
-"""A node's part of the test all-reduce: ranks under the run's own agent, which meets the others as in a run."""
+"""A node's part of the test all-reduce: ranks under a run's usual agent, which meets the others' agents."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from launcher.runs.processes import PARENT_VARIABLE, RUN_VARIABLE
 from launcher.runs.secret import SECRET_VARIABLE, make
 
 SECONDS = 180
-"""For the agents to import torch, which over a network takes a while, and to meet; and for the ranks."""
+"""Time limit for the agents to import torch (slow over a network) and to meet, and for the ranks."""
 SECONDS_TO_ADD_UP = 60
-"""For the ranks alone, once they have imported torch."""
+"""Time limit for the ranks alone, after they have imported torch."""
 _PROGRAM, _MARK = "launcher.training.all_reduce", '{"import_seconds"'
-"""The ranks' module, and how the line that each writes begins."""
+"""The ranks' module, and the beginning of the line that each rank writes."""
 
 
 def add_up(place: Meeting, num_nodes: int, num_gpus: int, word: str) -> dict[str, Any]:
-    """Add up over the GPUs of all nodes, or one rank a node where there are none; `word` is their secret.
+    """Sum over all nodes' GPUs, or over one rank per node without GPUs; `word` is their secret.
 
-    Gives what the slowest rank of this node says, or the first problem.
+    Returns the answer of this node's slowest rank, or the first problem.
     """
     with tempfile.TemporaryDirectory(prefix="launcher-doctor-") as attempt:
         program = [_PROGRAM, attempt, "nccl" if num_gpus else "gloo", str(SECONDS_TO_ADD_UP)]
@@ -37,7 +37,7 @@ def add_up(place: Meeting, num_nodes: int, num_gpus: int, word: str) -> dict[str
         interface = place.interface or doors.loopback()
         more = {PARENT_VARIABLE: str(os.getpid()), ATTEMPT_VARIABLE: attempt, NODE_VARIABLE: str(place.node)}
         more |= {SECRET_VARIABLE: str(make(Path(attempt), word)), "OMP_NUM_THREADS": "1"}
-        more |= {RUN_VARIABLE: "", WARM_VARIABLE: "0"}  # of a run in whose job this is called
+        more |= {RUN_VARIABLE: "", WARM_VARIABLE: "0"}  # set if this is called inside a run's job
         more |= dict.fromkeys(doors.INTERFACE_VARIABLES, interface) if interface else {}
         variables = {**os.environ, **more}
         try:

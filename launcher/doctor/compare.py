@@ -1,4 +1,4 @@
-"""Compare the nodes' answers with each other. Pure."""
+"""Comparison of the nodes' answers with each other. Pure."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from launcher.doctor import directory
 from launcher.doctor.finding import Finding, Report, failed, ok, warning
 
 _SKEW_SECONDS = (1.0, 30.0)
-"""From where on clocks that differ are worth a warning, and from where on they do harm."""
+"""Clock differences: the first is worth a warning, the second does harm."""
 _LATE_SECONDS = 2.0
 
 
 @dataclass
 class Node:
-    """One node of the allocation, and its answers by the order they are to."""
+    """A node of the allocation, and its answers by order."""
 
     name: str
     answers: dict[str, dict[str, Any]] = field(default_factory=dict)
     silent_at: str = ""
-    """The order to which it gave no answer."""
+    """The order that it did not answer."""
     last_words: str = ""
 
     def said(self, order: str) -> dict[str, Any]:
@@ -32,7 +32,7 @@ class Node:
 
 
 def reports(nodes: Sequence[Node], place: Path) -> list[Report]:
-    """Give a report for each node."""
+    """Return a report for each node."""
     silent, skews = {node.name for node in nodes if node.silent_at}, _skews(nodes)
     known = [node.said("hello")["versions"] for node in nodes if "versions" in node.said("hello")]
     names = {name for versions in known for name in versions}
@@ -69,7 +69,7 @@ def _findings(
 
 
 def _versions(own: dict[str, str], usual: dict[str, str]) -> Iterator[Finding]:
-    """Say which differ from what most nodes have."""
+    """Yield the versions that differ from those of most nodes."""
     absent = "not installed"
     differ = [
         f"{name} {own[name] or absent}, elsewhere {usual[name] or absent}"
@@ -118,8 +118,8 @@ def _ports(said: dict[str, Any], silent: set[str]) -> Finding:
 
 
 def _skews(nodes: Sequence[Node]) -> dict[str, float]:
-    """Give how many seconds each node's clock is ahead of most, as the node that saw the most others saw
-    them."""
+    """Return by how many seconds each node's clock is ahead of the median, as measured by the node that
+    reached most others."""
     views = [{node.name: 0.0, **ahead} for node in nodes if (ahead := node.said("connect").get("ahead"))]
     seen = max(views, key=len, default={})
     middle = statistics.median(seen.values()) if seen else 0.0

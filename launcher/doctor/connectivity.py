@@ -1,4 +1,4 @@
-"""Check how a node reaches the others: names, ports, clocks."""
+"""Checks of how a node reaches the others: names, ports, clocks."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from launcher.launch.slurm import network
 _SECONDS_TO_CONNECT = 5.0
 _NUM_QUESTIONS = 5
 _NUM_THREADS = 32
-"""Names and peers that are tried at a time: each may take as long as its time limit."""
+"""Names and peers that are tried at a time, as each may take until its time limit."""
 
 
 class Listener(socketserver.ThreadingTCPServer):
-    """A port of this node that answers whoever knows the word with this node's time."""
+    """A port of this node that sends the node's time to anyone who knows the secret word."""
 
     daemon_threads = allow_reuse_address = True
     request_queue_size = 1024
@@ -44,7 +44,7 @@ class _TellTime(socketserver.StreamRequestHandler):
 
 
 def resolve(names: list[str]) -> dict[str, str]:
-    """Give the address of each name; empty for one that does not resolve."""
+    """Return the address of each name; empty for a name that does not resolve."""
 
     def one(name: str) -> str:
         try:
@@ -59,7 +59,7 @@ def resolve(names: list[str]) -> dict[str, str]:
 def reach(peers: Mapping[str, tuple[str, int]], own: str, word: str) -> dict[str, tuple[str, float]]:
     """Connect to each peer from our own address.
 
-    Gives why that failed, or empty text, and how many seconds its clock is ahead.
+    Returns the reason of a failure, or an empty text, and by how many seconds the peer's clock is ahead.
     """
 
     def one(peer: tuple[str, int]) -> tuple[str, float]:
@@ -78,9 +78,9 @@ def reach(peers: Mapping[str, tuple[str, int]], own: str, word: str) -> dict[str
 
 
 def _clock_ahead(peer: tuple[str, int], own: str, word: str) -> float:
-    """Take the quickest of a few answers, in which the peer's time is known best, in seconds.
+    """Return a peer's clock lead in seconds, from the quickest of a few answers: it is the most precise.
 
-    Raises OSError or ValueError where there is none.
+    Raises OSError or ValueError if there is no answer.
     """
     best, ahead = float("inf"), 0.0
     with (

@@ -1,4 +1,4 @@
-"""Check Slurm as this machine sees it: commands, controller, munge."""
+"""Checks of Slurm as this machine sees it: commands, controller, munge."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _AWAY = (
 
 
 def check(is_needed: bool = False) -> list[Finding]:
-    """Check commands, controller and munge. Unless Slurm `is_needed`, none at all is fine, and what is wrong
-    with it is a warning."""
+    """Check commands, controller and munge. Unless Slurm `is_needed`, its absence is fine, and problems
+    with it are warnings."""
     findings = _findings(is_needed)
     if is_needed:
         return findings
@@ -48,7 +48,7 @@ def _findings(is_needed: bool) -> list[Finding]:
 
 
 def controller() -> Finding:
-    """Check whether one of the controllers answers, when asked a few times: a busy one may miss a question."""
+    """Check whether a controller answers within a few attempts: a busy one may miss a request."""
     answer = _ping()
     for seconds in _SECONDS_BEFORE_ASKING_AGAIN:
         if answer.level != "failed":
@@ -74,7 +74,7 @@ def _ping() -> Finding:
 
 
 def munge() -> list[Finding]:
-    """Check whether munge seals and opens, at sites that use it."""
+    """Check whether munge encodes and decodes a credential, at sites that use it."""
     try:
         configuration = settings(call(["scontrol", "show", "config"], seconds=_SECONDS))
     except SchedulerError as error:

@@ -1,4 +1,4 @@
-"""Check the file system of the run directory: room, speed, clock."""
+"""Checks of the run directory's file system: free space, speed, clock."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from launcher.doctor.finding import Finding, failed, ok, warning
 from launcher.doctor.machine import nearest
 
 SIZE = 32 << 20
-"""Bytes written to see how fast that goes."""
+"""Bytes that are written to measure the speed."""
 _BLOCK = 1 << 20
 _LITTLE_ROOM = 10e9
 _SLOW = 20e6
@@ -20,8 +20,7 @@ _FAR_SECONDS = 5.0
 
 
 def write(path: Path, word: str = "", size: int = SIZE) -> float:
-    """Write a file that no file system can compress and that ends with `word`, down to the disk; bytes a
-    second."""
+    """Write an incompressible file that ends with `word`, and sync it to disk; return bytes per second."""
     block = os.urandom(_BLOCK)
     before = time.perf_counter()
     with path.open("xb") as file:
@@ -34,7 +33,7 @@ def write(path: Path, word: str = "", size: int = SIZE) -> float:
 
 
 def is_whole(path: Path, word: str) -> bool:
-    """Return whether a file reads as it was written, to its last word."""
+    """Return whether a file can be read in full, including its last word."""
     with path.open("rb") as file:
         file.seek(0, os.SEEK_END)
         file.seek(max(0, file.tell() - len(word)))
@@ -42,7 +41,7 @@ def is_whole(path: Path, word: str) -> bool:
 
 
 def check(directory: Path) -> list[Finding]:
-    """Check room and speed where a run directory is, or would be made; the file written for it is removed."""
+    """Check space and speed where a run directory is, or would be; the file written for it is removed."""
     place = nearest(directory)
     path = place / f".launcher-doctor-{secrets.token_hex(4)}"
     try:
@@ -56,7 +55,7 @@ def check(directory: Path) -> list[Finding]:
         path.unlink(missing_ok=True)
     free = shutil.disk_usage(place).free
     findings = [judge(place, free, speed)]
-    # The file was written after `before`: what is left of the difference is the time that writing took.
+    # The file was written after `before`: the remaining difference is the time that writing took.
     if ahead > _FAR_SECONDS:
         advice = (
             "have both clocks synchronised: files look older than they are, and a run may seem to stand still"
@@ -66,7 +65,7 @@ def check(directory: Path) -> list[Finding]:
 
 
 def judge(place: Path, free: float, speed: float) -> Finding:
-    """Return the finding that room and speed come to."""
+    """Return the finding for the free space and the speed."""
     facts = f"{place}: {free / 1e9:.0f} GB free, written at {speed / 1e6:.0f} MB/s"
     if free < _LITTLE_ROOM:
         advice = "make room: one checkpoint takes 12 bytes for each parameter of the model"

@@ -12,7 +12,7 @@ _ORDER: tuple[Level, ...] = ("ok", "warning", "failed")
 
 @dataclass(frozen=True)
 class Finding:
-    """One check on one machine. Whatever is not ok comes with advice in one line."""
+    """The result of one check on one machine. A result other than ok comes with advice in one line."""
 
     check: str
     level: Level
@@ -25,7 +25,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything about one machine."""
+    """The findings on one machine."""
 
     node: str
     findings: tuple[Finding, ...]
@@ -35,7 +35,7 @@ class Report:
         return worst(finding.level for finding in self.findings)
 
     def found(self, check: str) -> str:
-        """Return what was found by one check, where all is well with it."""
+        """Return what one check found, if its result is ok."""
         return (
             "; ".join(
                 finding.found for finding in self.findings if finding.check == check and finding.level == "ok"
@@ -52,7 +52,7 @@ class Report:
 
 
 def worst(levels: Iterable[Level]) -> Level:
-    """Return the worst of several; ok where there is none."""
+    """Return the worst of several levels; ok if there are none."""
     return max(levels, key=_ORDER.index, default="ok")
 
 

@@ -1,4 +1,4 @@
-"""Check the health of NVIDIA GPUs, from nvidia-smi and the kernel's log."""
+"""Checks of the health of NVIDIA GPUs, from nvidia-smi and the kernel's log."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ _FIELDS = (
     "clocks_event_reasons.active",
 )
 _OLDER = {"clocks_event_reasons.active": "clocks_throttle_reasons.active"}
-"""Names of fields in drivers before these."""
+"""Older drivers' names of fields."""
 _SLOWED_DOWN = {0x8: "the hardware slows it down", 0x20: "too hot", 0x40: "too hot", 0x80: "too little power"}
-"""Bits of the reasons why a GPU is slower than it could be; idle, and limits that people set, are none to
-worry about."""
+"""Bits of the reasons for reduced clocks that are a problem; idle GPUs, and limits that people set, are
+not."""
 _IN_USE_MIB = 1024
 _SECONDS = 20.0
 _INVALID = re.compile(r'Field "([^"]+)" is not a valid field')
 
 
 def check() -> tuple[Finding, int]:
-    """Return the finding on the GPUs, and how many there are."""
+    """Return the finding on the GPUs, and their number."""
     if shutil.which("nvidia-smi") is None:
         return ok(_CHECK, "none (no nvidia-smi here)"), 0
     try:
@@ -48,7 +48,7 @@ def check() -> tuple[Finding, int]:
 
 
 def query() -> list[dict[str, str]]:
-    """Return one mapping for each GPU; fields that this driver does not know are left out."""
+    """Return a mapping for each GPU, without fields that this driver does not know."""
     names = list(_FIELDS)
     while True:
         command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits"]
@@ -66,13 +66,13 @@ def query() -> list[dict[str, str]]:
 
 
 def read(text: str, names: list[str]) -> list[dict[str, str]]:
-    """Return nvidia-smi's lines by field."""
+    """Return the lines of nvidia-smi as mappings by field."""
     rows = [[value.strip() for value in line.split(",")] for line in text.splitlines()]
     return [dict(zip(names, row, strict=True)) for row in rows if len(row) == len(names)]
 
 
 def judge(table: list[dict[str, str]], xid: list[str] | None) -> Finding:
-    """Return the worst of what is wrong with any of them."""
+    """Return the finding for the worst problem of any GPU."""
     if not table:
         return ok(_CHECK, "none (nvidia-smi lists none)")
     facts = ", ".join(f"{count} x {name}" for name, count in Counter(gpu["name"] for gpu in table).items())
@@ -111,7 +111,7 @@ def _doubtful(gpu: dict[str, str]) -> list[str]:
 
 
 def xids(log: str | None) -> list[str] | None:
-    """Return the Xid errors in the kernel's log, each once; None where it cannot be read."""
+    """Return the Xid errors in the kernel's log, each once; None if the log cannot be read."""
     if log is None:
         return None
     return [f"{number} on {where}" for number, where in kernel.xids(log)]

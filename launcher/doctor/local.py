@@ -1,4 +1,4 @@
-"""Examine this machine alone."""
+"""Examination of this machine alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SECONDS_FOR_TORCH = 120.0
 
 
 def examine(place: Path, environment: Mapping[str, str], needs_slurm: bool = False) -> Report:
-    """Return everything that can be known without an allocation."""
+    """Return the report that is possible without an allocation."""
     gpu, num_gpus = gpus.check()
     findings = [machine.check_versions(machine.versions()), gpu, *(torch_sees(num_gpus) if num_gpus else [])]
     findings += [*directory.check(place), machine.check_caches(environment), *controller.check(needs_slurm)]
@@ -23,7 +23,7 @@ def examine(place: Path, environment: Mapping[str, str], needs_slurm: bool = Fal
 
 
 def torch_sees(num_gpus: int) -> list[Finding]:
-    """Check whether torch sees the GPUs that nvidia-smi lists, in a process of its own, which imports it."""
+    """Check whether torch sees the GPUs that nvidia-smi lists, in a separate process that imports torch."""
     program = "import torch; print(torch.cuda.device_count(), torch.version.cuda)"
     try:
         done = subprocess.run(

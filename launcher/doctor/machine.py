@@ -1,4 +1,4 @@
-"""Facts about any machine: versions, caches, network, clock."""
+"""Checks that apply to any machine: versions, caches, network, clock."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _SECONDS_TO_ASK = 5.0
 
 
 def versions() -> dict[str, str]:
-    """Return versions by name; empty for what is not installed."""
+    """Return versions by package name; empty for packages that are not installed."""
     return of_packages((*_NEEDED, *_OPTIONAL))
 
 
 def check_versions(known: Mapping[str, str]) -> Finding:
-    """Check that what every run needs is installed."""
+    """Check that the packages that every run needs are installed."""
     shown = ", ".join(f"{name} {version or 'not installed'}" for name, version in known.items())
     if absent := [name for name in _NEEDED if not known.get(name)]:
         advice = "install launcher's dependencies into this environment"
@@ -34,7 +34,7 @@ def check_versions(known: Mapping[str, str]) -> Finding:
 
 
 def cache_directories(environment: Mapping[str, str]) -> dict[str, Path]:
-    """Return where models and data sets are kept, and where launcher keeps prepared data."""
+    """Return the cache directories of models and data sets, and of launcher's prepared data."""
     cache = Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     home = Path(environment.get("HF_HOME") or cache / "huggingface")
     return {
@@ -44,7 +44,7 @@ def cache_directories(environment: Mapping[str, str]) -> dict[str, Path]:
 
 
 def check_caches(environment: Mapping[str, str]) -> Finding:
-    """Check whether files can be made in the caches, or the caches themselves where they are not there yet."""
+    """Check whether files can be created in the caches, or caches that do not exist yet can be created."""
     directories = cache_directories(environment)
     for name, path in directories.items():
         try:
@@ -57,17 +57,17 @@ def check_caches(environment: Mapping[str, str]) -> Finding:
 
 
 def nearest(path: Path) -> Path:
-    """Return the directory itself, or the nearest above it that is there."""
+    """Return the directory itself, or its nearest parent that exists."""
     path = path.absolute()
     return next(place for place in (path, *path.parents) if place.is_dir())
 
 
 def check_interface(environment: Mapping[str, str]) -> Finding:
-    """Check the interfaces that lead to others, and that the environment names none that is not there."""
+    """Check the interfaces that reach other machines, and that the environment names only existing ones."""
     there = {name: address for name, address in interfaces().items() if not is_loopback(address)}
     for name in INTERFACE_VARIABLES:
         value = environment.get(name, "")
-        # NCCL and gloo both take several, and NCCL prefixes and exclusions as well.
+        # NCCL and gloo both accept several, and NCCL also prefixes and exclusions.
         if value.replace("_", "").isalnum() and not any(known.startswith(value) for known in there):
             known = ", ".join(sorted(there)) or "none"
             advice = f"unset {name}, or set one of those"
@@ -81,7 +81,7 @@ def check_interface(environment: Mapping[str, str]) -> Finding:
 
 
 def check_clock() -> Finding:
-    """Check whether the system says that its clock is held to others'."""
+    """Check whether the system reports that its clock is synchronised."""
     if shutil.which("timedatectl") is None:
         return ok("clock", "whether it is synchronised is not known (no timedatectl here)")
     try:

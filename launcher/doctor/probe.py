@@ -2,8 +2,8 @@
 
     srun --label ... python -m launcher.doctor.probe DIRECTORY WORD [INTERFACE]
 
-Orders come as JSON lines on stdin, to all nodes alike; when stdin ends, the node removes what it wrote, and
-leaves.
+Orders come as JSON lines on stdin, the same for all nodes. When stdin ends, the node removes its files and
+exits.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from launcher.launch.slurm import network
 from launcher.launch.slurm.allocation import Allocation
 
 _SECONDS_TO_SEE = 20.0
-"""For a file that another node has written: a network's file system may show it late."""
+"""Time limit for seeing another node's file: network file systems may show it late."""
 
 
 def folder(place: Path, word: str) -> Path:
-    """Name what the nodes write into, and what is removed at the end."""
+    """Return the folder that the nodes write into, which is removed at the end."""
     return place / f".launcher-doctor-{word}"
 
 
 class Probe:
-    """One node. Each order is a method; what it returns is the answer, and empty where there is nothing to
-    say."""
+    """A node. Each order is a method, whose return value is the answer; empty if there is nothing to
+    report."""
 
     def __init__(self, place: Path, word: str, interface: str | None) -> None:
         step = os.environ.get("SLURM_STEP_NODELIST")
@@ -48,7 +48,7 @@ class Probe:
         self._listener = Listener(self._allocation.first_port, word)
         self._interface = self._address = ""
         self._peers: dict[str, dict[str, Any]] = {}
-        """What each node has said so far, this one too, of those that still talk."""
+        """The answers so far of each node that still answers, including this one."""
         self._wrote: list[str] = []
         """The machines that have written a file."""
         self._secret = ""
@@ -71,9 +71,9 @@ class Probe:
         }
 
     def meet(self) -> dict[str, Any]:
-        """Look the others up, and choose the interface that leads to them.
+        """Resolve the names of the other nodes, and choose the interface that reaches them.
 
-        An address does for one that has no name here.
+        The address is used for a node whose name does not resolve here.
         """
         known = resolve([*self._peers])
         wrong = {
@@ -94,7 +94,7 @@ class Probe:
         return answer | {"interface": self._interface, "address": self._address}
 
     def _address_of(self, name: str) -> str:
-        """Give the address that a node has chosen, or any that it has; empty for none."""
+        """Return the address that a node has chosen, or any of its addresses; empty if it has none."""
         peer = self._peers.get(name, {"addresses": []})
         return str(peer.get("address") or next(iter(peer["addresses"]), ""))
 
@@ -110,17 +110,17 @@ class Probe:
 
     def write(self) -> dict[str, Any]:
         with contextlib.suppress(FileExistsError):
-            self._folder.mkdir()  # not its parents: a directory that is not there is something to tell
+            self._folder.mkdir()  # not its parents: a missing directory is worth reporting
         speed = directory.write(self._own_file, self._word)
         return {"bytes_per_second": speed, "free": shutil.disk_usage(self._folder).free}
 
     def read(self) -> dict[str, Any]:
-        """Wait for the files of the others to be seen in full."""
+        """Wait until the other nodes' files can be read in full."""
         before, missing = time.monotonic(), set(self._wrote) if self._own_file.exists() else set()
         seen = self._own_file.with_name(f"{self._own_file.name}.seen")
         while missing and time.monotonic() - before < _SECONDS_TO_SEE:
             with contextlib.suppress(OSError):
-                # A client of NFS looks afresh at a directory in which it has changed something itself.
+                # An NFS client refreshes its view of a directory after it has changed the directory itself.
                 seen.touch()
                 seen.unlink()
                 missing -= {
@@ -133,8 +133,8 @@ class Probe:
         }
 
     def reduce(self) -> dict[str, Any]:
-        """Add up over the GPUs that every node has, or one rank a node over gloo; nothing where one found no
-        way."""
+        """Run an all-reduce with as many GPUs as every node has, or with one rank per node over gloo; skip
+        it if a node found no route."""
         if any("address" not in peer for peer in self._peers.values()):
             return {}
         first = next(iter(self._peers))
@@ -144,14 +144,14 @@ class Probe:
         return collective_check.add_up(place, len(self._peers), num_gpus, self._secret)
 
     def close(self) -> None:
-        """Remove what this node wrote; the folder goes with the last one."""
+        """Remove this node's files; the last node removes the folder."""
         self._listener.server_close()
         with contextlib.suppress(OSError):
             self._own_file.unlink(missing_ok=True)
             self._folder.rmdir()
 
     def obey(self, order: str, peers: Any = None, wrote: Any = None, secret: str = "") -> None:
-        """Do one thing, and answer; whatever goes wrong with it is an answer too."""
+        """Carry out one order and answer; an error is an answer too."""
         self._peers, self._wrote, self._secret = peers, wrote, secret
         try:
             answer = getattr(self, order)()
@@ -163,8 +163,8 @@ class Probe:
 
 
 def main(arguments: list[str]) -> int:
-    """Answer to orders, until there are none any more."""
-    # Slurm ends a job with SIGTERM: what was written is removed then too.
+    """Answer orders until stdin ends."""
+    # Slurm ends a job with SIGTERM: the files are removed then too.
     signal.signal(signal.SIGTERM, _leave)
     try:
         probe = Probe(Path(arguments[0]), arguments[1], arguments[2] if len(arguments) > 2 else None)
@@ -181,7 +181,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_IGN)  # the agent passes on its own
+    signal.signal(number, signal.SIG_IGN)  # the agent forwards signals by itself
     sys.exit(128 + number)
 
 

@@ -1,8 +1,8 @@
-"""The srun step of the doctor: orders to one probe a node, and their answers, through srun's own pipes.
+"""The srun step of the doctor: orders to one probe per node, and answers, through srun's own pipes.
 
-They need no shared file system, name or open port. srun passes on at most a kilobyte of a task's line at a
-time, and may put another task's between: so a message goes as short lines, of which the last holds a full
-stop.
+These need no shared file system, name resolution or open port. srun forwards at most a kilobyte of a task's
+line at a time, and may insert another task's output. So a message is sent as short lines, the last of which
+is a full stop.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ _ENDED = re.compile(r"error: \S+: tasks? ([\d,-]+): ")
 _WAITS = re.compile(r"srun: job (\d+) queued and waiting")
 _SECONDS_TO_END = 5.0
 _SECONDS_FOR_LAST_ANSWERS = 0.5
-"""Of tasks that are over: what they said may come after the news of their end."""
+"""Time to wait for the last answers of ended tasks, which may arrive after the news of their end."""
 _KEPT_LINES = 50
 
 
 def encode(message: dict[str, Any]) -> str:
-    """Write a message as lines for srun's pipe."""
+    """Return a message as lines for srun's pipe."""
     text = json.dumps(message)
     pieces = [text[start : start + _LONGEST] for start in range(0, len(text), _LONGEST)]
     return "".join(f"{_MARK} {piece}\n" for piece in pieces) + f"{_MARK}.\n"
 
 
 class Step:
-    """One task on each node. Tasks are known by their number, which is the node's place in the allocation."""
+    """A step with one task per node. Tasks are identified by number: the node's place in the allocation."""
 
     def __init__(self, command: list[str], environment: dict[str, str], say: Callable[[str], None]) -> None:
         self.ended: set[int] = set()
-        """Tasks that srun says are over."""
+        """Tasks that have ended, according to srun."""
         self.last_words: dict[int, str] = {}
-        """The last line that each task wrote on stderr."""
+        """The last line that each task wrote to stderr."""
         self._say = say
         self._answers: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
         self._begun: dict[int, str] = defaultdict(str)
@@ -52,7 +52,7 @@ class Step:
         self._news = threading.Condition()
         self._open = {"out", "err"}
         try:
-            # In a session of its own: Ctrl-C is for us, who then end it in order.
+            # In its own session, so that only we receive Ctrl-C, and end it in order.
             self._srun = subprocess.Popen(
                 command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                 text=True, errors="replace", start_new_session=True,
@@ -76,7 +76,7 @@ class Step:
             self._news.notify_all()
 
     def _hear(self, line: str) -> None:
-        """Take in a line of a task's; what is no message is not for us."""
+        """Process one line of a task's output; lines that are not messages are ignored."""
         if (labelled := _LABELLED.fullmatch(line)) is None:
             return
         node, text = int(labelled[1]), labelled[2]
@@ -88,7 +88,7 @@ class Step:
                 self._answers[message.pop("order")][node] = message
 
     def _complain(self, line: str) -> None:
-        """Take in a line of srun's stderr: a task's, or of srun itself."""
+        """Process one line of srun's stderr: from a task, or from srun itself."""
         self._complaints.append(line.strip())
         if (labelled := _LABELLED.fullmatch(line)) is not None:
             node = int(labelled[1])
@@ -100,14 +100,14 @@ class Step:
             self._say(f"job {waits[1]} waits in the queue")
 
     def tell(self, order: str, **arguments: Any) -> None:
-        """Give all nodes an order."""
+        """Send an order to all nodes."""
         assert self._srun.stdin is not None
-        with contextlib.suppress(OSError):  # srun is gone, as the missing answers will say
+        with contextlib.suppress(OSError):  # srun has ended, which shows in missing answers
             self._srun.stdin.write(json.dumps({"order": order, **arguments}) + "\n")
             self._srun.stdin.flush()
 
     def first(self, seconds: float) -> dict[int, dict[str, Any]]:
-        """Give the first answers, once the job has its nodes. Raises SchedulerError where it gets none in
+        """Return the first answers, once the job has its nodes. Raises SchedulerError if it gets none in
         `seconds`."""
         with self._news:
             self._news.wait_for(lambda: self._answers["hello"] or "out" not in self._open, seconds)
@@ -122,7 +122,7 @@ class Step:
         raise SchedulerError(f"srun: {reason.removeprefix('Unable to allocate resources: ')}")
 
     def answers(self, order: str, expected: Collection[int], seconds: float) -> dict[int, dict[str, Any]]:
-        """Give the answers by node; fewer than `expected` where the rest are over, or silent for `seconds`."""
+        """Return the answers by node; fewer than `expected` if others ended, or are silent for `seconds`."""
 
         def missing() -> set[int]:
             return set(expected) - self._answers[order].keys() if "out" in self._open else set()
@@ -133,9 +133,9 @@ class Step:
             return dict(self._answers[order])
 
     def end(self, job: str) -> None:
-        """Let the nodes clean up and leave; what does not leave is cancelled.
+        """Let the nodes clean up and exit; cancel those that do not.
 
-        `job` is the job, or the step of a job that is not ours.
+        `job` is the id of the job, or of our step in somebody else's job.
         """
         assert self._srun.stdin is not None
         with contextlib.suppress(OSError):
@@ -145,7 +145,7 @@ class Step:
         with contextlib.suppress(SchedulerError):
             if job:
                 call(["scancel", job], seconds=_SECONDS_TO_END)
-        # srun that still waits for nodes takes its request back.
+        # An srun that still waits for nodes withdraws its request.
         self._srun.terminate()
         if not self._is_over():
             self._srun.kill()

@@ -1,7 +1,7 @@
 """The data sets of a LLaMA-Factory file, and how several are mixed.
 
-Read from version 0.9.6 (src/llamafactory/data). Data sets are concatenated, or drawn from by
-`interleave_datasets` of `datasets`: before they are packed, and the same rows in every epoch.
+Read from version 0.9.6 (src/llamafactory/data). Data sets are concatenated, or interleaved by
+`interleave_datasets` of `datasets`: before packing, and with the same rows in every epoch.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def read(content: dict[str, Any], stage: str, reading: Reading) -> None:
 def _data_sets(
     content: dict[str, Any], names: list[str], stage: str, option: str, reading: Reading
 ) -> list[DataSet]:
-    """Return data sets by their names: of dataset_info.json, or with `dataset_dir: ONLINE` of the hub. Of
-    several, each that is not there has a placeholder."""
+    """Return data sets by their names: from dataset_info.json, or from the hub with `dataset_dir: ONLINE`.
+    If there are several, a missing one gets a placeholder."""
     directory = content.get("dataset_dir") or "data"
     if directory == "ONLINE":
         return [DataSet({"name": name}, option) for name in names]
@@ -76,8 +76,8 @@ def _data_sets(
 
 
 def _weights(content: dict[str, Any], names: list[str], reading: Reading) -> dict[str, float]:
-    """Say how several data sets are mixed; the weight of each, which is 0 for one that is no source, or none
-    where every row comes once."""
+    """Record how several data sets are mixed; return the weight of each (0 if it is not used as a source),
+    or no weights if every row comes once."""
     strategy = reading.word(content, "mix_strategy") or "concat"
     words = lora.words_of(content.get("interleave_probs"))
     shown, shares = ", ".join(words), [as_number(word) for word in words]
@@ -113,7 +113,7 @@ def _weights(content: dict[str, Any], names: list[str], reading: Reading) -> dic
 
 
 def _say_drawn(strategy: str, shown: str, packs: bool, reading: Reading) -> None:
-    """Remark on when an epoch ends, and on how drawing differs in launcher."""
+    """Remark on when an epoch ends, and on how launcher's sampling differs."""
     if strategy == "interleave_over":
         reading.say("data.mixing.stopping_strategy", "all_exhausted", "mix_strategy")
         text = (
@@ -136,7 +136,7 @@ def _say_drawn(strategy: str, shown: str, packs: bool, reading: Reading) -> None
 
 
 def _measured_together(content: dict[str, Any], names: list[str], reading: Reading) -> None:
-    """Remark on held-out rows that are drawn, so that some are left out or evaluated twice."""
+    """Remark on held-out rows that are sampled, so that some are left out or evaluated twice."""
     strategy = content.get("mix_strategy")
     if strategy in _DRAWN and not reading.flag(content, "eval_on_each_dataset"):
         text = (

@@ -18,7 +18,7 @@ MARKS = {"predict_with_generate", "generation_max_length", "generation_num_beams
 PLACEHOLDERS = {"data.source": "FILL-IN-source", "data.target": "FILL-IN-target"}
 HELD_OUT = "FILL-IN-held-out.jsonl"
 _LENGTHS = ("generation_max_length", "val_max_target_length", "max_target_length")
-"""The keys of the length, of which the first that is set counts, as in transformers' scripts
+"""Keys for the length; the first one that is set counts, as in transformers' scripts
 (examples/pytorch/translation of 5.23)."""
 _BEAMS = ("num_beams", "generation_num_beams")
 _COLUMNS = {"text_column": "data.source", "summary_column": "data.target"}
@@ -30,7 +30,7 @@ READ = {
 
 
 def read(content: dict[str, Any], reading: Reading) -> set[str]:
-    """Record the facts of such arguments, and what has to be filled in; return the keys that were read."""
+    """Record the facts of these arguments, and the keys to fill in; return the keys that were read."""
     reading.say("model.task", "sequence-to-sequence", next(key for key in content if key in MARKS))
     _rows(content, reading)
     if (share := reading.number(content, "label_smoothing_factor")) is not None:
@@ -64,9 +64,9 @@ def _rows(content: dict[str, Any], reading: Reading) -> None:
 
 
 def _generation(content: dict[str, Any], reading: Reading) -> None:
-    """Say what is written in an evaluation. There a length counts the token that the decoder starts from.
+    """Record how an evaluation generates. There, a length includes the decoder's start token.
 
-    Beams that are left out are, here as there, those of the model's own generation_config.json.
+    If the number of beams is not given, both tools take it from the model's generation_config.json.
     """
     named = [key for key in (*_LENGTHS[:2], *_BEAMS) if content.get(key) is not None]
     if not reading.flag(content, "predict_with_generate"):
@@ -93,7 +93,7 @@ def _generation(content: dict[str, Any], reading: Reading) -> None:
 
 
 def _own_length(content: dict[str, Any], reading: Reading) -> None:
-    """Record the length of predictions from the model's generation_config.json, if that is here and has it."""
+    """Record the length of predictions from the model's generation_config.json, if it is here and has one."""
     own: Any = None
     with contextlib.suppress(OSError, ValueError):
         revision = content.get("model_revision")

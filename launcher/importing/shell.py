@@ -1,4 +1,4 @@
-"""Split a shell script into the words of its commands, without executing anything.
+"""Parsing of a shell script into the words of its commands, without executing anything.
 
 Variables that the script itself sets are filled in.
 """
@@ -22,25 +22,25 @@ _KEYWORDS = ("then", "else", "elif", "do", "!", "time", *_OPENING)
 _DECLARING = ("export", "declare", "typeset", "local", "readonly")
 SHELLS = ("bash", "sh", "zsh", "dash", "ksh")
 _DEEPEST = 8
-"""Shells in shells that are followed."""
+"""Maximum nesting depth of shells within shells."""
 
 
 @dataclass
 class Script:
-    """The commands and settings of a script, as far as its text says."""
+    """The commands and settings of a script that can be read from its text."""
 
     commands: list[list[str]] = field(default_factory=list)
-    """The words of each command, in order; what only the shell knows stands in them as it is written, as
-    `$SLURM_NNODES`."""
+    """The words of each command, in order; a variable that the script does not set is left as written, as
+    in `$SLURM_NNODES`."""
     directives: list[list[str]] = field(default_factory=list)
     """The words of each `#SBATCH` line."""
     variables: Variables = field(default_factory=Variables)
     depth: int = 0
-    """Conditions and loops that are open at this place."""
+    """Number of conditions and loops that are open at the current command."""
 
 
 def parse(text: str) -> Script:
-    """Read a script. Raises ValueError where a quote is left open."""
+    """Parse a script. Raises ValueError if a quote is not closed."""
     script = Script()
     _read_directives(text, script)
     _run(text, script, 0)
@@ -48,7 +48,7 @@ def parse(text: str) -> Script:
 
 
 def _read_directives(text: str, script: Script) -> None:
-    """Keep the `#SBATCH` lines: those before the first command, as Slurm reads them."""
+    """Keep the `#SBATCH` lines before the first command; Slurm ignores later ones."""
     for line in text.splitlines():
         if line.startswith("#SBATCH"):
             words = shlex.split(script.variables.expand(line[len("#SBATCH") :]))
@@ -58,7 +58,7 @@ def _read_directives(text: str, script: Script) -> None:
 
 
 def take(words: list[str], script: Script) -> None:
-    """Add one command, given in words, to a script; what a shell in it would run is taken apart."""
+    """Add one command to a script; if it starts a shell, add the commands of that shell instead."""
     _command(words, script, "", 0)
 
 
@@ -69,7 +69,7 @@ def _run(text: str, script: Script, level: int) -> None:
 
 
 def _lines(text: str) -> Iterator[tuple[str, str]]:
-    """Each logical line, with quotes closed and continuations joined, and the here-document that follows it."""
+    """Yield each logical line, its quotes closed and continuations joined, and its here-document."""
     lines = text.splitlines()
     index = 0
     while index < len(lines):
@@ -100,8 +100,8 @@ def _lines(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _open(line: str) -> str:
-    """The quote, or the bracket of an array, that is still open at the end, or the backslash that joins the
-    next line; empty for none."""
+    """Return the sign that continues the line: an open quote, the open bracket of an array, or a final
+    backslash; empty if the line is complete."""
     quote, index = "", 0
     while index < len(line):
         sign = line[index]
@@ -121,7 +121,7 @@ def _open(line: str) -> str:
 
 
 def _commands(line: str) -> Iterator[list[str]]:
-    """The words of each simple command of a line; an array's are one word, and redirections are left out."""
+    """Yield the words of each simple command in a line; an array is one word, redirections are left out."""
     lexer = shlex.shlex(line, posix=True, punctuation_chars=";&|()<>")
     lexer.whitespace_split, lexer.commenters = True, ""
     words: list[str] = []
@@ -193,7 +193,7 @@ def _command(words: list[str], script: Script, body: str, level: int) -> None:
 
 
 def _submitted(words: list[str], script: Script, body: str, level: int) -> None:
-    """Take what `sbatch` is given: options, and the command behind `--wrap`, or the script in its
+    """Add a call of `sbatch`: its options, and the commands in `--wrap` or in the script of its
     here-document."""
     wraps = [index for index, word in enumerate(words) if word.partition("=")[0] == "--wrap"]
     if not wraps and not body:
@@ -208,13 +208,13 @@ def _submitted(words: list[str], script: Script, body: str, level: int) -> None:
             [*words[: wraps[0]], *words[end:]],
         )
     _read_directives(wrapped, script)
-    script.directives.append(words[1:])  # before the lines of the script, as for Slurm
+    script.directives.append(words[1:])  # as for Slurm, before the lines of the script
     _run(wrapped, script, level + 1)
 
 
 def _inner(words: list[str], body: str) -> str | None:
-    """The text that a command hands to a shell: behind `bash -c`, `eval` or `ssh HOST`, or in its
-    here-document."""
+    """Return the text that a command passes to a shell (after `bash -c`, `eval` or `ssh HOST`, or in its
+    here-document); None if it passes none."""
     if PurePath(words[0]).name in ("ssh", "pdsh", "clush") and " " in words[-1]:
         return words[-1]
     if words[0] == "eval":
@@ -231,7 +231,7 @@ def _inner(words: list[str], body: str) -> str | None:
 
 
 def _assign(word: str, script: Script) -> None:
-    """Keep what a word assigns; a value that depends on a condition is not known."""
+    """Store the value that a word assigns; a value that depends on a condition counts as unknown."""
     match = _ASSIGNED.fullmatch(word)
     if match is None:
         return

@@ -22,7 +22,7 @@ _SWITCHES = {
     "verbose", "parsable", "wait-all-nodes", "contiguous", "spread-job", "use-min-nodes", "ignore-pbs",
     "reboot", "label", "unbuffered", "kill-on-bad-exit", "overlap", "exact", "whole", "pty", "l", "u", "K",
 }  # fmt: skip
-"""Options that stand without a value, or with one behind `=`."""
+"""Options that have no value, or a value after `=`."""
 _SAME = {
     "partition": "partition", "account": "account", "qos": "qos", "reservation": "reservation",
     "constraint": "constraint",
@@ -36,7 +36,7 @@ _OWN = {
     "kill-on-bad-exit", "wait", "no-kill", "gpus-per-task", "ntasks-per-gpu", "tasks-per-node",
     "threads-per-core",
 }  # fmt: skip
-"""What launcher's own script says: one task a node, logs in the run directory, a signal before the end."""
+"""Options that launcher's script sets: one task per node, logs in the run directory, an early signal."""
 _GPUS = ("gres", "gpus-per-node", "gpus", "gpus-per-task", "ntasks-per-gpu")
 
 
@@ -110,7 +110,7 @@ def _tasks(given: dict[str, str], nodes: int | None) -> int:
 
 
 def _nodes(given: dict[str, str], reading: Reading) -> int | None:
-    """The number of nodes, where it is one; a range is said as such."""
+    """Return the number of nodes, if it is a single number; record a range as a range."""
     value = given.get("nodes")
     if value is None:
         return None
@@ -153,8 +153,8 @@ def gpus(given: dict[str, str], nodes: int | None, reading: Reading, prefix: str
 
 
 def seconds_of(time: str) -> float | None:
-    """Return Slurm's `30` (minutes), `30:00`, `2:30:00`, `1-12`, `1-12:30:00` as seconds; None for what is
-    no limit, or no time."""
+    """Return Slurm's `30` (minutes), `30:00`, `2:30:00`, `1-12`, `1-12:30:00` as seconds; None for no
+    limit, or for anything that is not a time."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time.strip())
     if match is None:
         return None
@@ -168,7 +168,7 @@ def seconds_of(time: str) -> float | None:
 
 
 def of_srun(words: list[str], reading: Reading) -> None:
-    """Say what srun's own options say of nodes and GPUs."""
+    """Record the nodes and GPUs that srun's own options request."""
     given, _ = options(words)
     kept: dict[str, Any] = {name: value for name, value in given.items() if "$" not in value}
     nodes = None

@@ -1,4 +1,4 @@
-"""Read the flags of torchrun, deepspeed and `accelerate launch`: engine, nodes, ranks."""
+"""The flags of torchrun, deepspeed and `accelerate launch`, read as engine, nodes and ranks."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ PLACES = {
     "rdzv_conf", "node_rank", "master_addr", "master_port", "local_addr", "gpu_ids", "output_dir",
     "logging_dir", "run_name", "cache_dir", "local_rank", "log_dir",
 }  # fmt: skip
-"""Arguments that say where, and change nothing of what is computed."""
+"""Arguments for addresses, directories and names, which have no effect on what is computed."""
 COUNTS = {
     **dict.fromkeys(("num_machines", "nnodes", "num_nodes"), "mesh.nodes"),
     **dict.fromkeys(("num_processes", "nproc_per_node", "num_gpus"), "mesh.ranks_per_node"),
 }
-"""Arguments that say how many nodes and ranks -> where it is kept what `#SBATCH` lines say of them."""
+"""Arguments for numbers of nodes and ranks -> the key that facts from `#SBATCH` lines have."""
 _SHORT = {"H": "hostfile", "i": "include", "e": "exclude", "r": "redirects", "t": "tee"}
 
 
 def flags_of(words: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """Return a launcher's own flags, and what follows: the script and its arguments."""
+    """Return a launcher's own flags, and the words after them: the script and its arguments."""
     flags: dict[str, Any] = {}
     index = 0
     while index < len(words) and words[index].startswith("-") and len(words[index]) > 1:
@@ -59,7 +59,7 @@ def flags_of(words: list[str]) -> tuple[dict[str, Any], list[str]]:
 
 
 def without_variables(arguments: dict[str, Any], reading: Reading) -> dict[str, Any]:
-    """Return the arguments without those that the shell would have filled in, which are not known here."""
+    """Return the arguments without those whose values contain variables that only the shell knows."""
     kept = {}
     for key, value in arguments.items():
         text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
@@ -77,7 +77,7 @@ def without_variables(arguments: dict[str, Any], reading: Reading) -> dict[str, 
 
 
 def of_accelerate(flags: dict[str, Any], reading: Reading) -> None:
-    """Place `accelerate launch` flags, which are the keys of its YAML, in other places."""
+    """Record the flags of `accelerate launch`, whose names are mostly the keys of its YAML file."""
     reading.lacks_engine |= "$" in str(flags.get("config_file", ""))
     flags = without_variables(flags, reading)
     content: dict[str, Any] = {}
@@ -133,7 +133,7 @@ def of_accelerate(flags: dict[str, Any], reading: Reading) -> None:
 
 
 def of_torchrun(flags: dict[str, Any], reading: Reading) -> None:
-    """Say how many nodes and ranks torchrun starts."""
+    """Record the numbers of nodes and ranks that torchrun starts."""
     flags = without_variables(flags, reading)
     if ":" in str(flags.get("nnodes", "")):
         text = "launcher has a fixed number of nodes; taken: the largest"
@@ -146,8 +146,8 @@ def of_torchrun(flags: dict[str, Any], reading: Reading) -> None:
 
 
 def of_deepspeed(flags: dict[str, Any], reading: Reading) -> None:
-    """Say how many nodes and ranks `deepspeed` starts: by numbers, by `--include HOST:SLOT,SLOT@HOST`, or by a
-    file of hosts."""
+    """Record the numbers of nodes and ranks that `deepspeed` starts, from its numbers, from `--include
+    HOST:SLOT,SLOT@HOST`, or from a host file."""
     flags = without_variables(flags, reading)
     if "num_accelerators" in flags:
         flags["num_gpus"] = flags.pop("num_accelerators")
@@ -193,7 +193,7 @@ def of_deepspeed(flags: dict[str, Any], reading: Reading) -> None:
 
 
 def _filter(text: str) -> dict[str, list[str]]:
-    """`a:0,1@b` -> {a: [0, 1], b: []}: slots by host, none where all are meant."""
+    """Parse `a:0,1@b` as {a: [0, 1], b: []}: slots by host, an empty list for all slots."""
     slots_by_host: dict[str, list[str]] = {}
     for part in text.split("@"):
         host, _, slots = part.strip().partition(":")
@@ -202,7 +202,7 @@ def _filter(text: str) -> dict[str, list[str]]:
 
 
 def _hosts(file: str, reading: Reading) -> dict[str, int]:
-    """Slots by host, from lines `HOST slots=N`; empty, with a word about it, where the file is not here."""
+    """Return slots by host, from lines `HOST slots=N`; empty, with a remark, if the file is not here."""
     path = next((path for path in (Path(reading.source).parent / file, Path(file)) if path.is_file()), None)
     if path is None:
         reading.fill_in("--hostfile", file, "is not here: write cluster.nodes and cluster.gpus_per_node")

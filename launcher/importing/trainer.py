@@ -33,14 +33,14 @@ _LENGTHS = ("max_seq_length", "max_length", "model_max_length", "block_size", "m
 _ATTENTION = ("sdpa", "eager", "flash_attention_2")
 _TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 _PROJECTS = {"wandb": "wandb_project", "trackio": "project"}
-"""The key of each tracker's project: TrainingArguments has one for trackio alone, scripts have W&B's."""
+"""The key of each tracker's project: TrainingArguments has one for trackio only; scripts use W&B's."""
 MARKS = {
     "output_dir", "per_device_train_batch_size", "per_device_eval_batch_size", "num_train_epochs",
     "lr_scheduler_type", "gradient_accumulation_steps", "warmup_ratio", "max_grad_norm", "save_total_limit",
     "evaluation_strategy", "eval_strategy", "save_strategy", "adam_beta1", "adam_beta2", "adam_epsilon",
     "optim", "label_smoothing_factor",
 }  # fmt: skip
-"""Names that the Trainer gave: a script with one of them has the Trainer's defaults for the others."""
+"""The Trainer's own arguments: a script that has one of them has its defaults for the others."""
 READ = {
     "num_train_epochs", "max_steps", "max_train_steps", "warmup_steps", "num_warmup_steps", "warmup_ratio",
     "lr_scheduler_type", "lr_scheduler_kwargs", "optim", "adam_beta1", "adam_beta2", "adafactor", "bf16",
@@ -75,8 +75,8 @@ def read(content: dict[str, Any], reading: Reading, is_sft: bool = False) -> Non
 def arguments(
     content: dict[str, Any], reading: Reading, defaults: Defaults | None, read_elsewhere: set[str]
 ) -> None:
-    """Say what the Trainer's own arguments say, and what they leave out; `read_elsewhere` are the keys that
-    were read before."""
+    """Record the Trainer's own arguments, and its defaults for those left out; `read_elsewhere` are the
+    keys that were already read."""
     reading.take(content, _NUMBERS, Reading.number)
     reading.take(content, _COUNTS, Reading.count)
     reading.take(content, {"seed": "training.seed"}, Reading.size)
@@ -170,7 +170,7 @@ def _epochs(reading: Reading) -> None:
 
 
 def _accumulation(reading: Reading) -> None:
-    """Say what the Trainer makes of the micro-batches of a classifier (transformers 5.23:
+    """Record how the Trainer averages the loss of a classifier over micro-batches (transformers 5.23:
     `model_accepts_loss_kwargs` of its own classes)."""
     fact = next((fact for fact in reading.facts if fact.key == "batch.accumulation_steps"), None)
     if fact is not None and fact.value > 1:

@@ -1,7 +1,7 @@
-"""TrainingArguments without a key in a job: those without effect, and those that change numbers.
+"""TrainingArguments that no key of a job corresponds to: those without effect, and those that change numbers.
 
-A test holds the tables against the installed transformers: each of its TrainingArguments is in one of them,
-or read by `trainer`.
+A test checks the tables against the installed transformers: each of its TrainingArguments is in one of them,
+or is read by `trainer`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ REPORTS = {
     "wandb_entity", "wandb_watch", "wandb_name", "wandb_log_model", "wandb_run_id", "wandb_mode",
     "with_tracking", "metric",
 }  # fmt: skip
-"""What is reported, measured, written and pushed: nothing of it changes a weight."""
+"""Arguments for reporting, evaluating, writing and pushing: none of them changes a weight."""
 PLACES = {
     "torch_empty_cache_steps", "dataloader_num_workers", "dataloader_pin_memory",
     "dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context",
@@ -45,8 +45,8 @@ PLACES = {
     "activation_offloading", "shuffle_dataset", "padding_free", "pad_to_multiple_of", "pad_token",
     "eval_packing", "lazy_preprocess",
 }  # fmt: skip
-"""Where and how fast it is computed, and the order of the rows, which is launcher's own: rounding apart, the
-same is learned."""
+"""Arguments for the place and speed of computation, and for the order of rows, which launcher decides
+itself. Apart from rounding they do not change what is learned."""
 HELD_OUT = (
     "launcher takes no share of the training rows: `launcher data split FILE` writes two files, for data.train "
     "and data.evaluation"
@@ -79,7 +79,7 @@ CHANGES: dict[str, str] = {
     "val_size": HELD_OUT,
     "val_set_size": HELD_OUT,
 }
-"""Keys that change what is learned, and what is nearest in launcher."""
+"""Keys that change what is learned, and the nearest thing in launcher."""
 NEUTRAL = {
     "train_sampling_strategy": "random",
     "average_tokens_across_devices": True,
@@ -88,7 +88,7 @@ NEUTRAL = {
     "min_sample_len": 2,
     "truncation_mode": "keep_start",
 }
-"""Where a key that changes what is learned does nothing, if not at false or 0."""
+"""Values at which a key that changes what is learned has no effect, if other than false or 0."""
 
 _NEAREST = {
     "lr": "training.learning_rate", "batch_size": "batch.global_batch_size",
@@ -111,14 +111,14 @@ _NEAREST = {
     "max_samples": "data.train.limit",
     "dropout": "the model's config",
 }  # fmt: skip
-"""Names that scripts give as they like -> the key of a job that they most often mean."""
+"""Names that scripts choose freely -> the key of a job that they most often mean."""
 
 
 def rest(content: dict[str, Any], read: set[str], reading: Reading) -> None:
-    """Say of each key that is not read whether it does nothing, or would change what is computed. What is
-    unknown may change it.
+    """Record for each key that was not read whether it has no effect, or would change what is computed. An
+    unknown key may change it.
 
-    A secret that TrainingArguments leave out of their JSON stands there as `<HUB_TOKEN>`.
+    A secret that TrainingArguments leave out of their JSON appears there as `<HUB_TOKEN>`.
     """
     kept = {
         key: value
@@ -150,7 +150,7 @@ def rest(content: dict[str, Any], read: set[str], reading: Reading) -> None:
 
 
 def changes(content: dict[str, Any], table: dict[str, str], reading: Reading) -> None:
-    """Say of each key of a table that it changes what is learned, unless its value changes nothing."""
+    """Record for each key of a table that it changes what is learned, unless its value has no effect."""
     for key, text in table.items():
         if not does_nothing(key, content.get(key)):
             if text is HELD_OUT:
@@ -160,8 +160,8 @@ def changes(content: dict[str, Any], table: dict[str, str], reading: Reading) ->
 
 
 def hold_out(key: str, value: Any, reading: Reading) -> None:
-    """Say which share of the rows is held out: by the two files that `launcher data split` writes, where one
-    file has all rows. Else remark how it is done."""
+    """Record the share of the rows that is held out: as the two files that `launcher data split` writes,
+    if a single file has all rows. Otherwise remark on how it is done."""
     share = as_number(value) or 0.0
     share = share / 100 if key.endswith("validation_split_percentage") else share
     train = reading.said_value("data.train")
@@ -181,8 +181,8 @@ def hold_out(key: str, value: Any, reading: Reading) -> None:
 
 
 def does_nothing(key: str, value: Any) -> bool:
-    """Return whether a key that changes what is learned has a value, as files or command lines write it, that
-    does not."""
+    """Return whether a key that would change what is learned has a value, as written in a file or on a
+    command line, without effect."""
     words = {"true": True, "false": False, "none": None, "auto": None, "": None, "0": 0, "0.0": 0}
     value, neutral = words.get(str(value).lower(), value), NEUTRAL.get(key, False)
     return value in (None, [], {}, neutral, f"<{key.upper()}>") or (value is False and neutral is not True)

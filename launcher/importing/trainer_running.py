@@ -37,8 +37,8 @@ def precision(content: dict[str, Any], reading: Reading) -> None:
 
 
 def _kept_in(content: dict[str, Any], reading: Reading) -> None:
-    """Remark on the dtype of the weights: launcher keeps trained ones in fp32, frozen ones in the plan's
-    precision."""
+    """Remark on the dtype of the weights: launcher keeps trainable weights in fp32, and frozen ones in the
+    plan's precision."""
     for option in ("torch_dtype", "dtype"):
         kept = (reading.word(content, option) or "auto").rpartition(".")[2]
         if kept in ("auto", "float32"):
@@ -58,7 +58,7 @@ def _kept_in(content: dict[str, Any], reading: Reading) -> None:
 
 
 def saving(content: dict[str, Any], reading: Reading) -> None:
-    """Record when it saves and evaluates, and by what the best checkpoint is chosen."""
+    """Record the intervals of saving and evaluation, and the metric that selects the best checkpoint."""
     evaluation = "eval_strategy" if "eval_strategy" in content else "evaluation_strategy"
     for strategy, steps, key in (
         ("save_strategy", "save_steps", "checkpoint.every"),
@@ -88,7 +88,7 @@ def saving(content: dict[str, Any], reading: Reading) -> None:
 
 
 def engine(content: dict[str, Any], reading: Reading) -> None:
-    """Record its sections for DeepSpeed and FSDP."""
+    """Record the settings for DeepSpeed and FSDP."""
     deepspeed = content.get("deepspeed") or content.get("deepspeed_config")
     if isinstance(deepspeed, str) and deepspeed:
         reading.follow.append(deepspeed)

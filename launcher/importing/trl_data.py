@@ -1,8 +1,8 @@
-"""Read the data sets that TRL and alignment-handbook name: one, or a mixture of several.
+"""The data sets that TRL and alignment-handbook name: one, or a mixture of several.
 
 Read from TRL 1.16 (trl/scripts/utils.py), and from alignment-handbook before and since July 2025
-(src/alignment/data.py). All concatenate: every row comes once in an epoch. What the handbook calls a weight is a
-share of a data set's own rows, so that it is a limit here, and no weight.
+(src/alignment/data.py). All concatenate: every row comes once per epoch. The handbook's weight is a share of
+a data set's own rows, so it becomes a limit here, not a weight.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from launcher.importing.trainer_keys import hold_out
 _DATA = {"dataset_name", "dataset_config", "dataset_config_name", "dataset_train_split", "dataset_test_split"}
 _KINDS = ("dataset_mixer", "dataset_mixture", "datasets")
 MIXTURES = (*_KINDS, "dataset_splits", "dataset_configs")
-"""Keys of a mixture and what stands beside one."""
+"""The keys of a mixture, and the keys that accompany one."""
 _OTHER_NAMES = {"path": "id", "name": "config"}
 """TRL's names for the handbook's."""
 
 
 def data_set(content: dict[str, Any], reading: Reading, evaluates: bool = False) -> set[str]:
-    """Say the data set that is named, with its splits; the keys that were read. A mixture goes before it."""
+    """Record the named data set and its splits; return the keys that were read. A mixture has precedence."""
     name = reading.word(content, "dataset_name")
     if name is None or reading.says("data.train.name") or reading.says("data.train.sources"):
         return _DATA if name is None else _DATA - {"dataset_name"}
@@ -50,7 +50,7 @@ def data_set(content: dict[str, Any], reading: Reading, evaluates: bool = False)
 
 
 def mixture_of(content: dict[str, Any], reading: Reading) -> list[str]:
-    """Say the data sets of a mixture; the columns that it keeps of them."""
+    """Record the data sets of a mixture; return the columns that it keeps."""
     key = next((key for key in _KINDS if content.get(key)), None)
     if key is None:
         return []
@@ -93,15 +93,15 @@ def mixture_of(content: dict[str, Any], reading: Reading) -> list[str]:
 def _of_mapping(
     value: dict[str, Any], content: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the data sets of {name: share}, with the splits and configurations beside it: those that are
-    learned, and those held out, of which all rows are measured."""
+    """Return the data sets of {name: share}, with their splits and configurations: those for training with
+    their shares, and those held out, which are evaluated in full."""
     splits, configs = content.get("dataset_splits"), content.get("dataset_configs")
     names = [str(split) for split in splits] if isinstance(splits, list) else ["train"]
     train = [split for split in names if "train" in split] or names[:1]
     held_out = [split for split in names if "train" not in split and "test" in split]
     subsets = configs if isinstance(configs, list) and len(configs) == len(value) else [None] * len(value)
     data_sets = [{"id": str(name), "config": subset} for name, subset in zip(value, subsets, strict=True)]
-    # Shares go with what is loaded one by one there, so that of several splits some are left out.
+    # The handbook's shares go to (data set, split) pairs in order: with several splits some get none.
     loaded = [one | {"split": split} for one in data_sets for split in train]
     learned = [one | {"weight": share} for one, share in zip(loaded, value.values(), strict=False)]
     return learned, [one | {"split": split} for one in data_sets for split in held_out]
@@ -121,7 +121,7 @@ def _places(entry: dict[str, Any], key: str, reading: Reading) -> list[dict[str,
 
 
 def _say_share(key: str, name: str, share: float, limit: str, is_first_rows: bool, reading: Reading) -> None:
-    """Remark a share of a data set's rows, where launcher has their number: at the key `limit`."""
+    """Remark that only a share of a data set's rows is used; `limit` is launcher's key for their number."""
     rows = f"int({share:g} x its rows)"
     if is_first_rows:
         text = f"the first {rows}: write that number as {limit}"

@@ -1,4 +1,4 @@
-"""Fill in variables of a shell script that the script itself sets."""
+"""Variables of a shell script that the script itself sets, and their expansion."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _OPERATORS = {
     ast.Mod: operator.mod,
 }
 _DEEPEST = 8
-"""Variables in variables that are followed."""
+"""Maximum nesting depth of variables within variables."""
 _CODED = {sign: chr(0xE100 + ord(sign)) for sign in map(chr, range(128))}
-"""Characters that mean something to a shell -> those of the private use area, at which no word breaks."""
+"""ASCII characters -> characters of the private use area, which the shell lexer does not treat as special."""
 _PLAIN = {code: sign for sign, code in _CODED.items()}
 
 
@@ -33,15 +33,15 @@ def _kept(text: str) -> str:
 
 @dataclass
 class Variables:
-    """The variables that a script sets, and text with them filled in. What the shell alone knows stays as it
-    is written."""
+    """The variables that a script sets, and the expansion of text with them. Text that only the shell can
+    expand is left as written."""
 
     values: dict[str, str] = field(default_factory=dict)
     chosen: dict[str, str] = field(default_factory=dict)
-    """What was taken for a variable with a default of the script's own, as `${LR:-1e-5}`."""
+    """The default values used for variables that are not set, by their reference, as `${LR:-1e-5}`."""
 
     def expand(self, text: str, within: tuple[str, ...] = ()) -> str:
-        """Return the text with its known variables filled in, comments left out; quotes stay for the lexer."""
+        """Return the text with known variables filled in, without comments; quotes are left for the lexer."""
         pieces: list[str] = []
         quote, index = "", 0
         while index < len(text):
@@ -64,7 +64,7 @@ class Variables:
                     text[index - 1 : index] == '"' == text[index + length : index + length + 1]
                     and "[@]" in text[index : index + length]
                 )
-                # "${A[@]}" is each of its words; anything else in double quotes is part of one.
+                # "${A[@]}" is one word per element; any other reference in double quotes is part of one word.
                 pieces.append(
                     f'"{value}"'
                     if quote and whole
@@ -89,7 +89,7 @@ class Variables:
         return "".join(pieces)
 
     def _reference(self, text: str, within: tuple[str, ...]) -> tuple[int, str]:
-        """Return how long what begins with `$` or a backtick is, and what stands for it."""
+        """Return the length of the reference that starts with `$` or a backtick, and its replacement."""
         if text.startswith("$(("):
             end = text.find("))")
             whole = text[: end + 2] if end >= 0 else text
@@ -120,7 +120,7 @@ class Variables:
         return self.expand(value, (*within, name))
 
     def _sum(self, text: str, within: tuple[str, ...]) -> str | None:
-        """An arithmetic expression of numbers that are all known."""
+        """Return the value of an arithmetic expression; None unless all its variables are known numbers."""
         known = re.sub(r"\$?\{?([A-Za-z_]\w*)\}?", lambda match: self._value(match[1], within) or "?", text)
         try:
             return str(_evaluate(ast.parse(known.strip(), mode="eval").body))
@@ -137,7 +137,7 @@ def _evaluate(node: ast.expr) -> int:
 
 
 def _closing(text: str, opening: int) -> int:
-    """Return where the bracket at `opening` is closed, one past it; the end where it is not."""
+    """Return the index after the bracket that closes the one at `opening`; the text's length if none does."""
     depth = 0
     for index in range(opening, len(text)):
         depth += (text[index] == "(") - (text[index] == ")")

@@ -1,4 +1,4 @@
-"""Rank the points of a sweep by their best evaluation."""
+"""The points of a sweep, ranked by their best evaluation."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from launcher.sweep.sweep import Sweep, as_yaml
 
 
 def leaderboard(sweep: Sweep) -> list[Line]:
-    """Return every point, the best one first; those that were not measured yet, or measured as no number,
-    last."""
+    """Return every point, the best first; points without an evaluation, or with a result that is not
+    finite, come last."""
     lines = [_line(sweep, number, run) for number, run in enumerate(sweep.runs)]
 
     def order(line: Line) -> tuple[bool, float, int]:
@@ -34,7 +34,7 @@ def leaderboard(sweep: Sweep) -> list[Line]:
 def best_job(sweep: Sweep, file: Path) -> Line:
     """Write the best point as a job file, and return its line.
 
-    Raises ConfigurationError where none was measured yet, or where there is something at `file`.
+    Raises ConfigurationError if no point was evaluated yet, or if `file` exists.
     """
     first = next(iter(leaderboard(sweep)), None)
     if first is None or first.best is None or not math.isfinite(first.best):

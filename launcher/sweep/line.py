@@ -1,4 +1,4 @@
-"""One point of a sweep, as it stands."""
+"""The current state of one point of a sweep."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Line:
-    """Hold one point. `value` is the metric of its last evaluation; None before the first."""
+    """A point of a sweep. `value` is the metric of its last evaluation; None before the first."""
 
     point: int
     overrides: tuple[str, ...]
@@ -16,12 +16,12 @@ class Line:
     total_steps: int | None
     value: float | None
     best: float | None
-    """Of all its evaluations."""
+    """The best value of all its evaluations."""
     best_step: int | None
     failure_class: str | None = None
-    """The class of its last attempt's failure, where that failed."""
+    """The failure class of its last attempt, if that failed."""
 
     @property
     def values(self) -> dict[str, str]:
-        """Return what it tried, by key."""
+        """Return the values that the point tries, by key."""
         return dict(text.partition("=")[::2] for text in self.overrides)

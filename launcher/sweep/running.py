@@ -1,4 +1,4 @@
-"""Run the points of a sweep in turn, or as one Slurm array."""
+"""Runs of a sweep's points, one after another here or as a Slurm array."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from launcher.sweep.leaderboard import leaderboard
 from launcher.sweep.sweep import Sweep
 
 _FOR_GOOD = {one.failure_class: one.exit_code for one in (DivergedError, OutOfMemoryError)}
-"""Failures that the same point would have again, and their exit codes."""
+"""Failures that would occur again in the same point, and their exit codes."""
 _UNTIL_MENDED = {one.failure_class: one.exit_code for one in (ConfigurationError, DataError)}
-"""Failures that it would have again unless somebody changes what it reads: it is tried once more."""
+"""Failures that would occur again unless someone changes the run's input: the point is tried once more."""
 
 
 def run_here(sweep: Sweep, watcher: Watcher, budget: float | None = None) -> int:
-    """Run every point that is left, in turn; of a search also those that are proposed then. One that fails
-    or cannot begin does not keep the others from being tried; a stop ends the sweep. After `budget`
-    seconds none begins.
+    """Run every unfinished point, one after another; a search also proposes new points meanwhile. A point
+    that fails or cannot start does not prevent the others; a stop ends the sweep. No point starts after
+    `budget` seconds.
 
-    Gives 0 where all came to their end, 75 after a stop, else the exit code of the first that failed. Raises
-    RunInUseError where another launcher runs it.
+    Returns 0 if all points finished, 75 after a stop, otherwise the exit code of the first failure. Raises
+    RunInUseError if another launcher runs the sweep.
     """
     with RunDirectory(sweep.path).lock():
         return _in_turn(Sweep.read(sweep.path), watcher, time.monotonic() + budget if budget else math.inf)
@@ -75,8 +75,8 @@ def _in_turn(sweep: Sweep, watcher: Watcher, until: float) -> int:
 
 
 def _worth_trying(sweep: Sweep) -> list[int]:
-    """Return the points that are left; of a search, which goes on with others, without those that failed for
-    good."""
+    """Return the unfinished points; for a search, which tries other points instead, without those that
+    failed permanently."""
     if not sweep.search:
         return sweep.left()
     classes = {line.point: line.failure_class for line in leaderboard(sweep)}
@@ -89,7 +89,7 @@ def _worth_trying(sweep: Sweep) -> list[int]:
 
 
 def _failed_until_mended(run: RunDirectory) -> int:
-    """Return how many attempts failed by what the run reads; others were stopped, say, or had smaller passes."""
+    """Return how many attempts failed because of the run's input, not for example by a stop."""
     failures = [
         record.get("failure") or {} for record in read(run.events_file) if record.get("event") == "failed"
     ]
@@ -97,8 +97,8 @@ def _failed_until_mended(run: RunDirectory) -> int:
 
 
 def _code_of_the_rest(sweep: Sweep, numbers: list[int], watcher: Watcher) -> int:
-    """Return the exit code of the first point that failed for good and is not tried again, and say which are
-    not; 0 where there is none."""
+    """Return the exit code of the first point that failed permanently and is not tried again, and name all
+    of these points; 0 if there are none."""
     rest = sorted(set(sweep.left()) - set(numbers)) + list(sweep.refused)
     if not rest:
         return 0
@@ -111,7 +111,7 @@ def _code_of_the_rest(sweep: Sweep, numbers: list[int], watcher: Watcher) -> int
 
 
 def _is_of_the_point(sweep: Sweep, error: LauncherError) -> bool:
-    """Return whether a point of a search cannot begin by what it tries, and not by what is wrong with all."""
+    """Return whether a point of a search cannot start because of its own values."""
     if sweep.search is None or not isinstance(error, ConfigurationError):
         return sweep.search is not None and error.failure_class in _FOR_GOOD
     return any(problem.key in sweep.search.space for problem in error.problems)
@@ -119,24 +119,24 @@ def _is_of_the_point(sweep: Sweep, error: LauncherError) -> bool:
 
 @dataclass(frozen=True)
 class Submitted:
-    """An array of points, as Slurm has it."""
+    """A submitted Slurm array of points."""
 
     job_id: str
     points: list[int]
-    """In the order of its tasks."""
+    """The points in the order of the array's tasks."""
     left_out: dict[int, str]
-    """Why a point could not begin, by its number: of a search those that the next round tries again."""
+    """Reasons by the numbers of points that could not start; the next round of a search tries them again."""
 
 
 def submit(sweep: Sweep, parallel: int | None) -> Submitted:
-    """Submit every point that is left as one array, of which `parallel` run at a time. Of a search it is one
-    round: points that failed, but not for good, and new ones up to `parallel`. New ones know the rounds before,
-    and keep away from each other. One that cannot begin by what it tries is written down as failed; one that
-    cannot by anything else has taken a place of the round, and the next one tries it again.
+    """Submit every unfinished point in one array, of which `parallel` tasks run at a time. For a search it is
+    one round: points to try again, and new ones up to `parallel`. New points are based on earlier rounds, and
+    kept apart from each other. A point whose own values prevent a start is recorded as failed; one that
+    cannot start for another reason takes a place in the round, and the next round tries it again.
 
-    Raises RunInUseError where a point waits or runs already or another launcher submits, ConfigurationError
-    where points ask Slurm for different things, and for a search without `parallel`, or with nothing left to
-    try; and what keeps the first point from beginning, where none can.
+    Raises RunInUseError if a point already waits or runs, or another launcher submits; ConfigurationError if
+    points need different Slurm requests, or for a search without `parallel` or with nothing left to try. If
+    no point can start, raises the first point's error.
     """
     submit_run.find_sbatch()
     if sweep.search and parallel is None:
@@ -189,7 +189,7 @@ def _submitted(sweep: Sweep, parallel: int | None) -> Submitted:
 
 
 def _check_alike(opened: list[tuple[RunDirectory, Plan]], numbers: list[int]) -> None:
-    """An array asks for the same nodes in all its tasks."""
+    """Raise ConfigurationError unless all points need the same nodes: an array is a single request."""
     first = opened[0][1]
     for number, (_, plan) in zip(numbers, opened, strict=True):
         if (plan.slurm, plan.mesh.nodes, plan.mesh.ranks_per_node) != (

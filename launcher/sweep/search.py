@@ -1,4 +1,4 @@
-"""Propose the next point of a sweep from what the points before it came to: TPE, by optuna."""
+"""Proposals for a sweep's next point from the results of earlier points: TPE, by optuna."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Search:
-    """The tree-structured Parzen estimator of optuna (Bergstra et al. 2011), with its own settings.
+    """The tree-structured Parzen estimator of optuna (Bergstra et al. 2011), with its default settings.
 
-    A proposal is a function of the seed, of its number and of the points before it. So a search that was stopped
-    goes on as if it had not been.
+    A proposal is a function of the seed, its number and the earlier points. So a search that was stopped
+    resumes as if it had not been.
     """
 
     space: Space
     num_points: int
-    """In all."""
+    """Number of points in total."""
     seed: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it for sweep.json."""
+        """Return the search as values for sweep.json."""
         return {
             "sampler": "tpe",
             "num_points": self.num_points,
@@ -43,7 +43,7 @@ class Search:
 
     @classmethod
     def of(cls, content: dict[str, Any]) -> Search:
-        """Return what `to_dict` wrote. Raises KeyError, TypeError or ValueError for anything else."""
+        """Return the search in `to_dict`'s values. Raises KeyError, TypeError or ValueError otherwise."""
         if content["sampler"] != "tpe" or not isinstance(content["num_points"], int):
             raise ValueError("no search that is known")
         space = {
@@ -52,7 +52,7 @@ class Search:
         return cls(space, content["num_points"], int(content["seed"]))
 
     def corners(self) -> list[dict[str, Any]]:
-        """Return points that hold each end of each range and each of the listed values, once."""
+        """Return points that together contain each end of each range, and each listed value, once."""
         ends = {
             key: [one.low, one.high] if isinstance(one, Range) else one for key, one in self.space.items()
         }
@@ -61,7 +61,7 @@ class Search:
         return [first, *others]
 
     def between(self) -> dict[str, dict[str, Any]]:
-        """Return by key of a range with whole ends a point of `corners` with a value in it that is not whole."""
+        """Return for each range between whole numbers a point of `corners` with a fractional value in it."""
         first = self.corners()[0]
         return {
             key: {**first, key: one.low + 0.5}
@@ -70,7 +70,7 @@ class Search:
         }
 
     def with_whole(self, keys: Collection[str]) -> Search:
-        """Return it with whole numbers alone for these keys."""
+        """Return the search with only whole numbers for these keys."""
         space = {
             key: one._replace(whole=True) if isinstance(one, Range) and key in keys else one
             for key, one in self.space.items()
@@ -78,7 +78,7 @@ class Search:
         return replace(self, space=space)
 
     def propose(self, lines: Sequence[Line], better: Better) -> dict[str, Any]:
-        """Return the values of the next point by key; `lines` are those of all points before it."""
+        """Return the values of the next point by key; `lines` are all earlier points."""
         import optuna
         from numpy.random import SeedSequence
 
@@ -105,11 +105,11 @@ def _distribution(one: Range | list[Any]) -> Any:
 
 
 def _trial(line: Line, distributions: dict[str, Any]) -> optuna.trial.FrozenTrial:
-    """Return a point as optuna has its trials.
+    """Return a point as a trial of optuna.
 
-    One that was given up is pruned where it was; one that diverged, or measured nothing that is a number, is
-    pruned without a value, behind all others. One that failed otherwise says nothing of its values. What is not
-    over yet is running: the sampler keeps away from it.
+    A point stopped early by halving is pruned at its last step. One that diverged, or had no finite result,
+    is pruned without a value, and ranks behind all others. Any other failure tells nothing about its values.
+    A point that is not finished counts as running: the sampler proposes values away from it.
     """
     from optuna.distributions import CategoricalDistribution, IntDistribution
     from optuna.trial import TrialState, create_trial
@@ -120,7 +120,7 @@ def _trial(line: Line, distributions: dict[str, Any]) -> optuna.trial.FrozenTria
         if isinstance(one, CategoricalDistribution):
             params[key] = text
             continue
-        # Of four digits the last may lie beyond the end of a range.
+        # Rounded to four digits, a value may lie just beyond the end of its range.
         number = min(max(float(text), one.low), one.high)
         params[key] = int(number) if isinstance(one, IntDistribution) else number
     state, value, reached = TrialState.RUNNING, None, dict[int, float]()

@@ -12,20 +12,20 @@ from launcher.job.yaml_text import parse
 _RANGE = re.compile(r"^\s*(\S+?)\s*\.\.\s*(\S+?)\s*(?::\s*(log|linear)\s*)?$")
 _MOST_POINTS = 1000
 _FACTOR = 3
-"""Of how many points one goes on: near e, which Jamieson and Talwalkar (2016) find best in theory."""
+"""One of this many points continues: near e, which Jamieson and Talwalkar (2016) find best in theory."""
 
 
 class Range(NamedTuple):
-    """Hold the ends between which a value is drawn: evenly, or by magnitude."""
+    """The range from which a value is drawn, uniformly or log-uniformly."""
 
     low: float
     high: float
     log: bool
     whole: bool = False
-    """Whether the key takes whole numbers alone."""
+    """Whether the key takes only whole numbers."""
 
     def as_distribution(self) -> Any:
-        """Return it as scipy draws from it."""
+        """Return the range as a distribution of scipy."""
         from scipy import stats
 
         if self.log:
@@ -34,15 +34,15 @@ class Range(NamedTuple):
 
 
 Space = Mapping[str, Range | list[Any]]
-"""By key a range, or the values of which one is taken."""
+"""For each key a range, or a list of values to choose from."""
 
 
 def points(grid: Sequence[str], random: Sequence[str], num_points: int | None, seed: int) -> list[list[str]]:
     """Return the `KEY=VALUE` overrides of each point.
 
-    grid: `KEY=A,B,C`; each value is tried with each of the others. random: `KEY=LOW..HIGH`, evenly or with
-    `:log` in magnitude, or `KEY=A,B,C`, one of them. With both, the grid is tried with each random draw.
-    Raises ConfigurationError with every problem.
+    grid: `KEY=A,B,C`; each value is combined with each of the others. random: `KEY=LOW..HIGH`, drawn
+    uniformly, or log-uniformly with `:log`; or `KEY=A,B,C`, one of them. With both, the grid is combined with
+    each random draw. Raises ConfigurationError with every problem.
     """
     from sklearn.model_selection import ParameterGrid, ParameterSampler
 
@@ -72,8 +72,8 @@ def points(grid: Sequence[str], random: Sequence[str], num_points: int | None, s
 
 
 def space(grid: Sequence[str], random: Sequence[str], num_points: int | None) -> Space:
-    """Return what a search chooses from, by the options of `points`. Raises ConfigurationError with every
-    problem."""
+    """Return the space of a search, from the same options as for `points`. Raises ConfigurationError with
+    every problem."""
     problems: list[Problem] = []
     chosen = _collect("--random", random, problems, ranges=True)
     if grid:
@@ -98,8 +98,8 @@ def written(point: Mapping[str, Any]) -> list[str]:
 
 
 def rungs(text: str) -> tuple[int, int]:
-    """Read `STEPS` or `STEPS:N`: where points are first compared, and of how many one goes on. Raises
-    ConfigurationError."""
+    """Parse `STEPS` or `STEPS:N`: the step of the first comparison, and how many points one is kept of.
+    Raises ConfigurationError."""
     match = re.fullmatch(r"\s*(\d+)\s*(?::\s*(\d+)\s*)?", text)
     first, factor = (int(match[1]), int(match[2] or _FACTOR)) if match else (0, 0)
     if first < 1 or factor < 2:
@@ -134,7 +134,7 @@ def _collect(
 
 
 def _values(text: str) -> list[Any]:
-    """`1e-5,2e-5` or `[a, b]` as YAML reads it."""
+    """Return the values in `1e-5,2e-5` or `[a, b]`, as YAML reads them."""
     try:
         content = parse(text if text.lstrip().startswith("[") else f"[{text}]", "--grid")
     except ConfigurationError:
@@ -161,7 +161,7 @@ def _range(text: str) -> Range:
 
 
 def value_text(value: Any) -> str:
-    """Return a value as `--set` reads it; a number with four digits, which people can read and type again."""
+    """Return a value as text for `--set`; a number has four digits, so that people can read and retype it."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):

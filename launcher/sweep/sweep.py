@@ -1,4 +1,4 @@
-"""A sweep on disk: sweep.json, and an ordinary run for each point."""
+"""A sweep on disk: sweep.json, and an ordinary run directory for each point."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ from launcher.tasks.mixed import measured, not_measured
 
 @dataclass(frozen=True)
 class Sweep:
-    """Say what is tried, and by what it is judged."""
+    """The points of a sweep, and the metric by which they are compared."""
 
     path: Path
     points: tuple[tuple[str, ...], ...]
-    """The overrides of each; of a search those that were proposed by now."""
+    """The overrides of each point; for a search, of the points proposed so far."""
     metric: str
     nproc: int | None = None
     better: Better = "lower"
-    """Which value of the metric is the better one."""
+    """Whether lower or higher values of the metric are better."""
     search: Search | None = None
-    """What proposes further points."""
+    """The search that proposes further points."""
     refused: Mapping[int, str] = field(default_factory=dict)
-    """Points of a search that could not begin, with the class of the failure."""
+    """Failure classes by the numbers of points of a search that could not start."""
 
     @classmethod
     def create(
@@ -56,11 +56,10 @@ class Sweep:
         halving: tuple[int, int] | None = None,
         search: Search | None = None,
     ) -> Sweep:
-        """Write a new sweep of a job. Raises ConfigurationError where there is something at `path`, or the
-        job is bad.
+        """Write a new sweep of a job. Raises ConfigurationError if `path` exists, or if the job is invalid.
 
-        halving: the steps before points are first compared, and how many of them one is kept of.
-        search: proposes the points, of which there are none then.
+        halving: the step of the first comparison, and how many points one is kept of.
+        search: proposes the points; `points` is then empty.
         """
         if path.exists() and any(path.iterdir()):
             reason = (
@@ -100,7 +99,7 @@ class Sweep:
 
     @classmethod
     def read(cls, path: Path) -> Sweep:
-        """Return the sweep in a directory. Raises ConfigurationError where there is none."""
+        """Return the sweep in a directory. Raises ConfigurationError if there is none."""
         try:
             content = read_json(path / SWEEP_FILE)
             points, metric, nproc = content["points"], content["metric"], content["nproc"]
@@ -127,19 +126,19 @@ class Sweep:
 
     @property
     def num_points(self) -> int:
-        """Return how many there are in all, with those that a search has yet to propose."""
+        """Return the total number of points, including those that a search has not proposed yet."""
         return self.search.num_points if self.search else len(self.points)
 
     def left(self) -> list[int]:
-        """Return the points that are not finished, of those that are there; of a search without those that
-        could not begin."""
+        """Return the existing points that are not finished; for a search, without those that could not
+        start."""
         return [
             number for number, run in enumerate(self.runs) if not run.finished and number not in self.refused
         ]
 
     def proposed(self, lines: Sequence[Line]) -> Sweep:
-        """Write down the next point of a search, and return the sweep with it; `lines` are those of all points
-        that are there. Raises RunInUseError where another launcher did meanwhile."""
+        """Record the next point of a search, and return the sweep with it; `lines` are all existing
+        points. Raises RunInUseError if another launcher recorded points meanwhile."""
         assert self.search
         point = written(self.search.propose(lines, self.better))
         described = read_json(self.path / SWEEP_FILE)
@@ -150,7 +149,7 @@ class Sweep:
         return dataclasses.replace(self, points=(*self.points, tuple(point)))
 
     def without(self, number: int, error: LauncherError) -> Sweep:
-        """Write down why a point of a search cannot begin, and return the sweep that knows it as failed."""
+        """Record why a point of a search cannot start, and return the sweep in which it counts as failed."""
         described = read_json(self.path / SWEEP_FILE)
         why = {"failure_class": error.failure_class, "reason": str(error)}
         described.setdefault("refused", {})[str(number)] = why
@@ -158,7 +157,7 @@ class Sweep:
         return dataclasses.replace(self, refused={**self.refused, number: error.failure_class})
 
     def open(self, number: int, local: bool) -> tuple[RunDirectory, Plan]:
-        """Make a point's run, or go on with it."""
+        """Create a point's run, or open the existing one to resume it."""
         named = f"name={self.path.name}-{number:03d}"
         job = self.path / "job.yaml"
         return run_setup.open_run(
@@ -172,8 +171,8 @@ class Sweep:
 
 
 def _load(job_file: Path, overrides: list[str], point: list[str], metric: str) -> Job:
-    """Return the job of a point. Raises ConfigurationError for what no run can be, or does not measure: before
-    any has begun."""
+    """Return the job of a point. Raises ConfigurationError, before any point starts, if the job is invalid
+    or does not compute the metric."""
     job = run_setup.load_job(job_file, [*overrides, *point], None)
     if (missing := not_measured(tasks.of_job(job), metric)) is not None:
         where = f"at {' '.join(point)}: " if point else ""
@@ -190,19 +189,19 @@ def _can_be(job_file: Path, overrides: list[str]) -> bool:
 
 
 def _class_of(why: Any) -> str:
-    """Return the class of a refused point by what sweep.json says of it; once that was the reason alone."""
+    """Return a refused point's failure class from sweep.json; old entries have only the reason."""
     return ConfigurationError.failure_class if isinstance(why, str) else str(why["failure_class"])
 
 
 def as_yaml(job: Job) -> str:
-    """Return a job as the text of a job file: what was written there, with absolute paths."""
+    """Return a job as the text of a job file: the keys that were set, with absolute paths."""
     content = job.model_dump(mode="json", exclude_none=True, exclude_unset=True, by_alias=True)
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
 def _check_comparable(job: Job, metric: str, option: str, on_the_way: bool) -> None:
-    """Points can be compared only by what is measured, of halving on the way. Raises ConfigurationError, with
-    every problem."""
+    """Raise ConfigurationError, with every problem, unless points can be compared: by an evaluation, which
+    with halving must also happen during training."""
     problems = []
     if find_spec("optuna") is None:
         problems.append(Problem(option, None, "needs optuna: pip install 'finetune-launcher[sweep]'"))
