@@ -99,8 +99,7 @@ class _Times:
 
     @classmethod
     def of(cls, plan: Plan, trained: int) -> _Times:
-        """Return the counts. FSDP keeps units gathered between passes if each pass ends with them
-        gathered."""
+        """Return the counts. Without full sharding FSDP gathers each unit once a step, and keeps it."""
         passes = plan.batch.accumulation_steps
         if plan.zero is None:
             sent = 1 if 4 * trained <= DEFERRED_GRADIENT_BYTES else passes
