@@ -214,12 +214,12 @@ def test_the_trainer_adds_up_the_means_of_a_classifiers_micro_batches(encoder: P
 
 
 def test_a_warm_up_is_a_step_ahead_and_would_be_seen(decoder: Path, tmp_path: Path) -> None:
-    """The import says under `cannot be said` that its steps differ; the losses show that this comparison can
+    """The import says under `changes meaning` that its steps differ; the losses show that this comparison can
     fail."""
     arguments = arguments_of(tmp_path, learning_rate=5e-3, warmup_steps=4)
     assert compared_with_the_trainer(arguments, decoder, "text", tmp_path) > 1e-3
     remarks = import_files([tmp_path / "arguments.json"]).remarks
-    assert any(remark.kind == "cannot be said" and remark.said == "warmup_steps" for remark in remarks)
+    assert any(remark.kind == "changes meaning" and remark.said == "warmup_steps" for remark in remarks)
 
 
 def compared_with_the_trainer(
