@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from launcher.planner.evaluation import measured
@@ -95,7 +96,9 @@ def writes(num_beams: int) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", ["causal-lm", "classes"])
 def test_measuring_alone_is_predicted(kind: str, world: World, models: dict[str, Path]) -> None:
     """The peak of a model that is measured, and then writes: over by no more than 5%, of a classifier in bf16 by
-    9%, and never under by more than 2%. In fp32 its parameters are gathered whole for beams, in bf16 a layer at a time."""
+    9% (12% on a processor that oneDNN has no bf16 products for), and never under by more than 2%. In fp32 its
+    parameters are gathered whole for beams, in bf16 a layer at a time."""
+    of_classes = 0.09 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else 0.12
     num_ranks, told = len(world.pipes), []
     for engine in engines_of(num_ranks):
         for precision, num_beams, share in (("fp32", 4, 0.5), ("bf16", 1, 0.0)):
@@ -114,4 +117,4 @@ def test_measuring_alone_is_predicted(kind: str, world: World, models: dict[str,
                 told.append((engine.get("engine"), precision, name, round(number / highest[name] - 1, 4)))
     print(*told, sep="\n")
     for _, precision, _, share in told:
-        assert -0.02 <= share <= (0.09 if kind == "classes" and precision == "bf16" else 0.05), told
+        assert -0.02 <= share <= (of_classes if kind == "classes" and precision == "bf16" else 0.05), told
