@@ -220,6 +220,8 @@ def test_red_only_on_a_terminal_and_without_no_color(job: Path) -> None:
 
 def test_plan_table_and_json(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("plan", "job.yaml", "--nproc", "2", "--set", "cluster.gpus_per_node=0") == 0
+    assert " without a choice on CPU ranks, which --all shows\n" in capsys.readouterr().out
+    assert call("plan", "job.yaml", "--nproc", "2", "--set", "cluster.gpus_per_node=0", "--all") == 0
     table = capsys.readouterr().out
     assert "32 = 1 x 16 x 2 (micro-batch x accumulation x ranks)" in table, (
         "no config.json is here: the least"

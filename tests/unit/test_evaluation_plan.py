@@ -65,7 +65,7 @@ def test_so_many_rows_share_a_pass_as_fit(model: Path, monkeypatch: pytest.Monke
     planned, line = plan_evaluation(plan, [None], Profiles())
     assert planned.batch.micro_batch_size == 8 and planned.batch.global_batch_size == 16
     assert re.fullmatch(
-        r"[\d.]+ GiB of the 1843.2 GiB that a rank may use \(90% of its 2048.0 GiB\) at the highest "
+        r"memory: [\d.]+ GiB of the 1843.2 GiB that a rank may use \(90% of its 2048.0 GiB\) at the highest "
         r"\(evaluating\), 8 rows a pass",
         line,
     )
