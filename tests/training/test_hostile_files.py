@@ -10,6 +10,7 @@ import os
 import pickle
 import shutil
 import stat
+import types
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from launcher.errors import CheckpointError, ConfigurationError
 from launcher.runs.checkpoints import MANIFEST_NAME, Progress, _canonical, _text_hash, hash_file
 from launcher.runs.error_class import classify
 from launcher.runs.layout import RunDirectory
+from launcher.training.checkpoint.foreign.common import read_file
 from launcher.training.checkpoint.reader import CheckpointReader, read_metadata
 from launcher.training.signals import StopRequest
 from launcher.training.state import TrainerState
@@ -94,6 +96,20 @@ def test_metadata_of_an_older_python_is_read(tmp_path: Path) -> None:
         _OldPickler(file, protocol=4).dump(Metadata({"weight": tensor}, storage_data=place))
     assert b"getattr" in (tmp_path / ".metadata").read_bytes()
     assert read_metadata(tmp_path).state_dict_metadata == {"weight": tensor}
+
+
+def test_a_deepspeed_file_of_an_older_python_is_read(tmp_path: Path) -> None:
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    old = types.SimpleNamespace(__name__="pickle", Pickler=_OldPickler)
+    for stage in ZeroStageEnum:
+        torch.save({"zero_stage": stage}, tmp_path / "old.pt", pickle_module=old)
+        assert b"getattr" in (tmp_path / "old.pt").read_bytes()
+        assert read_file(tmp_path / "old.pt") == {"zero_stage": int(stage)}
+    for other in (_Calls(getattr, ZeroStageEnum, "mro"), _Calls(getattr, "", "weights")):
+        torch.save({"zero_stage": other}, tmp_path / "other.pt")
+        with pytest.raises(CheckpointError, match=r"names builtins\.getattr, which no checkpoint needs"):
+            read_file(tmp_path / "other.pt")
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,23 @@ class _Inert:
     """A replacement for a class named in a foreign file: it holds the stored values and runs no code."""
 
 
+_ZERO_STAGES = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3, "max_stage": 3}
+"""The members of DeepSpeed's ZeroStageEnum (0.19.8)."""
+
+
+def _zero_stage(kind: Any, name: Any) -> int:
+    """Return a stage of ZeRO by its name: Python before 3.11.4 pickles it as `getattr(ZeroStageEnum, name)`.
+
+    Raises UnpicklingError for an attribute of anything else.
+    """
+    if kind is not int or name not in _ZERO_STAGES:
+        raise pickle.UnpicklingError("GLOBAL builtins.getattr")
+    return _ZERO_STAGES[name]
+
+
 _STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    (_zero_stage, "builtins.getattr"),
     (_Inert, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (_Inert, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
     (_Inert, "deepspeed.utils.tensor_fragment.fragment_address"),
