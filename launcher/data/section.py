@@ -134,9 +134,9 @@ class Data(Section):
     too_long: Literal["cut", "drop", "refuse"] = "cut"
     """What to do with a sample of more than max_length tokens."""
     unusable: Literal["drop-few", "drop", "refuse"] = "drop-few"
-    """What to do with rows that have a missing key, no text, or bytes that are not UTF-8: `drop-few` leaves them
-    out, and stops if more than half of all rows would be dropped, those counted that `too_long: drop` drops;
-    `drop` goes on even then; `refuse` stops at the first."""
+    """The treatment of rows that have a missing key, no text, or bytes that are not UTF-8: `drop-few` leaves
+    them out, and stops if more than half of all rows would be dropped, those counted that `too_long: drop`
+    drops; `drop` goes on even then; `refuse` stops at the first."""
     num_workers: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = "auto"
     """Processes that tokenise."""
 

@@ -31,7 +31,7 @@ class Imported:
     text: str
     remarks: tuple[Remark, ...]
     commands: tuple[str, ...] = ()
-    """What people have to run before the job."""
+    """Commands to run before the job."""
 
 
 def import_files(paths: list[Path], words: list[str] | None = None) -> Imported:

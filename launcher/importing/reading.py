@@ -29,7 +29,7 @@ class Fact:
     source: str
     said: str
     is_default: bool = False
-    """Whether it is the tool's default for a key that is left out; any explicit value in a file overrides it."""
+    """True for the tool's default of a key that is left out; any explicit value in a file overrides it."""
 
 
 @dataclass(frozen=True)

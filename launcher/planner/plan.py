@@ -130,7 +130,7 @@ class Plan(Frozen):
     task: str
     engine: EngineName
     sharding: Sharding
-    """What is sharded among the ranks."""
+    """The kinds of tensors that are sharded among the ranks."""
     offload: Offload = "none"
     offload_to: str = "cpu"
     """`cpu`, or an absolute directory."""

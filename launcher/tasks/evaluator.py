@@ -23,7 +23,7 @@ class Output(NamedTuple):
     num_correct: torch.Tensor
     """Scalar."""
     predictions: torch.Tensor | None = None
-    """What the task's evaluator needs in addition to the sums."""
+    """Input of the task's evaluator in addition to the sums."""
     router_loss_sum: torch.Tensor | None = None
     """Scalar, a part of `loss_sum`: the router balance loss of a mixture of experts."""
     losses: torch.Tensor | None = None
