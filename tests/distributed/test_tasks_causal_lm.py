@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import XGLMTokenizer
 
 from launcher import tasks
 from launcher.data.rows import RowProblem
@@ -55,6 +56,32 @@ def test_a_tokenizer_that_begins_texts_does_so_once() -> None:
     arrays = arrays_of(task_of(PROMPTED, tokenizer), {"question": "the cat", "answer": " sat"}, tokenizer)
     assert tokenizer.decode(arrays["input_ids"].tolist()) == "<s>the cat sat<|im_end|>"
     assert learned(arrays, tokenizer) == " sat<|im_end|>"
+
+
+def test_a_text_begins_with_what_the_tokenizer_puts_there_though_it_is_no_beginning_token() -> None:
+    """XGLM's has `<s>`, and begins every text with `</s>`."""
+    pieces = ["<s>", "<pad>", "</s>", "<unk>", "\u2581the", "\u2581cat", "\u2581sat"]
+    tokenizer = XGLMTokenizer(vocab=[(piece, -float(number)) for number, piece in enumerate(pieces)])
+    begin, end = tokenizer.eos_token_id, tokenizer.eos_token_id
+    assert tokenizer("the cat")["input_ids"] == [begin, 4, 5] and tokenizer.bos_token_id != begin
+    arrays = arrays_of(task_of(TEXT, tokenizer), {"text": "the cat"}, tokenizer)
+    assert arrays["input_ids"].tolist() == [*tokenizer("the cat")["input_ids"], end]
+    task, row = task_of(PROMPTED, tokenizer), {"question": "the cat", "answer": " sat"}
+    arrays = arrays_of(task, row, tokenizer)
+    assert arrays["input_ids"].tolist() == [*tokenizer("the cat sat")["input_ids"], end]
+    assert arrays["targets"].tolist() == [-100, -100, 6, end, -100]
+    task.evaluation = Evaluation(generate=Generate(max_new_tokens=1))
+    task.for_prediction = True
+    assert arrays_of(task, row, tokenizer)["input_ids"].tolist() == tokenizer("the cat")["input_ids"]
+
+
+def test_a_text_that_ends_with_the_end_token_gets_no_second_one() -> None:
+    whole = arrays_of(task_of(TEXT), {"text": "the cat sat<|im_end|>"}, TOKENIZER)
+    assert whole["input_ids"].tolist() == TOKENIZER("the cat sat<|im_end|>")["input_ids"]
+    for answer in (" sat", " sat<|im_end|>"):
+        arrays = arrays_of(task_of(PROMPTED), {"question": "the cat", "answer": answer}, TOKENIZER)
+        assert TOKENIZER.decode(arrays["input_ids"].tolist()) == "the cat sat<|im_end|>"
+        assert learned(arrays) == " sat<|im_end|>"
 
 
 def test_of_prompt_and_completion_the_completion_is_learned() -> None:

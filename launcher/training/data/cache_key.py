@@ -13,7 +13,7 @@ from launcher.runs import cache
 from launcher.tasks.task import Task
 from launcher.training.data.sources import Rows
 
-FORMAT = 7
+FORMAT = 8
 """The version of the files, and of how samples and packs are made; a new one invalidates the cache."""
 _IN_THE_BATCH = ("augmentation", "cut_at", "image_size")
 """Keys of `data` that only affect batches."""
