@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import yaml
 from transformers import (
+    GemmaTokenizer,
     GenerationConfig,
     MBartTokenizer,
     NllbTokenizer,
@@ -76,6 +77,25 @@ def test_each_text_is_cut_at_a_length_of_its_own_and_keeps_its_end() -> None:
         match="22 tokens of the source, and max_length is 10; 32 tokens of the target, and max_target_length is 12",
     ):
         arrays_of(task_of(max_length=10, max_target_length=12, too_long="refuse"), row, tokenizer)
+
+
+def test_a_target_ends_though_the_tokenizer_puts_no_end_there() -> None:
+    """Gemma's puts none, and T5Gemma's targets are tokenised by it."""
+    words = ["<pad>", "<eos>", "<bos>", "<unk>", *"abcdefgh"]
+    tokenizer = GemmaTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=[])
+    assert 1 not in tokenizer(text_target="abc")["input_ids"]
+    row, labels = {"de": "ab", "en": "cde"}, [6, 7, 8, 1]
+    for written in (row, row | {"en": "cde<eos>"}):
+        [encoded] = task_of(tokenizer).encode([written], tokenizer)
+        assert not isinstance(encoded, RowProblem) and not encoded.cut
+        assert encoded.arrays["labels"].tolist() == labels and encoded.num_supervised == 4
+        assert encoded.arrays["input_ids"].tolist() == tokenizer("ab")["input_ids"]
+    long = row | {"en": "abcdefgh"}
+    [encoded] = task_of(tokenizer, max_target_length=8).encode([long], tokenizer)
+    assert not isinstance(encoded, RowProblem) and encoded.cut
+    assert encoded.arrays["labels"].tolist() == [*range(4, 11), 1]
+    with pytest.raises(RowProblem, match="9 tokens of the target, and max_target_length is 8"):
+        arrays_of(task_of(tokenizer, max_target_length=8, too_long="refuse"), long, tokenizer)
 
 
 @pytest.mark.parametrize(
