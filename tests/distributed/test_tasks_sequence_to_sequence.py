@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from tokenizers import Tokenizer
 from transformers import (
     GemmaTokenizer,
     GenerationConfig,
@@ -191,6 +192,20 @@ def test_an_export_begins_what_it_writes_with_the_language_too(tmp_path: Path) -
     written = GenerationConfig.from_pretrained(tmp_path / "model")
     assert written.forced_bos_token_id == task.tokenizer.convert_tokens_to_ids("eng_Latn")
     assert model.generation_config.forced_bos_token_id is None
+
+
+def test_a_saved_tokenizer_cuts_nothing_though_the_last_text_was_cut(tmp_path: Path) -> None:
+    """Programs that read tokenizer.json alone would go by what the last call left there."""
+    task, long = task_of(max_length=8), {"de": "w1 " * 20, "en": "w2 " * 200}
+    assert arrays_of(task, long, task.tokenizer)["input_ids"].shape == (8,)
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    config = T5Config(vocab_size=len(task.tokenizer), decoder_start_token_id=2, **sizes)
+    model, run = T5ForConditionalGeneration(config), RunDirectory(tmp_path)
+    plan = plan_of(task.data, "sequence-to-sequence")
+    TrainingInputs(config, task.tokenizer, task, None, None).save_model_files(run, plan, model)  # type: ignore[arg-type]
+    saved = Tokenizer.from_file(str(tmp_path / "model" / "tokenizer.json"))
+    assert saved.truncation is None and saved.padding is None
+    assert len(saved.encode(long["de"]).ids) == 22
 
 
 def test_without_a_language_the_models_own_generation_config_is_kept() -> None:

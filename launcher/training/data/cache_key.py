@@ -12,6 +12,7 @@ from launcher.planner.plan import Plan
 from launcher.runs import cache
 from launcher.tasks.task import Task
 from launcher.training.data.sources import Rows
+from launcher.training.model.pretrained import drop_limits
 
 FORMAT = 8
 """The version of the files, and of how samples and packs are made; a new one invalidates the cache."""
@@ -63,11 +64,8 @@ def tokenizer_digest(tokenizer: Any) -> str:
         if (texts := getattr(tokenizer, "tokenizer", None)) is not None:
             hasher.update(tokenizer_digest(texts).encode())
         return str(hasher.hexdigest())
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        # Every encoding call sets these two; left over from the last call, they would change the hash.
-        backend.no_truncation()
-        backend.no_padding()
+    drop_limits(tokenizer)  # left over from the last call, they would change the hash
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
         hasher.update(backend.to_str().encode())
     else:
         hasher.update(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
