@@ -22,6 +22,7 @@ from launcher.data.written import list_in
 from launcher.planner.dataset.token_lengths import lengths
 from launcher.tasks.causal_lm import CausalColumns, CausalLM
 from launcher.tasks.chat.rows import messages_of
+from launcher.tasks.classes import Classes
 from launcher.tasks.sequence_classification import LabelledColumns, SequenceClassification
 
 NAN = math.nan
@@ -103,6 +104,8 @@ def test_what_numpy_writes_is_read_back(values: list[str]) -> None:
         ("1.5", "1.5"),
         ("v1.0", "v1.0"),
         ("01", "01"),
+        ("cafe\u0301", "caf\u00e9"),
+        ("caf\u00e9", "caf\u00e9"),
         ("None", "None"),
         ("nan", "missing key"),
         ("<NA>", "missing key"),
@@ -118,6 +121,11 @@ def test_what_numpy_writes_is_read_back(values: list[str]) -> None:
 )
 def test_names_of_classes(value: Any, expected: str) -> None:
     assert outcome(class_name, value) == expected
+
+
+def test_a_models_class_is_found_however_its_accents_are_written() -> None:
+    assert Classes(["the\u0301", "cafe\u0301"]).id_of("caf\u00e9") == 1
+    assert Classes(["th\u00e9", "caf\u00e9"]).id_of("Cafe\u0301") == 1
 
 
 @pytest.mark.parametrize(
