@@ -20,6 +20,8 @@ _IN_THE_BATCH = ("augmentation", "cut_at", "image_size")
 """Keys of `data` that only affect batches."""
 _IN_THE_ORDER = ("mixing", "streaming", "shuffle_window")
 """Keys of `data` that only affect the order of samples."""
+_OF_A_PLACE = ("is_local", "local_files_only")
+"""Settings of a tokenizer that say where its files were found."""
 Role = Literal["train", "evaluation"]
 
 
@@ -78,5 +80,10 @@ def tokenizer_digest(tokenizer: Any) -> str:
         tokenizer.truncation_side,
     ]
     details.append(list(tokenizer.model_input_names))
+    # Some settings are neither in the algorithm nor in the vocabulary: split_special_tokens, do_lower_case ...
+    given = tokenizer.init_kwargs.items()
+    details.append(
+        {name: value for name, value in given if isinstance(value, bool) and name not in _OF_A_PLACE}
+    )
     hasher.update(json.dumps(details, sort_keys=True, default=str).encode())
     return str(hasher.hexdigest())
