@@ -15,6 +15,8 @@ from transformers import (
     MBartTokenizer,
     NllbTokenizer,
     PreTrainedTokenizerFast,
+    SeamlessM4TConfig,
+    SeamlessM4TTokenizer,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -97,6 +99,31 @@ def test_a_target_ends_though_the_tokenizer_puts_no_end_there() -> None:
     assert encoded.arrays["labels"].tolist() == [*range(4, 11), 1]
     with pytest.raises(RowProblem, match="9 tokens of the target, and max_target_length is 8"):
         arrays_of(task_of(tokenizer, max_target_length=8, too_long="refuse"), long, tokenizer)
+
+
+def test_an_end_token_before_a_target_is_the_decoders_start_and_is_not_learned() -> None:
+    """SeamlessM4T's tokenizer puts one there: a model that learned it would write nothing else."""
+    codes = ["__eng__", "__deu__"]
+    words = ["<pad>", "<unk>", "<s>", "</s>", *codes, *"abcdefgh"]
+    tokenizer = SeamlessM4TTokenizer(
+        vocab={word: number for number, word in enumerate(words)}, merges=[], additional_special_tokens=codes
+    )
+    task = task_of(tokenizer, source_language="__deu__", target_language="__eng__", max_target_length=8)
+    row = {"de": "ab", "en": "cd"}
+    whole = tokenizer(text_target="cd")["input_ids"]
+    assert whole[:2] == [3, 4] and whole[-1] == 3
+    [encoded] = task.encode([row], tokenizer)
+    assert not isinstance(encoded, RowProblem) and not encoded.cut
+    assert encoded.arrays["labels"].tolist() == whole[1:] and encoded.num_supervised == len(whole) - 1
+    assert encoded.arrays["input_ids"].tolist() == [5, *tokenizer("ab")["input_ids"][1:]]
+    assert task.generation.arguments["forced_bos_token_id"] == 4
+    [encoded] = task.encode([row | {"en": "cdefghabc"}], tokenizer)
+    assert not isinstance(encoded, RowProblem) and encoded.cut
+    labels = encoded.arrays["labels"].tolist()
+    assert len(labels) == 8 and labels[0] == 4 and labels[-1] == 3
+    config = SeamlessM4TConfig(vocab_size=len(words))
+    task.configure(config)
+    assert config.decoder_start_token_id == 3
 
 
 @pytest.mark.parametrize(
