@@ -84,6 +84,11 @@ def check_columns(path: Path, columns: Sequence[str], names: list[str]) -> None:
     for column in required(columns):
         if column not in names:
             raise no_column(path, column, names)
+    refuse_doubled(path, columns, names)
+
+
+def refuse_doubled(path: Path, columns: Sequence[str], names: Sequence[str]) -> None:
+    """Raise DataError if a file has one of these columns more than once."""
     for column in columns:
         if names.count(column) > 1:
             raise DataError(
