@@ -147,9 +147,14 @@ def test_references_are_those_of_the_row_or_its_target() -> None:
     task = task_of(evaluation=Evaluation(generate=Generate()), references="more")
     found = [
         from_bytes(arrays_of(task, ROW | more, word_tokenizer())["references"])
-        for more in ({}, {"more": None}, {"more": "w7"}, {"more": ["w7", "w8 w9"]})
+        for more in ({}, {"more": None}, {"more": ""}, {"more": "w7"}, {"more": ["w7", "w8 w9"]})
     ]
-    assert found == [["w4 w5"], ["w4 w5"], ["w7"], ["w7", "w8 w9"]]
+    assert found == [["w4 w5"], ["w4 w5"], ["w4 w5"], ["w7"], ["w7", "w8 w9"]]
+    written = ('["w7", "w8 w9"]', "['w7', 'w8 w9']", "[w7] w8", "[7]")
+    found = [
+        from_bytes(arrays_of(task, ROW | {"more": one}, word_tokenizer())["references"]) for one in written
+    ]
+    assert found == [["w7", "w8 w9"], ["w7", "w8 w9"], ["[w7] w8"], ["[7]"]], "as a table has lists"
     assert "references" not in arrays_of(task_of(references="more"), ROW, word_tokenizer()), (
         "none without writing"
     )
