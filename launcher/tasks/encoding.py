@@ -181,8 +181,11 @@ def around(tokenizer: Any) -> Around:
     """Return the special tokens that a tokenizer puts around a single text."""
     whole = list(tokenizer("a")["input_ids"])
     bare = list(tokenise(tokenizer, ["a"])["input_ids"][0])
+    if not bare:  # its vocabulary lacks the letter: a first token is recognised by its name
+        first = int(whole[:1] in ([tokenizer.bos_token_id], [tokenizer.cls_token_id]))
+        return Around(tuple(whole[:first]), tuple(whole[first:]))
     for begin in range(len(whole) - len(bare) + 1):
-        if bare and whole[begin : begin + len(bare)] == bare:
+        if whole[begin : begin + len(bare)] == bare:
             return Around(tuple(whole[:begin]), tuple(whole[begin + len(bare) :]))
     return Around((), ())
 
