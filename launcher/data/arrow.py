@@ -27,27 +27,29 @@ def no_column(path: object, column: str, have: Sequence[str], hint: str = "") ->
 
 
 def read_parquet(path: Path, columns: Sequence[str]) -> Read:
-    """Read Parquet, batch by batch, only the requested columns."""
+    """Read Parquet, batch by batch: only the requested columns, with class names instead of numbers if
+    `datasets` wrote it."""
     import pyarrow
 
     file = open_parquet(path, columns)
-    number = 0
+    names, number = names_of_classes(features_of(file.schema_arrow)), 0
     try:
         for batch in file.iter_batches(
             batch_size=PARQUET_BATCH, columns=there(columns, file.schema_arrow.names)
         ):
             for index in range(batch.num_rows):
                 number += 1
-                yield number, arrow_row(batch, index)
+                yield number, arrow_row(batch, index, names)
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{path} cannot be read after row {number:,}: {error}") from None
 
 
-def arrow_row(batch: Any, index: int) -> Values:
-    """Return one row of a batch, without nulls inside objects; a RowProblem if a value cannot be converted
-    to Python."""
+def arrow_row(batch: Any, index: int, names: dict[str, list[str]]) -> Values:
+    """Return one row of a batch, without nulls inside objects, and with the `names` of classes instead of
+    their numbers; a RowProblem if a value cannot be converted to Python."""
     try:
-        return {name: without_nulls(batch.column(name)[index].as_py()) for name in batch.schema.names}
+        row = {name: without_nulls(batch.column(name)[index].as_py()) for name in batch.schema.names}
+        return with_names(row, names)
     except UnicodeDecodeError as error:
         return RowProblem(NOT_UTF8, f"byte {error.start} of the value")
     except (ValueError, OverflowError) as error:
@@ -82,6 +84,11 @@ def check_columns(path: Path, columns: Sequence[str], names: list[str]) -> None:
     for column in required(columns):
         if column not in names:
             raise no_column(path, column, names)
+    refuse_doubled(path, columns, names)
+
+
+def refuse_doubled(path: Path, columns: Sequence[str], names: Sequence[str]) -> None:
+    """Raise DataError if a file has one of these columns more than once."""
     for column in columns:
         if names.count(column) > 1:
             raise DataError(
@@ -123,7 +130,7 @@ def read_arrow(path: Path, columns: Sequence[str]) -> Read:
         refuse_damaged(path, batch, number)
         for index in range(batch.num_rows):
             number += 1
-            yield number, with_names(arrow_row(batch, index), names)
+            yield number, arrow_row(batch, index, names)
 
 
 def refuse_damaged(path: Path, rows: Any, before: int) -> None:
@@ -187,10 +194,8 @@ def names_of_classes(features: dict[str, Any]) -> dict[str, list[str]]:
     return names
 
 
-def with_names(values: Values, names: dict[str, list[str]]) -> Values:
+def with_names(values: dict[str, Any], names: dict[str, list[str]]) -> dict[str, Any]:
     """Return a row with class names for numbers; -1, which marks a row without a label, becomes None."""
-    if isinstance(values, RowProblem):
-        return values
     return {
         column: _named(value, names[column]) if column in names else value for column, value in values.items()
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from decimal import Decimal
 from typing import Any
 
@@ -16,7 +17,7 @@ WHOLE = re.compile(r"(-?[0-9]{1,18})\.0+")
 
 def class_name(value: Any) -> str:
     """Return a class's name: text without surrounding spaces; 3, 3.0 and '3.0' become '3', True and 'True'
-    become 'true'.
+    become 'true', and a letter with a mark becomes one character (NFC): file names of a Mac have two.
 
     Raises RowProblem for a value that cannot be a name.
     """
@@ -37,7 +38,7 @@ def class_name(value: Any) -> str:
     if name.lower() in ("true", "false"):
         return name.lower()
     whole = WHOLE.fullmatch(name)
-    return str(int(whole[1])) if whole else name
+    return str(int(whole[1])) if whole else unicodedata.normalize("NFC", name)
 
 
 def class_names(values: dict[str, Any], column: str, problem: str) -> list[str]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from launcher.data.arrow import no_column
+from launcher.data.arrow import no_column, refuse_doubled
 from launcher.data.rows import (
     EMPTY,
     NOT_UTF8,
@@ -186,12 +186,15 @@ def table_reader(lines: Iterable[str], dialect: type[csv.Dialect], strict: bool)
 
 def names_of_columns(path: Path, first: list[str], columns: Sequence[str]) -> list[str]:
     """Return the names of the columns: the first line if it has all requested ones; otherwise numbers, if
-    numbers are requested."""
+    numbers are requested. Raises DataError if one is missing, or is there twice."""
     wanted = required(columns)
     missing = [column for column in wanted if column not in first]
-    if not missing:
+    by_number = all(column.isdecimal() for column in wanted)
+    # A line with the same number twice is a row, not a header.
+    if not missing and not (by_number and any(first.count(column) > 1 for column in wanted)):
+        refuse_doubled(path, columns, first)
         return first
-    if all(column.isdecimal() for column in wanted):
+    if by_number:
         return [str(number) for number in range(len(first))]
     raise no_column(
         path, missing[0], first, "; in a file without a header, name columns by number from 0, as label: '0'"

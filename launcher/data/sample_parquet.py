@@ -18,7 +18,6 @@ from launcher.data.arrow import (
     refuse_damaged,
     there,
     whole_parquet,
-    with_names,
 )
 from launcher.data.parts import Part, Seen, places_for
 from launcher.data.rows import Values
@@ -68,7 +67,8 @@ def _some_of(file: Any, group: int, columns: Sequence[str], have: int, wanted: i
             break
     picked = set(random.Random(group).sample(range(num_rows), min(wanted, num_rows)))
     rows = ((batch, index) for batch in batches for index in range(batch.num_rows))
-    return [arrow_row(batch, index) for number, (batch, index) in enumerate(rows) if number in picked]
+    names = names_of_classes(features_of(file.schema_arrow))
+    return [arrow_row(batch, index, names) for number, (batch, index) in enumerate(rows) if number in picked]
 
 
 def look_in_table(part: Part, columns: Sequence[str], wanted: int) -> Seen:
@@ -82,5 +82,5 @@ def look_in_table(part: Part, columns: Sequence[str], wanted: int) -> Seen:
     for number in picked:
         row = table.slice(number, 1)
         refuse_damaged(part.path, row, number)
-        rows.append(with_names(arrow_row(row, 0), names))
+        rows.append(arrow_row(row, 0, names))
     return Seen(num_rows, rows)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from launcher.data.arrow import PARQUET_BATCH, arrow_row, open_parquet, there
+from launcher.data.arrow import PARQUET_BATCH, arrow_row, features_of, names_of_classes, open_parquet, there
 from launcher.data.readers import json_rows, only_column, text_rows
 from launcher.data.rows import Values
 from launcher.errors import DataError
@@ -117,6 +117,8 @@ class Parquet(Shard):
         """The first row of the next batch."""
         self._batch: Any = None
         """The last decoded batch, which ends before row `_next`."""
+        self._names: dict[str, list[str]] = {}
+        """The names of classes that `datasets` stored in the file, by column."""
 
     def read(self, start: Offset) -> Iterator[tuple[int, Values, Offset]]:
         import pyarrow
@@ -128,7 +130,7 @@ class Parquet(Shard):
                 first = self._next - self._batch.num_rows
                 for index in range(row - first, self._batch.num_rows):
                     row += 1
-                    yield row, arrow_row(self._batch, index), Offset(row, row)
+                    yield row, arrow_row(self._batch, index, self._names), Offset(row, row)
                 self._advance()
         except (OSError, pyarrow.ArrowException) as error:
             raise DataError(f"{self.path} cannot be read after row {row:,}: {error}") from None
@@ -140,6 +142,7 @@ class Parquet(Shard):
     def _open(self) -> Any:
         if self._file is None:
             self._file = open_parquet(self.path, self.columns)
+            self._names = names_of_classes(features_of(self._file.schema_arrow))
         return self._file
 
     def _seek(self, row: int) -> None:

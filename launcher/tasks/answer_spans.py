@@ -17,6 +17,8 @@ else:
 
 IMPOSSIBLE = "is_impossible"
 """SQuAD 2.0's column for questions without an answer; their list of answers is empty too."""
+_TRUE = ("true", "1", "1.0")
+"""The ways to write true, in small letters: JSON's, those of tables, and a float where another row has none."""
 _SHOWN = 60
 """The most characters of a text in a message."""
 
@@ -43,7 +45,7 @@ def answers_of(row: dict[str, Any], column: str, start_column: str | None, conte
     either of them as JSON text, and plain text with a second column for its start. Raises RowProblem for
     anything else, and if the context does not have the text at that place.
     """
-    value, impossible = row.get(column), row.get(IMPOSSIBLE) in (True, 1, "true", "True")
+    value, impossible = row.get(column), str(row.get(IMPOSSIBLE)).strip().lower() in _TRUE
     if is_missing(value):
         if impossible:
             return []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -47,9 +48,9 @@ def is_number(name: str) -> bool:
 
 
 def spelling(name: str) -> str:
-    """Return a class's name in a normal form: without case, and with `_` and `-` as spaces; `LABEL_3` is
-    `3`."""
-    plain = name.strip()
+    """Return a class's name in a normal form: without case, in Unicode's NFC, and with `_` and `-` as spaces;
+    `LABEL_3` is `3`."""
+    plain = unicodedata.normalize("NFC", name).strip()
     generic = _GENERIC.fullmatch(plain) or _WHOLE.fullmatch(plain)
     return str(int(generic[1])) if generic else _BETWEEN.sub(" ", plain).strip().casefold()
 

@@ -163,14 +163,43 @@ def continue_texts(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[lis
 
 
 @dataclass(frozen=True)
+class Around:
+    """The special tokens that a tokenizer puts before and after a text."""
+
+    before: tuple[int, ...]
+    behind: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.before) + len(self.behind)
+
+    def put(self, ids: Sequence[int]) -> np.ndarray:
+        """Return the tokens of a text between them, int32 [n]."""
+        return np.array([*self.before, *ids, *self.behind], dtype=np.int32)
+
+
+def around(tokenizer: Any) -> Around:
+    """Return the special tokens that a tokenizer puts around a single text."""
+    whole = list(tokenizer("a")["input_ids"])
+    bare = list(tokenise(tokenizer, ["a"])["input_ids"][0])
+    if not bare:  # its vocabulary lacks the letter: a first token is recognised by its name
+        first = int(whole[:1] in ([tokenizer.bos_token_id], [tokenizer.cls_token_id]))
+        return Around(tuple(whole[:first]), tuple(whole[first:]))
+    for begin in range(len(whole) - len(bare) + 1):
+        if whole[begin : begin + len(bare)] == bare:
+            return Around(tuple(whole[:begin]), tuple(whole[begin + len(bare) :]))
+    return Around((), ())
+
+
+@dataclass(frozen=True)
 class Borders:
     """Tokenisation of a text of which only the last part is supervised: each part separately, so that no
     token spans the border."""
 
     first: tuple[int, ...]
-    """Tokens that begin a text."""
+    """The tokens that the tokenizer itself puts before a text. Not always its beginning token: XGLM and BioGPT
+    have one, and put their end token there."""
     end: int
-    """The token that ends it, which is supervised."""
+    """The token that ends a text, which is supervised."""
     spaced: bool
     """Whether the tokenizer adds a space before a text."""
 
@@ -183,10 +212,8 @@ class Borders:
                 "where a text ends"
             )
             raise unfit(tokenizer, reason)
-        begin = tokenizer.bos_token_id
-        begins = begin is not None and tokenizer("")["input_ids"][:1] == [begin]
         spaced = has_parts and puts_space_before(tokenizer)
-        return cls((begin,) if begins else (), tokenizer.eos_token_id, spaced)
+        return cls(around(tokenizer).before, tokenizer.eos_token_id, spaced)
 
     def asked(self, tokenizer: Any, written: Sequence[Written]) -> list[Tokens]:
         """Return the tokens of prompts alone; none is supervised."""
@@ -195,12 +222,14 @@ class Borders:
         return [Tokens(ids, np.zeros(len(ids), dtype=bool)) for ids in questions]
 
     def learned(self, tokenizer: Any, written: Sequence[Written]) -> list[Tokens]:
-        """Return the tokens of texts that are supervised from one place to their end token."""
+        """Return the tokens of texts that are supervised from one place to their end token, which is added to
+        those that do not end with it already."""
         pairs = [(one.text[: one.learned[0][0]], one.text[one.learned[0][0] :]) for one in written]
         flat = tokenise(tokenizer, [text for pair in pairs for text in pair])["input_ids"]
         seconds = continue_texts(tokenizer, pairs) if self.spaced else flat[1::2]
         tokens = []
         for first, second in zip(flat[::2], seconds, strict=True):
-            ids = np.array([*self.first, *first, *second, self.end], dtype=np.int32)
+            end = () if second[-1:] == [self.end] else (self.end,)
+            ids = np.array([*self.first, *first, *second, *end], dtype=np.int32)
             tokens.append(Tokens(ids, np.arange(len(ids)) >= len(self.first) + len(first)))
         return tokens

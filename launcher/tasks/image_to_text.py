@@ -13,7 +13,7 @@ from launcher.lazy import Lazy
 from launcher.tasks import captioners, media, roles
 from launcher.tasks.caption_columns import CaptionColumns
 from launcher.tasks.encoder_decoders import EncoderDecoderTask, written_texts
-from launcher.tasks.encoding import unfit
+from launcher.tasks.encoding import around, unfit
 from launcher.tasks.generation import GenerationOptions
 from launcher.tasks.padding import counts_positions_from_padding
 from launcher.tasks.pair_columns import references_of
@@ -74,6 +74,8 @@ class ImageToText(EncoderDecoderTask):
         self.seeing = Seeing(data)
         self._config: Any = None
         """The model's config, once adopted."""
+        self._behind: tuple[int, ...] = ()
+        """The tokens that the tokenizer puts behind a text: the end, and in mBART a language code after it."""
 
     def checks(self) -> Iterator[Finding]:
         yield from super().checks()
@@ -120,6 +122,7 @@ class ImageToText(EncoderDecoderTask):
         if not self.end_tokens:
             reason = "its tokenizer has no end of text (eos_token or sep_token), so that no text would end"
             raise unfit(self.tokenizer, reason)
+        self._behind = around(self.tokenizer).behind
 
     def adopt(self, config: Any, as_it_stands: bool = False) -> None:
         """Take the image size and the decoder's first token from a config. Raises ConfigurationError if they
@@ -205,12 +208,14 @@ class ImageToText(EncoderDecoderTask):
         if self._beside and ids[:1] and ids[0] in begins:
             ids = ids[1:]  # it is an input, not supervised
         # GPT-2's tokenizer adds no end token, and a model that learns texts without one never stops.
-        ids = ids if ids[-1:] and ids[-1] in self.end_tokens else [*ids, self.end_tokens[0]]
+        ends = {*ids[-1:], *self._behind} & {*self.end_tokens}
+        ids = ids if ids and ends else [*ids, self.end_tokens[0]]
         if (most := self._most_tokens) < len(ids):
             reason = f"{len(ids):,} tokens, above {most:,}"
             if self.data.too_long != "cut":
                 return RowProblem(TOO_LONG, f"{content.begins}{reason}")
-            ids, cut = [*ids[: most - 1], ids[-1]], cut or reason
+            kept = max(1, len(self._behind))
+            ids, cut = [*ids[: most - kept], *ids[-kept:]], cut or reason
         arrays = {**media.stored(value, content), "labels": np.array(ids, dtype=np.int32)}
         if self.generates:
             arrays["references"] = as_bytes(references)

@@ -33,6 +33,11 @@ def _as_label(value: object) -> object:
     return class_name(value) if isinstance(value, (bool, int)) else value
 
 
+def _by_label(value: object) -> object:
+    """Return numbers by class with the names of classes that YAML reads as a number or a boolean."""
+    return {_as_label(key): number for key, number in value.items()} if isinstance(value, dict) else value
+
+
 class LabelColumns(Data):
     """Rows with a label, whatever it is a label of."""
 
@@ -40,7 +45,9 @@ class LabelColumns(Data):
     """The column of the label: a class, a list of classes, or a number for regression."""
     problem: Problem = "single-label"
     """What kind of label: one class, several at once, or a number."""
-    class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = None
+    class_weights: Annotated[
+        Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None, BeforeValidator(_by_label)
+    ] = None
     """How much a sample counts in training by its class, 1 where a class is not named; of several at once,
     how much having the class counts against not having it. `balanced` has every class count the same."""
     label_smoothing: Fraction | None = None
@@ -52,7 +59,9 @@ class LabelColumns(Data):
     head_bias: Literal["labels", "zero"] = "labels"
     """Where the bias of a new head begins: at what the labels say, which is the mean of the numbers, or for
     several classes at once the log-odds of each class's share; or at zero."""
-    thresholds: Literal["fit"] | Probability | dict[str, Probability] | None = None
+    thresholds: Annotated[
+        Literal["fit"] | Probability | dict[str, Probability] | None, BeforeValidator(_by_label)
+    ] = None
     """Of several classes at once, the probability above which a class is given: one for all, or by class (1/2
     where it is not named). `fit` takes for each class the one with the best F1 on the evaluation. Left out,
     1/2."""

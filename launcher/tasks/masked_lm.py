@@ -11,7 +11,7 @@ from launcher.data.rows import EMPTY, NOTHING_TO_LEARN, RowProblem, text_of
 from launcher.errors import ConfigurationError, Problem
 from launcher.lazy import Lazy
 from launcher.tasks import roles
-from launcher.tasks.encoding import encode_usable, special_tokens, tokenise, too_long, unfit
+from launcher.tasks.encoding import Around, around, encode_usable, special_tokens, tokenise, too_long, unfit
 from launcher.tasks.masked_columns import MaskedColumns
 from launcher.tasks.masking import hide, num_hidden, units_of
 from launcher.tasks.padding import alone
@@ -31,7 +31,6 @@ from launcher.tasks.task import (
 )
 from launcher.tasks.token_batches import first_position, joined, padded
 from launcher.tasks.token_losses import TokenLosses
-from launcher.tasks.words import Around, around
 
 if TYPE_CHECKING:
     import numpy as np

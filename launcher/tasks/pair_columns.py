@@ -9,6 +9,7 @@ from pydantic import Field
 
 from launcher.data.rows import BAD_VALUE, RowProblem, is_missing
 from launcher.data.section import Data
+from launcher.data.written import list_in
 from launcher.tasks.task import Finding, finding
 
 
@@ -43,10 +44,15 @@ def contradictions(data: PairColumns) -> Iterator[Finding]:
 
 
 def references_of(row: dict[str, Any], column: str | None) -> list[str]:
-    """Return a row's own references, or none. Raises RowProblem for anything but a list of texts."""
+    """Return a row's own references, or none. Raises RowProblem for anything but a list of texts, also one that
+    is written as text, as in a table."""
     if column is None or is_missing(texts := row.get(column)):
         return []
-    texts = [texts] if isinstance(texts, str) else texts
+    if isinstance(texts, str):
+        if not texts.strip():
+            return []  # an empty cell
+        entries = list_in(texts) or []
+        texts = entries if entries and all(isinstance(one, str) for one in entries) else [texts]
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise RowProblem(BAD_VALUE, f"{column!r} is not a list of texts")
     return texts

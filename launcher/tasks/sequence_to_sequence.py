@@ -50,6 +50,11 @@ class SequenceToSequence(EncoderDecoderTask):
         """The token that the decoder starts from, if the model's config has none."""
         self._lacks_start = False
         """Whether the config has none. Then the generation config has none either."""
+        self._end: int | None = None
+        """The token that ends a target, if the tokenizer puts none there, as T5Gemma's."""
+        self._begins_with_end = False
+        """Whether the tokenizer puts one before a target too, as SeamlessM4T's, whose decoder starts from it.
+        Learned, it would end every text at once."""
 
     def checks(self) -> Iterator[Finding]:
         yield from super().checks()
@@ -84,7 +89,11 @@ class SequenceToSequence(EncoderDecoderTask):
             reason = "its tokenizer has no padding token, and batches of texts need one to pad with"
             raise unfit(processor, reason)
         self._pad = processor.pad_token_id
-        around = processor(text_target="")["input_ids"]
+        around, ends = list(processor(text_target="")["input_ids"]), self.end_tokens
+        self._begins_with_end = not set(around[:1]).isdisjoint(ends) and not set(around[1:]).isdisjoint(ends)
+        if self._begins_with_end:
+            around = around[1:]
+        self._end = ends[0] if ends and set(around).isdisjoint(ends) else None
         if self.data.target_language is not None and around:
             # mBART-50, M2M100 and NLLB write the code first; the first mBART's decoder starts from it.
             self._first, self._start = (
@@ -123,14 +132,25 @@ class SequenceToSequence(EncoderDecoderTask):
     ) -> Iterator[Encoded | RowProblem]:
         sources = self._tokens(processor, [one[0] for one in texts], self.data.max_length, "text")
         limit = self.data.max_target_length
+        limit += self._begins_with_end - (self._end is not None)
         targets = self._tokens(processor, [one[1] for one in texts], limit, "text_target")
-        return map(self._encoded, texts, sources, targets)
+        return map(self._encoded, texts, sources, map(self._between_ends, targets))
 
     def _tokens(self, processor: Any, texts: list[str], limit: int, role: str) -> list[tuple[list[int], int]]:
         """Return each text's tokens, cut to `limit` with the end kept, and their number before the cut."""
         whole = processor(**{role: texts}, truncation=False, verbose=False)["input_ids"]
         cut = processor(**{role: texts}, truncation=True, max_length=limit, verbose=False)["input_ids"]
         return [(short, len(long)) for short, long in zip(cut, whole, strict=True)]
+
+    def _between_ends(self, target: tuple[list[int], int]) -> tuple[list[int], int]:
+        """Return a target's tokens with an end behind them, none before, and their number before a cut. A
+        model that learns texts without an end never stops."""
+        ids, count = target
+        if self._begins_with_end:
+            ids, count = ids[1:], count - 1
+        if self._end is None or not ids or ids[-1] == self._end:
+            return ids, count
+        return [*ids, self._end], count + 1
 
     def _encoded(
         self, texts: tuple[str, str, list[str]], source: tuple[list[int], int], target: tuple[list[int], int]

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.data.rows import EMPTY, NOTHING_TO_LEARN, TOO_LONG, RowProblem
 from launcher.lazy import Lazy
+from launcher.tasks.encoding import Around
 from launcher.tasks.tag_scores import CONTINUES, NOT_SEEN
 from launcher.tasks.tagged_rows import TaggedColumns
 from launcher.tasks.task import IGNORE, Encoded, Sample
-from launcher.tasks.words import Around, Window, windows, word_of_each
+from launcher.tasks.words import Window, windows, word_of_each
 
 if TYPE_CHECKING:
     import numpy as np

@@ -12,7 +12,7 @@ from launcher.errors import ConfigurationError, DataError, Problem
 from launcher.lazy import Lazy
 from launcher.tasks import classes, roles, schemes, tagged_answers, tagged_rows, tagged_samples
 from launcher.tasks.classes import Classes
-from launcher.tasks.encoding import encode_usable, special_tokens, tokenise, unfit
+from launcher.tasks.encoding import Around, around, encode_usable, special_tokens, tokenise, unfit
 from launcher.tasks.tag_scores import TagScores
 from launcher.tasks.tagged_rows import Marked, TaggedColumns
 from launcher.tasks.tagged_samples import Pieces
@@ -32,7 +32,6 @@ from launcher.tasks.task import (
     Traits,
     ends_of,
 )
-from launcher.tasks.words import Around, around
 
 if TYPE_CHECKING:
     import numpy as np

@@ -7,11 +7,9 @@ import itertools
 import re
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from launcher.lazy import Lazy
-from launcher.tasks.encoding import tokenise
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,31 +51,6 @@ def word_of_each(offsets: Sequence[tuple[int, int]], words: Sequence[tuple[int, 
     there = filled[np.minimum(number, len(filled) - 1)]
     has = (number < len(filled)) & (begins < ends) & (firsts[there] < ends)
     return np.where(has, there, -1).astype(np.int32)
-
-
-@dataclass(frozen=True)
-class Around:
-    """The special tokens that a tokenizer puts before and after a text."""
-
-    before: tuple[int, ...]
-    behind: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return len(self.before) + len(self.behind)
-
-    def put(self, ids: Sequence[int]) -> np.ndarray:
-        """Return the tokens of a text between them, int32 [n]."""
-        return np.array([*self.before, *ids, *self.behind], dtype=np.int32)
-
-
-def around(tokenizer: Any) -> Around:
-    """Return the special tokens that a tokenizer puts around a single text."""
-    whole = list(tokenizer("a")["input_ids"])
-    bare = list(tokenise(tokenizer, ["a"])["input_ids"][0])
-    for begin in range(len(whole) - len(bare) + 1):
-        if bare and whole[begin : begin + len(bare)] == bare:
-            return Around(tuple(whole[:begin]), tuple(whole[begin + len(bare) :]))
-    return Around((), ())
 
 
 class Window(NamedTuple):

@@ -150,6 +150,7 @@ class TrainingInputs:
         directory = target.with_name(f".model-{secrets.token_hex(4)}")
         if (source := model_files.directory_of(plan)) is not None:
             model_files.copy(source, directory)
+        pretrained.drop_limits(getattr(self.tokenizer, "tokenizer", self.tokenizer))
         self.tokenizer.save_pretrained(directory)
         replaced = self.task.has_processor and not self.task.keeps_processor
         if replaced and (directory / "preprocessor_config.json").is_file():

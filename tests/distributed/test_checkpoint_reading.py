@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
@@ -246,6 +247,22 @@ def test_what_an_export_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     save(tmp_path, {"model.a": torch.zeros(1, dtype=torch.complex64)}, 3)
     with pytest.raises(ConfigurationError, match="safetensors has no such dtype"):
         export(run, tmp_path / "out")
+
+
+def test_a_number_beyond_float16_is_not_written_as_infinity(tmp_path: Path) -> None:
+    make_model_run(tmp_path, True)
+    run, infinite = RunDirectory(tmp_path), float("inf")
+    save(tmp_path, {"model.a": torch.tensor([1.0, -70000.0, infinite])})
+    with pytest.raises(
+        ConfigurationError, match="a has a number of the size 70000, and float16 ends at 65504"
+    ):
+        export(run, tmp_path / "out", dtype="float16")
+    assert not any("out" in path.name for path in tmp_path.iterdir())
+    export(run, tmp_path / "out", dtype="bfloat16")
+    save(tmp_path, {"model.a": torch.tensor([1.0, -65000.0, infinite])}, 2)
+    export(run, tmp_path / "other", dtype="float16")
+    written = load_file(tmp_path / "other" / "model.safetensors")["a"]
+    assert torch.equal(written, torch.tensor([1.0, -65000.0, infinite], dtype=torch.float16))
 
 
 def test_differences_are_measured(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from transformers import AutoTokenizer
 
 from launcher import tasks
 from launcher.data.section import Data
@@ -221,6 +222,19 @@ def test_a_tokenizers_last_call_does_not_change_its_digest() -> None:
     assert tokenizer_digest(tokenizer) == before
     tokenizer.add_tokens(["new"])
     assert tokenizer_digest(tokenizer) != before
+
+
+def test_a_setting_beside_vocabulary_and_algorithm_makes_other_samples(tmp_path: Path) -> None:
+    digests, tokens = [], []
+    for place, splits in (("a", False), ("b", False), ("c", True)):
+        byte_tokenizer().save_pretrained(tmp_path / place)
+        file = tmp_path / place / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"split_special_tokens": splits}))
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / place)
+        tokens.append(tokenizer("a<|im_end|>")["input_ids"])
+        digests.append(tokenizer_digest(tokenizer))
+    assert tokens[0] == tokens[1] != tokens[2]
+    assert digests[0] == digests[1] != digests[2]
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,19 @@ def test_a_header_of_numbers_is_a_header_where_it_has_the_columns(tmp_path: Path
     assert read(write(tmp_path / "a.csv", "7,9\nx,y\n"), ("9",)) == [{"7": "x", "9": "y"}]
 
 
+@pytest.mark.parametrize(("ending", "between"), [("csv", ","), ("tsv", "\t")])
+def test_a_column_that_a_table_has_twice_is_refused(ending: str, between: str, tmp_path: Path) -> None:
+    """pandas would take the first, and Python's reader the last."""
+    path = tmp_path / f"rows.{ending}"
+    write(path, "\n".join(map(between.join, (("text", "label", "text"), ("a", "1", "b")))))
+    for use in (read, lambda path: look(Source(path=str(path)), ("text", "label"))):
+        with pytest.raises(DataError, match="has 2 columns 'text', and it cannot be told which is meant"):
+            use(path)
+    assert read(path, ("label",))[0]["label"] == "1"
+    write(path, "\n".join(map(between.join, ("101", "110"))))
+    assert read(path, ("0", "1")) == [{"0": "1", "1": "0", "2": "1"}, {"0": "1", "1": "1", "2": "0"}]
+
+
 def test_a_column_that_a_table_lacks_is_named_with_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no column 'label'; it has 'text', 'labels'; did you mean 'labels'"):
         read(write(tmp_path / "a.csv", "text,labels\nx,y\n"))

@@ -6,12 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models, processors
+from transformers import PreTrainedTokenizerFast, XGLMTokenizer
 
 from launcher import tasks
 from launcher.data.rows import RowProblem
 from launcher.data.section import Data, Source
 from launcher.errors import ConfigurationError
 from launcher.tasks.causal_lm import CausalColumns
+from launcher.tasks.encoding import Around, around
 from launcher.tasks.generation import Evaluation, Generate
 from launcher.tasks.task import Output, Sample, Task
 from launcher.tasks.writing import from_bytes
@@ -55,6 +58,45 @@ def test_a_tokenizer_that_begins_texts_does_so_once() -> None:
     arrays = arrays_of(task_of(PROMPTED, tokenizer), {"question": "the cat", "answer": " sat"}, tokenizer)
     assert tokenizer.decode(arrays["input_ids"].tolist()) == "<s>the cat sat<|im_end|>"
     assert learned(arrays, tokenizer) == " sat<|im_end|>"
+
+
+def test_a_text_begins_with_what_the_tokenizer_puts_there_though_it_is_no_beginning_token() -> None:
+    """XGLM's has `<s>`, and begins every text with `</s>`."""
+    pieces = ["<s>", "<pad>", "</s>", "<unk>", "\u2581the", "\u2581cat", "\u2581sat"]
+    tokenizer = XGLMTokenizer(vocab=[(piece, -float(number)) for number, piece in enumerate(pieces)])
+    begin, end = tokenizer.eos_token_id, tokenizer.eos_token_id
+    assert tokenizer("the cat")["input_ids"] == [begin, 4, 5] and tokenizer.bos_token_id != begin
+    arrays = arrays_of(task_of(TEXT, tokenizer), {"text": "the cat"}, tokenizer)
+    assert arrays["input_ids"].tolist() == [*tokenizer("the cat")["input_ids"], end]
+    task, row = task_of(PROMPTED, tokenizer), {"question": "the cat", "answer": " sat"}
+    arrays = arrays_of(task, row, tokenizer)
+    assert arrays["input_ids"].tolist() == [*tokenizer("the cat sat")["input_ids"], end]
+    assert arrays["targets"].tolist() == [-100, -100, 6, end, -100]
+    task.evaluation = Evaluation(generate=Generate(max_new_tokens=1))
+    task.for_prediction = True
+    assert arrays_of(task, row, tokenizer)["input_ids"].tolist() == tokenizer("the cat")["input_ids"]
+
+
+def test_what_stands_around_a_text_is_found_without_a_letter_to_try_it_with() -> None:
+    """A tokenizer of bases alone, which has no `a` and no unknown token."""
+    vocabulary = {word: number for number, word in enumerate(["<s>", "</s>", "C", "G"])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    named = [("<s>", 0), ("</s>", 1)]
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=named)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    assert tokenizer("a")["input_ids"] == [0, 1]
+    assert around(tokenizer) == Around((0,), (1,))
+    arrays = arrays_of(task_of(TEXT, tokenizer), {"text": "CG"}, tokenizer)
+    assert arrays["input_ids"].tolist() == [0, 2, 3, 1]
+
+
+def test_a_text_that_ends_with_the_end_token_gets_no_second_one() -> None:
+    whole = arrays_of(task_of(TEXT), {"text": "the cat sat<|im_end|>"}, TOKENIZER)
+    assert whole["input_ids"].tolist() == TOKENIZER("the cat sat<|im_end|>")["input_ids"]
+    for answer in (" sat", " sat<|im_end|>"):
+        arrays = arrays_of(task_of(PROMPTED), {"question": "the cat", "answer": answer}, TOKENIZER)
+        assert TOKENIZER.decode(arrays["input_ids"].tolist()) == "the cat sat<|im_end|>"
+        assert learned(arrays) == " sat<|im_end|>"
 
 
 def test_of_prompt_and_completion_the_completion_is_learned() -> None:

@@ -526,6 +526,11 @@ def test_weights_and_thresholds_go_by_the_names_of_the_classes() -> None:
     task = task_of(["no", "yes"], class_weights={"YES": 3.0})
     task.learn_from(nothing)
     assert task._weights == [1.0, 3.0]
+    numbers = task_of(["0", "1"], class_weights={0: 1.5, 1: 3.0})
+    numbers.learn_from(nothing)
+    assert numbers._weights == [1.5, 3.0], "YAML reads 0 and 1 as numbers, and true as a boolean"
+    truths = task_of(["false", "true"], problem="multi-label", thresholds={True: 0.25})
+    assert truths.data.thresholds == {"true": 0.25}
     balanced = task_of(["no", "yes"], class_weights="balanced")
     balanced.learn_from(lambda name: np.array([0, 0, 0, 1]) if name == "label" else None)
     assert balanced._weights == [4 / 6, 2.0]

@@ -8,11 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from tokenizers import Tokenizer
 from transformers import (
+    GemmaTokenizer,
     GenerationConfig,
     MBartTokenizer,
     NllbTokenizer,
     PreTrainedTokenizerFast,
+    SeamlessM4TConfig,
+    SeamlessM4TTokenizer,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -78,6 +82,50 @@ def test_each_text_is_cut_at_a_length_of_its_own_and_keeps_its_end() -> None:
         arrays_of(task_of(max_length=10, max_target_length=12, too_long="refuse"), row, tokenizer)
 
 
+def test_a_target_ends_though_the_tokenizer_puts_no_end_there() -> None:
+    """Gemma's puts none, and T5Gemma's targets are tokenised by it."""
+    words = ["<pad>", "<eos>", "<bos>", "<unk>", *"abcdefgh"]
+    tokenizer = GemmaTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=[])
+    assert 1 not in tokenizer(text_target="abc")["input_ids"]
+    row, labels = {"de": "ab", "en": "cde"}, [6, 7, 8, 1]
+    for written in (row, row | {"en": "cde<eos>"}):
+        [encoded] = task_of(tokenizer).encode([written], tokenizer)
+        assert not isinstance(encoded, RowProblem) and not encoded.cut
+        assert encoded.arrays["labels"].tolist() == labels and encoded.num_supervised == 4
+        assert encoded.arrays["input_ids"].tolist() == tokenizer("ab")["input_ids"]
+    long = row | {"en": "abcdefgh"}
+    [encoded] = task_of(tokenizer, max_target_length=8).encode([long], tokenizer)
+    assert not isinstance(encoded, RowProblem) and encoded.cut
+    assert encoded.arrays["labels"].tolist() == [*range(4, 11), 1]
+    with pytest.raises(RowProblem, match="9 tokens of the target, and max_target_length is 8"):
+        arrays_of(task_of(tokenizer, max_target_length=8, too_long="refuse"), long, tokenizer)
+
+
+def test_an_end_token_before_a_target_is_the_decoders_start_and_is_not_learned() -> None:
+    """SeamlessM4T's tokenizer puts one there: a model that learned it would write nothing else."""
+    codes = ["__eng__", "__deu__"]
+    words = ["<pad>", "<unk>", "<s>", "</s>", *codes, *"abcdefgh"]
+    tokenizer = SeamlessM4TTokenizer(
+        vocab={word: number for number, word in enumerate(words)}, merges=[], additional_special_tokens=codes
+    )
+    task = task_of(tokenizer, source_language="__deu__", target_language="__eng__", max_target_length=8)
+    row = {"de": "ab", "en": "cd"}
+    whole = tokenizer(text_target="cd")["input_ids"]
+    assert whole[:2] == [3, 4] and whole[-1] == 3
+    [encoded] = task.encode([row], tokenizer)
+    assert not isinstance(encoded, RowProblem) and not encoded.cut
+    assert encoded.arrays["labels"].tolist() == whole[1:] and encoded.num_supervised == len(whole) - 1
+    assert encoded.arrays["input_ids"].tolist() == [5, *tokenizer("ab")["input_ids"][1:]]
+    assert task.generation.arguments["forced_bos_token_id"] == 4
+    [encoded] = task.encode([row | {"en": "cdefghabc"}], tokenizer)
+    assert not isinstance(encoded, RowProblem) and encoded.cut
+    labels = encoded.arrays["labels"].tolist()
+    assert len(labels) == 8 and labels[0] == 4 and labels[-1] == 3
+    config = SeamlessM4TConfig(vocab_size=len(words))
+    task.configure(config)
+    assert config.decoder_start_token_id == 3
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -99,9 +147,14 @@ def test_references_are_those_of_the_row_or_its_target() -> None:
     task = task_of(evaluation=Evaluation(generate=Generate()), references="more")
     found = [
         from_bytes(arrays_of(task, ROW | more, word_tokenizer())["references"])
-        for more in ({}, {"more": None}, {"more": "w7"}, {"more": ["w7", "w8 w9"]})
+        for more in ({}, {"more": None}, {"more": ""}, {"more": "w7"}, {"more": ["w7", "w8 w9"]})
     ]
-    assert found == [["w4 w5"], ["w4 w5"], ["w7"], ["w7", "w8 w9"]]
+    assert found == [["w4 w5"], ["w4 w5"], ["w4 w5"], ["w7"], ["w7", "w8 w9"]]
+    written = ('["w7", "w8 w9"]', "['w7', 'w8 w9']", "[w7] w8", "[7]")
+    found = [
+        from_bytes(arrays_of(task, ROW | {"more": one}, word_tokenizer())["references"]) for one in written
+    ]
+    assert found == [["w7", "w8 w9"], ["w7", "w8 w9"], ["[w7] w8"], ["[7]"]], "as a table has lists"
     assert "references" not in arrays_of(task_of(references="more"), ROW, word_tokenizer()), (
         "none without writing"
     )
@@ -171,6 +224,20 @@ def test_an_export_begins_what_it_writes_with_the_language_too(tmp_path: Path) -
     written = GenerationConfig.from_pretrained(tmp_path / "model")
     assert written.forced_bos_token_id == task.tokenizer.convert_tokens_to_ids("eng_Latn")
     assert model.generation_config.forced_bos_token_id is None
+
+
+def test_a_saved_tokenizer_cuts_nothing_though_the_last_text_was_cut(tmp_path: Path) -> None:
+    """Programs that read tokenizer.json alone would go by what the last call left there."""
+    task, long = task_of(max_length=8), {"de": "w1 " * 20, "en": "w2 " * 200}
+    assert arrays_of(task, long, task.tokenizer)["input_ids"].shape == (8,)
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    config = T5Config(vocab_size=len(task.tokenizer), decoder_start_token_id=2, **sizes)
+    model, run = T5ForConditionalGeneration(config), RunDirectory(tmp_path)
+    plan = plan_of(task.data, "sequence-to-sequence")
+    TrainingInputs(config, task.tokenizer, task, None, None).save_model_files(run, plan, model)  # type: ignore[arg-type]
+    saved = Tokenizer.from_file(str(tmp_path / "model" / "tokenizer.json"))
+    assert saved.truncation is None and saved.padding is None
+    assert len(saved.encode(long["de"]).ids) == 22
 
 
 def test_without_a_language_the_models_own_generation_config_is_kept() -> None:

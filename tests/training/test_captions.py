@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import processors
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageTextToText,
@@ -333,6 +334,20 @@ def test_a_tokenizer_without_an_end_is_refused(folder: Path, tmp_path: Path) -> 
     tokenizer_of(eos_token=None).save_pretrained(model)
     with pytest.raises(ConfigurationError, match=r"no end of text \(eos_token or sep_token\)"):
         task_of(model, folder)
+
+
+def test_a_text_with_its_end_before_a_code_gets_no_second_end(
+    models: dict[str, Path], folder: Path, cache: Path
+) -> None:
+    """As mBART's tokenizer writes it."""
+    task = task_of(models["bert"], folder, max_target_length=8)
+    processor = read_processor(plan_of(models["bert"], folder))
+    backend, named = processor.tokenizer.backend_tokenizer, [("</s>", END), ("<s>", BEGIN)]
+    backend.post_processor = processors.TemplateProcessing(single="$A </s> <s>", special_tokens=named)
+    task.prepare(processor)
+    assert one_of(task, folder, text="red red").arrays["labels"].tolist() == [6, 6, END, BEGIN]
+    long = one_of(task, folder, text="red " * 20)
+    assert long.cut and long.arrays["labels"].tolist() == [6] * 6 + [END, BEGIN]
 
 
 def test_a_token_without_a_row_is_refused(models: dict[str, Path], folder: Path, cache: Path) -> None:

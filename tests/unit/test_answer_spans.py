@@ -53,7 +53,11 @@ def test_answers_in_two_columns(text: Any, start: Any, expected: list[Answer]) -
 
 
 def test_a_question_that_is_said_to_have_no_answer() -> None:
-    assert answers_of({"answers": None, "is_impossible": True}, "answers", None, CONTEXT) == []
+    for true in (True, 1, 1.0, "true", "True", "TRUE", "1"):
+        assert answers_of({"answers": None, "is_impossible": true}, "answers", None, CONTEXT) == []
+    for false in (False, 0, "false", "", None):
+        with pytest.raises(RowProblem, match="missing key"):
+            answers_of({"answers": None, "is_impossible": false}, "answers", None, CONTEXT)
     with pytest.raises(RowProblem, match="is_impossible is true, and 'answers' has an answer: 'cat'"):
         answers_of(
             {"answers": [{"text": "cat", "answer_start": 4}], "is_impossible": True}, "answers", None, CONTEXT

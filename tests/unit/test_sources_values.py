@@ -12,15 +12,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.data.formats import FORMATS
+from launcher.data.formats import FORMATS, format_of
 from launcher.data.labels import class_name, class_names, number_of
 from launcher.data.rows import RowProblem, text_of
 from launcher.data.sample import look
 from launcher.data.section import Source
+from launcher.data.shards import SHARDS, Offset
 from launcher.data.written import list_in
 from launcher.planner.dataset.token_lengths import lengths
 from launcher.tasks.causal_lm import CausalColumns, CausalLM
 from launcher.tasks.chat.rows import messages_of
+from launcher.tasks.classes import Classes
 from launcher.tasks.sequence_classification import LabelledColumns, SequenceClassification
 
 NAN = math.nan
@@ -102,6 +104,8 @@ def test_what_numpy_writes_is_read_back(values: list[str]) -> None:
         ("1.5", "1.5"),
         ("v1.0", "v1.0"),
         ("01", "01"),
+        ("cafe\u0301", "caf\u00e9"),
+        ("caf\u00e9", "caf\u00e9"),
         ("None", "None"),
         ("nan", "missing key"),
         ("<NA>", "missing key"),
@@ -117,6 +121,11 @@ def test_what_numpy_writes_is_read_back(values: list[str]) -> None:
 )
 def test_names_of_classes(value: Any, expected: str) -> None:
     assert outcome(class_name, value) == expected
+
+
+def test_a_models_class_is_found_however_its_accents_are_written() -> None:
+    assert Classes(["the\u0301", "cafe\u0301"]).id_of("caf\u00e9") == 1
+    assert Classes(["th\u00e9", "caf\u00e9"]).id_of("Cafe\u0301") == 1
 
 
 @pytest.mark.parametrize(
@@ -305,6 +314,31 @@ def saved(directory: Path, rows: int = 5, **columns: Any) -> Path:
     )
     (directory / "dataset_info.json").write_text("{}")
     return directory
+
+
+def test_class_numbers_in_parquet_of_datasets_are_names_as_datasets_reads_them(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    features = {
+        "text": {"dtype": "string", "_type": "Value"},
+        "label": {"names": ["no", "yes"], "_type": "ClassLabel"},
+        "tags": {"feature": {"names": ["O", "B-x"], "_type": "ClassLabel"}, "_type": "List"},
+    }
+    table = pyarrow.table({"text": ["a", "b", "c"], "label": [-1, 0, 1], "tags": [[0], [1, 0], [-1]]})
+    told = {"huggingface": json.dumps({"info": {"features": features}})}
+    names = [[None, "no", "yes"], [["O"], ["B-x", "O"], [None]]]
+    for marked, wanted in (
+        (table.replace_schema_metadata(told), names),
+        (table, [[-1, 0, 1], [[0], [1, 0], [-1]]]),
+    ):
+        parquet.write_table(marked, path := tmp_path / "rows.parquet")
+        columns = ("text", "label", "tags")
+        rows = [dict(zip(columns, row, strict=True)) for row in zip("abc", *wanted, strict=True)]
+        assert [row for _, row in format_of(path).read(path, columns)] == rows
+        assert sorted(look(Source(path=str(path)), columns).rows, key=str) == sorted(rows, key=str)
+        shard = SHARDS[".parquet"](path, columns)
+        assert [row for _, row, _ in shard.read(Offset())] == rows
 
 
 def test_a_directory_of_save_to_disk_is_looked_at(tmp_path: Path) -> None:

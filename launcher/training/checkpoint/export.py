@@ -237,7 +237,8 @@ def _write_shards(directory: Path, weights: Weights, shards: list[list[Entry]], 
 def write_safetensors(file: BinaryIO, weights: Weights, entries: list[Entry]) -> None:
     """Write tensors to a file, in the order of `entries`.
 
-    The library's own writer would need all tensors of a file in memory at once.
+    The library's own writer would need all tensors of a file in memory at once. Raises ConfigurationError for
+    a number that is too large for its dtype.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -254,8 +255,19 @@ def write_safetensors(file: BinaryIO, weights: Weights, entries: list[Entry]) ->
     file.write(text)
     for entry in entries:
         for piece in weights.pieces(entry.name):
-            converted = piece.to(entry.dtype).contiguous().view(-1).view(torch.uint8)
-            file.write(memoryview(cast(Buffer, converted.numpy())))
+            converted = piece.to(entry.dtype)
+            _refuse_overflow(entry, piece, converted)
+            flat = converted.contiguous().view(-1).view(torch.uint8)
+            file.write(memoryview(cast(Buffer, flat.numpy())))
+
+
+def _refuse_overflow(entry: Entry, piece: torch.Tensor, converted: torch.Tensor) -> None:
+    """Raise ConfigurationError if a number became infinite in float16, the only dtype with so small a range."""
+    if entry.dtype == torch.float16 and bool((converted.isinf() & piece.isfinite()).any()):
+        most = torch.finfo(torch.float16).max
+        largest = float(piece[piece.isfinite()].abs().max())
+        reason = f"{entry.name} has a number of the size {largest:g}, and float16 ends at {most:g}"
+        raise ConfigurationError(Problem("--dtype", "float16", f"{reason}; write bfloat16 or float32"))
 
 
 def _set_dtype(config_file: Path, shards: list[list[Entry]]) -> None:

@@ -12,13 +12,16 @@ from launcher.planner.plan import Plan
 from launcher.runs import cache
 from launcher.tasks.task import Task
 from launcher.training.data.sources import Rows
+from launcher.training.model.pretrained import drop_limits
 
-FORMAT = 7
+FORMAT = 8
 """The version of the files, and of how samples and packs are made; a new one invalidates the cache."""
 _IN_THE_BATCH = ("augmentation", "cut_at", "image_size")
 """Keys of `data` that only affect batches."""
 _IN_THE_ORDER = ("mixing", "streaming", "shuffle_window")
 """Keys of `data` that only affect the order of samples."""
+_OF_A_PLACE = ("is_local", "local_files_only")
+"""Settings of a tokenizer that say where its files were found."""
 Role = Literal["train", "evaluation"]
 
 
@@ -63,11 +66,8 @@ def tokenizer_digest(tokenizer: Any) -> str:
         if (texts := getattr(tokenizer, "tokenizer", None)) is not None:
             hasher.update(tokenizer_digest(texts).encode())
         return str(hasher.hexdigest())
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        # Every encoding call sets these two; left over from the last call, they would change the hash.
-        backend.no_truncation()
-        backend.no_padding()
+    drop_limits(tokenizer)  # left over from the last call, they would change the hash
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
         hasher.update(backend.to_str().encode())
     else:
         hasher.update(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
@@ -80,5 +80,10 @@ def tokenizer_digest(tokenizer: Any) -> str:
         tokenizer.truncation_side,
     ]
     details.append(list(tokenizer.model_input_names))
+    # Some settings are neither in the algorithm nor in the vocabulary: split_special_tokens, do_lower_case ...
+    given = tokenizer.init_kwargs.items()
+    details.append(
+        {name: value for name, value in given if isinstance(value, bool) and name not in _OF_A_PLACE}
+    )
     hasher.update(json.dumps(details, sort_keys=True, default=str).encode())
     return str(hasher.hexdigest())

@@ -97,6 +97,16 @@ def read_tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def drop_limits(tokenizer: Any) -> None:
+    """Undo the truncation and padding that the last call left in a fast tokenizer.
+
+    They are part of its tokenizer.json, by which other programs would cut or pad every text.
+    """
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        backend.no_truncation()
+        backend.no_padding()
+
+
 def read_processor(plan: Plan) -> Any:
     """Return the processor of the plan's task, or the model's tokenizer."""
     task, model = tasks.unprepared(plan), plan.model
