@@ -128,7 +128,8 @@ def _rows(
     )
     other = next((one for one in samples if one is not counts), counts)
     first, second = (
-        task.shortened(sample, length, ends) for length, sample in zip(LENGTHS, (other, counts), strict=True)
+        task.shortened(sample, length + task.virtual_tokens, ends)
+        for length, sample in zip(LENGTHS, (other, counts), strict=True)
     )
     return [first.as_filler(), second]
 

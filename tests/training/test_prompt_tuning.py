@@ -1,0 +1,151 @@
+"""Prompt tuning: peft's own loss on each sample alone, however samples share a pass; on every engine, resumed,
+resharded, generated from and exported."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, PromptTuningConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from launcher import tasks
+from launcher.data.section import Source
+from launcher.job.adapter import PROMPT, Adapter
+from launcher.planner.model import model_support
+from launcher.tasks.task import IGNORE, Sample, Task
+from launcher.training.model import adapters, attention, prompts
+from launcher.training.model.loading import repeated_layers
+from tests.families import tiny
+from tests.tiers import slow_but
+from tests.training.runs import tokenizer
+
+ADAPTER = Adapter(method="prompt-tuning", virtual_tokens=5)
+PEFT = {
+    "causal-lm": "CAUSAL_LM",
+    "sequence-classification": "SEQ_CLS",
+    "sequence-to-sequence": "SEQ_2_SEQ_LM",
+    "token-classification": "TOKEN_CLS",
+}
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "causal-lm": [{"text": "w1 w2 w3 w4 w5 w6 w7 w8 w9"}, {"text": "w9 w8"}, {"text": "w3 w5 w7 w11"}],
+    "sequence-classification": [
+        {"text": "w1 w2 w3 w4 w5 w6 w7 w8 w9", "label": "b"},
+        {"text": "w9 w8", "label": "a"},
+        {"text": "w3 w5 w7 w11", "label": "c"},
+    ],
+    "sequence-to-sequence": [
+        {"source": "w1 w2 w3 w4 w5 w6 w7 w8 w9", "target": "w4 w3"},
+        {"source": "w9 w8", "target": "w1 w2 w3 w4 w5"},
+        {"source": "w3 w5 w7 w11", "target": "w8"},
+    ],
+    "token-classification": [
+        {"words": [f"w{number}" for number in range(9)], "tags": [*"OXOXXOOXO"]},
+        {"words": ["w9", "w8"], "tags": ["X", "O"]},
+        {"words": ["w3", "w5", "w7"], "tags": ["O", "O", "X"]},
+    ],
+}
+COLUMNS: dict[str, dict[str, Any]] = {
+    "causal-lm": {"text": "text"},
+    "sequence-classification": {"text": "text", "label": "label"},
+    "sequence-to-sequence": {"source": "source", "target": "target"},
+    "token-classification": {"words": "words", "tags": "tags", "scheme": "none"},
+}
+LABELS = {"sequence-classification": ["a", "b", "c"], "token-classification": ["O", "X", "Y"]}
+
+
+def task_of(name: str, config: Any, way: model_support.Way) -> Task:
+    """The task with five virtual tokens, for a model and a way for samples to share a pass."""
+    kind = tasks.find(name)
+    data = kind.Columns(train=Source(path="rows.jsonl"), max_length=32, **COLUMNS[name])
+    task = kind(data, LABELS.get(name))
+    task.virtual_tokens, task.layout, task.head = ADAPTER.virtual_tokens, way.layout, way.head
+    task.adopt(config)
+    task.prepare(tokenizer())
+    task.configure(config)
+    return task
+
+
+def samples_of(task: Task) -> list[Sample]:
+    encoded = task.encode(ROWS[task.name], tokenizer())
+    flat = [one[0] if isinstance(one, tuple) and not hasattr(one, "arrays") else one for one in encoded]
+    return [Sample(one.arrays, number, one.length) for number, one in enumerate(flat)]
+
+
+def by_peft(model: Any, task: Task, sample: Sample) -> torch.Tensor:
+    """The summed loss of one sample by peft's own model, with the words alone and their labels."""
+    ids = torch.from_numpy(sample["input_ids"]).long()[None]
+    given = {"input_ids": ids[:, ADAPTER.virtual_tokens :]}
+    given["attention_mask"] = torch.ones_like(given["input_ids"])
+    if task.name == "causal-lm":
+        # A token is learned at the position before it; the first from the last virtual token, but no <s>.
+        labels = torch.from_numpy(sample["targets"]).long()[None, ADAPTER.virtual_tokens - 1 : -1]
+    elif task.name == "token-classification":  # peft's leaves it to others to make labels as long as logits
+        labels = torch.from_numpy(sample["labels"]).long()[None]
+    else:
+        labels = torch.from_numpy(sample["label" if "label" in sample else "labels"]).long()[None]
+        labels = labels[0] if "label" in sample else labels
+    more = {"use_cache": False} if "use_cache" in inspect.signature(model.base_model.forward).parameters else {}
+    output = model(**given, labels=labels, **more)
+    loss: torch.Tensor = output.loss * (labels != IGNORE).sum()
+    return loss
+
+
+def both(name: str, kind: str, together: bool) -> tuple[torch.Tensor, ...]:
+    """Our loss of three samples and peft's, and the gradients of the virtual tokens."""
+    config = tiny.config_of(kind, name)
+    config.pad_token_id = config.get_text_config().pad_token_id = 0  # the tokenizer's
+    experts = "eager" if kind == "mixtral" else None  # the others have no kernel for float64
+    build = functools.partial(tiny.model_of, kind, name, experts=experts)
+    own, theirs = (build(config=copy.deepcopy(config)).double() for _ in range(2))
+    way = model_support.support(name, own.config.to_dict()).ways[0]
+    task = task_of(name, own.config, way)
+    theirs.config.pad_token_id = own.config.pad_token_id
+    own.set_attn_implementation(attention.register(way.attention))
+    own.eval(), theirs.eval()
+    adapters.inject(own, ADAPTER, repeated_layers)
+    (place, vectors), *_ = adapters.beginning(own, ADAPTER, 17, tokenizer)
+    vectors = vectors.double() + 0.1
+    setattr(prompts.embeddings_of(own), PROMPT, torch.nn.Parameter(vectors))
+    width = vectors.shape[1]
+    settings = prompts.settings(ADAPTER, own, task_type=PEFT[name])
+    beside = get_peft_model(theirs, settings).eval()
+    encoder = beside.prompt_encoder["default"].double()
+    encoder.embedding.weight.data.copy_(vectors)
+    learned = encoder.embedding.weight
+    samples = samples_of(task)
+    groups = [samples] if together and way.layout != "single" else [[sample] for sample in samples]
+    ours = sum(task.loss(own, task.collate([[one] for one in group])).loss_sum for group in groups)
+    expected = torch.stack([by_peft(beside, task, sample) for sample in samples]).sum()
+    ours.backward(), expected.backward()
+    assert learned.grad is not None and width == learned.shape[1]
+    return ours, expected, own.get_parameter(place).grad, learned.grad
+
+
+CASES = [
+    *(("causal-lm", kind) for kind in ("llama", "gpt2", "qwen2", "qwen3", "opt", "bloom", "gemma3_text")),
+    *(("causal-lm", kind) for kind in ("mixtral", "mamba", "phi", "cohere", "gpt_neox", "mpt", "falcon")),
+    *(("sequence-classification", kind) for kind in ("bert", "roberta", "distilbert", "electra", "albert")),
+    *(("sequence-classification", kind) for kind in ("llama", "gpt2", "deberta-v2", "modernbert", "xlnet")),
+    *(("sequence-to-sequence", kind) for kind in ("t5", "bart", "mt5", "pegasus", "marian", "mbart")),
+    *(("token-classification", kind) for kind in ("bert", "roberta", "distilbert", "gpt2", "modernbert")),
+]
+FAST = {
+    *(("causal-lm", kind) for kind in ("llama", "gpt2", "opt", "bloom", "gemma3_text")),
+    *(("sequence-classification", kind) for kind in ("bert", "roberta", "llama")),
+    *(("sequence-to-sequence", kind) for kind in ("t5", "bart")),
+    *(("token-classification", kind) for kind in ("bert", "gpt2")),
+}
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["together", "alone"])
+@pytest.mark.parametrize(("name", "kind"), slow_but(FAST, CASES))
+def test_the_loss_and_its_gradient_are_those_of_peft_alone(name: str, kind: str, together: bool) -> None:
+    ours, expected, gradient, theirs = both(name, kind, together)
+    torch.testing.assert_close(ours.detach(), expected.detach().to(ours.dtype), rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
