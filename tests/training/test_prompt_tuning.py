@@ -90,7 +90,9 @@ def by_peft(model: Any, task: Task, sample: Sample) -> torch.Tensor:
     else:
         labels = torch.from_numpy(sample["label" if "label" in sample else "labels"]).long()[None]
         labels = labels[0] if "label" in sample else labels
-    more = {"use_cache": False} if "use_cache" in inspect.signature(model.base_model.forward).parameters else {}
+    more = (
+        {"use_cache": False} if "use_cache" in inspect.signature(model.base_model.forward).parameters else {}
+    )
     output = model(**given, labels=labels, **more)
     loss: torch.Tensor = output.loss * (labels != IGNORE).sum()
     return loss
