@@ -148,6 +148,8 @@ def _reasons_of_prompt(directory: Path, settings: dict[str, Any], model: Model) 
             "it has vectors of a decoder too (num_transformer_submodules), which peft does not use; save it "
             "with num_transformer_submodules=1"
         )
+    if modules := settings.get("modules_to_save"):
+        reasons.append(f"whole modules were trained with it, {modules[0]} first; train a new one")
     if not (directory / WEIGHTS).is_file():
         reasons.append(f"there is no {WEIGHTS}; save it again with peft")
     if tasks.find(model.task).traits.head != "every-position":

@@ -26,7 +26,6 @@ from tests.training.ranks import on_ranks
 from tests.training.runs import (
     assert_equal,
     batch_of,
-    causal_data,
     curve,
     evaluations,
     finish,

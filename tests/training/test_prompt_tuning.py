@@ -6,13 +6,11 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, PromptTuningConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from peft import get_peft_model
 
 from launcher import tasks
 from launcher.data.section import Source

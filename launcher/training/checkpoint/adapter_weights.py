@@ -185,9 +185,7 @@ class Alone:
         one = ".ia3_l" if self.adapter.method == "ia3" else ".lora_A.weight"
         names = [name.removesuffix(one) for name in self.stored.names if name.endswith(one)]
         settings = adapters.settings(
-            self.adapter if self._base is None else self.adapter.as_plain(),
-            names,
-            **more,
+            self.adapter if self._base is None else self.adapter.as_plain(), names, **more
         )
         settings.save_pretrained(directory)
 
