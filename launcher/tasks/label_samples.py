@@ -30,8 +30,8 @@ class TextSamples:
     virtual_tokens: int = 0
     """The virtual tokens before each text, of the first segment."""
     pad: int | None = None
-    """The padding token; behind virtual tokens it may not end a text, where a decoder would not read it, and PEFT
-    does."""
+    """The padding token. Behind virtual tokens it may not end a text: PEFT reads it there, and a decoder's own
+    class does not."""
 
     def encoded(self, rows: Sequence[tuple[tuple[str, ...], np.ndarray]]) -> Iterator[Encoded | RowProblem]:
         """Yield a sample from each row's texts and label, or why it has none."""

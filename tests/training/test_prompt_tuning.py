@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,14 +14,17 @@ import torch
 from peft import get_peft_model
 
 from launcher import tasks
+from launcher.data.rows import RowProblem
 from launcher.data.section import Source
+from launcher.errors import ConfigurationError
 from launcher.job.adapter import PROMPT, Adapter
 from launcher.planner.model import model_support
 from launcher.tasks.task import IGNORE, Sample, Task
-from launcher.training.model import adapters, attention, prompts
+from launcher.training.model import adapters, attention, pretrained, prompts
 from launcher.training.model.loading import repeated_layers
 from tests.families import tiny
 from tests.tiers import slow_but
+from tests.training.plans import plan_of
 from tests.training.runs import tokenizer
 
 ADAPTER = Adapter(method="prompt-tuning", virtual_tokens=5)
@@ -149,3 +153,72 @@ def test_the_loss_and_its_gradient_are_those_of_peft_alone(name: str, kind: str,
     ours, expected, gradient, theirs = both(name, kind, together)
     torch.testing.assert_close(ours.detach(), expected.detach().to(ours.dtype), rtol=1e-6, atol=0)
     torch.testing.assert_close(gradient, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
+
+
+def test_a_model_without_a_table_of_words_is_refused() -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"CanineForSequenceClassification names no table .* write lora"
+    ):
+        prompts.embeddings_of(tiny.model_of("canine", "sequence-classification"))
+
+
+def test_a_text_without_tokens_is_no_start() -> None:
+    bare = Adapter(method="prompt-tuning", init_text="...")
+    with pytest.raises(
+        ConfigurationError, match=r"init_text = '\.\.\.': the model's tokenizer makes no tokens"
+    ):
+        prompts.beginning(
+            tiny.model_of("llama", "causal-lm"), bare, 17, lambda: lambda text: {"input_ids": []}
+        )
+
+
+def test_a_scaled_table_gives_scaled_starts() -> None:
+    """As in peft, which calls the model's own table."""
+    model = tiny.model_of("gemma3_text", "causal-lm")
+    named = Adapter(method="prompt-tuning", virtual_tokens=2, init_text="w5 w7")
+    start = prompts.beginning(model, named, 17, tokenizer)
+    ids = torch.tensor(tokenizer()("w5 w7")["input_ids"][:2])
+    assert torch.equal(start, model.get_input_embeddings()(ids).detach())
+
+
+def test_a_text_that_ends_with_padding_is_no_sample_of_a_decoder_behind_virtual_tokens() -> None:
+    way = model_support.Way("padded", "eager")
+    task = task_of("sequence-classification", tiny.config_of("llama", "sequence-classification"), way)
+    words = tokenizer()
+    words.pad_token = words.eos_token
+    task.prepare(words)
+    [problem] = task.encode(ROWS[task.name][:1], words)
+    assert isinstance(problem, RowProblem) and "its last token is the padding token, 2" in problem.detail
+    task.virtual_tokens = 0
+    assert not isinstance(task.encode(ROWS[task.name][:1], words)[0], RowProblem)
+
+
+def test_tags_need_room_beside_virtual_tokens() -> None:
+    way = model_support.Way("padded", "eager")
+    task = task_of("token-classification", tiny.config_of("bert", "token-classification"), way)
+    task.virtual_tokens = 29
+    with pytest.raises(
+        ConfigurationError, match=r"the 2 tokens that .* puts around a text and 29 virtual ones"
+    ):
+        task.prepare(tokenizer())
+
+
+@pytest.mark.parametrize("name", sorted(ROWS))
+def test_virtual_tokens_count_in_the_longest_sample(name: str) -> None:
+    kind = {"sequence-to-sequence": "t5", "causal-lm": "llama"}.get(name, "bert")
+    config = tiny.config_of(kind, name)
+    task = task_of(name, config, model_support.support(name, config.to_dict()).ways[0])
+    task.data = task.data.model_copy(update={"max_length": 12, "too_long": "cut"})
+    sample = samples_of(task)[0]
+    assert len(sample["input_ids"]) == 12
+    assert sample["input_ids"].tolist()[: ADAPTER.virtual_tokens] == [-1, -2, -3, -4, -5]
+    assert (sample["input_ids"][ADAPTER.virtual_tokens :] >= 0).all()
+    assert task.added_tokens(1, None) >= ADAPTER.virtual_tokens
+
+
+def test_a_model_that_is_first_seen_on_a_rank_is_refused_there(tmp_path: Path) -> None:
+    tiny.config_of("esm", "sequence-classification").save_pretrained(tmp_path)
+    task = {"task": "sequence-classification", "model__task": "sequence-classification"}
+    plan = plan_of(tmp_path, model__adapter={"method": "prompt-tuning"}, data__label="label", **task)
+    with pytest.raises(ConfigurationError, match=r"an? esm model does not compute the same from embeddings"):
+        pretrained.settled(plan)

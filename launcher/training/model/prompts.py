@@ -116,7 +116,8 @@ def _embedded(embedding: Any, ids: torch.Tensor) -> torch.Tensor:
     if isinstance(weight, DTensor):
         mesh = weight.device_mesh
         whole = DTensor.from_local(ids, mesh, [Replicate()] * mesh.ndim, run_check=False)
-        rows = functional.embedding(whole, weight).full_tensor()
+        looked_up: Any = functional.embedding(whole, weight)  # a DTensor
+        rows: torch.Tensor = looked_up.full_tensor()
     else:
         rows = functional.embedding(ids, weight)
     # By the table's own code, which may multiply: for a moment it holds these rows alone.
