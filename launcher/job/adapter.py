@@ -1,5 +1,4 @@
-"""The section `model.adapter`: which layers get matrices or vectors of their own, what trains beside them, or
-which vectors stand before every sample."""
+"""The section `model.adapter`: which layers get matrices or vectors, or which vectors stand before samples."""
 
 from __future__ import annotations
 

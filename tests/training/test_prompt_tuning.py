@@ -19,7 +19,7 @@ from launcher.data.section import Source
 from launcher.errors import ConfigurationError
 from launcher.job.adapter import PROMPT, Adapter
 from launcher.planner.model import model_support
-from launcher.tasks.task import IGNORE, Sample, Task
+from launcher.tasks.task import IGNORE, Sample, Task, virtual_ids
 from launcher.training.model import adapters, attention, pretrained, prompts
 from launcher.training.model.loading import repeated_layers
 from tests.families import tiny
@@ -153,6 +153,41 @@ def test_the_loss_and_its_gradient_are_those_of_peft_alone(name: str, kind: str,
     ours, expected, gradient, theirs = both(name, kind, together)
     torch.testing.assert_close(ours.detach(), expected.detach().to(ours.dtype), rtol=1e-6, atol=0)
     torch.testing.assert_close(gradient, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
+
+
+def differs(name: str, kind: str) -> bool:
+    """Whether a family's outputs behind virtual tokens are others than peft's, or are not there."""
+    try:
+        own, theirs = tiny.model_of(kind, name).eval(), tiny.model_of(kind, name).eval()
+        adapters.inject(own, ADAPTER, repeated_layers)
+        [(_, vectors)] = adapters.beginning(own, ADAPTER, 17, tokenizer)
+        setattr(prompts.embeddings_of(own), PROMPT, torch.nn.Parameter(vectors + 0.1))
+        beside = get_peft_model(theirs, prompts.settings(ADAPTER, own, task_type=PEFT[name])).eval()
+        beside.prompt_encoder["default"].embedding.weight.data.copy_(vectors + 0.1)
+        ids = torch.randint(5, 120, (1, 11), generator=torch.Generator().manual_seed(0))
+        more = {"labels": ids[:, :6]} if name == "sequence-to-sequence" else {}
+        if "use_cache" in inspect.signature(type(own).forward).parameters:
+            more["use_cache"] = False
+        virtual = torch.from_numpy(virtual_ids(ADAPTER.virtual_tokens)).long()[None]
+        with torch.no_grad():
+            ours = own(input_ids=torch.cat([virtual, ids], dim=1), **more).logits
+            expected = beside(input_ids=ids, attention_mask=torch.ones_like(ids), **more).logits
+    except Exception:  # the classes of fifty families raise whatever they like
+        return True
+    return bool((ours - expected).abs().max() > 1e-5 * expected.abs().max())
+
+
+@pytest.mark.very_slow
+@pytest.mark.parametrize("name", sorted(ROWS))
+def test_every_family_has_the_outputs_of_peft_or_is_refused(name: str) -> None:
+    """Of all that the task can be trained with here; about ten minutes."""
+    kinds = [kind for kind, entry in model_support.read_table()[name].items() if "ways" in entry]
+    refused = {
+        kind
+        for kind in kinds
+        if model_support.why_no_prompt(name, tiny.config_of(kind, name).to_dict()) is not None
+    }
+    assert {kind for kind in kinds if differs(name, kind)} == refused
 
 
 def test_a_model_without_a_table_of_words_is_refused() -> None:

@@ -1,5 +1,4 @@
-"""Adapters by peft (LoRA and IA3; of prompt tuning see `prompts`): their layers, what trains, and the names of
-their parameters.
+"""Adapters by peft: their layers (LoRA and IA3), what trains, and the names of their parameters.
 
 peft wraps each adapted layer in a module, which changes the names below it. Neither transformers, when it
 reads a model's files, nor readers of a checkpoint must see those: `plain` returns every parameter's name
