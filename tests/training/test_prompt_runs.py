@@ -20,6 +20,7 @@ from launcher.training.checkpoint.export import export
 from launcher.training.engines import build
 from launcher.training.model import attention
 from launcher.training.predict_entry import predict
+from tests.training import pairs
 from tests.training.batches import batch_of_samples
 from tests.training.plans import deepspeed, plan_of
 from tests.training.ranks import on_ranks
@@ -116,13 +117,14 @@ def start_of(directory: Path) -> torch.Tensor:
         (2, {}),
         pytest.param(2, deepspeed(3), marks=pytest.mark.slow),
         pytest.param(2, deepspeed(2), marks=pytest.mark.slow),
+        pytest.param(2, {"activation_checkpointing": "full"}, marks=pytest.mark.slow),
         pytest.param(1, {}, marks=pytest.mark.very_slow),
         pytest.param(3, {}, marks=pytest.mark.very_slow),
         pytest.param(3, deepspeed(1), marks=pytest.mark.very_slow),
     ],
 )
 def test_the_steps_are_those_of_peft(world_size: int, engine: dict[str, Any], llama: Path) -> None:
-    if engine:
+    if "engine" in engine:
         pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     plan = plan_of(
         llama, world_size, batch=batch_of(world_size, 12 // world_size), model__adapter=PROMPT, **engine
@@ -297,3 +299,76 @@ def test_virtual_tokens_are_trained_further_from_their_directory(
     other = new_run(tmp_path / "other", plan_with(wider, data, 1, model__adapter=further))
     with pytest.raises(AssertionError, match=r"prompt_embeddings are \[6, 48\], and \[6, 96\] are needed"):
         finish(other, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["t5", pytest.param("bart", marks=pytest.mark.very_slow)])
+def test_an_encoder_decoder_learns_and_writes_as_peft_reads_it(family: str, tmp_path: Path) -> None:
+    """On three ranks under ZeRO-3 as on two under FSDP."""
+    still = {"t5": {"dropout_rate": 0.0}, "bart": {"dropout": 0.0}}[family]
+    directory = pairs.model_directory(tmp_path / family, family, **still)
+    train, held_out = (
+        write_rows(tmp_path / f"{name}.jsonl", pairs.pairs(number, seed))
+        for name, number, seed in (("train", 24, 0), ("held-out", 9, 1))
+    )
+    data = {"train": train, "evaluation": held_out, "source": "source", "target": "target"}
+    data |= {"max_length": 32, "max_target_length": 32, "num_workers": 1}
+    task = {"task": "sequence-to-sequence", "model__task": "sequence-to-sequence"}
+    values: dict[str, Any] = task | {"attention": "sdpa", "layout": "padded", "model__adapter": PROMPT}
+    values |= {"training": {"learning_rate": 0.1}, "evaluation": {"generate": {"max_new_tokens": 6}}}
+    plan = plan_for(directory, data, 2, 4, batch=batch_of(2, 3), **values)
+    run = new_run(tmp_path / "run", plan)
+    finish(run, 2)
+    other = new_run(
+        tmp_path / "other", plan_for(directory, data, 3, 4, batch=batch_of(3, 2), **values, **deepspeed())
+    )
+    finish(other, 3)
+    assert evaluations(other)[4] == pytest.approx(evaluations(run)[4], rel=1e-4, abs=1e-6)
+    export(run, tmp_path / "adapter", adapter=True)
+    base = transformers.AutoModelForSeq2SeqLM.from_pretrained(directory)
+    model = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    words = transformers.AutoTokenizer.from_pretrained(directory)
+    output, total, count = tmp_path / "answers.jsonl", 0.0, 0
+    finish(scratch(tmp_path / "asking", plan, output, run=run.path), 2, entry=predict)
+    rows = [json.loads(line) for line in (tmp_path / "held-out.jsonl").read_text().splitlines()]
+    for row, line in zip(rows, output.read_text().splitlines(), strict=True):
+        ids, labels = (torch.tensor([words(row[name])["input_ids"]]) for name in ("source", "target"))
+        read = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        with torch.no_grad():
+            total += float(model(**read, labels=labels).loss) * labels.numel()
+        count += labels.numel()
+        written = model.generate(**read, max_new_tokens=6, do_sample=False)
+        assert json.loads(line)["text"] == words.decode(written[0], skip_special_tokens=True)
+    assert evaluations(run)[4]["loss"] == pytest.approx(total / count, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_tags_are_those_of_peft_behind_its_virtual_tokens(tmp_path: Path) -> None:
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    directory = model_directory(tmp_path / "bert", "bert", "AutoModel", **still)
+    rows = [
+        {
+            "words": [f"w{place + number}" for place in range(1 + number % 7)],
+            "tags": ["X", *"O" * (number % 7)],
+        }
+        for number in range(40)
+    ]
+    source = write_rows(tmp_path / "rows.jsonl", rows)
+    data: dict[str, Any] = {"train": source, "evaluation": source, "words": "words", "tags": "tags"}
+    data |= {"scheme": "none", "max_length": 24, "num_workers": 1}
+    task = {"task": "token-classification", "model__task": "token-classification"}
+    plan = plan_for(directory, data, 2, 3, attention="sdpa", layout="padded", model__adapter=PROMPT, **task)
+    run = new_run(tmp_path / "run", plan)
+    finish(run, 2)
+    export(run, tmp_path / "adapter", adapter=True)
+    base = transformers.AutoModelForTokenClassification.from_pretrained(directory, num_labels=2)
+    model = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    total, count = 0.0, 0
+    for row in rows:
+        ids = torch.tensor([tokenizer()(" ".join(row["words"]))["input_ids"]])
+        labels = torch.tensor([int(tag == "X") for tag in row["tags"]])
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, COUNT:]
+        total += float(torch.nn.functional.cross_entropy(logits[1:-1], labels, reduction="sum"))
+        count += len(labels)
+    assert evaluations(run)[3]["loss"] == pytest.approx(total / count, rel=1e-6)
