@@ -211,7 +211,7 @@ def test_stopped_it_goes_on_to_the_bit_and_on_other_ranks_and_engines(llama: Pat
 def test_what_is_exported_peft_reads_and_writes_the_same_answers(llama: Path, trained: Any) -> None:
     folder = trained.path.parent
     export(trained, folder / "adapter", adapter=True)
-    with pytest.raises(ConfigurationError, match="no part of the weights; write --adapter"):
+    with pytest.raises(ConfigurationError, match="no part of the weights; `launcher export RUN"):
         export(trained, folder / "merged")
     base = AutoModelForCausalLM.from_pretrained(llama).eval()
     model = PeftModel.from_pretrained(base, folder / "adapter").eval()

@@ -349,7 +349,13 @@ def test_a_run_of_another_task_or_of_a_damaged_plan_teaches_nothing(tmp_path: Pa
     job = big(tmp_path, {2: 1.0}, task="masked-lm")
     key, reason = refusal(job)
     assert key == "distillation.teacher" and "is a run of masked-lm" in reason
-    (tmp_path / "runs" / "big" / "plan.json").write_text("{}")
+    file = tmp_path / "runs" / "big" / "plan.json"
+    values = json.loads(file.read_text()) | {"task": "causal-lm"}
+    values["model"] |= {"adapter": {"method": "prompt-tuning"}}
+    file.write_text(json.dumps(values))
+    key, reason = refusal(job)
+    assert key == "distillation.teacher" and "virtual tokens, which are no part of the weights" in reason
+    file.write_text("{}")
     assert refusal(job)[0] == "distillation.teacher"
 
 

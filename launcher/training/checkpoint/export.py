@@ -194,7 +194,7 @@ def _weights(run: RunDirectory, stored: Stored, alone: bool, dtype: ExportDtype)
     if plan.model.adapter.is_prompt and not alone:
         reason = (
             f"{plan.name} trains virtual tokens, which stand before a text and are no part of the weights; "
-            "write --adapter for a directory that peft loads"
+            "`launcher export RUN --out DIR --adapter` writes a directory that peft loads"
         )
         raise ConfigurationError(Problem("--adapter", None, reason))
     kind: type[Alone] | type[Merged] = Alone if alone else Merged
