@@ -158,8 +158,8 @@ def questions(path: Path, num_rows: int, seed: int) -> dict[str, str]:
         words = torch.randint(
             0, 60, (int(torch.randint(1, 9, (), generator=generator)),), generator=generator
         )
-        asked, answer = (" ".join(f"w{number + shift}" for number in words.tolist()) for shift in (0, 60))
-        rows.append({"question": asked, "answer": answer})
+        query, answer = (" ".join(f"w{number + shift}" for number in words.tolist()) for shift in (0, 60))
+        rows.append({"question": query, "answer": answer})
     return write_rows(path, rows)
 
 
@@ -219,10 +219,10 @@ def test_what_is_exported_peft_reads_and_writes_the_same_answers(llama: Path, tr
     words, total, count = tokenizer(), 0.0, 0
     rows = [json.loads(line) for line in (folder / "data/held-out.jsonl").read_text().splitlines()]
     for row in rows:
-        asked, answer = (words(row[name], add_special_tokens=False)["input_ids"] for name in row)
-        ids = torch.tensor([[1, *asked, *answer, 2]])
+        query, answer = (words(row[name], add_special_tokens=False)["input_ids"] for name in row)
+        ids = torch.tensor([[1, *query, *answer, 2]])
         labels = ids.clone()
-        labels[0, : 1 + len(asked)] = -100
+        labels[0, : 1 + len(query)] = -100
         with torch.no_grad():
             total += float(model(input_ids=ids, labels=labels).loss) * (len(answer) + 1)
         count += len(answer) + 1

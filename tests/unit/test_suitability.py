@@ -310,9 +310,9 @@ def test_models_that_virtual_tokens_cannot_stand_before(
 
 def test_such_a_model_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     base = model(tmp_path / "base", LLAMA | {"model_type": "gemma3n_text"})
-    asked = load(job(tmp_path, base, adapter={"method": "prompt-tuning", "virtual_tokens": 4}))
+    prompted = load(job(tmp_path, base, adapter={"method": "prompt-tuning", "virtual_tokens": 4}))
     with pytest.raises(ConfigurationError, match=r"model\.adapter\.method = 'prompt-tuning': a gemma3n_text"):
-        suitability.check(asked)
+        suitability.check(prompted)
 
 
 @pytest.mark.parametrize("by", ["model.name", "model.adapter.weights"])
