@@ -372,3 +372,16 @@ def test_tags_are_those_of_peft_behind_its_virtual_tokens(tmp_path: Path) -> Non
         total += float(torch.nn.functional.cross_entropy(logits[1:-1], labels, reduction="sum"))
         count += len(labels)
     assert evaluations(run)[3]["loss"] == pytest.approx(total / count, rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [{}, deepspeed(3)], ids=["fsdp", "zero-3"])
+def test_half_precision_stays_near(engine: dict[str, Any], llama: Path, trained: Any, tmp_path: Path) -> None:
+    """The vectors are fp32 with fp32 state, as other adapters' parameters."""
+    data = trained.path.parent / "data"
+    plan = plan_with(llama, data, 2, precision="bf16", activation_checkpointing="full", **engine)
+    run = new_run(tmp_path / "run", plan)
+    finish(run, 2)
+    for number, record in curve(trained).items():
+        assert curve(run)[number]["loss"] == pytest.approx(record["loss"], rel=2e-2)
+    assert state(run)[f"model.{PLACE}"].dtype == torch.float32
