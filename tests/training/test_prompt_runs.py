@@ -193,6 +193,7 @@ def trained(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return run
 
 
+@pytest.mark.slow
 def test_stopped_it_goes_on_to_the_bit_and_on_other_ranks_and_engines(llama: Path, trained: Any) -> None:
     folder = trained.path.parent
     plan = functools.partial(plan_with, llama, folder / "data")
@@ -237,6 +238,7 @@ def test_what_is_exported_peft_reads_and_writes_the_same_answers(llama: Path, tr
         assert json.loads(line)["text"] == words.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
 
 
+@pytest.mark.slow
 def test_the_penalty_for_repetition_is_that_of_peft(llama: Path, tmp_path: Path) -> None:
     """A model's own generation config may have one, and virtual tokens have no score."""
     directory = tmp_path / "model"
