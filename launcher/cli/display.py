@@ -14,7 +14,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from launcher import tasks
 from launcher.cli.progress import AttemptView, Beginning, metrics_line, notice
+from launcher.errors import ConfigurationError
 from launcher.launch.screen import Watcher
 from launcher.metrics import at_limit, near_commonest
 from launcher.plain_files import read_json
@@ -251,6 +253,14 @@ def _notes(run: RunDirectory, step: int, path: str) -> list[str]:
     ]
 
 
+def _trains_a_prompt(run: RunDirectory) -> bool:
+    """Return whether a run's plan trains virtual tokens, which are exported alone."""
+    try:
+        return bool(tasks.virtual_tokens(Plan.read(run.plan_file).model))
+    except (ConfigurationError, OSError):  # it is not there, or of another version
+        return False
+
+
 def summary(run: RunDirectory, path: str) -> str:
     """Return the results of a finished run, and the next steps. `path` is how people would type the run."""
     totals, curve = Totals(run).refresh(), Curve(run).refresh()
@@ -279,5 +289,6 @@ def summary(run: RunDirectory, path: str) -> str:
         name = samples.heading(newest[1])
         lines += [f"  {name:11} {message}" for message in samples.lines(newest[1], _SAID_WIDTH)]
     on = "" if totals.evaluations else " --on FILE"
-    lines += ["next:", f"  launcher evaluate {path}{on}", f"  launcher export {path} --out DIRECTORY"]
+    alone = " --adapter" if _trains_a_prompt(run) else ""
+    lines += ["next:", f"  launcher evaluate {path}{on}", f"  launcher export {path} --out DIRECTORY{alone}"]
     return "\n".join(lines)

@@ -85,7 +85,7 @@ def summary(plan: Plan, length: str | None = None) -> str:
     if (adapter := plan.model.adapter) is not None:
         on = adapter.targets if isinstance(adapter.targets, str) else ", ".join(adapter.targets)
         whole = f"; whole beside it: {', '.join(adapter.train_also)}" if adapter.train_also else ""
-        facts["adapter"] = f"{adapter.title}, on {on}{whole}"
+        facts["adapter"] = adapter.title + ("" if adapter.is_prompt else f", on {on}{whole}")
     if plan.data.evaluation is None:
         facts["measured"] = (
             "nothing: there are no held-out rows (data.evaluation); `launcher data split` makes some"

@@ -1,4 +1,4 @@
-"""The section `model.adapter`: which layers get matrices or vectors of their own, what trains beside them."""
+"""The section `model.adapter`: which layers get matrices or vectors, or which vectors stand before samples."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ from launcher.values import Fraction, Line, Section
 
 _HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 """Names of the matrix that makes logits."""
-OWN = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector", ".ia3_l")
+PROMPT = "prompt_embeddings"
+"""The name of virtual tokens' vectors in peft's files; in a model they belong to its input embeddings."""
+OWN = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector", ".ia3_l", f".{PROMPT}")
 """The ends of the names of an adapter's own parameters, as peft's files have them."""
 
 
 class Adapter(Section):
     """Train small matrices or vectors beside the model's own weights, which stay as they are (LoRA, arXiv
-    2106.09685; IA3, arXiv 2205.05638)."""
+    2106.09685; IA3, arXiv 2205.05638; prompt tuning, arXiv 2104.08691)."""
 
-    method: Literal["lora", "ia3"] = "lora"
-    """Add B A to a weight (`lora`), or multiply what comes out of a layer, number by number, by what is learned
-    (`ia3`)."""
+    method: Literal["lora", "ia3", "prompt-tuning"] = "lora"
+    """Add B A to a weight (`lora`), multiply what comes out of a layer, number by number, by what is learned
+    (`ia3`), or put learned vectors before each sample's embeddings (`prompt-tuning`)."""
     rank: int = Field(default=16, ge=1, le=65_536)
     """Rows of A and columns of B: what is added to a weight is B A."""
     alpha: float = Field(default=32.0, gt=0)
@@ -50,18 +52,31 @@ class Adapter(Section):
     train_also: tuple[Line, ...] = ()
     """Patterns of parameter names that are trained in full beside them, as `model.norm.*`; a new head is so
     in any case."""
+    virtual_tokens: int = Field(default=20, ge=1, le=65_536)
+    """The vectors of `prompt-tuning` before each sample. They count in `data.max_length`."""
+    init_text: Line | None = None
+    """A text from whose tokens' embeddings those vectors start, repeated or cut to their number. Left out: the
+    embeddings of tokens that are drawn from the vocabulary."""
     weights: Line | None = None
     """A directory with an adapter to go on from, as `launcher export --adapter` or peft writes it; its sizes
     are those of the run. `model.name` may name it in place of its base."""
 
     @property
     def title(self) -> str:
-        """Return the method by its name, with the rank: `LoRA, rank 8`, `LoRA, rank 8, DoRA`, `IA3`."""
+        """Return the method by its name, with the rank: `LoRA, rank 8`, `LoRA, rank 8, DoRA`, `IA3`; of prompt
+        tuning with its tokens."""
         if self.method == "ia3":
             return "IA3"
+        if self.is_prompt:
+            return f"prompt tuning, {self.virtual_tokens} virtual tokens"
         start = {"pissa": "PiSSA", "olora": "OLoRA"}.get(self.init)
         variants = [start, "DoRA" if self.dora else None, "rsLoRA" if self.rslora else None]
         return ", ".join(["LoRA", f"rank {self.rank}", *(name for name in variants if name)])
+
+    @property
+    def is_prompt(self) -> bool:
+        """Return whether virtual tokens are trained, and no layer changes."""
+        return self.method == "prompt-tuning"
 
     @property
     def scale(self) -> float:
@@ -76,7 +91,7 @@ class Adapter(Section):
     def takes(self, layer: str) -> bool:
         """Return whether a linear layer gets one by its name; with `all-linear` whoever asks has chosen the
         layers."""
-        return self.targets == "all-linear" or _matches(layer, self.targets)
+        return not self.is_prompt and (self.targets == "all-linear" or _matches(layer, self.targets))
 
     def scales_input(self, layer: str) -> bool:
         """Return whether IA3 multiplies what goes into a layer, and not what comes out of it."""

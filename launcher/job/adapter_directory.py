@@ -9,7 +9,7 @@ from typing import Any
 
 from launcher import tasks
 from launcher.errors import Problem, one_line
-from launcher.job.adapter import Adapter
+from launcher.job.adapter import PROMPT, Adapter
 from launcher.job.schema import Model
 from launcher.plain_files import plain, read_json
 
@@ -55,9 +55,13 @@ def read(directory: Path, model: Model, key: str) -> tuple[Model, list[Problem]]
         return model, [
             Problem(key, str(directory), f"{SETTINGS} or {WEIGHTS} cannot be read: {one_line(error)}")
         ]
-    targets = settings["target_modules"]
-    keys: dict[str, Any] = {"targets": targets if isinstance(targets, str) else tuple(sorted(targets))}
-    if settings.get("peft_type") == "IA3":
+    keys: dict[str, Any] = {}
+    if "target_modules" in settings:
+        targets = settings["target_modules"]
+        keys["targets"] = targets if isinstance(targets, str) else tuple(sorted(targets))
+    if settings.get("peft_type") == "PROMPT_TUNING":
+        keys = {"method": "prompt-tuning", "virtual_tokens": settings["num_virtual_tokens"]}
+    elif settings.get("peft_type") == "IA3":
         keys |= {"method": "ia3", "feedforward": tuple(sorted(settings["feedforward_modules"]))}
     else:
         keys |= {
@@ -73,7 +77,7 @@ def read(directory: Path, model: Model, key: str) -> tuple[Model, list[Problem]]
         if name in given.model_fields_set and getattr(given, name) != value:
             reason = f"the adapter in {directory} has {value}; write that, or leave it out"
             problems.append(Problem(f"model.adapter.{name}", getattr(given, name), reason))
-    own_dropout = "dropout" in given.model_fields_set or keys["method"] == "ia3"
+    own_dropout = "dropout" in given.model_fields_set or keys["method"] != "lora"
     dropout = {} if own_dropout else {"dropout": float(settings.get("lora_dropout") or 0.0)}
     also = {} if "train_also" in given.model_fields_set else {"train_also": in_full}
     adapter = given.model_copy(update={**keys, **dropout, **also, "weights": str(directory.resolve())})
@@ -91,7 +95,8 @@ def _trained_in_full(directory: Path) -> tuple[str, ...]:
             for name in json.loads(file.read(length))
             if name != "__metadata__"
         ]
-    return tuple(sorted(name for name in names if ".lora_" not in name and not name.endswith(".ia3_l")))
+    own = (PROMPT, ".ia3_l")
+    return tuple(sorted(name for name in names if ".lora_" not in name and not name.endswith(own)))
 
 
 def _reasons(directory: Path, settings: dict[str, Any], model: Model) -> list[str]:
@@ -101,8 +106,11 @@ def _reasons(directory: Path, settings: dict[str, Any], model: Model) -> list[st
         "and name the model that comes out"
     )
     reasons, kind = [], settings.get("peft_type", "LORA")
+    if kind == "PROMPT_TUNING":
+        return _reasons_of_prompt(directory, settings, model)
     if kind not in ("LORA", "IA3"):
-        reasons.append(f"its peft_type is {kind!r}, and a run goes on with 'LORA' or 'IA3' alone{cure}")
+        named = "'LORA', 'IA3' or 'PROMPT_TUNING'"
+        reasons.append(f"its peft_type is {kind!r}, and a run goes on with {named} alone{cure}")
     if (bias := settings.get("bias", "none")) != "none":
         reasons.append(f"its bias is {bias!r}, and a run goes on with 'none' alone{cure}")
     reasons += [f"it uses {name}, which a run does not{cure}" for name in _NOT_KNOWN if settings.get(name)]
@@ -127,4 +135,23 @@ def _reasons(directory: Path, settings: dict[str, Any], model: Model) -> list[st
         reasons.append(f"its r is {rank!r} and its lora_alpha {alpha!r}, and positive numbers are needed")
     if tasks.find(model.task).traits.head != "every-position":
         reasons.append(f"an adapter's directory does not say which classes its head is for{cure}")
+    return reasons
+
+
+def _reasons_of_prompt(directory: Path, settings: dict[str, Any], model: Model) -> list[str]:
+    """Return the reasons why a directory's virtual tokens cannot be trained further."""
+    reasons, count = [], settings.get("num_virtual_tokens")
+    if not isinstance(count, int) or count <= 0:
+        reasons.append(f"its num_virtual_tokens is {count!r}, and a positive number is needed")
+    if settings.get("num_transformer_submodules") not in (None, 1):
+        reasons.append(
+            "it has vectors of a decoder too (num_transformer_submodules), which peft does not use; save it "
+            "with num_transformer_submodules=1"
+        )
+    if modules := settings.get("modules_to_save"):
+        reasons.append(f"whole modules were trained with it, {modules[0]} first; train a new one")
+    if not (directory / WEIGHTS).is_file():
+        reasons.append(f"there is no {WEIGHTS}; save it again with peft")
+    if tasks.find(model.task).traits.head != "every-position":
+        reasons.append("an adapter's directory does not say which classes its head is for; train a new one")
     return reasons

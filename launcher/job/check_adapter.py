@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from launcher import tasks
 from launcher.job.adapter import Adapter
 from launcher.job.schema import Job
 from launcher.tasks.task import Finding, finding
+
+_OF_MATRICES = ("rank", "alpha", "rslora", "dora", "init", "dropout")
+"""Keys of low-rank matrices."""
 
 
 def findings(job: Job) -> Iterator[Finding]:
@@ -37,14 +41,53 @@ def findings(job: Job) -> Iterator[Finding]:
             "layers with adapters are not compiled; write false, or leave model.adapter out",
             "model.adapter",
         )
+    if model.adapter.is_prompt:
+        yield from _of_prompt(job, model.adapter)
+        return
+    for key in ("virtual_tokens", "init_text"):
+        reason = "is of virtual tokens; write method: prompt-tuning, or leave it out"
+        yield from _set(model.adapter, key, reason)
     yield from _of_ia3(model.adapter) if model.adapter.method == "ia3" else _of_lora(model.adapter)
 
 
+def _set(adapter: Adapter, key: str, reason: str) -> Iterator[Finding]:
+    """Yield a key of another method, if it has another value than the default."""
+    if (value := getattr(adapter, key)) != Adapter.model_fields[key].default:
+        shown = list(value) if isinstance(value, tuple) else value
+        yield finding(f"model.adapter.{key}", shown, reason, "model.adapter.method")
+
+
+def _of_prompt(job: Job, adapter: Adapter) -> Iterator[Finding]:
+    """Yield keys that change layers, and everything that virtual tokens before a sample do not go with."""
+    for key in (*_OF_MATRICES, "targets", "feedforward", "train_also"):
+        reason = "is of a layer, and prompt tuning changes none; leave it out, or write method: lora"
+        yield from _set(adapter, key, reason)
+    if not tasks.find(job.model.task).traits.prompts:
+        able = ", ".join(name for name in tasks.names() if tasks.find(name).traits.prompts)
+        reason = f"a {job.model.task} task puts no virtual tokens before a sample ({able} do); write lora"
+        yield finding("model.adapter.method", adapter.method, reason, "model.task")
+    if adapter.virtual_tokens >= job.data.max_length:
+        reason = (
+            f"leaves no room for a text: virtual tokens count in data.max_length, which is "
+            f"{job.data.max_length}; write fewer, or raise that"
+        )
+        yield finding("model.adapter.virtual_tokens", adapter.virtual_tokens, reason, "data.max_length")
+    if adapter.init_text is not None and adapter.weights is not None:
+        reason = "an adapter that is gone on with has its vectors already; leave it out"
+        yield finding("model.adapter.init_text", adapter.init_text, reason, "model.adapter.weights")
+    if job.distillation is not None:
+        reason = "a teacher has none of the student's virtual tokens; leave it out, or write method: lora"
+        yield finding("distillation", None, reason, "model.adapter.method")
+    if (alpha := job.training.neftune_noise_alpha) is not None:
+        reason = "noise is for embeddings of words, and would fall on virtual tokens too; leave it out"
+        yield finding("training.neftune_noise_alpha", alpha, reason, "model.adapter.method")
+
+
 def _of_ia3(adapter: Adapter) -> Iterator[Finding]:
-    for key in ("rank", "alpha", "rslora", "dora", "init", "dropout"):
-        if (value := getattr(adapter, key)) != Adapter.model_fields[key].default:
-            reason = "is of low-rank matrices, and IA3 has a vector for each layer; leave it out"
-            yield finding(f"model.adapter.{key}", value, reason, "model.adapter.method")
+    for key in _OF_MATRICES:
+        yield from _set(
+            adapter, key, "is of low-rank matrices, and IA3 has a vector for each layer; leave it out"
+        )
     if adapter.targets == "all-linear" and adapter.weights is None:
         reason = (
             "IA3 multiplies keys, values and what goes into the last layer of each feed-forward part; name "

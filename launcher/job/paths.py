@@ -93,7 +93,10 @@ def _taught(distillation: Distillation, folder: Path, problems: list[Problem]) -
         if not (path / "config.json").is_file():
             reason = "a run that has not begun yet; start it first"
     elif adapter_directory.is_adapter(path):
-        reason = "an adapter without its model; export it merged, and name that directory"
+        reason = (
+            "an adapter without its model; export it merged, and name that directory (virtual tokens cannot be "
+            "merged, so that they teach nothing)"
+        )
     if reason:
         problems.append(Problem(key, name, reason))
         return distillation

@@ -50,6 +50,11 @@ class Logits:
         if task not in (able := [name for name in tasks.names() if _writes_logits(name)]):
             reason = f"nothing learns from logits of a {task} task; of {', '.join(able)} a model does"
             raise ConfigurationError(Problem(_LOGITS, str(self.output), reason))
+        if self.request.model is None and tasks.virtual_tokens(self.request.plan.model):
+            reason = (
+                "the run trains virtual tokens, which no student has before its rows; name another teacher"
+            )
+            raise ConfigurationError(Problem(_LOGITS, str(self.output), reason))
         data = data.model_copy(update={"evaluation": data.train, "packing": False})
         plan = self.request.planned(self.request.model, predicts=True).model_copy(update={"data": data})
         wanted = self.request.asked | {"output": str(self.output.absolute())}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from launcher import tasks
 from launcher.errors import ConfigurationError, Problem
 from launcher.job.cluster import node_range
 from launcher.job.schema import Job
@@ -59,7 +60,8 @@ def _seconds(job: Job, deadline: str) -> float:
         raise ConfigurationError(Problem("--deadline", deadline, "is no time; write 90min, 24h or 2d"))
     model = locate(job.model.name, job.model.revision)
     train, epoch = job.data.train, job.training.max_steps is None
-    if epoch and isinstance(unknown := one_pass(train, job.data, model, job.model.task), str):
+    virtual = tasks.virtual_tokens(job.model)
+    if epoch and isinstance(unknown := one_pass(train, job.data, model, job.model.task, virtual), str):
         reason = f"needs training.max_steps, as how many steps an epoch has is not known: {unknown}"
         raise ConfigurationError(Problem("--deadline", deadline, reason))
     return seconds

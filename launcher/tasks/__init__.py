@@ -38,6 +38,8 @@ class Planned(Protocol):
     @property
     def task(self) -> str: ...
     @property
+    def model(self) -> Any: ...
+    @property
     def data(self) -> Any: ...
     @property
     def layout(self) -> Any: ...
@@ -100,6 +102,7 @@ def of_job(job: Asked) -> Task:
     """Return a job's task, without a processor. Raises ConfigurationError for an unknown one."""
     task = find(job.model.task)(job.data)
     task.evaluation, task.distillation = job.evaluation, job.distillation
+    task.virtual_tokens = virtual_tokens(job.model)
     return task
 
 
@@ -120,4 +123,11 @@ def unprepared(plan: Planned, labels: list[str] | None = None) -> Task:
     task = find(plan.task)(plan.data, labels)
     task.layout, task.head = plan.layout, plan.head
     task.evaluation, task.distillation = plan.evaluation or task.evaluation, plan.distillation
+    task.virtual_tokens = virtual_tokens(plan.model)
     return task
+
+
+def virtual_tokens(model: Any) -> int:
+    """Return the number of virtual tokens before each sample, by the section `model` of a job or a plan."""
+    adapter = model.adapter
+    return adapter.virtual_tokens if adapter is not None and adapter.is_prompt else 0

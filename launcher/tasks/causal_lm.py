@@ -30,6 +30,7 @@ from launcher.tasks.task import (
     Sample,
     Traits,
     finding,
+    virtual_ids,
 )
 from launcher.tasks.text_scores import EXACT, OVERLAP
 from launcher.tasks.token_batches import joined, padded
@@ -58,7 +59,7 @@ class CausalLM(WritingTask):
     """
 
     name = "causal-lm"
-    traits = Traits("packed", causal=True, head="every-position", peft_type="CAUSAL_LM")
+    traits = Traits("packed", causal=True, head="every-position", peft_type="CAUSAL_LM", prompts=True)
     Columns = CausalColumns
     column_ways = (("prompt", "completion"), ("messages",), ("text",))
     column_roles = roles.OF_CAUSAL_LM
@@ -103,7 +104,7 @@ class CausalLM(WritingTask):
         return texts
 
     def added_tokens(self, num_texts: int, tokenizer: Any | None) -> int:
-        return 1 + (MARKS * num_texts if self.data.messages is not None else 0)
+        return 1 + self.virtual_tokens + (MARKS * num_texts if self.data.messages is not None else 0)
 
     def left_open(self) -> Iterator[Left]:
         if self.data.messages is not None and self.data.date is None:
@@ -171,6 +172,11 @@ class CausalLM(WritingTask):
     def _sample(self, tokens: Tokens | RowProblem) -> Encoded | RowProblem:
         if isinstance(tokens, RowProblem):
             return tokens
+        if self.virtual_tokens and len(tokens.ids):
+            # The first word is learned from the last virtual token, where it is learned at all, as in PEFT.
+            before = virtual_ids(self.virtual_tokens)
+            unlearned = np.zeros(len(before), dtype=bool)
+            tokens = Tokens(*map(np.concatenate, ((before, tokens.ids), (unlearned, tokens.learned))))
         return encoded(tokens, self.data, self._answers, self.tokenizer if self.generates else None)
 
     def prompts(self, samples: Sequence[Sample]) -> dict[str, Any]:
@@ -205,7 +211,8 @@ class CausalLM(WritingTask):
         short = super().shortened(sample, length, ends)
         if "references" in sample:
             short["references"] = sample["references"]
-        short["targets"] = np.append(short["input_ids"][1:], IGNORE).astype(np.int32)
+        following = np.append(short["input_ids"][1:], IGNORE).astype(np.int32)
+        short["targets"] = np.where(following < 0, IGNORE, following)  # virtual tokens are not learned
         return short
 
     def plain_batch(self, sample: Sample) -> dict[str, Any] | None:

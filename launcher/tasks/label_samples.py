@@ -10,7 +10,7 @@ from launcher.data.rows import BAD_VALUE, RowProblem
 from launcher.lazy import Lazy
 from launcher.tasks.encoding import too_long
 from launcher.tasks.label_columns import LabelledColumns
-from launcher.tasks.task import Encoded
+from launcher.tasks.task import Encoded, virtual_ids
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,6 +27,11 @@ class TextSamples:
     ends: tuple[int, int] | None
     """The token by which the model finds the end of a text, and its number in a sequence; None for other
     models."""
+    virtual_tokens: int = 0
+    """The virtual tokens before each text, of the first segment."""
+    pad: int | None = None
+    """The padding token. Behind virtual tokens it may not end a text: PEFT reads it there, and a decoder's own
+    class does not."""
 
     def encoded(self, rows: Sequence[tuple[tuple[str, ...], np.ndarray]]) -> Iterator[Encoded | RowProblem]:
         """Yield a sample from each row's texts and label, or why it has none."""
@@ -37,21 +42,28 @@ class TextSamples:
     def _sample(
         self, texts: tuple[str, ...], label: np.ndarray, arrays: dict[str, list[int]]
     ) -> Encoded | RowProblem:
-        length, limit = len(arrays["input_ids"]), self.data.max_length
+        length, limit = len(arrays["input_ids"]), self.data.max_length - self.virtual_tokens
         cut = length > limit
         if cut and self.data.too_long != "cut":
-            return too_long(length, limit)
+            return too_long(length + self.virtual_tokens, self.data.max_length)
         if cut:
             [arrays] = tokenise_columns(self.tokenizer, [texts], limit)
         if self.ends is not None and arrays["input_ids"].count(self.ends[0]) != self.ends[1]:
             end = self.tokenizer.eos_token
             reason = f"it holds {end!r} as a word, and the model finds the end of a text by it"
             return RowProblem(BAD_VALUE, reason)
+        if self.virtual_tokens and arrays["input_ids"][-1:] == [self.pad]:
+            what = "a decoder's class takes it for padding, and PEFT's does not"
+            return RowProblem(BAD_VALUE, f"its last token is the padding token, {self.pad}: {what}")
         kept: dict[str, np.ndarray] = {
             name: np.asarray(arrays[name], dtype=np.int32)
             for name in ("input_ids", "token_type_ids")
             if name in arrays
         }
+        before = {"input_ids": virtual_ids(self.virtual_tokens)} if self.virtual_tokens else {}
+        for name in kept if before else ():
+            first = before.get(name, np.zeros(self.virtual_tokens, dtype=np.int32))
+            kept[name] = np.concatenate([first, kept[name]])
         return Encoded({**kept, "label": label}, 1, len(kept["input_ids"]), cut)
 
 

@@ -65,6 +65,15 @@ class Sample(dict[str, "np.ndarray"]):
         return Sample(self, self.id, self.length, 0, self.window)
 
 
+def virtual_ids(number: int) -> np.ndarray:
+    """Return the ids of prompt tuning's virtual tokens, int32 [number]: -1 for the first, -2 for the second.
+
+    No vocabulary has negative ids, so that nothing takes them for words: the model's input embeddings give them
+    their learned vectors.
+    """
+    return -np.arange(1, number + 1, dtype=np.int32)
+
+
 def sample_at(sample: Sample, positions: np.ndarray) -> Sample:
     """Return the sample with only these positions, int [n]. Arrays of another length than the sample's stay
     unchanged."""

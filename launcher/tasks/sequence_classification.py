@@ -30,7 +30,7 @@ class SequenceClassification(Classification):
     """A text, or a pair of texts, to a class, several classes, or a number."""
 
     name = "sequence-classification"
-    traits = Traits("padded", causal=False, head="one-per-sample", peft_type="SEQ_CLS")
+    traits = Traits("padded", causal=False, head="one-per-sample", peft_type="SEQ_CLS", prompts=True)
     Columns = LabelledColumns
     column_ways = (("text", "label"),)
     column_roles = roles.OF_TEXTS
@@ -71,7 +71,7 @@ class SequenceClassification(Classification):
         return texts
 
     def added_tokens(self, num_texts: int, tokenizer: Any | None) -> int:
-        return special_tokens(tokenizer, num_texts > 1)
+        return special_tokens(tokenizer, num_texts > 1) + self.virtual_tokens
 
     @property
     def _text_columns(self) -> tuple[str, ...]:
@@ -100,7 +100,7 @@ class SequenceClassification(Classification):
         """Return the tokenizer's outputs for the texts, int32 [n] each, and `label`: int64 [1], float32
         [num_labels] or float32 [1]."""
         ids = self._ids
-        samples = TextSamples(processor, self.data, self._ends)
+        samples = TextSamples(processor, self.data, self._ends, self.virtual_tokens, self._pad)
         return encode_usable(
             rows, lambda row: (tuple(self.texts(row)), self._label(row, ids)), samples.encoded
         )

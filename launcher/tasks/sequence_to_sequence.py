@@ -16,7 +16,7 @@ from launcher.tasks.generation import GenerationOptions, padded_prompts
 from launcher.tasks.languages import set_language
 from launcher.tasks.padding import alone
 from launcher.tasks.pair_columns import PairColumns, contradictions, references_of
-from launcher.tasks.task import Draws, Encoded, Finding, Output, Sample, Traits, ends_of
+from launcher.tasks.task import Draws, Encoded, Finding, Output, Sample, Traits, ends_of, virtual_ids
 from launcher.tasks.text_scores import OVERLAP
 from launcher.tasks.writing import as_bytes
 
@@ -33,7 +33,12 @@ class SequenceToSequence(EncoderDecoderTask):
 
     name = "sequence-to-sequence"
     traits = Traits(
-        "padded", causal=False, head="every-position", encoder_decoder=True, peft_type="SEQ_2_SEQ_LM"
+        "padded",
+        causal=False,
+        head="every-position",
+        encoder_decoder=True,
+        peft_type="SEQ_2_SEQ_LM",
+        prompts=True,
     )
     Columns = PairColumns
     column_ways = (("source", "target"),)
@@ -70,7 +75,7 @@ class SequenceToSequence(EncoderDecoderTask):
         return [source] if self.for_prediction else [source, text_of(row, self.data.target)]
 
     def added_tokens(self, num_texts: int, tokenizer: Any | None) -> int:
-        return num_texts * (1 if tokenizer is None else special_tokens(tokenizer))
+        return num_texts * (1 if tokenizer is None else special_tokens(tokenizer)) + self.virtual_tokens
 
     @property
     def auto_class(self) -> Any:
@@ -130,7 +135,8 @@ class SequenceToSequence(EncoderDecoderTask):
     def _samples(
         self, processor: Any, texts: list[tuple[str, str, list[str]]]
     ) -> Iterator[Encoded | RowProblem]:
-        sources = self._tokens(processor, [one[0] for one in texts], self.data.max_length, "text")
+        room = self.data.max_length - self.virtual_tokens
+        sources = self._tokens(processor, [one[0] for one in texts], room, "text")
         limit = self.data.max_target_length
         limit += self._begins_with_end - (self._end is not None)
         targets = self._tokens(processor, [one[1] for one in texts], limit, "text_target")
@@ -166,8 +172,9 @@ class SequenceToSequence(EncoderDecoderTask):
         if not source[0] or not (target[0] or self.for_prediction):
             return RowProblem(EMPTY, "no tokens")
         # In prediction a row has no target, but a batch needs one: this one is not used.
-        read, written = source[0], target[0] or [self._pad]
-        arrays = {"input_ids": np.array(read, dtype=np.int32), "labels": np.array(written, dtype=np.int32)}
+        read = np.concatenate([virtual_ids(self.virtual_tokens), np.array(source[0], dtype=np.int32)])
+        written = target[0] or [self._pad]
+        arrays = {"input_ids": read, "labels": np.array(written, dtype=np.int32)}
         if self.generates:
             arrays["references"] = as_bytes(texts[2])
         return Encoded(arrays, len(written), len(read) + len(written), cut=bool(long))

@@ -23,7 +23,7 @@ from launcher.tasks.evaluator import KEEPS_LOSSES, Evaluator, Output
 from launcher.tasks.findings import Finding, Left, finding
 from launcher.tasks.generation import AnswerOptions, Evaluation, GenerationOptions
 from launcher.tasks.roles import Role
-from launcher.tasks.sample import IGNORE, Drawn, Draws, Encoded, Sample, ends_of, sample_at
+from launcher.tasks.sample import IGNORE, Drawn, Draws, Encoded, Sample, ends_of, sample_at, virtual_ids
 from launcher.tasks.traits import Head, SampleLayout, Traits
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ __all__ = [
     "Head",
 ]
 __all__ += ["Left", "Output", "Sample", "SampleLayout", "Task", "Traits", "ends_of", "finding", "sample_at"]
+__all__ += ["virtual_ids"]
 """Every name that a task's module needs from this interface, in one place."""
 
 
@@ -83,6 +84,8 @@ class Task(ABC):
     none."""
     evaluation: Evaluation = Evaluation()
     """The section `evaluation` of the job: what is done with held-out rows in addition to their loss."""
+    virtual_tokens: int = 0
+    """The learned vectors before each sample, by prompt tuning; they count in `data.max_length`."""
     distillation: Distillation | None = None
     """The teacher to learn from in addition to the rows, if the job names one."""
 

@@ -31,6 +31,7 @@ from launcher.tasks.task import (
     Task,
     Traits,
     ends_of,
+    virtual_ids,
 )
 
 if TYPE_CHECKING:
@@ -53,7 +54,9 @@ class TokenClassification(Task):
     """A tag for each word of a text, predicted at its first piece."""
 
     name = "token-classification"
-    traits = Traits("padded", causal=False, head="few-per-position", peft_type="TOKEN_CLS", windows=True)
+    traits = Traits(
+        "padded", causal=False, head="few-per-position", peft_type="TOKEN_CLS", windows=True, prompts=True
+    )
     keeps_losses = True
     Columns = TaggedColumns
     column_ways = (("words", "tags"), ("text", "spans"))
@@ -105,7 +108,7 @@ class TokenClassification(Task):
             yield f"{what}; are the tags in another column than {self._label_column!r}?"
 
     def added_tokens(self, num_texts: int, tokenizer: Any | None) -> int:
-        return special_tokens(tokenizer)
+        return special_tokens(tokenizer) + self.virtual_tokens
 
     def sample_lengths(self, tokens: Sequence[int], added: int) -> list[int]:
         """Return the lengths of windows as if each piece were a word; if words have several, there may be a
@@ -131,10 +134,12 @@ class TokenClassification(Task):
         if not processor.is_fast:
             reason = "its tokenizer does not say where its pieces stand in a text; tags need a fast tokenizer"
             raise unfit(processor, reason)
-        self._around, self._pad = around(processor), processor.pad_token_id or 0
-        if self.data.max_length <= 2 * len(self._around):
+        own, self._pad = around(processor), processor.pad_token_id or 0
+        self._around = Around((*virtual_ids(self.virtual_tokens).tolist(), *own.before), own.behind)
+        if self.data.max_length - self.virtual_tokens <= 2 * len(own):
+            beside = f" and {self.virtual_tokens} virtual ones" if self.virtual_tokens else ""
             reason = (
-                f"leaves no room beside the {len(self._around)} tokens that the tokenizer puts around a text"
+                f"leaves no room beside the {len(own)} tokens that the tokenizer puts around a text{beside}"
             )
             raise ConfigurationError(Problem("data.max_length", self.data.max_length, reason))
 

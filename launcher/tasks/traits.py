@@ -31,6 +31,8 @@ class Traits:
     """Whether the model is an encoder-decoder."""
     peft_type: str | None = None
     """PEFT's name for it (`peft.TaskType`); None where PEFT has none."""
+    prompts: bool = False
+    """Whether the virtual tokens of prompt tuning can stand before its samples, with PEFT's own loss."""
     windows: bool = False
     """Whether a row that is too long for one sample becomes several."""
     unit: str = "token"

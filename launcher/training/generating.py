@@ -25,6 +25,7 @@ from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
     PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
@@ -69,6 +70,7 @@ def generate(
         _own_forward(model, each_token, leaving),
         _plain_attention(model),
         _goes_on_with_text(model, prompts),
+        _penalises_words_alone(model),
         torch.compiler.set_stance("force_eager"),
     ):
         # Not Whisper's own `generate`: it splits long audio into clips, so ranks would make unequal passes.
@@ -153,6 +155,38 @@ def _goes_on_with_text(model: PreTrainedModel, prompts: Batch) -> Iterator[None]
         yield
     finally:
         del model.main_input_name
+
+
+@contextlib.contextmanager
+def _penalises_words_alone(model: PreTrainedModel) -> Iterator[None]:
+    """Hide virtual tokens from the repetition penalty within this context: it looks every token's score up, and
+    they have none."""
+    build = model._get_logits_processor
+
+    @functools.wraps(build)
+    def built(*args: Any, **kwargs: Any) -> LogitsProcessorList:
+        wrapped = (
+            _OfWords(one) if isinstance(one, RepetitionPenaltyLogitsProcessor) else one
+            for one in build(*args, **kwargs)
+        )
+        return LogitsProcessorList(wrapped)
+
+    model._get_logits_processor = built
+    try:
+        yield
+    finally:
+        del model._get_logits_processor
+
+
+class _OfWords(LogitsProcessor):
+    """A processor by the set of a row's tokens, which gets a word of the row for each virtual token."""
+
+    def __init__(self, plain: LogitsProcessor) -> None:
+        self._plain = plain
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        words = input_ids.where(input_ids >= 0, input_ids.amax(dim=1, keepdim=True))
+        return self._plain(words, scores)
 
 
 @contextlib.contextmanager

@@ -74,6 +74,7 @@ class AdapterCase:
 
 
 IA3 = {"method": "ia3", "targets": ("k_proj", "v_proj", "down_proj"), "feedforward": ("down_proj",)}
+PROMPT = {"method": "prompt-tuning", "virtual_tokens": 16}
 CASES = (
     AdapterCase("llama", 1, "fp32", "none"),
     AdapterCase("llama", 1, "bf16", "none"),
@@ -95,4 +96,8 @@ CASES = (
     AdapterCase("llama", 1, "fp32", "full", IA3, lengths=(96, 96, 96)),
     AdapterCase("llama", 2, "bf16", "none", IA3, lengths=(96, 96, 96)),
     AdapterCase("llama", 2, "bf16", "full", IA3, lengths=(96, 96, 96), stage=3),
+    AdapterCase("llama", 1, "bf16", "none", PROMPT, lengths=(96, 96, 96)),
+    AdapterCase("llama", 1, "fp32", "full", PROMPT, lengths=(96, 96, 96)),
+    AdapterCase("llama", 2, "bf16", "none", PROMPT, lengths=(96, 96, 96)),
+    AdapterCase("llama", 2, "bf16", "full", PROMPT, lengths=(96, 96, 96), stage=3),
 )

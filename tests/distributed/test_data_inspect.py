@@ -15,6 +15,7 @@ from transformers import AutoConfig
 from launcher import tasks
 from launcher.cli import main as cli
 from launcher.errors import ConfigurationError, DataError
+from launcher.job.adapter import Adapter
 from launcher.job.load import load
 from launcher.launch import prepare_data as looking
 from launcher.planner.plan import Plan
@@ -72,6 +73,14 @@ def classes_inspected(labels: list[Any], problem: str, tmp_path: Path) -> dict[s
 
 def learned(sample: dict[str, Any]) -> list[tuple[str, bool]]:
     return [(piece["text"], piece["learned"]) for piece in sample["pieces"]]
+
+
+def test_virtual_tokens_have_no_text_and_are_not_shown(tmp_path: Path) -> None:
+    plan, _ = ready(tmp_path, PAIRS, prompt="q", completion="a", max_length=64)
+    adapter = Adapter(method="prompt-tuning", virtual_tokens=5)
+    prompted = plan.model_copy(update={"model": plan.model.model_copy(update={"adapter": adapter})})
+    plain, behind = (inspected(one, tmp_path, tokens=True)["samples"][0] for one in (plan, prompted))
+    assert behind == plain and behind["pieces"][0]["text"].startswith("the cat")
 
 
 def test_what_is_read_and_what_is_written_are_shown_one_behind_the_other(tmp_path: Path) -> None:

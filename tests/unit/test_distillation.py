@@ -12,6 +12,7 @@ import yaml
 
 from launcher.cli.main import main
 from launcher.errors import ConfigurationError
+from launcher.job.adapter import Adapter
 from launcher.job.load import load
 from launcher.launch.evaluation import Request
 from launcher.launch.prediction import Logits
@@ -349,7 +350,13 @@ def test_a_run_of_another_task_or_of_a_damaged_plan_teaches_nothing(tmp_path: Pa
     job = big(tmp_path, {2: 1.0}, task="masked-lm")
     key, reason = refusal(job)
     assert key == "distillation.teacher" and "is a run of masked-lm" in reason
-    (tmp_path / "runs" / "big" / "plan.json").write_text("{}")
+    file = tmp_path / "runs" / "big" / "plan.json"
+    values = json.loads(file.read_text()) | {"task": "causal-lm"}
+    values["model"] |= {"adapter": {"method": "prompt-tuning"}}
+    file.write_text(json.dumps(values))
+    key, reason = refusal(job)
+    assert key == "distillation.teacher" and "virtual tokens, which are no part of the weights" in reason
+    file.write_text("{}")
     assert refusal(job)[0] == "distillation.teacher"
 
 
@@ -408,6 +415,7 @@ def test_logits_of_something_else_are_refused_by_the_plan(
         ({}, "--logits", "is there already; name another directory, or remove it"),
         ({"out": "nowhere/logits"}, "--logits", "nowhere is not there"),
         ({"task": "causal-lm"}, "--logits", "nothing learns from logits of a causal-lm task"),
+        ({"method": "prompt-tuning"}, "--logits", "virtual tokens, which no student has before its rows"),
     ],
 )
 def test_logits_that_nobody_could_learn_from_are_not_written(
@@ -415,9 +423,13 @@ def test_logits_that_nobody_could_learn_from_are_not_written(
 ) -> None:
     plan = plan_job(load(write(tmp_path, "bert", **CLASSES, distillation=None)), hardware=CPU)
     plan = plan.model_copy(update={"task": options.get("task", plan.task)})
+    teacher = "large" if "method" not in options else None  # None: the run's own model
+    if teacher is None:
+        prompted = plan.model.model_copy(update={"adapter": Adapter(method=options["method"])})
+        plan = plan.model_copy(update={"model": prompted})
     out = options.get("out", "new" if options else "large")
     with pytest.raises(ConfigurationError) as caught:
-        Logits(Request(plan, None, "large", None), tmp_path / out).run(None)  # type: ignore[arg-type]
+        Logits(Request(plan, None, teacher, None), tmp_path / out).run(None)  # type: ignore[arg-type]
     [problem] = caught.value.problems
     assert problem.key == key and reason in problem.reason
 

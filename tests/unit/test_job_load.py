@@ -325,6 +325,7 @@ def test_missing_keys_say_what_they_are(folder: Path) -> None:
 
 ADAPTER = "model.adapter.rank=8"
 IA3 = "model.adapter={method: ia3, targets: [k_proj, down_proj]"
+PROMPT = "model.adapter={method: prompt-tuning"
 FROZEN = "model.freeze={layers: all}"
 CONTRADICTIONS = [
     (
@@ -495,7 +496,7 @@ CONTRADICTIONS = [
         "training.optimizer",
         "write parallel.engine: fsdp, or adamw",
     ),
-    (CAUSAL, ["model.adapter.method=lora3"], "model.adapter.method", "lora or ia3"),
+    (CAUSAL, ["model.adapter.method=lora3"], "model.adapter.method", "one of lora, ia3, prompt-tuning"),
     (
         CAUSAL,
         ["model.adapter.method=ia3"],
@@ -505,6 +506,38 @@ CONTRADICTIONS = [
     (CAUSAL, [f"{IA3}, rank: 8}}"], "model.adapter.rank", "IA3 has a vector for each layer; leave it out"),
     (CAUSAL, [f"{IA3}, dropout: 0.1}}"], "model.adapter.dropout", "of low-rank matrices"),
     (CAUSAL, ["model.adapter.feedforward=[down_proj]"], "model.adapter.feedforward", "write method: ia3"),
+    (CAUSAL, [f"{PROMPT}, rank: 8}}"], "model.adapter.rank", "is of a layer, and prompt tuning changes none"),
+    (CAUSAL, [f"{PROMPT}, targets: [q_proj]}}"], "model.adapter.targets", "or write method: lora"),
+    (CAUSAL, [f"{PROMPT}, train_also: [a]}}"], "model.adapter.train_also", "prompt tuning changes none"),
+    (CAUSAL, [f"{PROMPT}, feedforward: [a]}}"], "model.adapter.feedforward", "prompt tuning changes none"),
+    (CAUSAL, [f"{PROMPT}, virtual_tokens: 0}}"], "model.adapter.virtual_tokens", "at least 1"),
+    (
+        CAUSAL,
+        [f"{PROMPT}, virtual_tokens: 64}}", "data.max_length=64"],
+        "model.adapter.virtual_tokens",
+        "virtual tokens count in data.max_length, which is 64; write fewer, or raise that",
+    ),
+    (
+        CAUSAL,
+        ["model.adapter.virtual_tokens=8"],
+        "model.adapter.virtual_tokens",
+        "write method: prompt-tuning, or leave it out",
+    ),
+    (CAUSAL, ["model.adapter.init_text=translate"], "model.adapter.init_text", "is of virtual tokens"),
+    (
+        CAUSAL,
+        [f"{PROMPT}}}", "training.neftune_noise_alpha=5"],
+        "training.neftune_noise_alpha",
+        "would fall on virtual tokens too; leave it out",
+    ),
+    (CAUSAL, [f"{PROMPT}}}", "distillation.teacher=other"], "distillation", "none of the student's virtual"),
+    (
+        CAUSAL,
+        [f"{PROMPT}}}", "model.task=masked-lm"],
+        "model.adapter.method",
+        "a masked-lm task puts no virtual tokens before a sample (causal-lm, sequence-classification, "
+        "sequence-to-sequence, token-classification do); write lora",
+    ),
     (CAUSAL, ["model.adapter.rank=0"], "model.adapter.rank", "at least 1"),
     (CAUSAL, ["model.adapter.alpha=0"], "model.adapter.alpha", "above 0"),
     (CAUSAL, ["model.adapter.dropout=1"], "model.adapter.dropout", "below 1"),
@@ -560,6 +593,14 @@ def test_an_adapter_has_defaults_and_may_be_a_list_of_patterns(folder: Path) -> 
         targets=("q_proj", "model.layers.0.*"), train_also=("model.norm.*",)
     )
     assert load(write(folder, CAUSAL)).model.adapter is None
+
+
+def test_virtual_tokens_are_on_no_layer_and_are_told_with_their_number() -> None:
+    one = Adapter(method="prompt-tuning", virtual_tokens=8)
+    assert one.title == "prompt tuning, 8 virtual tokens"
+    assert not one.takes("model.layers.0.q_proj")
+    assert one.trains("model.embed_tokens.prompt_embeddings")
+    assert not one.trains("model.embed_tokens.weight")
 
 
 def test_what_ia3_multiplies_before_a_layer_is_one_of_its_targets() -> None:

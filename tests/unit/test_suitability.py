@@ -18,6 +18,7 @@ from launcher.job.schema import Model
 from launcher.planner.dataset import suitability
 from launcher.planner.model import positions
 from launcher.planner.model.model_config import config_of
+from launcher.planner.model.model_support import why_no_prompt
 from launcher.planner.model.vocabulary import read_vocabulary
 from launcher.planner.search import plan_job as plan
 
@@ -263,6 +264,7 @@ def adapter(folder: Path, base: Path | str, **settings: Any) -> Path:
     header = {
         f"base_model.model.{name}.weight": {} for name in ("model.layers.0.q_proj.lora_A", "model.norm")
     }
+    header = {"prompt_embeddings": {}} if settings.get("peft_type") == "PROMPT_TUNING" else header
     text = json.dumps(header).encode()
     (folder / "adapter_model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
     return folder
@@ -276,6 +278,41 @@ def test_a_directory_of_ia3_is_gone_on_with(tmp_path: Path) -> None:
     loaded = load(job(tmp_path, directory)).model.adapter
     assert loaded is not None and loaded.method == "ia3" and loaded.weights == str(directory)
     assert (loaded.targets, loaded.feedforward) == (("down_proj", "k_proj"), ("down_proj",))
+
+
+PROMPT = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 8}
+
+
+def test_a_directory_of_virtual_tokens_is_gone_on_with(tmp_path: Path) -> None:
+    directory = adapter(tmp_path / "adapter", model(tmp_path / "base"), **PROMPT)
+    loaded = load(job(tmp_path, directory)).model.adapter
+    assert loaded is not None and (loaded.method, loaded.virtual_tokens) == ("prompt-tuning", 8)
+    assert loaded.weights == str(directory) and not loaded.train_also
+
+
+@pytest.mark.parametrize(
+    ("task", "config", "reason"),
+    [
+        ("causal-lm", {"model_type": "gemma3n_text"}, "a gemma3n_text model does not compute the same"),
+        ("sequence-classification", {"model_type": "esm"}, "from embeddings as from tokens; write lora"),
+        ("sequence-classification", {"model_type": "t5", "is_encoder_decoder": True}, "reads no embeddings"),
+        ("causal-lm", {"model_type": "bart", "is_encoder_decoder": True}, None),
+        ("sequence-to-sequence", {"model_type": "t5", "is_encoder_decoder": True}, None),
+        ("causal-lm", {"model_type": "llama"}, None),
+    ],
+)
+def test_models_that_virtual_tokens_cannot_stand_before(
+    task: str, config: dict[str, Any], reason: str | None
+) -> None:
+    answer = why_no_prompt(task, config)
+    assert answer is None if reason is None else reason in str(answer)
+
+
+def test_such_a_model_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    base = model(tmp_path / "base", LLAMA | {"model_type": "gemma3n_text"})
+    prompted = load(job(tmp_path, base, adapter={"method": "prompt-tuning", "virtual_tokens": 4}))
+    with pytest.raises(ConfigurationError, match=r"model\.adapter\.method = 'prompt-tuning': a gemma3n_text"):
+        suitability.check(prompted)
 
 
 @pytest.mark.parametrize("by", ["model.name", "model.adapter.weights"])
@@ -306,6 +343,12 @@ def test_an_adapters_directory_is_its_base_with_its_sizes(by: str, tmp_path: Pat
         ({"peft_type": "IA3"}, {}, "its target_modules or feedforward_modules are no list"),
         (IA3, {"adapter": {"method": "lora"}}, "model.adapter.method = 'lora': the adapter in .* has ia3"),
         (IA3, {"adapter": {"rank": 8}}, "model.adapter.rank = 8: is of low-rank matrices"),
+        (PROMPT | {"num_virtual_tokens": None}, {}, "its num_virtual_tokens is None, and a positive number"),
+        (PROMPT | {"num_transformer_submodules": 2}, {}, "it has vectors of a decoder too"),
+        (PROMPT | {"modules_to_save": ["lm_head"]}, {}, "whole modules were trained with it, lm_head first"),
+        (PROMPT, {"task": "sequence-classification"}, "does not say which classes its head is for; train a"),
+        (PROMPT, {"adapter": {"virtual_tokens": 9}}, "model.adapter.virtual_tokens = 9: the adapter in .* 8"),
+        (PROMPT, {"adapter": {"init_text": "a"}}, "has its vectors already; leave it out"),
         ({"bias": "all"}, {}, "its bias is 'all'"),
         ({"target_modules": ".*q_proj"}, {}, "its target_modules are '.*q_proj'"),
         ({"r": None}, {}, "its r is None"),

@@ -93,18 +93,21 @@ def _of_plan(plan: Plan, source: Source | None) -> Items | str | None:
     """Return the items of a plan's source, or why they are unknown; None if a script brings its own."""
     if plan.script or source is None:
         return None
-    return one_pass(source, plan.data, locate(plan.model.name, plan.model.revision), plan.task)
+    model = plan.model
+    return one_pass(
+        source, plan.data, locate(model.name, model.revision), plan.task, tasks.virtual_tokens(model)
+    )
 
 
-def one_pass(source: Source, data: Data, model: str, task: str) -> Items | str:
+def one_pass(source: Source, data: Data, model: str, task: str, virtual_tokens: int = 0) -> Items | str:
     """Return one pass over a source, or an epoch of several. If one is not in files here, or cannot be read,
     return the reason in one clause. model: its directory, if that is here."""
     if not isinstance(source, Sources) or not source.sources:
-        return _looked(source, data, model, task, changed_at(source))
+        return _looked(source, data, model, task, virtual_tokens, changed_at(source))
     every: list[Items] = []
     for one in source.sources:
         kind, _ = of_one_task(task, data, one)
-        items = _looked(one, data_of(task, data, one), model, kind, changed_at(one))
+        items = _looked(one, data_of(task, data, one), model, kind, virtual_tokens, changed_at(one))
         if isinstance(items, str):
             return items
         every.append(items)
@@ -134,10 +137,13 @@ def _mixed(every: Sequence[Items], counts: Sequence[int], aliases: Sequence[str]
 
 
 @lru_cache(maxsize=64)
-def _looked(source: Source, data: Data, model: str, task: str, changed: int) -> Items | str:
+def _looked(
+    source: Source, data: Data, model: str, task: str, virtual_tokens: int, changed: int
+) -> Items | str:
     """Return the items of one source, or why they are unknown. Cached, as a search needs them repeatedly;
     `changed` invalidates the entries of older files."""
     learned = tasks.find(task)(data)
+    learned.virtual_tokens = virtual_tokens
     try:
         seen = sample_of(source, learned.columns)
     except DataError as error:

@@ -12,7 +12,7 @@ from launcher.planner.dataset.findings import Findings
 from launcher.planner.dataset.usable_rows import look_at_rows
 from launcher.planner.model import positions
 from launcher.planner.model.model_config import config_of, locate, num_embeddings
-from launcher.planner.model.model_support import WITHOUT_ADAPTER
+from launcher.planner.model.model_support import WITHOUT_ADAPTER, why_no_prompt
 from launcher.planner.model.vocabulary import read_vocabulary
 
 _SHOWN = 4
@@ -105,7 +105,12 @@ def _teacher(job: Job) -> Findings:
 
 
 def _adapter(model: Model) -> Findings:
-    kind = (config_of(model) or {}).get("model_type")
+    config = config_of(model) or {}
+    kind = config.get("model_type")
+    if model.adapter is not None and model.adapter.is_prompt:
+        reason = why_no_prompt(model.task, config)
+        problem = Problem("model.adapter.method", model.adapter.method, str(reason))
+        return Findings() if reason is None else Findings((problem,))
     if (
         model.adapter is None
         or (layer := WITHOUT_ADAPTER.get(str(kind))) is None

@@ -62,7 +62,7 @@ def look_at_rows(job: Job) -> Findings:
             if given is not None and given.sources:
                 kind, _ = of_one_task(task.name, job.data, source)
                 own = tasks.find(kind)(data_of(task.name, job.data, source))
-                own.evaluation = task.evaluation
+                own.evaluation, own.virtual_tokens = task.evaluation, task.virtual_tokens
             if given is not None and source.path is not None:
                 looks.append(_of_source(given.key(role, number), source, own, told))
     return Findings.joined(looks)

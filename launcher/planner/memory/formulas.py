@@ -63,9 +63,9 @@ def formulas_of(plan: Plan, config: dict[str, Any]) -> Formulas | None:
         and plan.head == "chunked"
     )
     # DoRA computes a weight's whole update in every forward pass, for the norms of its rows; IA3 saves the
-    # activations that it multiplies.
+    # activations that it multiplies; virtual tokens are looked up beside the words.
     adapter = plan.model.adapter
-    otherwise = adapter is not None and (adapter.dora or adapter.method == "ia3")
+    otherwise = adapter is not None and (adapter.dora or adapter.method != "lora")
     if kind not in KNOWN or not (generates and packed) or otherwise:
         return None
     try:

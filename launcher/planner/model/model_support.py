@@ -26,6 +26,17 @@ TABLE = Path(__file__).with_name("model_support.json")
 WITHOUT_ADAPTER = dict.fromkeys(("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"), "out_proj")
 """Linear layers that cannot have an adapter, by model_type: their kernels use the matrix without calling the
 layer; peft (0.21) refuses them."""
+WITHOUT_PROMPTS = frozenset(
+    (
+        *("blt", "canine", "cpmant", "fsmt", "perceiver"),  # have no one table of input embeddings
+        *("deepseek_v4", "gemma3n", "gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified", "mllama"),
+        *("moshi", "qwen4_exp", "qwen4_exp_text"),  # read the ids beyond that table
+        *("bros", "esm", "esmc", "ibert", "layoutlmv2", "layoutlmv3", "longformer"),
+        "falcon_h1",  # multiplies the embeddings of ids, and not those that it is given
+    )
+)
+"""The model_types whose class gives other numbers, or none, for embeddings than for ids: virtual tokens cannot
+stand before its texts with PEFT's own loss."""
 SEES_PADDING = frozenset(
     (
         *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus"),
@@ -87,6 +98,17 @@ def untried(task: str) -> Support:
     The ranks compare its loss with the class's own after loading.
     """
     return _UNTRIED[tasks.find(task).traits.layout]
+
+
+def why_no_prompt(task: str, config: dict[str, Any]) -> str | None:
+    """Return why virtual tokens cannot stand before the samples of a model, by its config.json; None if they
+    can as far as it says."""
+    kind = str(config.get("model_type"))
+    if kind in WITHOUT_PROMPTS:
+        return f"a {kind} model does not compute the same from embeddings as from tokens; write lora"
+    if config.get("is_encoder_decoder") and tasks.find(task).traits.head != "every-position":
+        return f"the {task} class of a {kind} model, an encoder-decoder, reads no embeddings; write lora"
+    return None
 
 
 @lru_cache(maxsize=1)

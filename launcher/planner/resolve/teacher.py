@@ -58,6 +58,12 @@ def settle(decider: Decider) -> Distillation | None:
         does = "runs a script of its own" if plan.script else f"is a run of {plan.task}"
         reason = f"{does}, and what learns from it does {decider.job.model.task}"
         decider.refuse("distillation.teacher", str(run.path), reason)
+    elif tasks.virtual_tokens(plan.model):
+        reason = (
+            "trains virtual tokens, which are no part of the weights that a teacher is read from; name a run "
+            "with another adapter"
+        )
+        decider.refuse("distillation.teacher", str(run.path), reason)
     elif not whole:
         decider.refuse("distillation.teacher", str(run.path), "has no whole checkpoint yet")
     elif distillation.checkpoint is None:

@@ -12,10 +12,10 @@ from transformers.pytorch_utils import Conv1D
 
 from launcher import tasks
 from launcher.errors import ConfigurationError, Problem
-from launcher.job.adapter import Adapter
+from launcher.job.adapter import PROMPT, Adapter
 from launcher.planner.plan import Plan
 from launcher.training.checkpoint.weights import Entry, Stored, entry_of, slices
-from launcher.training.model import adapter_starts, adapters, pretrained
+from launcher.training.model import adapter_starts, adapters, pretrained, prompts
 from launcher.training.model.buffers import persistent_buffers
 from launcher.training.model.reading import Changes
 from launcher.training.precision import DTYPES
@@ -124,16 +124,25 @@ class Alone:
         self.plan, self.adapter, self.stored = plan, adapter, stored
         self._base = Merged(plan, adapter, stored, model_files) if adapter.init != "lora" else None
         self._start: tuple[str, dict[str, torch.Tensor]] = "", {}
-        self._names = _whole_parameters(plan, stored, model_files)
+        self._hollow = _hollow(plan, model_files)
+        self._names = _whole_parameters(self._hollow, stored)
+        own = {name: name for name in stored.names if adapters.is_own(name)}
+        self._sources = {self._name_in_file(name): (name, at) for name, at in (own | self._names).items()}
+        """The name in the model, and in the checkpoint, of each name in the file."""
         self.modules = sorted({name.rpartition(".")[0] for name in self._names})
 
     def entries(self) -> list[Entry]:
         described = {entry.name: entry for entry in self.stored.entries()}
-        sources = {name: name for name in described if adapters.is_own(name)} | self._names
         return [
-            Entry(_PEFT_PREFIX + name, self._shape(name, described[source].shape), described[source].dtype)
-            for name, source in sources.items()
+            Entry(name, self._shape(own, described[source].shape), described[source].dtype)
+            for name, (own, source) in self._sources.items()
         ]
+
+    def _name_in_file(self, name: str) -> str:
+        """Return peft's name: virtual tokens have one of their own, and no wrapper is around their model."""
+        if not self.adapter.is_prompt:
+            return _PEFT_PREFIX + name
+        return PROMPT if name.endswith(f".{PROMPT}") else _PEFT_PREFIX.removesuffix("model.") + name
 
     def _shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         if self._base is None or not adapters.is_own(name):
@@ -155,37 +164,35 @@ class Alone:
         return torch.cat([own, self._start[1][matrix].to(own.dtype)], dim=0 if matrix == "lora_A" else 1)
 
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
-        name = name.removeprefix(_PEFT_PREFIX)
-        if self._base is not None and adapters.is_own(name):
-            return slices(self._with_start(name))
-        return self.stored.pieces(self._names.get(name, name))
+        own, source = self._sources[name]
+        if self._base is not None and adapters.is_own(own):
+            return slices(self._with_start(own))
+        return self.stored.pieces(source)
 
     def write_settings(self, directory: Path) -> None:
         """Write adapter_config.json through peft."""
-        one = ".ia3_l" if self.adapter.method == "ia3" else ".lora_A.weight"
-        names = [name.removesuffix(one) for name in self.stored.names if name.endswith(one)]
         model = self.plan.model
         more = {
             "task_type": tasks.find(self.plan.task).traits.peft_type,
             "base_model_name_or_path": model.name,
             "revision": model.revision,
+            "modules_to_save": self.modules or None,
+            "inference_mode": True,
         }
+        if self.adapter.is_prompt:
+            prompts.settings(self.adapter, self._hollow, **more).save_pretrained(directory)
+            return
+        one = ".ia3_l" if self.adapter.method == "ia3" else ".lora_A.weight"
+        names = [name.removesuffix(one) for name in self.stored.names if name.endswith(one)]
         settings = adapters.settings(
-            self.adapter if self._base is None else self.adapter.as_plain(),
-            names,
-            modules_to_save=self.modules or None,
-            inference_mode=True,
-            **more,
+            self.adapter if self._base is None else self.adapter.as_plain(), names, **more
         )
         settings.save_pretrained(directory)
 
 
-def _whole_parameters(plan: Plan, stored: Stored, model_files: Path) -> dict[str, str]:
-    """Return the parameters trained in full, without adapter: the checkpoint's name by each name in the model.
-
-    Raises ConfigurationError if only a part of a module was trained in full, as peft stores complete modules, or
-    if the base's embedding has another number of rows.
-    """
+def _hollow(plan: Plan, model_files: Path) -> Any:
+    """Return the run's model without values or adapter. Raises ConfigurationError if the base's embedding has
+    another number of rows."""
     where = plan.model.model_copy(update={"name": str(model_files), "revision": None})
     config = pretrained.read_config(plan.model_copy(update={"model": where, "attention": "eager"}))
     _refuse_new_rows(plan, config)
@@ -193,6 +200,14 @@ def _whole_parameters(plan: Plan, stored: Stored, model_files: Path) -> dict[str
     with torch.device("meta"):
         model = kind._from_config(config)
     model.tie_weights()
+    return model
+
+
+def _whole_parameters(model: Any, stored: Stored) -> dict[str, str]:
+    """Return the parameters trained in full, without adapter: the checkpoint's name by each name in the model.
+
+    Raises ConfigurationError if only a part of a module was trained in full, as peft stores complete modules.
+    """
     named = dict(model.named_parameters(remove_duplicate=False))
     kept = {id(named[name]): name for name in stored.names if name in named}
     parameters = {name: kept[id(parameter)] for name, parameter in named.items() if id(parameter) in kept}

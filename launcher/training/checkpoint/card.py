@@ -93,7 +93,8 @@ class Card:
         plan = self._plan
         yield f"# {plan.name}"
         adapter = plan.model.adapter if self._adapter else None
-        kind = "IA3" if adapter is not None and adapter.method == "ia3" else "LoRA"
+        kinds = {"lora": "LoRA", "ia3": "IA3", "prompt-tuning": "prompt tuning"}
+        kind = kinds[adapter.method] if adapter is not None else ""
         what = f"An adapter ({kind}) for" if self._adapter else "Fine-tuned from"
         begins = f"{what} `{self._base}`" if self._base else "Trained from random weights"
         yield f"{begins}, for {plan.task}: {self._step:,} steps of launcher {__version__}."

@@ -191,6 +191,12 @@ def _weights(run: RunDirectory, stored: Stored, alone: bool, dtype: ExportDtype)
             "few digits lose; leave it out, or write float32"
         )
         raise ConfigurationError(Problem("--dtype", dtype, reason))
+    if plan.model.adapter.is_prompt and not alone:
+        reason = (
+            f"{plan.name} trains virtual tokens, which stand before a text and are no part of the weights; "
+            "`launcher export RUN --out DIR --adapter` writes a directory that peft loads"
+        )
+        raise ConfigurationError(Problem("--adapter", None, reason))
     kind: type[Alone] | type[Merged] = Alone if alone else Merged
     return kind(plan, plan.model.adapter, stored, run.path / "model")
 

@@ -176,6 +176,8 @@ def _sample(row: Row, dataset: Dataset, material: TrainingInputs, with_tokens: b
     # A processor of images or sounds contains a tokenizer if the task generates text.
     tokenizer = getattr(material.tokenizer, "tokenizer", material.tokenizer)
     ids, learned = _tokens(sample, material.task.traits.encoder_decoder)
+    num_virtual = sum(token < 0 for token in ids)  # they come first, and have no text
+    ids, learned = ids[num_virtual:], learned[num_virtual:]
     if not ids or tokenizer is None:
         return {
             "cut": bool(encoded.cut),

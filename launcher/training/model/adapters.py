@@ -1,4 +1,4 @@
-"""Adapters by peft (LoRA and IA3): their layers, what trains, and the names of their parameters.
+"""Adapters by peft: their layers (LoRA and IA3), what trains, and the names of their parameters.
 
 peft wraps each adapted layer in a module, which changes the names below it. Neither transformers, when it
 reads a model's files, nor readers of a checkpoint must see those: `plain` returns every parameter's name
@@ -26,7 +26,7 @@ from launcher.errors import ConfigurationError, Problem
 from launcher.job.adapter import OWN, Adapter
 from launcher.planner.model.model_support import WITHOUT_ADAPTER
 from launcher.runs.places import here
-from launcher.training.model import adapter_starts
+from launcher.training.model import adapter_starts, prompts
 from launcher.training.model.forward import output_embeddings_of
 
 WEIGHTS = "adapter_model.safetensors"
@@ -151,13 +151,18 @@ def _of_weights(model: nn.Module, adapter: Adapter) -> Iterator[tuple[str, torch
         yield f"{name}.base_layer.weight", rest.t() if isinstance(layer, Conv1D) else rest
 
 
-def beginning(model: nn.Module, adapter: Adapter, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+def beginning(
+    model: PreTrainedModel, adapter: Adapter, seed: int, tokenizer: Callable[[], Any]
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the values that training starts from, fp32 and unsharded, by parameter name in the model with
-    adapters.
+    adapters. `tokenizer` reads the model's, for virtual tokens that start from a text.
 
     For a new adapter these are its initial values. For a continued one they come from its file, also for
     parameters trained with it. Raises ConfigurationError if the file is for other layers or sizes.
     """
+    if adapter.is_prompt:
+        yield prompts.name_in(model), prompts.beginning(model, adapter, seed, tokenizer)
+        return
     if adapter.init != "lora":
         yield from _of_weights(model, adapter)
         return
@@ -226,6 +231,12 @@ def settings(adapter: Adapter, names: list[str], **more: Any) -> Any:
 def _hollow(parameter: torch.Tensor) -> nn.Parameter:
     """Return a parameter of the same shape, fp32 and without memory."""
     return nn.Parameter(torch.empty(parameter.shape, dtype=torch.float32, device="meta"))
+
+
+def inject(model: PreTrainedModel, adapter: Adapter, layers: Layers) -> Injected | prompts.Prompted:
+    """Insert an adapter into a model, in fp32 and without memory yet. Raises ConfigurationError for a pattern
+    that matches none of its layers, and for a model without a table for virtual tokens."""
+    return prompts.Prompted(model, adapter) if adapter.is_prompt else Injected(model, adapter, layers)
 
 
 class Injected:

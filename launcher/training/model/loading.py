@@ -9,6 +9,7 @@ gathers the full model on every rank.)
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from launcher import tasks
 from launcher.errors import ConfigurationError, Problem
 from launcher.planner.plan import Mesh, Plan
 from launcher.tasks.traits import HEADS
-from launcher.training.model import adapters, normalization, pretrained
+from launcher.training.model import adapters, normalization, pretrained, prompts
 from launcher.training.model.buffers import restore_buffers
 from launcher.training.model.conversion import converted_whole, copied_in_parts, cut_like
 from launcher.training.model.places import freeze, repeated_layers
@@ -129,7 +130,7 @@ def _starts_of_bias(
 
 def _add_adapter(
     model: PreTrainedModel,
-    injected: adapters.Injected | None,
+    injected: adapters.Injected | prompts.Prompted | None,
     plan: Plan,
     new: tuple[str, ...],
     device: torch.device,
@@ -139,12 +140,13 @@ def _add_adapter(
     if plan.model.adapter is None:
         return
     if injected is None:
-        adapters.Injected(model, plan.model.adapter, repeated_layers)
+        adapters.inject(model, plan.model.adapter, repeated_layers)
     else:
         injected.put_back()
     _materialise(model, device)
     with torch.no_grad():
-        for name, whole in adapters.beginning(model, plan.model.adapter, plan.training.seed):
+        tokenizer = functools.partial(pretrained.read_tokenizer, plan)
+        for name, whole in adapters.beginning(model, plan.model.adapter, plan.training.seed, tokenizer):
             parameter = model.get_parameter(name)
             local_part(parameter).copy_(cut_like(parameter, whole))
     adapters.trained(model, plan.model.adapter, new)
@@ -207,7 +209,7 @@ class _Seam:
 
     def __init__(self, plan: Plan, shard: Shard) -> None:
         self._plan, self._shard = plan, shard
-        self.injected: adapters.Injected | None = None
+        self.injected: adapters.Injected | prompts.Prompted | None = None
         self.constants: tuple[str, ...] = ()
         """Parameters that the model's class itself freezes, such as Whisper's positions."""
 
@@ -246,7 +248,7 @@ class _Seam:
         model._mesh_manager = mesh_manager
         model._device_mesh = mesh_manager.get_mesh(("pp", "fsdp", "tp"))
         if adapter is not None:
-            self.injected = adapters.Injected(model, adapter, repeated_layers)
+            self.injected = adapters.inject(model, adapter, repeated_layers)
         self._shard(model)
         if self.injected is not None:
             self.injected.take_out()

@@ -93,6 +93,8 @@ def _check_loss(
                 f"class {_number(own)}"
             )
             cure = "launcher cannot train it truly; write batch.micro_batch_size: 1, or another model"
+            if task.virtual_tokens:
+                cure = "it does not read virtual tokens as peft does; write model.adapter.method: lora"
             raise ConfigurationError(Problem("model.name", plan.model.name, f"{reason}: {cure}"))
         way, ours = other, _ours(engine, task, heads, plan, other)
     numbers = {"ours": _number(first), "own": _number(own), "seconds": round(time.monotonic() - began, 2)}
@@ -128,7 +130,8 @@ def _rows(
     )
     other = next((one for one in samples if one is not counts), counts)
     first, second = (
-        task.shortened(sample, length, ends) for length, sample in zip(LENGTHS, (other, counts), strict=True)
+        task.shortened(sample, length + task.virtual_tokens, ends)
+        for length, sample in zip(LENGTHS, (other, counts), strict=True)
     )
     return [first.as_filler(), second]
 

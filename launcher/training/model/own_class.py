@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from launcher.tasks.task import IGNORE, Output
 from launcher.training.model.forward import Batch, own_forward
+from launcher.training.model.prompts import embeddings_of
 from launcher.training.model.with_heads import head_of
 
 
@@ -32,7 +33,7 @@ def _alone(model: PreTrainedModel, batch: Batch, head: str | None = None) -> Out
     as `num_correct`."""
     model = model if head is None else head_of(model, head)
     with _size_of_outputs(model) as sizes:
-        output = own_forward(model, batch | {"use_cache": False})
+        output = own_forward(model, _as_embeddings(model, batch) | {"use_cache": False})
     # A question-answering head has two outputs: for the start and the end.
     logits = (
         output.logits if "logits" in output else torch.stack((output.start_logits, output.end_logits), dim=-1)
@@ -48,6 +49,10 @@ def _alone(model: PreTrainedModel, batch: Batch, head: str | None = None) -> Out
     ):
         # The target is another text than the input: the labels are not shifted.
         return Output(output.loss.float() * (batch["labels"] != IGNORE).sum(), torch.ones_like(output.loss))
+    if bool((ids < 0).any()):  # what follows virtual tokens is learned, and they are not
+        learned = ids[1:].masked_fill(ids[1:] < 0, IGNORE)
+        total = functional.cross_entropy(logits[0, :-1], learned, ignore_index=IGNORE, reduction="sum")
+        return Output(total, torch.ones_like(total))
     entropy = functional.cross_entropy(logits[0, :-1], ids[1:])
     loss = entropy if getattr(output, "loss", None) is None else output.loss.float()
     # BART and its kin expect shifted labels: with the same tokens as labels, their own loss is for repeating
@@ -57,6 +62,18 @@ def _alone(model: PreTrainedModel, batch: Batch, head: str | None = None) -> Out
     return Output(
         loss * (len(ids) - 1), torch.ones_like(loss)
     )  # a memorised text has a loss smaller than rounding
+
+
+def _as_embeddings(model: PreTrainedModel, batch: Batch) -> Batch:
+    """Return a batch with virtual tokens as peft hands it to the model's class: embeddings in the place of
+    ids."""
+    ids = batch.get("input_ids")
+    if ids is None or not bool((ids < 0).any()):
+        return batch
+    rest = {name: value for name, value in batch.items() if name != "input_ids"}
+    if (labels := rest.get("labels")) is not None and labels.shape == ids.shape:
+        rest["labels"] = labels.masked_fill(ids < 0, IGNORE)
+    return rest | {"inputs_embeds": embeddings_of(model)(ids)}
 
 
 @contextlib.contextmanager

@@ -87,7 +87,7 @@ class TracedModel:
         """Add an adapter; it and the parameters that `new` names train. Raises ConfigurationError for a
         pattern without a match."""
         # Outside the mode: inside, peft would move its tensors, which fake tensors do not allow.
-        adapters.Injected(self.model, adapter, models.repeated_layers)
+        adapters.inject(self.model, adapter, models.repeated_layers)
         with self._mode:
             for module in self.model.modules():
                 for name, parameter in list(module.named_parameters(recurse=False)):
