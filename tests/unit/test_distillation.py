@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from launcher.runs.layout import RunDirectory
 from launcher.sweep.sweep import as_yaml
 from launcher.tasks.distillation import SOURCE
 from tests.unit.checkpoint_files import make_run, write_checkpoint
-from tests.unit.test_planning_decide import CPU
+from tests.unit.test_planning_decide import CPU, H100
 from tests.unit.test_suitability import LLAMA, model
 
 TEACHER = {"teacher": "large", "temperature": 2.0}
@@ -446,8 +445,11 @@ def test_of_written_states_the_output_matrix_is_planned(tmp_path: Path) -> None:
         else:
             whole, chunk = 2 * shard, 12 * 8 * plan.data.max_length * plan.batch.micro_batch_size
             assert phase.peak - before.peak >= min(whole, chunk)
-    gpu = forecast_here(plan, replace(CPU, gpus=()), profiles=Profiles())
-    assert gpu is None or gpu.traced is False
+    on_gpus = plan_job(load(path, ["cluster.gpus_per_node=2", "cluster.ranks_per_node=2"]), hardware=H100)
+    alone = on_gpus.model_copy(update={"distillation": None})
+    known, bare = (forecast_here(one, H100, profiles=Profiles()) for one in (on_gpus, alone))
+    assert known is not None and bare is not None and not known.traced
+    assert known.speed is not None and bare.speed is not None and known.speed.compute > bare.speed.compute
     shutil.rmtree(tmp_path / "logits")
     assert "of the logits written ahead: has no manifest.json" in Profiles().why_not(plan)
 
