@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -22,7 +21,7 @@ from launcher.errors import DataError
 from launcher.planner.plan import Plan
 from launcher.tasks.task import Output
 from launcher.tasks.written_logits import KEY, Manifest
-from launcher.training.data.written_logits import hash_of_matrix, mapped
+from launcher.training.data.written_logits import as_stored, hash_of_matrix, mapped
 from launcher.training.loss import LogitTransform, at
 from launcher.training.model.forward import Batch, accepted, decoder_inputs, decoder_of
 from launcher.training.own_head import places_of
@@ -32,7 +31,9 @@ from launcher.training.precision import DTYPES
 class OutputMatrix(nn.Module):
     """A teacher's output matrix, frozen: hidden states [n, width] to logits [n, vocabulary]."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, transform: LogitTransform) -> None:
+    def __init__(
+        self, transform: LogitTransform, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> None:
         """Take `weight` [vocabulary, width] and `bias` [vocabulary] in the precision of the hidden states."""
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
@@ -56,14 +57,15 @@ def load_matrix(plan: Plan, directory: str) -> OutputMatrix:
     manifest = Manifest.read(folder)
     hidden = manifest.hidden
     assert hidden is not None  # the task was compared before
-    names = ("matrix", "bias") if hidden.has_bias else ("matrix",)
-    stored = [np.array(mapped(folder, manifest, name)) for name in names]
-    if hash_of_matrix(stored[0], stored[1] if hidden.has_bias else None) != hidden.matrix_hash:
+    parts = []
+    for name in ("matrix", "bias") if hidden.has_bias else ("matrix",):
+        array = mapped(folder, manifest, name)
+        parts.append(torch.empty(array.shape, dtype=DTYPES[manifest.precision]))
+        as_stored(parts[-1])[...] = array  # on the CPU it shares the tensor's memory
+    if hash_of_matrix(*map(as_stored, parts)) != hidden.matrix_hash:
         reason = "the output matrix is not the one that was written; write the logits anew"
         raise DataError(f"{KEY}: {folder / 'matrix.npy'}: {reason}")
-    weight, *bias = (torch.from_numpy(array).view(DTYPES[manifest.precision]) for array in stored)
-    transform = LogitTransform(hidden.scale, hidden.softcap)
-    matrix = OutputMatrix(weight, bias[0] if bias else None, transform)
+    matrix = OutputMatrix(LogitTransform(hidden.scale, hidden.softcap), *parts)
     offloads, mesh = plan.offload == "parameters", plan.mesh
     if mesh.world_size == 1 and not offloads:
         return matrix.to(mesh.device)

@@ -110,7 +110,7 @@ def assert_alike(run: RunDirectory, known: RunDirectory) -> None:
 WAYS: dict[str, tuple[int, dict[str, Any]]] = {
     "1 rank": (1, {"batch": batch_of(1, 4)}),
     "FSDP, 2 ranks": (2, {"batch": batch_of(2, 1, 2)}),
-    "FSDP, 2 copies": (2, {"batch": batch_of(2, 2), "sharding": "none"}),
+    "FSDP, 2 copies": (2, {"batch": batch_of(2, 2), "mesh__dp_replicate": 2, "mesh__dp_shard": 1}),
     "padded": (2, {"batch": batch_of(2, 2), "layout": "padded", "attention": "sdpa"}),
     "ZeRO-3, 2 ranks": (2, {"batch": batch_of(2, 2), **deepspeed(3)}),
     "ZeRO-2, 2 ranks": (2, {"batch": batch_of(2, 2), **deepspeed(2)}),
@@ -198,7 +198,7 @@ def test_in_chunks_the_loss_is_that_with_the_teacher(
         every = frozen.base_model(**decoder_inputs(batch)).last_hidden_state.flatten(0, 1)
     states = every[batch["targets"] != -100]
     head = frozen.get_output_embeddings()
-    matrix = OutputMatrix(head.weight.detach(), head.bias, LogitTransform.of(frozen.config))
+    matrix = OutputMatrix(LogitTransform.of(frozen.config), head.weight.detach(), head.bias)
     results = []
     for output in (
         distillation.causal_lm(model, batch, frozen, settings),

@@ -212,7 +212,7 @@ def as_stored(tensor: torch.Tensor) -> np.ndarray:
     return (here.view(torch.uint16) if here.dtype == torch.bfloat16 else here).numpy()
 
 
-def hash_of_matrix(matrix: np.ndarray, bias: np.ndarray | None) -> str:
+def hash_of_matrix(matrix: np.ndarray, bias: np.ndarray | None = None) -> str:
     """Return the hash of an output matrix and its bias, as they are stored."""
     digest = xxhash.xxh3_128(np.ascontiguousarray(matrix).data)
     if bias is not None:
