@@ -30,7 +30,7 @@ _SECONDS_BETWEEN = 30.0
 
 
 class Place(NamedTuple):
-    """Where a sample is among the items, and its sizes."""
+    """A sample's place among the items, and its sizes."""
 
     item: int
     length: int
@@ -51,7 +51,7 @@ class Writing:
 
     @functools.cached_property
     def places(self) -> dict[int, Place]:
-        """Return where the first sample with each key is. This reads all samples."""
+        """Return the place of the first sample with each key. This reads all samples."""
         places: dict[int, Place] = {}
         counts = num_supervised if speaks(self.subject.task) else lambda sample: 1
         for number, sample in enumerate(samples_of(self.dataset)):

@@ -1,5 +1,4 @@
-"""Memory of learning from a language model's hidden states that were written ahead: its output matrix, and the
-states of a micro-batch."""
+"""Memory of a teacher's output matrix, and of the hidden states of a micro-batch that were written ahead."""
 
 from __future__ import annotations
 
