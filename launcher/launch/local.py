@@ -132,7 +132,8 @@ def outcome(
         return 0
     if "stopped" not in end.events and end.code == 0 and end.signal_name and not end.forced:
         # Stopped so early that no trainer was running to record it.
-        event(run.events_file, "stopped", step=last_step(run))
+        line = {} if run.is_scratch else {"line": "stopped before this attempt trained; nothing is lost"}
+        event(run.events_file, "stopped", step=last_step(run), **line)
         end.events.add("stopped")
     if "stopped" in end.events:
         words = "stopped; the script goes on from what it saved itself" if plan.script else _stopped(run)

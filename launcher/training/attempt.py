@@ -25,7 +25,7 @@ def train(
     Called by every rank."""
     here.at("preparing")
     planned, plan = plan, pretrained.settled(plan)
-    material = TrainingInputs.prepare(run, plan)
+    material = TrainingInputs.prepare(run, plan, stop)
     here.at("building operators")
     build_operators(plan, phase_report(run, "building operators", "operators"))
     here.at("loading")

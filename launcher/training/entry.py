@@ -20,7 +20,7 @@ from launcher.runs.layout import RunDirectory
 from launcher.runs.places import here
 from launcher.runs.processes import die_with_parent
 from launcher.training.rank import Rank, leave
-from launcher.training.signals import StopRequest
+from launcher.training.signals import StoppedEarly, StopRequest
 
 Train = Callable[..., None]
 
@@ -37,6 +37,8 @@ def main(arguments: list[str] | None = None, train: Train | None = None) -> NoRe
         plan = Plan.read(rank.run.plan_file)
         stop.grace_seconds, stop.grace_file = plan.grace_seconds, grace_file(rank.directory)
         (train or _trainer())(rank.run, plan, options.attempt, stop, stop_at=options.stop_at)
+    except StoppedEarly:
+        print(f"{stop.asked_by}: left before there was anything to save", file=sys.stderr)
     except BaseException as error:  # any failure must reach the parent
         rank.fail(error)
     leave(0)

@@ -28,7 +28,7 @@ from launcher.training.data.prepare import refuse_mostly_dropped
 from launcher.training.devices import start_process_group
 from launcher.training.engines.engine import Engine
 from launcher.training.evaluation import Interrupted, batches_by_source, evaluate
-from launcher.training.inputs import phase_report, refuse_tokens
+from launcher.training.inputs import phase_report, preparation_report, refuse_tokens
 from launcher.training.model.loss_check import check_loss
 from launcher.training.signals import StopRequest
 from launcher.training.subject import Subject
@@ -49,7 +49,7 @@ class Measuring:
         given, plan, task = subject.plan.data.evaluation, subject.plan, subject.task
         assert given is not None
         refuse_unknown(task, given, plan)
-        report = phase_report(self.scratch, "preparing", "rows")
+        report = preparation_report(self.scratch, self.stop)
         dataset = prepare_sources(given, "evaluation", plan, task, subject.tokenizer, report)
         for one in dataset.reports:
             refuse_mostly_dropped(one, plan)

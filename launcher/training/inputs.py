@@ -7,6 +7,7 @@ import dataclasses
 import os
 import secrets
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from launcher.training.data.written_logits import WrittenLogits
 from launcher.training.model import model_files, pretrained
 from launcher.training.model.forward import model_class_of
 from launcher.training.model.teacher import check_teacher
+from launcher.training.signals import StopRequest
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,10 @@ class TrainingInputs:
     """A teacher's logits of the rows, if they were written ahead of training."""
 
     @classmethod
-    def prepare(cls, run: RunDirectory, plan: Plan) -> TrainingInputs:
+    def prepare(cls, run: RunDirectory, plan: Plan, stop: StopRequest | None = None) -> TrainingInputs:
         """Return a run's inputs and write a data report to its events. Raises DataError if the data has changed
-        since the run began, or if most rows would be dropped."""
-        material, leads = cls.of(run, plan), os.environ.get("RANK", "0") == "0"
+        since the run began, or if most rows would be dropped; StoppedEarly as `of`."""
+        material, leads = cls.of(run, plan, stop), os.environ.get("RANK", "0") == "0"
         for dataset in material.datasets:
             if material.stream is not None and dataset is material.train:
                 material.stream.refuses = True  # from now on, as rows arrive
@@ -75,10 +77,13 @@ class TrainingInputs:
         return material
 
     @classmethod
-    def of(cls, run: RunDirectory, plan: Plan, *, streams: bool = True) -> TrainingInputs:
+    def of(
+        cls, run: RunDirectory, plan: Plan, stop: StopRequest | None = None, *, streams: bool = True
+    ) -> TrainingInputs:
         """Return the inputs, with tokenised and packed data from the cache. If the cache lacks them, one process
         of a machine prepares them while the others wait. If rows are streamed and `streams` is false, the
-        held-out rows replace the training rows."""
+        held-out rows replace the training rows. Raises StoppedEarly if a stop is requested while rows are
+        tokenised."""
         cache.hold_until_the_end(Path(plan.model.name))
         config = pretrained.read_config(plan)
         tokenizer = pretrained.read_processor(plan)
@@ -89,10 +94,10 @@ class TrainingInputs:
             stream = Stream.open(run, plan, task, tokenizer)
         try:
             if not plan.data.streaming:
-                report = phase_report(run, "preparing", "rows")
+                report = preparation_report(run, stop)
                 train = prepare_sources(plan.data.train, "train", plan, task, tokenizer, report)
             if (held_out := plan.data.evaluation) is not None:
-                report = phase_report(run, "preparing", "rows")
+                report = preparation_report(run, stop)
                 evaluation = prepare_sources(held_out, "evaluation", plan, task, tokenizer, report)
             stored = evaluation if plan.data.streaming and not streams else train
             material = cls(config, tokenizer, task, stored, evaluation, stream)
@@ -186,3 +191,16 @@ def refuse_tokens(dataset: Dataset | None, key: str, tokenizer: Any, config: Any
 def phase_report(run: RunDirectory, phase: str, unit: str) -> PhaseReport:
     """Return a report function for a phase of this run."""
     return PhaseReport(run, phase, unit)
+
+
+def preparation_report(run: RunDirectory, stop: StopRequest | None) -> Callable[[int, int], None]:
+    """Return a report function for the preparation of a data set, which raises StoppedEarly once a stop is
+    requested. What was tokenised so far is removed then, so no peer has the data set either."""
+    report = phase_report(run, "preparing", "rows")
+
+    def report_or_leave(done: int, total: int) -> None:
+        if total and stop is not None:
+            stop.leave_early()
+        report(done, total)
+
+    return report_or_leave

@@ -12,6 +12,11 @@ from launcher.runs.grace import Grace
 from launcher.runs.processes import STOP_SIGNALS, heed
 
 
+class StoppedEarly(BaseException):
+    """A rank's end after a stop request, before there is anything to save. No `Exception`: nothing on the way
+    may take it for an error."""
+
+
 class StopRequest:
     """The stop request to this rank, if any: the signal and its time.
 
@@ -44,6 +49,12 @@ class StopRequest:
             self.time, self._clock = time.time(), time.monotonic()
             self.signal_name = signal_name
             self.requested = True
+
+    def leave_early(self) -> None:
+        """Raise StoppedEarly if a stop is requested. For work that ends on no rank if it does not end on this
+        one: otherwise peers would wait for this rank until their grace is over."""
+        if self.requested:
+            raise StoppedEarly
 
     def seconds_left(self) -> float:
         """Return the seconds of grace left; infinity without a stop request."""

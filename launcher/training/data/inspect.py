@@ -43,7 +43,7 @@ def inspect(
     if "evaluation" not in request["roles"]:
         plan = plan.model_copy(update={"data": plan.data.model_copy(update={"evaluation": None})})
     plan = pretrained.settled(plan)
-    material = TrainingInputs.of(scratch, plan, streams="train" in request["roles"])
+    material = TrainingInputs.of(scratch, plan, stop, streams="train" in request["roles"])
     try:
         wanted = [dataset for dataset in material.datasets if dataset.report.role in request["roles"]]
         if not request["show"]:
