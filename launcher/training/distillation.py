@@ -41,6 +41,7 @@ def from_states(model: PreTrainedModel, batch: Batch, matrix: OutputMatrix, sett
 
     def entropy_of(model: PreTrainedModel, outputs: Any, batch: Batch) -> CrossEntropy:
         states: torch.Tensor = batch[TEACHER_STATES]
+        assert len(states) == len(places_of(batch))  # samples are found by what is supervised in them, too
         soft = SoftTargets(
             lambda begin, end: matrix.logits(states[begin:end]), settings.temperature, settings.own_loss
         )
