@@ -140,7 +140,7 @@ class Manifest(Section):
             for key, value in read_as.items()
             if then.get(key) != value
         ]
-        if self.data["source"] != source_hash:
+        if self.data.get("source") != source_hash:
             differing.append("the files of data.train have changed, or are others")
         return "; ".join(differing)
 

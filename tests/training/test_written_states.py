@@ -333,6 +333,28 @@ def test_rows_that_are_read_otherwise_are_refused_with_what_differs(
         inputs_of(changed, tmp_path)
 
 
+def test_another_chat_template_is_refused(student: Path, tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3 w4"}]
+    train = write_rows(tmp_path / "chats.jsonl", [{"messages": chat}])
+    data = {"train": train, "messages": "messages", "max_length": 48, "num_workers": 1, "date": "2026-11-30"}
+    learners = []
+    for mark in ("w7", "w8"):
+        learners.append(tmp_path / mark)
+        shutil.copytree(student, learners[-1])
+        words = tokenizer()
+        words.chat_template = (
+            "{% for m in messages %}" + mark + " {{ m.role }} {{ m.content }} </s> {% endfor %}"
+            "{% if add_generation_prompt %}" + mark + " assistant {% endif %}"
+        )
+        words.save_pretrained(learners[-1])
+    logits = made_up(plan_for(learners[0], data, 1, NUM_STEPS), tmp_path)
+    assert inputs_of(plan(learners[0], data, logits=logits), tmp_path / "same").logits is not None
+    with pytest.raises(
+        DataError, match=r"1 of 1 samples .*another tokenizer, chat template or data.max_length"
+    ):
+        inputs_of(plan(learners[1], data, logits=logits), tmp_path / "other")
+
+
 def test_a_file_that_changed_after_is_refused(
     student: Path, rows: dict[str, Any], written: Path, tmp_path: Path
 ) -> None:

@@ -109,7 +109,9 @@ class WrittenLogits:
                 missing, first = missing + 1, first or sample
         if first is not None:
             reason = self.manifest.read_otherwise(dataset.report.source_hash, read_as(task))
-            reason = reason or "other rows, or the same ones read by another tokenizer or data.max_length"
+            reason = reason or (
+                "other rows, or the same ones read by another tokenizer, chat template or data.max_length"
+            )
             raise DataError(
                 f"{KEY} = {str(self.directory)!r}: {missing:,} of {dataset.num_samples:,} samples have no "
                 f"logits there, the first is of row {first.id} ({reason}); write them with this job: "
