@@ -79,8 +79,9 @@ def predict(
     if as_json:
         print_json({name: value for name, value in summary.items() if name != "first"})
     elif logits is not None:
+        what = f"hidden states of {summary['tokens']:,} tokens" if "tokens" in summary else "logits"
         typer.echo(
-            f"logits of {summary['samples']:,} samples ({summary['rows']:,} rows) in {summary['output']}, "
+            f"{what} of {summary['samples']:,} samples ({summary['rows']:,} rows) in {summary['output']}, "
             f"{size(summary['bytes'])}"
         )
     else:

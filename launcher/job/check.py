@@ -85,9 +85,6 @@ def _distillation(job: Job) -> Iterator[Finding]:
 
 def _written_logits(job: Job, distillation: Distillation) -> Iterator[Finding]:
     """Yield what only a teacher that is asked meanwhile can give."""
-    if tasks.find(job.model.task).traits.head == "every-position":
-        reason = "those of a language model are not written ahead, only of classes; name a teacher"
-        yield finding("distillation.logits", distillation.logits, reason, "model.task")
     for key in ("checkpoint", "revision", "hidden_states"):
         if (value := getattr(distillation, key)) is not None:
             shown = value if isinstance(value, (int, str)) else None

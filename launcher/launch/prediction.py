@@ -47,7 +47,7 @@ class Logits:
         even one row fits, else the failure's own class."""
         refuse_directory(self.output)
         task, data = self.request.plan.task, self.request.plan.data
-        if task not in (able := [name for name in tasks.names() if _writes_logits(name)]):
+        if task not in (able := [name for name in tasks.names() if tasks.find(name).distils]):
             reason = f"nothing learns from logits of a {task} task; of {', '.join(able)} a model does"
             raise ConfigurationError(Problem(_LOGITS, str(self.output), reason))
         if self.request.model is None and tasks.virtual_tokens(self.request.plan.model):
@@ -60,11 +60,6 @@ class Logits:
         wanted = self.request.asked | {"output": str(self.output.absolute())}
         summary = ask(plan, "launcher.training.logits_entry", wanted, "logits.json", watcher)
         return {"output": str(self.output), **summary, "engine": plan.engine, "ranks": plan.mesh.world_size}
-
-
-def _writes_logits(name: str) -> bool:
-    task = tasks.find(name)
-    return task.distils and task.traits.head == "one-per-sample"
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import asdict
 
-from launcher import tasks
 from launcher.errors import ConfigurationError
 from launcher.job.schema import Checkpoint, Job, Precision, Tracking
 from launcher.planner.dataset import suitability
@@ -42,12 +41,11 @@ def candidate(job: Job, nproc: int | None, hardware: Hardware, local: bool) -> P
     trackers = _trackers(decider)
     num_workers = _num_workers(decider)
     requested = slurm_request.request(decider, mesh.ranks_per_node if mesh.device == "cuda" else 0)
-    taught = teacher.settle(decider)
+    taught = teacher.settle(decider, precision)
     batch = _batch(decider, mesh)
     recompute = job.memory.activation_checkpointing
     length = _length(decider)
-    left_open = tasks.of_job(job).left_open()
-    settled = {left.key: decider.decide(f"data.{left.key}", left.value, left.reason) for left in left_open}
+    settled = teacher.left_open(decider)
     return Plan(
         name=job.name,
         task=job.model.task,

@@ -13,7 +13,8 @@ from launcher.planner.memory.footprint import Footprint
 from launcher.planner.memory.formulas import Formulas
 from launcher.planner.memory.profiles import CACHED, Profiles
 from launcher.planner.memory.program import Program
-from launcher.planner.memory.teacher import Taught
+from launcher.planner.memory.teacher import Taught, Teacher
+from launcher.planner.memory.written_states import TaughtAhead
 from launcher.planner.plan import Plan
 from launcher.planner.speed.duration import Duration, duration
 from launcher.planner.speed.step_time import Speed, speed
@@ -46,11 +47,11 @@ class Forecast:
     @property
     def traced(self) -> bool:
         """Return whether it uses a profile of the model's own class."""
-        of = (
-            (self.program.student, self.program.teacher)
-            if isinstance(self.program, Taught)
-            else (self.program,)
-        )
+        of = [self.program]
+        if isinstance(self.program, Taught):
+            of = [self.program.student, self.program.teacher]
+        elif isinstance(self.program, TaughtAhead):
+            of = [self.program.student]
         return not all(isinstance(program, Formulas) for program in of)
 
     @property
@@ -173,7 +174,8 @@ def forecast(
     rate = speed(typical, estimator.units, program.blocks(setting), gpu)
     rate = replace(rate, tokens=round(rate.tokens * share), model_flops=rate.model_flops * share)
     if (teacher := estimator.teacher) is not None:
-        beside = speed(typical.of_teacher(), teacher.units, teacher.blocks(setting.batch), gpu)
+        of_teacher = typical.of_teacher() if isinstance(teacher, Teacher) else typical.as_frozen()
+        beside = speed(of_teacher, teacher.units, teacher.blocks(setting.batch), gpu)
         rate = replace(rate, compute=rate.compute + beside.evaluation)
     lasts = duration(plan, rate, foreseen.checkpoint_bytes, gpu, target.disk_rate, items, held_out)
     return replace(foreseen, speed=rate, duration=lasts, items=items, padded=padded)

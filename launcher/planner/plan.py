@@ -216,8 +216,13 @@ class Plan(Frozen):
             task=self.model.task,
             trust_remote_code=self.model.trust_remote_code,
         )
-        changes = {"model": model, "distillation": None, "engine": "fsdp", "zero": None}
-        return self.model_copy(update=changes | {"activation_checkpointing": "none"})
+        return self.as_frozen().model_copy(update={"model": model})
+
+    def as_frozen(self) -> Plan:
+        """Return the plan of what computes next to the model without being trained: sharded by FSDP, without a
+        teacher of its own."""
+        changes = {"distillation": None, "engine": "fsdp", "zero": None, "activation_checkpointing": "none"}
+        return self.model_copy(update=changes)
 
     def flat(self, without: set[str]) -> dict[str, Any]:
         """Return every value by its key (`training.learning_rate`), except those in the fields `without`."""

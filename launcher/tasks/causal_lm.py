@@ -15,6 +15,7 @@ from launcher.tasks import causal_columns, roles
 from launcher.tasks.causal_columns import CausalColumns
 from launcher.tasks.causal_samples import encoded, num_asked
 from launcher.tasks.chat.rows import chat_columns, messages_of, texts_of, tools_of
+from launcher.tasks.companion import Companion
 from launcher.tasks.distillation import TEACHER
 from launcher.tasks.encoding import Borders, Tokens, Written, encode_usable, encode_written
 from launcher.tasks.generation import padded_prompts
@@ -36,6 +37,7 @@ from launcher.tasks.text_scores import EXACT, OVERLAP
 from launcher.tasks.token_batches import joined, padded
 from launcher.tasks.token_losses import likelihood
 from launcher.tasks.writing import LOSSES, WritingTask, as_bytes
+from launcher.tasks.written_logits import KEY, MATRIX, TEACHER_STATES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -79,6 +81,12 @@ class CausalLM(WritingTask):
         if self.data.text and self.generates:
             reason = "plain text asks nothing: name prompt and completion, or messages, or leave it out"
             yield finding("evaluation.generate", None, reason, "data.text")
+
+    @property
+    def companions(self) -> Mapping[str, Companion]:
+        if self.distillation is None or self.distillation.logits is None:
+            return super().companions
+        return {MATRIX: Companion(self.distillation.logits, KEY, only_matrix=True)}
 
     @property
     def metrics(self) -> Mapping[str, Better]:
@@ -227,9 +235,12 @@ class CausalLM(WritingTask):
         from launcher.training.heads import causal_lm
 
         if others and self.distillation is not None and model.training:
-            from launcher.training.distillation import causal_lm as distilled
+            from launcher.training import distillation
 
-            return distilled(model, batch, others[TEACHER], self.distillation)
+            if TEACHER in others:
+                return distillation.causal_lm(model, batch, others[TEACHER], self.distillation)
+            if TEACHER_STATES in batch:
+                return distillation.from_states(model, batch, others[MATRIX], self.distillation)
         return causal_lm(model, batch, self.head)
 
     def answers(

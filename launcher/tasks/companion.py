@@ -17,3 +17,5 @@ class Companion:
     """The name of its transformers Auto class; None: the task's own."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
+    only_matrix: bool = False
+    """Whether it is a directory of hidden states written ahead, of which only the output matrix is loaded."""

@@ -106,8 +106,8 @@ class TrainingInputs:
             check_teacher(plan, task, tokenizer, material.train)
             if plan.distillation is not None and plan.distillation.logits is not None:
                 logits = WrittenLogits.open(Path(plan.distillation.logits))
-                logits.suit(task)
-                logits.check(material.train)
+                logits.suit(task, tokenizer)
+                logits.check(material.train, task)
                 material = dataclasses.replace(material, logits=logits)
             texts = getattr(tokenizer, "tokenizer", None) if task.has_processor else tokenizer
             if texts is not None:

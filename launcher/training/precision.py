@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from launcher.tasks.written_logits import TEACHER_LOGITS
+from launcher.tasks.written_logits import TEACHER_LOGITS, TEACHER_STATES
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """The compute dtype for each value of the plan's `precision`."""
-_AS_THEY_ARE = ("labels", "weights", TEACHER_LOGITS)
+_AS_THEY_ARE = ("labels", "weights", TEACHER_LOGITS, TEACHER_STATES)
 """Floating-point entries of a batch that are no inputs of the model."""
 _GROWTH_INTERVAL = 2000
 _LARGEST, _SMALLEST = 2.0**24, 1.0
@@ -19,7 +19,7 @@ _LARGEST, _SMALLEST = 2.0**24, 1.0
 
 def as_computed(batch: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """Return a batch with the model's floating-point inputs (images, sounds) cast to its compute dtype. Labels,
-    weights and a teacher's logits are left as they are."""
+    weights and what was written of a teacher are left as they are."""
     return {
         key: value.to(dtype)
         if isinstance(value, torch.Tensor)

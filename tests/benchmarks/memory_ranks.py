@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +26,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from launcher.planner.plan import Plan
 from launcher.render.deepspeed import config as deepspeed_config
+from launcher.tasks.written_logits import MATRIX, TEACHER_STATES, Manifest
 from launcher.training import engines, shared_messages
 from launcher.training.model import pretrained
+from launcher.training.precision import DTYPES
 from launcher.training.tracing.make_profile import example_batch, prepared_task
 
 PHASE, LIVE = "phase: ", "live: "
@@ -160,6 +163,7 @@ def _steps(request: Request, before: dict[int, int]) -> Any:
         with record_function(f"{PHASE}{name}"):
             for index in range(plan.batch.accumulation_steps):
                 batch = example_batch(task, config, request.lengths)
+                batch |= _states(task, len(batch["supervised"])) if MATRIX in task.companions else {}
                 engine.micro_step(batch, 1.0, index == plan.batch.accumulation_steps - 1)
                 del batch
             engine.squared_gradient_norm()
@@ -170,6 +174,13 @@ def _steps(request: Request, before: dict[int, int]) -> Any:
         with record_function(f"{PHASE}evaluating"):
             engine.evaluate(example_batch(task, config, request.lengths))
     return engine
+
+
+def _states(task: Any, num_tokens: int) -> dict[str, torch.Tensor]:
+    """What a batch has of hidden states that were written ahead."""
+    manifest = Manifest.read(Path(task.companions[MATRIX].name))
+    assert manifest.hidden is not None
+    return {TEACHER_STATES: torch.zeros(num_tokens, manifest.hidden.width, dtype=DTYPES[manifest.precision])}
 
 
 @dataclass(frozen=True)

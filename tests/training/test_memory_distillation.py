@@ -7,14 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from launcher.planner.memory.estimate import Estimator
 from launcher.planner.memory.formulas import formulas_of
 from launcher.planner.memory.profiles import Profiles
 from launcher.planner.memory.program import Batch
 from launcher.planner.memory.teacher import Taught
+from launcher.planner.memory.written_states import TaughtAhead
 from launcher.planner.model.model_config import read_config
 from launcher.planner.plan import Plan
+from launcher.tasks.distillation import Distillation
+from launcher.training.data.logits_writer import Writer
 from tests.benchmarks.bench_memory import settled
 from tests.benchmarks.memory_pool import World
 from tests.benchmarks.memory_ranks import Request, measure
@@ -100,6 +104,45 @@ def test_a_teacher_is_predicted(world: World, tmp_path: Path) -> None:
         told.append((good, f"{said / peak - 1:+.2%} of {peak:,}, {states - left:+,} of {left:,} {case}"))
     print(*(text for _, text in told), sep="\n")
     assert all(good for good, _ in told), "\n".join(text for _, text in told)
+
+
+@pytest.mark.slow
+def test_written_states_are_predicted(world: World, tmp_path: Path) -> None:
+    """As closely as a teacher is: the output matrix, and the states of a micro-batch."""
+    student, told = model_directory(tmp_path / "student", num_hidden_layers=4, **SIZES), []
+    size = len(world.pipes)
+    for case in (TaughtCase("fp32"), TaughtCase("bf16", "full"), TaughtCase("bf16", "none", 3)):
+        if case.stage and size == 1:
+            continue
+        logits = states_of(tmp_path / f"{case.precision}-{case.stage}", case.precision)
+        plan = case_plan(case, student, student, size)
+        plan = plan.model_copy(update={"distillation": Distillation(logits=str(logits), temperature=2.0)})
+        program = Profiles().find(plan)
+        assert isinstance(program, TaughtAhead)
+        footprint = Estimator(plan, program, Batch(LENGTHS)).footprint()
+        results = settled(world, measure, Request(plan, LENGTHS))
+        peak, left = (
+            max(result[key][phase] for result in results)
+            for key, phase in (("peaks", "steady step"), ("ends", "first step"))
+        )
+        said, states = footprint.phase("steady step").peak, footprint.phase("loading").peak
+        good = -0.01 <= said / peak - 1 <= 0.08 and abs(states - left) <= 0.01 * left
+        told.append((good, f"{said / peak - 1:+.2%} of {peak:,}, {states - left:+,} of {left:,} {case}"))
+    print(*(text for _, text in told), sep="\n")
+    assert all(good for good, _ in told), "\n".join(text for _, text in told)
+
+
+def states_of(directory: Path, precision: str) -> Path:
+    """Written states of 214 tokens, all zeros, of a teacher of width 1,024."""
+    hidden = {"width": 1024, "num_tokens": sum(LENGTHS), "has_bias": False, "scale": 1.0, "softcap": None}
+    hidden |= {"matrix_hash": "", "num_ids": 124, "vocabulary_hash": ""}
+    about = {"format": 1, "task": "causal-lm", "problem": None, "classes": None, "num_outputs": 4000}
+    about |= {"hidden": hidden, "num_samples": 1, "teacher": {"name": "large"}, "data": {"longest": 64}}
+    writer = Writer(directory, about | {"precision": precision}, [1], [sum(LENGTHS)])
+    writer.begin()
+    writer.put_matrix("matrix", torch.zeros(4000, 1024))
+    writer.finish()
+    return directory
 
 
 def test_the_teacher_is_counted_in_every_phase_and_in_the_time(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from launcher.planner.plan import Plan
 from launcher.runs.layout import RunDirectory
 from launcher.tasks.distillation import Distillation
 from launcher.tasks.written_logits import MANIFEST
-from launcher.training.data.written_logits import Writer, WrittenLogits, key_of, samples_of
+from launcher.training.data.logits_writer import Writer
+from launcher.training.data.written_logits import WrittenLogits, key_of, samples_of
 from launcher.training.inputs import TrainingInputs
 from launcher.training.logits_entry import write
 from tests.training.pictures import folder_of
@@ -151,8 +152,8 @@ def test_a_batch_has_the_logits_of_its_samples(taken: tuple[Plan, TrainingInputs
     """Filler's too, whose loss weighs nothing."""
     _, inputs, directory = taken
     logits = WrittenLogits.open(directory)
-    logits.check(inputs.train)
-    logits.suit(inputs.task)
+    logits.check(inputs.train, inputs.task)
+    logits.suit(inputs.task, inputs.tokenizer)
     samples = list(samples_of(inputs.train))
     rows = logits.of([samples[5:6], [samples[2], samples[5].as_filler()]])["teacher_logits"]
     assert rows.tolist() == [[5.0, 0.5, -1.0], [2.0, 0.5, -1.0], [5.0, 0.5, -1.0]]
@@ -239,7 +240,7 @@ def test_damaged_logits_and_those_of_others_are_refused(
     damage(tmp_path / "logits")
     with pytest.raises(kind, match=reason) as caught:
         logits = WrittenLogits.open(tmp_path / "logits")
-        logits.suit(inputs.task)
+        logits.suit(inputs.task, inputs.tokenizer)
         logits.of([[sample] for sample in samples_of(inputs.train)])
     assert "\n" not in str(caught.value) and str(tmp_path / "logits") in str(caught.value)
 
@@ -272,7 +273,7 @@ def test_writing_goes_on_where_it_stopped_and_of_the_same_alone(tmp_path: Path) 
     second.put(3, rows[0])
     second.finish()
     assert not (tmp_path / "logits.partial").exists()
-    np.testing.assert_array_equal(WrittenLogits.open(out).logits, rows)
+    np.testing.assert_array_equal(WrittenLogits.open(out).values, rows)
     other = Writer(tmp_path / "other", about(2), [3, 7])
     other.begin()
     other.keep(1)
@@ -304,14 +305,14 @@ def test_a_stop_leaves_what_is_done(encoder: Path, tmp_path: Path) -> None:
 
 def _stop_soon(rank: int, stop: Any) -> None:
     """A stop after two passes."""
-    from launcher.training.logits_entry import Writing
+    from launcher.training.writing_logits import Writing
 
-    logits, passes = Writing._logits, [0]
+    values, passes = Writing.values, [0]
 
-    def counted(self: Writing, samples: Any) -> Any:
+    def counted(self: Writing, keys: Any) -> Any:
         passes[0] += 1
         if passes[0] == 2:
             stop.requested = True
-        return logits(self, samples)
+        return values(self, keys)
 
-    Writing._logits = counted  # type: ignore[method-assign]
+    Writing.values = counted  # type: ignore[method-assign]

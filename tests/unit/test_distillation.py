@@ -18,16 +18,18 @@ from launcher.launch.evaluation import Request
 from launcher.launch.prediction import Logits
 from launcher.launch.redecide import decide_again
 from launcher.planner.changes import changes
+from launcher.planner.forecast import forecast_here
 from launcher.planner.hardware.detect import Hardware
 from launcher.planner.memory.estimate import Estimator
 from launcher.planner.memory.profiles import Profiles
+from launcher.planner.memory.written_states import TaughtAhead
 from launcher.planner.plan import Plan
 from launcher.planner.search import plan_job
 from launcher.runs.layout import RunDirectory
 from launcher.sweep.sweep import as_yaml
 from launcher.tasks.distillation import SOURCE
 from tests.unit.checkpoint_files import make_run, write_checkpoint
-from tests.unit.test_planning_decide import CPU
+from tests.unit.test_planning_decide import CPU, H100
 from tests.unit.test_suitability import LLAMA, model
 
 TEACHER = {"teacher": "large", "temperature": 2.0}
@@ -95,9 +97,9 @@ def test_the_plan_names_the_teacher_by_its_absolute_path_and_keeps_to_it(tmp_pat
             "no such directory; the nearest there is run",
         ),
         (
-            {"distillation": {"logits": "run"}},
-            "distillation.logits",
-            "those of a language model are not written ahead",
+            {"distillation": {"logits": "run", "hidden_states": {}}},
+            "distillation.hidden_states",
+            "have none of it; leave it out, or name a teacher",
         ),
         (
             CLASSES | {"distillation": {"logits": "run", "hidden_states": {}}},
@@ -409,12 +411,99 @@ def test_logits_of_something_else_are_refused_by_the_plan(
     assert key == "distillation.logits" and reason in why
 
 
+def states_of(folder: Path, **changes: Any) -> Path:
+    """A directory as `launcher predict --logits` writes it of a language model, whose arrays are of zeros."""
+    hidden = {"width": 16, "num_tokens": 100, "has_bias": True, "scale": 1.0, "softcap": None}
+    hidden |= {"matrix_hash": "0", "num_ids": 6, "vocabulary_hash": "0"} | changes.pop("hidden", {})
+    sizes = {"keys": 640, "checks": 640, "ends": 640, "states": 6528, "matrix": 640, "bias": 152}
+    of_task = {"task": "causal-lm", "problem": None, "classes": None, "num_outputs": 8, "hidden": hidden}
+    directory = logits_of(folder, **of_task | {"files": {}} | changes)
+    (directory / "logits.npy").unlink()
+    for name, size in sizes.items():
+        (directory / f"{name}.npy").write_bytes(b"\0" * size)
+    manifest = json.loads((directory / "manifest.json").read_text())
+    manifest["files"] = {f"{name}.npy": size for name, size in sizes.items()}
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+    return directory
+
+
+def test_of_written_states_the_output_matrix_is_planned(tmp_path: Path) -> None:
+    """In every phase of its shards, in the loss whole; and of the states those of a micro-batch."""
+    path = write(tmp_path, distillation={"logits": "logits", "temperature": 2.0})
+    states_of(tmp_path)
+    plan = plan_job(load(path), hardware=CPU)
+    [decision] = [one for one in plan.decisions if one.key == "distillation.logits"]
+    assert decision.reason == "hidden states of 100 tokens and an output matrix, 9.24 kB, of large"
+    other = plan_job(load(path, ["precision=bf16"]), hardware=CPU)
+    assert any(
+        "computed in fp32, as a teacher in this run's bf16 is not" in one.reason for one in other.decisions
+    )
+    without = plan.model_copy(update={"distillation": None})
+    program, own = Profiles().find(plan), Profiles().find(without)
+    assert isinstance(program, TaughtAhead) and program.student == own and program.itemsize == 4
+    told, plain = Estimator(plan, program), Estimator(without, own)  # type: ignore[arg-type]
+    assert told.teacher is not None
+    shard = 4 * (4 * 16 + 4)
+    assert told.teacher.state_bytes == shard and told.checkpoint_bytes == plain.checkpoint_bytes
+    for phase, before in zip(told.footprint().phases, plain.footprint().phases, strict=True):
+        assert phase.parts["teacher"] == shard
+        if phase.name in ("loading", "evaluating", "resuming"):
+            assert phase.peak - before.peak == shard
+        else:
+            whole, chunk = 2 * shard, 12 * 8 * plan.data.max_length * plan.batch.micro_batch_size
+            assert phase.peak - before.peak >= min(whole, chunk)
+    on_gpus = plan_job(load(path, ["cluster.gpus_per_node=2", "cluster.ranks_per_node=2"]), hardware=H100)
+    alone = on_gpus.model_copy(update={"distillation": None})
+    known, bare = (forecast_here(one, H100, profiles=Profiles()) for one in (on_gpus, alone))
+    assert known is not None and bare is not None and not known.traced
+    assert known.speed is not None and bare.speed is not None and known.speed.compute > bare.speed.compute
+    shutil.rmtree(tmp_path / "logits")
+    assert "of the logits written ahead: has no manifest.json" in Profiles().why_not(plan)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"hidden": {"num_ids": 7}}, "written with a tokenizer of 7 tokens, and the model's has 6"),
+        ({"data": {"longest": 33}}, "written of samples of up to 33 tokens, and data.max_length is 32"),
+        ({"precision": "fp8"}, "its manifest.json is not what was written (precision: "),
+        ({"hidden": {"width": 0}}, "its manifest.json is not what was written (hidden: width: "),
+        (
+            {"task": "sequence-classification"},
+            "logits of sequence-classification, and the model does causal-lm",
+        ),
+    ],
+)
+def test_states_that_do_not_suit_are_refused_by_the_plan(
+    changes: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path, distillation={"logits": "logits"})
+    states_of(tmp_path, **changes)
+    key, why = refusal(path)
+    assert key == "distillation.logits" and reason in why, why
+
+
+def test_longer_samples_are_no_fault_where_rows_that_are_too_long_are_left_out(tmp_path: Path) -> None:
+    path = write(tmp_path, distillation={"logits": "logits"})
+    states_of(tmp_path, data={"longest": 33})
+    assert plan_job(load(path, ["data.too_long=drop"]), hardware=CPU).distillation is not None
+
+
+def test_a_date_left_open_is_the_one_with_which_states_were_written(tmp_path: Path) -> None:
+    path = write(tmp_path, data__text=None, data__messages="messages", distillation={"logits": "logits"})
+    (tmp_path / "rows.jsonl").write_text('{"messages": [{"role": "assistant", "content": "a"}]}\n')
+    states_of(tmp_path, data={"longest": 8, "read_as": {"date": "2020-02-29"}})
+    plan = plan_job(load(path), hardware=CPU)
+    assert plan.data.date == "2020-02-29"  # type: ignore[attr-defined]
+    assert any(one.reason == "as distillation.logits were written" for one in plan.decisions)
+
+
 @pytest.mark.parametrize(
     ("options", "key", "reason"),
     [
         ({}, "--logits", "is there already; name another directory, or remove it"),
         ({"out": "nowhere/logits"}, "--logits", "nowhere is not there"),
-        ({"task": "causal-lm"}, "--logits", "nothing learns from logits of a causal-lm task"),
+        ({"task": "masked-lm"}, "--logits", "nothing learns from logits of a masked-lm task; of causal-lm,"),
         ({"method": "prompt-tuning"}, "--logits", "virtual tokens, which no student has before its rows"),
     ],
 )

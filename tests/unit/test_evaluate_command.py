@@ -16,7 +16,7 @@ from launcher.cli.model import table
 from launcher.cli.predict import described
 from launcher.errors import ConfigurationError
 from launcher.launch.evaluation import Request
-from launcher.launch.prediction import Prediction
+from launcher.launch.prediction import Logits, Prediction
 from launcher.launch.screen import Watcher
 from launcher.tasks.task import AnswerOptions
 
@@ -161,3 +161,21 @@ def test_predict_says_what_it_does_before_it_plans(
     monkeypatch.setattr(Request, "of", refuse)
     result = CliRunner().invoke(app, ["predict", "model", "--job", "own.yaml", *options])
     assert result.stderr == f"planning, loading the model, then {doing} ...\n" and result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        ({}, "logits of 7 samples (8 rows) in new, 9 kB\n"),
+        ({"tokens": 1234}, "hidden states of 1,234 tokens of 7 samples (8 rows) in new, 9 kB\n"),
+    ],
+)
+def test_predict_says_what_it_wrote_for_a_student(
+    more: dict[str, int], line: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    summary = {"samples": 7, "rows": 8, "bytes": 9000, "output": "new"}
+    monkeypatch.setattr(Request, "of", lambda *_: None)
+    monkeypatch.setattr(Logits, "run", lambda *_: summary | more)
+    result = CliRunner().invoke(app, ["predict", "model", "--job", "own.yaml", "--logits", "new"])
+    assert result.stdout == line

@@ -15,6 +15,7 @@ from launcher.planner.memory.program import Batch, Program, Segment, Setting
 from launcher.planner.memory.teacher import Taught, Teacher
 from launcher.planner.memory.timeline import CONTEXT, OPTIMIZER, PARAMETERS, SLACK, TEACHER, Timeline
 from launcher.planner.memory.writing import write
+from launcher.planner.memory.written_states import TaughtAhead, WrittenTeacher
 from launcher.planner.memory.zero import ZeroStep
 from launcher.planner.memory.zero_states import ZeroCut
 from launcher.planner.plan import Plan, Zero
@@ -70,9 +71,11 @@ class Estimator:
         near = plan.training.l2_sp
         self.copies += (plan.training.ema is not None) + (near is not None)
         self.copies += near is not None and near.fisher is not None
-        self.teacher: Teacher | None = None
+        self.teacher: Teacher | WrittenTeacher | None = None
         if isinstance(program, Taught):
             self.teacher = Teacher(plan, program.teacher, self.setting, self._fsdp_cut())
+        elif isinstance(program, TaughtAhead):
+            self.teacher = WrittenTeacher(plan, program, self.setting, self._fsdp_cut())
 
     def footprint(self) -> Footprint:
         """Return the memory of all phases: a range test neither saves nor resumes."""

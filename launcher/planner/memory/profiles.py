@@ -26,11 +26,13 @@ from launcher.planner.memory.formulas import formulas_of
 from launcher.planner.memory.profile import Profile
 from launcher.planner.memory.program import Program, Unit, Weight
 from launcher.planner.memory.teacher import Taught, projection
+from launcher.planner.memory.written_states import TaughtAhead
 from launcher.planner.model.model_config import config_of, locate
 from launcher.planner.model.model_shape import stored_parameters
 from launcher.planner.plan import Plan
 from launcher.runs import cache
 from launcher.runs.wording import shown
+from launcher.tasks.written_logits import Manifest
 
 FORMAT = 3
 """Version of the files; a file of another version is not read."""
@@ -82,8 +84,7 @@ class Profiles:
             ways += "model.config"
             return Unknown(f"no config.json of {plan.model.name} on this machine; {ways}")
         if plan.distillation is not None:
-            alone = plan.model_copy(update={"distillation": None})
-            return self._taught(plan) if plan.distillation.teacher else self.find(alone)
+            return self._taught(plan) if plan.distillation.teacher else self._taught_ahead(plan)
         if beside := tasks.unprepared(plan).companions:
             return Unknown(
                 f"the task asks models beside this one ({', '.join(beside)}), whose memory nothing counts"
@@ -108,6 +109,18 @@ class Profiles:
         if isinstance(teacher, Unknown):
             return Unknown(f"of its teacher: {teacher.reason}")
         return Taught(student, teacher, projection(plan, beside))
+
+    def _taught_ahead(self, plan: Plan) -> Program | Unknown:
+        student = self.find(plan.model_copy(update={"distillation": None}))
+        speaks = tasks.find(plan.task).traits.head == "every-position"
+        if isinstance(student, Unknown) or not speaks:
+            return student
+        assert plan.distillation is not None and plan.distillation.logits is not None
+        try:
+            manifest = Manifest.read(Path(plan.distillation.logits))
+        except ConfigurationError as error:
+            return Unknown(f"of the logits written ahead: {error.problems[0].reason}")
+        return student if manifest.hidden is None else TaughtAhead.of(student, manifest)
 
     def program(self, plan: Plan) -> Program | None:
         """Return the program of a plan's model; None if its memory cannot be forecast."""

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from launcher import tasks
 from launcher.errors import ConfigurationError, Problem
 from launcher.job.schema import Model
 from launcher.planner.decider import Decider
-from launcher.planner.model.model_config import config_of
+from launcher.planner.model.model_config import config_of, locate
 from launcher.planner.model.model_shape import ModelShape
-from launcher.planner.plan import Plan
+from launcher.planner.model.vocabulary import read_vocabulary
+from launcher.planner.plan import Plan, Precision
 from launcher.runs.checkpoints import Stored, list_checkpoints
 from launcher.runs.layout import RunDirectory
 from launcher.runs.retention import best
+from launcher.runs.wording import size
 from launcher.tasks.distillation import Distillation
 from launcher.tasks.mixed import measured
 from launcher.tasks.written_logits import KEY, Manifest
@@ -21,20 +24,14 @@ from launcher.tasks.written_logits import KEY, Manifest
 _KEY = "distillation.checkpoint"
 
 
-def settle(decider: Decider) -> Distillation | None:
+def settle(decider: Decider, precision: Precision) -> Distillation | None:
     """Return the job's section `distillation`, with the checkpoint's step if the teacher is a run. Problems
-    go to the decider."""
+    go to the decider. `precision` is the run's."""
     distillation = decider.job.distillation
     if distillation is None:
         return None
     if distillation.logits is not None:
-        try:
-            manifest = Manifest.read(Path(distillation.logits))
-        except ConfigurationError as error:
-            decider.problems += error.problems
-            return distillation
-        if reason := manifest.unlike(decider.job.model.task, decider.job.data):
-            decider.refuse(KEY, distillation.logits, reason)
+        _written_ahead(decider, distillation.logits, precision)
         return distillation
     assert distillation.teacher is not None
     if _lacks_head(decider.job.model, distillation):
@@ -74,6 +71,50 @@ def settle(decider: Decider) -> Distillation | None:
         has = ", ".join(map(str, steps[-6:]))
         decider.refuse(_KEY, distillation.checkpoint, f"{run.path.name} has no such checkpoint; it has {has}")
     return distillation
+
+
+def left_open(decider: Decider) -> dict[str, str | int | float | bool]:
+    """Return the job's values of `data` that are decided when a run is planned. If a language model's hidden
+    states were written ahead, they are those of its samples: the date that a chat template writes is one."""
+    job = decider.job
+    left = list(tasks.of_job(job).left_open())
+    then: dict[str, Any] = {}
+    if left and job.distillation is not None and job.distillation.logits is not None:
+        then = Manifest.read(Path(job.distillation.logits)).data.get("read_as") or {}
+    return {
+        one.key: decider.decide(
+            f"data.{one.key}",
+            then.get(one.key) or one.value,
+            f"as {KEY} were written" if then.get(one.key) else one.reason,
+        )
+        for one in left
+    }
+
+
+def _written_ahead(decider: Decider, directory: str, precision: Precision) -> None:
+    """Compare the job with a teacher's logits that were written ahead, as far as the files here tell."""
+    job = decider.job
+    try:
+        manifest = Manifest.read(Path(directory))
+    except ConfigurationError as error:
+        decider.problems += error.problems
+        return
+    vocabulary = read_vocabulary(locate(job.model.name, job.model.revision))
+    reason = manifest.unlike(job.model.task, job.data)
+    if not reason and vocabulary is not None:
+        reason = manifest.other_tokenizer(vocabulary.num_ids)
+    if reason:
+        decider.refuse(KEY, directory, reason)
+        return
+    if (hidden := manifest.hidden) is None:
+        return
+    what = (
+        f"hidden states of {hidden.num_tokens:,} tokens and an output matrix, "
+        f"{size(sum(manifest.files.values()))}, of {manifest.teacher.get('name')}"
+    )
+    if manifest.precision != precision:
+        what += f"; they were computed in {manifest.precision}, as a teacher in this run's {precision} is not"
+    decider.decide(KEY, directory, what)
 
 
 def _lacks_head(model: Model, distillation: Distillation) -> bool:

@@ -18,6 +18,7 @@ from launcher.training.engines.units import shard_units
 from launcher.training.model import loading as models
 from launcher.training.model import normalization, pretrained
 from launcher.training.precision import DTYPES
+from launcher.training.written_states import load_matrix
 
 
 def load(plan: Plan, task: Task) -> dict[str, nn.Module]:
@@ -26,7 +27,8 @@ def load(plan: Plan, task: Task) -> dict[str, nn.Module]:
 
     FSDP2 shards them with either engine. They do not train, so ZeRO could only gather them as well.
 
-    Raises ConfigurationError if one cannot be read, or if its files lack some of its weights.
+    Raises ConfigurationError if one cannot be read, or if its files lack some of its weights; DataError for an
+    output matrix that has changed.
     """
     return {name: _load(plan, task, companion) for name, companion in task.companions.items()}
 
@@ -39,7 +41,9 @@ def bind_loss(model: PreTrainedModel, task: Task, others: Mapping[str, nn.Module
     model.forward = normalization.noting_samples(model, forward)
 
 
-def _load(plan: Plan, task: Task, companion: Companion) -> PreTrainedModel:
+def _load(plan: Plan, task: Task, companion: Companion) -> nn.Module:
+    if companion.only_matrix:
+        return load_matrix(plan, companion.name)
     own = Model(
         name=companion.name,
         revision=companion.revision,

@@ -45,7 +45,7 @@ def check_teacher(plan: Plan, task: Task, processor: Any, rows: Dataset) -> None
     if reads is not None:
         if reason := _sees_otherwise(task, reads, rows.item(0)[0]):
             raise _problem(plan, f"it sees an image otherwise than the model: {reason}")
-    elif reason := _unlike(processor, other):
+    elif reason := unlike_tokenizers(processor, other):
         raise _problem(plan, f"its tokenizer is not the model's: {reason}")
     num_rows = None if reads else getattr(there.get_text_config(), "vocab_size", None)
     if num_rows is not None and num_rows < (num_ids := pretrained.num_ids(processor)):
@@ -116,7 +116,7 @@ def _sees_otherwise(own: Task, other: Task, sample: Sample) -> str:
     return ""
 
 
-def _unlike(own: Any, other: Any) -> str:
+def unlike_tokenizers(own: Any, other: Any) -> str:
     """Return how two tokenizers differ; empty if they agree."""
     ours, theirs = own.get_vocab(), other.get_vocab()
     for token in sorted(ours.keys() | theirs.keys(), key=lambda one: (ours.get(one, 1 << 60), one)):

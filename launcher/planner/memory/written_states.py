@@ -1,0 +1,83 @@
+"""Memory of a teacher's output matrix, and of the hidden states of a micro-batch that were written ahead."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from launcher.planner.limits import chunk_length
+from launcher.planner.memory.fsdp import Cut, FsdpStep
+from launcher.planner.memory.program import Batch, Program, Segment, Setting, Unit, Weight
+from launcher.planner.memory.teacher import COMPARED_BYTES
+from launcher.planner.plan import Plan
+from launcher.tasks.written_logits import Manifest
+
+
+@dataclass(frozen=True)
+class TaughtAhead:
+    """The program of a student, and the output matrix of a teacher whose hidden states were written ahead."""
+
+    student: Program
+    matrix: Unit
+    itemsize: int
+    """Bytes of a number of the matrix and of the hidden states."""
+
+    @classmethod
+    def of(cls, student: Program, manifest: Manifest) -> TaughtAhead:
+        """Return the program of a student that learns from the hidden states of a manifest."""
+        assert manifest.hidden is not None
+        shapes = [(manifest.num_outputs, manifest.hidden.width)]
+        shapes += [(manifest.num_outputs,)] * manifest.hidden.has_bias  # type: ignore[list-item]
+        weights = (Weight("matrix", shape, trains=False, narrow=True) for shape in shapes)
+        return cls(student, Unit(tuple(weights)), 4 if manifest.precision == "fp32" else 2)
+
+    def units(self) -> tuple[Unit, list[Unit]]:
+        """Return the student's units: the matrix is sharded apart from them."""
+        return self.student.units()
+
+    def blocks(self, setting: Setting) -> list[Segment]:
+        """Return the student's blocks alone; `WrittenTeacher.beside` adds the matrix and the states."""
+        return self.student.blocks(setting)
+
+
+class WrittenTeacher:
+    """The memory of a teacher's written part, on the rank that needs the most."""
+
+    def __init__(self, plan: Plan, program: TaughtAhead, setting: Setting, cut: Cut) -> None:
+        """Take the student's plan, setting and sharding."""
+        self.units: tuple[Unit, list[Unit]] = (program.matrix, [])
+        plain = plan.mesh.world_size == 1 and plan.offload != "parameters"
+        shards = replace(
+            cut,
+            ranks=plan.mesh.dp_shard,
+            itemsize=program.itemsize,
+            plain=plain,
+            leaves_frozen=False,
+            accumulation=1,
+        )
+        vocabulary, width = program.matrix.weights[0].shape
+        own_vocabulary = program.student.units()[0].weights[0].shape[0]
+        num_tokens = setting.batch.num_tokens
+        compared = min(num_tokens, chunk_length(own_vocabulary, plan.mesh.device == "cuda")) * vocabulary
+        alone = FsdpStep(*self.units, shards)
+        alone.micro_step(
+            [Segment("tail", 0, False, peak=(program.itemsize + COMPARED_BYTES) * compared)], True
+        )
+        self.pass_bytes = alone.time.peak
+        self.state_bytes = program.itemsize * program.matrix.shard(plan.mesh.dp_shard)
+        self._of_batch = program.itemsize * num_tokens * width
+
+    def blocks(self, batch: Batch) -> list[Segment]:
+        """Return no blocks: a product with the matrix is all that is computed."""
+        return []
+
+    def beside(self, segments: list[Segment]) -> list[Segment]:
+        """Return the student's blocks, with the states of the micro-batch from the first to the last of them,
+        and the gathered matrix and its logits within the last forward block, the loss."""
+        last, changed = max(index for index, one in enumerate(segments) if not one.backward), [*segments]
+        loss, own = segments[last], self._of_batch
+        highest = loss.peak + self.pass_bytes
+        changed[last] = replace(loss, peak=highest, rest=highest)
+        first = changed[0]
+        changed[0] = replace(first, added=first.added + own, peak=first.peak + own, rest=first.rest + own)
+        changed[-1] = replace(changed[-1], added=changed[-1].added - own)
+        return changed
