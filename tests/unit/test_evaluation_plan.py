@@ -65,8 +65,8 @@ def test_so_many_rows_share_a_pass_as_fit(model: Path, monkeypatch: pytest.Monke
     planned, line = plan_evaluation(plan, [None], Profiles())
     assert planned.batch.micro_batch_size == 8 and planned.batch.global_batch_size == 16
     assert re.fullmatch(
-        r"memory: [\d.]+ GiB of the 1843.2 GiB that a rank may use \(90% of its 2048.0 GiB\) at the highest "
-        r"\(evaluating\), 8 rows a pass",
+        r"memory: [\d.]+ GiB of tensors at most \(while evaluating\) of the 1843.2 GiB that a rank may use "
+        r"\(90% of its 2048.0 GiB\), 8 rows a pass",
         line,
     )
     two, four = (2 * measured(with_rows(plan, rows), program).highest.total / 0.9 for rows in (2, 4))
