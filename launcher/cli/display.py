@@ -16,7 +16,7 @@ from rich.text import Text
 
 from launcher.cli.progress import AttemptView, Beginning, metrics_line, notice
 from launcher.launch.screen import Watcher
-from launcher.metrics import at_limit, near_commonest
+from launcher.metrics import at_limit, named, near_commonest
 from launcher.plain_files import read_json
 from launcher.planner.plan import Plan
 from launcher.planner.prices import known_prices
@@ -271,8 +271,8 @@ def summary(run: RunDirectory, path: str) -> str:
     if totals.evaluations:
         before, after = totals.evaluations
         lines += [
-            f"  before      {metrics_line(before['metrics'])}",
-            f"  after       {metrics_line(after['metrics'])}",
+            f"  before      {metrics_line(named(before))}",
+            f"  after       {metrics_line(named(after))}",
         ]
         lines += _notes(run, after["step"], path)
     if (newest := samples.newest(run)) is not None:

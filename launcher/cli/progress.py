@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launcher.metrics import named
 from launcher.runs import time_left
 from launcher.runs.beginning import doing
 from launcher.runs.prepared import lines
@@ -92,7 +93,7 @@ class AttemptView:
         elif name == "resumed":
             self.saved_step = self.step = record.get("step", 0)
         elif name == "evaluated":
-            self.evaluations.append((record.get("step", 0), record.get("metrics", {})))
+            self.evaluations.append((record.get("step", 0), named(record)))
             self._enter_training()
         elif name == "stopping":
             self.phase, self.total = "stopping", None
@@ -174,7 +175,9 @@ def _compared(measured: dict[str, Any], expected: dict[str, Any], on_cpu: bool) 
             highest = max(known, key=lambda name: float(there[name]))
             planned = f"{gib(phases[highest])} planned {in_phase(highest)}"
             if on_cpu:
-                parts.append(_parts_of_peak(measured.get("bare_bytes") or 0, there[highest], phases[highest], planned))
+                parts.append(
+                    _parts_of_peak(measured.get("bare_bytes") or 0, there[highest], phases[highest], planned)
+                )
             else:
                 parts.append(f"memory of a rank: its peak is {gib(there[highest])} of tensors, {planned}")
     return "; ".join(parts) or None
@@ -251,7 +254,7 @@ def notice(record: dict[str, Any]) -> str | None:
         case "straggler":
             return f"warning: {record.get('line')}"
         case "evaluated":
-            return f"measured after step {step}: {metrics_line(record.get('metrics', {}))}"
+            return f"measured after step {step}: {metrics_line(named(record))}"
         case "compared":
             return _compared(record["measured"], record["expected"], record.get("device") == "cpu")
         case "prepared":

@@ -12,6 +12,7 @@ from launcher.cli import completion
 from launcher.cli.output import print_json, print_table
 from launcher.cli.plan import AsJson
 from launcher.cli.run import Run
+from launcher.metrics import named, with_class
 
 SomeRun = Annotated[
     str | None,
@@ -103,7 +104,7 @@ def _row(seen: dict[str, Any]) -> list[str]:
         seen["state"],
         f"{seen['step']}{of}" if seen["step"] or of or seen["state"] == "planned" else "",
         "" if seen["loss"] is None else f"{seen['loss']:.4f}",
-        f"{metric['name']} {metric['value']:.4f}" if metric else "",
+        f"{with_class(metric['name'], seen['positive_classes'])} {metric['value']:.4f}" if metric else "",
         "" if began is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(began)),
         duration(seen["seconds"]) if began is not None else "",
         in_words(seen["device_hours"], known_prices()),
@@ -155,9 +156,7 @@ def describe(seen: dict[str, Any]) -> str:
         "step": f"{seen['step']}{of}" if seen["step"] or of or seen["state"] == "planned" else None,
         "loss": None if seen["loss"] is None else f"{seen['loss']:.4f}",
         "speed": _speed(seen),
-        "measured": ", ".join(f"{name} {value:.4f}" for name, value in seen["metrics"].items())
-        if seen["metrics"]
-        else None,
+        "measured": ", ".join(f"{name} {value:.4f}" for name, value in named(seen).items()),
         "checkpoint": f"{seen['checkpoint']}{old}" if seen["checkpoint"] else None,
         "time left": None
         if seen["seconds_left"] is None

@@ -278,9 +278,10 @@ def events(records: list[dict[str, Any]]) -> Latest:
 
 def _values(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield the values of an event that people read: each metric, sizes with units, no digests."""
+    from launcher.metrics import named
     from launcher.runs.wording import size
 
-    for key, value in (record | (record.get("metrics") or {})).items():
+    for key, value in (record | named(record)).items():
         if key in ("time", "event", "digest"):
             continue
         if key == "bytes" and isinstance(value, (int, float)):

@@ -223,7 +223,9 @@ class Search:
         if job.memory.activation_checkpointing == "auto":
             highest, usable = taken.forecast.footprint.highest, self.target.usable_bytes(plan.mesh.device)
             source = "its class's profile" if taken.forecast.traced else "the formulas"
-            reason = f"the peak, {in_phase(highest.name)}, is {gib(highest.total)} of the {gib(usable)} that a "
+            reason = (
+                f"the peak, {in_phase(highest.name)}, is {gib(highest.total)} of the {gib(usable)} that a "
+            )
             reason += f"rank may use, by {source} ({highest.where})"
             value = plan.activation_checkpointing
             decisions.append(Decision(key="memory.activation_checkpointing", value=value, reason=reason))

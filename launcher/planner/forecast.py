@@ -104,7 +104,9 @@ class Forecast:
         memory += ")"
         if there:
             part = USABLE[self.plan.mesh.device]
-            memory += f" of the {gib(self._usable_bytes)} that a rank may use ({part:.0%} of its {gib(there)})"
+            memory += (
+                f" of the {gib(self._usable_bytes)} that a rank may use ({part:.0%} of its {gib(there)})"
+            )
         rate = ""
         if speed:
             share = "MFU" if self.plan.mesh.device == "cuda" else "of the measured rate"

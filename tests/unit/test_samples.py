@@ -151,4 +151,4 @@ def test_an_event_takes_one_line_of_the_panel() -> None:
     more = {"event": "compared", "time": 1.0, "device": "cpu", "expected": phases}
     many = [more | {"measured": {"phases": {"steady step": 2**31}}}, {"event": "saved", "time": 2.0}]
     first, last = events(many).lines
-    assert "2.0 GiB measured" in first and "\n" not in first and "saved" in last
+    assert "its peak of 2.0 GiB" in first and "\n" not in first and "saved" in last
