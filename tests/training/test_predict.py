@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import csv
+import functools
 import json
 import math
 import shutil
@@ -138,7 +138,11 @@ def test_each_rows_own_columns_stand_beside_its_answer(suffix: str, folder: Path
     (made.path / "request.json").write_text(json.dumps(asked | {"with_input": True}))
     finish(made, 1, entry=predict)
     first, second = csv.DictReader(output.read_text().splitlines())
-    assert {name: first[f"input.{name}"] for name in rows[0]} == {"id": "7", "text": "a text", "label": "mine"}
+    assert {name: first[f"input.{name}"] for name in rows[0]} == {
+        "id": "7",
+        "text": "a text",
+        "label": "mine",
+    }
     assert first["label"] in LABELS and second["input.id"] == "8" and second["problem"] == "empty"
 
 

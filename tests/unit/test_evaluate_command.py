@@ -111,7 +111,11 @@ def test_before_after_and_intervals_stand_side_by_side() -> None:
 @pytest.mark.parametrize(
     ("name", "content", "match"),
     [
-        ("rows.jsonl", '{"texts": "a"}\n' * 3, "none of 3 rows that were looked at has the columns: missing key"),
+        (
+            "rows.jsonl",
+            '{"texts": "a"}\n' * 3,
+            "none of 3 rows that were looked at has the columns: missing key",
+        ),
         ("rows.csv", "texts,n\na,1\n", "has no column 'text'; it has 'texts', 'n'; did you mean 'texts'"),
         ("rows.jsonl", '{"texts": "a"}\n{"text": "b"}\n', None),
         ("rows.jsonl", '{"text": ""}\n', None),
