@@ -360,7 +360,7 @@ def test_most_rows_dropped_from_command_to_command(job: str, capfd: pytest.Captu
     """Looked at, refused, and run once it is written that they may go."""
     assert call("data", "inspect", job, "--rows", "1") == 0
     out, err = capfd.readouterr()
-    assert LINE in out and "<< w" in out and "first: train.jsonl, line 21: 'text' is null" in out
+    assert LINE in out and "⟦ w" in out and "first: train.jsonl, line 21: 'text' is null" in out
     assert "attempt" not in err
     assert call("data", "prepare", job) == DataError.exit_code
     _, err = capfd.readouterr()

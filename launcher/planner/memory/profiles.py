@@ -30,7 +30,6 @@ from launcher.planner.model.model_config import config_of, locate
 from launcher.planner.model.model_shape import stored_parameters
 from launcher.planner.plan import Plan
 from launcher.runs import cache
-from launcher.runs.wording import shown
 
 FORMAT = 3
 """Version of the files; a file of another version is not read."""
