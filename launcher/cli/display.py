@@ -257,7 +257,8 @@ def summary(run: RunDirectory, path: str) -> str:
     lines = [f"finished: {path}"]
     if curve.first and curve.last:
         last = curve.last
-        lines.append(f"  steps       {last['step']}, loss {curve.first[1]:.4f} -> {last['loss']:.4f}")
+        each = f"; each one's is in {path}/metrics.jsonl"
+        lines.append(f"  steps       {last['step']}, loss {curve.first[1]:.4f} -> {last['loss']:.4f}{each}")
         tokens = f"{last['tokens_so_far']:,} in " if "tokens_so_far" in last else ""
         took = duration(totals.seconds_in_attempts)
         attempts = f"over {run.last_attempt()} attempt{'s' * (run.last_attempt() != 1)}"
@@ -276,8 +277,9 @@ def summary(run: RunDirectory, path: str) -> str:
         ]
         lines += _notes(run, after["step"], path)
     if (newest := samples.newest(run)) is not None:
-        name = samples.heading(newest[1])
-        lines += [f"  {name:11} {message}" for message in samples.lines(newest[1], _SAID_WIDTH)]
+        lines.append(f"  {samples.heading(newest[1])}, after step {newest[0]}:")
+        lines += [f"    {message}" for message in samples.lines(newest[1], _SAID_WIDTH)]
     on = "" if totals.evaluations else " --on FILE"
-    lines += ["next:", f"  launcher evaluate {path}{on}", f"  launcher export {path} --out DIRECTORY"]
+    after = (f"evaluate {path}{on}", f"export {path} --out DIRECTORY", f"logs {path}")
+    lines += ["next:", *(f"  launcher {each}" for each in after)]
     return "\n".join(lines)

@@ -301,7 +301,8 @@ def test_the_summary_says_what_came_of_it_and_what_is_next(run: RunDirectory) ->
     event(run.events_file, "finished", step=2, data_share=0.0123)
     text = summary(run, "runs/tiny")
     assert "  waiting     1.2% of the last attempt's steps, for data\n" in text
-    assert "2, loss 1.0000 -> 0.5000" in text
+    assert "2, loss 1.0000 -> 0.5000; each one's is in runs/tiny/metrics.jsonl" in text
+    assert text.endswith("  launcher logs runs/tiny")
     assert "before      loss 3.0000" in text and "after       loss 1.0000" in text
     assert "200 in" in text and "1 attempt\n" in text
     assert "launcher evaluate runs/tiny" in text and "launcher export runs/tiny --out DIRECTORY" in text
