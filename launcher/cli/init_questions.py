@@ -293,8 +293,8 @@ class Questions:
             one_of("--where", places),
             default,
             list(places),
-            "slurm adds the section `cluster`: nodes, GPUs, time limit. Without it a job runs on the machine where "
-            "`launcher run` is typed, and the section can be added before `launcher submit`",
+            "slurm adds the section `cluster`: nodes, GPUs, time limit. Without it a job runs on the machine "
+            "where `launcher run` is typed, and the section can be added before `launcher submit`",
         )
         if where == "here":
             self._draft.put("cluster", None)

@@ -103,6 +103,8 @@ def _unpacked(gguf_file: Path, target: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_name(f".{target.name}.lock")):
         if not (target / "model.safetensors").is_file():
+            # `launcher.job.paths`, which asks in a process of its own, passes this line on.
+            print(f"unpacking {target.name} into {target}: once, about 20 s", file=sys.stderr, flush=True)
             working = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
             try:
                 with contextlib.redirect_stdout(sys.stderr):
