@@ -280,6 +280,6 @@ def summary(run: RunDirectory, path: str) -> str:
         lines.append(f"  {samples.heading(newest[1])}, after step {newest[0]}:")
         lines += [f"    {message}" for message in samples.lines(newest[1], _SAID_WIDTH)]
     on = "" if totals.evaluations else " --on FILE"
-    after = (f"evaluate {path}{on}", f"export {path} --out DIRECTORY", f"logs {path}")
-    lines += ["next:", *(f"  launcher {each}" for each in after)]
+    commands = (f"evaluate {path}{on}", f"export {path} --out DIRECTORY", f"logs {path}")
+    lines += ["next:", *(f"  launcher {command}" for command in commands)]
     return "\n".join(lines)

@@ -69,7 +69,11 @@ def predict(
     from launcher.runs.wording import size
     from launcher.tasks.task import AnswerOptions
 
-    more = {"--probabilities": probabilities or None, "--top-k": top_k, "--with-input": with_input or None}
+    more: dict[str, object] = {
+        "--probabilities": probabilities or None,
+        "--top-k": top_k,
+        "--with-input": with_input or None,
+    }
     _refuse(rows, output, logits, more)
     doing = "writing logits" if logits is not None else f"answering {rows}"
     typer.echo(f"planning, loading the model, then {doing} ...", err=True)

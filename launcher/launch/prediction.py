@@ -98,7 +98,7 @@ class Prediction:
         if self.request.plan.data.train.targets is not None:
             return  # lines of a text, whatever the file is called
         task, source = self._task, Source(path=str(self.rows.absolute()))
-        files = find_files(source.path, None, task.columns)
+        files = find_files(str(source.path), source.split, task.columns)
         if any(format_of(file).too_large(file) for file in files):
             return  # the ranks read it once, which takes long enough
         problems = [texts_or_problem(row, task) for row in look(source, task.columns, _LOOKED_AT).rows]
