@@ -12,7 +12,6 @@ from launcher.cli import completion
 from launcher.cli.output import print_json, print_table
 from launcher.cli.plan import AsJson
 from launcher.cli.run import Run
-from launcher.metrics import named, with_class
 
 SomeRun = Annotated[
     str | None,
@@ -93,6 +92,7 @@ def list_(folder: Folder = None, as_json: AsJson = False) -> None:
 def _row(seen: dict[str, Any]) -> list[str]:
     """Return a run's cells in the list, empty for unknown values."""
     from launcher.launch.slurm.view import reason
+    from launcher.metrics import with_class
     from launcher.planner.prices import known_prices
     from launcher.runs.cost import in_words
     from launcher.runs.wording import duration, size
@@ -132,6 +132,7 @@ def logs(
 
 def describe(seen: dict[str, Any]) -> str:
     """Return a status for people, one fact per line."""
+    from launcher.metrics import named
     from launcher.planner.prices import known_prices
     from launcher.runs.cost import in_words
     from launcher.runs.prepared import line

@@ -259,15 +259,15 @@ def _packaged(name: str) -> tuple[str, str]:
     said on stderr.
     """
     command = [sys.executable, "-m", "launcher.training.demo.models", name]
-    said: list[str] = []
+    lines: list[str] = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stderr is not None
         for line in process.stderr:
-            said.append(line.strip())
+            lines.append(line.strip())
             if line.startswith(_UNPACKING):
                 print(line, end="", file=sys.stderr, flush=True)
         directory = process.stdout.read().strip()
     if process.returncode == 0:
         return directory, ""
-    last = next(filter(None, reversed(said)), f"code {process.returncode}")
+    last = next(filter(None, reversed(lines)), f"code {process.returncode}")
     return "", last.partition(": ")[2] or last

@@ -8,23 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from launcher import tasks
-from launcher.data.files import find_files
-from launcher.data.formats import format_of
-from launcher.data.rows import MISSING, RowProblem, required
-from launcher.data.sample import look
-from launcher.data.section import Source
 from launcher.errors import ConfigurationError, Problem
 from launcher.job.paths import nearest_file
 from launcher.launch.evaluation import Request
 from launcher.launch.scratch import ask
 from launcher.launch.screen import Watcher
-from launcher.planner.dataset.token_lengths import texts_or_problem
+from launcher.planner.dataset.usable_rows import why_no_columns
 from launcher.runs.partial import refuse_existing
 from launcher.tasks.task import AnswerOptions, Task
 
 _LOGITS = "--logits"
-_LOOKED_AT = 64
-"""Rows whose columns are looked at before a model is loaded."""
 
 
 def refuse_directory(output: Path) -> None:
@@ -84,7 +77,7 @@ class Prediction:
     @property
     def columns(self) -> list[str]:
         """Return the columns that every row must have."""
-        return required(self._task.columns)
+        return self._task.required_columns
 
     @property
     def _task(self) -> Task:
@@ -97,14 +90,7 @@ class Prediction:
         loaded."""
         if self.request.plan.data.train.targets is not None:
             return  # lines of a text, whatever the file is called
-        task, source = self._task, Source(path=str(self.rows.absolute()))
-        files = find_files(str(source.path), source.split, task.columns)
-        if any(format_of(file).too_large(file) for file in files):
-            return  # the ranks read it once, which takes long enough
-        problems = [texts_or_problem(row, task) for row in look(source, task.columns, _LOOKED_AT).rows]
-        missing = [one for one in problems if isinstance(one, RowProblem) and one.reason == MISSING]
-        if missing and len(missing) == len(problems):
-            reason = f"none of {len(problems):,} rows that were looked at has the columns: {missing[0]}"
+        if (reason := why_no_columns(str(self.rows.absolute()), self._task)) is not None:
             raise ConfigurationError(Problem("--input", str(self.rows), reason))
 
     def run(self, watcher: Watcher) -> dict[str, Any]:

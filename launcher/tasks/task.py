@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from launcher.data.columns import Column, Overview, number_in
-from launcher.data.rows import Row, RowProblem
+from launcher.data.rows import Row, RowProblem, required
 from launcher.data.section import Data
 from launcher.errors import Problem
 from launcher.metrics import Better
@@ -125,6 +125,11 @@ class Task(ABC):
     @abstractmethod
     def columns(self) -> tuple[str, ...]:
         """Return the columns of a row that the task reads."""
+
+    @property
+    def required_columns(self) -> list[str]:
+        """Return the columns that a source must have."""
+        return required(self.columns)
 
     @abstractmethod
     def texts(self, row: dict[str, Any]) -> list[str]:

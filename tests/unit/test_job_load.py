@@ -340,7 +340,7 @@ def test_value(folder: Path, override: str, said: str) -> None:
 def test_missing_keys_say_what_they_are(folder: Path) -> None:
     found = problems(folder, {"data": {}})
     assert {"name", "model", "data.train"} <= set(found)
-    assert found["model"].reason == "is missing: Name the model, and what it is to do."
+    assert found["model"].reason == "is missing: Name the model and its task."
 
 
 ADAPTER = "model.adapter.rank=8"

@@ -9,7 +9,7 @@ from launcher import tasks
 from launcher.data.files import find_files, is_there
 from launcher.data.folder import FileColumn
 from launcher.data.formats import format_of
-from launcher.data.rows import TOO_LONG, RowProblem, Values, required
+from launcher.data.rows import MISSING, TOO_LONG, RowProblem, Values, required
 from launcher.data.sample import Sample, look
 from launcher.data.section import Data, Source, Sources
 from launcher.errors import DataError, Problem
@@ -21,6 +21,8 @@ from launcher.tasks import media
 from launcher.tasks.mixed import data_of, of_one_task
 from launcher.tasks.task import Task
 
+_FEW_ROWS = 64
+"""Rows whose columns are looked at where nothing else is."""
 _FILES = 256
 """Media files per source whose existence is checked: each takes a message or two on a network file system."""
 
@@ -67,6 +69,19 @@ def look_at_rows(job: Job) -> Findings:
             if given is not None and source.path is not None:
                 looks.append(_of_source(given.key(role, number), source, own, model, told))
     return Findings.joined(looks)
+
+
+def why_no_columns(path: str, task: Task) -> str | None:
+    """Return why a file cannot be what the task reads, in one clause, if no row that is looked at has the task's
+    columns. Raises DataError if the file itself lacks them, or cannot be read."""
+    source = Source(path=path)
+    if any(format_of(file).too_large(file) for file in find_files(path, source.split, task.columns)):
+        return None  # reading it once takes long enough
+    problems = [texts_or_problem(row, task) for row in look(source, task.columns, _FEW_ROWS).rows]
+    missing = [one for one in problems if isinstance(one, RowProblem) and one.reason == MISSING]
+    if not missing or len(missing) < len(problems):
+        return None
+    return f"none of {len(problems):,} rows that were looked at has the columns: {missing[0]}"
 
 
 def _of_source(key: str, source: Source, task: Task, model: str, told: set[str]) -> Findings:
