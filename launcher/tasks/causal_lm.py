@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from launcher.data.rows import IfThere, RowProblem, check_encodable, required, text_of
+from launcher.data.rows import IfThere, RowProblem, check_encodable, text_of
 from launcher.errors import DataError
 from launcher.lazy import Lazy
 from launcher.metrics import Better
@@ -97,7 +97,7 @@ class CausalLM(WritingTask):
             messages = messages_of(row, column, is_answered=not self._answers)
             texts = list(texts_of(messages, tools_of(row, self.data.tools)))
         else:
-            texts = [text_of(row, column) for column in required(self.columns)]
+            texts = [text_of(row, column) for column in self.required_columns]
         for text in texts:
             check_encodable(text, self.columns[0])
         return texts

@@ -9,7 +9,7 @@ from launcher import tasks
 from launcher.data.files import find_files, is_there
 from launcher.data.folder import FileColumn
 from launcher.data.formats import format_of
-from launcher.data.rows import MISSING, TOO_LONG, RowProblem, Values, required
+from launcher.data.rows import MISSING, TOO_LONG, RowProblem, Values
 from launcher.data.sample import Sample, look
 from launcher.data.section import Data, Source, Sources
 from launcher.errors import DataError, Problem
@@ -132,7 +132,7 @@ def _policy(why: RowProblem, data: Data) -> str:
 
 def _header_as_row(file: Path, task: Task) -> str | None:
     """Return a doubt about a table with columns named by number whose first line looks like a header."""
-    if file.is_dir() or not all(map(str.isdecimal, required(task.columns))):
+    if file.is_dir() or not all(map(str.isdecimal, task.required_columns)):
         return None
     known = format_of(file)
     if not known.may_lack_header:
