@@ -117,10 +117,13 @@ def _of_source(key: str, source: Source, task: Task, model: str, told: set[str])
     dropped = [*unusable, *long]
     if not dropped:
         return Findings(remarks=doubts)
-    problem = Problem(key, source.path, _described(unusable, long, seen))
-    is_most = 2 * len(dropped) > len(seen.rows) and _is_whole(seen)
-    is_refused = len(dropped) == len(seen.rows) or (task.data.unusable == "drop-few" and is_most)
-    if is_refused or any(_policy(why, task.data) == "refuse" for why in dropped):
+    reason = _described(unusable, long, seen)
+    is_most = 2 * len(dropped) > len(seen.rows) and _is_whole(seen) and task.data.unusable == "drop-few"
+    if is_most and len(dropped) < len(seen.rows):
+        reason += "; with data.unusable: drop a run uses the others"
+    problem = Problem(key, source.path, reason)
+    refuses = any(_policy(why, task.data) == "refuse" for why in dropped)
+    if is_most or refuses or len(dropped) == len(seen.rows):
         return Findings((problem,), doubts)
     return Findings(remarks=(problem, *doubts))
 
