@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 Better = Literal["lower", "higher"]
@@ -39,7 +39,27 @@ def at_limit(details: Mapping[str, Any]) -> str | None:
 def told(name: str, details: Mapping[str, Any]) -> str:
     """Return a metric's name with the positive class, from an evaluation's details: `f1 (of yes)`, or
     `TASK/f1 (of yes)` with several tasks. Any other metric's name is unchanged."""
-    task, _, own = name.rpartition("/")
-    of = details.get(task) if task else details
-    positive = of.get("f1_of") if own == "f1" and isinstance(of, Mapping) else None
-    return name if positive is None else f"{name} (of {positive})"
+    return with_class(name, classes_of([name], details))
+
+
+def classes_of(names: Iterable[str], details: Mapping[str, Any]) -> dict[str, str]:
+    """Return the positive class of each metric that has one, from an evaluation's details: `f1` of two classes,
+    or `TASK/f1` with several tasks."""
+    classes = {}
+    for name in names:
+        task, _, own = name.rpartition("/")
+        of = details.get(task) if task else details
+        if own == "f1" and isinstance(of, Mapping) and of.get("f1_of") is not None:
+            classes[name] = str(of["f1_of"])
+    return classes
+
+
+def named(evaluated: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics of an event `evaluated`, or of a status, by the names that people read, as `told`."""
+    metrics, classes = evaluated.get("metrics") or {}, evaluated.get("positive_classes")
+    return {with_class(name, classes): value for name, value in metrics.items()}
+
+
+def with_class(name: str, classes: Any) -> str:
+    """Return a metric's name with its class, if it has one in `classes_of`'s result."""
+    return f"{name} (of {classes[name]})" if isinstance(classes, Mapping) and name in classes else name

@@ -48,7 +48,7 @@ _ANSWERS = (
     ("Passes over the rows", "1"),
     ("Train all weights", ""),
     ("Learning rate", "3e-4"),
-    ("Where will it run", ""),
+    ("Run it here", ""),
     ("Name of the run", "intents"),
 )
 

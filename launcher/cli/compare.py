@@ -30,7 +30,7 @@ _GAP = "  "
 def compare(runs: Compared, as_json: AsJson = False) -> None:
     """Show runs side by side: what they came to, settings that differ, curves."""
     from launcher.errors import ConfigurationError, Problem
-    from launcher.report.comparison import differing_settings, final_metrics
+    from launcher.report.comparison import differing_settings, final_metrics, metric_shown
     from launcher.report.content import read_run
     from launcher.report.page import number
     from launcher.runs.layout import RunDirectory
@@ -58,7 +58,12 @@ def compare(runs: Compared, as_json: AsJson = False) -> None:
         ["steps", *(f"{run.status.step:,}" for run in contents)],
     ]
     for name, values in metrics:
-        rows.append([name, *(_at(value, run) for value, run in zip(values, contents, strict=True))])
+        rows.append(
+            [
+                metric_shown(name, contents),
+                *(_at(value, run) for value, run in zip(values, contents, strict=True)),
+            ]
+        )
     print_table(["", *names], rows)
     typer.echo("\nsettings that differ" if settings else "\ntheir plans are equal")
     if settings:
@@ -77,6 +82,7 @@ def _print_curves(contents: list[RunContent]) -> None:
     """Print the training loss, and the metrics that two or more runs have, with a column for each run."""
     from shutil import get_terminal_size
 
+    from launcher.report.comparison import EVALUATION, metric_shown
     from launcher.runs.series import thin
 
     width = (get_terminal_size((100, 24)).columns - len(_GAP) * (len(contents) - 1)) // len(contents)
@@ -86,10 +92,14 @@ def _print_curves(contents: list[RunContent]) -> None:
         losses = zip(*thin(run.series.steps, run.series.columns["loss"], 400), strict=True)
         curves.append({"training loss": [(float(step), loss) for step, loss in losses]})
         for name, points in run.series.metrics.items():
-            curves[-1][f"evaluation: {name}"] = [(float(step), value) for step, value in points]
+            curves[-1][f"{EVALUATION}{name}"] = [(float(step), value) for step, value in points]
     for name in dict.fromkeys(name for one in curves for name in one):
         drawn = [
-            _curve(one.get(name, []), f"{name}, {run.name}", width if beside else max(width, 72))
+            _curve(
+                one.get(name, []),
+                f"{metric_shown(name, [run])}, {run.name}",
+                width if beside else max(width, 72),
+            )
             for one, run in zip(curves, contents, strict=True)
         ]
         if sum(map(bool, drawn)) < 2:

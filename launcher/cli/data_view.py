@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import PurePath
 from typing import Any
 
@@ -21,6 +20,8 @@ _CLASSES = 20
 _CHARACTERS = 4000
 """The most characters of a sample that are shown; a sample selected by its row is shown in full."""
 _LEARNED, _SPECIAL, _LEARNED_SPECIAL = "green", "magenta", "bold green"
+_BEFORE, _AFTER = "⟦", "⟧"
+"""Marks around what is learned: signs that texts and chat templates seldom have."""
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
 """Control characters, which a terminal would obey; their codes are shown instead."""
 
@@ -158,7 +159,7 @@ def _legend(coloured: bool, learns: bool) -> Text:
     if not learns:
         return Text("")
     if not coloured:
-        return Text("  (what is learned stands between << and >>)")
+        return Text(f"  (what is learned stands between {_BEFORE} and {_AFTER})")
     parts = Text("  (").append("learned", _LEARNED).append(", only read, ").append("special", _SPECIAL)
     return parts.append(")")
 
@@ -183,11 +184,11 @@ def _heading(sample: dict[str, Any]) -> str:
 
 
 def _text(pieces: list[dict[str, Any]], coloured: bool, limit: int | None) -> Text:
-    """Return a sample's text: coloured, or with the learned parts between marks that it does not contain."""
-    longest = max(
-        (len(run) for piece in pieces for run in re.findall(r"<{2,}|>{2,}", piece["text"])), default=1
-    )
-    before, after = "<" * (longest + 1), ">" * (longest + 1)
+    """Return a sample's text: coloured, or with the learned parts between marks, repeated until the text does
+    not contain them."""
+    before, after = _BEFORE, _AFTER
+    while any(mark in piece["text"] for mark in (before, after) for piece in pieces):
+        before, after = before + _BEFORE, after + _AFTER
     text, learning = Text(), False
     for piece in pieces:
         if not coloured and piece["learned"] != learning:
@@ -217,7 +218,7 @@ def _tokens(tokens: list[dict[str, Any]], coloured: bool) -> Table:
     for number, token in enumerate(tokens):
         # An incomplete UTF-8 character has no text of its own.
         text = token["token"] if "\ufffd" in token["text"] else repr(token["text"])
-        row = ["<<" if token["learned"] and not coloured else "", str(number), str(token["id"]), text]
+        row = ["learned" if token["learned"] and not coloured else "", str(number), str(token["id"]), text]
         table.add_row(*row, style=_LEARNED if token["learned"] and coloured else None)
     return table
 

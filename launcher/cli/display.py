@@ -18,7 +18,7 @@ from launcher import tasks
 from launcher.cli.progress import AttemptView, Beginning, metrics_line, notice
 from launcher.errors import ConfigurationError
 from launcher.launch.screen import Watcher
-from launcher.metrics import at_limit, near_commonest
+from launcher.metrics import at_limit, named, near_commonest
 from launcher.plain_files import read_json
 from launcher.planner.plan import Plan
 from launcher.planner.prices import known_prices
@@ -267,7 +267,8 @@ def summary(run: RunDirectory, path: str) -> str:
     lines = [f"finished: {path}"]
     if curve.first and curve.last:
         last = curve.last
-        lines.append(f"  steps       {last['step']}, loss {curve.first[1]:.4f} -> {last['loss']:.4f}")
+        each = f"; each one's is in {path}/metrics.jsonl"
+        lines.append(f"  steps       {last['step']}, loss {curve.first[1]:.4f} -> {last['loss']:.4f}{each}")
         tokens = f"{last['tokens_so_far']:,} in " if "tokens_so_far" in last else ""
         took = duration(totals.seconds_in_attempts)
         attempts = f"over {run.last_attempt()} attempt{'s' * (run.last_attempt() != 1)}"
@@ -281,14 +282,15 @@ def summary(run: RunDirectory, path: str) -> str:
     if totals.evaluations:
         before, after = totals.evaluations
         lines += [
-            f"  before      {metrics_line(before['metrics'])}",
-            f"  after       {metrics_line(after['metrics'])}",
+            f"  before      {metrics_line(named(before))}",
+            f"  after       {metrics_line(named(after))}",
         ]
         lines += _notes(run, after["step"], path)
     if (newest := samples.newest(run)) is not None:
-        name = samples.heading(newest[1])
-        lines += [f"  {name:11} {message}" for message in samples.lines(newest[1], _SAID_WIDTH)]
+        lines.append(f"  {samples.heading(newest[1])}, after step {newest[0]}:")
+        lines += [f"    {message}" for message in samples.lines(newest[1], _SAID_WIDTH)]
     on = "" if totals.evaluations else " --on FILE"
     alone = " --adapter" if _trains_a_prompt(run) else ""
-    lines += ["next:", f"  launcher evaluate {path}{on}", f"  launcher export {path} --out DIRECTORY{alone}"]
+    commands = (f"evaluate {path}{on}", f"export {path} --out DIRECTORY{alone}", f"logs {path}")
+    lines += ["next:", *(f"  launcher {command}" for command in commands)]
     return "\n".join(lines)

@@ -57,7 +57,9 @@ def bars(forecast: Forecast, width: int | None = None) -> str:
     if memory:
         lines.append(f"  {'fits' if forecast.fits else 'does NOT fit'}: {forecast.line()}")
     if forecast.plan.mesh.device == "cpu":
-        lines.append("  a run's `peak` counts Python, its libraries and freed memory on top of it")
+        lines.append(
+            "  a run's `peak` is more: Python and its libraries, and freed memory that a process keeps"
+        )
     return "\n".join(lines)
 
 

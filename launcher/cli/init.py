@@ -67,7 +67,9 @@ Adapter = Annotated[
     typer.Option(metavar="RANK", help="Train a LoRA adapter of this rank; none trains all weights."),
 ]
 Rate = Annotated[str | None, typer.Option("--learning-rate", help="The highest learning rate.")]
-Where = Annotated[str | None, typer.Option("--where", help="Where it will run: here, or slurm.")]
+Where = Annotated[
+    str | None, typer.Option("--where", help="Where to run it: here, or slurm, which adds nodes and GPUs.")
+]
 Nodes = Annotated[str | None, typer.Option(help="Under Slurm: nodes.")]
 GpusOfNode = Annotated[str | None, typer.Option("--gpus-per-node", help="Under Slurm: GPUs of each node.")]
 GpuName = Annotated[

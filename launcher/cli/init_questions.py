@@ -287,12 +287,14 @@ class Questions:
         of_slurm = any(flag in self._flags for flag in ("nodes", "gpus_per_node", "gpu", "time_limit"))
         default = "slurm" if of_slurm or self._draft.get("cluster") else "here"
         where = self._dialog.answer(
-            "Where will it run: here, or slurm",
+            "Run it here, or submit it to slurm; the file can be changed later",
             "--where",
             self._flags.get("where"),
             one_of("--where", places),
             default,
             list(places),
+            "slurm adds the section `cluster`: nodes, GPUs, time limit. Without it a job runs on the machine "
+            "where `launcher run` is typed, and the section can be added before `launcher submit`",
         )
         if where == "here":
             self._draft.put("cluster", None)

@@ -32,10 +32,11 @@ _HEADER = ["gpu", "GPUs", "memory", "of", "fits", "step s", "tokens/s", "MFU", "
 
 
 def model_shown(name: str) -> str:
-    """Return a model's name on the hub, or its directory as people would type it."""
+    """Return a model's name on the hub or of its package, or its directory as people would type it."""
     from launcher.runs.wording import shown
+    from launcher.training.demo.models import name_of
 
-    return shown(Path(name)) if Path(name).is_absolute() else name
+    return name_of(name) or shown(Path(name)) if Path(name).is_absolute() else name
 
 
 def _length(plan: Plan, items: Items | None) -> str:

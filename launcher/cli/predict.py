@@ -51,6 +51,9 @@ def predict(
     top_k: Annotated[
         int | None, typer.Option("--top-k", min=1, metavar="K", help="With the K likeliest answers.")
     ] = None,
+    with_input: Annotated[
+        bool, typer.Option("--with-input", help="With each row's own columns, as `input`.")
+    ] = False,
     nproc: NumRanks = None,
     as_json: AsJson = False,
     overrides: Overrides = [],  # noqa: B006
@@ -66,7 +69,12 @@ def predict(
     from launcher.runs.wording import size
     from launcher.tasks.task import AnswerOptions
 
-    _refuse(rows, output, logits, {"--probabilities": probabilities or None, "--top-k": top_k})
+    more: dict[str, object] = {
+        "--probabilities": probabilities or None,
+        "--top-k": top_k,
+        "--with-input": with_input or None,
+    }
+    _refuse(rows, output, logits, more)
     doing = "writing logits" if logits is not None else f"answering {rows}"
     typer.echo(f"planning, loading the model, then {doing} ...", err=True)
     request = Request.of(model, job, checkpoint, nproc, overrides)
@@ -75,7 +83,10 @@ def predict(
         summary = Logits(request, logits).run(display)
     else:
         assert rows is not None and output is not None
-        summary = Prediction(request, rows, output, AnswerOptions(probabilities, top_k)).run(display)
+        options = AnswerOptions(probabilities, top_k)
+        prediction = Prediction(request, rows, output, options, with_input)
+        typer.echo(f"of each row it reads {', '.join(map(repr, prediction.columns))}", err=True)
+        summary = prediction.run(display)
     if as_json:
         print_json({name: value for name, value in summary.items() if name != "first"})
     elif logits is not None:
@@ -126,6 +137,8 @@ def described(summary: dict[str, Any], width: int | None = None) -> str:
             f"{count:,} {reason}" for reason, count in sorted(problems.items(), key=lambda item: -item[1])
         )
         lines.append(f"{sum(problems.values()):,} of them could not be used and say why: {reasons}")
+    if summary.get("with_input") is False:
+        lines.append("they are numbered as the rows are; --with-input writes the rows' own columns as well")
     if width is not None and (first := summary.get("first")):
         lines += ["the first:", *(f"  {line}" for line in shown(first, width - 2))]
     return "\n".join(lines)

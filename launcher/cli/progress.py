@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launcher.metrics import named
 from launcher.runs import time_left
 from launcher.runs.beginning import doing
 from launcher.runs.prepared import lines
 from launcher.runs.seen import ranks_of
-from launcher.runs.wording import duration, gib, rounded
+from launcher.runs.wording import duration, gib, in_phase, rounded
 
 _BEGIN = ("starting", "preparing", "building operators", "loading", "checking the loss", "training")
 _SECONDS_BETWEEN_LOOKS = 1.0
@@ -92,7 +93,7 @@ class AttemptView:
         elif name == "resumed":
             self.saved_step = self.step = record.get("step", 0)
         elif name == "evaluated":
-            self.evaluations.append((record.get("step", 0), record.get("metrics", {})))
+            self.evaluations.append((record.get("step", 0), named(record)))
             self._enter_training()
         elif name == "stopping":
             self.phase, self.total = "stopping", None
@@ -172,16 +173,23 @@ def _compared(measured: dict[str, Any], expected: dict[str, Any], on_cpu: bool) 
         there = measured.get("phases") or {}
         if known := [name for name in phases if name in there]:
             highest = max(known, key=lambda name: float(there[name]))
-            bare = f"the {gib(size)} of " if (size := measured.get("bare_bytes")) else ""
-            parts.append(
-                f"memory per rank, without {bare}Python and its libraries: {gib(there[highest])} measured, "
-                f"{gib(phases[highest])} planned ({highest})"
-            )
+            planned = f"{gib(phases[highest])} planned {in_phase(highest)}"
             if on_cpu:
-                parts[-1] += "\n  `peak` counts all of it"
-                if float(there[highest]) > float(phases[highest]):
-                    parts[-1] += "; on a CPU freed memory stays with the rank, so more is usual"
+                parts.append(
+                    _parts_of_peak(measured.get("bare_bytes") or 0, there[highest], phases[highest], planned)
+                )
+            else:
+                parts.append(f"memory of a rank: its peak is {gib(there[highest])} of tensors, {planned}")
     return "; ".join(parts) or None
+
+
+def _parts_of_peak(bare: float, beside: float, expected: float, planned: str) -> str:
+    """Return the parts of the peak that the lines of a CPU's steps show: the `bare` process, the tensors as
+    `planned`, and what is left of the `beside` bytes."""
+    held = ["Python and its libraries" + (f" ({gib(bare)})" if bare else ""), f"tensors ({planned})"]
+    if beside > expected:
+        held.append("freed memory that a process keeps")
+    return f"memory of a rank: its peak of {gib(bare + beside)} is {', '.join(held[:-1])} and {held[-1]}"
 
 
 def _trained(record: dict[str, Any]) -> str:
@@ -246,7 +254,7 @@ def notice(record: dict[str, Any]) -> str | None:
         case "straggler":
             return f"warning: {record.get('line')}"
         case "evaluated":
-            return f"measured after step {step}: {metrics_line(record.get('metrics', {}))}"
+            return f"measured after step {step}: {metrics_line(named(record))}"
         case "compared":
             return _compared(record["measured"], record["expected"], record.get("device") == "cpu")
         case "prepared":

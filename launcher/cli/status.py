@@ -92,6 +92,7 @@ def list_(folder: Folder = None, as_json: AsJson = False) -> None:
 def _row(seen: dict[str, Any]) -> list[str]:
     """Return a run's cells in the list, empty for unknown values."""
     from launcher.launch.slurm.view import reason
+    from launcher.metrics import with_class
     from launcher.planner.prices import known_prices
     from launcher.runs.cost import in_words
     from launcher.runs.wording import duration, size
@@ -103,7 +104,7 @@ def _row(seen: dict[str, Any]) -> list[str]:
         seen["state"],
         f"{seen['step']}{of}" if seen["step"] or of or seen["state"] == "planned" else "",
         "" if seen["loss"] is None else f"{seen['loss']:.4f}",
-        f"{metric['name']} {metric['value']:.4f}" if metric else "",
+        f"{with_class(metric['name'], seen['positive_classes'])} {metric['value']:.4f}" if metric else "",
         "" if began is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(began)),
         duration(seen["seconds"]) if began is not None else "",
         in_words(seen["device_hours"], known_prices()),
@@ -131,6 +132,7 @@ def logs(
 
 def describe(seen: dict[str, Any]) -> str:
     """Return a status for people, one fact per line."""
+    from launcher.metrics import named
     from launcher.planner.prices import known_prices
     from launcher.runs.cost import in_words
     from launcher.runs.prepared import line
@@ -155,9 +157,7 @@ def describe(seen: dict[str, Any]) -> str:
         "step": f"{seen['step']}{of}" if seen["step"] or of or seen["state"] == "planned" else None,
         "loss": None if seen["loss"] is None else f"{seen['loss']:.4f}",
         "speed": _speed(seen),
-        "measured": ", ".join(f"{name} {value:.4f}" for name, value in seen["metrics"].items())
-        if seen["metrics"]
-        else None,
+        "measured": ", ".join(f"{name} {value:.4f}" for name, value in named(seen).items()),
         "checkpoint": f"{seen['checkpoint']}{old}" if seen["checkpoint"] else None,
         "time left": None
         if seen["seconds_left"] is None

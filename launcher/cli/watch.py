@@ -30,6 +30,8 @@ _SECONDS_BETWEEN_QUESTIONS = 10.0
 _RANKS_WIDTH, _FEW_RANKS_WIDTH, _NODE_WIDTH = 50, 34, 8
 _NARROW, _LOW = 76, 30
 """Columns and rows below which a terminal cannot show everything."""
+_LOWEST, _HIGHEST = 22, 32
+"""Rows of a picture that stays on the screen."""
 _VERY_NARROW = 56
 """Columns below which the loss does not fit next to the ranks, which are then left out."""
 _IN_WORDS = ("compared", "straggler", "symptom", "rewound", "made_room", "layout", "other_engine")
@@ -49,11 +51,7 @@ def watch(run: SomeRun = None, every: Every = 1.0, once: Once = False, as_json: 
 
     console = Console(highlight=False)
     if once or not console.is_terminal:
-        seen = watched.look(ask=True)
-        console.print(
-            screen(seen, console.width, console.height if console.is_terminal else 32),
-            height=max(24, console.height if console.is_terminal else 32),
-        )
+        _print_last(watched.look(ask=True), console)
         return
     _follow(watched, console, every)
 
@@ -82,7 +80,16 @@ def _follow(watched: Any, console: Any, every: float) -> None:
             ask = time.monotonic() - asked_at > _SECONDS_BETWEEN_QUESTIONS
             asked_at = time.monotonic() if ask else asked_at
             seen = watched.look(ask)
-    console.print(screen(seen, console.width), height=32)
+    _print_last(seen, console)
+    if not leaving.is_set():
+        status = seen["status"]
+        console.print(f"{status['name']} is {status['state']}: there is nothing more to watch", markup=False)
+
+
+def _print_last(seen: dict[str, Any], console: Console) -> None:
+    """Print a picture that stays, with room below it for a line and the prompt."""
+    height = min(_HIGHEST, max(_LOWEST, console.height - 2)) if console.is_terminal else _HIGHEST
+    console.print(screen(seen, console.width, height), height=height)
 
 
 @contextmanager
@@ -278,9 +285,10 @@ def events(records: list[dict[str, Any]]) -> Latest:
 
 def _values(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield the values of an event that people read: each metric, sizes with units, no digests."""
+    from launcher.metrics import named
     from launcher.runs.wording import size
 
-    for key, value in (record | (record.get("metrics") or {})).items():
+    for key, value in (record | named(record)).items():
         if key in ("time", "event", "digest"):
             continue
         if key == "bytes" and isinstance(value, (int, float)):

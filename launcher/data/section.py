@@ -113,7 +113,7 @@ class Mixing(Section):
 
 
 class Data(Section):
-    """The rows, what in them is what, and how they become samples."""
+    """The rows, what their columns are, and how they become samples."""
 
     train: Annotated[Sources, BeforeValidator(parse_sources)]
     """Rows to learn from: a source, or a list of several."""
@@ -122,11 +122,11 @@ class Data(Section):
     mixing: Mixing | None = None
     """How several sources of `train` are mixed."""
     streaming: bool = False
-    """Read the rows of `train` as training goes, a window at a time, in place of tokenising all of them before:
-    for files larger than the disk or the memory (.jsonl .txt .parquet). Needs `training.max_steps`."""
+    """Read the rows of `train` during training, a window at a time, instead of tokenising all of them
+    first: for files larger than the disk or the memory (.jsonl .txt .parquet). Needs `training.max_steps`."""
     shuffle_window: int = Field(default=10_000, ge=1, le=1_000_000_000)
-    """The number of rows in a row that `streaming` has read, tokenised, packed and shuffled together. Files are
-    shuffled as a whole besides."""
+    """How many consecutive rows `streaming` reads, tokenises, packs and shuffles together. The order of the
+    files is shuffled, too."""
     max_length: int = Field(default=1024, ge=8, le=100_000_000)
     """Tokens of the longest sample; with packing, of a pack."""
     packing: bool = False
@@ -134,9 +134,9 @@ class Data(Section):
     too_long: Literal["cut", "drop", "refuse"] = "cut"
     """What to do with a sample of more than max_length tokens."""
     unusable: Literal["drop-few", "drop", "refuse"] = "drop-few"
-    """The treatment of rows that have a missing key, no text, or bytes that are not UTF-8: `drop-few` leaves
-    them out, and stops if more than half of all rows would be dropped, those counted that `too_long: drop`
-    drops; `drop` goes on even then; `refuse` stops at the first."""
+    """What to do with rows that lack a key or a text, or are not UTF-8. `drop-few` leaves them out, but
+    stops if more than half of all rows would be dropped (those of `too_long: drop` count); `drop` goes on
+    even then; `refuse` stops at the first."""
     num_workers: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = "auto"
     """Processes that tokenise."""
 

@@ -26,37 +26,38 @@ class Adapter(Section):
     2106.09685; IA3, arXiv 2205.05638; prompt tuning, arXiv 2104.08691)."""
 
     method: Literal["lora", "ia3", "prompt-tuning"] = "lora"
-    """Add B A to a weight (`lora`), multiply what comes out of a layer, number by number, by what is learned
-    (`ia3`), or put learned vectors before each sample's embeddings (`prompt-tuning`)."""
+    """`lora` adds the product B A to a weight; `ia3` multiplies each number that a layer puts out by a
+    learned factor; `prompt-tuning` puts learned vectors before each sample's embeddings."""
     rank: int = Field(default=16, ge=1, le=65_536)
-    """Rows of A and columns of B: what is added to a weight is B A."""
+    """The rank of the product B A: A has so many rows, and B so many columns."""
     alpha: float = Field(default=32.0, gt=0)
-    """Scale of what is added: it counts alpha / rank times."""
+    """The scale: B A is multiplied by alpha / rank."""
     rslora: bool = False
-    """Have it count alpha / sqrt(rank) times, so that a higher rank learns no more slowly (rsLoRA, arXiv
+    """Multiply by alpha / sqrt(rank) instead, so that a higher rank learns no more slowly (rsLoRA, arXiv
     2312.03732)."""
     dora: bool = False
     """Learn the length of each row of a weight beside its direction (DoRA, arXiv 2402.09353). Under FSDP,
     ZeRO-1 and 2."""
     init: Literal["lora", "pissa", "olora"] = "lora"
-    """The start of A and B: B at zero (`lora`), with the largest singular values of the weight (PiSSA, arXiv
-    2404.02948) or the first rows of its QR factors (OLoRA, arXiv 2406.01775), which the weight then lacks."""
+    """How A and B start. `lora`: B is zero. `pissa`: they are the weight's largest singular values (arXiv
+    2404.02948). `olora`: they are the first rows of its QR factors (arXiv 2406.01775). The weight then
+    lacks what they have."""
     dropout: Fraction = 0.0
-    """Dropout of what goes into A."""
+    """The dropout on the input of A."""
     targets: Literal["all-linear"] | Annotated[tuple[Line, ...], Field(min_length=1)] = "all-linear"
-    """Which linear layers get one: all of the repeated layers, or those whose name, or the end of it, matches
-    a pattern, as `q_proj`. `ia3` needs a list."""
+    """The linear layers that get an adapter: all in the repeated layers, or those whose name, or its end,
+    matches a pattern such as `q_proj`. `ia3` needs a list."""
     feedforward: tuple[Line, ...] = ()
-    """The targets of `ia3` whose input is multiplied, and not their output, as `down_proj`: the last layer of a
-    feed-forward part."""
+    """The targets of `ia3` whose input is multiplied instead of their output: the last layer of a
+    feed-forward part, such as `down_proj`."""
     train_also: tuple[Line, ...] = ()
-    """Patterns of parameter names that are trained in full beside them, as `model.norm.*`; a new head is so
-    in any case."""
+    """Patterns of parameters that are trained in full beside the adapter, such as `model.norm.*`. A new
+    head always is."""
     virtual_tokens: int = Field(default=20, ge=1, le=65_536)
-    """The vectors of `prompt-tuning` before each sample. They count in `data.max_length`."""
+    """The number of vectors that `prompt-tuning` puts before each sample. They count in `data.max_length`."""
     init_text: Line | None = None
-    """A text from whose tokens' embeddings those vectors start, repeated or cut to their number. Left out: the
-    embeddings of tokens that are drawn from the vocabulary."""
+    """A text from whose tokens' embeddings these vectors start, repeated or cut to their number. Left out, it
+    is the embeddings of tokens that are drawn from the vocabulary."""
     weights: Line | None = None
     """A directory with an adapter to go on from, as `launcher export --adapter` or peft writes it; its sizes
     are those of the run. `model.name` may name it in place of its base."""

@@ -28,22 +28,22 @@ class Container(Section):
 
 
 class Cluster(Section):
-    """Say where it runs."""
+    """Say where the job runs."""
 
     profile: Line | None = None
-    """A site's profile: its name below the profile directory, or a file. What stands here goes before it."""
+    """A site's profile: its name below the profile directory, or a file. Keys of the job file override it."""
     nodes: NodeCount = 1
-    """Machines; under Slurm also a range (2-8): it starts on as many as there are."""
+    """The number of machines. Under Slurm also a range (2-8): the job starts on as many as are free."""
     gpus_per_node: Annotated[int, Field(ge=0, le=1024)] | Auto = "auto"
     """GPUs of each node; 0 trains on the CPU."""
     gpu: Word | None = None
-    """Their kind, by its name in the planner's table, as h100-80gb: what is counted on where they are not on
-    this machine."""
+    """The kind of GPU, by its name in the planner's table, as h100-80gb: the plan counts on it if they are
+    not on this machine."""
     network: NetworkName | None = None
-    """What joins the nodes, of one GPU: what the planner counts on; left out, what such nodes commonly have.
-    """
+    """The network between the nodes, for one GPU: the planner counts on it. Left out, what such nodes
+    commonly have."""
     ranks_per_node: Annotated[int, Field(ge=1, le=1024)] | Auto = "auto"
-    """Processes of each node; with GPUs it is their number."""
+    """Ranks (processes) on each node; with GPUs, one for each GPU."""
     threads_per_rank: Annotated[int, Field(ge=1, le=65_536)] | Auto = "auto"
     """CPU threads of each rank."""
     time_limit: Seconds | None = None
@@ -67,7 +67,7 @@ class Cluster(Section):
     cpus_per_node: Annotated[int, Field(ge=1)] | None = None
     """Slurm: cores of each node to ask for, where that is not ranks times threads."""
     gpu_option: Literal["gres", "gpus-per-node"] = "gres"
-    """Slurm: how this site has GPUs asked for."""
+    """Slurm: the option by which this site's GPUs are requested."""
     gpu_type: Word | None = None
     """Slurm: the site's name of the GPUs, as in gpu:TYPE:8."""
     exclusive: bool = False
@@ -96,10 +96,10 @@ class Cluster(Section):
     requeue: bool = True
     """Slurm: go on by itself after preemption, the time limit, a lost node or rank."""
     attempts_without_progress: int = Field(default=3, ge=1)
-    """Slurm: after so many attempts in a row that saved nothing new it stops. Preempted ones, and those whose
-    node was lost, are free."""
+    """Slurm: stop after this many attempts in a row that saved nothing new. Preempted ones, and those whose
+    node was lost, do not count."""
     grace: Seconds = 30.0
-    """Seconds (or 30s, 2min) the ranks have to save and leave when they are told to stop."""
+    """The time the ranks have to save and leave when they are told to stop, in seconds (or 30s, 2min)."""
     share_with_group: bool = False
     """Let your group read what the run writes (logs, checkpoints, code, exports), whatever the umask says;
     else the umask alone counts."""

@@ -133,8 +133,8 @@ def expected(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
             expected(kept[0], metadata) if len(kept) == 1 else ", or ".join(expected(part) for part in kept)
         )
     if origin is dict:
-        if get_origin(parts[0]) is Annotated:  # of layers
-            return "numbers of layers, from 0, by numbers of layers, as {2: 4, 4: 8}"
+        if get_origin(parts[0]) is Annotated and get_args(parts[0])[0] is int:
+            return "layers of the model with those of the teacher, by numbers from 0, as {2: 4, 4: 8}"
         return "keys and values" + (" of a config.json" if parts[-1] is Any else "")
     if origin is tuple:
         if parts[-1] is Ellipsis:

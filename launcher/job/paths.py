@@ -21,6 +21,8 @@ from launcher.tasks.distillation import Distillation
 
 PACKAGED = ("smollm2-135m", "minilm-l6")
 """Short names of models that come in Python packages; a folder of that name goes before."""
+_UNPACKING = "unpacking "
+"""How the line begins that says that a packaged model is being unpacked."""
 
 
 def nearest_file(path: Path) -> str:
@@ -256,11 +258,19 @@ def _base(model: Model, folder: Path, problems: list[Problem]) -> Model:
 def _packaged(name: str) -> tuple[str, str]:
     """Return the directory of a model that comes in a Python package, or why there is none.
 
-    Asked of a process of its own: one of the models is unpacked with torch when it is first wanted.
+    Asked of a process of its own: one of the models is unpacked with torch when it is first wanted, which is
+    said on stderr.
     """
     command = [sys.executable, "-m", "launcher.training.demo.models", name]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode == 0:
-        return done.stdout.strip(), ""
-    last = next(iter(reversed(done.stderr.strip().splitlines())), f"code {done.returncode}")
+    lines: list[str] = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        for line in process.stderr:
+            lines.append(line.strip())
+            if line.startswith(_UNPACKING):
+                print(line, end="", file=sys.stderr, flush=True)
+        directory = process.stdout.read().strip()
+    if process.returncode == 0:
+        return directory, ""
+    last = next(filter(None, reversed(lines)), f"code {process.returncode}")
     return "", last.partition(": ")[2] or last

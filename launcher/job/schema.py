@@ -52,7 +52,7 @@ Offload = Literal["none", "optimizer", "parameters"]
 
 
 class Model(Section):
-    """Name the model, and what it is to do."""
+    """Name the model and its task."""
 
     name: str = Field(min_length=1)
     """A directory with a Hugging Face model, or a model's name on the hub. `minilm-l6` and `smollm2-135m` are
@@ -62,34 +62,34 @@ class Model(Section):
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     config: dict[str, Any] | None = None
-    """What a config.json would say (`model_type`, sizes): to plan for a model that is not here, or to begin
-    with random weights."""
+    """The content of a config.json (`model_type`, sizes), to plan for a model that is not here, or to start
+    from random weights."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """The attention implementation."""
     weights: Literal["pretrained", "random"] = "pretrained"
-    """`random` makes up new weights from the model's config."""
+    """`random` initialises new weights by the model's config."""
     freeze: Annotated[Freeze, BeforeValidator(parse_freeze)] = Freeze()
     """Parameters that are not trained: a list of patterns of names, or a section that goes by depth too."""
     unfreeze: tuple[Thaw, ...] = ()
     """When what is frozen by depth begins to train, from the top down: a list of sections."""
     freeze_normalization: bool = False
-    """Train no layer that normalises, and leave the running statistics of batch norm as they are."""
+    """Freeze all normalisation layers, and the running statistics of batch norm."""
     adapter: Adapter | None = None
     """Train small matrices beside the weights (LoRA), or factors of what layers compute (IA3), in place of the
     weights."""
     resize_embeddings: bool | None = None
-    """Where the tokenizer has tokens that the model has no row for: `true` adds rows, the mean of the old
-    ones; `false` leaves the model as it is and refuses rows of data with such a token. Left out, such a
+    """What to do if the tokenizer has tokens without a row in the embedding: `true` adds rows, the mean of
+    the old ones; `false` leaves the model as it is, and refuses data with such a token. Left out, such a
     tokenizer is refused."""
     compile: bool | Auto = False
-    """Compile each repeated layer with torch.compile. `auto`: on GPUs under FSDP, of models whose layers are
-    known to be one graph each."""
+    """Compile each repeated layer with torch.compile. `auto` does so on GPUs under FSDP, if the model's
+    layers are known to be one graph each."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Only for models whose code you have read."""
 
 
 class Batch(Section):
-    """Say how many samples a step takes, and how they are cut."""
+    """Say how many samples a step takes, and how they are divided."""
 
     global_batch_size: int = Field(default=32, ge=1, le=1_000_000_000)
     """Samples (packs, with packing) of one optimizer step, over all ranks."""
@@ -110,7 +110,7 @@ class Memory(Section):
 
 
 class Parallel(Section):
-    """Say what is cut among the ranks."""
+    """Say what is sharded among the ranks."""
 
     engine: EngineName | Auto = "auto"
     """The sharding engine: PyTorch's FSDP2, or DeepSpeed's ZeRO."""
@@ -134,13 +134,13 @@ class Checkpoint(Section):
     every: Every = Interval(value=900, unit="seconds")
     """Steps (200), a time (15min) or epochs between saves; at the end in any case."""
     keep_last: int = Field(default=2, ge=1)
-    """The newest checkpoints that stay."""
+    """How many of the newest checkpoints stay."""
     keep_best: int = Field(default=0, ge=0)
-    """The best by `metric` that stay as well."""
+    """How many of the best by `metric` stay as well."""
     metric: str = "loss"
     """Metric that `keep_best` ranks by: one of the evaluation, or of one of its sources, as `old/loss`."""
     asynchronous: bool = Field(default=True, alias="async")
-    """Write while training goes on."""
+    """Write checkpoints while training goes on."""
 
     model_config = ConfigDict(populate_by_name=True)
 
@@ -154,7 +154,7 @@ class Tracking(Section):
     group: str | None = Field(default=None, min_length=1, max_length=128)
     """Runs that belong together: W&B's or trackio's group, MLflow's tag `group`."""
     tags: tuple[Annotated[str, Field(min_length=1, max_length=64)], ...] = ()
-    """Words to search for: W&B's tags, MLflow's tag `tags`."""
+    """Words to search by: W&B's tags, MLflow's tag `tags`."""
 
 
 class Job(Section):
@@ -170,13 +170,13 @@ class Job(Section):
     distillation: Distillation | None = None
     """Learn from a teacher too."""
     precision: Precision | Auto = "auto"
-    """Of the computation; parameters that train and their optimizer state are fp32 in any case."""
+    """The precision of the computation. Parameters that train, and their optimizer state, are always fp32."""
     memory: Memory = Memory()
     parallel: Parallel = Parallel()
     checkpoint: Checkpoint = Checkpoint()
     cluster: Cluster = Cluster()
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] | Auto = "auto"
-    """Where metrics go besides metrics.jsonl; `auto` is TensorBoard where it is installed."""
+    """Where metrics go besides metrics.jsonl. `auto` means TensorBoard, if it is installed."""
     tracking: Tracking = Tracking()
 
     @model_validator(mode="wrap")

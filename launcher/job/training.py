@@ -34,7 +34,7 @@ class EarlyStopping(Section):
 
 
 class OnSpike(Section):
-    """Say so, or go back, where the loss jumps and stays up."""
+    """Warn, or go back, if the loss jumps and stays up."""
 
     action: Literal["ignore", "warn", "rewind"] = "warn"
     """`warn` says so and goes on; `rewind` goes back to the weights before and leaves out the samples since;
@@ -45,13 +45,13 @@ class OnSpike(Section):
     steps: int = Field(default=5, ge=1)
     """Losses in a row that stand out."""
     window: int = Field(default=64, ge=4)
-    """Steps that the running median is of; nothing stands out before half of them are done."""
+    """Steps of which the running median is taken; nothing stands out before half of them are done."""
     times: int = Field(default=2, ge=1)
-    """Rewinds of one run; where the loss jumps once more, it ends with exit code 8."""
+    """The most rewinds of one run; if the loss jumps once more, it ends with exit code 8."""
 
 
 class WeightAverage(Section):
-    """Keep a moving average of the weights, cut as they are: one more fp32 number for each that trains."""
+    """Keep a moving average of the weights, sharded as they are: one more fp32 number for each that trains."""
 
     decay: float = Field(default=0.999, gt=0, lt=1)
     """After each step the average is decay x itself + (1 - decay) x the weights."""
@@ -88,12 +88,12 @@ class Training(Section):
     epsilon: float = Field(default=1e-8, gt=0)
     """Added to Adam's denominator."""
     moments: Literal["fp32", "bf16"] = "fp32"
-    """How Adam's and AdamW's two moments are kept: four bytes each, or two, rounded by chance."""
+    """How Adam and AdamW keep their two moments: in four bytes each, or in two, rounded stochastically."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """The momentum of SGD, or of Muon, whose authors take 0.95."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """On matrices; biases and norms are never decayed, unless `groups` says so. IA3's factors count as
-    matrices: they decay towards 0, not towards 1."""
+    """The decay of matrices. Biases and norms are never decayed, unless `groups` says so. IA3's factors
+    count as matrices: they decay towards 0, not towards 1."""
     layer_decay: float = Field(default=1.0, gt=0, le=1)
     """The factor of a layer's learning rate for each layer above it, the head among them: the
     highest of n layers has this, the lowest its n-th power, embeddings one more."""
@@ -103,20 +103,20 @@ class Training(Section):
     """How the learning rate moves after the warm-up, or with it (`one-cycle`). `range-test` is what `launcher
     lr-find` runs: the rate grows by the same factor at each step, and nothing is saved."""
     decay: float = Field(default=0.2, gt=0)
-    """Of `warmup-stable-decay`: how long the fall at the end is, as `warmup` says it."""
+    """For `warmup-stable-decay`: the length of the fall at the end, written as `warmup` is."""
     decay_shape: Literal["linear", "cosine", "1-sqrt"] = "cosine"
-    """Of `warmup-stable-decay`: how it falls."""
+    """For `warmup-stable-decay`: the shape of the fall."""
     restarts: int = Field(default=4, ge=1, le=1_000_000)
-    """Of `cosine-restarts`: how often it falls from the highest rate."""
+    """For `cosine-restarts`: how often the rate falls from the highest."""
     power: float = Field(default=1.0, gt=0)
-    """Of `polynomial`: the power of what is left of the steps."""
+    """For `polynomial`: the power of the share of steps that are left."""
     start_division: float = Field(default=25.0, ge=1)
-    """Of `one-cycle`: the highest rate over that of the first step."""
+    """For `one-cycle`: the highest rate divided by that of the first step."""
     stop_factor: float | None = Field(default=None, gt=1)
     """End a `range-test` once the smoothed loss is above this many times its lowest; without it only a loss that
     is not finite ends it."""
     warmup: float = Field(default=0.03, ge=0)
-    """Below 1: the share of all steps; from 1: steps."""
+    """The length of the warm-up: below 1 a share of all steps, from 1 on a number of steps."""
     minimum_learning_rate: float = Field(default=0.0, ge=0)
     """Rate at which the fall ends, or `range-test` begins. `constant` and `inverse-sqrt` have no end."""
     neftune_noise_alpha: float | None = Field(default=None, gt=0)
@@ -129,7 +129,7 @@ class Training(Section):
     clip_norm: float = Field(default=1.0, ge=0)
     """The largest global gradient norm; 0 leaves gradients as they are."""
     seed: int = Field(default=17, ge=0)
-    """Of the order of the data, dropout and new weights."""
+    """The seed of the order of the data, of dropout and of new weights."""
     evaluate_every: Every | None = None
     """Steps, a time, or epochs between evaluations; at the start and the end in any case."""
     early_stopping: EarlyStopping | None = None

@@ -58,16 +58,16 @@ Moment = Annotated[float, BeforeValidator(parse_share), AfterValidator(check_mom
 
 
 class Freeze(Section):
-    """Leave weights as they are. A list of patterns in its place stands for `parameters`."""
+    """Freeze weights. A list of patterns instead of a section means `parameters`."""
 
     parameters: tuple[str, ...] = ()
     """Patterns of parameter names, as `model.embed_tokens.*`."""
     layers: Layers | None = None
-    """Repeated layers by their numbers, the lowest of which is 0: `0-7`, `5`, `all`, or `all but last 4`."""
+    """Layers by their numbers, from 0 for the lowest: `0-7`, `5`, `all`, or `all but last 4`."""
     embeddings: bool = False
-    """All that comes before the first layer."""
+    """Everything before the first layer."""
     base: bool = False
-    """All but the head that the task puts on the base model, as a new classifier: only that is trained."""
+    """Everything but the head that the task puts on the base model, such as a new classifier."""
 
     def __bool__(self) -> bool:
         """Return whether it may freeze anything."""
@@ -125,13 +125,14 @@ def parse_freeze(value: Any) -> Any:
 
 
 class Thaw(Section):
-    """Let train, from a step on, what `model.freeze` froze by depth: a layer and all above it. What its
+    """Unfreeze, from a step on, what `model.freeze` froze by depth: a layer and all above it. What its
     patterns name stays frozen."""
 
     at: Moment
-    """The step from which on: below 1, or as `10%`, a share of all steps; from 1 steps that are done before."""
+    """When: below 1, or as `10%`, after this share of all steps; from 1 on, after so many steps."""
     from_: Annotated[int, Field(ge=-999_999, le=999_999)] | Literal["embeddings"] = Field(alias="from")
-    """The lowest layer that trains then: its number from 0, or from the end as -2; or `embeddings`: all."""
+    """The lowest layer to unfreeze: its number from 0, or from the end as -2. `embeddings` means
+    everything."""
 
     model_config = ConfigDict(populate_by_name=True)
 

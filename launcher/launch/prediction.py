@@ -13,8 +13,9 @@ from launcher.job.paths import nearest_file
 from launcher.launch.evaluation import Request
 from launcher.launch.scratch import ask
 from launcher.launch.screen import Watcher
+from launcher.planner.dataset.usable_rows import why_no_columns
 from launcher.runs.partial import refuse_existing
-from launcher.tasks.task import AnswerOptions
+from launcher.tasks.task import AnswerOptions, Task
 
 _LOGITS = "--logits"
 
@@ -70,16 +71,40 @@ class Prediction:
     rows: Path
     output: Path
     options: AnswerOptions
+    with_input: bool = False
+    """Whether each row's own columns are written too."""
+
+    @property
+    def columns(self) -> list[str]:
+        """Return the columns that every row must have."""
+        return self._task.required_columns
+
+    @property
+    def _task(self) -> Task:
+        task = tasks.unprepared(self.request.plan)
+        task.for_prediction = True
+        return task
+
+    def refuse_other_columns(self) -> None:
+        """Raise ConfigurationError or DataError if no row that is looked at has the columns, before a model is
+        loaded."""
+        if self.request.plan.data.train.targets is not None:
+            return  # lines of a text, whatever the file is called
+        if (reason := why_no_columns(str(self.rows.absolute()), self._task)) is not None:
+            raise ConfigurationError(Problem("--input", str(self.rows), reason))
 
     def run(self, watcher: Watcher) -> dict[str, Any]:
         """Write the predictions and return the summary. Raises Stopped after a stop request, OutOfMemoryError if
         not even one row fits, else the failure's own class."""
         refuse_existing(self.output)
+        self.refuse_other_columns()
         data = self.request.plan.data
         source = type(data.train)(path=str(self.rows.absolute()))
         data = data.model_copy(update={"evaluation": source, "packing": False})
         plan = self.request.planned(self.request.model, predicts=True)
         plan = plan.model_copy(update={"data": data})
         wanted = self.request.asked | {"output": str(self.output.absolute()), "options": asdict(self.options)}
+        wanted |= {"with_input": self.with_input}
         summary = ask(plan, "launcher.training.predict_entry", wanted, "prediction.json", watcher)
+        summary |= {"with_input": self.with_input}
         return {"output": str(self.output), **summary, "engine": plan.engine, "ranks": plan.mesh.world_size}

@@ -89,7 +89,10 @@ def fill_cache(job: Job, watcher: Watcher) -> list[dict[str, Any]]:
 
 def _here(job: Job) -> Plan:
     """Return the job's plan for one CPU process on this machine: its GPUs and nodes, which may be elsewhere, do
-    not affect its data."""
+    not affect its data. Files of which most rows would be dropped have one as well: only a run refuses them."""
+    data = job.data
+    if data.unusable == "drop-few":
+        job = job.model_copy(update={"data": data.model_copy(update={"unusable": "drop"})})
     try:
         plan = plan_job(job)
     except ConfigurationError:
@@ -99,6 +102,7 @@ def _here(job: Job) -> Plan:
     )
     return plan.model_copy(
         update={
-            "mesh": one.model_copy(update={"device": "cpu", "threads_per_rank": Hardware.detect().num_cores})
+            "mesh": one.model_copy(update={"device": "cpu", "threads_per_rank": Hardware.detect().num_cores}),
+            "data": plan.data.model_copy(update={"unusable": data.unusable}),
         }
     )

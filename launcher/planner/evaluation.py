@@ -16,7 +16,7 @@ from launcher.planner.plan import BatchPlan, Plan
 from launcher.planner.resolve.batch import divisors
 from launcher.planner.suggestions import fully_cut
 from launcher.planner.target import target_here
-from launcher.runs.wording import gib
+from launcher.runs.wording import gib, in_phase
 from launcher.tasks.encoder_decoders import EncoderDecoderTask
 from launcher.tasks.generation import Evaluation, Generate
 
@@ -100,7 +100,7 @@ def _refuse(least: Forecast, global_batch_size: int, profiles: Profiles, hardwar
     highest = least.footprint.highest
     largest = max(highest.parts, key=lambda kind: highest.parts[kind])
     raise OutOfMemoryError(
-        f"one row a pass needs {least.lack} ({highest.name}; most of it {largest}, "
+        f"one row a pass needs {least.lack} ({in_phase(highest.name)}; most of it {largest}, "
         f"{gib(highest.parts[largest])}); {nearest}"
     )
 

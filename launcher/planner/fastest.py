@@ -14,7 +14,7 @@ from launcher.planner.memory.program import Program
 from launcher.planner.plan import Decision, Plan, Refused, Why
 from launcher.planner.resolve.batch import divisors, with_batch
 from launcher.planner.target import Target
-from launcher.runs.wording import gib
+from launcher.runs.wording import gib, in_phase
 
 WORTH = 0.95
 """Another sharding is taken only below this share of the first one's step: the speed model errs by some
@@ -223,8 +223,10 @@ class Search:
         if job.memory.activation_checkpointing == "auto":
             highest, usable = taken.forecast.footprint.highest, self.target.usable_bytes(plan.mesh.device)
             source = "its class's profile" if taken.forecast.traced else "the formulas"
-            reason = f"the peak is {gib(highest.total)} of the {gib(usable)} that a rank may use"
-            reason += f", by {source} ({highest.name}: {highest.where})"
+            reason = (
+                f"the peak, {in_phase(highest.name)}, is {gib(highest.total)} of the {gib(usable)} that a "
+            )
+            reason += f"rank may use, by {source} ({highest.where})"
             value = plan.activation_checkpointing
             decisions.append(Decision(key="memory.activation_checkpointing", value=value, reason=reason))
         if job.batch.micro_batch_size == "auto":

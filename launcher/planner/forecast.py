@@ -96,18 +96,25 @@ class Forecast:
     def line(self) -> str:
         """Return the one-line summary that `run` and `submit` print."""
         highest, speed, there = self.footprint.highest, self.speed, self.target.memory_bytes
-        memory = f"{gib(highest.total)} a rank"
+        # A CPU's process has Python and its libraries as well, which nobody plans.
+        tensors = " of tensors" if self.plan.mesh.device == "cpu" else ""
+        memory = f"{gib(highest.total)}{tensors} at most ({wording.in_phase(highest.name)}"
+        if "step" not in highest.name:
+            steps = (phase for phase in self.footprint.phases if phase.name == "steady step")
+            memory += "".join(f", {gib(phase.total)} in a step" for phase in steps)
+        memory += ")"
         if there:
             part = USABLE[self.plan.mesh.device]
-            memory = f"{gib(highest.total)} of the {gib(self._usable_bytes)} that a rank may use"
-            memory += f" ({part:.0%} of its {gib(there)})"
+            memory += (
+                f" of the {gib(self._usable_bytes)} that a rank may use ({part:.0%} of its {gib(there)})"
+            )
         rate = ""
         if speed:
             share = "MFU" if self.plan.mesh.device == "cuda" else "of the measured rate"
             share = f"{speed.utilisation:.0%} {share}"
             rate = f", about {speed.tokens_per_second:,.0f} tokens/s ({share})"
         end = f", {wording.duration(self.duration.total)} to the end" if self.duration else ""
-        return f"{memory} at the highest ({highest.name}){rate}{end}"
+        return f"{memory}{rate}{end}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the forecast for JSON; sizes in bytes, times in seconds."""

@@ -13,7 +13,7 @@ from launcher.planner.plan import Plan
 from launcher.planner.resolve.batch import divisors, largest_divisor, with_batch
 from launcher.planner.suggestions import changes, fully_cut, on_more_ranks
 from launcher.planner.target import USABLE, Target
-from launcher.runs.wording import gib
+from launcher.runs.wording import gib, in_phase
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,9 @@ def _smaller_pass(plan: Plan, hardware: Hardware, peak: int, program: Program) -
     if not fitting:
         return None
     options, other = min(fitting, key=lambda pair: pair[1].step)
-    foreseen = f"the plan expected {gib(expected.total)} at the highest ({expected.name}: {expected.where})"
+    foreseen = (
+        f"the plan expected {gib(expected.total)} at most, {in_phase(expected.name)} ({expected.where})"
+    )
     measured = f", a rank had {gib(peak)}" if peak else ""
     then = f"with this it is {gib(other.footprint.highest.total)} of {gib(memory)}"
     return Advice(options, f"{foreseen}{measured}; {then}")

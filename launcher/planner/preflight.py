@@ -17,7 +17,7 @@ from launcher.planner.speed.duration import DISK_RATE
 from launcher.planner.suggestions import nearest_that_fit
 from launcher.planner.target import GPUS_PER_NODE, NODE_MEMORY, Target, target_here, target_of_job
 from launcher.runs.machine import Machine
-from launcher.runs.wording import gib
+from launcher.runs.wording import gib, in_phase
 
 _FORCE = "--force starts it all the same"
 
@@ -85,7 +85,7 @@ def _check_memory(foreseen: Forecast, per_node: int, assumed: bool) -> None:
     memory, usable = foreseen.target.memory_bytes, foreseen.target.usable_bytes(plan.mesh.device)
     most = f"most of it {largest}, {gib(highest.parts[largest])}"
     raise OutOfMemoryError(
-        f"this plan needs {gib(highest.total)} of a rank ({highest.name}; {most}), "
+        f"this plan needs {gib(highest.total)} of a rank ({in_phase(highest.name)}; {most}), "
         f"and {gib(usable)} of {gib(memory)} can be used; {nearest} (`launcher plan` shows more); {_FORCE}"
     )
 

@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from launcher.metrics import with_class
 from launcher.report.content import RunContent
 
 if TYPE_CHECKING:
     from launcher.sweep.line import Line
 
+EVALUATION = "evaluation: "
+"""The prefix of a held-out metric's name among those of a run."""
 _NAMES_ITSELF = ("name",)
 
 
@@ -47,7 +50,15 @@ def final_metrics(runs: Sequence[RunContent]) -> list[tuple[str, list[tuple[int,
     evaluated = [run.series.metrics for run in runs]
     names = dict.fromkeys(name for one in evaluated for name in one)
     rows = [(name, [one[name][-1] if name in one else None for one in evaluated]) for name in names]
-    return [("training loss", losses), *((f"evaluation: {name}", values) for name, values in rows)]
+    return [("training loss", losses), *((f"{EVALUATION}{name}", values) for name, values in rows)]
+
+
+def metric_shown(name: str, runs: Sequence[RunContent]) -> str:
+    """Return a metric's name as in `final_metrics`, with its positive class if all runs that have the metric
+    agree on it: `evaluation: f1 (of yes)`."""
+    own = name.removeprefix(EVALUATION)
+    shown = {with_class(own, run.status.positive_classes) for run in runs if own in run.series.metrics}
+    return f"{EVALUATION}{shown.pop()}" if name != own and len(shown) == 1 else name
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from launcher.report.comparison import Summary, SweepContent
+from launcher.report.comparison import EVALUATION, Summary, SweepContent, metric_shown
 from launcher.report.content import RunContent
 from launcher.runs.series import thin
 
@@ -84,7 +84,7 @@ def panels(runs: Sequence[RunContent]) -> list[Panel]:
             for place, one in enumerate(evaluated)
             if name in one
         ]
-        of_metrics.append(Panel(f"evaluation: {name}", "", lines))
+        of_metrics.append(Panel(metric_shown(f"{EVALUATION}{name}", drawn), "", lines))
     first, *others = (_of_column(name, drawn) for name in _COLUMNS)
     return [panel for panel in (first, *of_metrics, *others) if panel.lines]
 

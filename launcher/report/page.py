@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import ConfigurationError, Problem
+from launcher.metrics import named
 from launcher.report import figures
-from launcher.report.comparison import SweepContent, differing_settings, final_metrics
+from launcher.report.comparison import SweepContent, differing_settings, final_metrics, metric_shown
 from launcher.report.content import RunContent
 from launcher.runs import prepared
 from launcher.runs.cost import in_words
@@ -75,7 +76,7 @@ def render(report: Report, live: Live | None = None) -> str:
         panels=list(zip(panels, ids, strict=False)),
         tried=_tried(report.sweep, ids[len(panels) :]),
         differing=differing_settings(report.runs) if len(report.runs) > 1 else [],
-        metrics=final_metrics(report.runs),
+        metrics=[(metric_shown(name, report.runs), values) for name, values in final_metrics(report.runs)],
         colors=figures.COLORS,
         drawing=drawing,
     )
@@ -96,6 +97,7 @@ def fill(template: str, scripts: Sequence[str], live: Live | None, **content: An
     )  # fmt: skip
     environment.filters |= {
         "number": number,
+        "named": lambda status: named(vars(status)),
         "size": _known(size),
         "memory": _known(gib),
         "moment": _known(moment),

@@ -53,9 +53,9 @@ def _file(run: RunDirectory, step: int) -> Path:
 
 
 def heading(rows: Sequence[dict[str, Any]]) -> str:
-    """Return what samples are called: a task that writes nothing gives the row's own text a probability."""
+    """Return what samples are: a task that writes nothing gives the row's own text a probability."""
     scored = any("log_probability" in (row.get("answer") or ()) for row in rows)
-    return "scores" if scored else "predictions"
+    return "how probable held-out texts are to the model" if scored else "predictions for held-out rows"
 
 
 def lines(rows: Sequence[dict[str, Any]], width: int = 600) -> list[str]:

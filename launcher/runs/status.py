@@ -41,6 +41,8 @@ class Status:
     total_steps: int | None = None
     loss: float | None = None
     metrics: dict[str, float] | None = None
+    positive_classes: dict[str, str] = field(default_factory=dict)
+    """The class that a metric is of, by the metric's name: of `f1` of two classes."""
     checkpoint: str | None = None
     checkpoint_step: int | None = None
     phase: str | None = None
@@ -94,6 +96,7 @@ def read_status(run: RunDirectory, totals: Totals | None = None) -> Status:
     record = steps[0] if steps else None
     newest = newest_checkpoint(run)
     total_steps = last.get("training", {}).get("total_steps")
+    classes = last.get("evaluated", {}).get("positive_classes")
     step_age = liveness.step_age(last, record) if state == "running" else None
     recent = time_left.recent(steps, last) if record and state == "running" else []
     return Status(
@@ -105,6 +108,7 @@ def read_status(run: RunDirectory, totals: Totals | None = None) -> Status:
         total_steps=total_steps,
         loss=record.get("loss") if record else None,
         metrics=last.get("evaluated", {}).get("metrics"),
+        positive_classes=classes if isinstance(classes, dict) else {},
         checkpoint=str(newest) if newest else None,
         checkpoint_step=int(newest.name.removeprefix("step-")) if newest else None,
         phase=liveness.phase(last, record) if state == "running" else None,

@@ -44,6 +44,12 @@ def gib(num_bytes: float) -> str:
     return f"{num_bytes / 2**30:.1f} GiB" if abs(num_bytes) >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
 
 
+def in_phase(name: str) -> str:
+    """Return when a phase of a run is: `in a step`, `in the first step`, `between steps`, `while saving`."""
+    steps = {"steady step": "in a step", "first step": "in the first step", "between steps": name}
+    return steps.get(name, f"while {name}")
+
+
 def finite(value: Any) -> Any:
     """Return the same value with infinities and NaN, which JSON lacks, as words."""
     if isinstance(value, float) and value - value != 0:

@@ -26,8 +26,8 @@ class SoundColumns(Data):
     """The longest clip that the model hears. Left out, what its feature extractor says (Whisper 30, AST
     10.24), else 10. Whisper hears whole seconds: a fraction is rounded up."""
     pad_to_seconds: bool = False
-    """Add silence behind a shorter sound, so that all are as long as `seconds`. The silence is then heard.
-    Models whose numbers padding would change have several clips in a pass only so."""
+    """Add silence behind a shorter sound, so that all are as long as `seconds`. The model then hears the
+    silence. Models whose numbers padding would change can have several clips in a pass only this way."""
     max_length: Literal[1] = 1
     """A clip is one position of a pass, whatever its length."""
 

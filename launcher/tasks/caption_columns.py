@@ -15,8 +15,8 @@ class CaptionColumns(PictureColumns):
     text: str = "text"
     """The column of the text that is written: learned."""
     references: str | None = None
-    """The column with a list of texts that an answer is compared with, of held-out rows that have it; else
-    it is the text."""
+    """The column with a list of texts to compare an answer with, in held-out rows. Without it, an answer is
+    compared with the text."""
     max_target_length: int = Field(default=128, ge=8, le=100_000_000)
     """Tokens of the longest text; never more than the decoder has positions."""
     too_long: Literal["cut", "drop", "refuse"] = "cut"

@@ -7,17 +7,17 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from launcher.data.rows import IfThere, RowProblem, check_encodable, required, text_of
+from launcher.data.rows import IfThere, RowProblem, check_encodable, text_of
 from launcher.errors import DataError
 from launcher.lazy import Lazy
 from launcher.metrics import Better
 from launcher.tasks import causal_columns, roles
 from launcher.tasks.causal_columns import CausalColumns
-from launcher.tasks.causal_samples import encoded, num_asked
+from launcher.tasks.causal_samples import encoded, nothing_left, num_asked
 from launcher.tasks.chat.rows import chat_columns, messages_of, texts_of, tools_of
 from launcher.tasks.companion import Companion
 from launcher.tasks.distillation import TEACHER
-from launcher.tasks.encoding import Borders, Tokens, Written, encode_usable, encode_written
+from launcher.tasks.encoding import Borders, Tokens, Written, encode_usable, encode_written, too_long
 from launcher.tasks.generation import padded_prompts
 from launcher.tasks.padding import alone
 from launcher.tasks.task import (
@@ -106,13 +106,21 @@ class CausalLM(WritingTask):
             messages = messages_of(row, column, is_answered=not self._answers)
             texts = list(texts_of(messages, tools_of(row, self.data.tools)))
         else:
-            texts = [text_of(row, column) for column in required(self.columns)]
+            texts = [text_of(row, column) for column in self.required_columns]
         for text in texts:
             check_encodable(text, self.columns[0])
         return texts
 
     def added_tokens(self, num_texts: int, tokenizer: Any | None) -> int:
         return 1 + self.virtual_tokens + (MARKS * num_texts if self.data.messages is not None else 0)
+
+    def why_too_long(self, tokens: Sequence[int], added: int) -> RowProblem | None:
+        # Two texts that are tokenised as one may have a token less, and a chat's template adds what it likes.
+        length, limit = sum(tokens) - len(tokens) + 1, self.data.max_length
+        if self.data.too_long != "cut":
+            return too_long(length, limit, "at least ") if length > limit else None
+        # Of a prompt and its completion, what is cut off is the completion.
+        return nothing_left(limit) if self.data.prompt is not None and tokens[0] > limit else None
 
     def left_open(self) -> Iterator[Left]:
         if self.data.messages is not None and self.data.date is None:

@@ -43,12 +43,17 @@ def sample_of(
     targets[:-1] = np.where(learned[1:], ids[1:], IGNORE)
     num_supervised = int(np.count_nonzero(learned[1:]))
     if num_supervised == 0:
-        filled = f"what is not learned fills max_length = {max_length:,}"
-        return RowProblem(NOTHING_TO_LEARN, filled if length > len(ids) else "too few tokens")
+        few = RowProblem(NOTHING_TO_LEARN, "too few tokens")
+        return nothing_left(max_length) if length > len(ids) else few
     arrays = {"input_ids": ids, "targets": targets}
     if tokenizer is not None:
         arrays["references"] = as_bytes([_last_learned(tokens, num_asked(arrays), tokenizer)])
     return Encoded(arrays, num_supervised, len(ids), cut=length > len(ids))
+
+
+def nothing_left(max_length: int) -> RowProblem:
+    """Return the problem of a row whose prompt leaves no room for what is learned."""
+    return RowProblem(NOTHING_TO_LEARN, f"what is not learned fills max_length = {max_length:,}")
 
 
 def question_of(tokens: Tokens, max_length: int) -> Encoded | RowProblem:

@@ -28,17 +28,16 @@ PROJECTION = "hidden_projection"
 
 
 class HiddenStates(Section):
-    """Draw the hidden states of layers to those of the teacher's (TinyBERT, Jiao et al. 2020, arXiv
+    """Pull the hidden states of layers towards the teacher's (TinyBERT, Jiao et al. 2020, arXiv
     1909.10351)."""
 
     weight: float = Field(default=1.0, gt=0, le=1e6)
-    """What the difference counts for beside the rest of the loss: the mean square over width, tokens and
-    layers."""
+    """The weight of the difference in the loss: the mean square over width, tokens and layers."""
     layers: dict[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] | None = Field(
         default=None, min_length=1
     )
-    """Of each layer that learns the one of the teacher's that it learns from; 0 is the embeddings. Left out:
-    every layer, from the teacher's in even distances, the last from the last."""
+    """For each layer that learns, the teacher's layer that it learns from; 0 is the embeddings. Left out:
+    every layer learns from the teacher's at even distances, the last from the last."""
 
     def pairs(self, num_layers: int, num_others: int) -> dict[int, int]:
         """Return the teacher's layer for each of the model's. Raises ConfigurationError for a layer that does
@@ -101,13 +100,13 @@ class Distillation(Section):
     """A run directory (of this task), a directory with a trained Hugging Face model, or a model's name on the
     hub. It is not trained."""
     logits: Line | None = None
-    """In the place of a teacher: the directory that `launcher predict --logits DIR` wrote ahead."""
+    """Instead of a teacher: a directory that `launcher predict --logits DIR` wrote before."""
     checkpoint: Annotated[int, Field(ge=1)] | None = None
-    """Of a run as the teacher: the step that teaches; left out, the best it keeps, else the newest."""
+    """If the teacher is a run: the step that teaches. Left out, the best one that is kept, else the newest."""
     revision: Line | None = None
     """Branch, tag or commit of the teacher on the hub."""
     temperature: float = Field(default=1.0, gt=0, le=1000)
-    """The logits of both are divided by it before they are compared. Of a number there is none."""
+    """Both models' logits are divided by it before they are compared. A regression has none."""
     own_loss: Annotated[Fraction, Field(allow_inf_nan=False)] = 0.5
     """The share of the task's own loss; the rest is the divergence from the teacher, times the square of the
     temperature."""

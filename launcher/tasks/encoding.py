@@ -44,9 +44,9 @@ def encode_usable(
     return [one if isinstance(one, RowProblem) else next(encoded) for one in readings]
 
 
-def too_long(length: int, limit: int) -> RowProblem:
-    """Return the problem of a sample of more than `limit` tokens."""
-    return RowProblem(TOO_LONG, f"{length:,} tokens, and max_length is {limit:,}")
+def too_long(length: int, limit: int, about: str = "") -> RowProblem:
+    """Return the problem of a sample of more than `limit` tokens; `about` stands before its length."""
+    return RowProblem(TOO_LONG, f"{about}{length:,} tokens, and max_length is {limit:,}")
 
 
 def unfit(processor: Any, reason: str) -> ConfigurationError:

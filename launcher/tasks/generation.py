@@ -48,7 +48,7 @@ class Generate(Section):
     """When drawing: only from the likeliest tokens that have this share of the probability together. Left
     out: as the model has it, else 1."""
     seed: int = Field(default=17, ge=0)
-    """Of what is drawn; the same row draws the same on any number of ranks."""
+    """The seed of what is drawn. The same row draws the same on any number of ranks."""
     stop_strings: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Texts at which an answer ends; they are not part of it."""
 

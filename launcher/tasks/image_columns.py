@@ -25,26 +25,27 @@ class Augmentation(Section):
     """A part of at least this share of the image, of a width 3/4 to 4/3 of its height, is enlarged to the
     whole (Szegedy et al. 2015, arXiv 1409.4842; 0.08 there)."""
     horizontal_flip: Probability | None = None
-    """How likely an image is mirrored."""
+    """The probability of mirroring an image."""
     color_jitter: Fraction | None = None
     """How far brightness, contrast and saturation may change, each as a share of its own."""
     rand_augment: tuple[Annotated[int, Field(ge=1, le=10)], Annotated[int, Field(ge=1, le=30)]] | None = None
-    """RandAugment (Cubuk et al. 2020, arXiv 1909.13719): so many alterations, of this strength each."""
+    """RandAugment (Cubuk et al. 2020, arXiv 1909.13719): the number of alterations, and their strength."""
     random_erasing: Probability | None = None
-    """How likely a part of 2 to 33% of the image is made grey (Zhong et al. 2020, arXiv 1708.04896)."""
+    """The probability of making 2 to 33% of an image grey (Zhong et al. 2020, arXiv 1708.04896)."""
 
 
 class ImageAugmentation(Augmentation):
     """Alterations of images that have a label, which can be mixed too."""
 
     mixup_alpha: Alpha | None = None
-    """Add to an image another one of its step, and to its label that one's (Zhang et al. 2018, arXiv
-    1710.09412): by a share that is drawn from Beta(alpha, alpha); 0.2 to 1 are usual."""
+    """Mix an image and its label with another one of the same step (Zhang et al. 2018, arXiv 1710.09412).
+    The share is drawn from Beta(alpha, alpha); 0.2 to 1 are usual."""
     cutmix_alpha: Alpha | None = None
-    """Put a part of another image of the step in the place of the image's own, and mix their labels by the
-    area (Yun et al. 2019, arXiv 1905.04899): drawn alike, 1 there. Beside `mixup_alpha` each is as likely."""
+    """Replace a part of an image by that of another one of the same step, and mix their labels by the area
+    (Yun et al. 2019, arXiv 1905.04899). The share is drawn alike; the paper takes 1. With `mixup_alpha` as
+    well, each of the two is equally likely."""
     mix_probability: Probability | None = None
-    """How likely an image is mixed. Left out, every one is."""
+    """The probability of mixing an image. Left out, every one is mixed."""
 
 
 class PictureColumns(Data):

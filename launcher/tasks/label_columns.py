@@ -48,28 +48,29 @@ class LabelColumns(Data):
     class_weights: Annotated[
         Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None, BeforeValidator(_by_label)
     ] = None
-    """How much a sample counts in training by its class, 1 where a class is not named; of several at once,
-    how much having the class counts against not having it. `balanced` has every class count the same."""
+    """The weight of each class in the training loss; 1 for a class that is not named. With several classes
+    at once, it is the weight of having the class against not having it. `balanced` lets every class count
+    the same."""
     label_smoothing: Fraction | None = None
     """The share of a label that is spread over all classes in training (Szegedy et al. 2016, arXiv
     1512.00567)."""
     focal_gamma: float | None = Field(default=None, gt=0, le=100)
-    """Train by the focal loss (Lin et al. 2017, arXiv 1708.02002) with this gamma: what the model is sure of
-    counts less."""
+    """Train with the focal loss (Lin et al. 2017, arXiv 1708.02002) of this gamma: samples that the model
+    is sure of count less."""
     head_bias: Literal["labels", "zero"] = "labels"
-    """Where the bias of a new head begins: at what the labels say, which is the mean of the numbers, or for
-    several classes at once the log-odds of each class's share; or at zero."""
+    """The first bias of a new head. `labels` takes the mean of the numbers, or with several classes at once
+    the log-odds of each class's share; `zero` takes zero."""
     thresholds: Annotated[
         Literal["fit"] | Probability | dict[str, Probability] | None, BeforeValidator(_by_label)
     ] = None
-    """Of several classes at once, the probability above which a class is given: one for all, or by class (1/2
-    where it is not named). `fit` takes for each class the one with the best F1 on the evaluation. Left out,
-    1/2."""
+    """With several classes at once, the probability above which a class is predicted: one for all, or by
+    class (1/2 for a class that is not named). `fit` takes for each class the one with the best F1 on the
+    evaluation. Left out, 1/2."""
     top_k: int | None = Field(default=None, ge=2)
-    """Measure too whether the class is among the so many most probable ones."""
+    """Also measure how often the class is among this number of most probable ones."""
     positive_label: Annotated[str, BeforeValidator(_as_label)] | None = None
-    """Of two classes, the one that `f1` is of. Left out, the second: by number, else by name; of a model with
-    these classes, its own second."""
+    """With two classes, the one whose F1 `f1` is. Left out, it is the second: by number, else by name; if
+    the model has these classes, the model's second."""
 
     def __hash__(self) -> int:
         """Return the hash of its JSON: a mapping of classes has none."""

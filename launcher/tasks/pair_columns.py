@@ -21,8 +21,8 @@ class PairColumns(Data):
     target: str
     """The column of the text that is written: learned."""
     references: str | None = None
-    """The column with a list of texts that an answer is compared with, of held-out rows that have it; else
-    it is the target."""
+    """The column with a list of texts to compare an answer with, in held-out rows. Without it, an answer is
+    compared with the target."""
     prefix: str = ""
     """Put before every source, as T5 wants it (`translate English to German: `)."""
     source_language: str | None = None

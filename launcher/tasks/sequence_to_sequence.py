@@ -77,6 +77,14 @@ class SequenceToSequence(EncoderDecoderTask):
     def added_tokens(self, num_texts: int, tokenizer: Any | None) -> int:
         return num_texts * (1 if tokenizer is None else special_tokens(tokenizer)) + self.virtual_tokens
 
+    def why_too_long(self, tokens: Sequence[int], added: int) -> RowProblem | None:
+        limits = (("source", "max_length"), ("target", "max_target_length"))
+        for count, (name, key) in zip(tokens, limits, strict=False):
+            length, most = count + added // len(tokens), getattr(self.data, key)
+            if self.data.too_long != "cut" and length > most:
+                return RowProblem(TOO_LONG, f"{length:,} tokens of the {name}, and {key} is {most:,}")
+        return None
+
     @property
     def auto_class(self) -> Any:
         from transformers import AutoModelForSeq2SeqLM

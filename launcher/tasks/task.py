@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from launcher.data.columns import Column, Overview, number_in
-from launcher.data.rows import Row, RowProblem
+from launcher.data.rows import Row, RowProblem, required
 from launcher.data.section import Data
 from launcher.errors import Problem
 from launcher.metrics import Better
 from launcher.tasks import classes
 from launcher.tasks.companion import Companion
 from launcher.tasks.distillation import Distillation
+from launcher.tasks.encoding import too_long
 from launcher.tasks.evaluator import KEEPS_LOSSES, Evaluator, Output
 from launcher.tasks.findings import Finding, Left, finding
 from launcher.tasks.generation import AnswerOptions, Evaluation, GenerationOptions
@@ -128,6 +129,11 @@ class Task(ABC):
     def columns(self) -> tuple[str, ...]:
         """Return the columns of a row that the task reads."""
 
+    @property
+    def required_columns(self) -> list[str]:
+        """Return the columns that a source must have."""
+        return required(self.columns)
+
     @abstractmethod
     def texts(self, row: dict[str, Any]) -> list[str]:
         """Return the texts of a row that become tokens. Raises RowProblem where the row cannot be used."""
@@ -157,6 +163,12 @@ class Task(ABC):
         `added`: the tokens besides them."""
         length, limit = sum(tokens) + added, self.data.max_length
         return [min(length, limit)] if self.data.too_long == "cut" or length <= limit else []
+
+    def why_too_long(self, tokens: Sequence[int], added: int) -> RowProblem | None:
+        """Return why no sample is left of a row that is too long; None if that is not certain. The arguments are
+        those of `sample_lengths`."""
+        length, limit = sum(tokens) + added, self.data.max_length
+        return too_long(length, limit) if self.data.too_long != "cut" and length > limit else None
 
     def left_open(self) -> Iterator[Left]:
         """Yield the keys of `data` that the plan decides; a resumed run keeps its first plan's values."""

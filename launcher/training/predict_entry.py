@@ -10,14 +10,15 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import distributed
 
-from launcher.data.rows import NOTHING_TO_LEARN, Row, RowProblem
+from launcher.data.formats import format_of
+from launcher.data.rows import NOTHING_TO_LEARN, IfThere, Row, RowProblem
 from launcher.errors import ConfigurationError, Problem
 from launcher.plain_files import read_json
 from launcher.planner.plan import Plan
@@ -34,7 +35,7 @@ from launcher.training.data.stretches import Share, stretches
 from launcher.training.devices import start_process_group
 from launcher.training.engines.engine import Engine
 from launcher.training.evaluation import Interrupted
-from launcher.training.samples import as_sample
+from launcher.training.samples import as_json, as_sample
 from launcher.training.signals import StopRequest
 from launcher.training.subject import Subject, as_trained
 
@@ -55,6 +56,8 @@ class Predicting:
     options: AnswerOptions
     rows: Rows
     stop: StopRequest
+    with_input: bool = False
+    """Whether a record has the row's own columns as well."""
     first: list[dict[str, Any]] = field(default_factory=list)
     """The first rows that were answered, with their answers; on rank 0 alone."""
 
@@ -82,7 +85,8 @@ class Predicting:
                 and not isinstance(row.values, RowProblem)
                 and "problem" not in record
             ):
-                answer = {name: value for name, value in record.items() if name not in ("row", "cut")}
+                beside = ("row", "input", "cut")
+                answer = {name: value for name, value in record.items() if name not in beside}
                 self.first.append(as_sample(self.subject.task, row.id, row.values, answer))
 
     def _records(self, share: Share) -> list[dict[str, Any]]:
@@ -105,15 +109,17 @@ class Predicting:
         return [self._record(row, share, message.get(row.id, [])) for row in share.rows]
 
     def _record(self, row: Row, share: Share, parts: list[tuple[int, Any]]) -> dict[str, Any]:
-        task = self.subject.task
+        task, own = self.subject.task, {}
+        if self.with_input and not isinstance(row.values, RowProblem):
+            own["input"] = {name: as_json(value) for name, value in row.values.items()}
         if (problem := share.problems.get(row.id)) is not None:
             detail = problem.detail[:200]
             if problem.reason == NOTHING_TO_LEARN and task.traits.causal and not task.generates:
                 detail += f"; {_TO_GENERATE}"
-            return {"row": row.id, "problem": problem.reason, "detail": detail, "line": row.line}
+            return {"row": row.id, **own, "problem": problem.reason, "detail": detail, "line": row.line}
         assert not isinstance(row.values, RowProblem)
         answer = task.answer(row.values, [answer for _, answer in sorted(parts, key=lambda part: part[0])])
-        return {"row": row.id, **answer} | ({"cut": True} if row.id in share.cut else {})
+        return {"row": row.id, **own, **answer} | ({"cut": True} if row.id in share.cut else {})
 
     def _stops(self) -> bool:
         vote = torch.tensor(float(self.stop.requested), device=self.subject.plan.mesh.device)
@@ -138,6 +144,8 @@ def predict(
     # If training read two parallel text files, an input with an unknown suffix is read as text.
     otherwise = ".txt" if plan.data.train.targets is not None else None
     rows = open_source(source, subject.task.columns, otherwise)
+    if with_input := bool(request.get("with_input")):
+        rows = _with_all_columns(rows)
     start_process_group(plan)
     subject.task.configure(subject.config)
     engine = subject.build(scratch)
@@ -145,9 +153,10 @@ def predict(
     began, leads = time.monotonic(), distributed.get_rank() == 0
     output = Partial(Path(request["output"]))
     of = _identity(subject, rows, run, model, step) | {"options": request["options"]}
+    of |= {"the input's columns": True} if with_input else {}
     skipped = int(exchange.from_first(output.begin(of) if leads else 0))
     report = PhaseReport(scratch, "predicting", "rows")
-    stopped, predicting = False, Predicting(subject, engine, options, rows, stop)
+    stopped, predicting = False, Predicting(subject, engine, options, rows, stop, with_input)
     try:
         for records in predicting.stretches(skipped):
             if leads:
@@ -162,6 +171,15 @@ def predict(
         facts = {"step": step, "seconds": round(time.monotonic() - began, 3), "first": predicting.first}
         _conclude(scratch, output, stopped, skipped, facts)
     distributed.barrier()
+
+
+def _with_all_columns(rows: Rows) -> Rows:
+    """Return the same rows with every column of their files: of some formats only those that are named are
+    read."""
+    names = [
+        name for file in rows.files for name in format_of(file.path, rows.otherwise).names(Path(file.path))
+    ]
+    return replace(rows, columns=tuple(dict.fromkeys((*rows.columns, *map(IfThere, names)))))
 
 
 def _identity(

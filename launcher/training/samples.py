@@ -92,7 +92,7 @@ def as_sample(task: Task, id: int, row: dict[str, Any], answer: dict[str, Any]) 
     """Return a row with the model's answer as JSON, and which of its columns hold the truth."""
     return {
         "row": id,
-        "input": {name: _short(value) for name, value in row.items()},
+        "input": {name: as_json(value, _LONGEST) for name, value in row.items()},
         "answer": answer,
         "truth": [column for column in _truth(task) if column in row],
     }
@@ -110,12 +110,15 @@ def _truth(task: Task) -> Iterator[str]:
             yield column
 
 
-def _short(value: Any) -> Any:
-    """Return a value as JSON, with long texts cut."""
+def as_json(value: Any, longest: int | None = None) -> Any:
+    """Return a column's value as JSON: of a file's bytes their number, and of longer texts the beginning."""
     if isinstance(value, str):
-        return value if len(value) <= _LONGEST else value[:_LONGEST] + "…"
+        return value if longest is None or len(value) <= longest else value[:longest] + "…"
     if isinstance(value, dict):
-        return {str(key): _short(inner) for key, inner in value.items()}
+        return {str(key): as_json(inner, longest) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_short(inner) for inner in value]
-    return value if value is None or isinstance(value, (bool, int, float)) else _short(str(value))
+        return [as_json(inner, longest) for inner in value]
+    if isinstance(value, bytes):
+        return f"{len(value):,} bytes"
+    is_plain = value is None or isinstance(value, (bool, int, float))
+    return value if is_plain else as_json(str(value), longest)

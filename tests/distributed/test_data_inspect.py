@@ -369,7 +369,7 @@ def test_most_rows_dropped_from_command_to_command(job: str, capfd: pytest.Captu
     """Looked at, refused, and run once it is written that they may go."""
     assert call("data", "inspect", job, "--rows", "1") == 0
     out, err = capfd.readouterr()
-    assert LINE in out and "<< w" in out and "first: train.jsonl, line 21: 'text' is null" in out
+    assert LINE in out and "⟦ w" in out and "first: train.jsonl, line 21: 'text' is null" in out
     assert "attempt" not in err
     assert call("data", "prepare", job) == DataError.exit_code
     _, err = capfd.readouterr()
@@ -377,8 +377,7 @@ def test_most_rows_dropped_from_command_to_command(job: str, capfd: pytest.Captu
         err.count("error: train data: 21 of 41 rows (51.2%) would be dropped: 21 missing key") == 1
         and "rank" not in err
     )
-    assert call("run", job) == DataError.exit_code
-    assert "write data.unusable: drop to use the other 20" in capfd.readouterr().err
-    assert call("run", job, "--set", "data.unusable=drop") == 0, (
-        "the same run goes on, as nothing was learned yet"
-    )
+    assert call("run", job) == ConfigurationError.exit_code, "before a rank starts"
+    assert "21 of 41 rows cannot be used" in (err := capfd.readouterr().err)
+    assert "with data.unusable: drop a run uses the others" in err
+    assert call("run", job, "--set", "data.unusable=drop") == 0

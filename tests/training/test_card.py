@@ -11,8 +11,10 @@ from huggingface_hub import ModelCard
 
 from launcher.planner.plan import Plan
 from launcher.runs.layout import RunDirectory
-from launcher.training.checkpoint.card import pipeline_tag
+from launcher.training.checkpoint.card import Card, pipeline_tag
 from launcher.training.checkpoint.export import export
+from launcher.training.demo.models import PACKAGES, installed
+from launcher.training.demo.models import model_directory as packaged_directory
 from tests.training.runs import causal_data, evaluations, finish, model_directory, new_run, plan_for
 
 
@@ -43,7 +45,9 @@ def results(card: ModelCard) -> dict[str, Any]:
 def test_a_merged_model_says_what_it_was_made_of(run: RunDirectory, tmp_path: Path) -> None:
     export(run, tmp_path / "out")
     card = ModelCard.load(tmp_path / "out" / "README.md")
-    assert card.data.base_model == "tiny-llama" and card.data.library_name == "transformers"
+    assert card.data.base_model is None and card.data.library_name == "transformers"
+    assert "Fine-tuned from the model in a directory that was called `tiny-llama`" in card.text
+    assert "Add that model's name on the hub above, as `base_model`" in card.text
     assert card.data.pipeline_tag == "text-generation"
     assert card.data.license == "apache-2.0" and card.data.language == ["en", "de"]
     measured = evaluations(run)
@@ -60,11 +64,28 @@ def test_a_merged_model_says_what_it_was_made_of(run: RunDirectory, tmp_path: Pa
 def test_an_adapter_has_the_fields_of_peft(run: RunDirectory, tmp_path: Path) -> None:
     export(run, tmp_path / "out", adapter=True)
     card = ModelCard.load(tmp_path / "out" / "README.md")
-    assert card.data.library_name == "peft" and card.data.base_model == "tiny-llama"
-    assert set(card.data.tags) == {"lora", "base_model:adapter:tiny-llama"}
+    assert card.data.library_name == "peft" and card.data.base_model is None
+    assert set(card.data.tags) == {"lora"}
+    assert 'from_pretrained("DIRECTORY_OF_THAT_MODEL"' in card.text
     assert "PeftModel.from_pretrained(AutoModelForCausalLM" in card.text
     assert 'generation_config=GenerationConfig.from_pretrained("DIRECTORY")' in card.text
     assert (tmp_path / "out" / "generation_config.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["hub/own", "packaged"])
+def test_a_base_with_a_name_on_the_hub_is_named(name: str, run: RunDirectory, tmp_path: Path) -> None:
+    plan = Plan.read(run.plan_file)
+    if name == "packaged":
+        if "minilm-l6" not in installed():
+            pytest.skip("its package is not installed")
+        name, given = PACKAGES["minilm-l6"].hub, str(packaged_directory("minilm-l6"))
+    else:
+        given = name
+    named = plan.model_copy(update={"model": plan.model.model_copy(update={"name": given})})
+    Card(run, named, 2, {}, adapter=True).write(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model == name and f"base_model:adapter:{name}" in card.data.tags
+    assert f"An adapter (LoRA) for `{name}`" in card.text and f'from_pretrained("{name}"' in card.text
 
 
 def test_what_is_not_known_is_said(run: RunDirectory, tmp_path: Path) -> None:

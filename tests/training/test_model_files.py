@@ -142,6 +142,24 @@ def test_what_lies_beside_the_weights_is_in_the_export(tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == words.chat_template
 
 
+def test_what_describes_a_model_of_embeddings_is_left_out(tmp_path: Path) -> None:
+    """As all-MiniLM-L6-v2 has it: a fine-tuned classifier has no pooling of its own."""
+    own = ["config.json", "data_config.json", "sentence_other.json", "tokenizer.json", "vocab.txt"]
+    for name in (*own, "config_sentence_transformers.json", "train_results.json"):
+        (tmp_path / name).write_text("{}")
+    assert [str(path) for path in model_files.kept(tmp_path)] == own, "data_config.json may be anything's"
+    (tmp_path / "1_Pooling").mkdir()
+    for name in (
+        "modules.json",
+        "sentence_bert_config.json",
+        "sentence_xlnet_config.json",
+        "1_Pooling/config.json",
+    ):
+        (tmp_path / name).write_text("[]")
+    own.remove("data_config.json")
+    assert [str(path) for path in model_files.kept(tmp_path)] == own
+
+
 def test_code_of_the_hubs_cache_is_named_where_it_lies(tmp_path: Path) -> None:
     (tmp_path / "modeling_own.py").write_text("")
     references = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import functools
 import json
 import math
@@ -116,6 +117,33 @@ def test_two_ranks_say_what_transformers_says(folder: Path, tmp_path: Path) -> N
         [theirs] = asked([" ".join(words[:46])])
         assert row["label"] == theirs[0]["label"]
         assert shares(row) == pytest.approx({one["label"]: one["score"] for one in theirs}, abs=2e-6)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+def test_each_rows_own_columns_stand_beside_its_answer(suffix: str, folder: Path, tmp_path: Path) -> None:
+    """Of Parquet only the columns that the task names are read otherwise."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [{"id": 7, "text": "a text", "label": "mine"}, {"id": 8, "text": " ", "label": "other"}]
+    file = tmp_path / f"rows{suffix}"
+    if suffix == ".parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    else:
+        write_rows(file, rows)
+    of = plan(folder, "bert", 1)
+    source = type(of.data.train)(path=str(file))
+    of = of.model_copy(update={"data": of.data.model_copy(update={"evaluation": source})})
+    made = scratch(tmp_path / "scratch", of, output := tmp_path / "out.csv", folder / "bert")
+    asked = json.loads((made.path / "request.json").read_text())
+    (made.path / "request.json").write_text(json.dumps(asked | {"with_input": True}))
+    finish(made, 1, entry=predict)
+    first, second = csv.DictReader(output.read_text().splitlines())
+    assert {name: first[f"input.{name}"] for name in rows[0]} == {
+        "id": "7",
+        "text": "a text",
+        "label": "mine",
+    }
+    assert first["label"] in LABELS and second["input.id"] == "8" and second["problem"] == "empty"
 
 
 def test_several_classes_are_given_by_the_thresholds_beside_the_model(folder: Path, tmp_path: Path) -> None:

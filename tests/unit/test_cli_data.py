@@ -71,20 +71,18 @@ ANSWER = (piece("2 + 2 ="), piece(" 4", learned=True), piece("<|end|>", learned=
 def test_what_is_learned_stands_between_marks_without_colour() -> None:
     text = shown(seen(sample(*ANSWER)))
     assert "\x1b" not in text
-    assert "2 + 2 =<< 4<|end|>>>\n" in text and "(what is learned stands between << and >>)" in text
+    assert "2 + 2 =⟦ 4<|end|>⟧\n" in text and "(what is learned stands between ⟦ and ⟧)" in text
     assert "row 1 | a.jsonl, line 1 | 7 tokens, 2 learned\n" in text
-    assert "<<" in shown(seen(sample(*ANSWER)), terminal=True, no_color=True), "NO_COLOR"
+    assert "⟦" in shown(seen(sample(*ANSWER)), terminal=True, no_color=True), "NO_COLOR"
 
 
 def test_marks_are_none_that_the_text_has() -> None:
-    assert "a<<<1 <<2>> 3>>>b" in shown(
-        seen(sample(piece("a"), piece("1 <<2>> 3", learned=True), piece("b")))
-    )
+    assert "a⟦⟦1 ⟦2> 3⟧⟧b" in shown(seen(sample(piece("a"), piece("1 ⟦2> 3", learned=True), piece("b"))))
 
 
 def test_what_is_learned_has_a_colour_on_a_terminal() -> None:
     text = shown(seen(sample(*ANSWER)), terminal=True, color_system="standard")
-    assert "\x1b[32m 4\x1b[0m" in text and "\x1b[1;32m<|end|>\x1b[0m" in text and "<< 4" not in text
+    assert "\x1b[32m 4\x1b[0m" in text and "\x1b[1;32m<|end|>\x1b[0m" in text and "⟦" not in text
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -127,7 +125,7 @@ def test_numbers_as_labels() -> None:
 def test_of_a_long_sample_the_middle_is_left_out_unless_its_row_was_asked_for() -> None:
     long = sample(piece("begin " + "word " * 2000), piece("the end", learned=True), cut=True, num_beside=2)
     text = shown(seen(long))
-    assert "begin word" in text and "<<the end>>" in text and "characters left out" in text
+    assert "begin word" in text and "⟦the end⟧" in text and "characters left out" in text
     assert "cut | 1 of 3 in its pack" in text
     assert "left out" not in shown(seen(long), whole=True)
 
@@ -141,8 +139,8 @@ def test_tokens_one_a_line() -> None:
     lines = [line.split() for line in shown(seen(sample(*ANSWER, tokens=tokens))).splitlines()]
     assert (
         ["0", "17", "'", "a'"] in lines
-        and ["<<", "1", "260", "Ãł"] in lines
-        and ["<<", "2", "2", "'\\n'"] in lines
+        and ["learned", "1", "260", "Ãł"] in lines
+        and ["learned", "2", "2", "'\\n'"] in lines
     )
 
 

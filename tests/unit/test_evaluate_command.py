@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 from launcher.cli.app import app
 from launcher.cli.model import table
 from launcher.cli.predict import described
-from launcher.errors import ConfigurationError
+from launcher.errors import ConfigurationError, DataError
 from launcher.launch.evaluation import Request
 from launcher.launch.prediction import Logits, Prediction
 from launcher.launch.screen import Watcher
@@ -107,12 +108,52 @@ def test_before_after_and_intervals_stand_side_by_side() -> None:
     assert shown[-1] == "in brackets: 95% intervals of 1,000 drawings of the rows"
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        (
+            "rows.jsonl",
+            '{"texts": "a"}\n' * 3,
+            "none of 3 rows that were looked at has the columns: missing key",
+        ),
+        ("rows.csv", "texts,n\na,1\n", "has no column 'text'; it has 'texts', 'n'; did you mean 'texts'"),
+        ("rows.jsonl", '{"texts": "a"}\n{"text": "b"}\n', None),
+        ("rows.jsonl", '{"text": ""}\n', None),
+        ("rows.jsonl", "", None),
+    ],
+)
+def test_other_columns_are_refused_before_a_model_is_loaded(
+    name: str, content: str, match: str | None, folder: Path
+) -> None:
+    (folder / name).write_text(content)
+    prediction = Prediction(request(folder), folder / name, folder / "new.jsonl", AnswerOptions())
+    assert prediction.columns == ["text"]
+    if match is None:
+        prediction.refuse_other_columns()
+        return
+    with pytest.raises((ConfigurationError, DataError), match=match):
+        prediction.run(Watcher())
+
+
+def test_a_model_that_read_two_text_files_reads_any_file_as_text(folder: Path) -> None:
+    asked = request(folder)
+    (folder / "other.txt").write_text("a\n")
+    train = type(asked.plan.data.train)(path="train.jsonl", targets=str(folder / "other.txt"))
+    data = asked.plan.data.model_copy(update={"train": train})
+    asked = replace(asked, plan=asked.plan.model_copy(update={"data": data}))
+    (folder / "rows.en").write_text("a\n")
+    Prediction(asked, folder / "rows.en", folder / "new.jsonl", AnswerOptions()).refuse_other_columns()
+
+
 def test_what_could_not_be_answered_is_counted_by_reason() -> None:
     summary = {"rows": 1200, "output": "out.jsonl", "rows_per_second": 1234.5, "rows_before": 1000}
     said = described(summary | {"problems": {"empty": 2, "missing key": 5}}).splitlines()
     assert said[0] == "1,200 rows in out.jsonl, 1,234.5 rows a second (1,000 were there already)"
     assert said[1] == "7 of them could not be used and say why: 5 missing key, 2 empty"
     assert len(described(summary | {"problems": {}}).splitlines()) == 1
+    bare = described(summary | {"problems": {}, "with_input": False}).splitlines()
+    assert bare[1] == "they are numbered as the rows are; --with-input writes the rows' own columns as well"
+    assert len(described(summary | {"problems": {}, "with_input": True}).splitlines()) == 1
     row = {"text": "where is my parcel " * 9, "label": "delivery"}
     first = [{"row": 0, "input": row, "answer": {"label": "refund", "probability": 0.93}, "truth": ["label"]}]
     told = described(summary | {"problems": {}, "first": first}, 60).splitlines()

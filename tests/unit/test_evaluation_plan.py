@@ -65,8 +65,8 @@ def test_so_many_rows_share_a_pass_as_fit(model: Path, monkeypatch: pytest.Monke
     planned, line = plan_evaluation(plan, [None], Profiles())
     assert planned.batch.micro_batch_size == 8 and planned.batch.global_batch_size == 16
     assert re.fullmatch(
-        r"memory: [\d.]+ GiB of the 1843.2 GiB that a rank may use \(90% of its 2048.0 GiB\) at the highest "
-        r"\(evaluating\), 8 rows a pass",
+        r"memory: [\d.]+ GiB of tensors at most \(while evaluating\) of the 1843.2 GiB that a rank may use "
+        r"\(90% of its 2048.0 GiB\), 8 rows a pass",
         line,
     )
     two, four = (2 * measured(with_rows(plan, rows), program).highest.total / 0.9 for rows in (2, 4))
@@ -98,7 +98,7 @@ def test_what_cannot_fit_is_refused_before_a_rank_starts(
         monkeypatch.setattr(module, "ask", lambda *_: pytest.fail("started"))
     data = {"data__max_length": 512, "data__evaluation": {"path": "rows.jsonl"}, "precision": "bf16"}
     request = Request(plan_of(model, num_ranks, **{**data, **changes}), None, str(model), None)
-    refused = r"one row a pass needs [\d.]+ GiB of the [\d.]+ GiB of a rank \(\w+; most of it .*" + way
+    refused = r"one row a pass needs [\d.]+ GiB of the [\d.]+ GiB of a rank \(while \w+; most of it .*" + way
     with pytest.raises(OutOfMemoryError, match=refused):
         evaluate_locally(request, Watcher())
     with pytest.raises(OutOfMemoryError, match=refused):

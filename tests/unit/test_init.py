@@ -138,7 +138,7 @@ def test_each_answer_is_checked_at_once(capsys: pytest.CaptureFixture[str]) -> N
         *("trian.jsonl", "bert", "train.jsonl", "tset.jsonl", "none"),
         *("sequence", "?", "sequence-classification", "txt", "text", "labl", ""),
         *("./brt", "./bert", "9999", "many", "128", "0", "2", "lots", "8", "-1", "1e-3"),
-        *("moon", "slurm", "none", "2", "100000", "4", "h100", "h100-80gb", "long", "8h", "a b", "mine"),
+        *("?", "moon", "slurm", "none", "2", "100000", "4", "h100", "h100-80gb", "long", "8h", "a b", "mine"),
     ]
     content = ask(*answers)
     shown = capsys.readouterr().out
@@ -157,6 +157,7 @@ def test_each_answer_is_checked_at_once(capsys: pytest.CaptureFixture[str]) -> N
         "training.epochs = 0: write a number above 0",
         "model.adapter.rank = 'lots': write a whole number",
         "training.learning_rate = -1: write a number above 0",
+        "slurm adds the section `cluster`: nodes, GPUs, time limit.",
         "--where = 'moon': write one of here, slurm",
         "cluster.nodes = 'none':",
         "cluster.gpus_per_node = 100000:",

@@ -4,6 +4,7 @@ once."""
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from launcher.job import paths
 from launcher.job.adapter import Adapter
 from launcher.job.load import load
 from launcher.job.schema import Job
+from launcher.training.demo import models
 from launcher.training.demo.models import PACKAGES, model_directory
 from launcher.values import Interval
 
@@ -95,6 +97,24 @@ def test_a_model_of_a_package_is_its_directory_in_a_job_file_too(folder: Path) -
     (folder / "minilm-l6").mkdir()
     (folder / "minilm-l6/config.json").write_text("{}")
     assert load(write(folder, named)).model.name == str(folder / "minilm-l6"), "a folder goes before"
+
+
+def test_a_model_that_is_unpacked_says_so_while_one_waits(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A process that unpacks takes 20 s; here another one speaks in its place."""
+    monkeypatch.setattr(models, "_convert", lambda source, target: None)
+    models._unpacked(folder / "model.gguf", folder / "models" / "small")
+    assert capsys.readouterr().err.startswith(f"{paths._UNPACKING}small into {folder}")
+    program = "import sys\nprint('unpacking it: 20 s\\nnoise', file=sys.stderr)\nprint('/a/b')\n"
+    python = folder / "python"
+    python.write_text(f"#!{sys.executable}\n{program}")
+    python.chmod(0o755)
+    monkeypatch.setattr(paths.sys, "executable", str(python))
+    paths._packaged.cache_clear()
+    assert paths._packaged("smollm2-135m") == ("/a/b", "")
+    paths._packaged.cache_clear()
+    assert capsys.readouterr().err == "unpacking it: 20 s\n"
 
 
 def test_a_model_whose_package_is_not_here_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,7 +340,7 @@ def test_value(folder: Path, override: str, said: str) -> None:
 def test_missing_keys_say_what_they_are(folder: Path) -> None:
     found = problems(folder, {"data": {}})
     assert {"name", "model", "data.train"} <= set(found)
-    assert found["model"].reason == "is missing: Name the model, and what it is to do."
+    assert found["model"].reason == "is missing: Name the model and its task."
 
 
 ADAPTER = "model.adapter.rank=8"

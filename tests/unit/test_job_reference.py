@@ -75,3 +75,11 @@ def test_defaults_are_shown_as_they_may_be_written(interval: Interval, tmp_path:
     text = "name: a\nmodel: {name: o/m}\ndata: {train: {path: train.txt}, text: text}\n"
     job.write_text(f"{text}checkpoint: {{every: {reference.shown(interval).removesuffix(' steps')}}}\n")
     assert load(job).checkpoint.every == interval
+
+
+def test_keys_and_values_are_layers_only_where_they_are_numbers_of_layers() -> None:
+    told = {key.path: expected_of(key.field) for key in keys()}
+    assert told["cluster.environment"] == told["cluster.sbatch"] == "keys and values"
+    assert told["distillation.hidden_states.layers"].startswith(
+        "layers of the model with those of the teacher"
+    )

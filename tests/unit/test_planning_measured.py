@@ -184,7 +184,7 @@ def test_measured_beside_expected_for_people() -> None:
     }
     event = {"event": "compared", "measured": measured, "expected": expected}
     assert notice(event) == (
-        "900 tokens/s measured, 1,000 planned; memory per rank, without Python and its libraries: "
-        "2.8 GiB measured, 954 MiB planned (evaluating)"
+        "900 tokens/s measured, 1,000 planned; memory of a rank: its peak is 2.8 GiB of tensors, "
+        "954 MiB planned while evaluating"
     )
     assert notice({**event, "expected": {}}) is None

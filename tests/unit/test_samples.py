@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.panel import Panel
 
 from launcher.cli.display import summary
-from launcher.cli.watch import events, screen
+from launcher.cli.watch import _follow, events, screen
 from launcher.cli.watch_state import Watched
 from launcher.runs import samples
 from launcher.runs.events import append, event
@@ -67,7 +67,11 @@ def test_a_chat_that_is_scored_is_readable(tmp_path: Path) -> None:
     answer = {"log_probability": -1.5, "tokens": 2, "perplexity": 2.117}
     samples.write(run, 4, [{"row": 0, "input": {"messages": chat}, "answer": answer}])
     scored = "user: Hello you / assistant: Hi -> log_probability: -1.5, tokens: 2, perplexity: 2.117"
-    assert f"  scores      {scored}" in summary(run, "run").splitlines()
+    lines = summary(run, "run").splitlines()
+    assert (
+        f"    {scored}"
+        == lines[lines.index("  how probable held-out texts are to the model, after step 4:") + 1]
+    )
 
 
 @pytest.mark.parametrize(
@@ -92,14 +96,14 @@ def test_watch_and_the_summary_show_the_newest(tmp_path: Path) -> None:
     console = Console(width=120, file=io.StringIO(), record=True)
     console.print(screen(seen, 120), height=40)
     drawn = console.export_text()
-    assert "predictions after step 4" in drawn and "good film -> positive" in drawn
-    assert "  predictions good film -> positive" in summary(run, "run")
+    assert "predictions for held-out rows after step 4" in drawn and "good film -> positive" in drawn
+    assert "held-out rows, after step 4:\n    good film -> positive" in summary(run, "run")
     samples.write(run, 8, [{"row": 0, "input": {"text": "good film"}, "answer": {"log_probability": -4.0}}])
     console.print(screen(Watched(run).look(ask=False), 120), height=40)
-    assert "scores after step 8" in console.export_text()
+    assert "how probable held-out texts are to the model after step 8" in console.export_text()
 
 
-@pytest.mark.parametrize(("width", "height"), [(40, 24), (56, 24), (60, 24), (80, 24), (120, 40)])
+@pytest.mark.parametrize(("width", "height"), [(40, 24), (56, 24), (60, 24), (80, 22), (80, 24), (120, 40)])
 def test_the_screen_of_a_run_fits_its_terminal(tmp_path: Path, width: int, height: int) -> None:
     run = new_run(tmp_path)
     for number in range(2, 20):
@@ -118,6 +122,17 @@ def test_the_screen_of_a_run_fits_its_terminal(tmp_path: Path, width: int, heigh
     assert f"saved  step 8{'  size 1.05 MB' * (width > 40)}" in drawn and "film 0 -> good" in drawn
     plotted = [line for line in drawn.splitlines() if "┤" in line or "└" in line]
     assert len(plotted) >= 3 and "└" in plotted[-1], "the axis of the steps is there"
+
+
+def test_the_last_picture_of_a_finished_run_fits_and_says_why_it_leaves(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    event(run.events_file, "finished", step=1)
+    run.finished_file.touch()
+    console = Console(width=80, height=24, file=io.StringIO(), force_terminal=True, legacy_windows=False)
+    _follow(Watched(run), console, 0.2)
+    left = console.file.getvalue().rpartition("\x1b[?1049l")[2]  # type: ignore[attr-defined]
+    lines = left.removesuffix("\n").split("\n")
+    assert lines[-1] == f"{tmp_path.name} is finished: there is nothing more to watch" and len(lines) == 23
 
 
 def new_run(path: Path) -> RunDirectory:
@@ -151,4 +166,4 @@ def test_an_event_takes_one_line_of_the_panel() -> None:
     more = {"event": "compared", "time": 1.0, "device": "cpu", "expected": phases}
     many = [more | {"measured": {"phases": {"steady step": 2**31}}}, {"event": "saved", "time": 2.0}]
     first, last = events(many).lines
-    assert "2.0 GiB measured" in first and "\n" not in first and "saved" in last
+    assert "its peak of 2.0 GiB" in first and "\n" not in first and "saved" in last

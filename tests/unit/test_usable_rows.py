@@ -265,7 +265,8 @@ def test_some_bad_rows_stop_a_job_as_its_policy_would(
     findings = look(tmp_path, rows, text="text", unusable=policy)
     [told] = findings.problems if stops else findings.remarks
     number = "none of 40 rows can" if num_bad == 40 else f"{num_bad} of 40 rows cannot"
-    assert told.reason == f"{number} be used, one of them for: empty: 'text' has no text"
+    cure = "; with data.unusable: drop a run uses the others" if (policy, num_bad) == ("drop-few", 21) else ""
+    assert told.reason == f"{number} be used, one of them for: empty: 'text' has no text{cure}"
     assert bool(findings.problems) == stops
 
 
@@ -275,6 +276,74 @@ def test_of_a_large_file_a_share_is_known(tmp_path: Path) -> None:
     findings = look(tmp_path, rows)
     [remark] = findings.remarks
     assert not findings.problems and "rows that were looked at cannot be used" in remark.reason
+
+
+def words_tokenizer(folder: Path) -> str:
+    """A model's directory whose tokenizer makes a token of each word."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({"w": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    words.save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text("{}")
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("policies", "num_long", "stops"),
+    [
+        ({}, 40, None),
+        ({"too_long": "drop"}, 0, None),
+        ({"too_long": "drop"}, 20, False),
+        ({"too_long": "drop"}, 21, True),
+        ({"too_long": "drop", "unusable": "drop"}, 39, False),
+        ({"too_long": "drop", "unusable": "drop"}, 40, True),
+        ({"too_long": "refuse", "unusable": "drop"}, 1, True),
+    ],
+)
+def test_rows_that_are_too_long_stop_a_job_before_it_runs(
+    policies: dict[str, str], num_long: int, stops: bool | None, tmp_path: Path
+) -> None:
+    rows = [{"text": "w " * 30}] * num_long + [{"text": "w w"}] * (40 - num_long)
+    columns = {"text": "text", "max_length": 16, **policies}
+    assert look(tmp_path, rows, **columns) == Findings(), "there is no tokenizer here"
+    of_job = job(tmp_path, rows, "causal-lm", "rows.jsonl", **columns)
+    model = of_job.model.model_copy(update={"name": words_tokenizer(tmp_path)})
+    findings = look_at_rows(of_job.model_copy(update={"model": model}))
+    if stops is None:
+        assert findings == Findings()
+        return
+    [told] = findings.problems if stops else findings.remarks
+    number = "none of 40 rows can" if num_long == 40 else f"at least {num_long} of 40 rows cannot"
+    reason = "be used, one of them for: too long: at least 30 tokens, and max_length is 16; a larger data.max_length"
+    cure = "; with data.unusable: drop a run uses the others" if num_long == 21 else ""
+    assert told.reason == f"{number} {reason} keeps more of them{cure}" and bool(findings.problems) == stops
+
+
+@pytest.mark.parametrize(
+    ("task", "data", "tokens", "reason"),
+    [
+        ("causal-lm", {"prompt": "a", "completion": "b"}, [17, 1], "nothing left to learn"),
+        ("causal-lm", {"prompt": "a", "completion": "b"}, [16, 90], None),
+        ("causal-lm", {"prompt": "a", "completion": "b", "too_long": "drop"}, [10, 8], "too long"),
+        ("causal-lm", {"prompt": "a", "completion": "b", "too_long": "drop"}, [9, 8], None),
+        ("sequence-to-sequence", {"source": "a", "target": "b", "max_target_length": 8}, [90, 90], None),
+        ("sequence-to-sequence", {"source": "a", "target": "b", "max_target_length": 8, "too_long": "drop"}, [14, 6], None),
+        ("sequence-to-sequence", {"source": "a", "target": "b", "max_target_length": 8, "too_long": "drop"}, [14, 7], "too long"),
+        ("masked-lm", {"text": "a", "too_long": "drop"}, [14], None),
+        ("masked-lm", {"text": "a", "too_long": "drop"}, [15], "too long"),
+        ("image-classification", {"image": "a", "max_length": 1}, [], None),
+    ],
+)  # fmt: skip
+def test_a_row_is_too_long_only_where_that_is_certain(
+    task: str, data: dict[str, Any], tokens: list[int], reason: str | None
+) -> None:
+    kind = tasks.find(task)
+    section = {"train": {"path": "rows.jsonl"}, "max_length": 16, **data}
+    content = {"name": "a", "model": {"name": "hub/none", "task": task}, "data": section}
+    content["cluster"] = {"gpus_per_node": 0}
+    why = kind(Job.model_validate(content).data).why_too_long(tokens, 2 * len(tokens))
+    assert (why and why.reason) == reason
 
 
 def test_a_text_in_the_place_of_the_label_is_doubted(tmp_path: Path) -> None:

@@ -9,17 +9,20 @@ from launcher import tasks
 from launcher.data.files import find_files, is_there
 from launcher.data.folder import FileColumn
 from launcher.data.formats import format_of
-from launcher.data.rows import RowProblem, Values, required
+from launcher.data.rows import MISSING, TOO_LONG, RowProblem, Values
 from launcher.data.sample import Sample, look
-from launcher.data.section import Source, Sources
+from launcher.data.section import Data, Source, Sources
 from launcher.errors import DataError, Problem
 from launcher.job.schema import Job
 from launcher.planner.dataset.findings import Findings
-from launcher.planner.dataset.token_lengths import texts_or_problem
+from launcher.planner.dataset.token_lengths import texts_or_problem, too_long
+from launcher.planner.model.model_config import locate
 from launcher.tasks import media
 from launcher.tasks.mixed import data_of, of_one_task
 from launcher.tasks.task import Task
 
+_FEW_ROWS = 64
+"""Rows whose columns are looked at where nothing else is."""
 _FILES = 256
 """Media files per source whose existence is checked: each takes a message or two on a network file system."""
 
@@ -54,7 +57,7 @@ def look_at_rows(job: Job) -> Findings:
 
     None for data on the hub, or for missing files, which are refused when the job file is read.
     """
-    task = tasks.of_job(job)
+    task, model = tasks.of_job(job), locate(job.model.name, job.model.revision)
     looks, told = [], set[str]()
     for role, given in (("train", job.data.train), ("evaluation", job.data.evaluation)):
         for number, source in enumerate(given.parts if given is not None else ()):
@@ -64,12 +67,26 @@ def look_at_rows(job: Job) -> Findings:
                 own = tasks.find(kind)(data_of(task.name, job.data, source))
                 own.evaluation, own.virtual_tokens = task.evaluation, task.virtual_tokens
             if given is not None and source.path is not None:
-                looks.append(_of_source(given.key(role, number), source, own, told))
+                looks.append(_of_source(given.key(role, number), source, own, model, told))
     return Findings.joined(looks)
 
 
-def _of_source(key: str, source: Source, task: Task, told: set[str]) -> Findings:
-    """Return the findings for one source; `told` collects its task's remarks, which are not repeated."""
+def why_no_columns(path: str, task: Task) -> str | None:
+    """Return why a file cannot be what the task reads, in one clause, if no row that is looked at has the task's
+    columns. Raises DataError if the file itself lacks them, or cannot be read."""
+    source = Source(path=path)
+    if any(format_of(file).too_large(file) for file in find_files(path, source.split, task.columns)):
+        return None  # reading it once takes long enough
+    problems = [texts_or_problem(row, task) for row in look(source, task.columns, _FEW_ROWS).rows]
+    missing = [one for one in problems if isinstance(one, RowProblem) and one.reason == MISSING]
+    if not missing or len(missing) < len(problems):
+        return None
+    return f"none of {len(problems):,} rows that were looked at has the columns: {missing[0]}"
+
+
+def _of_source(key: str, source: Source, task: Task, model: str, told: set[str]) -> Findings:
+    """Return the findings for one source. `model`: the directory with the tokenizer, if it is here. `told`
+    collects the task's remarks, which are not repeated."""
     assert source.path is not None
     if not is_there(source.path):
         return Findings()
@@ -91,23 +108,34 @@ def _of_source(key: str, source: Source, task: Task, told: set[str]) -> Findings
         for row, why in zip(seen.rows, problems, strict=True)
         if not isinstance(row, RowProblem) and why is None
     ]
+    long = too_long(usable, task, model)
     header = [doubt for file in files[:1] if (doubt := _header_as_row(file, task))]
     own = [doubt for doubt in task.doubts(usable) if doubt not in told]
     notes = [note for note in task.notes(usable) if note.reason not in told]
     told.update(own, (note.reason for note in notes))
     doubts = (*(Problem(key, source.path, doubt) for doubt in (*header, *own)), *notes)
-    if not unusable:
+    dropped = [*unusable, *long]
+    if not dropped:
         return Findings(remarks=doubts)
-    problem = Problem(key, source.path, _described(unusable, seen))
-    policy, is_most = task.data.unusable, len(unusable) > len(usable) and _is_whole(seen)
-    if not usable or policy == "refuse" or (policy == "drop-few" and is_most):
+    reason = _described(unusable, long, seen)
+    is_most = 2 * len(dropped) > len(seen.rows) and _is_whole(seen) and task.data.unusable == "drop-few"
+    if is_most and len(dropped) < len(seen.rows):
+        reason += "; with data.unusable: drop a run uses the others"
+    problem = Problem(key, source.path, reason)
+    refuses = any(_policy(why, task.data) == "refuse" for why in dropped)
+    if is_most or refuses or len(dropped) == len(seen.rows):
         return Findings((problem,), doubts)
     return Findings(remarks=(problem, *doubts))
 
 
+def _policy(why: RowProblem, data: Data) -> str:
+    """Return what the job says of such rows."""
+    return data.too_long if why.reason == TOO_LONG else data.unusable
+
+
 def _header_as_row(file: Path, task: Task) -> str | None:
     """Return a doubt about a table with columns named by number whose first line looks like a header."""
-    if file.is_dir() or not all(map(str.isdecimal, required(task.columns))):
+    if file.is_dir() or not all(map(str.isdecimal, task.required_columns)):
         return None
     known = format_of(file)
     if not known.may_lack_header:
@@ -134,8 +162,10 @@ def _is_whole(seen: Sample) -> bool:
     return len(seen.rows) >= seen.num_rows
 
 
-def _described(unusable: list[RowProblem], seen: Sample) -> str:
-    number = len(seen.rows)
+def _described(unusable: list[RowProblem], long: list[RowProblem], seen: Sample) -> str:
+    number, dropped = len(seen.rows), [*unusable, *long]
     rows = f"{number:,} rows" if _is_whole(seen) else f"{number:,} rows that were looked at"
-    many = f"none of {rows} can" if len(unusable) == number else f"{len(unusable):,} of {rows} cannot"
-    return f"{many} be used, one of them for: {unusable[0]}"
+    least = "at least " if long else ""  # special tokens and templates are not counted
+    many = f"none of {rows} can" if len(dropped) == number else f"{least}{len(dropped):,} of {rows} cannot"
+    cure = "; a larger data.max_length keeps more of them" if len(long) > len(unusable) else ""
+    return f"{many} be used, one of them for: {dropped[0]}{cure}"

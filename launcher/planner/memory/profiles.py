@@ -140,9 +140,7 @@ class Profiles:
                 f"no profile of this {kind} model for {plan.task} is in the cache, and none is made now"
             )
         if answer is None:
-            name = plan.model.name
-            where = shown(Path(name)) if Path(name).is_absolute() else name
-            what = f"finding out what memory {where} takes, by tracing its class ({kind})"
+            what = f"finding out what memory this {kind} model takes, by tracing its class"
             with self.waiting(f"{what}: up to a minute, and once, as later plans know it ..."):
                 answer = _trace(plan)
             if "profile" in answer:

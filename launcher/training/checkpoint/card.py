@@ -25,6 +25,7 @@ from launcher.runs.layout import RunDirectory
 from launcher.runs.totals import Totals
 from launcher.runs.wording import duration
 from launcher.tasks.generation import Generate
+from launcher.training.demo.models import PACKAGES, name_of
 from launcher.training.model.model_files import directory_of
 
 _PACKAGES = ("torch", "transformers", "accelerate", "peft", "deepspeed", "datasets", "tokenizers")
@@ -96,8 +97,14 @@ class Card:
         kinds = {"lora": "LoRA", "ia3": "IA3", "prompt-tuning": "prompt tuning"}
         kind = kinds[adapter.method] if adapter is not None else ""
         what = f"An adapter ({kind}) for" if self._adapter else "Fine-tuned from"
-        begins = f"{what} `{self._base}`" if self._base else "Trained from random weights"
+        begins = f"{what} `{self._base}`"
+        if self._base is None:
+            begins = "Trained from random weights"
+            if not _is_random(plan):
+                begins = f"{what} the model in a directory that was called `{Path(plan.model.name).name}`"
         yield f"{begins}, for {plan.task}: {self._step:,} steps of launcher {__version__}."
+        if self._base is None and not _is_random(plan):
+            yield "Add that model's name on the hub above, as `base_model`, before you share this one."
         if not _licence(plan):
             unknown = "The licence of the base model was not found beside it"
             yield f"{unknown}; add `license` above before you share this model."
@@ -129,7 +136,7 @@ class Card:
                 # The run's end tokens differ from the base's: the end of a chat turn is one, too.
                 named.append("GenerationConfig")
                 labels += ', generation_config=GenerationConfig.from_pretrained("DIRECTORY")'
-            base = f'{kind}.from_pretrained("{self._base}"{labels})'
+            base = f'{kind}.from_pretrained("{self._base or "DIRECTORY_OF_THAT_MODEL"}"{labels})'
             imports = f"from peft import PeftModel\nfrom transformers import {', '.join(sorted(named))}"
             return f'{imports}\n\nmodel = PeftModel.from_pretrained({base}, "DIRECTORY")'
         parts = [("model", kind), (name, reader)]
@@ -221,12 +228,20 @@ def pipeline_tag(config: dict[str, Any]) -> str | None:
     return None
 
 
+def _is_random(plan: Plan) -> bool:
+    """Return whether the run's initial weights were random."""
+    return plan.model.weights == "random" or plan.model.config is not None
+
+
 def _base(plan: Plan) -> str | None:
-    """Return the name of the run's initial model, on the hub or of its directory; None if its weights were
-    random."""
-    if plan.model.weights == "random" or plan.model.config is not None:
+    """Return the run's initial model by its name on the hub; None if its weights were random, or if it was in a
+    directory, whose name says nothing to others."""
+    if _is_random(plan):
         return None
-    return Path(plan.model.name).name if Path(plan.model.name).is_absolute() else plan.model.name
+    if not Path(plan.model.name).is_absolute():
+        return plan.model.name
+    packaged = name_of(plan.model.name)
+    return PACKAGES[packaged].hub if packaged is not None else None
 
 
 def _licence(plan: Plan) -> dict[str, Any]:

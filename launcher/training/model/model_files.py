@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,8 +41,16 @@ _OF_ITSELF = (
     "trainer_state.json",
     "adapter_config.json",
     "all_results.json",
+    "train_results.json",
+    "eval_results.json",
+    "predict_results.json",
+    "config_sentence_transformers.json",
 )
 """Files about that model, or its own training, which would be wrong for another."""
+_MODULES = "modules.json"
+_OF_EMBEDDINGS = re.compile(r"modules\.json|data_config\.json|sentence_\w+_config\.json")
+"""Files of sentence-transformers, beside its modules.json: they describe a model of embeddings, which no task
+trains."""
 _OF_A_MODEL = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".bpe", ".codes", ".vocab", ".spm")
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
@@ -75,8 +84,10 @@ def is_weights(path: Path) -> bool:
 def kept(directory: Path) -> Iterator[Path]:
     """Yield the files of a model's directory that an export copies, by relative path: all at its top but
     weights, named chat templates, and code."""
+    embeds = (directory / _MODULES).is_file()
     for path in sorted(directory.iterdir()):
-        if path.is_file() and not is_weights(path) and path.name not in _OF_ITSELF:
+        left_out = path.name in _OF_ITSELF or (embeds and _OF_EMBEDDINGS.fullmatch(path.name))
+        if path.is_file() and not is_weights(path) and not left_out:
             yield path.relative_to(directory)
     for path in sorted(directory.glob("*/**/*")):
         inside = path.relative_to(directory)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from launcher.metrics import classes_of, named
 from launcher.planner.plan import Plan
 from launcher.runs import samples
 from launcher.runs.curve import Curve
@@ -150,8 +151,10 @@ class Recorder:
                     file, json.dumps({"step": step, "metrics": metrics, "details": details}) + "\n"
                 )
         self._journal.append(self._run.metrics_file, {"kind": "evaluation", "step": step, "metrics": metrics})
-        self._journal.event(self._run.events_file, "evaluated", step=step, metrics=metrics)
-        numbers = ", ".join(f"{key} {value:.4f}" for key, value in metrics.items())
+        event: dict[str, Any] = {"step": step, "metrics": metrics}
+        event |= {"positive_classes": classes} if (classes := classes_of(metrics, details)) else {}
+        self._journal.event(self._run.events_file, "evaluated", **event)
+        numbers = ", ".join(f"{key} {value:.4f}" for key, value in named(event).items())
         _print(f"measured after step {step}: {numbers}")
         self._trackers.log({f"eval/{key}": value for key, value in metrics.items()}, step)
         if answers:
