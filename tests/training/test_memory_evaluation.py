@@ -15,14 +15,12 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from launcher.planner.evaluation import measured
 from launcher.planner.memory.profiles import Profiles, Unknown
 from launcher.planner.plan import Plan
-from launcher.render.deepspeed import config as deepspeed_config
 from launcher.tasks.generation import options_of, padded_prompts
 from launcher.tasks.task import Sample
-from launcher.training import engines, generating
-from launcher.training.model import pretrained
-from launcher.training.tracing.make_profile import example_batch, prepared_task
+from launcher.training import generating
+from launcher.training.tracing.make_profile import example_batch
 from tests.benchmarks.memory_pool import World
-from tests.benchmarks.memory_ranks import PHASE, timeline
+from tests.benchmarks.memory_ranks import PHASE, loaded, timeline
 from tests.training.plans import deepspeed, plan_of
 from tests.training.runs import batch_of, model_directory, tokenizer
 
@@ -43,11 +41,7 @@ def peaks(plan: Plan, share: float) -> dict[str, int]:
     memory, what parameters may take that are gathered whole to write."""
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        with record_function(f"{PHASE}loading"):
-            config = pretrained.read_config(plan)
-            task = prepared_task(plan, config)
-            settings = deepspeed_config(plan) if plan.engine == "deepspeed" else {}
-            engine = engines.build(plan, task, config, settings, trains=False)
+        config, task, engine = loaded(plan, trains=False)
         rows = plan.batch.micro_batch_size
         lengths = (LENGTH,) * (rows - 1) + (LENGTH - (plan.layout == "padded"),)
         with record_function(f"{PHASE}evaluating"):

@@ -48,12 +48,12 @@ def test_a_rank_on_a_cpu_asks_for_them(
 
 def test_fp32_is_left_as_it_is() -> None:
     assert cpu_half_matmul.widen(torch.float32) is False
-    assert not cpu_half_matmul._installed
+    assert not cpu_half_matmul.is_widened(torch.float32)
 
 
 def _both_ways(dtype: torch.dtype) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
     own = _results(dtype)
-    cpu_half_matmul._install()
+    cpu_half_matmul._install(dtype)
     return [(name, before, after) for (name, before), (_, after) in zip(own, _results(dtype), strict=True)]
 
 
@@ -111,7 +111,7 @@ def test_the_same_numbers(dtype: torch.dtype) -> None:
 
 
 def _refused() -> list[str]:
-    cpu_half_matmul._install()
+    cpu_half_matmul._install(torch.bfloat16)
     half, wide = torch.ones(4, 300, dtype=torch.bfloat16), torch.ones(300, 5)
     found = []
     for work in (

@@ -32,7 +32,7 @@ from launcher.planner.plan import Plan
 from launcher.runs import cache
 from launcher.runs.wording import shown
 
-FORMAT = 3
+FORMAT = 4
 """Version of the files; a file of another version is not read."""
 SECONDS = 600.0
 """Time limit of a trace."""

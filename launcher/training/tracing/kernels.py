@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from launcher.training import cpu_half_matmul
 from launcher.training.model.packed_kernel import lengths_of, note_lengths, packed, packed_backward
 
 _aten = torch.ops.aten
@@ -25,11 +26,9 @@ _INTO = {_aten.mm.out: _aten.mm.default, _aten.addmm.out: _aten.addmm.default}
 """Operators that write into an existing tensor, with their equivalents that create one."""
 _CONVOLUTIONS = (_aten.convolution.default, _aten.convolution_backward.default)
 _PACKED = tuple(kernel._opoverload for kernel in (packed, packed_backward))
-_ATTENTION = (
-    _aten._scaled_dot_product_flash_attention_for_cpu.default,
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
-    *_PACKED,
-)
+_FUSED = _aten._scaled_dot_product_flash_attention_for_cpu.default
+_FUSED_BACKWARD = _aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+_ATTENTION = (_FUSED, _FUSED_BACKWARD, *_PACKED)
 _ASKED = frozenset((*_PRODUCTS, *_CONVOLUTIONS, *_ATTENTION))
 _FEW = 2
 """The samples to run of a convolution that is too large in full."""
@@ -39,23 +38,32 @@ two are."""
 _MOST_BYTES = 1 << 26
 _MOST_OPERATIONS = 4e9
 """The most operations of a kernel that is run: at most a tenth of a second. A larger one's temporary memory
-is small relative to its tensors."""
+is small relative to its tensors, except for attention by way of fp32, whose copies are counted instead."""
 
 
-def taken_within(function: Any, args: Any) -> int | None:
+def taken_within(function: Any, args: Any, kwargs: Any = None) -> int | None:
     """Return the bytes that a kernel allocates temporarily, beyond its results, in one thread; None for a
     kernel that is not measured, because it needs none or is too large to run."""
     function = _INTO.get(function, function)
     if function not in _ASKED or (function in _PRODUCTS and args[-1].itemsize != 2):
         return None
     if _is_small(function, args):
-        # Without keywords: attention took as much with a mask (2 x 4 heads x 70 tokens x 16, bf16).
-        return _ask(function, args)
+        return _ask(function, args, kwargs)
+    if function in (_FUSED, _FUSED_BACKWARD) and cpu_half_matmul.is_widened(args[0].dtype):
+        return _copies(function, args, kwargs)
     if function not in _CONVOLUTIONS or args[0].shape[0] <= _FEW or not _is_small(function, _of(args, _FEW)):
         return None
     # A convolution's copies are per sample.
     one, few = (_ask(function, _of(args, number)) for number in (1, _FEW))
     return one + (few - one) * (args[0].shape[0] - 1) // (_FEW - 1)
+
+
+def _copies(function: Any, args: Any, kwargs: Any) -> int:
+    """Return the bytes of attention's inputs and results in fp32, less those of its results in half precision."""
+    inputs = [one for one in pytree.tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
+    results = args[:1] if function is _FUSED else args[1:4]
+    copied = sum(one.numel() for one in inputs if one.itemsize == 2)
+    return 4 * copied + 2 * sum(one.numel() for one in results)
 
 
 def _of(args: Any, num_samples: int) -> Any:
@@ -64,8 +72,10 @@ def _of(args: Any, num_samples: int) -> Any:
     return (*(one[:num_samples] for one in args[:num_activations]), *args[num_activations:])
 
 
-def _ask(function: Any, args: Any) -> int:
-    leaves, spec = pytree.tree_flatten(args)
+def _ask(function: Any, args: Any, kwargs: Any = None) -> int:
+    # A mask is copied too where attention is widened. A tensor that a product is written into changes nothing.
+    named = {name: value for name, value in (kwargs or {}).items() if name != "out"}
+    leaves, spec = pytree.tree_flatten((args, named))
     return _measured(function, tuple(_described(leaf, function in _PACKED) for leaf in leaves), spec)
 
 
@@ -125,11 +135,11 @@ def _measured(function: Any, described: tuple[Any, ...], spec: Any) -> int:
     torch.set_num_threads(1)
     try:
         with _disable_current_modes(), torch.no_grad():
-            arguments = pytree.tree_unflatten(
+            arguments, named = pytree.tree_unflatten(
                 [one.real() if isinstance(one, _Described) else one for one in described], spec
             )
             with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-                results = function(*arguments)
+                results = function(*arguments, **named)
     finally:
         torch.set_num_threads(num_threads)
     kept = {
