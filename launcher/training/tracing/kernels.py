@@ -1,8 +1,8 @@
 """Temporary memory within a CPU's kernels, measured by running each shape once.
 
-oneDNN's copies for products and convolutions, and attention's blocks of scores, depend on the processor, the
-precision and the shape. A trace does not see them, but they are allocated through PyTorch, so its profiler
-does.
+oneDNN's copies for products and convolutions, attention's blocks of scores, and copies in another precision or
+layout depend on the processor, the precision and the shape. A trace does not see them, but they are allocated
+through PyTorch, so its profiler does.
 """
 
 from __future__ import annotations
@@ -29,9 +29,24 @@ _PACKED = tuple(kernel._opoverload for kernel in (packed, packed_backward))
 _FUSED = _aten._scaled_dot_product_flash_attention_for_cpu.default
 _FUSED_BACKWARD = _aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 _ATTENTION = (_FUSED, _FUSED_BACKWARD, *_PACKED)
-_ASKED = frozenset((*_PRODUCTS, *_CONVOLUTIONS, *_ATTENTION))
+_COPYING = (
+    _aten.gather.default,
+    _aten.scatter_add.default,
+    _aten.native_layer_norm.default,
+    _aten.native_layer_norm_backward.default,
+    _aten.native_batch_norm.default,
+    _aten.native_batch_norm_backward.default,
+    _aten._safe_softmax.default,
+    _aten.gelu_backward.default,
+    _aten.roll.default,
+    _aten.mean.dim,
+    _aten.sum.dim_IntList,
+)
+"""Other operators that were seen to copy what they read or write: in half precision to fp32, or to a contiguous
+tensor (torch 2.13)."""
+_ASKED = frozenset((*_PRODUCTS, *_CONVOLUTIONS, *_ATTENTION, *_COPYING))
 _FEW = 2
-"""The samples to run of a convolution that is too large in full."""
+"""The samples to run of a kernel that is too large in full, and whose copies are per sample."""
 _OF_FORWARD = 9
 """The number of arguments of a convolution, of which the first is an activation; of its backward the first
 two are."""
@@ -51,10 +66,11 @@ def taken_within(function: Any, args: Any, kwargs: Any = None) -> int | None:
         return _ask(function, args, kwargs)
     if function in (_FUSED, _FUSED_BACKWARD) and cpu_half_matmul.is_widened(args[0].dtype):
         return _copies(function, args, kwargs)
-    if function not in _CONVOLUTIONS or args[0].shape[0] <= _FEW or not _is_small(function, _of(args, _FEW)):
+    if function not in (*_CONVOLUTIONS, *_COPYING) or args[0].shape[0] <= _FEW:
         return None
-    # A convolution's copies are per sample.
-    one, few = (_ask(function, _of(args, number)) for number in (1, _FEW))
+    if not _is_small(function, _of(function, args, _FEW)):
+        return None
+    one, few = (_ask(function, _of(function, args, number), kwargs) for number in (1, _FEW))
     return one + (few - one) * (args[0].shape[0] - 1) // (_FEW - 1)
 
 
@@ -66,10 +82,18 @@ def _copies(function: Any, args: Any, kwargs: Any) -> int:
     return 4 * copied + 2 * sum(one.numel() for one in results)
 
 
-def _of(args: Any, num_samples: int) -> Any:
-    """Return a convolution's arguments with `num_samples` samples of its activations."""
-    num_activations = 1 if len(args) == _OF_FORWARD else 2
-    return (*(one[:num_samples] for one in args[:num_activations]), *args[num_activations:])
+def _of(function: Any, args: Any, num_samples: int) -> Any:
+    """Return a kernel's arguments with `num_samples` samples of its activations."""
+    if function in _CONVOLUTIONS:
+        num_activations = 1 if len(args) == _OF_FORWARD else 2
+        return (*(one[:num_samples] for one in args[:num_activations]), *args[num_activations:])
+    first = args[0]
+    return tuple(
+        one[:num_samples]
+        if isinstance(one, torch.Tensor) and (one.dim(), one.shape[0]) == (first.dim(), first.shape[0])
+        else one
+        for one in args
+    )
 
 
 def _ask(function: Any, args: Any, kwargs: Any = None) -> int:
@@ -94,6 +118,8 @@ def _operations(function: Any, args: Any) -> float:
     if function is _aten.convolution_backward.default:
         gradient, _, weight = args[:3]
         return 4.0 * gradient.shape[0] * prod(gradient.shape[2:]) * weight.numel()
+    if function in _COPYING:
+        return float(args[0].numel())
     if function in _ATTENTION:
         return 10.0 * args[0].numel() * args[1].shape[-2]
     first, second = args[-2:] if function is not _aten.baddbmm.default else args[1:3]
