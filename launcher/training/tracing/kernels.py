@@ -75,7 +75,8 @@ def taken_within(function: Any, args: Any, kwargs: Any = None) -> int | None:
 
 
 def _copies(function: Any, args: Any, kwargs: Any) -> int:
-    """Return the bytes of attention's inputs and results in fp32, less those of its results in half precision."""
+    """Return the bytes of attention's inputs and results in fp32, less those of its results in half
+    precision."""
     inputs = [one for one in pytree.tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
     results = args[:1] if function is _FUSED else args[1:4]
     copied = sum(one.numel() for one in inputs if one.itemsize == 2)
