@@ -27,6 +27,8 @@ _UNITS = {
 }
 """Flag names of torch.cpu.get_capabilities(): x86 before Arm."""
 _installed: list[torch.library.Library] = []
+_widened: set[torch.dtype] = set()
+"""The dtypes that this process multiplies through fp32."""
 
 
 def has_units(dtype: torch.dtype, capabilities: dict[str, Any] | None = None) -> bool:
@@ -41,9 +43,13 @@ def widen(dtype: torch.dtype) -> bool:
     Return whether it does."""
     if dtype not in HALF or has_units(dtype):
         return False
-    if not _installed:
-        _install()
+    _install(dtype)
     return True
+
+
+def is_widened(dtype: torch.dtype) -> bool:
+    """Return whether this process multiplies `dtype` through fp32."""
+    return dtype in _widened
 
 
 def matrix_product(
@@ -87,8 +93,11 @@ def _parts(length: int, step: int) -> list[slice]:
     return [slice(begin, begin + step) for begin in range(0, length, max(1, step))]
 
 
-def _install() -> None:
+def _install(dtype: torch.dtype) -> None:
     """Register the widened products over PyTorch's own kernels, which still handle all other dtypes."""
+    _widened.add(dtype)
+    if _installed:
+        return
     library = torch.library.Library("aten", "IMPL")
     for name, function in _OPERATORS.items():
         kernel = torch.library.get_kernel(f"aten::{name}", "CPU")
@@ -101,7 +110,7 @@ def _install() -> None:
 def _either(kernel: Any, function: Any) -> Any:
     def call(keys: Any, first: torch.Tensor, *rest: Any, **named: Any) -> Any:
         # Operands that do not match are left to PyTorch, which raises its own error.
-        if first.dtype in HALF and (function not in _PRODUCTS or _agree(first, *rest)):
+        if first.dtype in _widened and (function not in _PRODUCTS or _agree(first, *rest)):
             return function(lambda *a, **n: kernel.call_boxed(keys, *a, **n), first, *rest, **named)
         return kernel.call_boxed(keys, first, *rest, **named)
 

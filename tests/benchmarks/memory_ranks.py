@@ -26,8 +26,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from launcher.planner.plan import Plan
 from launcher.render.deepspeed import config as deepspeed_config
+from launcher.tasks.task import Task
 from launcher.tasks.written_logits import MATRIX, TEACHER_STATES, Manifest
-from launcher.training import engines, shared_messages
+from launcher.training import cpu_half_matmul, engines, shared_messages
+from launcher.training.engines.engine import Engine
 from launcher.training.model import pretrained
 from launcher.training.precision import DTYPES
 from launcher.training.tracing.make_profile import example_batch, prepared_task
@@ -151,13 +153,19 @@ def _say_what_lives(before: dict[int, int]) -> None:
         pass
 
 
-def _steps(request: Request, before: dict[int, int]) -> Any:
-    plan = request.plan
+def loaded(plan: Plan, trains: bool = True) -> tuple[Any, Task, Engine]:
+    """The model's config, the task and the engine of a plan, whose products are a rank's own."""
+    cpu_half_matmul.widen(DTYPES[plan.precision])
     with record_function(f"{PHASE}loading"):
         config = pretrained.read_config(plan)
         task = prepared_task(plan, config)
         settings = deepspeed_config(plan) if plan.engine == "deepspeed" else {}
-        engine = engines.build(plan, task, config, settings)
+        return config, task, engines.build(plan, task, config, settings, trains=trains)
+
+
+def _steps(request: Request, before: dict[int, int]) -> Any:
+    plan = request.plan
+    config, task, engine = loaded(plan)
     gc.collect()
     for name in ("first step", "steady step"):
         with record_function(f"{PHASE}{name}"):

@@ -9,8 +9,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils import _pytree as pytree
 
+from launcher.training import cpu_half_matmul
 from launcher.training.model.packed_kernel import note_lengths, packed
 from launcher.training.tracing.kernels import taken_within
+from tests.training.ranks import on_ranks
 
 _aten = torch.ops.aten
 
@@ -38,6 +40,11 @@ def _convolution(samples: int, dtype: torch.dtype = torch.float32) -> tuple[Any,
     return x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1
 
 
+def _normalised(dtype: torch.dtype) -> tuple[Any, ...]:
+    """A layer norm over a sound's features, which convolutions leave as the second dimension."""
+    return torch.rand(2, 8, 500).to(dtype).transpose(1, 2), [8], torch.ones(8).to(dtype), None, 1e-5
+
+
 @pytest.mark.parametrize(
     ("function", "arguments"),
     [
@@ -50,12 +57,66 @@ def _convolution(samples: int, dtype: torch.dtype = torch.float32) -> tuple[Any,
         (_aten.convolution.default, _convolution(3)),
         (_aten.convolution.default, _convolution(2, torch.bfloat16)),
         (_aten._scaled_dot_product_flash_attention_for_cpu.default, (torch.rand(2, 4, 40, 16),) * 3),
+        (_aten.gather.default, (torch.rand(8, 40, 60).bfloat16(), -1, torch.zeros(8, 40, 40).long())),
+        (
+            _aten.scatter_add.default,
+            (torch.rand(8, 40, 60).half(), -1, torch.zeros(8, 40, 40).long(), torch.rand(8, 40, 40).half()),
+        ),
+        (_aten.native_layer_norm.default, _normalised(torch.float32)),
+        (_aten.native_layer_norm.default, _normalised(torch.bfloat16)),
+        (_aten._safe_softmax.default, (torch.rand(2, 4, 50, 50), -1)),
+        (_aten.mean.dim, (torch.rand(2, 64, 30).bfloat16(), [-1])),
+        (_aten.roll.default, (torch.rand(2, 8, 8, 48), [-3, -3], [1, 2])),
     ],
 )
 def test_a_kernel_takes_what_the_allocator_counts(function: Any, arguments: tuple[Any, ...]) -> None:
     results = [one for one in pytree.tree_leaves(function(*arguments)) if isinstance(one, torch.Tensor)]
     kept = sum(one.untyped_storage().nbytes() for one in results)
     assert taken_within(function, arguments) == highest(function, arguments) - kept
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [
+        (_aten.gather.default, (torch.rand(8, 40, 60).bfloat16(), -1, torch.zeros(8, 40, 40).long())),
+        (_aten.native_layer_norm.default, _normalised(torch.float32)),
+        (_aten.mean.dim, (torch.rand(2, 64, 30).bfloat16(), [-1])),
+    ],
+)
+def test_operators_that_copy_are_counted(function: Any, arguments: tuple[Any, ...]) -> None:
+    assert (taken_within(function, arguments) or 0) > 0
+
+
+def test_a_copy_too_large_to_be_made_is_counted_by_the_sample() -> None:
+    def large(samples: int) -> int | None:
+        x, index = torch.empty(1).bfloat16(), torch.zeros(1, dtype=torch.int64)
+        return taken_within(
+            _aten.gather.default, (x.expand(samples, 300, 1040), -1, index.expand(samples, 300, 300))
+        )
+
+    assert large(400) == 400 // 2 * (large(2) or 0) > 0
+
+
+@pytest.mark.distributed
+def test_attention_by_way_of_fp32_has_copies_of_its_mask_too() -> None:
+    """In a process of its own, whose products stay so. What is too large to be run has as many."""
+    small, same, large, counted = on_ranks(1, _by_way_of_fp32)[0]
+    assert small == same
+    assert large == counted
+
+
+def _by_way_of_fp32() -> list[int | None]:
+    cpu_half_matmul._install(torch.bfloat16)
+    function, query = _aten._scaled_dot_product_flash_attention_for_cpu, torch.rand(2, 4, 40, 16).bfloat16()
+    mask = torch.zeros(2, 1, 40, 40, dtype=torch.bfloat16)
+    taken = taken_within(function.default, (query,) * 3, {"attn_mask": mask})
+    results = function(query, query, query)
+    kept = sum(one.untyped_storage().nbytes() for one in results)
+    called = highest(lambda *tensors: function(*tensors, attn_mask=mask), (query,) * 3)
+    long = torch.empty(1).bfloat16().expand(1, 16, 8192, 64)
+    wide = torch.empty(1).bfloat16().expand(1, 1, 8192, 8192)
+    large = taken_within(function.default, (long,) * 3, {"attn_mask": wide})
+    return [taken, called - kept, large, 4 * (3 * long.numel() + wide.numel()) + 2 * long.numel()]
 
 
 def test_attention_over_packed_samples_has_one_sample_at_a_time_beside_the_row() -> None:

@@ -13,12 +13,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from launcher.planner.fisher import memory
 from launcher.planner.memory.profiles import Profiles, Unknown
 from launcher.planner.plan import Plan
-from launcher.training import engines
 from launcher.training.fisher_entry import Fisher
-from launcher.training.model import pretrained
-from launcher.training.tracing.make_profile import example_batch, prepared_task
+from launcher.training.tracing.make_profile import example_batch
 from tests.benchmarks.memory_pool import World
-from tests.benchmarks.memory_ranks import PHASE, timeline
+from tests.benchmarks.memory_ranks import PHASE, loaded, timeline
 from tests.training.plans import plan_of
 from tests.training.runs import model_directory
 
@@ -31,12 +29,9 @@ def take_two(plan: Plan) -> int:
     """Return the peak of a rank where it takes the second sample in, as `fisher_entry.estimate` has it do."""
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        with record_function(f"{PHASE}loading"):
-            config = pretrained.read_config(plan)
-            task = prepared_task(plan, config)
-            engine = engines.build(plan, task, config, {}, trains=False)
-            fisher = Fisher(engine)
-            engine.model.eval()
+        config, task, engine = loaded(plan, trains=False)
+        fisher = Fisher(engine)
+        engine.model.eval()
         for name in ("first", "second", "end"):
             with record_function(f"{PHASE}{name}"):
                 if name != "end":

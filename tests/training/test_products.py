@@ -48,12 +48,12 @@ def test_a_rank_on_a_cpu_asks_for_them(
 
 def test_fp32_is_left_as_it_is() -> None:
     assert cpu_half_matmul.widen(torch.float32) is False
-    assert not cpu_half_matmul._installed
+    assert not cpu_half_matmul.is_widened(torch.float32)
 
 
 def _both_ways(dtype: torch.dtype) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
     own = _results(dtype)
-    cpu_half_matmul._install()
+    cpu_half_matmul._install(dtype)
     return [(name, before, after) for (name, before), (_, after) in zip(own, _results(dtype), strict=True)]
 
 
@@ -110,8 +110,29 @@ def test_the_same_numbers(dtype: torch.dtype) -> None:
         assert error <= limit, f"{name}: {float(error):.1e}"
 
 
+def _one_dtype() -> list[bool]:
+    cpu_half_matmul._install(torch.float16)
+    called: list[torch.dtype] = []
+    product = cpu_half_matmul.matrix_product
+
+    def counted(left: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
+        called.append(left.dtype)
+        return product(left, *rest, **named)
+
+    cpu_half_matmul.matrix_product = counted  # type: ignore[assignment]
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        torch.ones(4, 5, dtype=dtype) @ torch.ones(5, 3, dtype=dtype)
+    return [called == [torch.float16], *map(cpu_half_matmul.is_widened, cpu_half_matmul.HALF)]
+
+
+@pytest.mark.distributed
+def test_only_the_dtype_without_units_is_widened() -> None:
+    """A processor may have units for bf16 and none for fp16."""
+    assert on_ranks(1, _one_dtype)[0] == [True, False, True]
+
+
 def _refused() -> list[str]:
-    cpu_half_matmul._install()
+    cpu_half_matmul._install(torch.bfloat16)
     half, wide = torch.ones(4, 300, dtype=torch.bfloat16), torch.ones(300, 5)
     found = []
     for work in (

@@ -31,10 +31,9 @@ from launcher.planner.model.model_config import config_of, locate
 from launcher.planner.model.model_shape import stored_parameters
 from launcher.planner.plan import Plan
 from launcher.runs import cache
-from launcher.runs.wording import shown
 from launcher.tasks.written_logits import Manifest
 
-FORMAT = 3
+FORMAT = 4
 """Version of the files; a file of another version is not read."""
 SECONDS = 600.0
 """Time limit of a trace."""

@@ -51,7 +51,7 @@ class Counting(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 self.count(tensor.untyped_storage())
         self.numbers.follow(function, args, kwargs, result)
-        self._meter.transient(hidden_bytes(function, args, result, self._cuda))
+        self._meter.transient(hidden_bytes(function, args, kwargs, result, self._cuda))
         return result
 
     def _of_numbers(self, function: Any, args: Any, kwargs: Any) -> Any:
@@ -132,10 +132,10 @@ def _grouped_shape(first: torch.Tensor, second: torch.Tensor, ends: torch.Tensor
     return first.shape[-2], second.shape[-1]
 
 
-def hidden_bytes(function: Any, args: Any, result: Any, cuda: bool) -> int:
+def hidden_bytes(function: Any, args: Any, kwargs: Any, result: Any, cuda: bool) -> int:
     """Return the bytes that a kernel allocates and frees within one operator, beyond its results, which no
     dispatch mode sees (torch 2.13). A CPU's kernel is run to measure it, if possible."""
-    if not cuda and (taken := taken_within(function, args)) is not None:
+    if not cuda and (taken := taken_within(function, args, kwargs)) is not None:
         return taken
     if function in _PACKED:
         sizes = [tensor for tensor in args if isinstance(tensor, torch.Tensor)]

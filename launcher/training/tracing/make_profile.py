@@ -41,6 +41,9 @@ class ProfileMaker:
     def __init__(self, plan: Plan) -> None:
         """Build the model without values. Raises ConfigurationError if its class cannot be built, or cannot
         do the task."""
+        if plan.mesh.device == "cpu":
+            # Kernels are run to measure their memory, and ranks run them so.
+            cpu_half_matmul.widen(DTYPES[plan.precision])
         # flash-attn's kernel runs only on a GPU; PyTorch's own saves the same tensors.
         self.plan = (
             plan.model_copy(update={"attention": "sdpa"}) if plan.attention == "flash_attention_2" else plan
@@ -270,8 +273,6 @@ def main() -> None:
     """Read a plan on stdin; write its profile or its problems to the file that the first argument names."""
     gc.disable()  # a fifth of the time, for a process that ends soon
     plan = Plan.model_validate_json(sys.stdin.read())
-    if plan.mesh.device == "cpu":
-        cpu_half_matmul.widen(DTYPES[plan.precision])  # as on ranks: kernels are run to measure their memory
     try:
         answer: dict[str, Any] = {"profile": make_profile(plan).to_json()}
     except ConfigurationError as error:
