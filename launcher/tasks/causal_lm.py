@@ -243,12 +243,13 @@ class CausalLM(WritingTask):
         from launcher.training.heads import causal_lm
 
         if others and self.distillation is not None and model.training:
-            from launcher.training import distillation
+            from launcher.training.distillation import causal_lm as distilled
+            from launcher.training.distillation import from_states
 
             if TEACHER in others:
-                return distillation.causal_lm(model, batch, others[TEACHER], self.distillation)
+                return distilled(model, batch, others[TEACHER], self.distillation)
             if TEACHER_STATES in batch:
-                return distillation.from_states(model, batch, others[MATRIX], self.distillation)
+                return from_states(model, batch, others[MATRIX], self.distillation)
         return causal_lm(model, batch, self.head)
 
     def answers(
