@@ -9,6 +9,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils import _pytree as pytree
 
+from launcher.planner.memory.kernel_bytes import attention_bytes
 from launcher.training import cpu_half_matmul
 from launcher.training.model.packed_kernel import note_lengths, packed
 from launcher.training.tracing.kernels import taken_within
@@ -100,9 +101,12 @@ def test_a_copy_too_large_to_be_made_is_counted_by_the_sample() -> None:
 @pytest.mark.distributed
 def test_attention_by_way_of_fp32_has_copies_of_its_mask_too() -> None:
     """In a process of its own, whose products stay so. What is too large to be run has as many."""
-    small, same, large, counted = on_ranks(1, _by_way_of_fp32)[0]
+    small, same, large, counted, packed_samples = on_ranks(1, _by_way_of_fp32)[0]
     assert small == same
     assert large == counted
+    assert attention_bytes((60, 68), 128, 128, 4, 2, False, widened=True)[0] == pytest.approx(
+        packed_samples, abs=64
+    )
 
 
 def _by_way_of_fp32() -> list[int | None]:
@@ -116,7 +120,11 @@ def _by_way_of_fp32() -> list[int | None]:
     long = torch.empty(1).bfloat16().expand(1, 16, 8192, 64)
     wide = torch.empty(1).bfloat16().expand(1, 1, 8192, 8192)
     large = taken_within(function.default, (long,) * 3, {"attn_mask": wide})
-    return [taken, called - kept, large, 4 * (3 * long.numel() + wide.numel()) + 2 * long.numel()]
+    ends, row = torch.tensor([0, 60, 128], dtype=torch.int32), torch.rand(1, 4, 128, 32).bfloat16()
+    note_lengths(ends, (60, 68))
+    packed_samples = taken_within(packed._opoverload, (row, row, row, ends, 0.1, True, None))
+    copied = 4 * (3 * long.numel() + wide.numel()) + 2 * long.numel()
+    return [taken, called - kept, large, copied, packed_samples]
 
 
 def test_attention_over_packed_samples_has_one_sample_at_a_time_beside_the_row() -> None:

@@ -104,8 +104,9 @@ def writes(num_beams: int) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["causal-lm", "classes"])
 def test_measuring_alone_is_predicted(kind: str, world: World, models: dict[str, Path]) -> None:
-    """The peak of a model that is measured, and then writes: over by no more than 3%, and never under by more than
-    2%. In fp32 its parameters are gathered whole for beams, in bf16 a layer at a time."""
+    """The peak of a model that is measured, and then writes: over by no more than 2% (on two ranks 5%, where messages
+    may have arrived), and never under by more than 2%. In fp32 its parameters are gathered whole for beams, in bf16 a
+    layer at a time."""
     num_ranks, told = len(world.pipes), []
     for engine in engines_of(num_ranks):
         for precision, num_beams, share in (("fp32", 4, 0.5), ("bf16", 1, 0.0)):
@@ -124,7 +125,7 @@ def test_measuring_alone_is_predicted(kind: str, world: World, models: dict[str,
                 told.append((engine.get("engine"), precision, name, round(number / highest[name] - 1, 4)))
     print(*told, sep="\n")
     for *_, share in told:
-        assert -0.02 <= share <= 0.03, told
+        assert -0.02 <= share <= (0.02 if num_ranks == 1 else 0.05), told
 
 
 def without_units(plan: Plan) -> tuple[int, int]:

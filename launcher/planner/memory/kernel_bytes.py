@@ -23,7 +23,13 @@ def packed_bytes(rows: int, num_out: int) -> int:
 
 
 def attention_bytes(
-    lengths: Sequence[int], width: int, key_width: int, heads: int, size: int, cuda: bool
+    lengths: Sequence[int],
+    width: int,
+    key_width: int,
+    heads: int,
+    size: int,
+    cuda: bool,
+    widened: bool = False,
 ) -> tuple[int, int]:
     """Return the bytes of attention's workspace for packed samples, forward and backward.
 
@@ -32,7 +38,8 @@ def attention_bytes(
     GPU's backward kernel accumulates the queries' gradient in fp32, and makes gradients of keys and values
     for each query head (FlashAttention-2). A CPU's kernel has a block of scores in fp32 and its sums for each
     thread, of which one is counted; the backward pass has a second block, of gradients
-    (FlashAttentionKernel.cpp, torch 2.13).
+    (FlashAttentionKernel.cpp, torch 2.13). widened: the CPU has no units for half precision, and computes
+    attention in fp32 (launcher/training/cpu_half_matmul.py).
     """
     longest, tokens = max(lengths), sum(lengths)
     if cuda:
@@ -40,7 +47,9 @@ def attention_bytes(
         return 0, tokens * (4 * width + grouped)
     rows = min(longest, 256 if longest >= 768 else 64 if longest >= 192 else 32)
     scores = 4 * rows * min(longest, 512)
-    wide = size if size > 2 or longest > WIDENED_AT_MOST else 4
+    wide = size if size > 2 or (longest > WIDENED_AT_MOST and not widened) else 4
     copies = 0 if wide == size else 3 * width + 2 * key_width
     forward = longest * (size * width + 4 * heads) + scores + 4 * rows * (2 + width // heads)
+    if widened:
+        forward += longest * (4 * (width + 2 * key_width) + (4 - size) * width)  # inputs; the result
     return forward, longest * wide * (width + 2 * key_width + copies) + 2 * scores

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from launcher.planner.memory.kernel_bytes import attention_bytes, packed_bytes
 from launcher.planner.memory.symbolic import Meter
+from launcher.training import cpu_half_matmul
 from launcher.training.model.packed_kernel import lengths_of, packed, packed_backward
 from launcher.training.tracing.kernels import taken_within
 from launcher.training.tracing.numbers import Numbers
@@ -143,9 +144,9 @@ def hidden_bytes(function: Any, args: Any, kwargs: Any, result: Any, cuda: bool)
         width, key_width = (tensor.shape[1] * tensor.shape[3] for tensor in (query, key))
         with _disable_current_modes():
             lengths = lengths_of(next(tensor for tensor in sizes if not tensor.is_floating_point()))
-        return attention_bytes(lengths, width, key_width, query.shape[1], query.itemsize, cuda)[
-            _PACKED.index(function)
-        ]
+        widened = cpu_half_matmul.is_widened(query.dtype) and not cuda
+        both = attention_bytes(lengths, width, key_width, query.shape[1], query.itemsize, cuda, widened)
+        return both[_PACKED.index(function)]
     if function is _aten.logsumexp.default:
         return int(args[0].numel() * args[0].itemsize)  # exp(logits - max)
     if function in (_aten.mm.default, _aten.addmm.default) and not cuda and result.itemsize == 2:
