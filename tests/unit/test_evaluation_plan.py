@@ -98,11 +98,13 @@ def test_what_cannot_fit_is_refused_before_a_rank_starts(
         monkeypatch.setattr(module, "ask", lambda *_: pytest.fail("started"))
     data = {"data__max_length": 512, "data__evaluation": {"path": "rows.jsonl"}, "precision": "bf16"}
     request = Request(plan_of(model, num_ranks, **{**data, **changes}), None, str(model), None)
+    rows = model / "rows.jsonl"
+    rows.write_text('{"text": "a"}\n')
     refused = r"one row a pass needs [\d.]+ GiB of the [\d.]+ GiB of a rank \(while \w+; most of it .*" + way
     with pytest.raises(OutOfMemoryError, match=refused):
         evaluate_locally(request, Watcher())
     with pytest.raises(OutOfMemoryError, match=refused):
-        Prediction(request, model, model / "out.jsonl", AnswerOptions()).run(Watcher())
+        Prediction(request, rows, model / "out.jsonl", AnswerOptions()).run(Watcher())
 
 
 @pytest.mark.parametrize(
