@@ -64,7 +64,7 @@ def places(content: dict[str, Any], reading: Reading, kind: str = "") -> None:
     dynamo = reading.section(content, "dynamo_config")
     backend = brief(dynamo.get("dynamo_backend", dynamo.get("backend", "NO"))).upper()
     if backend != "NO":
-        reading.say("model.compile", True, "dynamo_config.dynamo_backend")
+        reading.record("model.compile", True, "dynamo_config.dynamo_backend")
         text = "launcher compiles each repeated layer by itself, with inductor"
         reading.change("dynamo_config", backend, text)
     _rest(content, reading)
@@ -77,8 +77,8 @@ def _engine(kind: str, content: dict[str, Any], reading: Reading) -> None:
     elif kind == "FSDP":
         _fsdp(fsdp, content, reading)
     elif kind in (*_COPIES, "NO"):
-        reading.say("engine", "fsdp", "distributed_type")
-        reading.say("sharding", "none", "distributed_type")
+        reading.record("engine", "fsdp", "distributed_type")
+        reading.record("sharding", "none", "distributed_type")
         if kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):
             reading.cannot_say("distributed_type", kind, "launcher knows NVIDIA GPUs and CPUs; taken as GPUs")
     else:
@@ -101,15 +101,15 @@ def _fsdp(fsdp: dict[str, Any], content: dict[str, Any], reading: Reading) -> No
     version = reading.count(fsdp, "version", prefix) or (2 if is_second else 1)
     if version > 2:
         reading.refuse(f"{prefix}version", version, "write 1 or 2")
-    reading.say("engine", "fsdp", "distributed_type")
+    reading.record("engine", "fsdp", "distributed_type")
     if version == 1:
         text = "launcher has FSDP2: the same is cut, parameter by parameter"
         reading.change(f"{prefix}version", version, text)
     _sharding(fsdp, version, content, reading)
     if (offloads := reading.flag(fsdp, "offload_params", prefix)) is not None:
-        reading.say("offload", "parameters" if offloads else "none", f"{prefix}offload_params")
+        reading.record("offload", "parameters" if offloads else "none", f"{prefix}offload_params")
     if (recomputes := reading.flag(fsdp, "activation_checkpointing", prefix)) is not None:
-        reading.say(
+        reading.record(
             "activation_checkpointing", "full" if recomputes else "none", f"{prefix}activation_checkpointing"
         )
     policy = (reading.word(fsdp, "auto_wrap_policy", prefix) or "TRANSFORMER_BASED_WRAP").upper()
@@ -135,7 +135,7 @@ def _sharding(fsdp: dict[str, Any], version: int, content: dict[str, Any], readi
             reading.ignore(f"{prefix}sharding_strategy", brief(fsdp["sharding_strategy"]), text)
         reshards = reading.flag(fsdp, "reshard_after_forward", prefix)
         option = f"{prefix}reshard_after_forward" if reshards is not None else "(FSDP2 reshards by default)"
-        reading.say("sharding", "gradients" if reshards is False else "full", option)
+        reading.record("sharding", "gradients" if reshards is False else "full", option)
         return
     key = "sharding_strategy" if "sharding_strategy" in fsdp else "reshard_after_forward"
     value = (reading.word(fsdp, key, prefix) or "FULL_SHARD").upper()
@@ -144,20 +144,20 @@ def _sharding(fsdp: dict[str, Any], version: int, content: dict[str, Any], readi
         reading.change(prefix + key, value, f"the number of {name}")
         value = name
     if value in ("NO_SHARD", "NO_RESHARD"):
-        reading.say("sharding", "none" if value == "NO_SHARD" else "gradients", prefix + key)
+        reading.record("sharding", "none" if value == "NO_SHARD" else "gradients", prefix + key)
     elif value not in _SHARDING:
         reading.refuse(prefix + key, value, f"write one of {', '.join(_STRATEGIES)}")
     else:
-        reading.say("sharding", _SHARDING[value], prefix + key)
+        reading.record("sharding", _SHARDING[value], prefix + key)
     if value.startswith("HYBRID"):
         nodes = reading.count(content, "num_machines") or 1
-        reading.say("mesh.dp_replicate", nodes, prefix + key)
+        reading.record("mesh.dp_replicate", nodes, prefix + key)
         reading.change(prefix + key, value, f"a copy on each node, as parallel.replicate: {nodes}")
 
 
 def _deepspeed(section: dict[str, Any], reading: Reading) -> None:
     prefix = "deepspeed_config."
-    reading.say("engine", "deepspeed", "distributed_type")
+    reading.record("engine", "deepspeed", "distributed_type")
     file = reading.word(section, "deepspeed_config_file", prefix)
     if file is not None:
         reading.follow.append(file)
@@ -215,7 +215,7 @@ def _precision(content: dict[str, Any], reading: Reading) -> None:
     elif word not in ("no", "fp16", "bf16"):
         reading.refuse("mixed_precision", value, "write no, fp16 or bf16")
         return
-    reading.say("precision", {"no": "fp32", "fp8": "bf16"}.get(word, word), "mixed_precision")
+    reading.record("precision", {"no": "fp32", "fp8": "bf16"}.get(word, word), "mixed_precision")
 
 
 def _mesh(kind: str, content: dict[str, Any], reading: Reading) -> None:
@@ -224,16 +224,16 @@ def _mesh(kind: str, content: dict[str, Any], reading: Reading) -> None:
         reading.take(content, {"num_processes": "mesh.world_size"}, Reading.count)
     on_cpu = reading.flag(content, "use_cpu")
     if on_cpu or kind == "MULTI_CPU":
-        reading.say("mesh.device", "cpu", "use_cpu" if on_cpu else "distributed_type")
+        reading.record("mesh.device", "cpu", "use_cpu" if on_cpu else "distributed_type")
     elif on_cpu is False or kind in ("FSDP", "MULTI_GPU"):
-        reading.say("mesh.device", "cuda", "use_cpu" if on_cpu is False else "distributed_type")
+        reading.record("mesh.device", "cuda", "use_cpu" if on_cpu is False else "distributed_type")
     parallel = {
         key.removeprefix("parallelism_config_"): value
         for key, value in reading.section(content, "parallelism_config").items()
     }
     prefix = "parallelism_config."
     if (copies := reading.count(parallel, "dp_replicate_size", prefix) or 1) > 1:
-        reading.say("mesh.dp_replicate", copies, prefix + "dp_replicate_size")
+        reading.record("mesh.dp_replicate", copies, prefix + "dp_replicate_size")
     for key, name in (("tp_size", "tensor"), ("cp_size", "context"), ("sp_size", "sequence")):
         if (reading.count(parallel, key, prefix) or 1) > 1:
             text = (

@@ -167,7 +167,7 @@ def _tokens(content: dict[str, Any], reading: Reading) -> None:
         if too_long is None:
             reading.refuse("excess_length_strategy", strategy, "write drop, truncate or raise")
         else:
-            reading.say("data.too_long", too_long, "excess_length_strategy")
+            reading.record("data.too_long", too_long, "excess_length_strategy")
     template = reading.word(content, "chat_template")
     if content.get("chat_template_jinja") or template not in (None, "tokenizer_default"):
         text = (
@@ -182,22 +182,22 @@ def _tokens(content: dict[str, Any], reading: Reading) -> None:
 def _remarks(content: dict[str, Any], reading: Reading) -> None:
     for option, attention in _ATTENTION.items():
         if reading.flag(content, option):
-            reading.say("model.attention", attention, option)
+            reading.record("model.attention", attention, option)
     trackers = {
         "wandb": ("wandb_project", "use_wandb"),
         "mlflow": ("mlflow_tracking_uri", "use_mlflow"),
         "tensorboard": ("use_tensorboard",),
     }
     if names := [name for name, keys in trackers.items() if any(content.get(key) for key in keys)]:
-        reading.say("trackers", names, "use_*")
+        reading.record("trackers", names, "use_*")
     if (project := content.get("wandb_project")) and isinstance(project, str):
-        reading.say("tracking.project", project, "wandb_project")
+        reading.record("tracking.project", project, "wandb_project")
     tokens = content.get("special_tokens")
     is_padding = isinstance(tokens, dict) and set(tokens) <= {"pad_token"}
     trainer_keys.changes(content | ({"special_tokens": None} if is_padding else {}), _CHANGES, reading)
     for option, key in (("saves_per_epoch", "checkpoint.every"), ("evals_per_epoch", "evaluate_every")):
         if (times := reading.count(content, option, least=0)) == 1:
-            reading.say(key, "epoch", option)
+            reading.record(key, "epoch", option)
         elif times:
             section = key if "." in key else f"training.{key}"
             reason = f"launcher takes steps, a time or whole epochs; left out: write {section}, as 50 steps"

@@ -35,7 +35,7 @@ _ELSE = (
 
 def read(content: dict[str, Any], reading: Reading) -> None:
     """Record the data sets of `datasets` and `test_datasets`."""
-    mixture.say(
+    mixture.record(
         _data_sets(content, "datasets", "data.train", reading),
         _data_sets(content, "test_datasets", "data.evaluation", reading),
         reading,

@@ -79,7 +79,7 @@ def read_script(text: str, reading: Reading) -> None:
 def _counted_by_slurm(remark: Remark, reading: Reading) -> Remark:
     """Adjust a remark on numbers that the shell would fill in, if `#SBATCH` lines give them too."""
     key = starting.COUNTS.get(remark.said.removeprefix("--"))
-    if remark.kind != "fill in" or key is None or not reading.says(key):
+    if remark.kind != "fill in" or key is None or not reading.has(key):
         return remark
     return replace(
         remark,

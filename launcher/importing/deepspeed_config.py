@@ -53,10 +53,10 @@ _ZERO_KNOWN = {
 
 def read(content: dict[str, Any], reading: Reading) -> None:
     """Record the facts of a DeepSpeed JSON."""
-    reading.say("engine", "deepspeed", "(a DeepSpeed file)")
+    reading.record("engine", "deepspeed", "(a DeepSpeed file)")
     reading.take(content, _BATCH, Reading.count)
     if (clip := reading.number(content, "gradient_clipping")) is not None:
-        reading.say("training.clip_norm", clip, "gradient_clipping")
+        reading.record("training.clip_norm", clip, "gradient_clipping")
     elif "gradient_clipping" not in content:
         # With DeepSpeed neither Accelerate nor the Trainer clips gradients, so max_grad_norm has no effect.
         reading.default("training.clip_norm", DEEPSPEED_CLIPPING, "gradient_clipping")
@@ -80,11 +80,11 @@ def _precision(content: dict[str, Any], reading: Reading) -> None:
         reason = f"{bf16_key}.enabled is true too, and a model computes in one; DeepSpeed refuses it as well"
         reading.refuse("fp16.enabled", True, reason)
     elif is_bf16 or is_fp16:
-        reading.say(
+        reading.record(
             "precision", "bf16" if is_bf16 else "fp16", f"{bf16_key}.enabled" if is_bf16 else "fp16.enabled"
         )
     elif "auto" not in (bf16.get("enabled"), fp16.get("enabled")):
-        reading.say("precision", "fp32", "bf16, fp16: neither is enabled")
+        reading.record("precision", "fp32", "bf16, fp16: neither is enabled")
     if is_fp16:
         _loss_scale(fp16, reading)
     for prefix, section in (("", content), ("data_types.", reading.section(content, "data_types"))):
@@ -122,7 +122,7 @@ def _zero(zero: dict[str, Any], there: bool, reading: Reading) -> None:
         reading.refuse("zero_optimization.stage", stage, reason)
         return
     option = "zero_optimization.stage" if there else "(no zero_optimization)"
-    reading.say("sharding", _STAGES[stage], option)
+    reading.record("sharding", _STAGES[stage], option)
     if stage == 0:
         text = (
             "stage 0 takes a wrong first step in half precision; ZeRO-1 runs instead, which computes the "
@@ -183,9 +183,9 @@ def _place(devices: dict[str, str], paths: dict[str, str], stage: int, reading: 
         )
         reading.cannot_say(key, paths["offload_param"], text)
     offload = "parameters" if parameters != "none" else "optimizer" if optimizer != "none" else "none"
-    reading.say("offload", offload, "zero_optimization.offload_*")
+    reading.record("offload", offload, "zero_optimization.offload_*")
     if offload != "none":
-        reading.say(
+        reading.record(
             "offload_to",
             paths["offload_param" if offload == "parameters" else "offload_optimizer"],
             "zero_optimization.offload_*",

@@ -32,7 +32,7 @@ class Defaults:
         if reading.is_partial:
             return
         for key, (option, value) in self.values.items():
-            if key == "training.epochs" and reading.says("training.max_steps"):
+            if key == "training.epochs" and reading.has("training.max_steps"):
                 continue
             reading.default(key, value, option)
 

@@ -65,12 +65,14 @@ def read(content: dict[str, Any], reading: Reading) -> None:
     llama_factory_data.read(content, stage, reading)
     attention = reading.word(content, "flash_attn") or "auto"
     if attention in _ATTENTION:
-        reading.say("model.attention", _ATTENTION[attention], "flash_attn")
+        reading.record("model.attention", _ATTENTION[attention], "flash_attn")
     elif attention != "auto":
         why = f"LLaMA-Factory has {', '.join(_ATTENTION)}; left to `launcher plan`"
         reading.cannot_say("flash_attn", attention, why)
     if (plain := reading.flag(content, "disable_gradient_checkpointing")) is not None:
-        reading.say("activation_checkpointing", "none" if plain else "full", "disable_gradient_checkpointing")
+        reading.record(
+            "activation_checkpointing", "none" if plain else "full", "disable_gradient_checkpointing"
+        )
     trainer_keys.changes(content, _CHANGES, reading)
     if unused := sorted(key for key in _NOTHING if content.get(key) not in (None, "")):
         reading.ignore(", ".join(unused), None, "how it is computed and reported; the same is learned")
@@ -107,7 +109,7 @@ def _data(content: dict[str, Any], stage: str, reading: Reading) -> None:
     apart = bool(reading.flag(content, "neat_packing"))
     packs = (packs if packs is not None else stage == "pt") or apart
     if packs or "packing" in content:
-        reading.say("data.packing", packs, "neat_packing" if apart else "packing")
+        reading.record("data.packing", packs, "neat_packing" if apart else "packing")
     if packs and not apart:
         text = (
             "the rows of a pack see each other there, unless neat_packing is true; in launcher they never do"
@@ -115,7 +117,7 @@ def _data(content: dict[str, Any], stage: str, reading: Reading) -> None:
         reading.cannot_say("packing", True, text)
     if (length := reading.count(content, "cutoff_len", least=8)) is not None:
         length -= 1 if packs else 0
-        reading.say("data.max_length", length, "cutoff_len")
+        reading.record("data.max_length", length, "cutoff_len")
     text = (
         "of a row that is too long both prompt and answer are cut there; launcher keeps its beginning, "
         "or by data.too_long: drop leaves it"

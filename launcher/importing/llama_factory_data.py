@@ -42,8 +42,8 @@ def read(content: dict[str, Any], stage: str, reading: Reading) -> None:
             more = {key: value for key, value in more.items() if value is not None}
             given[option].append(replace(one, place=one.place | more))
     if limit is not None and not given["dataset"]:
-        reading.say("data.train.limit", limit, "max_samples")
-    mixture.say(given["dataset"], given["eval_dataset"], reading)
+        reading.record("data.train.limit", limit, "max_samples")
+    mixture.record(given["dataset"], given["eval_dataset"], reading)
 
 
 def _data_sets(
@@ -107,7 +107,7 @@ def _weights(content: dict[str, Any], names: list[str], reading: Reading) -> dic
             reading.ignore("interleave_probs", shown, f"never drawn, so no source: {', '.join(never)}")
         if len(never) + 1 >= len(names):
             return dict.fromkeys(never, 0.0)
-        _say_drawn(strategy, shown, bool(reading.said_value("data.packing")), reading)
+        _say_drawn(strategy, shown, bool(reading.value_of("data.packing")), reading)
         return weights
     return {}
 
@@ -115,7 +115,7 @@ def _weights(content: dict[str, Any], names: list[str], reading: Reading) -> dic
 def _say_drawn(strategy: str, shown: str, packs: bool, reading: Reading) -> None:
     """Remark on when an epoch ends, and on how launcher's sampling differs."""
     if strategy == "interleave_over":
-        reading.say("data.mixing.stopping_strategy", "all_exhausted", "mix_strategy")
+        reading.record("data.mixing.stopping_strategy", "all_exhausted", "mix_strategy")
         text = (
             "which rows come again is the same in every epoch there; launcher goes through each source in turn, "
             "over epochs too. An epoch is as long, but for chance"

@@ -44,7 +44,7 @@ def read(content: dict[str, Any], names: Names, defaults: AdapterDefaults, readi
         rank = defaults.rank
         reading.default("model.adapter.rank", rank, names.rank)
     elif rank is not None:
-        reading.say("model.adapter.rank", rank, names.rank)
+        reading.record("model.adapter.rank", rank, names.rank)
     stabilised = bool(reading.flag(content, names.stabilised))
     scaled_alpha = alpha
     if alpha is None:
@@ -57,18 +57,18 @@ def read(content: dict[str, Any], names: Names, defaults: AdapterDefaults, readi
         reading.change(names.stabilised, True, text)
         scaled_alpha *= math.sqrt(rank)
     if scaled_alpha is not None:
-        (reading.default if alpha is None else reading.say)("model.adapter.alpha", scaled_alpha, names.alpha)
+        (reading.default if alpha is None else reading.record)("model.adapter.alpha", scaled_alpha, names.alpha)
     for option, value in ((names.rank, rank), (names.alpha, scaled_alpha)):
         if value is None:
             text = "is missing; launcher's own stands under model.adapter"
             reading.fill_in(option, "(nothing)", text)
     dropout = reading.number(content, names.dropout)
-    (reading.default if dropout is None else reading.say)(
+    (reading.default if dropout is None else reading.record)(
         "model.adapter.dropout", defaults.dropout if dropout is None else dropout, names.dropout
     )
     _targets(content.get(names.targets), names, defaults, reading)
     if also := words_of(content.get(names.also)):
-        reading.say("model.adapter.train_also", [f"*{name}.*" for name in also], names.also)
+        reading.record("model.adapter.train_also", [f"*{name}.*" for name in also], names.also)
     _faster_b(content, names, reading)
     for key in names.variants:
         value = content.get(key)
@@ -88,7 +88,7 @@ def _faster_b(content: dict[str, Any], names: Names, reading: Reading) -> None:
         text = "times the learning rate is that of B: write training.groups"
         return reading.fill_in(names.ratio, ratio, text)
     group = {"parameters": ["*.lora_B.weight"], "learning_rate": ratio * rate}
-    return reading.say("training.groups", [group], names.ratio)
+    return reading.record("training.groups", [group], names.ratio)
 
 
 def _targets(value: Any, names: Names, defaults: AdapterDefaults, reading: Reading) -> None:
@@ -103,14 +103,14 @@ def _targets(value: Any, names: Names, defaults: AdapterDefaults, reading: Readi
         )
         return reading.remark("fill in", names.targets, "(nothing)", text)
     if any(name in ("all", "all-linear") for name in names_of_layers):
-        return reading.say("model.adapter.targets", "all-linear", names.targets)
+        return reading.record("model.adapter.targets", "all-linear", names.targets)
     if isinstance(value, str) and any(sign in value for sign in "\\^$*+()[]|?"):
         text = (
             "a regular expression; launcher has patterns of names, as q_proj or layers.3.*: taken: all-linear"
         )
         reading.cannot_say(names.targets, value, text)
-        return reading.say("model.adapter.targets", "all-linear", names.targets)
-    return reading.say("model.adapter.targets", names_of_layers, names.targets)
+        return reading.record("model.adapter.targets", "all-linear", names.targets)
+    return reading.record("model.adapter.targets", names_of_layers, names.targets)
 
 
 def unused(content: dict[str, Any], names: Names, why: str, reading: Reading) -> None:

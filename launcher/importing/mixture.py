@@ -75,7 +75,7 @@ def first_rows(split: Any, of_several: bool, said: str, reading: Reading) -> dic
     return {}
 
 
-def say(train: Sequence[DataSet], evaluation: Sequence[DataSet], reading: Reading) -> None:
+def record(train: Sequence[DataSet], evaluation: Sequence[DataSet], reading: Reading) -> None:
     """Record data sets: one as a section, several as a list, with columns in its entries if they differ.
 
     The columns of `data` are those of the first chats, as the job has one date for all of them, else those of
@@ -86,19 +86,19 @@ def say(train: Sequence[DataSet], evaluation: Sequence[DataSet], reading: Readin
     first = next(iter(chats or known), None)
     shared = first.columns if first else {}
     for name, column in shared.items():
-        reading.say(f"data.{name}", column, first.said if first else "")
+        reading.record(f"data.{name}", column, first.said if first else "")
     for role, given in (("train", train), ("evaluation", evaluation)):
         own = [one.columns if one.columns != shared else {} for one in given]
         if len(given) == 1 and not own[0]:
             for name, value in given[0].place.items():
-                reading.say(f"data.{role}.{name}", value, given[0].said)
+                reading.record(f"data.{role}.{name}", value, given[0].said)
         elif given:
             listed = [
                 one.place | ({"columns": columns} if columns else {})
                 for one, columns in zip(given, own, strict=True)
             ]
             options = ", ".join(dict.fromkeys(one.said.partition(".")[0] for one in given))
-            reading.say(f"data.{role}.sources", listed, options)
+            reading.record(f"data.{role}.sources", listed, options)
 
 
 def as_lists(data: dict[str, Any], facts: dict[str, Fact]) -> list[Remark]:

@@ -54,14 +54,14 @@ def trainer_schedule(name: str, options: dict[str, Any], said: str, reading: Rea
         text = f"launcher has {', '.join(get_args(Schedules))}; taken: {schedule}"
         reading.cannot_say(said, name, text)
     options = dict(options)
-    rate = reading.said_value("training.learning_rate")
+    rate = reading.value_of("training.learning_rate")
     least, share = as_number(options.pop("min_lr", None)), as_number(options.pop("min_lr_rate", None))
     if name == "polynomial":
         least = as_number(options.pop("lr_end", _POLYNOMIAL_END))
     if share is not None and rate is not None:
         least = share * rate
     if least is not None:
-        reading.say(
+        reading.record(
             "training.minimum_learning_rate", least, "lr_scheduler_kwargs" if name != "polynomial" else said
         )
     elif share is not None:
@@ -73,11 +73,11 @@ def trainer_schedule(name: str, options: dict[str, Any], said: str, reading: Rea
         if value is not None and (key not in neutral or as_number(value) != neutral[key]):
             text = f"launcher's {schedule} has no such key; left out"
             reading.cannot_say(f"lr_scheduler_kwargs.{key}", brief(value), text)
-    if name == "constant" and reading.said_value("training.warmup"):
+    if name == "constant" and reading.value_of("training.warmup"):
         reading.facts = [fact for fact in reading.facts if fact.key != "training.warmup"]
         reading.ignore("warmup_steps, warmup_ratio", None, "the Trainer's `constant` does not warm up")
-        reading.say("training.warmup", 0.0, said)
-    reading.say("training.schedule", schedule, said)
+        reading.record("training.warmup", 0.0, said)
+    reading.record("training.schedule", schedule, said)
 
 
 def _shaped(name: str, schedule: str, options: dict[str, Any], reading: Reading) -> str:
@@ -85,11 +85,11 @@ def _shaped(name: str, schedule: str, options: dict[str, Any], reading: Reading)
     cycles, power = as_number(options.get("num_cycles")), as_number(options.get("power"))
     if name == "cosine_with_restarts" and cycles is not None and cycles > 1 and cycles == int(cycles):
         del options["num_cycles"]
-        reading.say("training.restarts", int(cycles), "lr_scheduler_kwargs.num_cycles")
+        reading.record("training.restarts", int(cycles), "lr_scheduler_kwargs.num_cycles")
         return "cosine-restarts"
     if name == "polynomial" and power not in (None, 1) and power > 0:
         del options["power"]
-        reading.say("training.power", power, "lr_scheduler_kwargs.power")
+        reading.record("training.power", power, "lr_scheduler_kwargs.power")
         return "polynomial"
     if name == "warmup_stable_decay":
         return _stable(schedule, options, reading)
@@ -101,21 +101,21 @@ def _stable(schedule: str, options: dict[str, Any], reading: Reading) -> str:
     keyword = "lr_scheduler_kwargs"
     steps = as_number(options.pop("num_decay_steps", None))
     if steps is not None and steps >= 1:
-        reading.say("training.decay", float(steps), f"{keyword}.num_decay_steps")
+        reading.record("training.decay", float(steps), f"{keyword}.num_decay_steps")
     else:
         reading.fill_in(f"{keyword}.num_decay_steps", steps, "the steps of the fall: write training.decay")
     shape = options.pop("decay_type", "cosine")  # transformers, get_wsd_schedule
     if shape in ("linear", "cosine", "1-sqrt"):
-        reading.say("training.decay_shape", shape, f"{keyword}.decay_type")
+        reading.record("training.decay_shape", shape, f"{keyword}.decay_type")
     else:
         reading.cannot_say(
             f"{keyword}.decay_type", brief(shape), "launcher falls as linear, cosine or 1-sqrt"
         )
     if options.get("warmup_type") == "linear":
         del options["warmup_type"]
-    rate, ratio = reading.said_value("training.learning_rate"), as_number(options.pop("min_lr_ratio", None))
+    rate, ratio = reading.value_of("training.learning_rate"), as_number(options.pop("min_lr_ratio", None))
     if ratio and rate is not None:
-        reading.say("training.minimum_learning_rate", ratio * rate, f"{keyword}.min_lr_ratio")
+        reading.record("training.minimum_learning_rate", ratio * rate, f"{keyword}.min_lr_ratio")
     elif ratio:
         reading.fill_in(
             f"{keyword}.min_lr_ratio", ratio, "a share of the learning rate: training.minimum_learning_rate"
@@ -137,17 +137,17 @@ def warmup(reading: Reading) -> None:
 def trainer_optimizer(name: str, said: str, reading: Reading) -> None:
     """Record the Trainer's `optim`, or the nearest that launcher has. The Trainer's SGD has no momentum."""
     if name == "sgd":
-        reading.say("training.optimizer", "sgd", said)
-        reading.say("training.momentum", 0.0, said)
+        reading.record("training.optimizer", "sgd", said)
+        reading.record("training.momentum", 0.0, said)
         return
     if name == "adafactor":
-        reading.say("training.optimizer", "adafactor", said)
+        reading.record("training.optimizer", "adafactor", said)
         return
     if name not in _ADAMW:
         reading.cannot_say(
             said, name, "launcher has adamw, adam, sgd, muon and adafactor with fp32 states; taken: adamw"
         )
-    reading.say("training.optimizer", "adamw", said)
+    reading.record("training.optimizer", "adamw", said)
 
 
 def deepspeed(content: dict[str, Any], reading: Reading) -> None:
@@ -186,7 +186,7 @@ def _deepspeed_optimizer(optimizer: dict[str, Any], params: dict[str, Any], read
             if name != "sgd":
                 text = "launcher has adamw, adam, sgd, muon and adafactor; taken: adamw"
                 reading.cannot_say("optimizer.type", kind, text)
-        reading.say("training.optimizer", taken, "optimizer.type")
+        reading.record("training.optimizer", taken, "optimizer.type")
     for option, key in (
         ("lr", "training.learning_rate"),
         ("weight_decay", "training.weight_decay"),
@@ -194,14 +194,14 @@ def _deepspeed_optimizer(optimizer: dict[str, Any], params: dict[str, Any], read
         ("momentum", "training.momentum"),
     ):
         if (value := reading.number(params, option, prefix)) is not None:
-            reading.say(key, value, prefix + option)
+            reading.record(key, value, prefix + option)
         elif option in params:
             reading.leave_open(key)
-    if reading.said_value("training.optimizer") == "sgd":
+    if reading.value_of("training.optimizer") == "sgd":
         reading.default("training.momentum", 0.0, prefix + "momentum")  # torch.optim.SGD
-    if reading.said_value("training.weight_decay"):
+    if reading.value_of("training.weight_decay"):
         text = "DeepSpeed's own optimizer decays biases and norms too; launcher decays matrices alone"
-        reading.cannot_say(prefix + "weight_decay", reading.said_value("training.weight_decay"), text)
+        reading.cannot_say(prefix + "weight_decay", reading.value_of("training.weight_decay"), text)
     betas(params.get("betas"), "optimizer.params.betas", reading)
     known = {
         "lr", "weight_decay", "eps", "momentum", "betas", "adam_w_mode", "torch_adam", "bias_correction",
@@ -228,7 +228,7 @@ def betas(value: Any, said: str, reading: Reading) -> None:
     if len(numbers) != 2 or any(number is None or number >= 1 for number in numbers):
         reading.refuse(said, value, "write two numbers of at least 0 and below 1, as [0.9, 0.999]")
         return
-    reading.say("training.betas", numbers, said)
+    reading.record("training.betas", numbers, said)
 
 
 def _deepspeed_scheduler(scheduler: dict[str, Any], reading: Reading) -> None:
@@ -240,7 +240,7 @@ def _deepspeed_scheduler(scheduler: dict[str, Any], reading: Reading) -> None:
         if kind not in _DEEPSPEED_SCHEDULES:
             text = f"launcher has linear, cosine and constant; taken: {schedule}"
             reading.cannot_say("scheduler.type", kind, text)
-        reading.say("training.schedule", schedule, "scheduler.type")
+        reading.record("training.schedule", schedule, "scheduler.type")
     if kind not in _DEEPSPEED_SCHEDULES:
         return
     reading.take(params, {"warmup_num_steps": "training.warmup"}, Reading.size, prefix)
@@ -248,12 +248,12 @@ def _deepspeed_scheduler(scheduler: dict[str, Any], reading: Reading) -> None:
         reading.default("training.warmup", 1000.0, prefix + "warmup_num_steps")
     reading.take(params, {"total_num_steps": "training.max_steps"}, Reading.count, prefix)
     if rate := reading.number(params, "warmup_max_lr", prefix):
-        reading.say("training.learning_rate", rate, prefix + "warmup_max_lr")
+        reading.record("training.learning_rate", rate, prefix + "warmup_max_lr")
     elif kind == "WarmupDecayLR" and "warmup_max_lr" not in params:
         reading.default("training.learning_rate", 0.001, prefix + "warmup_max_lr")
-    if kind == "WarmupCosineLR" and (rate := reading.said_value("training.learning_rate")):
+    if kind == "WarmupCosineLR" and (rate := reading.value_of("training.learning_rate")):
         end = as_number(params.get("cos_min_ratio", 0.0001))
-        reading.say(
+        reading.record(
             "training.minimum_learning_rate",
             rate * (0.0001 if end is None else end),
             prefix + "cos_min_ratio",

@@ -74,26 +74,26 @@ class Reading:
     overrides: dict[str, tuple[dict[str, Any], bool]] = field(default_factory=dict)
     """For each file that it names: the keys that it overrides there, and whether TRL reads that file."""
 
-    def say(self, key: str, value: Any, said: str) -> None:
+    def record(self, key: str, value: Any, said: str) -> None:
         self.facts.append(Fact(key, value, self.source, self._spelled(said)))
 
     def default(self, key: str, value: Any, said: str) -> None:
         """Record the tool's default for `said`, which the file leaves out; do nothing if the key is set."""
-        if not self.says(key) and key not in self.left_open and self.unknown.isdisjoint(said.split(", ")):
+        if not self.has(key) and key not in self.left_open and self.unknown.isdisjoint(said.split(", ")):
             self.facts.append(Fact(key, value, self.source, self._spelled(said), is_default=True))
 
     def take(self, content: dict[str, Any], keys: dict[str, str], read: Read, prefix: str = "") -> None:
         """Record the value of each of the file's keys under the job's key, read by the method `read`."""
         for option, key in keys.items():
             if (value := read(self, content, option, prefix)) is not None:
-                self.say(key, value, prefix + option)
+                self.record(key, value, prefix + option)
 
-    def say_once(self, key: str, value: Any, said: str) -> None:
+    def record_once(self, key: str, value: Any, said: str) -> None:
         """Record a value, unless another key of the file has set it before."""
-        if not self.says(key):
-            self.say(key, value, said)
+        if not self.has(key):
+            self.record(key, value, said)
 
-    def says(self, key: str) -> bool:
+    def has(self, key: str) -> bool:
         """Return whether the file has set a key."""
         return any(fact.key == key for fact in self.facts)
 
@@ -101,7 +101,7 @@ class Reading:
         """Return whether a value was read from a key of the file."""
         return any(fact.said == self._spelled(said) and not fact.is_default for fact in self.facts)
 
-    def said_value(self, key: str) -> Any:
+    def value_of(self, key: str) -> Any:
         """Return the first value that the file set for a key; None if it set none."""
         return next((fact.value for fact in self.facts if fact.key == key), None)
 

@@ -31,10 +31,10 @@ READ = {
 
 def read(content: dict[str, Any], reading: Reading) -> set[str]:
     """Record the facts of these arguments, and the keys to fill in; return the keys that were read."""
-    reading.say("model.task", "sequence-to-sequence", next(key for key in content if key in MARKS))
+    reading.record("model.task", "sequence-to-sequence", next(key for key in content if key in MARKS))
     _rows(content, reading)
     if (share := reading.number(content, "label_smoothing_factor")) is not None:
-        reading.say("data.label_smoothing", share, "label_smoothing_factor")
+        reading.record("data.label_smoothing", share, "label_smoothing_factor")
     if reading.flag(content, "sortish_sampler"):
         reading.cannot_say("sortish_sampler", True, _SORTED)
     if content.get("generation_config") is not None:
@@ -48,7 +48,7 @@ def _rows(content: dict[str, Any], reading: Reading) -> None:
     reading.take(content, {"max_target_length": "data.max_target_length"}, Reading.count)
     reading.take(content, _COLUMNS, Reading.word)
     if isinstance(prefix := content.get("source_prefix"), str):
-        reading.say("data.prefix", prefix, "source_prefix")  # as it is: a space may stand at its end
+        reading.record("data.prefix", prefix, "source_prefix")  # as it is: a space may stand at its end
     for key in ("source_lang", "target_lang"):
         if (language := reading.word(content, key)) is not None:
             text = (
@@ -57,8 +57,8 @@ def _rows(content: dict[str, Any], reading: Reading) -> None:
             )
             reading.fill_in(key, language, text)
     for key, value in PLACEHOLDERS.items():
-        if not reading.says(key):
-            reading.say(key, value, "(no key)")
+        if not reading.has(key):
+            reading.record(key, value, "(no key)")
             what = "read" if key.endswith("source") else "written"
             reading.fill_in(key, value, f"the column of the text that is {what}")
 
@@ -77,18 +77,18 @@ def _generation(content: dict[str, Any], reading: Reading) -> None:
     longest = next((key for key in _LENGTHS if content.get(key) is not None), None)
     length = None if longest is None else reading.count(content, longest, least=2)
     if longest is not None and length is not None:
-        reading.say("evaluation.generate.max_new_tokens", length - 1, longest)
+        reading.record("evaluation.generate.max_new_tokens", length - 1, longest)
         text = f"evaluation.generate.max_new_tokens = {length - 1}: the decoder's first token counts there"
         reading.change(longest, length, text)
     elif longest is None:
         _own_length(content, reading)
     beams = next((key for key in _BEAMS if content.get(key) is not None), None)
     if beams is not None and (number := reading.count(content, beams)) is not None:
-        reading.say("evaluation.generate.num_beams", number, beams)
-    elif not reading.says("evaluation.generate.max_new_tokens"):
-        reading.say("evaluation.generate", True, "predict_with_generate")
-    if content.get("validation_file") is None and not reading.says("data.evaluation.name"):
-        reading.say("data.evaluation.path", HELD_OUT, "(no key)")
+        reading.record("evaluation.generate.num_beams", number, beams)
+    elif not reading.has("evaluation.generate.max_new_tokens"):
+        reading.record("evaluation.generate", True, "predict_with_generate")
+    if content.get("validation_file") is None and not reading.has("data.evaluation.name"):
+        reading.record("data.evaluation.path", HELD_OUT, "(no key)")
         reading.fill_in("data.evaluation", HELD_OUT, "the rows to which the model writes in an evaluation")
 
 
@@ -106,6 +106,6 @@ def _own_length(content: dict[str, Any], reading: Reading) -> None:
         text = "left out there: the model's own then, 20 where it has none; launcher's is 128 tokens"
         reading.fill_in("evaluation.generate.max_new_tokens", None, text)
         return
-    reading.say("evaluation.generate.max_new_tokens", length, "predict_with_generate")
+    reading.record("evaluation.generate.max_new_tokens", length, "predict_with_generate")
     text = f"left out there: by the model's generation_config.json, {longest} = {own[longest]}"
     reading.change("evaluation.generate.max_new_tokens", length, text)

@@ -76,7 +76,7 @@ def read(content: dict[str, Any], reading: Reading) -> set[str]:
         "completion_only_loss", "assistant_only_loss", "loss_type", "packing", "packing_strategy", "use_peft",
     }  # fmt: skip
     read_keys = {*ADAPTER.all(), *lora.QUANTISED, *trl_data.MIXTURES, *_LEARNED, *learned, *named}
-    if reading.says("data.messages") or content.get("completion_only_loss") is not None:
+    if reading.has("data.messages") or content.get("completion_only_loss") is not None:
         return read_keys | {"dataset_text_field"}
     if content.get("dataset_text_field") is not None:
         text = (
@@ -124,7 +124,7 @@ def _loss(content: dict[str, Any], columns: list[str], reading: Reading) -> None
     if kind not in ("nll", "chunked_nll"):
         reading.cannot_say("loss_type", kind, "launcher has plain cross entropy")
     if not whole or "messages" in columns:
-        reading.say("data.messages", "messages", "columns" if whole else "assistant_only_loss")
+        reading.record("data.messages", "messages", "columns" if whole else "assistant_only_loss")
     if whole:
         text = (
             "a chat is learned whole there, the user's words too; of data.messages launcher learns what "
@@ -143,7 +143,7 @@ def _loss(content: dict[str, Any], columns: list[str], reading: Reading) -> None
 def _packing(content: dict[str, Any], reading: Reading) -> None:
     packs, strategy = reading.flag(content, "packing"), reading.word(content, "packing_strategy") or "bfd"
     if packs is not None:
-        reading.say("data.packing", packs, "packing")
+        reading.record("data.packing", packs, "packing")
     if packs and strategy != "bfd":
         text = (
             "cuts rows to fill each pack; launcher packs whole rows by best fit, and they never see each "

@@ -67,24 +67,24 @@ def read(given: dict[str, str], reading: Reading) -> None:
     nodes = _nodes(given, reading)
     gpus(given, nodes, reading)
     if "job-name" in given:
-        reading.say_once("name", given["job-name"], option["job-name"])
+        reading.record_once("name", given["job-name"], option["job-name"])
     if "time" in given:
         seconds = seconds_of(given["time"])
         if seconds is not None:
-            reading.say("cluster.time_limit", int(seconds), option["time"])
+            reading.record("cluster.time_limit", int(seconds), option["time"])
         elif given["time"].upper() not in ("UNLIMITED", "INFINITE", "0"):
             reason = "write a time as Slurm has it: 30, 2:30:00, 1-12:00:00"
             reading.refuse(option["time"], given["time"], reason)
     for name, key in _SAME.items():
         if given.get(name):
-            reading.say(f"cluster.{key}", given[name], option[name])
+            reading.record(f"cluster.{key}", given[name], option[name])
     if "exclusive" in given:
-        reading.say("cluster.exclusive", True, option["exclusive"])
+        reading.record("cluster.exclusive", True, option["exclusive"])
     if "no-requeue" in given:
-        reading.say("cluster.requeue", False, option["no-requeue"])
+        reading.record("cluster.requeue", False, option["no-requeue"])
     cores = as_number(given.get("cpus-per-task"))
     if cores:
-        reading.say("cluster.cpus_per_node", int(cores) * _tasks(given, nodes), option["cpus-per-task"])
+        reading.record("cluster.cpus_per_node", int(cores) * _tasks(given, nodes), option["cpus-per-task"])
     if "array" in given:
         text = "one job here; `launcher sweep` makes an array of jobs that differ in keys"
         reading.cannot_say(option["array"], given["array"], text)
@@ -93,7 +93,7 @@ def read(given: dict[str, str], reading: Reading) -> None:
     }  # fmt: skip
     for name, value in given.items():
         if name not in read_keys and re.fullmatch(r"[A-Za-z][\w-]*", name):
-            reading.say(f"cluster.sbatch.{name}", value or True, option[name])
+            reading.record(f"cluster.sbatch.{name}", value or True, option[name])
     if own := [option[name] for name in given if name in _OWN and name not in ("cpus-per-task", *_GPUS)]:
         text = (
             "launcher's own script says it: one task a node, logs in the run directory, a signal in time "
@@ -116,11 +116,11 @@ def _nodes(given: dict[str, str], reading: Reading) -> int | None:
         return None
     low, dash, high = value.partition("-")
     if dash and low.isdecimal() and high.isdecimal() and low != high:
-        reading.say("cluster.nodes", value, "#SBATCH --nodes")
+        reading.record("cluster.nodes", value, "#SBATCH --nodes")
         return None
     count = reading.count({"nodes": low}, "nodes", "#SBATCH --")
     if count is not None:
-        reading.say("mesh.nodes", count, "#SBATCH --nodes")
+        reading.record("mesh.nodes", count, "#SBATCH --nodes")
     return count
 
 
@@ -135,7 +135,7 @@ def gpus(given: dict[str, str], nodes: int | None, reading: Reading, prefix: str
         )
         parts = [] if entry is None else re.sub(r"\(.*", "", entry).split(":")[1 if name == "gres" else 0 :]
         if entry is None:
-            reading.say("cluster.sbatch.gres", value, prefix + name)
+            reading.record("cluster.sbatch.gres", value, prefix + name)
             continue
         number = int(parts.pop()) if parts and parts[-1].isdecimal() else 1
         if name == "gpus":
@@ -143,12 +143,12 @@ def gpus(given: dict[str, str], nodes: int | None, reading: Reading, prefix: str
         elif name == "gpus-per-task":
             number *= _tasks(given, nodes)
         if number:
-            reading.say("mesh.ranks_per_node", number, prefix + name)
-            reading.say("mesh.device", "cuda", prefix + name)
+            reading.record("mesh.ranks_per_node", number, prefix + name)
+            reading.record("mesh.device", "cuda", prefix + name)
         if parts and prefix.startswith("#"):
-            reading.say("cluster.gpu_type", ":".join(parts), prefix + name)
+            reading.record("cluster.gpu_type", ":".join(parts), prefix + name)
         if name != "gres" and prefix.startswith("#"):
-            reading.say("cluster.gpu_option", "gpus-per-node", prefix + name)
+            reading.record("cluster.gpu_option", "gpus-per-node", prefix + name)
         return
 
 
@@ -177,5 +177,5 @@ def of_srun(words: list[str], reading: Reading) -> None:
         and (nodes := reading.count({"nodes": kept["nodes"].partition("-")[0]}, "nodes", "srun --"))
         is not None
     ):
-        reading.say("mesh.nodes", nodes, "srun --nodes")
+        reading.record("mesh.nodes", nodes, "srun --nodes")
     gpus(kept, nodes, reading, "srun --")

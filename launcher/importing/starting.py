@@ -113,7 +113,7 @@ def of_accelerate(flags: dict[str, Any], reading: Reading) -> None:
         content.get("distributed_type") != "DEEPSPEED"
         and (steps := reading.count(deepspeed, "gradient_accumulation_steps")) is not None
     ):
-        reading.say("batch.accumulation_steps", steps, "gradient_accumulation_steps")
+        reading.record("batch.accumulation_steps", steps, "gradient_accumulation_steps")
         del deepspeed["gradient_accumulation_steps"]
     if "distributed_type" not in content and (fsdp or deepspeed) and file is None:
         content["distributed_type"] = "NO"

@@ -103,10 +103,10 @@ def _words(content: dict[str, Any], reading: Reading, read_elsewhere: set[str]) 
                 text = f"launcher has {', '.join(_ATTENTION)}; left to `launcher plan`"
                 reading.cannot_say(option, word, text)
         elif word is not None:
-            reading.say(key, word, option)
+            reading.record(key, word, option)
     for option in _LENGTHS:
         if (length := reading.count(content, option, least=8)) is not None:
-            reading.say("data.max_length", length, option)
+            reading.record("data.max_length", length, option)
             if option == "block_size":
                 text = (
                     "scripts with a block_size join all texts and cut them every so many tokens; launcher "
@@ -114,7 +114,7 @@ def _words(content: dict[str, Any], reading: Reading, read_elsewhere: set[str]) 
                 )
                 reading.cannot_say(option, length, text)
     if reading.flag(content, "trust_remote_code"):
-        reading.say("model.trust_remote_code", True, "trust_remote_code")
+        reading.record("model.trust_remote_code", True, "trust_remote_code")
         text = "as it is there: code that comes with the model runs, so read it first"
         reading.choose("trust_remote_code", True, text)
     reports = content.get("report_to")
@@ -124,10 +124,10 @@ def _words(content: dict[str, Any], reading: Reading, read_elsewhere: set[str]) 
     ]
     known = [name for name in listed if name in _TRACKERS]
     if known:
-        reading.say("trackers", known, "report_to")
+        reading.record("trackers", known, "report_to")
     for tracker, key in _PROJECTS.items():
         if tracker in known and isinstance(project := content.get(key), str) and project:
-            reading.say_once("tracking.project", project, key)
+            reading.record_once("tracking.project", project, key)
     if other := [name for name in listed if name not in (*_TRACKERS, "none", "all")]:
         text = (
             f"launcher has {', '.join(_TRACKERS)}, and always metrics.jsonl; nothing that is learned "
@@ -141,22 +141,22 @@ def _length(content: dict[str, Any], reading: Reading) -> None:
     steps = None if str(content.get(counted)) in ("-1", "-1.0", "0") else reading.count(content, counted)
     epochs = reading.number(content, "num_train_epochs")
     if steps is not None:
-        reading.say("training.max_steps", steps, counted)
+        reading.record("training.max_steps", steps, counted)
         if epochs is not None:
             reading.ignore("num_train_epochs", epochs, f"{counted} is there too, and goes before it")
     elif epochs:
-        reading.say("training.epochs", epochs, "num_train_epochs")
+        reading.record("training.epochs", epochs, "num_train_epochs")
     option = "warmup_steps" if "warmup_steps" in content else "num_warmup_steps"
     steps_of_warmup = reading.number(content, option)
     ratio = reading.number(content, "warmup_ratio")
     if ratio is not None and ratio >= 1:
         reading.refuse("warmup_ratio", ratio, "is a share of all steps, below 1")
     if steps_of_warmup:
-        reading.say("training.warmup", steps_of_warmup, option)
+        reading.record("training.warmup", steps_of_warmup, option)
         if ratio:
             reading.ignore("warmup_ratio", ratio, f"{option} is there too, and the Trainer goes by it")
     elif ratio is not None or steps_of_warmup is not None:
-        reading.say("training.warmup", ratio or 0.0, "warmup_ratio" if ratio is not None else option)
+        reading.record("training.warmup", ratio or 0.0, "warmup_ratio" if ratio is not None else option)
 
 
 def _epochs(reading: Reading) -> None:

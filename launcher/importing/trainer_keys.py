@@ -164,8 +164,8 @@ def hold_out(key: str, value: Any, reading: Reading) -> None:
     if a single file has all rows. Otherwise remark on how it is done."""
     share = as_number(value) or 0.0
     share = share / 100 if key.endswith("validation_split_percentage") else share
-    train = reading.said_value("data.train")
-    path = reading.said_value("data.train.path") or (train.get("path") if isinstance(train, dict) else None)
+    train = reading.value_of("data.train")
+    path = reading.value_of("data.train.path") or (train.get("path") if isinstance(train, dict) else None)
     file = shlex.quote(path) if isinstance(path, str) else "FILE"
     option = f" --hold-out {share * 100:.6g}%" if 0 < share < 1 else ""
     rows = [fact for fact in reading.facts if fact.key.startswith(("data.train.", "data.evaluation"))]
@@ -175,7 +175,7 @@ def hold_out(key: str, value: Any, reading: Reading) -> None:
         return
     [fact], parts = rows, parts_of(Path(str(path)))
     reading.facts[reading.facts.index(fact)] = replace(fact, value=str(parts["train"]))
-    reading.say("data.evaluation.path", str(parts["evaluation"]), key)
+    reading.record("data.evaluation.path", str(parts["evaluation"]), key)
     reading.commands.append(f"launcher data split {file}{option}")
     reading.change(key, brief(value), f"`{reading.commands[-1]}` writes the two files that the job names")
 

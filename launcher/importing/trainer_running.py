@@ -22,18 +22,18 @@ def precision(content: dict[str, Any], reading: Reading) -> None:
         reason = "bf16 is true too, and a model computes in one; the Trainer refuses it as well"
         reading.refuse("fp16", True, reason)
     elif bf16 or fp16:
-        reading.say("precision", "bf16" if bf16 else "fp16", "bf16" if bf16 else "fp16")
+        reading.record("precision", "bf16" if bf16 else "fp16", "bf16" if bf16 else "fp16")
     _kept_in(content, reading)
     if bf16 is False and not fp16:
-        reading.say_once("precision", "fp32", "bf16, fp16: neither is true")
+        reading.record_once("precision", "fp32", "bf16, fp16: neither is true")
     for option in ("gradient_checkpointing", "activation_checkpointing"):
         if (recomputes := reading.flag(content, option)) is not None:
-            reading.say("activation_checkpointing", "full" if recomputes else "none", option)
+            reading.record("activation_checkpointing", "full" if recomputes else "none", option)
     if reading.flag(content, "torch_compile"):
-        reading.say("model.compile", True, "torch_compile")
+        reading.record("model.compile", True, "torch_compile")
         reading.change("torch_compile", True, "launcher compiles each repeated layer by itself")
     if reading.flag(content, "use_cpu") or reading.flag(content, "no_cuda"):
-        reading.say("mesh.device", "cpu", "use_cpu" if "use_cpu" in content else "no_cuda")
+        reading.record("mesh.device", "cpu", "use_cpu" if "use_cpu" in content else "no_cuda")
 
 
 def _kept_in(content: dict[str, Any], reading: Reading) -> None:
@@ -45,7 +45,7 @@ def _kept_in(content: dict[str, Any], reading: Reading) -> None:
             continue
         short = {"bfloat16": "bf16", "float16": "fp16"}.get(kept)
         if short is not None:
-            reading.say_once("precision", short, option)
+            reading.record_once("precision", short, option)
         if short is not None and any(fact.key.startswith("model.adapter.") for fact in reading.facts):
             text = "beside an adapter the model is kept in the plan's precision in any case"
             reading.ignore(option, kept, text)
@@ -67,20 +67,20 @@ def saving(content: dict[str, Any], reading: Reading) -> None:
         way = (reading.word(content, strategy) or "").rpartition(".")[2].lower()
         number = reading.number(content, steps)
         if way == "epoch":
-            reading.say(key, "epoch", strategy)
+            reading.record(key, "epoch", strategy)
         elif number is not None and (way in ("steps", "") and (way or strategy == "save_strategy")):
             if number < 1:
                 text = "a share of all steps; launcher takes steps, a time or epochs: left out"
                 reading.change(steps, number, text)
             else:
-                reading.say(key, int(number), steps)
+                reading.record(key, int(number), steps)
         elif way in ("no", "false") and strategy == "save_strategy":
             text = "launcher saves at the end in any case, and every 15 minutes unless told"
             reading.change(strategy, "no", text)
     if reading.flag(content, "load_best_model_at_end"):
-        reading.say("checkpoint.keep_best", 1, "load_best_model_at_end")
+        reading.record("checkpoint.keep_best", 1, "load_best_model_at_end")
         metric = (reading.word(content, "metric_for_best_model") or "loss").removeprefix("eval_")
-        reading.say("checkpoint.metric", metric, "metric_for_best_model")
+        reading.record("checkpoint.metric", metric, "metric_for_best_model")
         text = (
             "the best checkpoint is kept beside the last ones; `launcher export --checkpoint STEP` takes it"
         )

@@ -25,10 +25,10 @@ _OTHER_NAMES = {"path": "id", "name": "config"}
 def data_set(content: dict[str, Any], reading: Reading, evaluates: bool = False) -> set[str]:
     """Record the named data set and its splits; return the keys that were read. A mixture has precedence."""
     name = reading.word(content, "dataset_name")
-    if name is None or reading.says("data.train.name") or reading.says("data.train.sources"):
+    if name is None or reading.has("data.train.name") or reading.has("data.train.sources"):
         return _DATA if name is None else _DATA - {"dataset_name"}
     kind, value = mixture.source(name)
-    reading.say(f"data.train.{kind}", value, "dataset_name")
+    reading.record(f"data.train.{kind}", value, "dataset_name")
     subset_said = "dataset_config" if content.get("dataset_config") is not None else "dataset_config_name"
     subset = reading.word(content, subset_said)
     split, held_out = (
@@ -38,14 +38,14 @@ def data_set(content: dict[str, Any], reading: Reading, evaluates: bool = False)
     if kind == "path":
         return _DATA
     if subset is not None:
-        reading.say("data.train.subset", subset, subset_said)
+        reading.record("data.train.subset", subset, subset_said)
     if split is not None:
-        reading.say("data.train.split", split, "dataset_train_split")
+        reading.record("data.train.split", split, "dataset_train_split")
     if evaluates:
         for key, part, option in (("name", value, "dataset_name"), ("subset", subset, subset_said)):
             if part is not None:
-                reading.say(f"data.evaluation.{key}", part, option)
-        reading.say("data.evaluation.split", held_out or "test", "dataset_test_split")
+                reading.record(f"data.evaluation.{key}", part, option)
+        reading.record("data.evaluation.split", held_out or "test", "dataset_test_split")
     return _DATA
 
 
@@ -83,7 +83,7 @@ def mixture_of(content: dict[str, Any], reading: Reading) -> list[str]:
     evaluation = [
         DataSet(place, "dataset_splits") for entry in held_out for place in _places(entry, key, reading)
     ]
-    mixture.say(train, evaluation, reading)
+    mixture.record(train, evaluation, reading)
     if isinstance(value, dict) and not is_first_rows and value.get("test_split_size"):
         hold_out(f"{key}.test_split_size", value["test_split_size"], reading)
     columns = next((entry["columns"] for entry in entries if isinstance(entry.get("columns"), list)), None)

@@ -38,7 +38,7 @@ def plan_evaluation(
     highest: Forecast | None = None
     for directory in directories:
         of = plan if directory is None else plan.of_directory(directory)
-        foreseen = _fitting(_writing(of) if predicts else of, profiles)
+        foreseen = _fitting(_generating(of) if predicts else of, profiles)
         if foreseen is None:
             continue
         plan = with_rows(plan, foreseen.plan.batch.micro_batch_size)
@@ -79,7 +79,7 @@ def _fitting(plan: Plan, profiles: Profiles) -> Forecast | None:
     return fitting or _refuse(tried[-1], plan.batch.global_batch_size, profiles, hardware)
 
 
-def _writing(plan: Plan) -> Plan:
+def _generating(plan: Plan) -> Plan:
     evaluation = plan.evaluation or Evaluation()
     if evaluation.generate is None and issubclass(tasks.find(plan.task), EncoderDecoderTask):
         evaluation = evaluation.model_copy(update={"generate": Generate()})

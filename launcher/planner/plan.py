@@ -252,7 +252,7 @@ class Plan(Frozen):
     def digest(self) -> str:
         """Return a hash of the settings that determine a run's numbers: equal digests on equal topology give
         equal bits."""
-        told_apart = {
+        without_effect = {
             "decisions",
             "refused",
             "trackers",
@@ -264,7 +264,7 @@ class Plan(Frozen):
             "slurm",
             "evaluation",
         }
-        kept: dict[str, Any] = self.model_dump(mode="json", exclude_none=True, exclude=told_apart)
+        kept: dict[str, Any] = self.model_dump(mode="json", exclude_none=True, exclude=without_effect)
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -149,7 +149,7 @@ class AnswerScores(Evaluator):
             metrics = squad.answered(questions)
         return {name: metrics[name] for name in ("f1", "exact_match")}
 
-    def told_apart(self, state: Sequence[np.ndarray], copy: int) -> Sequence[np.ndarray]:
+    def as_copy(self, state: Sequence[np.ndarray], copy: int) -> Sequence[np.ndarray]:
         sums, numbers, *texts = state
         return [sums, np.column_stack([np.full(len(numbers), float(copy)), numbers[:, 1:]]), *texts]
 

@@ -56,7 +56,7 @@ class Evaluator(ABC):
         fitted threshold."""
         return {}
 
-    def told_apart(self, state: Sequence[np.ndarray], copy: int) -> Sequence[np.ndarray]:
+    def as_copy(self, state: Sequence[np.ndarray], copy: int) -> Sequence[np.ndarray]:
         """Return the state of one row's sample as the state of its `copy`, from 0: resampling may draw a row
         twice.
 

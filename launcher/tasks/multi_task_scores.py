@@ -50,10 +50,10 @@ class MultiTaskScores(Evaluator):
         told = {name: one.details() for name, one in self._evaluators.items()}
         return {name: own for name, own in told.items() if own}
 
-    def told_apart(self, state: Sequence[np.ndarray], copy: int) -> Sequence[np.ndarray]:
+    def as_copy(self, state: Sequence[np.ndarray], copy: int) -> Sequence[np.ndarray]:
         parts = _by_task(state)
         own = [
-            one.told_apart(part, copy)
+            one.as_copy(part, copy)
             for one, part in zip(self._evaluators.values(), parts, strict=True)
         ]  # fmt: skip
         return [state[0], *(array for part in own for array in part)]

@@ -89,7 +89,7 @@ class TagScores(Evaluator):
     def state(self) -> list[np.ndarray]:
         return [self._sums, np.concatenate([np.zeros((0, 4), dtype=np.int64), *self._words])]
 
-    def told_apart(self, state: Sequence[np.ndarray], copy: int) -> Sequence[np.ndarray]:
+    def as_copy(self, state: Sequence[np.ndarray], copy: int) -> Sequence[np.ndarray]:
         sums, words = state
         return [sums, words + np.array([copy << 40, 0, 0, 0])]
 

@@ -83,9 +83,7 @@ class Apart(Whole):
         here.at("measuring", total=number)
         for drawing in range(number):
             places = generator.integers(0, len(units), len(units)).tolist()
-            states = [
-                own.told_apart(state, copy) for copy, place in enumerate(places) for state in units[place]
-            ]
+            states = [own.as_copy(state, copy) for copy, place in enumerate(places) for state in units[place]]
             for name, value in own.compute(states).items():
                 results.setdefault(name, []).append(float(value))
             here.moved(drawing + 1)

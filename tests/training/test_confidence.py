@@ -81,7 +81,7 @@ def test_a_question_that_is_drawn_twice_counts_twice() -> None:
         lengths,
         np.frombuffer(b"no" + texts[1], dtype=np.uint8),
     ]
-    drawn = [scores.told_apart(one, copy) for copy, one in enumerate((state, state, other))]
+    drawn = [scores.as_copy(one, copy) for copy, one in enumerate((state, state, other))]
     found = scores.compute(drawn)
     assert scores.details()["num_questions"] == 3
     assert found["exact_match"] == pytest.approx(2 / 3)

@@ -10,7 +10,7 @@ from launcher import tasks
 from launcher.planner.limits import DEFERRED_GRADIENT_BYTES, SHARED_MESSAGE_BYTES
 from launcher.planner.memory.footprint import PHASES, Footprint, Phase
 from launcher.planner.memory.formulas import grouped
-from launcher.planner.memory.fsdp import Cut, FsdpStep
+from launcher.planner.memory.fsdp import FsdpCut, FsdpStep
 from launcher.planner.memory.program import Batch, Program, Segment, Setting
 from launcher.planner.memory.teacher import Taught, Teacher
 from launcher.planner.memory.timeline import CONTEXT, OPTIMIZER, PARAMETERS, SLACK, TEACHER, Timeline
@@ -180,13 +180,13 @@ class Estimator:
 
     def _engine(self) -> FsdpStep | ZeroStep:
         cut = self._fsdp_cut() if self.plan.zero is None else self._zero_cut(self.plan.zero)
-        return FsdpStep(*self.units, cut) if isinstance(cut, Cut) else ZeroStep(*self.units, cut)
+        return FsdpStep(*self.units, cut) if isinstance(cut, FsdpCut) else ZeroStep(*self.units, cut)
 
-    def _fsdp_cut(self) -> Cut:
+    def _fsdp_cut(self) -> FsdpCut:
         plan = self.plan
         # The engine compares this number: it sees unsharded shapes when it is constructed.
         gradient_bytes = 4 * sum(unit.num_elements(trained=True) for unit in self._all)
-        return Cut(
+        return FsdpCut(
             ranks=plan.mesh.dp_shard,
             itemsize=self.itemsize,
             reshard=plan.mesh.reshard_after_forward,

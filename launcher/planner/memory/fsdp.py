@@ -19,7 +19,7 @@ from launcher.planner.memory.timeline import (
 
 
 @dataclass(frozen=True)
-class Cut:
+class FsdpCut:
     """The settings by which FSDP2 shards the training state among ranks."""
 
     ranks: int
@@ -49,7 +49,7 @@ class Cut:
 class FsdpStep:
     """A training step of one rank, as the blocks of its micro-batches."""
 
-    def __init__(self, root: Unit, layers: list[Unit], cut: Cut) -> None:
+    def __init__(self, root: Unit, layers: list[Unit], cut: FsdpCut) -> None:
         self.root, self.layers, self.cut = root, layers, cut
         self.units = [*layers, root]
         self.time = Timeline()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from launcher import tasks
 from launcher.planner.limits import chunk_length
-from launcher.planner.memory.fsdp import Cut, FsdpStep
+from launcher.planner.memory.fsdp import FsdpCut, FsdpStep
 from launcher.planner.memory.program import Batch, Program, Segment, Setting, Unit, Weight
 from launcher.planner.model.model_shape import ModelShape
 from launcher.planner.plan import Plan
@@ -41,7 +41,7 @@ class Taught:
 class Teacher:
     """A teacher's memory, on the rank that needs the most."""
 
-    def __init__(self, plan: Plan, program: Program, setting: Setting, cut: Cut) -> None:
+    def __init__(self, plan: Plan, program: Program, setting: Setting, cut: FsdpCut) -> None:
         """Take the student's plan, setting and sharding; its frozen parameters and adapter are ignored."""
         root, layers = program.units()
         self.units = _frozen(root), [_frozen(layer) for layer in layers]

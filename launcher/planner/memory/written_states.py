@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from launcher.planner.limits import chunk_length
-from launcher.planner.memory.fsdp import Cut, FsdpStep
+from launcher.planner.memory.fsdp import FsdpCut, FsdpStep
 from launcher.planner.memory.program import Batch, Program, Segment, Setting, Unit, Weight
 from launcher.planner.memory.teacher import COMPARED_BYTES
 from launcher.planner.plan import Plan
@@ -42,7 +42,7 @@ class TaughtAhead:
 class WrittenTeacher:
     """The memory of a teacher's written part, on the rank that needs the most."""
 
-    def __init__(self, plan: Plan, program: TaughtAhead, setting: Setting, cut: Cut) -> None:
+    def __init__(self, plan: Plan, program: TaughtAhead, setting: Setting, cut: FsdpCut) -> None:
         """Take the student's plan, setting and sharding."""
         self.units: tuple[Unit, list[Unit]] = (program.matrix, [])
         plain = plan.mesh.world_size == 1 and plan.offload != "parameters"

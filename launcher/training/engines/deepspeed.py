@@ -152,14 +152,14 @@ class DeepSpeedEngine:
         self, batch: Batch, options: GenerationOptions, each_token: generating.EachToken = lambda: False
     ) -> torch.Tensor:
         self._engine.eval()
-        with torch.no_grad(), self.whole_where_it_fits() as is_whole:
+        with torch.no_grad(), self.gathered_if_it_fits() as is_whole:
             prompts = as_computed(batch, self._dtype)
             written = generating.generate(self.model, prompts, options, each_token, synced=not is_whole)
         self._engine.train()
         return written
 
     @contextlib.contextmanager
-    def whole_where_it_fits(self, tokens: Sequence[int] | None = None) -> Iterator[bool]:
+    def gathered_if_it_fits(self, tokens: Sequence[int] | None = None) -> Iterator[bool]:
         assert self._plan.zero is not None
         if self._plan.zero.stage < 3:
             yield True

@@ -38,7 +38,7 @@ class Engine(Protocol):
     def evaluate(self, batch: Batch) -> Output:
         """Run a forward pass without dropout and gradients."""
 
-    def whole_where_it_fits(self, tokens: Sequence[int] | None = None) -> AbstractContextManager[bool]:
+    def gathered_if_it_fits(self, tokens: Sequence[int] | None = None) -> AbstractContextManager[bool]:
         """Gather all parameters on every rank within this context, if all ranks have the memory. Yield whether
         they are gathered.
 

@@ -115,14 +115,14 @@ class FsdpEngine:
         self, batch: Batch, options: GenerationOptions, each_token: generating.EachToken = lambda: False
     ) -> torch.Tensor:
         self.model.eval()
-        with torch.no_grad(), self.whole_where_it_fits() as is_whole:
+        with torch.no_grad(), self.gathered_if_it_fits() as is_whole:
             prompts = as_computed(batch, self._dtype)
             written = generating.generate(self.model, prompts, options, each_token, synced=not is_whole)
         self.model.train()
         return written
 
     @contextlib.contextmanager
-    def whole_where_it_fits(self, tokens: Sequence[int] | None = None) -> Iterator[bool]:
+    def gathered_if_it_fits(self, tokens: Sequence[int] | None = None) -> Iterator[bool]:
         units = [module for module in nn.Module.modules(self.model) if isinstance(module, FSDPModule)]
         if not units:
             yield True

@@ -54,7 +54,7 @@ def check_loss(engine: Engine, task: Task, dataset: Dataset, plan: Plan, event: 
     heads = _heads(task, dataset, [ends] if isinstance(ends, int) else ends or [])
     rows = [row for head in heads for row in head.rows]
     # The parameters of both passes are gathered once.
-    with shortened(engine.model), engine.whole_where_it_fits(_tokens(engine.model, rows)):
+    with shortened(engine.model), engine.gathered_if_it_fits(_tokens(engine.model, rows)):
         _check_loss(engine, task, heads, plan, event, began)
 
 
