@@ -12,8 +12,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from launcher.runs.status import last_step
 from tests.benchmarks.faults import shim
-from tests.benchmarks.faults.material import NUM_STEPS
+from tests.benchmarks.faults.material import EVERY, NUM_STEPS
 from tests.benchmarks.faults.registry import ENGINES, ONE, SAVING, Expected, injection
 from tests.benchmarks.faults.scene import Scene, later
 
@@ -80,8 +81,14 @@ def full_in_a_shard(scene: Scene) -> None:
 )
 def full_to_the_last_byte(scene: Scene) -> None:
     scene.mount(64)
-    scene.start()
+    # With an older checkpoint to give up, or one about to go, there would be room for the next.
+    scene.start(changes={"checkpoint": {"keep_last": 1}})
     scene.wait_step()
+    places = scene.run.checkpoints
+    scene.wait(
+        lambda: last_step(scene.run) % EVERY in (1, 2) and len(list(places.iterdir())) == 1,
+        "one checkpoint alone",
+    )
     with full(scene.run.path.parent):
         scene.hit()
         scene.wait_end(150)
