@@ -291,6 +291,12 @@ def summary(run: RunDirectory, path: str) -> str:
         lines += [f"    {message}" for message in samples.lines(newest[1], _SAID_WIDTH)]
     on = "" if totals.evaluations else " --on FILE"
     alone = " --adapter" if _trains_a_prompt(run) else ""
-    commands = (f"evaluate {path}{on}", f"export {path} --out DIRECTORY{alone}", f"logs {path}")
+    commands = (
+        f"evaluate {path}{on}",
+        f"predict {path} --input FILE --output FILE",
+        f"export {path} --out DIRECTORY{alone}",
+        f"report {path}",
+        f"logs {path}",
+    )
     lines += ["next:", *(f"  launcher {command}" for command in commands)]
     return "\n".join(lines)

@@ -25,6 +25,7 @@ Every = Annotated[
     float, typer.Option("--every", min=0.2, metavar="SECONDS", help="Look again after so many seconds.")
 ]
 Once = Annotated[bool, typer.Option("--once", help="Show it once and leave.")]
+_LEAVE = "Ctrl-C leaves; the run goes on"
 _SECONDS_BETWEEN_QUESTIONS = 10.0
 """A minimum interval, because Slurm's controller serves many; files are read more often."""
 _RANKS_WIDTH, _FEW_RANKS_WIDTH, _NODE_WIDTH = 50, 34, 8
@@ -39,7 +40,10 @@ _IN_WORDS = ("compared", "straggler", "symptom", "rewound", "made_room", "layout
 
 
 def watch(run: SomeRun = None, every: Every = 1.0, once: Once = False, as_json: AsJson = False) -> None:
-    """Show a run on the whole screen: loss, ranks, events."""
+    """Show a run on the whole screen: loss, ranks, events.
+
+    Ctrl-C leaves it, and the run goes on.
+    """
     from launcher.cli.watch_state import Watched
     from launcher.runs.layout import RunDirectory
 
@@ -68,13 +72,16 @@ def _follow(watched: Any, console: Any, every: float) -> None:
     with (
         leaving_at_interrupt() as leaving,
         Live(
-            screen(seen, console.width, console.height), console=console, screen=True, auto_refresh=False
+            screen(seen | {"waiting": _LEAVE}, console.width, console.height),
+            console=console,
+            screen=True,
+            auto_refresh=False,
         ) as live,
     ):
         while not (leaving.is_set() or following.is_over(seen["status"]["state"])):
             if following.is_waiting:
                 seen["waiting"] = following.waits
-            live.update(screen(seen, console.width, console.height), refresh=True)
+            live.update(screen({"waiting": _LEAVE} | seen, console.width, console.height), refresh=True)
             if leaving.wait(every):
                 break
             ask = time.monotonic() - asked_at > _SECONDS_BETWEEN_QUESTIONS
@@ -225,7 +232,7 @@ def ranks_table(ranks: list[dict[str, Any]], brief: bool = False) -> Table:
     from launcher.runs.wording import gib
 
     table = Table(box=None, padding=(0, 1), header_style="dim")
-    whole = ("rank", "node", "step", "busy", "still", "memory")
+    whole = ("rank", "node", "step", "busy", "silent", "memory")
     shown = ("rank", "step", "busy", "memory") if brief else whole
     for name in shown:
         table.add_column(name, justify="left" if name == "node" else "right", no_wrap=True)
@@ -240,7 +247,7 @@ def ranks_table(ranks: list[dict[str, Any]], brief: bool = False) -> Table:
             "node": host if len(host := rank["host"]) <= _NODE_WIDTH else f"…{host[1 - _NODE_WIDTH :]}",
             "step": str(rank["step"]),
             "busy": f"{rank['busy_seconds']:.2f} s",
-            "still": f"{rank['behind_seconds']:.1f} s",
+            "silent": f"{rank['behind_seconds']:.1f} s",
             "memory": gib(rank["memory_bytes"]),
         }
         table.add_row(*(cells[name] for name in shown), style="bold" if slow else None)

@@ -57,7 +57,9 @@ def read(content: dict[str, Any], names: Names, defaults: AdapterDefaults, readi
         reading.change(names.stabilised, True, text)
         scaled_alpha *= math.sqrt(rank)
     if scaled_alpha is not None:
-        (reading.default if alpha is None else reading.record)("model.adapter.alpha", scaled_alpha, names.alpha)
+        (reading.default if alpha is None else reading.record)(
+            "model.adapter.alpha", scaled_alpha, names.alpha
+        )
     for option, value in ((names.rank, rank), (names.alpha, scaled_alpha)):
         if value is None:
             text = "is missing; launcher's own stands under model.adapter"

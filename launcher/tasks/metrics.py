@@ -26,10 +26,14 @@ def single_label(
     chosen = predictions.argmax(axis=1) if predictions.ndim == 2 else predictions
     chosen, labels = chosen.astype(np.int64), labels.astype(np.int64).reshape(-1)
     average = "binary" if num_labels == 2 else "macro"
+    with warnings.catch_warnings():
+        # Where all rows have one class and get it, scikit-learn warns of the matrix inside this metric.
+        warnings.filterwarnings("ignore", "A single label was found", UserWarning)
+        matthews = float(matthews_corrcoef(labels, chosen))
     return {
         "accuracy": float(accuracy_score(labels, chosen)),
         "f1": float(f1_score(labels, chosen, average=average, pos_label=positive, zero_division=0)),
-        "matthews": float(matthews_corrcoef(labels, chosen)),
+        "matthews": matthews,
     }
 
 

@@ -458,6 +458,12 @@ def test_metrics_of_two_classes() -> None:
     assert found["matthews"] == pytest.approx(2 / math.sqrt(2 * 1 * 3 * 2))
 
 
+def test_rows_of_one_class_are_measured_without_a_warning(recwarn: pytest.WarningsRecorder) -> None:
+    found = measured(task_of(["no", "yes"]), np.array([[2.0, 1.0], [3.0, 0.0]]), np.array([0, 0]))
+    assert (found["accuracy"], found["matthews"]) == (1, 0)
+    assert not [one for one in recwarn if "single label" in str(one.message)]
+
+
 def test_metrics_of_three_classes_weigh_classes_equally() -> None:
     found = measured(task_of(["a", "b", "c"]), np.array([0, 0, 1, 1]), np.array([0, 0, 1, 2]))
     assert found["f1"] == pytest.approx((1 + 2 / 3 + 0) / 3)
