@@ -263,13 +263,23 @@ def _go_on(run: RunDirectory, job: Job, nproc: int | None, local: bool) -> Plan:
     return plan
 
 
+def refuse_changes(run: RunDirectory, job: Job) -> None:
+    """Raise ConfigurationError for what `open_run` refuses of a run that exists and goes on elsewhere. Writes
+    nothing."""
+    stored = read_plan(run)
+    plan = decide_again(job, None, stored, local=False, run=run.path)
+    if stored.script or has_learned(run):
+        check(stored, plan)
+    _refuse_fewer_steps(run, plan)
+
+
 def _refuse_fewer_steps(run: RunDirectory, plan: Plan) -> None:
     """Raise ConfigurationError if a run's new length is below the steps it has done."""
     newest = newest_checkpoint(run)
     done = int(newest.name.removeprefix("step-")) if newest else 0
     if plan.length.unit == "steps" and plan.length.value < done:
         reason = f"the run is at step {done} already; name more, or begin another run with --again"
-        raise ConfigurationError(Problem("training.max_steps", plan.length.value, reason))
+        raise ConfigurationError(Problem("training.max_steps", int(plan.length.value), reason))
 
 
 def _write(run: RunDirectory, job: Job, plan: Plan) -> None:

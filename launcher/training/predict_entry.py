@@ -157,6 +157,8 @@ def predict(
     skipped = int(exchange.from_first(output.begin(of) if leads else 0))
     report = PhaseReport(scratch, "predicting", "rows")
     stopped, predicting = False, Predicting(subject, engine, options, rows, stop, with_input)
+    if leads:
+        report(output.num_rows, max(rows.num_rows_expected, output.num_rows))
     try:
         for records in predicting.stretches(skipped):
             if leads:

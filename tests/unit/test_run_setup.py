@@ -246,6 +246,13 @@ def test_what_would_be_another_run_is_refused_and_changes_nothing(job: Path) -> 
     with pytest.raises(ConfigurationError) as caught:
         open_run(job, ["training.learning_rate=1", "data.max_length=32"], None, None)
     assert [problem.key for problem in caught.value.problems] == ["data.max_length", "training.learning_rate"]
+    with pytest.raises(ConfigurationError, match=r"max_length = 32: was"):
+        submit_run.preview(job, ["cluster.gpus_per_node=0", "data.max_length=32"], None, None)
+    with pytest.raises(ConfigurationError, match=r"max_steps = 1: the run is at step"):
+        learned = run.checkpoint(6)
+        learned.mkdir(parents=True)
+        (learned / "manifest.json").touch()
+        submit_run.preview(job, ["cluster.gpus_per_node=0", "training.max_steps=1"], None, None)
     assert Plan.read(run.plan_file) == plan and events(run) == ["planned"]
 
 

@@ -34,6 +34,8 @@ def preview(
     plan = run_setup.decide_for(job, None, script, local=False, profiles=profiles)
     if run.finished and _length(Plan.read(run.plan_file)) == _length(plan):
         _refuse_finished(run)
+    if run.plan_file.exists():
+        run_setup.refuse_changes(run, job)
     return dry_run(run, plan, sys.executable, run.path / "code" / "launcher"), plan
 
 
