@@ -13,14 +13,19 @@ from launcher.errors import LauncherError
 
 
 def report(error: LauncherError) -> None:
-    """Print an error on stderr, without secrets: red on a terminal, unless NO_COLOR is set."""
+    """Print an error on stderr, without secrets. On a terminal it is red, unless NO_COLOR is set, and not broken
+    inside words."""
+    from launcher.cli.output import columns_of, folded
     from launcher.redaction import redact
 
     label = "error:"
-    if sys.stderr.isatty() and not os.environ.get("NO_COLOR"):
-        label = f"\x1b[31m{label}\x1b[0m"
     with contextlib.suppress(OSError):  # the terminal may be gone
-        print(f"{label} {redact(str(error))}", file=sys.stderr, flush=True)
+        lines, width = f"{label} {redact(str(error))}".split("\n"), columns_of(sys.stderr)
+        # A part of a command, if pasted, would run.
+        text = "\n".join(line if "launcher " in line else folded(line, width) for line in lines)
+        if sys.stderr.isatty() and not os.environ.get("NO_COLOR"):
+            text = text.replace(label, f"\x1b[31m{label}\x1b[0m", 1)
+        print(text, file=sys.stderr, flush=True)
 
 
 def _start_fast() -> None:

@@ -285,6 +285,8 @@ def events(records: list[dict[str, Any]]) -> Latest:
         text = "  ".join(f"{key} {value}" for key, value in _values(record))
         if record["event"] in _IN_WORDS:
             text = (notice(record) or "").removeprefix("warning: ").partition("\n")[0]
+        elif record["event"] == "checked":
+            text = f"loss of a few rows {record['ours']:.4g}, by the model's own class {record['own']:.4g}"
         clock = time.strftime("%H:%M:%S", time.localtime(record["time"]))
         lines.append(f"{clock}  {record['event']}  {text}"[:200])
     return Latest(lines)

@@ -218,6 +218,16 @@ def test_red_only_on_a_terminal_and_without_no_color(job: Path) -> None:
     assert "\x1b" not in on_terminal("validate", "none.yaml", NO_COLOR="1")[1]
 
 
+def test_an_error_is_not_broken_inside_words_on_a_terminal(job: Path) -> None:
+    command = ("validate", "job.yaml", "--set", "training.optimizer=none")
+    whole, folded = (on_terminal(*command, NO_COLOR="1", COLUMNS=columns)[1] for columns in ("1000", "40"))
+    words = max(map(len, whole.split()))
+    assert (
+        all(len(line) <= max(40, words) for line in folded.splitlines()) and whole.split() == folded.split()
+    )
+    assert len(folded.splitlines()) > len(whole.splitlines())
+
+
 def test_plan_table_and_json(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("plan", "job.yaml", "--nproc", "2", "--set", "cluster.gpus_per_node=0") == 0
     assert " without a choice on CPU ranks, which --all shows\n" in capsys.readouterr().out
