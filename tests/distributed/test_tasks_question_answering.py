@@ -486,6 +486,6 @@ def test_a_row_that_is_drawn_twice_counts_twice() -> None:
         evaluator.update(output, task.collate([[sample]]))
         states.append(evaluator.state())
     evaluator = task.evaluator()
-    drawn = [evaluator.told_apart(states[place], copy) for copy, place in enumerate([0, 0, 1, 0])]
+    drawn = [evaluator.as_copy(states[place], copy) for copy, place in enumerate([0, 0, 1, 0])]
     assert evaluator.compute(drawn)["exact_match"] == 0.75
     assert evaluator.compute(states)["exact_match"] == 0.5

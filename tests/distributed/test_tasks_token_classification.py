@@ -445,7 +445,7 @@ def test_a_row_that_is_drawn_twice_counts_twice() -> None:
     batch = {"labels": torch.tensor([[1]]), "aside": {"words": words}}
     evaluator.update(Output(torch.tensor(1.0), torch.tensor(0.0), torch.eye(5)[1:2]), batch)
     state = evaluator.state()
-    states = [evaluator.told_apart(state, copy) for copy in (0, 1)]
+    states = [evaluator.as_copy(state, copy) for copy in (0, 1)]
     assert evaluator.compute(states)["loss"] == 1.0
     assert evaluator.details()["types"]["person"]["num_entities"] == 2
     assert evaluator.details()["groups"] == {"words of the row": {"1": {"f1": 1.0, "num_rows": 2}}}
