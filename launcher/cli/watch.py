@@ -286,7 +286,7 @@ def events(records: list[dict[str, Any]]) -> Latest:
         if record["event"] in _IN_WORDS:
             text = (notice(record) or "").removeprefix("warning: ").partition("\n")[0]
         elif record["event"] == "checked":
-            text = f"loss of a few rows {record['ours']:.4g}, by the model's own class {record['own']:.4g}"
+            text = f"a row gives {record.get('ours')}, by the model's own class {record.get('own')}"
         clock = time.strftime("%H:%M:%S", time.localtime(record["time"]))
         lines.append(f"{clock}  {record['event']}  {text}"[:200])
     return Latest(lines)

@@ -108,6 +108,7 @@ def test_the_screen_of_a_run_fits_its_terminal(tmp_path: Path, width: int, heigh
     run = new_run(tmp_path)
     for number in range(2, 20):
         append(run.metrics_file, {"kind": "train", "step": number, "loss": 4.0 / number})
+    event(run.events_file, "checked", ours="11.0138", own="11.0073", seconds=1.6)
     for number in range(9):
         event(run.events_file, "saved", step=number, bytes=1 << 20)
     seen = Watched(run).look(ask=False)
@@ -117,6 +118,8 @@ def test_the_screen_of_a_run_fits_its_terminal(tmp_path: Path, width: int, heigh
     console = Console(width=width, file=io.StringIO(), record=True)
     console.print(screen(seen, width, height), height=height)
     drawn = console.export_text()
+    first = events(seen["events"]).lines[1]
+    assert first.endswith("checked  a row gives 11.0138, by the model's own class 11.0073")
     assert all(len(line) <= width for line in drawn.splitlines())
     assert ("1.3 GiB" in drawn) == (width >= 56), "the loss comes first"
     assert f"saved  step 8{'  size 1.05 MB' * (width > 40)}" in drawn and "film 0 -> good" in drawn
