@@ -51,9 +51,12 @@ class StopRequest:
             self.requested = True
 
     def leave_early(self) -> None:
-        """Raise StoppedEarly if a stop is requested. For work that ends on no rank if it does not end on this
-        one: otherwise peers would wait for this rank until their grace is over."""
-        if self.requested:
+        """Raise StoppedEarly if the launcher has requested a stop, which it does of every rank.
+
+        A signal to this rank alone does not count: its peers would go on, and wait for it. Nor may it be called
+        in work that ends on some ranks and not on others.
+        """
+        if self.requested and self._given() is not None:
             raise StoppedEarly
 
     def seconds_left(self) -> float:

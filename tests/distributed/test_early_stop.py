@@ -8,11 +8,26 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from launcher.runs.events import read
+from launcher.runs.grace import Grace, grace_file
 from launcher.runs.phases import current_phase
+from launcher.training.signals import StoppedEarly, StopRequest
 from tests.distributed.hanging_runs import ROOT, finish
 from tests.distributed.test_local import wait_for
 from tests.training.runs import model_directory, new_run, plan_for, write_texts
+
+
+def test_a_signal_to_one_rank_alone_lets_it_go_on(tmp_path: Path) -> None:
+    """Its peers, which nobody has asked, would wait for it."""
+    stop = StopRequest(30.0, grace_file(tmp_path))
+    stop.request("SIGTERM")
+    stop.leave_early()
+    Grace.of(30.0, "SIGTERM").write(tmp_path)
+    with pytest.raises(StoppedEarly):
+        stop.leave_early()
+
 
 NUM_ROWS = 200_000
 """So many that a rank tokenises for longer than a stop takes to arrive."""
