@@ -132,9 +132,9 @@ class Data(Section):
     packing: bool = False
     """Put several samples into one row of max_length; they never see each other."""
     too_long: Literal["cut", "drop", "refuse"] = "cut"
-    """What to do with a sample of more than max_length tokens."""
+    """The treatment of a sample of more than max_length tokens."""
     unusable: Literal["drop-few", "drop", "refuse"] = "drop-few"
-    """What to do with rows that lack a key or a text, or are not UTF-8. `drop-few` leaves them out, but
+    """The treatment of rows that lack a key or a text, or are not UTF-8. `drop-few` leaves them out, but
     stops if more than half of all rows would be dropped (those of `too_long: drop` count); `drop` goes on
     even then; `refuse` stops at the first."""
     num_workers: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = "auto"

@@ -75,12 +75,12 @@ class Model(Section):
     freeze_normalization: bool = False
     """Freeze all normalisation layers, and the running statistics of batch norm."""
     adapter: Adapter | None = None
-    """Train small matrices beside the weights (LoRA), or factors of what layers compute (IA3), in place of the
-    weights."""
+    """Train small matrices beside the weights (LoRA), factors of what layers compute (IA3), or vectors before
+    each sample (prompt tuning), in place of the weights."""
     resize_embeddings: bool | None = None
-    """What to do if the tokenizer has tokens without a row in the embedding: `true` adds rows, the mean of
-    the old ones; `false` leaves the model as it is, and refuses data with such a token. Left out, such a
-    tokenizer is refused."""
+    """The treatment of tokens without a row in the embedding: `true` adds rows, the mean of the old ones;
+    `false` leaves the model as it is, and refuses data with such a token. Left out, a tokenizer with such
+    tokens is refused."""
     compile: bool | Auto = False
     """Compile each repeated layer with torch.compile. `auto` does so on GPUs under FSDP, if the model's
     layers are known to be one graph each."""
@@ -176,7 +176,7 @@ class Job(Section):
     checkpoint: Checkpoint = Checkpoint()
     cluster: Cluster = Cluster()
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] | Auto = "auto"
-    """Where metrics go besides metrics.jsonl. `auto` means TensorBoard, if it is installed."""
+    """The places that metrics go to besides metrics.jsonl. `auto` means TensorBoard, if it is installed."""
     tracking: Tracking = Tracking()
 
     @model_validator(mode="wrap")

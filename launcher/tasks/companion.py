@@ -18,4 +18,4 @@ class Companion:
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     only_matrix: bool = False
-    """Whether it is a directory of hidden states written ahead, of which only the output matrix is loaded."""
+    """True for a directory of hidden states written ahead, of which only the output matrix is loaded."""

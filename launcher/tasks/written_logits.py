@@ -64,7 +64,7 @@ class Manifest(Section):
     num_outputs: Annotated[int, Field(ge=1)]
     """Logits of a row, or of a token: the rows of a language model's output matrix."""
     hidden: HiddenOutput | None = None
-    """What was written of a language model; None for classes."""
+    """The states and the matrix of a language model; None for classes."""
     num_samples: Annotated[int, Field(ge=1)]
     teacher: dict[str, Any]
     """The run and its step, or the files of a model's directory."""

@@ -78,7 +78,7 @@ class WrittenLogits:
     checks: np.ndarray
     """Hashes of each sample's values, uint64 [samples]."""
     ends: np.ndarray | None = None
-    """Where each sample's hidden states end, int64 [samples]; None for one row a sample."""
+    """The end of each sample's hidden states, int64 [samples]; None for one row a sample."""
 
     @classmethod
     def open(cls, directory: Path) -> WrittenLogits:
