@@ -22,7 +22,7 @@ from launcher.launch.plan_file import COPY, read_plan, write_plan
 from launcher.launch.redecide import decide_again, has_devices, plan_for_most_nodes
 from launcher.launch.script_run import write_configuration
 from launcher.plain_files import read_json
-from launcher.planner.changes import changes, check
+from launcher.planner.changes import Change, changes, check
 from launcher.planner.forecast import Forecast
 from launcher.planner.memory.profiles import CACHED, Profiles
 from launcher.planner.plan import Plan
@@ -230,23 +230,13 @@ def _refuse_another_script(stored: Plan, script: tuple[str, ...] | None) -> None
 
 
 def _go_on(run: RunDirectory, job: Job, nproc: int | None, local: bool) -> Plan:
-    """Return the stored plan if nothing changes, so that a resumed run is bit-identical; else a new one that was
-    compared with it and stored."""
+    """Return the plan by which a run goes on, stored if it is a new one."""
     with run.lock():
         stored = read_plan(run)
         set_umask(stored.share_with_group)
-        same_ranks = nproc is None or nproc == stored.mesh.ranks_per_node
-        if (
-            same_ranks
-            and job.model_dump() == load_job(run.job_file, [], stored.script).model_dump()
-            and has_devices(stored, local)
-        ):
+        plan, changed = _plan_to_go_on(run, stored, job, nproc, local)
+        if plan is stored:
             return stored
-        plan = decide_again(job, nproc, stored, local, run.path)
-        _refuse_quiet_fallback(job, stored, plan)
-        # A run that has not trained a step may change in any way: it starts anew in place.
-        changed = check(stored, plan) if stored.script or has_learned(run) else changes(stored, plan)
-        _refuse_fewer_steps(run, plan)
         if plan.share_with_group and not stored.share_with_group:
             set_umask(True)
             share(run.path)
@@ -263,14 +253,29 @@ def _go_on(run: RunDirectory, job: Job, nproc: int | None, local: bool) -> Plan:
     return plan
 
 
-def refuse_changes(run: RunDirectory, job: Job) -> None:
-    """Raise ConfigurationError for what `open_run` refuses of a run that exists and goes on elsewhere. Writes
-    nothing."""
+def plan_to_go_on(run: RunDirectory, job: Job, script: tuple[str, ...] | None) -> Plan:
+    """Return the plan by which a run that exists would go on elsewhere, and write nothing. Raises
+    ConfigurationError as `open_run`."""
     stored = read_plan(run)
-    plan = decide_again(job, None, stored, local=False, run=run.path)
-    if stored.script or has_learned(run):
-        check(stored, plan)
+    _refuse_another_script(stored, script)
+    return _plan_to_go_on(run, stored, job, None, local=False)[0]
+
+
+def _plan_to_go_on(
+    run: RunDirectory, stored: Plan, job: Job, nproc: int | None, local: bool
+) -> tuple[Plan, list[Change]]:
+    """Return the stored plan if nothing changes, so that a resumed run is bit-identical; else a new one, with
+    its changes. Raises ConfigurationError for changes that would make it another run."""
+    same_ranks = nproc is None or nproc == stored.mesh.ranks_per_node
+    same_job = job.model_dump() == load_job(run.job_file, [], stored.script).model_dump()
+    if same_ranks and same_job and has_devices(stored, local):
+        return stored, []
+    plan = decide_again(job, nproc, stored, local, run.path)
+    _refuse_quiet_fallback(job, stored, plan)
+    # A run that has not trained a step may change in any way: it starts anew in place.
+    changed = check(stored, plan) if stored.script or has_learned(run) else changes(stored, plan)
     _refuse_fewer_steps(run, plan)
+    return plan, changed
 
 
 def _refuse_fewer_steps(run: RunDirectory, plan: Plan) -> None:

@@ -31,11 +31,12 @@ def preview(
     job = run_setup.load_job(job_file, overrides, script, _problems)
     run = RunDirectory((directory or runs_folder() / job.name).absolute())
     _check_path(run)
-    plan = run_setup.decide_for(job, None, script, local=False, profiles=profiles)
+    if run.plan_file.exists():
+        plan = run_setup.plan_to_go_on(run, job, script)
+    else:
+        plan = run_setup.decide_for(job, None, script, local=False, profiles=profiles)
     if run.finished and _length(Plan.read(run.plan_file)) == _length(plan):
         _refuse_finished(run)
-    if run.plan_file.exists():
-        run_setup.refuse_changes(run, job)
     return dry_run(run, plan, sys.executable, run.path / "code" / "launcher"), plan
 
 
