@@ -17,17 +17,23 @@ _HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 """Names of the matrix that makes logits."""
 PROMPT = "prompt_embeddings"
 """The name of virtual tokens' vectors in peft's files; in a model they belong to its input embeddings."""
-OWN = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector", ".ia3_l", f".{PROMPT}")
+ENCODER = "prompt_encoder"
+"""The name of P-tuning's encoder, in peft's models and below the input embeddings here."""
+_OWN = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector", ".ia3_l", f".{PROMPT}")
 """The ends of the names of an adapter's own parameters, as peft's files have them."""
+
+KINDS = {"lora": "LoRA", "ia3": "IA3", "prompt-tuning": "prompt tuning", "p-tuning": "P-tuning"}
+"""The name of each method in a text."""
 
 
 class Adapter(Section):
     """Train small matrices or vectors beside the model's own weights, which stay as they are (LoRA, arXiv
-    2106.09685; IA3, arXiv 2205.05638; prompt tuning, arXiv 2104.08691)."""
+    2106.09685; IA3, arXiv 2205.05638; prompt tuning, arXiv 2104.08691; P-tuning, arXiv 2103.10385)."""
 
-    method: Literal["lora", "ia3", "prompt-tuning"] = "lora"
+    method: Literal["lora", "ia3", "prompt-tuning", "p-tuning"] = "lora"
     """`lora` adds the product B A to a weight; `ia3` multiplies each number that a layer puts out by a
-    learned factor; `prompt-tuning` puts learned vectors before each sample's embeddings."""
+    learned factor; `prompt-tuning` puts learned vectors before each sample's embeddings; `p-tuning` puts
+    there what a small learned network, the encoder, makes of such vectors."""
     rank: int = Field(default=16, ge=1, le=65_536)
     """The rank of the product B A: A has so many rows, and B so many columns."""
     alpha: float = Field(default=32.0, gt=0)
@@ -54,10 +60,17 @@ class Adapter(Section):
     """Patterns of parameters that are trained in full beside the adapter, such as `model.norm.*`. A new
     head always is."""
     virtual_tokens: int = Field(default=20, ge=1, le=65_536)
-    """The number of vectors that `prompt-tuning` puts before each sample. They count in `data.max_length`."""
+    """The number of vectors that `prompt-tuning` and `p-tuning` put before each sample. They count in
+    `data.max_length`."""
     init_text: Line | None = None
     """A text from whose tokens' embeddings these vectors start, repeated or cut to their number. Left out, it
-    is the embeddings of tokens that are drawn from the vocabulary."""
+    is the embeddings of tokens that are drawn from the vocabulary. `p-tuning` starts as in peft."""
+    encoder: Literal["mlp", "lstm"] = "mlp"
+    """The encoder of `p-tuning`: three linear layers, or a bidirectional LSTM and two linear layers."""
+    encoder_hidden_size: int | None = Field(default=None, ge=1, le=65_536)
+    """The width within that encoder. Left out, it is the width of the model's embeddings."""
+    encoder_num_layers: int = Field(default=2, ge=1, le=64)
+    """The layers of its LSTM."""
     weights: Line | None = None
     """A directory with an adapter to go on from, as `launcher export --adapter` or peft writes it; its sizes
     are those of the run. `model.name` may name it in place of its base."""
@@ -65,11 +78,12 @@ class Adapter(Section):
     @property
     def title(self) -> str:
         """Return the method by its name, with the rank: `LoRA, rank 8`, `LoRA, rank 8, DoRA`, `IA3`; of prompt
-        tuning with its tokens."""
+        tuning and P-tuning with their tokens."""
         if self.method == "ia3":
             return "IA3"
         if self.is_prompt:
-            return f"prompt tuning, {self.virtual_tokens} virtual tokens"
+            encoder = f" by {self.encoder.upper()}" if self.has_encoder else ""
+            return f"{KINDS[self.method]}, {self.virtual_tokens} virtual tokens{encoder}"
         start = {"pissa": "PiSSA", "olora": "OLoRA"}.get(self.init)
         variants = [start, "DoRA" if self.dora else None, "rsLoRA" if self.rslora else None]
         return ", ".join(["LoRA", f"rank {self.rank}", *(name for name in variants if name)])
@@ -77,7 +91,12 @@ class Adapter(Section):
     @property
     def is_prompt(self) -> bool:
         """Return whether virtual tokens are trained, and no layer changes."""
-        return self.method == "prompt-tuning"
+        return self.method in ("prompt-tuning", "p-tuning")
+
+    @property
+    def has_encoder(self) -> bool:
+        """Return whether a learned network makes the vectors of virtual tokens."""
+        return self.method == "p-tuning"
 
     @property
     def scale(self) -> float:
@@ -100,7 +119,7 @@ class Adapter(Section):
 
     def trains(self, name: str) -> bool:
         """Return whether a parameter is trained: an adapter's own, or one of `train_also`."""
-        return name.endswith(OWN) or self.trains_also(name)
+        return is_own(name) or self.trains_also(name)
 
     def trains_also(self, name: str) -> bool:
         """Return whether a parameter of the model's own is trained in full."""
@@ -138,6 +157,11 @@ class Adapter(Section):
                     )
                 problems.append(Problem("model.adapter.train_also", pattern, reason))
         return problems
+
+
+def is_own(name: str) -> bool:
+    """Return whether a parameter's name, without peft's wrappers, is that of an adapter's own."""
+    return name.endswith(_OWN) or f".{ENCODER}." in name
 
 
 def _matches(layer: str, patterns: Iterable[str]) -> bool:

@@ -26,7 +26,8 @@ _NOT_KNOWN = (
 """Settings that change what an adapter computes, or which layers have one, in ways that a run here does not.
 """
 
-
+_OF_PROMPTS = ("PROMPT_TUNING", "P_TUNING")
+"""Types whose file has vectors of virtual tokens."""
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Starts by which the weights beside an adapter are no longer the base's, as long as peft did not convert it."""
 
@@ -59,7 +60,7 @@ def read(directory: Path, model: Model, key: str) -> tuple[Model, list[Problem]]
     if "target_modules" in settings:
         targets = settings["target_modules"]
         keys["targets"] = targets if isinstance(targets, str) else tuple(sorted(targets))
-    if settings.get("peft_type") == "PROMPT_TUNING":
+    if settings.get("peft_type") in _OF_PROMPTS:
         keys = {"method": "prompt-tuning", "virtual_tokens": settings["num_virtual_tokens"]}
     elif settings.get("peft_type") == "IA3":
         keys |= {"method": "ia3", "feedforward": tuple(sorted(settings["feedforward_modules"]))}
@@ -106,10 +107,10 @@ def _reasons(directory: Path, settings: dict[str, Any], model: Model) -> list[st
         "and name the model that comes out"
     )
     reasons, kind = [], settings.get("peft_type", "LORA")
-    if kind == "PROMPT_TUNING":
+    if kind in _OF_PROMPTS:
         return _reasons_of_prompt(directory, settings, model)
     if kind not in ("LORA", "IA3"):
-        named = "'LORA', 'IA3' or 'PROMPT_TUNING'"
+        named = "'LORA', 'IA3', 'PROMPT_TUNING' or 'P_TUNING'"
         reasons.append(f"its peft_type is {kind!r}, and a run goes on with {named} alone{cure}")
     if (bias := settings.get("bias", "none")) != "none":
         reasons.append(f"its bias is {bias!r}, and a run goes on with 'none' alone{cure}")
@@ -141,6 +142,11 @@ def _reasons(directory: Path, settings: dict[str, Any], model: Model) -> list[st
 def _reasons_of_prompt(directory: Path, settings: dict[str, Any], model: Model) -> list[str]:
     """Return the reasons why a directory's virtual tokens cannot be trained further."""
     reasons, count = [], settings.get("num_virtual_tokens")
+    if settings["peft_type"] == "P_TUNING" and (model.adapter or Adapter()).method != "prompt-tuning":
+        reasons.append(
+            "peft's file of P-tuning has the vectors that the encoder put out, and not the encoder; write "
+            "model.adapter.method: prompt-tuning to train these vectors on"
+        )
     if not isinstance(count, int) or count <= 0:
         reasons.append(f"its num_virtual_tokens is {count!r}, and a positive number is needed")
     if settings.get("num_transformer_submodules") not in (None, 1):

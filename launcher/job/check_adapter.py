@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from launcher import tasks
-from launcher.job.adapter import Adapter
+from launcher.job.adapter import KINDS, Adapter
 from launcher.job.schema import Job
 from launcher.tasks.task import Finding, finding
 
 _OF_MATRICES = ("rank", "alpha", "rslora", "dora", "init", "dropout")
 """Keys of low-rank matrices."""
+_OF_ENCODER = ("encoder", "encoder_hidden_size", "encoder_num_layers")
+"""Keys of the network that makes virtual tokens' vectors."""
 
 
 def findings(job: Job) -> Iterator[Finding]:
@@ -44,9 +46,9 @@ def findings(job: Job) -> Iterator[Finding]:
     if model.adapter.is_prompt:
         yield from _of_prompt(job, model.adapter)
         return
-    for key in ("virtual_tokens", "init_text"):
-        reason = "is of virtual tokens; write method: prompt-tuning, or leave it out"
-        yield from _set(model.adapter, key, reason)
+    for key in ("virtual_tokens", "init_text", *_OF_ENCODER):
+        method = "p-tuning" if key in _OF_ENCODER else "prompt-tuning"
+        yield from _set(model.adapter, key, f"is of virtual tokens; write method: {method}, or leave it out")
     yield from _of_ia3(model.adapter) if model.adapter.method == "ia3" else _of_lora(model.adapter)
 
 
@@ -60,8 +62,19 @@ def _set(adapter: Adapter, key: str, reason: str) -> Iterator[Finding]:
 def _of_prompt(job: Job, adapter: Adapter) -> Iterator[Finding]:
     """Yield keys that change layers, and everything that virtual tokens before a sample do not go with."""
     for key in (*_OF_MATRICES, "targets", "feedforward", "train_also"):
-        reason = "is of a layer, and prompt tuning changes none; leave it out, or write method: lora"
+        kind = KINDS[adapter.method]
+        reason = f"is of a layer, and {kind} changes none; leave it out, or write method: lora"
         yield from _set(adapter, key, reason)
+    if adapter.has_encoder:
+        reason = "the encoder makes the vectors, and starts as in peft; write method: prompt-tuning"
+        yield from _set(adapter, "init_text", reason)
+        if adapter.encoder == "mlp":
+            reason = "is of an LSTM, and an MLP has three layers; leave it out, or write encoder: lstm"
+            yield from _set(adapter, "encoder_num_layers", reason)
+    else:
+        for key in _OF_ENCODER:
+            reason = "is of P-tuning's encoder; write method: p-tuning, or leave it out"
+            yield from _set(adapter, key, reason)
     if not tasks.find(job.model.task).traits.prompts:
         able = ", ".join(name for name in tasks.names() if tasks.find(name).traits.prompts)
         reason = f"a {job.model.task} task puts no virtual tokens before a sample ({able} do); write lora"

@@ -76,7 +76,7 @@ class Model(Section):
     """Freeze all normalisation layers, and the running statistics of batch norm."""
     adapter: Adapter | None = None
     """Train small matrices beside the weights (LoRA), factors of what layers compute (IA3), or vectors before
-    each sample (prompt tuning), in place of the weights."""
+    each sample (prompt tuning, P-tuning), in place of the weights."""
     resize_embeddings: bool | None = None
     """The treatment of tokens without a row in the embedding: `true` adds rows, the mean of the old ones;
     `false` leaves the model as it is, and refuses data with such a token. Left out, a tokenizer with such

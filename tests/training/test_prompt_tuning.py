@@ -1,5 +1,4 @@
-"""Prompt tuning: peft's own loss on each sample alone, however samples share a pass; on every engine, resumed,
-resharded, generated from and exported."""
+"""Prompt tuning and P-tuning: peft's own loss on each sample alone, however samples share a pass."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PromptEncoder, get_peft_model
 
 from launcher import tasks
 from launcher.data.rows import RowProblem
@@ -30,6 +29,10 @@ from tests.training.plans import plan_of
 from tests.training.runs import tokenizer
 
 ADAPTER = Adapter(method="prompt-tuning", virtual_tokens=5)
+ENCODED = {
+    "mlp": Adapter(method="p-tuning", virtual_tokens=5, encoder_hidden_size=24),
+    "lstm": Adapter(method="p-tuning", virtual_tokens=5, encoder="lstm", encoder_num_layers=3),
+}
 PEFT = {
     "causal-lm": "CAUSAL_LM",
     "sequence-classification": "SEQ_CLS",
@@ -102,8 +105,10 @@ def by_peft(model: Any, task: Task, sample: Sample) -> torch.Tensor:
     return loss
 
 
-def both(name: str, kind: str, together: bool) -> tuple[torch.Tensor, ...]:
-    """Our loss of three samples and peft's, and the gradients of the virtual tokens."""
+def both(
+    name: str, kind: str, together: bool, adapter: Adapter = ADAPTER
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+    """Our loss of three samples and peft's, and the gradients of all that is learned of virtual tokens."""
     config = tiny.config_of(kind, name)
     config.pad_token_id = config.get_text_config().pad_token_id = 0  # the tokenizer's
     experts = "eager" if kind == "mixtral" else None  # the others have no kernel for float64
@@ -114,23 +119,22 @@ def both(name: str, kind: str, together: bool) -> tuple[torch.Tensor, ...]:
     theirs.config.pad_token_id = own.config.pad_token_id
     own.set_attn_implementation(attention.register(way.attention))
     own.eval(), theirs.eval()
-    adapters.inject(own, ADAPTER, repeated_layers)
-    (place, vectors), *_ = adapters.beginning(own, ADAPTER, 17, tokenizer)
-    vectors = vectors.double() + 0.1
-    setattr(prompts.embeddings_of(own), PROMPT, torch.nn.Parameter(vectors))
-    width = vectors.shape[1]
-    settings = prompts.settings(ADAPTER, own, task_type=PEFT[name])
-    beside = get_peft_model(theirs, settings).eval()
-    encoder = beside.prompt_encoder["default"].double()
-    encoder.embedding.weight.data.copy_(vectors)
-    learned = encoder.embedding.weight
+    adapters.inject(own, adapter, repeated_layers)
+    starts = {place: start.double() + 0.1 for place, start in adapters.beginning(own, adapter, 17, tokenizer)}
+    for place, start in starts.items():
+        path, _, key = place.rpartition(".")
+        setattr(own.get_submodule(path), key, torch.nn.Parameter(start))
+    beside = get_peft_model(theirs, prompts.settings(adapter, own, task_type=PEFT[name])).eval()
+    learned = list(beside.prompt_encoder["default"].double().parameters())
+    for parameter, start in zip(learned, starts.values(), strict=True):
+        parameter.data.copy_(start)
     samples = samples_of(task)
     groups = [samples] if together and way.layout != "single" else [[sample] for sample in samples]
     ours = sum(task.loss(own, task.collate([[one] for one in group])).loss_sum for group in groups)
     expected = torch.stack([by_peft(beside, task, sample) for sample in samples]).sum()
     ours.backward(), expected.backward()
-    assert learned.grad is not None and width == learned.shape[1]
-    return ours, expected, own.get_parameter(place).grad, learned.grad
+    gradients = [own.get_parameter(place).grad for place in starts], [one.grad for one in learned]
+    return ours, expected, *([one for one in some if one is not None] for some in gradients)
 
 
 CASES = [
@@ -152,9 +156,49 @@ FAST = {
 @pytest.mark.parametrize("together", [True, False], ids=["together", "alone"])
 @pytest.mark.parametrize(("name", "kind"), slow_but(FAST, CASES))
 def test_the_loss_and_its_gradient_are_those_of_peft_alone(name: str, kind: str, together: bool) -> None:
-    ours, expected, gradient, theirs = both(name, kind, together)
+    equal(*both(name, kind, together))
+
+
+@pytest.mark.parametrize("encoder", ENCODED)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    slow_but(
+        {("causal-lm", "llama"), ("sequence-to-sequence", "t5")},
+        [
+            ("causal-lm", "llama"),
+            ("causal-lm", "gpt2"),
+            ("sequence-classification", "bert"),
+            ("sequence-to-sequence", "t5"),
+            ("sequence-to-sequence", "bart"),
+            ("token-classification", "roberta"),
+        ],
+    ),
+)
+def test_what_an_encoder_learns_is_what_it_learns_in_peft(name: str, kind: str, encoder: str) -> None:
+    equal(*both(name, kind, True, ENCODED[encoder]))
+
+
+def equal(
+    ours: torch.Tensor, expected: torch.Tensor, gradients: list[torch.Tensor], theirs: list[torch.Tensor]
+) -> None:
     torch.testing.assert_close(ours.detach(), expected.detach().to(ours.dtype), rtol=1e-6, atol=0)
-    torch.testing.assert_close(gradient, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
+    for gradient, other in zip(gradients, theirs, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
+
+
+def test_an_encoder_starts_as_that_of_peft_by_the_seed_alone() -> None:
+    for adapter in ENCODED.values():
+        model = tiny.model_of("llama", "causal-lm")
+        adapters.inject(model, adapter, repeated_layers)
+        first, again, other = (dict(adapters.beginning(model, adapter, seed, tokenizer)) for seed in (1, 1, 2))
+        torch.manual_seed(7)
+        theirs = PromptEncoder(prompts.settings(adapter, model))
+        assert [name.rpartition("prompt_encoder.")[2] for name in first] == list(theirs.state_dict())
+        for start, parameter in zip(first.values(), theirs.parameters(), strict=True):
+            assert float(start.std()) == pytest.approx(float(parameter.detach().std()), rel=0.3)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+        assert not any(torch.equal(first[name], other[name]) for name in first)
+        assert {name for name, one in model.named_parameters() if adapter.trains(name)} == set(first)
 
 
 def differs(name: str, kind: str) -> bool:
@@ -162,7 +206,7 @@ def differs(name: str, kind: str) -> bool:
     try:
         own, theirs = tiny.model_of(kind, name).eval(), tiny.model_of(kind, name).eval()
         adapters.inject(own, ADAPTER, repeated_layers)
-        [(_, vectors)] = adapters.beginning(own, ADAPTER, 17, tokenizer)
+        ((_, vectors),) = adapters.beginning(own, ADAPTER, 17, tokenizer)
         setattr(prompts.embeddings_of(own), PROMPT, torch.nn.Parameter(vectors + 0.1))
         beside = get_peft_model(theirs, prompts.settings(ADAPTER, own, task_type=PEFT[name])).eval()
         beside.prompt_encoder["default"].embedding.weight.data.copy_(vectors + 0.1)
@@ -206,8 +250,10 @@ def test_a_text_without_tokens_is_no_start() -> None:
     with pytest.raises(
         ConfigurationError, match=r"init_text = '\.\.\.': the model's tokenizer makes no tokens"
     ):
-        prompts.beginning(
-            tiny.model_of("llama", "causal-lm"), bare, 17, lambda: lambda text: {"input_ids": []}
+        next(
+            prompts.beginning(
+                tiny.model_of("llama", "causal-lm"), bare, 17, lambda: lambda text: {"input_ids": []}
+            )
         )
 
 
@@ -215,7 +261,7 @@ def test_a_scaled_table_gives_scaled_starts() -> None:
     """As in peft, which calls the model's own table."""
     model = tiny.model_of("gemma3_text", "causal-lm")
     named = Adapter(method="prompt-tuning", virtual_tokens=2, init_text="w5 w7")
-    start = prompts.beginning(model, named, 17, tokenizer)
+    [(_, start)] = prompts.beginning(model, named, 17, tokenizer)
     ids = torch.tensor(tokenizer()("w5 w7")["input_ids"][:2])
     assert torch.equal(start, model.get_input_embeddings()(ids).detach())
 

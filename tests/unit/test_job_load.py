@@ -346,6 +346,7 @@ def test_missing_keys_say_what_they_are(folder: Path) -> None:
 ADAPTER = "model.adapter.rank=8"
 IA3 = "model.adapter={method: ia3, targets: [k_proj, down_proj]"
 PROMPT = "model.adapter={method: prompt-tuning"
+P_TUNING = "model.adapter={method: p-tuning"
 FROZEN = "model.freeze={layers: all}"
 CONTRADICTIONS = [
     (
@@ -544,6 +545,17 @@ CONTRADICTIONS = [
         "write method: prompt-tuning, or leave it out",
     ),
     (CAUSAL, ["model.adapter.init_text=translate"], "model.adapter.init_text", "is of virtual tokens"),
+    (CAUSAL, [f"{P_TUNING}, rank: 8}}"], "model.adapter.rank", "is of a layer, and P-tuning changes none"),
+    (CAUSAL, [f"{P_TUNING}, init_text: a}}"], "model.adapter.init_text", "write method: prompt-tuning"),
+    (
+        CAUSAL,
+        [f"{P_TUNING}, encoder_num_layers: 3}}"],
+        "model.adapter.encoder_num_layers",
+        "is of an LSTM, and an MLP has three layers; leave it out, or write encoder: lstm",
+    ),
+    (CAUSAL, [f"{P_TUNING}, encoder: gru}}"], "model.adapter.encoder", "write mlp or lstm"),
+    (CAUSAL, [f"{PROMPT}, encoder: lstm}}"], "model.adapter.encoder", "write method: p-tuning, or leave it"),
+    (CAUSAL, ["model.adapter.encoder_hidden_size=8"], "model.adapter.encoder_hidden_size", "method: p-tuning"),
     (
         CAUSAL,
         [f"{PROMPT}}}", "training.neftune_noise_alpha=5"],
@@ -621,6 +633,10 @@ def test_virtual_tokens_are_on_no_layer_and_are_told_with_their_number() -> None
     assert not one.takes("model.layers.0.q_proj")
     assert one.trains("model.embed_tokens.prompt_embeddings")
     assert not one.trains("model.embed_tokens.weight")
+    encoded = Adapter(method="p-tuning", virtual_tokens=8, encoder="lstm")
+    assert encoded.title == "P-tuning, 8 virtual tokens by LSTM"
+    assert encoded.trains("model.embed_tokens.prompt_encoder.mlp_head.0.weight")
+    assert not encoded.takes("model.layers.0.q_proj")
 
 
 def test_what_ia3_multiplies_before_a_layer_is_one_of_its_targets() -> None:

@@ -264,7 +264,7 @@ def adapter(folder: Path, base: Path | str, **settings: Any) -> Path:
     header = {
         f"base_model.model.{name}.weight": {} for name in ("model.layers.0.q_proj.lora_A", "model.norm")
     }
-    header = {"prompt_embeddings": {}} if settings.get("peft_type") == "PROMPT_TUNING" else header
+    header = {"prompt_embeddings": {}} if "num_virtual_tokens" in settings else header
     text = json.dumps(header).encode()
     (folder / "adapter_model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
     return folder
@@ -288,6 +288,15 @@ def test_a_directory_of_virtual_tokens_is_gone_on_with(tmp_path: Path) -> None:
     loaded = load(job(tmp_path, directory)).model.adapter
     assert loaded is not None and (loaded.method, loaded.virtual_tokens) == ("prompt-tuning", 8)
     assert loaded.weights == str(directory) and not loaded.train_also
+
+
+def test_what_an_encoder_put_out_is_gone_on_with_as_vectors(tmp_path: Path) -> None:
+    directory = adapter(tmp_path / "adapter", model(tmp_path / "base"), **PROMPT | {"peft_type": "P_TUNING"})
+    loaded = load(job(tmp_path, directory, adapter={"method": "prompt-tuning"})).model.adapter
+    assert loaded is not None and (loaded.method, loaded.virtual_tokens) == ("prompt-tuning", 8)
+    for asked in ({}, {"adapter": {"method": "p-tuning"}}):
+        with pytest.raises(ConfigurationError, match="method: prompt-tuning to train these vectors on"):
+            load(job(tmp_path, directory, **asked))
 
 
 @pytest.mark.parametrize(

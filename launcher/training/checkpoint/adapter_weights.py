@@ -127,16 +127,28 @@ class Alone:
         self._hollow = _hollow(plan, model_files)
         self._names = _whole_parameters(self._hollow, stored)
         own = {name: name for name in stored.names if adapters.is_own(name)}
-        self._sources = {self._name_in_file(name): (name, at) for name, at in (own | self._names).items()}
+        self._encoder = list(own) if adapter.has_encoder else []
+        """The parameters of an encoder: peft's file has what it puts out in their place."""
+        held = self._names if adapter.has_encoder else own | self._names
+        self._sources = {self._name_in_file(name): (name, at) for name, at in held.items()}
         """The name in the model, and in the checkpoint, of each name in the file."""
         self.modules = sorted({name.rpartition(".")[0] for name in self._names})
 
     def entries(self) -> list[Entry]:
         described = {entry.name: entry for entry in self.stored.entries()}
-        return [
+        entries = [
             Entry(name, self._shape(own, described[source].shape), described[source].dtype)
             for name, (own, source) in self._sources.items()
         ]
+        if self._encoder:
+            dtype = described[self._encoder[0]].dtype
+            entries.insert(0, Entry(PROMPT, tuple(self._put_out().shape), dtype))
+        return entries
+
+    def _put_out(self) -> torch.Tensor:
+        """Return what the encoder puts out, fp32 [virtual tokens, width]."""
+        values = {name: self.stored.read(name) for name in self._encoder}
+        return prompts.put_out(self.adapter, self._hollow, values)
 
     def _name_in_file(self, name: str) -> str:
         """Return peft's name: virtual tokens have one of their own, and no wrapper is around their model."""
@@ -164,6 +176,8 @@ class Alone:
         return torch.cat([own, self._start[1][matrix].to(own.dtype)], dim=0 if matrix == "lora_A" else 1)
 
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
+        if self._encoder and name == PROMPT:
+            return slices(self._put_out())
         own, source = self._sources[name]
         if self._base is not None and adapters.is_own(own):
             return slices(self._with_start(own))

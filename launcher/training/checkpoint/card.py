@@ -16,6 +16,7 @@ from transformers.modelcard import TASK_MAPPING
 
 from launcher import __version__, tasks
 from launcher.data.section import Sources
+from launcher.job.adapter import KINDS
 from launcher.metrics import told
 from launcher.plain_files import read_json, read_text
 from launcher.planner.plan import Plan
@@ -94,8 +95,7 @@ class Card:
         plan = self._plan
         yield f"# {plan.name}"
         adapter = plan.model.adapter if self._adapter else None
-        kinds = {"lora": "LoRA", "ia3": "IA3", "prompt-tuning": "prompt tuning"}
-        kind = kinds[adapter.method] if adapter is not None else ""
+        kind = KINDS[adapter.method] if adapter is not None else ""
         what = f"An adapter ({kind}) for" if self._adapter else "Fine-tuned from"
         begins = f"{what} `{self._base}`"
         if self._base is None:

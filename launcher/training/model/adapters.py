@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from launcher.errors import ConfigurationError, Problem
-from launcher.job.adapter import OWN, Adapter
+from launcher.job.adapter import Adapter, is_own
 from launcher.planner.model.model_support import WITHOUT_ADAPTER
 from launcher.runs.places import here
 from launcher.training.model import adapter_starts, prompts
@@ -51,11 +51,6 @@ def plain(name: str) -> str:
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield every parameter by its plain name."""
     return ((plain(name), parameter) for name, parameter in model.named_parameters())
-
-
-def is_own(name: str) -> bool:
-    """Return whether a parameter's plain name is that of an adapter's matrix or vector."""
-    return name.endswith(OWN)
 
 
 def targets(model: PreTrainedModel, adapter: Adapter, layers: Layers) -> list[str]:
@@ -161,7 +156,7 @@ def beginning(
     parameters trained with it. Raises ConfigurationError if the file is for other layers or sizes.
     """
     if adapter.is_prompt:
-        yield prompts.name_in(model), prompts.beginning(model, adapter, seed, tokenizer)
+        yield from prompts.beginning(model, adapter, seed, tokenizer)
         return
     if adapter.init != "lora":
         yield from _of_weights(model, adapter)

@@ -1,4 +1,5 @@
-"""Prompt tuning: learned vectors in the place of the embeddings of virtual tokens, which have negative ids.
+"""Prompt tuning and P-tuning: learned vectors, or what a learned encoder makes of such, in the place of the
+embeddings of virtual tokens, which have negative ids.
 
 peft embeds the words, and joins the vectors of virtual tokens before them. Here the input embeddings themselves
 do it, by the ids that a task has put before each sample. So a model's own code sees one sequence of tokens:
@@ -8,7 +9,7 @@ samples can be padded, packed, generated from and classified as without a prompt
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,16 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from launcher.errors import ConfigurationError, Problem
-from launcher.job.adapter import PROMPT, Adapter
+from launcher.job.adapter import ENCODER, PROMPT, Adapter
 
 WEIGHTS = "adapter_model.safetensors"
 """The file with the values in an adapter's directory."""
 
 
-def embeddings_of(model: PreTrainedModel) -> Any:
+def embeddings_of(model: PreTrainedModel, method: str = "prompt-tuning") -> Any:
     """Return the module that embeds the words of a text: of an encoder-decoder, its encoder's.
 
-    Raises ConfigurationError for a class without one.
+    Raises ConfigurationError for a class without one, which `method` needs.
     """
     try:
         reads: Any = model.get_encoder() if model.config.is_encoder_decoder else model
@@ -38,63 +39,103 @@ def embeddings_of(model: PreTrainedModel) -> Any:
         embedding = None
     if not isinstance(embedding, nn.Embedding):
         reason = f"{type(model).__name__} names no table of input embeddings for virtual tokens; write lora"
-        raise ConfigurationError(Problem("model.adapter.method", "prompt-tuning", reason))
+        raise ConfigurationError(Problem("model.adapter.method", method, reason))
     return embedding
 
 
 class Prompted:
-    """The virtual tokens of one model, whose vectors can be removed temporarily from its parameters."""
+    """The virtual tokens of one model. What is learned of them can be removed temporarily from its modules."""
 
     def __init__(self, model: PreTrainedModel, adapter: Adapter) -> None:
         """Insert them, in fp32 and without memory yet."""
-        self._embedding = embedding = embeddings_of(model)
-        shape = adapter.virtual_tokens, embedding.embedding_dim
-        embedding.register_parameter(PROMPT, nn.Parameter(torch.empty(shape, device="meta")))
+        self._embedding = embedding = embeddings_of(model, adapter.method)
+        if adapter.has_encoder:
+            with torch.device("meta"):
+                embedding.add_module(ENCODER, _new_encoder(adapter, model))
+        else:
+            shape = adapter.virtual_tokens, embedding.embedding_dim
+            embedding.register_parameter(PROMPT, nn.Parameter(torch.empty(shape, device="meta")))
         words = embedding.forward
 
         def forward(input_ids: torch.Tensor) -> torch.Tensor:
             embedded = words(input_ids.clamp(min=0))
-            vectors = getattr(embedding, PROMPT).to(embedded.dtype)
+            if adapter.has_encoder:
+                vectors = _put_out(getattr(embedding, ENCODER), input_ids.device)
+            else:
+                vectors = getattr(embedding, PROMPT)
+            vectors = vectors.to(embedded.dtype)
             virtual = functional.embedding((-1 - input_ids).clamp(min=0), vectors)
             return torch.where((input_ids < 0).unsqueeze(-1), virtual, embedded)
 
         embedding.forward = forward
-        self._vectors: nn.Parameter | None = None
+        self._own = embedding._modules if adapter.has_encoder else embedding._parameters
+        self._name = ENCODER if adapter.has_encoder else PROMPT
+        self._learned: Any = None
 
     def take_out(self) -> None:
-        """Restore the parameters without them."""
-        self._vectors = self._embedding._parameters.pop(PROMPT)
+        """Restore the modules without them."""
+        self._learned = self._own.pop(self._name)
 
     def put_back(self) -> None:
-        """Restore the parameters with them."""
-        self._embedding.register_parameter(PROMPT, self._vectors)
+        """Restore the modules with them."""
+        self._own[self._name] = self._learned
 
 
-def name_in(model: nn.Module) -> str:
-    """Return the name of the vectors among the model's parameters."""
-    return next(name for name, _ in model.named_parameters() if name.endswith(f".{PROMPT}"))
+def _new_encoder(adapter: Adapter, model: PreTrainedModel) -> nn.Module:
+    """Return P-tuning's encoder with peft's own start, by torch's random numbers."""
+    from peft import PromptEncoder
+
+    return PromptEncoder(settings(adapter, model))
+
+
+def _put_out(encoder: nn.Module, device: torch.device) -> torch.Tensor:
+    """Return the vectors of an encoder, [virtual tokens, width]; peft also asks for all of them at once."""
+    number = encoder.get_submodule("embedding").num_embeddings
+    vectors: torch.Tensor = encoder(torch.arange(number, device=device)[None])[0]
+    return vectors
+
+
+def put_out(adapter: Adapter, model: PreTrainedModel, values: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return the vectors that an encoder makes with these values, by parameter name in the model; fp32
+    [virtual tokens, width]."""
+    encoder = _new_encoder(adapter, model)
+    encoder.load_state_dict({name.rpartition(f".{ENCODER}.")[2]: one.float() for name, one in values.items()})
+    with torch.no_grad():
+        return _put_out(encoder, torch.device("cpu"))
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def beginning(
     model: PreTrainedModel, adapter: Adapter, seed: int, tokenizer: Callable[[], Any]
-) -> torch.Tensor:
-    """Return the vectors that training starts from, fp32 [virtual tokens, width]. Called by all ranks together.
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the values that training starts from, fp32, by parameter name. Called by all ranks together.
 
-    They are those of a directory, or the embeddings of tokens: of `init_text` as in peft, else drawn from the
-    whole vocabulary by the seed alone. Raises ConfigurationError for a directory of another size, and for a text
-    without tokens.
+    Vectors [virtual tokens, width] are those of a directory, or the embeddings of tokens: of `init_text` as in
+    peft, else drawn from the whole vocabulary by the seed alone. An encoder starts as peft's own, by the seed
+    alone. Raises ConfigurationError for a directory of another size, and for a text without tokens.
     """
-    if adapter.weights is not None:
-        return _stored(adapter, model)
     embedding = embeddings_of(model)
+    place = next(name for name, module in model.named_modules() if module is embedding)
+    if adapter.has_encoder:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_generator(seed, ENCODER).initial_seed())
+            encoder = _new_encoder(adapter, model)
+        for name, parameter in encoder.named_parameters():
+            yield f"{place}.{ENCODER}.{name}", parameter.detach()
+        return
+    if adapter.weights is not None:
+        yield f"{place}.{PROMPT}", _stored(adapter, model)
+        return
     if adapter.init_text is None:
-        generator = torch.Generator().manual_seed(
-            int.from_bytes(hashlib.sha256(f"{seed}/{PROMPT}".encode()).digest()[:7], "big")
-        )
+        generator = _generator(seed, PROMPT)
         ids = torch.randint(embedding.num_embeddings, (adapter.virtual_tokens,), generator=generator)
     else:
         ids = _tokens(adapter, tokenizer())
-    return _embedded(embedding, ids)
+    yield f"{place}.{PROMPT}", _embedded(embedding, ids)
 
 
 def _tokens(adapter: Adapter, tokenizer: Any) -> torch.Tensor:
@@ -145,12 +186,18 @@ def _stored(adapter: Adapter, model: PreTrainedModel) -> torch.Tensor:
 
 def settings(adapter: Adapter, model: PreTrainedModel, **more: Any) -> Any:
     """Return the virtual tokens as a peft config. Every size is written, which peft does not find in all."""
-    from peft import PromptTuningConfig
+    from peft import PromptEncoderConfig, PromptTuningConfig
 
-    text = model.config.get_text_config()
-    return PromptTuningConfig(
+    text, width = model.config.get_text_config(), embeddings_of(model).embedding_dim
+    kind: Any = PromptTuningConfig
+    if adapter.has_encoder:
+        kind = PromptEncoderConfig
+        more["encoder_reparameterization_type"] = adapter.encoder.upper()
+        more["encoder_hidden_size"] = adapter.encoder_hidden_size or width
+        more["encoder_num_layers"] = adapter.encoder_num_layers
+    return kind(
         num_virtual_tokens=adapter.virtual_tokens,
-        token_dim=embeddings_of(model).embedding_dim,
+        token_dim=width,
         # For an encoder-decoder peft would store as many vectors again, which it never reads.
         num_transformer_submodules=1,
         num_layers=getattr(text, "num_hidden_layers", 1),
