@@ -75,6 +75,8 @@ class AdapterCase:
 
 IA3 = {"method": "ia3", "targets": ("k_proj", "v_proj", "down_proj"), "feedforward": ("down_proj",)}
 PROMPT = {"method": "prompt-tuning", "virtual_tokens": 16}
+MLP = {"method": "p-tuning", "virtual_tokens": 16}
+LSTM = {"method": "p-tuning", "virtual_tokens": 16, "encoder": "lstm"}
 CASES = (
     AdapterCase("llama", 1, "fp32", "none"),
     AdapterCase("llama", 1, "bf16", "none"),
@@ -100,4 +102,8 @@ CASES = (
     AdapterCase("llama", 1, "fp32", "full", PROMPT, lengths=(96, 96, 96)),
     AdapterCase("llama", 2, "bf16", "none", PROMPT, lengths=(96, 96, 96)),
     AdapterCase("llama", 2, "bf16", "full", PROMPT, lengths=(96, 96, 96), stage=3),
+    AdapterCase("llama", 2, "fp32", "none", MLP, lengths=(96, 96, 96)),
+    AdapterCase("llama", 2, "bf16", "full", MLP, lengths=(96, 96, 96), stage=3),
+    AdapterCase("llama", 1, "fp32", "full", LSTM, lengths=(96, 96, 96)),
+    AdapterCase("llama", 2, "bf16", "none", LSTM, lengths=(96, 96, 96)),
 )

@@ -90,8 +90,10 @@ def _new_encoder(adapter: Adapter, model: PreTrainedModel) -> nn.Module:
 
 def _put_out(encoder: nn.Module, device: torch.device) -> torch.Tensor:
     """Return the vectors of an encoder, [virtual tokens, width]; peft also asks for all of them at once."""
-    number = encoder.get_submodule("embedding").num_embeddings
-    vectors: torch.Tensor = encoder(torch.arange(number, device=device)[None])[0]
+    number: Any = encoder.get_submodule("embedding").num_embeddings
+    # cuDNN and oneDNN would copy an LSTM's sharded weights into one piece in each pass: of a large model, GB.
+    with torch.backends.cudnn.flags(enabled=False), torch.backends.mkldnn.flags(enabled=False):
+        vectors: torch.Tensor = encoder(torch.arange(number, device=device)[None])[0]
     return vectors
 
 
