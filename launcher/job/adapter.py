@@ -19,21 +19,31 @@ PROMPT = "prompt_embeddings"
 """The name of virtual tokens' vectors in peft's files; in a model they belong to its input embeddings."""
 ENCODER = "prompt_encoder"
 """The name of P-tuning's encoder, in peft's models and below the input embeddings here."""
-_OWN = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector", ".ia3_l", f".{PROMPT}")
-"""The ends of the names of an adapter's own parameters, as peft's files have them."""
+PREFIX = "prefix_key_values"
+"""The name of prefix tuning's keys and values in each attention of a model."""
+_OWN = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector", ".ia3_l")
+"""The ends of the names of parameters beside a layer, as peft's files have them."""
 
-KINDS = {"lora": "LoRA", "ia3": "IA3", "prompt-tuning": "prompt tuning", "p-tuning": "P-tuning"}
+KINDS = {
+    "lora": "LoRA",
+    "ia3": "IA3",
+    "prompt-tuning": "prompt tuning",
+    "p-tuning": "P-tuning",
+    "prefix-tuning": "prefix tuning",
+}
 """The name of each method in a text."""
 
 
 class Adapter(Section):
     """Train small matrices or vectors beside the model's own weights, which stay as they are (LoRA, arXiv
-    2106.09685; IA3, arXiv 2205.05638; prompt tuning, arXiv 2104.08691; P-tuning, arXiv 2103.10385)."""
+    2106.09685; IA3, arXiv 2205.05638; prompt tuning, arXiv 2104.08691; P-tuning, arXiv 2103.10385;
+    prefix tuning, arXiv 2101.00190)."""
 
-    method: Literal["lora", "ia3", "prompt-tuning", "p-tuning"] = "lora"
+    method: Literal["lora", "ia3", "prompt-tuning", "p-tuning", "prefix-tuning"] = "lora"
     """`lora` adds the product B A to a weight; `ia3` multiplies each number that a layer puts out by a
     learned factor; `prompt-tuning` puts learned vectors before each sample's embeddings; `p-tuning` puts
-    there what a small learned network, the encoder, makes of such vectors."""
+    there what a small learned network, the encoder, makes of such vectors; `prefix-tuning` puts learned
+    keys and values before those of each sample in every layer."""
     rank: int = Field(default=16, ge=1, le=65_536)
     """The rank of the product B A: A has so many rows, and B so many columns."""
     alpha: float = Field(default=32.0, gt=0)
@@ -60,8 +70,8 @@ class Adapter(Section):
     """Patterns of parameters that are trained in full beside the adapter, such as `model.norm.*`. A new
     head always is."""
     virtual_tokens: int = Field(default=20, ge=1, le=65_536)
-    """The number of vectors that `prompt-tuning` and `p-tuning` put before each sample. They count in
-    `data.max_length`."""
+    """The number of vectors that `prompt-tuning` and `p-tuning` put before each sample; of keys and values,
+    for `prefix-tuning`. They count in `data.max_length`."""
     init_text: Line | None = None
     """A text from whose tokens' embeddings these vectors start, repeated or cut to their number. Left out, it
     is the embeddings of tokens that are drawn from the vocabulary. `p-tuning` starts as in peft."""
@@ -91,7 +101,12 @@ class Adapter(Section):
     @property
     def is_prompt(self) -> bool:
         """Return whether virtual tokens are trained, and no layer changes."""
-        return self.method in ("prompt-tuning", "p-tuning")
+        return self.method in ("prompt-tuning", "p-tuning", "prefix-tuning")
+
+    @property
+    def is_prefix(self) -> bool:
+        """Return whether virtual tokens are keys and values in every layer, and none has an embedding."""
+        return self.method == "prefix-tuning"
 
     @property
     def has_encoder(self) -> bool:
@@ -161,7 +176,12 @@ class Adapter(Section):
 
 def is_own(name: str) -> bool:
     """Return whether a parameter's name, without peft's wrappers, is that of an adapter's own."""
-    return name.endswith(_OWN) or f".{ENCODER}." in name
+    return name.endswith(_OWN) or is_of_virtual_tokens(name)
+
+
+def is_of_virtual_tokens(name: str) -> bool:
+    """Return whether a parameter makes virtual tokens, so that no token of a text is multiplied with it."""
+    return name.endswith((f".{PROMPT}", f".{PREFIX}")) or f".{ENCODER}." in name
 
 
 def _matches(layer: str, patterns: Iterable[str]) -> bool:

@@ -26,8 +26,12 @@ _NOT_KNOWN = (
 """Settings that change what an adapter computes, or which layers have one, in ways that a run here does not.
 """
 
-_OF_PROMPTS = ("PROMPT_TUNING", "P_TUNING")
-"""Types whose file has vectors of virtual tokens."""
+_OF_PROMPTS = {
+    "PROMPT_TUNING": "prompt-tuning",
+    "P_TUNING": "prompt-tuning",
+    "PREFIX_TUNING": "prefix-tuning",
+}
+"""Types whose file has what stands before samples, and the method that trains it on."""
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Starts by which the weights beside an adapter are no longer the base's, as long as peft did not convert it."""
 
@@ -61,7 +65,8 @@ def read(directory: Path, model: Model, key: str) -> tuple[Model, list[Problem]]
         targets = settings["target_modules"]
         keys["targets"] = targets if isinstance(targets, str) else tuple(sorted(targets))
     if settings.get("peft_type") in _OF_PROMPTS:
-        keys = {"method": "prompt-tuning", "virtual_tokens": settings["num_virtual_tokens"]}
+        method = _OF_PROMPTS[settings["peft_type"]]
+        keys = {"method": method, "virtual_tokens": settings["num_virtual_tokens"]}
     elif settings.get("peft_type") == "IA3":
         keys |= {"method": "ia3", "feedforward": tuple(sorted(settings["feedforward_modules"]))}
     else:
@@ -110,7 +115,7 @@ def _reasons(directory: Path, settings: dict[str, Any], model: Model) -> list[st
     if kind in _OF_PROMPTS:
         return _reasons_of_prompt(directory, settings, model)
     if kind not in ("LORA", "IA3"):
-        named = "'LORA', 'IA3', 'PROMPT_TUNING' or 'P_TUNING'"
+        named = f"'LORA', 'IA3' or {', '.join(map(repr, _OF_PROMPTS))}"
         reasons.append(f"its peft_type is {kind!r}, and a run goes on with {named} alone{cure}")
     if (bias := settings.get("bias", "none")) != "none":
         reasons.append(f"its bias is {bias!r}, and a run goes on with 'none' alone{cure}")

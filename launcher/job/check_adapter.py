@@ -65,6 +65,9 @@ def _of_prompt(job: Job, adapter: Adapter) -> Iterator[Finding]:
         kind = KINDS[adapter.method]
         reason = f"is of a layer, and {kind} changes none; leave it out, or write method: lora"
         yield from _set(adapter, key, reason)
+    if adapter.is_prefix:
+        reason = "keys and values are no words that a text could be; write method: prompt-tuning"
+        yield from _set(adapter, "init_text", reason)
     if adapter.has_encoder:
         reason = "the encoder makes the vectors, and starts as in peft; write method: prompt-tuning"
         yield from _set(adapter, "init_text", reason)
@@ -75,7 +78,11 @@ def _of_prompt(job: Job, adapter: Adapter) -> Iterator[Finding]:
         for key in _OF_ENCODER:
             reason = "is of P-tuning's encoder; write method: p-tuning, or leave it out"
             yield from _set(adapter, key, reason)
-    if not tasks.find(job.model.task).traits.prompts:
+    if adapter.is_prefix and not tasks.find(job.model.task).traits.prefixes:
+        able = ", ".join(name for name in tasks.names() if tasks.find(name).traits.prefixes)
+        reason = f"a {job.model.task} task reads no learned keys and values ({able} does); write prompt-tuning"
+        yield finding("model.adapter.method", adapter.method, reason, "model.task")
+    elif not tasks.find(job.model.task).traits.prompts:
         able = ", ".join(name for name in tasks.names() if tasks.find(name).traits.prompts)
         reason = f"a {job.model.task} task puts no virtual tokens before a sample ({able} do); write lora"
         yield finding("model.adapter.method", adapter.method, reason, "model.task")

@@ -102,7 +102,7 @@ def of_job(job: Asked) -> Task:
     """Return a job's task, without a processor. Raises ConfigurationError for an unknown one."""
     task = find(job.model.task)(job.data)
     task.evaluation, task.distillation = job.evaluation, job.distillation
-    task.virtual_tokens = virtual_tokens(job.model)
+    task.virtual_tokens, task.virtual_prefix = virtual_tokens(job.model), _is_prefix(job.model)
     return task
 
 
@@ -123,7 +123,7 @@ def unprepared(plan: Planned, labels: list[str] | None = None) -> Task:
     task = find(plan.task)(plan.data, labels)
     task.layout, task.head = plan.layout, plan.head
     task.evaluation, task.distillation = plan.evaluation or task.evaluation, plan.distillation
-    task.virtual_tokens = virtual_tokens(plan.model)
+    task.virtual_tokens, task.virtual_prefix = virtual_tokens(plan.model), _is_prefix(plan.model)
     return task
 
 
@@ -131,3 +131,7 @@ def virtual_tokens(model: Any) -> int:
     """Return the number of virtual tokens before each sample, by the section `model` of a job or a plan."""
     adapter = model.adapter
     return adapter.virtual_tokens if adapter is not None and adapter.is_prompt else 0
+
+
+def _is_prefix(model: Any) -> bool:
+    return model.adapter is not None and model.adapter.is_prefix

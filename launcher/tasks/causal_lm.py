@@ -61,7 +61,7 @@ class CausalLM(WritingTask):
     """
 
     name = "causal-lm"
-    traits = Traits("packed", causal=True, head="every-position", peft_type="CAUSAL_LM", prompts=True)
+    traits = Traits("packed", causal=True, head="every-position", peft_type="CAUSAL_LM", prompts=True, prefixes=True)
     Columns = CausalColumns
     column_ways = (("prompt", "completion"), ("messages",), ("text",))
     column_roles = roles.OF_CAUSAL_LM
@@ -189,10 +189,13 @@ class CausalLM(WritingTask):
         if isinstance(tokens, RowProblem):
             return tokens
         if self.virtual_tokens and len(tokens.ids):
-            # The first word is learned from the last virtual token, where it is learned at all, as in PEFT.
+            # The first word is learned from the last virtual token, where it is learned at all, as in PEFT; but
+            # not from learned keys and values, from which nothing is computed.
             before = virtual_ids(self.virtual_tokens)
-            unlearned = np.zeros(len(before), dtype=bool)
-            tokens = Tokens(*map(np.concatenate, ((before, tokens.ids), (unlearned, tokens.learned))))
+            learned = np.concatenate([np.zeros(len(before), dtype=bool), tokens.learned])
+            if self.virtual_prefix:
+                learned[len(before)] = False
+            tokens = Tokens(np.concatenate([before, tokens.ids]), learned)
         return encoded(tokens, self.data, self._answers, self.tokenizer if self.generates else None)
 
     def prompts(self, samples: Sequence[Sample]) -> dict[str, Any]:

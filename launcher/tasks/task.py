@@ -87,6 +87,8 @@ class Task(ABC):
     """The section `evaluation` of the job: what is done with held-out rows in addition to their loss."""
     virtual_tokens: int = 0
     """The learned vectors before each sample, by prompt tuning; they count in `data.max_length`."""
+    virtual_prefix: bool = False
+    """Whether they are keys and values (prefix tuning), from which no word is learned."""
     distillation: Distillation | None = None
     """The teacher to learn from in addition to the rows, if the job names one."""
 

@@ -33,6 +33,8 @@ class Traits:
     """PEFT's name for it (`peft.TaskType`); None where PEFT has none."""
     prompts: bool = False
     """Whether the virtual tokens of prompt tuning can stand before its samples, with PEFT's own loss."""
+    prefixes: bool = False
+    """Whether the keys and values of prefix tuning can, with PEFT's own loss."""
     windows: bool = False
     """Whether a row that is too long for one sample becomes several."""
     unit: str = "token"

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from launcher.job.adapter import is_of_virtual_tokens
 from launcher.training.model import adapters
 from launcher.training.model import loading as models
 from launcher.training.model.forward import output_embeddings_of
@@ -40,13 +41,15 @@ def flops_per_token(model: PreTrainedModel, config: Any, length: int) -> float:
     # its config says.
     tied = getattr(config, "tie_word_embeddings", False) and output_embeddings_of(model) is not None
     embeddings = 0 if tied else _table_size(model)
-    shapes = [models.whole_shape(parameter) for parameter in model.parameters()]
+    named = list(adapters.named_parameters(model))
+    multiplied = [parameter for name, parameter in named if not is_of_virtual_tokens(name)]
+    shapes = [models.whole_shape(parameter) for parameter in multiplied]
     matrices = (
         sum(shape.numel() * used_share(config, tuple(shape)) for shape in shapes if len(shape) >= 2)
         - embeddings
     )
     layers, hidden = (getattr(config, "num_hidden_layers", 0), getattr(config, "hidden_size", 0))
-    beside = any(adapters.is_own(name) for name, _ in adapters.named_parameters(model))
+    beside = any(adapters.is_own(name) for name, _ in named)
     still = [
         models.whole_shape(parameter)
         for parameter in model.parameters()

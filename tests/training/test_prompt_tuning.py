@@ -231,7 +231,7 @@ def test_every_family_has_the_outputs_of_peft_or_is_refused(name: str) -> None:
     refused = {
         kind
         for kind in kinds
-        if model_support.why_no_prompt(name, tiny.config_of(kind, name).to_dict()) is not None
+        if model_support.why_no_prompt(ADAPTER, name, tiny.config_of(kind, name).to_dict()) is not None
     }
     wrong = {kind for kind in kinds if differs(name, kind)}
     assert wrong <= refused

@@ -347,6 +347,7 @@ ADAPTER = "model.adapter.rank=8"
 IA3 = "model.adapter={method: ia3, targets: [k_proj, down_proj]"
 PROMPT = "model.adapter={method: prompt-tuning"
 P_TUNING = "model.adapter={method: p-tuning"
+PREFIX = "model.adapter={method: prefix-tuning"
 FROZEN = "model.freeze={layers: all}"
 CONTRADICTIONS = [
     (
@@ -553,6 +554,15 @@ CONTRADICTIONS = [
         "model.adapter.encoder_num_layers",
         "is of an LSTM, and an MLP has three layers; leave it out, or write encoder: lstm",
     ),
+    (CAUSAL, [f"{PREFIX}, dropout: 0.1}}"], "model.adapter.dropout", "prefix tuning changes none"),
+    (CAUSAL, [f"{PREFIX}, init_text: a}}"], "model.adapter.init_text", "are no words that a text could be"),
+    (CAUSAL, [f"{PREFIX}, encoder: lstm}}"], "model.adapter.encoder", "write method: p-tuning, or leave it"),
+    (
+        CLASSES,
+        [f"{PREFIX}}}"],
+        "model.adapter.method",
+        "a sequence-classification task reads no learned keys and values (causal-lm does); write prompt",
+    ),
     (CAUSAL, [f"{P_TUNING}, encoder: gru}}"], "model.adapter.encoder", "write mlp or lstm"),
     (CAUSAL, [f"{PROMPT}, encoder: lstm}}"], "model.adapter.encoder", "write method: p-tuning, or leave it"),
     (CAUSAL, ["model.adapter.encoder_hidden_size=8"], "model.adapter.encoder_hidden_size", "method: p-tuning"),
@@ -633,6 +643,9 @@ def test_virtual_tokens_are_on_no_layer_and_are_told_with_their_number() -> None
     assert not one.takes("model.layers.0.q_proj")
     assert one.trains("model.embed_tokens.prompt_embeddings")
     assert not one.trains("model.embed_tokens.weight")
+    prefix = Adapter(method="prefix-tuning", virtual_tokens=8)
+    assert prefix.title == "prefix tuning, 8 virtual tokens" and not prefix.takes("model.layers.0.q_proj")
+    assert prefix.trains("model.layers.0.self_attn.prefix_key_values")
     encoded = Adapter(method="p-tuning", virtual_tokens=8, encoder="lstm")
     assert encoded.title == "P-tuning, 8 virtual tokens by LSTM"
     assert encoded.trains("model.embed_tokens.prompt_encoder.mlp_head.0.weight")

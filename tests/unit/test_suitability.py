@@ -290,6 +290,14 @@ def test_a_directory_of_virtual_tokens_is_gone_on_with(tmp_path: Path) -> None:
     assert loaded.weights == str(directory) and not loaded.train_also
 
 
+def test_a_directory_of_keys_and_values_is_gone_on_with(tmp_path: Path) -> None:
+    directory = adapter(
+        tmp_path / "adapter", model(tmp_path / "base"), **PROMPT | {"peft_type": "PREFIX_TUNING"}
+    )
+    loaded = load(job(tmp_path, directory)).model.adapter
+    assert loaded is not None and (loaded.method, loaded.virtual_tokens) == ("prefix-tuning", 8)
+
+
 def test_what_an_encoder_put_out_is_gone_on_with_as_vectors(tmp_path: Path) -> None:
     directory = adapter(tmp_path / "adapter", model(tmp_path / "base"), **PROMPT | {"peft_type": "P_TUNING"})
     loaded = load(job(tmp_path, directory, adapter={"method": "prompt-tuning"})).model.adapter
@@ -313,7 +321,23 @@ def test_what_an_encoder_put_out_is_gone_on_with_as_vectors(tmp_path: Path) -> N
 def test_models_that_virtual_tokens_cannot_stand_before(
     task: str, config: dict[str, Any], reason: str | None
 ) -> None:
-    answer = why_no_prompt(task, config)
+    answer = why_no_prompt(Adapter(method="prompt-tuning"), task, config)
+    assert answer is None if reason is None else reason in str(answer)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"model_type": "bloom"}, "a bloom model is not known to read learned keys and values as in peft"),
+        ({"model_type": "qwen3_next"}, "write prompt-tuning or lora"),
+        ({"model_type": "mixtral", "output_router_logits": True}, "routers (output_router_logits) would count"),
+        ({"model_type": "mixtral", "output_router_logits": False}, None),
+        ({"model_type": "gemma3_text"}, None),
+        ({}, None),
+    ],
+)
+def test_models_whose_attention_reads_no_prefix(config: dict[str, Any], reason: str | None) -> None:
+    answer = why_no_prompt(Adapter(method="prefix-tuning"), "causal-lm", config)
     assert answer is None if reason is None else reason in str(answer)
 
 

@@ -108,7 +108,7 @@ def _adapter(model: Model) -> Findings:
     config = config_of(model) or {}
     kind = config.get("model_type")
     if model.adapter is not None and model.adapter.is_prompt:
-        reason = why_no_prompt(model.task, config)
+        reason = why_no_prompt(model.adapter, model.task, config)
         problem = Problem("model.adapter.method", model.adapter.method, str(reason))
         return Findings() if reason is None else Findings((problem,))
     if (

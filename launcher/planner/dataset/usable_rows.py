@@ -66,6 +66,7 @@ def look_at_rows(job: Job) -> Findings:
                 kind, _ = of_one_task(task.name, job.data, source)
                 own = tasks.find(kind)(data_of(task.name, job.data, source))
                 own.evaluation, own.virtual_tokens = task.evaluation, task.virtual_tokens
+                own.virtual_prefix = task.virtual_prefix
             if given is not None and source.path is not None:
                 looks.append(_of_source(given.key(role, number), source, own, model, told))
     return Findings.joined(looks)

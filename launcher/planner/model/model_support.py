@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from launcher import tasks
 from launcher.errors import ConfigurationError, Problem
+from launcher.job.adapter import Adapter
 from launcher.planner.plan import Attention
 from launcher.tasks.task import Head, SampleLayout
 
@@ -37,6 +38,25 @@ WITHOUT_PROMPTS = frozenset(
 )
 """The model_types whose class gives other numbers, or none, for embeddings than for ids: virtual tokens cannot
 stand before its texts with PEFT's own loss."""
+WITH_PREFIX = frozenset((
+    "afmoe", "apertus", "arcee", "aria_text", "beam", "bert", "bert-generation", "biogpt",
+    "bitnet", "camembert", "cohere", "cohere2", "cohere2_moe", "cohere_compass_text", "ctrl",
+    "cwm", "data2vec-text", "dots1", "electra", "emu3", "ernie", "ernie4_5", "ernie4_5_moe",
+    "exaone4", "exaone_moe", "flex_olmo", "flint", "fuyu", "gemma", "gemma2", "gemma3",
+    "gemma3_text", "glm", "glm4", "glm4_moe", "got_ocr2", "gpt-sw3", "gpt2", "gpt_bigcode",
+    "gpt_neox", "gpt_oss", "granite", "granite_swa", "granitemoe", "granitemoe_swa",
+    "granitemoeshared", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax",
+    "internlm3", "iquestcoder", "jais2", "kolibri1", "laguna", "llama", "llama4",
+    "llama4_text", "mellum", "minimax_m2", "ministral", "ministral3", "mistral", "mixtral",
+    "modernbert-decoder", "moss_transcribe_diarize", "nanochat", "nemotron", "olmo", "olmo2",
+    "olmo3", "olmoe", "opt", "persimmon", "phi", "phi3", "phi4_multimodal", "phimoe", "qwen2",
+    "qwen2_moe", "qwen3", "qwen3_moe", "roberta", "roberta-prelayernorm", "roc_bert",
+    "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2", "vaultgemma", "xlm-roberta",
+    "xlm-roberta-xl", "xmod",
+))  # fmt: skip
+"""The model_types whose causal LM reads the keys and values of prefix tuning with PEFT's own numbers: each layer has
+one attention of transformers' interface, and a head of the size that PEFT takes from the config. A test compares
+them all."""
 SEES_PADDING = frozenset(
     (
         *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus"),
@@ -100,14 +120,27 @@ def untried(task: str) -> Support:
     return _UNTRIED[tasks.find(task).traits.layout]
 
 
-def why_no_prompt(task: str, config: dict[str, Any]) -> str | None:
-    """Return why virtual tokens cannot stand before the samples of a model, by its config.json; None if they
-    can as far as it says."""
+def why_no_prompt(adapter: Adapter, task: str, config: dict[str, Any]) -> str | None:
+    """Return why an adapter's virtual tokens cannot stand before the samples of a model, by its config.json; None
+    if they can as far as it says."""
     kind = str(config.get("model_type"))
+    if adapter.is_prefix:
+        return _why_no_prefix(kind, config) if "model_type" in config else None
     if kind in WITHOUT_PROMPTS:
         return f"a {kind} model does not compute the same from embeddings as from tokens; write lora"
     if config.get("is_encoder_decoder") and tasks.find(task).traits.head != "every-position":
         return f"the {task} class of a {kind} model, an encoder-decoder, reads no embeddings; write lora"
+    return None
+
+
+def _why_no_prefix(kind: str, config: dict[str, Any]) -> str | None:
+    if kind not in WITH_PREFIX:
+        return (
+            f"the attention of a {kind} model is not known to read learned keys and values as in peft; write "
+            "prompt-tuning or lora"
+        )
+    if config.get("output_router_logits"):
+        return "the loss of its routers (output_router_logits) would count virtual tokens; write lora"
     return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from launcher import tasks
+from launcher.job.adapter import is_of_virtual_tokens
 from launcher.planner.memory.program import Unit
 from launcher.planner.plan import Plan
 
@@ -53,7 +54,8 @@ def operations(plan: Plan, units: Units, tokens: int) -> Operations:
     if traits.head == "every-position":
         # The largest matrix after the layers; with tied weights, the input embeddings.
         behind = [weight for weight in root.weights[root.num_first :] if len(weight.shape) >= 2]
-        head = max(behind or root.weights, key=lambda weight: weight.num_elements)
+        tables = [weight for weight in root.weights if not is_of_virtual_tokens(weight.name)]
+        head = max(behind or tables, key=lambda weight: weight.num_elements)
         last = any(passing_back(units)[-1:])
         forward += 2 * tokens * head.num_elements
         backward += 2 * tokens * head.num_elements * (last + head.trains)
@@ -76,7 +78,9 @@ def matrix_elements(unit: Unit, trained: bool = False) -> float:
     return sum(
         weight.num_elements * weight.used
         for weight in unit.weights
-        if len(weight.shape) >= 2 and (weight.trains or not trained)
+        if len(weight.shape) >= 2
+        and (weight.trains or not trained)
+        and not is_of_virtual_tokens(weight.name)
     )
 
 

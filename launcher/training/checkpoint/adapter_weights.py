@@ -15,7 +15,7 @@ from launcher.errors import ConfigurationError, Problem
 from launcher.job.adapter import PROMPT, Adapter
 from launcher.planner.plan import Plan
 from launcher.training.checkpoint.weights import Entry, Stored, entry_of, slices
-from launcher.training.model import adapter_starts, adapters, pretrained, prompts
+from launcher.training.model import adapter_starts, adapters, prefixes, pretrained, prompts
 from launcher.training.model.buffers import persistent_buffers
 from launcher.training.model.reading import Changes
 from launcher.training.precision import DTYPES
@@ -127,9 +127,10 @@ class Alone:
         self._hollow = _hollow(plan, model_files)
         self._names = _whole_parameters(self._hollow, stored)
         own = {name: name for name in stored.names if adapters.is_own(name)}
-        self._encoder = list(own) if adapter.has_encoder else []
-        """The parameters of an encoder: peft's file has what it puts out in their place."""
-        held = self._names if adapter.has_encoder else own | self._names
+        joins = adapter.has_encoder or adapter.is_prefix
+        self._joined = list(own) if joins else []
+        """Parameters in whose place peft's file has one tensor."""
+        held = self._names if joins else own | self._names
         self._sources = {self._name_in_file(name): (name, at) for name, at in held.items()}
         """The name in the model, and in the checkpoint, of each name in the file."""
         self.modules = sorted({name.rpartition(".")[0] for name in self._names})
@@ -140,15 +141,17 @@ class Alone:
             Entry(name, self._shape(own, described[source].shape), described[source].dtype)
             for name, (own, source) in self._sources.items()
         ]
-        if self._encoder:
-            dtype = described[self._encoder[0]].dtype
-            entries.insert(0, Entry(PROMPT, tuple(self._put_out().shape), dtype))
+        if self._joined:
+            dtype = described[self._joined[0]].dtype
+            entries.insert(0, Entry(PROMPT, tuple(self._of_virtual_tokens().shape), dtype))
         return entries
 
-    def _put_out(self) -> torch.Tensor:
-        """Return what the encoder puts out, fp32 [virtual tokens, width]."""
-        values = {name: self.stored.read(name) for name in self._encoder}
-        return prompts.put_out(self.adapter, self._hollow, values)
+    def _of_virtual_tokens(self) -> torch.Tensor:
+        """Return what peft keeps of virtual tokens, fp32 [virtual tokens, n]: what the encoder puts out, or the
+        keys and values of all layers."""
+        values = {name: self.stored.read(name) for name in self._joined}
+        joined = prefixes.joined if self.adapter.is_prefix else prompts.put_out
+        return joined(self.adapter, self._hollow, values)
 
     def _name_in_file(self, name: str) -> str:
         """Return peft's name: virtual tokens have one of their own, and no wrapper is around their model."""
@@ -176,8 +179,8 @@ class Alone:
         return torch.cat([own, self._start[1][matrix].to(own.dtype)], dim=0 if matrix == "lora_A" else 1)
 
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
-        if self._encoder and name == PROMPT:
-            return slices(self._put_out())
+        if self._joined and name == PROMPT:
+            return slices(self._of_virtual_tokens())
         own, source = self._sources[name]
         if self._base is not None and adapters.is_own(own):
             return slices(self._with_start(own))
@@ -194,7 +197,8 @@ class Alone:
             "inference_mode": True,
         }
         if self.adapter.is_prompt:
-            prompts.settings(self.adapter, self._hollow, **more).save_pretrained(directory)
+            kind = prefixes if self.adapter.is_prefix else prompts
+            kind.settings(self.adapter, self._hollow, **more).save_pretrained(directory)
             return
         one = ".ia3_l" if self.adapter.method == "ia3" else ".lora_A.weight"
         names = [name.removesuffix(one) for name in self.stored.names if name.endswith(one)]

@@ -51,6 +51,7 @@ def cache_key(rows: Rows, role: Role, plan: Plan, task: Task, tokenizer: Any) ->
     # The paths and times of files that rows name: changed ones are read again.
     parts += [stamp] if (stamp := rows.stamp) else []
     parts += [{"virtual tokens": task.virtual_tokens}] if task.virtual_tokens else []
+    parts += ["prefix"] if task.virtual_prefix else []
     parts += [settings, task.name, task.key, task.layout, classes, tokenizer_digest(tokenizer)]
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
 

@@ -14,7 +14,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ from launcher.errors import ConfigurationError, Problem
 from launcher.job.adapter import Adapter, is_own
 from launcher.planner.model.model_support import WITHOUT_ADAPTER
 from launcher.runs.places import here
-from launcher.training.model import adapter_starts, prompts
+from launcher.training.model import adapter_starts, prefixes, prompts
 from launcher.training.model.forward import output_embeddings_of
 
 WEIGHTS = "adapter_model.safetensors"
@@ -156,7 +156,10 @@ def beginning(
     parameters trained with it. Raises ConfigurationError if the file is for other layers or sizes.
     """
     if adapter.is_prompt:
-        yield from prompts.beginning(model, adapter, seed, tokenizer)
+        if adapter.is_prefix:
+            yield from prefixes.beginning(model, adapter, seed)
+        else:
+            yield from prompts.beginning(model, adapter, seed, tokenizer)
         return
     if adapter.init != "lora":
         yield from _of_weights(model, adapter)
@@ -228,10 +231,19 @@ def _hollow(parameter: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(torch.empty(parameter.shape, dtype=torch.float32, device="meta"))
 
 
-def inject(model: PreTrainedModel, adapter: Adapter, layers: Layers) -> Injected | prompts.Prompted:
+def inject(model: PreTrainedModel, adapter: Adapter, layers: Layers) -> Inserted:
     """Insert an adapter into a model, in fp32 and without memory yet. Raises ConfigurationError for a pattern
-    that matches none of its layers, and for a model without a table for virtual tokens."""
+    that matches none of its layers, and for a model without a table, or without layers, for virtual tokens."""
+    if adapter.is_prefix:
+        return prefixes.Prefixed(model, adapter)
     return prompts.Prompted(model, adapter) if adapter.is_prompt else Injected(model, adapter, layers)
+
+
+class Inserted(Protocol):
+    """An adapter in a model, which can be removed temporarily while the model's files are read."""
+
+    def take_out(self) -> None: ...
+    def put_back(self) -> None: ...
 
 
 class Injected:

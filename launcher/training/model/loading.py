@@ -25,7 +25,7 @@ from launcher import tasks
 from launcher.errors import ConfigurationError, Problem
 from launcher.planner.plan import Mesh, Plan
 from launcher.tasks.traits import HEADS
-from launcher.training.model import adapters, normalization, pretrained, prompts
+from launcher.training.model import adapters, normalization, pretrained
 from launcher.training.model.buffers import restore_buffers
 from launcher.training.model.conversion import converted_whole, copied_in_parts, cut_like
 from launcher.training.model.places import freeze, repeated_layers
@@ -130,7 +130,7 @@ def _starts_of_bias(
 
 def _add_adapter(
     model: PreTrainedModel,
-    injected: adapters.Injected | prompts.Prompted | None,
+    injected: adapters.Inserted | None,
     plan: Plan,
     new: tuple[str, ...],
     device: torch.device,
@@ -209,7 +209,7 @@ class _Seam:
 
     def __init__(self, plan: Plan, shard: Shard) -> None:
         self._plan, self._shard = plan, shard
-        self.injected: adapters.Injected | prompts.Prompted | None = None
+        self.injected: adapters.Inserted | None = None
         self.constants: tuple[str, ...] = ()
         """Parameters that the model's class itself freezes, such as Whisper's positions."""
 

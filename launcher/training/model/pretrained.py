@@ -54,9 +54,10 @@ def settled(plan: Plan) -> Plan:
     data, trusted = plan.data, plan.model.trust_remote_code
     names = tasks.names_of(plan.task, data)
     known = model_support.support_of_tasks(names, config.to_dict(), trusted, data.max_length, data.one_length)
-    adapter, reason = plan.model.adapter, model_support.why_no_prompt(plan.task, config.to_dict())
-    if adapter is not None and adapter.is_prompt and reason is not None:
-        raise ConfigurationError(Problem("model.adapter.method", adapter.method, reason))
+    if (adapter := plan.model.adapter) is not None and adapter.is_prompt:
+        reason = model_support.why_no_prompt(adapter, plan.task, config.to_dict())
+        if reason is not None:
+            raise ConfigurationError(Problem("model.adapter.method", adapter.method, reason))
     planned = model_support.Way(plan.layout, plan.attention, plan.head)
     if known.ways and (
         known is model_support.untried(plan.task)

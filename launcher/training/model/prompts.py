@@ -106,7 +106,8 @@ def put_out(adapter: Adapter, model: PreTrainedModel, values: dict[str, torch.Te
         return _put_out(encoder, torch.device("cpu"))
 
 
-def _generator(seed: int, name: str) -> torch.Generator:
+def generator_of(seed: int, name: str) -> torch.Generator:
+    """Return the random numbers of a run's seed for what has this name."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
@@ -124,7 +125,7 @@ def beginning(
     place = next(name for name, module in model.named_modules() if module is embedding)
     if adapter.has_encoder:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_generator(seed, ENCODER).initial_seed())
+            torch.manual_seed(generator_of(seed, ENCODER).initial_seed())
             encoder = _new_encoder(adapter, model)
         for name, parameter in encoder.named_parameters():
             yield f"{place}.{ENCODER}.{name}", parameter.detach()
@@ -133,7 +134,7 @@ def beginning(
         yield f"{place}.{PROMPT}", _stored(adapter, model)
         return
     if adapter.init_text is None:
-        generator = _generator(seed, PROMPT)
+        generator = generator_of(seed, PROMPT)
         ids = torch.randint(embedding.num_embeddings, (adapter.virtual_tokens,), generator=generator)
     else:
         ids = _tokens(adapter, tokenizer())
