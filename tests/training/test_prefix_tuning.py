@@ -147,7 +147,7 @@ def test_answers_to_prompts_of_a_batch_are_those_of_peft_to_each_alone(kind: str
             "num_beams": num_beams,
             "do_sample": False,
             "pad_token_id": 0,
-            "eos_token_id": [2],
+            "eos_token_id": [2, 3],
         }
     )
     longest = max(len(one["input_ids"]) for one in samples)
@@ -162,7 +162,7 @@ def test_answers_to_prompts_of_a_batch_are_those_of_peft_to_each_alone(kind: str
             words = torch.from_numpy(one["input_ids"]).long()[None, 5:]
             written = beside.generate(input_ids=words, attention_mask=torch.ones_like(words),
                                       max_new_tokens=9, num_beams=num_beams, do_sample=False, pad_token_id=0,
-                                      eos_token_id=2)  # fmt: skip
+                                      eos_token_id=[2, 3])  # fmt: skip
             new = written[0, words.shape[1] :]
             assert ours[row, : len(new)].tolist() == new.tolist()
 
