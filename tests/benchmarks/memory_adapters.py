@@ -76,6 +76,7 @@ class AdapterCase:
 IA3 = {"method": "ia3", "targets": ("k_proj", "v_proj", "down_proj"), "feedforward": ("down_proj",)}
 PROMPT = {"method": "prompt-tuning", "virtual_tokens": 16}
 MLP = {"method": "p-tuning", "virtual_tokens": 16}
+PREFIX = {"method": "prefix-tuning", "virtual_tokens": 16}
 LSTM = {"method": "p-tuning", "virtual_tokens": 16, "encoder": "lstm"}
 CASES = (
     AdapterCase("llama", 1, "fp32", "none"),
@@ -106,4 +107,8 @@ CASES = (
     AdapterCase("llama", 2, "bf16", "full", MLP, lengths=(96, 96, 96), stage=3),
     AdapterCase("llama", 1, "fp32", "full", LSTM, lengths=(96, 96, 96)),
     AdapterCase("llama", 2, "bf16", "none", LSTM, lengths=(96, 96, 96)),
+    AdapterCase("llama", 1, "fp32", "none", PREFIX, lengths=(96, 96, 96)),
+    AdapterCase("llama", 2, "fp32", "full", PREFIX, lengths=(96, 96, 96)),
+    AdapterCase("llama", 2, "bf16", "none", PREFIX, lengths=(96, 96, 96)),
+    AdapterCase("llama", 2, "bf16", "full", PREFIX, lengths=(96, 96, 96), stage=3),
 )

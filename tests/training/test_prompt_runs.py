@@ -59,8 +59,9 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def steps(plan: Plan, num_steps: int) -> dict[str, Any]:
-    """A few steps of twelve samples behind virtual tokens, this rank's share of them."""
+def steps(plan: Plan, num_steps: int, learns_first: bool = True) -> dict[str, Any]:
+    """A few steps of twelve samples behind virtual tokens, this rank's share of them. `learns_first`: the first
+    word from the last virtual token."""
     kind = attention.register(plan.attention)
     config = AutoConfig.from_pretrained(plan.model.name, attn_implementation=kind)
     engine = build(plan, Causal, config, deepspeed_config(plan) if plan.engine == "deepspeed" else {})
@@ -71,6 +72,8 @@ def steps(plan: Plan, num_steps: int) -> dict[str, Any]:
         mine = samples[rank * (len(samples) // size) : (rank + 1) * (len(samples) // size)]
         batch = batch_of_samples([torch.cat([VIRTUAL, sample]) for sample in mine])
         batch["targets"] = batch["targets"].where(batch["targets"] >= 0, -100)
+        if not learns_first:
+            batch["targets"][torch.tensor([0, *batch["lengths"]]).cumsum(0)[:-1] + COUNT - 1] = -100
         output = engine.micro_step(batch, 1 / sum(map(len, samples)), True)
         sums = torch.stack([output.loss_sum.detach().double() / sum(map(len, samples)),
                             engine.squared_gradient_norm().double()])  # fmt: skip

@@ -13,6 +13,7 @@ import yaml
 
 from launcher.cli.main import main
 from launcher.errors import ConfigurationError
+from launcher.job.adapter import Adapter
 from launcher.job.load import load
 from launcher.job.schema import Model
 from launcher.planner.dataset import suitability
