@@ -80,7 +80,9 @@ def _of_prompt(job: Job, adapter: Adapter) -> Iterator[Finding]:
             yield from _set(adapter, key, reason)
     if adapter.is_prefix and not tasks.find(job.model.task).traits.prefixes:
         able = ", ".join(name for name in tasks.names() if tasks.find(name).traits.prefixes)
-        reason = f"a {job.model.task} task reads no learned keys and values ({able} does); write prompt-tuning"
+        reason = (
+            f"a {job.model.task} task reads no learned keys and values ({able} does); write prompt-tuning"
+        )
         yield finding("model.adapter.method", adapter.method, reason, "model.task")
     elif not tasks.find(job.model.task).traits.prompts:
         able = ", ".join(name for name in tasks.names() if tasks.find(name).traits.prompts)

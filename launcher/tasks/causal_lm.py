@@ -61,7 +61,9 @@ class CausalLM(WritingTask):
     """
 
     name = "causal-lm"
-    traits = Traits("packed", causal=True, head="every-position", peft_type="CAUSAL_LM", prompts=True, prefixes=True)
+    traits = Traits(
+        "packed", causal=True, head="every-position", peft_type="CAUSAL_LM", prompts=True, prefixes=True
+    )
     Columns = CausalColumns
     column_ways = (("prompt", "completion"), ("messages",), ("text",))
     column_roles = roles.OF_CAUSAL_LM

@@ -190,7 +190,9 @@ def test_an_encoder_starts_as_that_of_peft_by_the_seed_alone() -> None:
     for adapter in ENCODED.values():
         model = tiny.model_of("llama", "causal-lm")
         adapters.inject(model, adapter, repeated_layers)
-        first, again, other = (dict(adapters.beginning(model, adapter, seed, tokenizer)) for seed in (1, 1, 2))
+        first, again, other = (
+            dict(adapters.beginning(model, adapter, seed, tokenizer)) for seed in (1, 1, 2)
+        )
         torch.manual_seed(7)
         theirs = PromptEncoder(prompts.settings(adapter, model))
         assert [name.rpartition("prompt_encoder.")[2] for name in first] == list(theirs.state_dict())

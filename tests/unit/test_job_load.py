@@ -565,7 +565,12 @@ CONTRADICTIONS = [
     ),
     (CAUSAL, [f"{P_TUNING}, encoder: gru}}"], "model.adapter.encoder", "write mlp or lstm"),
     (CAUSAL, [f"{PROMPT}, encoder: lstm}}"], "model.adapter.encoder", "write method: p-tuning, or leave it"),
-    (CAUSAL, ["model.adapter.encoder_hidden_size=8"], "model.adapter.encoder_hidden_size", "method: p-tuning"),
+    (
+        CAUSAL,
+        ["model.adapter.encoder_hidden_size=8"],
+        "model.adapter.encoder_hidden_size",
+        "method: p-tuning",
+    ),
     (
         CAUSAL,
         [f"{PROMPT}}}", "training.neftune_noise_alpha=5"],

@@ -331,7 +331,10 @@ def test_models_that_virtual_tokens_cannot_stand_before(
     [
         ({"model_type": "bloom"}, "a bloom model is not known to read learned keys and values as in peft"),
         ({"model_type": "qwen3_next"}, "write prompt-tuning or lora"),
-        ({"model_type": "mixtral", "output_router_logits": True}, "routers (output_router_logits) would count"),
+        (
+            {"model_type": "mixtral", "output_router_logits": True},
+            "routers (output_router_logits) would count",
+        ),
         ({"model_type": "mixtral", "output_router_logits": False}, None),
         ({"model_type": "gemma3_text"}, None),
         ({}, None),

@@ -54,8 +54,8 @@ WITH_PREFIX = frozenset((
     "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2", "vaultgemma", "xlm-roberta",
     "xlm-roberta-xl", "xmod",
 ))  # fmt: skip
-"""The model_types whose causal LM reads the keys and values of prefix tuning with PEFT's own numbers: each layer has
-one attention of transformers' interface, and a head of the size that PEFT takes from the config. A test compares
+"""The model_types whose causal LM reads the keys and values of prefix tuning with PEFT's own numbers. Each layer
+has one attention of transformers' interface, and heads of the size that PEFT takes from the config. A test compares
 them all."""
 SEES_PADDING = frozenset(
     (
@@ -121,8 +121,10 @@ def untried(task: str) -> Support:
 
 
 def why_no_prompt(adapter: Adapter, task: str, config: dict[str, Any]) -> str | None:
-    """Return why an adapter's virtual tokens cannot stand before the samples of a model, by its config.json; None
-    if they can as far as it says."""
+    """Return why an adapter's virtual tokens cannot stand before the samples of a model, by its config.json.
+
+    None if they can as far as it says.
+    """
     kind = str(config.get("model_type"))
     if adapter.is_prefix:
         return _why_no_prefix(kind, config) if "model_type" in config else None

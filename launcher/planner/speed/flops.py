@@ -78,9 +78,7 @@ def matrix_elements(unit: Unit, trained: bool = False) -> float:
     return sum(
         weight.num_elements * weight.used
         for weight in unit.weights
-        if len(weight.shape) >= 2
-        and (weight.trains or not trained)
-        and not is_of_virtual_tokens(weight.name)
+        if len(weight.shape) >= 2 and (weight.trains or not trained) and not is_of_virtual_tokens(weight.name)
     )
 
 

@@ -58,7 +58,9 @@ class Prefixed:
         self._attentions = list(attentions_of(model).values())
         layers = model.config.get_text_config().num_hidden_layers
         if [module.layer_idx for module in self._attentions] != list(range(layers)):
-            reason = f"{type(model).__name__} has not one attention in each layer; write prompt-tuning or lora"
+            reason = (
+                f"{type(model).__name__} has not one attention in each layer; write prompt-tuning or lora"
+            )
             raise ConfigurationError(Problem("model.adapter.method", adapter.method, reason))
         num_heads, head_size = sizes_of(model.config)
         places = _Places()
@@ -123,9 +125,7 @@ def _read_prefixes_in_attention() -> None:
     ALL_ATTENTION_FUNCTIONS.get_interface = looked_up
 
 
-def _behind(
-    module: nn.Module, key: torch.Tensor, value: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _behind(module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return keys and values [samples, heads, tokens, size] with the learned ones where virtual tokens stand.
 
     Without gradients they are written into the tensors themselves: in generation these are the cache, and the
@@ -167,8 +167,8 @@ def beginning(model: PreTrainedModel, adapter: Adapter, seed: int) -> Iterator[t
 
 
 def joined(adapter: Adapter, model: PreTrainedModel, values: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return what peft keeps: the keys and values of all layers, fp32 [virtual tokens, layers x 2 x heads x size],
-    from those by parameter name."""
+    """Return what peft keeps: the keys and values of all layers, by parameter name in `values`, as fp32 [virtual
+    tokens, layers x 2 x heads x size]."""
     return torch.cat([values[f"{name}.{PREFIX}"].float() for name in attentions_of(model)], dim=1)
 
 
