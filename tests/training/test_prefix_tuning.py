@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,12 @@ from launcher.tasks.task import virtual_ids
 from launcher.training import generating
 from launcher.training.engines.companions import bind_loss
 from launcher.training.engines.recompute import checkpoint_activations
-from launcher.training.model import adapters, attention, prefixes
+from launcher.training.model import adapters, attention, prefixes, pretrained
 from launcher.training.model.loading import repeated_layers
 from launcher.training.operations import flops_per_token
 from tests.families import tiny
 from tests.tiers import slow_but
+from tests.training.plans import plan_of
 from tests.training.runs import tokenizer
 from tests.training.test_prompt_tuning import by_peft, equal, samples_of, task_of
 
@@ -180,6 +182,15 @@ def test_no_word_is_learned_from_keys_and_values() -> None:
 def test_a_model_with_layers_of_another_kind_is_refused() -> None:
     with pytest.raises(ConfigurationError, match=r"JambaForCausalLM has not one attention in each layer"):
         adapters.inject(tiny.model_of("jamba", "causal-lm"), ADAPTER, repeated_layers)
+
+
+def test_a_model_that_is_first_seen_on_a_rank_is_refused_there(tmp_path: Path) -> None:
+    tiny.config_of("bloom", "causal-lm").save_pretrained(tmp_path)
+    plan = plan_of(tmp_path, model__adapter={"method": "prefix-tuning"})
+    with pytest.raises(
+        ConfigurationError, match=r"a bloom model is not known to read learned keys and values"
+    ):
+        pretrained.settled(plan)
 
 
 def test_the_start_is_normal_by_the_seed_alone() -> None:

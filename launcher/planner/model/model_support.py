@@ -54,9 +54,10 @@ WITH_PREFIX = frozenset((
     "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2", "vaultgemma", "xlm-roberta",
     "xlm-roberta-xl", "xmod",
 ))  # fmt: skip
-"""The model_types whose causal LM reads the keys and values of prefix tuning with PEFT's own numbers. Each layer
-has one attention of transformers' interface, and heads of the size that PEFT takes from the config. A test compares
-them all."""
+"""The model_types whose causal LM reads the keys and values of prefix tuning with PEFT's own numbers.
+
+Each layer has one attention of transformers' interface, and heads of the size that PEFT takes from the config. A
+test compares them all."""
 SEES_PADDING = frozenset(
     (
         *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus"),

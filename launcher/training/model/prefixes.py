@@ -91,10 +91,10 @@ class Prefixed:
 
 
 class _Places:
-    """Where virtual tokens stand in the pass of a model: int64 [samples, tokens], the number of each from 0 on,
-    and something negative for a word."""
+    """A place for where virtual tokens stand in the pass of a model."""
 
     numbers: torch.Tensor | None = None
+    """The number of each virtual token from 0 on, int64 [samples, tokens]; something negative for a word."""
 
 
 def _read_prefixes_in_attention() -> None:

@@ -1,5 +1,6 @@
-"""Prompt tuning and P-tuning: learned vectors, or what a learned encoder makes of such, in the place of the
-embeddings of virtual tokens, which have negative ids.
+"""Prompt tuning and P-tuning: learned vectors in the place of the embeddings of virtual tokens.
+
+These have negative ids. In P-tuning a learned encoder makes the vectors of others.
 
 peft embeds the words, and joins the vectors of virtual tokens before them. Here the input embeddings themselves
 do it, by the ids that a task has put before each sample. So a model's own code sees one sequence of tokens:
