@@ -81,8 +81,8 @@ class Levels(NamedTuple):
 
 
 def levels(signed: bool, device: torch.device) -> Levels:
-    """Return the levels of dynamic quantization (arXiv 2110.02861, sections 1.3 and 2.2): in each of seven decades, twice
-    as many as in the one below it, evenly spaced.
+    """Return the levels of dynamic quantization (arXiv 2110.02861, sections 1.3 and 2.2): in each of seven
+    decades, twice as many as in the one below it, evenly spaced.
 
     The second moment, without sign, becomes 0 only where it is 0: below the lowest level it is rounded up.
     Rounded to 0, and with a gradient of 0 in the next step, that step would divide by epsilon alone.
