@@ -14,6 +14,9 @@ from torch import nn
 from launcher.errors import ConfigurationError
 from launcher.job.schema import Training
 from launcher.planner.limits import in_bytes
+from launcher.planner.memory.estimate import Estimator
+from launcher.planner.memory.formulas import formulas_of
+from launcher.planner.model.model_config import read_config
 from launcher.training import byte_moments
 from launcher.training import optimizer as optimizers
 from launcher.training.byte_moments import decoded, encode, levels
@@ -248,6 +251,10 @@ def test_resumed_it_is_bit_equal_and_goes_on_on_another_number_of_ranks(tmp_path
     assert_equal(state(stopped), state(whole))
     codes = "optimizer.model.layers.0.mlp.down_proj.weight.exp_avg_sq"
     assert state(whole)[codes].dtype == torch.uint8 and state(whole)[f"{codes}_scale"].shape == (48, 2)
+    formulas = formulas_of(plan, read_config(str(model)) or {})
+    assert formulas is not None
+    num_bytes = sum(tensor.nbytes for name, tensor in state(whole).items() if name != "optimizer.step")
+    assert num_bytes == Estimator(plan, formulas).checkpoint_bytes
     finish(moved, 2, stop_at=3)
     three = plan_for(model, data, 3, 6, batch=batch_of(3, 4), training=BYTES)
     go_on(moved, three, tmp_path / "loaded.pt")
