@@ -166,7 +166,7 @@ def fully_cut(plan: Plan, replicate: int) -> Plan:
 def _offloaded(plan: Plan) -> Iterator[Plan]:
     """Yield the plan with more offloaded, unless the job left that open, as it was tried then."""
     decided = {decision.key for decision in plan.decisions}
-    if plan.training.needs_whole_matrices:
+    if plan.training.needs_whole_rows:
         return
     if plan.mesh.device != "cuda" or plan.offload != "none" or "memory.offload" in decided:
         return

@@ -346,11 +346,11 @@ def test_what_is_not_to_be_cut_is_not_handed_to_an_engine_that_cuts(tmp_path: Pa
     assert (made.engine, made.sharding) == ("fsdp", "none")
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adafactor"])
-def test_what_needs_whole_matrices_is_not_handed_to_an_engine_that_cuts_them_up_nor_off_the_device(
-    optimizer: str, tmp_path: Path
+@pytest.mark.parametrize("training", [{"optimizer": "muon"}, {"optimizer": "adafactor"}, {"moments": "8bit"}])
+def test_what_needs_whole_rows_is_not_handed_to_an_engine_that_cuts_them_up_nor_off_the_device(
+    training: dict[str, str], tmp_path: Path
 ) -> None:
-    job = small(tmp_path, training={"optimizer": optimizer})
+    job = small(tmp_path, training=training)
     made = plan_job(job, None, machine(80), local=False)
     assert [[(one.engine, one.offload) for one in group] for group in engine_options(job, made)] == [
         [("fsdp", "none")]

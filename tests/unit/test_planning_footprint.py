@@ -13,12 +13,13 @@ import pytest
 
 from launcher.errors import ConfigurationError
 from launcher.planner.forecast import forecast
+from launcher.planner.limits import MOMENT_TABLES
 from launcher.planner.memory import operators as ops
 from launcher.planner.memory.estimate import Estimator
 from launcher.planner.memory.footprint import Footprint
 from launcher.planner.memory.formulas import formulas_of
 from launcher.planner.memory.profiles import CACHED
-from launcher.planner.memory.program import Batch
+from launcher.planner.memory.program import Batch, Weight
 from launcher.planner.memory.symbolic import (
     Meter,
     Parameter,
@@ -121,6 +122,20 @@ def test_moments_in_bf16_are_four_bytes_of_each_that_trains_fewer() -> None:
     zero = {"training__moments": "bf16", **deepspeed(3)}
     wide, half = (footprint(**{**zero, "training__moments": one}) for one in ("fp32", "bf16"))
     assert wide.phase("loading").peak - half.phase("loading").peak == parameters * 4 // 8
+
+
+def test_moments_in_8_bits_are_two_bytes_of_an_element_and_two_scales_of_a_block() -> None:
+    """By hand: of Llama 3.1 8B on 8 ranks all but the norms, whose rows are whole blocks of 256."""
+    parameters, norms = 8_030_261_248, 65 * 4096
+    matrices = parameters - norms
+    narrow = footprint(training__moments="8bit").phase("loading").peak
+    assert narrow == (4 * parameters + 8 * norms + 2 * matrices + 8 * matrices // 256) // 8 + MOMENT_TABLES
+    uneven = Weight("any", (30, 300), in_bytes=True)
+    assert 8 * uneven.shard(4) - uneven.spared(4) == 2 * 8 * 300 + 8 * 8 * 2
+    whole = footprint(training__moments="8bit", world=1).phase("steady step")
+    assert whole.peak - footprint(world=1).phase("steady step").peak == MOMENT_TABLES - (
+        6 * matrices - 8 * matrices // 256
+    ), "what widens them is less than the peak of the passes"
 
 
 def test_of_adafactor_matrices_have_a_number_for_each_row_and_column() -> None:

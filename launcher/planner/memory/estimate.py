@@ -22,7 +22,7 @@ from launcher.planner.plan import Plan, Zero
 
 STATE_COPIES = {"adamw": 2, "adam": 2, "sgd": 1, "muon": 2, "adafactor": 1}
 """fp32 numbers of optimizer state per trained element. A matrix updated by Muon has one fewer; one updated by
-Adafactor has a number for each row and each column instead."""
+Adafactor has a number for each row and each column instead. Moments in 8 bits are counted by `Weight.spared`."""
 STAGED = "staged checkpoint"
 CUDA_CONTEXT = 1 << 30
 """Assumed, not measured here: the CUDA context, its libraries and NCCL's own buffers."""
@@ -170,7 +170,7 @@ class Estimator:
         parameters = sum(unit.num_elements(trained=self.adapter is not None) for unit in self._all)
         trained = sum(unit.num_elements(trained=True) for unit in self._all)
         spared = sum(unit.spared_shard(1) for unit in self._all)
-        return 4 * (parameters + self.copies * trained - spared)
+        return 4 * (parameters + self.copies * trained) - spared
 
     def segments(self, **changes: Any) -> list[Segment]:
         """Return the blocks of one micro-batch; in training with the teacher's forward pass, if any."""

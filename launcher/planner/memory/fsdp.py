@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from launcher.planner.limits import NORM_ELEMENTS, WIDENED_MOMENTS
+from launcher.planner.limits import MOMENT_TABLES, NORM_ELEMENTS, WIDENED_BYTES, WIDENED_MOMENTS
 from launcher.planner.memory.program import Segment, Unit
 from launcher.planner.memory.timeline import (
     GATHERED,
@@ -80,9 +80,10 @@ class FsdpStep:
         narrow = sum(unit.narrow_shard(self.cut.ranks) for unit in self.units)
         trained = sum(unit.shard(self.cut.ranks, trained=True) for unit in self.units)
         spared = sum(unit.spared_shard(self.cut.ranks) for unit in self.units)
+        in_bytes = any(one.in_bytes and one.trains for unit in self.units for one in unit.weights)
         return {
             PARAMETERS: 4 * parameters - (4 - self.cut.itemsize) * narrow,
-            OPTIMIZER: 4 * self.cut.state_copies * trained - 4 * spared,
+            OPTIMIZER: 4 * self.cut.state_copies * trained - spared + MOMENT_TABLES * in_bytes,
         }
 
     def _gathered(self, unit: Unit) -> int:
@@ -251,7 +252,8 @@ class FsdpStep:
         """Count an optimizer's temporaries.
 
         Adafactor has the update of the largest shard, and pieces of it in fp64 for its norm. Moments in bf16
-        have a piece in fp32, and the random numbers that round it.
+        have a piece in fp32, and the random numbers that round it. Those in 8 bits have a piece in fp32, and
+        what finds its codes.
         """
         self._muon()
         weights = [one for unit in self.units for one in unit.weights if one.trains]
@@ -261,6 +263,8 @@ class FsdpStep:
         if self.cut.widens_moments and not self.cut.offloads:
             largest = max(unit.largest_shard(self.cut.ranks) for unit in self.units)
             held = 12 * min(WIDENED_MOMENTS, largest)
+        if narrow := [one.shard(self.cut.ranks) for one in weights if one.in_bytes]:
+            held = 17 * min(WIDENED_BYTES, max(narrow))
         self.time.touch(TEMPORARIES, held, "optimizer")
 
     def gradient_modes(self) -> tuple[dict[str, bool], dict[str, bool]]:
