@@ -167,11 +167,10 @@ def _print(preview: Preview, whole: bool) -> None:
     from launcher.cli.forecast import bars, beside_trace, nearest, speed_lines
     from launcher.cli.output import columns_of, folded
     from launcher.cli.plan_tables import table
-    from launcher.planner.dataset.dataset_size import training_items
 
     forecast = preview.shown
     width = columns_of(sys.stdout)
-    typer.echo(folded(table(preview.plan, training_items(preview.plan), whole), width))
+    typer.echo(folded(table(preview.plan, preview.sizes.training, whole), width))
     if forecast is None:
         text = (
             "What is open is decided as it needs the least; `launcher run` checks the training state alone."
@@ -180,7 +179,7 @@ def _print(preview: Preview, whole: bool) -> None:
         return
     traced = beside_trace(forecast, preview.forecast) if preview.traced or forecast.traced else ""
     instead = "" if forecast.fits else nearest(preview.suggestions)
-    parts = [bars(forecast, width), traced, speed_lines(forecast, preview.no_epoch), instead]
+    parts = [bars(forecast, width), traced, speed_lines(forecast, preview.sizes.why_unknown), instead]
     typer.echo(folded("\n".join(filter(None, parts)), width))
 
 
@@ -189,7 +188,7 @@ def _print_as_json(preview: Preview, trace: bool) -> None:
 
     forecasts = {"forecast": preview.forecast} | ({"traced": preview.traced} if trace else {})
     content = {name: forecast.to_dict() if forecast else None for name, forecast in forecasts.items()}
-    reasons = {"no_forecast": preview.no_forecast, "no_epoch": preview.no_epoch}
+    reasons = {"no_forecast": preview.no_forecast, "no_epoch": preview.sizes.why_unknown}
     suggestions = [{"changes": each.text, "forecast": each.forecast.line()} for each in preview.suggestions]
     print_json(json.loads(preview.plan.to_json()) | content | reasons | {"suggestions": suggestions})
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from launcher.errors import ConfigurationError, Problem
 from launcher.job.schema import Job
-from launcher.planner.forecast import Forecast, forecast
+from launcher.planner.forecast import Forecast, forecast_of
 from launcher.planner.hardware.detect import Hardware
 from launcher.planner.hardware.gpu_table import NETWORKS, GpuType, gpu_type, on_network, seen
 from launcher.planner.memory.profiles import CACHED, Profiles
@@ -123,7 +123,7 @@ def plan_on(
     pinned = job.model_copy(update={"cluster": cluster.model_copy(update=sizes)})
     plan = plan_job(pinned, None, node, local=False, offloading=offloading, profiles=profiles)
     target = Target(gpu.memory_bytes, gpu, node.memory_bytes)
-    return PlanRow(gpu.key, plan, forecast(plan, target, profiles), target=target)
+    return PlanRow(gpu.key, plan, forecast_of(plan, target, profiles), target=target)
 
 
 def gpus_per_node(job: Job) -> int:

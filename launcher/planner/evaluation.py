@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from launcher import tasks
 from launcher.errors import OutOfMemoryError
+from launcher.planner.dataset.dataset_size import DatasetSizes
 from launcher.planner.forecast import Forecast
 from launcher.planner.hardware.detect import Hardware
 from launcher.planner.memory.estimate import Estimator
@@ -87,7 +88,7 @@ def _generating(plan: Plan) -> Plan:
 
 
 def _forecast(plan: Plan, program: Program, hardware: Hardware) -> Forecast:
-    return Forecast(plan, measured(plan, program), target_here(plan, hardware), 0, program)
+    return Forecast(plan, measured(plan, program), target_here(plan, hardware), 0, program, DatasetSizes())
 
 
 def _refuse(least: Forecast, global_batch_size: int, profiles: Profiles, hardware: Hardware) -> Forecast:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from launcher.errors import ConfigurationError, Problem
 from launcher.job.schema import Job
 from launcher.planner.comparison import gpu_types, plan_on, with_network
-from launcher.planner.dataset.dataset_size import why_no_items
-from launcher.planner.forecast import Forecast, forecast
+from launcher.planner.dataset.dataset_size import DatasetSizes
+from launcher.planner.forecast import Forecast, forecast_of
 from launcher.planner.hardware.detect import Hardware
 from launcher.planner.memory.profiles import CACHED, Profiles
 from launcher.planner.plan import Plan
@@ -28,8 +28,8 @@ class Preview:
     """The forecast by the model's own class, if requested."""
     no_forecast: str | None
     """Why there is no forecast."""
-    no_epoch: str | None
-    """Why an epoch's samples are unknown."""
+    sizes: DatasetSizes
+    """The samples of its data."""
     suggestions: tuple[Suggestion, ...]
     """The nearest plans that fit, if this one does not."""
 
@@ -62,8 +62,8 @@ def preview_job(
         plan = plan_job(job, nproc, hardware, local=here, profiles=profiles)
         per_node = len(hardware.gpus) or GPUS_PER_NODE
         target = target_here(plan, hardware, job.cluster.network)
-        foreseen = forecast(plan, target, profiles)
-        traced = forecast(plan, target, compared) if compared else None
+        foreseen = forecast_of(plan, target, profiles)
+        traced = forecast_of(plan, target, compared) if compared else None
     else:
         if nproc is not None:
             raise ConfigurationError(_ranks_of_this_machine(job, nproc, gpu))
@@ -71,11 +71,11 @@ def preview_job(
         row = plan_on(job, kind, profiles=profiles)
         plan, foreseen, traced = row.plan, row.forecast, None
         if compared is not None and row.target is not None:
-            traced = forecast(plan, row.target, compared)
+            traced = forecast_of(plan, row.target, compared)
     shown = traced or foreseen
     suggestions = nearest_that_fit(shown, per_node=per_node) if shown and not shown.fits else []
     no_forecast = None if foreseen else profiles.why_not(plan)
-    return Preview(plan, foreseen, traced, no_forecast, why_no_items(plan), tuple(suggestions))
+    return Preview(plan, foreseen, traced, no_forecast, DatasetSizes.of(plan), tuple(suggestions))
 
 
 def _ranks_of_this_machine(job: Job, nproc: int, gpu: str | None) -> Problem:

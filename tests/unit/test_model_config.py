@@ -18,7 +18,7 @@ from launcher.errors import ConfigurationError
 from launcher.job.load import load
 from launcher.job.reference import json_schema
 from launcher.job.schema import Model
-from launcher.planner.forecast import forecast
+from launcher.planner.forecast import forecast_of
 from launcher.planner.memory.decoders import LLAMAS
 from launcher.planner.memory.formulas import KNOWN, program_of
 from launcher.planner.model.model_config import config_of, locate
@@ -119,7 +119,7 @@ def test_weights_that_are_loaded_bring_their_own_sizes(tmp_path: Path) -> None:
 def test_no_config_anywhere_says_what_to_do(tmp_path: Path) -> None:
     seen = preview_job(load(written(tmp_path, config=None)))
     assert seen.forecast is None and "write model.config" in str(seen.no_forecast)
-    assert forecast(seen.plan, Target()) is None
+    assert forecast_of(seen.plan, Target()) is None
 
 
 def test_editors_are_told_that_it_is_an_object() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from launcher.errors import ConfigurationError
-from launcher.planner.forecast import forecast
+from launcher.planner.forecast import forecast_of
 from launcher.planner.memory import operators as ops
 from launcher.planner.memory.estimate import Estimator
 from launcher.planner.memory.footprint import Footprint
@@ -287,12 +287,12 @@ def test_the_parts_add_up_to_the_peak() -> None:
 
 def test_unknown_architectures_and_configs_without_sizes(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, 1)
-    assert "no config.json" in CACHED.why_not(plan) and forecast(plan, Target()) is None
+    assert "no config.json" in CACHED.why_not(plan) and forecast_of(plan, Target()) is None
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
     assert "no profile of this mamba model" in CACHED.why_not(plan)
     (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 8}')
     with pytest.raises(ConfigurationError, match="has no num_hidden_layers"):
-        forecast(plan, Target())
+        forecast_of(plan, Target())
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from launcher.planner.candidates import cut_words, other_cuts
 from launcher.planner.comparison import scale
 from launcher.planner.decide import candidate
 from launcher.planner.fastest import NEARLY
-from launcher.planner.forecast import forecast_here
+from launcher.planner.forecast import forecast_of
 from launcher.planner.hardware.detect import Hardware
 from launcher.planner.hardware.gpu_table import gpu_type, on_network
 from launcher.planner.plan import Plan
@@ -23,7 +23,7 @@ from launcher.planner.preview import preview_job
 from launcher.planner.resolve.batch import with_batch
 from launcher.planner.search import _with_the_least, plan_job
 from launcher.planner.speed.step_time import speed
-from launcher.planner.target import hardware_of
+from launcher.planner.target import hardware_of, target_here
 from launcher.runs.machine import Machine, Rates, path
 from tests.unit.given_profiles import given, traced
 from tests.unit.test_planning_footprint import LLAMA
@@ -227,11 +227,11 @@ def test_a_smaller_micro_batch_is_taken_where_it_pads_less(tmp_path: Path) -> No
     Machine((Rates("cpu", "2026-11-26", {"fp32": 50e9}, 2e10, 2e9),)).write()
     here = Hardware(2, 64 << 30)
     plan = plan_job(Job.model_validate(content), 2, here, profiles=profiles)
-    said = forecast_here(with_batch(plan, 16), here, profiles=profiles)
+    said = forecast_of(with_batch(plan, 16), target_here(plan, here), profiles)
     assert said is not None and f"of {said.items.mean:.0f} tokens, padded to " in speed_lines(said)  # type: ignore[union-attr]
     steps = {}
     for micro in (1, 2, 4, 8, 16, 32):
-        made = forecast_here(with_batch(plan, micro), here, profiles=profiles)
+        made = forecast_of(with_batch(plan, micro), target_here(plan, here), profiles)
         assert made is not None and made.speed is not None and made.fits
         steps[micro] = made.speed.step
     path().unlink()
