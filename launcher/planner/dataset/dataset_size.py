@@ -17,7 +17,7 @@ from launcher.planner.dataset.usable_rows import changed as changed_at
 from launcher.planner.dataset.usable_rows import sample_of
 from launcher.planner.model.model_config import locate
 from launcher.planner.plan import BatchPlan, Plan
-from launcher.tasks.mixed import data_of, of_one_task
+from launcher.tasks.mixed import task_of
 
 _MOST_LENGTHS = 1024
 """Number of lengths that represent an epoch of several sources."""
@@ -103,8 +103,8 @@ def one_pass(source: Source, data: Data, model: str, task: str, virtual_tokens: 
         return _looked(source, data, model, task, virtual_tokens, changed_at(source))
     every: list[Items] = []
     for one in source.sources:
-        kind, _ = of_one_task(task, data, one)
-        items = _looked(one, data_of(task, data, one), model, kind, virtual_tokens, changed_at(one))
+        own = task_of(task, data, one)
+        items = _looked(one, own.data, model, own.name, virtual_tokens, changed_at(one))
         if isinstance(items, str):
             return items
         every.append(items)

@@ -18,7 +18,7 @@ from launcher.planner.dataset.findings import Findings
 from launcher.planner.dataset.token_lengths import texts_or_problem, too_long
 from launcher.planner.model.model_config import locate
 from launcher.tasks import media
-from launcher.tasks.mixed import data_of, of_one_task
+from launcher.tasks.mixed import task_of
 from launcher.tasks.task import Task
 
 _FEW_ROWS = 64
@@ -63,8 +63,7 @@ def look_at_rows(job: Job) -> Findings:
         for number, source in enumerate(given.parts if given is not None else ()):
             own = task
             if given is not None and given.sources:
-                kind, _ = of_one_task(task.name, job.data, source)
-                own = tasks.find(kind)(data_of(task.name, job.data, source))
+                own = task_of(task.name, job.data, source)
                 own.evaluation, own.virtual_tokens = task.evaluation, task.virtual_tokens
             if given is not None and source.path is not None:
                 looks.append(_of_source(given.key(role, number), source, own, model, told))
