@@ -73,7 +73,7 @@ class Estimator:
         self.copies += near is not None and near.fisher is not None
         self.teacher: Teacher | WrittenTeacher | None = None
         if isinstance(program, Taught):
-            self.teacher = Teacher(plan, program.teacher, self.setting, self._fsdp_cut())
+            self.teacher = Teacher(plan, program, self.setting, self._fsdp_cut())
         elif isinstance(program, TaughtAhead):
             self.teacher = WrittenTeacher(plan, program, self.setting, self._fsdp_cut())
 

@@ -25,10 +25,10 @@ from launcher.planner.hardware.detect import cpu_flags
 from launcher.planner.memory.formulas import formulas_of
 from launcher.planner.memory.profile import Profile
 from launcher.planner.memory.program import Program, Unit, Weight
-from launcher.planner.memory.teacher import Taught, projection
+from launcher.planner.memory.teacher import Taught
 from launcher.planner.memory.written_states import TaughtAhead
 from launcher.planner.model.model_config import config_of, locate
-from launcher.planner.model.model_shape import stored_parameters
+from launcher.planner.model.model_shape import Stack, stored_parameters
 from launcher.planner.plan import Plan
 from launcher.runs import cache
 from launcher.tasks.written_logits import Manifest
@@ -83,7 +83,7 @@ class Profiles:
             ways += "model.config"
             return Unknown(f"no config.json of {plan.model.name} on this machine; {ways}")
         if plan.distillation is not None:
-            return self._taught(plan) if plan.distillation.teacher else self._taught_ahead(plan)
+            return self._taught(plan, config) if plan.distillation.teacher else self._taught_ahead(plan)
         if beside := tasks.unprepared(plan).companions:
             return Unknown(
                 f"the task asks models beside this one ({', '.join(beside)}), whose memory nothing counts"
@@ -99,7 +99,7 @@ class Profiles:
             raise answer
         return answer
 
-    def _taught(self, plan: Plan) -> Program | Unknown:
+    def _taught(self, plan: Plan, config: dict[str, Any]) -> Program | Unknown:
         student = self.find(plan.model_copy(update={"distillation": None}))
         beside = plan.of_teacher()
         teacher = self.find(beside)
@@ -107,7 +107,10 @@ class Profiles:
             return student
         if isinstance(teacher, Unknown):
             return Unknown(f"of its teacher: {teacher.reason}")
-        return Taught(student, teacher, projection(plan, beside))
+        if plan.distillation is None or plan.distillation.hidden_states is None:
+            return Taught(student, teacher)
+        own, other = Stack.of(config), Stack.of(config_of(beside.model))
+        return Taught(student, teacher, (own, other) if own is not None and other is not None else None)
 
     def _taught_ahead(self, plan: Plan) -> Program | Unknown:
         student = self.find(plan.model_copy(update={"distillation": None}))
