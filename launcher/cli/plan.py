@@ -95,11 +95,11 @@ def plan(
 ) -> None:
     """Show what will run: every decision with its reason."""
     from launcher.job.load import load
-    from launcher.planner.comparison import with_prices
+    from launcher.planner.comparison import with_network, with_prices
     from launcher.planner.model.model_config import fetch_config
     from launcher.planner.preview import preview_job
 
-    wanted = load(job, overrides)
+    wanted = with_network(load(job, overrides), network)
     if fetch and wanted.model.config is None:
         fetch_config(wanted.model.name, wanted.model.revision)
     profiles = profiles_for(trace is not False)
@@ -108,11 +108,11 @@ def plan(
         drawn = None if picture is None else str(picture)
         _refuse_of_one_plan({"--nproc": nproc, "--explain": explain, "--picture": drawn}, trace)
         searched = (deadline, max_gpus or _MOST) if fewest else None
-        rows, left_out = _rows(wanted, gpu, network, scale, searched, profiles)
+        rows, left_out = _rows(wanted, gpu, scale, searched, profiles)
         _print_rows(with_prices(rows, price), left_out, fewest, as_json)
         return
     compared = profiles_for(starts=True, formulas=False) if trace else None
-    preview = preview_job(wanted, nproc, gpu, network, profiles, compared)
+    preview = preview_job(wanted, nproc, gpu, profiles, compared)
     if picture is not None:
         _draw(picture, preview)
     if explain is not None:
@@ -126,12 +126,7 @@ def plan(
 
 
 def _rows(
-    job: Job,
-    gpu: str | None,
-    network: str | None,
-    scale: str | None,
-    fewest: tuple[str | None, int] | None,
-    profiles: Profiles,
+    job: Job, gpu: str | None, scale: str | None, fewest: tuple[str | None, int] | None, profiles: Profiles
 ) -> tuple[list[PlanRow], tuple[Refused, ...] | None]:
     """Return plans to compare, and the GPU counts that a scale left out. fewest: deadline and most GPUs.
 
@@ -144,10 +139,10 @@ def _rows(
         reason = "shows every number of GPUs, and --deadline and --max-gpus look for the fewest"
         raise ConfigurationError(Problem("--scale", scale, f"{reason}; leave one of them out"))
     if fewest is not None:
-        return fewest_gpus.fewest_gpus(job, *fewest, gpu, network, profiles), None
+        return fewest_gpus.fewest_gpus(job, *fewest, gpu, profiles), None
     if scale is not None:
-        return comparison.scale(job, scale, gpu, network, profiles)
-    return comparison.compare(job, gpu, network, profiles), None
+        return comparison.scale(job, scale, gpu, profiles)
+    return comparison.compare(job, gpu, profiles), None
 
 
 def _print_rows(

@@ -9,7 +9,7 @@ from launcher.planner.dataset.dataset_size import DatasetSizes, Items
 from launcher.planner.memory.estimate import Estimator, batch_of
 from launcher.planner.memory.footprint import Footprint
 from launcher.planner.memory.formulas import Formulas
-from launcher.planner.memory.profiles import CACHED, Profiles
+from launcher.planner.memory.profiles import CACHED, Profiles, Unknown
 from launcher.planner.memory.program import Program
 from launcher.planner.memory.teacher import Taught, Teacher
 from launcher.planner.memory.written_states import TaughtAhead
@@ -158,15 +158,15 @@ class Forecast:
         return content
 
 
-def forecast_of(plan: Plan, target: Target, profiles: Profiles = CACHED) -> Forecast | None:
-    """Return the forecast of a plan, with its model and data looked up; None if its model's memory cannot be
+def forecast_of(plan: Plan, target: Target, profiles: Profiles = CACHED) -> Forecast | Unknown:
+    """Return the forecast of a plan, with its model and data looked up, or why its model's memory cannot be
     forecast.
 
     profiles: the source of the model's program.
     """
-    program = profiles.program(plan)
-    if program is None:
-        return None
+    program = profiles.find(plan)
+    if isinstance(program, Unknown):
+        return program
     return forecast(plan, target, program, sizes_for(plan, target))
 
 

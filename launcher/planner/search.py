@@ -13,7 +13,7 @@ from launcher.job.script_job import OWN
 from launcher.planner import candidates
 from launcher.planner.decide import candidate
 from launcher.planner.fastest import Search
-from launcher.planner.forecast import forecast_of, sizes_for
+from launcher.planner.forecast import Forecast, forecast_of, sizes_for
 from launcher.planner.hardware.detect import Hardware
 from launcher.planner.memory.limits import TOKENS_PER_PASS, samples_per_pass
 from launcher.planner.memory.profiles import CACHED, Profiles, Unknown
@@ -84,7 +84,7 @@ def _plan_fewest_nodes(request: _Request) -> Plan:
             continue
         target = target_of(plan, request.hardware, cluster.network)
         judged = forecast_of(plan, target, request.profiles) if target.memory_bytes else None
-        smallest.add(Attempt(count, plan, judged, request.profiles.why_not(plan)))
+        smallest.add(Attempt(count, plan, judged if isinstance(judged, Forecast) else None))
     if smallest.taken is not None:
         reason = f"the fewest of {low}-{high} that fit"
         reason += "; without offloading none of them does" if smallest.needs_offloading else ""

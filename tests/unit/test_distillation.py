@@ -21,7 +21,7 @@ from launcher.planner.changes import changes
 from launcher.planner.forecast import forecast_of
 from launcher.planner.hardware.detect import Hardware
 from launcher.planner.memory.estimate import Estimator
-from launcher.planner.memory.profiles import Profiles
+from launcher.planner.memory.profiles import Profiles, Unknown
 from launcher.planner.memory.written_states import TaughtAhead
 from launcher.planner.plan import Plan
 from launcher.planner.search import plan_job
@@ -459,7 +459,9 @@ def test_of_written_states_the_output_matrix_is_planned(tmp_path: Path) -> None:
     assert known is not None and bare is not None and not known.traced
     assert known.speed is not None and bare.speed is not None and known.speed.compute > bare.speed.compute
     shutil.rmtree(tmp_path / "logits")
-    assert "of the logits written ahead: has no manifest.json" in Profiles().why_not(plan)
+    unknown = Profiles().find(plan)
+    assert isinstance(unknown, Unknown)
+    assert "of the logits written ahead: has no manifest.json" in unknown.reason
 
 
 @pytest.mark.parametrize(

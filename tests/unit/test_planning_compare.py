@@ -14,7 +14,7 @@ from launcher.cli.plan_tables import cells, explained, scaling_plots
 from launcher.data.section import Sources
 from launcher.errors import ConfigurationError
 from launcher.job.schema import Job
-from launcher.planner.comparison import compare, scale, with_prices
+from launcher.planner.comparison import compare, scale, with_network, with_prices
 from launcher.planner.dataset.dataset_size import DatasetSizes
 from launcher.planner.fewest_gpus import fewest_gpus
 from launcher.planner.forecast import forecast_of
@@ -162,7 +162,7 @@ def test_spans_and_networks_that_are_none(
     job: Job, span: str, gpu: str, network: str | None, text: str
 ) -> None:
     with pytest.raises(ConfigurationError, match=text):
-        scale(job, span, gpu, network)
+        scale(with_network(job, network), span, gpu)
 
 
 def test_numbers_that_are_not_possible_are_left_out_of_a_scale_and_said(job: Job) -> None:

@@ -124,16 +124,6 @@ class Profiles:
             return Unknown(f"of the logits written ahead: {error.problems[0].reason}")
         return student if manifest.hidden is None else TaughtAhead.of(student, manifest)
 
-    def program(self, plan: Plan) -> Program | None:
-        """Return the program of a plan's model; None if its memory cannot be forecast."""
-        program = self.find(plan)
-        return None if isinstance(program, Unknown) else program
-
-    def why_not(self, plan: Plan) -> str:
-        """Return the reason why a model's memory cannot be forecast, in one clause; empty if it can."""
-        program = self.find(plan)
-        return program.reason if isinstance(program, Unknown) else ""
-
     def _profile(self, plan: Plan, key: str, kind: str) -> Program | Unknown | ConfigurationError:
         path = cache.root() / "profiles" / f"{key}.json"
         answer = _read(path)
