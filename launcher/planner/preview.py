@@ -66,12 +66,19 @@ def preview_job(
         [kind] = gpu_types(job, gpu)
         plan, target = plan_on(job, kind, profiles=profiles)
     foreseen = forecast_of(plan, target, profiles)
-    beside = forecast_of(plan, target, compared) if compared else None
-    forecast, traced = (known if isinstance(known, Forecast) else None for known in (foreseen, beside))
-    no_forecast = foreseen.reason if isinstance(foreseen, Unknown) else None
-    shown = traced or forecast
-    suggestions = nearest_that_fit(shown, per_node=per_node) if shown and not shown.fits else []
-    return Preview(plan, forecast, traced, no_forecast, DatasetSizes.of(plan), tuple(suggestions))
+    traced = forecast_of(plan, target, compared) if compared else None
+    shown = traced if isinstance(traced, Forecast) else foreseen
+    suggestions: list[Suggestion] = []
+    if isinstance(shown, Forecast) and not shown.fits:
+        suggestions = nearest_that_fit(shown, per_node=per_node)
+    return Preview(
+        plan,
+        foreseen if isinstance(foreseen, Forecast) else None,
+        traced if isinstance(traced, Forecast) else None,
+        foreseen.reason if isinstance(foreseen, Unknown) else None,
+        DatasetSizes.of(plan),
+        tuple(suggestions),
+    )
 
 
 def _ranks_of_this_machine(job: Job, nproc: int, gpu: str | None) -> Problem:
