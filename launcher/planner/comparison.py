@@ -111,8 +111,10 @@ def plan_on(
     offloading: Offloading = "where needed",
     profiles: Profiles = CACHED,
 ) -> tuple[Plan, Target]:
-    """Return the job's plan on GPUs of one kind, and its device: the job's number of GPUs, or `num_gpus` (part
-    of a node or full nodes)."""
+    """Return the job's plan on GPUs of one kind, and its device.
+
+    num_gpus: a part of a node, or full nodes; without it the job's own number.
+    """
     cluster, ranks = job.cluster, gpus_per_node(job)
     nodes = cluster.nodes
     if num_gpus is not None:
@@ -125,15 +127,8 @@ def plan_on(
     return plan, Target(gpu.memory_bytes, gpu, node.memory_bytes)
 
 
-def row_on(
-    job: Job,
-    gpu: GpuType,
-    num_gpus: int | None = None,
-    offloading: Offloading = "where needed",
-    profiles: Profiles = CACHED,
-) -> PlanRow:
-    """Return the same plan with its forecast, as a row."""
-    plan, target = plan_on(job, gpu, num_gpus, offloading, profiles)
+def row_of(gpu: GpuType, plan: Plan, target: Target, profiles: Profiles) -> PlanRow:
+    """Return a plan on GPUs of one kind with its forecast."""
     foreseen = forecast_of(plan, target, profiles)
     if isinstance(foreseen, Unknown):
         return PlanRow(gpu.key, plan, None, why_unknown=foreseen.reason)
@@ -148,7 +143,7 @@ def gpus_per_node(job: Job) -> int:
 
 def compare(job: Job, names: str | None, profiles: Profiles = CACHED) -> list[PlanRow]:
     """Return the job's plan on each of several kinds of GPU; for their names see `gpu_types`."""
-    return [row_on(job, gpu, profiles=profiles) for gpu in gpu_types(job, names)]
+    return [row_of(gpu, *plan_on(job, gpu, profiles=profiles), profiles) for gpu in gpu_types(job, names)]
 
 
 def scale(
@@ -173,7 +168,7 @@ def scale(
         reason = impossible(job, number)
         if reason is None:
             try:
-                rows.append(row_on(job, gpu, number, profiles=profiles))
+                rows.append(row_of(gpu, *plan_on(job, gpu, number, profiles=profiles), profiles))
                 continue
             except ConfigurationError as error:
                 reason = f"{error.problems[0].key}: {error.problems[0].reason}"

@@ -8,7 +8,7 @@ from launcher import tasks
 from launcher.errors import ConfigurationError, Problem
 from launcher.job.cluster import node_range
 from launcher.job.schema import Job
-from launcher.planner.comparison import PlanRow, gpu_types, gpus_per_node, impossible, row_on
+from launcher.planner.comparison import PlanRow, gpu_types, gpus_per_node, impossible, plan_on, row_of
 from launcher.planner.dataset.dataset_size import one_pass
 from launcher.planner.forecast import Forecast
 from launcher.planner.hardware.gpu_table import GpuType
@@ -103,7 +103,7 @@ def _fewest_of_type(
     smallest = SmallestCluster(numbers, offload_modes(job), seconds)
     for number, offloading in smallest.candidates():
         try:
-            row = row_on(job, gpu, number, offloading, profiles)
+            row = row_of(gpu, *plan_on(job, gpu, number, offloading, profiles), profiles)
         except ConfigurationError as error:
             smallest.reject(number, error)
         else:

@@ -11,7 +11,7 @@ from launcher.data.folder import FileColumn
 from launcher.data.formats import format_of
 from launcher.data.rows import MISSING, TOO_LONG, RowProblem, Values
 from launcher.data.sample import Sample, look
-from launcher.data.section import Data, Source, Sources
+from launcher.data.section import Source, Sources
 from launcher.errors import DataError, Problem
 from launcher.job.schema import Job
 from launcher.planner.dataset.findings import Findings
@@ -121,15 +121,10 @@ def _of_source(key: str, source: Source, task: Task, model: str, told: set[str])
     if is_most and len(dropped) < len(seen.rows):
         reason += "; with data.unusable: drop a run uses the others"
     problem = Problem(key, source.path, reason)
-    refuses = any(_policy(why, task.data) == "refuse" for why in dropped)
-    if is_most or refuses or len(dropped) == len(seen.rows):
+    policies = {task.data.too_long if why.reason == TOO_LONG else task.data.unusable for why in dropped}
+    if is_most or "refuse" in policies or len(dropped) == len(seen.rows):
         return Findings((problem,), doubts)
     return Findings(remarks=(problem, *doubts))
-
-
-def _policy(why: RowProblem, data: Data) -> str:
-    """Return what the job says of such rows."""
-    return data.too_long if why.reason == TOO_LONG else data.unusable
 
 
 def _header_as_row(file: Path, task: Task) -> str | None:

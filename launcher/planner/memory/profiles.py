@@ -142,7 +142,11 @@ class Profiles:
             return ConfigurationError(problems)
         if "profile" not in answer:  # its class cannot be built here
             reason = problems[0].reason if problems else answer["failure"]
-            return Unknown(f"its class cannot be traced: {reason}", _only_parameters(plan))
+            # The number of parameters in its files is all that is known.
+            number = 0 if plan.model.adapter is not None else stored_parameters(plan.model)
+            whole = Unit((Weight("all", (number,)),))
+            parameters = Profile(plan.data.max_length, whole, ()) if number else None
+            return Unknown(f"its class cannot be traced: {reason}", parameters)
         profile = Profile.from_json(answer["profile"])
         return (
             profile
@@ -153,12 +157,6 @@ class Profiles:
 
 CACHED = Profiles()
 """A source that starts no trace: formulas and cached profiles only."""
-
-
-def _only_parameters(plan: Plan) -> Profile | None:
-    """Return a profile that has only the number of parameters in the model's files; None without files."""
-    number = 0 if plan.model.adapter is not None else stored_parameters(plan.model)
-    return Profile(plan.data.max_length, Unit((Weight("all", (number,)),)), ()) if number else None
 
 
 def _key(plan: Plan, config: dict[str, Any]) -> str:
