@@ -13,6 +13,9 @@ CHUNK_ELEMENTS = 1 << 24
 CHUNK_ELEMENTS_OF_GPU = 1 << 26
 """On a GPU: 256 MiB in fp32. Each chunk reads the full output matrix, too costly for fewer positions. Four
 times as many would take 4.3 GB with a vocabulary of 128k, much for a card of 24 GB."""
+NORM_ELEMENTS = 1 << 17
+"""Elements of a gradient that a CPU converts to fp64 at a time, for their norm: 1 MiB, which stays in its
+cache. A copy of a whole embedding took ten times as long."""
 WIDENED_MOMENTS = 1 << 24
 """Elements of a bf16 moment that a step converts to fp32 at a time: 64 MiB."""
 WIDENED_AT_MOST = 1024

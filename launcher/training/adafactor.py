@@ -9,6 +9,7 @@ import torch
 from torch import distributed, nn
 from torch.distributed.tensor import DTensor
 
+from launcher.training import norms
 from launcher.training.model.loading import local_part
 from launcher.training.muon import group_of
 
@@ -44,7 +45,7 @@ class Adafactor(torch.optim.Optimizer):
             self._of_columns(parameter, whole)
         # Each update is computed twice: keeping all of them would take as much memory as the weights.
         squares = [
-            torch.linalg.vector_norm(self._update(parameter, whole), dtype=torch.float64).square().view(1)
+            norms.sum_of_squares([self._update(parameter, whole)]).view(1)
             for (parameter, _), whole in zip(stepped, sums, strict=True)
         ]
         _add_up(squares, stepped[0][0])

@@ -6,10 +6,12 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from math import ceil
 
 from launcher import tasks
 from launcher.data.mixture import in_an_epoch
+from launcher.data.pass_sizes import pass_sizes
 from launcher.data.section import Data, Source, Sources
 from launcher.errors import DataError
 from launcher.planner.dataset.token_lengths import CHARACTERS, lengths, why_unusable
@@ -50,10 +52,13 @@ class Items:
         micro-batches."""
         shuffled = random.Random(0).sample(self.lengths, len(self.lengths))
         size, micro = min(batch.global_batch_size, len(shuffled)), batch.micro_batch_size
+        balanced = batch.balanced and size % micro == 0
         total = count = 0
         for start in range(0, len(shuffled) - size + 1, size):
             dealt = sorted(shuffled[start : start + size], reverse=True)
-            total += sum(dealt[first] * len(dealt[first : first + micro]) for first in range(0, size, micro))
+            passes = pass_sizes(dealt, size // micro) if balanced else [micro] * ceil(size / micro)
+            firsts = accumulate(passes, initial=0)
+            total += sum(dealt[at] * min(each, size - at) for at, each in zip(firsts, passes, strict=False))
             count += size
         return total / count
 

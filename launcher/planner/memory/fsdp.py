@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from launcher.planner.limits import WIDENED_MOMENTS
+from launcher.planner.limits import NORM_ELEMENTS, WIDENED_MOMENTS
 from launcher.planner.memory.program import Segment, Unit
 from launcher.planner.memory.timeline import (
     GATHERED,
@@ -250,13 +250,14 @@ class FsdpStep:
     def _optimizer(self) -> None:
         """Count an optimizer's temporaries.
 
-        Adafactor has the update of the largest shard, and a copy in fp64 for its norm. Moments in bf16 have a
-        piece in fp32, and the random numbers that round it.
+        Adafactor has the update of the largest shard, and pieces of it in fp64 for its norm. Moments in bf16
+        have a piece in fp32, and the random numbers that round it.
         """
         self._muon()
         weights = [one for unit in self.units for one in unit.weights if one.trains]
         parts = [one.shard(self.cut.ranks) for one in weights if one.factored]
-        held = 12 * max(parts, default=0)
+        largest = max(parts, default=0)
+        held = 4 * largest + 8 * min(NORM_ELEMENTS, largest)
         if self.cut.widens_moments and not self.cut.offloads:
             largest = max(unit.largest_shard(self.cut.ranks) for unit in self.units)
             held = 12 * min(WIDENED_MOMENTS, largest)
@@ -285,10 +286,7 @@ class FsdpStep:
             self.micro_step(first if number == 0 else more, number == self.cut.accumulation - 1)
         self._optimizer()
         if self.cut.cpu:
-            # On a CPU a gradient's norm in fp64 is computed from a copy in fp64.
-            self.time.touch(
-                TEMPORARIES,
-                8 * max(unit.largest_shard(self.cut.ranks) for unit in self.units),
-                "norm of the gradients",
-            )
+            # On a CPU the norm in fp64 is that of copies in fp64, piece by piece.
+            largest = max(unit.largest_shard(self.cut.ranks) for unit in self.units)
+            self.time.touch(TEMPORARIES, 8 * min(NORM_ELEMENTS, largest), "norm of the gradients")
         return self.time

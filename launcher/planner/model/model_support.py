@@ -37,6 +37,14 @@ WITHOUT_PROMPTS = frozenset(
 )
 """The model_types whose class gives other numbers, or none, for embeddings than for ids: virtual tokens cannot
 stand before its texts with PEFT's own loss."""
+COSTS_BY_TOKEN = frozenset(
+    (
+        *("albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "ernie"),
+        *("modernbert", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl"),
+    )
+)
+"""The model_types a pass of which costs no more than its number of samples times the longest of them: they pad
+to no block's size, and keep nothing of a fixed size for each sample."""
 SEES_PADDING = frozenset(
     (
         *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus"),

@@ -14,6 +14,7 @@ from launcher.job.script_job import OWN
 from launcher.planner.decider import Decider
 from launcher.planner.model.model_config import config_of
 from launcher.planner.model.model_support import (
+    COSTS_BY_TOKEN,
     Support,
     Way,
     choose,
@@ -51,6 +52,21 @@ def choose_way(decider: Decider, device: str) -> Way:
         return unknown(model.task).ways[0]
     _write_down(decider, way, known)
     return way
+
+
+def balances(job: Job, way: Way) -> bool:
+    """Return whether passes of short samples may hold more of them than micro_batch_size says: those of encoders
+    of texts, whose memory is then at most what was planned for the longest samples."""
+    model, task = job.model, tasks.find(job.model.task)
+    config = config_of(model) or {}
+    return (
+        way.layout == "padded"
+        and not task.traits.causal
+        and not task.traits.reads_files
+        and not model.trust_remote_code
+        and job.distillation is None
+        and config.get("model_type") in COSTS_BY_TOKEN
+    )
 
 
 def _with_teacher(known: Support, kind: str, job: Job, distillation: Distillation) -> Support:
