@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from launcher.errors import ConfigurationError
-from launcher.planner.forecast import forecast
+from launcher.planner.forecast import forecast_of
 from launcher.planner.limits import MOMENT_TABLES
 from launcher.planner.memory import operators as ops
 from launcher.planner.memory.estimate import Estimator
 from launcher.planner.memory.footprint import Footprint
 from launcher.planner.memory.formulas import formulas_of
-from launcher.planner.memory.profiles import CACHED
+from launcher.planner.memory.profiles import Unknown
 from launcher.planner.memory.program import Batch, Weight
 from launcher.planner.memory.symbolic import (
     Meter,
@@ -302,12 +302,14 @@ def test_the_parts_add_up_to_the_peak() -> None:
 
 def test_unknown_architectures_and_configs_without_sizes(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, 1)
-    assert "no config.json" in CACHED.why_not(plan) and forecast(plan, Target()) is None
+    unknown = forecast_of(plan, Target())
+    assert isinstance(unknown, Unknown) and "no config.json" in unknown.reason
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
-    assert "no profile of this mamba model" in CACHED.why_not(plan)
+    unknown = forecast_of(plan, Target())
+    assert isinstance(unknown, Unknown) and "no profile of this mamba model" in unknown.reason
     (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 8}')
     with pytest.raises(ConfigurationError, match="has no num_hidden_layers"):
-        forecast(plan, Target())
+        forecast_of(plan, Target())
 
 
 @pytest.mark.parametrize(

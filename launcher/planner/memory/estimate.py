@@ -71,11 +71,13 @@ class Estimator:
         near = plan.training.l2_sp
         self.copies += (plan.training.ema is not None) + (near is not None)
         self.copies += near is not None and near.fisher is not None
+        cut = self._fsdp_cut()  # FSDP shards a teacher under either engine
+        self._cut = cut if plan.zero is None else self._zero_cut(plan.zero)
         self.teacher: Teacher | WrittenTeacher | None = None
         if isinstance(program, Taught):
-            self.teacher = Teacher(plan, program.teacher, self.setting, self._fsdp_cut())
+            self.teacher = Teacher(plan, program, self.setting, cut)
         elif isinstance(program, TaughtAhead):
-            self.teacher = WrittenTeacher(plan, program, self.setting, self._fsdp_cut())
+            self.teacher = WrittenTeacher(plan, program, self.setting, cut)
 
     def footprint(self) -> Footprint:
         """Return the memory of all phases: a range test neither saves nor resumes."""
@@ -179,7 +181,7 @@ class Estimator:
         return blocks if self.teacher is None or not setting.training else self.teacher.beside(blocks)
 
     def _engine(self) -> FsdpStep | ZeroStep:
-        cut = self._fsdp_cut() if self.plan.zero is None else self._zero_cut(self.plan.zero)
+        cut = self._cut
         return FsdpStep(*self.units, cut) if isinstance(cut, FsdpCut) else ZeroStep(*self.units, cut)
 
     def _fsdp_cut(self) -> FsdpCut:
