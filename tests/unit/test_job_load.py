@@ -360,6 +360,14 @@ CONTRADICTIONS = [
     (CAUSAL, ["data.text=[a, b]"], "data.text", "one column"),
     (
         CAUSAL,
+        ["data.text=null", "data.prompt=q", "data.completion=q"],
+        "data.completion",
+        "is the column of data.prompt as well; name the column that has the completion",
+    ),
+    (CLASSES, ["data.label=body"], "data.label", "is the column of data.text as well"),
+    (CLASSES, ["data.text=[a, text]", "data.label=text"], "data.label", "is the column of data.text as well"),
+    (
+        CAUSAL,
         ["data.label=x"],
         "data.label",
         "belongs to audio-classification, image-classification and sequence-classification, and model.task is causal-lm, which reads text, prompt",
