@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.job.schema import ActivationCheckpointing, Offload
-from launcher.planner.forecast import Forecast, forecast
+from launcher.planner.forecast import Forecast, forecast_of
 from launcher.planner.hardware.gpu_table import gpu_type
 from launcher.planner.plan import Plan
 from launcher.planner.target import Target
@@ -235,10 +235,10 @@ def plan_of_case(case: Published, directory: Path) -> Plan:
     )  # fmt: skip
 
 
-def forecast_of(case: Published, directory: Path) -> Forecast:
+def forecast_of_case(case: Published, directory: Path) -> Forecast:
     """What the planner says of it."""
     gpu = gpu_type(case.gpu)
-    said = forecast(plan_of_case(case, directory), Target(gpu.memory_bytes, gpu))
+    said = forecast_of(plan_of_case(case, directory), Target(gpu.memory_bytes, gpu))
     assert said is not None
     return said
 
@@ -260,7 +260,7 @@ def model_states(stage: int, num_gpus: int, directory: Path) -> float:
         batch__global_batch_size=num_gpus,
         batch__micro_batch_size=1, data__max_length=1024, **engine,
     )  # fmt: skip
-    said = forecast(plan, Target())
+    said = forecast_of(plan, Target())
     assert said is not None
     steady = next(phase for phase in said.footprint.phases if phase.name == "steady step")
     return sum(steady.parts[kind] for kind in ("parameters", "gradients", "optimizer state")) / 1e9

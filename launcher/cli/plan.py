@@ -95,11 +95,11 @@ def plan(
 ) -> None:
     """Show what will run: every decision with its reason."""
     from launcher.job.load import load
-    from launcher.planner.comparison import with_prices
+    from launcher.planner.comparison import with_network, with_prices
     from launcher.planner.model.model_config import fetch_config
     from launcher.planner.preview import preview_job
 
-    wanted = load(job, overrides)
+    wanted = with_network(load(job, overrides), network)
     if fetch and wanted.model.config is None:
         fetch_config(wanted.model.name, wanted.model.revision)
     profiles = profiles_for(trace is not False)
@@ -108,11 +108,11 @@ def plan(
         drawn = None if picture is None else str(picture)
         _refuse_of_one_plan({"--nproc": nproc, "--explain": explain, "--picture": drawn}, trace)
         searched = (deadline, max_gpus or _MOST) if fewest else None
-        rows, left_out = _rows(wanted, gpu, network, scale, searched, profiles)
+        rows, left_out = _rows(wanted, gpu, scale, searched, profiles)
         _print_rows(with_prices(rows, price), left_out, fewest, as_json)
         return
     compared = profiles_for(starts=True, formulas=False) if trace else None
-    preview = preview_job(wanted, nproc, gpu, network, profiles, compared)
+    preview = preview_job(wanted, nproc, gpu, profiles, compared)
     if picture is not None:
         _draw(picture, preview)
     if explain is not None:
@@ -126,12 +126,7 @@ def plan(
 
 
 def _rows(
-    job: Job,
-    gpu: str | None,
-    network: str | None,
-    scale: str | None,
-    fewest: tuple[str | None, int] | None,
-    profiles: Profiles,
+    job: Job, gpu: str | None, scale: str | None, fewest: tuple[str | None, int] | None, profiles: Profiles
 ) -> tuple[list[PlanRow], tuple[Refused, ...] | None]:
     """Return plans to compare, and the GPU counts that a scale left out. fewest: deadline and most GPUs.
 
@@ -144,10 +139,10 @@ def _rows(
         reason = "shows every number of GPUs, and --deadline and --max-gpus look for the fewest"
         raise ConfigurationError(Problem("--scale", scale, f"{reason}; leave one of them out"))
     if fewest is not None:
-        return fewest_gpus.fewest_gpus(job, *fewest, gpu, network, profiles), None
+        return fewest_gpus.fewest_gpus(job, *fewest, gpu, profiles), None
     if scale is not None:
-        return comparison.scale(job, scale, gpu, network, profiles)
-    return comparison.compare(job, gpu, network, profiles), None
+        return comparison.scale(job, scale, gpu, profiles)
+    return comparison.compare(job, gpu, profiles), None
 
 
 def _print_rows(
@@ -167,11 +162,10 @@ def _print(preview: Preview, whole: bool) -> None:
     from launcher.cli.forecast import bars, beside_trace, nearest, speed_lines
     from launcher.cli.output import columns_of, folded
     from launcher.cli.plan_tables import table
-    from launcher.planner.dataset.dataset_size import training_items
 
     forecast = preview.shown
     width = columns_of(sys.stdout)
-    typer.echo(folded(table(preview.plan, training_items(preview.plan), whole), width))
+    typer.echo(folded(table(preview.plan, preview.sizes.training, whole), width))
     if forecast is None:
         text = (
             "What is open is decided as it needs the least; `launcher run` checks the training state alone."
@@ -180,7 +174,7 @@ def _print(preview: Preview, whole: bool) -> None:
         return
     traced = beside_trace(forecast, preview.forecast) if preview.traced or forecast.traced else ""
     instead = "" if forecast.fits else nearest(preview.suggestions)
-    parts = [bars(forecast, width), traced, speed_lines(forecast, preview.no_epoch), instead]
+    parts = [bars(forecast, width), traced, speed_lines(forecast, preview.sizes.why_unknown), instead]
     typer.echo(folded("\n".join(filter(None, parts)), width))
 
 
@@ -189,7 +183,7 @@ def _print_as_json(preview: Preview, trace: bool) -> None:
 
     forecasts = {"forecast": preview.forecast} | ({"traced": preview.traced} if trace else {})
     content = {name: forecast.to_dict() if forecast else None for name, forecast in forecasts.items()}
-    reasons = {"no_forecast": preview.no_forecast, "no_epoch": preview.no_epoch}
+    reasons = {"no_forecast": preview.no_forecast, "no_epoch": preview.sizes.why_unknown}
     suggestions = [{"changes": each.text, "forecast": each.forecast.line()} for each in preview.suggestions]
     print_json(json.loads(preview.plan.to_json()) | content | reasons | {"suggestions": suggestions})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 
 from launcher.data.files import matching
@@ -57,35 +57,31 @@ def read_pair(first: Path, second: Path, columns: Sequence[str]) -> Read:
     one file ends before the other."""
     one, two = columns[:NUM_COLUMNS]
     with open(first, "rb", opener=plain) as left, open(second, "rb", opener=plain) as right:
-        rights = text_rows(right, two)
-        number = 0
-        for number, values in text_rows(left, one):
-            beside = next(rights, None)
-            if beside is None:
-                refuse_unpaired(first, num_lines(first), second, number - 1)
+        for row, partner in zip_longest(text_rows(left, one), text_rows(right, two)):
+            if row is None or partner is None:
+                _count_pair(first, second)
+                return
+            (number, values), (_, beside) = row, partner
+            if isinstance(values, RowProblem):
+                yield number, values
+            elif isinstance(beside, RowProblem):
+                yield number, RowProblem(beside.reason, f"{beside.detail}, in {second.name}")
             else:
-                yield number, _together(values, beside[1], second)
-        if next(rights, None) is not None:
-            refuse_unpaired(first, number, second, num_lines(second))
+                yield number, values | beside
 
 
-def _together(values: Values, beside: Values, second: Path) -> Values:
-    if isinstance(values, RowProblem):
-        return values
-    if isinstance(beside, RowProblem):
-        return RowProblem(beside.reason, f"{beside.detail}, in {second.name}")
-    return values | beside
+def _count_pair(first: Path, second: Path) -> int:
+    """Return the number of lines of each of two files. Raises DataError if they differ."""
+    number = num_lines(first)
+    refuse_unpaired(first, number, second, num_lines(second))
+    return number
 
 
 def look_at_pairs(source: Source, columns: Sequence[str], most: int) -> tuple[int, tuple[Values, ...]]:
     """Return the number of rows of a source with `targets`, up to its limit, and about `most` rows spread
     over its first million. Raises DataError as `find_pairs` and `refuse_unpaired`."""
     pairs = find_pairs(source)
-    total = 0
-    for first, second in pairs:
-        number = num_lines(first)
-        refuse_unpaired(first, number, second, num_lines(second))
-        total += number
+    total = sum(_count_pair(first, second) for first, second in pairs)
     total = total if source.limit is None else min(total, source.limit)
     step = max(1, min(total, _MOST_LINES) // most)
     rows: Iterator[Values] = (values for pair in pairs for _, values in read_pair(*pair, columns))

@@ -14,7 +14,7 @@ from launcher.data.files import find_files
 from launcher.data.folder import folder_of, with_places
 from launcher.data.formats import Format, format_of, num_lines
 from launcher.data.parts import Part, Seen
-from launcher.data.rows import Read, Values
+from launcher.data.rows import Values
 from launcher.data.section import Source
 from launcher.errors import DataError
 
@@ -76,14 +76,13 @@ def look(source: Source, columns: Sequence[str], most: int = 1024) -> Sample:
 
 def _in_order(paths: Sequence[Path], columns: Sequence[str]) -> Iterator[Values]:
     for path in paths:
-        rows = _read(path, format_of(path), columns)
-        yield from (with_places(values, columns, folder_of(path)) for _, values in rows)
+        yield from _read(path, format_of(path), columns)
 
 
-def _read(path: Path, kind: Format, columns: Sequence[str]) -> Read:
+def _read(path: Path, kind: Format, columns: Sequence[str]) -> Iterator[Values]:
     if (reason := kind.too_large(path)) is not None:
         raise DataError(reason)
-    return kind.read(path, columns)
+    return (with_places(values, columns, folder_of(path)) for _, values in kind.read(path, columns))
 
 
 def _parts(paths: Sequence[Path]) -> list[_Part]:
@@ -118,11 +117,11 @@ def _look(
 
 
 def _of_part(part: _Part, columns: Sequence[str], wanted: int, whole: bool, phase: float) -> Seen:
-    kind, folder = part.kind, folder_of(part.path)
+    kind = part.kind
     if not (whole and kind.by_lines) and (seen := kind.look(part, columns, wanted, phase)):
-        return Seen(seen.num_rows, [with_places(values, columns, folder) for values in seen.rows])
-    read = islice(_read(part.path, kind, columns), part.first)
-    rows = [with_places(values, columns, folder) for _, values in read]
+        places = folder_of(part.path)
+        return Seen(seen.num_rows, [with_places(values, columns, places) for values in seen.rows])
+    rows = list(islice(_read(part.path, kind, columns), part.first))
     return Seen(len(rows), rows)
 
 

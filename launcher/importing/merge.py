@@ -83,6 +83,11 @@ def merge(readings: list[Reading]) -> Merged:
         del merged.facts["training.max_steps"]
         text = "launcher's schedule ends with the run, whose epochs are said; taken: the epochs"
         merged.remark("cannot be said", fall, text)
+    moments = merged.facts.get("training.moments")
+    if moments is not None and (engine == "deepspeed" or merged.value("offload") not in (None, "none")):
+        del merged.facts["training.moments"]
+        text = "launcher has moments in 8 bits under FSDP alone, without offloading; taken: in fp32"
+        merged.remark("cannot be said", moments, text)
     is_open = any(reading.lacks_engine for reading in readings)
     _take_defaults(
         [pair for pair in defaults if not is_open or pair[1].key not in ("precision", "training.clip_norm")],

@@ -44,6 +44,8 @@ _ADAMW = (
     "adamw_apex_fused", "adamw", "paged_adamw_32bit", "paged_adamw",
 )  # fmt: skip
 """The names of AdamW with fp32 states, wherever these are computed or stored."""
+_OF_BYTES = ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "adamw_torch_8bit")
+"""The names of AdamW with 8-bit states: torchao's, and those of bitsandbytes."""
 
 
 def trainer_schedule(name: str, options: dict[str, Any], said: str, reading: Reading) -> None:
@@ -143,10 +145,19 @@ def trainer_optimizer(name: str, said: str, reading: Reading) -> None:
     if name == "adafactor":
         reading.record("training.optimizer", "adafactor", said)
         return
-    if name not in _ADAMW:
-        reading.cannot_say(
-            said, name, "launcher has adamw, adam, sgd, muon and adafactor with fp32 states; taken: adamw"
+    if name in _OF_BYTES:
+        reading.record("training.moments", "8bit", said)
+        text = "training.moments: 8bit: blocks of 256 end with a row, and second moments stay above 0"
+        if name != "adamw_torch_8bit":
+            text += (
+                "; the Trainer keeps embeddings in fp32 with bitsandbytes, launcher has them in 8 bits too"
+            )
+        reading.change(said, name, text)
+    elif name not in _ADAMW:
+        text = (
+            "launcher has adamw with moments in fp32, bf16 and 8bit, adam, sgd, muon, adafactor; taken: adamw"
         )
+        reading.cannot_say(said, name, text)
     reading.record("training.optimizer", "adamw", said)
 
 

@@ -111,7 +111,8 @@ def _columns(key: str, source: Source, job: Job) -> Iterator[Finding]:
         yield finding(f"{key}.columns.messages", source.columns["messages"], reason, "data.messages")
     for one in task(data).checks():
         problem = one.problem
-        if problem.key.removeprefix("data.") in source.columns or problem.key == "data":
+        named = {place.removeprefix("data.") for place in one.keys}
+        if named & source.columns.keys() or problem.key == "data":
             own = problem.key.replace("data", f"{key}.columns", 1)
             yield finding(own, problem.value, problem.reason, key, *one.keys)
 

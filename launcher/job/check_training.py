@@ -32,8 +32,8 @@ def findings(job: Job) -> Iterator[Finding]:
     yield from _unfreeze(job)
     yield from _schedule(training)
     yield from _optimizer(training)
-    if training.needs_whole_matrices and job.parallel.engine == "deepspeed":
-        yield finding("training.optimizer", training.optimizer, CUT_FLAT, "parallel.engine")
+    if job.parallel.engine == "deepspeed" and (problem := cut_flat(training)) is not None:
+        yield finding(*problem, "parallel.engine")
     yield from _near_the_start(job)
     traits = tasks.find(job.model.task).traits
     if training.neftune_noise_alpha is not None and (traits.encoder_decoder or traits.unit != "token"):
@@ -101,10 +101,24 @@ def _near_the_start(job: Job) -> Iterator[Finding]:
         yield finding(key, near.alpha, reason, "training.learning_rate")
 
 
-CUT_FLAT = (
-    "works on matrices, by whole ones or by rows and columns, and ZeRO cuts parameters into flat pieces; write "
-    "parallel.engine: fsdp, or adamw"
-)
+def cut_flat(training: Training) -> tuple[str, str, str] | None:
+    """Return the key, the value and the reason if the optimizer does not work under ZeRO, which shards
+    parameters into flat pieces."""
+    if training.moments == "8bit":
+        reason = (
+            "has a scale for each block of a matrix's rows, and ZeRO cuts parameters into flat pieces; write "
+            "parallel.engine: fsdp, or bf16"
+        )
+        return "training.moments", training.moments, reason
+    if not training.needs_whole_rows:
+        return None
+    reason = (
+        "works on matrices, by whole ones or by rows and columns, and ZeRO cuts parameters into flat pieces; "
+        "write parallel.engine: fsdp, or adamw"
+    )
+    return "training.optimizer", training.optimizer, reason
+
+
 _OF_OPTIMIZERS = {
     "moments": ("adamw", "adam"),
     "betas": ("adamw", "adam", "muon"),

@@ -87,8 +87,9 @@ class Training(Section):
     """Decay of Adam's two moments."""
     epsilon: float = Field(default=1e-8, gt=0)
     """Added to Adam's denominator."""
-    moments: Literal["fp32", "bf16"] = "fp32"
-    """How Adam and AdamW keep their two moments: in four bytes each, or in two, rounded stochastically."""
+    moments: Literal["fp32", "bf16", "8bit"] = "fp32"
+    """How Adam and AdamW keep their two moments: in four bytes each, in two, rounded stochastically, or in one
+    with a scale for each block of a row (FSDP)."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """The momentum of SGD, or of Muon, whose authors take 0.95."""
     weight_decay: float = Field(default=0.0, ge=0)
@@ -146,9 +147,9 @@ class Training(Section):
         return self.schedule == "range-test"
 
     @property
-    def needs_whole_matrices(self) -> bool:
-        """Return whether the optimizer works on matrices as they are: cut by rows alone, on the device."""
-        return self.optimizer in ("muon", "adafactor")
+    def needs_whole_rows(self) -> bool:
+        """Return whether the optimizer works on matrices that are sharded by rows alone, on the device."""
+        return self.optimizer in ("muon", "adafactor") or self.moments == "8bit"
 
     def group_of(self, place: Place, num_dimensions: int, stage: int = 0) -> GroupKey:
         """Return which group of the optimizer a parameter belongs to.

@@ -134,7 +134,10 @@ def estimate_fisher(request: Request, watcher: Watcher, num_rows: int) -> dict[s
     """
     plan = request.plan
     if request.run is not None and plan.model.adapter is not None:
-        reason = "trains an adapter, and its weights stay; export it, and name that directory with --job"
+        reason = (
+            "trains an adapter, and its model's own weights stay as they were; write both as one model by "
+            f"launcher export {request.run} --out DIRECTORY, and name DIRECTORY as model.name of a job for --job"
+        )
         raise ConfigurationError(Problem("--fisher", str(request.run), reason))
     if plan.data.streaming:
         reason = "rows are drawn from all, and streamed ones are not known: --set data.streaming=false"

@@ -45,14 +45,14 @@ def engine_options(job: Job, first: Plan) -> list[list[EngineOption]]:
     The fastest option of a group is taken. A later group is tried only if nothing in the earlier ones fits.
     FSDP precedes DeepSpeed, and no offloading precedes offloading. first: the plan that the job begins with.
     """
-    # DeepSpeed always shards, so it is no option for a job that wants full replicas; Muon, Adafactor and DoRA
-    # need unsharded matrices.
+    # DeepSpeed always shards, so it is no option for a job that wants full replicas; Muon, Adafactor,
+    # moments in 8 bits and DoRA need whole matrices or rows.
     dora = job.model.adapter is not None and job.model.adapter.dora
-    only_fsdp = job.parallel.shard == "none" or job.training.needs_whole_matrices or dora
+    only_fsdp = job.parallel.shard == "none" or job.training.needs_whole_rows or dora
     engine_open = job.parallel.engine == "auto" and not only_fsdp and first.engine == "fsdp"
     engines: list[EngineName] = [first.engine, "deepspeed"] if engine_open else [first.engine]
     groups = [[EngineOption(engine, first.offload)] for engine in engines]
-    may_offload = first.mesh.device == "cuda" and not job.training.needs_whole_matrices
+    may_offload = first.mesh.device == "cuda" and not job.training.needs_whole_rows
     if job.memory.offload == "auto" and may_offload:
         groups += [[EngineOption(engine, offload) for offload in _OFFLOADS[engine]] for engine in engines]
     return groups

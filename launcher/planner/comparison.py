@@ -8,10 +8,10 @@ from typing import Any
 
 from launcher.errors import ConfigurationError, Problem
 from launcher.job.schema import Job
-from launcher.planner.forecast import Forecast, forecast
+from launcher.planner.forecast import Forecast, forecast_of
 from launcher.planner.hardware.detect import Hardware
 from launcher.planner.hardware.gpu_table import NETWORKS, GpuType, gpu_type, on_network, seen
-from launcher.planner.memory.profiles import CACHED, Profiles
+from launcher.planner.memory.profiles import CACHED, Profiles, Unknown
 from launcher.planner.plan import Plan, Refused, Why
 from launcher.planner.prices import known_prices, prices
 from launcher.planner.resolve.batch import divisors, nearest
@@ -31,8 +31,8 @@ class PlanRow:
     """Price of one GPU per hour."""
     why_not: str | None = None
     """Why it is no solution, if a plan with certain properties was searched for."""
-    target: Target | None = None
-    """The plan's device."""
+    why_unknown: str | None = None
+    """Why there is no forecast."""
 
     @property
     def hours(self) -> float | None:
@@ -110,9 +110,11 @@ def plan_on(
     num_gpus: int | None = None,
     offloading: Offloading = "where needed",
     profiles: Profiles = CACHED,
-) -> PlanRow:
-    """Return the job's plan on GPUs of one kind: its own number, or `num_gpus` (part of a node or full
-    nodes)."""
+) -> tuple[Plan, Target]:
+    """Return the job's plan on GPUs of one kind, and its device.
+
+    num_gpus: a part of a node, or full nodes; without it the job's own number.
+    """
     cluster, ranks = job.cluster, gpus_per_node(job)
     nodes = cluster.nodes
     if num_gpus is not None:
@@ -122,8 +124,15 @@ def plan_on(
     node = node_of(cluster, gpu, ranks)
     pinned = job.model_copy(update={"cluster": cluster.model_copy(update=sizes)})
     plan = plan_job(pinned, None, node, local=False, offloading=offloading, profiles=profiles)
-    target = Target(gpu.memory_bytes, gpu, node.memory_bytes)
-    return PlanRow(gpu.key, plan, forecast(plan, target, profiles), target=target)
+    return plan, Target(gpu.memory_bytes, gpu, node.memory_bytes)
+
+
+def row_of(gpu: GpuType, plan: Plan, target: Target, profiles: Profiles) -> PlanRow:
+    """Return a plan on GPUs of one kind with its forecast."""
+    foreseen = forecast_of(plan, target, profiles)
+    if isinstance(foreseen, Unknown):
+        return PlanRow(gpu.key, plan, None, why_unknown=foreseen.reason)
+    return PlanRow(gpu.key, plan, foreseen)
 
 
 def gpus_per_node(job: Job) -> int:
@@ -132,16 +141,13 @@ def gpus_per_node(job: Job) -> int:
     return GPUS_PER_NODE if requested in ("auto", 0) else int(requested)
 
 
-def compare(
-    job: Job, names: str | None, network: str | None = None, profiles: Profiles = CACHED
-) -> list[PlanRow]:
+def compare(job: Job, names: str | None, profiles: Profiles = CACHED) -> list[PlanRow]:
     """Return the job's plan on each of several kinds of GPU; for their names see `gpu_types`."""
-    job = with_network(job, network)
-    return [plan_on(job, gpu, profiles=profiles) for gpu in gpu_types(job, names)]
+    return [row_of(gpu, *plan_on(job, gpu, profiles=profiles), profiles) for gpu in gpu_types(job, names)]
 
 
 def scale(
-    job: Job, span: str, name: str | None, network: str | None = None, profiles: Profiles = CACHED
+    job: Job, span: str, name: str | None, profiles: Profiles = CACHED
 ) -> tuple[list[PlanRow], tuple[Refused, ...]]:
     """Return the job's plans on numbers of GPUs in a span (`8..1024`), doubled each time, and those left out.
 
@@ -153,7 +159,6 @@ def scale(
     numbers = [
         number for power in range(int(last).bit_length()) if (number := int(first) << power) <= int(last)
     ]
-    job = with_network(job, network)
     gpu, *others = gpu_types(job, name)
     if others:
         raise ConfigurationError(Problem("--gpu", name, f"--scale is of one kind of GPU; write {gpu.key}"))
@@ -163,7 +168,7 @@ def scale(
         reason = impossible(job, number)
         if reason is None:
             try:
-                rows.append(plan_on(job, gpu, number, profiles=profiles))
+                rows.append(row_of(gpu, *plan_on(job, gpu, number, profiles=profiles), profiles))
                 continue
             except ConfigurationError as error:
                 reason = f"{error.problems[0].key}: {error.problems[0].reason}"

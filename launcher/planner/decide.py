@@ -16,7 +16,7 @@ from launcher.planner.resolve import slurm_request, teacher
 from launcher.planner.resolve.batch import divide
 from launcher.planner.resolve.compiling import is_compiled
 from launcher.planner.resolve.mesh import mesh as arrange
-from launcher.planner.resolve.sample_layout import choose_way
+from launcher.planner.resolve.sample_layout import balances, choose_way
 from launcher.planner.resolve.sharding import STAGES, Layout
 from launcher.planner.resolve.zero_buckets import Buckets
 from launcher.tasks.generation import Evaluation
@@ -42,7 +42,7 @@ def candidate(job: Job, nproc: int | None, hardware: Hardware, local: bool) -> P
     num_workers = _num_workers(decider)
     requested = slurm_request.request(decider, mesh.ranks_per_node if mesh.device == "cuda" else 0)
     taught = teacher.settle(decider, precision)
-    batch = _batch(decider, mesh)
+    batch = _batch(decider, mesh).model_copy(update={"balanced": balances(job, way)})
     recompute = job.memory.activation_checkpointing
     length = _length(decider)
     settled = teacher.left_open(decider)

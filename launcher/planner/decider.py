@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from launcher.errors import Problem
 from launcher.job.schema import Job
 from launcher.planner.dataset.findings import Findings
 from launcher.planner.hardware.detect import Hardware
+from launcher.planner.model.model_config import config_of
 from launcher.planner.plan import Decision
 
 Value = TypeVar("Value", bound=str | int | float | bool)
@@ -25,6 +27,11 @@ class Decider:
     """Whether it will run on this machine, not on another one of which only the job is known."""
     decisions: list[Decision] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+
+    @functools.cached_property
+    def config(self) -> dict[str, Any] | None:
+        """Return the model's config; None if it is not here."""
+        return config_of(self.job.model)
 
     def decide(self, key: str, value: Value, reason: str) -> Value:
         """Record a decision, and return its value."""

@@ -6,11 +6,12 @@ from collections.abc import Iterable, Iterator
 
 from launcher import tasks
 from launcher.errors import OutOfMemoryError
+from launcher.planner.dataset.dataset_size import DatasetSizes
 from launcher.planner.forecast import Forecast
 from launcher.planner.hardware.detect import Hardware
 from launcher.planner.memory.estimate import Estimator
 from launcher.planner.memory.footprint import Footprint
-from launcher.planner.memory.profiles import Profiles
+from launcher.planner.memory.profiles import Profiles, Unknown
 from launcher.planner.memory.program import Program
 from launcher.planner.plan import BatchPlan, Plan
 from launcher.planner.resolve.batch import divisors
@@ -70,8 +71,8 @@ def measured(plan: Plan, program: Program) -> Footprint:
 def _fitting(plan: Plan, profiles: Profiles) -> Forecast | None:
     """Return the forecast with the most rows per micro-batch that fit; None if the model's memory cannot be
     forecast. Raises OutOfMemoryError."""
-    program, hardware = profiles.program(plan), Hardware.detect()
-    if program is None:
+    program, hardware = profiles.find(plan), Hardware.detect()
+    if isinstance(program, Unknown):
         return None
     rows = reversed(divisors(plan.batch.micro_batch_size))
     tried = [_forecast(with_rows(plan, number), program, hardware) for number in rows]
@@ -87,14 +88,15 @@ def _generating(plan: Plan) -> Plan:
 
 
 def _forecast(plan: Plan, program: Program, hardware: Hardware) -> Forecast:
-    return Forecast(plan, measured(plan, program), target_here(plan, hardware), 0, program)
+    return Forecast(plan, measured(plan, program), target_here(plan, hardware), 0, program, DatasetSizes())
 
 
 def _refuse(least: Forecast, global_batch_size: int, profiles: Profiles, hardware: Hardware) -> Forecast:
     """Raise OutOfMemoryError with the nearest plan that fits."""
     nearest = "nothing near it fits; take a larger device"
     for text, plan in _ways(least.plan, global_batch_size, hardware):
-        if (program := profiles.program(plan)) and _forecast(plan, program, hardware).fits:
+        program = profiles.find(plan)
+        if not isinstance(program, Unknown) and _forecast(plan, program, hardware).fits:
             nearest = f"the nearest that fits: {text}"
             break
     highest = least.footprint.highest

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from launcher.job.schema import ActivationCheckpointing, Job
 from launcher.planner import candidates
 from launcher.planner.candidates import ENGINE_NAMES, Cut, EngineOption, cut_words
+from launcher.planner.dataset.dataset_size import DatasetSizes
 from launcher.planner.forecast import Forecast, forecast
 from launcher.planner.memory.estimate import Estimator
 from launcher.planner.memory.limits import recomputations, samples_per_pass
@@ -36,9 +37,11 @@ class _Fit:
 class Search:
     """A search over one job's plans on one device; it records why plans are not taken."""
 
-    def __init__(self, job: Job, first: Plan, target: Target, program: Program) -> None:
-        """Begin with `first`, the plan of the job's default engine. program: its model, for the forecasts."""
-        self.job, self.first, self.target, self.program = job, first, target, program
+    def __init__(self, job: Job, first: Plan, target: Target, program: Program, sizes: DatasetSizes) -> None:
+        """Begin with `first`, the plan of the job's default engine. program, sizes: its model and its data,
+        for the forecasts."""
+        self.job, self.first, self.target = job, first, target
+        self.program, self.sizes = program, sizes
         self.default = EngineOption(first.engine, first.offload)
         self.fits: list[_Fit] = []
         self.refused: list[Refused] = []
@@ -155,7 +158,7 @@ class Search:
         largest = 0
         while low <= high:
             judged = self._forecast(plan, sizes[middle], recompute)
-            if judged is not None and judged.fits:
+            if judged.fits:
                 best, largest, high = judged, middle, middle - 1
             else:
                 too_large, low = judged, middle + 1
@@ -163,7 +166,7 @@ class Search:
         if best is not None and best.speed is not None:
             for size in sizes[largest + 1 :]:
                 smaller = self._forecast(plan, size, recompute)
-                if smaller is not None and smaller.fits and smaller.step < NEARLY * best.step:
+                if smaller.fits and smaller.step < NEARLY * best.step:
                     best = smaller
         return best, too_large
 
@@ -180,10 +183,9 @@ class Search:
         sizes = divisors(plan.batch.micro_batch_size * plan.batch.accumulation_steps)
         return [size for size in reversed(sizes) if size <= most]
 
-    def _forecast(
-        self, plan: Plan, micro_batch_size: int, recompute: ActivationCheckpointing
-    ) -> Forecast | None:
-        return forecast(with_batch(plan, micro_batch_size, recompute), self.target, program=self.program)
+    def _forecast(self, plan: Plan, micro_batch_size: int, recompute: ActivationCheckpointing) -> Forecast:
+        other = with_batch(plan, micro_batch_size, recompute)
+        return forecast(other, self.target, self.program, self.sizes)
 
     def fastest(self) -> Plan:
         """Return the fastest plan that fits, with its decisions and with the plans not taken."""
@@ -244,6 +246,6 @@ class Search:
         if place == 0:
             return f"more than {samples_per_pass(plan)} are no faster"
         larger = self._forecast(plan, sizes[place - 1], plan.activation_checkpointing)
-        if larger is not None and larger.fits and larger.speed and taken.speed:
+        if larger.fits and larger.speed and taken.speed:
             return f"{sizes[place - 1]} take {larger.step / taken.step:.2f}x the step"
         return f"more would not fit into {gib(self.target.usable_bytes(plan.mesh.device))}"

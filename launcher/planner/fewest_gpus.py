@@ -8,7 +8,7 @@ from launcher import tasks
 from launcher.errors import ConfigurationError, Problem
 from launcher.job.cluster import node_range
 from launcher.job.schema import Job
-from launcher.planner.comparison import PlanRow, gpu_types, gpus_per_node, impossible, plan_on, with_network
+from launcher.planner.comparison import PlanRow, gpu_types, gpus_per_node, impossible, plan_on, row_of
 from launcher.planner.dataset.dataset_size import one_pass
 from launcher.planner.forecast import Forecast
 from launcher.planner.hardware.gpu_table import GpuType
@@ -26,12 +26,7 @@ _NAMED = 3
 
 
 def fewest_gpus(
-    job: Job,
-    deadline: str | None,
-    most: int,
-    names: str | None,
-    network: str | None = None,
-    profiles: Profiles = CACHED,
+    job: Job, deadline: str | None, most: int, names: str | None, profiles: Profiles = CACHED
 ) -> list[PlanRow]:
     """Return, for each kind of GPU, the plan on the fewest that fit and, given a deadline, end within it.
 
@@ -40,7 +35,6 @@ def fewest_gpus(
     kind if none will do.
     """
     seconds = None if deadline is None else _seconds(job, deadline)
-    job = with_network(job, network)
     types, numbers = gpu_types(job, names), _numbers_of_gpus(job, most)
     rows = [_fewest_of_type(job, gpu, numbers, most, seconds, deadline, profiles) for gpu in types]
     if all(row.why_not for row in rows):
@@ -109,11 +103,11 @@ def _fewest_of_type(
     smallest = SmallestCluster(numbers, offload_modes(job), seconds)
     for number, offloading in smallest.candidates():
         try:
-            row = plan_on(job, gpu, number, offloading, profiles)
+            row = row_of(gpu, *plan_on(job, gpu, number, offloading, profiles), profiles)
         except ConfigurationError as error:
             smallest.reject(number, error)
         else:
-            smallest.add(Attempt(number, row.plan, row.forecast, profiles.why_not(row.plan)))
+            smallest.add(Attempt(number, row.plan, row.forecast, row.why_unknown or ""))
     if smallest.taken is None:
         if smallest.hopeless is not None:
             raise smallest.hopeless

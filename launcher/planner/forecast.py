@@ -5,20 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from launcher.job.cluster import NetworkName
-from launcher.planner.dataset.dataset_size import Items, evaluation_items, training_items
-from launcher.planner.hardware.detect import Hardware
+from launcher.planner.dataset.dataset_size import DatasetSizes, Items
 from launcher.planner.memory.estimate import Estimator, batch_of
 from launcher.planner.memory.footprint import Footprint
 from launcher.planner.memory.formulas import Formulas
-from launcher.planner.memory.profiles import CACHED, Profiles
+from launcher.planner.memory.profiles import CACHED, Profiles, Unknown
 from launcher.planner.memory.program import Program
 from launcher.planner.memory.teacher import Taught, Teacher
 from launcher.planner.memory.written_states import TaughtAhead
 from launcher.planner.plan import Plan
 from launcher.planner.speed.duration import Duration, duration
 from launcher.planner.speed.step_time import Speed, speed
-from launcher.planner.target import USABLE, Target, target_here
+from launcher.planner.target import USABLE, Target
 from launcher.runs import wording
 from launcher.runs.wording import gib
 
@@ -35,14 +33,19 @@ class Forecast:
     """Bytes of one checkpoint on disk; 0 if the plan writes none."""
     program: Program
     """The source of the model's sizes: formulas, or a profile of the model's own class."""
+    sizes: DatasetSizes
+    """The samples of the data; nothing if the device's rates are unknown."""
     speed: Speed | None = None
     """None if the device's rates are unknown."""
     duration: Duration | None = None
     """Duration of the whole job; None if its number of steps or the speed is unknown."""
-    items: Items | None = None
-    """Lengths of the training data; None if it is not in files here."""
     padded: float | None = None
     """Tokens per sample with padding, for which the speed is forecast; None: the maximum length."""
+
+    @property
+    def items(self) -> Items | None:
+        """Return the samples of an epoch; None if they or the speed are unknown."""
+        return self.sizes.training
 
     @property
     def traced(self) -> bool:
@@ -155,21 +158,34 @@ class Forecast:
         return content
 
 
-def forecast(
-    plan: Plan, target: Target, profiles: Profiles = CACHED, program: Program | None = None
-) -> Forecast | None:
-    """Return the forecast of a plan; None if its model's memory cannot be forecast.
+def forecast_of(plan: Plan, target: Target, profiles: Profiles = CACHED) -> Forecast | Unknown:
+    """Return the forecast of a plan, with its model and data looked up, or why its model's memory cannot be
+    forecast.
 
-    profiles: the source of the model's program. program: the program, if it is known already.
+    profiles: the source of the model's program.
     """
-    program = program or profiles.program(plan)
-    if program is None:
-        return None
+    program = profiles.find(plan)
+    if isinstance(program, Unknown):
+        return program
+    return forecast(plan, target, program, sizes_for(plan, target))
+
+
+def sizes_for(plan: Plan, target: Target) -> DatasetSizes:
+    """Return the samples of a plan's data; they are not looked at if the target's speed is unknown anyway."""
+    return DatasetSizes() if target.gpu is None else DatasetSizes.of(plan)
+
+
+def forecast(plan: Plan, target: Target, program: Program, sizes: DatasetSizes) -> Forecast:
+    """Return the forecast of a plan.
+
+    program: its model. sizes: its data, as `sizes_for` has them.
+    """
     estimator, gpu = Estimator(plan, program), target.gpu
-    foreseen = Forecast(plan, estimator.footprint(), target, estimator.checkpoint_bytes, program)
+    num_bytes = estimator.checkpoint_bytes
+    foreseen = Forecast(plan, estimator.footprint(), target, num_bytes, program, sizes)
     if gpu is None:
         return foreseen
-    items, held_out = training_items(plan), evaluation_items(plan)
+    items, held_out = sizes.training, sizes.held_out
     typical, share, padded = plan, 1.0, None
     if items is not None and not items.packed:
         # The samples' lengths are known: the speed is forecast for their mean length, with padding.
@@ -184,16 +200,5 @@ def forecast(
         of_teacher = typical.of_teacher() if isinstance(teacher, Teacher) else typical.as_frozen()
         beside = speed(of_teacher, teacher.units, teacher.blocks(setting.batch), gpu)
         rate = replace(rate, compute=rate.compute + beside.evaluation)
-    lasts = duration(plan, rate, foreseen.checkpoint_bytes, gpu, target.disk_rate, items, held_out)
-    return replace(foreseen, speed=rate, duration=lasts, items=items, padded=padded)
-
-
-def forecast_here(
-    plan: Plan,
-    hardware: Hardware,
-    network: NetworkName | None = None,
-    profiles: Profiles = CACHED,
-    program: Program | None = None,
-) -> Forecast | None:
-    """Return the forecast of a plan on this machine, with this machine's measured rates."""
-    return forecast(plan, target_here(plan, hardware, network), profiles, program)
+    lasts = duration(plan, rate, num_bytes, gpu, target.disk_rate, items, held_out)
+    return replace(foreseen, speed=rate, duration=lasts, padded=padded)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from launcher.planner.forecast import Forecast, forecast_here
+from launcher.planner.forecast import Forecast, forecast, sizes_for
 from launcher.planner.hardware.detect import Hardware
 from launcher.planner.memory.estimate import STAGED, Estimator
 from launcher.planner.memory.profiles import CACHED, Profiles, Unknown
@@ -12,7 +12,7 @@ from launcher.planner.memory.program import Program
 from launcher.planner.plan import Plan
 from launcher.planner.resolve.batch import divisors, largest_divisor, with_batch
 from launcher.planner.suggestions import changes, fully_cut, on_more_ranks
-from launcher.planner.target import USABLE, Target
+from launcher.planner.target import USABLE, Target, target_here
 from launcher.runs.wording import gib, in_phase
 
 
@@ -54,11 +54,11 @@ def _smaller_pass(plan: Plan, hardware: Hardware, peak: int, program: Program) -
 
     Fewer samples at a time cost the least, then more recomputation, then both.
     """
-    wanted = forecast_here(plan, hardware, program=program)
-    assert wanted is not None  # its program is known
-    expected, memory = wanted.footprint.highest, wanted.target.memory_bytes
+    target = target_here(plan, hardware)
+    data = sizes_for(plan, target)
+    expected = forecast(plan, target, program, data).footprint.highest
     # The measured excess over the forecast is assumed for every other plan too.
-    usable = wanted.target.usable_bytes(plan.mesh.device) - max(0, peak - expected.total)
+    usable = target.usable_bytes(plan.mesh.device) - max(0, peak - expected.total)
     micro = plan.batch.micro_batch_size
     sizes = [size for size in reversed(divisors(micro * plan.batch.accumulation_steps)) if size <= micro]
     fitting: list[tuple[str, Forecast]] = []
@@ -66,8 +66,7 @@ def _smaller_pass(plan: Plan, hardware: Hardware, peak: int, program: Program) -
         for size in sizes:
             smaller = with_batch(plan, size, recompute)
             options = " ".join(f"--set {key}={value}" for key, value in changes(plan, smaller).items())
-            other = forecast_here(smaller, hardware, program=program) if options else None
-            if other is None or not other.fits_host:
+            if not options or not (other := forecast(smaller, target, program, data)).fits_host:
                 continue
             if other.footprint.highest.total < expected.total and other.footprint.highest.total <= usable:
                 fitting.append((options, other))
@@ -78,7 +77,7 @@ def _smaller_pass(plan: Plan, hardware: Hardware, peak: int, program: Program) -
         f"the plan expected {gib(expected.total)} at most, {in_phase(expected.name)} ({expected.where})"
     )
     measured = f", a rank had {gib(peak)}" if peak else ""
-    then = f"with this it is {gib(other.footprint.highest.total)} of {gib(memory)}"
+    then = f"with this it is {gib(other.footprint.highest.total)} of {gib(target.memory_bytes)}"
     return Advice(options, f"{foreseen}{measured}; {then}")
 
 

@@ -80,6 +80,9 @@ class BatchPlan(Frozen):
     micro_batch_size: int
     accumulation_steps: int
     data_parallel_size: int
+    balanced: bool = False
+    """Whether padded passes of short samples hold more than micro_batch_size of them, and those of long ones
+    fewer, so that ranks wait less for each other."""
 
 
 class Zero(Frozen):

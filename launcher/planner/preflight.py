@@ -7,7 +7,7 @@ from pathlib import Path
 
 from launcher.errors import ConfigurationError, OutOfMemoryError, Problem, StorageError
 from launcher.job.schema import Job
-from launcher.planner.forecast import Forecast, forecast
+from launcher.planner.forecast import Forecast, forecast, sizes_for
 from launcher.planner.hardware.detect import Hardware
 from launcher.planner.memory.estimate import Estimator
 from launcher.planner.memory.profiles import CACHED, Profiles, Unknown
@@ -38,13 +38,13 @@ def preflight(
         return None
     here = Hardware.detect() if local else None
     target = target_of_job(job, plan) if here is None else target_here(plan, here, job.cluster.network)
-    results = profiles.find(plan)
-    if isinstance(results, Unknown):
+    program = profiles.find(plan)
+    if isinstance(program, Unknown):
         if not force:
-            _check_state(plan, target, results)
+            _check_state(plan, target, program)
         return None
-    foreseen = forecast(plan, target, program=results)
-    if foreseen is None or force:
+    foreseen = forecast(plan, target, program, sizes_for(plan, target))
+    if force:
         return foreseen
     assumed = here is None and node_memory(job.cluster) is None
     _check_memory(foreseen, GPUS_PER_NODE if here is None else len(here.gpus), assumed)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from launcher.errors import ConfigurationError, Problem
 from launcher.job.schema import Job
-from launcher.planner.comparison import gpu_types, plan_on, with_network
-from launcher.planner.dataset.dataset_size import why_no_items
-from launcher.planner.forecast import Forecast, forecast
+from launcher.planner.comparison import gpu_types, plan_on
+from launcher.planner.dataset.dataset_size import DatasetSizes
+from launcher.planner.forecast import Forecast, forecast_of
 from launcher.planner.hardware.detect import Hardware
-from launcher.planner.memory.profiles import CACHED, Profiles
+from launcher.planner.memory.profiles import CACHED, Profiles, Unknown
 from launcher.planner.plan import Plan
 from launcher.planner.search import plan_job
 from launcher.planner.suggestions import Suggestion, nearest_that_fit
@@ -28,8 +28,8 @@ class Preview:
     """The forecast by the model's own class, if requested."""
     no_forecast: str | None
     """Why there is no forecast."""
-    no_epoch: str | None
-    """Why an epoch's samples are unknown."""
+    sizes: DatasetSizes
+    """The samples of its data."""
     suggestions: tuple[Suggestion, ...]
     """The nearest plans that fit, if this one does not."""
 
@@ -43,7 +43,6 @@ def preview_job(
     job: Job,
     nproc: int | None = None,
     gpu: str | None = None,
-    network: str | None = None,
     profiles: Profiles = CACHED,
     compared: Profiles | None = None,
 ) -> Preview:
@@ -51,10 +50,9 @@ def preview_job(
 
     profiles: the source of the model's program. compared: another source, for a second forecast.
 
-    Raises ConfigurationError for a GPU or network that is not in the table, and if both `nproc` and a GPU are
-    given.
+    Raises ConfigurationError for a GPU that is not in the table, and if both `nproc` and a GPU are given.
     """
-    job, per_node = with_network(job, network), GPUS_PER_NODE
+    per_node = GPUS_PER_NODE
     if gpu is None and job.cluster.gpu is None:
         hardware = Hardware.detect()
         # For GPUs that are neither here nor named, the plan is the one that `submit` would make.
@@ -62,20 +60,25 @@ def preview_job(
         plan = plan_job(job, nproc, hardware, local=here, profiles=profiles)
         per_node = len(hardware.gpus) or GPUS_PER_NODE
         target = target_here(plan, hardware, job.cluster.network)
-        foreseen = forecast(plan, target, profiles)
-        traced = forecast(plan, target, compared) if compared else None
     else:
         if nproc is not None:
             raise ConfigurationError(_ranks_of_this_machine(job, nproc, gpu))
         [kind] = gpu_types(job, gpu)
-        row = plan_on(job, kind, profiles=profiles)
-        plan, foreseen, traced = row.plan, row.forecast, None
-        if compared is not None and row.target is not None:
-            traced = forecast(plan, row.target, compared)
-    shown = traced or foreseen
-    suggestions = nearest_that_fit(shown, per_node=per_node) if shown and not shown.fits else []
-    no_forecast = None if foreseen else profiles.why_not(plan)
-    return Preview(plan, foreseen, traced, no_forecast, why_no_items(plan), tuple(suggestions))
+        plan, target = plan_on(job, kind, profiles=profiles)
+    foreseen = forecast_of(plan, target, profiles)
+    traced = forecast_of(plan, target, compared) if compared else None
+    shown = traced if isinstance(traced, Forecast) else foreseen
+    suggestions: list[Suggestion] = []
+    if isinstance(shown, Forecast) and not shown.fits:
+        suggestions = nearest_that_fit(shown, per_node=per_node)
+    return Preview(
+        plan,
+        foreseen if isinstance(foreseen, Forecast) else None,
+        traced if isinstance(traced, Forecast) else None,
+        foreseen.reason if isinstance(foreseen, Unknown) else None,
+        DatasetSizes.of(plan),
+        tuple(suggestions),
+    )
 
 
 def _ranks_of_this_machine(job: Job, nproc: int, gpu: str | None) -> Problem:

@@ -13,7 +13,7 @@ from launcher.job.script_job import OWN
 from launcher.planner import candidates
 from launcher.planner.decide import candidate
 from launcher.planner.fastest import Search
-from launcher.planner.forecast import forecast
+from launcher.planner.forecast import Forecast, forecast_of, sizes_for
 from launcher.planner.hardware.detect import Hardware
 from launcher.planner.memory.limits import TOKENS_PER_PASS, samples_per_pass
 from launcher.planner.memory.profiles import CACHED, Profiles, Unknown
@@ -83,8 +83,8 @@ def _plan_fewest_nodes(request: _Request) -> Plan:
             smallest.reject(count, error)
             continue
         target = target_of(plan, request.hardware, cluster.network)
-        judged = forecast(plan, target, request.profiles) if target.memory_bytes else None
-        smallest.add(Attempt(count, plan, judged, request.profiles.why_not(plan)))
+        judged = forecast_of(plan, target, request.profiles) if target.memory_bytes else None
+        smallest.add(Attempt(count, plan, judged if isinstance(judged, Forecast) else None))
     if smallest.taken is not None:
         reason = f"the fewest of {low}-{high} that fit"
         reason += "; without offloading none of them does" if smallest.needs_offloading else ""
@@ -146,9 +146,9 @@ def _best_plan(request: _Request) -> Plan:
         return _with_the_least(job, first, error.problems[0].reason)
     if isinstance(program, Unknown):
         return _with_the_least(job, first, f"what a pass needs is not known: {program.reason}")
-    search = Search(job, first, target, program)
     if not target.memory_bytes:
         return _with_unknown_memory(job, first)
+    search = Search(job, first, target, program, sizes_for(first, target))
     if search.nothing_is_open():
         return _with_the_least(job, first, "nothing else is open")
     for group in candidates.engine_options(job, first):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from launcher.planner.candidates import with_cut
-from launcher.planner.forecast import Forecast, forecast
+from launcher.planner.forecast import Forecast, forecast, sizes_for
 from launcher.planner.memory.estimate import Estimator
 from launcher.planner.plan import Plan
 from launcher.planner.resolve.batch import largest_divisor, with_batch
@@ -50,7 +50,7 @@ def nearest_that_fit(wanted: Forecast, most: int = 4, per_node: int = GPUS_PER_N
 
 def least(wanted: Forecast) -> Forecast:
     """Return the forecast with the least memory for activations: micro-batch 1, full recomputation."""
-    return _instead(wanted, with_batch(wanted.plan, 1, "full")) or wanted
+    return _instead(wanted, with_batch(wanted.plan, 1, "full"))
 
 
 def changes(before: Plan, after: Plan) -> dict[str, object]:
@@ -83,19 +83,21 @@ def _that_fit(wanted: Forecast, per_node: int) -> Iterator[Forecast]:
         with_batch(plan, 1, "full"),
     )
     for changed in (*_cut_more(plan), *passes):
-        other = _instead(wanted, changed) if _may_fit(wanted, changed) else None
-        if other is not None and other.fits:
+        if _may_fit(wanted, changed) and (other := _instead(wanted, changed)).fits:
             yield other
     for plans in _larger_changes(plan, per_node):
         fitting = (_with_smaller_pass(wanted, changed) for changed in plans if _may_fit(wanted, changed))
-        other = next((each for each in fitting if each is not None), None)
-        if other is not None:
-            yield other
+        smaller = next((each for each in fitting if each is not None), None)
+        if smaller is not None:
+            yield smaller
 
 
-def _instead(wanted: Forecast, plan: Plan) -> Forecast | None:
+def _instead(wanted: Forecast, plan: Plan) -> Forecast:
     """Return the forecast of another plan on the same target."""
-    return forecast(plan, wanted.target, program=wanted.program)
+    # How many samples an epoch has depends on their maximum length.
+    same = plan.data.max_length == wanted.plan.data.max_length
+    sizes = wanted.sizes if same else sizes_for(plan, wanted.target)
+    return forecast(plan, wanted.target, wanted.program, sizes)
 
 
 def _may_fit(wanted: Forecast, plan: Plan) -> bool:
@@ -108,13 +110,13 @@ def _may_fit(wanted: Forecast, plan: Plan) -> bool:
 def _with_smaller_pass(wanted: Forecast, plan: Plan) -> Forecast | None:
     """Return a plan's forecast, with a smaller micro-batch or recomputation if needed; None if none fits."""
     judged = _instead(wanted, plan)
-    if judged is None or judged.fits:
+    if judged.fits:
         return judged
     smallest = least(judged)
     if not smallest.fits:
         return None
     smaller = _instead(wanted, with_batch(plan, 1))
-    return smaller if smaller is not None and smaller.fits else smallest
+    return smaller if smaller.fits else smallest
 
 
 def _larger_changes(plan: Plan, per_node: int) -> Iterator[Iterable[Plan]]:
@@ -166,7 +168,7 @@ def fully_cut(plan: Plan, replicate: int) -> Plan:
 def _offloaded(plan: Plan) -> Iterator[Plan]:
     """Yield the plan with more offloaded, unless the job left that open, as it was tried then."""
     decided = {decision.key for decision in plan.decisions}
-    if plan.training.needs_whole_matrices:
+    if plan.training.needs_whole_rows:
         return
     if plan.mesh.device != "cuda" or plan.offload != "none" or "memory.offload" in decided:
         return

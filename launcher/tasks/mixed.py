@@ -55,6 +55,13 @@ def data_of(task: str, data: Data, source: Source) -> Data:
     return type(data).model_validate(values)
 
 
+def task_of(task: str, data: Data, source: Source) -> Task:
+    """Return the unprepared task for the rows of one of several sources. Raises as `of_one_task` and
+    `data_of`."""
+    kind, _ = of_one_task(task, data, source)
+    return tasks.find(kind)(data_of(task, data, source))
+
+
 def as_main(task: str, data: Data, source: Source, rows: Iterable[Row]) -> Iterator[Row]:
     """Yield a source's rows with its own columns renamed to those of `data`."""
     own = data_of(task, data, source)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from pydantic import Field
@@ -10,7 +9,6 @@ from pydantic import Field
 from launcher.data.rows import BAD_VALUE, RowProblem, is_missing
 from launcher.data.section import Data
 from launcher.data.written import list_in
-from launcher.tasks.task import Finding, finding
 
 
 class PairColumns(Data):
@@ -34,13 +32,6 @@ class PairColumns(Data):
     """Tokens of the longest target; max_length is the source's."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """The share of each target's probability that is spread over all tokens, in training alone."""
-
-
-def contradictions(data: PairColumns) -> Iterator[Finding]:
-    """Yield contradictions between the keys."""
-    if data.source == data.target:
-        reason = "is the source as well; name the column of what is to be written"
-        yield finding("data.target", data.target, reason)
 
 
 def references_of(row: dict[str, Any], column: str | None) -> list[str]:

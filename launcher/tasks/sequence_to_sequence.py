@@ -15,8 +15,8 @@ from launcher.tasks.encoding import encode_usable, special_tokens, unfit
 from launcher.tasks.generation import GenerationOptions, padded_prompts
 from launcher.tasks.languages import set_language
 from launcher.tasks.padding import alone
-from launcher.tasks.pair_columns import PairColumns, contradictions, references_of
-from launcher.tasks.task import Draws, Encoded, Finding, Output, Sample, Traits, ends_of, virtual_ids
+from launcher.tasks.pair_columns import PairColumns, references_of
+from launcher.tasks.task import Draws, Encoded, Output, Sample, Traits, ends_of, virtual_ids
 from launcher.tasks.text_scores import OVERLAP
 from launcher.tasks.writing import as_bytes
 
@@ -60,10 +60,6 @@ class SequenceToSequence(EncoderDecoderTask):
         self._begins_with_end = False
         """Whether the tokenizer puts one before a target too, as SeamlessM4T's, whose decoder starts from it.
         Learned, it would end every text at once."""
-
-    def checks(self) -> Iterator[Finding]:
-        yield from super().checks()
-        yield from contradictions(self.data)
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import combinations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from launcher.data.columns import Column, Overview, number_in
@@ -115,6 +116,12 @@ class Task(ABC):
         if self.data.packing and self.traits.layout != "packed":
             reason = "only language models pack; set it to false: samples are sorted by length and padded"
             yield finding("data.packing", True, reason, "model.task")
+        for way in self.column_ways:
+            for first, second in combinations(way, 2):
+                column, other = getattr(self.data, first), getattr(self.data, second)
+                if other is not None and (column == other or (isinstance(column, tuple) and other in column)):
+                    reason = f"is the column of data.{first} as well; name the column that has the {second}"
+                    yield finding(f"data.{second}", other, reason, f"data.{first}", "model.task")
 
     @property
     @abstractmethod

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import distributed, nn
-from torch.distributed.tensor import DTensor
 
-from launcher.training.model.loading import local_part
+from launcher.training import norms
+from launcher.training.model.loading import cut_as, local_part
 from launcher.training.muon import group_of
 
 _DECAY, _EPSILON = 0.8, 1e-30
@@ -44,7 +44,7 @@ class Adafactor(torch.optim.Optimizer):
             self._of_columns(parameter, whole)
         # Each update is computed twice: keeping all of them would take as much memory as the weights.
         squares = [
-            torch.linalg.vector_norm(self._update(parameter, whole), dtype=torch.float64).square().view(1)
+            norms.sum_of_squares([self._update(parameter, whole)]).view(1)
             for (parameter, _), whole in zip(stepped, sums, strict=True)
         ]
         _add_up(squares, stepped[0][0])
@@ -101,19 +101,9 @@ def first_state(parameter: torch.Tensor) -> dict[str, torch.Tensor]:
     shape, own = parameter.shape, local_part(parameter)
     column = own.new_zeros(shape[-1:])
     if parameter.dim() > 2:
-        column = _cut_as(parameter, own.new_zeros(own.shape[:-2] + own.shape[-1:]), shape[:-2] + shape[-1:])
-    row = _cut_as(parameter, own.new_zeros(own.shape[:-1]), shape[:-1])
+        column = cut_as(parameter, own.new_zeros(own.shape[:-2] + own.shape[-1:]), shape[:-2] + shape[-1:])
+    row = cut_as(parameter, own.new_zeros(own.shape[:-1]), shape[:-1])
     return {"step": step, "exp_avg_sq_row": row, "exp_avg_sq_col": column}
-
-
-def _cut_as(parameter: torch.Tensor, own: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Return a rank's part as a tensor of global shape `shape`, sharded like the parameter on dimension 0."""
-    if not isinstance(parameter, DTensor):
-        return own
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(
-        own, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=stride
-    )
 
 
 def _gradient(parameter: nn.Parameter) -> torch.Tensor:

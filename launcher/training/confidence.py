@@ -96,9 +96,8 @@ def ids_of(batches: Batches) -> list[int]:
     results: list[int] = []
     for step in range(batches.num_steps):
         real = batches.indices(step)
-        [[place]] = deal(batches.lengths(real), batches.batch, batches.dataset.padding_free)[
-            :, batches.rank
-        ].tolist()
+        passes = deal(batches.lengths(real), batches.batch, batches.dataset.padding_free)
+        [place] = passes[batches.rank].tolist()
         if place < len(real):
             results += batches.dataset.sample_ids(real[[place]]).tolist()
     return results

@@ -97,7 +97,11 @@ def batches_by_source(dataset: Dataset, plan: Plan) -> list[Batches]:
     sources."""
     size, micro = plan.batch.data_parallel_size, plan.batch.micro_batch_size
     cut = BatchPlan(
-        global_batch_size=micro * size, micro_batch_size=micro, accumulation_steps=1, data_parallel_size=size
+        global_batch_size=micro * size,
+        micro_batch_size=micro,
+        accumulation_steps=1,
+        data_parallel_size=size,
+        balanced=plan.batch.balanced,
     )
     data_rank = plan.mesh.data_rank(distributed.get_rank())
     return [

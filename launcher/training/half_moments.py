@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.optim.adam import adam
 
 from launcher.job.schema import Training
 from launcher.planner.limits import WIDENED_MOMENTS
 from launcher.training.model.loading import local_part
+from launcher.training.narrow_moments import AdamOfNarrowMoments, step_in_fp32
 
 
-class AdamOfHalfMoments(torch.optim.Adam):
+class AdamOfHalfMoments(AdamOfNarrowMoments):
     """PyTorch's Adam or AdamW over fp32 parameters, with half the bytes of state.
 
     In a step the second moment moves by a thousandth of its distance to the new square (beta2 0.999). A bf16
@@ -24,27 +23,13 @@ class AdamOfHalfMoments(torch.optim.Adam):
     """
 
     def __init__(self, groups: list[dict[str, Any]], training: Training) -> None:
-        super().__init__(
-            groups,
-            lr=training.learning_rate,
-            betas=training.betas,
-            eps=training.epsilon,
-            decoupled_weight_decay=training.optimizer == "adamw",
-        )
+        super().__init__(groups, training)
         self._seed, self._numbers = training.seed, dict[torch.Tensor, int]()
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Take one step for all parameters with a gradient. Every tensor must have its state already."""
-        if len(self._numbers) < len(self.state):
-            self._numbers = {one: number for number, one in enumerate(self.state)}
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._step(parameter, group)
 
     def _step(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
         """Step one tensor piece by piece, so that the fp32 copies stay small."""
+        if len(self._numbers) < len(self.state):
+            self._numbers = {one: number for number, one in enumerate(self.state)}
         state, draws = self.state[parameter], torch.Generator(local_part(parameter).device)
         before = state["step"].clone()
         # int() waits for the device once per tensor. That costs little here: the backward pass is over, as its
@@ -54,12 +39,7 @@ class AdamOfHalfMoments(torch.optim.Adam):
         pieces = (local_part(one).view(-1).split(WIDENED_MOMENTS) for one in tensors)  # type: ignore[arg-type]
         for weights, gradient, first, second in zip(*pieces, strict=True):
             wide = first.float(), second.float()
-            adam(
-                [weights], [gradient], [wide[0]], [wide[1]], [], [before.clone()],
-                fused=True, amsgrad=False, maximize=False, beta1=group["betas"][0], beta2=group["betas"][1],
-                lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
-                decoupled_weight_decay=group["decoupled_weight_decay"],
-            )  # fmt: skip
+            step_in_fp32(weights, gradient, wide, before.clone(), group)
             noise = torch.empty_like(wide[0], dtype=torch.int32)
             for narrow, widened in zip((first, second), wide, strict=True):
                 put_back(narrow, widened, noise.random_(0, 1 << 16, generator=draws))

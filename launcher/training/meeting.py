@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlparse
 
 from launcher.runs import secret
-from launcher.training import closing, shared_messages
+from launcher.training import closing, gradient_messages, shared_messages
 
 Found = Iterator[tuple[Any, int, int]]
 _ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
@@ -36,6 +36,7 @@ def changes() -> dict[str, Callable[[ModuleType], None]]:
     return {
         "torch.distributed.rendezvous": _use_the_attempts_store,
         "torch.distributed.distributed_c10d": _change_groups,
+        "torch.distributed.fsdp._fully_shard._fsdp_collectives": gradient_messages.put_off,
     }
 
 

@@ -21,9 +21,14 @@ from weakref import WeakKeyDictionary
 
 from launcher.planner.limits import SHARED_MESSAGE_BYTES
 from launcher.runs.shared_memory import shared_memory
+from launcher.training import gradient_messages
+from launcher.training.gradient_messages import Row, Stretch, copy_window
 
 PIECE_BYTES = 1 << 22
 """Bytes that a rank writes between barriers; there are two such buffers, one to write while one is read."""
+
+SUMMED_ELEMENTS = 1 << 16
+"""Elements that are added up at a time, so that their copies in fp32 stay in the cache."""
 
 
 def use(distributed: ModuleType) -> None:
@@ -62,7 +67,11 @@ def _all_gather(group: Any, output: Any, part: Any, *_: Any, **__: Any) -> bool:
         rows[memory.rank].copy_(part)
     for begin in range(0, part.numel(), PIECE_BYTES):
         piece = part[begin : begin + PIECE_BYTES]
-        for rank, theirs in enumerate(memory.exchange(group, [piece])):
+
+        def write(buffer: Any, piece: Any = piece) -> None:
+            buffer[: piece.numel()].copy_(piece)
+
+        for rank, theirs in enumerate(memory.exchange(group, write)):
             if rank != memory.rank:
                 rows[rank, begin : begin + piece.numel()].copy_(theirs[: piece.numel()])
     return True
@@ -72,24 +81,39 @@ def _reduce_scatter(group: Any, output: Any, whole: Any, options: Any = None, *_
     import torch
 
     sums, means = torch.distributed.ReduceOp.SUM, torch.distributed.ReduceOp.AVG
-    if options is None or not (options.reduceOp == sums or options.reduceOp == means):
-        return False
-    memory = _memory(group, whole, output)
+    unwritten = gradient_messages.take(whole)
+    adds = options is not None and (options.reduceOp == sums or options.reduceOp == means)
+    memory = _memory(group, whole, output) if adds else None
     if memory is None:
+        if unwritten is not None:
+            unwritten.write()
         return False
-    rows, output = whole.detach().view(memory.size, -1), output.detach().view(-1)
-    count = PIECE_BYTES // memory.size // whole.element_size()
+    output = output.detach().view(-1)
+    rows: Sequence[Row] = (
+        [[Stretch(row, len(row))] for row in whole.detach().view(memory.size, -1)]
+        if unwritten is None
+        else unwritten.rows(memory.size)
+    )
+    dtype = rows[0][0].values.dtype
+    count = PIECE_BYTES // memory.size // dtype.itemsize
     for begin in range(0, output.numel(), count):
-        pieces = rows[:, begin : begin + count]
-        num_bytes = pieces[0].numel() * whole.element_size()
-        parts = [
-            theirs[memory.rank * num_bytes :][:num_bytes].view(whole.dtype)
-            for theirs in memory.exchange(group, [_as_bytes(piece) for piece in pieces])
-        ]
+        total = output[begin : begin + count]
+
+        def places(buffer: Any, shape: tuple[int, int] = (memory.size, len(total))) -> Any:
+            return buffer.view(dtype)[: shape[0] * shape[1]].view(shape)
+
+        def write(buffer: Any, begin: int = begin) -> None:
+            for row, place in zip(rows, places(buffer), strict=True):
+                copy_window(row, begin, place)
+
         # In rank order on every rank, so that rounding is the same.
-        total = torch.add(parts[0], parts[1], out=output[begin : begin + count])
-        for part in parts[2:]:
-            total.add_(part)
+        first, *others = [places(theirs)[memory.rank] for theirs in memory.exchange(group, write)]
+        for sum_, *parts in zip(
+            *(each.split(SUMMED_ELEMENTS) for each in (total, first, *others)), strict=True
+        ):
+            sum_.copy_(parts[0])
+            for part in parts[1:]:
+                sum_.add_(part)
         if options.reduceOp == means:
             total.div_(memory.size)
     return True
@@ -154,12 +178,10 @@ class Memory:
             if descriptor >= 0:
                 os.close(descriptor)
 
-    def exchange(self, group: Any, pieces: Sequence[Any]) -> Iterator[Any]:
-        """Write this rank's pieces one after another; return each rank's buffer once all have written."""
-        buffer, begin = self._buffers[self.rank][self._turn], 0
-        for piece in pieces:
-            buffer[begin : begin + piece.numel()].copy_(piece)
-            begin += piece.numel()
+    def exchange(self, group: Any, write: Callable[[Any], None]) -> Iterator[Any]:
+        """Write this rank's piece by `write`, uint8 [PIECE_BYTES]; return each rank's buffer once all have
+        written."""
+        write(self._buffers[self.rank][self._turn])
         group.barrier().wait()
         turn, self._turn = self._turn, 1 - self._turn
         return (each[turn] for each in self._buffers)

@@ -29,7 +29,7 @@ from _report import conditions, sentence, table, write
 from launcher.job.schema import EngineName, Job
 from launcher.launch.malloc_env import LEAN, ROOMY
 from launcher.planner.candidates import other_cuts
-from launcher.planner.forecast import forecast
+from launcher.planner.forecast import forecast_of
 from launcher.planner.hardware.calibration import rates_for
 from launcher.planner.hardware.detect import Hardware
 from launcher.planner.memory.limits import RECOMPUTATIONS, keeps_freed, recomputations
@@ -104,7 +104,7 @@ def all_plans(job: Job, made: Plan, limit: int) -> list[Plan]:
         for way in recomputations(variant):
             for micro in divisors(per_rank):
                 plan = with_batch(variant, micro, way)
-                said = forecast(plan, Target(limit))
+                said = forecast_of(plan, Target(limit))
                 if said is not None and said.fits:
                     found.append(plan)
     return found
@@ -133,7 +133,7 @@ def needs(job: Job) -> tuple[int, int]:
     per_rank = made.batch.micro_batch_size * made.batch.accumulation_steps
     sizes = []
     for micro, way in ((1, RECOMPUTATIONS[-1]), (per_rank, RECOMPUTATIONS[0])):
-        said = forecast(with_batch(made, micro, way), Target())
+        said = forecast_of(with_batch(made, micro, way), Target())
         assert said is not None
         sizes.append(said.footprint.highest.total)
     return sizes[0], sizes[1]
@@ -145,7 +145,7 @@ def seconds_of(plan: Plan, limit: int, num_steps: int, hopeless: float = inf) ->
     from launcher.render.deepspeed import config as deepspeed_config
     from launcher.training.fresh import in_fresh_ranks
 
-    said = forecast(plan, Target(limit))
+    said = forecast_of(plan, Target(limit))
     assert said is not None
     allocator = ROOMY if keeps_freed(max(phase.peak for phase in said.footprint.phases), limit) else LEAN
     ds_config = deepspeed_config(plan) if plan.engine == "deepspeed" else {}
@@ -234,7 +234,7 @@ def compared(patient: World, number: int, job: Job, limit: int, order: random.Ra
 
 def planned(plan: Plan, limit: int) -> float:
     """Seconds of a step by the speed model."""
-    said = forecast(plan, Target(limit, rates_for(plan, Hardware(2, limit * RANKS))))
+    said = forecast_of(plan, Target(limit, rates_for(plan, Hardware(2, limit * RANKS))))
     assert said is not None and said.speed is not None
     return said.speed.step
 

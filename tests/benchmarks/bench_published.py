@@ -23,7 +23,7 @@ from tests.published import (
     ZERO,
     ZERO_STATES,
     Published,
-    forecast_of,
+    forecast_of_case,
     fp32_gradients,
     model_states,
 )
@@ -55,7 +55,7 @@ def main() -> None:
     raw, ratios = [], {"a100-80gb": list[float](), "h100-80gb": list[float]()}
     with tempfile.TemporaryDirectory() as scratch:
         for number, case in enumerate(CASES):
-            said = forecast_of(case, Path(scratch) / str(number))
+            said = forecast_of_case(case, Path(scratch) / str(number))
             assert said.speed is not None
             rate = said.speed.tokens_per_second / case.num_gpus
             if case.ran and case.source != TITAN_H100 and case.speed_compares:

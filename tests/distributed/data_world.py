@@ -120,12 +120,13 @@ def plan_of(
     )
 
 
-def batch_of(micro: int, accumulation: int, ranks: int) -> BatchPlan:
+def batch_of(micro: int, accumulation: int, ranks: int, balanced: bool = False) -> BatchPlan:
     return BatchPlan(
         global_batch_size=micro * accumulation * ranks,
         micro_batch_size=micro,
         accumulation_steps=accumulation,
         data_parallel_size=ranks,
+        balanced=balanced,
     )
 
 

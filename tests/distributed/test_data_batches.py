@@ -51,13 +51,10 @@ def dataset(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def on_all_ranks(
-    dataset: Dataset, layout: tuple[int, int, int], step: int, num_items_total: int
+    dataset: Dataset, layout: tuple[int, int, int], step: int, num_items_total: int, balanced: bool = False
 ) -> list[StepBatch]:
-    order = Order(17, dataset.num_items)
-    return [
-        Batches(dataset, order, batch_of(*layout), rank, num_items_total).step(step)
-        for rank in range(layout[2])
-    ]
+    order, batch = Order(17, dataset.num_items), batch_of(*layout, balanced)
+    return [Batches(dataset, order, batch, rank, num_items_total).step(step) for rank in range(layout[2])]
 
 
 def real_ids(batches: list[StepBatch]) -> Counter[int]:
@@ -78,19 +75,26 @@ def supervised(batches: list[StepBatch]) -> int:
     return sum(s.weight * int((s["targets"] >= 0).sum()) if "targets" in s else s.weight for s in samples)
 
 
+@pytest.mark.parametrize("balanced", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_layout_has_the_same_global_batches(dataset: Dataset, layout: tuple[int, int, int]) -> None:
+def test_any_layout_has_the_same_global_batches(
+    dataset: Dataset, layout: tuple[int, int, int], balanced: bool
+) -> None:
     num_items_total = 2 * dataset.num_items + 5
     num_steps = -(-num_items_total // 12)
     order = Order(17, dataset.num_items)
     for step in range(num_steps):
-        batches = on_all_ranks(dataset, layout, step, num_items_total)
+        batches = on_all_ranks(dataset, layout, step, num_items_total, balanced)
         items = order.indices(step * 12, min(12, num_items_total - step * 12))
         expected = Counter(dataset.sample_ids(items).tolist())
         assert real_ids(batches) == expected
         [single] = on_all_ranks(dataset, (12, 1, 1), step, num_items_total)
         for batch in batches:
-            assert [len(micro) for micro in batch.micro_batches] == [layout[0]] * layout[1]
+            sizes = [len(micro) for micro in batch.micro_batches]
+            if balanced and not dataset.padding_free:
+                assert len(sizes) == layout[1] and min(sizes) >= 1 and max(sizes) <= 2 * layout[0]
+            else:
+                assert sizes == [layout[0]] * layout[1]
             counts = (
                 batch.num_items,
                 batch.num_samples,
@@ -161,32 +165,48 @@ def test_steps_past_the_end_and_ranks_that_are_not_there(dataset: Dataset) -> No
 layouts = st.tuples(st.integers(1, 6), st.integers(1, 4), st.integers(1, 5))
 
 
-@given(layout=layouts, seed=st.integers(0, 1000), padding_free=st.booleans())
+@given(layout=layouts, seed=st.integers(0, 1000), padding_free=st.booleans(), balanced=st.booleans())
 @settings(max_examples=150, deadline=None)
-def test_dealing_gives_every_place_once(layout: tuple[int, int, int], seed: int, padding_free: bool) -> None:
-    batch = batch_of(*layout)
+def test_dealing_gives_every_place_once(
+    layout: tuple[int, int, int], seed: int, padding_free: bool, balanced: bool
+) -> None:
+    batch = batch_of(*layout, balanced)
     lengths = np.random.default_rng(seed).integers(1, 100, batch.global_batch_size)
-    places = deal(lengths, batch, padding_free)
-    assert places.shape == (layout[1], layout[2], layout[0])
-    assert np.array_equal(np.sort(places.reshape(-1)), np.arange(batch.global_batch_size))
+    passes = deal(lengths, batch, padding_free)
+    assert len(passes) == layout[1] * layout[2]
+    assert padding_free or balanced or {len(places) for places in passes} == {layout[0]}
+    assert np.array_equal(np.sort(np.concatenate(passes)), np.arange(batch.global_batch_size))
 
 
-def duration(lengths: np.ndarray, places: np.ndarray, padding_free: bool) -> int:
+def duration(lengths: np.ndarray, passes: list[np.ndarray], padding_free: bool, ranks: int = 4) -> int:
     """Tokens computed by the slowest rank of each accumulation step, summed: what a step's time goes by."""
-    cost = lengths[places].sum(axis=2) if padding_free else lengths[places].max(axis=2) * places.shape[2]
-    return int(cost.max(axis=1).sum())
+    costs = [
+        int(lengths[places].sum() if padding_free else lengths[places].max() * len(places))
+        for places in passes
+    ]
+    return sum(max(costs[begin : begin + ranks]) for begin in range(0, len(costs), ranks))
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_dealing_by_length_shortens_the_step(seed: int) -> None:
     batch = batch_of(4, 8, 4)
     lengths = np.random.default_rng(seed).lognormal(5, 0.7, batch.global_batch_size).astype(int) + 1
-    as_they_come = np.arange(batch.global_batch_size).reshape(8, 4, 4)
+    as_they_come = np.split(np.arange(batch.global_batch_size), 32)
     assert duration(lengths, deal(lengths, batch, True), True) < 0.8 * duration(lengths, as_they_come, True)
     assert duration(lengths, deal(lengths, batch, True), True) < 1.06 * lengths.sum() / 4
-    assert duration(lengths, deal(lengths, batch, False), False) < 0.6 * duration(
-        lengths, as_they_come, False
+    equal = duration(lengths, deal(lengths, batch, False), False)
+    assert equal < 0.6 * duration(lengths, as_they_come, False)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_balanced_batch_lets_ranks_wait_less(seed: int) -> None:
+    """32 pairs of sentences on two ranks: where each takes 16, one has all the long ones."""
+    lengths = np.random.default_rng(seed).normal(23, 8, 32).clip(8).astype(int)
+    equal, balanced = (
+        duration(lengths, deal(lengths, batch_of(16, 1, 2, balances), False), False, ranks=2)
+        for balances in (False, True)
     )
+    assert balanced < 0.85 * equal
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not here")

@@ -320,7 +320,7 @@ def job(folder: Path, **changes: Any) -> Path:
             "name data.evaluation",
         ),
         ({"data": {"packing": True}}, "data.packing", "only language models pack"),
-        ({"data": {"target": "de"}}, "data.target", "is the source as well"),
+        ({"data": {"target": "de"}}, "data.target", "is the column of data.source as well"),
         (
             {"checkpoint": {"keep_best": 1, "metric": "bleu"}},
             "checkpoint.metric",

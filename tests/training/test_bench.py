@@ -15,9 +15,10 @@ import torch
 
 from launcher.cli.main import main
 from launcher.errors import StorageError
-from launcher.planner.forecast import forecast_here
+from launcher.planner.forecast import forecast_of
 from launcher.planner.hardware.detect import Hardware
 from launcher.planner.plan import Plan
+from launcher.planner.target import target_here
 from launcher.runs.events import read
 from launcher.runs.layout import RunDirectory
 from launcher.runs.machine import Machine, Rates
@@ -168,7 +169,7 @@ def test_a_run_compares_itself_with_its_forecast(tmp_path: Path, monkeypatch: py
     run = new_run(tmp_path / "run", plan)
 
     Machine((Rates("cpu", "2026-11-23", {"fp32": 50e9}, 10e9),)).write()
-    expected = forecast_here(plan, Hardware(2, 8 << 30))
+    expected = forecast_of(plan, target_here(plan, Hardware(2, 8 << 30)))
     assert expected is not None and expected.speed is not None
     run.forecast_file.write_text(json.dumps({"digest": plan.digest()} | expected.to_dict()))
     finish(run, 1)

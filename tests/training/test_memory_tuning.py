@@ -43,6 +43,7 @@ THAWED = {
 }
 MUON = {"training__optimizer": "muon"}
 HALF = {"training__moments": "bf16"}
+BYTES = {"training__moments": "8bit"}
 ADAFACTOR = {"training__optimizer": "adafactor"}
 CASES = (
     TunedCase("llama", 1, "fp32", "none", keys={"model__freeze": {"layers": "0-2", "embeddings": True}}),
@@ -52,8 +53,12 @@ CASES = (
     TunedCase("llama", 1, "fp32", "full", keys=ADAFACTOR, lengths=(20, 12)),
     TunedCase("llama", 1, "bf16", "none", keys=ADAFACTOR),
     TunedCase("llama", 1, "fp32", "full", keys=HALF, lengths=(20, 12)),
+    TunedCase("llama", 1, "fp32", "full", keys=BYTES, lengths=(20, 12)),
+    TunedCase("llama", 1, "bf16", "none", keys=BYTES),
     TunedCase("llama", 2, "bf16", "full", keys=THAWED),
     TunedCase("llama", 2, "bf16", "full", keys=HALF),
+    TunedCase("llama", 2, "bf16", "full", keys=BYTES),
+    TunedCase("gpt2", 2, "fp32", "none", keys=BYTES, lengths=(20, 12)),
     TunedCase("llama", 2, "bf16", "full", keys=HALF, stage=2),
     TunedCase("llama", 2, "fp32", "full", keys=HALF, stage=3),
     TunedCase("llama", 2, "fp32", "none", keys=THAWED, stage=2),

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from launcher.job.schema import Training
+from launcher.training import norms
 from launcher.training import optimizer as optimizers
 
 
@@ -111,6 +112,6 @@ def test_the_norm_of_many_numbers_is_right_to_the_last_digit() -> None:
     generator = torch.Generator().manual_seed(1)
     many, few = torch.randn(2_300_000, generator=generator), torch.randn(7, generator=generator)
     wanted = (many.double().square().sum() + few.double().square().sum()).item()
-    assert optimizers.sum_of_squares([many, torch.empty(0), few]).item() == pytest.approx(wanted, rel=1e-12)
-    assert optimizers.sum_of_squares([torch.empty(0)]).item() == 0
-    assert optimizers.sum_of_squares([]).item() == 0
+    assert norms.sum_of_squares([many, torch.empty(0), few]).item() == pytest.approx(wanted, rel=1e-12)
+    assert norms.sum_of_squares([torch.empty(0)]).item() == 0
+    assert norms.sum_of_squares([]).item() == 0

@@ -12,7 +12,7 @@ import torch
 from torch import distributed
 from torch.distributed import ReduceOp
 
-from launcher.training import shared_messages
+from launcher.training import gradient_messages, shared_messages
 from tests.training.ranks import on_ranks
 
 pytestmark = pytest.mark.distributed
@@ -93,6 +93,65 @@ def test_messages_are_as_gloos(world_size: int) -> None:
             # Of two numbers the sum has one order.
             tolerance = 0.0 if world_size == 2 else 1e-2 if shared.dtype == torch.bfloat16 else 1e-6
             torch.testing.assert_close(shared, through_gloo, rtol=tolerance, atol=tolerance * 4)
+
+
+SHAPES = ((40_001, 7), (3,), (300, 400), (2, 2, 2))
+"""Of a unit's parameters, in 2 and in 3 parts: with a row too few, of fewer rows than ranks, without a rest."""
+
+
+class _Unit(torch.nn.Module):
+    """Parameters of these shapes; the gradient of each is what `forward` is given for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = torch.nn.ParameterList([torch.zeros(shape) for shape in SHAPES])
+
+    def forward(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+        products = [(weight * one).sum() for weight, one in zip(self.weights, gradients, strict=True)]
+        return torch.stack(products).sum()
+
+
+def _trained(dtype: torch.dtype, put_off: bool, node: bool = False) -> tuple[list[torch.Tensor], int]:
+    """What FSDP makes of gradients drawn by rank, and how many messages were sent without being written."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp._fully_shard import _fsdp_collectives
+
+    if node:
+        os.environ["GROUP_RANK"] = str(distributed.get_rank())
+    taken: list[int] = []
+    if put_off:
+        gradient_messages.put_off(_fsdp_collectives)
+        rows = gradient_messages.Unwritten.rows
+
+        def counted(message: Any, num_ranks: int) -> Any:
+            taken.append(num_ranks)
+            return rows(message, num_ranks)
+
+        gradient_messages.Unwritten.rows = counted  # type: ignore[method-assign]
+    generator = torch.Generator().manual_seed(distributed.get_rank())
+    gradients = [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
+    unit = _Unit()
+    fully_shard(unit, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
+    for _ in range(2):  # the second adds to the first
+        unit(gradients).backward()
+    return [parameter.grad.full_tensor() for parameter in unit.parameters()], len(taken)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_gradients_that_are_sent_without_a_copy_are_the_same(world_size: int, dtype: torch.dtype) -> None:
+    copied = on_ranks(world_size, _trained, dtype, False)
+    sent = on_ranks(world_size, _trained, dtype, True)
+    assert [number for _, number in copied] == [0] * world_size
+    assert [number for _, number in sent] == [2] * world_size
+    for (wanted, _), (gradients, _) in zip(copied, sent, strict=True):
+        assert all(map(torch.equal, gradients, wanted)) and all(one.any() for one in wanted)
+
+
+def test_ranks_of_two_nodes_send_what_fsdp_would() -> None:
+    sent, wanted = (on_ranks(2, _trained, torch.bfloat16, put_off, True) for put_off in (True, False))
+    for (gradients, number), (others, _) in zip(sent, wanted, strict=True):
+        assert number == 0 and all(map(torch.equal, gradients, others))
 
 
 def _told_apart(node: bool) -> tuple[bool, int]:

@@ -18,13 +18,14 @@ from launcher.launch.evaluation import Request
 from launcher.launch.prediction import Logits
 from launcher.launch.redecide import decide_again
 from launcher.planner.changes import changes
-from launcher.planner.forecast import forecast_here
+from launcher.planner.forecast import forecast_of
 from launcher.planner.hardware.detect import Hardware
 from launcher.planner.memory.estimate import Estimator
-from launcher.planner.memory.profiles import Profiles
+from launcher.planner.memory.profiles import Profiles, Unknown
 from launcher.planner.memory.written_states import TaughtAhead
 from launcher.planner.plan import Plan
 from launcher.planner.search import plan_job
+from launcher.planner.target import target_here
 from launcher.runs.layout import RunDirectory
 from launcher.sweep.sweep import as_yaml
 from launcher.tasks.distillation import SOURCE
@@ -454,11 +455,13 @@ def test_of_written_states_the_output_matrix_is_planned(tmp_path: Path) -> None:
             assert phase.peak - before.peak >= min(whole, chunk)
     on_gpus = plan_job(load(path, ["cluster.gpus_per_node=2", "cluster.ranks_per_node=2"]), hardware=H100)
     alone = on_gpus.model_copy(update={"distillation": None})
-    known, bare = (forecast_here(one, H100, profiles=Profiles()) for one in (on_gpus, alone))
+    known, bare = (forecast_of(one, target_here(one, H100), Profiles()) for one in (on_gpus, alone))
     assert known is not None and bare is not None and not known.traced
     assert known.speed is not None and bare.speed is not None and known.speed.compute > bare.speed.compute
     shutil.rmtree(tmp_path / "logits")
-    assert "of the logits written ahead: has no manifest.json" in Profiles().why_not(plan)
+    unknown = Profiles().find(plan)
+    assert isinstance(unknown, Unknown)
+    assert "of the logits written ahead: has no manifest.json" in unknown.reason
 
 
 @pytest.mark.parametrize(

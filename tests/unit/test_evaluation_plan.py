@@ -20,7 +20,7 @@ from launcher.planner.evaluation import measured, plan_evaluation, with_rows
 from launcher.planner.hardware.detect import Hardware
 from launcher.planner.hardware.gpu_table import as_hardware, gpu_type
 from launcher.planner.memory.estimate import Estimator
-from launcher.planner.memory.profiles import Profiles
+from launcher.planner.memory.profiles import Profiles, Unknown
 from launcher.planner.memory.writing import Keys
 from launcher.planner.plan import Plan
 from launcher.tasks.task import AnswerOptions
@@ -42,8 +42,8 @@ def have(monkeypatch: pytest.MonkeyPatch, hardware: Hardware) -> None:
 
 
 def parts(plan: Plan) -> dict[str, int]:
-    program = Profiles().program(plan)
-    assert program is not None
+    program = Profiles().find(plan)
+    assert not isinstance(program, Unknown)
     return measured(plan, program).phase("evaluating").parts
 
 
@@ -59,8 +59,8 @@ def test_fsdp_has_the_weights_alone_and_zero_its_optimizer_too(model: Path) -> N
 def test_so_many_rows_share_a_pass_as_fit(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = {"global_batch_size": 32, "micro_batch_size": 8, "accumulation_steps": 2, "data_parallel_size": 2}
     plan = plan_of(model, 2, batch=batch, data__max_length=1 << 16)
-    program = Profiles().program(plan)
-    assert program is not None
+    program = Profiles().find(plan)
+    assert not isinstance(program, Unknown)
     have(monkeypatch, Hardware(4, 1 << 42))
     planned, line = plan_evaluation(plan, [None], Profiles())
     assert planned.batch.micro_batch_size == 8 and planned.batch.global_batch_size == 16
@@ -190,8 +190,8 @@ def test_beams_are_rows_and_keys_grow_with_each_token(model: Path) -> None:
 def test_texts_count_in_a_training_run_and_smaller_passes_make_room(model: Path) -> None:
     long = {"evaluation": {"generate": {"num_beams": 32, "max_new_tokens": 2000}}}
     plan = plan_of(model, 1, data__max_length=1024, activation_checkpointing="full", precision="bf16", **long)
-    program = Profiles().program(plan)
-    assert program is not None
+    program = Profiles().find(plan)
+    assert not isinstance(program, Unknown)
     phases = Estimator(plan, program).footprint()
     highest = phases.phase("evaluating")
     assert highest.where == "writing" and highest.total > phases.phase("steady step").total

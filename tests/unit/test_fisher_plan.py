@@ -15,7 +15,7 @@ from launcher.launch.evaluation import Request, estimate_fisher
 from launcher.launch.screen import Watcher
 from launcher.planner.fisher import memory, plan_fisher
 from launcher.planner.hardware.detect import Hardware
-from launcher.planner.memory.profiles import Profiles
+from launcher.planner.memory.profiles import Profiles, Unknown
 from launcher.planner.plan import Plan
 from tests.training.plans import deepspeed, plan_of
 from tests.unit.test_planning_footprint import LLAMA
@@ -35,15 +35,15 @@ def have(monkeypatch: pytest.MonkeyPatch, num_bytes: float) -> None:
 
 
 def needed(plan: Plan) -> int:
-    program = Profiles().program(plan)
-    assert program is not None
+    program = Profiles().find(plan)
+    assert not isinstance(program, Unknown)
     return memory(plan, program).total
 
 
 def test_weights_and_sums_of_squares_are_eight_bytes_of_a_parameter(model: Path) -> None:
     plan = plan_of(model, 8, data__max_length=64, training__optimizer="adamw")
-    program = Profiles().program(plan)
-    assert program is not None
+    program = Profiles().find(plan)
+    assert not isinstance(program, Unknown)
     assert memory(plan, program).parts["parameters"] == 4 * PARAMETERS // 8
     assert memory(plan, program).parts["optimizer state"] == 4 * PARAMETERS // 8
     more = {"training__ema": {"decay": 0.9}, "training__l2_sp": {"alpha": 1}, "training__optimizer": "muon"}

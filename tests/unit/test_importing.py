@@ -284,7 +284,10 @@ def test_training_arguments(tmp_path: Path) -> None:
         ({"lr_scheduler_type": "inverse_sqrt"}, "schedule", "inverse-sqrt"),
         ({"lr_scheduler_type": "constant_with_warmup"}, "schedule", "constant"),
         ({"lr_scheduler_type": "cosine_with_restarts"}, "schedule", "cosine"),
+        ({"optim": "lion_8bit"}, "optimizer", "adamw"),
         ({"optim": "paged_adamw_8bit"}, "optimizer", "adamw"),
+        ({"optim": "paged_adamw_8bit"}, "moments", "8bit"),
+        ({"optim": "OptimizerNames.ADAMW_TORCH_8BIT"}, "moments", "8bit"),
         ({"optim": "sgd"}, "optimizer", "sgd"),
         ({"adafactor": True}, "optimizer", "adafactor"),
     ],
@@ -294,6 +297,44 @@ def test_names_and_precedence_of_the_trainer(
 ) -> None:
     made = imported(write(tmp_path, "args.json", {"output_dir": "a", **arguments}))
     assert made.content["training"][key] == value
+
+
+@pytest.mark.parametrize(("name", "of_embeddings"), [("adamw_bnb_8bit", True), ("adamw_torch_8bit", False)])
+def test_moments_in_8_bits_are_taken_over_with_what_differs(
+    name: str, of_embeddings: bool, tmp_path: Path
+) -> None:
+    made = imported(write(tmp_path, "args.json", {"output_dir": "a", "optim": name}))
+    assert (made.content["training"]["optimizer"], made.content["training"]["moments"]) == ("adamw", "8bit")
+    told = next(remark for remark in made.remarks if remark.said == "optim")
+    assert told.kind == "changes meaning" and "blocks of 256 end with a row" in told.text
+    assert ("embeddings in fp32 with bitsandbytes" in told.text) == of_embeddings
+    job_of(made)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("ds.json", {"zero_optimization": {"stage": 2}}),
+        (
+            "fsdp.yaml",
+            {
+                "distributed_type": "FSDP",
+                "num_processes": 4,
+                "fsdp_config": {"fsdp_version": 2, "fsdp_offload_params": True},
+            },
+        ),
+    ],
+    ids=["deepspeed", "offloading"],
+)
+def test_moments_in_8_bits_stay_in_fp32_where_the_engine_has_none(
+    name: str, content: dict[str, Any], tmp_path: Path
+) -> None:
+    arguments = write(tmp_path, "args.json", {"output_dir": "a", "optim": "adamw_bnb_8bit"})
+    made = import_files([arguments, write(tmp_path, name, content)])
+    assert made.content["training"]["optimizer"] == "adamw" and "moments" not in made.content["training"]
+    told = [(remark.kind, remark.text) for remark in made.remarks if remark.said == "optim"]
+    assert any(kind == "cannot be said" and "under FSDP alone" in text for kind, text in told)
+    job_of(made)
 
 
 @pytest.mark.parametrize(

@@ -265,7 +265,7 @@ CANNOT: list[tuple[dict[str, Any], str]] = [
     (AXOLOTL | {"val_set_size": 0.05, "datasets": [{"path": "a/b", "type": "chat_template"}]}, "val_set_size"),
     (AXOLOTL | {"val_set_size": 50}, "val_set_size"),
     (AXOLOTL | {"train_on_inputs": True}, "train_on_inputs"),
-    (AXOLOTL | {"optimizer": "adamw_bnb_8bit"}, "optimizer"),
+    (AXOLOTL | {"optimizer": "lion_8bit"}, "optimizer"),
     (AXOLOTL | {"adapter": None}, "bf16"),
     (AXOLOTL | {"tf32": True}, "tf32"),
     (AXOLOTL | {"peft_use_dora": True}, "peft_use_dora"),

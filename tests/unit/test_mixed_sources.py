@@ -127,6 +127,13 @@ def test_what_is_wrong_is_said_with_its_key(
     assert reason in problems[key], problems
 
 
+def test_a_source_with_its_prompt_for_completion_is_refused(tmp_path: Path) -> None:
+    """Also where only one of the two columns is the source's own."""
+    shared = {"text": None, "prompt": "text", "completion": "body"}
+    problems = refused(tmp_path, [A, B | {"columns": {"prompt": "body"}}], **shared)
+    assert "is the column of data.prompt as well" in problems["data.train.1.columns.completion"]
+
+
 def test_a_way_to_write_rows_leaves_out_the_others(tmp_path: Path) -> None:
     job = job_of(
         tmp_path, [A, B | {"columns": {"text": "body"}}], text=None, prompt="text", completion="body"

@@ -18,9 +18,10 @@ from launcher.errors import ConfigurationError
 from launcher.job.load import load
 from launcher.job.reference import json_schema
 from launcher.job.schema import Model
-from launcher.planner.forecast import forecast
+from launcher.planner.forecast import forecast_of
 from launcher.planner.memory.decoders import LLAMAS
 from launcher.planner.memory.formulas import KNOWN, program_of
+from launcher.planner.memory.profiles import Unknown
 from launcher.planner.model.model_config import config_of, locate
 from launcher.planner.model.model_shape import ModelShape
 from launcher.planner.model.model_sizes import FAMILIES, wrong_sizes
@@ -119,7 +120,7 @@ def test_weights_that_are_loaded_bring_their_own_sizes(tmp_path: Path) -> None:
 def test_no_config_anywhere_says_what_to_do(tmp_path: Path) -> None:
     seen = preview_job(load(written(tmp_path, config=None)))
     assert seen.forecast is None and "write model.config" in str(seen.no_forecast)
-    assert forecast(seen.plan, Target()) is None
+    assert isinstance(forecast_of(seen.plan, Target()), Unknown)
 
 
 def test_editors_are_told_that_it_is_an_object() -> None:

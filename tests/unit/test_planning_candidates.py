@@ -15,7 +15,7 @@ from launcher.errors import ConfigurationError
 from launcher.job.schema import Job
 from launcher.planner.candidates import engine_options
 from launcher.planner.fastest import WORTH
-from launcher.planner.forecast import Forecast, forecast
+from launcher.planner.forecast import Forecast, forecast_of
 from launcher.planner.hardware.detect import Gpu, Hardware
 from launcher.planner.hardware.gpu_table import gpu_type
 from launcher.planner.memory.estimate import Estimator
@@ -95,7 +95,7 @@ def _fitting(job: Job, hardware: Hardware, engine: str, offload: str, shard: str
     found = []
     for way in ways:
         for micro in divisors(SAMPLES // NUM_GPUS):
-            made = forecast(with_batch(plan, micro, way), Target(memory, gpu_type("h100-80gb")))
+            made = forecast_of(with_batch(plan, micro, way), Target(memory, gpu_type("h100-80gb")))
             assert made is not None
             if made.fits and (offload == "none" or made.host_bytes <= hardware.memory_bytes * USABLE["cpu"]):
                 found.append(made)
@@ -114,7 +114,7 @@ def test_what_is_taken_is_what_trying_everything_would_take(
 ) -> None:
     job, hardware = small(tmp_path), machine(memory, host)
     made = plan_job(job, None, hardware, local=False)
-    said = forecast(made, Target(hardware.gpus[0].memory_bytes, gpu_type("h100-80gb")))
+    said = forecast_of(made, Target(hardware.gpus[0].memory_bytes, gpu_type("h100-80gb")))
     assert said is not None and said.speed is not None
     assert (
         made.batch.micro_batch_size * made.batch.accumulation_steps * NUM_GPUS
@@ -267,7 +267,7 @@ def test_what_is_offloaded_is_not_on_the_device(tmp_path: Path) -> None:
         plan = plan_job(
             pinned(job, offload=offload, activation_checkpointing="full"), None, machine(80), local=False
         )
-        made = forecast(plan, Target(80 * GIB))
+        made = forecast_of(plan, Target(80 * GIB))
         assert made is not None
         sizes[offload] = (
             made.footprint.phase("saving").peak,
@@ -292,7 +292,7 @@ def test_offloading_costs_the_way_and_the_processors(tmp_path: Path) -> None:
         ("deepspeed", "parameters"),
     ):
         asked = pinned(job, engine=engine, offload=offload, activation_checkpointing="full")
-        made = forecast(
+        made = forecast_of(
             plan_job(asked, None, machine(80), local=False), Target(80 * GIB, gpu_type("h100-80gb"))
         )
         assert made is not None and made.speed is not None and offloads(made.plan) == (offload != "none")
@@ -312,7 +312,7 @@ def test_a_host_without_the_memory_for_it_is_no_place(tmp_path: Path) -> None:
     assert made.offload == "none"
     assert any("of the host's memory" in refused.reason for refused in made.refused)
     plan = plan_job(pinned(job, offload="parameters"), None, machine(4), local=False)
-    unknown, told = (forecast(plan, Target(4 * GIB, host_memory_bytes=size * GIB)) for size in (0, 8))
+    unknown, told = (forecast_of(plan, Target(4 * GIB, host_memory_bytes=size * GIB)) for size in (0, 8))
     assert unknown is not None and unknown.fits
     assert (
         told is not None
@@ -333,7 +333,7 @@ def test_the_nearest_that_fit_offload_only_where_the_job_says_not_to(tmp_path: P
         )
         advised = []
         for one in (job, pinned(job, offload="none")):
-            made = forecast(
+            made = forecast_of(
                 plan_job(one, None, hardware, local=False), Target(4 * GIB, gpu_type("h100-80gb"))
             )
             assert made is not None and not made.fits
@@ -346,11 +346,11 @@ def test_what_is_not_to_be_cut_is_not_handed_to_an_engine_that_cuts(tmp_path: Pa
     assert (made.engine, made.sharding) == ("fsdp", "none")
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adafactor"])
-def test_what_needs_whole_matrices_is_not_handed_to_an_engine_that_cuts_them_up_nor_off_the_device(
-    optimizer: str, tmp_path: Path
+@pytest.mark.parametrize("training", [{"optimizer": "muon"}, {"optimizer": "adafactor"}, {"moments": "8bit"}])
+def test_what_needs_whole_rows_is_not_handed_to_an_engine_that_cuts_them_up_nor_off_the_device(
+    training: dict[str, str], tmp_path: Path
 ) -> None:
-    job = small(tmp_path, training={"optimizer": optimizer})
+    job = small(tmp_path, training=training)
     made = plan_job(job, None, machine(80), local=False)
     assert [[(one.engine, one.offload) for one in group] for group in engine_options(job, made)] == [
         [("fsdp", "none")]
@@ -369,7 +369,7 @@ def test_dora_is_not_handed_to_an_engine_that_has_weights_whole_within_their_lay
 def test_an_adapter_needs_little_beside_a_model_that_stays_as_it_is(offload: str, tmp_path: Path) -> None:
     parallel = {"engine": "deepspeed", "shard": "full"}
     whole, beside = (
-        forecast(
+        forecast_of(
             plan_job(
                 small(tmp_path, parallel=parallel, memory={"offload": offload}, model=model),
                 None,

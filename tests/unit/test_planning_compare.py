@@ -14,10 +14,10 @@ from launcher.cli.plan_tables import cells, explained, scaling_plots
 from launcher.data.section import Sources
 from launcher.errors import ConfigurationError
 from launcher.job.schema import Job
-from launcher.planner.comparison import compare, scale, with_prices
-from launcher.planner.dataset.dataset_size import why_no_items
+from launcher.planner.comparison import compare, scale, with_network, with_prices
+from launcher.planner.dataset.dataset_size import DatasetSizes
 from launcher.planner.fewest_gpus import fewest_gpus
-from launcher.planner.forecast import forecast
+from launcher.planner.forecast import forecast_of
 from launcher.planner.hardware.detect import Gpu, Hardware
 from launcher.planner.hardware.gpu_table import TABLE, gpu_type, seen
 from launcher.planner.memory.formulas import formulas_of
@@ -162,7 +162,7 @@ def test_spans_and_networks_that_are_none(
     job: Job, span: str, gpu: str, network: str | None, text: str
 ) -> None:
     with pytest.raises(ConfigurationError, match=text):
-        scale(job, span, gpu, network)
+        scale(with_network(job, network), span, gpu)
 
 
 def test_numbers_that_are_not_possible_are_left_out_of_a_scale_and_said(job: Job) -> None:
@@ -383,7 +383,7 @@ def test_gpus_that_nobody_named_are_planned_for_and_it_is_said(
 def test_of_a_cpu_the_rate_is_its_own_and_hours_are_of_ranks(tmp_path: Path) -> None:
     on_cpu = plan_for(tmp_path, mesh__device="cpu", precision="fp32", batch__micro_batch_size=1)
     for plan in (on_cpu, plan_for(tmp_path, batch__micro_batch_size=1)):
-        made = forecast(plan, Target(80 << 30, gpu_type("h100-80gb")))
+        made = forecast_of(plan, Target(80 << 30, gpu_type("h100-80gb")))
         assert made is not None and made.speed is not None
         lines = speed_lines(made)
         cpu = plan is on_cpu
@@ -405,7 +405,7 @@ def test_the_nearest_that_fit_do_fit(tmp_path: Path) -> None:
         batch__accumulation_steps=128,
         batch__micro_batch_size=1,
     )
-    made = forecast(plan, Target(24 << 30, gpu_type("rtx4090")))
+    made = forecast_of(plan, Target(24 << 30, gpu_type("rtx4090")))
     assert made is not None and not made.fits
     found = nearest_that_fit(made)
     assert found and all(other.fits for _, other in found)
@@ -416,7 +416,7 @@ def test_the_nearest_that_fit_do_fit(tmp_path: Path) -> None:
         line for line in picture(made).splitlines() if "all there is" in line or "memory of a rank" in line
     ]
     assert "memory of a rank on rtx4090, by phase" in drawn[0] and "24.0 GiB, all there is" in drawn[1]
-    small = forecast(plan_for(tmp_path, batch__micro_batch_size=1), Target(1 << 50))
+    small = forecast_of(plan_for(tmp_path, batch__micro_batch_size=1), Target(1 << 50))
     assert small is not None and "enlarged: it has 1048576.0 GiB" in picture(small)
     assert "(the longest bar is " in bars(small) and "█" in bars(small)
     for width in (40, 60, 80):
@@ -426,7 +426,7 @@ def test_the_nearest_that_fit_do_fit(tmp_path: Path) -> None:
             line for line in lines if line.startswith(tuple(f"  {p.name} " for p in made.footprint.phases))
         ]
         assert len(rows) == len(made.footprint.phases) and all(" GiB" in row for row in rows)
-    hopeless = forecast(plan, Target(1 << 20))
+    hopeless = forecast_of(plan, Target(1 << 20))
     assert hopeless is not None and "Nothing near it fits" in nearest(nearest_that_fit(hopeless))
 
 
@@ -436,16 +436,16 @@ def test_why_an_epoch_is_not_known_is_said_in_its_place(tmp_path: Path) -> None:
     for path in (tmp_path / "none.jsonl", tmp_path / "rows.jsonl"):
         (tmp_path / "rows.jsonl").write_text('{"text": "some words"}\n' * 100)
         data = plan.data.model_copy(update={"train": Sources(path=str(path))})
-        made = forecast(plan.model_copy(update={"data": data}), Target(kind.memory_bytes, kind))
+        made = forecast_of(plan.model_copy(update={"data": data}), Target(kind.memory_bytes, kind))
         assert made is not None
         lines.append(
             next(
                 line
-                for line in speed_lines(made, why_no_items(made.plan)).splitlines()
+                for line in speed_lines(made, DatasetSizes.of(made.plan).why_unknown).splitlines()
                 if line.startswith("  an epoch ")
             )
         )
-        assert (why_no_items(made.plan) is None) is (path.name == "rows.jsonl")
+        assert (DatasetSizes.of(made.plan).why_unknown is None) is (path.name == "rows.jsonl")
     assert "100 samples of 100 rows" in lines[1]
     assert "is not known: " in lines[0] and "none.jsonl" in lines[0]
 

@@ -486,6 +486,16 @@ def test_stages_of_deepspeed(shard: str, stage: int) -> None:
             "DeepSpeed's files hold fp32 alone; write offload_to: cpu",
         ),
         (
+            {**DEEPSPEED, "training__moments": "8bit"},
+            "training.moments",
+            "has a scale for each block of a matrix's rows, and ZeRO cuts parameters into flat pieces",
+        ),
+        (
+            {"training__moments": "8bit", "memory__offload": "parameters", "parallel__engine": "fsdp"},
+            "memory.offload",
+            "moments in 8 bits are stepped, on the device; write none, or training.moments: bf16",
+        ),
+        (
             {**DEEPSPEED, "training__optimizer": "adafactor"},
             "training.optimizer",
             "works on matrices, by whole ones or by rows and columns, and ZeRO cuts parameters into flat pieces",

@@ -10,13 +10,13 @@ import pytest
 
 from launcher.cli.forecast import speed_lines
 from launcher.planner.dataset.dataset_size import Items
-from launcher.planner.forecast import forecast, forecast_here
+from launcher.planner.forecast import forecast_of
 from launcher.planner.hardware.detect import Hardware
 from launcher.planner.hardware.gpu_table import LINK_SHARE, MEMORY_SHARE, gpu_type
 from launcher.planner.plan import Length, Plan
 from launcher.planner.speed.duration import DISK_RATE, TOKEN_BYTES, TOKEN_SECONDS, duration
 from launcher.planner.speed.step_time import Speed
-from launcher.planner.target import Target
+from launcher.planner.target import Target, target_here
 from launcher.runs.machine import Machine, Rates, path
 from launcher.values import Interval
 from tests.unit.test_planning_footprint import plan_for
@@ -123,7 +123,7 @@ def test_a_range_test_writes_no_checkpoint_and_neither_saves_nor_resumes(tmp_pat
     plan = planned(tmp_path, Interval(value=10, unit="steps"), batch__micro_batch_size=1)
     rates = {"schedule": "range-test", "minimum_learning_rate": 1e-7}
     test = plan.model_copy(update={"training": plan.training.model_copy(update=rates)})
-    both = forecast(plan, Target(80 << 30, H100)), forecast(test, Target(80 << 30, H100))
+    both = forecast_of(plan, Target(80 << 30, H100)), forecast_of(test, Target(80 << 30, H100))
     usual, made = both
     assert usual is not None and usual.duration is not None and made is not None and made.duration is not None
     assert usual.checkpoint_bytes > 0 and usual.duration.num_saves > 1, "the comparison can fail"
@@ -145,7 +145,7 @@ def test_nodes_read_and_write_their_own_parts(tmp_path: Path) -> None:
 
 def test_people_and_machines_are_told(tmp_path: Path) -> None:
     plan = planned(tmp_path, Interval(value=100, unit="steps"), batch__micro_batch_size=1)
-    made = forecast(plan, Target(80 << 30, H100))
+    made = forecast_of(plan, Target(80 << 30, H100))
     assert made is not None and made.duration is not None and made.speed is not None
     said = made.to_dict()["duration"]
     assert said["seconds"] == made.duration.total > 1000 * made.speed.step and said["saves"] == 10
@@ -156,8 +156,11 @@ def test_people_and_machines_are_told(tmp_path: Path) -> None:
         and "s for 10 checkpoints of " in lines
         and f"{said['gpu_hours']:,.1f} GPU-hours" in lines
     )
-    assert forecast(plan, Target(80 << 30)) is not None and forecast(plan, Target(80 << 30)).duration is None  # type: ignore[union-attr]
-    epochs = forecast(
+    assert (
+        forecast_of(plan, Target(80 << 30)) is not None
+        and forecast_of(plan, Target(80 << 30)).duration is None
+    )  # type: ignore[union-attr]
+    epochs = forecast_of(
         plan.model_copy(update={"length": Length(value=1, unit="epochs")}), Target(80 << 30, H100)
     )
     assert (
@@ -174,10 +177,10 @@ def test_a_step_is_of_samples_as_long_as_those_looked_at(tmp_path: Path) -> None
     plan = planned(
         tmp_path, Interval(value=100, unit="steps"), batch__micro_batch_size=1, batch__global_batch_size=8
     )
-    unseen = forecast(plan, Target(80 << 30, H100))
+    unseen = forecast_of(plan, Target(80 << 30, H100))
     data = plan.data.model_copy(update={"train": plan.data.train.model_copy(update={"path": str(rows)})})
     plan = plan.model_copy(update={"data": data, "length": Length(value=2, unit="epochs")})
-    seen = forecast(plan, Target(80 << 30, H100))
+    seen = forecast_of(plan, Target(80 << 30, H100))
     assert (
         unseen is not None
         and unseen.speed is not None
@@ -200,7 +203,7 @@ def test_a_step_is_of_samples_as_long_as_those_looked_at(tmp_path: Path) -> None
     lines = speed_lines(seen)
     assert "of samples of 7 tokens:" in lines and "about 500 samples of 500 rows" in lines
     assert "to the end" in seen.line() and "were every sample as long" in speed_lines(unseen)
-    packed = forecast(
+    packed = forecast_of(
         plan.model_copy(update={"data": data.model_copy(update={"packing": True})}), Target(80 << 30, H100)
     )
     assert packed is not None and packed.speed == unseen.speed and packed.padded is None, "packs are full"
@@ -219,7 +222,7 @@ def test_the_disk_is_the_one_that_was_measured(tmp_path: Path) -> None:
     found = []
     for known in (rates, replace(rates, disk_write=0.5e9, disk_read=3e9)):
         Machine((known,)).write()
-        made = forecast_here(plan, Hardware(4, 256 << 30))
+        made = forecast_of(plan, target_here(plan, Hardware(4, 256 << 30)))
         assert made is not None and made.duration is not None
         found.append(made.duration.last_save)
     path().unlink()

@@ -24,13 +24,7 @@ from launcher.data.rows import RowProblem, required
 from launcher.data.sample import Sample, look
 from launcher.data.section import Source
 from launcher.errors import DataError
-from launcher.planner.dataset.dataset_size import (
-    Items,
-    evaluation_items,
-    fewest_packs,
-    one_pass,
-    training_items,
-)
+from launcher.planner.dataset.dataset_size import DatasetSizes, Items, fewest_packs, one_pass
 from launcher.planner.dataset.token_lengths import CHARACTERS, lengths
 from launcher.planner.plan import BatchPlan
 from launcher.tasks.causal_lm import MARKS
@@ -610,8 +604,9 @@ def test_of_a_plan(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", TEXTS)
     data = data_of(path, evaluation={"path": str(path), "limit": 10})
     plan = plan_for(tmp_path).model_copy(update={"data": data})
-    train, held_out = training_items(plan), evaluation_items(plan)
+    sizes = DatasetSizes.of(plan)
+    train, held_out = sizes.training, sizes.held_out
     assert train is not None and held_out is not None and (train.num_items, held_out.num_items) == (40, 10)
-    assert evaluation_items(plan.model_copy(update={"data": data_of(path)})) is None
+    assert DatasetSizes.of(plan.model_copy(update={"data": data_of(path)})).held_out is None
     script = plan.model_copy(update={"script": ("train.py",)})
-    assert training_items(script) is None and evaluation_items(script) is None
+    assert DatasetSizes.of(script) == DatasetSizes()

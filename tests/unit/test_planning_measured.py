@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from launcher.cli.progress import notice
-from launcher.planner.forecast import forecast, forecast_here
+from launcher.planner.forecast import forecast_of
 from launcher.planner.hardware.calibration import _CALLING, _WAITING, rates_for
 from launcher.planner.hardware.detect import Gpu, Hardware
 from launcher.planner.hardware.gpu_table import gpu_type
 from launcher.planner.speed.collectives import LATENCY
-from launcher.planner.target import Target
+from launcher.planner.target import Target, target_here
 from launcher.runs.machine import Machine, Rates, path
 from tests.unit.test_planning_footprint import plan_for
 
@@ -90,7 +90,9 @@ def test_the_calling_of_operators_and_of_messages_counts_where_it_was_measured(t
     for rates in (CPU, known):
         Machine((rates,)).write()
         for way in ("none", "selective", "full"):
-            made = forecast_here(plan.model_copy(update={"activation_checkpointing": way}), HERE)
+            made = forecast_of(
+                plan.model_copy(update={"activation_checkpointing": way}), target_here(plan, HERE)
+            )
             assert made is not None and made.speed is not None
             steps[rates is known, way] = made.speed
     more = {
@@ -107,11 +109,11 @@ def test_the_calling_of_operators_and_of_messages_counts_where_it_was_measured(t
 def test_a_gpu_computes_while_operators_are_called(tmp_path: Path) -> None:
     gpu, plan = gpu_type("h100-80gb"), plan_for(tmp_path, batch__micro_batch_size=1)
     fast, slow = (
-        forecast(plan, Target(0, replace(gpu, operator_seconds={"none": seconds})))
+        forecast_of(plan, Target(0, replace(gpu, operator_seconds={"none": seconds})))
         for seconds in (1e-9, 1e-2)
     )
     assert fast is not None and slow is not None and fast.speed is not None and slow.speed is not None
-    plain = forecast(plan, Target(0, gpu))
+    plain = forecast_of(plan, Target(0, gpu))
     assert plain is not None and plain.speed is not None and fast.speed.compute == plain.speed.compute
     assert slow.speed.compute > 10 * plain.speed.compute
 
@@ -164,10 +166,10 @@ def test_measured_rates_have_shares_of_their_own(tmp_path: Path) -> None:
 
 def test_a_forecast_of_speed_on_a_cpu_comes_with_its_rates(tmp_path: Path) -> None:
     plan = plan_for(tmp_path, mesh__device="cpu", precision="fp32", batch__micro_batch_size=1)
-    bare = forecast_here(plan, HERE)
+    bare = forecast_of(plan, target_here(plan, HERE))
     assert bare is not None and bare.speed is None
     Machine((CPU,)).write()
-    second = forecast_here(plan, HERE)
+    second = forecast_of(plan, target_here(plan, HERE))
     assert second is not None and second.speed is not None and second.speed.step > 0
 
 

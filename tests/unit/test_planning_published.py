@@ -13,7 +13,7 @@ from tests.published import (
     TITAN_H100,
     ZERO_STATES,
     Published,
-    forecast_of,
+    forecast_of_case,
     fp32_gradients,
     model_states,
 )
@@ -21,7 +21,7 @@ from tests.published import (
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.memory_compares], ids=lambda case: case.name)
 def test_what_ran_fits_and_what_ran_out_of_memory_does_not(case: Published, tmp_path: Path) -> None:
-    said = forecast_of(case, tmp_path)
+    said = forecast_of_case(case, tmp_path)
     assert said.fits == case.ran
     if case.memory_gib:
         # Their loss holds all logits, ours a part; their recomputation keeps less. torchtune's figures are of
@@ -40,7 +40,7 @@ def test_the_speed_lies_near_what_was_published(gpu: str, tmp_path: Path) -> Non
     ratios = []
     for number, case in enumerate(CASES):
         if case.gpu == gpu and case.ran and case.source != TITAN_H100 and case.speed_compares:
-            said = forecast_of(case, tmp_path / str(number)).speed
+            said = forecast_of_case(case, tmp_path / str(number)).speed
             assert said is not None
             ratios.append(said.tokens_per_second / case.num_gpus / case.tokens_per_second)
     assert len(ratios) >= 12

@@ -12,10 +12,10 @@ import pytest
 from launcher.cli.forecast import speed_lines
 from launcher.job.schema import Job
 from launcher.planner.candidates import cut_words, other_cuts
-from launcher.planner.comparison import scale
+from launcher.planner.comparison import scale, with_network
 from launcher.planner.decide import candidate
 from launcher.planner.fastest import NEARLY
-from launcher.planner.forecast import forecast_here
+from launcher.planner.forecast import forecast_of
 from launcher.planner.hardware.detect import Hardware
 from launcher.planner.hardware.gpu_table import gpu_type, on_network
 from launcher.planner.plan import Plan
@@ -23,7 +23,7 @@ from launcher.planner.preview import preview_job
 from launcher.planner.resolve.batch import with_batch
 from launcher.planner.search import _with_the_least, plan_job
 from launcher.planner.speed.step_time import speed
-from launcher.planner.target import hardware_of
+from launcher.planner.target import hardware_of, target_here
 from launcher.runs.machine import Machine, Rates, path
 from tests.unit.given_profiles import given, traced
 from tests.unit.test_planning_footprint import LLAMA
@@ -49,7 +49,7 @@ def decided(plan: Plan, key: str) -> str:
 
 
 def test_a_slow_network_gets_a_copy_on_each_node_and_a_fast_one_the_least_memory(tmp_path: Path) -> None:
-    fast = preview_job(job_of(tmp_path, cluster={"nodes": 2}), network="ib400").plan
+    fast = preview_job(with_network(job_of(tmp_path, cluster={"nodes": 2}), "ib400")).plan
     assert (fast.mesh.dp_replicate, fast.mesh.dp_shard, fast.sharding, fast.mesh.reshard_after_forward) == (
         1,
         16,
@@ -105,7 +105,7 @@ def test_what_the_job_leaves_open(
     parallel: dict[str, Any], cuts: set[tuple[int, str]], tmp_path: Path
 ) -> None:
     job = job_of(tmp_path, parallel=parallel)
-    made = preview_job(job, network="ib400").plan
+    made = preview_job(with_network(job, "ib400")).plan
     plans = [made, *(cut.plan for cut in other_cuts(job, made))]
     assert {(plan.mesh.dp_replicate, plan.sharding) for plan in plans} == cuts and len(plans) == len(cuts)
     for plan in plans:
@@ -175,7 +175,7 @@ def test_what_the_job_says_is_not_decided(tmp_path: Path) -> None:
 def test_copies_pay_between_two_nodes(tmp_path: Path) -> None:
     """Of P parameters 8P(n-1)/n bytes cross a node's network for n copies, and 6P where all that is cut over
     the nodes stays whole."""
-    rows, _ = scale(job_of(tmp_path), "8..64", "h100-80gb", "ethernet25")
+    rows, _ = scale(with_network(job_of(tmp_path), "ethernet25"), "8..64", "h100-80gb")
     assert [(row.plan.mesh.dp_replicate, row.plan.sharding) for row in rows[1:]] == [
         (2, "gradients"),
         (1, "gradients"),
@@ -185,7 +185,7 @@ def test_copies_pay_between_two_nodes(tmp_path: Path) -> None:
 
 def test_copies_gather_within_their_node(tmp_path: Path) -> None:
     job = job_of(tmp_path, parallel={"replicate": 4, "shard": "full"})
-    made = preview_job(job, network="ethernet25")
+    made = preview_job(with_network(job, "ethernet25"))
     assert made.forecast is not None and made.forecast.speed is not None
     plan, gpu = made.plan, on_network(gpu_type("h100-80gb"), "ethernet25")
     one = plan.model_copy(update={"mesh": plan.mesh.model_copy(update={"dp_replicate": 1, "dp_shard": 32})})
@@ -227,11 +227,11 @@ def test_a_smaller_micro_batch_is_taken_where_it_pads_less(tmp_path: Path) -> No
     Machine((Rates("cpu", "2026-11-26", {"fp32": 50e9}, 2e10, 2e9),)).write()
     here = Hardware(2, 64 << 30)
     plan = plan_job(Job.model_validate(content), 2, here, profiles=profiles)
-    said = forecast_here(with_batch(plan, 16), here, profiles=profiles)
+    said = forecast_of(with_batch(plan, 16), target_here(plan, here), profiles)
     assert said is not None and f"of {said.items.mean:.0f} tokens, padded to " in speed_lines(said)  # type: ignore[union-attr]
     steps = {}
     for micro in (1, 2, 4, 8, 16, 32):
-        made = forecast_here(with_batch(plan, micro), here, profiles=profiles)
+        made = forecast_of(with_batch(plan, micro), target_here(plan, here), profiles)
         assert made is not None and made.speed is not None and made.fits
         steps[micro] = made.speed.step
     path().unlink()

@@ -17,7 +17,7 @@ from launcher.launch.plan_file import write_plan
 from launcher.launch.run_setup import fit_to_nodes, open_run
 from launcher.planner.comparison import scale
 from launcher.planner.fewest_gpus import fewest_gpus
-from launcher.planner.forecast import forecast
+from launcher.planner.forecast import forecast_of
 from launcher.planner.hardware.detect import Hardware
 from launcher.planner.hardware.gpu_table import as_hardware, gpu_type
 from launcher.planner.plan import Plan
@@ -60,7 +60,7 @@ def range_of_cpu_nodes(directory: Path) -> None:
 
 def fits(plan: Plan, gpu: str) -> bool:
     kind = gpu_type(gpu)
-    made = forecast(plan, Target(kind.memory_bytes, kind))
+    made = forecast_of(plan, Target(kind.memory_bytes, kind))
     assert made is not None
     return made.fits
 

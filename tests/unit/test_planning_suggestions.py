@@ -14,14 +14,14 @@ import yaml
 from launcher.cli.forecast import nearest
 from launcher.cli.main import main
 from launcher.job.schema import Job
-from launcher.planner.forecast import Forecast, forecast, forecast_here
+from launcher.planner.forecast import Forecast, forecast_of
 from launcher.planner.hardware.detect import Hardware
 from launcher.planner.hardware.gpu_table import as_hardware, gpu_type
 from launcher.planner.plan import Plan
 from launcher.planner.preview import preview_job
 from launcher.planner.search import plan_job
 from launcher.planner.suggestions import changes, least, nearest_that_fit
-from launcher.planner.target import Target
+from launcher.planner.target import Target, target_here
 from launcher.runs.machine import Machine, Rates, path
 from tests.unit.test_planning_footprint import plan_for
 from tests.unit.test_planning_search import job_of
@@ -44,7 +44,7 @@ def pinned(directory: Path, per_node: int, **sections: dict[str, Any]) -> Job:
 def on_gpus(job: Job, gpu: str = GPU) -> Forecast:
     kind = gpu_type(gpu)
     plan = plan_job(job, None, as_hardware(kind, int(job.cluster.gpus_per_node)), local=False)
-    made = forecast(plan, Target(kind.memory_bytes, kind, host_memory_bytes=1 << 40))
+    made = forecast_of(plan, Target(kind.memory_bytes, kind, host_memory_bytes=1 << 40))
     assert made is not None
     return made
 
@@ -192,15 +192,15 @@ def test_advice_is_for_the_gpus_of_the_forecast(tmp_path: Path) -> None:
     lines = {}
     for name in ("a100-80gb", "h100-80gb"):
         kind = gpu_type(name)
-        made = forecast(plan, Target(kind.memory_bytes, kind, host_memory_bytes=1 << 40))
+        made = forecast_of(plan, Target(kind.memory_bytes, kind, host_memory_bytes=1 << 40))
         assert made is not None and not made.fits
         words, other = nearest_that_fit(made)[0]
-        expected = forecast(other.plan, Target(kind.memory_bytes, kind, host_memory_bytes=1 << 40))
+        expected = forecast_of(other.plan, Target(kind.memory_bytes, kind, host_memory_bytes=1 << 40))
         assert expected is not None and other.speed == expected.speed and other.target.gpu == kind
         assert f"{words}: {expected.line()}" in nearest(nearest_that_fit(made))
         lines[name] = other.line()
     assert lines["a100-80gb"] != lines["h100-80gb"]
-    unknown = forecast(plan, Target(80 << 30))
+    unknown = forecast_of(plan, Target(80 << 30))
     assert unknown is not None and "tokens/s" not in nearest(nearest_that_fit(unknown)), (
         "nothing is known of the speed"
     )
@@ -212,7 +212,7 @@ def test_advice_keeps_what_this_machine_has_shown(tmp_path: Path) -> None:
     Machine(
         (Rates("cpu", "2026-11-23", {"fp32": 100e9}, 20e9, link=2e9, disk_write=0.5e9, disk_read=3e9),)
     ).write()
-    large = forecast_here(plan, here)
+    large = forecast_of(plan, target_here(plan, here))
     assert (
         large is not None
         and large.speed is not None

@@ -6,10 +6,12 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from math import ceil
 
 from launcher import tasks
 from launcher.data.mixture import in_an_epoch
+from launcher.data.pass_sizes import pass_sizes
 from launcher.data.section import Data, Source, Sources
 from launcher.errors import DataError
 from launcher.planner.dataset.token_lengths import CHARACTERS, lengths, why_unusable
@@ -17,7 +19,7 @@ from launcher.planner.dataset.usable_rows import changed as changed_at
 from launcher.planner.dataset.usable_rows import sample_of
 from launcher.planner.model.model_config import locate
 from launcher.planner.plan import BatchPlan, Plan
-from launcher.tasks.mixed import data_of, of_one_task
+from launcher.tasks.mixed import task_of
 
 _MOST_LENGTHS = 1024
 """Number of lengths that represent an epoch of several sources."""
@@ -50,10 +52,13 @@ class Items:
         micro-batches."""
         shuffled = random.Random(0).sample(self.lengths, len(self.lengths))
         size, micro = min(batch.global_batch_size, len(shuffled)), batch.micro_batch_size
+        balanced = batch.balanced and size % micro == 0
         total = count = 0
         for start in range(0, len(shuffled) - size + 1, size):
             dealt = sorted(shuffled[start : start + size], reverse=True)
-            total += sum(dealt[first] * len(dealt[first : first + micro]) for first in range(0, size, micro))
+            passes = pass_sizes(dealt, size // micro) if balanced else [micro] * ceil(size / micro)
+            firsts = accumulate(passes, initial=0)
+            total += sum(dealt[at] * min(each, size - at) for at, each in zip(firsts, passes, strict=False))
             count += size
         return total / count
 
@@ -69,34 +74,31 @@ class Items:
         return f"about {self.num_items:,} {kind} of {self.num_rows:,} rows{how} {seen}"
 
 
-def training_items(plan: Plan) -> Items | None:
-    """Return an epoch of the training data; None if it is not in files here, if they cannot be read, or if a
-    script brings its own."""
-    items = _of_plan(plan, plan.data.train)
-    return items if isinstance(items, Items) else None
+@dataclass(frozen=True)
+class DatasetSizes:
+    """The samples of a plan's data, as far as they are in files here that can be read."""
 
+    training: Items | None = None
+    """An epoch; None if it is unknown, or if a script brings its own data."""
+    held_out: Items | None = None
+    """One pass over the held-out rows; None if there are none, or if they are unknown."""
+    why_unknown: str | None = None
+    """Why an epoch is unknown, in one clause."""
 
-def evaluation_items(plan: Plan) -> Items | None:
-    """Return one pass over the held-out rows; None if there are none, or as for the training data."""
-    items = _of_plan(plan, plan.data.evaluation)
-    return items if isinstance(items, Items) else None
-
-
-def why_no_items(plan: Plan) -> str | None:
-    """Return the reason why an epoch's samples are unknown, in one clause; None if they are known, or if a
-    script brings its own data."""
-    items = _of_plan(plan, plan.data.train)
-    return items if isinstance(items, str) else None
-
-
-def _of_plan(plan: Plan, source: Source | None) -> Items | str | None:
-    """Return the items of a plan's source, or why they are unknown; None if a script brings its own."""
-    if plan.script or source is None:
-        return None
-    model = plan.model
-    return one_pass(
-        source, plan.data, locate(model.name, model.revision), plan.task, tasks.virtual_tokens(model)
-    )
+    @classmethod
+    def of(cls, plan: Plan) -> DatasetSizes:
+        """Return the sizes of a plan's data, estimated from some of its rows."""
+        if plan.script:
+            return cls()
+        data, model = plan.data, plan.model
+        directory, virtual = locate(model.name, model.revision), tasks.virtual_tokens(model)
+        training, held_out = (
+            one_pass(source, data, directory, plan.task, virtual) if source is not None else None
+            for source in (data.train, data.evaluation)
+        )
+        if isinstance(held_out, str):
+            held_out = None
+        return cls(None, held_out, training) if isinstance(training, str) else cls(training, held_out)
 
 
 def one_pass(source: Source, data: Data, model: str, task: str, virtual_tokens: int = 0) -> Items | str:
@@ -106,8 +108,8 @@ def one_pass(source: Source, data: Data, model: str, task: str, virtual_tokens: 
         return _looked(source, data, model, task, virtual_tokens, changed_at(source))
     every: list[Items] = []
     for one in source.sources:
-        kind, _ = of_one_task(task, data, one)
-        items = _looked(one, data_of(task, data, one), model, kind, virtual_tokens, changed_at(one))
+        own = task_of(task, data, one)
+        items = _looked(one, own.data, model, own.name, virtual_tokens, changed_at(one))
         if isinstance(items, str):
             return items
         every.append(items)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import Any
 
-from launcher.data.section import Data
 from launcher.errors import ConfigurationError, Problem
 from launcher.job.schema import Job, Model
 from launcher.job.script_job import OWN
@@ -13,7 +13,7 @@ from launcher.planner.dataset.usable_rows import look_at_rows
 from launcher.planner.model import positions
 from launcher.planner.model.model_config import config_of, locate, num_embeddings
 from launcher.planner.model.model_support import WITHOUT_ADAPTER, why_no_prompt
-from launcher.planner.model.vocabulary import read_vocabulary
+from launcher.planner.model.vocabulary import Vocabulary, read_vocabulary
 
 _SHOWN = 4
 NO_EVALUATION = (
@@ -27,8 +27,11 @@ def look(job: Job) -> Findings:
     script's own data."""
     if job.data.train.name == OWN or job.model.name == OWN:
         return Findings()
-    of_model = (_lengths(job.model, job.data), _tokens(job.model), _adapter(job.model))
-    return Findings.joined((*of_model, _teacher(job), look_at_rows(job)))
+    model, most = job.model, job.data.max_length
+    config = config_of(model, as_stored=True) or {}
+    vocabulary = read_vocabulary(locate(model.name, model.revision))
+    of_model = (_lengths(config, most), _tokens(model, config, vocabulary), _adapter(model, config))
+    return Findings.joined((*of_model, _teacher(job, vocabulary), look_at_rows(job)))
 
 
 def check(job: Job) -> list[Problem]:
@@ -42,26 +45,24 @@ def check(job: Job) -> list[Problem]:
     return [*findings.remarks, *away]
 
 
-def _lengths(model: Model, data: Data) -> Findings:
-    config = config_of(model) or {}
-    if (table := positions.held(config)) is not None and data.max_length > table[0]:
+def _lengths(config: dict[str, Any], max_length: int) -> Findings:
+    if (table := positions.held(config)) is not None and max_length > table[0]:
         reason = (
             f"a {config['model_type']} model has no positions beyond {table[0]:,} ({table[1]}); write "
             f"{table[0]} or less"
         )
-        return Findings((Problem("data.max_length", data.max_length, reason),))
-    if (made_for := positions.trained(config)) is not None and data.max_length > made_for[0]:
+        return Findings((Problem("data.max_length", max_length, reason),))
+    if (made_for := positions.trained(config)) is not None and max_length > made_for[0]:
         reason = (
             f"the model was made for {made_for[0]:,} positions ({made_for[1]}): those beyond are new to "
             "it, and no error says so"
         )
-        return Findings((), (Problem("data.max_length", data.max_length, reason),))
+        return Findings((), (Problem("data.max_length", max_length, reason),))
     return Findings()
 
 
-def _tokens(model: Model) -> Findings:
-    vocabulary = read_vocabulary(locate(model.name, model.revision))
-    num_rows = num_embeddings(config_of(model.model_copy(update={"resize_embeddings": None})) or {})
+def _tokens(model: Model, config: dict[str, Any], vocabulary: Vocabulary | None) -> Findings:
+    num_rows = num_embeddings(config)
     if vocabulary is None or num_rows is None or not (missing := vocabulary.without_row(num_rows)):
         return Findings()
     shown = ", ".join(f"{name!r} ({number})" if name else str(number) for number, name in missing[:_SHOWN])
@@ -84,17 +85,17 @@ def _tokens(model: Model) -> Findings:
     )
 
 
-def _teacher(job: Job) -> Findings:
-    """Return the problems of the teacher's positions and tokenizer."""
+def _teacher(job: Job, own: Vocabulary | None) -> Findings:
+    """Return the problems of the teacher's positions and tokenizer. own: the student's tokens."""
     if (distillation := job.distillation) is None or (name := distillation.teacher) is None:
         return Findings()
-    key = "distillation.teacher"
-    teacher = Model(name=name, revision=distillation.revision, task=job.model.task)
+    key, most = "distillation.teacher", job.data.max_length
+    config = config_of(Model(name=name, revision=distillation.revision, task=job.model.task)) or {}
     problems = [
-        Problem(key, name, f"{one.reason}, and data.max_length is {job.data.max_length}")
-        for one in _lengths(teacher, job.data).problems
+        Problem(key, name, f"{one.reason}, and data.max_length is {most}")
+        for one in _lengths(config, most).problems
     ]
-    own, other = (read_vocabulary(locate(one.name, one.revision)) for one in (job.model, teacher))
+    other = read_vocabulary(locate(name, distillation.revision))
     if own is not None and other is not None and (own.num_ids, own.names) != (other.num_ids, other.names):
         reason = (
             f"its tokenizer has {other.num_ids:,} tokens and the model's {own.num_ids:,}, or other special "
@@ -104,8 +105,7 @@ def _teacher(job: Job) -> Findings:
     return Findings(tuple(problems))
 
 
-def _adapter(model: Model) -> Findings:
-    config = config_of(model) or {}
+def _adapter(model: Model, config: dict[str, Any]) -> Findings:
     kind = config.get("model_type")
     if model.adapter is not None and model.adapter.is_prompt:
         reason = why_no_prompt(model.adapter, model.task, config)

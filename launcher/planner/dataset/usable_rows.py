@@ -11,14 +11,14 @@ from launcher.data.folder import FileColumn
 from launcher.data.formats import format_of
 from launcher.data.rows import MISSING, TOO_LONG, RowProblem, Values
 from launcher.data.sample import Sample, look
-from launcher.data.section import Data, Source, Sources
+from launcher.data.section import Source, Sources
 from launcher.errors import DataError, Problem
 from launcher.job.schema import Job
 from launcher.planner.dataset.findings import Findings
 from launcher.planner.dataset.token_lengths import texts_or_problem, too_long
 from launcher.planner.model.model_config import locate
 from launcher.tasks import media
-from launcher.tasks.mixed import data_of, of_one_task
+from launcher.tasks.mixed import task_of
 from launcher.tasks.task import Task
 
 _FEW_ROWS = 64
@@ -63,8 +63,7 @@ def look_at_rows(job: Job) -> Findings:
         for number, source in enumerate(given.parts if given is not None else ()):
             own = task
             if given is not None and given.sources:
-                kind, _ = of_one_task(task.name, job.data, source)
-                own = tasks.find(kind)(data_of(task.name, job.data, source))
+                own = task_of(task.name, job.data, source)
                 own.evaluation, own.virtual_tokens = task.evaluation, task.virtual_tokens
                 own.virtual_prefix = task.virtual_prefix
             if given is not None and source.path is not None:
@@ -123,15 +122,10 @@ def _of_source(key: str, source: Source, task: Task, model: str, told: set[str])
     if is_most and len(dropped) < len(seen.rows):
         reason += "; with data.unusable: drop a run uses the others"
     problem = Problem(key, source.path, reason)
-    refuses = any(_policy(why, task.data) == "refuse" for why in dropped)
-    if is_most or refuses or len(dropped) == len(seen.rows):
+    policies = {task.data.too_long if why.reason == TOO_LONG else task.data.unusable for why in dropped}
+    if is_most or "refuse" in policies or len(dropped) == len(seen.rows):
         return Findings((problem,), doubts)
     return Findings(remarks=(problem, *doubts))
-
-
-def _policy(why: RowProblem, data: Data) -> str:
-    """Return what the job says of such rows."""
-    return data.too_long if why.reason == TOO_LONG else data.unusable
 
 
 def _header_as_row(file: Path, task: Task) -> str | None:

@@ -22,7 +22,7 @@ from launcher.planner.plan import Plan, Zero
 
 STATE_COPIES = {"adamw": 2, "adam": 2, "sgd": 1, "muon": 2, "adafactor": 1}
 """fp32 numbers of optimizer state per trained element. A matrix updated by Muon has one fewer; one updated by
-Adafactor has a number for each row and each column instead."""
+Adafactor has a number for each row and each column instead. Moments in 8 bits are counted by `Weight.spared`."""
 STAGED = "staged checkpoint"
 CUDA_CONTEXT = 1 << 30
 """Assumed, not measured here: the CUDA context, its libraries and NCCL's own buffers."""
@@ -71,11 +71,13 @@ class Estimator:
         near = plan.training.l2_sp
         self.copies += (plan.training.ema is not None) + (near is not None)
         self.copies += near is not None and near.fisher is not None
+        cut = self._fsdp_cut()  # FSDP shards a teacher under either engine
+        self._cut = cut if plan.zero is None else self._zero_cut(plan.zero)
         self.teacher: Teacher | WrittenTeacher | None = None
         if isinstance(program, Taught):
-            self.teacher = Teacher(plan, program.teacher, self.setting, self._fsdp_cut())
+            self.teacher = Teacher(plan, program, self.setting, cut)
         elif isinstance(program, TaughtAhead):
-            self.teacher = WrittenTeacher(plan, program, self.setting, self._fsdp_cut())
+            self.teacher = WrittenTeacher(plan, program, self.setting, cut)
 
     def footprint(self) -> Footprint:
         """Return the memory of all phases: a range test neither saves nor resumes."""
@@ -170,7 +172,7 @@ class Estimator:
         parameters = sum(unit.num_elements(trained=self.adapter is not None) for unit in self._all)
         trained = sum(unit.num_elements(trained=True) for unit in self._all)
         spared = sum(unit.spared_shard(1) for unit in self._all)
-        return 4 * (parameters + self.copies * trained - spared)
+        return 4 * (parameters + self.copies * trained) - spared
 
     def segments(self, **changes: Any) -> list[Segment]:
         """Return the blocks of one micro-batch; in training with the teacher's forward pass, if any."""
@@ -179,7 +181,7 @@ class Estimator:
         return blocks if self.teacher is None or not setting.training else self.teacher.beside(blocks)
 
     def _engine(self) -> FsdpStep | ZeroStep:
-        cut = self._fsdp_cut() if self.plan.zero is None else self._zero_cut(self.plan.zero)
+        cut = self._cut
         return FsdpStep(*self.units, cut) if isinstance(cut, FsdpCut) else ZeroStep(*self.units, cut)
 
     def _fsdp_cut(self) -> FsdpCut:

@@ -14,6 +14,7 @@ from launcher.errors import ConfigurationError, Problem
 from launcher.job.adapter import Adapter
 from launcher.job.schema import Model
 from launcher.job.tuning import Place, stages, unmatched
+from launcher.planner.limits import in_bytes
 from launcher.planner.memory.decoders import LLAMAS, Llama
 from launcher.planner.memory.gpt2 import Gpt2
 from launcher.planner.memory.program import Segment, Setting, Unit, Weight
@@ -176,7 +177,7 @@ def grouped(units: tuple[Unit, list[Unit]], plan: Plan) -> tuple[Unit, list[Unit
     """
     training, model = plan.training, plan.model
     plain = training.layer_decay == 1 and not training.groups and not model.unfreeze
-    if plain and not training.needs_whole_matrices:
+    if plain and not training.needs_whole_rows:
         return units
     where = {place.name: place for place in places(units)}
     opened = stages(model.freeze, model.unfreeze, [*where.values()]) if model.unfreeze else {}
@@ -186,7 +187,13 @@ def grouped(units: tuple[Unit, list[Unit]], plan: Plan) -> tuple[Unit, list[Unit
 
     def changed(weight: Weight) -> Weight:
         key = training.group_of(where[weight.name], len(weight.shape), opened.get(weight.name, 0))
-        return replace(weight, group=key, by_muon=key.kind == "muon", factored=key.kind == "adafactor")
+        return replace(
+            weight,
+            group=key,
+            by_muon=key.kind == "muon",
+            factored=key.kind == "adafactor",
+            in_bytes=training.moments == "8bit" and in_bytes(weight.shape),
+        )
 
     root, layers = units
     return _each(root, changed), [_each(layer, changed) for layer in layers]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from launcher.planner.limits import WIDENED_MOMENTS
+from launcher.planner.limits import MOMENT_TABLES, NORM_ELEMENTS, WIDENED_BYTES, WIDENED_MOMENTS
 from launcher.planner.memory.program import Segment, Unit
 from launcher.planner.memory.timeline import (
     GATHERED,
@@ -80,9 +80,10 @@ class FsdpStep:
         narrow = sum(unit.narrow_shard(self.cut.ranks) for unit in self.units)
         trained = sum(unit.shard(self.cut.ranks, trained=True) for unit in self.units)
         spared = sum(unit.spared_shard(self.cut.ranks) for unit in self.units)
+        in_bytes = any(one.in_bytes and one.trains for unit in self.units for one in unit.weights)
         return {
             PARAMETERS: 4 * parameters - (4 - self.cut.itemsize) * narrow,
-            OPTIMIZER: 4 * self.cut.state_copies * trained - 4 * spared,
+            OPTIMIZER: 4 * self.cut.state_copies * trained - spared + MOMENT_TABLES * in_bytes,
         }
 
     def _gathered(self, unit: Unit) -> int:
@@ -250,16 +251,20 @@ class FsdpStep:
     def _optimizer(self) -> None:
         """Count an optimizer's temporaries.
 
-        Adafactor has the update of the largest shard, and a copy in fp64 for its norm. Moments in bf16 have a
-        piece in fp32, and the random numbers that round it.
+        Adafactor has the update of the largest shard, and pieces of it in fp64 for its norm. Moments in bf16
+        have a piece in fp32, and the random numbers that round it. Those in 8 bits have a piece in fp32, and
+        what finds its codes.
         """
         self._muon()
         weights = [one for unit in self.units for one in unit.weights if one.trains]
         parts = [one.shard(self.cut.ranks) for one in weights if one.factored]
-        held = 12 * max(parts, default=0)
+        largest = max(parts, default=0)
+        held = 4 * largest + 8 * min(NORM_ELEMENTS, largest)
         if self.cut.widens_moments and not self.cut.offloads:
             largest = max(unit.largest_shard(self.cut.ranks) for unit in self.units)
             held = 12 * min(WIDENED_MOMENTS, largest)
+        if narrow := [one.shard(self.cut.ranks) for one in weights if one.in_bytes]:
+            held = 17 * min(WIDENED_BYTES, max(narrow))
         self.time.touch(TEMPORARIES, held, "optimizer")
 
     def gradient_modes(self) -> tuple[dict[str, bool], dict[str, bool]]:
@@ -285,10 +290,7 @@ class FsdpStep:
             self.micro_step(first if number == 0 else more, number == self.cut.accumulation - 1)
         self._optimizer()
         if self.cut.cpu:
-            # On a CPU a gradient's norm in fp64 is computed from a copy in fp64.
-            self.time.touch(
-                TEMPORARIES,
-                8 * max(unit.largest_shard(self.cut.ranks) for unit in self.units),
-                "norm of the gradients",
-            )
+            # On a CPU the norm in fp64 is that of copies in fp64, piece by piece.
+            largest = max(unit.largest_shard(self.cut.ranks) for unit in self.units)
+            self.time.touch(TEMPORARIES, 8 * min(NORM_ELEMENTS, largest), "norm of the gradients")
         return self.time

@@ -25,10 +25,10 @@ from launcher.planner.hardware.detect import cpu_flags
 from launcher.planner.memory.formulas import formulas_of
 from launcher.planner.memory.profile import Profile
 from launcher.planner.memory.program import Program, Unit, Weight
-from launcher.planner.memory.teacher import Taught, projection
+from launcher.planner.memory.teacher import Taught
 from launcher.planner.memory.written_states import TaughtAhead
 from launcher.planner.model.model_config import config_of, locate
-from launcher.planner.model.model_shape import stored_parameters
+from launcher.planner.model.model_shape import Stack, stored_parameters
 from launcher.planner.plan import Plan
 from launcher.runs import cache
 from launcher.tasks.written_logits import Manifest
@@ -83,7 +83,7 @@ class Profiles:
             ways += "model.config"
             return Unknown(f"no config.json of {plan.model.name} on this machine; {ways}")
         if plan.distillation is not None:
-            return self._taught(plan) if plan.distillation.teacher else self._taught_ahead(plan)
+            return self._taught(plan, config) if plan.distillation.teacher else self._taught_ahead(plan)
         if beside := tasks.unprepared(plan).companions:
             return Unknown(
                 f"the task asks models beside this one ({', '.join(beside)}), whose memory nothing counts"
@@ -99,7 +99,7 @@ class Profiles:
             raise answer
         return answer
 
-    def _taught(self, plan: Plan) -> Program | Unknown:
+    def _taught(self, plan: Plan, config: dict[str, Any]) -> Program | Unknown:
         student = self.find(plan.model_copy(update={"distillation": None}))
         beside = plan.of_teacher()
         teacher = self.find(beside)
@@ -107,7 +107,10 @@ class Profiles:
             return student
         if isinstance(teacher, Unknown):
             return Unknown(f"of its teacher: {teacher.reason}")
-        return Taught(student, teacher, projection(plan, beside))
+        if plan.distillation is None or plan.distillation.hidden_states is None:
+            return Taught(student, teacher)
+        own, other = Stack.of(config), Stack.of(config_of(beside.model))
+        return Taught(student, teacher, (own, other) if own is not None and other is not None else None)
 
     def _taught_ahead(self, plan: Plan) -> Program | Unknown:
         student = self.find(plan.model_copy(update={"distillation": None}))
@@ -120,16 +123,6 @@ class Profiles:
         except ConfigurationError as error:
             return Unknown(f"of the logits written ahead: {error.problems[0].reason}")
         return student if manifest.hidden is None else TaughtAhead.of(student, manifest)
-
-    def program(self, plan: Plan) -> Program | None:
-        """Return the program of a plan's model; None if its memory cannot be forecast."""
-        program = self.find(plan)
-        return None if isinstance(program, Unknown) else program
-
-    def why_not(self, plan: Plan) -> str:
-        """Return the reason why a model's memory cannot be forecast, in one clause; empty if it can."""
-        program = self.find(plan)
-        return program.reason if isinstance(program, Unknown) else ""
 
     def _profile(self, plan: Plan, key: str, kind: str) -> Program | Unknown | ConfigurationError:
         path = cache.root() / "profiles" / f"{key}.json"
@@ -149,7 +142,11 @@ class Profiles:
             return ConfigurationError(problems)
         if "profile" not in answer:  # its class cannot be built here
             reason = problems[0].reason if problems else answer["failure"]
-            return Unknown(f"its class cannot be traced: {reason}", _only_parameters(plan))
+            # The number of parameters in its files is all that is known.
+            number = 0 if plan.model.adapter is not None else stored_parameters(plan.model)
+            whole = Unit((Weight("all", (number,)),))
+            parameters = Profile(plan.data.max_length, whole, ()) if number else None
+            return Unknown(f"its class cannot be traced: {reason}", parameters)
         profile = Profile.from_json(answer["profile"])
         return (
             profile
@@ -160,12 +157,6 @@ class Profiles:
 
 CACHED = Profiles()
 """A source that starts no trace: formulas and cached profiles only."""
-
-
-def _only_parameters(plan: Plan) -> Profile | None:
-    """Return a profile that has only the number of parameters in the model's files; None without files."""
-    number = 0 if plan.model.adapter is not None else stored_parameters(plan.model)
-    return Profile(plan.data.max_length, Unit((Weight("all", (number,)),)), ()) if number else None
 
 
 def _key(plan: Plan, config: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from math import prod
 from typing import Protocol
 
 from launcher.job.adapter import Adapter
+from launcher.planner.limits import MOMENT_BLOCK
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Weight:
     by_muon: bool = False
     factored: bool = False
     """Updated by Adafactor: a matrix's state is a number for each row and each column."""
+    in_bytes: bool = False
+    """Its two moments are stored in 8 bits, with a scale in fp32 for each block of a row."""
 
     @functools.cached_property
     def num_elements(self) -> int:
@@ -42,13 +45,16 @@ class Weight:
         return -(-self.shape[0] // ranks) * prod(self.shape[1:]) if self.shape else 1
 
     def spared(self, ranks: int) -> int:
-        """Return how many numbers of state the largest shard has fewer than by `STATE_COPIES`: with Muon one
-        per element, for Adafactor's matrices all but one per row and column."""
+        """Return how many bytes of state the largest shard has fewer than by `STATE_COPIES`: with Muon one
+        number per element, for Adafactor's matrices all numbers but one per row and column."""
         part = self.shard(ranks)
+        if self.in_bytes:
+            columns = prod(self.shape[1:])
+            return 2 * (3 * part - 4 * (part // columns) * -(-columns // MOMENT_BLOCK))
         if self.factored and len(self.shape) >= 2:
             columns = self.shape[-1] if len(self.shape) == 2 else part // self.shape[-2]
-            return part - part // self.shape[-1] - columns
-        return part if self.by_muon else 0
+            return 4 * (part - part // self.shape[-1] - columns)
+        return 4 * part if self.by_muon else 0
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ class Unit:
         return self._known[ranks, trained]
 
     def spared_shard(self, ranks: int) -> int:
-        """Return how many numbers of state the largest rank's shard has fewer than by `STATE_COPIES`."""
+        """Return how many bytes of state the largest rank's shard has fewer than by `STATE_COPIES`."""
         return sum(weight.spared(ranks) for weight in self.weights if weight.trains)
 
     def narrow_shard(self, ranks: int) -> int:

@@ -8,7 +8,7 @@ from launcher import tasks
 from launcher.planner.limits import chunk_length
 from launcher.planner.memory.fsdp import FsdpCut, FsdpStep
 from launcher.planner.memory.program import Batch, Program, Segment, Setting, Unit, Weight
-from launcher.planner.model.model_shape import ModelShape
+from launcher.planner.model.model_shape import Stack
 from launcher.planner.plan import Plan
 from launcher.tasks.distillation import PROJECTION
 
@@ -23,15 +23,17 @@ class Taught:
 
     student: Program
     teacher: Program
-    projection: Weight | None = None
-    """The matrix between hidden states of different widths."""
+    compared: tuple[Stack, Stack] | None = None
+    """The layers of both whose hidden states are compared; None if none are, or if a config is missing."""
 
     def units(self) -> tuple[Unit, list[Unit]]:
-        """Return the student's units, with the projection."""
+        """Return the student's units, with the projection between hidden states of different widths."""
         root, layers = self.student.units()
-        if self.projection is not None:
-            root = replace(root, weights=(*root.weights, self.projection))
-        return root, layers
+        if self.compared is None or self.compared[0].hidden_size == self.compared[1].hidden_size:
+            return root, layers
+        own, other = self.compared
+        projection = Weight(f"{PROJECTION}.weight", (other.hidden_size, own.hidden_size))
+        return replace(root, weights=(*root.weights, projection)), layers
 
     def blocks(self, setting: Setting) -> list[Segment]:
         """Return the student's blocks alone; `Teacher.beside` adds the teacher's forward pass."""
@@ -41,16 +43,16 @@ class Taught:
 class Teacher:
     """A teacher's memory, on the rank that needs the most."""
 
-    def __init__(self, plan: Plan, program: Program, setting: Setting, cut: FsdpCut) -> None:
+    def __init__(self, plan: Plan, program: Taught, setting: Setting, cut: FsdpCut) -> None:
         """Take the student's plan, setting and sharding; its frozen parameters and adapter are ignored."""
-        root, layers = program.units()
+        root, layers = program.teacher.units()
         self.units = _frozen(root), [_frozen(layer) for layer in layers]
         offloads = plan.offload == "parameters"
         plain = plan.mesh.world_size == 1 and not offloads
         shards = replace(
             cut, ranks=plan.mesh.dp_shard, reshard=True, plain=plain, leaves_frozen=False, accumulation=1
         )
-        self._program = program
+        self._program = program.teacher
         self._setting = replace(
             setting, checkpointing="none", training=False, frozen=frozenset(), adapter=None
         )
@@ -70,7 +72,7 @@ class Teacher:
             elements = vocabulary * min(
                 setting.batch.num_tokens, chunk_length(vocabulary, plan.mesh.device == "cuda")
             )
-        self._hidden = _Hidden.of(plan, setting, at_positions)
+        self._hidden = _Hidden.of(plan, program, setting, at_positions)
         self.state_bytes = setting.itemsize * sum(unit.shard(plan.mesh.dp_shard) for unit in (root, *layers))
         whole = 0 if plain else setting.itemsize * self.units[0].num_elements()
         compared = whole + (setting.itemsize + COMPARED_BYTES) * elements
@@ -95,17 +97,6 @@ class Teacher:
         return changed
 
 
-def projection(plan: Plan, teacher: Plan) -> Weight | None:
-    """Return the matrix between the student's hidden states and the teacher's; None if there is none, or if a
-    config is missing."""
-    if plan.distillation is None or plan.distillation.hidden_states is None:
-        return None
-    own, other = ModelShape.read(plan.model), ModelShape.read(teacher.model)
-    if own is None or other is None or own.hidden_size == other.hidden_size:
-        return None
-    return Weight(f"{PROJECTION}.weight", (other.hidden_size, own.hidden_size))
-
-
 @dataclass(frozen=True)
 class _Hidden:
     """Memory of the difference of hidden states, in bytes."""
@@ -120,13 +111,13 @@ class _Hidden:
     """Temporaries while a difference is computed."""
 
     @classmethod
-    def of(cls, plan: Plan, setting: Setting, takes: bool) -> _Hidden:
-        """Return the sizes; all are 0 if nothing is compared, or if a config is missing. takes: only the
-        supervised positions are compared, as for a causal LM."""
+    def of(cls, plan: Plan, program: Taught, setting: Setting, takes: bool) -> _Hidden:
+        """Return the sizes; all are 0 if nothing is compared. takes: only the supervised positions are
+        compared, as for a causal LM."""
         hidden = None if plan.distillation is None else plan.distillation.hidden_states
-        own, other = ModelShape.read(plan.model), ModelShape.read(plan.of_teacher().model)
-        if hidden is None or own is None or other is None:
+        if hidden is None or program.compared is None:
             return cls()
+        own, other = program.compared
         num_tokens, itemsize = setting.batch.num_tokens, setting.itemsize
         num_pairs, one = len(hidden.pairs(own.num_layers, other.num_layers)), num_tokens * other.hidden_size
         # The squared difference saves both sides in fp32. The student's own is copied in fp32 only if some of

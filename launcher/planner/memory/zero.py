@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from launcher.planner.limits import NORM_ELEMENTS
 from launcher.planner.memory.program import Segment, Unit
 from launcher.planner.memory.timeline import (
     ACTIVATIONS,
@@ -145,6 +146,7 @@ class ZeroStep:
             # One parameter of a rank's own partition at a time is on the device, on its way to host memory.
             part = copied = 4 * max(unit.largest_trained for unit in (self.root, *self.layers))
         buffer = cut.reduce_bucket * (4 if cut.stage == 1 else cut.itemsize)
+        widened = 8 * min(NORM_ELEMENTS, piece) * cut.cpu
         for number in range(cut.accumulation):
             time.parts |= dict.fromkeys((ACTIVATIONS, LOSS), 0)  # the last micro-batch's are freed
             kept, self.sent = dict(time.parts), 0
@@ -172,10 +174,10 @@ class ZeroStep:
             time.parts[GRADIENTS] = copied + wide * 4 * max(
                 unit.largest_trained for unit in (self.root, *self.layers)
             )
-            time.touch(TEMPORARIES, wide * buffer + 8 * piece * cut.cpu, "norm of the gradients")
+            time.touch(TEMPORARIES, wide * buffer + widened, "norm of the gradients")
         time.parts = dict(base)
         time.touch(GRADIENTS, (part if wide else part + copied) + self.kept.widened(), "optimizer")
-        time.touch(GRADIENTS, copied + 8 * piece * cut.cpu, "norm of the gradients")
+        time.touch(GRADIENTS, copied + widened, "norm of the gradients")
 
     def _stage_3(self, segments: list[Segment]) -> None:
         cut, time = self.cut, self.time

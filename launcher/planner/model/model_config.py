@@ -75,10 +75,10 @@ def read_config(directory: str) -> dict[str, Any] | None:
     return config if isinstance(config, dict) else None
 
 
-def config_of(model: Model) -> dict[str, Any] | None:
+def config_of(model: Model, as_stored: bool = False) -> dict[str, Any] | None:
     """Return the job file's `model.config`, else the model's own config.json; None if that is not here.
 
-    With `resize_embeddings`, its vocabulary has a row for each token of the tokenizer.
+    With `resize_embeddings`, its vocabulary has a row for each token of the tokenizer, unless `as_stored`.
     Raises ConfigurationError with all impossible sizes at once.
     """
     directory = locate(model.name, model.revision) if model.config is None else ""
@@ -89,7 +89,7 @@ def config_of(model: Model) -> dict[str, Any] | None:
         raise ConfigurationError([Problem("model.name", model.name, f"in {path}, {one}") for one in wrong])
     if wrong:
         raise ConfigurationError([Problem(f"model.config.{one.key}", one.value, one.reason) for one in wrong])
-    if config is None or not model.resize_embeddings:
+    if config is None or as_stored or not model.resize_embeddings:
         return config
     vocabulary, number = read_vocabulary(locate(model.name, model.revision)), num_embeddings(config)
     if vocabulary is None or number is None or vocabulary.num_ids <= number:

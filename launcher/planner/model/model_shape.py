@@ -7,7 +7,7 @@ import struct
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from launcher.job.schema import Model
 from launcher.plain_files import plain
@@ -20,6 +20,20 @@ _NAMES = {
     "vocab_size": ("vocab_size",),
     "positions": ("max_position_embeddings", "n_positions"),
 }
+
+
+class Stack(NamedTuple):
+    """The repeated layers of a model."""
+
+    hidden_size: int
+    num_layers: int
+
+    @classmethod
+    def of(cls, config: dict[str, Any] | None) -> Stack | None:
+        """Return a model's layers by its config; None without one, or if it does not tell."""
+        sizes = _flat(config or {})
+        hidden, layers = (_first(sizes, _NAMES[key]) for key in cls._fields)
+        return cls(hidden, layers) if hidden and layers else None
 
 
 @dataclass(frozen=True)
@@ -40,16 +54,11 @@ class ModelShape:
         """Return the shape of a model that is here, or whose sizes the job gives; None if it is unknown
         before it is fetched."""
         config = config_of(model)
-        if config is None:
+        if config is None or (stack := Stack.of(config)) is None:
             return None
-        sizes = {**config, **config["text_config"]} if isinstance(config.get("text_config"), dict) else config
-        values = {
-            key: next((sizes[name] for name in names if isinstance(sizes.get(name), int)), 0)
-            for key, names in _NAMES.items()
-        }
-        hidden, layers = values["hidden_size"], values["num_layers"]
-        if not hidden or not layers:
-            return None
+        hidden, layers = stack
+        sizes = _flat(config)
+        values = {key: _first(sizes, names) for key, names in _NAMES.items()}
         intermediate = _chosen_width(sizes) or values["intermediate_size"] or 4 * hidden
         counted, layer = stored_parameters(model), _layer(sizes, hidden, intermediate)
         embeddings = values["vocab_size"] * hidden * (1 if sizes.get("tie_word_embeddings", True) else 2)
@@ -57,6 +66,17 @@ class ModelShape:
         table = values["vocab_size"] * hidden
         table = max(table, min(values["positions"] * hidden, embeddings))
         return cls(counted or layers * layer + embeddings, hidden, layers, intermediate, layer, table)
+
+
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config with the sizes of its text model, if it has one, in place of its own."""
+    inner = config.get("text_config")
+    return {**config, **inner} if isinstance(inner, dict) else config
+
+
+def _first(sizes: dict[str, Any], names: tuple[str, ...]) -> int:
+    """Return the first of some sizes that a config has; 0 if it has none."""
+    return next((sizes[name] for name in names if isinstance(sizes.get(name), int)), 0)
 
 
 def _layer(config: dict[str, Any], hidden: int, intermediate: int) -> int:

@@ -58,6 +58,14 @@ WITH_PREFIX = frozenset((
 
 Each layer has one attention of transformers' interface, and heads of the size that PEFT takes from the config. A
 test compares them all."""
+COSTS_BY_TOKEN = frozenset(
+    (
+        *("albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "ernie"),
+        *("modernbert", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl"),
+    )
+)
+"""The model_types a pass of which costs no more than its number of samples times the longest of them: they pad
+to no block's size, and keep nothing of a fixed size for each sample."""
 SEES_PADDING = frozenset(
     (
         *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from launcher.job.schema import EngineName
 from launcher.planner.decider import Decider
-from launcher.planner.model.model_config import config_of
 from launcher.planner.model.model_support import Way
 
 FAMILIES = (
@@ -19,7 +18,7 @@ def is_compiled(decider: Decider, engine: EngineName, way: Way, device: str) -> 
     model = decider.job.model
     if model.compile != "auto":
         return model.compile
-    kind = (config_of(model) or {}).get("model_type")
+    kind = (decider.config or {}).get("model_type")
     against = {
         "on a CPU it was not measured to be faster": device == "cpu",
         "compiled layers are for parallel.engine: fsdp": engine != "fsdp",

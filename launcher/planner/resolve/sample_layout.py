@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 from launcher import tasks
 from launcher.errors import ConfigurationError, Problem
@@ -13,6 +14,7 @@ from launcher.job.script_job import OWN
 from launcher.planner.decider import Decider
 from launcher.planner.model.model_config import config_of
 from launcher.planner.model.model_support import (
+    COSTS_BY_TOKEN,
     Support,
     Way,
     choose,
@@ -39,10 +41,9 @@ def choose_way(decider: Decider, device: str) -> Way:
             reason = f"the package flash-attn is not installed; {_FLASH}"
         if reason:
             decider.refuse("model.attention", model.attention, reason)
-    config = config_of(model)
-    known = _support(job)
+    known = _support(job, decider.config)
     try:
-        kind = str((config or {}).get("model_type"))
+        kind = str((decider.config or {}).get("model_type"))
         wishes = model.attention, job.data.packing, job.batch.micro_batch_size
         possible = known if job.distillation is None else _with_teacher(known, kind, job, job.distillation)
         way = choose(possible, model.name, kind, *wishes)
@@ -51,6 +52,21 @@ def choose_way(decider: Decider, device: str) -> Way:
         return unknown(model.task).ways[0]
     _write_down(decider, way, known)
     return way
+
+
+def balances(job: Job, way: Way) -> bool:
+    """Return whether passes of short samples may hold more of them than micro_batch_size says: those of encoders
+    of texts, whose memory is then at most what was planned for the longest samples."""
+    model, task = job.model, tasks.find(job.model.task)
+    config = config_of(model) or {}
+    return (
+        way.layout == "padded"
+        and not task.traits.causal
+        and not task.traits.reads_files
+        and not model.trust_remote_code
+        and job.distillation is None
+        and config.get("model_type") in COSTS_BY_TOKEN
+    )
 
 
 def _with_teacher(known: Support, kind: str, job: Job, distillation: Distillation) -> Support:
@@ -94,18 +110,16 @@ def one_a_pass(job: Job) -> Job:
     """Return the job with micro-batch 1 if its model supports no other, and the job leaves that open."""
     if job.batch.micro_batch_size != "auto" or job.data.train.name == OWN:
         return job
-    ways = fitting(_support(job), job.model.attention)
+    ways = fitting(_support(job, config_of(job.model)), job.model.attention)
     if not ways or ways[0].layout != "single":
         return job
     return job.model_copy(update={"batch": job.batch.model_copy(update={"micro_batch_size": 1})})
 
 
-def _support(job: Job) -> Support:
-    model, data = job.model, job.data
-    names = tasks.names_of(model.task, data)
-    return support_of_tasks(
-        names, config_of(model), model.trust_remote_code, data.max_length, data.one_length
-    )
+def _support(job: Job, config: dict[str, Any] | None) -> Support:
+    trusted, data = job.model.trust_remote_code, job.data
+    names = tasks.names_of(job.model.task, data)
+    return support_of_tasks(names, config, trusted, data.max_length, data.one_length)
 
 
 def _write_down(decider: Decider, way: Way, known: Support) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from launcher.job.check_training import CUT_FLAT
+from launcher.job.check_training import cut_flat
 from launcher.job.schema import EngineName, Job, Offload, Sharding
 from launcher.planner.decider import Decider
 
@@ -114,11 +114,12 @@ def _sharding(decider: Decider, engine: EngineName, world_size: int) -> Sharding
 def _refuse_for_fsdp(decider: Decider, device: str) -> None:
     parallel, memory = decider.job.parallel, decider.job.memory
     training = decider.job.training
-    if training.needs_whole_matrices and memory.offload == "parameters":
-        muon = training.optimizer == "muon"
-        does = "Muon multiplies whole matrices" if muon else "Adafactor adds up columns over the ranks"
-        reason = f"{does}, on the device; write none, or training.optimizer: adamw"
-        decider.refuse("memory.offload", memory.offload, reason)
+    if training.needs_whole_rows and memory.offload == "parameters":
+        does, other = {
+            "muon": ("Muon multiplies whole matrices", "training.optimizer: adamw"),
+            "adafactor": ("Adafactor adds up columns over the ranks", "training.optimizer: adamw"),
+        }.get(training.optimizer, ("moments in 8 bits are stepped", "training.moments: bf16"))
+        decider.refuse("memory.offload", memory.offload, f"{does}, on the device; write none, or {other}")
     if parallel.shard == "optimizer":
         reason = (
             "FSDP cuts gradients wherever it cuts the optimizer; write gradients, or parallel.engine: "
@@ -157,8 +158,8 @@ def _refuse_for_deepspeed(decider: Decider, sharding: Sharding, world_size: int,
     """Refuse settings that ZeRO does not support; return the sharding, replaced if an equivalent one is
     needed."""
     job, parallel, memory = decider.job, decider.job.parallel, decider.job.memory
-    if job.training.needs_whole_matrices:
-        decider.refuse("training.optimizer", job.training.optimizer, CUT_FLAT)
+    if (problem := cut_flat(job.training)) is not None:
+        decider.refuse(*problem)
     if parallel.replicate > 1:
         reason = (
             "ZeRO cuts over all ranks; leave it out, write parallel.engine: fsdp, or keep a copy on each "

@@ -10,7 +10,7 @@ from launcher.errors import ConfigurationError, Problem
 from launcher.job.schema import Model
 from launcher.planner.decider import Decider
 from launcher.planner.model.model_config import config_of, locate
-from launcher.planner.model.model_shape import ModelShape
+from launcher.planner.model.model_shape import Stack
 from launcher.planner.model.vocabulary import read_vocabulary
 from launcher.planner.plan import Plan, Precision
 from launcher.runs.checkpoints import Stored, list_checkpoints
@@ -133,13 +133,13 @@ def _named(distillation: Distillation, model: Model) -> Model:
 def _hidden_states(model: Model, distillation: Distillation) -> tuple[Problem, ...]:
     """Return the problems of comparing hidden states, as far as the configs are here."""
     assert distillation.hidden_states is not None
-    teacher = _named(distillation, model)
-    if any((config_of(one) or {}).get("is_encoder_decoder") for one in (model, teacher)):
+    configs = [config_of(one) for one in (model, _named(distillation, model))]
+    if any(config.get("is_encoder_decoder") for config in configs if config is not None):
         reason = (
             "an encoder-decoder has two stacks of layers, and it is not said which to compare; leave it out"
         )
         return (Problem("distillation.hidden_states", None, reason),)
-    own, other = ModelShape.read(model), ModelShape.read(teacher)
+    own, other = map(Stack.of, configs)
     if own is None or other is None:
         return ()
     try:

@@ -79,16 +79,12 @@ def duration(
     data = of_node * TOKEN_BYTES / disk + of_node / plan.mesh.ranks_per_node * TOKEN_SECONDS
     written = checkpoint_bytes / nodes / disk
     step = rate.step + data
-    evaluated = _evaluated(plan, num_steps, step, items)
-    saved = (
-        set[int]()
-        if plan.training.is_range_test
-        else {
-            num_steps,
-            *_due(plan.checkpoint.every, plan, num_steps, step, items),
-            *(evaluated if plan.checkpoint.keep_best else ()),
-        }
-    )
+    evaluated, saved = set[int](), set[int]()
+    if plan.data.evaluation is not None:
+        evaluated = {0, num_steps, *_due(plan.evaluate_every, plan, num_steps, step, items)}
+    if not plan.training.is_range_test:
+        saved = {num_steps, *_due(plan.checkpoint.every, plan, num_steps, step, items)}
+        saved |= evaluated if plan.checkpoint.keep_best else set()
     waits = written
     if plan.checkpoint.asynchronous and saved:
         # Training stops for the copy, and if a save is still being written when the next one is due.
@@ -123,15 +119,6 @@ def _due(
         return (ceil(period * number - 1e-9) for number in range(1, ceil(num_steps / period)))
     period = int(every.value) if every.unit == "steps" else max(1, ceil(every.value / step))
     return range(period, num_steps, period)
-
-
-def _evaluated(plan: Plan, num_steps: int, step: float, items: Items | None) -> set[int]:
-    """Return the steps after which an evaluation runs: 0, the last one, and those due between."""
-    return (
-        set()
-        if plan.data.evaluation is None
-        else {0, num_steps, *_due(plan.evaluate_every, plan, num_steps, step, items)}
-    )
 
 
 def _copy_seconds(plan: Plan, checkpoint_bytes: int, gpu: GpuType) -> float:

@@ -86,14 +86,14 @@ def speed(plan: Plan, units: Units, segments: list[Segment], gpu: GpuType) -> Sp
 
 def optimizer_seconds(plan: Plan, units: Units, gpu: GpuType) -> float:
     """Return the seconds of the optimizer on a rank's shard. Parameter, gradient and moments are read and
-    written, more often by operators that are not fused: Adafactor's, and those that convert and round bf16
-    moments."""
+    written, more often by operators that are not fused: Adafactor's, and those that convert and round moments
+    in bf16 or 8 bits."""
     root, layers = units
     state = sum(unit.num_elements(trained=True) for unit in (root, *layers)) / ranks_of(plan)
     # With offloading the CPUs run the optimizer, and a node's ranks share its memory bandwidth.
     rate = gpu.host_bandwidth / plan.mesh.ranks_per_node if offloads(plan) else gpu.bandwidth
     num_bytes = 84 if plan.training.optimizer == "adafactor" else 28
-    num_bytes += 72 * (plan.training.moments == "bf16")
+    num_bytes += {"fp32": 0, "bf16": 72, "8bit": 158}[plan.training.moments]
     return num_bytes * state / (rate * gpu.memory_share) + _muon_operations(plan, units) / (
         ranks_of(plan) * gpu.half_rate * gpu.matrix_share
     )

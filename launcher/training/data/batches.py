@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from launcher.data.pass_sizes import pass_sizes
 from launcher.planner.plan import BatchPlan, Plan
 from launcher.tasks.task import Sample
 from launcher.training.data.dataset import Dataset
@@ -21,7 +22,8 @@ class StepBatch:
     """One rank's samples of one step, and the counts of the full global batch."""
 
     micro_batches: list[list[list[Sample]]]
-    """[accumulation_steps][micro_batch_size] items of this rank, each a list of samples."""
+    """The items of this rank in each of its passes, each a list of samples: [accumulation_steps] lists of
+    micro_batch_size, or about that many in a balanced batch."""
     num_items: int
     """The items of the global batch, without padding."""
     num_samples: int
@@ -126,7 +128,8 @@ def cut(
     lengths = np.concatenate([dataset.item_lengths[real] for dataset, real in parts])
     # A padding sample is the shortest item, without supervision.
     shortest = int(np.argmin(lengths))
-    places = deal(_filled(lengths, batch), batch, parts[0][0].padding_free)[:, rank].reshape(-1)
+    passes = deal(_filled(lengths, batch), batch, parts[0][0].padding_free)[rank :: batch.data_parallel_size]
+    places = np.concatenate(passes)
     is_filler = places >= len(lengths)
     chosen = np.where(is_filler, shortest, places)
     items: list[list[Sample]] = [[] for _ in chosen]
@@ -141,11 +144,11 @@ def cut(
         real = np.flatnonzero(~is_filler)
         for place, partner in zip(real.tolist(), dataset.items(indices[chosen[real] - 1]), strict=True):
             [items[place][0].partner] = partner
-    size = batch.micro_batch_size
+    ends = np.cumsum([len(each) for each in passes]).tolist()
     supervised = np.sum([dataset.num_supervised_by_source(real) for dataset, real in parts], axis=0)
     ids = np.concatenate([dataset.sample_ids(real) for dataset, real in parts])
     return StepBatch(
-        micro_batches=[items[start : start + size] for start in range(0, len(items), size)],
+        micro_batches=[items[begin:end] for begin, end in zip([0, *ends], ends, strict=False)],
         num_items=len(indices),
         num_samples=sum(dataset.num_samples_of(real) for dataset, real in parts),
         num_tokens=sum(dataset.num_tokens_of(real) for dataset, real in parts),
@@ -161,26 +164,27 @@ def _filled(lengths: np.ndarray, batch: BatchPlan) -> np.ndarray:
     return np.concatenate([lengths, np.repeat(lengths.min(), batch.global_batch_size - len(lengths))])
 
 
-def deal(lengths: np.ndarray, batch: BatchPlan, padding_free: bool) -> np.ndarray:
-    """Return the places of a global batch, int64 [accumulation_steps, data_parallel_size, micro_batch_size],
-    each exactly once.
+def deal(lengths: np.ndarray, batch: BatchPlan, padding_free: bool) -> list[np.ndarray]:
+    """Return the places of a global batch in each pass, int64, every place once. The passes of all ranks at one
+    accumulation step come before those at the next, in the order of ranks.
 
-    Padded micro-batches get neighbours in length. Padding-free ones get near-equal sums: round after round
-    the longest remaining item goes to the micro-batch with the fewest tokens. Ranks at the same accumulation
-    step are neighbours either way.
+    Padded passes get neighbours in length, and with `batch.balanced` more of the short ones. Padding-free ones
+    get near-equal sums: round after round the longest remaining item goes to the pass with the fewest tokens.
+    Ranks at the same accumulation step are neighbours either way.
     """
-    num_micro_batches = batch.accumulation_steps * batch.data_parallel_size
-    shape = (batch.accumulation_steps, batch.data_parallel_size, batch.micro_batch_size)
+    num_passes = batch.accumulation_steps * batch.data_parallel_size
     descending = np.argsort(-lengths, kind="stable")
-    if not padding_free or batch.micro_batch_size == 1:
-        return descending.reshape(shape)
-    sums = np.zeros(num_micro_batches, dtype=np.int64)
-    places = np.empty((num_micro_batches, batch.micro_batch_size), dtype=np.int64)
-    for number, dealt in enumerate(descending.reshape(batch.micro_batch_size, num_micro_batches)):
+    if batch.micro_batch_size == 1 or not (padding_free or batch.balanced):
+        return np.split(descending, num_passes)
+    if not padding_free:
+        return np.split(descending, np.cumsum(pass_sizes(lengths[descending].tolist(), num_passes))[:-1])
+    sums = np.zeros(num_passes, dtype=np.int64)
+    places = np.empty((num_passes, batch.micro_batch_size), dtype=np.int64)
+    for number, dealt in enumerate(descending.reshape(batch.micro_batch_size, num_passes)):
         emptiest = np.argsort(sums, kind="stable")
         places[emptiest, number] = dealt
         sums[emptiest] += lengths[dealt]
-    return places[np.argsort(-sums, kind="stable")].reshape(shape)
+    return list(places[np.argsort(-sums, kind="stable")])
 
 
 def total_items(plan: Plan, num_items: int) -> int:

@@ -18,7 +18,7 @@ from launcher.planner.plan import Plan
 from launcher.runs.places import here
 from launcher.tasks.generation import GenerationOptions
 from launcher.tasks.task import Output, Task
-from launcher.training import generating
+from launcher.training import generating, norms
 from launcher.training import optimizer as optimizers
 from launcher.training.engines.companions import bind_loss
 from launcher.training.engines.companions import load as load_companions
@@ -151,7 +151,7 @@ class FsdpEngine:
         if self._optimizer is not None:
             optimizers.drop_gradients(self._optimizer, self.stage)
         # Replicas hold equal gradients, so each contributes its share.
-        return optimizers.sum_of_squares(self._gradients()) / self._plan.mesh.dp_replicate
+        return norms.sum_of_squares(self._gradients()) / self._plan.mesh.dp_replicate
 
     def optimizer_step(self, learning_rate: float, multiplier: float) -> None:
         if multiplier != 1.0:

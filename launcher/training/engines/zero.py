@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from launcher.job.schema import Training
+from launcher.training import norms
 from launcher.training import optimizer as optimizers
 
 Values = Callable[[], torch.Tensor]
@@ -114,7 +115,7 @@ class StageOneOrTwo:
         if self._zero.cpu_offload:
             self._zero._wait_for_offload_copies()
             return _norms(self._zero, self._stages, self._zero.bit16_groups, self.stage)
-        return optimizers.sum_of_squares(
+        return norms.sum_of_squares(
             [
                 gradient
                 for index, group in self._zero.averaged_gradients.items()
@@ -164,9 +165,9 @@ class StageThree:
                 zero._optimizer_states_and_gradient_swap_out(index)
         zero.clip_grad = 0.0
         # DeepSpeed's own sum of squares is in fp32, off by one part in 80,000 for a million elements.
-        zero._constant_buffered_norm2 = lambda gradient, buffer_size=0: torch.linalg.vector_norm(
-            gradient, dtype=torch.float64
-        )
+        zero._constant_buffered_norm2 = lambda gradient, buffer_size=0: norms.sum_of_squares(
+            [gradient]
+        ).sqrt()
         zero._get_norm_groups = lambda: [torch.zeros(())]
 
     def _let_go_of_a_copy(self, master: torch.Tensor, computing: torch.Tensor | None) -> None:
@@ -216,7 +217,7 @@ class StageThree:
     def squared_gradient_norm(self) -> torch.Tensor:
         if self._zero.offload_optimizer:
             return _norms(self._zero, self._stages, self._zero.fp16_groups, self.stage)
-        return optimizers.sum_of_squares(
+        return norms.sum_of_squares(
             [
                 gradient
                 for index, group in self._zero.averaged_gradients.items()

@@ -298,3 +298,13 @@ def whole_shape(parameter: torch.Tensor) -> torch.Size:
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """Return this rank's shard of a DTensor; a plain tensor is returned unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor.data
+
+
+def cut_as(parameter: torch.Tensor, own: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Return a rank's part as a tensor of global shape `shape`, sharded like the parameter on dimension 0."""
+    if not isinstance(parameter, DTensor):
+        return own
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        own, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=stride
+    )

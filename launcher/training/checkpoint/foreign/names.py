@@ -38,7 +38,7 @@ def expected(plan: Plan, foreign: Foreign) -> Expected:
     gets the width of the checkpoint's.
 
     Raises ConfigurationError if there is no such model, and if the run trains adapters, keeps an average of its
-    weights, or uses Adafactor.
+    weights, uses Adafactor, or has moments in 8 bits.
     """
     if plan.model.adapter is not None:
         reason = (
@@ -52,6 +52,12 @@ def expected(plan: Plan, foreign: Foreign) -> Expected:
             "the weights alone: name them as model.name"
         )
         raise ConfigurationError(Problem("training.optimizer", "adafactor", reason))
+    if plan.training.moments == "8bit":
+        reason = (
+            "moments of another system are not quantised; write fp32 or bf16, or begin with the weights alone: "
+            "name them as model.name"
+        )
+        raise ConfigurationError(Problem("training.moments", "8bit", reason))
     if plan.training.ema is not None:
         reason = "a checkpoint of another system holds no average of its weights; leave it out"
         raise ConfigurationError(Problem("training.ema", None, reason))
