@@ -28,7 +28,7 @@ def main() -> None:
     arguments.add_argument(
         "--weights", nargs="*", type=float, default=[1.0], help="of the loss of relatedness"
     )
-    arguments.add_argument("--test-rows", type=int, default=None, help="only the first; all by default")
+    arguments.add_argument("--test-rows", type=int, default=2400, help="only the first; 0 for all 4,908")
     options = arguments.parse_args()
     found, session = conditions("torch", "transformers"), Session(options)
     folder = session.data / "sick"
@@ -80,10 +80,11 @@ def main() -> None:
                 f"together-{weight:g}-{seed}", lambda weight=weight, seed=seed: together(weight, seed)
             )
             keep(rows, f"at once, relatedness x {weight:g}", seed, row)
+    measured = f"the first {options.test_rows:,}" if options.test_rows else "all 4,908"
     text = (
         f"{sentence(found)}\n\nMiniLM-L6, 2 ranks, FSDP, bf16, AdamW at {RATE:g} (linear, warm-up 0.1, weight decay 0.01), one epoch of "
         f"the {num_rows:,} training rows: {steps} steps of {EACH} samples alone, and of {2 * EACH} at once, so that each task sees its rows as "
-        f"often and the model is updated as often. Measured on {options.test_rows or 'all 4,908'} test rows after the last step.\n\n"
+        f"often and the model is updated as often. Measured on {measured} test rows after the last step.\n\n"
         f"{shown(rows)}\n{compared(rows)}"
     )
     print(text if options.dry else write("tuning", TITLE, text, rows, PREFACE))

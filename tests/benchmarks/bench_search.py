@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -63,15 +64,16 @@ def main() -> None:
             for part in ("--random", f"{key}={low:g}..{high:g}:log")
         ]
         sweep = session.work / "sweep"
-        if sweep.exists():
-            session.launcher("sweep", str(sweep), "--local", log="sweep", may_fail=True)
-        else:
-            session.launcher(
-                "sweep", str(file), *ranges, "--points", str(options.points), "--search", "tpe", "--local", "--metric",
-                "accuracy", "--out", str(sweep), log="sweep", may_fail=True,
-            )  # fmt: skip
+        command = ["sweep", str(sweep)]
+        if not sweep.exists():
+            more = ["--search", "tpe", "--metric", "accuracy", "--out", str(sweep)]
+            command = ["sweep", str(file), *ranges, "--points", str(options.points), *more]
+        session.launcher(
+            *command, "--local", "--budget", f"{options.minutes:.1f}min", log="sweep", may_fail=True
+        )
         best = session.work / "best.yaml"
-        session.launcher("sweep", str(sweep), "--apply", str(best), log="apply", may_fail=True)
+        if not best.exists():
+            session.launcher("sweep", str(sweep), "--apply", str(best), log="apply", may_fail=True)
         shown = json.loads(
             session.launcher("sweep", str(sweep), "--show", "--json", log="show", may_fail=True)
         )
@@ -80,6 +82,8 @@ def main() -> None:
             | {"values": dict(text.partition("=")[::2] for text in one["overrides"])}
             for one in shown["points"]
         ]
+        if len(points) < options.points or any(one["state"] in ("running", "not begun") for one in points):
+            sys.exit(f"{len(points)} of {options.points} points: the same command goes on")
         return {"points": points, "applied": best.exists()}
 
     tested, searched = session.row("lr-find", range_test), session.row("search", search)

@@ -21,7 +21,9 @@ class Point(NamedTuple):
 
 
 def scatter(title: str, x_label: str, y_label: str, points: Sequence[Point]) -> str:
-    """Return the SVG: a large dot for each mean, a small one for each single value, and a legend."""
+    """Return the SVG: a large dot for each mean, a small one for each single value, and a legend. Without points only the title."""
+    if not points:
+        return document(title, [], 760, 40)
     across, up = (
         Axis.of(
             label,
