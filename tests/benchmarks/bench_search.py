@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -28,7 +27,7 @@ BATCH, NUM_RANDOM = 32, 10
 def main() -> None:
     """Make the range test and the search, and write the section with both plots."""
     arguments = command_line(__doc__)
-    arguments.add_argument("--points", type=int, default=16)
+    arguments.add_argument("--points", type=int, default=14)
     options = arguments.parse_args()
     found, session = conditions("torch", "transformers", "optuna"), Session(options)
     steps, test_steps = round(60 * options.scale), max(20, round(100 * options.scale))
@@ -72,8 +71,8 @@ def main() -> None:
             *command, "--local", "--budget", f"{options.minutes:.1f}min", log="sweep", may_fail=True
         )
         best = session.work / "best.yaml"
-        if not best.exists():
-            session.launcher("sweep", str(sweep), "--apply", str(best), log="apply", may_fail=True)
+        best.unlink(missing_ok=True)
+        session.launcher("sweep", str(sweep), "--apply", str(best), log="apply", may_fail=True)
         shown = json.loads(
             session.launcher("sweep", str(sweep), "--show", "--json", log="show", may_fail=True)
         )
@@ -82,11 +81,9 @@ def main() -> None:
             | {"values": dict(text.partition("=")[::2] for text in one["overrides"])}
             for one in shown["points"]
         ]
-        if len(points) < options.points or any(one["state"] in ("running", "not begun") for one in points):
-            sys.exit(f"{len(points)} of {options.points} points: the same command goes on")
         return {"points": points, "applied": best.exists()}
 
-    tested, searched = session.row("lr-find", range_test), session.row("search", search)
+    tested, searched = session.row("lr-find", range_test), search()
     text = f"{sentence(found)}\n\n{described(steps)}\n\n"
     if tested is not None:
         if not options.dry:
