@@ -31,7 +31,6 @@ from launcher.tasks.written_logits import MATRIX, TEACHER_STATES, Manifest
 from launcher.training import cpu_half_matmul, engines, shared_messages
 from launcher.training.engines.engine import Engine
 from launcher.training.model import pretrained
-from launcher.training.model.loss_check import LENGTHS
 from launcher.training.precision import DTYPES
 from launcher.training.tracing.make_profile import example_batch, prepared_task
 from launcher.training.written_states import giving_states
@@ -130,12 +129,10 @@ def measure(request: Request) -> dict[str, Any]:
 
 
 def measure_states(request: Request) -> dict[str, Any]:
-    """Peak bytes by phase on this rank while hidden states are written ahead, after the loss of two short rows."""
+    """Peak bytes by phase on this rank while hidden states are written ahead."""
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         config, task, engine = loaded(request.plan, trains=False)
-        with record_function(f"{PHASE}check"):
-            engine.evaluate(example_batch(task, config, LENGTHS))
         with giving_states(engine.model, DTYPES[request.plan.precision], None):
             for name in ("first pass", "evaluating"):
                 with record_function(f"{PHASE}{name}"):
