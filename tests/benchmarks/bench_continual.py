@@ -244,8 +244,8 @@ def with_head(body: str, head: str, target: Path) -> str:
 
 def texts(session: Session, options: argparse.Namespace, found: dict[str, Any]) -> None:
     """Python's documentation, then a novel, as causal language modelling."""
-    steps, batch, length, rate = round(20 * options.scale), 4, 256, 1e-4
-    sizes = {"old": (2000, 100), "new": (2000, 80)}
+    steps, batch, length, rate = round(16 * options.scale), 4, 256, 1e-4
+    sizes = {"old": (2000, 60), "new": (2000, 50)}
     files: dict[str, dict[str, str]] = {}
     for name, folder in (("old", "text_pydocs"), ("new", "text_novel")):
         for split, number in zip(("train", "valid"), sizes[name], strict=True):

@@ -30,7 +30,7 @@ def main() -> None:
     arguments.add_argument("--points", type=int, default=14)
     options = arguments.parse_args()
     found, session = conditions("torch", "transformers", "optuna"), Session(options)
-    steps, test_steps = round(60 * options.scale), max(20, round(100 * options.scale))
+    steps, test_steps = round(45 * options.scale), max(20, round(100 * options.scale))
     job = common(BATCH, steps, 1e-4, 17) | {
         "name": "sst2-search",
         "model": {"name": minilm(), "task": "sequence-classification"},
@@ -54,7 +54,9 @@ def main() -> None:
             "lr-find", str(file), "--steps", str(test_steps), "--from", "1e-6", "--to", "0.1", "--run-dir", str(directory),
             log="lr-find", may_fail=True,
         )  # fmt: skip
-        return dict(json.loads((directory / "lr-find.json").read_text(encoding="utf-8")))
+        result = dict(json.loads((directory / "lr-find.json").read_text(encoding="utf-8")))
+        del result["run"]
+        return result
 
     def search() -> dict[str, Any]:
         ranges = [
@@ -67,9 +69,9 @@ def main() -> None:
         if not sweep.exists():
             more = ["--search", "tpe", "--metric", "accuracy", "--out", str(sweep)]
             command = ["sweep", str(file), *ranges, "--points", str(options.points), *more]
-        session.launcher(
-            *command, "--local", "--budget", f"{options.minutes:.1f}min", log="sweep", may_fail=True
-        )
+        if options.minutes > 0:
+            budget = f"{options.minutes:.1f}min"
+            session.launcher(*command, "--local", "--budget", budget, log="sweep", may_fail=True)
         best = session.work / "best.yaml"
         best.unlink(missing_ok=True)
         session.launcher("sweep", str(sweep), "--apply", str(best), log="apply", may_fail=True)
@@ -150,7 +152,7 @@ def picture(page: Path, target: Path, scratch: Path) -> None:
         print(f"no browser: {target} is not drawn anew")
         return
     with Browser(scratch / "profile") as browser:
-        browser.open(page, 1280, height=1250)
+        browser.open(page, 1280, height=1020)
         browser.picture(target)
 
 

@@ -23,7 +23,7 @@ PREFACE = """# Ways to tune
 
 Real data, small models and short runs: each section says how short. All runs are launcher's own commands, on 2 ranks. `+-` is the
 standard deviation over the seeds. Every script takes the folder with the data, keeps its runs in `--work`, and goes on there if it was
-stopped. With `--minutes` it begins nothing after that time.
+stopped. With `--minutes` it begins nothing after that time. Other work ran on the machine on 2026-12-01, so seconds say little.
 """
 
 
