@@ -93,7 +93,8 @@ def _show(run: RunDirectory, plan: Plan, as_json: bool) -> None:
     without a suggestion."""
     import shutil
 
-    from launcher.cli.plots import WIDTH, range_test, write_svg
+    from launcher.cli.curves import range_test_svg
+    from launcher.cli.plots import WIDTH, range_test
     from launcher.runs.layout import write_atomically
     from launcher.runs.range_test import RangeCurve
     from launcher.runs.wording import finite, shown
@@ -118,7 +119,7 @@ def _show(run: RunDirectory, plan: Plan, as_json: bool) -> None:
     }
     files = [run.path / "lr-find.json", run.path / "lr-find.svg"]
     write_atomically(files[0], json.dumps(finite(result), indent=2) + "\n")
-    write_svg(files[1], range_test(curve, suggestion, WIDTH), f"{plan.name}: loss over the learning rate")
+    write_atomically(files[1], range_test_svg(curve, suggestion, f"{plan.name}: loss over the learning rate"))
     if as_json:
         print_json(result)
     else:

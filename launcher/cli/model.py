@@ -228,20 +228,22 @@ def table(result: dict[str, Any]) -> str:
 def _drawn(run: Path | None, result: dict[str, Any]) -> dict[str, str]:
     """Return the drawings of an evaluation by name; each is also written next to the evaluation's JSON."""
     from launcher.cli import plots
+    from launcher.cli.curves import learning_curve_svg
     from launcher.errors import StorageError
     from launcher.runs.curve import Curve
     from launcher.runs.events import read
     from launcher.runs.layout import RunDirectory
 
     results: dict[str, str] = {}
+    curves: dict[str, str] = {}
     if run is not None:
         records = [
             record for record in read(RunDirectory(run).metrics_file) if record.get("kind") == "evaluation"
         ]
         evaluations = [(record["step"], record["metrics"]) for record in records]
-        results["learning-curve"] = plots.learning_curve(
-            Curve(RunDirectory(run)).refresh().points, evaluations
-        )
+        losses = Curve(RunDirectory(run)).refresh().points
+        results["learning-curve"] = plots.learning_curve(losses, evaluations)
+        curves["learning-curve"] = learning_curve_svg(losses, evaluations, f"{run.name}: learning curve")
     details = result.get("details", {}).get("after", {})
     if "confusion_matrix" in details:
         results["confusion"] = plots.confusion(details)
@@ -253,7 +255,8 @@ def _drawn(run: Path | None, result: dict[str, Any]) -> dict[str, str]:
     file = Path(result["file"])
     try:
         for name, text in results.items():
-            plots.write_svg(file.with_name(f"{file.stem}-{name}.svg"), text, f"{run.name}: {name}")
+            picture = curves.get(name) or plots.svg_of(text, f"{run.name}: {name}")
+            file.with_name(f"{file.stem}-{name}.svg").write_text(picture, encoding="utf-8")
     except OSError as error:
         raise StorageError(f"{error.filename}: {error.strerror}") from None
     return results

@@ -1,4 +1,4 @@
-"""Drawings of an evaluation's results with characters: on the terminal, and as SVG next to its JSON."""
+"""Drawings with characters of an evaluation's results and of a range test, on the terminal."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import io
 import math
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from launcher.cli.output import line_plot
@@ -143,13 +142,12 @@ def range_test(curve: RangeCurve, suggestion: Suggestion, width: int, height: in
     return str(plotext.build())
 
 
-def write_svg(path: Path, text: str, title: str) -> None:
-    """Write a drawing as an SVG file. Raises OSError."""
+def svg_of(text: str, title: str) -> str:
+    """Return a table or bars of characters as an SVG file. Curves have their own: `launcher/cli/curves.py`."""
     from rich.console import Console
     from rich.text import Text
 
     console = Console(record=True, width=WIDTH + 4, file=io.StringIO(), highlight=False)
     console.print(Text.from_ansi(text), soft_wrap=False)
     # Without web fonts, which a viewer would download: any monospaced font will do.
-    drawn = re.sub(r"@font-face \{.*?\}\s*", "", console.export_svg(title=title), flags=re.DOTALL)
-    path.write_text(drawn, encoding="utf-8")
+    return re.sub(r"@font-face \{.*?\}\s*", "", console.export_svg(title=title), flags=re.DOTALL)

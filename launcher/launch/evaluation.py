@@ -80,10 +80,10 @@ class Request:
             data = data.model_copy(update={"evaluation": type(data.train)(path=str(other.absolute()))})
         return Request(self.plan.model_copy(update={"data": data}), self.run, self.model, self.step, other)
 
-    def planned(self, *directories: str | None, predicts: bool = False) -> Plan:
-        """Return the plan for evaluating, or predicting with, the models in these directories (None: the job's
-        own), and print the memory that they need. Raises OutOfMemoryError."""
-        plan, line = plan_evaluation(self.plan, directories, Profiles(starts=True), predicts)
+    def planned(self, *directories: str | None, predicts: bool = False, writes_logits: bool = False) -> Plan:
+        """Return the plan for evaluating, predicting with, or writing the logits of the models in these
+        directories (None: the job's own), and print the memory that they need. Raises OutOfMemoryError."""
+        plan, line = plan_evaluation(self.plan, directories, Profiles(starts=True), predicts, writes_logits)
         if line:
             Watcher().say(line)  # also where the ranks' display is a quiet one
         return plan

@@ -57,7 +57,8 @@ class Logits:
             )
             raise ConfigurationError(Problem(_LOGITS, str(self.output), reason))
         data = data.model_copy(update={"evaluation": data.train, "packing": False})
-        plan = self.request.planned(self.request.model, predicts=True).model_copy(update={"data": data})
+        plan = self.request.planned(self.request.model, writes_logits=True)
+        plan = plan.model_copy(update={"data": data})
         wanted = self.request.asked | {"output": str(self.output.absolute())}
         summary = ask(plan, "launcher.training.logits_entry", wanted, "logits.json", watcher)
         return {"output": str(self.output), **summary, "engine": plan.engine, "ranks": plan.mesh.world_size}

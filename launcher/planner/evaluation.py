@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 
 from launcher import tasks
 from launcher.errors import OutOfMemoryError
@@ -12,7 +13,8 @@ from launcher.planner.hardware.detect import Hardware
 from launcher.planner.memory.estimate import Estimator
 from launcher.planner.memory.footprint import Footprint
 from launcher.planner.memory.profiles import Profiles, Unknown
-from launcher.planner.memory.program import Program
+from launcher.planner.memory.program import Batch, Program
+from launcher.planner.memory.written_states import StatesAlone
 from launcher.planner.plan import BatchPlan, Plan
 from launcher.planner.resolve.batch import divisors
 from launcher.planner.suggestions import fully_cut
@@ -24,22 +26,36 @@ from launcher.tasks.generation import Evaluation, Generate
 _NOTHING_TRAINS = {"optimizer": "sgd", "momentum": 0.0, "moments": "fp32", "ema": None, "l2_sp": None}
 
 
+Find = Callable[[Plan], Program | Unknown]
+"""Returns the program of a plan's model, or why its memory cannot be forecast."""
+
+
 def plan_evaluation(
-    plan: Plan, directories: Iterable[str | None], profiles: Profiles, predicts: bool = False
+    plan: Plan,
+    directories: Iterable[str | None],
+    profiles: Profiles,
+    predicts: bool = False,
+    writes_logits: bool = False,
 ) -> tuple[Plan, str]:
     """Return the plan for evaluating or predicting here, and its memory in words; empty if the memory is
     unknown.
 
     directories: the models, evaluated one after another; None stands for the plan's own. A micro-batch has as
     many rows as fit, at most the plan's, and the same number for all models. predicts: an encoder-decoder
-    generates an answer to each row, whether or not the job's evaluation does.
+    generates an answer to each row, whether or not the job's evaluation does. writes_logits: nothing is
+    generated, and of a language model no loss is computed, but its last hidden states.
 
     Raises OutOfMemoryError with the nearest plan that fits, if not even one row fits.
     """
     highest: Forecast | None = None
+    find = functools.partial(_writing_logits, profiles) if writes_logits else profiles.find
     for directory in directories:
         of = plan if directory is None else plan.of_directory(directory)
-        foreseen = _fitting(_generating(of) if predicts else of, profiles)
+        if writes_logits:
+            of = of.model_copy(update={"evaluation": None})
+        elif predicts:
+            of = _generating(of)
+        foreseen = _fitting(of, find)
         if foreseen is None:
             continue
         plan = with_rows(plan, foreseen.plan.batch.micro_batch_size)
@@ -58,26 +74,32 @@ def with_rows(plan: Plan, rows: int) -> Plan:
     return plan.model_copy(update={"batch": batch})
 
 
-def measured(plan: Plan, program: Program) -> Footprint:
+def measured(plan: Plan, program: Program, batch: Batch | None = None) -> Footprint:
     """Return a rank's memory while a model is loaded and evaluated, without training. FSDP has no optimizer
-    then; ZeRO's exists anyway, as it owns the fp32 masters."""
+    then; ZeRO's exists anyway, as it owns the fp32 masters. `batch`: by default the plan's, of the longest
+    samples."""
     changes: dict[str, object] = {"distillation": None}
     kept = _NOTHING_TRAINS if plan.zero is None else {"ema": None, "l2_sp": None}
     changes["training"] = plan.training.model_copy(update=kept)
-    phases = Estimator(plan.model_copy(update=changes), program).footprint()
+    phases = Estimator(plan.model_copy(update=changes), program, batch).footprint()
     return Footprint((phases.phase("loading"), phases.phase("evaluating")))
 
 
-def _fitting(plan: Plan, profiles: Profiles) -> Forecast | None:
+def _writing_logits(profiles: Profiles, plan: Plan) -> Program | Unknown:
+    program, speaks = profiles.find(plan), tasks.find(plan.task).traits.head == "every-position"
+    return StatesAlone.of(plan, program) if speaks and not isinstance(program, Unknown) else program
+
+
+def _fitting(plan: Plan, find: Find) -> Forecast | None:
     """Return the forecast with the most rows per micro-batch that fit; None if the model's memory cannot be
     forecast. Raises OutOfMemoryError."""
-    program, hardware = profiles.find(plan), Hardware.detect()
+    program, hardware = find(plan), Hardware.detect()
     if isinstance(program, Unknown):
         return None
     rows = reversed(divisors(plan.batch.micro_batch_size))
     tried = [_forecast(with_rows(plan, number), program, hardware) for number in rows]
     fitting = next((one for one in tried if one.fits), None)
-    return fitting or _refuse(tried[-1], plan.batch.global_batch_size, profiles, hardware)
+    return fitting or _refuse(tried[-1], plan.batch.global_batch_size, find, hardware)
 
 
 def _generating(plan: Plan) -> Plan:
@@ -91,11 +113,11 @@ def _forecast(plan: Plan, program: Program, hardware: Hardware) -> Forecast:
     return Forecast(plan, measured(plan, program), target_here(plan, hardware), 0, program, DatasetSizes())
 
 
-def _refuse(least: Forecast, global_batch_size: int, profiles: Profiles, hardware: Hardware) -> Forecast:
+def _refuse(least: Forecast, global_batch_size: int, find: Find, hardware: Hardware) -> Forecast:
     """Raise OutOfMemoryError with the nearest plan that fits."""
     nearest = "nothing near it fits; take a larger device"
     for text, plan in _ways(least.plan, global_batch_size, hardware):
-        program = profiles.find(plan)
+        program = find(plan)
         if not isinstance(program, Unknown) and _forecast(plan, program, hardware).fits:
             nearest = f"the nearest that fits: {text}"
             break

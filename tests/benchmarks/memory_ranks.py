@@ -33,6 +33,7 @@ from launcher.training.engines.engine import Engine
 from launcher.training.model import pretrained
 from launcher.training.precision import DTYPES
 from launcher.training.tracing.make_profile import example_batch, prepared_task
+from launcher.training.written_states import giving_states
 
 PHASE, LIVE = "phase: ", "live: "
 PHASES = ("loading", "first step", "steady step", "evaluating")
@@ -122,6 +123,23 @@ def measure(request: Request) -> dict[str, Any]:
     result = timeline(profiler)
     if request.explains:
         result["explained"] = explain(profiler)
+    del engine, profiler
+    gc.collect()
+    return result
+
+
+def measure_states(request: Request) -> dict[str, Any]:
+    """Peak bytes by phase on this rank while hidden states are written ahead."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        config, task, engine = loaded(request.plan, trains=False)
+        with giving_states(engine.model, DTYPES[request.plan.precision], None):
+            for name in ("first pass", "evaluating"):
+                with record_function(f"{PHASE}{name}"):
+                    engine.evaluate(example_batch(task, config, request.lengths))
+        with record_function(f"{PHASE}end"):
+            pass
+    result = timeline(profiler)
     del engine, profiler
     gc.collect()
     return result

@@ -21,7 +21,9 @@ from launcher.planner.hardware.detect import Hardware
 from launcher.planner.hardware.gpu_table import as_hardware, gpu_type
 from launcher.planner.memory.estimate import Estimator
 from launcher.planner.memory.profiles import Profiles, Unknown
+from launcher.planner.memory.program import Program
 from launcher.planner.memory.writing import Keys
+from launcher.planner.memory.written_states import StatesAlone
 from launcher.planner.plan import Plan
 from launcher.tasks.task import AnswerOptions
 from tests.training.plans import deepspeed, plan_of
@@ -197,6 +199,39 @@ def test_texts_count_in_a_training_run_and_smaller_passes_make_room(model: Path)
     assert highest.where == "writing" and highest.total > phases.phase("steady step").total
     smaller = Estimator(with_rows(plan, 1), program).footprint().phase("evaluating")
     assert smaller.total < highest.total - 3 * 32 * 3000 * 32 * 2 * 8 * 128 * 2
+
+
+def test_writing_logits_counts_neither_a_loss_nor_written_texts(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    have(monkeypatch, Hardware(4, 1 << 42))
+    plan = plan_of(model, 2, data__max_length=64, evaluation={"generate": {"max_new_tokens": 3000}})
+    program = Profiles().find(plan)
+    assert not isinstance(program, Unknown)
+    with_loss, alone = (
+        next(one.peak for one in Estimator(plan, each).segments(training=False) if one.kind == "tail")
+        for each in (program, StatesAlone.of(plan, program))
+    )
+    # Logits of all 63 supervised tokens, against those of the check's 18.
+    assert with_loss > 63 * LLAMA["vocab_size"] * 8 > 2 * alone
+    seen: list[tuple[Plan, Program | Unknown]] = []
+    monkeypatch.setattr(planner, "_fitting", lambda plan, find: seen.append((plan, find(plan))))
+    for writes in (True, False):
+        assert plan_evaluation(plan, [None], Profiles(), writes_logits=writes) == (plan, "")
+    (first, of_states), (second, whole) = seen
+    assert first.evaluation is None and isinstance(of_states, StatesAlone)
+    assert second.evaluation == plan.evaluation and not isinstance(whole, StatesAlone)
+
+
+def test_a_classifiers_logits_are_those_of_its_evaluation(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(model, task="sequence-classification", data__text="t", data__label="l")
+    seen: list[Program | None] = []
+    monkeypatch.setattr(planner, "_fitting", lambda plan, find: seen.append(find(plan)))
+    profiles = Profiles()
+    plan_evaluation(plan, [None], profiles, writes_logits=True)
+    assert not isinstance(seen[0], StatesAlone)
 
 
 @pytest.mark.parametrize(("predicts", "asked"), [(False, False), (True, True)])

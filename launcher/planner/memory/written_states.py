@@ -1,4 +1,4 @@
-"""Memory of a teacher's output matrix, and of the hidden states of a micro-batch that were written ahead."""
+"""Memory of hidden states: of those that are written ahead, and of a student that learns from them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,44 @@ from launcher.planner.limits import chunk_length
 from launcher.planner.memory.fsdp import FsdpCut, FsdpStep
 from launcher.planner.memory.program import Batch, Program, Segment, Setting, Unit, Weight
 from launcher.planner.memory.teacher import COMPARED_BYTES
+from launcher.planner.model.model_shape import ModelShape
 from launcher.planner.plan import Plan
 from launcher.tasks.written_logits import Manifest
+
+CHECKED_TOKENS = 18
+"""Tokens of the two rows whose loss the check after loading computes: the only loss while states are written."""
+
+
+@dataclass(frozen=True)
+class StatesAlone:
+    """The program of a language model whose last hidden states are written: no loss is computed."""
+
+    model: Program
+    width: int
+    """Numbers of a hidden state."""
+    vocabulary: int
+
+    @classmethod
+    def of(cls, plan: Plan, model: Program) -> Program:
+        """Return this program of a plan's model; the model's own if its config does not tell the sizes."""
+        shape = ModelShape.read(plan.model)
+        return model if shape is None else cls(model, shape.hidden_size, shape.vocabulary)
+
+    def units(self) -> tuple[Unit, list[Unit]]:
+        """Return the model's units."""
+        return self.model.units()
+
+    def blocks(self, setting: Setting) -> list[Segment]:
+        """Return the model's blocks. After the layers are only the last norm, at most three numbers in fp32 and
+        three others for each of a hidden state, or the loss of the check after loading."""
+        states = setting.batch.num_tokens * self.width * (12 + 3 * setting.itemsize)
+        highest = max(states, CHECKED_TOKENS * self.vocabulary * (8 + setting.itemsize))
+        return [
+            replace(one, peak=min(one.peak, highest), rest=min(one.rest, highest))
+            if one.kind == "tail"
+            else one
+            for one in self.model.blocks(setting)
+        ]
 
 
 @dataclass(frozen=True)

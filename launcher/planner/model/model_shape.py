@@ -48,6 +48,8 @@ class ModelShape:
     """Parameters of one repeated layer, by the config."""
     table_parameters: int = 0
     """Parameters of the largest embedding table, of tokens or of positions."""
+    vocabulary: int = 0
+    """Rows of the table of tokens; 0 if there is none."""
 
     @classmethod
     def read(cls, model: Model) -> ModelShape | None:
@@ -65,7 +67,8 @@ class ModelShape:
         # Computed positions have no parameters: a size beyond the embeddings' total is no table.
         table = values["vocab_size"] * hidden
         table = max(table, min(values["positions"] * hidden, embeddings))
-        return cls(counted or layers * layer + embeddings, hidden, layers, intermediate, layer, table)
+        number = counted or layers * layer + embeddings
+        return cls(number, hidden, layers, intermediate, layer, table, values["vocab_size"])
 
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:
