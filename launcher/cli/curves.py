@@ -14,7 +14,7 @@ _WIDTH, _HEIGHT = 760, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 80, 730, 50, 240
 """The frame of a panel, within its own height."""
 Place = Callable[[float, float], tuple[float, float]]
-"""Where a value of x and one of y lie, in pixels."""
+"""Place, in pixels, of a value of x and one of y."""
 
 
 @dataclass(frozen=True)

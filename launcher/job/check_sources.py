@@ -112,7 +112,7 @@ def _columns(key: str, source: Source, job: Job) -> Iterator[Finding]:
     for one in task(data).checks():
         problem = one.problem
         named = {place.removeprefix("data.") for place in one.keys}
-        if named & source.columns.keys() or problem.key == "data":
+        if problem.key == "data" or (problem.key.startswith("data.") and named & source.columns.keys()):
             own = problem.key.replace("data", f"{key}.columns", 1)
             yield finding(own, problem.value, problem.reason, key, *one.keys)
 

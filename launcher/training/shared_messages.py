@@ -94,6 +94,13 @@ def _reduce_scatter(group: Any, output: Any, whole: Any, options: Any = None, *_
         if unwritten is None
         else unwritten.rows(memory.size)
     )
+    _add_up(group, memory, rows, output, memory.size if options.reduceOp == means else 1)
+    return True
+
+
+def _add_up(group: Any, memory: Memory, rows: Sequence[Row], output: Any, divisor: int) -> None:
+    """Write a row for each rank, and put the sum of all ranks' rows for this one into `output`, flat, divided by
+    `divisor`."""
     dtype = rows[0][0].values.dtype
     count = PIECE_BYTES // memory.size // dtype.itemsize
     for begin in range(0, output.numel(), count):
@@ -114,9 +121,8 @@ def _reduce_scatter(group: Any, output: Any, whole: Any, options: Any = None, *_
             sum_.copy_(parts[0])
             for part in parts[1:]:
                 sum_.add_(part)
-        if options.reduceOp == means:
-            total.div_(memory.size)
-    return True
+        if divisor > 1:
+            total.div_(divisor)
 
 
 def _as_bytes(tensor: Any) -> Any:

@@ -72,8 +72,8 @@ def main() -> None:
     arguments.add_argument("--ways", nargs="+", help="only these")
     options = arguments.parse_args()
     options.work = options.work / options.what
-    found, session = conditions("torch", "transformers", "peft"), Session(options)
-    (classes if options.what == "classes" else texts)(session, options, found)
+    circumstances, session = conditions("torch", "transformers", "peft"), Session(options)
+    (classes if options.what == "classes" else texts)(session, options, circumstances)
 
 
 def second_job(job: dict[str, Any], way: Way, start: str, fisher: Callable[[], str]) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def fisher_of(session: Session, run: RunDirectory, options: argparse.Namespace) 
 # ---------------------------------------------------------------------------------------------- two sets of classes
 
 
-def classes(session: Session, options: argparse.Namespace, found: dict[str, Any]) -> None:
+def classes(session: Session, options: argparse.Namespace, circumstances: dict[str, Any]) -> None:
     """SST-2, then the classes of SICK's pairs, with a head each."""
     old_steps, new_steps, batch, rate = round(160 * options.scale), round(80 * options.scale), 32, 1.5e-4
     files = {
@@ -203,7 +203,7 @@ def classes(session: Session, options: argparse.Namespace, found: dict[str, Any]
     ]
     header = ["in the second training", "seeds", "accuracy, SST-2", "accuracy, SICK"]
     text = (
-        f"{sentence(found)}\n\nMiniLM-L6, 2 ranks, FSDP, bf16, AdamW at {rate:g} (linear, warm-up 0.1, weight decay 0.01), batches of {batch}. "
+        f"{sentence(circumstances)}\n\nMiniLM-L6, 2 ranks, FSDP, bf16, AdamW at {rate:g} (linear, warm-up 0.1, weight decay 0.01), batches of {batch}. "
         f"First {old_steps} steps of SST-2, then {new_steps} of SICK's three classes, which get a head of their own. Measured on SST-2's dev (872 rows) "
         f"and every fifth row of SICK's test (982). SST-2 after the second training: its own head on the body as it is then, by `launcher "
         f"evaluate`. Replay is two tasks at once, whose heads are both new: SST-2's is learned again from what is replayed. LoRA has 5 times "
@@ -242,7 +242,7 @@ def with_head(body: str, head: str, target: Path) -> str:
 # -------------------------------------------------------------------------------------------- two domains of texts
 
 
-def texts(session: Session, options: argparse.Namespace, found: dict[str, Any]) -> None:
+def texts(session: Session, options: argparse.Namespace, circumstances: dict[str, Any]) -> None:
     """Python's documentation, then a novel, as causal language modelling."""
     steps, batch, length, rate = round(16 * options.scale), 4, 256, 1e-4
     sizes = {"old": (2000, 60), "new": (2000, 50)}
@@ -302,7 +302,7 @@ def texts(session: Session, options: argparse.Namespace, found: dict[str, Any]) 
     if "nothing" in rows:
         checked = session.row("evaluate", lambda: by_evaluate(session, options.seeds[0]))
     text = (
-        f"{sentence(found)}\n\nSmolLM2-135M-Instruct, 2 ranks, FSDP, bf16, AdamW at {rate:g} (linear, warm-up 0.1, weight decay 0.01). First "
+        f"{sentence(circumstances)}\n\nSmolLM2-135M-Instruct, 2 ranks, FSDP, bf16, AdamW at {rate:g} (linear, warm-up 0.1, weight decay 0.01). First "
         f"{steps} steps of {batch} packs of {length} tokens of Python's documentation, then as many of a novel (Jack Sheppard). LoRA has 5 times "
         f"the rate. Measured on {sizes['old'][1]} and {sizes['new'][1]} held-out paragraphs: the loss of a token.\n\n{table(header, shown)}\n"
         f"![Old against new](../images/continual-texts.svg)\n"

@@ -49,7 +49,7 @@ def main() -> None:
     arguments = command_line(__doc__)
     arguments.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     options = arguments.parse_args()
-    found, session = conditions("torch", "transformers"), Session(options)
+    circumstances, session = conditions("torch", "transformers"), Session(options)
     steps = round(217 * options.scale)
     train = session.rows_of("train", sst2(session, "train"))
     held_out = (sst2(session, "dev") + sst2(session, "test"))[: round(2693 * options.scale)]
@@ -103,7 +103,7 @@ def main() -> None:
         for name, own in rows.items()
     ]
     text = (
-        f"{sentence(found)}\n\nThe student is layers {', '.join(map(str, KEPT))} of MiniLM-L6 (from 0) with a new head; the teacher is the whole of it, "
+        f"{sentence(circumstances)}\n\nThe student is layers {', '.join(map(str, KEPT))} of MiniLM-L6 (from 0) with a new head; the teacher is the whole of it, "
         f"fine-tuned here on the same rows. 2 ranks, FSDP, bf16, {steps} steps of {BATCH} (one epoch of SST-2), AdamW at {RATE:g} (linear, warm-up "
         f"0.1, weight decay 0.01); temperature 2, `own_loss: 0.3`. Accuracy and the task's own loss on the {len(held_out):,} rows of dev and "
         f"test after the last step.\n\n{table(['', 'seeds', 'accuracy', 'loss'], shown)}\n{compared(rows)}\n"

@@ -30,7 +30,7 @@ def main() -> None:
     )
     arguments.add_argument("--test-rows", type=int, default=2400, help="only the first; 0 for all 4,908")
     options = arguments.parse_args()
-    found, session = conditions("torch", "transformers"), Session(options)
+    circumstances, session = conditions("torch", "transformers"), Session(options)
     folder = session.data / "sick"
     num_rows = len((folder / "train.tsv").read_text(encoding="utf-8").splitlines()) - 1
     steps = round(options.scale * -(-num_rows // EACH))
@@ -82,7 +82,7 @@ def main() -> None:
             keep(rows, f"at once, relatedness x {weight:g}", seed, row)
     measured = f"the first {options.test_rows:,}" if options.test_rows else "all 4,908"
     text = (
-        f"{sentence(found)}\n\nMiniLM-L6, 2 ranks, FSDP, bf16, AdamW at {RATE:g} (linear, warm-up 0.1, weight decay 0.01), one epoch of "
+        f"{sentence(circumstances)}\n\nMiniLM-L6, 2 ranks, FSDP, bf16, AdamW at {RATE:g} (linear, warm-up 0.1, weight decay 0.01), one epoch of "
         f"the {num_rows:,} training rows: {steps} steps of {EACH} samples alone, and of {2 * EACH} at once, so that each task sees its rows as "
         f"often and the model is updated as often. Measured on {measured} test rows after the last step.\n\n"
         f"{shown(rows)}\n{compared(rows)}"

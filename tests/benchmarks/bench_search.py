@@ -29,7 +29,7 @@ def main() -> None:
     arguments = command_line(__doc__)
     arguments.add_argument("--points", type=int, default=14)
     options = arguments.parse_args()
-    found, session = conditions("torch", "transformers", "optuna"), Session(options)
+    circumstances, session = conditions("torch", "transformers", "optuna"), Session(options)
     steps, test_steps = round(45 * options.scale), max(20, round(100 * options.scale))
     job = common(BATCH, steps, 1e-4, 17) | {
         "name": "sst2-search",
@@ -86,7 +86,7 @@ def main() -> None:
         return {"points": points, "applied": best.exists()}
 
     tested, searched = session.row("lr-find", range_test), search()
-    text = f"{sentence(found)}\n\n{described(steps)}\n\n"
+    text = f"{sentence(circumstances)}\n\n{described(steps)}\n\n"
     if tested is not None:
         if not options.dry:
             shutil.copy(directory / "lr-find.svg", IMAGES / "lr-find-sst2.svg")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +14,12 @@ from transformers import AutoModelForCausalLM
 
 from launcher.errors import ConfigurationError
 from launcher.training.checkpoint.export import export
-from launcher.training.predict_entry import predict
 from tests.training.plans import deepspeed, plan_of
+from tests.training.prompt_checks import answers_are_those_of, goes_on
 from tests.training.ranks import on_ranks
-from tests.training.runs import (
-    assert_equal,
-    batch_of,
-    curve,
-    evaluations,
-    finish,
-    new_run,
-    replan,
-    state,
-    tokenizer,
-)
+from tests.training.runs import batch_of, evaluations, finish, new_run, state, tokenizer
 from tests.training.test_engine import _samples
-from tests.training.test_predict import scratch
 from tests.training.test_prompt_runs import COUNT, plan_with, steps
-from tests.training.test_resume import compare
 from tests.training.tiny import model_of
 
 pytestmark = pytest.mark.distributed
@@ -133,16 +120,7 @@ def test_stopped_it_goes_on_to_the_bit_and_on_other_ranks_and_engines(llama: Pat
     folder = trained.path.parent
     values = {"model__adapter": ENCODERS["lstm"], "training": {"learning_rate": 1e-2}}
     plan = functools.partial(plan_with, llama, folder / "data", **values)
-    stopped, moved = (new_run(folder / name, plan(2)) for name in ("stopped", "moved"))
-    finish(stopped, 2, stop_at=2)
-    finish(stopped, 2)
-    assert curve(stopped) == curve(trained) and evaluations(stopped) == evaluations(trained)
-    assert_equal(state(stopped), state(trained))
-    finish(moved, 2, stop_at=2)
-    replan(moved, plan(3, **deepspeed(3)))
-    finish(moved, 3)
-    compare(moved, trained, 1e-5)
-    assert evaluations(moved)[4] == pytest.approx(evaluations(trained)[4], rel=1e-4)
+    goes_on(plan, trained)
 
 
 def test_what_is_exported_peft_reads_and_writes_the_same_answers(llama: Path, trained: Any) -> None:
@@ -167,24 +145,9 @@ def test_what_is_exported_peft_reads_and_writes_the_same_answers(llama: Path, tr
     assert ours.keys() == other.keys() == {"prompt_embeddings"}
     torch.testing.assert_close(ours["prompt_embeddings"], other["prompt_embeddings"], rtol=1e-6, atol=1e-7)
     model = PeftModel.from_pretrained(base, folder / "adapter").eval()
-    words, total, count = tokenizer(), 0.0, 0
-    rows = [json.loads(line) for line in (folder / "data/held-out.jsonl").read_text().splitlines()]
-    asking = plan_with(llama, folder / "data", 2, model__adapter=ENCODERS["lstm"])
-    output = folder / "answers.jsonl"
-    finish(scratch(folder / "asking", asking, output, run=trained.path), 2, entry=predict)
-    for row, line in zip(rows, output.read_text().splitlines(), strict=True):
-        query, answer = (words(row[name], add_special_tokens=False)["input_ids"] for name in row)
-        ids = torch.tensor([[1, *query, *answer, 2]])
-        labels = ids.clone()
-        labels[0, : 1 + len(query)] = -100
-        with torch.no_grad():
-            total += float(model(input_ids=ids, labels=labels).loss) * (len(answer) + 1)
-        count += len(answer) + 1
-        ids = torch.tensor([[1, *query]])
-        written = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6,
-                                 do_sample=False, pad_token_id=0)  # fmt: skip
-        assert json.loads(line)["text"] == words.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
-    assert evaluations(trained)[4]["loss"] == pytest.approx(total / count, rel=1e-6)
+    answers_are_those_of(
+        model, trained, plan_with(llama, folder / "data", 2, model__adapter=ENCODERS["lstm"])
+    )
 
 
 @pytest.mark.slow
