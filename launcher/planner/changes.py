@@ -33,6 +33,7 @@ ALLOWED = (
     "batch.micro_batch_size",
     "batch.accumulation_steps",
     "batch.data_parallel_size",
+    "batch.balanced",
     "mesh",
     "model.attention",
     "model.compile",

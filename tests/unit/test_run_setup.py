@@ -187,6 +187,28 @@ def learn(run: RunDirectory) -> None:
     run.metrics_file.write_text(json.dumps({"step": 1, "loss": 2.5, "time": 0.0}) + "\n")
 
 
+def test_a_classifier_of_before_balanced_passes_goes_on_with_other_ranks(job: Path) -> None:
+    """How a step's samples are dealt decides rounding alone."""
+    config = {
+        "model_type": "bert", "architectures": ["BertForSequenceClassification"], "hidden_size": 48,
+        "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 131,
+        "max_position_embeddings": 64,
+    }  # fmt: skip
+    (job.parent / "model" / "config.json").write_text(json.dumps(config))
+    (job.parent / "train.jsonl").write_text('{"text": "a", "label": "x"}\n{"text": "b", "label": "y"}\n')
+    content = yaml.safe_load(job.read_text()) | {
+        "model": {"name": "./model", "task": "sequence-classification"}
+    }
+    content["data"]["label"] = "label"
+    job.write_text(yaml.safe_dump(content))
+    run, plan = open_run(job, [], 2, None)
+    assert plan.batch.balanced
+    write_plan(run, plan.model_copy(update={"batch": plan.batch.model_copy(update={"balanced": False})}))
+    learn(run)
+    assert not reopen(run, [], 2).batch.balanced, "as it was, to the bit"
+    assert reopen(run, [], 3).batch.balanced
+
+
 def test_what_has_learned_nothing_is_begun_anew_in_place(job: Path) -> None:
     """A wrong column is mended in the job file, and the same command begins the run that it did not."""
     run, _ = open_run(job, ["training.seed=5", "training.learning_rate=3"], None, None)
